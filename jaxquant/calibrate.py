@@ -1,0 +1,277 @@
+"""Calibration: second moments of every matmul's input, as cotangents of zero probes.
+
+`dot(x, w, probe)` has a backward rule whose cotangent for the probe is x^T diag(a) x, with
+a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient at output token t. So one
+`jax.grad` collects every layer, those inside `lax.scan` included; batches add up.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import quax
+from jaxtyping import Array, Float
+
+from jaxquant.contraction import Contraction
+from jaxquant.paths import path_leaves, replace_leaves
+from jaxquant.sites import Site, sites
+from jaxquant.standin import StandIn, is_standin
+
+Weighting = Literal["uniform", "gradient"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What calibration saw.
+
+    Attributes:
+      sites: how each weight is used, by path.
+      grams: sums of a x x^T, float32 [*batch, k, k], by the path that holds them.
+      holder: path of a weight -> path that holds its gram (weights that share an input and a
+        weighting share one).
+      rows: input rows summed per gram and batch element, by holder.
+    """
+
+    sites: dict[str, Site]
+    grams: dict[str, Array]
+    holder: dict[str, str]
+    rows: dict[str, int]
+
+    def gram(self, path: str) -> Float[Array, "... k k"]:
+        """Mean of a x x^T at this weight.
+
+        Raises:
+          ValueError: the weight is in no matmul that calibration saw.
+        """
+        self.check(path)
+        holder = self.holder[path]
+        return self.grams[holder] / self.rows[holder]
+
+    def check(self, path: str) -> None:
+        """Raise ValueError unless there is a gram for this weight."""
+        if path not in self.holder:
+            raise ValueError(f"no statistics for {path!r}: calibration saw it in no matmul")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all grams."""
+        return sum(g.nbytes for g in self.grams.values())
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Array] | None = None,
+    weighting: Weighting | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Stats:
+    """Second moments of the inputs of every weight that `fn` contracts.
+
+    Memory beside `params`: twice the grams (a running sum and one batch's), 4 k^2 bytes per
+    distinct input and layer, plus one backward pass of `fn` (use `jax.checkpoint` inside `fn`
+    to bound it). For bounded memory go block by block: `quantize_blocks`.
+
+    Args:
+      fn: fn(params, batch), or fn(params, *batch) where a batch is a tuple.
+      params: floating parameter tree.
+      batches: inputs of fn, all of one shape; consumed once.
+      loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
+      weighting: "gradient" weights each token by the squared norm of the loss gradient at the
+        matmul's output; "uniform" does not. Default: "gradient" if a loss is given.
+      progress: called with the number of batches done.
+    Returns:
+      `Stats`.
+    Raises:
+      ValueError: no batches, or gradient weighting without a loss.
+    Source:
+      Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
+      output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.arange(6.0).reshape(2, 3)
+    >>> s = calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, [x])
+    >>> bool(jnp.allclose(s.gram("w"), x.T @ x / 2))
+    True
+    """
+    weighting = weighting or ("gradient" if loss is not None else "uniform")
+    if weighting not in ("gradient", "uniform"):
+        raise ValueError(f'weighting must be "gradient" or "uniform", got {weighting!r}')
+    if weighting == "gradient" and loss is None:
+        raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
+    sums, plan = None, None
+    for i, batch in enumerate(batches):
+        if sums is None:
+            found = sites(fn, params, *_args(batch))
+            plan = _Plan.of(found, weighting)
+            sums = plan.probes(params)
+            step = jax.jit(partial(_step, fn, loss, plan), donate_argnums=0)
+        sums = step(sums, params, batch)
+        if progress is not None:
+            jax.block_until_ready(sums)
+            progress(i + 1)
+    if sums is None or plan is None:
+        raise ValueError("calibration needs at least one batch, got none")
+    rows = {p: (i + 1) * plan.found[p].rows for p in sums}
+    return Stats(plan.found, sums, plan.holder, rows)
+
+
+def _args(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """Which weights carry a probe."""
+
+    found: dict[str, Site]
+    holder: dict[str, str]
+    weighted: bool
+
+    @staticmethod
+    def of(found: dict[str, Site], weighting: Weighting) -> "_Plan":
+        holder: dict[str, str] = {}
+        first: dict[Any, str] = {}
+        for path, site in found.items():
+            if site.contracted:
+                # Weighted by their own output gradients, grams of one input differ.
+                key = (site.input, len(site.batch)) if weighting == "uniform" else path
+                holder[path] = first.setdefault(key, path)
+        return _Plan(found, holder, weighting == "gradient")
+
+    def probes(self, params: Any) -> dict[str, Array]:
+        """Zero grams, by holder."""
+        shapes = {p: w.shape for p, w in path_leaves(params)}
+        return {
+            p: jnp.zeros(_gram_shape(self.found[p], shapes[p])) for p in set(self.holder.values())
+        }
+
+    def observe(self, params: Any, probes: dict[str, Array]) -> Any:
+        """params with `Observed` stand-ins at the weights that hold a gram."""
+        leaves = dict(path_leaves(params))
+        new = {}
+        for path, probe in probes.items():
+            site = self.found[path]
+            keep = [a for a in range(len(site.shape)) if a not in site.batch]
+            order = (*site.batch, *keep)
+            array = jnp.transpose(leaves[path], order)
+            inverse = tuple(order.index(a) - len(order) for a in range(len(order)))
+            new[path] = Observed(
+                array=array, probe=probe, order=inverse, core=len(keep), weighted=self.weighted
+            )
+        return replace_leaves(params, new)
+
+
+def _gram_shape(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+    k = 1
+    for a in site.contracted:
+        k *= shape[a]
+    return (*(shape[a] for a in site.batch), k, k)
+
+
+def _step(
+    fn: Callable, loss: Callable | None, plan: _Plan, sums: dict, params: Any, batch: Any
+) -> dict:
+    """sums plus this batch's grams."""
+
+    def scalar(probes: dict) -> Array:
+        out = quax.quaxify(fn)(plan.observe(params, probes), *_args(batch))
+        if loss is not None:
+            return loss(out, batch)
+        floating = [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
+        return sum((jnp.sum(y, dtype=jnp.float32) for y in floating), jnp.float32(0))
+
+    grams = jax.grad(scalar)(jax.tree.map(jnp.zeros_like, sums))
+    return jax.tree.map(jnp.add, sums, grams)
+
+
+class Observed(StandIn):
+    """A dense weight with a zero probe, stored [*batch, ...]; its matmul fills the probe."""
+
+    array: Array
+    probe: Array
+    order: tuple[int, ...] = eqx.field(static=True)
+    core: int = eqx.field(static=True)  # axes that are not batch axes
+    weighted: bool = eqx.field(static=True)
+
+    def stored_shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def aval(self) -> Any:
+        return jax.core.ShapedArray(self.view_shape(), self.array.dtype)
+
+    def materialise(self) -> Array:
+        return jnp.transpose(self.array, self.axes())
+
+    def reordered(self, order: tuple[int, ...]) -> "Observed":
+        return dataclasses.replace(self, order=order)
+
+    def cast(self, dtype: Any) -> "Observed":
+        return dataclasses.replace(self, array=self.array.astype(dtype))
+
+    def at_leading(self, fn: Any) -> "Observed":
+        return dataclasses.replace(self, array=fn(self.array), probe=fn(self.probe))
+
+    def leading(self) -> int:
+        return self.array.ndim - self.core
+
+
+@quax.register(jax.lax.dot_general_p)
+def _(x: Any, w: Observed, **params: Any) -> Array:
+    x = x.materialise() if is_standin(x) else x
+    return _observe(x, w, params, weight_left=False)
+
+
+@quax.register(jax.lax.dot_general_p, precedence=1)
+def _(w: Observed, x: Any, **params: Any) -> Array:
+    x = x.materialise() if is_standin(x) else x
+    return _observe(x, w, params, weight_left=True)
+
+
+def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool) -> Array:
+    """The plain dot, with the rule that fills the probe in the backward pass."""
+    axes, leading = w.axes(), w.leading()
+    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=weight_left)
+    inner = {a for a in c.contracted(axes) if a >= leading}
+
+    def dot(x: Array, dense: Array) -> Array:
+        operands = (dense, x) if weight_left else (x, dense)
+        return jax.lax.dot_general_p.bind(*operands, **params)
+
+    def gram(x: Array, g: Array) -> Array:
+        rows, paired = c.rows(x, axes, leading, inner)
+        missing = [i for i, has in enumerate(paired) if not has]
+        rows = jnp.expand_dims(rows, missing).astype(jnp.float32)
+        left = rows * c.energy(g, axes, leading)[..., None] if w.weighted else rows
+        product = jnp.einsum("...tk,...tl->...kl", left, rows)
+        return jnp.broadcast_to(product, w.probe.shape)
+
+    k = 1
+    for a in inner:
+        k *= w.stored_shape()[a]
+    if w.probe.shape[-1] != k:  # another contraction than the one the probe is for
+        return dot(x, w.materialise())
+    return _observed_dot(dot, gram, x, w.materialise(), w.probe)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _observed_dot(dot: Callable, gram: Callable, x: Array, w: Array, probe: Array) -> Array:
+    return dot(x, w)
+
+
+def _forward(dot: Callable, gram: Callable, x: Array, w: Array, probe: Array) -> Any:
+    return dot(x, w), (x, w)
+
+
+def _backward(dot: Callable, gram: Callable, residuals: Any, g: Array) -> Any:
+    x, w = residuals
+    _, pull = jax.vjp(dot, x, w)
+    return *pull(g), gram(x, g)
+
+
+_observed_dot.defvjp(_forward, _backward)

@@ -1,0 +1,6 @@
+"""Formats: a codebook and its storage."""
+
+from jaxquant.codebooks.integer import Grid, Integer
+from jaxquant.codebooks.ternary import Ternary
+
+__all__ = ["Grid", "Integer", "Ternary"]

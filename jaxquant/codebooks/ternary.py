@@ -1,0 +1,49 @@
+"""Ternary: codes -1, 0, 1 in 2-bit words, one scale per group."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.codebooks.integer import Grid, Integer
+
+
+@dataclasses.dataclass(frozen=True)
+class Ternary(Integer):
+    """Codes {-1, 0, 1} times a scale; the same 2-bit words, and so the same kernel, as Integer.
+
+    The scale minimises the squared error by alternation (Li et al. 2016, arXiv:1605.04711,
+    solve it approximately in one step): codes given the scale, then scale <w, c> / <c, c>.
+
+    >>> import jax.numpy as jnp
+    >>> f = Ternary(group_size=-1)
+    >>> f.dequantize(f.encode(jnp.array([[2.0], [0.1], [-2.0], [0.0]])), 4).ravel().tolist()
+    [2.0, 0.0, -2.0, 0.0]
+    """
+
+    bits: int = 2
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits != 2 or not self.symmetric:
+            raise ValueError("ternary codes take 2 bits and no zero point; leave both as they are")
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        return -1, 1
+
+    def fit(self, w: Float[Array, "g n"]) -> Grid:
+        axes = (-1, -2) if self.group_size == "tensor" else (-2,)
+
+        def improve(_: int, scale: Array) -> Array:
+            c = jnp.clip(jnp.round(w / jnp.maximum(scale, 1e-30)), -1, 1)
+            return jnp.sum(w * c, axes, keepdims=True) / jnp.maximum(
+                jnp.sum(c * c, axes, keepdims=True), 1
+            )
+
+        scale = jnp.mean(jnp.abs(w), axes, keepdims=True)
+        scale = jax.lax.fori_loop(0, 8, improve, scale)
+        scale = self._stored(jnp.atleast_1d(scale.squeeze(axes)))
+        return Grid(scale, jnp.zeros(scale.shape, jnp.int32))

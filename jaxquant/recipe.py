@@ -1,0 +1,208 @@
+"""Recipes: which method for which weight, resolved to a plan before any compute."""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxquant.methods import KEEP, Keep, Method, named_method
+from jaxquant.paths import path_leaves
+from jaxquant.serialize import from_json, to_json
+from jaxquant.sites import Site, is_weight
+from jaxquant.standin import is_standin
+from jaxquant.tensor import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Ordered rules (path glob, method or KEEP); `*` crosses "/"; the first match wins.
+
+    >>> from jaxquant.methods import rtn
+    >>> r = Recipe([("*kernel", rtn(bits=4)), ("*", KEEP)])
+    >>> Recipe.from_json(r.to_json()) == r
+    True
+    """
+
+    rules: tuple[tuple[str, Method | Keep], ...]
+
+    def __init__(self, rules: Sequence[tuple[str, Method | Keep]]) -> None:
+        for rule in rules:
+            if len(rule) != 2 or not isinstance(rule[0], str):
+                raise ValueError(f"a rule is (path glob, method or KEEP), got {rule!r}")
+            if not isinstance(rule[1], Method | Keep):
+                raise ValueError(f"rule {rule[0]!r}: expected a method or KEEP, got {rule[1]!r}")
+        object.__setattr__(self, "rules", tuple((p, m) for p, m in rules))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """[{"pattern": glob, "method": ...}]."""
+        return [{"pattern": p, "method": to_json(m)} for p, m in self.rules]
+
+    @staticmethod
+    def from_json(value: Any) -> "Recipe":
+        """From `to_json`, or the short form {"pattern": glob, "method": "gptq", "bits": 3}.
+
+        Raises:
+          ValueError: another structure, an unknown method or option.
+        """
+        if not isinstance(value, list):
+            raise ValueError(f"a recipe is a list of rules, got {type(value).__name__}")
+        return Recipe([_rule(v) for v in value])
+
+
+def _rule(value: Any) -> tuple[str, Method | Keep]:
+    if not isinstance(value, dict) or not {"pattern", "method"} <= set(value):
+        raise ValueError(f'a rule is {{"pattern": ..., "method": ...}}, got {value!r}')
+    options = {k: v for k, v in value.items() if k not in ("pattern", "method")}
+    method = value["method"]
+    if isinstance(method, dict):
+        return value["pattern"], from_json(method)
+    return value["pattern"], KEEP if method == "keep" else named_method(method, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What will happen to one leaf. `view` and `order` are None for a kept leaf.
+
+    Attributes:
+      order: axes of the leaf in the order [*batch, *contracted, *output].
+      bytes, size: of the result, and its number of weights.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    method: Method | Keep
+    view: View | None
+    order: tuple[int, ...] | None
+    bytes: int
+    size: int
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """[*batch, k, n] of the leaf."""
+        view, order = self.view, self.order
+        if view is None or order is None:
+            raise ValueError(f"{self.path!r} is kept; it has no matrix form")
+        batch = [self.shape[a] for a in order[: len(order) - len(view.k) - len(view.n)]]
+        return (*batch, _product(view.k), _product(view.n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every leaf's entry; printing it shows bytes and bits before any compute."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the leaves to be quantized; 0 if there are none."""
+        chosen = [e for e in self.entries if isinstance(e.method, Method)]
+        return 8 * sum(e.bytes for e in chosen) / max(1, sum(e.size for e in chosen))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{e.path:40} {e.shape!s:20} {e.method.name:8} {8 * e.bytes / max(1, e.size):7.3f} bits"
+            f" {e.bytes:12,d} bytes"
+            for e in self.entries
+        ]
+        total = sum(e.bytes for e in self.entries)
+        return "\n".join(
+            [*lines, f"{self.bits_per_weight:.3f} bits per quantized weight, {total:,d} bytes"]
+        )
+
+
+def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | None = None) -> Plan:
+    """The plan of a recipe for a tree of arrays (or shapes).
+
+    A bare method means every floating leaf of rank >= 2 that the function contracts (with no
+    sites: every floating leaf of rank >= 2).
+
+    Raises:
+      ValueError: a pattern that matches nothing, a leaf no pattern matches, a method for a leaf
+        that cannot be quantized, a group size that does not divide.
+    """
+    leaves = path_leaves(params)
+    if isinstance(recipe, Method):
+        chosen = [(p, w, recipe if _contracted(p, w, found) else KEEP) for p, w in leaves]
+        if all(m is KEEP for _, _, m in chosen):
+            raise ValueError(
+                "nothing to quantize: the function contracts no floating leaf of rank >= 2"
+            )
+    else:
+        chosen = _match(recipe, leaves)
+    return Plan(tuple(_entry(p, w, m, (found or {}).get(p)) for p, w, m in chosen))
+
+
+def _contracted(path: str, w: Any, found: Mapping[str, Site] | None) -> bool:
+    return is_weight(w) and (found is None or bool(found[path].contracted))
+
+
+def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
+    paths = [p for p, _ in leaves]
+    for pattern, _ in recipe.rules:
+        if not fnmatch.filter(paths, pattern):
+            near = difflib.get_close_matches(pattern.replace("*", ""), paths, 3, 0.0)
+            raise ValueError(f"pattern {pattern!r} matches no leaf; nearest: {', '.join(near)}")
+    chosen = []
+    for path, w in leaves:
+        method = next((m for g, m in recipe.rules if fnmatch.fnmatchcase(path, g)), None)
+        if method is None:
+            raise ValueError(f'no pattern matches {path!r}; end the recipe with ("*", KEEP)')
+        if isinstance(method, Method) and not is_weight(w):
+            raise ValueError(
+                f"{path!r} cannot be quantized: expected a floating array of rank >= 2, got "
+                f"{_describe(w)}; put a KEEP rule before the one that matches it"
+            )
+        chosen.append((path, w, method))
+    return chosen
+
+
+def _describe(w: Any) -> str:
+    return repr(w) if is_standin(w) else f"{w.dtype}{list(w.shape)}"
+
+
+def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry:
+    shape = tuple(w.shape)
+    if isinstance(method, Keep):
+        size = _product(shape)
+        nbytes = w.nbytes if is_standin(w) else size * w.dtype.itemsize
+        return Entry(path, shape, method, None, None, nbytes, size)
+    view, order = layout_of(shape, site)
+    entry = Entry(path, shape, method, view, order, 0, _product(shape))
+    k, n = entry.matrix[-2:]
+    try:
+        method.format.rows_per_group(k)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    data = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((k, n), "float32"))
+    per = sum(a.size * a.dtype.itemsize for a in data.values())
+    return dataclasses.replace(entry, bytes=per * _product(entry.matrix[:-2]))
+
+
+def layout_of(shape: tuple[int, ...], site: Site | None) -> tuple[View, tuple[int, ...]]:
+    """The view of a leaf, and its axes in the order [*batch, *contracted, *output].
+
+    Without a site, or for a weight only looked up: the last axis is the output, the one before
+    is contracted, the others are batch; of a looked-up table the rows are the outputs.
+    """
+    ndim = len(shape)
+    if site is not None and site.contracted:
+        batch, k, n = site.batch, site.contracted, site.output
+    elif site is not None and site.gathered is not None:
+        n = (site.gathered,)
+        k = tuple(a for a in range(ndim) if a != site.gathered)
+        batch = ()
+    else:
+        batch, k, n = tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,)
+    order = (*batch, *k, *n)
+    back = tuple(order.index(a) - ndim for a in range(ndim))
+    return View(tuple(shape[a] for a in k), tuple(shape[a] for a in n), back), order
+
+
+def _product(sizes: Sequence[int]) -> int:
+    out = 1
+    for s in sizes:
+        out *= s
+    return out

@@ -1,0 +1,44 @@
+"""Frozen dataclasses of the house to and from plain JSON values."""
+
+import dataclasses
+from typing import Any
+
+from jaxquant.codebooks import Integer, Ternary
+from jaxquant.methods import Keep, Method
+from jaxquant.rounding import LDLQ, Nearest
+from jaxquant.tensor import View
+
+_TYPES = {t.__name__: t for t in (Integer, Ternary, LDLQ, Nearest, Method, Keep, View)}
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value; a dataclass becomes {"type": name, field: ...}.
+
+    >>> from_json(to_json(Integer(bits=3))) == Integer(bits=3)
+    True
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Inverse of `to_json`; lists come back as tuples.
+
+    Raises:
+      ValueError: a type or field this version does not know.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    name = value.get("type")
+    if name not in _TYPES:
+        raise ValueError(f"unknown type {name!r}; this version knows {', '.join(sorted(_TYPES))}")
+    try:
+        return _TYPES[name](**{k: from_json(v) for k, v in value.items() if k != "type"})
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None

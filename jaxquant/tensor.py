@@ -1,0 +1,234 @@
+"""`QTensor`: packed codes that stand for a weight, and what a matmul or look-up does with them."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import quax
+from jax.lax import GatherScatterMode
+from jaxtyping import Array, Float
+
+from jaxquant.contraction import Contraction
+from jaxquant.standin import StandIn, is_standin, note
+
+
+class Format(Protocol):
+    """What a `QTensor` asks of its format; `data` are the packed arrays of one [k, n] matrix."""
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        """Float32 weights; leading batch axes allowed."""
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        """x @ w in float32."""
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        """x @ w.T in float32."""
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        """Columns `ids` of w, in float32."""
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        """Rows `ids` of w, in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How the stored [*batch, k, n] is the weight: its contracted and its output axes.
+
+    Attributes:
+      k: sizes of the contracted axes that make up k, slowest first.
+      n: sizes of the output axes that make up n.
+      order: axis i of the weight is axis order[i] of [*batch, *k, *n], counted from the end.
+    """
+
+    k: tuple[int, ...]
+    n: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+class QTensor(StandIn):
+    """A quantized weight: a JAX pytree of packed arrays that acts as an array in any function.
+
+    Attributes:
+      data: the format's packed arrays, each with the same leading batch axes.
+      format: codebook and storage (static, hashable).
+      view: which axes of the weight are contracted, batch and output (static).
+      logical_dtype: dtype of the weight it stands for (static).
+      method: name of the method that made it (static).
+    """
+
+    data: dict[str, Array]
+    format: Any = eqx.field(static=True)
+    view: View = eqx.field(static=True)
+    logical_dtype: str = eqx.field(static=True)
+    method: str = eqx.field(static=True, default="")
+
+    @property
+    def order(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Axis order of the view."""
+        return self.view.order
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array held: codes, scales, zero points, codebooks."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.data))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * nbytes / number of weights."""
+        return 8 * self.nbytes / self.size
+
+    def dequantize(self) -> Array:
+        """The weight as a plain array of `shape` and `dtype`."""
+        *batch, _, _ = self.stored_matrix_shape()
+        w = self.format.dequantize(self.data, self.rows_k)
+        w = w.reshape(*batch, *self.view.k, *self.view.n)
+        return jnp.transpose(w, self.axes()).astype(self.logical_dtype)
+
+    def materialise(self) -> Array:
+        """Fallback of every primitive without a rule: correct, slower, and reported."""
+        note("materialised", "no rule for this use; dequantized, then plain JAX")
+        return self.dequantize()
+
+    @property
+    def rows_k(self) -> int:
+        """Length of the contracted axis."""
+        out = 1
+        for size in self.view.k:
+            out *= size
+        return out
+
+    def leading(self) -> int:
+        return self.data["codes"].ndim - 2
+
+    def stored_matrix_shape(self) -> tuple[int, ...]:
+        """[*batch, k, n]."""
+        codes = self.data["codes"]
+        return (*codes.shape[:-2], self.rows_k, codes.shape[-1])
+
+    def stored_shape(self) -> tuple[int, ...]:
+        return (*self.data["codes"].shape[:-2], *self.view.k, *self.view.n)
+
+    def aval(self) -> jax.core.ShapedArray:
+        return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
+
+    def reordered(self, order: tuple[int, ...]) -> "QTensor":
+        return dataclasses.replace(self, view=dataclasses.replace(self.view, order=order))
+
+    def cast(self, dtype: Any) -> "QTensor":
+        return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
+
+    def at_leading(self, fn: Any) -> "QTensor":
+        return dataclasses.replace(self, data={name: fn(a) for name, a in self.data.items()})
+
+    def __repr__(self) -> str:
+        return (
+            f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
+            f"{self.bits_per_weight:.3f} bits per weight)"
+        )
+
+
+# --- matmul ---------------------------------------------------------------------------------
+
+
+def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
+    """x . w as the traced dot_general states it; None where w is not laid out for it."""
+    batch = w.leading()
+    split = batch + len(w.view.k)
+    core_k, core_n = set(range(batch, split)), set(range(split, len(w.stored_shape())))
+    touched = c.contracted(w.axes()) | c.batched(w.axes())
+    if core_k <= c.contracted(w.axes()) and not core_n & touched:
+        note("packed matmul", f"{w.format.kernel()}")
+        forward = True
+    elif core_n <= c.contracted(w.axes()) and not core_k & touched:
+        note("packed matmul, transposed", f"{w.format.kernel()}")
+        forward = False
+    else:
+        return None
+    format, k = w.format, w.rows_k
+
+    def matmul(x: Array, data: dict[str, Array]) -> Array:
+        return format.matmul(x, data) if forward else format.matmul_transposed(x, data, k)
+
+    return c.apply(
+        matmul,
+        x,
+        w.data,
+        axes=w.axes(),
+        leading=batch,
+        contracted=core_k if forward else core_n,
+        out_shape=w.view.n if forward else w.view.k,
+    )
+
+
+@quax.register(jax.lax.dot_general_p)
+def _(x: Any, w: QTensor, **params: Any) -> Array:
+    if is_standin(x):
+        x = x.materialise()
+    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False)
+    y = _product(x, w, c)
+    return _finish(y, x, w, params) if y is not None else _plain(x, w.materialise(), params)
+
+
+@quax.register(jax.lax.dot_general_p, precedence=1)
+def _(w: QTensor, x: Any, **params: Any) -> Array:
+    if is_standin(x):
+        x = x.materialise()
+    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True)
+    y = _product(x, w, c)
+    return _finish(y, x, w, params) if y is not None else _plain(w.materialise(), x, params)
+
+
+def _finish(y: Array, x: Array, w: QTensor, params: dict[str, Any]) -> Array:
+    dtype = params.get("preferred_element_type") or jnp.promote_types(x.dtype, w.dtype)
+    return y.astype(dtype)
+
+
+def _plain(a: Array, b: Array, params: dict[str, Any]) -> Array:
+    return jax.lax.dot_general_p.bind(a, b, **params)
+
+
+# --- look-up --------------------------------------------------------------------------------
+
+
+@quax.register(jax.lax.gather_p)
+def _(w: QTensor, ids: Any, **params: Any) -> Array:
+    taken = _take_axis(w, params["dimension_numbers"], params["slice_sizes"])
+    if taken is None:
+        return jax.lax.gather_p.bind(w.materialise(), ids, **params)
+    axis, kind = taken
+    note("look-up", f"unpacks only the {kind} it takes")
+    index = ids[..., 0]
+    size = w.shape[axis]
+    flat = jnp.clip(index.reshape(-1), 0, size - 1)
+    if kind == "columns":
+        rows = jnp.swapaxes(w.format.columns(w.data, flat, w.rows_k), 0, 1)
+    else:
+        rows = w.format.rows(w.data, flat, w.rows_k)
+    rest = [d for i, d in enumerate(w.shape) if i != axis]
+    out = rows.reshape(*index.shape, *rest).astype(w.dtype)
+    if params["mode"] == GatherScatterMode.FILL_OR_DROP:
+        valid = (index >= 0) & (index < size)
+        fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+        out = jnp.where(valid.reshape(*index.shape, *(1 for _ in rest)), out, fill)
+    offset = params["dimension_numbers"].offset_dims
+    return jnp.moveaxis(out, range(index.ndim, out.ndim), offset)
+
+
+def _take_axis(w: QTensor, dn: Any, sizes: tuple[int, ...]) -> tuple[int, str] | None:
+    """(axis, "columns" | "rows") if the gather takes whole slices along one core axis."""
+    if w.leading() or len(w.view.k) != 1 or len(w.view.n) != 1:
+        return None
+    if dn.operand_batching_dims or dn.collapsed_slice_dims != dn.start_index_map:
+        return None
+    if len(dn.start_index_map) != 1:
+        return None
+    (axis,) = dn.start_index_map
+    whole = tuple(1 if i == axis else d for i, d in enumerate(w.shape))
+    if tuple(sizes) != whole:
+        return None
+    return axis, "columns" if w.axes()[axis] == 1 else "rows"
