@@ -1,5 +1,6 @@
 """jaxquant: a functional quantization stack for JAX."""
 
+from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
 from jaxquant.codebooks import Integer, Ternary
 from jaxquant.dispatch import Explanation, explain, quantized
@@ -32,6 +33,7 @@ __all__ = [
     "path_leaves",
     "quantize",
     "quantize_array",
+    "quantize_blocks",
     "quantized",
     "resolve",
     "rtn",

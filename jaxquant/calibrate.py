@@ -1,4 +1,4 @@
-"""Calibration: second moments of every matmul's input, as cotangents of zero probes.
+"""Calibration: second moments of every matmul's input, as cotangents of probes.
 
 `dot(x, w, probe)` has a backward rule whose cotangent for the probe is x^T diag(a) x, with
 a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient at output token t. So one
@@ -109,28 +109,27 @@ def calibrate(
         if sums is None:
             found = sites(fn, params, *_args(batch))
             plan = _Plan.of(found, weighting)
-            sums = plan.probes(params)
-            step = jax.jit(partial(_step, fn, loss, plan), donate_argnums=0)
-        sums = step(sums, params, batch)
+            sums = plan.probes()
+        sums = _step(sums, params, batch, fn, loss, plan)
         if progress is not None:
             jax.block_until_ready(sums)
             progress(i + 1)
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
-    rows = {p: (i + 1) * plan.found[p].rows for p in sums}
-    return Stats(plan.found, sums, plan.holder, rows)
+    rows = {p: (i + 1) * found[p].rows for p in sums}
+    return Stats(found, sums, dict(plan.holder), rows)
 
 
 def _args(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Which weights carry a probe."""
+    """Which weights carry a probe. Hashed by value: equal plans share a compiled step."""
 
-    found: dict[str, Site]
-    holder: dict[str, str]
+    holders: tuple[tuple[str, Site], ...]
+    holder: tuple[tuple[str, str], ...]
     weighted: bool
 
     @staticmethod
@@ -142,40 +141,42 @@ class _Plan:
                 # Weighted by their own output gradients, grams of one input differ.
                 key = (site.input, len(site.batch)) if weighting == "uniform" else path
                 holder[path] = first.setdefault(key, path)
-        return _Plan(found, holder, weighting == "gradient")
+        holders = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
+        return _Plan(holders, tuple(holder.items()), weighting == "gradient")
 
-    def probes(self, params: Any) -> dict[str, Array]:
+    def probes(self) -> dict[str, Array]:
         """Zero grams, by holder."""
-        shapes = {p: w.shape for p, w in path_leaves(params)}
-        return {
-            p: jnp.zeros(_gram_shape(self.found[p], shapes[p])) for p in set(self.holder.values())
-        }
+        return {p: jnp.zeros(_gram_shape(site)) for p, site in self.holders}
 
     def observe(self, params: Any, probes: dict[str, Array]) -> Any:
         """params with `Observed` stand-ins at the weights that hold a gram."""
         leaves = dict(path_leaves(params))
         new = {}
-        for path, probe in probes.items():
-            site = self.found[path]
+        for path, site in self.holders:
             keep = [a for a in range(len(site.shape)) if a not in site.batch]
             order = (*site.batch, *keep)
             array = jnp.transpose(leaves[path], order)
             inverse = tuple(order.index(a) - len(order) for a in range(len(order)))
             new[path] = Observed(
-                array=array, probe=probe, order=inverse, core=len(keep), weighted=self.weighted
+                array=array,
+                probe=probes[path],
+                order=inverse,
+                core=len(keep),
+                weighted=self.weighted,
             )
         return replace_leaves(params, new)
 
 
-def _gram_shape(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _gram_shape(site: Site) -> tuple[int, ...]:
     k = 1
     for a in site.contracted:
-        k *= shape[a]
-    return (*(shape[a] for a in site.batch), k, k)
+        k *= site.shape[a]
+    return (*(site.shape[a] for a in site.batch), k, k)
 
 
+@partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
 def _step(
-    fn: Callable, loss: Callable | None, plan: _Plan, sums: dict, params: Any, batch: Any
+    sums: dict, params: Any, batch: Any, fn: Callable, loss: Callable | None, plan: _Plan
 ) -> dict:
     """sums plus this batch's grams."""
 
@@ -186,12 +187,12 @@ def _step(
         floating = [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
         return sum((jnp.sum(y, dtype=jnp.float32) for y in floating), jnp.float32(0))
 
-    grams = jax.grad(scalar)(jax.tree.map(jnp.zeros_like, sums))
-    return jax.tree.map(jnp.add, sums, grams)
+    # A probe's value is never read, so the running sums serve, and no zeros take memory.
+    return jax.tree.map(jnp.add, sums, jax.grad(scalar)(sums))
 
 
 class Observed(StandIn):
-    """A dense weight with a zero probe, stored [*batch, ...]; its matmul fills the probe."""
+    """A dense weight with a probe, stored [*batch, ...]; its matmul fills the probe."""
 
     array: Array
     probe: Array

@@ -62,9 +62,9 @@ def quantize(
       where the damping had to be raised.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> q = jq.quantize({"w": jnp.ones((64, 8)), "b": jnp.zeros(8)}, jq.rtn(bits=4))
+    >>> q = jq.quantize({"w": jnp.ones((64, 32)), "b": jnp.zeros(8)}, jq.rtn(bits=4))
     >>> q["w"].bits_per_weight, q["b"].shape
-    (4.5, (8,))
+    (4.3125, (8,))
     """
     del key
     found = stats.sites if isinstance(stats, Stats) else stats
@@ -114,8 +114,8 @@ def quantize_array(
       ValueError: shapes disagree, values are not finite, the group size does not divide k.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> jq.quantize_array(jnp.ones((64, 8)), jq.rtn(bits=2, group_size=32)).bits_per_weight
-    3.0
+    >>> jq.quantize_array(jnp.ones((64, 32)), jq.rtn(bits=2, group_size=32)).bits_per_weight
+    2.5625
     """
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
@@ -131,14 +131,17 @@ def quantize_array(
     return tensor
 
 
-def _quantize_leaf(w: Array, entry: Entry, gram: Array | None) -> tuple[QTensor, tuple[float, int]]:
+def _quantize_leaf(
+    w: Array, entry: Entry, method: Method, gram: Array | None
+) -> tuple[QTensor, tuple[float, int]]:
     """All matrices of a leaf, one after another through one compiled program."""
     if not bool(jnp.all(jnp.isfinite(w))):
         raise ValueError(f"{entry.path}: weights are not finite (NaN or infinity)")
     if gram is not None and not bool(jnp.all(jnp.isfinite(gram))):
         raise ValueError(f"{entry.path}: statistics are not finite; check the calibration data")
+    view, order = entry.form
     *batch, k, n = entry.matrix
-    matrices = jnp.transpose(w, entry.order).reshape(-1, k, n)
+    matrices = jnp.transpose(w, order).reshape(-1, k, n)
     if gram is not None:
         gram = gram.reshape(-1, k, k)
     data, report = _round_all(matrices, gram, method)
@@ -146,7 +149,7 @@ def _quantize_leaf(w: Array, entry: Entry, gram: Array | None) -> tuple[QTensor,
     tensor = QTensor(
         data=data,
         format=method.format,
-        view=entry.view,
+        view=view,
         logical_dtype=jnp.dtype(w.dtype).name,
         method=method.name,
     )

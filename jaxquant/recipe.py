@@ -80,11 +80,16 @@ class Entry:
     size: int
 
     @property
+    def form(self) -> tuple[View, tuple[int, ...]]:
+        """View and order of a leaf that is not kept."""
+        if self.view is None or self.order is None:
+            raise ValueError(f"{self.path!r} is kept; it has no matrix form")
+        return self.view, self.order
+
+    @property
     def matrix(self) -> tuple[int, ...]:
         """[*batch, k, n] of the leaf."""
-        view, order = self.view, self.order
-        if view is None or order is None:
-            raise ValueError(f"{self.path!r} is kept; it has no matrix form")
+        view, order = self.form
         batch = [self.shape[a] for a in order[: len(order) - len(view.k) - len(view.n)]]
         return (*batch, _product(view.k), _product(view.n))
 

@@ -137,8 +137,8 @@ class _Tracked(StandIn):
 
     def leaf_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """Axes of this value as axes of the leaf, counted from its end."""
-        order = self.order[len(self.order) - len(self.array.shape) :]
-        return tuple(order[a] for a in axes)
+        own, ndim = self.axes(), len(self.array.shape)
+        return tuple(own[a] - ndim for a in axes)
 
 
 def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:

@@ -8,7 +8,7 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -45,12 +45,17 @@ def listening() -> Iterator[list]:
 class StandIn(quax.ArrayValue):
     """A weight seen through `order`: its axis i is axis `order[i]` of what is stored.
 
-    `order` counts from the end and may be longer than the value has axes: `lax.scan` and `vmap`
-    strip leading axes from the stored arrays without telling the metadata, so only the last
-    `ndim` entries count, and the entries before must have been the identity.
+    `order` counts from the end and may be longer or shorter than the value has axes: `lax.scan`
+    and `vmap` strip leading axes from the stored arrays, stacking adds some, and neither tells
+    the metadata. The last `ndim` entries count; leading axes without an entry are in place.
     """
 
-    order: eqx.AbstractVar[tuple[int, ...]]
+    if TYPE_CHECKING:  # a field or a property, as the class likes
+
+        @property
+        def order(self) -> tuple[int, ...]: ...
+    else:
+        order: eqx.AbstractVar[tuple[int, ...]]
 
     @abc.abstractmethod
     def stored_shape(self) -> tuple[int, ...]:
@@ -75,7 +80,9 @@ class StandIn(quax.ArrayValue):
     def axes(self) -> tuple[int, ...]:
         """Stored axis, counted from the front, of every axis."""
         ndim = len(self.stored_shape())
-        return tuple(ndim + a for a in self.order[-ndim:]) if ndim else ()
+        added = range(ndim - len(self.order))  # leading axes the metadata was not told of
+        kept = self.order[len(self.order) - ndim :] if len(self.order) > ndim else self.order
+        return (*added, *(ndim + a for a in kept))
 
     def view_shape(self) -> tuple[int, ...]:
         """Shape as the user's function sees it."""
@@ -90,8 +97,8 @@ def is_standin(x: Any) -> bool:
 
 @quax.register(jax.lax.transpose_p)
 def _(w: StandIn, *, permutation: tuple[int, ...], **_: Any) -> StandIn:
-    order = w.order[-len(permutation) :]
-    return w.reordered(tuple(order[p] for p in permutation))
+    axes, ndim = w.axes(), len(permutation)
+    return w.reordered(tuple(axes[p] - ndim for p in permutation))
 
 
 @quax.register(jax.lax.convert_element_type_p)

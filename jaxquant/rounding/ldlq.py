@@ -84,7 +84,7 @@ def unit_upper(
         return jnp.linalg.cholesky(flipped)[::-1, ::-1]
 
     def failed(state: tuple[Array, Array, Array]) -> Array:
-        damp, c, tries = state
+        _, c, tries = state
         return ~jnp.all(jnp.isfinite(c)) & (tries < 8)
 
     def raised(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -1,0 +1,222 @@
+"""The architecture of a Llama-like model, and its readers for Hugging Face and GGUF metadata."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's RoPE scaling; the names are those of Hugging Face's `rope_scaling`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+# A float divides every frequency (linear); a tuple divides each by its own factor, which is how
+# GGUF stores Llama-3 scaling (tensor rope_freqs.weight).
+RopeScaling = None | float | tuple[float, ...] | Llama3Scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and switches of a Llama-like decoder. Immutable, hashable, compared by value."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = None
+    tie_embeddings: bool = False
+    qk_norm: bool = False  # RMSNorm on each head's q and k (Qwen3)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    max_position: int = 2048
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads}, {self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values; `from_json` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "LlamaConfig":
+        """The inverse of `to_json`, also after a trip through JSON text.
+
+        Raises:
+          ValueError: a key is unknown or missing, or a value is out of range.
+        """
+        data = dict(data)
+        scaling = data.get("rope_scaling")
+        try:
+            if isinstance(scaling, Mapping):
+                data["rope_scaling"] = Llama3Scaling(**scaling)
+            elif isinstance(scaling, list):
+                data["rope_scaling"] = tuple(scaling)
+            data["eos_ids"] = tuple(data.get("eos_ids", ()))
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"not a LlamaConfig in JSON form: {error}") from None
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+        """Read the contents of a Hugging Face `config.json`.
+
+        Raises:
+          ValueError: the family or one of its options is not supported, or a key is missing.
+        """
+        family = hf.get("model_type")
+        _check_hf(hf, family)
+        get = lambda key: _need(hf, key, "config.json")
+        bias = family == "qwen2" or bool(hf.get("attention_bias", False))
+        heads = get("num_attention_heads")
+        return cls(
+            vocab_size=get("vocab_size"),
+            d_model=get("hidden_size"),
+            d_ff=get("intermediate_size"),
+            n_layers=get("num_hidden_layers"),
+            n_heads=heads,
+            n_kv_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or get("hidden_size") // heads,
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=float(_hf_rope(hf).get("rope_theta", hf.get("rope_theta", 10000.0))),
+            rope_scaling=_hf_scaling(_hf_rope(hf)),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qk_norm=family == "qwen3",
+            qkv_bias=bias,
+            o_bias=bias and family != "qwen2",
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            max_position=hf.get("max_position_embeddings", 2048),
+            eos_ids=_ids(hf.get("eos_token_id")),
+            bos_id=next(iter(_ids(hf.get("bos_token_id"))), None),
+        )
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+        """Read GGUF metadata (plain values). What only the tensors tell is left at its default:
+        `models.gguf_reader` sets tie_embeddings, biases and per-frequency RoPE factors.
+
+        Raises:
+          ValueError: the architecture or one of its options is not supported, or a key is missing.
+        """
+        arch = fields.get("general.architecture")
+        _check_gguf(fields, arch)
+        get = lambda key: _need(fields, f"{arch}.{key}", "the GGUF metadata")
+        opt = lambda key, default=None: fields.get(f"{arch}.{key}", default)
+        heads = get("attention.head_count")
+        vocab = opt("vocab_size") or len(_need(fields, "tokenizer.ggml.tokens", "the metadata"))
+        head_dim = opt("attention.key_length") or get("embedding_length") // heads
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if opt(key, head_dim) != head_dim:
+                raise ValueError(f"{arch}.{key} must equal head_dim {head_dim}, got {opt(key)}")
+        linear = opt("rope.scaling.type", "none") == "linear"
+        ends = [fields.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot")]
+        return cls(
+            vocab_size=vocab,
+            d_model=get("embedding_length"),
+            d_ff=get("feed_forward_length"),
+            n_layers=get("block_count"),
+            n_heads=heads,
+            n_kv_heads=opt("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            norm_eps=get("attention.layer_norm_rms_epsilon"),
+            rope_theta=opt("rope.freq_base", 10000.0),
+            rope_scaling=float(get("rope.scaling.factor")) if linear else None,
+            qk_norm=arch == "qwen3",
+            max_position=get("context_length"),
+            eos_ids=_ids([i for i in ends if i is not None]),
+            bos_id=fields.get("tokenizer.ggml.bos_token_id"),
+        )
+
+
+def _need(data: Mapping[str, Any], key: str, where: str):
+    if data.get(key) is None:
+        raise ValueError(f"{where} lacks {key!r}")
+    return data[key]
+
+
+def _ids(value) -> tuple[int, ...]:
+    """Token ids from None, one id or a list; in order, without repeats."""
+    if value is None:
+        return ()
+    return tuple(dict.fromkeys(value if isinstance(value, list) else [value]))
+
+
+def _hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Transformers 5 writes `rope_parameters`; earlier versions write `rope_scaling` or null."""
+    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+
+
+def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    get = lambda key: _need(rope, key, f"rope_scaling of type {kind!r}")
+    if kind == "linear":
+        return float(get("factor"))
+    if kind == "llama3":
+        return Llama3Scaling(
+            float(get("factor")),
+            float(get("low_freq_factor")),
+            float(get("high_freq_factor")),
+            get("original_max_position_embeddings"),
+        )
+    raise ValueError(f"rope_scaling type must be default, linear or llama3, got {kind!r}")
+
+
+def _check_hf(hf: Mapping[str, Any], family) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if hf.get("quantization_config"):
+        raise ValueError("the checkpoint is quantized already; load the original float weights")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act must be silu, got {hf['hidden_act']!r}")
+    if _hf_rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1) != 1:
+        raise ValueError("partial_rotary_factor must be 1: all of head_dim is rotated here")
+    # Qwen names a window but uses it only on request; Mistral's window is used if it is there.
+    used = hf.get("use_sliding_window", False) if family.startswith("qwen") else family == "mistral"
+    _check_window(hf.get("sliding_window") if used else None, hf.get("max_position_embeddings", 0))
+
+
+def _check_gguf(fields: Mapping[str, Any], arch) -> None:
+    supported = [f for f in FAMILIES if f != "mistral"]  # GGUF calls Mistral "llama"
+    if arch not in supported:
+        raise ValueError(f"general.architecture must be one of {supported}; got {arch!r}")
+    opt = lambda key, default=None: fields.get(f"{arch}.{key}", default)
+    if opt("expert_count"):
+        raise ValueError(f"mixture-of-experts models are not supported ({arch}.expert_count)")
+    scaling = opt("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"rope.scaling.type must be none or linear, got {scaling!r}")
+    _check_window(opt("attention.sliding_window"), opt("context_length", 0))
+
+
+def _check_window(window: int | None, max_position: int) -> None:
+    if window and window < max_position:
+        raise ValueError(
+            f"sliding-window attention is not supported (window {window} < {max_position} "
+            f"positions); lower max_position_embeddings to {window} to use full attention"
+        )

@@ -1,0 +1,185 @@
+"""Hugging Face folders: config.json, safetensors (single or sharded), tokenizer.json."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from models.config import Llama3Scaling
+from models.llama import LlamaConfig
+from models.tokenizer import Tokenizer
+from models.weights import assemble, tensor_names
+
+_LAYER = {
+    **{f"attn/{p}/{ours}": f"self_attn.{p}_proj.{theirs}"
+       for p in "qkvo" for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
+    **{f"mlp/{p}/{ours}": f"mlp.{p}_proj.{theirs}"
+       for p in ("gate", "up", "down") for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
+    "attn/q_norm/scale": "self_attn.q_norm.weight",
+    "attn/k_norm/scale": "self_attn.k_norm.weight",
+    "attn_norm/scale": "input_layernorm.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+}  # fmt: skip
+TENSORS = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+    **{f"layers/{path}": "model.layers.{}." + name for path, name in _LAYER.items()},
+}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any], Tokenizer]:
+    """Read a model.
+
+    Args:
+      folder: holds config.json, tokenizer.json and model.safetensors or its shards and index.
+      dtype: floating dtype of the parameters, whatever each tensor has in the file.
+    Returns:
+      (config, inner "params" tree of jax arrays, tokenizer).
+    Raises:
+      ValueError: a file, shard or tensor is missing, unreadable or not as expected; one line.
+    """
+    folder = Path(folder)
+    config = LlamaConfig.from_hf(_hf_json(folder))
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    with contextlib.ExitStack() as stack:
+        tensors = _locate(folder)
+        shards = {path: stack.enter_context(_open(path)) for path in set(tensors.values())}
+        _check_index(tensors, shards)
+        used = {n for n in tensors if not _ignored(n, config)}
+        read = lambda name: shards[tensors[name]].get_tensor(name)
+        params = assemble(config, tensor_names(config, TENSORS), used, read, dtype)
+    return config, params, tokenizer
+
+
+def save_hf(folder: str | Path, config: LlamaConfig, params: Any, tokenizer_json: str) -> None:
+    """Write a folder that `read_hf` and Transformers read; one file, each leaf in its own dtype.
+
+    Raises:
+      ValueError: the configuration has no Hugging Face form.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = {}
+    for path, names in tensor_names(config, TENSORS).items():
+        leaf = np.asarray(flat[path])
+        leaf = leaf if path.startswith("layers/") else leaf[None]
+        for value, name in zip(leaf, names, strict=True):
+            value = value.T if path.endswith("/kernel") else value
+            tensors[name] = np.ascontiguousarray(value)
+    (folder / "config.json").write_text(json.dumps(_to_hf(config), indent=2))
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def _hf_json(folder: Path) -> dict[str, Any]:
+    """config.json, with the stop tokens that only generation_config.json may name."""
+    hf = _json(folder / "config.json")
+    extra = folder / "generation_config.json"
+    if extra.exists():
+        as_list = lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]
+        found = (hf.get("eos_token_id"), _json(extra).get("eos_token_id"))
+        hf["eos_token_id"] = [i for ids in found for i in as_list(ids)]
+    return hf
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} should hold a JSON object, holds a {type(data).__name__}")
+    return data
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    if (folder / INDEX).exists():
+        weight_map = _json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX} lacks a weight_map")
+        return {name: folder / shard for name, shard in weight_map.items()}
+    with _open(folder / SINGLE) as file:
+        return dict.fromkeys(file.keys(), folder / SINGLE)
+
+
+def _open(path: Path):
+    """A memory-mapped safetensors file."""
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _check_index(tensors: dict[str, Path], shards: dict[Path, Any]) -> None:
+    held = {path: set(file.keys()) for path, file in shards.items()}
+    for name, path in tensors.items():
+        if name not in held[path]:
+            raise ValueError(f"{INDEX} promises tensor {name} in {path.name}, which lacks it")
+
+
+def _ignored(name: str, config: LlamaConfig) -> bool:
+    """Old checkpoints store RoPE's frequencies; tied ones may store the embedding twice."""
+    return name.endswith("rotary_emb.inv_freq") or (
+        config.tie_embeddings and name == TENSORS["head/kernel"]
+    )
+
+
+def _to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json of the family that has these switches."""
+    family = "qwen3" if config.qk_norm else "llama"
+    if config.qkv_bias and not config.o_bias:
+        family = "qwen2"
+    hf = {
+        "model_type": family,
+        "architectures": [family.capitalize() + "ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_to_hf(config),
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "max_position_embeddings": config.max_position,
+        "eos_token_id": list(config.eos_ids) or None,
+        "bos_token_id": config.bos_id,
+    }
+    if LlamaConfig.from_hf(hf) != config:
+        raise ValueError(f"no Hugging Face family has these switches together: {config}")
+    return hf
+
+
+def _scaling_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if isinstance(scaling, float):
+        return {"rope_type": "linear", "factor": scaling}
+    if isinstance(scaling, Llama3Scaling):
+        return {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    raise ValueError("per-frequency RoPE factors (from GGUF) have no Hugging Face form")

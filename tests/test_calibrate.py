@@ -1,0 +1,118 @@
+"""Statistics by cotangents against explicit sums, in every framework."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+
+from .networks import NETWORKS
+from .test_dispatch import draw, stack
+
+
+def hidden(x, a):
+    return np.tanh(np.asarray(x) @ np.asarray(a))
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
+def test_grams_are_the_explicit_second_moments(network):
+    fn, tree, paths = network()
+    a, b = draw(32, 64), draw(64, 32, seed=1)
+    batches = [draw(5, 32, seed=s) for s in (2, 3)]
+    stats = jq.calibrate(fn, tree(a, b), batches)
+    x = np.concatenate(batches)
+    for path, rows in zip(paths, (x, hidden(x, a)), strict=True):
+        want = rows.T @ rows / len(rows)
+        got = stats.gram(path)
+        if got.ndim == 3:  # an Einsum that keeps the heads as batch axes of the weight
+            continue
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
+def test_gradient_weighting(network):
+    fn, tree, paths = network()
+    a, b = draw(32, 64), draw(64, 32, seed=1)
+    x = draw(5, 32, seed=2)
+    target = draw(5, 32, seed=3)
+    stats = jq.calibrate(fn, tree(a, b), [x], loss=lambda y, _: jnp.mean((y - target) ** 2))
+    h = jnp.tanh(x @ a)
+    g = jax.grad(lambda y: jnp.mean((y - target) ** 2))(h @ b)
+    energy = np.sum(np.square(g), -1)
+    got = stats.gram(paths[1])
+    if got.ndim == 2:
+        want = np.einsum("tk,t,tl->kl", h, energy, h) / 5
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    # A wrong weighting is not the same: the twin of the assertion above.
+    plain = jq.calibrate(fn, tree(a, b), [x]).gram(paths[1])
+    scale = np.trace(np.asarray(plain).sum(0) if plain.ndim == 3 else plain)
+    other = np.trace(np.asarray(got).sum(0) if got.ndim == 3 else got)
+    assert np.abs(np.asarray(plain) / scale - np.asarray(got) / other).max() > 1e-3
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_have_a_gram_each(remat):
+    net = stack()(remat=remat)
+    x = draw(5, 32)
+    params = net.init(jax.random.key(0), x)["params"]
+    stats = jq.calibrate(lambda p, x: net.apply({"params": p}, x), params, [x])
+    w = np.asarray(params["layers"]["d"]["kernel"])
+    h = np.asarray(x)
+    for i in range(3):
+        got = stats.gram("layers/d/kernel")[i]
+        np.testing.assert_allclose(got, h.T @ h / 5, rtol=1e-5, atol=1e-5)
+        h = h + np.tanh(h @ w[i])
+
+
+def test_experts_have_a_gram_each():
+    w, x = draw(4, 32, 16), draw(4, 5, 32, seed=1)
+    fn = lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x)  # noqa: E731
+    got = jq.calibrate(fn, {"w": w}, [x]).gram("w")
+    np.testing.assert_allclose(got, np.einsum("etk,etl->ekl", x, x) / 5, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_share_an_input_share_a_gram():
+    params = {"q": draw(32, 8), "k": draw(32, 16), "o": draw(8, 8)}
+
+    def fn(p, x):
+        return jax.jit(lambda w: x @ w)(p["q"]) @ p["o"], x @ p["k"]
+
+    stats = jq.calibrate(fn, params, [draw(5, 32)])
+    assert stats.holder["k"] == stats.holder["q"] != stats.holder["o"]
+    assert len(stats.grams) == 2
+    weighted = jq.calibrate(
+        fn, params, [draw(5, 32)], loss=lambda y, _: jnp.sum(y[0]) + jnp.sum(y[1] ** 2)
+    )
+    assert len(weighted.grams) == 3  # each by its own output gradients
+
+
+def test_bad_input():
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    params = {"w": draw(32, 8)}
+    with pytest.raises(ValueError, match="at least one batch"):
+        jq.calibrate(fn, params, [])
+    with pytest.raises(ValueError, match="needs loss="):
+        jq.calibrate(fn, params, [draw(5, 32)], weighting="gradient")
+    with pytest.raises(ValueError, match="saw it in no matmul"):
+        jq.calibrate(fn, params, [draw(5, 32)]).gram("v")
+
+
+def test_blocks_one_at_a_time_see_quantized_prefixes():
+    w = draw(3, 32, 32) * 0.3
+    x = draw(64, 32, seed=1)
+    block = lambda p, h: h + jnp.tanh(h @ p["w"])  # noqa: E731
+    method = jq.gptq(bits=3, group_size=16)
+    got, out = jq.quantize_blocks(block, {"w": w}, [x], method)
+    h = x
+    for i in range(3):
+        want = jq.quantize_array(w[i], method, h.T @ h / 64).dequantize()
+        np.testing.assert_allclose(got["w"].dequantize()[i], want, atol=1e-5)
+        h = block({"w": want}, h)
+    np.testing.assert_allclose(out[0], h, rtol=1e-4, atol=1e-4)
+
+    def fn(p, x):
+        return jax.lax.scan(lambda h, w: (block({"w": w}, h), None), x, p["w"])[0]
+
+    np.testing.assert_allclose(jq.quantized(fn)(got, x), h, rtol=1e-4, atol=1e-4)
+    assert jq.explain(fn, got, x).materialised == ()

@@ -1,0 +1,192 @@
+"""Quantized functions against the dequantized model, in every framework, and nothing dense."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxquant as jq
+
+from .networks import NETWORKS
+
+FORMATS = [
+    jq.rtn(bits=4, group_size=16),
+    jq.rtn(bits=3, group_size=-1),
+    jq.rtn(bits=2, group_size=8, symmetric=True),
+    jq.rtn(bits=8, group_size="tensor"),
+    jq.ternary(group_size=16),
+]
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def check(fn, params, qparams, *args, dense=()):
+    """Packed equals dequantized, jitted or not; only the weights in `dense` are made dense."""
+    want = fn(jq.dequantize(qparams), *args)
+    for run in (jq.quantized(fn), jax.jit(jq.quantized(fn))):
+        np.testing.assert_allclose(run(qparams, *args), want, rtol=2e-5, atol=2e-4)
+    explanation = jq.explain(fn, qparams, *args)
+    assert explanation.uses, "no weight was served"
+    assert explanation.materialised == tuple(dense), str(explanation)
+
+
+CASES = [(n, FORMATS[0]) for n in NETWORKS] + [(NETWORKS[-1], m) for m in FORMATS[1:]]
+
+
+@pytest.mark.parametrize(
+    ("network", "method"), CASES, ids=lambda v: getattr(v, "__name__", None) or str(v.format.bits)
+)
+def test_frameworks(network, method):
+    fn, tree, paths = network()
+    params = tree(draw(32, 64), draw(64, 32, seed=1))
+    x = draw(5, 32, seed=2)
+    qparams = jq.quantize(params, method, jq.sites(fn, params, x))
+    assert [p for p, w in jq.path_leaves(qparams) if isinstance(w, jq.QTensor)] == list(paths)
+    check(fn, params, qparams, x)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
+def test_gradient_of_other_arguments(network):
+    fn, tree, _ = network()
+    params = tree(draw(32, 64), draw(64, 32, seed=1))
+    x = draw(5, 32, seed=2)
+    qparams = jq.quantize(params, jq.rtn(bits=4, group_size=16), jq.sites(fn, params, x))
+    got = jax.jit(jax.grad(lambda x: jnp.sum(jq.quantized(fn)(qparams, x) ** 2)))(x)
+    want = jax.grad(lambda x: jnp.sum(fn(jq.dequantize(qparams), x) ** 2))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def stack():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + jnp.tanh(nn.Dense(32, use_bias=False, name="d")(x)), None
+
+    class Net(nn.Module):
+        remat: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            block = nn.remat(Block) if self.remat else Block
+            layers = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            return layers(name="layers")(x, None)[0]
+
+    return Net
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers(remat):
+    net = stack()(remat=remat)
+    x = draw(5, 32)
+    params = net.init(jax.random.key(0), x)["params"]
+
+    def fn(p, x):
+        return net.apply({"params": p}, x)
+
+    found = jq.sites(fn, params, x)["layers/d/kernel"]
+    assert (found.batch, found.contracted, found.output) == ((0,), (1,), (2,))
+    check(fn, params, jq.quantize(params, FORMATS[0], {"layers/d/kernel": found}), x)
+    check(fn, params, jq.quantize(params, FORMATS[0]), x)  # no sites: leading axes are batch
+
+
+@pytest.mark.parametrize("method", FORMATS, ids=lambda m: f"{m.name}{m.format.bits}")
+def test_tied_embedding(method):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            embed = nn.Embed(96, 32, name="e")
+            return embed.attend(jnp.tanh(embed(ids)))
+
+    net, ids = Net(), jnp.array([[1, 95], [0, 7]])
+    params = net.init(jax.random.key(0), ids)["params"]
+
+    def fn(p, ids):
+        return net.apply({"params": p}, ids)
+
+    found = jq.sites(fn, params, ids)
+    assert (found["e/embedding"].contracted, found["e/embedding"].gathered) == ((1,), 0)
+    check(fn, params, jq.quantize(params, method, found), ids)
+
+
+def test_nnx_embedding():
+    graph, state = nnx.split(nnx.Embed(96, 32, rngs=nnx.Rngs(0)))
+
+    def fn(p, ids):
+        embed = nnx.merge(graph, p)
+        return embed.attend(jnp.tanh(embed(ids)))
+
+    ids = jnp.array([[1, 95], [0, 7]])
+    qparams = jq.quantize(state, FORMATS[0], jq.sites(fn, state, ids))
+    check(fn, state, qparams, ids)
+
+
+def test_out_of_range_look_up_is_what_jax_gives():
+    w = draw(16, 8)
+    q = jq.quantize_array(w, jq.rtn(bits=4, group_size=8))
+    ids = jnp.array([0, 99, -1])
+    for mode in ("fill", "clip"):
+        got = jq.quantized(lambda w, m=mode: jnp.take(w, ids, axis=0, mode=m))(q)
+        want = jnp.take(q.dequantize(), ids, axis=0, mode=mode)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("out", [0, 1])
+def test_experts_under_vmap(out):
+    w, x = draw(4, 32, 16), draw(4, 5, 32, seed=1)
+
+    def fn(p, x):
+        return jax.vmap(lambda w, x: x @ w, out_axes=out)(p["w"], x)
+
+    found = jq.sites(fn, {"w": w}, x)
+    assert found["w"].batch == (0,)
+    check(fn, {"w": w}, jq.quantize({"w": w}, FORMATS[0], found), x)
+
+
+def test_weight_used_in_other_ways_is_right_and_reported():
+    w, x = draw(32, 32), draw(5, 32, seed=1)
+
+    def fn(p, x):
+        return x @ jnp.sin(p["w"])
+
+    check(fn, {"w": w}, jq.quantize({"w": w}, FORMATS[0]), x, dense=["w"])
+
+
+def test_indexed_layer_and_slices_stay_packed():
+    w, x = draw(3, 32, 32), draw(5, 32, seed=1)
+
+    def fn(p, x):
+        body = lambda i, x: jnp.tanh(x @ jax.lax.dynamic_index_in_dim(p["w"], i, keepdims=False))  # noqa: E731
+        return jax.lax.fori_loop(0, 3, body, x) @ p["w"][1:2][0]
+
+    check(fn, {"w": w}, jq.quantize({"w": w}, FORMATS[0]), x)
+
+
+def test_tensor_is_a_pytree():
+    q = jq.quantize_array(draw(32, 16), FORMATS[0])
+    np.testing.assert_array_equal(jax.jit(lambda q: q)(q).dequantize(), q.dequantize())
+    moved = jax.tree.map(jnp.copy, jax.device_put(q, jax.devices()[0]))
+    assert jax.tree.structure(moved) == jax.tree.structure(q)
+    shape = jax.eval_shape(lambda q: q, q)
+    assert (shape.shape, shape.nbytes) == (q.shape, q.nbytes)
+    donated = jax.jit(lambda q: jax.tree.map(lambda a: a + 0, q), donate_argnums=0)(moved)
+    np.testing.assert_array_equal(donated.dequantize(), q.dequantize())
+
+
+def test_bfloat16_network():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(16, use_bias=False, dtype=jnp.bfloat16, name="a")(x)
+
+    params = {"a": {"kernel": draw(32, 16)}}
+    fn = lambda p, x: Net().apply({"params": p}, x)  # noqa: E731
+    qparams = jq.quantize(params, FORMATS[0])
+    y = jax.jit(jq.quantized(fn))(qparams, draw(5, 32))
+    assert y.dtype == jnp.bfloat16
+    assert jq.explain(fn, qparams, draw(5, 32)).materialised == ()

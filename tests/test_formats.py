@@ -1,0 +1,147 @@
+"""The contract of every format. A new one enters by one line in FORMATS."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.codebooks.integer import spread
+from jaxquant.serialize import from_json, to_json
+from pallas_kernels import layout
+
+from .test_dispatch import draw
+
+FORMATS = [
+    *(
+        jq.Integer(bits=b, group_size=g, symmetric=s)
+        for b in (2, 3, 4, 8)
+        for g in (16, -1, "tensor")
+        for s in (True, False)
+    ),
+    jq.Integer(bits=4, group_size=16, scale_dtype="bfloat16"),
+    jq.Integer(bits=3, group_size=20, pad=True),
+    jq.Integer(bits=4, group_size=16, mse=True),
+    jq.Ternary(group_size=16),
+    jq.Ternary(group_size="tensor"),
+]
+
+
+def name(f):
+    sign = "sym" if f.symmetric else "asym"
+    return f"{type(f).__name__}{f.bits}-{f.group_size}-{sign}-{f.scale_dtype}{'-mse' * f.mse}"
+
+
+all_formats = pytest.mark.parametrize("format", FORMATS, ids=name)
+
+
+@all_formats
+def test_encoding_a_decoded_matrix_changes_nothing(format):
+    """On its own grid: rounding a representable value returns it."""
+    w = draw(48, 20)
+    grid = format.grids(w)
+    rows = spread(grid, format.rows_per_group(48), 48)
+    codes, value = format.round(w, rows)
+    again, same = format.round(value, rows)
+    np.testing.assert_array_equal(codes, again)
+    np.testing.assert_array_equal(value, same)
+
+
+@all_formats
+def test_storage_is_exact(format):
+    w = draw(48, 20)
+    grid = format.grids(w)
+    codes, value = format.round(w, spread(grid, format.rows_per_group(48), 48))
+    data = format.pack(codes, grid)
+    np.testing.assert_array_equal(format.dequantize(data, 48), value)
+
+
+@all_formats
+def test_products_and_look_ups_agree_with_the_decoded_matrix(format):
+    data = format.encode(draw(48, 20))
+    w = np.asarray(format.dequantize(data, 48))
+    x, g, i = draw(5, 48, seed=1), draw(5, 20, seed=2), jnp.array([0, 7, 19])
+    np.testing.assert_allclose(format.matmul(x, data), x @ w, atol=1e-4)
+    np.testing.assert_allclose(format.matmul_transposed(g, data, 48), g @ w.T, atol=1e-4)
+    np.testing.assert_allclose(format.columns(data, i, 48), w[:, i], atol=1e-6)
+    np.testing.assert_allclose(format.rows(data, i, 48), w[i], atol=1e-6)
+
+
+@all_formats
+def test_no_quantizer_beats_shannon(format):
+    """Gaussian source: bits held >= 0.5 log2(1 / distortion)."""
+    w = draw(480, 320)
+    if format.pad:
+        format = jq.Integer(format.bits, 48)
+    q = jq.quantize_array(w, jq.Method("test", jq.rtn().rounder, format))
+    distortion = float(jnp.mean((w - q.dequantize()) ** 2) / jnp.mean(w**2))
+    assert q.bits_per_weight >= 0.5 * np.log2(1 / distortion)
+
+
+@all_formats
+def test_json_round_trip(format):
+    assert from_json(to_json(format)) == format
+    assert hash(from_json(to_json(format))) == hash(format)
+
+
+def test_bits_are_the_stated_ones():
+    """Asymmetric, group 64, float16 scales: b + (16 + b) / 64 at SmolLM2's shapes."""
+    for bits, want in ((4, 4.3125), (3, 3.296875), (2, 2.28125)):
+        q = jq.quantize_array(draw(576, 192), jq.rtn(bits=bits, group_size=64))
+        assert q.bits_per_weight == want
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+@pytest.mark.parametrize("k", [1, 7, 32, 33, 96])
+def test_packing_round_trip(bits, k):
+    rng = np.random.default_rng(k)
+    codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (2, k, 5))
+    packed = layout.pack(jnp.asarray(codes), bits)
+    assert (packed.dtype, packed.shape) == (jnp.int32, (2, layout.words(k, bits), 5))
+    np.testing.assert_array_equal(layout.unpack(packed, bits, k), codes)
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_packing_is_the_dense_little_endian_bit_stream(bits):
+    codes = np.random.default_rng(0).integers(-(1 << bits - 1), 1 << bits - 1, 64)
+    stream = sum((int(c) & ((1 << bits) - 1)) << (i * bits) for i, c in enumerate(codes))
+    words = np.asarray(layout.pack(jnp.asarray(codes)[:, None], bits))[:, 0].astype("<i4")
+    assert int.from_bytes(words.tobytes(), "little") == stream
+
+
+def test_tiled_matmul_is_the_matmul(monkeypatch):
+    from pallas_kernels import reference
+
+    w = draw(64, 256)
+    for f in (jq.Integer(4, 16), jq.Integer(3, "tensor")):
+        data = f.encode(w)
+        want = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
+        monkeypatch.setattr(reference, "TILE_WEIGHTS", 64 * 64)
+        got = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
+        monkeypatch.undo()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jq.rtn(bits=5), "bits must be one of"),
+        (lambda: jq.rtn(group_size=0), "group_size must be positive"),
+        (lambda: jq.rtn(group_size=-2), "group_size must be positive"),
+        (lambda: jq.rtn(scale_dtype="int8"), "scale_dtype must be one of"),
+        (lambda: jq.gptq(damping=0), "damping must be positive"),
+        (lambda: jq.named_method("magic"), "unknown method 'magic'; known: gptq, rtn, ternary"),
+        (lambda: jq.named_method("ternary", bits=3), "unexpected keyword argument 'bits'"),
+        (
+            lambda: jq.quantize_array(jnp.ones((576, 8)), jq.rtn(group_size=128)),
+            "does not divide k = 576",
+        ),
+        (lambda: jq.quantize_array(jnp.ones(8), jq.rtn()), "expected a matrix"),
+        (lambda: jq.quantize_array(jnp.full((64, 8), jnp.nan), jq.rtn()), "not finite"),
+        (lambda: jq.quantize_array(jnp.ones((64, 8)), jq.gptq()), "needs gram="),
+        (lambda: jq.quantize_array(jnp.ones((64, 8)), jq.gptq(), jnp.ones((3, 3))), "gram must be"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

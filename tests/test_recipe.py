@@ -1,0 +1,96 @@
+"""Recipes: first match wins, total, resolved before any compute."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxquant as jq
+
+PARAMS = {
+    "embed": {"embedding": jnp.ones((96, 64))},
+    "mlp": {"up": {"kernel": jnp.ones((64, 32))}, "down": {"kernel": jnp.ones((32, 64))}},
+    "norm": {"scale": jnp.ones(64)},
+}
+
+
+def chosen(recipe, **kwargs):
+    return {e.path: e.method for e in jq.resolve(recipe, PARAMS, **kwargs).entries}
+
+
+def test_first_match_wins_and_star_crosses_slashes():
+    a, b = jq.rtn(bits=3, group_size=32), jq.rtn(bits=4, group_size=32)
+    got = chosen(jq.Recipe([("mlp/*up*", a), ("*kernel", b), ("*", jq.KEEP)]))
+    assert got == {
+        "embed/embedding": jq.KEEP,
+        "mlp/up/kernel": a,
+        "mlp/down/kernel": b,
+        "norm/scale": jq.KEEP,
+    }
+
+
+def test_one_method_means_what_the_function_contracts():
+    def fn(p, ids):
+        return jnp.take(p["embed"]["embedding"], ids, 0) @ p["mlp"]["up"]["kernel"]
+
+    method = jq.rtn(group_size=32)
+    found = jq.sites(fn, PARAMS, jnp.array([1]))
+    got = chosen(method, found=found)
+    assert [p for p, m in got.items() if m == method] == ["mlp/up/kernel"]
+    assert sum(m == method for m in chosen(method).values()) == 3  # no sites: rank >= 2
+
+
+def test_plan_prints_the_bytes_that_quantize_makes():
+    recipe = jq.Recipe([("*kernel", jq.rtn(bits=3, group_size=32)), ("*", jq.KEEP)])
+    plan = jq.resolve(recipe, jax.eval_shape(lambda: PARAMS))
+    made = jq.quantize(PARAMS, recipe)
+    assert plan.bits_per_weight == pytest.approx(jq.bits_per_weight(made))
+    assert {e.path: e.bytes for e in plan.entries} == {p: w.nbytes for p, w in jq.path_leaves(made)}
+    assert f"{plan.bits_per_weight:.3f} bits per quantized weight" in str(plan)
+
+
+def test_json_round_trip_and_short_form():
+    recipe = jq.Recipe([("*kernel", jq.gptq(bits=3, act_order=False)), ("*", jq.KEEP)])
+    assert jq.Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    short = [
+        {"pattern": "*kernel", "method": "gptq", "bits": 3, "act_order": False},
+        {"pattern": "*", "method": "keep"},
+    ]
+    assert jq.Recipe.from_json(short) == recipe
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("*kernl", jq.KEEP), ("*", jq.KEEP)], "matches no leaf; nearest: .*kernel"),
+        ([("*kernel", jq.KEEP)], "no pattern matches 'embed/embedding'"),
+        ([("*", jq.rtn(group_size=32))], "'norm/scale' cannot be quantized"),
+        ([("mlp/*", jq.rtn(group_size=64)), ("*", jq.KEEP)], "mlp/down/kernel: group_size 64"),
+        ([("*", "gptq")], "expected a method or KEEP"),
+    ],
+)
+def test_recipes_that_do_not_resolve(rules, message):
+    with pytest.raises(ValueError, match=message):
+        jq.resolve(jq.Recipe(rules), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "a recipe is a list"),
+        ([{"pattern": "*"}], "a rule is"),
+        ([{"pattern": "*", "method": "magic"}], "unknown method"),
+        ([{"pattern": "*", "method": "rtn", "bits": 5}], "bits must be one of"),
+        ([{"pattern": "*", "method": {"type": "Magic"}}], "unknown type 'Magic'"),
+    ],
+)
+def test_bad_recipe_files(value, message):
+    with pytest.raises(ValueError, match=message):
+        jq.Recipe.from_json(value)
+
+
+def test_feedback_needs_statistics_before_any_compute():
+    recipe = jq.Recipe([("*kernel", jq.gptq(group_size=32)), ("*", jq.KEEP)])
+    with pytest.raises(ValueError, match="needs statistics"):
+        jq.quantize(PARAMS, recipe)
