@@ -4,7 +4,7 @@ from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
 from jaxquant.codebooks import Integer, Ternary
 from jaxquant.dispatch import Explanation, explain, quantized
-from jaxquant.methods import KEEP, Method, gptq, named_method, rtn, ternary
+from jaxquant.methods import KEEP, METHODS, Method, gptq, named_method, rtn, ternary
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import bits_per_weight, dequantize, quantize, quantize_array
 from jaxquant.recipe import Plan, Recipe, resolve
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KEEP",
+    "METHODS",
     "Explanation",
     "Integer",
     "Method",

@@ -115,5 +115,5 @@ class _Spy(quax.ArrayValue):
             out = quax.quaxify(lambda *a: primitive.bind(*a, **params))(*inner)
         spy = spies[0]
         spy.log.uses.extend(Use(spy.path, str(primitive), rule, why) for rule, why in heard)
-        rewrap = lambda x: _Spy(x, spy.path, spy.log) if isinstance(x, StandIn) else x  # noqa: E731
+        rewrap = lambda x: _Spy(x, spy.path, spy.log) if isinstance(x, StandIn) else x
         return [rewrap(x) for x in out] if primitive.multiple_results else rewrap(out)

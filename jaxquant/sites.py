@@ -175,7 +175,7 @@ def _(w: _Tracked, ids: Any, **params: Any) -> Any:
 
 def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
     ndim = len(w.shape)
-    front = lambda axes: tuple(sorted(ndim + a for a in axes))  # noqa: E731
+    front = lambda axes: tuple(sorted(ndim + a for a in axes))
     dots = [u for u in uses if u.kind == "dot"]
     gathers = [u for u in uses if u.kind == "gather" and len(u.axes) == 1]
     gathered = ndim + gathers[0].axes[0] if gathers else None

@@ -67,7 +67,7 @@ def test_scanned_layers_have_a_gram_each(remat):
 
 def test_experts_have_a_gram_each():
     w, x = draw(4, 32, 16), draw(4, 5, 32, seed=1)
-    fn = lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x)  # noqa: E731
+    fn = lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x)
     got = jq.calibrate(fn, {"w": w}, [x]).gram("w")
     np.testing.assert_allclose(got, np.einsum("etk,etl->ekl", x, x) / 5, rtol=1e-5, atol=1e-5)
 
@@ -88,7 +88,7 @@ def test_weights_that_share_an_input_share_a_gram():
 
 
 def test_bad_input():
-    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    fn = lambda p, x: x @ p["w"]
     params = {"w": draw(32, 8)}
     with pytest.raises(ValueError, match="at least one batch"):
         jq.calibrate(fn, params, [])
@@ -101,7 +101,7 @@ def test_bad_input():
 def test_blocks_one_at_a_time_see_quantized_prefixes():
     w = draw(3, 32, 32) * 0.3
     x = draw(64, 32, seed=1)
-    block = lambda p, h: h + jnp.tanh(h @ p["w"])  # noqa: E731
+    block = lambda p, h: h + jnp.tanh(h @ p["w"])
     method = jq.gptq(bits=3, group_size=16)
     got, out = jq.quantize_blocks(block, {"w": w}, [x], method)
     h = x

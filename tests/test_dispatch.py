@@ -161,7 +161,7 @@ def test_indexed_layer_and_slices_stay_packed():
     w, x = draw(3, 32, 32), draw(5, 32, seed=1)
 
     def fn(p, x):
-        body = lambda i, x: jnp.tanh(x @ jax.lax.dynamic_index_in_dim(p["w"], i, keepdims=False))  # noqa: E731
+        body = lambda i, x: jnp.tanh(x @ jax.lax.dynamic_index_in_dim(p["w"], i, keepdims=False))
         return jax.lax.fori_loop(0, 3, body, x) @ p["w"][1:2][0]
 
     check(fn, {"w": w}, jq.quantize({"w": w}, FORMATS[0]), x)
@@ -185,7 +185,7 @@ def test_bfloat16_network():
             return nn.Dense(16, use_bias=False, dtype=jnp.bfloat16, name="a")(x)
 
     params = {"a": {"kernel": draw(32, 16)}}
-    fn = lambda p, x: Net().apply({"params": p}, x)  # noqa: E731
+    fn = lambda p, x: Net().apply({"params": p}, x)
     qparams = jq.quantize(params, FORMATS[0])
     y = jax.jit(jq.quantized(fn))(qparams, draw(5, 32))
     assert y.dtype == jnp.bfloat16

@@ -64,7 +64,7 @@ def test_gptq_is_the_classical_algorithm(bits, symmetric, act_order):
     # A tie broken the other way moves its column's later codes: columns agree or hold a tie.
     columns = np.mean(np.all(np.abs(got - want) < 1e-3, axis=0))
     assert columns > 0.8
-    loss = lambda q: np.trace((w - q).T @ h @ (w - q))  # noqa: E731
+    loss = lambda q: np.trace((w - q).T @ h @ (w - q))
     np.testing.assert_allclose(loss(got), loss(want), rtol=0.05)
     wrong = gptq64(w, h, bits, 24, symmetric, act_order)  # the twin: another grouping
     assert np.mean(np.all(np.abs(got - wrong) < 1e-3, axis=0)) < 0.5

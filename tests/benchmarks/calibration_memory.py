@@ -46,7 +46,9 @@ def main():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         return
     for name in TASKS:
-        out = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, __file__, name], capture_output=True, text=True, check=True
+        )
         print(f"{name:24} peak {float(out.stdout.split()[-1]):.2f} GB")
 
 

@@ -4,10 +4,19 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.tiny_llama import BASE, FAMILIES, HD, HEADS, KV, forward, inverse_frequencies, random_tensors
 from tokenizers import pre_tokenizers
 
 from models import load
+from tests.models.tiny_llama import (
+    BASE,
+    FAMILIES,
+    HD,
+    HEADS,
+    KV,
+    forward,
+    inverse_frequencies,
+    random_tensors,
+)
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 20)
 # One merge, for GGUF has no empty lists; so 256 bytes, one pair, four control tokens.

@@ -8,10 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.models.tiny_llama import BASE, FAMILIES, byte_tokenizer_json, random_tensors, write_folder
 
 from models import load
 from models.huggingface import save_hf
+from tests.models.tiny_llama import (
+    BASE,
+    FAMILIES,
+    byte_tokenizer_json,
+    random_tensors,
+    write_folder,
+)
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

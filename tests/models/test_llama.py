@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.tiny_llama import BASE, FAMILIES, LAYERS, LLAMA3, VOCAB, forward, random_tensors, write_folder
 
 from models import Llama, LlamaConfig, blockwise, init_cache, load
 from models.config import Llama3Scaling
 from models.rope import frequencies
 from models.weights import param_shapes
+from tests.models.tiny_llama import (
+    BASE,
+    FAMILIES,
+    LAYERS,
+    LLAMA3,
+    VOCAB,
+    forward,
+    random_tensors,
+    write_folder,
+)
 
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 20)
 

@@ -1,0 +1,207 @@
+"""Checkpoints: one self-describing directory, arrays by Orbax, the rest in one JSON file."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxquant.paths import path_leaves
+from jaxquant.recipe import Recipe
+from jaxquant.serialize import from_json, to_json
+from jaxquant.standin import is_standin
+from jaxquant.tensor import QTensor
+
+VERSION = 1
+DESCRIPTION = "jaxquant.json"
+ARRAYS = "arrays"
+
+
+class Checkpoint(NamedTuple):
+    """What a directory holds: the tree, the recipe that made it (or None), and metadata."""
+
+    params: Any
+    recipe: Recipe | None
+    metadata: dict[str, Any]
+
+
+def check_target(directory: str | Path, overwrite: bool = False) -> Path:
+    """The path, if a checkpoint may be written there.
+
+    Raises:
+      ValueError: it exists and is not an empty directory, and `overwrite` is off.
+    """
+    path = Path(directory).absolute()
+    if path.is_dir() and overwrite and any(path.iterdir()) and not is_checkpoint(path):
+        raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not (overwrite and path.is_dir()):
+        raise ValueError(f"{path} exists and is not empty; pass overwrite (--overwrite) or another")
+    return path
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether the directory holds a jaxquant checkpoint."""
+    return (Path(directory) / DESCRIPTION).is_file()
+
+
+def save(
+    directory: str | Path,
+    params: Any,
+    *,
+    recipe: Recipe | None = None,
+    metadata: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write nested dicts of arrays and `QTensor`s; aside first, then renamed into place.
+
+    Args:
+      directory: made by this call; may exist if empty, or a checkpoint and `overwrite`.
+      metadata: JSON values to give back on load (a model's configuration, its tokenizer).
+    Raises:
+      ValueError: the target is taken, or the tree holds other containers than dicts.
+      OSError: the disk is full or not writable; nothing is left behind.
+    """
+    target = check_target(directory, overwrite)
+    leaves, arrays = _flatten(params)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+            writer.save(aside / ARRAYS, args=ocp.args.StandardSave(arrays))
+        description = {
+            "format": "jaxquant",
+            "version": VERSION,
+            "recipe": None if recipe is None else recipe.to_json(),
+            "metadata": metadata or {},
+            "leaves": leaves,
+            "digests": {name: _digest(a) for name, a in arrays.items()},
+        }
+        (aside / DESCRIPTION).write_text(json.dumps(description))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except Exception as error:
+        raise OSError(f"could not write {target}: {_line(error)}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load(directory: str | Path) -> Checkpoint:
+    """Read a checkpoint; nothing else is needed.
+
+    Raises:
+      ValueError: no checkpoint, one of a newer version, or a damaged one.
+    """
+    path = Path(directory).absolute()
+    description = _description(path)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            arrays = reader.restore(path / ARRAYS, args=ocp.args.StandardRestore(
+                {name: jax.ShapeDtypeStruct(tuple(d["shape"]), d["dtype"])
+                 for name, d in description["digests"].items()}
+            ))  # fmt: skip
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {_line(error)}") from error
+    for name, a in arrays.items():
+        if _digest(a) != description["digests"][name]:
+            raise ValueError(f"{path} is damaged: array {name!r} differs from what was saved")
+    recipe = description["recipe"]
+    return Checkpoint(
+        _unflatten(description["leaves"], arrays),
+        None if recipe is None else Recipe.from_json(recipe),
+        description["metadata"],
+    )
+
+
+def nbytes(directory: str | Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
+
+
+def _description(path: Path) -> dict[str, Any]:
+    if not is_checkpoint(path):
+        raise ValueError(f"{path} is not a jaxquant checkpoint: it has no {DESCRIPTION}")
+    try:
+        value = json.loads((path / DESCRIPTION).read_text())
+        version = int(value["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / DESCRIPTION} is damaged: {_line(error)}") from error
+    if version > VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this jaxquant reads up to {VERSION}; upgrade it"
+        )
+    if not {"recipe", "metadata", "leaves", "digests"} <= set(value):
+        raise ValueError(f"{path / DESCRIPTION} is damaged: parts are missing")
+    return value
+
+
+def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(description of every leaf, all arrays by name)."""
+    _only_dicts(params)
+    leaves: list[dict[str, Any]] = []
+    arrays: dict[str, Any] = {}
+    for path, leaf in path_leaves(params):
+        if isinstance(leaf, QTensor):
+            static = {f: to_json(getattr(leaf, f)) for f in ("format", "view")}
+            named = {f"{path}:{part}": a for part, a in leaf.data.items()}
+            text = {"logical_dtype": leaf.logical_dtype, "method": leaf.method}
+            leaves.append({"path": path, "parts": list(leaf.data), **static, **text})
+        else:
+            named = {path: leaf}
+            leaves.append({"path": path})
+        arrays.update(named)
+    return leaves, arrays
+
+
+def _only_dicts(tree: Any) -> None:
+    if is_standin(tree) or hasattr(tree, "dtype"):
+        return
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"a checkpoint holds nested dicts of arrays, got {type(tree).__name__}; "
+            f"convert first (nnx.to_pure_dict, for one)"
+        )
+    for key, value in tree.items():
+        if not isinstance(key, str) or "/" in key:
+            raise ValueError(f'keys must be strings without "/", got {key!r}')
+        _only_dicts(value)
+
+
+def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for leaf in leaves:
+        path = leaf["path"]
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if "parts" in leaf:
+            node[last] = QTensor(
+                data={part: arrays[f"{path}:{part}"] for part in leaf["parts"]},
+                format=from_json(leaf["format"]),
+                view=from_json(leaf["view"]),
+                logical_dtype=leaf["logical_dtype"],
+                method=leaf["method"],
+            )
+        else:
+            node[last] = arrays[path]
+    return tree
+
+
+def _digest(a: Any) -> dict[str, Any]:
+    data = np.asarray(a)
+    sha = hashlib.sha256(np.ascontiguousarray(data).view(np.uint8)).hexdigest()
+    return {"shape": list(data.shape), "dtype": data.dtype.name, "sha256": sha}
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

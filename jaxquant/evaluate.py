@@ -1,0 +1,105 @@
+"""Evaluation: perplexity, KL to a teacher, top-1 agreement, one chunk in memory at a time."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Logits = Callable[[Any, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures over the scored tokens.
+
+    Attributes:
+      perplexity: exp of the mean negative log likelihood.
+      tokens_scored: how many tokens were predicted.
+      nll: mean negative log likelihood, nats per token.
+      kl: mean KL(teacher || model), nats per token; None without a teacher.
+      top1_agreement: fraction of tokens where both rank the same token first; None without.
+    """
+
+    perplexity: float
+    tokens_scored: int
+    nll: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+
+def chunk(tokens: Any, ctx: int, chunks: int | None = None) -> np.ndarray:
+    """Consecutive chunks [N, ctx] of a token list; the rest is dropped.
+
+    Raises:
+      ValueError: ctx below 4, chunks below 1, or fewer tokens than one chunk.
+
+    >>> chunk(range(9), 4).tolist()
+    [[0, 1, 2, 3], [4, 5, 6, 7]]
+    """
+    if ctx < 4:
+        raise ValueError(f"ctx must be at least 4, got {ctx}")
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"the number of chunks must be positive, got {chunks}")
+    tokens = np.asarray(tokens, np.int32)
+    count = len(tokens) // ctx
+    if count == 0:
+        raise ValueError(f"the text has {len(tokens)} tokens; one chunk needs {ctx}")
+    return tokens[: count * ctx].reshape(count, ctx)[:chunks]
+
+
+def evaluate(
+    logits: Logits,
+    params: Any,
+    chunks: np.ndarray,
+    *,
+    against: tuple[Logits, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Score the second half of every chunk, as llama.cpp's perplexity does.
+
+    Logits at positions ctx // 2 ... ctx - 2 predict the token after each.
+
+    Args:
+      logits: logits(params, tokens [1, ctx]) -> [1, ctx, vocabulary]; `jaxquant.quantized` if
+        params holds stand-ins.
+      chunks: token ids [N, ctx], from `chunk`.
+      against: the teacher's (logits, params), for KL and agreement.
+      progress: called with the number of chunks done.
+
+    >>> import jax
+    >>> uniform = lambda p, x: jnp.zeros((*x.shape, 8))
+    >>> round(evaluate(uniform, None, chunk(range(8), 8)).perplexity, 4)
+    8.0
+    """
+    step = jax.jit(lambda p, t, x: _score(logits, against and against[0], p, t, x))
+    teacher = against[1] if against else None
+    totals = np.zeros(3)
+    for i, tokens in enumerate(chunks):
+        totals += np.asarray(step(params, teacher, jnp.asarray(tokens)[None]), np.float64)
+        if progress is not None:
+            progress(i + 1)
+    count = len(chunks) * (chunks.shape[1] - chunks.shape[1] // 2 - 1)
+    nll, kl, agree = totals / count
+    more = (float(kl), float(agree)) if against else (None, None)
+    return Evaluation(math.exp(min(nll, 700.0)), count, float(nll), *more)
+
+
+def _score(logits: Logits, teacher: Logits | None, params: Any, other: Any, x: Array) -> Array:
+    """Sums over one chunk: negative log likelihood, KL, agreements."""
+    half = x.shape[1] // 2
+    log_p = _log_probabilities(logits, params, x, half)
+    nll = -jnp.sum(jnp.take_along_axis(log_p, x[0, half + 1 :, None], axis=-1))
+    if teacher is None:
+        return jnp.stack([nll, jnp.zeros(()), jnp.zeros(())])
+    log_t = _log_probabilities(teacher, other, x, half)
+    kl = jnp.sum(jnp.exp(log_t) * (log_t - log_p))
+    return jnp.stack([nll, kl, jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))])
+
+
+def _log_probabilities(logits: Logits, params: Any, x: Array, half: int) -> Array:
+    return jax.nn.log_softmax(logits(params, x)[0, half:-1].astype(jnp.float32))

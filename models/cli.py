@@ -1,0 +1,251 @@
+"""The command `jaxquant`: quantize, eval, generate, inspect."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import jaxquant as jq
+from jaxquant import checkpoint
+from jaxquant.evaluate import chunk, evaluate
+from models import pipeline
+from models.generate import generate as generate_ids
+from models.text import read_text
+
+stderr = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[Any], None]]:
+    """A progress bar on stderr; call what it gives once per step done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=stderr) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda _: progress.advance(task)
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """A ValueError inside is the caller's: exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+@click.group()
+@click.version_option(jq.__version__)
+def cli() -> None:
+    """Quantize language models, and run and measure them."""
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--method", default=None, help=f"One of {', '.join(sorted(jq.METHODS))}.")
+@click.option("--bits", type=int, default=None)
+@click.option("--group-size", type=int, default=None, help="-1: one scale per output.")
+@click.option("--symmetric/--asymmetric", default=None)
+@click.option("--act-order/--no-act-order", default=None)
+@click.option("--recipe", "recipe_file", default=None, help="JSON file of rules.")
+@click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
+@click.option("--calibration-tokens", type=int, default=8192, show_default=True)
+@click.option("--weighting", type=click.Choice(["gradient", "uniform"]), default="gradient")
+@click.option("--seed", type=int, default=0, help="Seeds methods that draw at random.")
+@click.option("--out", required=True)
+@click.option("--overwrite", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
+def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Quantize MODEL into the directory --out."""
+    with usage():
+        recipe = _recipe(**options)
+        checkpoint.check_target(out, overwrite)
+        if options["calibration_tokens"] < pipeline.CONTEXT:
+            raise ValueError(f"--calibration-tokens must be at least {pipeline.CONTEXT}")
+    start = time.monotonic()
+    text = read_text(options["calibration"], calibration=True)
+    source = pipeline.load_any(model)
+    stderr.print(str(pipeline.plan(source, recipe)), highlight=False)
+    stats = None
+    if pipeline.needs_statistics(recipe):
+        count = options["calibration_tokens"]
+        with bar("calibrating", count // pipeline.CONTEXT) as step:
+            stats = pipeline.calibrate(
+                source, text, count, weighting=options["weighting"], progress=step
+            )
+    total = sum(isinstance(e.method, jq.Method) for e in pipeline.plan(source, recipe).entries)
+    with bar("quantizing", total) as step:
+        key = jax.random.key(options["seed"])
+        result = pipeline.quantized_model(source, recipe, stats, key=key, progress=step)
+    pipeline.save(out, result, recipe, overwrite)
+    report = {
+        "out": out,
+        "bits_per_weight": jq.bits_per_weight(result.params),
+        "bytes": checkpoint.nbytes(out),
+        "seconds": time.monotonic() - start,
+    }
+    _emit(report, as_json)
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option("--text", required=True, help="Text FILE or builtin.")
+@click.option("--ctx", type=int, default=512, show_default=True)
+@click.option("--chunks", type=int, default=None)
+@click.option("--against", default=None, help="Teacher for KL and agreement.")
+@click.option("--json", "as_json", is_flag=True)
+def evaluate_command(
+    model: str, text: str, ctx: int, chunks: int | None, against: str | None, as_json: bool
+) -> None:
+    """Perplexity of MODEL on a text."""
+    with usage():
+        chunk(range(max(ctx, 0)), ctx, chunks)  # refuses bad sizes before anything is loaded
+    content = read_text(text)
+    student = pipeline.load_any(model)
+    pieces = chunk(student.tokenizer.encode(content), ctx, chunks)
+    teacher = None
+    if against is not None:
+        other = pipeline.load_any(against)
+        if other.tokenizer.encode(content[:10_000]) != student.tokenizer.encode(content[:10_000]):
+            raise ValueError(f"{against} and {model} have different tokenizers; KL is undefined")
+        teacher = (jq.quantized(other.apply_fn), other.params)
+    with bar("evaluating", len(pieces)) as step:
+        result = evaluate(
+            jq.quantized(student.apply_fn), student.params, pieces, against=teacher, progress=step
+        )
+    report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+    _emit({**report, **_sizes(student.params)}, as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--prompt", required=True)
+@click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0)
+@click.option("--json", "as_json", is_flag=True)
+def generate(
+    model: str, prompt: str, max_tokens: int, temperature: float, seed: int, as_json: bool
+) -> None:
+    """Continue a prompt with MODEL."""
+    source = pipeline.load_any(model)
+    ids = source.tokenizer.encode(prompt)
+    new = generate_ids(
+        jq.quantized(source.apply_cached),
+        source.params,
+        source.config,
+        ids,
+        max_tokens,
+        temperature,
+        jax.random.key(seed),
+    )
+    text = source.tokenizer.decode(new)
+    if as_json:
+        _emit({"prompt": prompt, "text": text, "tokens": len(new)}, as_json)
+    else:
+        click.echo(prompt + text)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True)
+def inspect(model: str, as_json: bool) -> None:
+    """Bytes and bits of every tensor of MODEL."""
+    rows = [_row(p, w) for p, w in jq.path_leaves(pipeline.load_any(model).params)]
+    total = sum(r["bytes"] for r in rows)
+    packed = [r for r in rows if r["method"] != "none"]
+    size = sum(r["bytes"] * 8 / r["bits_per_weight"] for r in packed)
+    bits = 8 * sum(r["bytes"] for r in packed) / size if packed else 0.0
+    if as_json:
+        _emit({"bytes": total, "bits_per_weight": bits, "tensors": rows}, True)
+        return
+    table = Table("path", "shape", "method", "format", "bits/weight", "bytes")
+    for r in rows:
+        shape = "x".join(map(str, r["shape"]))
+        size_text = f"{r['bytes']:,}"
+        bits_text = f"{r['bits_per_weight']:.3f}"
+        table.add_row(r["path"], shape, r["method"], r["format"], bits_text, size_text)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    click.echo(f"{total:,} bytes; {bits:.3f} bits per weight over the quantized matrices")
+
+
+def _row(path: str, w: Any) -> dict[str, Any]:
+    packed = isinstance(w, jq.QTensor)
+    return {
+        "path": path,
+        "shape": list(w.shape),
+        "method": w.method if packed else "none",
+        "format": repr(w.format) if packed else str(w.dtype),
+        "bits_per_weight": 8 * w.nbytes / w.size,
+        "bytes": w.nbytes,
+    }
+
+
+def _sizes(params: Any) -> dict[str, Any]:
+    total = sum(w.nbytes for _, w in jq.path_leaves(params))
+    return {"bits_per_weight": jq.bits_per_weight(params) or 32.0, "bytes": total}
+
+
+def _recipe(
+    method: str | None,
+    recipe_file: str | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    act_order: bool | None,
+    **_: Any,
+) -> jq.Recipe:
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    options["act_order"] = act_order
+    if (method is None) == (recipe_file is None):
+        raise ValueError("give one of --method and --recipe")
+    if method is not None:
+        return pipeline.recipe_of(jq.named_method(method, **options))
+    if any(v is not None for v in options.values()):
+        raise ValueError("--recipe states everything; leave --bits and the like out")
+    try:
+        with open(str(recipe_file), encoding="utf-8") as file:
+            return jq.Recipe.from_json(json.load(file))
+    except OSError as error:
+        raise ValueError(f"cannot read {recipe_file}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe_file} is not JSON: {error}") from None
+
+
+def _emit(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    for name, value in report.items():
+        click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: exit status 0, 1 (failed) or 2 (bad usage); an error is one line."""
+    warnings.showwarning = lambda message, *_, **__: stderr.print(f"warning: {message}")
+    try:
+        sys.exit(cli.main(args, prog_name="jaxquant", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written", 130)
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("JAXQUANT_DEBUG"):
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    line = " ".join(message.split())
+    click.echo(f"error: {line}", err=True)
+    sys.exit(status)
