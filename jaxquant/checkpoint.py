@@ -197,7 +197,7 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
 
 def _digest(a: Any) -> dict[str, Any]:
     data = np.asarray(a)
-    sha = hashlib.sha256(np.ascontiguousarray(data).view(np.uint8)).hexdigest()
+    sha = hashlib.sha256(data.tobytes()).hexdigest()
     return {"shape": list(data.shape), "dtype": data.dtype.name, "sha256": sha}
 
 

@@ -135,9 +135,10 @@ def _quantize_leaf(
     w: Array, entry: Entry, method: Method, gram: Array | None
 ) -> tuple[QTensor, tuple[float, int]]:
     """All matrices of a leaf, one after another through one compiled program."""
-    if not bool(jnp.all(jnp.isfinite(w))):
+    abstract = isinstance(w, jax.core.Tracer)  # under eval_shape there are no values to judge
+    if not abstract and not bool(jnp.all(jnp.isfinite(w))):
         raise ValueError(f"{entry.path}: weights are not finite (NaN or infinity)")
-    if gram is not None and not bool(jnp.all(jnp.isfinite(gram))):
+    if not abstract and gram is not None and not bool(jnp.all(jnp.isfinite(gram))):
         raise ValueError(f"{entry.path}: statistics are not finite; check the calibration data")
     view, order = entry.form
     *batch, k, n = entry.matrix
@@ -153,6 +154,8 @@ def _quantize_leaf(
         logical_dtype=jnp.dtype(w.dtype).name,
         method=method.name,
     )
+    if abstract:
+        return tensor, (0.0, 0)
     return tensor, (float(jnp.max(report["damping"])), int(jnp.sum(report["dead"])))
 
 

@@ -1,8 +1,9 @@
 """The architecture of a Llama-like model, and its readers for Hugging Face and GGUF metadata."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -90,7 +91,7 @@ class LlamaConfig:
         """
         family = hf.get("model_type")
         _check_hf(hf, family)
-        get = lambda key: _need(hf, key, "config.json")
+        get = functools.partial(_need, hf, "config.json")
         bias = family == "qwen2" or bool(hf.get("attention_bias", False))
         heads = get("num_attention_heads")
         return cls(
@@ -124,10 +125,12 @@ class LlamaConfig:
         """
         arch = fields.get("general.architecture")
         _check_gguf(fields, arch)
-        get = lambda key: _need(fields, f"{arch}.{key}", "the GGUF metadata")
-        opt = lambda key, default=None: fields.get(f"{arch}.{key}", default)
+        opt = _Arch(fields, arch).get
+        get = functools.partial(_need, _Arch(fields, arch), "the GGUF metadata")
         heads = get("attention.head_count")
-        vocab = opt("vocab_size") or len(_need(fields, "tokenizer.ggml.tokens", "the metadata"))
+        vocab = opt("vocab_size") or len(
+            _need(fields, "the GGUF metadata", "tokenizer.ggml.tokens")
+        )
         head_dim = opt("attention.key_length") or get("embedding_length") // heads
         for key in ("attention.value_length", "rope.dimension_count"):
             if opt(key, head_dim) != head_dim:
@@ -152,10 +155,21 @@ class LlamaConfig:
         )
 
 
-def _need(data: Mapping[str, Any], key: str, where: str):
-    if data.get(key) is None:
+class _Arch(NamedTuple):
+    """GGUF metadata of one architecture, whose keys begin with its name."""
+
+    fields: Mapping[str, Any]
+    arch: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.fields.get(f"{self.arch}.{key}", default)
+
+
+def _need(data: Any, where: str, key: str) -> Any:
+    value = data.get(key)
+    if value is None:
         raise ValueError(f"{where} lacks {key!r}")
-    return data[key]
+    return value
 
 
 def _ids(value) -> tuple[int, ...]:
@@ -174,7 +188,7 @@ def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    get = lambda key: _need(rope, key, f"rope_scaling of type {kind!r}")
+    get = functools.partial(_need, rope, f"rope_scaling of type {kind!r}")
     if kind == "linear":
         return float(get("factor"))
     if kind == "llama3":
@@ -205,7 +219,7 @@ def _check_gguf(fields: Mapping[str, Any], arch) -> None:
     supported = [f for f in FAMILIES if f != "mistral"]  # GGUF calls Mistral "llama"
     if arch not in supported:
         raise ValueError(f"general.architecture must be one of {supported}; got {arch!r}")
-    opt = lambda key, default=None: fields.get(f"{arch}.{key}", default)
+    opt = _Arch(fields, arch).get
     if opt("expert_count"):
         raise ValueError(f"mixture-of-experts models are not supported ({arch}.expert_count)")
     scaling = opt("rope.scaling.type", "none")

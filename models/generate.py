@@ -101,10 +101,13 @@ def _run(
 
 def _pick(logits, temperature, key):
     """logits [V] to a token id, int32 scalar."""
-    greedy = lambda: jnp.argmax(logits).astype(jnp.int32)
-    # The guard is for vmap, under which both branches run.
-    scaled = logits / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
-    sample = lambda: jax.random.categorical(key, scaled).astype(jnp.int32)
+
+    def greedy():
+        return jnp.argmax(logits).astype(jnp.int32)
+
+    def sample():
+        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
     return jax.lax.cond(temperature > 0, sample, greedy)
 
 

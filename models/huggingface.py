@@ -15,11 +15,14 @@ from models.llama import LlamaConfig
 from models.tokenizer import Tokenizer
 from models.weights import assemble, tensor_names
 
+_BOTH = (("kernel", "weight"), ("bias", "bias"))
 _LAYER = {
-    **{f"attn/{p}/{ours}": f"self_attn.{p}_proj.{theirs}"
-       for p in "qkvo" for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
-    **{f"mlp/{p}/{ours}": f"mlp.{p}_proj.{theirs}"
-       for p in ("gate", "up", "down") for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
+    **{f"attn/{p}/{ours}": f"self_attn.{p}_proj.{hf}" for p in "qkvo" for ours, hf in _BOTH},
+    **{
+        f"mlp/{p}/{ours}": f"mlp.{p}_proj.{hf}"
+        for p in ("gate", "up", "down")
+        for ours, hf in _BOTH
+    },
     "attn/q_norm/scale": "self_attn.q_norm.weight",
     "attn/k_norm/scale": "self_attn.k_norm.weight",
     "attn_norm/scale": "input_layernorm.weight",

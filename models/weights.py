@@ -48,7 +48,7 @@ def assemble(
     Returns:
       Nested dict of jax arrays, the inner "params" of `Llama`.
     Raises:
-      ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; it is named.
+      ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; named.
     """
     _check_names({n for group in names.values() for n in group}, set(present))
     shapes = param_shapes(config)

@@ -67,10 +67,10 @@ def packed_matmul(
 ) -> Float[Array, "m n"]:
     """x @ dequantize(codes): weights in x's dtype, float32 sums, float32 result.
 
-    The barrier ties the codes to x: without it XLA lifts the dequantization, which depends on
-    nothing that changes, out of a decoding loop, and a float copy of the model appears.
+    The barrier ties what is stored to x: without it XLA lifts the dequantization, which depends
+    on nothing that changes, out of a decoding loop, and a float copy of the model appears.
     """
-    x, codes = jax.lax.optimization_barrier((x, codes))
+    x, codes, scale, zero = jax.lax.optimization_barrier((x, codes, scale, zero))
     m, k = x.shape
     n = codes.shape[-1]
 
@@ -97,7 +97,7 @@ def packed_matmul_transposed(
     k: int,
 ) -> Float[Array, "m k"]:
     """g @ dequantize(codes).T: the cotangent of x, and a weight used the other way round."""
-    g, codes = jax.lax.optimization_barrier((g, codes))
+    g, codes, scale, zero = jax.lax.optimization_barrier((g, codes, scale, zero))
     m, n = g.shape
 
     def add(total: Array, part: tuple) -> tuple[Array, None]:

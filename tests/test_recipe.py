@@ -94,3 +94,11 @@ def test_feedback_needs_statistics_before_any_compute():
     recipe = jq.Recipe([("*kernel", jq.gptq(group_size=32)), ("*", jq.KEEP)])
     with pytest.raises(ValueError, match="needs statistics"):
         jq.quantize(PARAMS, recipe)
+
+
+def test_eval_shape_gives_the_shapes_without_computing():
+    recipe = jq.Recipe([("*kernel", jq.rtn(bits=3, group_size=32)), ("*", jq.KEEP)])
+    shapes = jax.eval_shape(lambda p: jq.quantize(p, recipe), PARAMS)
+    made = jq.quantize(PARAMS, recipe)
+    assert jax.tree.structure(shapes) == jax.tree.structure(made)
+    assert jq.bits_per_weight(shapes) == jq.bits_per_weight(made)

@@ -38,9 +38,7 @@ def variants():
 
 
 def main():
-    print(
-        f"{'weights':14} {'bits':>6} {'prefill 512':>12} {'ratio':>6} {'decode/token':>13} {'ratio':>6}"
-    )
+    print("weights          bits  prefill 512  ratio  decode/token  ratio")
     first = None
     for name, model, params, bits in variants():
         forward = jax.jit(jq.quantized(model.apply_fn))

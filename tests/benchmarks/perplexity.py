@@ -33,7 +33,9 @@ def main():
     def perplexity(params):
         return float(np.exp(np.mean([nll(params, jnp.asarray(c)) for c in scored])))
 
-    def forward(params, x, llama=Llama(model.config, remat=True)):
+    llama = Llama(model.config, remat=True)
+
+    def forward(params, x):
         return llama.apply({"params": params}, x)
 
     def loss(logits, x):

@@ -91,7 +91,7 @@ def write(path, hf, tensors, kinds=None, **changes):
     return path
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_forward_equals_numpy(family, tmp_path):
     hf = FAMILIES[family]
     tensors = random_tensors(hf)

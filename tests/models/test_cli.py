@@ -1,0 +1,224 @@
+"""The command: what it prints, its exit status, and one clear line for every bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from models import load, pipeline
+from models.cli import main
+from models.generate import _run
+from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 60
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    write_folder(folder, BASE | {"max_position_embeddings": 1024}, random_tensors(BASE))
+    (folder / "tokenizer.json").write_text(byte_tokenizer_json())
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*args):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def packed(tiny):
+    out = tiny.parent / "packed"
+    with pytest.raises(SystemExit):
+        main(
+            f"quantize {tiny} --method gptq --bits 4 --group-size 8 --out {out} "
+            f"--calibration-tokens 1024 --calibration {tiny.parent / 'text.txt'}".split()
+        )
+    return out
+
+
+def test_the_four_commands(tiny, packed, run):
+    text = tiny.parent / "text.txt"
+    status, out, _ = run("eval", packed, "--text", text, "--ctx", 64, "--against", tiny, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["perplexity"] > 1
+    assert 0 < report["kl"] < 5
+    assert 0 < report["top1_agreement"] <= 1
+    status, out, _ = run("inspect", packed, "--json")
+    rows = {r["path"]: r for r in json.loads(out)["tensors"]}
+    assert rows["layers/mlp/up/kernel"]["method"] == "gptq"
+    assert rows["embed/embedding"]["method"] == "none"
+    status, out, _ = run("generate", packed, "--prompt", "the quick", "--max-tokens", 8, "--json")
+    assert status == 0
+    assert json.loads(out)["tokens"] <= 8
+    again = run("generate", packed, "--prompt", "the quick", "--max-tokens", 8, "--json")[1]
+    assert again == out
+    assert run("inspect", packed)[0] == 0
+
+
+def test_packed_model_is_the_dequantized_one(packed):
+    model = pipeline.load_any(packed)
+    tokens = jnp.arange(64)[None]
+    got = jax.jit(jq.quantized(model.apply_fn))(model.params, tokens)
+    want = model.apply_fn(jq.dequantize(model.params), tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert jq.explain(model.apply_fn, model.params, tokens).materialised == ()
+
+
+def fails(result, status, message):
+    code, out, err = result
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == status, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method rtn --bits 5", "bits must be one of"),
+        ("--method rtn --group-size 0", "group_size must be positive"),
+        ("--method magic", "unknown method 'magic'"),
+        ("--method ternary --bits 3", "unexpected keyword argument 'bits'"),
+        ("", "give one of --method and --recipe"),
+        ("--recipe /nowhere.json", "cannot read /nowhere.json"),
+        ("--method gptq --calibration-tokens 3", "--calibration-tokens must be at least 512"),
+    ],
+)
+def test_bad_usage(tiny, run, tmp_path, options, message):
+    fails(run("quantize", tiny, *options.split(), "--out", tmp_path / "o"), 2, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models_and_texts(tiny, run, tmp_path):
+    text = tmp_path / "t.txt"
+    quantize = ("--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
+    fails(run("quantize", tmp_path / "none", *quantize), 1, "no model")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x09" * 40)
+    fails(run("quantize", tmp_path / "cut.gguf", *quantize), 1, "cut.gguf")
+    text.write_bytes(b"good \xff bad")
+    fails(run("eval", tiny, "--text", text), 1, "not UTF-8 text: byte 5")
+    text.write_text("")
+    fails(run("eval", tiny, "--text", text), 1, "holds no text")
+    fails(run("quantize", tiny, *quantize, "--calibration", text), 1, "holds no text")
+    text.write_text("short")
+    fails(run("eval", tiny, "--text", text), 1, "one chunk needs 512")
+    bad = random_tensors(BASE)
+    bad["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+    folder = write_folder(tmp_path / "nan", BASE, bad)
+    fails(run("quantize", folder, *quantize), 1, "up_proj")
+    (folder / "model.safetensors").unlink()
+    fails(run("quantize", folder, *quantize), 1, "safetensors")
+    fails(run("quantize", tiny, "--method", "rtn", "--out", tmp_path / "o"), 1, "does not divide k")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "file").write_text("x")
+    fails(run("quantize", tiny, *quantize), 2, "exists and is not empty")
+
+
+def test_a_missing_shard(tiny, run, tmp_path):
+    folder = write_folder(tmp_path / "m", BASE, random_tensors(BASE))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = dict.fromkeys(random_tensors(BASE), "model-00001-of-00002.safetensors")
+    shards["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    message = "model-00002-of-00002.safetensors"
+    fails(run("quantize", folder, "--method", "rtn", "--out", tmp_path / "o"), 1, message)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a tmpfs")
+def test_a_full_disk(tiny, run, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False
+    ).returncode:
+        pytest.skip("may not mount")
+    try:
+        out = disk / "o"
+        result = run("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", out)
+        fails(result, 1, "could not write")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_decoding_loop_holds_no_float_copy_of_the_weights():
+    """XLA lifts loop-invariant dequantization out of a loop unless it is prevented."""
+    w = jq.quantize_array(jnp.ones((1024, 1024)), jq.rtn(bits=4))
+
+    def decode(w, x):
+        return jax.lax.fori_loop(0, 8, lambda _, x: jnp.tanh(jq.quantized(jnp.matmul)(x, w)), x)
+
+    def lifted(w, x):
+        dense = w.dequantize()
+        return jax.lax.fori_loop(0, 8, lambda _, x: jnp.tanh(x @ dense), x)
+
+    def entry(fn):
+        text = jax.jit(fn).lower(w, jnp.ones((1, 1024))).compile().as_text()
+        return text[text.index("ENTRY") :]
+
+    assert "f32[1024,1024]" in entry(lifted)  # the twin: what lifting looks like
+    assert "f32[1024,1024]" not in entry(decode), "a float copy of the weights outlives the loop"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_generate_on_the_real_model_stays_below_a_float_copy():
+    model = load("smollm2-135m")
+    recipe = jq.Recipe([("*kernel", jq.rtn()), ("*embedding", jq.rtn()), ("*", jq.KEEP)])
+    params = jax.eval_shape(lambda p: jq.quantize(p, recipe), model.params)
+    fixed = (jq.quantized(model.apply_cached), model.config, 32, jnp.dtype("float32"))
+    scalars = [jax.ShapeDtypeStruct((), d) for d in ("int32", "int32", "float32")]
+    prompt = jax.ShapeDtypeStruct((1, 32), "int32")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = _run.lower(*fixed, params, prompt, *scalars, key).compile()
+    packed = sum(w.nbytes for _, w in jq.path_leaves(params))
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < packed
+    assert temporary < 0.15 * 4 * 134_515_008  # a float copy of the model
+
+
+def test_console_script_and_module():
+    code = "import sys; from models.cli import main; sys.argv=['jaxquant','--version']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert jq.__version__ in done.stdout
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_demo_model_at_four_bits(run, tmp_path):
+    """The real model by the real path; figures with room for the machine, none of time."""
+    out = tmp_path / "o"
+    assert run("quantize", "smollm2-135m", "--method", "rtn", "--out", out)[0] == 0
+    status, text, _ = run("inspect", out, "--json")
+    report = json.loads(text)
+    layers = [r for r in report["tensors"] if r["method"] == "rtn"]
+    assert status == 0
+    assert report["bits_per_weight"] == 4.3125
+    assert len(layers) == 7
+    assert sum(r["shape"][0] for r in layers) == 210
+    assert sum(r["bytes"] for r in layers) < 0.30 * 2 * 106_168_320
+    status, text, _ = run(
+        "eval", out, "--text", "builtin", "--chunks", 2, "--against", "smollm2-135m", "--json"
+    )
+    figures = json.loads(text)
+    assert figures["tokens_scored"] == 510
+    assert figures["kl"] < 0.6
+    assert load("smollm2-135m").config.n_layers == 30

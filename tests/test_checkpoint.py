@@ -1,0 +1,113 @@
+"""Checkpoints: every format back to the bit; damage and newer versions said in a line."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant import checkpoint
+
+from .test_dispatch import draw
+from .test_formats import FORMATS
+
+RECIPE = jq.Recipe([("a/w", jq.rtn(bits=3, group_size=16)), ("*", jq.KEEP)])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = jq.quantize({"a": {"w": draw(48, 20)}, "b": jnp.ones(3)}, RECIPE)
+    checkpoint.save(tmp_path / "c", params, recipe=RECIPE, metadata={"name": "x"})
+    return tmp_path / "c", params
+
+
+def test_every_format_comes_back_to_the_bit(tmp_path):
+    tree = {
+        str(i): jq.quantize_array(draw(48, 20), jq.Method("m", jq.rtn().rounder, f))
+        for i, f in enumerate(FORMATS)
+    }
+    tree["plain"] = {
+        d: draw(4, 3).astype(d) for d in ("float32", "float16", "bfloat16", "int32", "int8")
+    }
+    tree["scalar"] = jnp.float32(2)
+    checkpoint.save(tmp_path / "c", tree)
+    back = checkpoint.load(tmp_path / "c").params
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_describes_itself(saved):
+    path, params = saved
+    back = checkpoint.load(path)
+    assert back.recipe == RECIPE
+    assert back.metadata == {"name": "x"}
+    assert back.params["a"]["w"].format == params["a"]["w"].format
+    assert back.params["a"]["w"].method == "rtn"
+
+
+def test_taken_places_are_refused(saved):
+    path, params = saved
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        checkpoint.save(path, params)
+    checkpoint.save(path, params, overwrite=True)
+    other = path.parent / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not a jaxquant checkpoint; it will not be overwritten"):
+        checkpoint.save(other, params, overwrite=True)
+    with pytest.raises(ValueError, match="holds nested dicts"):
+        checkpoint.save(path.parent / "n", [jnp.ones(3)])
+    assert sorted(p.name for p in path.parent.iterdir()) == ["c", "mine"]
+
+
+def test_damage_is_named(saved):
+    path, _ = saved
+
+    def broken(change):
+        copy = path.parent / "broken"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(path, copy)
+        change(copy)
+        with pytest.raises(ValueError, match=r"damaged|newer|not a jaxquant|version") as caught:
+            checkpoint.load(copy)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def edit(**changes):
+        def change(copy):
+            file = copy / checkpoint.DESCRIPTION
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+        return change
+
+    assert "reads up to 1" in broken(edit(version=99))
+    assert "damaged" in broken(
+        edit(leaves=None, digests={"a": {"shape": [1], "dtype": "int8", "sha256": ""}})
+    )
+    assert "not a jaxquant" in broken(lambda c: (c / checkpoint.DESCRIPTION).unlink())
+    assert "damaged" in broken(lambda c: (c / checkpoint.DESCRIPTION).write_text('{"version'))
+    assert "damaged" in broken(lambda c: shutil.rmtree(c / checkpoint.ARRAYS))
+
+    def truncate(copy):
+        for f in (copy / checkpoint.ARRAYS).rglob("*"):
+            if f.is_file():
+                f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])
+
+    assert "damaged" in broken(truncate)
+
+
+def test_a_failed_write_leaves_nothing(saved, monkeypatch):
+    path, params = saved
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(OSError, match="could not write .*No space left"):
+        checkpoint.save(path.parent / "d", params)
+    assert [p.name for p in path.parent.iterdir()] == ["c"]
