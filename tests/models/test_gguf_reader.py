@@ -1,6 +1,7 @@
 """GGUF files written here with `gguf.GGUFWriter`, read back and compared."""
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def interleaved(rows, heads):
 def to_gguf(hf, tensors):
     out = {}
     for name, value in tensors.items():
-        if hf["model_type"] == "llama" and ("q_proj" in name or "k_proj" in name):
+        if hf["model_type"] in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
             value = interleaved(value, HEADS if "q_proj" in name else KV)
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
@@ -97,7 +98,7 @@ def test_forward_equals_numpy(family, tmp_path):
     tensors = random_tensors(hf)
     model = load(write(tmp_path / "m.gguf", hf, to_gguf(hf, tensors)))
     assert model.config.eos_ids == (257,)
-    got = model.apply_fn(model.params, jnp.asarray(TOKENS)[None])[0]
+    got = jax.jit(model.apply_fn)(model.params, jnp.asarray(TOKENS)[None])[0]
     np.testing.assert_allclose(got, forward(hf, tensors, TOKENS), atol=2e-4)
 
 

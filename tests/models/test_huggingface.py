@@ -72,7 +72,7 @@ def test_each_tensor_has_its_own_dtype(tmp_path):
 def test_bfloat16_parameters(tmp_path):
     model = load(write_folder(tmp_path, BASE, random_tensors(BASE)), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert np.isfinite(model.apply_fn(model.params, jnp.ones((1, 4), jnp.int32))).all()
+    assert np.isfinite(jax.jit(model.apply_fn)(model.params, jnp.ones((1, 4), jnp.int32))).all()
 
 
 def test_rotary_buffers_and_tied_duplicates_are_ignored(tmp_path):

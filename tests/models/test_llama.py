@@ -37,7 +37,7 @@ def test_forward_equals_numpy(family, tmp_path):
     hf = FAMILIES[family]
     tensors = random_tensors(hf)
     model = load(write_folder(tmp_path, hf, tensors))
-    got = model.apply_fn(model.params, jnp.asarray([TOKENS, TOKENS[::-1]]))
+    got = jax.jit(model.apply_fn)(model.params, jnp.asarray([TOKENS, TOKENS[::-1]]))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got[0], forward(hf, tensors, TOKENS), atol=2e-4)
     np.testing.assert_allclose(got[1], forward(hf, tensors, TOKENS[::-1]), atol=2e-4)
@@ -49,7 +49,7 @@ def test_a_wrong_rope_is_seen(change, tmp_path):
     tensors = random_tensors(hf)
     model = load(write_folder(tmp_path, hf, tensors))
     wrong = Llama(dataclasses.replace(model.config, **change))
-    got = wrong.apply({"params": model.params}, jnp.asarray(TOKENS)[None])[0]
+    got = jax.jit(wrong.apply)({"params": model.params}, jnp.asarray(TOKENS)[None])[0]
     assert np.abs(got - forward(hf, tensors, TOKENS)).max() > 1e-2
 
 
@@ -86,10 +86,10 @@ def test_chained_pieces_equal_apply(family, tmp_path):
     model = load(write_folder(tmp_path, hf, random_tensors(hf)))
     tokens = jnp.asarray(TOKENS)[None]
     parts = blockwise(model.config)
-    h = parts.embed(model.params, tokens)
+    h, block = parts.embed(model.params, tokens), jax.jit(parts.block)
     for i in range(LAYERS):
-        h = parts.block(jax.tree.map(lambda leaf, i=i: leaf[i], model.params["layers"]), h)
-    whole = model.apply_fn(model.params, tokens)
+        h = block(jax.tree.map(lambda leaf, i=i: leaf[i], model.params["layers"]), h)
+    whole = jax.jit(model.apply_fn)(model.params, tokens)
     np.testing.assert_allclose(parts.head(model.params, h), whole, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_cached_decoding_equals_full_forward(tiny, cuts):
         got.append(logits)
         at += n
     assert int(cache.length) == 20
-    whole = tiny.apply_fn(tiny.params, tokens)
+    whole = jax.jit(tiny.apply_fn)(tiny.params, tokens)
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), whole, atol=1e-5)
 
 
@@ -118,16 +118,18 @@ def test_remat_changes_no_gradient(tiny):
     def loss(params, remat):
         return jnp.mean(Llama(tiny.config, remat=remat).apply({"params": params}, tokens) ** 2)
 
-    plain, again = (jax.grad(loss)(tiny.params, remat) for remat in (False, True))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, again = (gradient(tiny.params, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
 
 
 def test_bfloat16_is_close_and_logits_stay_float32(tiny):
     tokens = jnp.asarray(TOKENS)[None]
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params)
-    got = Llama(tiny.config, jnp.bfloat16).apply({"params": low}, tokens)
+    got = jax.jit(Llama(tiny.config, jnp.bfloat16).apply)({"params": low}, tokens)
+    whole = jax.jit(tiny.apply_fn)(tiny.params, tokens)
     assert got.dtype == jnp.float32
-    error = jnp.linalg.norm(got - tiny.apply_fn(tiny.params, tokens)) / jnp.linalg.norm(got)
+    error = jnp.linalg.norm(got - whole) / jnp.linalg.norm(got)
     assert 1e-4 < error < 0.05
 
 
