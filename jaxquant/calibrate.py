@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.sites import Site, sites
-from jaxquant.standin import StandIn, is_standin
+from jaxquant.standin import StandIn, is_standin, run
 
 Weighting = Literal["uniform", "gradient"]
 
@@ -181,7 +181,7 @@ def _step(
     """sums plus this batch's grams."""
 
     def scalar(probes: dict) -> Array:
-        out = quax.quaxify(fn)(plan.observe(params, probes), *_args(batch))
+        out = run(fn, plan.observe(params, probes), *_args(batch))
         if loss is not None:
             return loss(out, batch)
         floating = [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]

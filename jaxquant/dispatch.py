@@ -10,7 +10,7 @@ import jax
 import quax
 
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.standin import StandIn, is_standin, listening
+from jaxquant.standin import StandIn, is_standin, listening, run
 
 
 def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +34,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return quax.quaxify(fn)(*args, **kwargs)
+        return run(fn, *args, **kwargs)
 
     return call
 

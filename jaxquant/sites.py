@@ -11,7 +11,7 @@ import quax
 
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.standin import StandIn, is_standin
+from jaxquant.standin import StandIn, is_standin, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dic
             for p, w in leaves.items()
         },
     )
-    jax.eval_shape(lambda p, a, k: quax.quaxify(fn)(p, *a, **k), tracked, args, kwargs)
+    jax.eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
     return {p: _summary(p, w, [u for u in log.uses if u.path == p]) for p, w in leaves.items()}
 
 

@@ -95,6 +95,26 @@ def is_standin(x: Any) -> bool:
     return isinstance(x, StandIn)
 
 
+def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """fn(*args, **kwargs) with every quax value among the arguments dispatching on primitives.
+
+    Trees are taken apart before, and put together inside, quax's trace: Flax NNX asks for the
+    current trace whenever a `Variable` is rebuilt, and between the two there is none.
+    """
+    is_value = lambda x: isinstance(x, quax.Value)
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_value)
+    trees = []
+
+    def flat(leaves: list[Any]) -> list[Any]:
+        a, k = jax.tree.unflatten(tree, leaves)
+        out, out_tree = jax.tree.flatten(fn(*a, **k), is_leaf=is_value)
+        trees.append(out_tree)
+        return out
+
+    out = quax.quaxify(flat)(leaves)
+    return jax.tree.unflatten(trees[0], out)
+
+
 @quax.register(jax.lax.transpose_p)
 def _(w: StandIn, *, permutation: tuple[int, ...], **_: Any) -> StandIn:
     axes, ndim = w.axes(), len(permutation)
