@@ -57,6 +57,8 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     """
     fields, tensors = _open(Path(path))
     config = _complete(LlamaConfig.from_gguf(fields), tensors)
+    # Before the weights, so that its large temporaries do not come on top of them.
+    tokenizer = Tokenizer.from_gguf(fields)
     names = tensor_names(config, TENSORS)
     turned = _turned_heads(fields["general.architecture"], config, names)
 
@@ -65,7 +67,7 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
         return _half_split(value, turned[name]) if name in turned else value
 
     params = assemble(config, names, set(tensors) - {ROPE_FACTORS}, read, dtype)
-    return config, params, Tokenizer.from_gguf(fields)
+    return config, params, tokenizer
 
 
 class _Reader(gguf.GGUFReader):
