@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     """The path, if a checkpoint may be written there.
 
     Raises:
-      ValueError: it exists and is not an empty directory, and `overwrite` is off.
+      ValueError: it exists and is not an empty directory, and `overwrite` is off; or the folder
+        it would be made in is none, or not writable.
     """
     path = Path(directory).absolute()
     if path.is_dir() and overwrite and any(path.iterdir()) and not is_checkpoint(path):
@@ -43,6 +44,9 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not (overwrite and path.is_dir()):
         raise ValueError(f"{path} exists and is not empty; pass overwrite (--overwrite) or another")
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: {parent} is not a writable directory")
     return path
 
 
@@ -71,8 +75,9 @@ def save(
     target = check_target(directory, overwrite)
     leaves, arrays = _flatten(params)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
+        aside.mkdir()
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
             writer.save(aside / ARRAYS, args=ocp.args.StandardSave(arrays))
         description = {
@@ -83,14 +88,27 @@ def save(
             "leaves": leaves,
             "digests": {name: _digest(a) for name, a in arrays.items()},
         }
+        description["sha256"] = _sha256_of(description)
         (aside / DESCRIPTION).write_text(json.dumps(description))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
+        _swap(aside, target)
     except Exception as error:
         raise OSError(f"could not write {target}: {_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` at `target`; what was there goes only once the new one is in its place."""
+    old = new.with_suffix(".old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(directory: str | Path) -> Checkpoint:
@@ -137,9 +155,13 @@ def _description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format version {version}, this jaxquant reads up to {VERSION}; upgrade it"
         )
-    if not {"recipe", "metadata", "leaves", "digests"} <= set(value):
-        raise ValueError(f"{path / DESCRIPTION} is damaged: parts are missing")
+    if value.pop("sha256", None) != _sha256_of(value):
+        raise ValueError(f"{path / DESCRIPTION} is damaged: it differs from what was saved")
     return value
+
+
+def _sha256_of(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -157,6 +179,10 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             named = {path: leaf}
             leaves.append({"path": path})
         arrays.update(named)
+    if empty := [name for name, a in arrays.items() if a.size == 0]:
+        raise ValueError(f"array {empty[0]!r} is empty; Orbax stores no empty arrays, drop it")
+    if not arrays:
+        raise ValueError("the tree holds no arrays; there is nothing to save")
     return leaves, arrays
 
 

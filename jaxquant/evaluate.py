@@ -70,17 +70,23 @@ def evaluate(
       chunks: token ids [N, ctx], from `chunk`.
       against: the teacher's (logits, params), for KL and agreement.
       progress: called with the number of chunks done.
+    Raises:
+      ValueError: no chunks, logits that are not finite, or a teacher with another vocabulary.
 
     >>> import jax
     >>> uniform = lambda p, x: jnp.zeros((*x.shape, 8))
     >>> round(evaluate(uniform, None, chunk(range(8), 8)).perplexity, 4)
     8.0
     """
+    if len(chunks) == 0:
+        raise ValueError("expected at least one chunk, got none")
     step = jax.jit(lambda p, t, x: _score(logits, against and against[0], p, t, x))
     teacher = against[1] if against else None
     totals = np.zeros(3)
     for i, tokens in enumerate(chunks):
         totals += np.asarray(step(params, teacher, jnp.asarray(tokens)[None]), np.float64)
+        if not np.all(np.isfinite(totals)):
+            raise ValueError(f"the likelihood of chunk {i} is not finite; the model gives NaN or 0")
         if progress is not None:
             progress(i + 1)
     count = len(chunks) * (chunks.shape[1] - chunks.shape[1] // 2 - 1)
@@ -97,7 +103,10 @@ def _score(logits: Logits, teacher: Logits | None, params: Any, other: Any, x: A
     if teacher is None:
         return jnp.stack([nll, jnp.zeros(()), jnp.zeros(())])
     log_t = _log_probabilities(teacher, other, x, half)
-    kl = jnp.sum(jnp.exp(log_t) * (log_t - log_p))
+    if log_t.shape != log_p.shape:
+        raise ValueError(f"the teacher has {log_t.shape[1]} tokens, the model {log_p.shape[1]}")
+    p = jnp.exp(log_t)  # 0 where a vocabulary's padding is masked by -inf
+    kl = jnp.sum(jnp.where(p > 0, p * (log_t - log_p), 0.0))
     return jnp.stack([nll, kl, jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))])
 
 

@@ -111,8 +111,8 @@ def evaluate_command(
     with usage():
         chunk(range(max(ctx, 0)), ctx, chunks)  # refuses bad sizes before anything is loaded
     content = read_text(text)
-    student = pipeline.load_any(model)
-    pieces = chunk(student.tokenizer.encode(content), ctx, chunks)
+    student = pipeline.load_any(model, widen=False)
+    pieces = pipeline.pieces(student, content, ctx, chunks)
     teacher = None
     if against is not None:
         other = pipeline.load_any(against)
@@ -139,7 +139,7 @@ def generate(
 ) -> None:
     """Continue a prompt with MODEL."""
     source = pipeline.load_any(model)
-    ids = source.tokenizer.encode(prompt)
+    ids = pipeline.beginning(source) + source.tokenizer.encode(prompt)
     new = generate_ids(
         jq.quantized(source.apply_cached),
         source.params,
@@ -161,7 +161,7 @@ def generate(
 @click.option("--json", "as_json", is_flag=True)
 def inspect(model: str, as_json: bool) -> None:
     """Bytes and bits of every tensor of MODEL."""
-    rows = [_row(p, w) for p, w in jq.path_leaves(pipeline.load_any(model).params)]
+    rows = [_row(p, w) for p, w in jq.path_leaves(pipeline.load_any(model, widen=False).params)]
     total = sum(r["bytes"] for r in rows)
     packed = [r for r in rows if r["method"] != "none"]
     size = sum(r["bytes"] * 8 / r["bits_per_weight"] for r in packed)
@@ -239,10 +239,11 @@ def main(args: list[str] | None = None) -> None:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was written", 130)
-    except (ValueError, OSError, MemoryError) as error:
+    except Exception as error:  # a user gets a line whatever happens; JAXQUANT_DEBUG=1 says where
         if os.environ.get("JAXQUANT_DEBUG"):
             raise
-        _fail(str(error), 1)
+        expected = isinstance(error, ValueError | OSError) and str(error)
+        _fail(str(error) if expected else f"{type(error).__name__}: {error}", 1)
 
 
 def _fail(message: str, status: int) -> None:

@@ -22,8 +22,13 @@ from models.tokenizer import Tokenizer
 CONTEXT = 512  # tokens of one calibration sequence
 
 
-def load_any(spec: str | os.PathLike[str]) -> Model:
-    """A model by name, a GGUF file, a Hugging Face folder, or a jaxquant checkpoint."""
+def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
+    """A model by name, a GGUF file, a Hugging Face folder, or a jaxquant checkpoint.
+
+    Args:
+      widen: make the kept matrices of a checkpoint float32, faster token by token; else they stay
+        in the dtype they are stored in, so that bytes are those of the checkpoint.
+    """
     if not checkpoint.is_checkpoint(spec):
         return registry.load(spec)
     params, _, metadata = checkpoint.load(spec)
@@ -32,8 +37,29 @@ def load_any(spec: str | os.PathLike[str]) -> Model:
         tokenizer = Tokenizer.from_json(metadata["tokenizer"])
     except KeyError as error:
         raise ValueError(f"{spec} is a checkpoint of no language model: it lacks {error}") from None
-    wide = jax.tree.map(_widened, params, is_leaf=lambda w: isinstance(w, jq.QTensor))
-    return Model(str(spec), config, wide, tokenizer)
+    if widen:
+        params = jax.tree.map(_widened, params, is_leaf=lambda w: isinstance(w, jq.QTensor))
+    return Model(str(spec), config, params, tokenizer)
+
+
+def beginning(model: Model) -> list[int]:
+    """The token that every text begins with, [bos], or [] for a model trained without."""
+    first = model.tokenizer.encode("", special=True)[:1]
+    return first if first == [model.config.bos_id] else []
+
+
+def pieces(model: Model, text: str, ctx: int, count: int | None = None) -> np.ndarray:
+    """Chunks [N, ctx] of a text; each begins with the model's [bos], if any, as in llama.cpp.
+
+    Raises:
+      ValueError: the text is too short, or ctx exceeds the positions the model was made for.
+    """
+    if ctx > model.config.max_position:
+        raise ValueError(f"ctx {ctx} exceeds the model's {model.config.max_position} positions")
+    chunks = chunk(model.tokenizer.encode(text), ctx, count)
+    if first := beginning(model):
+        chunks[:, 0] = first[0]
+    return chunks
 
 
 def _widened(w: Any) -> Any:
@@ -58,7 +84,8 @@ def calibrate(
     The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
     the grams, twice, beside the parameters.
     """
-    batches = chunk(model.tokenizer.encode(text), CONTEXT, max(1, tokens // CONTEXT))
+    length = min(CONTEXT, model.config.max_position)
+    batches = pieces(model, text, length, max(1, tokens // length))
     llama = Llama(model.config, model.dtype, remat=True)
 
     def forward(params: Any, x: jax.Array) -> jax.Array:
@@ -75,9 +102,15 @@ def calibrate(
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token, nats."""
-    log_p = jax.nn.log_softmax(logits[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
+    """Mean cross-entropy of the next token, nats.
+
+    The last position is masked, not sliced off: a slice would copy the logits, 100 MB here.
+    """
+    following = jnp.roll(tokens, -1, axis=1)[..., None]
+    nll = (
+        jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following, axis=-1)[..., 0]
+    )
+    return jnp.mean(nll[:, :-1])
 
 
 def needs_statistics(recipe: jq.Recipe) -> bool:
@@ -94,7 +127,7 @@ def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:
 def quantized_model(
     model: Model, recipe: jq.Recipe, stats: jq.Stats | None, **options: Any
 ) -> Model:
-    """The model with packed parameters; kept matrices are rounded to float16's precision."""
+    """The model with packed parameters; what the recipe keeps is untouched (see `save`)."""
     found = stats
     if found is None:
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -105,12 +138,13 @@ def quantized_model(
 def save(directory: str | Path, model: Model, recipe: jq.Recipe, overwrite: bool = False) -> None:
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
 
-    def slim(w: Any) -> Any:
-        return (
-            w if isinstance(w, jq.QTensor) or w.ndim < 2 or _too_large(w) else w.astype("float16")
-        )
+    def slim(path: Any, w: Any) -> Any:
+        vector = path[-1].key in ("scale", "bias")  # of rank 2 where layers are stacked
+        return w if isinstance(w, jq.QTensor) or vector or _too_large(w) else w.astype("float16")
 
-    params = jax.tree.map(slim, model.params, is_leaf=lambda w: isinstance(w, jq.QTensor))
+    params = jax.tree_util.tree_map_with_path(
+        slim, model.params, is_leaf=lambda w: isinstance(w, jq.QTensor)
+    )
     metadata = {"config": model.config.to_json(), "tokenizer": model.tokenizer.to_json()}
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
 

@@ -30,7 +30,8 @@ def read_text(spec: str, *, calibration: bool = False) -> str:
     if spec == BUILTIN:
         return builtin_text()[0 if calibration else 1]
     try:
-        text = Path(spec).read_bytes().decode("utf-8")
+        # Line ends of any system become "\n", as in a file opened as text: they are tokens.
+        text = Path(spec).read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{spec} is not UTF-8 text: byte {error.start} is invalid") from None
     except OSError as error:

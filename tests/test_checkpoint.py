@@ -89,6 +89,8 @@ def test_damage_is_named(saved):
     assert "damaged" in broken(
         edit(leaves=None, digests={"a": {"shape": [1], "dtype": "int8", "sha256": ""}})
     )
+    for change in ({"recipe": None}, {"metadata": {}}, {"leaves": []}):
+        assert "differs from what was saved" in broken(edit(**change))
     assert "not a jaxquant" in broken(lambda c: (c / checkpoint.DESCRIPTION).unlink())
     assert "damaged" in broken(lambda c: (c / checkpoint.DESCRIPTION).write_text('{"version'))
     assert "damaged" in broken(lambda c: shutil.rmtree(c / checkpoint.ARRAYS))
@@ -111,3 +113,51 @@ def test_a_failed_write_leaves_nothing(saved, monkeypatch):
     with pytest.raises(OSError, match="could not write .*No space left"):
         checkpoint.save(path.parent / "d", params)
     assert [p.name for p in path.parent.iterdir()] == ["c"]
+
+
+def test_a_failed_overwrite_keeps_the_old_one(saved, monkeypatch):
+    path, params = saved
+    replace = checkpoint.os.replace
+
+    def full(source, target):
+        if target == path:
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, {"other": jnp.ones(2)}, overwrite=True)
+    assert [p.name for p in path.parent.iterdir()] == ["c"]
+    np.testing.assert_array_equal(checkpoint.load(path).params["b"], params["b"])
+
+
+def test_an_interrupted_write_leaves_nothing(saved, monkeypatch):
+    path, params = saved
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_digest", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, params, overwrite=True)
+    assert [p.name for p in path.parent.iterdir()] == ["c"]
+    monkeypatch.undo()
+    assert checkpoint.load(path).recipe == RECIPE
+
+
+def test_what_cannot_be_stored_is_said_before_writing(tmp_path):
+    with pytest.raises(ValueError, match="'a' is empty"):
+        checkpoint.save(tmp_path / "c", {"a": jnp.zeros((0, 3))})
+    with pytest.raises(ValueError, match="no arrays"):
+        checkpoint.save(tmp_path / "c", {})
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="not a writable directory"):
+        checkpoint.check_target(tmp_path / "file" / "c")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_others_may_read_it(saved):
+    path, _ = saved
+    ordinary = path.parent / "ordinary"
+    ordinary.mkdir()
+    assert path.stat().st_mode == ordinary.stat().st_mode

@@ -63,3 +63,26 @@ def test_bad_sizes(args, message):
 def test_uniform_model_has_perplexity_of_its_vocabulary():
     got = evaluate(lambda p, x: jnp.zeros((*x.shape, 8)), None, chunk([0] * 16, 8))
     assert got.perplexity == pytest.approx(8)
+
+
+def test_bad_logits_are_refused():
+    chunks = chunk([0] * 16, 8)
+
+    def flat(size, value=0.0):
+        return lambda p, x: jnp.full((*x.shape, size), value)
+
+    with pytest.raises(ValueError, match="chunk 0 is not finite"):
+        evaluate(flat(8, jnp.nan), None, chunks)
+    with pytest.raises(ValueError, match="teacher has 9 tokens, the model 8"):
+        evaluate(flat(8), None, chunks, against=(flat(9), None))
+    with pytest.raises(ValueError, match="at least one chunk"):
+        evaluate(flat(8), None, chunks[:0])
+
+
+def test_a_masked_vocabulary_has_a_finite_kl():
+    """Two of ten tokens are padding that the model masks by -inf."""
+    masked = jnp.where(jnp.arange(10) < 8, 0.0, -jnp.inf)
+    model = lambda p, x: jnp.broadcast_to(masked, (*x.shape, 10))
+    got = evaluate(model, None, chunk([0] * 16, 8), against=(model, None))
+    assert got.kl == 0
+    assert got.perplexity == pytest.approx(8)

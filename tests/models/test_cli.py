@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant import checkpoint
 from models import load, pipeline
 from models.cli import main
 from models.generate import _run
@@ -79,6 +80,23 @@ def test_packed_model_is_the_dequantized_one(packed):
     assert jq.explain(model.apply_fn, model.params, tokens).materialised == ()
 
 
+def test_bytes_are_those_stored(packed, run):
+    report = json.loads(run("inspect", packed, "--json")[1])
+    formats = {r["path"]: r["format"] for r in report["tensors"]}
+    assert formats["embed/embedding"] == "float16"
+    assert formats["layers/attn_norm/scale"] == "float32"
+    stored = checkpoint.load(packed).params
+    assert report["bytes"] == sum(w.nbytes for _, w in jq.path_leaves(stored))
+
+
+def test_any_exception_is_one_line(run, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(pipeline, "load_any", broken)
+    fails(run("inspect", "x"), 1, "RuntimeError: first second")
+
+
 def fails(result, status, message):
     code, out, err = result
     errors = [line for line in err.splitlines() if line.startswith("error:")]
@@ -117,6 +135,8 @@ def test_bad_models_and_texts(tiny, run, tmp_path):
     text.write_text("")
     fails(run("eval", tiny, "--text", text), 1, "holds no text")
     fails(run("quantize", tiny, *quantize, "--calibration", text), 1, "holds no text")
+    text.write_text(TEXT)
+    fails(run("eval", tiny, "--text", text, "--ctx", 2048), 1, "exceeds the model's 1024 positions")
     text.write_text("short")
     fails(run("eval", tiny, "--text", text), 1, "one chunk needs 512")
     bad = random_tensors(BASE)
