@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-NEWEST := $(firstword $(shell command -v python3.13 2>/dev/null) \
-	$(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python))
+# Each candidate is run: a pyenv shim lies on PATH even when no such Python is switched on.
+NEWEST = $(firstword $(foreach p,python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python),\
+	$(shell $(p) -c 'import sys; sys.version_info[:2] == (3, 13) and print(sys.executable)' 2>/dev/null)))
 # Tests and the demo are about this machine's CPU; a GPU suite asks for its device by name.
 export JAX_PLATFORMS ?= cpu
 
@@ -40,15 +41,18 @@ test-fast: venv  ## the tests that take seconds
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not model"
 
 test-newest:     ## the fast tests on Python 3.13 with the newest JAX
-ifeq ($(NEWEST),)
-	@echo "test-newest: skipped, no Python 3.13 found"
-else
-	@echo "making .venv-newest with the newest JAX"
-	@test -f .venv-newest/.ready || { $(NEWEST) -m venv .venv-newest && \
-		.venv-newest/bin/python -m pip -q install -U pip && \
-		.venv-newest/bin/python -m pip -q install -e '.[test]' && touch .venv-newest/.ready; }
-	.venv-newest/bin/python -m pytest -q -n 2 -m "not slow and not model"
-endif
+	@newest="$(NEWEST)"; if [ -z "$$newest" ]; then \
+		echo "test-newest: skipped, no Python 3.13 found"; \
+	else \
+		$(MAKE) --no-print-directory .venv-newest/.ready NEWEST="$$newest" && \
+		.venv-newest/bin/python -m pytest -q -n 2 -m "not slow and not model"; \
+	fi
+.venv-newest/.ready: pyproject.toml
+	@echo "making .venv-newest with the newest JAX, on $(NEWEST) (a minute or two)"
+	@$(NEWEST) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip -q install -U pip
+	@.venv-newest/bin/python -m pip -q install -U --upgrade-strategy eager -e '.[test]'
+	@touch $@
 
 demo: venv model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
@@ -57,4 +61,5 @@ bench: venv model ## side-by-side timings
 	@for f in tests/benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 clean:           ## remove what make made
-	rm -rf .venv .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+		.import_linter_cache .hypothesis
