@@ -15,7 +15,7 @@ from jaxquant.calibrate import Stats
 from jaxquant.methods import Method
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.recipe import Entry, Recipe, resolve
-from jaxquant.sites import Site
+from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor
 
@@ -181,9 +181,23 @@ def _warn(done: Done, method: Method) -> None:
 
 
 def bits_per_weight(params: Any) -> float:
-    """Bits per weight over the quantized leaves, every byte counted; 0 if there are none."""
-    chosen = [w for _, w in path_leaves(params) if is_standin(w)]
-    return 8 * sum(w.nbytes for w in chosen) / max(1, sum(w.size for w in chosen))
+    """Bits per weight over the quantized leaves, every byte counted.
+
+    Of a tree with none, over the leaves that could be quantized (0 if there are none of them).
+
+    >>> import jax.numpy as jnp
+    >>> bits_per_weight({"w": jnp.ones((4, 4), jnp.bfloat16), "b": jnp.ones(4)})
+    16.0
+    """
+    leaves = [w for _, w in path_leaves(params)]
+    chosen = [w for w in leaves if is_standin(w)] or [w for w in leaves if is_weight(w)]
+    size = sum(w.size for w in chosen)
+    return 8 * sum(_nbytes(w) for w in chosen) / max(1, size)
+
+
+def _nbytes(w: Any) -> int:
+    """Bytes of an array, a stand-in, or the shape of either."""
+    return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize
 
 
 def dequantize(params: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -75,7 +76,8 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     start = time.monotonic()
     text = read_text(options["calibration"], calibration=True)
     source = pipeline.load_any(model)
-    stderr.print(str(pipeline.plan(source, recipe)), highlight=False)
+    plan = pipeline.plan(source, recipe)
+    click.echo(str(plan), err=True)
     stats = None
     if pipeline.needs_statistics(recipe):
         count = options["calibration_tokens"]
@@ -83,7 +85,7 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
             stats = pipeline.calibrate(
                 source, text, count, weighting=options["weighting"], progress=step
             )
-    total = sum(isinstance(e.method, jq.Method) for e in pipeline.plan(source, recipe).entries)
+    total = sum(isinstance(e.method, jq.Method) for e in plan.entries)
     with bar("quantizing", total) as step:
         key = jax.random.key(options["seed"])
         result = pipeline.quantized_model(source, recipe, stats, key=key, progress=step)
@@ -161,13 +163,11 @@ def generate(
 @click.option("--json", "as_json", is_flag=True)
 def inspect(model: str, as_json: bool) -> None:
     """Bytes and bits of every tensor of MODEL."""
-    rows = [_row(p, w) for p, w in jq.path_leaves(pipeline.load_any(model, widen=False).params)]
-    total = sum(r["bytes"] for r in rows)
-    packed = [r for r in rows if r["method"] != "none"]
-    size = sum(r["bytes"] * 8 / r["bits_per_weight"] for r in packed)
-    bits = 8 * sum(r["bytes"] for r in packed) / size if packed else 0.0
+    params = pipeline.load_any(model, widen=False).params
+    rows = [_row(p, w) for p, w in jq.path_leaves(params)]
+    sizes = _sizes(params)
     if as_json:
-        _emit({"bytes": total, "bits_per_weight": bits, "tensors": rows}, True)
+        _emit({**sizes, "tensors": rows}, True)
         return
     table = Table("path", "shape", "method", "format", "bits/weight", "bytes")
     for r in rows:
@@ -176,7 +176,10 @@ def inspect(model: str, as_json: bool) -> None:
         bits_text = f"{r['bits_per_weight']:.3f}"
         table.add_row(r["path"], shape, r["method"], r["format"], bits_text, size_text)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    click.echo(f"{total:,} bytes; {bits:.3f} bits per weight over the quantized matrices")
+    over = "quantized matrices" if any(r["method"] != "none" for r in rows) else "matrices"
+    click.echo(
+        f"{sizes['bytes']:,} bytes; {sizes['bits_per_weight']:.3f} bits per weight over the {over}"
+    )
 
 
 def _row(path: str, w: Any) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def _row(path: str, w: Any) -> dict[str, Any]:
 
 def _sizes(params: Any) -> dict[str, Any]:
     total = sum(w.nbytes for _, w in jq.path_leaves(params))
-    return {"bits_per_weight": jq.bits_per_weight(params) or 32.0, "bytes": total}
+    return {"bits_per_weight": jq.bits_per_weight(params), "bytes": total}
 
 
 def _recipe(
@@ -233,6 +236,8 @@ def _emit(report: dict[str, Any], as_json: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point: exit status 0, 1 (failed) or 2 (bad usage); an error is one line."""
     warnings.showwarning = lambda message, *_, **__: stderr.print(f"warning: {message}")
+    # A job told to stop cleans up after itself, as one interrupted from the keyboard does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(cli.main(args, prog_name="jaxquant", standalone_mode=False) or 0)
     except click.ClickException as error:

@@ -38,7 +38,9 @@ def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
     except KeyError as error:
         raise ValueError(f"{spec} is a checkpoint of no language model: it lacks {error}") from None
     if widen:
-        params = jax.tree.map(_widened, params, is_leaf=lambda w: isinstance(w, jq.QTensor))
+        params = jax.tree.map(
+            lambda w: w if _packed(w) else w.astype(jnp.float32), params, is_leaf=_packed
+        )
     return Model(str(spec), config, params, tokenizer)
 
 
@@ -60,10 +62,6 @@ def pieces(model: Model, text: str, ctx: int, count: int | None = None) -> np.nd
     if first := beginning(model):
         chunks[:, 0] = first[0]
     return chunks
-
-
-def _widened(w: Any) -> Any:
-    return w if isinstance(w, jq.QTensor) else w.astype(jnp.float32)
 
 
 def recipe_of(method: jq.Method) -> jq.Recipe:
@@ -119,35 +117,43 @@ def needs_statistics(recipe: jq.Recipe) -> bool:
 
 
 def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:
-    """The resolved recipe; everything that can be wrong with it is wrong here."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jq.resolve(recipe, model.params, jq.sites(model.apply_fn, model.params, tokens))
+    """The resolved recipe with the bytes that `save` stores; what can be wrong is wrong here."""
+    shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
+    return jq.resolve(recipe, _as_stored(model.params, shape), _sites(model))
 
 
 def quantized_model(
     model: Model, recipe: jq.Recipe, stats: jq.Stats | None, **options: Any
 ) -> Model:
     """The model with packed parameters; what the recipe keeps is untouched (see `save`)."""
-    found = stats
-    if found is None:
-        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        found = jq.sites(model.apply_fn, model.params, tokens)
+    found = stats if stats is not None else _sites(model)
     return dataclasses.replace(model, params=jq.quantize(model.params, recipe, found, **options))
+
+
+def _sites(model: Model) -> dict[str, jq.Site]:
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jq.sites(model.apply_fn, model.params, tokens)
 
 
 def save(directory: str | Path, model: Model, recipe: jq.Recipe, overwrite: bool = False) -> None:
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
-
-    def slim(path: Any, w: Any) -> Any:
-        vector = path[-1].key in ("scale", "bias")  # of rank 2 where layers are stacked
-        return w if isinstance(w, jq.QTensor) or vector or _too_large(w) else w.astype("float16")
-
-    params = jax.tree_util.tree_map_with_path(
-        slim, model.params, is_leaf=lambda w: isinstance(w, jq.QTensor)
-    )
+    params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
     metadata = {"config": model.config.to_json(), "tokenizer": model.tokenizer.to_json()}
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
 
 
-def _too_large(w: Any) -> bool:
-    return bool(jnp.max(jnp.abs(w)) > np.finfo(np.float16).max)
+def _packed(w: Any) -> bool:
+    return isinstance(w, jq.QTensor)
+
+
+def _as_stored(params: Any, cast: Callable[[Any, Any], Any]) -> Any:
+    """cast(leaf, dtype) of every kept leaf: float16 for a matrix that fits, else its own dtype."""
+
+    def one(path: Any, w: Any) -> Any:
+        if _packed(w):
+            return w
+        vector = path[-1].key in ("scale", "bias")  # of rank 2 in a stack of layers
+        large = not vector and jnp.max(jnp.abs(w)) > np.finfo(np.float16).max
+        return cast(w, w.dtype if vector or large else np.dtype(np.float16))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=_packed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -95,6 +96,34 @@ def test_any_exception_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(pipeline, "load_any", broken)
     fails(run("inspect", "x"), 1, "RuntimeError: first second")
+
+
+def test_a_job_told_to_stop_leaves_nothing(tiny, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digest", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    result = run("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
+    fails(result, 130, "interrupted; nothing was written")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bits_of_an_unquantized_model(tiny, run):
+    report = json.loads(run("inspect", tiny, "--json")[1])
+    assert report["bits_per_weight"] == 32
+    text = tiny.parent / "text.txt"
+    other = json.loads(run("eval", tiny, "--text", text, "--ctx", 64, "--chunks", 1, "--json")[1])
+    assert (other["bits_per_weight"], other["bytes"]) == (32, report["bytes"])
+
+
+def test_the_plan_states_the_bytes_that_are_stored(tiny, packed):
+    plan = pipeline.plan(load(tiny), checkpoint.load(packed).recipe)
+    stored = checkpoint.load(packed).params
+    assert {e.path: e.bytes for e in plan.entries} == {
+        p: w.nbytes for p, w in jq.path_leaves(stored)
+    }
+
+
+def test_a_quantized_model_is_not_quantized_again(packed, run, tmp_path):
+    result = run("quantize", packed, "--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
+    fails(result, 1, "cannot be quantized: expected a floating array of rank >= 2, got QTensor")
 
 
 def fails(result, status, message):
