@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +79,10 @@ def save(
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         aside.mkdir()
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-            writer.save(aside / ARRAYS, args=ocp.args.StandardSave(arrays))
+        # In a thread that is waited for, come what may: Orbax, interrupted half-way, leaves its
+        # own threads writing, and the folder would come back after it is removed below.
+        with ThreadPoolExecutor(1) as waited:
+            waited.submit(_write, aside / ARRAYS, arrays).result()
         description = {
             "format": "jaxquant",
             "version": VERSION,
@@ -95,6 +98,11 @@ def save(
         raise OSError(f"could not write {target}: {_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(directory: Path, arrays: dict[str, Any]) -> None:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(directory, args=ocp.args.StandardSave(arrays))
 
 
 def _swap(new: Path, target: Path) -> None:

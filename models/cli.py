@@ -237,7 +237,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: exit status 0, 1 (failed) or 2 (bad usage); an error is one line."""
     warnings.showwarning = lambda message, *_, **__: stderr.print(f"warning: {message}")
     # A job told to stop cleans up after itself, as one interrupted from the keyboard does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(cli.main(args, prog_name="jaxquant", standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -249,6 +249,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         expected = isinstance(error, ValueError | OSError) and str(error)
         _fail(str(error) if expected else f"{type(error).__name__}: {error}", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, status: int) -> None:
