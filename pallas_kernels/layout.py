@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Int32
 
 BITS = (2, 3, 4, 8)
@@ -52,20 +53,17 @@ def pack(codes: Int[Array, "... k n"], bits: int) -> Int32[Array, "... w n"]:
     """
     run, per = unit(bits)
     *batch, k, n = codes.shape
-    pad = -k % run
-    codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, pad), (0, 0)])
+    groups = -(-k // run)
+    codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, groups * run - k), (0, 0)])
     u = (codes.astype(jnp.int32) & ((1 << bits) - 1)).astype(jnp.uint32)
-    u = u.reshape(*batch, (k + pad) // run, run, n)
-    columns = []
-    for word in range(per):
-        value = jnp.zeros(u[..., 0, :].shape, jnp.uint32)
-        for i in range(run):
-            shift = i * bits - 32 * word
-            if -bits < shift < 32:
-                c = u[..., i, :]
-                value = value | (c << shift if shift >= 0 else c >> -shift)
-        columns.append(value)
-    packed = jnp.stack(columns, axis=-2).reshape(*batch, (k + pad) // run * per, n)
+    u = u.reshape(*batch, groups, run, n)
+    word, low, crosses = _places(bits, run)
+    here = u << low[:, None]
+    # What does not fit goes to the next word. Bits are disjoint: a sum is their union.
+    there = u >> (32 - low)[:, None] % 32
+    total = lambda part, mask: jnp.sum(part[..., mask, :], axis=-2, dtype=jnp.uint32)
+    columns = [total(here, word == i) + total(there, crosses & (word == i - 1)) for i in range(per)]
+    packed = jnp.stack(columns, axis=-2).reshape(*batch, groups * per, n)
     return jax.lax.bitcast_convert_type(packed, jnp.int32)
 
 
@@ -81,17 +79,17 @@ def unpack(packed: Int32[Array, "... w n"], bits: int, length: int) -> Int32[Arr
     if w != words(length, bits):
         raise ValueError(f"{length} codes of {bits} bits take {words(length, bits)} words, got {w}")
     p = packed.reshape(*batch, w // per, per, n)
-    codes = jnp.stack([_code(p, i, bits) for i in range(run)], axis=-2)
+    word, low, crosses = _places(bits, run)
+    at = lambda word: p if per == 1 else p[..., word, :]
+    # The top bit of every code to bit 31, then back with the sign.
+    codes = (at(word + crosses) << (-low - bits)[:, None] % 32) >> (32 - bits)
+    if crosses.any():  # the low bits end the word before
+        mask = np.where(crosses, (1 << (32 - low) % 32) - 1, 0)
+        codes = codes | ((at(word) >> low[:, None]) & mask[:, None])
     return codes.reshape(*batch, w // per * run, n)[..., :length, :]
 
 
-def _code(p: Int32[Array, "... per n"], i: int, bits: int) -> Int32[Array, "... n"]:
-    """Code i of every run: move its top bit to bit 31, then shift back with the sign."""
-    word, low = divmod(i * bits, 32)
-    top = low + bits
-    if top <= 32:
-        return (p[..., word, :] << (32 - top)) >> (32 - bits)
-    # The code straddles two words: its high part is the low end of the next word.
-    below = jax.lax.shift_right_logical(p[..., word, :], jnp.int32(low))
-    high = (p[..., word + 1, :] << (32 - (top - 32))) >> (32 - bits)
-    return high | below
+def _places(bits: int, run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every code of a run: its word, its lowest bit there, whether it crosses into the next."""
+    word, low = np.divmod(np.arange(run, dtype=np.int32) * bits, 32)
+    return word, low, low + bits > 32

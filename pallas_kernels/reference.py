@@ -38,22 +38,15 @@ def dequantize(
     [0.5, -1.0]
     """
     q = layout.unpack(codes, bits, k)
-    n = q.shape[-1]
+    *batch, groups, width = scale.shape
+    full = groups * group_size
+    q = jnp.pad(q, [*[(0, 0)] * len(batch), (0, full - k), (0, 0)])  # a short last group
+    q = q.reshape(*batch, groups, group_size, -1)
     if zero is not None:
-        width = 1 if scale.shape[-1] == 1 else n
         z = layout.unpack(jnp.swapaxes(zero, -1, -2), bits, width)
-        q = q - _rows(jnp.swapaxes(z, -1, -2), group_size, k)
-    w = q.astype(jnp.float32) * _rows(scale.astype(jnp.float32), group_size, k)
-    return w.astype(dtype)
-
-
-def _rows(grid: Array, group_size: int, k: int) -> Array:
-    """Spread [..., groups, n] over the k rows: each group's value at its rows."""
-    if grid.shape[-2] == 1:
-        return grid
-    return jnp.repeat(grid, group_size, axis=-2, total_repeat_length=grid.shape[-2] * group_size)[
-        ..., :k, :
-    ]
+        q = q - jnp.swapaxes(z, -1, -2)[..., None, :]
+    w = q.astype(jnp.float32) * scale.astype(jnp.float32)[..., None, :]
+    return w.reshape(*batch, full, -1)[..., :k, :].astype(dtype)
 
 
 def packed_matmul(
