@@ -2,15 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-# Each candidate is run: a pyenv shim lies on PATH even when no such Python is switched on.
-NEWEST = $(firstword $(foreach p,python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python),\
-	$(shell $(p) -c 'import sys; sys.version_info[:2] == (3, 13) and print(sys.executable)' 2>/dev/null)))
+FAST := -m pytest -q -n 2 -m "not slow and not model"
+# A Python of a version. Each candidate is run: a pyenv shim lies on PATH though it is not switched on.
+find = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python),\
+	$(shell $(p) -c 'import sys; print(sys.executable if "%d.%d" % sys.version_info[:2] == "$(1)" else "")' 2>/dev/null)))
 # Tests and the demo are about this machine's CPU; a GPU suite asks for its device by name.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help venv model lint test test-fast test-newest demo bench clean
+.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest demo bench clean
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 venv: $(VENV)/.ready  ## make .venv and install everything
 $(VENV)/.ready: pyproject.toml
@@ -38,20 +39,29 @@ test: venv model lint  ## lint, then every test
 	$(BIN)/python -m pytest -q -n 2
 
 test-fast: venv  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not model"
+	$(BIN)/python $(FAST)
 
+# The fast tests on other versions of everything: NAME's Python, and how it installs jaxquant.
+PYTHON_newest := 3.13
+PYTHON_jax011 := 3.12
+PYTHON_oldest := 3.11
+INSTALL_newest := pip -q install -U --upgrade-strategy eager -e '.[test]'
+INSTALL_jax011 := pip -q install -e '.[test]' 'jax==0.11.*'
+INSTALL_oldest = uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[test]'
 test-newest:     ## the fast tests on Python 3.13 with the newest JAX
-	@newest="$(NEWEST)"; if [ -z "$$newest" ]; then \
-		echo "test-newest: skipped, no Python 3.13 found"; \
+test-jax011:     ## the fast tests on Python 3.12 with JAX 0.11
+test-oldest:     ## the fast tests with the lowest versions that pyproject.toml allows
+test-newest test-jax011 test-oldest: test-%:
+	@if [ -z "$(call find,$(PYTHON_$*))" ]; then \
+		echo "test-$*: skipped, no Python $(PYTHON_$*) found"; \
 	else \
-		$(MAKE) --no-print-directory .venv-newest/.ready NEWEST="$$newest" && \
-		.venv-newest/bin/python -m pytest -q -n 2 -m "not slow and not model"; \
+		$(MAKE) --no-print-directory .venv-$*/.ready && .venv-$*/bin/python $(FAST); \
 	fi
-.venv-newest/.ready: pyproject.toml
-	@echo "making .venv-newest with the newest JAX, on $(NEWEST) (a minute or two)"
-	@$(NEWEST) -m venv .venv-newest
-	@.venv-newest/bin/python -m pip -q install -U pip
-	@.venv-newest/bin/python -m pip -q install -U --upgrade-strategy eager -e '.[test]'
+.venv-%/.ready: pyproject.toml
+	@echo "making .venv-$* on Python $(PYTHON_$*) (a minute or two)"
+	@$(call find,$(PYTHON_$*)) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip -q install -U pip uv
+	@.venv-$*/bin/python -m $(INSTALL_$*)
 	@touch $@
 
 demo: venv model ## quantize SmolLM2-135M, print a table, generate
@@ -61,5 +71,5 @@ bench: venv model ## side-by-side timings
 	@for f in tests/benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 clean:           ## remove what make made
-	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
 		.import_linter_cache .hypothesis
