@@ -6,9 +6,10 @@ a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient at output token t
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,22 +25,27 @@ from jaxquant.standin import StandIn, is_standin, run
 Weighting = Literal["uniform", "gradient"]
 
 
+class Probe(NamedTuple):
+    """What a matmul's backward rule hands back: sum of a x x^T, and how many rows x had."""
+
+    gram: Float[Array, "*batch k k"]
+    rows: Float[Array, "*batch"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """What calibration saw.
 
     Attributes:
       sites: how each weight is used, by path.
-      grams: sums of a x x^T, float32 [*batch, k, k], by the path that holds them.
+      sums: sums of a x x^T, float32 [*batch, k, k], and of rows, by the path that holds them.
       holder: path of a weight -> path that holds its gram (weights that share an input and a
         weighting share one).
-      rows: input rows summed per gram and batch element, by holder.
     """
 
     sites: dict[str, Site]
-    grams: dict[str, Array]
+    sums: dict[str, Probe]
     holder: dict[str, str]
-    rows: dict[str, int]
 
     def gram(self, path: str) -> Float[Array, "... k k"]:
         """Mean of a x x^T at this weight.
@@ -48,8 +54,8 @@ class Stats:
           ValueError: the weight is in no matmul that calibration saw.
         """
         self.check(path)
-        holder = self.holder[path]
-        return self.grams[holder] / self.rows[holder]
+        gram, rows = self.sums[self.holder[path]]
+        return gram / jnp.maximum(rows, 1)[..., None, None]
 
     def check(self, path: str) -> None:
         """Raise ValueError unless there is a gram for this weight."""
@@ -59,7 +65,7 @@ class Stats:
     @property
     def nbytes(self) -> int:
         """Bytes of all grams."""
-        return sum(g.nbytes for g in self.grams.values())
+        return sum(p.gram.nbytes for p in self.sums.values())
 
 
 def calibrate(
@@ -78,9 +84,10 @@ def calibrate(
     to bound it). For bounded memory go block by block: `quantize_blocks`.
 
     Args:
-      fn: fn(params, batch), or fn(params, *batch) where a batch is a tuple.
+      fn: fn(params, batch), or fn(params, *batch) where a batch is a tuple. Statistics come by
+        the backward pass: what no gradient reaches (an argmax, a rounding after it) gives none.
       params: floating parameter tree.
-      batches: inputs of fn, all of one shape; consumed once.
+      batches: inputs of fn, consumed once; each new shape compiles once.
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
       weighting: "gradient" weights each token by the squared norm of the loss gradient at the
         matmul's output; "uniform" does not. Default: "gradient" if a loss is given.
@@ -89,6 +96,8 @@ def calibrate(
       `Stats`.
     Raises:
       ValueError: no batches, or gradient weighting without a loss.
+    Warns:
+      naming the weights whose statistics are all zero.
     Source:
       Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
       output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
@@ -104,6 +113,7 @@ def calibrate(
         raise ValueError(f'weighting must be "gradient" or "uniform", got {weighting!r}')
     if weighting == "gradient" and loss is None:
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
+    params, fn = _arrays_only(params, fn)
     sums, plan = None, None
     for i, batch in enumerate(batches):
         if sums is None:
@@ -116,8 +126,22 @@ def calibrate(
             progress(i + 1)
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
-    rows = {p: (i + 1) * found[p].rows for p in sums}
-    return Stats(found, sums, dict(plan.holder), rows)
+    empty = [p for p, probe in sums.items() if not bool(jnp.any(probe.gram))]
+    if empty:
+        warnings.warn(
+            f"the statistics of {', '.join(empty)} are zero: no gradient reached the output of "
+            f"the matmul, or its input was zero throughout",
+            stacklevel=2,
+        )
+    return Stats(found, sums, dict(plan.holder))
+
+
+def _arrays_only(params: Any, fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+    """The arrays of a tree that holds other things too (an Equinox module), and fn of them."""
+    arrays, rest = eqx.partition(params, lambda leaf: hasattr(leaf, "dtype"))
+    if not jax.tree.leaves(rest):
+        return params, fn  # the very function, so that a step compiled for it serves again
+    return arrays, lambda p, *args: fn(eqx.combine(p, rest), *args)
 
 
 def _args(batch: Any) -> tuple[Any, ...]:
@@ -144,11 +168,11 @@ class _Plan:
         holders = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
         return _Plan(holders, tuple(holder.items()), weighting == "gradient")
 
-    def probes(self) -> dict[str, Array]:
-        """Zero grams, by holder."""
-        return {p: jnp.zeros(_gram_shape(site)) for p, site in self.holders}
+    def probes(self) -> dict[str, Probe]:
+        """Zeros, by holder."""
+        return {p: _zero_probe(site) for p, site in self.holders}
 
-    def observe(self, params: Any, probes: dict[str, Array]) -> Any:
+    def observe(self, params: Any, probes: dict[str, Probe]) -> Any:
         """params with `Observed` stand-ins at the weights that hold a gram."""
         leaves = dict(path_leaves(params))
         new = {}
@@ -162,16 +186,18 @@ class _Plan:
                 probe=probes[path],
                 order=inverse,
                 core=len(keep),
+                contracted=tuple(order.index(a) - len(order) for a in site.contracted),
                 weighted=self.weighted,
             )
         return replace_leaves(params, new)
 
 
-def _gram_shape(site: Site) -> tuple[int, ...]:
+def _zero_probe(site: Site) -> Probe:
     k = 1
     for a in site.contracted:
         k *= site.shape[a]
-    return (*(site.shape[a] for a in site.batch), k, k)
+    batch = tuple(site.shape[a] for a in site.batch)
+    return Probe(jnp.zeros((*batch, k, k)), jnp.zeros(batch))
 
 
 @partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
@@ -195,9 +221,12 @@ class Observed(StandIn):
     """A dense weight with a probe, stored [*batch, ...]; its matmul fills the probe."""
 
     array: Array
-    probe: Array
+    probe: Probe
     order: tuple[int, ...] = eqx.field(static=True)
     core: int = eqx.field(static=True)  # axes that are not batch axes
+    contracted: tuple[int, ...] = eqx.field(
+        static=True
+    )  # stored axes the gram is over, from the end
     weighted: bool = eqx.field(static=True)
 
     def stored_shape(self) -> tuple[int, ...]:
@@ -216,7 +245,8 @@ class Observed(StandIn):
         return dataclasses.replace(self, array=self.array.astype(dtype))
 
     def at_leading(self, fn: Any) -> "Observed":
-        return dataclasses.replace(self, array=fn(self.array), probe=fn(self.probe))
+        array, probe = jax.tree.map(fn, (self.array, self.probe))
+        return dataclasses.replace(self, array=array, probe=probe)
 
     def leading(self) -> int:
         return self.array.ndim - self.core
@@ -244,28 +274,27 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
         operands = (dense, x) if weight_left else (x, dense)
         return jax.lax.dot_general_p.bind(*operands, **params)
 
-    def gram(x: Array, g: Array) -> Array:
+    def gram(x: Array, g: Array) -> Probe:
         rows, paired = c.rows(x, axes, leading, inner)
         missing = [i for i, has in enumerate(paired) if not has]
         rows = jnp.expand_dims(rows, missing).astype(jnp.float32)
         left = rows * c.energy(g, axes, leading)[..., None] if w.weighted else rows
         product = jnp.einsum("...tk,...tl->...kl", left, rows)
-        return jnp.broadcast_to(product, w.probe.shape)
+        count = jnp.full(w.probe.rows.shape, rows.shape[-2], jnp.float32)
+        return Probe(jnp.broadcast_to(product, w.probe.gram.shape), count)
 
-    k = 1
-    for a in inner:
-        k *= w.stored_shape()[a]
-    if w.probe.shape[-1] != k:  # another contraction than the one the probe is for
+    ndim = len(w.stored_shape())
+    if {a - ndim for a in inner} != set(w.contracted):  # the other way round: not this gram's
         return dot(x, w.materialise())
     return _observed_dot(dot, gram, x, w.materialise(), w.probe)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _observed_dot(dot: Callable, gram: Callable, x: Array, w: Array, probe: Array) -> Array:
+def _observed_dot(dot: Callable, gram: Callable, x: Array, w: Array, probe: Probe) -> Array:
     return dot(x, w)
 
 
-def _forward(dot: Callable, gram: Callable, x: Array, w: Array, probe: Array) -> Any:
+def _forward(dot: Callable, gram: Callable, x: Array, w: Array, probe: Probe) -> Any:
     return dot(x, w), (x, w)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: one self-describing directory, arrays by Orbax, the rest in one JSON file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxquant.paths import path_leaves
@@ -39,7 +39,7 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
       ValueError: it exists and is not an empty directory, and `overwrite` is off; or the folder
         it would be made in is none, or not writable.
     """
-    path = Path(directory).absolute()
+    path = Path(directory).resolve()  # through a link, to what it names
     if path.is_dir() and overwrite and any(path.iterdir()) and not is_checkpoint(path):
         raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
     empty = path.is_dir() and not any(path.iterdir())
@@ -75,10 +75,11 @@ def save(
     """
     target = check_target(directory, overwrite)
     leaves, arrays = _flatten(params)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made = [p for p in target.parents if not p.exists()]
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)
+        _check_space(aside, sum(a.nbytes for a in arrays.values()))
         # In a thread that is waited for, come what may: Orbax, interrupted half-way, leaves its
         # own threads writing, and the folder would come back after it is removed below.
         with ThreadPoolExecutor(1) as waited:
@@ -89,7 +90,8 @@ def save(
             "recipe": None if recipe is None else recipe.to_json(),
             "metadata": metadata or {},
             "leaves": leaves,
-            "digests": {name: _digest(a) for name, a in arrays.items()},
+            "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
+            "files": _digests(aside / ARRAYS),
         }
         description["sha256"] = _sha256_of(description)
         (aside / DESCRIPTION).write_text(json.dumps(description))
@@ -98,11 +100,22 @@ def save(
         raise OSError(f"could not write {target}: {_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        for folder in made:  # innermost first; those that now hold something stay
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _write(directory: Path, arrays: dict[str, Any]) -> None:
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
         writer.save(directory, args=ocp.args.StandardSave(arrays))
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Orbax compresses, so this asks for a little more than it will take; but on a disk that fills
+    it prints tracebacks from threads of its own, which nobody can catch."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"No space left: {needed:,} bytes are needed, {free:,} are free")
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -127,17 +140,20 @@ def load(directory: str | Path) -> Checkpoint:
     """
     path = Path(directory).absolute()
     description = _description(path)
+    # Before Orbax opens anything: what it says of a damaged file is long, and comes in threads.
+    found = _digests(path / ARRAYS)
+    for name, digest in description["files"].items():
+        if found.get(name) != digest:
+            state = "differs from what was saved" if name in found else "is missing"
+            raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             arrays = reader.restore(path / ARRAYS, args=ocp.args.StandardRestore(
                 {name: jax.ShapeDtypeStruct(tuple(d["shape"]), d["dtype"])
-                 for name, d in description["digests"].items()}
+                 for name, d in description["arrays"].items()}
             ))  # fmt: skip
     except Exception as error:
         raise ValueError(f"{path} is damaged: {_line(error)}") from error
-    for name, a in arrays.items():
-        if _digest(a) != description["digests"][name]:
-            raise ValueError(f"{path} is damaged: array {name!r} differs from what was saved")
     recipe = description["recipe"]
     return Checkpoint(
         _unflatten(description["leaves"], arrays),
@@ -229,10 +245,13 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
     return tree
 
 
-def _digest(a: Any) -> dict[str, Any]:
-    data = np.asarray(a)
-    sha = hashlib.sha256(data.tobytes()).hexdigest()
-    return {"shape": list(data.shape), "dtype": data.dtype.name, "sha256": sha}
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path."""
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def _line(error: Exception) -> str:

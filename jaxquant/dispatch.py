@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import quax
 
 from jaxquant.paths import path_leaves, replace_leaves
@@ -18,14 +17,16 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Runs by multiple dispatch on JAX primitives (quax): every matmul or look-up that meets a
     `QTensor` is served from its packed codes; a primitive without a rule dequantizes it (see
-    `explain`). Compose with `jax.jit`, `jax.grad`, `jax.vmap`, `shard_map`, outside or inside.
+    `explain`). Compose with `jax.jit`, `jax.grad`, `jax.vmap` outside or inside, and with
+    `jax.shard_map` outside, the weights split along their outputs. Reverse mode outside, any
+    mode inside.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
     Returns:
       A function of the same arguments.
 
-    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> w = jq.quantize_array(jnp.eye(4), jq.rtn(bits=8, group_size=-1))
     >>> y = jax.jit(jq.quantized(lambda p, x: x @ p["w"]))({"w": w}, jnp.ones((2, 4)))
     >>> y.shape
@@ -71,7 +72,7 @@ class Explanation:
 def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:
     """How each quantized weight of `params` is served in `fn(params, *args)`.
 
-    Abstract: nothing is computed.
+    Abstract: nothing is computed; what is no array (a flag, say) is passed on as it is.
 
     Args:
       fn: the user's function, as given to `quantized`.
@@ -82,7 +83,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
     )
-    jax.eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
+    eqx.filter_eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
     return Explanation(tuple(dict.fromkeys(log.uses)))
 
 

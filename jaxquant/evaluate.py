@@ -41,15 +41,20 @@ def chunk(tokens: Any, ctx: int, chunks: int | None = None) -> np.ndarray:
     >>> chunk(range(9), 4).tolist()
     [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
-    if ctx < 4:
-        raise ValueError(f"ctx must be at least 4, got {ctx}")
-    if chunks is not None and chunks < 1:
-        raise ValueError(f"the number of chunks must be positive, got {chunks}")
+    check_sizes(ctx, chunks)
     tokens = np.asarray(tokens, np.int32)
     count = len(tokens) // ctx
     if count == 0:
         raise ValueError(f"the text has {len(tokens)} tokens; one chunk needs {ctx}")
     return tokens[: count * ctx].reshape(count, ctx)[:chunks]
+
+
+def check_sizes(ctx: int, chunks: int | None) -> None:
+    """Raise ValueError if ctx is below 4 or chunks below 1."""
+    if ctx < 4:
+        raise ValueError(f"ctx must be at least 4, got {ctx}")
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"the number of chunks must be positive, got {chunks}")
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxquant.codebooks import Integer, Ternary
+from jaxquant.fields import check_fields
 from jaxquant.rounding import LDLQ, Nearest
 
 GroupSize = int | Literal["channel", "tensor"]
@@ -17,6 +18,14 @@ class Method:
     name: str
     rounder: Any
     format: Any
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "rows_per_group"):
+            raise ValueError(
+                f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
+                f"{self.rounder!r} and {self.format!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The driver: params, recipe, statistics -> params."""
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -80,7 +81,7 @@ def quantize(
         new[entry.path] = tensor
         seconds = time.monotonic() - start
         done = Done(entry.path, i + 1, len(todo), tensor.bits_per_weight, *report, seconds)
-        _warn(done, method)
+        _warn(done, method, entry)
         if progress is not None:
             progress(done)
     return replace_leaves(params, new)
@@ -117,6 +118,8 @@ def quantize_array(
     >>> jq.quantize_array(jnp.ones((64, 32)), jq.rtn(bits=2, group_size=32)).bits_per_weight
     2.5625
     """
+    if not isinstance(method, Method):
+        raise ValueError(f"expected a method, such as gptq(bits=4), got {method!r}")
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
     if method.rounder.needs_gram and gram is None:
@@ -127,7 +130,7 @@ def quantize_array(
         raise ValueError(f"gram must be [{w.shape[0]}, {w.shape[0]}], got {list(gram.shape)}")
     (entry,) = resolve(method, {"w": w}).entries
     tensor, report = _quantize_leaf(w, entry, method, gram)
-    _warn(Done("w", 1, 1, tensor.bits_per_weight, *report, 0.0), method)
+    _warn(Done("w", 1, 1, tensor.bits_per_weight, *report, 0.0), method, entry)
     return tensor
 
 
@@ -135,13 +138,17 @@ def _quantize_leaf(
     w: Array, entry: Entry, method: Method, gram: Array | None
 ) -> tuple[QTensor, tuple[float, int]]:
     """All matrices of a leaf, one after another through one compiled program."""
-    abstract = isinstance(w, jax.core.Tracer)  # under eval_shape there are no values to judge
-    if not abstract and not bool(jnp.all(jnp.isfinite(w))):
-        raise ValueError(f"{entry.path}: weights are not finite (NaN or infinity)")
-    if not abstract and gram is not None and not bool(jnp.all(jnp.isfinite(gram))):
-        raise ValueError(f"{entry.path}: statistics are not finite; check the calibration data")
     view, order = entry.form
     *batch, k, n = entry.matrix
+    if gram is not None and gram.shape != (*batch, k, k):
+        raise ValueError(
+            f"{entry.path}: statistics of shape {list(gram.shape)}, expected {[*batch, k, k]}; "
+            f"calibrate the function that uses this tree"
+        )
+    # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's own type.
+    abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
+    if not abstract:
+        _check_values(w, entry.path, method, gram)
     matrices = jnp.transpose(w, order).reshape(-1, k, n)
     if gram is not None:
         gram = gram.reshape(-1, k, k)
@@ -159,6 +166,23 @@ def _quantize_leaf(
     return tensor, (float(jnp.max(report["damping"])), int(jnp.sum(report["dead"])))
 
 
+def _check_values(w: Array, path: str, method: Method, gram: Array | None) -> None:
+    mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
+    if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
+        raise ValueError(
+            f"{path} lies on a mesh with Explicit axes; quantize on one with Auto axes: "
+            f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
+        )
+    if not bool(jnp.all(jnp.isfinite(w))):
+        raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
+    if gram is not None and not bool(jnp.all(jnp.isfinite(gram))):
+        raise ValueError(f"{path}: statistics are not finite; check the calibration data")
+    try:
+        method.format.check(w)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 @partial(jax.jit, static_argnames="method")
 def _round_all(w: Array, gram: Array | None, method: Method) -> tuple[dict, dict]:
     """Round [b, k, n] matrix by matrix: memory of one, compiled once per shape."""
@@ -170,7 +194,12 @@ def _round_all(w: Array, gram: Array | None, method: Method) -> tuple[dict, dict
     return jax.lax.map(one, (w, gram))
 
 
-def _warn(done: Done, method: Method) -> None:
+def _warn(done: Done, method: Method, entry: Entry) -> None:
+    *batch, k, _ = entry.matrix
+    if done.dead == k * math.prod(batch):
+        warnings.warn(
+            f"{done.path}: the statistics are zero throughout; rounded to nearest", stacklevel=3
+        )
     wanted = getattr(method.rounder, "damping", 0.0)
     if done.damping > 1.5 * wanted:
         warnings.warn(

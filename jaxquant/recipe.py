@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ def _rule(value: Any) -> tuple[str, Method | Keep]:
     method = value["method"]
     if isinstance(method, dict):
         return value["pattern"], from_json(method)
+    if not isinstance(method, str):
+        raise ValueError(f"a method is a name or an object with a type, got {method!r}")
     return value["pattern"], KEEP if method == "keep" else named_method(method, **options)
 
 
@@ -129,15 +132,43 @@ def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | No
         that cannot be quantized, a group size that does not divide.
     """
     leaves = path_leaves(params)
+    if not isinstance(recipe, Method | Recipe):
+        raise ValueError(f"expected a Recipe or a method, such as gptq(bits=4), got {recipe!r}")
+    _check_sites(leaves, found)
     if isinstance(recipe, Method):
         chosen = [(p, w, recipe if _contracted(p, w, found) else KEEP) for p, w in leaves]
         if all(m is KEEP for _, _, m in chosen):
             raise ValueError(
-                "nothing to quantize: the function contracts no floating leaf of rank >= 2"
+                "nothing to quantize: the function contracts no floating leaf of rank >= 2 directly"
             )
+        _warn_of_kept(leaves, found)
     else:
         chosen = _match(recipe, leaves)
     return Plan(tuple(_entry(p, w, m, (found or {}).get(p)) for p, w, m in chosen))
+
+
+def _check_sites(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> None:
+    for path, w in leaves:
+        if found is None or not is_weight(w):
+            continue
+        if path not in found or found[path].shape != tuple(w.shape):
+            known = f"of shape {found[path].shape}" if path in found else "unknown"
+            raise ValueError(
+                f"the statistics (or sites) are of another tree: {path!r} is {_describe(w)} here, "
+                f"{known} there"
+            )
+
+
+def _warn_of_kept(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> None:
+    """A weight that only a reshape (say) separates from its matmul would be missed in silence."""
+    sites = [(found or {}).get(p) for p, _ in leaves]
+    lost = [s.path for s in sites if s is not None and s.otherwise and not s.contracted]
+    if lost:
+        warnings.warn(
+            f"kept as they are: {', '.join(lost)}. The function uses them by an operation that is "
+            f"not followed (a reshape, a convolution, ...); name them in a Recipe to quantize them",
+            stacklevel=4,
+        )
 
 
 def _contracted(path: str, w: Any, found: Mapping[str, Site] | None) -> bool:
@@ -147,12 +178,12 @@ def _contracted(path: str, w: Any, found: Mapping[str, Site] | None) -> bool:
 def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
     paths = [p for p, _ in leaves]
     for pattern, _ in recipe.rules:
-        if not fnmatch.filter(paths, pattern):
+        if not any(_matches(path, pattern) for path in paths):
             near = difflib.get_close_matches(pattern.replace("*", ""), paths, 3, 0.0)
             raise ValueError(f"pattern {pattern!r} matches no leaf; nearest: {', '.join(near)}")
     chosen = []
     for path, w in leaves:
-        method = next((m for g, m in recipe.rules if fnmatch.fnmatchcase(path, g)), None)
+        method = next((m for g, m in recipe.rules if _matches(path, g)), None)
         if method is None:
             raise ValueError(f'no pattern matches {path!r}; end the recipe with ("*", KEEP)')
         if isinstance(method, Method) and not is_weight(w):
@@ -164,11 +195,19 @@ def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any
     return chosen
 
 
+def _matches(path: str, pattern: str) -> bool:
+    """A path names itself, whatever "[" or "*" is in it."""
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
+
+
 def _describe(w: Any) -> str:
-    return repr(w) if is_standin(w) else f"{w.dtype}{list(w.shape)}"
+    plain = is_standin(w) or not hasattr(w, "dtype")
+    return repr(w) if plain else f"{w.dtype}{list(w.shape)}"
 
 
 def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry:
+    if not hasattr(w, "dtype"):  # a number, a function: kept, and no array
+        return Entry(path, (), KEEP, None, None, 0, 0)
     shape = tuple(w.shape)
     if isinstance(method, Keep):
         size = _product(shape)
@@ -176,6 +215,8 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
         return Entry(path, shape, method, None, None, nbytes, size)
     view, order = layout_of(shape, site)
     entry = Entry(path, shape, method, view, order, 0, _product(shape))
+    if entry.size == 0:
+        raise ValueError(f"{path}: an empty array, {_describe(w)}, cannot be quantized")
     k, n = entry.matrix[-2:]
     try:
         method.format.rows_per_group(k)

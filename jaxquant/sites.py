@@ -24,8 +24,9 @@ class Site:
       contracted: its axes summed over by its (first) matmul; () if it is in none.
       batch: its axes that are batch axes: scanned, mapped, or paired in the matmul.
       gathered: axis along which it is looked up, or None.
-      input: identifier shared by the weights that read the very same input array; "" if none.
-      rows: input rows per call and batch element.
+      input: identifier of the input arrays of its matmuls, in order: weights that read the very
+        same ones share it. "" if none.
+      otherwise: whether some primitive without a rule uses it (a reshape, a convolution, ...).
     """
 
     path: str
@@ -34,7 +35,7 @@ class Site:
     batch: tuple[int, ...] = ()
     gathered: int | None = None
     input: str = ""
-    rows: int = 0
+    otherwise: bool = False
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -46,23 +47,24 @@ class Site:
 def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Site]:
     """How `fn(params, *args)` uses each floating leaf of rank >= 2 of `params`, by path.
 
-    Abstract: nothing is computed; arrays and `jax.ShapeDtypeStruct` serve alike.
+    Abstract: nothing is computed; arrays and `jax.ShapeDtypeStruct` serve alike, and what is
+    neither (a flag, an activation function in the tree) is passed on as it is.
 
     >>> import jax.numpy as jnp
     >>> s = sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
-    >>> s["w"].contracted, s["w"].output, s["w"].rows
-    ((0,), (1,), 2)
+    >>> s["w"].contracted, s["w"].output
+    ((0,), (1,))
     """
     log = _Log([], [])
     leaves = {p: w for p, w in path_leaves(params) if is_weight(w)}
     tracked = replace_leaves(
         params,
         {
-            p: _Tracked(array=_abstract(w), path=p, order=tuple(range(-len(w.shape), 0)), log=log)
+            p: _Tracked(array=_abstract(w), path=p, leaf=tuple(range(-len(w.shape), 0)), log=log)
             for p, w in leaves.items()
         },
     )
-    jax.eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
+    eqx.filter_eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
     return {p: _summary(p, w, [u for u in log.uses if u.path == p]) for p, w in leaves.items()}
 
 
@@ -83,12 +85,11 @@ def _abstract(w: Any) -> jax.ShapeDtypeStruct:
 @dataclasses.dataclass(frozen=True)
 class _Use:
     path: str
-    kind: str  # "dot" | "gather"
-    axes: tuple[int, ...]
-    batch: tuple[int, ...]
-    input: str
-    rows: int
-    visible: tuple[int, ...]
+    kind: str  # "dot" | "gather" | "other"
+    axes: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    input: str = ""
+    visible: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,24 +108,34 @@ class _Log:
 
 
 class _Tracked(StandIn):
-    """A dense weight that remembers which axes of the leaf its axes are."""
+    """A dense weight that remembers which axes of the leaf (from its end) its own are.
+
+    It is stored as it is seen, unlike the others: any of its axes may come first, to be scanned.
+    """
 
     array: Any
     path: str = eqx.field(static=True)
-    order: tuple[int, ...] = eqx.field(static=True)
+    leaf: tuple[int, ...] = eqx.field(static=True)
     log: _Log = eqx.field(static=True)
+
+    @property
+    def order(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(range(-self.array.ndim, 0))
 
     def stored_shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
     def aval(self) -> Any:
-        return jax.core.ShapedArray(self.view_shape(), self.array.dtype)
+        return jax.core.ShapedArray(self.array.shape, self.array.dtype)
 
     def materialise(self) -> Any:
-        return jnp.transpose(self.array, self.axes())
+        self.log.uses.append(_Use(self.path, "other"))
+        return self.array
 
     def reordered(self, order: tuple[int, ...]) -> "_Tracked":
-        return dataclasses.replace(self, order=order)
+        kept = self.leaf[-len(order) :]
+        leaf = tuple(kept[a] for a in order)
+        return dataclasses.replace(self, array=jnp.transpose(self.array, order), leaf=leaf)
 
     def cast(self, dtype: Any) -> "_Tracked":
         return dataclasses.replace(self, array=self.array.astype(dtype))
@@ -137,40 +148,37 @@ class _Tracked(StandIn):
 
     def leaf_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """Axes of this value as axes of the leaf, counted from its end."""
-        own, ndim = self.axes(), len(self.array.shape)
-        return tuple(own[a] - ndim for a in axes)
+        kept = self.leaf[len(self.leaf) - self.array.ndim :]  # scan and vmap strip leading axes
+        return tuple(kept[a] for a in axes)
 
 
 def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:
-    rows = 1
-    for a in c.x_free():
-        rows *= x.shape[a]
     axes = w.leaf_axes(tuple(a for _, a in c.contract))
     batch = w.leaf_axes(tuple(a for _, a in c.batch))
     input_id = w.log.input_id(x) + str([a for a, _ in c.contract])
     visible = w.leaf_axes(tuple(range(w.ndim)))
-    w.log.uses.append(_Use(w.path, "dot", axes, batch, input_id, rows, visible))
+    w.log.uses.append(_Use(w.path, "dot", axes, batch, input_id, visible))
 
 
 @quax.register(jax.lax.dot_general_p)
 def _(x: Any, w: _Tracked, **params: Any) -> Any:
     x = x.materialise() if is_standin(x) else x
     _log_dot(w, x, Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False))
-    return jax.lax.dot_general_p.bind(x, w.materialise(), **params)
+    return jax.lax.dot_general_p.bind(x, w.array, **params)
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
 def _(w: _Tracked, x: Any, **params: Any) -> Any:
     x = x.materialise() if is_standin(x) else x
     _log_dot(w, x, Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True))
-    return jax.lax.dot_general_p.bind(w.materialise(), x, **params)
+    return jax.lax.dot_general_p.bind(w.array, x, **params)
 
 
 @quax.register(jax.lax.gather_p)
 def _(w: _Tracked, ids: Any, **params: Any) -> Any:
-    axes = w.leaf_axes(tuple(params["dimension_numbers"].start_index_map))
-    w.log.uses.append(_Use(w.path, "gather", axes, (), "", 0, ()))
-    return jax.lax.gather_p.bind(w.materialise(), ids, **params)
+    cut = tuple(i for i, d in enumerate(w.shape) if params["slice_sizes"][i] != d)
+    w.log.uses.append(_Use(w.path, "gather", w.leaf_axes(cut)))
+    return jax.lax.gather_p.bind(w.array, ids, **params)
 
 
 def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
@@ -178,12 +186,20 @@ def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
     front = lambda axes: tuple(sorted(ndim + a for a in axes))
     dots = [u for u in uses if u.kind == "dot"]
     gathers = [u for u in uses if u.kind == "gather" and len(u.axes) == 1]
-    gathered = ndim + gathers[0].axes[0] if gathers else None
+    found = Site(
+        path,
+        tuple(w.shape),
+        gathered=ndim + gathers[0].axes[0] if gathers else None,
+        otherwise=any(u.kind == "other" for u in uses),
+    )
     if not dots:
-        return Site(path, tuple(w.shape), gathered=gathered)
+        return found
     first = dots[0]
     # Axes the matmul never saw were sliced away before it: by scan, vmap, or indexing.
     sliced = set(range(-ndim, 0)) - set(first.visible)
-    batch = front({*first.batch, *sliced})
-    rows = sum(u.rows for u in dots)
-    return Site(path, tuple(w.shape), front(first.axes), batch, gathered, first.input, rows)
+    return dataclasses.replace(
+        found,
+        contracted=front(first.axes),
+        batch=front({*first.batch, *sliced}),
+        input=" ".join(u.input for u in dots),
+    )

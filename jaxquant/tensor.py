@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import quax
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
@@ -86,7 +87,7 @@ class QTensor(StandIn):
         """The weight as a plain array of `shape` and `dtype`."""
         *batch, _, _ = self.stored_matrix_shape()
         w = self.format.dequantize(self.data, self.rows_k)
-        w = w.reshape(*batch, *self.view.k, *self.view.n)
+        w = w.reshape(*batch, *self.view.k, *self.outputs)
         return jnp.transpose(w, self.axes()).astype(self.logical_dtype)
 
     def materialise(self) -> Array:
@@ -111,7 +112,12 @@ class QTensor(StandIn):
         return (*codes.shape[:-2], self.rows_k, codes.shape[-1])
 
     def stored_shape(self) -> tuple[int, ...]:
-        return (*self.data["codes"].shape[:-2], *self.view.k, *self.view.n)
+        return (*self.data["codes"].shape[:-2], *self.view.k, *self.outputs)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Sizes of the output axes; inside `shard_map`, where they are split, the local ones."""
+        return (self.data["codes"].shape[-1],) if len(self.view.n) == 1 else self.view.n
 
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
@@ -125,7 +131,12 @@ class QTensor(StandIn):
     def at_leading(self, fn: Any) -> "QTensor":
         return dataclasses.replace(self, data={name: fn(a) for name, a in self.data.items()})
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.dequantize(), dtype)
+
     def __repr__(self) -> str:
+        if not all(hasattr(a, "dtype") for a in self.data.values()):
+            return f"QTensor({self.data}, {self.format})"  # a tree of shardings, say
         return (
             f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
             f"{self.bits_per_weight:.3f} bits per weight)"
@@ -150,6 +161,7 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     else:
         return None
     format, k = w.format, w.rows_k
+    x = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
 
     def matmul(x: Array, data: dict[str, Array]) -> Array:
         return format.matmul(x, data) if forward else format.matmul_transposed(x, data, k)
@@ -161,7 +173,7 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
         axes=w.axes(),
         leading=batch,
         contracted=core_k if forward else core_n,
-        out_shape=w.view.n if forward else w.view.k,
+        out_shape=w.outputs if forward else w.view.k,
     )
 
 
@@ -197,38 +209,40 @@ def _plain(a: Array, b: Array, params: dict[str, Any]) -> Array:
 
 @quax.register(jax.lax.gather_p)
 def _(w: QTensor, ids: Any, **params: Any) -> Array:
-    taken = _take_axis(w, params["dimension_numbers"], params["slice_sizes"])
+    dn, fills = params["dimension_numbers"], params["mode"] == GatherScatterMode.FILL_OR_DROP
+    taken = _take_axis(w, dn, params["slice_sizes"], fills)
     if taken is None:
         return jax.lax.gather_p.bind(w.materialise(), ids, **params)
     axis, kind = taken
     note("look-up", f"unpacks only the {kind} it takes")
-    index = ids[..., 0]
+    index = ids[..., dn.start_index_map.index(axis)]
     size = w.shape[axis]
     flat = jnp.clip(index.reshape(-1), 0, size - 1)
     if kind == "columns":
         rows = jnp.swapaxes(w.format.columns(w.data, flat, w.rows_k), 0, 1)
     else:
         rows = w.format.rows(w.data, flat, w.rows_k)
-    rest = [d for i, d in enumerate(w.shape) if i != axis]
+    rest = [1 if i == axis else d for i, d in enumerate(w.shape)]
+    if dn.collapsed_slice_dims:
+        rest.pop(axis)
     out = rows.reshape(*index.shape, *rest).astype(w.dtype)
-    if params["mode"] == GatherScatterMode.FILL_OR_DROP:
+    if fills:
         valid = (index >= 0) & (index < size)
         fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
         out = jnp.where(valid.reshape(*index.shape, *(1 for _ in rest)), out, fill)
-    offset = params["dimension_numbers"].offset_dims
-    return jnp.moveaxis(out, range(index.ndim, out.ndim), offset)
+    return jnp.moveaxis(out, range(index.ndim, out.ndim), dn.offset_dims)
 
 
-def _take_axis(w: QTensor, dn: Any, sizes: tuple[int, ...]) -> tuple[int, str] | None:
-    """(axis, "columns" | "rows") if the gather takes whole slices along one core axis."""
-    if w.leading() or len(w.view.k) != 1 or len(w.view.n) != 1:
+def _take_axis(w: QTensor, dn: Any, sizes: tuple[int, ...], fills: bool) -> tuple[int, str] | None:
+    """(axis, "columns" | "rows") if the gather takes whole slices along one core axis.
+
+    It may name the other axes too (`vmap` of w[i] does), where only one start is possible.
+    """
+    if w.leading() or len(w.view.k) != 1 or len(w.view.n) != 1 or dn.operand_batching_dims:
         return None
-    if dn.operand_batching_dims or dn.collapsed_slice_dims != dn.start_index_map:
+    cut = [i for i, d in enumerate(w.shape) if sizes[i] != d]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in dn.start_index_map:
         return None
-    if len(dn.start_index_map) != 1:
+    if dn.collapsed_slice_dims not in ((), tuple(cut)) or (fills and len(dn.start_index_map) > 1):
         return None
-    (axis,) = dn.start_index_map
-    whole = tuple(1 if i == axis else d for i, d in enumerate(w.shape))
-    if tuple(sizes) != whole:
-        return None
-    return axis, "columns" if w.axes()[axis] == 1 else "rows"
+    return cut[0], "columns" if w.axes()[cut[0]] == 1 else "rows"

@@ -19,12 +19,13 @@ from rich.table import Table
 
 import jaxquant as jq
 from jaxquant import checkpoint
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluate import check_sizes, evaluate
 from models import pipeline
 from models.generate import generate as generate_ids
 from models.text import read_text
 
 stderr = Console(stderr=True)
+SEED = click.IntRange(0, 2**32 - 1)
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ def cli() -> None:
 @click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
 @click.option("--calibration-tokens", type=int, default=8192, show_default=True)
 @click.option("--weighting", type=click.Choice(["gradient", "uniform"]), default="gradient")
-@click.option("--seed", type=int, default=0, help="Seeds methods that draw at random.")
+@click.option("--seed", type=SEED, default=0, help="Seeds methods that draw at random.")
 @click.option("--out", required=True)
 @click.option("--overwrite", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
@@ -111,7 +112,7 @@ def evaluate_command(
 ) -> None:
     """Perplexity of MODEL on a text."""
     with usage():
-        chunk(range(max(ctx, 0)), ctx, chunks)  # refuses bad sizes before anything is loaded
+        check_sizes(ctx, chunks)  # before anything is loaded
     content = read_text(text)
     student = pipeline.load_any(model, widen=False)
     pieces = pipeline.pieces(student, content, ctx, chunks)
@@ -134,7 +135,7 @@ def evaluate_command(
 @click.option("--prompt", required=True)
 @click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=SEED, default=0)
 @click.option("--json", "as_json", is_flag=True)
 def generate(
     model: str, prompt: str, max_tokens: int, temperature: float, seed: int, as_json: bool
@@ -221,7 +222,7 @@ def _recipe(
             return jq.Recipe.from_json(json.load(file))
     except OSError as error:
         raise ValueError(f"cannot read {recipe_file}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{recipe_file} is not JSON: {error}") from None
 
 

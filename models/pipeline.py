@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def calibrate(
     """
     length = min(CONTEXT, model.config.max_position)
     batches = pieces(model, text, length, max(1, tokens // length))
+    if batches.size < tokens - length:
+        warnings.warn(
+            f"the calibration text has {batches.size} tokens, {tokens} were asked", stacklevel=2
+        )
     llama = Llama(model.config, model.dtype, remat=True)
 
     def forward(params: Any, x: jax.Array) -> jax.Array:

@@ -80,11 +80,11 @@ def test_weights_that_share_an_input_share_a_gram():
 
     stats = jq.calibrate(fn, params, [draw(5, 32)])
     assert stats.holder["k"] == stats.holder["q"] != stats.holder["o"]
-    assert len(stats.grams) == 2
+    assert len(stats.sums) == 2
     weighted = jq.calibrate(
         fn, params, [draw(5, 32)], loss=lambda y, _: jnp.sum(y[0]) + jnp.sum(y[1] ** 2)
     )
-    assert len(weighted.grams) == 3  # each by its own output gradients
+    assert len(weighted.sums) == 3  # each by its own output gradients
 
 
 def test_bad_input():
@@ -116,3 +116,51 @@ def test_blocks_one_at_a_time_see_quantized_prefixes():
 
     np.testing.assert_allclose(jq.quantized(fn)(got, x), h, rtol=1e-4, atol=1e-4)
     assert jq.explain(fn, got, x).materialised == ()
+
+
+def test_rows_are_counted_where_they_are_seen():
+    """Loops, branches and batches of other shapes: the mean is over the rows that went by."""
+    w, x, y = draw(32, 32), draw(5, 32), draw(3, 32, seed=1)
+    h = [np.asarray(x)]
+    for _ in range(2):
+        h.append(np.tanh(h[-1] @ np.asarray(w)))
+    got = jq.calibrate(
+        lambda p, x: jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, length=3)[0],
+        {"w": w}, [x],
+    )  # fmt: skip
+    want = sum(a.T @ a for a in h) / 15
+    np.testing.assert_allclose(got.gram("w"), want, rtol=1e-4, atol=1e-4)
+    both = jq.calibrate(lambda p, x: x @ p["w"], {"w": w}, [x, y])
+    np.testing.assert_allclose(both.gram("w"), (x.T @ x + y.T @ y) / 8, rtol=1e-5, atol=1e-5)
+    branch = jq.calibrate(
+        lambda p, x: jax.lax.cond(x[0, 0] > 9, lambda x: 2 * x @ p["w"], lambda x: x @ p["w"], x),
+        {"w": w}, [x],
+    )  # fmt: skip
+    np.testing.assert_allclose(branch.gram("w"), x.T @ x / 5, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_very_same_inputs_are_shared():
+    a, b, x, y = draw(32, 8), draw(32, 8, seed=1), draw(5, 32), draw(7, 32, seed=2)
+    for order in (1, -1):
+
+        def fn(p, x, order=order):
+            parts = [x @ p["b"], y @ p["b"]][::order]
+            return jnp.sum(x @ p["a"]) + sum(jnp.sum(part) for part in parts)
+
+        stats = jq.calibrate(fn, {"a": a, "b": b}, [x])
+        np.testing.assert_allclose(stats.gram("a"), x.T @ x / 5, rtol=1e-5, atol=1e-5)
+        want = (x.T @ x + y.T @ y) / 12
+        np.testing.assert_allclose(stats.gram("b"), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [32, 16])
+def test_a_weight_used_both_ways_has_the_gram_of_the_first(n):
+    w, x = draw(32, n), draw(5, 32)
+    stats = jq.calibrate(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w": w}, [x])
+    np.testing.assert_allclose(stats.gram("w"), x.T @ x / 5, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_that_no_gradient_fills_are_reported():
+    w, x = draw(32, 8), draw(5, 32)
+    with pytest.warns(UserWarning, match="statistics of w are zero: no gradient reached"):
+        jq.calibrate(lambda p, x: jnp.argmax(x @ p["w"], -1), {"w": w}, [x])

@@ -86,9 +86,7 @@ def test_damage_is_named(saved):
         return change
 
     assert "reads up to 1" in broken(edit(version=99))
-    assert "damaged" in broken(
-        edit(leaves=None, digests={"a": {"shape": [1], "dtype": "int8", "sha256": ""}})
-    )
+    assert "damaged" in broken(edit(leaves=None, arrays={"a": {"shape": [1], "dtype": "int8"}}))
     for change in ({"recipe": None}, {"metadata": {}}, {"leaves": []}):
         assert "differs from what was saved" in broken(edit(**change))
     assert "not a jaxquant" in broken(lambda c: (c / checkpoint.DESCRIPTION).unlink())
@@ -100,7 +98,29 @@ def test_damage_is_named(saved):
             if f.is_file():
                 f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])
 
-    assert "damaged" in broken(truncate)
+    assert "differs from what was saved" in broken(truncate)
+    manifest = "manifest.ocdbt"
+    assert f"{manifest} is missing" in broken(lambda c: (c / "arrays" / manifest).unlink())
+
+
+def test_folders_made_on_the_way_go_with_a_failed_write(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path / "old" / "new" / "deep" / "c", {"a": jnp.ones(2)})
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    checkpoint.save(tmp_path / "link", {"a": jnp.ones(2)})
+    assert (tmp_path / "link").is_symlink()
+    assert checkpoint.is_checkpoint(tmp_path / "real")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_a_failed_write_leaves_nothing(saved, monkeypatch):
@@ -137,7 +157,7 @@ def test_an_interrupted_write_leaves_nothing(saved, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_digest", interrupt)
+    monkeypatch.setattr(checkpoint, "_digests", interrupt)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, params, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["c"]

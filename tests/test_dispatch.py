@@ -1,5 +1,6 @@
 """Quantized functions against the dequantized model, in every framework, and nothing dense."""
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -190,3 +191,76 @@ def test_bfloat16_network():
     y = jax.jit(jq.quantized(fn))(qparams, draw(5, 32))
     assert y.dtype == jnp.bfloat16
     assert jq.explain(fn, qparams, draw(5, 32)).materialised == ()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16", "float16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_activations_of_another_dtype(dtype, transposed):
+    """Mixed operands are promoted, as in a plain dot: weights never fall to the dtype of x."""
+    w = draw(32, 32)
+    x = (3 * draw(5, 32, seed=1)).astype(dtype)
+    fn = lambda p, x: x @ (p["w"].T if transposed else p["w"])
+    check(fn, {"w": w}, jq.quantize({"w": w}, FORMATS[0]), x)
+    # The twin: weights cast to the dtype of x are something else.
+    low = fn({"w": w.astype(dtype)}, x)
+    assert np.abs(np.asarray(low, np.float32) - fn({"w": w}, x)).max() > 1e-3
+
+
+def test_equinox_with_functions_and_flags_in_the_tree():
+    mlp = eqx.nn.MLP(32, 16, 64, 2, key=jax.random.key(0))
+
+    def fn(mlp, x, flag):
+        y = jax.vmap(mlp)(x)
+        return y if flag else jnp.zeros_like(y)
+
+    x = draw(5, 32)
+    found = jq.sites(fn, mlp, x, True)
+    qmlp = jq.quantize(mlp, FORMATS[0], found)
+    assert jq.bits_per_weight(qmlp) == 5.25
+    got = jq.quantized(fn)(qmlp, x, True)
+    np.testing.assert_allclose(got, fn(jq.dequantize(qmlp), x, True), rtol=1e-5, atol=1e-5)
+    assert jq.explain(fn, qmlp, x, True).materialised == ()
+    assert jq.explain(fn, qmlp, x, flag=True).uses
+    stats = jq.calibrate(lambda p, x: fn(p, x, True), mlp, [x])
+    np.testing.assert_allclose(stats.gram("layers/0/weight"), x.T @ x / 5, rtol=1e-5, atol=1e-5)
+
+
+def test_equinox_embedding():
+    embed = eqx.nn.Embedding(96, 32, key=jax.random.key(0))
+    fn = lambda p, ids: jax.vmap(p)(ids)
+    ids = jnp.array([1, 95, 0])
+    found = jq.sites(fn, embed, ids)
+    assert found["weight"].gathered == 0
+    qembed = jq.quantize(embed, jq.Recipe([("*", FORMATS[0])]), found)
+    check(fn, embed, qembed, ids)
+
+
+def test_layers_stacked_along_another_axis():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(
+                Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=3
+            )
+            return layers(name="layers")(x, None)[0]
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + jnp.tanh(nn.Dense(32, use_bias=False, name="d")(x)), None
+
+    net, x = Net(), draw(5, 32)
+    params = net.init(jax.random.key(0), x)["params"]
+    assert params["layers"]["d"]["kernel"].shape == (32, 3, 32)
+    fn = lambda p, x: net.apply({"params": p}, x)
+    stats = jq.calibrate(fn, params, [x])
+    site = stats.sites["layers/d/kernel"]
+    assert (site.batch, site.contracted, site.output) == ((1,), (0,), (2,))
+    np.testing.assert_allclose(stats.gram(site.path)[0], x.T @ x / 5, rtol=1e-5, atol=1e-5)
+    check(fn, params, jq.quantize(params, jq.gptq(4, 16), stats), x)
+
+
+def test_as_an_array_and_as_a_tree_of_other_things():
+    q = jq.quantize_array(draw(32, 16), FORMATS[0])
+    np.testing.assert_array_equal(np.asarray(q), q.dequantize())
+    assert "(4, 16)" in repr(jax.tree.map(jnp.shape, q))

@@ -82,7 +82,20 @@ def test_recipes_that_do_not_resolve(rules, message):
         ([{"pattern": "*"}], "a rule is"),
         ([{"pattern": "*", "method": "magic"}], "unknown method"),
         ([{"pattern": "*", "method": "rtn", "bits": 5}], "bits must be one of"),
+        ([{"pattern": "*", "method": "rtn", "bits": 4.0}], "bits must be int, got 4.0"),
+        ([{"pattern": "*", "method": "rtn", "symmetric": "no"}], "symmetric must be bool"),
+        ([{"pattern": "*", "method": "gptq", "block_size": 1.5}], "block_size must be int"),
+        ([{"pattern": "*", "method": ["rtn"]}], "a method is a name or an object"),
         ([{"pattern": "*", "method": {"type": "Magic"}}], "unknown type 'Magic'"),
+        (
+            [
+                {
+                    "pattern": "*",
+                    "method": {"type": "Method", "name": "m", "rounder": 3, "format": 4},
+                }
+            ],
+            "a method is a rounder",
+        ),
     ],
 )
 def test_bad_recipe_files(value, message):
@@ -102,3 +115,57 @@ def test_eval_shape_gives_the_shapes_without_computing():
     made = jq.quantize(PARAMS, recipe)
     assert jax.tree.structure(shapes) == jax.tree.structure(made)
     assert jq.bits_per_weight(shapes) == jq.bits_per_weight(made)
+
+
+def test_statistics_of_another_tree():
+    method = jq.rtn(group_size=32)
+    with pytest.raises(ValueError, match="of another tree: 'embed/embedding' .* unknown there"):
+        jq.quantize(PARAMS, method, {})
+    fn = lambda p, x: x @ p["w"]
+    stats = jq.calibrate(fn, {"w": jnp.ones((64, 8))}, [jnp.ones((5, 64))])
+    with pytest.raises(ValueError, match=r"float32\[64, 16\] here, of shape \(64, 8\) there"):
+        jq.quantize({"w": jnp.ones((64, 16))}, jq.gptq(group_size=32), stats)
+
+
+def test_what_is_neither_recipe_nor_method():
+    for wrong in ("gptq", jq.KEEP, 4):
+        with pytest.raises(ValueError, match="expected a Recipe or a method"):
+            jq.quantize(PARAMS, wrong)
+    with pytest.raises(ValueError, match="expected a method"):
+        jq.quantize_array(jnp.ones((64, 8)), jq.Recipe([("*", jq.rtn())]))
+    with pytest.raises(ValueError, match="an empty array"):
+        jq.quantize({"w": jnp.ones((64, 0))}, jq.rtn())
+
+
+def test_leaves_that_are_no_arrays_are_kept():
+    made = jq.quantize({"w": jnp.ones((64, 8)), "rate": 0.1, "name": "x"}, jq.rtn())
+    assert (made["rate"], made["name"]) == (0.1, "x")
+
+
+def test_a_weight_that_a_bare_method_would_miss_is_named():
+    params = {"a": jnp.ones((32, 32)), "b": jnp.ones((32, 4, 8))}
+    fn = lambda p, x: x @ p["a"] @ p["b"].reshape(32, 32)
+    found = jq.sites(fn, params, jnp.ones((2, 32)))
+    assert found["b"].otherwise and not found["a"].otherwise
+    with pytest.warns(UserWarning, match="kept as they are: b\\."):
+        jq.resolve(jq.rtn(group_size=32), params, found)
+
+
+def test_a_path_names_itself():
+    params = {"a[0]": jnp.ones((64, 8)), "a0": jnp.ones((64, 8))}
+    made = jq.quantize(params, jq.Recipe([("a[0]", jq.rtn()), ("*", jq.KEEP)]))
+    assert isinstance(made["a[0]"], jq.QTensor)
+
+
+@pytest.mark.parametrize("factor", [1e7, 1e-8])
+def test_scales_out_of_range(factor):
+    w = factor * jax.random.normal(jax.random.key(0), (64, 8))
+    with pytest.raises(ValueError, match='w: weights up to .* use scale_dtype="float32"'):
+        jq.quantize({"w": w}, jq.rtn())
+    q = jq.quantize({"w": w}, jq.rtn(scale_dtype="float32"))["w"]
+    assert float(jnp.linalg.norm(q.dequantize() - w) / jnp.linalg.norm(w)) < 0.15
+
+
+def test_closed_over_weights_under_eval_shape():
+    shapes = jax.eval_shape(lambda: jq.quantize({"w": jnp.ones((64, 8))}, jq.rtn()))
+    assert shapes["w"].shape == (64, 8)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxquant.fields import check_fields
 from pallas_kernels import dispatch, layout, reference
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
@@ -50,11 +51,22 @@ class Integer:
     block: ClassVar[int] = 1  # rows rounded together: a scalar format
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.bits not in layout.BITS:
             raise ValueError(f"bits must be one of {layout.BITS}, got {self.bits}")
         check_group_size(self.group_size)
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Raise ValueError if the scales of these weights leave the range of their dtype."""
+        info, largest = jnp.finfo(self.scale_dtype), float(jnp.max(jnp.abs(w)))
+        scale = largest / self.limits[1]
+        if largest > 0 and not float(info.tiny) <= scale <= float(info.max):
+            raise ValueError(
+                f"weights up to {largest:.2g} need scales outside the range of {self.scale_dtype}; "
+                f'use scale_dtype="float32" or rescale the weights'
+            )
 
     # --- codes ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.codebooks.integer import Grid
+from jaxquant.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class LDLQ:
     needs_gram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.damping > 0:
             raise ValueError(f"damping must be positive, got {self.damping}")
         if self.block_size < 1:

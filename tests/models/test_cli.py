@@ -99,7 +99,7 @@ def test_any_exception_is_one_line(run, monkeypatch):
 
 
 def test_a_job_told_to_stop_leaves_nothing(tiny, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_digest", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(checkpoint, "_digests", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     result = run("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
     fails(result, 130, "interrupted; nothing was written")
     assert list(tmp_path.iterdir()) == []
@@ -165,6 +165,10 @@ def test_bad_models_and_texts(tiny, run, tmp_path):
     fails(run("eval", tiny, "--text", text), 1, "holds no text")
     fails(run("quantize", tiny, *quantize, "--calibration", text), 1, "holds no text")
     text.write_text(TEXT)
+    for sizes in (("--ctx", 3), ("--chunks", 0)):
+        fails(run("eval", tiny, "--text", text, *sizes), 2, "must be")
+    fails(run("generate", tiny, "--prompt", "x", "--seed", 2**70), 2, "is not in the range")
+    fails(run("eval", tiny, "--text", text, "--ctx", 10**12), 1, "exceeds the model's 1024")
     fails(run("eval", tiny, "--text", text, "--ctx", 2048), 1, "exceeds the model's 1024 positions")
     text.write_text("short")
     fails(run("eval", tiny, "--text", text), 1, "one chunk needs 512")
@@ -201,7 +205,7 @@ def test_a_full_disk(tiny, run, tmp_path):
     try:
         out = disk / "o"
         result = run("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", out)
-        fails(result, 1, "could not write")
+        fails(result, 1, "No space left")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
