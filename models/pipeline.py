@@ -78,17 +78,28 @@ def calibrate(
     weighting: str = "gradient",
     progress: Callable[[int], None] | None = None,
 ) -> jq.Stats:
-    """Statistics on the first `tokens` tokens of a text, in sequences of 512.
-
-    The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
-    the grams, twice, beside the parameters.
-    """
+    """Statistics on the first `tokens` tokens of a text, in sequences of 512."""
     length = min(CONTEXT, model.config.max_position)
     batches = pieces(model, text, length, max(1, tokens // length))
     if batches.size < tokens - length:
         warnings.warn(
             f"the calibration text has {batches.size} tokens, {tokens} were asked", stacklevel=2
         )
+    return calibrate_on(model, batches, weighting=weighting, progress=progress)
+
+
+def calibrate_on(
+    model: Model,
+    sequences: np.ndarray,
+    *,
+    weighting: str = "gradient",
+    progress: Callable[[int], None] | None = None,
+) -> jq.Stats:
+    """Statistics on token sequences [N, length], one at a time.
+
+    The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
+    the grams, twice, beside the parameters.
+    """
     llama = Llama(model.config, model.dtype, remat=True)
 
     def forward(params: Any, x: jax.Array) -> jax.Array:
@@ -97,7 +108,7 @@ def calibrate(
     return jq.calibrate(
         forward,
         model.params,
-        (jnp.asarray(b)[None] for b in batches),
+        (jnp.asarray(s)[None] for s in sequences),
         loss=next_token_loss,
         weighting=weighting,
         progress=progress,

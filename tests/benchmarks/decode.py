@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from models import registry
+from models import pipeline, registry
 from models.generate import generate
 
 REPEATS, TOKENS = 5, 32
@@ -28,19 +28,18 @@ def seconds(run):
 
 def variants():
     model = registry.load("smollm2-135m")
-    yield "float32", model, model.params, 0.0
+    yield "float32", model, model.params
     half = registry.load("smollm2-135m", jnp.bfloat16)
-    yield "bfloat16", half, half.params, 0.0
+    yield "bfloat16", half, half.params
     for bits in (4, 2):
-        recipe = jq.Recipe([("layers/*kernel", jq.rtn(bits=bits)), ("*", jq.KEEP)])
-        params = jq.quantize(model.params, recipe)
-        yield f"packed {bits}-bit", model, params, jq.bits_per_weight(params)
+        recipe = pipeline.recipe_of(jq.rtn(bits=bits))
+        yield f"packed {bits}-bit", model, jq.quantize(model.params, recipe)
 
 
 def main():
     print("weights          bits  prefill 512  ratio  decode/token  ratio")
     first = None
-    for name, model, params, bits in variants():
+    for name, model, params in variants():
         forward = jax.jit(jq.quantized(model.apply_fn))
         cached = jq.quantized(model.apply_cached)
         prompt = jnp.ones((1, 512), jnp.int32)
@@ -53,6 +52,7 @@ def main():
         # The difference of two lengths within one bucket leaves out prefill and start-up.
         token = (decode(TOKENS) - decode(4)) / (TOKENS - 4)
         first = first or (prefill, token)
+        bits = jq.bits_per_weight(params)
         print(
             f"{name:14} {bits:6.2f} {prefill:10.3f} s {prefill / first[0]:6.2f} "
             f"{1e3 * token:10.1f} ms {token / first[1]:6.2f}"
