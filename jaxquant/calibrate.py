@@ -224,9 +224,8 @@ class Observed(StandIn):
     probe: Probe
     order: tuple[int, ...] = eqx.field(static=True)
     core: int = eqx.field(static=True)  # axes that are not batch axes
-    contracted: tuple[int, ...] = eqx.field(
-        static=True
-    )  # stored axes the gram is over, from the end
+    # Stored axes, from the end, that the gram is over.
+    contracted: tuple[int, ...] = eqx.field(static=True)
     weighted: bool = eqx.field(static=True)
 
     def stored_shape(self) -> tuple[int, ...]:

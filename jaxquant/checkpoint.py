@@ -181,6 +181,8 @@ def _description(path: Path) -> dict[str, Any]:
         )
     if value.pop("sha256", None) != _sha256_of(value):
         raise ValueError(f"{path / DESCRIPTION} is damaged: it differs from what was saved")
+    if lacks := {"recipe", "metadata", "leaves", "arrays", "files"} - set(value):
+        raise ValueError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(sorted(lacks))}")
     return value
 
 
@@ -247,11 +249,13 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by relative path."""
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            out[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
+    return out
 
 
 def _line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxquant.calibrate import Stats
 from jaxquant.methods import Method
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.recipe import Entry, Recipe, resolve
+from jaxquant.recipe import Entry, Recipe, leaf_bytes, resolve
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor
@@ -221,12 +221,7 @@ def bits_per_weight(params: Any) -> float:
     leaves = [w for _, w in path_leaves(params)]
     chosen = [w for w in leaves if is_standin(w)] or [w for w in leaves if is_weight(w)]
     size = sum(w.size for w in chosen)
-    return 8 * sum(_nbytes(w) for w in chosen) / max(1, size)
-
-
-def _nbytes(w: Any) -> int:
-    """Bytes of an array, a stand-in, or the shape of either."""
-    return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize
+    return 8 * sum(map(leaf_bytes, chosen)) / max(1, size)
 
 
 def dequantize(params: Any) -> Any:

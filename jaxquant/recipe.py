@@ -210,9 +210,7 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
         return Entry(path, (), KEEP, None, None, 0, 0)
     shape = tuple(w.shape)
     if isinstance(method, Keep):
-        size = _product(shape)
-        nbytes = w.nbytes if is_standin(w) else size * w.dtype.itemsize
-        return Entry(path, shape, method, None, None, nbytes, size)
+        return Entry(path, shape, method, None, None, leaf_bytes(w), _product(shape))
     view, order = layout_of(shape, site)
     entry = Entry(path, shape, method, view, order, 0, _product(shape))
     if entry.size == 0:
@@ -225,6 +223,11 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
     data = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((k, n), "float32"))
     per = sum(a.size * a.dtype.itemsize for a in data.values())
     return dataclasses.replace(entry, bytes=per * _product(entry.matrix[:-2]))
+
+
+def leaf_bytes(w: Any) -> int:
+    """Bytes of an array, a stand-in, or the shape of either."""
+    return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize
 
 
 def layout_of(shape: tuple[int, ...], site: Site | None) -> tuple[View, tuple[int, ...]]:

@@ -89,6 +89,14 @@ def test_damage_is_named(saved):
     assert "damaged" in broken(edit(leaves=None, arrays={"a": {"shape": [1], "dtype": "int8"}}))
     for change in ({"recipe": None}, {"metadata": {}}, {"leaves": []}):
         assert "differs from what was saved" in broken(edit(**change))
+
+    def lacking(copy):
+        file = copy / checkpoint.DESCRIPTION
+        value = json.loads(file.read_text())
+        del value["leaves"], value["sha256"]
+        file.write_text(json.dumps(value | {"sha256": checkpoint._sha256_of(value)}))
+
+    assert "it lacks leaves" in broken(lacking)
     assert "not a jaxquant" in broken(lambda c: (c / checkpoint.DESCRIPTION).unlink())
     assert "damaged" in broken(lambda c: (c / checkpoint.DESCRIPTION).write_text('{"version'))
     assert "damaged" in broken(lambda c: shutil.rmtree(c / checkpoint.ARRAYS))
