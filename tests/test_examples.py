@@ -1,0 +1,37 @@
+"""Every example runs; the README's lines too."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import jaxquant as jq
+
+ROOT = Path(__file__).parents[1]
+# What makes an example of minutes one of seconds; the path through the code is the same.
+SMALLER = {
+    "01_quantize_smollm2.py": {
+        "CALIBRATION_TOKENS": 512, "CHUNKS": 1, "METHODS": {"gptq 4 bits": jq.gptq()},
+    }
+}  # fmt: skip
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_example(name, capsys):
+    main = runpy.run_path(str(ROOT / "examples" / name))["main"]
+    main.__globals__.update(SMALLER.get(name, {}))
+    main()
+    out = capsys.readouterr().out
+    assert out.count("gptq 4 bits") == 1
+    assert "best 4-bit model: The capital of France is" in out
+
+
+def test_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "packed matmul" in capsys.readouterr().out
