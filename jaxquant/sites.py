@@ -133,9 +133,8 @@ class _Tracked(StandIn):
         return self.array
 
     def reordered(self, order: tuple[int, ...]) -> "_Tracked":
-        kept = self.leaf[-len(order) :]
-        leaf = tuple(kept[a] for a in order)
-        return dataclasses.replace(self, array=jnp.transpose(self.array, order), leaf=leaf)
+        array = jnp.transpose(self.array, order)
+        return dataclasses.replace(self, array=array, leaf=self.leaf_axes(order))
 
     def cast(self, dtype: Any) -> "_Tracked":
         return dataclasses.replace(self, array=self.array.astype(dtype))

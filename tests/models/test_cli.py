@@ -205,7 +205,7 @@ def test_a_full_disk(tiny, run, tmp_path):
     try:
         out = disk / "o"
         result = run("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", out)
-        fails(result, 1, "No space left")
+        fails(result, 1, f"could not write {out}: No space left")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
