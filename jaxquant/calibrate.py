@@ -6,6 +6,7 @@ a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient at output token t
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,10 +27,12 @@ Weighting = Literal["uniform", "gradient"]
 
 
 class Probe(NamedTuple):
-    """What a matmul's backward rule hands back: sum of a x x^T, and how many rows x had."""
+    """What a matmul's backward rule hands back: sum of a x x^T, how many rows x had, and, where
+    it is asked for, the sum of g g^T."""
 
     gram: Float[Array, "*batch k k"]
     rows: Float[Array, "*batch"]
+    output: Float[Array, "*batch n n"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +57,32 @@ class Stats:
           ValueError: the weight is in no matmul that calibration saw.
         """
         self.check(path)
-        gram, rows = self.sums[self.holder[path]]
-        return gram / jnp.maximum(rows, 1)[..., None, None]
+        probe = self.sums[self.holder[path]]
+        return probe.gram / jnp.maximum(probe.rows, 1)[..., None, None]
 
-    def check(self, path: str) -> None:
-        """Raise ValueError unless there is a gram for this weight."""
+    def output_gram(self, path: str) -> Float[Array, "... n n"]:
+        """Mean of g g^T, g the gradient at this weight's output.
+
+        Raises:
+          ValueError: calibration was not asked for it.
+        """
+        self.check(path, output=True)
+        probe = self.sums[self.holder[path]]
+        return probe.output / jnp.maximum(probe.rows, 1)[..., None, None]
+
+    def check(self, path: str, output: bool = False) -> None:
+        """Raise ValueError unless there is a gram (and an output-side one) for this weight."""
         if path not in self.holder:
             raise ValueError(f"no statistics for {path!r}: calibration saw it in no matmul")
+        if output and self.sums[self.holder[path]].output is None:
+            raise ValueError(
+                f"no output-side statistics for {path!r}: pass output=True to calibrate"
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all grams."""
-        return sum(p.gram.nbytes for p in self.sums.values())
+        return sum(a.nbytes for a in jax.tree.leaves(self.sums))
 
 
 def calibrate(
@@ -75,6 +92,7 @@ def calibrate(
     *,
     loss: Callable[[Any, Any], Array] | None = None,
     weighting: Weighting | None = None,
+    output: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Stats:
     """Second moments of the inputs of every weight that `fn` contracts.
@@ -91,6 +109,8 @@ def calibrate(
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
       weighting: "gradient" weights each token by the squared norm of the loss gradient at the
         matmul's output; "uniform" does not. Default: "gradient" if a loss is given.
+      output: collect the second moments of the loss gradient at every output too, 4 n^2 bytes
+        more per weight, for two-sided feedback; needs gradient weighting.
       progress: called with the number of batches done.
     Returns:
       `Stats`.
@@ -113,12 +133,14 @@ def calibrate(
         raise ValueError(f'weighting must be "gradient" or "uniform", got {weighting!r}')
     if weighting == "gradient" and loss is None:
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
+    if output and weighting != "gradient":
+        raise ValueError('output=True needs weighting="gradient", and a loss')
     params, fn = _arrays_only(params, fn)
     sums, plan = None, None
     for i, batch in enumerate(batches):
         if sums is None:
             found = sites(fn, params, *_args(batch))
-            plan = _Plan.of(found, weighting)
+            plan = _Plan.of(found, weighting, output)
             sums = plan.probes()
         sums = _step(sums, params, batch, fn, loss, plan)
         if progress is not None:
@@ -155,9 +177,10 @@ class _Plan:
     holders: tuple[tuple[str, Site], ...]
     holder: tuple[tuple[str, str], ...]
     weighted: bool
+    output: bool
 
     @staticmethod
-    def of(found: dict[str, Site], weighting: Weighting) -> "_Plan":
+    def of(found: dict[str, Site], weighting: Weighting, output: bool) -> "_Plan":
         holder: dict[str, str] = {}
         first: dict[Any, str] = {}
         for path, site in found.items():
@@ -166,11 +189,11 @@ class _Plan:
                 key = (site.input, len(site.batch)) if weighting == "uniform" else path
                 holder[path] = first.setdefault(key, path)
         holders = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
-        return _Plan(holders, tuple(holder.items()), weighting == "gradient")
+        return _Plan(holders, tuple(holder.items()), weighting == "gradient", output)
 
     def probes(self) -> dict[str, Probe]:
         """Zeros, by holder."""
-        return {p: _zero_probe(site) for p, site in self.holders}
+        return {p: _zero_probe(site, self.output) for p, site in self.holders}
 
     def observe(self, params: Any, probes: dict[str, Probe]) -> Any:
         """params with `Observed` stand-ins at the weights that hold a gram."""
@@ -192,12 +215,12 @@ class _Plan:
         return replace_leaves(params, new)
 
 
-def _zero_probe(site: Site) -> Probe:
-    k = 1
-    for a in site.contracted:
-        k *= site.shape[a]
+def _zero_probe(site: Site, output: bool) -> Probe:
+    size = lambda axes: math.prod(site.shape[a] for a in axes)
+    k, n = size(site.contracted), size(site.output)
     batch = tuple(site.shape[a] for a in site.batch)
-    return Probe(jnp.zeros((*batch, k, k)), jnp.zeros(batch))
+    zeros = lambda *shape: jnp.zeros((*batch, *shape))
+    return Probe(zeros(k, k), zeros(), zeros(n, n) if output else None)
 
 
 @partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
@@ -280,7 +303,12 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
         left = rows * c.energy(g, axes, leading)[..., None] if w.weighted else rows
         product = jnp.einsum("...tk,...tl->...kl", left, rows)
         count = jnp.full(w.probe.rows.shape, rows.shape[-2], jnp.float32)
-        return Probe(jnp.broadcast_to(product, w.probe.gram.shape), count)
+        whole = lambda a, like: jnp.broadcast_to(a, like.shape)
+        output = None
+        if w.probe.output is not None:
+            y = c.output_rows(g, axes, leading)
+            output = whole(jnp.einsum("...tk,...tl->...kl", y, y), w.probe.output)
+        return Probe(whole(product, w.probe.gram), count, output)
 
     ndim = len(w.stored_shape())
     if {a - ndim for a in inner} != set(w.contracted):  # the other way round: not this gram's

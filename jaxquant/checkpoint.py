@@ -22,6 +22,7 @@ from jaxquant.tensor import QTensor
 VERSION = 1
 DESCRIPTION = "jaxquant.json"
 ARRAYS = "arrays"
+STATIC = ("format", "view", "logical_dtype", "method", "input", "output", "shared")  # of a QTensor
 
 
 class Checkpoint(NamedTuple):
@@ -197,10 +198,9 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     arrays: dict[str, Any] = {}
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
-            static = {f: to_json(getattr(leaf, f)) for f in ("format", "view")}
+            static = {f: to_json(getattr(leaf, f)) for f in STATIC}
             named = {f"{path}:{part}": a for part, a in leaf.data.items()}
-            text = {"logical_dtype": leaf.logical_dtype, "method": leaf.method}
-            leaves.append({"path": path, "parts": list(leaf.data), **static, **text})
+            leaves.append({"path": path, "parts": list(leaf.data), **static})
         else:
             named = {path: leaf}
             leaves.append({"path": path})
@@ -237,10 +237,7 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
         if "parts" in leaf:
             node[last] = QTensor(
                 data={part: arrays[f"{path}:{part}"] for part in leaf["parts"]},
-                format=from_json(leaf["format"]),
-                view=from_json(leaf["view"]),
-                logical_dtype=leaf["logical_dtype"],
-                method=leaf["method"],
+                **{field: from_json(leaf[field]) for field in STATIC if field in leaf},
             )
         else:
             node[last] = arrays[path]

@@ -1,6 +1,7 @@
 """A traced `dot_general`, seen from the weight: which of its axes are contracted, batch, free."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,18 +100,22 @@ class Contraction:
         x_free = [("x", a) for a in self.x_free()]
         return batch + (w_free + x_free if self.weight_left else x_free + w_free)
 
-    def energy(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
-        """|g|^2 of every input row, [*leading axes of w (1 where absent), m], from the output g."""
+    def output_rows(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
+        """The output g as [*leading axes of w (1 where absent), m, n], float32: rows as `rows`."""
         labels = self.output_labels(axes)
         lead = [("w", a) for a in range(leading)]
         rows = [("x", a) for a in self.x_free()]
-        summed = [i for i, label in enumerate(labels) if label not in lead + rows]
-        kept = [label for label in labels if label in lead + rows]
-        e = jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(summed))
-        e = jnp.transpose(e, [kept.index(label) for label in lead + rows if label in kept])
-        sizes = iter(e.shape)
-        shape = [next(sizes) if label in kept else 1 for label in lead]
-        return e.reshape(*shape, -1)
+        free = sorted(label for label in labels if label[0] == "w" and label[1] >= leading)
+        kept = [label for label in lead if label in labels]
+        g = jnp.transpose(g, [labels.index(label) for label in (*kept, *rows, *free)])
+        sizes = iter(g.shape)
+        shape = [next(sizes) if label in labels else 1 for label in lead]
+        n = math.prod(g.shape[g.ndim - len(free) :])
+        return g.astype(jnp.float32).reshape(*shape, -1, n)
+
+    def energy(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
+        """|g|^2 of every input row, [*leading axes of w (1 where absent), m], from the output g."""
+        return jnp.sum(jnp.square(self.output_rows(g, axes, leading)), axis=-1)
 
     def _ordered(
         self, y: Array, axes: tuple[int, ...], leading: int, contracted: set[int]

@@ -13,19 +13,34 @@ GroupSize = int | Literal["channel", "tensor"]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What to do with a weight: the rounder that chooses codes, the format that stores them."""
+    """What to do with a weight: the rounder that chooses codes, the format that stores them.
+
+    `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
+    """
 
     name: str
     rounder: Any
     format: Any
+    input: Any = None
+    output: Any = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "rows_per_group"):
+        if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "tile"):
             raise ValueError(
                 f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
                 f"{self.rounder!r} and {self.format!r}"
             )
+
+
+    def stored(self, k: int, n: int) -> tuple[int, int]:
+        """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
+        if self.input is not None:
+            k = self.input.size(k)
+        if self.output is not None:
+            n = self.output.size(n)
+        self.format.check_shape(k, n)
+        return k, n
 
 
 @dataclasses.dataclass(frozen=True)

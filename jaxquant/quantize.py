@@ -4,18 +4,21 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+import zlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.calibrate import Stats
+from jaxquant.matrix import Keys, Report, round_matrix
 from jaxquant.methods import Method
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.recipe import Entry, Recipe, leaf_bytes, resolve
+from jaxquant.rounding import Moments
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor
@@ -23,21 +26,29 @@ from jaxquant.tensor import QTensor
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """Report on one quantized leaf.
+    """Report on one quantized matrix.
 
     Attributes:
-      index, total: which of how many.
-      damping: largest fraction of mean(diag H) that its matrices needed; 0 without feedback.
-      dead: input channels that calibration never saw active, over all its matrices.
+      path: of the leaf, and of a matrix in a stack its index: "layers/up/kernel[3]".
+      index, total: which of how many matrices.
+      loss: share of the output's energy that the error took, tr(E^T H E) / tr(W^T H W).
+      damping: fraction of mean(diag H) that was added; 0 without feedback.
+      dead: input channels that calibration never saw active.
+      seconds: it took; 0 if an earlier run had done it.
     """
 
     path: str
+    method: str
     index: int
     total: int
     bits_per_weight: float
+    loss: float
     damping: float
     dead: int
     seconds: float
+
+
+Finished = MutableMapping[str, tuple[dict[str, np.ndarray], Report]]
 
 
 def quantize(
@@ -47,6 +58,7 @@ def quantize(
     *,
     key: Array | None = None,
     progress: Callable[[Done], None] | None = None,
+    finished: Finished | None = None,
 ) -> Any:
     """The same tree with `QTensor` leaves where the recipe says so.
 
@@ -54,8 +66,10 @@ def quantize(
       params: tree of floating arrays.
       recipe: a `Recipe`, or one method for every weight the function contracts.
       stats: `calibrate`'s result; or `sites`' result; or None (the last axis is the output).
-      key: randomness of methods that need it; none of today's does.
-      progress: called with `Done` after each leaf.
+      key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
+      progress: called with `Done` after each matrix.
+      finished: results by matrix; what is in it is not done again, what is done is put in it. A
+        mapping that lives on disk makes a long run resumable.
     Raises:
       ValueError: the recipe does not resolve, weights are not finite, or a method needs
         statistics that are missing. Before any compute, but for the check of the weights.
@@ -67,43 +81,30 @@ def quantize(
     >>> q["w"].bits_per_weight, q["b"].shape
     (4.3125, (8,))
     """
-    del key
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
-    todo = [(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
-    grams = {e.path: _gram_of(e.path, method, stats) for e, method in todo}
+    todo = [e for e in plan.entries if isinstance(e.method, Method)]
+    for entry in todo:
+        _check_statistics(entry, stats)
+    key = jax.random.key(0) if key is None else key
+    report = _Progress(sum(math.prod(e.matrix[:-2]) for e in todo), progress)
+    inputs = _shared_inputs(todo, found)
     leaves = dict(path_leaves(params))
     new = {}
-    for i, (entry, method) in enumerate(todo):
-        start = time.monotonic()
-        gram = grams[entry.path]()
-        tensor, report = _quantize_leaf(leaves[entry.path], entry, method, gram)
-        new[entry.path] = tensor
-        seconds = time.monotonic() - start
-        done = Done(entry.path, i + 1, len(todo), tensor.bits_per_weight, *report, seconds)
-        _warn(done, method, entry)
-        if progress is not None:
-            progress(done)
+    for entry in todo:
+        moments = _moments(entry, stats)
+        job = _Job(entry, key, inputs[entry.path], finished if finished is not None else {})
+        new[entry.path] = job.run(leaves[entry.path], moments, report)
     return replace_leaves(params, new)
 
 
-def _gram_of(
-    path: str, method: Method, stats: Stats | Mapping[str, Site] | None
-) -> Callable[[], Array | None]:
-    """How to get the mean of x x^T of a weight; made when asked for, one at a time."""
-    if not method.rounder.needs_gram:
-        return lambda: None
-    if not isinstance(stats, Stats):
-        raise ValueError(
-            f"method {method.name!r} for {path!r} needs statistics: pass the result of "
-            f"calibrate(fn, params, batches)"
-        )
-    stats.check(path)
-    return partial(stats.gram, path)
-
-
 def quantize_array(
-    w: Float[Array, "k n"], method: Method, gram: Float[Array, "k k"] | None = None
+    w: Float[Array, "k n"],
+    method: Method,
+    gram: Float[Array, "k k"] | None = None,
+    *,
+    output_gram: Float[Array, "n n"] | None = None,
+    key: Array | None = None,
 ) -> QTensor:
     """One matrix, y = x @ w.
 
@@ -111,6 +112,8 @@ def quantize_array(
       w: [k, n], floating.
       method: from `rtn`, `gptq`, ...
       gram: [k, k] mean of x x^T; required by methods with feedback.
+      output_gram: [n, n] mean of g g^T, g the loss gradient at y; required by two-sided ones.
+      key: randomness of methods that need it; default `jax.random.key(0)`.
     Raises:
       ValueError: shapes disagree, values are not finite, the group size does not divide k.
 
@@ -122,51 +125,157 @@ def quantize_array(
         raise ValueError(f"expected a method, such as gptq(bits=4), got {method!r}")
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
-    if method.rounder.needs_gram and gram is None:
-        raise ValueError(
-            f"method {method.name!r} needs gram=, the mean of x x^T, [{w.shape[0]}] squared"
-        )
-    if gram is not None and gram.shape != (w.shape[0], w.shape[0]):
-        raise ValueError(f"gram must be [{w.shape[0]}, {w.shape[0]}], got {list(gram.shape)}")
+    needs = {"gram": method.rounder.needs_gram, "output_gram": method.rounder.needs_output}
+    for name, given, size in (("gram", gram, w.shape[0]), ("output_gram", output_gram, w.shape[1])):
+        if needs[name] and given is None:
+            raise ValueError(f"method {method.name!r} needs {name}=, [{size}] squared")
+        if given is not None and given.shape != (size, size):
+            raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
     (entry,) = resolve(method, {"w": w}).entries
-    tensor, report = _quantize_leaf(w, entry, method, gram)
-    _warn(Done("w", 1, 1, tensor.bits_per_weight, *report, 0.0), method, entry)
-    return tensor
+    moments = Moments(gram, output_gram)
+    job = _Job(entry, jax.random.key(0) if key is None else key, "w", {})
+    return job.run(w, moments, _Progress(1, None))
 
 
-def _quantize_leaf(
-    w: Array, entry: Entry, method: Method, gram: Array | None
-) -> tuple[QTensor, tuple[float, int]]:
-    """All matrices of a leaf, one after another through one compiled program."""
-    view, order = entry.form
-    *batch, k, n = entry.matrix
-    if gram is not None and gram.shape != (*batch, k, k):
+def _check_statistics(entry: Entry, stats: Stats | Mapping[str, Site] | None) -> None:
+    rounder = entry.method.rounder
+    if not (rounder.needs_gram or rounder.needs_output):
+        return
+    if not isinstance(stats, Stats):
         raise ValueError(
-            f"{entry.path}: statistics of shape {list(gram.shape)}, expected {[*batch, k, k]}; "
-            f"calibrate the function that uses this tree"
+            f"method {entry.method.name!r} for {entry.path!r} needs statistics: pass the result of "
+            f"calibrate(fn, params, batches)"
         )
-    # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's own type.
-    abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
-    if not abstract:
-        _check_values(w, entry.path, method, gram)
-    matrices = jnp.transpose(w, order).reshape(-1, k, n)
-    if gram is not None:
-        gram = gram.reshape(-1, k, k)
-    data, report = _round_all(matrices, gram, method)
-    data = {name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()}
-    tensor = QTensor(
-        data=data,
-        format=method.format,
-        view=view,
-        logical_dtype=jnp.dtype(w.dtype).name,
-        method=method.name,
+    stats.check(entry.path, output=rounder.needs_output)
+
+
+def _moments(entry: Entry, stats: Stats | Mapping[str, Site] | None) -> Moments:
+    """What the rounder needs to know; made here, for one leaf at a time."""
+    rounder = entry.method.rounder
+    return Moments(
+        stats.gram(entry.path) if rounder.needs_gram else None,
+        stats.output_gram(entry.path) if rounder.needs_output else None,
     )
-    if abstract:
-        return tensor, (0.0, 0)
-    return tensor, (float(jnp.max(report["damping"])), int(jnp.sum(report["dead"])))
 
 
-def _check_values(w: Array, path: str, method: Method, gram: Array | None) -> None:
+def _shared_inputs(todo: list[Entry], found: Mapping[str, Site] | None) -> dict[str, str]:
+    """Of every path, the first one whose weight reads the same input through the same transform."""
+    first: dict[Any, str] = {}
+    out = {}
+    for e in todo:
+        site = (found or {}).get(e.path)
+        alike = site is not None and site.input and not getattr(e.method.input, "sort", False)
+        name = (site.input, e.matrix[:-1], e.method.input) if alike else e.path
+        out[e.path] = first.setdefault(name, e.path)
+    return out
+
+
+class _Progress:
+    """Counts matrices; tells the user's function."""
+
+    def __init__(self, total: int, tell: Callable[[Done], None] | None) -> None:
+        self.total, self.count, self.tell = total, 0, tell
+
+    def done(self, entry: Entry, name: str, report: Report, bits: float, seconds: float) -> None:
+        self.count += 1
+        if self.tell is not None:
+            loss, damping, dead = map(float, report)
+            method = entry.method.name
+            self.tell(
+                Done(name, method, self.count, self.total, bits, loss, damping, int(dead), seconds)
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One leaf: its matrices, one after another through one compiled program."""
+
+    entry: Entry
+    key: Array
+    input: str  # path whose input transform it shares
+    finished: Finished
+
+    def run(self, w: Array, moments: Moments, progress: _Progress) -> QTensor:
+        entry, method = self.entry, self.entry.method
+        view, order = entry.form
+        *batch, k, n = entry.matrix
+        moments = self._matrices(moments)
+        # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's type.
+        abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
+        if not abstract:
+            _check_values(w, entry.path, method, moments)
+        matrices = jnp.transpose(w, order).reshape(-1, k, n)
+        parts, reports = [], []
+        for i, name in enumerate(self._names()):
+            start = time.monotonic()
+            one = jax.tree.map(lambda a, i=i: a[i], moments)
+            data, report = self._one(name, matrices[i], one, self._keys(i), abstract)
+            parts.append(data)
+            reports.append(report)
+            if not abstract:
+                bits = 8 * sum(a.nbytes for a in data.values()) / (k * n)
+                progress.done(entry, name, report, bits, time.monotonic() - start)
+        if not abstract:
+            self._warn(reports)
+        data = {name: jnp.stack([p[name] for p in parts]) for name in parts[0]}
+        return QTensor(
+            data={name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()},
+            format=method.format,
+            view=view,
+            logical_dtype=jnp.dtype(w.dtype).name,
+            method=method.name,
+            input=method.input,
+            output=method.output,
+            shared=self.input if method.input is not None and not method.input.sort else "",
+        )
+
+    def _one(self, name: str, w: Array, moments: Moments, keys: Keys, abstract: bool) -> tuple:
+        if abstract:
+            return round_matrix(w, moments, keys, self.entry.method)
+        if name not in self.finished:
+            result = round_matrix(w, moments, keys, self.entry.method)
+            self.finished[name] = jax.block_until_ready(result)
+        return self.finished[name]
+
+    def _names(self) -> Iterator[str]:
+        batch = self.entry.matrix[:-2]
+        for index in np.ndindex(*batch):
+            yield f"{self.entry.path}[{', '.join(map(str, index))}]" if batch else self.entry.path
+
+    def _keys(self, i: int) -> Keys:
+        one = lambda text: jax.random.fold_in(
+            jax.random.fold_in(self.key, zlib.crc32(text.encode()) & 0x7FFFFFFF), i
+        )
+        return Keys(one(f"input of {self.input}"), one(self.entry.path))
+
+    def _matrices(self, moments: Moments) -> Moments:
+        """Moments with the batch axes as one; ValueError if they are of another tree."""
+        *batch, k, n = self.entry.matrix
+        for gram, size in zip(moments, (k, n), strict=True):
+            if gram is not None and gram.shape != (*batch, size, size):
+                raise ValueError(
+                    f"{self.entry.path}: statistics of shape {list(gram.shape)}, expected "
+                    f"{[*batch, size, size]}; calibrate the function that uses this tree"
+                )
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), moments)
+
+    def _warn(self, reports: list[Report]) -> None:
+        path, (*batch, k, _) = self.entry.path, self.entry.matrix
+        if sum(int(r.dead) for r in reports) == k * math.prod(batch):
+            warnings.warn(
+                f"{path}: the statistics are zero throughout; rounded to nearest", stacklevel=4
+            )
+        wanted = getattr(self.entry.method.rounder, "damping", 0.0)
+        damping = max(float(r.damping) for r in reports)
+        if damping > 1.5 * wanted:
+            warnings.warn(
+                f"{path}: the second moment is not positive definite; damping was raised from "
+                f"{wanted:g} to {damping:g} of its mean diagonal",
+                stacklevel=4,
+            )
+
+
+def _check_values(w: Array, path: str, method: Method, moments: Moments) -> None:
     mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
     if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
         raise ValueError(
@@ -175,38 +284,12 @@ def _check_values(w: Array, path: str, method: Method, gram: Array | None) -> No
         )
     if not bool(jnp.all(jnp.isfinite(w))):
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
-    if gram is not None and not bool(jnp.all(jnp.isfinite(gram))):
+    if not all(bool(jnp.all(jnp.isfinite(m))) for m in moments if m is not None):
         raise ValueError(f"{path}: statistics are not finite; check the calibration data")
     try:
         method.format.check(w)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-@partial(jax.jit, static_argnames="method")
-def _round_all(w: Array, gram: Array | None, method: Method) -> tuple[dict, dict]:
-    """Round [b, k, n] matrix by matrix: memory of one, compiled once per shape."""
-
-    def one(args: tuple[Array, Array | None]) -> tuple[dict, dict]:
-        w, h = args
-        return method.rounder(w.astype(jnp.float32), method.format, h)
-
-    return jax.lax.map(one, (w, gram))
-
-
-def _warn(done: Done, method: Method, entry: Entry) -> None:
-    *batch, k, _ = entry.matrix
-    if done.dead == k * math.prod(batch):
-        warnings.warn(
-            f"{done.path}: the statistics are zero throughout; rounded to nearest", stacklevel=3
-        )
-    wanted = getattr(method.rounder, "damping", 0.0)
-    if done.damping > 1.5 * wanted:
-        warnings.warn(
-            f"{done.path}: the second moment is not positive definite; damping was raised from "
-            f"{wanted:g} to {done.damping:g} of its mean diagonal",
-            stacklevel=3,
-        )
 
 
 def bits_per_weight(params: Any) -> float:

@@ -217,11 +217,14 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
         raise ValueError(f"{path}: an empty array, {_describe(w)}, cannot be quantized")
     k, n = entry.matrix[-2:]
     try:
-        method.format.rows_per_group(k)
+        rows, columns = method.stored(k, n)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    data = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((k, n), "float32"))
-    per = sum(a.size * a.dtype.itemsize for a in data.values())
+    parts = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((rows, columns), "float32"))
+    for side, size in ((method.input, k), (method.output, n)):
+        if side is not None:
+            parts = {**parts, f"{size}{side}": side.shapes(size)}
+    per = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(parts))
     return dataclasses.replace(entry, bytes=per * _product(entry.matrix[:-2]))
 
 

@@ -7,8 +7,9 @@ from jaxquant.codebooks import Integer, Ternary
 from jaxquant.methods import Keep, Method
 from jaxquant.rounding import LDLQ, Nearest
 from jaxquant.tensor import View
+from jaxquant.transforms import Rotation
 
-_TYPES = {t.__name__: t for t in (Integer, Ternary, LDLQ, Nearest, Method, Keep, View)}
+_TYPES = {t.__name__: t for t in (Integer, Ternary, LDLQ, Nearest, Method, Keep, View, Rotation)}
 
 
 def to_json(value: Any) -> Any:

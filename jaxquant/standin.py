@@ -42,6 +42,25 @@ def listening() -> Iterator[list]:
         _notes.reset(token)
 
 
+_done: ContextVar[dict | None] = ContextVar("jaxquant_done", default=None)
+
+
+def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
+    """compute(), or what it gave before for this key and this very x within one `run`.
+
+    XLA would find the repetition itself if the arrays involved were the same; those of two
+    weights are two arrays, though equal.
+    """
+    seen = _done.get()
+    if seen is None or key is None:
+        return compute()
+    trace = jax_core.trace_ctx.trace  # what one loop body computed is nothing to the next
+    place = (key, id(x), id(trace))
+    if place not in seen:
+        seen[place] = compute(), x, trace  # kept alive, so that their ids stay their own
+    return seen[place][0]
+
+
 class StandIn(quax.ArrayValue):
     """A weight seen through `order`: its axis i is axis `order[i]` of what is stored.
 
@@ -111,7 +130,11 @@ def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         trees.append(out_tree)
         return out
 
-    out = quax.quaxify(flat)(leaves)
+    token = _done.set({})
+    try:
+        out = quax.quaxify(flat)(leaves)
+    finally:
+        _done.reset(token)
     return jax.tree.unflatten(trees[0], out)
 
 

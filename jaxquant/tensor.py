@@ -12,11 +12,21 @@ from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
 from jaxquant.contraction import Contraction
-from jaxquant.standin import StandIn, is_standin, note
+from jaxquant.standin import StandIn, is_standin, note, once
 
 
 class Format(Protocol):
-    """What a `QTensor` asks of its format; `data` are the packed arrays of one [k, n] matrix."""
+    """What a `QTensor` asks of its format; `data` are the packed arrays of one [k, n] matrix.
+
+    `tile` are the rows and columns that one code covers, `codes_ndim` the axes of
+    `data["codes"]`.
+    """
+
+    tile: tuple[int, int]
+    codes_ndim: int
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """n."""
 
     def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         """Float32 weights; leading batch axes allowed."""
@@ -34,6 +44,21 @@ class Format(Protocol):
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         """Rows `ids` of w, in float32."""
+
+
+class Side(Protocol):
+    """A change of variables on one side of the stored matrix (see `transforms`); arrays in data."""
+
+    def size(self, n: int) -> int:
+        """Channels stored for n channels."""
+
+    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A."""
+
+    def transposed(
+        self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
+    ) -> Float[Array, "... n"]:
+        """y A^T."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +80,15 @@ class QTensor(StandIn):
     """A quantized weight: a JAX pytree of packed arrays that acts as an array in any function.
 
     Attributes:
-      data: the format's packed arrays, each with the same leading batch axes.
+      data: the format's packed arrays, each with the same leading batch axes; those of the
+        transforms have names that begin with "input." and "output.".
       format: codebook and storage (static, hashable).
       view: which axes of the weight are contracted, batch and output (static).
       logical_dtype: dtype of the weight it stands for (static).
       method: name of the method that made it (static).
+      input, output: transforms A and B, the weight being A W B^T for the W of the format, or None.
+      shared: weights with the same name here have equal input transforms, arrays included, so
+        that one transformed input serves them all; "" if it is not known.
     """
 
     data: dict[str, Array]
@@ -67,6 +96,9 @@ class QTensor(StandIn):
     view: View = eqx.field(static=True)
     logical_dtype: str = eqx.field(static=True)
     method: str = eqx.field(static=True, default="")
+    input: Any = eqx.field(static=True, default=None)
+    output: Any = eqx.field(static=True, default=None)
+    shared: str = eqx.field(static=True, default="")
 
     @property
     def order(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -85,9 +117,11 @@ class QTensor(StandIn):
 
     def dequantize(self) -> Array:
         """The weight as a plain array of `shape` and `dtype`."""
-        *batch, _, _ = self.stored_matrix_shape()
-        w = self.format.dequantize(self.data, self.rows_k)
-        w = w.reshape(*batch, *self.view.k, *self.outputs)
+        batch = self.data["codes"].shape[: self.leading()]
+        matrix = self.matrix
+        for _ in batch:
+            matrix = jax.vmap(matrix)
+        w = matrix(self.data).reshape(*batch, *self.view.k, *self.outputs)
         return jnp.transpose(w, self.axes()).astype(self.logical_dtype)
 
     def materialise(self) -> Array:
@@ -98,26 +132,51 @@ class QTensor(StandIn):
     @property
     def rows_k(self) -> int:
         """Length of the contracted axis."""
-        out = 1
-        for size in self.view.k:
-            out *= size
-        return out
+        return _size(self.view.k)
 
     def leading(self) -> int:
-        return self.data["codes"].ndim - 2
-
-    def stored_matrix_shape(self) -> tuple[int, ...]:
-        """[*batch, k, n]."""
-        codes = self.data["codes"]
-        return (*codes.shape[:-2], self.rows_k, codes.shape[-1])
+        return self.data["codes"].ndim - self.format.codes_ndim
 
     def stored_shape(self) -> tuple[int, ...]:
-        return (*self.data["codes"].shape[:-2], *self.view.k, *self.outputs)
+        return (*self.data["codes"].shape[: self.leading()], *self.view.k, *self.outputs)
 
     @property
     def outputs(self) -> tuple[int, ...]:
         """Sizes of the output axes; inside `shard_map`, where they are split, the local ones."""
-        return (self.data["codes"].shape[-1],) if len(self.view.n) == 1 else self.view.n
+        local = len(self.view.n) == 1 and self.output is None
+        return (self.format.outputs(self.data),) if local else self.view.n
+
+    # --- one matrix [k, n], as its data describe it ------------------------------------------
+
+    def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
+        """The matrix in float32."""
+        k = self.rows_k if self.input is None else self.input.size(self.rows_k)
+        w = self.format.dequantize(_part(data), k)
+        if self.input is not None:
+            w = self.input.transposed(w.T, _part(data, "input."), self.rows_k).T
+        if self.output is None:
+            return w
+        return self.output.transposed(w, _part(data, "output."), _size(self.view.n))
+
+    def transformed(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m s"]:
+        """x as the format's matrix takes it."""
+        return x if self.input is None else self.input.apply(x, _part(data, "input."))
+
+    def matmul(self, x: Float[Array, "m s"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        """x @ w, for a transformed x."""
+        y = self.format.matmul(x, _part(data))
+        if self.output is None:
+            return y
+        return self.output.transposed(y, _part(data, "output."), _size(self.view.n))
+
+    def matmul_transposed(self, g: Float[Array, "m n"], data: dict[str, Array]) -> Array:
+        """g @ w.T."""
+        k = self.rows_k
+        if self.output is not None:
+            g = self.output.apply(g, _part(data, "output."))
+        stored = k if self.input is None else self.input.size(k)
+        y = self.format.matmul_transposed(g, _part(data), stored)
+        return y if self.input is None else self.input.transposed(y, _part(data, "input."), k)
 
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
@@ -143,6 +202,20 @@ class QTensor(StandIn):
         )
 
 
+def _size(sizes: tuple[int, ...]) -> int:
+    out = 1
+    for size in sizes:
+        out *= size
+    return out
+
+
+def _part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:
+    """The entries whose names begin with the prefix, without it; or, without one, the format's."""
+    if prefix:
+        return {name[len(prefix) :]: a for name, a in data.items() if name.startswith(prefix)}
+    return {name: a for name, a in data.items() if "." not in name}
+
+
 # --- matmul ---------------------------------------------------------------------------------
 
 
@@ -160,15 +233,18 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
         forward = False
     else:
         return None
-    format, k = w.format, w.rows_k
-    x = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
+    rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
+    # Only where no batch axis is mapped over is a transformed input the same for every weight.
+    key = (w.shared, rows.dtype, c.contract) if w.shared and not batch else None
 
-    def matmul(x: Array, data: dict[str, Array]) -> Array:
-        return format.matmul(x, data) if forward else format.matmul_transposed(x, data, k)
+    def matmul(rows: Array, data: dict[str, Array]) -> Array:
+        if not forward:
+            return w.matmul_transposed(rows, data)
+        return w.matmul(once(key, x, lambda: w.transformed(rows, data)), data)
 
     return c.apply(
         matmul,
-        x,
+        rows,
         w.data,
         axes=w.axes(),
         leading=batch,
@@ -238,6 +314,8 @@ def _take_axis(w: QTensor, dn: Any, sizes: tuple[int, ...], fills: bool) -> tupl
 
     It may name the other axes too (`vmap` of w[i] does), where only one start is possible.
     """
+    if w.input is not None or w.output is not None:
+        return None
     if w.leading() or len(w.view.k) != 1 or len(w.view.n) != 1 or dn.operand_batching_dims:
         return None
     cut = [i for i, d in enumerate(w.shape) if sizes[i] != d]

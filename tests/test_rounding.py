@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.rounding.ldlq import unit_upper
+from jaxquant.rounding import Moments
+from jaxquant.rounding.moments import unit_upper
 
 from .test_dispatch import draw
 
@@ -146,7 +147,7 @@ def test_it_maps_over_outputs():
     w, h = problem()
     method = jq.gptq(4, 16)
     whole = jq.quantize_array(jnp.asarray(w), method, jnp.asarray(h)).dequantize()
-    round_half = jax.vmap(lambda w: method.rounder(w, method.format, jnp.asarray(h))[0], 1)
+    round_half = jax.vmap(lambda w: method.rounder(w, method.format, Moments(jnp.asarray(h)))[0], 1)
     halves = round_half(jnp.asarray(w).reshape(48, 2, 10))
     parts = jax.vmap(lambda d: method.format.dequantize(d, 48))(halves)
     assert np.mean(np.abs(np.concatenate(list(parts), 1) - whole) < 1e-5) > 0.9

@@ -48,7 +48,8 @@ class Integer:
     scale_dtype: str = "float16"
     pad: bool = False
 
-    block: ClassVar[int] = 1  # rows rounded together: a scalar format
+    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
+    codes_ndim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -67,6 +68,10 @@ class Integer:
                 f"weights up to {largest:.2g} need scales outside the range of {self.scale_dtype}; "
                 f'use scale_dtype="float32" or rescale the weights'
             )
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        self.rows_per_group(k)
 
     # --- codes ------------------------------------------------------------------------------
 
@@ -134,17 +139,21 @@ class Integer:
         return best[0]
 
     def round(self, w: Float[Array, "... n"], grid: Grid) -> tuple[Array, Array]:
-        """Nearest codes (int32) and their values; the grid broadcasts against w."""
+        """Nearest codes (int8) and their values; the grid broadcasts against w."""
         bottom, top = self.limits
         code = jnp.clip(jnp.round(w / grid.scale) + grid.zero, bottom, top).astype(jnp.int32)
-        return code, grid.scale * (code - grid.zero)
+        return code.astype(jnp.int8), grid.scale * (code - grid.zero)
+
+    def rescaled(self, grid: Grid, factor: Array) -> Grid:
+        """The grid with its scale times a factor, as storage will give it back."""
+        return grid._replace(scale=self._stored(grid.scale * factor))
 
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int[Array, "k n"], grid: Grid) -> dict[str, Array]:
-        """Storage of codes [k, n] and a grid of [groups, n] (or [1, 1])."""
+        """Storage of codes [k, n] (or one row a block, [k, 1, n]), a grid [groups, n] or [1, 1]."""
         data = {
-            "codes": layout.pack(codes, self.bits),
+            "codes": layout.pack(codes.reshape(-1, codes.shape[-1]), self.bits),
             "scale": grid.scale.astype(self.scale_dtype),
         }
         if not self.symmetric:
@@ -209,6 +218,10 @@ class Integer:
         if self.symmetric:
             return Grid(scale, jnp.zeros(scale.shape, jnp.int32))
         return Grid(scale, layout.unpack(data["zero"].T, self.bits, scale.shape[-1]).T)
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return data["codes"].shape[-1]
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""

@@ -1,6 +1,8 @@
 """Rounders: how codes are chosen for a given format."""
 
 from jaxquant.rounding.ldlq import LDLQ
+from jaxquant.rounding.moments import Moments
 from jaxquant.rounding.nearest import Nearest
+from jaxquant.rounding.two_sided import TwoSided
 
-__all__ = ["LDLQ", "Nearest"]
+__all__ = ["LDLQ", "Moments", "Nearest", "TwoSided"]

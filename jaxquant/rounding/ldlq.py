@@ -4,7 +4,8 @@ With H = U D U^T, U unit upper triangular, and E = W - Q, the proxy loss tr(E^T 
 sum_j D_j |(U^T E)_j|^2, and (U^T E)_j = E_j + sum_{i<j} U_ij E_i knows only rows before j. So
 row j is best rounded from the target T_j = W_j + sum_{i<j} U_ij E_i. This is GPTQ (Frantar et
 al. 2022, arXiv:2210.17323) without the inverse of H, and LDLQ (Chee et al. 2023,
-arXiv:2307.13304) in reversed order. With blocks of d rows U is block-unit.
+arXiv:2307.13304) in reversed order. A format that codes d rows together is fed in blocks of d,
+with U block-unit (Tseng et al. 2024, arXiv:2402.04396).
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.codebooks.integer import Grid
 from jaxquant.fields import check_fields
+from jaxquant.rounding.moments import Moments, living, unit_upper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +31,23 @@ class LDLQ:
         until the factorization is finite.
       act_order: visit rows by falling diag H, with the group grids fixed beforehand from the
         unrounded weights ("static groups"), so that groups stay contiguous in storage.
-        Otherwise rows go in order, and each group's grid is fitted to its updated weights.
+        Otherwise rows go in order, and each group's grid is fitted to its updated weights. Only
+        for formats that code one row at a time.
       block_size: rows between two dense updates; changes speed, not the result.
+      passes: sweeps of coordinate descent afterwards: each block of rows again, given all
+        others, kept where the loss falls.
+      scales: multiples of the format's own scale to try on a sample of columns; the one with
+        the least loss serves all. The targets that feedback makes spread wider than W.
     """
 
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 128
+    passes: int = 0
+    scales: tuple[float, ...] = ()
 
     needs_gram: ClassVar[bool] = True
+    needs_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -45,62 +55,42 @@ class LDLQ:
             raise ValueError(f"damping must be positive, got {self.damping}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be positive, got {self.block_size}")
+        if self.passes < 0:
+            raise ValueError(f"passes must not be negative, got {self.passes}")
+        if not all(s > 0 for s in self.scales):
+            raise ValueError(f"scales must be positive, got {self.scales}")
 
     def __call__(
-        self, w: Float[Array, "k n"], format: Any, gram: Float[Array, "k k"]
+        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Packed data of w, and a report: the damping used, how many channels were dead."""
-        k = w.shape[0]
+        del key
+        k, d = w.shape[0], format.tile[0]
+        if self.act_order and d > 1:
+            raise ValueError(f"act_order needs a format that codes one row at a time, not {format}")
         g = format.rows_per_group(k)
-        diagonal = jnp.diagonal(gram)
-        dead = ~(diagonal > 0)
-        # A dead channel multiplies nothing: alone in H, it is rounded to nearest.
-        gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)
-        alive = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
-        gram = gram + jnp.diag(jnp.where(dead, jnp.where(alive > 0, alive, 1.0), 0.0))
-        order = jnp.argsort(-diagonal, stable=True) if self.act_order else jnp.arange(k)
-        u, damping = unit_upper(gram[order][:, order], self.damping, format.block)
-        fixed = self.act_order or g >= k
+        gram, dead = living(moments.input)
+        order = jnp.argsort(-jnp.diagonal(moments.input), stable=True)
+        order = order if self.act_order else jnp.arange(k)
+        gram = gram[order][:, order]
+        u, damping = unit_upper(gram, self.damping, d)
+        fixed = self.act_order or g >= k or d > 1
         grid = format.grids(w) if fixed else None
-        size = _block_rows(self.block_size, 1 if fixed else g, format.block)
-        codes, grid = _feedback(w[order], u, format, order, g, size, grid)
-        codes = jnp.zeros_like(codes).at[order].set(codes)
+        size = _block_rows(self.block_size, 1 if fixed else g, d)
+        w = w[order]
+        feedback = partial(_feedback, u=u, format=format, order=order, g=g, size=size)
+        if self.scales and grid is None:
+            raise ValueError("scales need grids fixed beforehand: act_order, or one group per output")
+        if self.scales:
+            grid = _best_scale(w, gram, format, grid, self.scales, feedback)
+        codes, grid, errors = feedback(w, grid=grid)
+        if self.passes:
+            damped = gram + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(k)
+            codes = _descend(w, damped, format, order, g, self.passes, grid, codes, errors)
+        if d == 1:
+            codes = jnp.zeros_like(codes).at[order].set(codes)
         report = {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
         return format.pack(codes, grid), report
-
-
-def unit_upper(
-    gram: Float[Array, "k k"], damping: float, d: int = 1
-) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
-    """U of H + damping mean(diag H) I = U D U^T (block-unit for d > 1), and the damping used.
-
-    >>> u, _ = unit_upper(jnp.array([[2.0, 1.0], [1.0, 1.0]]), 1e-9)
-    >>> u.round(3).tolist()
-    [[1.0, 1.0], [0.0, 1.0]]
-    """
-    k = gram.shape[0]
-    gram = gram / jnp.mean(jnp.diagonal(gram))
-
-    def factor(damp: Array) -> Array:
-        flipped = (gram + damp * jnp.eye(k, dtype=gram.dtype))[::-1, ::-1]
-        return jnp.linalg.cholesky(flipped)[::-1, ::-1]
-
-    def failed(state: tuple[Array, Array, Array]) -> Array:
-        _, c, tries = state
-        return ~jnp.all(jnp.isfinite(c)) & (tries < 8)
-
-    def raised(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        damp, _, tries = state
-        return 10 * damp, factor(10 * damp), tries + 1
-
-    start = jnp.asarray(damping, gram.dtype)
-    damp, c, _ = jax.lax.while_loop(failed, raised, (start, factor(start), jnp.int32(0)))
-    if d == 1:
-        return c / jnp.diagonal(c), damp
-    blocks = jnp.stack([c[i : i + d, i : i + d] for i in range(0, k, d)])
-    inverse = jax.vmap(jnp.linalg.inv)(blocks)
-    columns = c.reshape(k, k // d, d)
-    return jnp.einsum("kbi,bij->kbj", columns, inverse).reshape(k, k), damp
 
 
 def _block_rows(block_size: int, group: int, d: int) -> int:
@@ -116,15 +106,15 @@ def _feedback(
     order: Array,
     g: int,
     size: int,
-    grid: Grid | None,
-) -> tuple[Array, Grid]:
-    """Codes of w's rows in their (visiting) order, and the grid [groups, n] of stored order.
+    grid: Any,
+) -> tuple[Array, Any, Float[Array, "k n"]]:
+    """Codes [k / d, ...] of w's rows in visiting order, the grid of stored order, and W - Q.
 
     `grid` given: row i uses group order[i] // g. None: rows are in stored order, and a group's
     grid is fitted when its first row is reached, to the rows as updated by then.
     """
     k, n = w.shape
-    d = format.block
+    d = format.tile[0]
     full = -(-k // size) * size
     w = jnp.pad(w, ((0, full - k), (0, 0)))
     u = jnp.pad(u, ((0, full - k), (0, full - k))) + jnp.diag(
@@ -132,10 +122,14 @@ def _feedback(
     )
     fixed = grid is not None
     if grid is None:
-        grid = Grid(jnp.ones((full // g, n)), jnp.zeros((full // g, n), jnp.int32))
+        one = jax.eval_shape(format.fit, jax.ShapeDtypeStruct((g, n), w.dtype))
+        grid = jax.tree.map(lambda a: jnp.ones((full // g, *a.shape), a.dtype), one)
     group_of = jnp.pad(order, (0, full - k)) // g
+    code = jax.eval_shape(
+        format.round, jax.ShapeDtypeStruct((d, n), w.dtype), jax.tree.map(lambda a: a[0], grid)
+    )[0]
 
-    def one(state: tuple, start: Array, t: Array, ub: Array, block: Array, i: Array) -> tuple:
+    def step(state: tuple, start: Array, t: Array, ub: Array, block: Array, i: Array) -> tuple:
         """Round d rows of the block at row i; e holds the block's errors so far."""
         e, codes, grid = state
         if not fixed:
@@ -150,8 +144,7 @@ def _feedback(
         code, value = format.round(target, row)
         original = jax.lax.dynamic_slice_in_dim(start, i, d, 0)
         e = jax.lax.dynamic_update_slice_in_dim(e, original - value, i, 0)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, code.astype(jnp.int8), block + i, 0)
-        return e, codes, grid
+        return e, codes.at[(block + i) // d].set(code), grid
 
     def lazy(b: Array, state: tuple) -> tuple:
         errors, codes, grid = state
@@ -160,24 +153,25 @@ def _feedback(
         columns = jax.lax.dynamic_slice_in_dim(u, block, size, 1)
         t = start + columns.T @ errors  # rows not yet rounded have no error
         ub = jax.lax.dynamic_slice_in_dim(columns, block, size, 0)
-
-        def step(j: Array, inner: tuple) -> tuple:
-            return one(inner, start, t, ub, block, j * d)
-
-        e0 = jnp.zeros((size, n), w.dtype)
-        e, codes, grid = jax.lax.fori_loop(0, size // d, step, (e0, codes, grid))
+        e, codes, grid = jax.lax.fori_loop(
+            0,
+            size // d,
+            lambda j, inner: step(inner, start, t, ub, block, j * d),
+            (jnp.zeros((size, n), w.dtype), codes, grid),
+        )
         return jax.lax.dynamic_update_slice_in_dim(errors, e, block, 0), codes, grid
 
-    start = (jnp.zeros((full, n), w.dtype), jnp.zeros((full, n), jnp.int8), grid)
-    _, codes, grid = jax.lax.fori_loop(0, full // size, lazy, start)
+    codes = jnp.zeros((full // d, *code.shape), code.dtype)
+    start = (jnp.zeros((full, n), w.dtype), codes, grid)
+    errors, codes, grid = jax.lax.fori_loop(0, full // size, lazy, start)
     groups = -(-k // g)
-    return codes[:k].astype(jnp.int32), jax.tree.map(lambda a: a[:groups], grid)
+    return codes[: k // d], jax.tree.map(lambda a: a[:groups], grid), errors[:k]
 
 
 def _fitted(
-    format: Any, grid: Grid, start: Array, t: Array, ub: Array, e: Array, i: Array, index: Array,
+    format: Any, grid: Any, start: Array, t: Array, ub: Array, e: Array, i: Array, index: Array,
     g: int,
-) -> Grid:  # fmt: skip
+) -> Any:  # fmt: skip
     """The grid with the group whose first row is i fitted to its rows as GPTQ updates them.
 
     With errors E_P so far, the group's rows, unrounded, would move to W_G - e_G where
@@ -190,3 +184,58 @@ def _fitted(
     response = jax.scipy.linalg.solve_triangular(u_gg.T, feed, lower=True)
     fitted = format.fit(original + response)
     return jax.tree.map(lambda a, b: a.at[index].set(b), grid, fitted)
+
+
+SAMPLE = 64  # columns on which scales are compared
+
+
+def _best_scale(
+    w: Array, gram: Array, format: Any, grid: Any, scales: tuple[float, ...], feedback: Any
+) -> Any:
+    """The grid times the scale whose feedback ends with the least loss on a sample of columns."""
+    width, n = format.tile[1], w.shape[1]
+    tiles = n // width
+    chosen = np.arange(tiles)[:: max(1, tiles * width // SAMPLE)]
+    columns = (chosen[:, None] * width + np.arange(width)).ravel()
+    sampled = lambda a: a[..., columns] if a.shape[-1] == n else a
+
+    def loss(scale: Array) -> Array:
+        trial = jax.tree.map(sampled, format.rescaled(grid, scale))
+        _, _, e = feedback(w[:, columns], grid=trial)
+        return jnp.sum(e * (gram @ e))
+
+    losses = jax.lax.map(loss, jnp.asarray(scales, w.dtype))
+    return format.rescaled(grid, jnp.asarray(scales, w.dtype)[jnp.argmin(losses)])
+
+
+@partial(jax.jit, static_argnames=("format", "g", "passes"))
+def _descend(
+    w: Array, gram: Array, format: Any, order: Array, g: int, passes: int, grid: Any,
+    codes: Array, errors: Array,
+) -> Array:  # fmt: skip
+    """Codes after `passes` sweeps: each block of rows rounded again given all other errors.
+
+    Given them, the loss of a block is (q - t)^T H_bb (q - t) + const with t = q + H_bb^-1 (H E)_b;
+    the code nearest to t is kept, column by column, where that falls.
+    """
+    k, n = w.shape
+    d, width = format.tile
+    group_of = order // g
+
+    def step(b: Array, state: tuple) -> tuple:
+        codes, errors = state
+        i = b % (k // d) * d
+        e = jax.lax.dynamic_slice_in_dim(errors, i, d, 0)
+        rows = jax.lax.dynamic_slice_in_dim(gram, i, d, 0)
+        h = jax.lax.dynamic_slice_in_dim(rows, i, d, 1)
+        old = jax.lax.dynamic_slice_in_dim(w, i, d, 0) - e
+        target = old + jax.scipy.linalg.solve(h, rows @ errors, assume_a="pos")
+        code, new = format.round(target, jax.tree.map(lambda a: a[group_of[i]], grid))
+        cost = lambda q: jnp.sum((q - target) * (h @ (q - target)), 0).reshape(-1, width).sum(1)
+        better = cost(new) < cost(old)
+        value = jnp.where(jnp.repeat(better, width), new, old)
+        e = jax.lax.dynamic_slice_in_dim(w, i, d, 0) - value
+        errors = jax.lax.dynamic_update_slice_in_dim(errors, e, i, 0)
+        return codes.at[i // d].set(jnp.where(better, code, codes[i // d])), errors
+
+    return jax.lax.fori_loop(0, passes * (k // d), step, (codes, errors))[0]

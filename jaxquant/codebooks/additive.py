@@ -1,0 +1,191 @@
+"""Additive codebooks (AQLM): groups of rows as sums of learned vectors, times a scale per output."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from jaxquant.codebooks.kmeans import residual_kmeans
+from jaxquant.codebooks.table import as_stored, through
+from jaxquant.fields import check_fields
+from pallas_kernels import decoded, lookup
+
+_SPANS = {"codes": 1, "scale": 1}
+
+
+class Codebooks(NamedTuple):
+    """Tables of a matrix, [1, K, group] each, and its scales [1, n]."""
+
+    tables: tuple[Float[Array, "... K d"], ...]
+    scale: Float[Array, "... n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Additive:
+    """w = scale * (sum of one vector of each codebook), codebooks learned for each matrix.
+
+    Attributes:
+      codebooks: M, vectors added for each group of rows.
+      bits: B of each code; a codebook has 2**B vectors. 2 x 8 and 1 x 16 at groups of 8 are
+        AQLM's 2-bit layouts. B up to 16, a multiple of 2 or 3.
+      group: consecutive rows that a code covers.
+
+    Source: Egiazarian et al. 2024, arXiv:2401.06118. The scale is the rms of an output, not its
+    norm.
+
+    >>> f = Additive(codebooks=1, bits=2, group=2)
+    >>> data = f.encode(jnp.array([[3.0], [-3.0], [3.0], [-3.0]]))
+    >>> {name: a.shape for name, a in data.items()}
+    {'codes': (1, 1), 'codebooks': (1, 4, 2), 'scale': (1, 1)}
+    >>> f.dequantize(data, 4).ravel().tolist()
+    [3.0, -3.0, 3.0, -3.0]
+    """
+
+    codebooks: int = 2
+    bits: int = 8
+    group: int = 8
+
+    codes_ndim: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        lookup.digit(self.bits)
+        for name in ("codebooks", "group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows, columns that one code covers."""
+        return self.group, 1
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        if k % self.group:
+            raise ValueError(
+                f"additive codes cover {self.group} rows, and {self.group} does not divide "
+                f"k = {k}; choose a group that does"
+            )
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Raise ValueError if the scales of these weights leave the range of float16."""
+        check_half(float(jnp.sqrt(jnp.max(jnp.mean(jnp.square(w), 0)))))
+
+    # --- codes ------------------------------------------------------------------------------
+
+    def rows_per_group(self, k: int) -> int:
+        """One set of codebooks and scales serves all rows."""
+        return k
+
+    def learn(
+        self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array
+    ) -> Codebooks:
+        """Codebooks by residual k-means, the squared errors of row i weighted by weights[i]."""
+        scale = as_stored(jnp.sqrt(jnp.mean(w**2, 0, keepdims=True)), "float16")
+        mass = jnp.broadcast_to(weights[:, None] * scale**2, w.shape)
+        sizes = (1 << self.bits,) * self.codebooks
+        tables = residual_kmeans(self._vectors(w / scale), self._vectors(mass), sizes, key)
+        return self.stored(Codebooks(tuple(t[None] for t in tables), scale))
+
+    def _vectors(self, w: Float[Array, "k n"]) -> Float[Array, "N group"]:
+        k, n = w.shape
+        return jnp.moveaxis(w.reshape(k // self.group, self.group, n), 1, 2).reshape(-1, self.group)
+
+    def stored(self, grid: Codebooks) -> Codebooks:
+        """The grid as storage will give it back."""
+        return jax.tree.map(lambda a: through(a, "float16"), grid)
+
+    def grids(self, w: Float[Array, "k n"]) -> Codebooks:
+        """Codebooks by k-means with equal weights."""
+        return self.learn(w, jnp.ones(len(w)), jax.random.key(0))
+
+    def round(
+        self, target: Float[Array, "d n"], row: Codebooks
+    ) -> tuple[Int32[Array, "m n"], Float[Array, "d n"]]:
+        """Codes near in squared error, and their values."""
+        return self.search(target, row, None, 1)
+
+    def search(
+        self, target: Float[Array, "d n"], row: Codebooks, root: Float[Array, "d d"] | None, beam: int
+    ) -> tuple[Int32[Array, "m n"], Float[Array, "d n"]]:
+        """Codes near in the metric root root^T, by beam search, and their values."""
+        target, tables = target / row.scale, row.tables
+        if root is not None:
+            target, tables = root.T @ target, tuple(t @ root for t in tables)
+        code = lookup.nearest(target, tables, beam)
+        return code, lookup.total(code, row.tables).T * row.scale
+
+    def values(self, codes: Int[Array, "g m n"], grid: Codebooks) -> Float[Array, "k n"]:
+        """The matrix of these codes."""
+        q = lookup.total(jnp.moveaxis(codes, 1, 0), [t[0] for t in grid.tables])
+        return jnp.swapaxes(q, 1, 2).reshape(-1, codes.shape[-1]) * grid.scale
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def pack(self, codes: Int[Array, "g m n"], grid: Codebooks) -> dict[str, Array]:
+        """Storage of the codes of g groups of rows."""
+        return {
+            "codes": lookup.pack(codes, self.bits),
+            "codebooks": jnp.concatenate(grid.tables).astype("float16"),
+            "scale": grid.scale.astype("float16"),
+        }
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Learn codebooks with equal weights, round to nearest, pack."""
+        grid = self.grids(w)
+        row = jax.tree.map(lambda a: a[0], grid)
+        groups = w.reshape(-1, self.group, w.shape[1])
+        return self.pack(jax.lax.map(lambda t: self.round(t, row)[0], groups), grid)
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        decode = self._decode
+        for _ in data["codes"].shape[:-2]:
+            decode = jax.vmap(decode, (0, None))
+        return decode(data, k)
+
+    def _decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        codes = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
+        return self.values(codes, self._grid(data))
+
+    def _grid(self, data: dict[str, Array]) -> Codebooks:
+        tables = jnp.split(data["codebooks"].astype(jnp.float32), self.codebooks)
+        return Codebooks(tuple(tables), data["scale"].astype(jnp.float32))
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        return decoded.matmul(x, data, self._decode, _SPANS)
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        return decoded.matmul_transposed(x, data, self._decode, _SPANS, k)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return decoded.columns(data, ids, self._decode, _SPANS, k)
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        codes = lookup.take(data["codes"], ids // self.group, self.bits, self.codebooks)
+        grid = self._grid(data)
+        # Of every table, column ids % group.
+        tables = [t[0].T[ids % self.group][..., None] for t in grid.tables]
+        pick = jax.vmap(lambda codes, tables: lookup.total(codes, tables)[..., 0])
+        return pick(codes, tables) * grid.scale
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return decoded.outputs(data, _SPANS)
+
+    def kernel(self) -> str:
+        """Which implementation of the kernel table serves a matmul."""
+        return f"decoded/matmul (XLA), {self.codebooks} x {self.bits}-bit codebooks"
+
+
+def check_half(largest: float) -> None:
+    """Raise ValueError if values up to `largest` leave the range of float16."""
+    info: Any = jnp.finfo("float16")
+    if largest > 0 and not float(info.tiny) <= largest <= float(info.max):
+        raise ValueError(
+            f"weights of size {largest:.2g} are outside the range of float16, which stores them; "
+            f"rescale the weights"
+        )

@@ -1,0 +1,289 @@
+"""Entropy coding: trellis-coded weights in one stream of a fixed number of bytes per matrix."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int16
+
+from jaxquant.fields import check_fields
+from pallas_kernels import coded, student, tcq
+from pallas_kernels.coded import Coded
+
+WORD = 16  # bits
+SLOPE = 0.41  # squared steps that a bit is worth: the best for the codes of `tcq`
+_NATS = 2 * math.log(2)  # what a bit adds to the logarithm of 1 / distortion
+_TINY = 1e-30
+
+
+class Row(NamedTuple):
+    """What a row is rounded with (with a leading axis of rows: a matrix).
+
+    Attributes:
+      step: of its values.
+      price: of a bit, in squared steps.
+      prior: of the energy of values, in squared steps; what `price` has been charged for already.
+      columns: scale of every column, quarter octaves.
+      shape: of the source, an index into `student.SHAPES`.
+    """
+
+    step: Float[Array, "..."]
+    price: Float[Array, "..."]
+    prior: Float[Array, "..."]
+    columns: Int[Array, "... n"]
+    shape: Int[Array, "..."]
+
+
+Trial = Callable[[Float[Array, ""]], Coded]
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyCoded:
+    """A step per row, trellis-coded values, arithmetic coding: each matrix in just `bits` a weight.
+
+    The rounder makes the steps as fine as the bytes allow. A weight costs what it is worth: rows
+    that matter little, or are small, take few bits or none, and outliers many.
+
+    A stream cannot be cut: to split a weight along its outputs (`shard_map`), split it before.
+    One that is damaged decodes to NaN.
+
+    Attributes:
+      bits: per weight, everything counted; rounded down to whole words of 16 bits per column.
+      states: of the trellis, 1 (none) or 4 to 256. More are nearer to Shannon's bound, and only
+        encoding takes longer.
+      chain: weights of a row between two fresh starts of the trellis, each of which costs a
+        little; encoding time is proportional.
+      lanes: rows decoded at a time; each takes 16 bits of the stream.
+
+    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC), with another
+    code, and the rate in bytes.
+
+    >>> f = EntropyCoded(bits=3, lanes=4)
+    >>> data = f.encode(jnp.linspace(-1, 1, 64 * 96).reshape(64, 96))
+    >>> data["codes"].shape, data["codes"].dtype.name
+    ((12, 96), 'uint16')
+    """
+
+    bits: float = 2.0
+    states: int = 64
+    chain: int = 256
+    lanes: int = 32
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)
+    codes_ndim: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.bits <= 12:
+            raise ValueError(f"bits must be above 0, at most 12, got {self.bits}")
+        if self.states not in tcq.STATES:
+            raise ValueError(f"states must be one of {tcq.STATES}, got {self.states}")
+        for name in ("chain", "lanes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Any finite weights will do."""
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        side = self.side_bits(k, n)
+        if WORD * n * self.words(k) < 2 * side:
+            raise ValueError(
+                f"{self.bits} bits per weight of [{k}, {n}] are {WORD * n * self.words(k)} bits, too "
+                f"few where {side} describe the rows, columns and lanes; use more bits, or fewer lanes"
+            )
+
+    def words(self, k: int) -> int:
+        """Words of 16 bits for a column of k weights."""
+        return int(self.bits * k / WORD)
+
+    def side_bits(self, k: int, n: int) -> int:
+        """About what is not codes: header, states of the lanes, steps and scales."""
+        return WORD * (coded.HEADER + self.lanes) + 7 * k + 3 * n
+
+    # --- codes ------------------------------------------------------------------------------
+
+    def rows_per_group(self, k: int) -> int:
+        """Every row has its own step."""
+        return 1
+
+    def grids(self, w: Float[Array, "k n"]) -> Row:
+        raise ValueError(
+            "EntropyCoded shares out a number of bytes: use the rounder Waterfill, or Nearest"
+        )
+
+    def round(
+        self, target: Float[Array, "1 n"], row: Row
+    ) -> tuple[Int16[Array, " n+1"], Float[Array, "1 n"]]:
+        """Values of one row, least in distortion plus rate, then their level; the weights."""
+        n = target.shape[1]
+        count, length = coded.chains(n, self.chain)
+        t = target[0] / row.step
+        spread = jnp.mean(jnp.abs(t) / octaves(row.columns)) / jnp.asarray(student.MEANS)[row.shape]
+        level = quarters(spread)
+        laid = lambda a: jnp.pad(a, (0, count * length - n)).reshape(count, length).T
+        branches = tcq.branches(
+            laid(t), laid(coded.index(level, row.columns)), row.shape, row.price, row.prior
+        )
+        v = tcq.search(branches, self.states).T.reshape(-1)[:n]
+        return jnp.append(v, level).astype(jnp.int16), (v * row.step)[None]
+
+    def finished(self, codes: Int16[Array, "k n+1"], base: Array, steps: Array, row: Row) -> Coded:
+        """Codes of all rows, with the levels that make them shortest."""
+        values, levels = codes[:, :-1].astype(jnp.int32), codes[:, -1].astype(jnp.int32)
+        shape, columns = row.shape[0], row.columns[0]
+        q = values & 1
+        symbol = student.symbol((values + q) >> 1)
+        prices = jnp.asarray(student.prices())[shape]
+
+        def bits(offset: Array) -> Array:
+            source = coded.index((levels + offset)[:, None], columns)
+            return jnp.sum(prices[source, q, symbol], axis=1)
+
+        offsets = jnp.arange(-4, 3)
+        levels = levels + offsets[jnp.argmin(jax.lax.map(bits, offsets), axis=0)]
+        return Coded(base, shape, steps, levels, columns, codes[:, :-1])
+
+    def fill(self, trial: Trial, start: Array, k: int, n: int, trials: int) -> dict[str, Array]:
+        """The data of the finest trial that fits.
+
+        Args:
+          trial: what is coded with a unit of steps 2**x; its size falls as x grows, nearly evenly.
+          start: x to begin with.
+          trials: after these no better one is sought.
+        """
+        size = n * self.words(k)
+        slope = min(max(self.bits / 2, 0.35), 1.0) * k * n / WORD  # words of an octave, about
+        goal = size * (1 - 2e-4) - 2
+
+        def one(state: _Search) -> _Search:
+            words, used = coded.write(trial(state.x), size, self.lanes)
+            here, fits = jnp.stack([state.x, used.astype(jnp.float32)]), used <= size
+            long = jnp.where(fits, state.long, here)
+            short = jnp.where(fits & (here[0] <= state.short[0]), here, state.short)
+            best = jnp.where(fits & (here[0] <= state.short[0]), words, state.words)
+            newton = here[0] + (here[1] - goal) / slope
+            part = (long[1] - goal) / jnp.maximum(long[1] - short[1], 1)
+            between = long[0] + jnp.clip(part, 0.02, 0.98) * (short[0] - long[0])
+            both = jnp.isfinite(long[0]) & jnp.isfinite(short[0])
+            return _Search(jnp.where(both, between, newton), long, short, best, state.tries + 1)
+
+        def going(state: _Search) -> Array:
+            full = state.short[1] >= size * (1 - 5e-4) - 4
+            none = ~jnp.isfinite(state.short[0])
+            return (~full & (state.tries < trials)) | (none & (state.tries < 4 * trials))
+
+        ends = (jnp.array([s, 0], jnp.float32) for s in (-jnp.inf, jnp.inf))
+        first = _Search(start, *ends, jnp.zeros(size, jnp.uint16), jnp.int32(0))
+        words = jax.lax.while_loop(going, one, first).words
+        return {"codes": words.reshape(self.words(k), n)}
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """All rows with one step, as fine as the bytes allow."""
+        k, n = w.shape
+        self.check_shape(k, n)
+        columns, shape = profile(w)
+        ones = jnp.ones(k)
+        rows = Row(ones, SLOPE * ones, 0 * ones, jnp.tile(columns, (k, 1)), jnp.full(k, shape))
+
+        def trial(x: Array) -> Coded:
+            base = jnp.round(x * coded.FINE).astype(jnp.int32)
+            row = rows._replace(step=jnp.exp2(base / coded.FINE) * ones)
+            codes = jax.lax.map(lambda a: self.round(a[0][None], a[1])[0], (w, row), batch_size=32)
+            return self.finished(codes, base, jnp.zeros(k, jnp.int32), row)
+
+        start = self.first_step(jnp.mean(w**2, 1), jnp.ones(k), n)
+        return self.fill(trial, start, k, n, trials=6)
+
+    def first_step(self, energy: Float[Array, " k"], weight: Float[Array, " k"], n: int) -> Array:
+        """log2 of the unit that reverse water-filling of rows of this energy asks for."""
+        k = len(energy)
+        left = (WORD * n * self.words(k) - self.side_bits(k, n)) / (k * n)
+        log = jnp.log2(jnp.maximum(energy * weight, _TINY)) / 2
+
+        def half(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            long = jnp.mean(jnp.maximum(log - middle, 0)) > left
+            return jnp.where(long, middle, low), jnp.where(long, high, middle)
+
+        ends = jnp.min(log) - self.bits, jnp.max(log)
+        return jax.lax.fori_loop(0, 30, half, ends)[1] + 0.9
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        words = data["codes"]
+        if words.ndim > 2:
+            return jax.vmap(lambda words: self.dequantize({"codes": words}, k))(words)
+        got, whole = coded.read(
+            words.reshape(-1), k, words.shape[1],
+            lanes=self.lanes, states=self.states, chain=self.chain,
+        )  # fmt: skip
+        return jnp.where(whole, coded.weights(got), jnp.nan)
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        w = self.dequantize(data, x.shape[-1]).astype(x.dtype)
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        w = self.dequantize(data, k).astype(g.dtype)
+        return jnp.dot(g, w.T, preferred_element_type=jnp.float32)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return self.dequantize(data, k)[:, ids]
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        return self.dequantize(data, k)[ids]
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return data["codes"].shape[-1]
+
+    def kernel(self) -> str:
+        """Which implementation of the kernel table serves a matmul."""
+        return "coded (XLA): the stream is decoded, all of it, then a plain product"
+
+
+class _Search(NamedTuple):
+    """Of `fill`: the next trial; (x, words) of the finest too long and short enough; its stream."""
+
+    x: Array
+    long: Array
+    short: Array
+    words: Array
+    tries: Array
+
+
+def octaves(quarters: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2**(quarters / 4)."""
+    return jnp.exp2(quarters / 4)
+
+
+def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The power of 2**(1/4) nearest to x >= 0.
+
+    >>> quarters(jnp.array([1.0, 2.0, 0.6])).tolist()
+    [0, 4, -3]
+    """
+    return jnp.round(4 * jnp.log2(jnp.maximum(x, _TINY))).astype(jnp.int32)
+
+
+def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
+    """Scales of the columns, quarter octaves about 0, and the shape of what is left."""
+    size = jnp.maximum(jnp.abs(w), _TINY)
+    column = jnp.ones(w.shape[1])
+    for _ in range(3):
+        row = jnp.mean(size / column, axis=1, keepdims=True)
+        column = jnp.mean(size / row, axis=0)
+    left = size / row / column
+    peak = jnp.mean(left) / jnp.sqrt(jnp.mean(left**2))
+    shape = jnp.argmin(jnp.abs(peak - jnp.asarray(student.PEAKS))).astype(jnp.int32)
+    columns = quarters(column)
+    return columns - jnp.round(jnp.mean(columns)).astype(jnp.int32), shape

@@ -1,0 +1,219 @@
+"""Tables: scalar codes whose value is a scale times an entry of a fixed table.
+
+A format says its table and how scales are stored; the rest is here. Rounders see no difference
+from `Integer`: a row of the grid, and the nearest value to a target.
+"""
+
+from functools import lru_cache
+from typing import ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxquant.codebooks.integer import SCALE_DTYPES, Integer, check_group_size
+from jaxquant.fields import check_fields
+from pallas_kernels import decoded, layout, tables
+
+
+class Scales(NamedTuple):
+    """Scales of a matrix or of one group, as storage gives them back.
+
+    `parts` are the scales' own codes and scales where they have such, spread over the groups.
+    """
+
+    scale: Float[Array, "... n"]
+    parts: dict[str, Array]
+
+
+class Table:
+    """What table formats share: w = scale * table[code], one scale per group of rows.
+
+    Attributes:
+      bits: of a code, 2, 3, 4 or 8.
+      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
+        per matrix.
+      scale_dtype: storage of the scales; codes are chosen with the stored scale.
+      pad: allow a group size that does not divide k (the last group is short).
+      table: values in order of their codes, or the name of the float8 dtype the codes are.
+      largest: of the table's magnitudes; a group's greatest weight lands there.
+    """
+
+    bits: int
+    group_size: int | Literal["channel", "tensor"]
+    scale_dtype: str
+    pad: bool
+    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
+    codes_ndim: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_group_size(self.group_size)
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
+
+    @property
+    def table(self) -> tuple[float, ...] | str:
+        raise NotImplementedError
+
+    @property
+    def largest(self) -> float:
+        return float(np.abs(search(self.table)[0]).max())
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        self.rows_per_group(k)
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Raise ValueError if the scales of these weights leave the range of their dtype."""
+        info, largest = jnp.finfo(self.scale_dtype), float(jnp.max(jnp.abs(w)))
+        if largest > 0 and not float(info.tiny) <= largest / self.largest <= float(info.max):
+            raise ValueError(
+                f"weights up to {largest:.2g} need scales outside the range of {self.scale_dtype}; "
+                f"rescale the weights, or use float32 scales where the format has the choice"
+            )
+
+    # --- codes ------------------------------------------------------------------------------
+
+    def rows_per_group(self, k: int) -> int:
+        """Rows that share a scale in a matrix of k rows; ValueError as `Integer` raises it."""
+        return Integer(group_size=self.group_size, pad=self.pad).rows_per_group(k)
+
+    def grids(self, w: Float[Array, "k n"]) -> Scales:
+        """The scales [groups, n] of every group of rows ([1, 1] if one serves the matrix)."""
+        k, n = w.shape
+        g = self.rows_per_group(k)
+        w = jnp.pad(jnp.abs(w), ((0, -k % g), (0, 0)))
+        absmax = jnp.max(w.reshape(-1, g, n), 1)
+        if self.group_size == "tensor":
+            absmax = jnp.max(absmax, 1, keepdims=True)
+        return self.stored(self.wanted(absmax))
+
+    def fit(self, w: Float[Array, "g n"]) -> Scales:
+        """The scales [n] of one group of rows."""
+        return jax.tree.map(lambda a: a[0], self.grids(w))
+
+    def rescaled(self, grid: Scales, factor: Array) -> Scales:
+        """The grid with its scale times a factor, as storage will give it back."""
+        return self.stored(grid.scale * factor)
+
+    def wanted(self, absmax: Float[Array, "g n"]) -> Float[Array, "g n"]:
+        """The scales that groups of these magnitudes ask for, before storage."""
+        return absmax / self.largest
+
+    def stored(self, scale: Float[Array, "g n"]) -> Scales:
+        """Scales as storage will give them back."""
+        return Scales(as_stored(scale, self.scale_dtype), {})
+
+    def round(self, w: Float[Array, "... n"], grid: Scales) -> tuple[Array, Array]:
+        """Nearest codes (int8) and their values; the grid broadcasts against w."""
+        values, codes, between = search(self.table)
+        i = jnp.searchsorted(between, w / grid.scale, method="compare_all")
+        return jnp.asarray(codes)[i], grid.scale * jnp.asarray(values)[i]
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def pack(self, codes: Int[Array, "..."], grid: Scales) -> dict[str, Array]:
+        """Storage of codes [k, n] (or one row a block, [k, 1, n]) and a grid [groups, n]."""
+        codes = codes.reshape(-1, codes.shape[-1])
+        return {"codes": layout.pack(codes, self.bits), **self.pack_scales(grid)}
+
+    def pack_scales(self, grid: Scales) -> dict[str, Array]:
+        """What storage holds of the scales."""
+        return {"scale": grid.scale.astype(self.scale_dtype)}
+
+    def opened(self, data: dict[str, Array]) -> dict[str, Array]:
+        """Packed data of which every array either splits by columns or serves all of them."""
+        return data
+
+    def scales(self, data: dict[str, Array]) -> Float[Array, "... g n"]:
+        """Float32 scales of opened data."""
+        return data["scale"].astype(jnp.float32)
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Round a matrix to nearest and pack it."""
+        k = w.shape[0]
+        grid = self.grids(w)
+        rows = grid._replace(scale=grid.scale[jnp.arange(k) // self.rows_per_group(k)])
+        return self.pack(self.round(w, rows)[0], grid)
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        return self._decode(self.opened(data), k)
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        # Tied to x, opened scales are not lifted out of a decoding loop.
+        x, data = jax.lax.optimization_barrier((x, data))
+        return decoded.matmul(x, self.opened(data), self._decode, _spans(data))
+
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        g, data = jax.lax.optimization_barrier((g, data))
+        return decoded.matmul_transposed(g, self.opened(data), self._decode, _spans(data), k)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return decoded.columns(self.opened(data), ids, self._decode, _spans(data), k)
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        run, per = layout.unit(self.bits)
+        words = data["codes"].reshape(-1, per, data["codes"].shape[-1])[ids // run]
+        codes = jax.vmap(lambda w, i: layout.unpack(w, self.bits, run)[i])(words, ids % run)
+        scale = self.scales(self.opened(data))[ids // self.rows_per_group(k)]
+        return scale * tables.values(codes, self.table)
+
+    def _decode(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        return tables.dequantize(
+            data["codes"], self.scales(data),
+            table=self.table, bits=self.bits, group_size=self.rows_per_group(k), k=k,
+        )  # fmt: skip
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return data["codes"].shape[-1]
+
+    def kernel(self) -> str:
+        """Which implementation of the kernel table serves a matmul."""
+        return f"decoded (XLA), {self.bits}-bit words by table"
+
+
+def _spans(data: dict[str, Array]) -> dict[str, int]:
+    """Arrays that split by columns; a scale of the whole matrix does not."""
+    return {"codes": 1, "scale": 1} if data["scale"].shape[-1] > 1 else {"codes": 1}
+
+
+def as_stored(scale: Array, dtype: str) -> Array:
+    """Positive float32 scales after a round trip through `dtype`; never zero, never infinite.
+
+    >>> as_stored(jnp.array([0.0, 0.3, 1e9]), "float8_e4m3fn").tolist()
+    [0.001953125, 0.3125, 448.0]
+    """
+    info = jnp.finfo(dtype)
+    # A subnormal float32 would be flushed to zero, and divided by.
+    least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+    return through(jnp.clip(scale, least, float(info.max)), dtype)
+
+
+def through(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
+    """float32 values after a round trip through `dtype`.
+
+    >>> through(jnp.array([0.3, 17.0]), "float8_e4m3fn").tolist()
+    [0.3125, 16.0]
+    """
+    # Without the barrier XLA may skip the trip: to its GPU compiler that is only more precision.
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+
+
+@lru_cache
+def search(table: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ascending values, their codes (int8), and the bounds between: a tie goes to the even code.
+
+    >>> [a.tolist() for a in search((0.0, 1.0, 3.0, -1.0))]
+    [[-1.0, 0.0, 1.0, 3.0], [3, 0, 1, 2], [-0.5000000596046448, 0.5, 1.9999998807907104]]
+    """
+    values, codes = np.unique(np.asarray(table, np.float32), return_index=True)
+    between = (values[:-1] + values[1:]) / 2
+    # The index is the number of bounds strictly below; one bit less lets a tie rise.
+    rises = codes[:-1] % 2 == 1
+    between = np.where(rises, np.nextafter(between, np.float32(-np.inf)), between)
+    return values, codes.astype(np.int8), between

@@ -1,0 +1,190 @@
+"""Trellis: tiles of 16 x 16 weights as paths of a bit-shift trellis, one scale per matrix or block."""
+
+import dataclasses
+import itertools
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from jaxquant.fields import check_fields
+from pallas_kernels import decoded, trellis, viterbi
+
+SIDE = 16  # of a tile
+_SPANS = {"codes": SIDE}
+
+
+class TrellisGrid(NamedTuple):
+    """Scale [groups, 1] and index into the distinct rates [groups] of each block of rows."""
+
+    scale: Float[Array, "... 1"]
+    rate: Int32[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trellis:
+    """QTIP's trellis-coded quantization; the weights should be rotated to look Gaussian first.
+
+    Attributes:
+      rates: bits per weight, 0 to 8, of equal blocks of rows, first to last; one serves all.
+      L: bits of a state. A quarter of the distortion's gap to Shannon's bound goes from 12 to 16,
+        for 16 times the search.
+      code: what a state stands for, one of `pallas_kernels.trellis.CODES`.
+
+    Source: Tseng et al. 2024, arXiv:2406.11235. Rates that differ by block are ours.
+
+    >>> f = Trellis(rates=(2,), L=8)
+    >>> data = f.encode(jnp.ones((16, 32)))
+    >>> {name: a.shape for name, a in data.items()}
+    {'codes': (16, 2), 'scale': (1, 1)}
+    """
+
+    rates: tuple[int, ...] = (2,)
+    L: int = 12
+    code: str = "mul1"
+
+    tile: ClassVar[tuple[int, int]] = (SIDE, SIDE)
+    codes_ndim: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.code not in trellis.CODES:
+            raise ValueError(f"code must be one of {', '.join(trellis.CODES)}, got {self.code!r}")
+        if not self.rates or not any(self.rates) or min(self.rates) < 0:
+            raise ValueError(f"rates must be 0 to 8 bits, not all 0, got {self.rates}")
+        for rate in {*self.rates} - {0}:
+            trellis.check(self.L, rate, self.V)
+
+    @property
+    def V(self) -> int:
+        """Weights of a step of the trellis."""
+        return trellis.CODES[self.code]
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Any finite weights will do."""
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        if k % (SIDE * len(self.rates)) or n % SIDE:
+            raise ValueError(
+                f"a trellis codes tiles of 16 x 16 in {len(self.rates)} blocks of rows, and "
+                f"{SIDE * len(self.rates)} must divide k = {k}, 16 n = {n}"
+            )
+
+    def rows_per_group(self, k: int) -> int:
+        """Rows of one block."""
+        return k // len(self.rates)
+
+    # --- codes ------------------------------------------------------------------------------
+
+    def grids(self, w: Float[Array, "k n"]) -> TrellisGrid:
+        """The rms of each block, and its rate."""
+        blocks = w.astype(jnp.float32).reshape(len(self.rates), -1)
+        rms = jnp.maximum(jnp.sqrt(jnp.mean(blocks**2, 1)), 1e-30)
+        return TrellisGrid(rms[:, None], jnp.asarray(np.searchsorted(self._distinct, self.rates)))
+
+    def rescaled(self, grid: TrellisGrid, factor: Array) -> TrellisGrid:
+        """The grid with its scales times a factor."""
+        return grid._replace(scale=grid.scale * factor)
+
+    @property
+    def _distinct(self) -> list[int]:
+        return sorted(set(self.rates))
+
+    def round(
+        self, target: Float[Array, "16 n"], row: TrellisGrid
+    ) -> tuple[Int32[Array, "words t"], Float[Array, "16 n"]]:
+        """The paths found nearest to the t = n / 16 tiles, and their values."""
+        return self.round_where(target, row, None)
+
+    def round_where(
+        self, target: Float[Array, "16 n"], row: TrellisGrid, valid: Bool[Array, "t"] | None
+    ) -> tuple[Int32[Array, "words t"], Float[Array, "16 n"]]:
+        """As `round`, of the valid tiles; the others come out as zeros."""
+        tiles = _tiles(target / row.scale)
+        most = 8 * max(self.rates)
+        table = jnp.asarray(trellis.values(self.code, self.L, self.V))
+
+        def search(tiles: Array, rate: int) -> tuple[Array, Array]:
+            if rate == 0:
+                return jnp.zeros((most, len(tiles)), jnp.int32), jnp.zeros_like(tiles)
+            words, values = viterbi.encode(
+                tiles, table, L=self.L, K=rate, V=self.V, valid=valid
+            )
+            return jnp.pad(words.T, ((0, most - 8 * rate), (0, 0))), values
+
+        branches = [lambda tiles, rate=rate: search(tiles, rate) for rate in self._distinct]
+        one = len(branches) == 1
+        words, values = branches[0](tiles) if one else jax.lax.switch(row.rate, branches, tiles)
+        return words, row.scale * _untiled(values)
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def pack(self, codes: Int32[Array, "b words t"], grid: TrellisGrid) -> dict[str, Array]:
+        """Storage of the words of b blocks of 16 rows; each keeps those of its rate."""
+        per = len(codes) // len(self.rates)
+        blocks = codes.reshape(len(self.rates), per, *codes.shape[1:])
+        kept = [b[:, : 8 * rate] for b, rate in zip(blocks, self.rates, strict=True)]
+        words = [b.reshape(-1, codes.shape[-1]) for b in kept]
+        return {"codes": jnp.concatenate(words), "scale": grid.scale}
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Round a matrix to nearest and pack it."""
+        k, n = w.shape
+        self.check_shape(k, n)
+        grid = self.grids(w)
+        group = np.arange(k // SIDE) * len(self.rates) * SIDE // k
+        rows = jax.tree.map(lambda a: a[group], grid)
+        blocks = w.astype(jnp.float32).reshape(-1, SIDE, n)
+        return self.pack(jax.lax.map(lambda b: self.round(*b)[0], (blocks, rows)), grid)
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        *batch, _, t = data["codes"].shape
+        per = k // SIDE // len(self.rates)
+        parts, word = [], 0
+        for rate, run in itertools.groupby(self.rates):
+            blocks = per * len(list(run))
+            words = data["codes"][..., word : word + 8 * rate * blocks, :]
+            word += 8 * rate * blocks
+            if rate == 0:
+                parts.append(jnp.zeros((*batch, blocks, SIDE, t * SIDE)))
+                continue
+            streams = jnp.swapaxes(words.reshape(*batch, blocks, 8 * rate, t), -1, -2)
+            parts.append(_untiled(trellis.decode(streams, self.L, rate, self.V, self.code)))
+        w = jnp.concatenate(parts, axis=-3).reshape(*batch, len(self.rates), -1, t * SIDE)
+        return (w * data["scale"][..., None]).reshape(*batch, k, t * SIDE)
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        return decoded.matmul(x, data, self.dequantize, _SPANS)
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        return decoded.matmul_transposed(x, data, self.dequantize, _SPANS, k)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return decoded.columns(data, ids, self.dequantize, _SPANS, k)
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        return self.dequantize(data, k)[ids]
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return decoded.outputs(data, _SPANS)
+
+    def kernel(self) -> str:
+        """Which implementation of the kernel table serves a matmul."""
+        rates = "/".join(map(str, self._distinct))
+        return f"decoded/matmul (XLA), trellis {self.code}, L = {self.L}, {rates} bits"
+
+
+def _tiles(w: Float[Array, "16 n"]) -> Float[Array, "t 256"]:
+    return jnp.swapaxes(w.reshape(SIDE, -1, SIDE), 0, 1).reshape(-1, SIDE * SIDE)
+
+
+def _untiled(tiles: Float[Array, "... t 256"]) -> Float[Array, "... 16 n"]:
+    *batch, t, _ = tiles.shape
+    w = jnp.swapaxes(tiles.reshape(*batch, t, SIDE, SIDE), -3, -2)
+    return w.reshape(*batch, SIDE, t * SIDE)

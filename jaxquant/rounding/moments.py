@@ -1,0 +1,67 @@
+"""Second moments as rounders use them: dead channels set apart, damped, factored."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class Moments(NamedTuple):
+    """What a rounder may know beside the weight; None where it was not measured.
+
+    The loss is tr(H_in E H_out E^T) for an error E [k, n], H_out = I if unknown.
+    """
+
+    input: Float[Array, "k k"] | None = None
+    output: Float[Array, "n n"] | None = None
+
+
+def living(gram: Float[Array, "k k"]) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
+    """The moment with dead channels alone and of mean energy, and which channels are dead.
+
+    A dead channel multiplies nothing: alone in H, it is rounded to nearest.
+    """
+    diagonal = jnp.diagonal(gram)
+    dead = ~(diagonal > 0)
+    gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)
+    alive = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
+    return gram + jnp.diag(jnp.where(dead, jnp.where(alive > 0, alive, 1.0), 0.0)), dead
+
+
+def unit_upper(
+    gram: Float[Array, "k k"], damping: float, d: int = 1
+) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
+    """U of H + damping mean(diag H) I = U D U^T (block-unit for d > 1), and the damping used.
+
+    The damping is raised tenfold, up to 8 times, until the factorization is finite.
+
+    >>> u, _ = unit_upper(jnp.array([[2.0, 1.0], [1.0, 1.0]]), 1e-9)
+    >>> u.round(3).tolist()
+    [[1.0, 1.0], [0.0, 1.0]]
+    """
+    k = gram.shape[0]
+    gram = gram / jnp.mean(jnp.diagonal(gram))
+
+    def factor(damp: Array) -> Array:
+        flipped = (gram + damp * jnp.eye(k, dtype=gram.dtype))[::-1, ::-1]
+        return jnp.linalg.cholesky(flipped)[::-1, ::-1]
+
+    def failed(state: tuple[Array, Array, Array]) -> Array:
+        _, c, tries = state
+        return ~jnp.all(jnp.isfinite(c)) & (tries < 8)
+
+    def raised(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        damp, _, tries = state
+        return 10 * damp, factor(10 * damp), tries + 1
+
+    start = jnp.asarray(damping, gram.dtype)
+    damp, c, _ = jax.lax.while_loop(failed, raised, (start, factor(start), jnp.int32(0)))
+    if d == 1:
+        return c / jnp.diagonal(c), damp
+    columns = c.reshape(k, k // d, d)
+    blocks = jnp.einsum("aiaj->aij", c.reshape(k // d, d, k // d, d))
+    # X B = C, not X = C B^-1: B is as ill-conditioned as the worst direction of its channels.
+    solve = jax.vmap(lambda b, x: jax.scipy.linalg.solve_triangular(b, x.T, trans=1).T)
+    unit = solve(blocks, jnp.moveaxis(columns, 1, 0))
+    return jnp.moveaxis(unit, 0, 1).reshape(k, k), damp

@@ -1,0 +1,84 @@
+"""Waterfill: bits where they count, for a format whose rows have steps of their own.
+
+With H = U D U^T and error feedback (`ldlq`) the loss is sum_j D_j |e_j|^2, so rows deserve steps in
+proportion to D_j^-1/2. What a bit is worth then is the same everywhere, `SLOPE` squared steps, and a
+row is coded so that loss plus price times bits is least.
+
+A code costs later rows too: their targets move. For a Gaussian prior of row variances s_j^2 the bits
+of Q are sum_j q_j^2 / (2 ln 2 s_j^2) + const, hence
+
+    tr(E^T H E) + price bits = tr((Q - V)^T (H + R) (Q - V)) + const,   V = (H + R)^-1 H W,
+
+with R = diag(price / (2 ln 2 s_j^2)). So feedback runs on V and H + R; the part of the price that is
+in R already, R_j q_j^2, is taken off row j's own. Rows of small H_jj come first: they have few bits,
+and the others make up for them.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from jax.scipy.linalg import solve_triangular
+
+from jaxquant.codebooks.entropy_coded import SLOPE, Coded, EntropyCoded, Row, octaves, profile
+from jaxquant.codebooks.entropy_coded import _NATS, quarters
+from jaxquant.fields import check_fields
+from jaxquant.rounding.ldlq import _feedback as feedback
+from jaxquant.rounding.moments import Moments, living, unit_upper
+from pallas_kernels.coded import FINE
+
+
+@dataclasses.dataclass(frozen=True)
+class Waterfill:
+    """Steps by water-filling against H = mean of x x^T, as fine as the format's bytes allow.
+
+    Attributes:
+      damping: fraction of mean(diag H) added to the diagonal; raised as in `LDLQ`.
+      block_size: rows between two dense updates; changes speed, not the result.
+      trials: sizes of the steps to try, at most.
+
+    Source: Lifar et al. 2026, arXiv:2603.04956 (WaterSIC) for the steps; R, the order of rows and
+    the search on bytes are ours.
+    """
+
+    damping: float = 1e-4
+    block_size: int = 128
+    trials: int = 6
+
+    needs_gram: ClassVar[bool] = True
+    needs_output: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.damping > 0:
+            raise ValueError(f"damping must be positive, got {self.damping}")
+        for name in ("block_size", "trials"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def __call__(
+        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        del key
+        if not isinstance(format, EntropyCoded):
+            raise ValueError(f"Waterfill rounds to EntropyCoded, got {format}")
+        k, n = w.shape
+        format.check_shape(k, n)
+        gram, dead = living(moments.input)
+        order = jnp.argsort(jnp.diagonal(gram), stable=True)
+        gram, w = gram[order][:, order], w[order]
+        gram = gram / jnp.mean(jnp.diagonal(gram))
+        u, damping = unit_upper(gram, self.damping)
+        gram = gram + damping * jnp.eye(k)
+        energy = jnp.mean(w**2, axis=1)
+        energy = jnp.maximum(energy, 1e-6 * jnp.mean(energy) + 1e-30)
+        columns, shape = profile(w)
+
+        def trial(x: Array) -> Coded:
+            ...
+        data = format.fill(trial, format.first_step(energy, _middle(u, gram), n), k, n, self.trials)
+        return data, {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}

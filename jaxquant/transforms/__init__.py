@@ -1,0 +1,5 @@
+"""Transforms: changes of variables on one side of a weight that leave the function as it is."""
+
+from jaxquant.transforms.rotation import Rotation
+
+__all__ = ["Rotation"]

@@ -1,0 +1,90 @@
+"""Random rotation of the channels on one side of a weight: incoherence processing.
+
+For orthonormal A and B, x @ w = ((x A) @ (A^T w B^T)) B: rotating inputs and outputs changes the
+matrix that is stored and not the function. Random signs, then a Hadamard transform, make the
+entries of almost any matrix nearly Gaussian, and outliers vanish (Chee et al. 2023,
+arXiv:2307.13304; Tseng et al. 2024, arXiv:2402.04396).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxquant.fields import check_fields
+from pallas_kernels import hadamard
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """The map x -> (x * signs)[order] H of n channels; orthonormal.
+
+    Its arrays: "signs", n random bits packed in bytes, or, once trained, n real factors; and, if
+    sorted, "order", uint16.
+
+    Attributes:
+      block: the Hadamard transform is block-diagonal with blocks of this size, so that blocks
+        can be sharded, and any multiple of it is a width; None: one transform over all channels.
+        Where the width has no such transform, channels are padded with zeros.
+      sort: put channels in order of falling energy first (see `fit`), so that blocks are alike
+        within and different among each other, and can be given different rates.
+    """
+
+    block: int | None = None
+    sort: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.block is not None and not hadamard.exists(self.block):
+            raise ValueError(
+                f"no Hadamard matrix of order {self.block} can be made; the next is "
+                f"{hadamard.padded(max(1, self.block))}"
+            )
+
+    def size(self, n: int) -> int:
+        """Channels after the rotation: n, or more where n has to be padded.
+
+        >>> Rotation().size(576), Rotation(block=128).size(576)
+        (576, 640)
+        """
+        return hadamard.padded(n) if self.block is None else -(-n // self.block) * self.block
+
+    def fit(self, energy: Float[Array, "n"], key: Array) -> dict[str, Array]:
+        """Its arrays, for channels of the given energies (mean square input times weight)."""
+        n = energy.shape[0]
+        arrays = {"signs": jnp.packbits(jax.random.bernoulli(key, 0.5, (n,)))}
+        if self.sort:
+            arrays["order"] = jnp.argsort(-energy, stable=True).astype(jnp.uint16)
+        return arrays
+
+    def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the arrays that `fit` makes."""
+        energy = jax.ShapeDtypeStruct((n,), jnp.float32)
+        return jax.eval_shape(self.fit, energy, jax.eval_shape(jax.random.key, 0))
+
+    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A, for row vectors x."""
+        n = x.shape[-1]
+        x = x * _factors(arrays["signs"], n).astype(x.dtype)
+        if self.sort:
+            x = x[..., arrays["order"]]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.size(n) - n)])
+        return hadamard.transform(x, self.block)
+
+    def transposed(
+        self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
+    ) -> Float[Array, "... n"]:
+        """y A^T: the inverse of `apply`, while the signs are signs."""
+        y = hadamard.transform_transposed(y, self.block)[..., :n]
+        if self.sort:
+            y = y[..., jnp.argsort(arrays["order"])]
+        return y * _factors(arrays["signs"], n).astype(y.dtype)
+
+
+def _factors(signs: Array, n: int) -> Array:
+    """+1 or -1 of every packed bit; trained factors as they are."""
+    if signs.dtype != np.uint8:
+        return signs
+    return 1 - 2 * jnp.unpackbits(signs, count=n).astype(jnp.int8)

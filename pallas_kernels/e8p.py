@@ -1,0 +1,270 @@
+"""E8P, the lattice codebook of QuIP#: 16 bits name one of 65536 points of E8 + 1/4.
+
+A code (a << 8) | s is a row a of a table of 256 non-negative half-integer vectors, seven signs
+and a shift by +-1/4. Bit j of s is the sign of coordinate ORDER[j]; the parity p of s is the shift,
+and s with bit 0 flipped where p = 1 has an even number of signs, so that what a row's parity asks
+for (an even sum) stays true. Residual forms add a second, finer point: 3 bits a weight with the
+256 points E81B, 4 bits with E8P again; the second code stands above the first 16 bits.
+
+Source: Tseng et al. 2024, "QuIP#", arXiv:2402.04396. Written from a description of the code, not
+from theirs. Ours are the search and the numbering of E81B (lexicographic), which that paper's
+3-bit checkpoints may not share.
+"""
+
+import itertools
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# The scale of a unit Gaussian that makes its mean squared error least, by bits.
+OPT_SCALE = {2: 1.03, 3: 0.98, 4: 1.03}
+# One over the residual scales 2.04 and 3.45, to 16 bits: sums of two points are then exact in
+# float32, whatever the compiler fuses.
+_FINE = {bits: round(2**16 / scale) / 2**16 for bits, scale in ((3, 2.04), (4, 3.45))}
+# Where the three entries 1/2 stand in the table's last 29 rows; the others are 3/2.
+_HALVES = (
+    "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 "
+    "245 167 157 147 156 146 045 067 057 047 056 046 014 237"
+)
+
+
+def table() -> np.ndarray:
+    """The 256 rows [256, 8]: all of {1/2, 3/2, 5/2}^8 of squared norm <= 10, and 29 of norm 12.
+
+    >>> table()[[0, 226, 255], :].tolist()[1]
+    [2.5, 1.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    """
+    rows = np.array(list(itertools.product((0.5, 1.5, 2.5), repeat=8)), np.float32)
+    last = [[0.5 if str(i) in halves else 1.5 for i in range(8)] for halves in _HALVES.split()]
+    return np.concatenate([rows[np.sum(rows**2, 1) <= 10], np.float32(last)])
+
+
+def e81b_table() -> np.ndarray:
+    """E81B [256, 8]: the 241 points of E8 of squared norm <= 2, and +-2 e_i but for -2 e_8.
+
+    >>> np.bincount(np.sum(e81b_table() ** 2, 1).astype(int)).tolist()
+    [1, 0, 240, 0, 15]
+    """
+    whole = np.array(list(itertools.product((-1, 0, 1), repeat=8)), np.float32)
+    half = np.array(list(itertools.product((-0.5, 0.5), repeat=8)), np.float32)
+    points = np.concatenate([whole, half])
+    points = points[(np.sum(points**2, 1) <= 2) & (np.sum(points, 1) % 2 == 0)]
+    twice = 2 * np.concatenate([np.eye(8), -np.eye(8)[:7]])
+    return np.array(sorted(np.concatenate([points, twice]).tolist()), np.float32)
+
+
+def _packed(points: np.ndarray) -> np.ndarray:
+    """uint32 [256]: coordinate ORDER[j] as 2 x + 8 in bits 4 j ... 4 j + 3."""
+    nibbles = (2 * points[:, ORDER] + 8).astype(np.uint32)
+    return np.sum(nibbles << np.arange(0, 32, 4, dtype=np.uint32), axis=1, dtype=np.uint32)
+
+
+_TABLE = table()
+_ODD = np.sum(_TABLE, 1) % 2 == 1
+_BIT = np.argsort(ORDER)  # of a coordinate
+# With the sign of coordinate 7 that makes the sum even.
+_WORDS = _packed(np.where(_ODD[:, None] & (np.arange(8) == 7), -_TABLE, _TABLE))
+_E81B = e81b_table()
+_E81B_WORDS = _packed(_E81B)
+
+# --- decode ---------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="bits")
+def decode(code: Int[Array, "... n"], bits: int = 2) -> Float[Array, "... 8 n"]:
+    """The points that codes name, float32.
+
+    Args:
+      code: integers of 8 `bits` bits: the first point in the low 16, the residual above.
+      bits: 2, 3 or 4 a weight.
+
+    >>> decode(jnp.array([0]))[:, 0].tolist()
+    [0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75]
+    """
+    first = _e8p(code)
+    if bits == 2:
+        return first
+    second = _e8p(code >> 16) if bits == 4 else _e81b(code >> 16)
+    return first + _FINE[bits] * second
+
+
+def _e8p(code: Array) -> Array:
+    s, row = code & 255, (code >> 8) & 255
+    shift = jax.lax.population_count(s) & 1
+    # Bit j of the signs to bit 4 j; then 16 - nibble = (nibble ^ 15) + 1 in all eight at once.
+    flips = (s ^ shift).astype(jnp.uint32)
+    for step, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
+        flips = (flips | flips << step) & mask
+    word = (jnp.asarray(_WORDS)[row] ^ flips * 15) + flips
+    return _nibbles(word) + jnp.where(shift == 1, jnp.float32(-0.25), 0.25)[..., None, :]
+
+
+def _e81b(code: Array) -> Array:
+    return _nibbles(jnp.asarray(_E81B_WORDS)[code & 255])
+
+
+def _nibbles(word: Array) -> Array:
+    """[..., n] -> [..., 8, n], coordinates in their order."""
+    nibbles = (word[..., None, :] >> (4 * _BIT[:, None]).astype(np.uint32)) & 15
+    return 0.5 * nibbles.astype(jnp.int32).astype(jnp.float32) - 4
+
+
+# --- nearest --------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="bits")
+def nearest(x: Float[Array, "8 n"], bits: int = 2) -> tuple[Int32[Array, "n"], Float[Array, "8 n"]]:
+    """The nearest point's code, and the point; with 3 or 4 bits, then that of the residual.
+
+    >>> code, value = nearest(jnp.full((8, 1), 0.7))
+    >>> code.tolist(), value[:, 0].tolist()
+    ([0], [0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75, 0.75])
+    """
+    code, value = _nearest_e8p(x)
+    if bits == 2:
+        return code, value
+    residual = (x - value) / _FINE[bits]
+    second, fine = _nearest_e8p(residual) if bits == 4 else _nearest_e81b(residual)
+    return code | second << 16, value + _FINE[bits] * fine
+
+
+# Sorted downwards, every row of norm <= 10 is one of seven shapes (the entries that differ from
+# 1/2 are given), and sorting |x| the same way makes the best of a shape: seven and 29 candidates
+# say all that the 256 rows do.
+_SHAPES = [(), (1.5,), (1.5,) * 2, (1.5,) * 3, (1.5,) * 4, (2.5,), (2.5, 1.5)]
+_CANDIDATES = np.concatenate(
+    [np.float32([[*shape, *[0.5] * (8 - len(shape))] for shape in _SHAPES]), _TABLE[227:]]
+)
+# The row of each vector in {1/2, 3/2, 5/2}^8 read as a number in base 3.
+_POWERS = 3 ** np.arange(8)
+_ROWS = np.zeros(3**8, np.int32)
+_ROWS[((_TABLE - 0.5) @ _POWERS).astype(int)] = np.arange(256)
+_COORDINATES = np.arange(8)[:, None]
+_SHIFTS = np.float32([0.25, -0.25])
+
+
+def _nearest_e8p(x: Array) -> tuple[Array, Array]:
+    """Points are half-integer vectors v with an even sum, minus 1/4 or plus 1/4."""
+    shifted = x + _SHIFTS[:, None, None]
+    y, odd = jnp.abs(shifted), _odd_signs(shifted)
+    # 2 <v, x + shift> - |v|^2 is |x|^2 - |x - point|^2 up to 2 shift sum(x), and a constant.
+    score = jnp.concatenate([_scores(0, 7, _sorted(y), odd), _scores(7, 36, y, odd)])
+    score = score - 2 * _SHIFTS[:, None] * jnp.sum(x, axis=0)
+    which = _first_max(score.reshape(72, -1))
+    candidate, down = which // 2, 1 - which % 2
+    shift = jnp.asarray(_SHIFTS)[which % 2]
+
+    y = jnp.abs(x + shift)
+    entry = jnp.where(candidate < 7, _ranks(y), _COORDINATES)
+    v = jnp.asarray(_CANDIDATES)[candidate, entry]
+    odd_row = jnp.sum(v, axis=0) % 2 == 1
+    # Signs follow x, but for the one that costs least where the sum would be odd.
+    other = (odd_row != _odd_signs(x + shift)) & (jnp.argmin(v * y, axis=0) == _COORDINATES)
+    negative = (x + shift < 0) != other
+    signs = negative != (odd_row & (_COORDINATES == 7))
+    s = jnp.sum(signs << _BIT[:, None], axis=0) ^ down
+    row = jnp.asarray(_ROWS)[jnp.sum((v - 0.5).astype(jnp.int32) * _POWERS[:, None], axis=0)]
+    return (row << 8 | s).astype(jnp.int32), jnp.where(negative, -v, v) - shift
+
+
+def _scores(start: int, stop: int, y: Array, odd: Array) -> Array:
+    """[candidates, 2, n]: the best 2 <v, x> - |v|^2 of v's signs, for |x| = y of 2 shifts.
+
+    Written out by coordinates: XLA makes vector code of that, not of a reduction.
+    """
+    rows = _CANDIDATES[start:stop]
+    products = [rows[:, i, None, None] * y[:, i] for i in range(8)]
+    match = (np.sum(rows, 1) % 2 == 1)[:, None, None] == odd
+    cost = jnp.where(match, 0, 4 * reduce(jnp.minimum, products))
+    return 2 * sum(products) - np.sum(rows**2, 1)[:, None, None] - cost
+
+
+def _odd_signs(x: Array) -> Array:
+    return jnp.sum(x < 0, axis=-2) % 2 == 1
+
+
+def _ranks(y: Array) -> Array:
+    """How many coordinates are larger (or as large, and before)."""
+    before = _COORDINATES.T < _COORDINATES
+    one, other = y[..., :, None, :], y[..., None, :, :]
+    larger = (other > one) | ((other == one) & before[:, :, None])
+    return jnp.sum(larger, axis=-2)
+
+
+def _sorted(y: Array) -> Array:
+    """Falling along axis -2; faster than `jnp.sort` for eight."""
+    here = _ranks(y)[..., None, :, :] == _COORDINATES[:, :, None]
+    return jnp.sum(jnp.where(here, y[..., None, :, :], 0), axis=-2)
+
+
+def _nearest_e81b(x: Array) -> tuple[Array, Array]:
+    inner = jnp.matmul(_E81B, x, precision="highest")
+    code = _first_max(2 * inner - np.sum(_E81B**2, 1)[:, None])
+    return code, _e81b(code)
+
+
+def _first_max(score: Array) -> Array:
+    """argmax over axis 0, as two reductions: faster on the CPU."""
+    index = np.arange(len(score), dtype=np.int32)[:, None]
+    return jnp.min(jnp.where(score == jnp.max(score, axis=0), index, len(score) - 1), axis=0)
+
+
+# --- the layout of published checkpoints ----------------------------------------------------
+
+
+def from_quip_words(words: np.ndarray) -> np.ndarray:
+    """Codes of QuIP#'s `Qidxs`.
+
+    A 64-bit word holds the codes of two outputs and two octets of inputs, in the order (0, 0),
+    (1, 0), (0, 1), (1, 1): the rows a as bytes 0 to 3, bit j of the signs of code i at
+    32 + 4 j + i. Words stand in tiles of 16 outputs by 64 inputs.
+
+    Args:
+      words: int64 [out, in / 32], or uint32 [out, in / 32, 2], low half first.
+    Returns:
+      int32 [out, in / 8].
+    Raises:
+      ValueError: out is not a multiple of 16, or in not of 64; another dtype.
+
+    >>> from_quip_words(to_quip_words(np.arange(128).reshape(16, 8)))[1].tolist()
+    [8, 9, 10, 11, 12, 13, 14, 15]
+    """
+    if words.dtype.itemsize == 8:
+        words = np.ascontiguousarray(words, "<i8").view("<u4").reshape(*words.shape, 2)
+    if words.dtype != np.uint32 or words.ndim != 3 or words.shape[0] % 16 or words.shape[1] % 2:
+        raise ValueError(
+            "expected int64 [out, in / 32] or uint32 [out, in / 32, 2], out a multiple of 16 and "
+            f"in of 64; got {words.dtype} {list(words.shape)}"
+        )
+    outputs, quarters, _ = words.shape
+    low, high = np.moveaxis(words.astype(np.int64), -1, 0)
+    codes = np.zeros((4, outputs, quarters), np.int32)
+    for i in range(4):
+        codes[i] = (low >> 8 * i & 255) << 8
+        for j in range(8):
+            codes[i] |= (high >> 4 * j + i & 1) << j
+    # [octet, output of a pair; tiles down, tiles across; pairs down, pairs across]
+    tiles = codes.reshape(2, 2, outputs // 16, quarters // 2, 8, 4)
+    return tiles.transpose(2, 4, 1, 3, 5, 0).reshape(outputs, quarters * 4)
+
+
+def to_quip_words(codes: Int[np.ndarray, "out octets"]) -> np.ndarray:
+    """Inverse of `from_quip_words`: int64 [out, in / 32] of codes [out, in / 8]."""
+    outputs, octets = codes.shape
+    if outputs % 16 or octets % 8:
+        raise ValueError(
+            "QuIP# stores outputs by 16 and inputs by 64; got codes of "
+            f"{outputs} outputs and {8 * octets} inputs"
+        )
+    tiles = codes.astype(np.uint64).reshape(outputs // 16, 8, 2, octets // 8, 4, 2)
+    parts = tiles.transpose(5, 2, 0, 3, 1, 4).reshape(4, outputs, octets // 4)
+    words = np.zeros((outputs, octets // 4), np.uint64)
+    for i in range(4):
+        words |= (parts[i] >> np.uint64(8)) << np.uint64(8 * i)
+        for j in range(8):
+            words |= (parts[i] >> np.uint64(j) & np.uint64(1)) << np.uint64(32 + 4 * j + i)
+    return words.view(np.int64)

@@ -1,0 +1,135 @@
+"""Learned codebooks: storage of the codes, sums of table entries, and the search for both.
+
+A vector of d weights is the sum of one row of each table [K, d]. Tables may differ in size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels import layout
+
+CHUNK = 1 << 22  # distances held at a time
+
+
+def digit(bits: int) -> int:
+    """Bits of the equal parts, of a width that `layout` packs, in which a code is stored.
+
+    >>> digit(16), digit(12), digit(9)
+    (8, 4, 3)
+    """
+    fits = [width for width in (8, 4, 3, 2) if bits % width == 0]
+    if not fits or not 2 <= bits <= 16:
+        raise ValueError(f"bits must be a multiple of 2 or 3 between 2 and 16, got {bits}")
+    return fits[0]
+
+
+def pack(codes: Int[Array, "... g m n"], bits: int) -> Int32[Array, "... w n"]:
+    """Words of g groups of m codes in [0, 2**bits), one dense bit stream down each column.
+
+    >>> pack(jnp.array([[[1], [0x203]]]), 16).tolist()
+    [[33751041]]
+    """
+    width = digit(bits)
+    parts = codes[..., None, :] >> width * np.arange(bits // width)[:, None]
+    return layout.pack(parts.reshape(*codes.shape[:-3], -1, codes.shape[-1]), width)
+
+
+def unpack(
+    words: Int32[Array, "... w n"], bits: int, groups: int, m: int
+) -> Int32[Array, "... g m n"]:
+    """Inverse of `pack`.
+
+    >>> unpack(jnp.array([[33751041]]), 16, 1, 2).ravel().tolist()
+    [1, 515]
+    """
+    width = digit(bits)
+    count = bits // width
+    parts = layout.unpack(words, width, groups * m * count) & ((1 << width) - 1)
+    parts = parts.reshape(*words.shape[:-2], groups, m, count, words.shape[-1])
+    return jnp.sum(parts << width * np.arange(count)[:, None], axis=-2)
+
+
+def take(
+    words: Int32[Array, "w n"], ids: Int[Array, "i"], bits: int, m: int
+) -> Int32[Array, "i m n"]:
+    """Codes of groups `ids`, of which only the words that hold them are unpacked.
+
+    >>> words = pack(jnp.arange(12).reshape(4, 3, 1), 4)
+    >>> take(words, jnp.array([2]), 4, 3).ravel().tolist()
+    [6, 7, 8]
+    """
+    run = math.lcm(bits * m, 32 * layout.unit(digit(bits))[1])  # bits of whole groups and words
+    per, held = run // 32, run // (bits * m)
+    # Past the last word, where no group is, any word will do.
+    at = jnp.minimum(ids[:, None] // held * per + np.arange(per), len(words) - 1)
+    codes = unpack(words[at], bits, held, m)
+    return jnp.take_along_axis(codes, (ids % held)[:, None, None, None], axis=1)[:, 0]
+
+
+def total(
+    codes: Int[Array, "m ..."], tables: Sequence[Float[Array, "K d"]]
+) -> Float[Array, "... d"]:
+    """The sum of the tables' rows that codes[0], codes[1], ... name, in float32.
+
+    >>> total(jnp.array([[1], [0]]), (jnp.array([[0.0], [1.0]]), jnp.array([[0.5]]))).tolist()
+    [[1.5]]
+    """
+    return sum(t.astype(jnp.float32)[c] for c, t in zip(codes, tables, strict=True))
+
+
+def nearest(
+    targets: Float[Array, "d n"], tables: Sequence[Float[Array, "K d"]], beam: int
+) -> Int32[Array, "m n"]:
+    """Codes whose sum of table rows is near each column of targets, by beam search.
+
+    Table by table, the `beam` best partial sums stay. One table is searched exactly, and so are
+    two if `beam` is the size of the first.
+
+    >>> tables = jnp.array([[0.0], [4.0]]), jnp.array([[-1.0], [1.0]])
+    >>> nearest(jnp.array([[3.2, 0.7]]), tables, 2).tolist()
+    [[1, 0], [0, 1]]
+    """
+    d, n = targets.shape
+    widest = max(len(t) * (beam if i else 1) for i, t in enumerate(tables))
+    size = max(1, CHUNK // widest)
+    if n <= size:
+        return _nearest(targets, tables, beam)
+    columns = jnp.pad(targets, ((0, 0), (0, -n % size))).reshape(d, -1, size)
+    codes = jax.lax.map(lambda t: _nearest(t, tables, beam), jnp.moveaxis(columns, 1, 0))
+    return jnp.moveaxis(codes, 0, 1).reshape(len(tables), -1)[:, :n]
+
+
+def _nearest(targets: Array, tables: Sequence[Array], beam: int) -> Array:
+    d, n = targets.shape
+    rest, cost = targets[None], jnp.zeros((1, n))  # of every partial sum
+    codes = jnp.zeros((0, 1, n), jnp.int32)
+    for i, table in enumerate(tables):
+        score = cost[:, None] + distances(rest, table)
+        score = score.reshape(-1, n)
+        if i + 1 == len(tables):
+            best = first_least(score)[None]
+        else:
+            best = jax.lax.top_k(-score.T, min(beam, len(score)))[1].T
+        parent, code = best // len(table), best % len(table)
+        cost = jnp.take_along_axis(score, best, 0)
+        rest = jnp.take_along_axis(rest, parent[:, None], 0) - jnp.moveaxis(table[code], 2, 1)
+        codes = jnp.take_along_axis(codes, parent[None], 1)
+        codes = jnp.concatenate([codes, code[None].astype(jnp.int32)])
+    return codes[:, 0]
+
+
+def distances(x: Float[Array, "... d n"], table: Float[Array, "K d"]) -> Float[Array, "... K n"]:
+    """Squared distances of columns to rows of the table, less the columns' own squares."""
+    return jnp.sum(table**2, 1)[:, None] - 2 * (table @ x)
+
+
+def first_least(x: Float[Array, "K n"]) -> Int32[Array, "n"]:
+    """argmin of every column. XLA:CPU takes a minimum many times faster than an argmin."""
+    rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    least = jnp.min(x, axis=0)
+    return jnp.min(jnp.where(x <= least, rows, len(x) - 1), axis=0)

@@ -1,0 +1,104 @@
+"""C++ kernels for the CPU, built on first use by the system's compiler; optional.
+
+The shared object lies in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, then jaxquant),
+named by a hash of all that it is built from. It picks its instruction set when it runs, so one
+file serves every machine of an architecture. Without a compiler, or with JAXQUANT_NATIVE=0 in the
+environment, there are no native kernels, and `load` says why.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+
+import jax
+import jaxlib
+
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+FOLDER = pathlib.Path(__file__).parent
+TARGETS = ("jaxquant_viterbi",)  # the handlers in the *.cc files, and their names in JAX
+_ONE = threading.Lock()
+
+
+def load() -> str:
+    """Build if need be, load and register the kernels, once: "" if they serve, else why not.
+
+    >>> isinstance(load(), str)
+    True
+    """
+    with _ONE:
+        return _load()
+
+
+@functools.cache
+def _load() -> str:
+    try:
+        library = ctypes.CDLL(str(shared_object()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return _reason(error)
+    for name in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return ""
+
+
+def shared_object() -> pathlib.Path:
+    """The file of the kernels, built if it is not there yet.
+
+    Raises:
+      RuntimeError: native kernels are turned off.
+      OSError, subprocess.SubprocessError: no compiler, no cache folder, or the build failed.
+    """
+    if os.environ.get("JAXQUANT_NATIVE", "1") == "0":
+        raise RuntimeError("turned off by JAXQUANT_NATIVE=0")
+    compiler = _compiler()
+    path = _cache() / f"native-{_digest(compiler)}.so"
+    if not path.exists():
+        _build(compiler, path)
+    return path
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def _cache() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "jaxquant"
+
+
+def _digest(compiler: list[str]) -> str:
+    """Of what the object depends on: sources, flags, compiler, JAX's headers, machine."""
+    digest = hashlib.sha256()
+    for source in sorted([*FOLDER.glob("*.cc"), *FOLDER.glob("*.h")]):
+        digest.update(source.read_bytes())
+    digest.update(repr((FLAGS, compiler, jaxlib.__version__, platform.machine())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: list[str], path: pathlib.Path) -> None:
+    """Compile to a file of this process's own, then rename: others see all of it or nothing."""
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler: {compiler[0]!r} is not on the path; set CXX")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = pathlib.Path(folder) / path.name
+        sources = map(str, sorted(FOLDER.glob("*.cc")))
+        command = [*compiler, *FLAGS, "-w", "-isystem", jax.ffi.include_dir(), *sources]
+        subprocess.run(
+            [*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300
+        )
+        os.replace(made, path)
+
+
+def _reason(error: Exception) -> str:
+    """One line; of a compiler's complaints the first error."""
+    lines = str(getattr(error, "stderr", None) or error).splitlines()
+    return next((line for line in lines if "error" in line), (lines or [repr(error)])[0]).strip()

@@ -1,0 +1,122 @@
+"""Entropy-coded trellis quantization: two interleaved quantizers, chosen by the codes before.
+
+Quantizer q = 0 has the even steps, q = 1 the odd ones: code k is the value 2 k - q. A machine of
+2**m states says which is next: q is the low bit of its state, and the parity of the code moves it,
+
+    s' = (s >> 1) ^ (k odd) G ^ q F.
+
+So the values of a path are as dense as those of both quantizers, and a code tells apart those of
+one; Viterbi finds the path of least distortion plus rate. At every rate above half a bit it loses
+0.45 dB (8 states), 0.28 dB (64) or 0.20 dB (256) against Shannon's bound for a Gaussian source,
+where an entropy-coded uniform quantizer loses 1.53 dB. Decoding takes the one line above. With 1
+state there is only q = 0: that uniform quantizer, of step 2.
+
+Source: Fischer and Wang 1992, "Entropy-constrained trellis-coded quantization"; generators of
+Ungerboeck 1982, "Channel coding with multilevel/phase signals".
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels import student
+
+# States -> G, F: Ungerboeck's parity checks h1, h0 without their lowest bit.
+_GENERATORS = {
+    1: (0, 0), 4: (1, 2), 8: (2, 5), 16: (2, 9), 32: (4, 18), 64: (10, 33), 128: (43, 78),
+    256: (121, 166),
+}  # fmt: skip
+STATES = tuple(_GENERATORS)
+_FAR = 1e30  # the cost of a state that no path has reached
+
+
+class Branches(NamedTuple):
+    """Of every weight: the best code of each quantizer and parity, and its cost."""
+
+    code: Int32[Array, "p c 2 2"]
+    cost: Float[Array, "p c 2 2"]
+
+
+def advance(state: Int[Array, "..."], k: Int[Array, "..."], states: int) -> Int[Array, "..."]:
+    """The state after code k.
+
+    >>> int(advance(jnp.int32(3), jnp.int32(1), 8))
+    6
+    """
+    g, f = _GENERATORS[states]
+    return (state >> 1) ^ (k & 1) * g ^ (state & 1) * f
+
+
+def branches(
+    t: Float[Array, "p c"],
+    index: Int[Array, "p c"],
+    shape: Int[Array, ""],
+    price: Float[Array, ""],
+    prior: Float[Array, ""],
+) -> Branches:
+    """Codes for targets t, in steps: least (t - v)^2 - prior v^2 + price bits, v = 2 k - q.
+
+    Args:
+      t: targets.
+      index: the class of each one's source, and `shape` that of all, as `student` has them.
+      price: of a bit, in squared steps.
+      prior: below 1; what the energy of v has already been charged with.
+    """
+    prices, limits = jnp.asarray(student.prices())[shape], jnp.asarray(student.limits())
+
+    def one(q: int, parity: int) -> tuple[Array, Array]:
+        most = limits[index]
+        most = jnp.maximum(most - ((most ^ parity) & 1), parity)
+
+        def cost(k: Array) -> tuple[Array, Array]:
+            k = jnp.clip(k, -most, most)
+            v = (2 * k - q).astype(t.dtype)
+            rate = prices[index, q, student.symbol(k)]
+            return k, (t - v) ** 2 - prior * v**2 + price * rate
+
+        under = jnp.floor(((t + q) / 2 - parity) / 2)
+        under = parity + 2 * jnp.clip(under, -student.LARGEST, student.LARGEST).astype(jnp.int32)
+        (k0, c0), (k1, c1) = cost(under), cost(under + 2)
+        return jnp.where(c0 <= c1, k0, k1), jnp.minimum(c0, c1)
+
+    four = [one(q, parity) for q in (0, 1) for parity in (0, 1)]
+    whole = lambda i: jnp.stack([b[i] for b in four], -1).reshape(*t.shape, 2, 2)
+    return Branches(whole(0), whole(1))
+
+
+def search(branches: Branches, states: int) -> Int32[Array, "p c"]:
+    """Values 2 k - q of the cheapest paths of p steps from state 0, of c chains at once."""
+    chains = branches.cost.shape[1]
+    if states == 1:
+        code, cost = (a[:, :, 0] for a in branches)
+        return 2 * jnp.where(cost[..., 1] < cost[..., 0], code[..., 1], code[..., 0])
+    before, quantizer = _before(states)
+
+    def step(cost: Array, branch: Array) -> tuple[Array, Array]:
+        two = cost[:, before] + branch[:, quantizer]  # [c, states, parity]
+        cost = jnp.min(two, axis=-1)
+        return cost - jnp.min(cost, axis=-1, keepdims=True), two[..., 1] < two[..., 0]
+
+    def back(state: Array, here: tuple[Array, Array]) -> tuple[Array, Array]:
+        odd, code = here
+        parity = jnp.take_along_axis(odd, state[:, None], 1)[:, 0].astype(jnp.int32)
+        q = jnp.asarray(quantizer)[state]
+        value = 2 * code[jnp.arange(chains), q, parity] - q
+        return jnp.asarray(before)[state, parity], value
+
+    first = jnp.full((chains, states), _FAR, branches.cost.dtype).at[:, 0].set(0.0)
+    cost, odd = jax.lax.scan(step, first, branches.cost)
+    last = jnp.argmin(cost, axis=1).astype(jnp.int32)
+    return jax.lax.scan(back, last, (odd, branches.code), reverse=True)[1]
+
+
+def _before(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of every state: the states before it, by the parity that leads here; their quantizer."""
+    s, parity = np.divmod(np.arange(2 * states, dtype=np.int32), 2)
+    g, f = _GENERATORS[states]
+    before = np.zeros((states, 2), np.int32)
+    before[(s >> 1) ^ parity * g ^ (s & 1) * f, parity] = s
+    return before, before[:, 0] & 1
