@@ -53,7 +53,7 @@ def main() -> None:
         for name, method in METHODS.items():
             recipe = pipeline.recipe_of(method)
             start = time.monotonic()
-            with bar(f"{name}, quantizing", 7) as step:
+            with bar(f"{name}, quantizing", pipeline.plan(model, recipe).matrices) as step:
                 made = pipeline.quantized_model(model, recipe, stats, progress=step)
             seconds = time.monotonic() - start
             seconds += calibrated if method.rounder.needs_gram else 0.0

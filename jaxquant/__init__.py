@@ -2,42 +2,91 @@
 
 from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
-from jaxquant.codebooks import Integer, Ternary
+from jaxquant.codebooks import (
+    E8P,
+    MXFP4,
+    NVFP4,
+    EntropyCoded,
+    Float8,
+    Integer,
+    NormalFloat,
+    Ternary,
+    Trellis,
+    TrellisBudget,
+)
 from jaxquant.dispatch import Explanation, explain, quantized
-from jaxquant.methods import KEEP, METHODS, Method, gptq, named_method, rtn, ternary
+from jaxquant.finetune import Healing, heal
+from jaxquant.methods import (
+    KEEP,
+    METHODS,
+    Method,
+    entropy_coded,
+    float8,
+    gptq,
+    mxfp4,
+    named_method,
+    normal_float,
+    nvfp4,
+    qtip,
+    quip_sharp,
+    rtn,
+    ternary,
+    trellis,
+)
 from jaxquant.paths import path_leaves
-from jaxquant.quantize import bits_per_weight, dequantize, quantize, quantize_array
+from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quantize_array
 from jaxquant.recipe import Plan, Recipe, resolve
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
+from jaxquant.transforms import Rotation
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "E8P",
     "KEEP",
     "METHODS",
+    "MXFP4",
+    "NVFP4",
+    "Done",
+    "EntropyCoded",
     "Explanation",
+    "Float8",
+    "Healing",
     "Integer",
     "Method",
+    "NormalFloat",
     "Plan",
     "QTensor",
     "Recipe",
+    "Rotation",
     "Site",
     "Stats",
     "Ternary",
+    "Trellis",
+    "TrellisBudget",
     "bits_per_weight",
     "calibrate",
     "dequantize",
+    "entropy_coded",
     "explain",
+    "float8",
     "gptq",
+    "heal",
+    "mxfp4",
     "named_method",
+    "normal_float",
+    "nvfp4",
     "path_leaves",
+    "qtip",
     "quantize",
     "quantize_array",
     "quantize_blocks",
     "quantized",
+    "quip_sharp",
     "resolve",
     "rtn",
     "sites",
     "ternary",
+    "trellis",
 ]

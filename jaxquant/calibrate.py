@@ -8,7 +8,7 @@ a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient at output token t
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import quax
 from jaxtyping import Array, Float
 
 from jaxquant.contraction import Contraction
-from jaxquant.paths import path_leaves, replace_leaves
+from jaxquant.paths import matches, path_leaves, replace_leaves
 from jaxquant.sites import Site, sites
 from jaxquant.standin import StandIn, is_standin, run
 
@@ -68,7 +68,7 @@ class Stats:
         """
         self.check(path, output=True)
         probe = self.sums[self.holder[path]]
-        return probe.output / jnp.maximum(probe.rows, 1)[..., None, None]
+        return jnp.asarray(probe.output) / jnp.maximum(probe.rows, 1)[..., None, None]
 
     def check(self, path: str, output: bool = False) -> None:
         """Raise ValueError unless there is a gram (and an output-side one) for this weight."""
@@ -76,7 +76,7 @@ class Stats:
             raise ValueError(f"no statistics for {path!r}: calibration saw it in no matmul")
         if output and self.sums[self.holder[path]].output is None:
             raise ValueError(
-                f"no output-side statistics for {path!r}: pass output=True to calibrate"
+                f"no output-side statistics for {path!r}: pass output=[{path!r}] to calibrate"
             )
 
     @property
@@ -92,8 +92,10 @@ def calibrate(
     *,
     loss: Callable[[Any, Any], Array] | None = None,
     weighting: Weighting | None = None,
-    output: bool = False,
+    output: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
+    save: Callable[[int, dict[str, Probe]], None] | None = None,
+    resume: tuple[int, dict[str, Probe]] | None = None,
 ) -> Stats:
     """Second moments of the inputs of every weight that `fn` contracts.
 
@@ -109,9 +111,12 @@ def calibrate(
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
       weighting: "gradient" weights each token by the squared norm of the loss gradient at the
         matmul's output; "uniform" does not. Default: "gradient" if a loss is given.
-      output: collect the second moments of the loss gradient at every output too, 4 n^2 bytes
-        more per weight, for two-sided feedback; needs gradient weighting.
+      output: globs of paths ("layers/*kernel") for whose weights the second moments of the loss
+        gradient at the output are collected too, 4 n^2 bytes more each (so not for a head over a
+        vocabulary), for two-sided feedback; needs gradient weighting.
       progress: called with the number of batches done.
+      save: called with the number of batches done and the sums so far, which it must copy.
+      resume: what `save` was given; these batches are passed over, and the sums go on from there.
     Returns:
       `Stats`.
     Raises:
@@ -134,17 +139,19 @@ def calibrate(
     if weighting == "gradient" and loss is None:
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
     if output and weighting != "gradient":
-        raise ValueError('output=True needs weighting="gradient", and a loss')
+        raise ValueError('output= needs weighting="gradient", and a loss')
     params, fn = _arrays_only(params, fn)
     sums, plan = None, None
     for i, batch in enumerate(batches):
         if sums is None:
             found = sites(fn, params, *_args(batch))
-            plan = _Plan.of(found, weighting, output)
-            sums = plan.probes()
-        sums = _step(sums, params, batch, fn, loss, plan)
+            plan = _Plan.of(found, weighting, tuple(output))
+            sums = plan.probes() if resume is None else jax.tree.map(jnp.asarray, resume[1])
+        if resume is None or i >= resume[0]:
+            sums = jax.block_until_ready(_step(sums, params, batch, fn, loss, plan))
+            if save is not None:
+                save(i + 1, sums)
         if progress is not None:
-            jax.block_until_ready(sums)
             progress(i + 1)
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
@@ -177,10 +184,10 @@ class _Plan:
     holders: tuple[tuple[str, Site], ...]
     holder: tuple[tuple[str, str], ...]
     weighted: bool
-    output: bool
+    output: tuple[str, ...]  # globs of paths
 
     @staticmethod
-    def of(found: dict[str, Site], weighting: Weighting, output: bool) -> "_Plan":
+    def of(found: dict[str, Site], weighting: Weighting, output: tuple[str, ...]) -> "_Plan":
         holder: dict[str, str] = {}
         first: dict[Any, str] = {}
         for path, site in found.items():
@@ -193,7 +200,8 @@ class _Plan:
 
     def probes(self) -> dict[str, Probe]:
         """Zeros, by holder."""
-        return {p: _zero_probe(site, self.output) for p, site in self.holders}
+        wanted = lambda path: any(matches(path, glob) for glob in self.output)
+        return {p: _zero_probe(site, wanted(p)) for p, site in self.holders}
 
     def observe(self, params: Any, probes: dict[str, Probe]) -> Any:
         """params with `Observed` stand-ins at the weights that hold a gram."""

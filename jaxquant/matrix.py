@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.methods import Method
 from jaxquant.rounding import Moments
+from jaxquant.rounding.moments import feedback_energies, living
 
 
 class Report(NamedTuple):
@@ -38,9 +39,34 @@ def round_matrix(
     w: Float[Array, "k n"], moments: Moments, keys: Keys, method: Method
 ) -> tuple[dict[str, Array], Report]:
     """Packed data of a matrix, the transforms' arrays among them, and a report."""
+    w, moments, arrays = _transformed(w, moments, keys, method)
+    codes, found = method.rounder(w, method.format, moments, keys.own)
+    error = w - method.format.dequantize(codes, w.shape[0])
+    loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
+    return codes | arrays, Report(loss, found["damping"], found["dead"])
+
+
+@partial(jax.jit, static_argnames=("method", "block"))
+def block_importance(
+    w: Float[Array, "k n"], moments: Moments, keys: Keys, method: Method, block: int
+) -> Float[Array, "k/block"]:
+    """Loss per unit of relative distortion in each block of (transformed) rows.
+
+    With error feedback the loss is sum_j D_j |n_j|^2 for the noise n_j that rounding row j adds.
+    """
+    w, moments, _ = _transformed(w, moments, keys, method)
+    gram, _ = living(moments.input)
+    d, _ = feedback_energies(gram, 0.01)
+    blocks = lambda a: a.reshape(-1, block).sum(1)
+    return blocks(d) * blocks(jnp.mean(w**2, 1)) / block
+
+
+def _transformed(
+    w: Array, moments: Moments, keys: Keys, method: Method
+) -> tuple[Array, Moments, dict[str, Array]]:
+    """W and its moments after the method's changes of variables, and the arrays of these."""
     w = w.astype(jnp.float32)
-    own, output_key = jax.random.split(keys.own)
-    data = {}
+    data: dict[str, Array] = {}
     if (side := method.input) is not None:
         seen = 1.0 if moments.input is None else jnp.diagonal(moments.input)
         arrays = side.fit(seen * jnp.mean(w**2, 1), keys.input)
@@ -49,14 +75,11 @@ def round_matrix(
         moments = moments._replace(input=_rotated(moments.input, side, arrays))
     if (side := method.output) is not None:
         seen = 1.0 if moments.output is None else jnp.diagonal(moments.output)
-        arrays = side.fit(seen * jnp.mean(w**2, 0), output_key)
+        arrays = side.fit(seen * jnp.mean(w**2, 0), jax.random.fold_in(keys.own, 1))
         data |= {f"output.{name}": a for name, a in arrays.items()}
         w = side.apply(w, arrays)
         moments = moments._replace(output=_rotated(moments.output, side, arrays))
-    codes, found = method.rounder(w, method.format, moments, own)
-    error = w - method.format.dequantize(codes, w.shape[0])
-    loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
-    return codes | data, Report(loss, found["damping"], found["dead"])
+    return w, moments, data
 
 
 def _rotated(gram: Array | None, side: Any, arrays: dict[str, Array]) -> Array | None:

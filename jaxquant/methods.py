@@ -4,9 +4,23 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from jaxquant.codebooks import Integer, Ternary
+import jax
+
+from jaxquant.codebooks import (
+    E8P,
+    MXFP4,
+    NVFP4,
+    EntropyCoded,
+    Float8,
+    Integer,
+    NormalFloat,
+    Ternary,
+    Trellis,
+    TrellisBudget,
+)
 from jaxquant.fields import check_fields
-from jaxquant.rounding import LDLQ, Nearest
+from jaxquant.rounding import LDLQ, Nearest, TwoSided, Waterfill
+from jaxquant.transforms import Rotation
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -31,7 +45,6 @@ class Method:
                 f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
                 f"{self.rounder!r} and {self.format!r}"
             )
-
 
     def stored(self, k: int, n: int) -> tuple[int, int]:
         """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
@@ -114,7 +127,144 @@ def ternary(
     )
 
 
-METHODS: dict[str, Callable[..., Method]] = {"rtn": rtn, "gptq": gptq, "ternary": ternary}
+def quip_sharp(bits: int = 2, *, passes: int = 4, damping: float = 0.01) -> Method:
+    """QuIP#: rotation on both sides, E8P lattice, block feedback (Tseng et al. 2024,
+    arXiv:2402.04396).
+
+    We differ: the scale is searched for on the targets that feedback makes.
+
+    >>> quip_sharp().format.bits
+    2
+    """
+    scales = (1.0, 1.05, 1.1, 1.15, 1.2) if bits == 2 else (0.95, 1.0, 1.05, 1.1)
+    rounder = LDLQ(damping, act_order=False, passes=passes, scales=scales)
+    return Method("quip_sharp", rounder, E8P(bits), Rotation(), Rotation())
+
+
+def qtip(
+    bits: int = 2,
+    *,
+    L: int | None = None,
+    code: str = "mul1",
+    two_sided: bool = False,
+    passes: int = 0,
+    damping: float = 0.01,
+) -> Method:
+    """QTIP: rotation on both sides, trellis, block feedback (Tseng et al. 2024, arXiv:2406.11235).
+
+    Args:
+      L: bits of a state; default 12 on a CPU, 16 where there is an accelerator.
+      two_sided: feed errors across outputs too, which needs output-side statistics (YAQA, Tseng
+        et al. 2025, arXiv:2505.22988).
+      passes: see `LDLQ`; not with `two_sided`.
+
+    >>> qtip(bits=3).format.rates
+    (3,)
+    """
+    if two_sided and passes:
+        raise ValueError("passes come after one-sided feedback; leave them out with two_sided")
+    one = LDLQ(damping, act_order=False, passes=passes, scales=(0.95, 1.0, 1.05, 1.1))
+    rounder = TwoSided(damping, scale=1.02) if two_sided else one
+    format = Trellis((bits,), _states(L), code)
+    return Method("qtip", rounder, format, Rotation(), Rotation())
+
+
+def trellis(
+    bits: float = 2.0,
+    *,
+    block: int = 64,
+    L: int | None = None,
+    code: str = "mul1",
+    passes: int = 1,
+    damping: float = 0.01,
+) -> Method:
+    """Trellis with rates allocated over input channels; any average rate.
+
+    Channels are sorted by energy, rotated in blocks, and each block is given the whole number of
+    bits a weight that takes most off the loss. Ours; see `TrellisBudget` for the arguments.
+
+    >>> trellis(bits=2.25).format.bits
+    2.25
+    """
+    rounder = LDLQ(damping, act_order=False, passes=passes, scales=(0.95, 1.0, 1.05, 1.1))
+    format = TrellisBudget(bits, block, _states(L), code)
+    return Method("trellis", rounder, format, Rotation(block, sort=True), Rotation())
+
+
+def _states(L: int | None) -> int:
+    return L or (12 if jax.default_backend() == "cpu" else 16)
+
+
+def entropy_coded(bits: float = 2.0, *, states: int = 64, damping: float = 1e-4) -> Method:
+    """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
+
+    The least loss at given bits, and the slowest product: the stream is decoded for every one.
+    See `Waterfill` and `EntropyCoded`.
+
+    >>> entropy_coded(bits=1.5).format.bits
+    1.5
+    """
+    return Method("entropy_coded", Waterfill(damping), EntropyCoded(bits, states))
+
+
+def normal_float(
+    bits: int = 4,
+    group_size: GroupSize = 64,
+    *,
+    double_quant: bool = False,
+    scale_dtype: str = "float32",
+    pad: bool = False,
+    feedback: bool = False,
+) -> Method:
+    """NF4, NF3, NF2 (Dettmers et al. 2023, arXiv:2305.14314); with `feedback`, LDLQ.
+
+    >>> normal_float().format.bits
+    4
+    """
+    format = NormalFloat(bits, group_size, scale_dtype, double_quant, pad)
+    return Method("normal_float", _scalar_rounder(feedback), format)
+
+
+def float8(
+    variant: Literal["e4m3", "e5m2"] = "e4m3", group_size: GroupSize = -1, *, feedback: bool = False
+) -> Method:
+    """FP8 weights, e4m3 or e5m2, a scale per output; with `feedback`, LDLQ.
+
+    >>> float8("e5m2").format.variant
+    'e5m2'
+    """
+    return Method("float8", _scalar_rounder(feedback), Float8(variant, group_size))
+
+
+def mxfp4(*, pad: bool = False, feedback: bool = False) -> Method:
+    """MXFP4 (OCP Microscaling v1.0); with `feedback`, LDLQ.
+
+    >>> mxfp4().name
+    'mxfp4'
+    """
+    return Method("mxfp4", _scalar_rounder(feedback), MXFP4(pad))
+
+
+def nvfp4(*, pad: bool = False, feedback: bool = False) -> Method:
+    """NVFP4; with `feedback`, LDLQ.
+
+    >>> nvfp4().name
+    'nvfp4'
+    """
+    return Method("nvfp4", _scalar_rounder(feedback), NVFP4(pad))
+
+
+def _scalar_rounder(feedback: bool) -> LDLQ | Nearest:
+    return LDLQ() if feedback else Nearest()
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    f.__name__: f
+    for f in (
+        rtn, gptq, ternary, quip_sharp, qtip, trellis, entropy_coded,
+        normal_float, float8, mxfp4, nvfp4,
+    )
+}  # fmt: skip
 
 
 def named_method(name: str, **options: Any) -> Method:

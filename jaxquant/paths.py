@@ -1,5 +1,6 @@
 """Leaves of a parameter tree by their "/"-joined path, a stand-in counting as one leaf."""
 
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,3 +55,8 @@ def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
         return new.get(path_name(keys), leaf)
 
     return jax.tree_util.tree_map_with_path(swap, params, is_leaf=is_standin)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """A path names itself, whatever "[" or "*" is in it."""
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)

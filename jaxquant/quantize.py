@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.calibrate import Stats
-from jaxquant.matrix import Keys, Report, round_matrix
+from jaxquant.matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.methods import Method
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.recipe import Entry, Recipe, leaf_bytes, resolve
@@ -48,7 +48,8 @@ class Done:
     seconds: float
 
 
-Finished = MutableMapping[str, tuple[dict[str, np.ndarray], Report]]
+# By matrix: its packed arrays, and beside them those of its `Report`, "report.loss" and so on.
+Finished = MutableMapping[str, Mapping[str, Any]]
 
 
 def quantize(
@@ -68,8 +69,8 @@ def quantize(
       stats: `calibrate`'s result; or `sites`' result; or None (the last axis is the output).
       key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
       progress: called with `Done` after each matrix.
-      finished: results by matrix; what is in it is not done again, what is done is put in it. A
-        mapping that lives on disk makes a long run resumable.
+      finished: arrays by matrix; what is in it is not done again, what is done is put in it. A
+        mapping that lives on disk (`resume.Folder`) makes a long run resumable.
     Raises:
       ValueError: the recipe does not resolve, weights are not finite, or a method needs
         statistics that are missing. Before any compute, but for the check of the weights.
@@ -83,17 +84,18 @@ def quantize(
     """
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
-    todo = [e for e in plan.entries if isinstance(e.method, Method)]
-    for entry in todo:
-        _check_statistics(entry, stats)
-    key = jax.random.key(0) if key is None else key
-    report = _Progress(sum(math.prod(e.matrix[:-2]) for e in todo), progress)
+    todo = [(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
+    for entry, method in todo:
+        _check_statistics(entry.path, method, stats)
+    draw = _Draw.of(key)
+    report = _Progress(sum(math.prod(e.matrix[:-2]) for e, _ in todo), progress)
     inputs = _shared_inputs(todo, found)
     leaves = dict(path_leaves(params))
     new = {}
-    for entry in todo:
-        moments = _moments(entry, stats)
-        job = _Job(entry, key, inputs[entry.path], finished if finished is not None else {})
+    for entry, method in todo:
+        moments = _moments(entry.path, method, stats)
+        shared = inputs[entry.path]
+        job = _Job(entry, method, draw, shared, finished if finished is not None else {})
         new[entry.path] = job.run(leaves[entry.path], moments, report)
     return replace_leaves(params, new)
 
@@ -133,40 +135,44 @@ def quantize_array(
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
     (entry,) = resolve(method, {"w": w}).entries
     moments = Moments(gram, output_gram)
-    job = _Job(entry, jax.random.key(0) if key is None else key, "w", {})
+    job = _Job(entry, method, _Draw.of(key), "w", {})
     return job.run(w, moments, _Progress(1, None))
 
 
-def _check_statistics(entry: Entry, stats: Stats | Mapping[str, Site] | None) -> None:
-    rounder = entry.method.rounder
+def _check_statistics(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> None:
+    rounder = method.rounder
     if not (rounder.needs_gram or rounder.needs_output):
         return
     if not isinstance(stats, Stats):
         raise ValueError(
-            f"method {entry.method.name!r} for {entry.path!r} needs statistics: pass the result of "
+            f"method {method.name!r} for {path!r} needs statistics: pass the result of "
             f"calibrate(fn, params, batches)"
         )
-    stats.check(entry.path, output=rounder.needs_output)
+    stats.check(path, output=rounder.needs_output)
 
 
-def _moments(entry: Entry, stats: Stats | Mapping[str, Site] | None) -> Moments:
+def _moments(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:
     """What the rounder needs to know; made here, for one leaf at a time."""
-    rounder = entry.method.rounder
+    if not isinstance(stats, Stats):
+        return Moments()
     return Moments(
-        stats.gram(entry.path) if rounder.needs_gram else None,
-        stats.output_gram(entry.path) if rounder.needs_output else None,
+        stats.gram(path) if method.rounder.needs_gram else None,
+        stats.output_gram(path) if method.rounder.needs_output else None,
     )
 
 
-def _shared_inputs(todo: list[Entry], found: Mapping[str, Site] | None) -> dict[str, str]:
+def _shared_inputs(
+    todo: list[tuple[Entry, Method]], found: Mapping[str, Site] | None
+) -> dict[str, str]:
     """Of every path, the first one whose weight reads the same input through the same transform."""
     first: dict[Any, str] = {}
     out = {}
-    for e in todo:
-        site = (found or {}).get(e.path)
-        alike = site is not None and site.input and not getattr(e.method.input, "sort", False)
-        name = (site.input, e.matrix[:-1], e.method.input) if alike else e.path
-        out[e.path] = first.setdefault(name, e.path)
+    for entry, method in todo:
+        site = (found or {}).get(entry.path)
+        name: Any = entry.path
+        if site is not None and site.input and not getattr(method.input, "sort", False):
+            name = (site.input, entry.matrix[:-1], method.input)
+        out[entry.path] = first.setdefault(name, entry.path)
     return out
 
 
@@ -176,14 +182,33 @@ class _Progress:
     def __init__(self, total: int, tell: Callable[[Done], None] | None) -> None:
         self.total, self.count, self.tell = total, 0, tell
 
-    def done(self, entry: Entry, name: str, report: Report, bits: float, seconds: float) -> None:
+    def done(self, name: str, method: str, report: Report, bits: float, seconds: float) -> None:
         self.count += 1
         if self.tell is not None:
             loss, damping, dead = map(float, report)
-            method = entry.method.name
             self.tell(
                 Done(name, method, self.count, self.total, bits, loss, damping, int(dead), seconds)
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """Randomness, and a name for it: under one name the same is drawn for the same thing."""
+
+    key: Array
+    name: str  # "" if the key is being traced
+
+    @staticmethod
+    def of(key: Array | None) -> "_Draw":
+        if key is None:
+            return _Draw(jax.random.key(0), "default")
+        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        traced = isinstance(data, jax.core.Tracer)
+        return _Draw(key, "" if traced else np.asarray(data).tobytes().hex())
+
+    def of_matrix(self, text: str, i: int) -> Array:
+        whole = jax.random.fold_in(self.key, zlib.crc32(text.encode()) & 0x7FFFFFFF)
+        return jax.random.fold_in(whole, i)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +216,13 @@ class _Job:
     """One leaf: its matrices, one after another through one compiled program."""
 
     entry: Entry
-    key: Array
+    method: Method
+    draw: _Draw
     input: str  # path whose input transform it shares
     finished: Finished
 
     def run(self, w: Array, moments: Moments, progress: _Progress) -> QTensor:
-        entry, method = self.entry, self.entry.method
+        entry, method = self.entry, self.method
         view, order = entry.form
         *batch, k, n = entry.matrix
         moments = self._matrices(moments)
@@ -205,16 +231,17 @@ class _Job:
         if not abstract:
             _check_values(w, entry.path, method, moments)
         matrices = jnp.transpose(w, order).reshape(-1, k, n)
+        method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
             start = time.monotonic()
             one = jax.tree.map(lambda a, i=i: a[i], moments)
-            data, report = self._one(name, matrices[i], one, self._keys(i), abstract)
+            data, report = self._one(name, matrices[i], one, self._keys(i), method, abstract)
             parts.append(data)
             reports.append(report)
             if not abstract:
                 bits = 8 * sum(a.nbytes for a in data.values()) / (k * n)
-                progress.done(entry, name, report, bits, time.monotonic() - start)
+                progress.done(name, method.name, report, bits, time.monotonic() - start)
         if not abstract:
             self._warn(reports)
         data = {name: jnp.stack([p[name] for p in parts]) for name in parts[0]}
@@ -226,16 +253,33 @@ class _Job:
             method=method.name,
             input=method.input,
             output=method.output,
-            shared=self.input if method.input is not None and not method.input.sort else "",
+            shared=self._shared(),
         )
 
-    def _one(self, name: str, w: Array, moments: Moments, keys: Keys, abstract: bool) -> tuple:
+    def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
+        """The method, its format's rates (if it has any to give) chosen for these matrices."""
+        format = self.method.format
+        if not hasattr(format, "planned"):
+            return self.method
+        k = self.method.stored(*matrices.shape[1:])[0]
+        importance = np.full(k // format.block, float(abstract))
+        for i, w in enumerate(() if abstract else matrices):
+            one = jax.tree.map(lambda a, i=i: a[i], moments)
+            importance += block_importance(w, one, self._keys(i), self.method, format.block)
+        return dataclasses.replace(self.method, format=format.planned(importance))
+
+    def _one(
+        self, name: str, w: Array, moments: Moments, keys: Keys, method: Method, abstract: bool
+    ) -> tuple:
         if abstract:
-            return round_matrix(w, moments, keys, self.entry.method)
+            return round_matrix(w, moments, keys, method)
         if name not in self.finished:
-            result = round_matrix(w, moments, keys, self.entry.method)
-            self.finished[name] = jax.block_until_ready(result)
-        return self.finished[name]
+            data, report = jax.block_until_ready(round_matrix(w, moments, keys, method))
+            reports = {f"report.{field}": a for field, a in report._asdict().items()}
+            self.finished[name] = {**data, **reports}
+        stored = {key: jnp.asarray(a) for key, a in self.finished[name].items()}
+        report = Report(*(stored.pop(f"report.{field}") for field in Report._fields))
+        return stored, report
 
     def _names(self) -> Iterator[str]:
         batch = self.entry.matrix[:-2]
@@ -243,10 +287,15 @@ class _Job:
             yield f"{self.entry.path}[{', '.join(map(str, index))}]" if batch else self.entry.path
 
     def _keys(self, i: int) -> Keys:
-        one = lambda text: jax.random.fold_in(
-            jax.random.fold_in(self.key, zlib.crc32(text.encode()) & 0x7FFFFFFF), i
-        )
-        return Keys(one(f"input of {self.input}"), one(self.entry.path))
+        of = self.draw.of_matrix
+        return Keys(of(f"input of {self.input}", i), of(self.entry.path, i))
+
+    def _shared(self) -> str:
+        """A name that two weights have in common only if their input transforms are equal."""
+        side = self.method.input
+        if side is None or getattr(side, "sort", False) or not self.draw.name:
+            return ""
+        return f"{self.input} {list(self.entry.matrix[:-2])} {self.draw.name}"
 
     def _matrices(self, moments: Moments) -> Moments:
         """Moments with the batch axes as one; ValueError if they are of another tree."""
@@ -265,7 +314,7 @@ class _Job:
             warnings.warn(
                 f"{path}: the statistics are zero throughout; rounded to nearest", stacklevel=4
             )
-        wanted = getattr(self.entry.method.rounder, "damping", 0.0)
+        wanted = getattr(self.method.rounder, "damping", 0.0)
         damping = max(float(r.damping) for r in reports)
         if damping > 1.5 * wanted:
             warnings.warn(

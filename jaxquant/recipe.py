@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxquant.methods import KEEP, Keep, Method, named_method
-from jaxquant.paths import path_leaves
+from jaxquant.paths import matches, path_leaves
 from jaxquant.serialize import from_json, to_json
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
@@ -109,6 +108,12 @@ class Plan:
         chosen = [e for e in self.entries if isinstance(e.method, Method)]
         return 8 * sum(e.bytes for e in chosen) / max(1, sum(e.size for e in chosen))
 
+    @property
+    def matrices(self) -> int:
+        """Matrices to be quantized, those of a stack counted one by one."""
+        chosen = [e for e in self.entries if isinstance(e.method, Method)]
+        return sum(_product(e.matrix[:-2]) for e in chosen)
+
     def __str__(self) -> str:
         lines = [
             f"{e.path:40} {e.shape!s:20} {e.method.name:8} {8 * e.bytes / max(1, e.size):7.3f} bits"
@@ -178,12 +183,12 @@ def _contracted(path: str, w: Any, found: Mapping[str, Site] | None) -> bool:
 def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
     paths = [p for p, _ in leaves]
     for pattern, _ in recipe.rules:
-        if not any(_matches(path, pattern) for path in paths):
+        if not any(matches(path, pattern) for path in paths):
             near = difflib.get_close_matches(pattern.replace("*", ""), paths, 3, 0.0)
             raise ValueError(f"pattern {pattern!r} matches no leaf; nearest: {', '.join(near)}")
     chosen = []
     for path, w in leaves:
-        method = next((m for g, m in recipe.rules if _matches(path, g)), None)
+        method = next((m for g, m in recipe.rules if matches(path, g)), None)
         if method is None:
             raise ValueError(f'no pattern matches {path!r}; end the recipe with ("*", KEEP)')
         if isinstance(method, Method) and not is_weight(w):
@@ -193,11 +198,6 @@ def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any
             )
         chosen.append((path, w, method))
     return chosen
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """A path names itself, whatever "[" or "*" is in it."""
-    return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
 def _describe(w: Any) -> str:

@@ -3,19 +3,20 @@
 import dataclasses
 from typing import Any
 
-from jaxquant.codebooks import Integer, Ternary
+from jaxquant import codebooks, rounding, transforms
 from jaxquant.methods import Keep, Method
-from jaxquant.rounding import LDLQ, Nearest
 from jaxquant.tensor import View
-from jaxquant.transforms import Rotation
 
-_TYPES = {t.__name__: t for t in (Integer, Ternary, LDLQ, Nearest, Method, Keep, View, Rotation)}
+_PARTS = [vars(m)[name] for m in (codebooks, rounding, transforms) for name in m.__all__]
+_TYPES: dict[str, Any] = {
+    t.__name__: t for t in (*_PARTS, Method, Keep, View) if hasattr(t, "__dataclass_fields__")
+}
 
 
 def to_json(value: Any) -> Any:
     """A JSON value; a dataclass becomes {"type": name, field: ...}.
 
-    >>> from_json(to_json(Integer(bits=3))) == Integer(bits=3)
+    >>> from_json(to_json(codebooks.Integer(bits=3))) == codebooks.Integer(bits=3)
     True
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

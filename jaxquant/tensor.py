@@ -188,7 +188,9 @@ class QTensor(StandIn):
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
 
     def at_leading(self, fn: Any) -> "QTensor":
-        return dataclasses.replace(self, data={name: fn(a) for name, a in self.data.items()})
+        # Which of a stack it is now nobody else knows, so its transform is its own.
+        data = {name: fn(a) for name, a in self.data.items()}
+        return dataclasses.replace(self, data=data, shared="")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantize(), dtype)

@@ -20,7 +20,8 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import check_sizes, evaluate
-from models import pipeline
+from jaxquant.resume import Folder
+from models import job, pipeline
 from models.generate import generate as generate_ids
 from models.text import read_text
 
@@ -55,10 +56,12 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--method", default=None, help=f"One of {', '.join(sorted(jq.METHODS))}.")
-@click.option("--bits", type=int, default=None)
+@click.option("--bits", type=float, default=None, help="Whole, but for an average: trellis.")
 @click.option("--group-size", type=int, default=None, help="-1: one scale per output.")
 @click.option("--symmetric/--asymmetric", default=None)
 @click.option("--act-order/--no-act-order", default=None)
+@click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
+              help="Any other option of the method, as JSON: --set two_sided=true.")  # fmt: skip
 @click.option("--recipe", "recipe_file", default=None, help="JSON file of rules.")
 @click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
 @click.option("--calibration-tokens", type=int, default=8192, show_default=True)
@@ -79,18 +82,20 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     source = pipeline.load_any(model)
     plan = pipeline.plan(source, recipe)
     click.echo(str(plan), err=True)
+    names = ("weighting", "seed")
+    work = job.Job(recipe, text, options["calibration_tokens"], *(options[n] for n in names))
+    folder = Folder(job.folder_of(out), work.fingerprint(source))
+    if len(folder):
+        click.echo(f"going on from {folder.path}", err=True)
     stats = None
     if pipeline.needs_statistics(recipe):
-        count = options["calibration_tokens"]
-        with bar("calibrating", count // pipeline.CONTEXT) as step:
-            stats = pipeline.calibrate(
-                source, text, count, weighting=options["weighting"], progress=step
-            )
-    total = sum(isinstance(e.method, jq.Method) for e in plan.entries)
-    with bar("quantizing", total) as step:
-        key = jax.random.key(options["seed"])
-        result = pipeline.quantized_model(source, recipe, stats, key=key, progress=step)
+        with bar("calibrating", work.tokens // pipeline.CONTEXT) as step:
+            stats = job.calibrated(work, source, folder, step)
+    with bar("quantizing", plan.matrices) as step:
+        rows = _Rows(step)
+        result = job.quantized(work, source, stats, folder, rows)
     pipeline.save(out, result, recipe, overwrite)
+    folder.remove()
     report = {
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),
@@ -98,6 +103,24 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
         "seconds": time.monotonic() - start,
     }
     _emit(report, as_json)
+
+
+class _Rows:
+    """A line on stderr for every matrix done, and a step of the bar."""
+
+    def __init__(self, step: Callable[[Any], None]) -> None:
+        self.step = step
+
+    def __call__(self, done: jq.Done) -> None:
+        self.step(done)
+        took = f"{done.seconds:6.1f} s" if done.seconds >= 0.05 else "  (done before)"
+        stderr.print(
+            f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
+            f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @cli.command("eval")
@@ -203,14 +226,16 @@ def _sizes(params: Any) -> dict[str, Any]:
 def _recipe(
     method: str | None,
     recipe_file: str | None,
-    bits: int | None,
+    bits: float | None,
     group_size: int | None,
     symmetric: bool | None,
     act_order: bool | None,
+    more: tuple[str, ...],
     **_: Any,
 ) -> jq.Recipe:
-    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-    options["act_order"] = act_order
+    whole = bits is not None and bits == int(bits)
+    options = {"bits": int(bits) if whole else bits, "group_size": group_size}
+    options |= {"symmetric": symmetric, "act_order": act_order, **dict(map(_setting, more))}
     if (method is None) == (recipe_file is None):
         raise ValueError("give one of --method and --recipe")
     if method is not None:
@@ -224,6 +249,17 @@ def _recipe(
         raise ValueError(f"cannot read {recipe_file}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{recipe_file} is not JSON: {error}") from None
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; what is no JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _emit(report: dict[str, Any], as_json: bool) -> None:
@@ -244,7 +280,7 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+        _fail("interrupted; no output was written (a quantization goes on if repeated)", 130)
     except Exception as error:  # a user gets a line whatever happens; JAXQUANT_DEBUG=1 says where
         if os.environ.get("JAXQUANT_DEBUG"):
             raise

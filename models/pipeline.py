@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,20 @@ def calibrate(
     tokens: int,
     *,
     weighting: str = "gradient",
-    progress: Callable[[int], None] | None = None,
+    output: Sequence[str] = (),
+    **options: Any,
 ) -> jq.Stats:
-    """Statistics on the first `tokens` tokens of a text, in sequences of 512."""
+    """Statistics on the first `tokens` tokens of a text, in sequences of 512.
+
+    `options`: progress, save and resume of `jaxquant.calibrate`.
+    """
     length = min(CONTEXT, model.config.max_position)
     batches = pieces(model, text, length, max(1, tokens // length))
     if batches.size < tokens - length:
         warnings.warn(
             f"the calibration text has {batches.size} tokens, {tokens} were asked", stacklevel=2
         )
-    return calibrate_on(model, batches, weighting=weighting, progress=progress)
+    return calibrate_on(model, batches, weighting=weighting, output=output, **options)
 
 
 def calibrate_on(
@@ -93,7 +97,8 @@ def calibrate_on(
     sequences: np.ndarray,
     *,
     weighting: str = "gradient",
-    progress: Callable[[int], None] | None = None,
+    output: Sequence[str] = (),
+    **options: Any,
 ) -> jq.Stats:
     """Statistics on token sequences [N, length], one at a time.
 
@@ -111,7 +116,8 @@ def calibrate_on(
         (jnp.asarray(s)[None] for s in sequences),
         loss=next_token_loss,
         weighting=weighting,
-        progress=progress,
+        output=output,
+        **options,
     )
 
 
@@ -127,9 +133,10 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.mean(nll[:, :-1])
 
 
-def needs_statistics(recipe: jq.Recipe) -> bool:
-    """Whether any rule's rounder reads second moments."""
-    return any(m.rounder.needs_gram for _, m in recipe.rules if isinstance(m, jq.Method))
+def needs_statistics(recipe: jq.Recipe, output: bool = False) -> bool:
+    """Whether any rule's rounder reads second moments of inputs, or (`output`) of outputs."""
+    rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
+    return any(r.needs_output if output else r.needs_gram for r in rounders)
 
 
 def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:

@@ -8,6 +8,8 @@ hold, as codes too, the steps, the scales level + step and the columns; then k, 
 lanes. Chains of at most `chain` weights of a row begin in state 0 of the trellis.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Int16, Int32, UInt16
 
 from pallas_kernels import rans, student, tcq
 
-HEADER = 7  # base; shape; class and mean of the steps, of the scales; class of the columns
-FINE = 1024  # parts of an octave, of the base
+# Base, low and high; shape; class and mean of the steps, of the scales; class of the columns.
+HEADER = 8
+FINE = 1 << 16  # parts of an octave, of the base
 
 
 class Coded(NamedTuple):
@@ -65,27 +68,36 @@ class _Codes(NamedTuple):
     """Codes, the classes of their sources, their quantizers: [steps, lanes]."""
 
     code: Int[Array, "steps lanes"]
-    index: Int[Array, "steps lanes"]
+    source: Int[Array, "steps lanes"]
     q: Int[Array, "steps lanes"]
 
 
+@partial(jax.jit, static_argnames=("size", "lanes"))
 def write(coded: Coded, size: int, lanes: int) -> tuple[UInt16[Array, " size"], Int32[Array, ""]]:
-    """The stream, filled with zeros or cut off at `size` words; the words it takes in truth."""
+    """The stream, filled with zeros or cut off at `size` words; the words it takes in truth.
+
+    >>> row = jnp.arange(4) % 2
+    >>> values = jnp.array([[2, 0, -4, 0]], jnp.int16)
+    >>> words, used = write(Coded(jnp.int32(0), jnp.int32(1), row[:1], row[:1], row, values), 30, 1)
+    >>> got, whole = read(words, 1, 4, lanes=1, states=1, chain=4)
+    >>> int(used), bool(whole), weights(got).tolist()
+    (11, True, [[2.0, 0.0, -4.0, 0.0]])
+    """
     shape, values = coded.shape, coded.values.astype(jnp.int32)
-    n = values.shape[1]
-    head, parts = [coded.base, shape], []
+    head: list[Array] = [coded.base, coded.base >> 16, shape]
+    parts: list[_Codes] = []
     for side in (coded.steps, coded.levels + coded.steps):
         mean = jnp.round(jnp.mean(side)).astype(jnp.int32)
         parts.append(_side(side - mean, shape, lanes))
-        head += [parts[-1].index[0, 0], mean]
+        head += [parts[-1].source[0, 0], mean]
     parts.append(_side(coded.columns, shape, lanes))
-    head.append(parts[-1].index[0, 0])
+    head.append(parts[-1].source[0, 0])
     q = values & 1
     source = index(coded.levels[:, None], coded.columns)
     rows = (_by_lanes(a, lanes) for a in ((values + q) >> 1, source, q))
     parts.append(_Codes(*(a.swapaxes(1, 2).reshape(-1, lanes) for a in rows)))
-    starts, frequencies = _symbols(_Codes(*(jnp.concatenate(a) for a in zip(*parts))), shape)
-    words, used = rans.encode(starts, frequencies, size - HEADER)
+    codes = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    words, used = rans.encode(*_symbols(codes, shape), size - HEADER)
     header = (jnp.stack(head) & 0xFFFF).astype(jnp.uint16)
     return jnp.concatenate([header, words]), used + HEADER
 
@@ -100,65 +112,76 @@ def _side(codes: Int[Array, " k"], shape: Array, lanes: int) -> _Codes:
     """Side information, in the class that codes it in the fewest bits."""
     count = jnp.zeros(student.SYMBOLS).at[student.symbol(codes)].add(1.0)
     best = 1 + jnp.argmin(jnp.asarray(student.prices())[shape, 1:, 0] @ count)
-    codes = _by_lanes(codes, lanes)
-    source = _by_lanes(jnp.full(codes.size, best, jnp.int32), lanes)
+    codes, source = (_by_lanes(a, lanes) for a in (codes, jnp.full(len(codes), best, jnp.int32)))
     return _Codes(codes, source, jnp.zeros_like(codes))
 
 
 def _symbols(codes: _Codes, shape: Array) -> tuple[Array, Array]:
     """Starts and frequencies [2 steps, lanes] of symbols and plain bits in turn."""
     symbol = student.symbol(codes.code)
-    at = lambda table: jnp.asarray(table)[shape, codes.index, codes.q, symbol]
+    at = lambda table: jnp.asarray(table)[shape, codes.source, codes.q, symbol]
     plain = rans.SLOTS >> jnp.asarray(student.BITS)[symbol]
     rest = (codes.code - jnp.asarray(student.BASE)[symbol]) * plain
     turns = lambda a, b: jnp.stack([a, b], 1).astype(jnp.uint16).reshape(-1, symbol.shape[1])
     return turns(at(student.below()), rest), turns(at(student.frequencies()), plain)
 
 
+@partial(jax.jit, static_argnames=("k", "n", "lanes", "states", "chain"))
 def read(
     words: UInt16[Array, " size"], k: int, n: int, *, lanes: int, states: int, chain: int
 ) -> tuple[Coded, Bool[Array, ""]]:
-    """Inverse of `write`, and whether the stream is whole; of noise, some matrix."""
+    """Inverse of `write`, and whether the stream is whole; of noise, some matrix.
+
+    Args:
+      words: the stream; what it lacks reads as zeros.
+      k, n: rows and columns.
+      lanes: those of `write`.
+      states, chain: of the trellis.
+    """
     head = words[:HEADER].astype(jnp.int16).astype(jnp.int32)
     words = words[HEADER:]
-    shape = jnp.clip(head[1], 0, len(student.SHAPES) - 1)
-    table = jnp.asarray(student.below())[shape]
-    base, bits = jnp.asarray(student.BASE), jnp.asarray(student.BITS)
-
-    def pull(reader: rans.Reader, source: Array, q: Array | int) -> tuple[rans.Reader, Array]:
-        reader, symbol = rans.pull(words, reader, table[source, q])
-        reader, plain = rans.pull_bits(words, reader, bits[symbol])
-        return reader, base[symbol] + plain
-
-    def side(reader: rans.Reader, count: int, source: Array) -> tuple[rans.Reader, Array]:
-        steps = -(-count // lanes)
-        source = jnp.full((steps, lanes), jnp.clip(source, 1, student.CLASSES - 1))
-        reader, codes = jax.lax.scan(lambda r, source: pull(r, source, 0), reader, source)
-        return reader, codes.reshape(-1)[:count]
-
-    reader, steps = side(rans.start(words, lanes), k, head[2])
-    reader, scales = side(reader, k, head[4])
-    reader, columns = side(reader, n, head[6])
-    steps, scales = steps + head[3], scales + head[5]
+    shape = jnp.clip(head[2], 0, len(student.SHAPES) - 1)
+    pull = _puller(words, shape)
+    start, sides = rans.start(words, lanes), zip((k, k, n), (3, 5, 7), strict=True)
+    classes = jnp.clip(head, 1, student.CLASSES - 1)
+    source = [_by_lanes(jnp.full(count, classes[i]), lanes) for count, i in sides]
+    reader, side = jax.lax.scan(lambda r, c: pull(r, c, 0), start, jnp.concatenate(source))
+    blocks = -(-k // lanes)
+    steps = side[:blocks].reshape(-1)[:k] + head[4]
+    scales = side[blocks : 2 * blocks].reshape(-1)[:k] + head[6]
+    columns = side[2 * blocks :].reshape(-1)[:n]
     first = jnp.arange(n) % chains(n, chain)[1] == 0
 
-    def rows(reader: rans.Reader, rows: tuple) -> tuple[rans.Reader, Array]:
+    def block(reader: rans.Reader, rows: tuple) -> tuple[rans.Reader, Array]:
         levels, there = rows
 
-        def step(carry: tuple, column: tuple) -> tuple:
+        def step(carry: tuple, column: tuple) -> tuple[tuple, Array]:
             (reader, state), (scale, first) = carry, column
             state = jnp.where(first, 0, state)
             q = state & 1
             reader, code = pull(reader, jnp.where(there, index(levels, scale), 0), q)
-            state = tcq.advance(state, code, states)
-            return (reader, state), (2 * code - q).astype(jnp.int16)
+            return (reader, tcq.advance(state, code, states)), (2 * code - q).astype(jnp.int16)
 
         start = (reader, jnp.zeros(lanes, jnp.int32))
         (reader, _), values = jax.lax.scan(step, start, (columns, first))
         return reader, values.T
 
-    levels = scales - steps
-    there = _by_lanes(jnp.ones(k, bool), lanes)
-    reader, values = jax.lax.scan(rows, reader, (_by_lanes(levels, lanes), there))
-    values = values.reshape(-1, n)[:k]
-    return Coded(head[0], shape, steps, levels, columns, values), rans.intact(reader, words)
+    levels, there = scales - steps, jnp.ones(k, bool)
+    laid = _by_lanes(levels, lanes), _by_lanes(there, lanes)
+    reader, out = jax.lax.scan(block, reader, laid)
+    base = (head[0] & 0xFFFF) | head[1] << 16
+    coded = Coded(base, shape, steps, levels, columns, out.reshape(-1, n)[:k])
+    return coded, rans.intact(reader, words)
+
+
+def _puller(words: Array, shape: Array) -> Callable[..., tuple[rans.Reader, Array]]:
+    """One code of every lane: (reader, classes of the sources, quantizers) -> reader, codes."""
+    below = jnp.asarray(student.below())[shape]
+    least, bits = jnp.asarray(student.BASE), jnp.asarray(student.BITS)
+
+    def pull(reader: rans.Reader, source: Array, q: Array | int) -> tuple[rans.Reader, Array]:
+        reader, symbol = rans.pull(words, reader, below[source, q])
+        reader, plain = rans.pull_bits(words, reader, bits[symbol])
+        return reader, least[symbol] + plain
+
+    return pull

@@ -105,7 +105,7 @@ def nearest(
 
 
 def _nearest(targets: Array, tables: Sequence[Array], beam: int) -> Array:
-    d, n = targets.shape
+    n = targets.shape[1]
     rest, cost = targets[None], jnp.zeros((1, n))  # of every partial sum
     codes = jnp.zeros((0, 1, n), jnp.int32)
     for i, table in enumerate(tables):

@@ -9,6 +9,7 @@ symbol s is the codes BASE[s] ... BASE[s] + 2**BITS[s] - 1.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -110,7 +111,7 @@ def _row(index: int, q: int, nu: int) -> np.ndarray:
         edges = [*(2 * BASE - q - 1), 2 * LARGEST - q + 1]
         under = [_distribution(int(edge), index - UNIT, nu) for edge in edges]
         spare = SLOTS - int(row.sum())
-        share = [(b - a) * spare >> _POINT for a, b in zip(under, under[1:], strict=False)]
+        share = [(b - a) * spare >> _POINT for a, b in itertools.pairwise(under)]
         row += np.where(reached, np.array(share, np.int64), 0)
     row[CENTER] += SLOTS - row.sum()
     return row

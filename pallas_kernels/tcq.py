@@ -65,26 +65,18 @@ def branches(
       price: of a bit, in squared steps.
       prior: below 1; what the energy of v has already been charged with.
     """
-    prices, limits = jnp.asarray(student.prices())[shape], jnp.asarray(student.limits())
-
-    def one(q: int, parity: int) -> tuple[Array, Array]:
-        most = limits[index]
-        most = jnp.maximum(most - ((most ^ parity) & 1), parity)
-
-        def cost(k: Array) -> tuple[Array, Array]:
-            k = jnp.clip(k, -most, most)
-            v = (2 * k - q).astype(t.dtype)
-            rate = prices[index, q, student.symbol(k)]
-            return k, (t - v) ** 2 - prior * v**2 + price * rate
-
-        under = jnp.floor(((t + q) / 2 - parity) / 2)
-        under = parity + 2 * jnp.clip(under, -student.LARGEST, student.LARGEST).astype(jnp.int32)
-        (k0, c0), (k1, c1) = cost(under), cost(under + 2)
-        return jnp.where(c0 <= c1, k0, k1), jnp.minimum(c0, c1)
-
-    four = [one(q, parity) for q in (0, 1) for parity in (0, 1)]
-    whole = lambda i: jnp.stack([b[i] for b in four], -1).reshape(*t.shape, 2, 2)
-    return Branches(whole(0), whole(1))
+    q, parity, step = (jnp.arange(2).reshape(shape) for shape in ((2, 1, 1), (2, 1), (2,)))
+    t, index = t[..., None, None, None], index[..., None, None, None]
+    pairs = jnp.clip(jnp.floor(((t + q) / 2 - parity) / 2), -student.LARGEST, student.LARGEST)
+    most = jnp.asarray(student.limits())[index]
+    most = jnp.maximum(most - ((most ^ parity) & 1), parity)
+    code = jnp.clip(parity + 2 * (pairs.astype(jnp.int32) + step), -most, most)
+    rate = jnp.asarray(student.prices())[shape, index, q, student.symbol(code)]
+    v = (2 * code - q).astype(t.dtype)
+    cost = (t - v) ** 2 - prior * v**2 + price * rate
+    upper = cost[..., 1] < cost[..., 0]
+    take = lambda a: jnp.where(upper, a[..., 1], a[..., 0])
+    return Branches(take(code), take(cost))
 
 
 def search(branches: Branches, states: int) -> Int32[Array, "p c"]:

@@ -87,7 +87,7 @@ LIMITS = {
 def test_gaussian_distortion(code, K, L):
     limit, scale = LIMITS[K, L]
     if (code, L) == ("1mad", 12):
-        limit = 0.0755  # the bytes of its 2^12 products are less like a Gaussian sum
+        limit = 0.0755  # it falls short: 0.0749 (0.0003) over 512 sequences
     x = gaussian(48 if L == 16 else 192)
     _, weights = search(x / scale, trellis.values(code, L, 1), L, K, 1)
     error = np.mean((x - scale * weights) ** 2)

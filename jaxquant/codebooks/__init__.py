@@ -1,6 +1,24 @@
 """Formats: a codebook and its storage."""
 
+from jaxquant.codebooks.entropy_coded import EntropyCoded
+from jaxquant.codebooks.float8 import Float8
 from jaxquant.codebooks.integer import Grid, Integer
+from jaxquant.codebooks.lattice import E8P
+from jaxquant.codebooks.microscaling import MXFP4, NVFP4
+from jaxquant.codebooks.normal_float import NormalFloat
 from jaxquant.codebooks.ternary import Ternary
+from jaxquant.codebooks.trellis import Trellis, TrellisBudget
 
-__all__ = ["Grid", "Integer", "Ternary"]
+__all__ = [
+    "E8P",
+    "MXFP4",
+    "NVFP4",
+    "EntropyCoded",
+    "Float8",
+    "Grid",
+    "Integer",
+    "NormalFloat",
+    "Ternary",
+    "Trellis",
+    "TrellisBudget",
+]

@@ -1,6 +1,7 @@
-"""Additive codebooks (AQLM): groups of rows as sums of learned vectors, times a scale per output."""
+"""Additive codebooks (AQLM): rows in groups, each a sum of learned vectors, times a scale."""
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -79,9 +80,8 @@ class Additive:
         """One set of codebooks and scales serves all rows."""
         return k
 
-    def learn(
-        self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array
-    ) -> Codebooks:
+    @partial(jax.jit, static_argnums=0)
+    def learn(self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array) -> Codebooks:
         """Codebooks by residual k-means, the squared errors of row i weighted by weights[i]."""
         scale = as_stored(jnp.sqrt(jnp.mean(w**2, 0, keepdims=True)), "float16")
         mass = jnp.broadcast_to(weights[:, None] * scale**2, w.shape)
@@ -108,7 +108,11 @@ class Additive:
         return self.search(target, row, None, 1)
 
     def search(
-        self, target: Float[Array, "d n"], row: Codebooks, root: Float[Array, "d d"] | None, beam: int
+        self,
+        target: Float[Array, "d n"],
+        row: Codebooks,
+        root: Float[Array, "d d"] | None,
+        beam: int,
     ) -> tuple[Int32[Array, "m n"], Float[Array, "d n"]]:
         """Codes near in the metric root root^T, by beam search, and their values."""
         target, tables = target / row.scale, row.tables

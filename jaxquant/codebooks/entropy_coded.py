@@ -1,7 +1,6 @@
 """Entropy coding: trellis-coded weights in one stream of a fixed number of bytes per matrix."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -15,7 +14,6 @@ from pallas_kernels.coded import Coded
 
 WORD = 16  # bits
 SLOPE = 0.41  # squared steps that a bit is worth: the best for the codes of `tcq`
-_NATS = 2 * math.log(2)  # what a bit adds to the logarithm of 1 / distortion
 _TINY = 1e-30
 
 
@@ -90,11 +88,11 @@ class EntropyCoded:
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
-        side = self.side_bits(k, n)
-        if WORD * n * self.words(k) < 2 * side:
+        side, whole = self.side_bits(k, n), WORD * n * self.words(k)
+        if whole < 2 * side:
             raise ValueError(
-                f"{self.bits} bits per weight of [{k}, {n}] are {WORD * n * self.words(k)} bits, too "
-                f"few where {side} describe the rows, columns and lanes; use more bits, or fewer lanes"
+                f"a matrix [{k}, {n}] of {self.bits} bits per weight has {whole} bits, too few "
+                f"where about {side} tell of its rows and lanes; use more bits or fewer lanes"
             )
 
     def words(self, k: int) -> int:
@@ -124,7 +122,7 @@ class EntropyCoded:
         count, length = coded.chains(n, self.chain)
         t = target[0] / row.step
         spread = jnp.mean(jnp.abs(t) / octaves(row.columns)) / jnp.asarray(student.MEANS)[row.shape]
-        level = quarters(spread)
+        level = jnp.maximum(quarters(spread), -2 * student.UNIT)  # of a row of zeros, say
         laid = lambda a: jnp.pad(a, (0, count * length - n)).reshape(count, length).T
         branches = tcq.branches(
             laid(t), laid(coded.index(level, row.columns)), row.shape, row.price, row.prior
@@ -177,8 +175,8 @@ class EntropyCoded:
             none = ~jnp.isfinite(state.short[0])
             return (~full & (state.tries < trials)) | (none & (state.tries < 4 * trials))
 
-        ends = (jnp.array([s, 0], jnp.float32) for s in (-jnp.inf, jnp.inf))
-        first = _Search(start, *ends, jnp.zeros(size, jnp.uint16), jnp.int32(0))
+        long, short = (jnp.array([s, 0], jnp.float32) for s in (-jnp.inf, jnp.inf))
+        first = _Search(start, long, short, jnp.zeros(size, jnp.uint16), jnp.int32(0))
         words = jax.lax.while_loop(going, one, first).words
         return {"codes": words.reshape(self.words(k), n)}
 
@@ -248,7 +246,7 @@ class EntropyCoded:
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""
-        return "coded (XLA): the stream is decoded, all of it, then a plain product"
+        return "coded (XLA): decodes the whole stream for every product; to serve, dequantize once"
 
 
 class _Search(NamedTuple):

@@ -43,6 +43,8 @@ class Float8(Table):
         if self.variant not in DTYPES:
             raise ValueError(f"variant must be one of {tuple(DTYPES)}, got {self.variant!r}")
 
+    trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
+
     @property
     def table(self) -> str:
         return DTYPES[self.variant]

@@ -50,6 +50,7 @@ class Integer:
 
     tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
     codes_ndim: ClassVar[int] = 2
+    trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,6 +1,6 @@
 """Weighted k-means: Lloyd's algorithm with a fixed number of steps and bounded memory."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ ROUNDS = 32  # in which the first centroids are drawn
 def residual_kmeans(
     vectors: Float[Array, "N d"],
     weights: Float[Array, "N d"],
-    sizes: Sequence[int],
+    sizes: tuple[int, ...],
     key: Array,
     steps: int = 8,
-) -> list[Float[Array, "K d"]]:
+) -> tuple[Float[Array, "K d"], ...]:
     """One table of each size, each learned on what those before it leave.
 
     Args:
@@ -32,7 +32,7 @@ def residual_kmeans(
         table = lloyd(vectors, weights, start(vectors, weights, size, k), steps)
         vectors = vectors - table[assign(vectors, weights, table)[0]]
         tables.append(table)
-    return tables
+    return tuple(tables)
 
 
 def start(
@@ -49,7 +49,7 @@ def start(
     share = min(max(1, size // ROUNDS), len(vectors))
     rounds = -(-size // share)
 
-    def draw(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def draw(i: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
         far, table = state
         luck = jax.random.gumbel(jax.random.fold_in(key, i), far.shape)
         new = vectors[jax.lax.top_k(jnp.log(jnp.maximum(far, 1e-30)) + luck, share)[1]]
@@ -77,7 +77,7 @@ def lloyd(
     [[0.75], [9.5]]
     """
 
-    def step(_: int, table: Array) -> Array:
+    def step(_: Any, table: Array) -> Array:
         near, _ = assign(vectors, weights, table)
         total = lambda a: jax.ops.segment_sum(a, near, len(table))
         mass = total(weights)

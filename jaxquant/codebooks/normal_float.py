@@ -58,6 +58,11 @@ class NormalFloat(Table):
             raise ValueError(f"bits must be 2, 3 or 4, got {self.bits}")
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """What healing may train."""
+        return () if self.double_quant else ("scale",)
+
+    @property
     def table(self) -> tuple[float, ...]:
         return NF4 if self.bits == 4 else normal_quantiles(self.bits)
 

@@ -1,6 +1,7 @@
 """Learned vectors (VPTQ): consecutive outputs of an input row as one vector of a codebook."""
 
 import dataclasses
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -89,9 +90,8 @@ class Vector:
         """The codebooks serve all rows; but with outliers each row has its kind."""
         return 1 if self.outliers else k
 
-    def learn(
-        self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array
-    ) -> VectorGrid:
+    @partial(jax.jit, static_argnums=0)
+    def learn(self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array) -> VectorGrid:
         """Codebooks by residual k-means, the squared errors of row i weighted by weights[i]."""
         k, n = w.shape
         count = round(self.outliers * k)
@@ -100,14 +100,15 @@ class Vector:
         vectors = w.reshape(-1, self.length)
         kinds = jnp.repeat(kind, n // self.length)[:, None]
 
-        def tables(of: int, key: Array) -> list[Array]:
-            mine = jnp.where(kinds == of, mass.reshape(-1, self.length), 0.0)
-            return residual_kmeans(vectors, mine, self._sizes, key)
+        def tables(of: tuple[Array, Array]) -> tuple[Array, ...]:
+            mine = jnp.where(kinds == of[0], mass.reshape(-1, self.length), 0.0)
+            return residual_kmeans(vectors, mine, self._sizes, of[1])
 
+        groups = 2 if self.outliers else 1
+        learned = jax.lax.map(tables, (jnp.arange(groups), jax.random.split(key, groups)))
         if not self.outliers:
-            return self.stored(VectorGrid(tuple(t[None] for t in tables(0, key)), kind[:1]))
-        both = (tables(of, k) for of, k in enumerate(jax.random.split(key)))
-        return self.stored(VectorGrid(tuple(jnp.stack(t)[None] for t in zip(*both)), kind))
+            return self.stored(VectorGrid(learned, kind[:1]))
+        return self.stored(VectorGrid(tuple(t[None] for t in learned), kind))
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -165,7 +166,10 @@ class Vector:
     @property
     def _parts(self) -> tuple[tuple[str, str, int], ...]:
         """Names of the codes, names of the codebook, bits, of every stage."""
-        parts = ("codes", "codebook", self.bits), ("residual", "residual_codebook", self.residual_bits)
+        parts = (
+            ("codes", "codebook", self.bits),
+            ("residual", "residual_codebook", self.residual_bits),
+        )
         return parts if self.residual_bits else parts[:1]
 
     @property

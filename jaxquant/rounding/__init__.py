@@ -4,5 +4,6 @@ from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
 from jaxquant.rounding.nearest import Nearest
 from jaxquant.rounding.two_sided import TwoSided
+from jaxquant.rounding.waterfill import Waterfill
 
-__all__ = ["LDLQ", "Moments", "Nearest", "TwoSided"]
+__all__ = ["LDLQ", "Moments", "Nearest", "TwoSided", "Waterfill"]

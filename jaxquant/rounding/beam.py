@@ -3,13 +3,13 @@
 The loss of an error E = W - Q is tr(E^T H E). For a format whose values are linear in its tables
 (`Additive`, `Vector`):
 
-1. tables by k-means, row i weighted by D_i of H = U D U^T: its error once feedback has done all
-   it can (AQLM and VPTQ take no weight, or H_ii);
-2. codes by error feedback (`ldlq`), a beam search in the metric D_b finding each block's;
-3. tables by least squares on the loss itself, with conjugate gradients (AQLM: Adam);
+1. tables by k-means, row i weighted by H_ii;
+2. codes by error feedback (`ldlq`), blocks of rows by falling energy; a beam search finds each
+   block's in the metric D_b of H = U D U^T, which holds what later blocks cannot repair;
+3. tables by least squares on the loss itself, with conjugate gradients, and then as stored;
 4. codes by coordinate descent: a beam search in the metric H_bb, given all other blocks.
 
-Steps 2, 4, 3 are repeated, then 4, 3. The last codes are chosen with the tables as stored.
+Steps 3 and 4 are repeated.
 """
 
 import dataclasses
@@ -33,21 +33,20 @@ class Beam:
 
     Attributes:
       beam: partial sums kept while the vectors of one code are sought, codebook by codebook.
-      starts: times that all codes are chosen anew, by error feedback with the tables so far.
-      sweeps: of coordinate descent after the last start.
-      steps: of conjugate gradients at each fit of the tables.
+      sweeps: of coordinate descent, each after a fit of the tables.
+      steps: of conjugate gradients in each fit.
       damping: fraction of mean(diag H) added to the diagonal for error feedback; raised as in
         `LDLQ`.
       block_size: rows between two dense updates; changes speed, not the result.
 
-    Source: Egiazarian et al. 2024, arXiv:2401.06118 (AQLM), whose beam search and training of
-    codebooks these are, with another start and closed-form fits.
+    Source: Egiazarian et al. 2024, arXiv:2401.06118 (AQLM). Theirs starts from k-means alone,
+    which feedback beats by far, and trains tables with Adam. Its search keeps beams of one code
+    from another; this one's begins afresh and keeps the old code where that is better.
     """
 
     beam: int = 8
-    starts: int = 2
-    sweeps: int = 4
-    steps: int = 30
+    sweeps: int = 6
+    steps: int = 20
     damping: float = 0.001
     block_size: int = 128
 
@@ -56,7 +55,7 @@ class Beam:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("beam", "starts", "steps", "block_size"):
+        for name in ("beam", "steps", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.sweeps < 0:
@@ -69,48 +68,17 @@ class Beam:
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Packed data of w, and a report: the damping used, how many channels were dead."""
         gram, dead = living(moments.input)
-        codes, grid, damping = self._solve(w, format, gram, key)
+        gram = gram / jnp.mean(jnp.diagonal(gram))
+        grid = format.learn(w, jnp.diagonal(gram), key)
+        codes, damping = first_codes(w, gram, format, grid, self)
+        codes, grid = swept(w, gram, format, codes, grid, self)
         report = {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
         return format.pack(codes, grid), report
-
-    @partial(jax.jit, static_argnames=("self", "format"))
-    def _solve(self, w: Array, format: Any, gram: Array, key: Array) -> tuple[Array, Any, Array]:
-        k, d = w.shape[0], format.tile[0]
-        gram = gram / jnp.mean(jnp.diagonal(gram))
-        u, damping = unit_upper(gram, self.damping, d)
-        gram = gram + 1e-6 * jnp.eye(k)
-        middle = _blocks(_upper(gram + damping * jnp.eye(k)), d)
-        weights = jnp.sum(middle**2, -1).reshape(-1)  # diag D
-        size = block_rows(self.block_size, 1, d)
-        search, order = _Searched(format, self.beam), jnp.arange(k)
-        own = jax.vmap(jnp.linalg.cholesky)(_blocks(gram, d))
-
-        def swept(codes: Array, errors: Array, grid: Any) -> tuple[Array, Any]:
-            codes = descend(w, gram, search, order, d, 1, (grid, own), codes, errors)
-            return codes, fitted(w, gram, format, codes, grid, self.steps)
-
-        def start(_: Any, state: tuple) -> tuple:
-            grid = state[1]
-            codes, _, errors = feedback(w, u, search, order, d, size, (grid, middle))
-            return swept(codes, errors, grid)
-
-        def sweep(_: Any, state: tuple) -> tuple:
-            codes, grid = state
-            return swept(codes, w - format.values(codes, grid), grid)
-
-        grid = format.learn(w, weights, key)
-        codes = jax.eval_shape(lambda: start(0, (None, grid)))[0]
-        state = jnp.zeros(codes.shape, codes.dtype), grid
-        state = jax.lax.fori_loop(0, self.starts, start, state)
-        codes, grid = jax.lax.fori_loop(0, self.sweeps, sweep, state)
-        errors = w - format.values(codes, grid)
-        codes = descend(w, gram, search, order, d, 1, (grid, own), codes, errors)
-        return codes, grid, damping
 
 
 @dataclasses.dataclass(frozen=True)
 class _Searched:
-    """The format as `feedback` and `descend` see it; a grid is (the format's, roots [k / d, d, d])."""
+    """A format as `feedback` and `descend` see it: a grid is (its own, roots [k / d, d, d])."""
 
     format: Any
     beam: int
@@ -124,6 +92,46 @@ class _Searched:
         return self.format.search(target, grid, root, self.beam)
 
 
+def first_codes(
+    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, grid: Any, options: Beam
+) -> tuple[Array, Float[Array, ""]]:
+    """Codes [k / d, ...] by error feedback with these tables, and the damping used.
+
+    The blocks of most energy go first, so that those after them can make up for their errors.
+    """
+    k, d = w.shape[0], format.tile[0]
+    blocks = jnp.argsort(-jnp.diagonal(gram).reshape(-1, d).sum(1), stable=True)
+    order = (blocks[:, None] * d + jnp.arange(d)).reshape(-1)
+    gram = gram[order][:, order]
+    u, damping = unit_upper(gram, options.damping, d)
+    upper = jnp.linalg.cholesky((gram + damping * jnp.eye(k))[::-1, ::-1])[::-1, ::-1]
+    roots = _blocks(upper, d)
+    roots = jnp.zeros_like(roots).at[blocks].set(roots)  # as stored
+    search, size = _Searched(format, options.beam), block_rows(options.block_size, 1, d)
+    codes, _, _ = feedback(w[order], u, search, order, d, size, (grid, roots))
+    return jnp.zeros_like(codes).at[blocks].set(codes), damping
+
+
+@partial(jax.jit, static_argnames=("format", "options"))
+def swept(
+    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, codes: Array, grid: Any,
+    options: Beam,
+) -> tuple[Array, Any]:  # fmt: skip
+    """Codes and grid after `sweeps` fits of the tables and descents. No step raises the loss."""
+    k, d = w.shape[0], format.tile[0]
+    search, order = _Searched(format, options.beam), jnp.arange(k)
+    gram = gram + 1e-6 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(k)
+    roots = jax.vmap(jnp.linalg.cholesky)(_blocks(gram, d))
+
+    def sweep(_: Any, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        codes, grid = state
+        grid = fitted(w, gram, format, codes, grid, options.steps)
+        errors = w - format.values(codes, grid)
+        return descend(w, gram, search, order, d, 1, (grid, roots), codes, errors), grid
+
+    return jax.lax.fori_loop(0, options.sweeps, sweep, (codes, grid))
+
+
 def fitted(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, codes: Array, grid: Any,
     steps: int,
@@ -133,32 +141,29 @@ def fitted(
     The loss is quadratic in the tables, and its curvature is V^T H V for the linear map V from
     tables to values: conjugate gradients from the old tables, preconditioned by its diagonal.
     """
-    with_tables = lambda t: grid._replace(tables=t)
-    spread = lambda t: format.values(codes, with_tables(t))
+    replaced = lambda tables: grid._replace(tables=tables)
+    values = lambda tables: format.values(codes, replaced(tables))
     zero = jax.tree.map(jnp.zeros_like, grid.tables)
-    pull = lambda e: jax.linear_transpose(spread, zero)(e)[0]
-    # V has one entry per table, weight and code, the output's scale s; V 1 is s times tables.
-    ones = spread(jax.tree.map(jnp.ones_like, zero))
-    diagonal = pull(jnp.diagonal(gram)[:, None] * ones / len(zero))
-    least = 1e-6 * jnp.mean(jnp.stack([jnp.mean(a) for a in diagonal]))
-    curvature = lambda t: jax.tree.map(lambda a, b: a + least * b, pull(gram @ spread(t)), t)
-    error = lambda grid: w - format.values(codes, grid)
-    loss = lambda e: jnp.sum(e * (gram @ e))
+    pull = lambda e: jax.linear_transpose(values, zero)(e)[0]
+    # A column of V holds an output's scale s wherever an entry serves; V 1 is s times the tables.
+    spread = values(jax.tree.map(jnp.ones_like, zero)) / len(zero)
+    diagonal = pull(jnp.diagonal(gram)[:, None] * spread)
+    ridge = 1e-6 * jnp.mean(jnp.concatenate([a.reshape(-1) for a in diagonal]))  # unused entries
     step, _ = jax.scipy.sparse.linalg.cg(
-        curvature,
-        pull(gram @ error(grid)),
-        M=lambda t: jax.tree.map(lambda a, b: a / (b + least), t, diagonal),
-        tol=0.0,
+        lambda t: jax.tree.map(lambda a, b: a + ridge * b, pull(gram @ values(t)), t),
+        pull(gram @ (w - values(grid.tables))),
+        M=lambda t: jax.tree.map(lambda a, b: a / (b + ridge), t, diagonal),
+        tol=1e-5,  # beyond float32, conjugate gradients divide zero by zero
         maxiter=steps,
     )
-    new = format.stored(with_tables(jax.tree.map(jnp.add, grid.tables, step)))
-    better = loss(error(new)) < loss(error(grid))
+
+    def loss(grid: Any) -> Array:
+        e = w - format.values(codes, grid)
+        return jnp.sum(e * (gram @ e))
+
+    new = format.stored(replaced(jax.tree.map(jnp.add, grid.tables, step)))
+    better = loss(new) < loss(grid)
     return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, grid)
-
-
-def _upper(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """C upper triangular with C C^T = gram."""
-    return jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
 
 
 def _blocks(a: Float[Array, "k k"], d: int) -> Float[Array, "b d d"]:

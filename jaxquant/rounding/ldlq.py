@@ -70,7 +70,7 @@ class LDLQ:
             raise ValueError(f"act_order needs a format that codes one row at a time, not {format}")
         g = format.rows_per_group(k)
         gram, dead = living(moments.input)
-        order = jnp.argsort(-jnp.diagonal(moments.input), stable=True)
+        order = jnp.argsort(-jnp.where(dead, 0.0, jnp.diagonal(gram)), stable=True)
         order = order if self.act_order else jnp.arange(k)
         gram = gram[order][:, order]
         u, damping = unit_upper(gram, self.damping, d)
@@ -80,7 +80,9 @@ class LDLQ:
         w = w[order]
         feedback = partial(_feedback, u=u, format=format, order=order, g=g, size=size)
         if self.scales and grid is None:
-            raise ValueError("scales need grids fixed beforehand: act_order, or one group per output")
+            raise ValueError(
+                "scales need grids fixed beforehand: act_order, or one group per output"
+            )
         if self.scales:
             grid = _best_scale(w, gram, format, grid, self.scales, feedback)
         codes, grid, errors = feedback(w, grid=grid)
@@ -218,7 +220,7 @@ def _descend(
     Given them, the loss of a block is (q - t)^T H_bb (q - t) + const with t = q + H_bb^-1 (H E)_b;
     the code nearest to t is kept, column by column, where that falls.
     """
-    k, n = w.shape
+    k = w.shape[0]
     d, width = format.tile
     group_of = order // g
 

@@ -17,11 +17,16 @@ class Moments(NamedTuple):
     output: Float[Array, "n n"] | None = None
 
 
-def living(gram: Float[Array, "k k"]) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
+def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
     """The moment with dead channels alone and of mean energy, and which channels are dead.
 
     A dead channel multiplies nothing: alone in H, it is rounded to nearest.
+
+    Raises:
+      ValueError: there is no moment.
     """
+    if gram is None:
+        raise ValueError("feedback needs the second moment of this side; calibrate for it")
     diagonal = jnp.diagonal(gram)
     dead = ~(diagonal > 0)
     gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)
@@ -41,10 +46,26 @@ def unit_upper(
     [[1.0, 1.0], [0.0, 1.0]]
     """
     k = gram.shape[0]
-    gram = gram / jnp.mean(jnp.diagonal(gram))
+    c, damp = _upper(gram / jnp.mean(jnp.diagonal(gram)), damping)
+    if d == 1:
+        return c / jnp.diagonal(c), damp
+    return _right_divided(c.reshape(k, k // d, d), d).reshape(k, k), damp
+
+
+def feedback_energies(
+    gram: Float[Array, "k k"], damping: float
+) -> tuple[Float[Array, "k"], Float[Array, ""]]:
+    """D of H + damping mean(diag H) I = U D U^T, and the damping used."""
+    mean = jnp.mean(jnp.diagonal(gram))
+    c, damp = _upper(gram / mean, damping)
+    return mean * jnp.diagonal(c) ** 2, damp
+
+
+def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
+    """C, upper triangular, with C C^T = H + damping I, and the damping used."""
 
     def factor(damp: Array) -> Array:
-        flipped = (gram + damp * jnp.eye(k, dtype=gram.dtype))[::-1, ::-1]
+        flipped = (gram + damp * jnp.eye(len(gram), dtype=gram.dtype))[::-1, ::-1]
         return jnp.linalg.cholesky(flipped)[::-1, ::-1]
 
     def failed(state: tuple[Array, Array, Array]) -> Array:
@@ -57,11 +78,19 @@ def unit_upper(
 
     start = jnp.asarray(damping, gram.dtype)
     damp, c, _ = jax.lax.while_loop(failed, raised, (start, factor(start), jnp.int32(0)))
-    if d == 1:
-        return c / jnp.diagonal(c), damp
-    columns = c.reshape(k, k // d, d)
-    blocks = jnp.einsum("aiaj->aij", c.reshape(k // d, d, k // d, d))
-    # X B = C, not X = C B^-1: B is as ill-conditioned as the worst direction of its channels.
-    solve = jax.vmap(lambda b, x: jax.scipy.linalg.solve_triangular(b, x.T, trans=1).T)
-    unit = solve(blocks, jnp.moveaxis(columns, 1, 0))
-    return jnp.moveaxis(unit, 0, 1).reshape(k, k), damp
+    return c, damp
+
+
+def _right_divided(c: Float[Array, "k b d"], d: int) -> Float[Array, "k b d"]:
+    """Each block of d columns times the inverse of its (upper triangular) diagonal block.
+
+    Substitution by hand: jaxlib's batched triangular solves wait for its thread pool from within
+    it, and two at once, one for each side's moment, wait forever (jaxlib 0.10.2, two cores).
+    """
+    b = jnp.arange(c.shape[1])
+    block = c.reshape(-1, d, *c.shape[1:])[b, :, b]  # [b, d, d]
+    done: list[Array] = []
+    for j in range(d):
+        known = sum((x * block[:, i, j] for i, x in enumerate(done)), jnp.zeros_like(c[..., 0]))
+        done.append((c[..., j] - known) / block[:, j, j])
+    return jnp.stack(done, axis=-1)

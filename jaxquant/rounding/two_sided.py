@@ -53,7 +53,9 @@ class TwoSided:
         k, n = w.shape
         d, c = format.tile
         if format.rows_per_group(k) < k:
-            raise ValueError(f"two-sided feedback needs one scale per matrix, which {format} has not")
+            raise ValueError(
+                f"two-sided feedback needs one scale per matrix, which {format} has not"
+            )
         (h, dead), (g, _) = living(moments.input), living(moments.output)
         u, damping = unit_upper(h, self.damping, d)
         v, _ = unit_upper(g, self.output_damping, c)
@@ -69,7 +71,11 @@ class TwoSided:
 
 @partial(jax.jit, static_argnames="format")
 def _diagonals(
-    w: Float[Array, "I J d c"], u: Float[Array, "k k"], v: Float[Array, "n n"], format: Any, row: Any
+    w: Float[Array, "I J d c"],
+    u: Float[Array, "k k"],
+    v: Float[Array, "n n"],
+    format: Any,
+    row: Any,
 ) -> Array:
     """Codes [I, ..., J] of tiles, diagonal by diagonal.
 

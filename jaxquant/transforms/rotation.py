@@ -67,7 +67,7 @@ class Rotation:
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
         """x A, for row vectors x."""
         n = x.shape[-1]
-        x = x * _factors(arrays["signs"], n).astype(x.dtype)
+        x = x * factors(arrays["signs"], n).astype(x.dtype)
         if self.sort:
             x = x[..., arrays["order"]]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.size(n) - n)])
@@ -80,11 +80,11 @@ class Rotation:
         y = hadamard.transform_transposed(y, self.block)[..., :n]
         if self.sort:
             y = y[..., jnp.argsort(arrays["order"])]
-        return y * _factors(arrays["signs"], n).astype(y.dtype)
+        return y * factors(arrays["signs"], n).astype(y.dtype)
 
 
-def _factors(signs: Array, n: int) -> Array:
-    """+1 or -1 of every packed bit; trained factors as they are."""
+def factors(signs: Array, n: int) -> Array:
+    """[..., n]: +1 or -1 of every packed bit; trained factors as they are."""
     if signs.dtype != np.uint8:
         return signs
-    return 1 - 2 * jnp.unpackbits(signs, count=n).astype(jnp.int8)
+    return 1 - 2 * jnp.unpackbits(signs, axis=-1, count=n).astype(jnp.int8)

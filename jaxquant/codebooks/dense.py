@@ -1,0 +1,44 @@
+"""Dense: the weights themselves, in place of codes that stay as they are while others train."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Floats in place of codes, so that a frozen matrix is not decoded again at every step.
+
+    >>> Dense().matmul(jnp.ones((1, 2)), {"codes": jnp.ones((2, 3))}).tolist()
+    [[2.0, 2.0, 2.0]]
+    """
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)
+    codes_ndim: ClassVar[int] = 2
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        return data["codes"].astype(jnp.float32)
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        return jnp.dot(x, data["codes"].astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        return jnp.dot(x, data["codes"].T.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return data["codes"][:, ids]
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        return data["codes"][ids]
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns of the matrix."""
+        return data["codes"].shape[-1]
+
+    def kernel(self) -> str:
+        """What serves a matmul."""
+        return "XLA's dot of floats"

@@ -1,0 +1,111 @@
+"""Healing: nothing changes at the start, the loss falls, what is stored is what was trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.finetune import Healing, State, _divergence, heal
+from jaxquant.opened import at_start, close_tree, open_tree, trained
+
+from .test_dispatch import draw
+
+METHODS = [
+    jq.rtn(2, 16),
+    jq.qtip(2, L=8),
+    jq.quip_sharp(2, passes=0),
+    jq.normal_float(2, 16),
+    jq.Method("m", jq.rtn().rounder, jq.Integer(2, 16), jq.Rotation(16, sort=True), jq.Rotation()),
+]
+named = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+
+
+def model():
+    p = {"a": {"kernel": draw(2, 32, 32) / 5}, "norm": 1 + 0.1 * draw(32, seed=3)}
+
+    def fn(p, x):
+        h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w) + h, None), x, p["a"]["kernel"])[0]
+        return h * p["norm"]
+
+    return fn, p, np.asarray(draw(204, 6, 32, seed=1))
+
+
+def made(method, p, x):
+    fn = model()[0]
+    stats = jq.calibrate(fn, p, x) if method.rounder.needs_gram else None
+    return jq.quantize(p, jq.Recipe([("a/*", method), ("*", jq.KEEP)]), stats)
+
+
+def distance(fn, p, q, x):
+    return float(jnp.mean(_divergence(jq.quantized(fn)(q, x), fn(p, x))))
+
+
+@named
+def test_opening_and_closing_changes_nothing(method):
+    fn, p, x = model()
+    q = made(method, p, x)
+    opened = open_tree(q, ["norm"])
+    same = trained(opened, at_start(opened))
+    np.testing.assert_allclose(
+        jq.quantized(fn)(same, x), jq.quantized(fn)(q, x), rtol=1e-4, atol=1e-4
+    )
+    closed = close_tree(q, opened, at_start(opened))
+    np.testing.assert_allclose(
+        closed["a"]["kernel"].dequantize(), q["a"]["kernel"].dequantize(), atol=1e-5
+    )
+
+
+@named
+def test_healing_brings_the_outputs_nearer(method):
+    fn, p, x = model()
+    q = made(method, p, x)
+    healing = Healing(steps=60, learning_rate=0.02, batch_size=8, validate_every=20)
+    healed = heal(fn, q, p, x[:200], healing, validation=x[200:], also=["norm"])
+    assert distance(fn, p, healed, x[200:]) < 0.95 * distance(fn, p, q, x[200:])
+    codes = lambda t: np.asarray(t["a"]["kernel"].data["codes"])
+    np.testing.assert_array_equal(codes(healed), codes(q))
+    assert healed["a"]["kernel"].format == q["a"]["kernel"].format
+    assert not np.array_equal(healed["norm"], p["norm"])
+
+
+def test_trained_signs_are_float16_and_counted():
+    fn, p, x = model()
+    q = made(jq.qtip(2, L=8), p, x)
+    healed = heal(fn, q, p, x, Healing(steps=2))["a"]["kernel"]
+    assert healed.data["input.signs"].dtype == jnp.float16
+    before = q["a"]["kernel"].nbytes
+    assert healed.nbytes == before + 2 * 2 * (32 * 2 - 32 // 8)
+
+
+def test_going_on_is_the_same_as_not_stopping():
+    fn, p, x = model()
+    q = made(METHODS[1], p, x)
+    healing = Healing(steps=8, validate_every=3)
+    states: dict[int, State] = {}
+    keep = lambda done, state: states.update({done.step: state})
+    whole = heal(fn, q, p, x, healing, validation=x[:2], progress=keep)
+    again = heal(fn, q, p, x, healing, validation=x[:2], state=states[5])
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_best_on_held_out_data_comes_back():
+    """A rate so high that training diverges: with validation the start is no worse than before."""
+    fn, p, x = model()
+    q = made(METHODS[0], p, x)
+    wild = Healing(steps=20, learning_rate=3.0, validate_every=1)
+    kept = heal(fn, q, p, x[:200], wild, validation=x[200:])
+    lost = heal(fn, q, p, x[:200], wild)
+    assert distance(fn, p, kept, x[200:]) <= distance(fn, p, q, x[200:]) + 1e-6
+    assert distance(fn, p, kept, x[200:]) < distance(fn, p, lost, x[200:])
+
+
+def test_bad_input():
+    fn, p, x = model()
+    with pytest.raises(ValueError, match="nothing to train"):
+        heal(fn, p, p, x)
+    with pytest.raises(ValueError, match="at least batch_size = 2 sequences, got 1"):
+        heal(fn, made(METHODS[0], p, x), p, x[:1])
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        Healing(steps=0)
