@@ -92,6 +92,7 @@ class _Searched:
         return self.format.search(target, grid, root, self.beam)
 
 
+@partial(jax.jit, static_argnames=("format", "options"))
 def first_codes(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, grid: Any, options: Beam
 ) -> tuple[Array, Float[Array, ""]]:
