@@ -68,7 +68,7 @@ demo: venv model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings
-	@for f in tests/benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+	@for f in tests/benchmarks/*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
 clean:           ## remove what make made
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

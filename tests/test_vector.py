@@ -7,7 +7,8 @@ import pytest
 
 from jaxquant.codebooks.vector import Vector
 
-from .test_additive import bits, encoded, layer, proxy, rounded
+from .layer import relative_loss
+from .test_additive import bits, encoded, layer, rounded
 from .test_dispatch import draw
 
 
@@ -53,7 +54,7 @@ def test_outlier_codebooks_pay():
     losses, held = [], []
     for format in (Vector(4, 4, 4), Vector(4, 4, 4, outliers=0.05)):
         data, q = rounded(w, h, format)
-        losses.append(proxy(w, q, h))
+        losses.append(relative_loss(w, q, h))
         held.append(bits(data, 64, 128))
     assert losses[1] < losses[0] * 4 ** (held[0] - held[1])
 

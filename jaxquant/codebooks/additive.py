@@ -101,6 +101,10 @@ class Additive:
         """Codebooks by k-means with equal weights."""
         return self.learn(w, jnp.ones(len(w)), jax.random.key(0))
 
+    def rescaled(self, grid: Codebooks, factor: Array) -> Codebooks:
+        """The grid with its scales times a factor, as storage will give it back."""
+        return self.stored(grid._replace(scale=grid.scale * factor))
+
     def round(
         self, target: Float[Array, "d n"], row: Codebooks
     ) -> tuple[Int32[Array, "m n"], Float[Array, "d n"]]:

@@ -123,6 +123,10 @@ class Vector:
         weights = jnp.mean(w**2, 1) if self.outliers else jnp.ones(len(w))
         return self.learn(w, weights, jax.random.key(0))
 
+    def rescaled(self, grid: VectorGrid, factor: Array) -> VectorGrid:
+        """The grid with its vectors times a factor, as storage will give it back."""
+        return self.stored(grid._replace(tables=tuple(t * factor for t in grid.tables)))
+
     def round(
         self, target: Float[Array, "1 n"], row: VectorGrid
     ) -> tuple[Int32[Array, "m v"], Float[Array, "1 n"]]:

@@ -39,9 +39,10 @@ class Beam:
         `LDLQ`.
       block_size: rows between two dense updates; changes speed, not the result.
 
-    Source: Egiazarian et al. 2024, arXiv:2401.06118 (AQLM). Theirs starts from k-means alone,
-    which feedback beats by far, and trains tables with Adam. Its search keeps beams of one code
-    from another; this one's begins afresh and keeps the old code where that is better.
+    Source: Egiazarian et al. 2024, arXiv:2401.06118 (AQLM), which starts from k-means alone and
+    trains the tables with Adam; its beams grow from the old code, these begin afresh, and the old
+    code stays where it is better. Liu et al. 2024, arXiv:2409.17066 (VPTQ), has the k-means and
+    the feedback only, in the order of H_ii.
     """
 
     beam: int = 8
