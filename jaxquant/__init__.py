@@ -6,6 +6,7 @@ from jaxquant.codebooks import (
     E8P,
     MXFP4,
     NVFP4,
+    Additive,
     EntropyCoded,
     Float8,
     Integer,
@@ -13,6 +14,7 @@ from jaxquant.codebooks import (
     Ternary,
     Trellis,
     TrellisBudget,
+    Vector,
 )
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal
@@ -20,6 +22,7 @@ from jaxquant.methods import (
     KEEP,
     METHODS,
     Method,
+    aqlm,
     entropy_coded,
     float8,
     gptq,
@@ -32,6 +35,7 @@ from jaxquant.methods import (
     rtn,
     ternary,
     trellis,
+    vptq,
 )
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quantize_array
@@ -48,6 +52,7 @@ __all__ = [
     "METHODS",
     "MXFP4",
     "NVFP4",
+    "Additive",
     "Done",
     "EntropyCoded",
     "Explanation",
@@ -65,6 +70,8 @@ __all__ = [
     "Ternary",
     "Trellis",
     "TrellisBudget",
+    "Vector",
+    "aqlm",
     "bits_per_weight",
     "calibrate",
     "dequantize",
@@ -89,4 +96,5 @@ __all__ = [
     "sites",
     "ternary",
     "trellis",
+    "vptq",
 ]

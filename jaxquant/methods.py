@@ -10,6 +10,7 @@ from jaxquant.codebooks import (
     E8P,
     MXFP4,
     NVFP4,
+    Additive,
     EntropyCoded,
     Float8,
     Integer,
@@ -17,9 +18,10 @@ from jaxquant.codebooks import (
     Ternary,
     Trellis,
     TrellisBudget,
+    Vector,
 )
 from jaxquant.fields import check_fields
-from jaxquant.rounding import LDLQ, Nearest, TwoSided, Waterfill
+from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
 from jaxquant.transforms import Rotation
 
 GroupSize = int | Literal["channel", "tensor"]
@@ -195,6 +197,41 @@ def _states(L: int | None) -> int:
     return L or (12 if jax.default_backend() == "cpu" else 16)
 
 
+def aqlm(
+    codebooks: int = 2, bits: int = 8, group: int = 8, *, beam: int = 8, sweeps: int = 6
+) -> Method:
+    """AQLM: sums of learned vectors (Egiazarian et al. 2024, arXiv:2401.06118).
+
+    We differ: the first codes come by error feedback, the tables by conjugate gradients. See
+    `Beam` and `Additive` for the arguments.
+
+    >>> aqlm().format.group
+    8
+    """
+    return Method("aqlm", Beam(beam, sweeps), Additive(codebooks, bits, group))
+
+
+def vptq(
+    length: int = 8,
+    bits: int = 8,
+    residual_bits: int = 8,
+    *,
+    outliers: float = 0.0,
+    beam: int = 8,
+    sweeps: int = 6,
+) -> Method:
+    """VPTQ: learned vectors along the outputs (Liu et al. 2024, arXiv:2409.17066).
+
+    We differ: inputs are rotated first, and codes and tables refined as in `aqlm`. See `Beam` and
+    `Vector` for the arguments.
+
+    >>> vptq().format.length
+    8
+    """
+    format = Vector(length, bits, residual_bits, outliers)
+    return Method("vptq", Beam(beam, sweeps), format, input=Rotation())
+
+
 def entropy_coded(bits: float = 2.0, *, states: int = 64, damping: float = 1e-4) -> Method:
     """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
 
@@ -261,7 +298,7 @@ def _scalar_rounder(feedback: bool) -> LDLQ | Nearest:
 METHODS: dict[str, Callable[..., Method]] = {
     f.__name__: f
     for f in (
-        rtn, gptq, ternary, quip_sharp, qtip, trellis, entropy_coded,
+        rtn, gptq, ternary, quip_sharp, qtip, trellis, aqlm, vptq, entropy_coded,
         normal_float, float8, mxfp4, nvfp4,
     )
 }  # fmt: skip

@@ -19,14 +19,14 @@ RECIPE = jq.Recipe([("a/w", jq.rtn(bits=3, group_size=16)), ("*", jq.KEEP)])
 
 @pytest.fixture
 def saved(tmp_path):
-    params = jq.quantize({"a": {"w": draw(48, 20)}, "b": jnp.ones(3)}, RECIPE)
+    params = jq.quantize({"a": {"w": draw(48, 32)}, "b": jnp.ones(3)}, RECIPE)
     checkpoint.save(tmp_path / "c", params, recipe=RECIPE, metadata={"name": "x"})
     return tmp_path / "c", params
 
 
 def test_every_format_comes_back_to_the_bit(tmp_path):
     tree = {
-        str(i): jq.quantize_array(draw(48, 20), jq.Method("m", jq.rtn().rounder, f))
+        str(i): jq.quantize_array(draw(48, 32), jq.Method("m", jq.rtn().rounder, f))
         for i, f in enumerate(FORMATS)
     }
     tree["plain"] = {

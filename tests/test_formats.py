@@ -47,6 +47,10 @@ FORMATS = [
     jq.Trellis((2,), L=10, code="hyb"),
     jq.Trellis((1,), L=10, code="tpu4"),
     jq.EntropyCoded(4, states=4, lanes=4),
+    jq.Additive(2, 4, 4),
+    jq.Additive(1, 9, 3),
+    jq.Vector(4, 4, 4),
+    jq.Vector(4, 6, 2, outliers=0.05),
 ]
 scalar_formats = pytest.mark.parametrize("format", SCALAR, ids=str)
 all_formats = pytest.mark.parametrize("format", FORMATS, ids=str)

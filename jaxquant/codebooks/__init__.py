@@ -1,5 +1,6 @@
 """Formats: a codebook and its storage."""
 
+from jaxquant.codebooks.additive import Additive
 from jaxquant.codebooks.entropy_coded import EntropyCoded
 from jaxquant.codebooks.float8 import Float8
 from jaxquant.codebooks.integer import Grid, Integer
@@ -8,11 +9,13 @@ from jaxquant.codebooks.microscaling import MXFP4, NVFP4
 from jaxquant.codebooks.normal_float import NormalFloat
 from jaxquant.codebooks.ternary import Ternary
 from jaxquant.codebooks.trellis import Trellis, TrellisBudget
+from jaxquant.codebooks.vector import Vector
 
 __all__ = [
     "E8P",
     "MXFP4",
     "NVFP4",
+    "Additive",
     "EntropyCoded",
     "Float8",
     "Grid",
@@ -21,4 +24,5 @@ __all__ = [
     "Ternary",
     "Trellis",
     "TrellisBudget",
+    "Vector",
 ]

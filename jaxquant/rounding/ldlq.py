@@ -74,7 +74,7 @@ class LDLQ:
         order = order if self.act_order else jnp.arange(k)
         gram = gram[order][:, order]
         u, damping = unit_upper(gram, self.damping, d)
-        fixed = self.act_order or g >= k or d > 1
+        fixed = self.act_order or g >= k or d > 1 or not hasattr(format, "fit")
         grid = format.grids(w) if fixed else None
         size = _block_rows(self.block_size, 1 if fixed else g, d)
         w = w[order]

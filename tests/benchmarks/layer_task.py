@@ -19,6 +19,8 @@ PEERS = {  # bits -> the least loss of a peer of this class
     "quip_sharp": {2: 0.00304},
     "qtip": {2: 0.00215, 3: 0.00051, 4: 0.000129},
     "trellis": {},
+    "aqlm": {2: 0.0081},
+    "vptq": {2: 0.0162},
     "entropy_coded": {2: 0.00208, 3: 0.000513, 4: 0.000126},
 }
 ROWS = [
@@ -26,6 +28,8 @@ ROWS = [
     ("quip_sharp", 2, lambda: jq.quip_sharp(passes=8)),
     *(("qtip", b, lambda b=b: jq.qtip(b, L=16, passes=1)) for b in (2, 3, 4)),
     *(("trellis", b, lambda b=b: jq.trellis(b, L=16, block=32)) for b in (1, 1.5, 2, 3, 4)),
+    ("aqlm", 2, jq.aqlm),
+    ("vptq", 2, jq.vptq),
     *(("entropy_coded", b, lambda b=b: jq.entropy_coded(b)) for b in (1, 1.5, 2, 3, 4)),
 ]
 

@@ -107,7 +107,7 @@ def test_a_job_told_to_stop_leaves_no_output_and_goes_on(tiny, run, tmp_path, mo
     status, _, err = run(*command)
     assert status == 0
     assert "going on from" in err
-    assert err.count("(done before)") == 14
+    assert err.count("(done before)") == 21
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
