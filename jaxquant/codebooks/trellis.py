@@ -197,7 +197,7 @@ class TrellisBudget:
 
     Source: ours; reverse water-filling with a fixed-rate code in every block.
 
-    >>> TrellisBudget(bits=2.5, block=32).planned(np.array([9.0, 1.0])).rates
+    >>> TrellisBudget(bits=2.5, block=32).planned(np.array([90.0, 1.0])).rates
     (4, 1)
     """
 
