@@ -1,5 +1,6 @@
 """One matrix: change of variables, rounding, and how much of the output was lost."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def block_importance(
     """
     w, moments, _ = _transformed(w, moments, keys, method)
     gram, _ = living(moments.input)
-    d, _ = feedback_energies(gram, 0.01)
+    d, _ = feedback_energies(gram, method.rounder.damping)
     blocks = lambda a: a.reshape(-1, block).sum(1)
     return blocks(d) * blocks(jnp.mean(w**2, 1)) / block
 
@@ -66,25 +67,24 @@ def _transformed(
 ) -> tuple[Array, Moments, dict[str, Array]]:
     """W and its moments after the method's changes of variables, and the arrays of these."""
     w = w.astype(jnp.float32)
-    data: dict[str, Array] = {}
-    if (side := method.input) is not None:
-        seen = 1.0 if moments.input is None else jnp.diagonal(moments.input)
-        arrays = side.fit(seen * jnp.mean(w**2, 1), keys.input)
-        data |= {f"input.{name}": a for name, a in arrays.items()}
-        w = side.apply(w.T, arrays).T
-        moments = moments._replace(input=_rotated(moments.input, side, arrays))
-    if (side := method.output) is not None:
-        seen = 1.0 if moments.output is None else jnp.diagonal(moments.output)
-        arrays = side.fit(seen * jnp.mean(w**2, 0), jax.random.fold_in(keys.own, 1))
-        data |= {f"output.{name}": a for name, a in arrays.items()}
-        w = side.apply(w, arrays)
-        moments = moments._replace(output=_rotated(moments.output, side, arrays))
-    return w, moments, data
+    apply, gram, rows = _side(method.input, "input", w.T, moments.input, keys.input)
+    w = apply(w.T).T
+    output_key = jax.random.fold_in(keys.own, 1)
+    apply, output, columns = _side(method.output, "output", w, moments.output, output_key)
+    return apply(w), Moments(gram, output), rows | columns
 
 
-def _rotated(gram: Array | None, side: Any, arrays: dict[str, Array]) -> Array | None:
-    """A^T H A."""
-    return None if gram is None else side.apply(side.apply(gram, arrays).T, arrays)
+def _side(
+    side: Any, name: str, w: Float[Array, "r c"], gram: Array | None, key: Array
+) -> tuple[Callable[[Array], Array], Array | None, dict[str, Array]]:
+    """What changes the channels c of row vectors, their moment after it, and its arrays."""
+    if side is None:
+        return lambda x: x, gram, {}
+    seen = 1.0 if gram is None else jnp.diagonal(gram)
+    arrays = side.fit(seen * jnp.mean(w**2, 0), key)
+    apply = lambda x: side.apply(x, arrays)
+    gram = None if gram is None else apply(apply(gram).T)  # A^T H A
+    return apply, gram, {f"{name}.{part}": a for part, a in arrays.items()}
 
 
 def _energy(e: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:

@@ -6,6 +6,7 @@ names. Each value is start * (1 + factor), so that one learning rate suits them 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,18 +58,14 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
         w = _dense(w)
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
         if f"{side}.signs" in w.data:
-            n = 1
-            for size in sizes:
-                n *= size
-            start[f"{side}.signs"] = factors(w.data[f"{side}.signs"], n).astype(jnp.float32)
+            signs = factors(w.data[f"{side}.signs"], math.prod(sizes))
+            start[f"{side}.signs"] = signs.astype(jnp.float32)
     return dataclasses.replace(w, shared=""), start
 
 
 def _dense(w: QTensor) -> QTensor:
-    k = w.rows_k if w.input is None else w.input.size(w.rows_k)
-    codes = w.format.dequantize({n: a for n, a in w.data.items() if "." not in n}, k)
     transforms = {name: a for name, a in w.data.items() if "." in name}
-    return dataclasses.replace(w, format=Dense(), data={"codes": codes, **transforms})
+    return dataclasses.replace(w, format=Dense(), data={"codes": w.stored(), **transforms})
 
 
 def at_start(opened: Opened) -> Values:

@@ -234,14 +234,15 @@ class _Job:
         method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
-            start = time.monotonic()
+            start, before = time.monotonic(), name in self.finished
             one = jax.tree.map(lambda a, i=i: a[i], moments)
             data, report = self._one(name, matrices[i], one, self._keys(i), method, abstract)
             parts.append(data)
             reports.append(report)
             if not abstract:
                 bits = 8 * sum(a.nbytes for a in data.values()) / (k * n)
-                progress.done(name, method.name, report, bits, time.monotonic() - start)
+                seconds = 0.0 if before else time.monotonic() - start
+                progress.done(name, method.name, report, bits, seconds)
         if not abstract:
             self._warn(reports)
         data = {name: jnp.stack([p[name] for p in parts]) for name in parts[0]}
@@ -273,13 +274,13 @@ class _Job:
     ) -> tuple:
         if abstract:
             return round_matrix(w, moments, keys, method)
-        if name not in self.finished:
-            data, report = jax.block_until_ready(round_matrix(w, moments, keys, method))
-            reports = {f"report.{field}": a for field, a in report._asdict().items()}
-            self.finished[name] = {**data, **reports}
-        stored = {key: jnp.asarray(a) for key, a in self.finished[name].items()}
-        report = Report(*(stored.pop(f"report.{field}") for field in Report._fields))
-        return stored, report
+        if name in self.finished:
+            stored = {key: jnp.asarray(a) for key, a in self.finished[name].items()}
+            return stored, Report(*(stored.pop(f"report.{f}") for f in Report._fields))
+        data, report = jax.block_until_ready(round_matrix(w, moments, keys, method))
+        reports = {f"report.{field}": a for field, a in report._asdict().items()}
+        self.finished[name] = {**data, **reports}
+        return data, report
 
     def _names(self) -> Iterator[str]:
         batch = self.entry.matrix[:-2]

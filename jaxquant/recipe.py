@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,7 +94,7 @@ class Entry:
         """[*batch, k, n] of the leaf."""
         view, order = self.form
         batch = [self.shape[a] for a in order[: len(order) - len(view.k) - len(view.n)]]
-        return (*batch, _product(view.k), _product(view.n))
+        return (*batch, math.prod(view.k), math.prod(view.n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Plan:
     def matrices(self) -> int:
         """Matrices to be quantized, those of a stack counted one by one."""
         chosen = [e for e in self.entries if isinstance(e.method, Method)]
-        return sum(_product(e.matrix[:-2]) for e in chosen)
+        return sum(math.prod(e.matrix[:-2]) for e in chosen)
 
     def __str__(self) -> str:
         lines = [
@@ -210,9 +211,9 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
         return Entry(path, (), KEEP, None, None, 0, 0)
     shape = tuple(w.shape)
     if isinstance(method, Keep):
-        return Entry(path, shape, method, None, None, leaf_bytes(w), _product(shape))
+        return Entry(path, shape, method, None, None, leaf_bytes(w), math.prod(shape))
     view, order = layout_of(shape, site)
-    entry = Entry(path, shape, method, view, order, 0, _product(shape))
+    entry = Entry(path, shape, method, view, order, 0, math.prod(shape))
     if entry.size == 0:
         raise ValueError(f"{path}: an empty array, {_describe(w)}, cannot be quantized")
     k, n = entry.matrix[-2:]
@@ -225,7 +226,7 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
         if side is not None:
             parts = {**parts, f"{size}{side}": side.shapes(size)}
     per = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(parts))
-    return dataclasses.replace(entry, bytes=per * _product(entry.matrix[:-2]))
+    return dataclasses.replace(entry, bytes=per * math.prod(entry.matrix[:-2]))
 
 
 def leaf_bytes(w: Any) -> int:
@@ -251,10 +252,3 @@ def layout_of(shape: tuple[int, ...], site: Site | None) -> tuple[View, tuple[in
     order = (*batch, *k, *n)
     back = tuple(order.index(a) - ndim for a in range(ndim))
     return View(tuple(shape[a] for a in k), tuple(shape[a] for a in n), back), order
-
-
-def _product(sizes: Sequence[int]) -> int:
-    out = 1
-    for s in sizes:
-        out *= s
-    return out

@@ -1,6 +1,7 @@
 """`QTensor`: packed codes that stand for a weight, and what a matmul or look-up does with them."""
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -132,7 +133,7 @@ class QTensor(StandIn):
     @property
     def rows_k(self) -> int:
         """Length of the contracted axis."""
-        return _size(self.view.k)
+        return math.prod(self.view.k)
 
     def leading(self) -> int:
         return self.data["codes"].ndim - self.format.codes_ndim
@@ -148,35 +149,42 @@ class QTensor(StandIn):
 
     # --- one matrix [k, n], as its data describe it ------------------------------------------
 
+    def stored(self) -> Float[Array, "... s t"]:
+        """The format's own matrices, before the transforms are undone."""
+        return self._stored(self.data)
+
+    def _stored(self, data: dict[str, Array]) -> Float[Array, "... s t"]:
+        k = self.rows_k if self.input is None else self.input.size(self.rows_k)
+        return self.format.dequantize(part(data), k)
+
     def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """The matrix in float32."""
-        k = self.rows_k if self.input is None else self.input.size(self.rows_k)
-        w = self.format.dequantize(_part(data), k)
+        w = self._stored(data)
         if self.input is not None:
-            w = self.input.transposed(w.T, _part(data, "input."), self.rows_k).T
+            w = self.input.transposed(w.T, part(data, "input."), self.rows_k).T
         if self.output is None:
             return w
-        return self.output.transposed(w, _part(data, "output."), _size(self.view.n))
+        return self.output.transposed(w, part(data, "output."), math.prod(self.view.n))
 
     def transformed(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m s"]:
         """x as the format's matrix takes it."""
-        return x if self.input is None else self.input.apply(x, _part(data, "input."))
+        return x if self.input is None else self.input.apply(x, part(data, "input."))
 
     def matmul(self, x: Float[Array, "m s"], data: dict[str, Array]) -> Float[Array, "m n"]:
         """x @ w, for a transformed x."""
-        y = self.format.matmul(x, _part(data))
+        y = self.format.matmul(x, part(data))
         if self.output is None:
             return y
-        return self.output.transposed(y, _part(data, "output."), _size(self.view.n))
+        return self.output.transposed(y, part(data, "output."), math.prod(self.view.n))
 
     def matmul_transposed(self, g: Float[Array, "m n"], data: dict[str, Array]) -> Array:
         """g @ w.T."""
         k = self.rows_k
         if self.output is not None:
-            g = self.output.apply(g, _part(data, "output."))
+            g = self.output.apply(g, part(data, "output."))
         stored = k if self.input is None else self.input.size(k)
-        y = self.format.matmul_transposed(g, _part(data), stored)
-        return y if self.input is None else self.input.transposed(y, _part(data, "input."), k)
+        y = self.format.matmul_transposed(g, part(data), stored)
+        return y if self.input is None else self.input.transposed(y, part(data, "input."), k)
 
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
@@ -204,14 +212,7 @@ class QTensor(StandIn):
         )
 
 
-def _size(sizes: tuple[int, ...]) -> int:
-    out = 1
-    for size in sizes:
-        out *= size
-    return out
-
-
-def _part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:
+def part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:
     """The entries whose names begin with the prefix, without it; or, without one, the format's."""
     if prefix:
         return {name[len(prefix) :]: a for name, a in data.items() if name.startswith(prefix)}

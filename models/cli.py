@@ -113,7 +113,7 @@ class _Rows:
 
     def __call__(self, done: jq.Done) -> None:
         self.step(done)
-        took = f"{done.seconds:6.1f} s" if done.seconds >= 0.05 else "  (done before)"
+        took = f"{done.seconds:6.1f} s" if done.seconds else "  (done before)"
         stderr.print(
             f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
             f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}",

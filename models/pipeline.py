@@ -133,10 +133,9 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.mean(nll[:, :-1])
 
 
-def needs_statistics(recipe: jq.Recipe, output: bool = False) -> bool:
-    """Whether any rule's rounder reads second moments of inputs, or (`output`) of outputs."""
-    rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
-    return any(r.needs_output if output else r.needs_gram for r in rounders)
+def needs_statistics(recipe: jq.Recipe) -> bool:
+    """Whether any rule's rounder reads second moments."""
+    return any(m.rounder.needs_gram for _, m in recipe.rules if isinstance(m, jq.Method))
 
 
 def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:

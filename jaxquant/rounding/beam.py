@@ -21,10 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields
-from jaxquant.rounding.ldlq import _block_rows as block_rows
-from jaxquant.rounding.ldlq import _descend as descend
-from jaxquant.rounding.ldlq import _feedback as feedback
-from jaxquant.rounding.moments import Moments, living, unit_upper
+from jaxquant.rounding.ldlq import block_rows, descend, feedback
+from jaxquant.rounding.moments import Moments, living, unit_upper, upper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +104,7 @@ def first_codes(
     order = (blocks[:, None] * d + jnp.arange(d)).reshape(-1)
     gram = gram[order][:, order]
     u, damping = unit_upper(gram, options.damping, d)
-    upper = jnp.linalg.cholesky((gram + damping * jnp.eye(k))[::-1, ::-1])[::-1, ::-1]
-    roots = _blocks(upper, d)
+    roots = _blocks(upper(gram + damping * jnp.eye(k)), d)
     roots = jnp.zeros_like(roots).at[blocks].set(roots)  # as stored
     search, size = _Searched(format, options.beam), block_rows(options.block_size, 1, d)
     codes, _, _ = feedback(w[order], u, search, order, d, size, (grid, roots))

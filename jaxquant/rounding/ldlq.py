@@ -76,32 +76,32 @@ class LDLQ:
         u, damping = unit_upper(gram, self.damping, d)
         fixed = self.act_order or g >= k or d > 1 or not hasattr(format, "fit")
         grid = format.grids(w) if fixed else None
-        size = _block_rows(self.block_size, 1 if fixed else g, d)
+        size = block_rows(self.block_size, 1 if fixed else g, d)
         w = w[order]
-        feedback = partial(_feedback, u=u, format=format, order=order, g=g, size=size)
+        fed = partial(feedback, u=u, format=format, order=order, g=g, size=size)
         if self.scales and grid is None:
             raise ValueError(
                 "scales need grids fixed beforehand: act_order, or one group per output"
             )
         if self.scales:
-            grid = _best_scale(w, gram, format, grid, self.scales, feedback)
-        codes, grid, errors = feedback(w, grid=grid)
+            grid = _best_scale(w, gram, format, grid, self.scales, fed)
+        codes, grid, errors = fed(w, grid=grid)
         if self.passes:
             damped = gram + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(k)
-            codes = _descend(w, damped, format, order, g, self.passes, grid, codes, errors)
+            codes = descend(w, damped, format, order, g, self.passes, grid, codes, errors)
         if d == 1:
             codes = jnp.zeros_like(codes).at[order].set(codes)
         report = {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
         return format.pack(codes, grid), report
 
 
-def _block_rows(block_size: int, group: int, d: int) -> int:
+def block_rows(block_size: int, group: int, d: int) -> int:
     """Rows of one lazy block: as many whole groups (or format blocks) as fit, at least one."""
     return max(1, block_size // math.lcm(group, d)) * math.lcm(group, d)
 
 
 @partial(jax.jit, static_argnames=("format", "g", "size"))
-def _feedback(
+def feedback(
     w: Float[Array, "k n"],
     u: Float[Array, "k k"],
     format: Any,
@@ -192,7 +192,7 @@ SAMPLE = 64  # columns on which scales are compared
 
 
 def _best_scale(
-    w: Array, gram: Array, format: Any, grid: Any, scales: tuple[float, ...], feedback: Any
+    w: Array, gram: Array, format: Any, grid: Any, scales: tuple[float, ...], fed: Any
 ) -> Any:
     """The grid times the scale whose feedback ends with the least loss on a sample of columns."""
     width, n = format.tile[1], w.shape[1]
@@ -203,7 +203,7 @@ def _best_scale(
 
     def loss(scale: Array) -> Array:
         trial = jax.tree.map(sampled, format.rescaled(grid, scale))
-        _, _, e = feedback(w[:, columns], grid=trial)
+        _, _, e = fed(w[:, columns], grid=trial)
         return jnp.sum(e * (gram @ e))
 
     losses = jax.lax.map(loss, jnp.asarray(scales, w.dtype))
@@ -211,7 +211,7 @@ def _best_scale(
 
 
 @partial(jax.jit, static_argnames=("format", "g", "passes"))
-def _descend(
+def descend(
     w: Array, gram: Array, format: Any, order: Array, g: int, passes: int, grid: Any,
     codes: Array, errors: Array,
 ) -> Array:  # fmt: skip

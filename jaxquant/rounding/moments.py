@@ -34,6 +34,11 @@ def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[
     return gram + jnp.diag(jnp.where(dead, jnp.where(alive > 0, alive, 1.0), 0.0)), dead
 
 
+def upper(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """C, upper triangular, with C C^T = H; NaN where H is not positive definite."""
+    return jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
+
+
 def unit_upper(
     gram: Float[Array, "k k"], damping: float, d: int = 1
 ) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
@@ -65,8 +70,7 @@ def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
     """C, upper triangular, with C C^T = H + damping I, and the damping used."""
 
     def factor(damp: Array) -> Array:
-        flipped = (gram + damp * jnp.eye(len(gram), dtype=gram.dtype))[::-1, ::-1]
-        return jnp.linalg.cholesky(flipped)[::-1, ::-1]
+        return upper(gram + damp * jnp.eye(len(gram), dtype=gram.dtype))
 
     def failed(state: tuple[Array, Array, Array]) -> Array:
         _, c, tries = state

@@ -33,8 +33,8 @@ from jaxquant.codebooks.entropy_coded import (
     quarters,
 )
 from jaxquant.fields import check_fields
-from jaxquant.rounding.ldlq import _feedback as feedback
-from jaxquant.rounding.moments import Moments, feedback_energies, living
+from jaxquant.rounding.ldlq import feedback
+from jaxquant.rounding.moments import Moments, feedback_energies, living, upper
 from pallas_kernels.coded import FINE, Coded
 
 
@@ -94,13 +94,6 @@ class Waterfill:
         return data, {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
 
 
-def _factors(gram: Float[Array, "k k"]) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
-    """U and D of U D U^T."""
-    c = jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
-    diagonal = jnp.diagonal(c)
-    return c / diagonal, diagonal**2
-
-
 @partial(jax.jit, static_argnames=("format", "size"))
 def _trial(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], energy: Float[Array, " k"], x: Array,
@@ -110,7 +103,8 @@ def _trial(
     k = len(w)
     base = jnp.round(x * FINE).astype(jnp.int32)
     r = SLOPE * jnp.exp2(2 * base / FINE) / (2 * math.log(2) * energy)
-    u, d = _factors(gram + jnp.diag(r))
+    c = upper(gram + jnp.diag(r))
+    u, d = c / jnp.diagonal(c), jnp.diagonal(c) ** 2
     inner = solve_triangular(u, r[:, None] * w, unit_diagonal=True) / d[:, None]
     target = w - solve_triangular(u, inner, trans=1, unit_diagonal=True)
     steps = quarters(d**-0.5)
