@@ -24,3 +24,10 @@ def check_fields(value: Any) -> None:
             continue
         if not isinstance(got, _PLAIN[wanted]) or (isinstance(got, bool) and wanted is not bool):
             raise ValueError(f"{field.name} must be {wanted.__name__}, got {got!r}")
+
+
+def check_positive(value: Any, *names: str) -> None:
+    """Raise ValueError unless the fields of these names are above zero."""
+    for name in names:
+        if not getattr(value, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(value, name)}")

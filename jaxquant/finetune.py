@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array
 
 from jaxquant.dispatch import quantized
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, check_positive
 from jaxquant.opened import Values, at_start, close_tree, open_tree, trained
 
 
@@ -39,8 +39,7 @@ class Healing:
         for name in ("steps", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        check_positive(self, "learning_rate")
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam on the schedule."""

@@ -89,6 +89,20 @@ def unpack(packed: Int32[Array, "... w n"], bits: int, length: int) -> Int32[Arr
     return codes.reshape(*batch, w // per * run, n)[..., :length, :]
 
 
+def unpack_rows(
+    packed: Int32[Array, "w n"], bits: int, ids: Int[Array, "i"]
+) -> Int32[Array, "i n"]:
+    """Rows `ids` of the unpacked codes, of which only the words that hold them are unpacked.
+
+    >>> import jax.numpy as jnp
+    >>> unpack_rows(jnp.array([[141]]), 2, jnp.array([3, 0])).ravel().tolist()
+    [-2, 1]
+    """
+    run, per = unit(bits)
+    runs = packed.reshape(-1, per, packed.shape[-1])[ids // run]
+    return jax.vmap(lambda words, i: unpack(words, bits, run)[i])(runs, ids % run)
+
+
 def _places(bits: int, run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every code of a run: its word, its lowest bit there, whether it crosses into the next."""
     word, low = np.divmod(np.arange(run, dtype=np.int32) * bits, 32)

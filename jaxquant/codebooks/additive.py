@@ -2,18 +2,17 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from jaxquant.codebooks.decoding import Decoding
 from jaxquant.codebooks.kmeans import residual_kmeans
-from jaxquant.codebooks.table import as_stored, through
-from jaxquant.fields import check_fields
-from pallas_kernels import decoded, lookup
-
-_SPANS = {"codes": 1, "scale": 1}
+from jaxquant.codebooks.scales import as_stored, check_half, through
+from jaxquant.fields import check_fields, check_positive
+from pallas_kernels import lookup
 
 
 class Codebooks(NamedTuple):
@@ -24,7 +23,7 @@ class Codebooks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Additive:
+class Additive(Decoding):
     """w = scale * (sum of one vector of each codebook), codebooks learned for each matrix.
 
     Attributes:
@@ -48,14 +47,10 @@ class Additive:
     bits: int = 8
     group: int = 8
 
-    codes_ndim: ClassVar[int] = 2
-
     def __post_init__(self) -> None:
         check_fields(self)
         lookup.digit(self.bits)
-        for name in ("codebooks", "group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "codebooks", "group")
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -147,30 +142,17 @@ class Additive:
         groups = w.reshape(-1, self.group, w.shape[1])
         return self.pack(jax.lax.map(lambda t: self.round(t, row)[0], groups), grid)
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        decode = self._decode
-        for _ in data["codes"].shape[:-2]:
-            decode = jax.vmap(decode, (0, None))
-        return decode(data, k)
+    @property
+    def spans(self) -> dict[str, int]:
+        return {"codes": 1, "scale": 1}
 
-    def _decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
         codes = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
         return self.values(codes, self._grid(data))
 
     def _grid(self, data: dict[str, Array]) -> Codebooks:
         tables = jnp.split(data["codebooks"].astype(jnp.float32), self.codebooks)
         return Codebooks(tuple(tables), data["scale"].astype(jnp.float32))
-
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        return decoded.matmul(x, data, self._decode, _SPANS)
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        return decoded.matmul_transposed(x, data, self._decode, _SPANS, k)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return decoded.columns(data, ids, self._decode, _SPANS, k)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = lookup.take(data["codes"], ids // self.group, self.bits, self.codebooks)
@@ -180,20 +162,6 @@ class Additive:
         pick = jax.vmap(lambda codes, tables: lookup.total(codes, tables)[..., 0])
         return pick(codes, tables) * grid.scale
 
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return decoded.outputs(data, _SPANS)
-
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""
         return f"decoded/matmul (XLA), {self.codebooks} x {self.bits}-bit codebooks"
-
-
-def check_half(largest: float) -> None:
-    """Raise ValueError if values up to `largest` leave the range of float16."""
-    info: Any = jnp.finfo("float16")
-    if largest > 0 and not float(info.tiny) <= largest <= float(info.max):
-        raise ValueError(
-            f"weights of size {largest:.2g} are outside the range of float16, which stores them; "
-            f"rescale the weights"
-        )

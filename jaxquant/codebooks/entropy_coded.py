@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int16
 
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, check_positive
 from pallas_kernels import coded, student, tcq
 from pallas_kernels.coded import Coded
 
@@ -79,9 +79,7 @@ class EntropyCoded:
             raise ValueError(f"bits must be above 0, at most 12, got {self.bits}")
         if self.states not in tcq.STATES:
             raise ValueError(f"states must be one of {tcq.STATES}, got {self.states}")
-        for name in ("chain", "lanes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "chain", "lanes")
 
     def check(self, w: Float[Array, "k n"]) -> None:
         """Any finite weights will do."""

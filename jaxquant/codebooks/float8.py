@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.codebooks.table import Scales, Table, through
+from jaxquant.codebooks.scales import through
+from jaxquant.codebooks.table import Scales, Table
 
 DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 

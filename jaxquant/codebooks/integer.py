@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxquant.codebooks.scales import as_stored, check_grouping, rows_per_group
 from jaxquant.fields import check_fields
 from pallas_kernels import dispatch, layout, reference
-
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Grid(NamedTuple):
@@ -56,9 +55,7 @@ class Integer:
         check_fields(self)
         if self.bits not in layout.BITS:
             raise ValueError(f"bits must be one of {layout.BITS}, got {self.bits}")
-        check_group_size(self.group_size)
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
+        check_grouping(self.group_size, self.scale_dtype)
 
     def check(self, w: Float[Array, "k n"]) -> None:
         """Raise ValueError if the scales of these weights leave the range of their dtype."""
@@ -87,15 +84,7 @@ class Integer:
         Raises:
           ValueError: the group size does not divide k and `pad` is off.
         """
-        if isinstance(self.group_size, str) or self.group_size == -1:
-            return k
-        if k % self.group_size and not self.pad:
-            fits = [g for g in (16, 32, 64, 128, 256) if k % g == 0]
-            raise ValueError(
-                f"group_size {self.group_size} does not divide k = {k}; "
-                f"use one that does (such as {fits or [-1]}), -1, or pad=True"
-            )
-        return self.group_size
+        return rows_per_group(self.group_size, self.pad, k)
 
     def fit(self, w: Float[Array, "g n"]) -> Grid:
         """Scale and zero point [n] of one group of rows ([1] if one serves the matrix)."""
@@ -111,16 +100,10 @@ class Integer:
         bottom, top = self.limits
         if self.symmetric:
             scale = jnp.maximum(-low, high) / top
-            return Grid(self._stored(scale), jnp.zeros(scale.shape, jnp.int32))
-        scale = self._stored((high - low) / (top - bottom))
+            return Grid(as_stored(scale, self.scale_dtype), jnp.zeros(scale.shape, jnp.int32))
+        scale = as_stored((high - low) / (top - bottom), self.scale_dtype)
         zero = jnp.clip(jnp.round(bottom - low / scale), bottom, top)
         return Grid(scale, zero.astype(jnp.int32))
-
-    def _stored(self, scale: Array) -> Array:
-        """The scale as its storage will give it back; never zero, never infinite."""
-        info = jnp.finfo(self.scale_dtype)
-        scale = jnp.clip(scale, float(info.smallest_subnormal), float(info.max))
-        return scale.astype(self.scale_dtype).astype(jnp.float32)
 
     def _search(self, w: Array, low: Array, high: Array, axes: tuple[int, ...]) -> Grid:
         """Shrink the range in 2 % steps to 0.3 of it; keep each group's least squared error."""
@@ -147,7 +130,7 @@ class Integer:
 
     def rescaled(self, grid: Grid, factor: Array) -> Grid:
         """The grid with its scale times a factor, as storage will give it back."""
-        return grid._replace(scale=self._stored(grid.scale * factor))
+        return grid._replace(scale=as_stored(grid.scale * factor, self.scale_dtype))
 
     # --- storage ----------------------------------------------------------------------------
 
@@ -206,9 +189,7 @@ class Integer:
         return rows.scale * (codes - rows.zero)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        run, per = layout.unit(self.bits)
-        words = data["codes"].reshape(-1, per, data["codes"].shape[-1])[ids // run]
-        codes = jax.vmap(lambda w, i: layout.unpack(w, self.bits, run)[i])(words, ids % run)
+        codes = layout.unpack_rows(data["codes"], self.bits, ids)
         grid = self._stored_grid(data)
         group = ids // self.rows_per_group(k)
         row = jax.tree.map(lambda a: a[jnp.minimum(group, a.shape[0] - 1)], grid)
@@ -227,18 +208,6 @@ class Integer:
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""
         return f"packed_matmul/reference (XLA), {self.bits}-bit words"
-
-
-def check_group_size(group_size: int | str) -> None:
-    """Raise ValueError unless group_size is positive, -1, "channel" or "tensor"."""
-    good = group_size in (-1, "channel", "tensor") or (
-        isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
-    )
-    if not good:
-        raise ValueError(
-            f'group_size must be positive, -1 (per output), "channel" or "tensor", '
-            f"got {group_size!r}"
-        )
 
 
 def spread(grid: Grid, rows: int, k: int) -> Grid:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from jaxquant.codebooks.decoding import Decoding
 from jaxquant.fields import check_fields
-from pallas_kernels import decoded, e8p, lookup
+from pallas_kernels import e8p, lookup
 
-_SPANS = {"codes": 1, "residual": 1}
 _CHUNK = 1 << 15  # octets rounded at a time
 
 
@@ -22,7 +22,7 @@ class LatticeGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class E8P:
+class E8P(Decoding):
     """QuIP#'s codebook at 2 bits a weight; 3 and 4 bits code the residual with a second point.
 
     The scale is rms(w) over the one best for Gaussian weights: rotate the matrix first. Stored
@@ -44,15 +44,11 @@ class E8P:
     bits: int = 2
 
     tile: ClassVar[tuple[int, int]] = (8, 1)  # rows, columns that one code covers
-    codes_ndim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.bits not in e8p.OPT_SCALE:
             raise ValueError(f"bits must be 2, 3 or 4, got {self.bits}")
-
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Any finite weights will do."""
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
@@ -100,7 +96,11 @@ class E8P:
         codes = jax.lax.map(lambda t: self.round(t, row)[0], octets, batch_size=max(1, _CHUNK // n))
         return self.pack(codes, grid)
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+    @property
+    def spans(self) -> dict[str, int]:
+        return {"codes": 1, "residual": 1}
+
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         points = e8p.decode(self._codes(data, k // 8), self.bits)
         return data["scale"] * points.reshape(*points.shape[:-3], k, points.shape[-1])
 
@@ -115,17 +115,6 @@ class E8P:
             codes = codes | lookup.unpack(data["residual"], self._fine, octets, 1) << 16
         return codes[..., 0, :]
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        return decoded.matmul(x, data, self.dequantize, _SPANS)
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        return decoded.matmul_transposed(x, data, self.dequantize, _SPANS, k)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return decoded.columns(data, ids, self.dequantize, _SPANS, k)
-
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = lookup.take(data["codes"], ids // 8, 16, 1)
         if self.bits > 2:
@@ -133,10 +122,6 @@ class E8P:
         wanted = (ids % 8)[:, None, None] == np.arange(8)[:, None]
         points = e8p.decode(codes[:, 0], self.bits)
         return data["scale"] * jnp.sum(jnp.where(wanted, points, 0), axis=1)
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return decoded.outputs(data, _SPANS)
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""

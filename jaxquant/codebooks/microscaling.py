@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.codebooks.table import Scales, Table, as_stored
+from jaxquant.codebooks.scales import as_stored
+from jaxquant.codebooks.table import Scales, Table
 from jaxquant.fields import check_fields
 
 # Codes are sign, two bits of exponent, one of significand.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.codebooks.table import Scales, Table, as_stored, search, through
+from jaxquant.codebooks.scales import as_stored, through
+from jaxquant.codebooks.table import Scales, Table, search
 
 # As published (bitsandbytes): float32 of an offset rounded to 0.9677083.
 NF4 = (

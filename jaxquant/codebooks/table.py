@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxquant.codebooks.integer import SCALE_DTYPES, Integer, check_group_size
+from jaxquant.codebooks.scales import as_stored, check_grouping, rows_per_group
 from jaxquant.fields import check_fields
 from pallas_kernels import decoded, layout, tables
 
@@ -49,9 +49,7 @@ class Table:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_group_size(self.group_size)
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
+        check_grouping(self.group_size, self.scale_dtype)
 
     @property
     def table(self) -> tuple[float, ...] | str:
@@ -77,8 +75,8 @@ class Table:
     # --- codes ------------------------------------------------------------------------------
 
     def rows_per_group(self, k: int) -> int:
-        """Rows that share a scale in a matrix of k rows; ValueError as `Integer` raises it."""
-        return Integer(group_size=self.group_size, pad=self.pad).rows_per_group(k)
+        """Rows that share a scale in a matrix of k rows; ValueError if pad is needed."""
+        return rows_per_group(self.group_size, self.pad, k)
 
     def grids(self, w: Float[Array, "k n"]) -> Scales:
         """The scales [groups, n] of every group of rows ([1, 1] if one serves the matrix)."""
@@ -156,9 +154,7 @@ class Table:
         return decoded.columns(self.opened(data), ids, self._decode, _spans(data), k)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        run, per = layout.unit(self.bits)
-        words = data["codes"].reshape(-1, per, data["codes"].shape[-1])[ids // run]
-        codes = jax.vmap(lambda w, i: layout.unpack(w, self.bits, run)[i])(words, ids % run)
+        codes = layout.unpack_rows(data["codes"], self.bits, ids)
         scale = self.scales(self.opened(data))[ids // self.rows_per_group(k)]
         return scale * tables.values(codes, self.table)
 
@@ -180,28 +176,6 @@ class Table:
 def _spans(data: dict[str, Array]) -> dict[str, int]:
     """Arrays that split by columns; a scale of the whole matrix does not."""
     return {"codes": 1, "scale": 1} if data["scale"].shape[-1] > 1 else {"codes": 1}
-
-
-def as_stored(scale: Array, dtype: str) -> Array:
-    """Positive float32 scales after a round trip through `dtype`; never zero, never infinite.
-
-    >>> as_stored(jnp.array([0.0, 0.3, 1e9]), "float8_e4m3fn").tolist()
-    [0.001953125, 0.3125, 448.0]
-    """
-    info = jnp.finfo(dtype)
-    # A subnormal float32 would be flushed to zero, and divided by.
-    least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    return through(jnp.clip(scale, least, float(info.max)), dtype)
-
-
-def through(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
-    """float32 values after a round trip through `dtype`.
-
-    >>> through(jnp.array([0.3, 17.0]), "float8_e4m3fn").tolist()
-    [0.3125, 16.0]
-    """
-    # Without the barrier XLA may skip the trip: to its GPU compiler that is only more precision.
-    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 @lru_cache

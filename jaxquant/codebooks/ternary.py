@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.codebooks.integer import Grid, Integer
+from jaxquant.codebooks.scales import as_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,5 +46,5 @@ class Ternary(Integer):
 
         scale = jnp.mean(jnp.abs(w), axes, keepdims=True)
         scale = jax.lax.fori_loop(0, 8, improve, scale)
-        scale = self._stored(jnp.atleast_1d(scale.squeeze(axes)))
+        scale = as_stored(jnp.atleast_1d(scale.squeeze(axes)), self.scale_dtype)
         return Grid(scale, jnp.zeros(scale.shape, jnp.int32))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxquant.codebooks.decoding import Decoding
 from jaxquant.fields import check_fields
-from pallas_kernels import decoded, trellis, viterbi
+from pallas_kernels import trellis, viterbi
 
 SIDE = 16  # of a tile
-_SPANS = {"codes": SIDE}
 # Best scale for Gaussian weights, in units of their rms, by rate; and the distortion it gives
 # ("mul1", L = 12): `tests/benchmarks/trellis_distortion.py`.
 _SCALE = (1.0, 0.9, 1.03, 1.1, 1.15, 1.15, 1.15, 1.15, 1.15)
@@ -28,7 +28,7 @@ class TrellisGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trellis:
+class Trellis(Decoding):
     """QTIP's trellis-coded quantization; the weights should be rotated to look Gaussian first.
 
     Attributes:
@@ -50,7 +50,6 @@ class Trellis:
     code: str = "mul1"
 
     tile: ClassVar[tuple[int, int]] = (SIDE, SIDE)
-    codes_ndim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,9 +64,6 @@ class Trellis:
     def V(self) -> int:
         """Weights of a step of the trellis."""
         return trellis.CODES[self.code]
-
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Any finite weights will do."""
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
@@ -143,7 +139,11 @@ class Trellis:
         blocks = w.astype(jnp.float32).reshape(-1, SIDE, n)
         return self.pack(jax.lax.map(lambda b: self.round(*b)[0], (blocks, rows)), grid)
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+    @property
+    def spans(self) -> dict[str, int]:
+        return {"codes": SIDE}
+
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         *batch, _, t = data["codes"].shape
         per = k // SIDE // len(self.rates)
         parts, word = [], 0
@@ -159,23 +159,8 @@ class Trellis:
         w = jnp.concatenate(parts, axis=-3).reshape(*batch, len(self.rates), -1, t * SIDE)
         return (w * data["scale"][..., None]).reshape(*batch, k, t * SIDE)
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        return decoded.matmul(x, data, self.dequantize, _SPANS)
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        return decoded.matmul_transposed(x, data, self.dequantize, _SPANS, k)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return decoded.columns(data, ids, self.dequantize, _SPANS, k)
-
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         return self.dequantize(data, k)[ids]
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return decoded.outputs(data, _SPANS)
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""

@@ -2,18 +2,18 @@
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxquant.codebooks.additive import check_half
+from jaxquant.codebooks.decoding import Decoding
 from jaxquant.codebooks.kmeans import residual_kmeans
-from jaxquant.codebooks.table import through
-from jaxquant.fields import check_fields
-from pallas_kernels import decoded, lookup
+from jaxquant.codebooks.scales import check_half, through
+from jaxquant.fields import check_fields, check_positive
+from pallas_kernels import lookup
 
 
 class VectorGrid(NamedTuple):
@@ -27,7 +27,7 @@ class VectorGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector:
+class Vector(Decoding):
     """w[i, j : j + length] is a vector of a codebook, plus one of a second if `residual_bits`.
 
     Codebooks are learned for each matrix, and there are no scales: transforms are for that.
@@ -55,15 +55,12 @@ class Vector:
     residual_bits: int = 8
     outliers: float = 0.0
 
-    codes_ndim: ClassVar[int] = 2
-
     def __post_init__(self) -> None:
         check_fields(self)
         lookup.digit(self.bits)
         if self.residual_bits:
             lookup.digit(self.residual_bits)
-        if self.length < 1:
-            raise ValueError(f"length must be positive, got {self.length}")
+        check_positive(self, "length")
         if not 0 <= self.outliers < 1:
             raise ValueError(f"outliers must be a fraction in [0, 1), got {self.outliers}")
 
@@ -177,7 +174,7 @@ class Vector:
         return parts if self.residual_bits else parts[:1]
 
     @property
-    def _spans(self) -> dict[str, int]:
+    def spans(self) -> dict[str, int]:
         return {name: self.length for name, _, _ in self._parts}
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
@@ -188,13 +185,7 @@ class Vector:
         kinds = jnp.broadcast_to(grid.kind, len(w))
         return self.pack(jax.lax.map(one, (w, kinds)), grid)
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        decode = self._decode
-        for _ in data["codes"].shape[:-2]:
-            decode = jax.vmap(decode, (0, None))
-        return decode(data, k)
-
-    def _decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
         codes = [lookup.unpack(data[name], bits, k, 1) for name, _, bits in self._parts]
         return self.values(jnp.concatenate(codes, 1), self._grid(data, jnp.arange(k)))
 
@@ -206,24 +197,9 @@ class Vector:
         kind = data["outliers"][ids // 32] >> ids % 32 & 1
         return VectorGrid(tuple(t[None] for t in tables), kind)
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        return decoded.matmul(x, data, self._decode, self._spans)
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        return decoded.matmul_transposed(x, data, self._decode, self._spans, k)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return decoded.columns(data, ids, self._decode, self._spans, k)
-
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = [lookup.take(data[name], ids, bits, 1) for name, _, bits in self._parts]
         return self.values(jnp.concatenate(codes, 1), self._grid(data, ids))
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return decoded.outputs(data, self._spans)
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, check_positive
 from jaxquant.rounding.ldlq import block_rows, descend, feedback
 from jaxquant.rounding.moments import Moments, living, unit_upper, upper
 
@@ -54,13 +54,9 @@ class Beam:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("beam", "steps", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "beam", "steps", "block_size", "damping")
         if self.sweeps < 0:
             raise ValueError(f"sweeps must not be negative, got {self.sweeps}")
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive, got {self.damping}")
 
     def __call__(
         self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, check_positive
 from jaxquant.rounding.moments import Moments, living, unit_upper
 
 
@@ -51,10 +51,7 @@ class LDLQ:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive, got {self.damping}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be positive, got {self.block_size}")
+        check_positive(self, "damping", "block_size")
         if self.passes < 0:
             raise ValueError(f"passes must not be negative, got {self.passes}")
         if not all(s > 0 for s in self.scales):

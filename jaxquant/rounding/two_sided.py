@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, check_positive
 from jaxquant.rounding.moments import Moments, living, unit_upper
 
 
@@ -41,9 +41,7 @@ class TwoSided:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("damping", "output_damping", "scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "damping", "output_damping", "scale")
 
     def __call__(
         self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None

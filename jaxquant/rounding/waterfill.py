@@ -32,7 +32,7 @@ from jaxquant.codebooks.entropy_coded import (
     profile,
     quarters,
 )
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, check_positive
 from jaxquant.rounding.ldlq import feedback
 from jaxquant.rounding.moments import Moments, feedback_energies, living, upper
 from pallas_kernels.coded import FINE, Coded
@@ -60,11 +60,7 @@ class Waterfill:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive, got {self.damping}")
-        for name in ("block_size", "trials"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "damping", "block_size", "trials")
 
     def __call__(
         self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None

@@ -1,0 +1,48 @@
+"""What formats without a kernel of their own share: products and look-ups by decoding tiles."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import decoded
+
+
+class Decoding:
+    """Base of a format that says `spans` and `decode`; see `pallas_kernels.decoded` for both."""
+
+    codes_ndim: ClassVar[int] = 2
+
+    @property
+    def spans(self) -> Mapping[str, int]:
+        """Columns that one entry along the last axis of each array covers."""
+        raise NotImplementedError
+
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        """One matrix, or the columns of it that a part of the data holds."""
+        raise NotImplementedError
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Any finite weights will do."""
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        decode = self.decode
+        for _ in data["codes"].shape[: -self.codes_ndim]:
+            decode = jax.vmap(decode, (0, None))
+        return decode(data, k)
+
+    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        return decoded.matmul(x, data, self.decode, self.spans)
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        return decoded.matmul_transposed(x, data, self.decode, self.spans, k)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return decoded.columns(data, ids, self.decode, self.spans, k)
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return decoded.outputs(data, self.spans)
