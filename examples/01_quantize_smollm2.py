@@ -56,7 +56,7 @@ def main() -> None:
             with bar(f"{name}, quantizing", pipeline.plan(model, recipe).matrices) as step:
                 made = pipeline.quantized_model(model, recipe, stats, progress=step)
             seconds = time.monotonic() - start
-            seconds += calibrated if method.rounder.needs_gram else 0.0
+            seconds += calibrated if method.needs_gram else 0.0
             out = Path(folder) / name.replace(" ", "-")
             pipeline.save(out, made, recipe)
             loaded = pipeline.load_any(out)

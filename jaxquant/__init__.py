@@ -1,5 +1,6 @@
 """jaxquant: a functional quantization stack for JAX."""
 
+from jaxquant.allocate import Allocation, Option, allocate
 from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
 from jaxquant.codebooks import (
@@ -42,7 +43,7 @@ from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quant
 from jaxquant.recipe import Plan, Recipe, resolve
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
-from jaxquant.transforms import Rotation
+from jaxquant.transforms import Rotation, Scaling
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "MXFP4",
     "NVFP4",
     "Additive",
+    "Allocation",
     "Done",
     "EntropyCoded",
     "Explanation",
@@ -61,16 +63,19 @@ __all__ = [
     "Integer",
     "Method",
     "NormalFloat",
+    "Option",
     "Plan",
     "QTensor",
     "Recipe",
     "Rotation",
+    "Scaling",
     "Site",
     "Stats",
     "Ternary",
     "Trellis",
     "TrellisBudget",
     "Vector",
+    "allocate",
     "aqlm",
     "bits_per_weight",
     "calibrate",

@@ -1,7 +1,7 @@
 """Healing: after rounding, train what stayed continuous, against the model as it was."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from jaxquant.dispatch import quantized
 from jaxquant.fields import check_fields, check_positive
 from jaxquant.opened import Values, at_start, close_tree, open_tree, trained
 
+NAME = "healing"  # of its state, among what is finished
+
 
 @dataclasses.dataclass(frozen=True)
 class Healing:
@@ -25,6 +27,7 @@ class Healing:
       learning_rate: at its highest; of relative changes.
       batch_size: sequences of one update.
       validate_every: updates between two looks at the held-out loss; the best state is kept.
+      save_every: updates between two copies to go on from.
       seed: of the order of the sequences.
     """
 
@@ -32,11 +35,12 @@ class Healing:
     learning_rate: float = 2e-3
     batch_size: int = 2
     validate_every: int = 50
+    save_every: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("steps", "batch_size", "validate_every"):
+        for name in ("steps", "batch_size", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_positive(self, "learning_rate")
@@ -57,7 +61,7 @@ class Healing:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-class State(NamedTuple):
+class _State(NamedTuple):
     """Training so far: enough to go on exactly as if it had not stopped."""
 
     step: int
@@ -65,6 +69,16 @@ class State(NamedTuple):
     optimizer: Any
     best: Values
     best_loss: float
+
+    def stored(self) -> dict[str, Array]:
+        """As arrays by name."""
+        return {str(i): a for i, a in enumerate(jax.tree.leaves(self))}
+
+    def restored(self, arrays: Mapping[str, Any]) -> "_State":
+        """The state stored, of this one's structure."""
+        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays))]
+        state = jax.tree.unflatten(jax.tree.structure(self), leaves)
+        return state._replace(step=int(state.step), best_loss=float(arrays[str(len(arrays) - 1)]))
 
 
 class Progress(NamedTuple):
@@ -84,8 +98,8 @@ def heal(
     *,
     validation: np.ndarray | None = None,
     also: Sequence[str] = (),
-    state: State | None = None,
-    progress: Callable[[Progress, State], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: MutableMapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """`params` trained so that fn(params, x) is what fn(teacher, x) is, in KL over the last axis.
 
@@ -99,7 +113,9 @@ def heal(
       validation: held-out inputs; the state with the least loss on them is what comes back.
         None: the last state does.
       also: globs of plain leaves to train ("*norm*").
-      state: to go on from; `progress` is given one after every update.
+      progress: called after every update.
+      finished: where training so far is kept, every `save_every` updates, and gone on from; as in
+        `quantize`.
     Raises:
       ValueError: fewer sequences than a batch, or nothing to train.
     Source:
@@ -130,9 +146,12 @@ def heal(
         each = [measure(change, opened, teacher, jnp.asarray(v)[None]) for v in validation]
         return float(np.mean(each))
 
-    if state is None:
-        zero = at_start(opened)
-        state = State(0, zero, optimizer.init(zero), zero, held_out(zero))
+    zero = at_start(opened)
+    state = _State(0, zero, optimizer.init(zero), zero, float("inf"))
+    if finished is not None and NAME in finished:
+        state = state.restored(finished[NAME])
+    else:
+        state = state._replace(best_loss=held_out(zero))
     update = jax.jit(partial(_update, fn, optimizer))
     while state.step < healing.steps:
         x = jnp.asarray(sequences[healing.batch(state.step, len(sequences))])
@@ -144,8 +163,10 @@ def heal(
             seen = held_out(change)
             if seen < state.best_loss:
                 state = state._replace(best=change, best_loss=seen)
+        if finished is not None and (last or state.step % healing.save_every == 0):
+            finished[NAME] = state.stored()
         if progress is not None:
-            progress(Progress(state.step, float(loss), seen), state)
+            progress(Progress(state.step, float(loss), seen))
     return close_tree(params, opened, state.change if validation is None else state.best)
 
 

@@ -67,24 +67,25 @@ def _transformed(
 ) -> tuple[Array, Moments, dict[str, Array]]:
     """W and its moments after the method's changes of variables, and the arrays of these."""
     w = w.astype(jnp.float32)
-    apply, gram, rows = _side(method.input, "input", w.T, moments.input, keys.input)
-    w = apply(w.T).T
+    change, gram, rows = _side(method.input, "input", w.T, moments.input, keys.input)
+    w = change(w.T).T
     output_key = jax.random.fold_in(keys.own, 1)
-    apply, output, columns = _side(method.output, "output", w, moments.output, output_key)
-    return apply(w), Moments(gram, output), rows | columns
+    change, output, columns = _side(method.output, "output", w, moments.output, output_key)
+    return change(w), Moments(gram, output), rows | columns
 
 
 def _side(
     side: Any, name: str, w: Float[Array, "r c"], gram: Array | None, key: Array
 ) -> tuple[Callable[[Array], Array], Array | None, dict[str, Array]]:
-    """What changes the channels c of row vectors, their moment after it, and its arrays."""
+    """What changes the channels c of the weight's rows, their moment after it, and its arrays."""
     if side is None:
         return lambda x: x, gram, {}
-    seen = 1.0 if gram is None else jnp.diagonal(gram)
-    arrays = side.fit(seen * jnp.mean(w**2, 0), key)
+    energy = jnp.mean(w**2, 0)
+    arrays = side.fit(energy, jnp.ones_like(energy) if gram is None else jnp.diagonal(gram), key)
     apply = lambda x: side.apply(x, arrays)
     gram = None if gram is None else apply(apply(gram).T)  # A^T H A
-    return apply, gram, {f"{name}.{part}": a for part, a in arrays.items()}
+    change = lambda x: side.inverse(x, arrays)
+    return change, gram, {f"{name}.{part}": a for part, a in arrays.items()}
 
 
 def _energy(e: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:

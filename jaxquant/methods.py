@@ -48,6 +48,16 @@ class Method:
                 f"{self.rounder!r} and {self.format!r}"
             )
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it reads the second moment of the inputs."""
+        return self.rounder.needs_gram or getattr(self.input, "needs_moment", False)
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether it reads the second moment of the loss gradients at the outputs."""
+        return self.rounder.needs_output or getattr(self.output, "needs_moment", False)
+
     def stored(self, k: int, n: int) -> tuple[int, int]:
         """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
         if self.input is not None:

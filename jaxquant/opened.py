@@ -1,8 +1,9 @@
 """Opening a quantized tree for training: what is continuous in it becomes factors near one.
 
-Codes stay. Of a rotated weight train the signs, as real factors on both sides; of other formats
-the float arrays that they name in `trained` (scales, codebooks); of plain leaves those the user
-names. Each value is start * (1 + factor), so that one learning rate suits them all.
+Codes stay. Of a format train the float arrays that it names in `trained` (scales, codebooks); of
+transforms the factors of channels, signs as real factors among them. A format that names none is
+given a `Scaling` on every side that has no transform, 16 bits a channel. Of plain leaves train
+those the user names. Each value is start * (1 + change), so that one learning rate suits them all.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxquant.codebooks.dense import Dense
+from jaxquant.methods import Method
 from jaxquant.paths import matches, path_leaves, replace_leaves
 from jaxquant.tensor import QTensor
+from jaxquant.transforms import Rotation, Scaling
 from jaxquant.transforms.rotation import factors
 
 Values = dict[str, dict[str, Array]]  # path -> name of an array ("" for a plain leaf) -> array
@@ -47,7 +50,7 @@ def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
             start[path] = {"": leaf.astype(jnp.float32)}
     start = {path: values for path, values in start.items() if values}
     if not start:
-        raise ValueError("nothing to train: no quantized leaf has scales, signs or codebooks")
+        raise ValueError("nothing to train: no leaf is quantized, and `also` names none")
     return Opened(replace_leaves(params, leaves), start)
 
 
@@ -55,12 +58,41 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
     """The weight with its codes decoded if nothing in the format is trained; its trained arrays."""
     start = {name: w.data[name].astype(jnp.float32) for name in getattr(w.format, "trained", ())}
     if not start:
-        w = _dense(w)
+        w = _dense(_scaled(w))
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
         if f"{side}.signs" in w.data:
             signs = factors(w.data[f"{side}.signs"], math.prod(sizes))
             start[f"{side}.signs"] = signs.astype(jnp.float32)
+        if f"{side}.factors" in w.data:
+            start[f"{side}.factors"] = w.data[f"{side}.factors"].astype(jnp.float32)
     return dataclasses.replace(w, shared=""), start
+
+
+def added_bytes(method: Method, k: int, n: int) -> int:
+    """What `heal` adds to a matrix [k, n]: signs become float16, missing sides are made.
+
+    >>> from jaxquant.methods import entropy_coded, qtip, rtn
+    >>> [added_bytes(m, 64, 64) for m in (rtn(), entropy_coded(), qtip())]
+    [0, 256, 240]
+    """
+    total = 0
+    for side, size in ((method.input, k), (method.output, n)):
+        if isinstance(side, Rotation):
+            total += 2 * size - -(-size // 8)
+        elif side is None and not getattr(method.format, "trained", ()):
+            total += 2 * size
+    return total
+
+
+def _scaled(w: QTensor) -> QTensor:
+    """With factors of one on the sides that have no transform."""
+    batch, new = w.stored_shape()[: w.leading()], {}
+    for side, sizes in (("input", w.view.k), ("output", w.view.n)):
+        if getattr(w, side) is None:
+            new[side] = jnp.ones((*batch, math.prod(sizes)), jnp.float16)
+    data = w.data | {f"{side}.factors": ones for side, ones in new.items()}
+    sides: dict[str, Any] = dict.fromkeys(new, Scaling())
+    return dataclasses.replace(w, data=data, **sides)
 
 
 def _dense(w: QTensor) -> QTensor:
@@ -87,18 +119,23 @@ def _with(leaf: Any, values: dict[str, Array]) -> Any:
 
 
 def close_tree(params: Any, opened: Opened, change: Values) -> Any:
-    """The quantized tree with the trained values stored: signs in float16, others as they were."""
+    """The quantized tree with the trained values stored: factors in float16."""
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
-    leaves = dict(path_leaves(params))
+    leaves, sides = dict(path_leaves(params)), dict(path_leaves(opened.params))
     new = {}
     for path, named in values.items():
-        leaf = leaves[path]
+        leaf, with_sides = leaves[path], sides[path]
         if not isinstance(leaf, QTensor):
             new[path] = named[""].astype(leaf.dtype)
             continue
-        data = dict(leaf.data)
-        for name, value in named.items():
-            packed = data[name].dtype == jnp.uint8
-            data[name] = value.astype(jnp.float16 if packed else data[name].dtype)
-        new[path] = dataclasses.replace(leaf, data=data, shared="")
+        stored = {
+            n: a.astype(jnp.float16 if "." in n else leaf.data[n].dtype) for n, a in named.items()
+        }
+        new[path] = dataclasses.replace(
+            leaf,
+            data=leaf.data | stored,
+            input=with_sides.input,
+            output=with_sides.output,
+            shared="",
+        )
     return replace_leaves(params, new)

@@ -127,7 +127,7 @@ def quantize_array(
         raise ValueError(f"expected a method, such as gptq(bits=4), got {method!r}")
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
-    needs = {"gram": method.rounder.needs_gram, "output_gram": method.rounder.needs_output}
+    needs = {"gram": method.needs_gram, "output_gram": method.needs_output}
     for name, given, size in (("gram", gram, w.shape[0]), ("output_gram", output_gram, w.shape[1])):
         if needs[name] and given is None:
             raise ValueError(f"method {method.name!r} needs {name}=, [{size}] squared")
@@ -140,15 +140,14 @@ def quantize_array(
 
 
 def _check_statistics(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> None:
-    rounder = method.rounder
-    if not (rounder.needs_gram or rounder.needs_output):
+    if not (method.needs_gram or method.needs_output):
         return
     if not isinstance(stats, Stats):
         raise ValueError(
             f"method {method.name!r} for {path!r} needs statistics: pass the result of "
             f"calibrate(fn, params, batches)"
         )
-    stats.check(path, output=rounder.needs_output)
+    stats.check(path, output=method.needs_output)
 
 
 def _moments(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:
@@ -156,8 +155,8 @@ def _moments(path: str, method: Method, stats: Stats | Mapping[str, Site] | None
     if not isinstance(stats, Stats):
         return Moments()
     return Moments(
-        stats.gram(path) if method.rounder.needs_gram else None,
-        stats.output_gram(path) if method.rounder.needs_output else None,
+        stats.gram(path) if method.needs_gram else None,
+        stats.output_gram(path) if method.needs_output else None,
     )
 
 
@@ -223,14 +222,13 @@ class _Job:
 
     def run(self, w: Array, moments: Moments, progress: _Progress) -> QTensor:
         entry, method = self.entry, self.method
-        view, order = entry.form
         *batch, k, n = entry.matrix
         moments = self._matrices(moments)
         # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's type.
         abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
         if not abstract:
             _check_values(w, entry.path, method, moments)
-        matrices = jnp.transpose(w, order).reshape(-1, k, n)
+        matrices = entry.matrices(w)
         method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
@@ -249,7 +247,7 @@ class _Job:
         return QTensor(
             data={name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()},
             format=method.format,
-            view=view,
+            view=entry.form[0],
             logical_dtype=jnp.dtype(w.dtype).name,
             method=method.name,
             input=method.input,

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxquant.methods import KEEP, Keep, Method, named_method
 from jaxquant.paths import matches, path_leaves
@@ -95,6 +97,10 @@ class Entry:
         view, order = self.form
         batch = [self.shape[a] for a in order[: len(order) - len(view.k) - len(view.n)]]
         return (*batch, math.prod(view.k), math.prod(view.n))
+
+    def matrices(self, w: Array) -> Float[Array, "m k n"]:
+        """The leaf's matrices, one after another."""
+        return jnp.transpose(w, self.form[1]).reshape(-1, *self.matrix[-2:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,9 @@ class Side(Protocol):
     ) -> Float[Array, "... n"]:
         """y A^T."""
 
+    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A^-T: what weights become where the vectors they meet become x A."""
+
 
 @dataclasses.dataclass(frozen=True)
 class View:

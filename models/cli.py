@@ -20,9 +20,12 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import check_sizes, evaluate
+from jaxquant.finetune import Progress as Update
 from jaxquant.resume import Folder
 from models import job, pipeline
+from models.effort import EFFORTS
 from models.generate import generate as generate_ids
+from models.request import job_of, with_texts
 from models.text import read_text
 
 stderr = Console(stderr=True)
@@ -62,9 +65,36 @@ def cli() -> None:
 @click.option("--act-order/--no-act-order", default=None)
 @click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
               help="Any other option of the method, as JSON: --set two_sided=true.")  # fmt: skip
+@click.option(
+    "--target-bits",
+    type=float,
+    default=None,
+    help="Average over all matrices: shares bits out between kinds of weights.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(sorted(EFFORTS)),
+    default="default",
+    show_default=True,
+    help="Sets calibration, healing, searches, and the method if none is named.",
+)
+@click.option(
+    "--heal",
+    "steps",
+    type=click.IntRange(0),
+    default=None,
+    help="Steps of training afterwards; default 0, or 200 with --effort best.",
+)
+@click.option(
+    "--heal-text",
+    default=None,
+    help="Text FILE, builtin or generated (by the model); default: that of calibration.",
+)
 @click.option("--recipe", "recipe_file", default=None, help="JSON file of rules.")
 @click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
-@click.option("--calibration-tokens", type=int, default=8192, show_default=True)
+@click.option(
+    "--calibration-tokens", type=int, default=None, help="By --effort: 4096, 8192, 65536."
+)
 @click.option("--weighting", type=click.Choice(["gradient", "uniform"]), default="gradient")
 @click.option("--seed", type=SEED, default=0, help="Seeds methods that draw at random.")
 @click.option("--out", required=True)
@@ -73,27 +103,28 @@ def cli() -> None:
 def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Quantize MODEL into the directory --out."""
     with usage():
-        recipe = _recipe(**options)
         checkpoint.check_target(out, overwrite)
-        if options["calibration_tokens"] < pipeline.CONTEXT:
-            raise ValueError(f"--calibration-tokens must be at least {pipeline.CONTEXT}")
+        work = job_of(**options)
     start = time.monotonic()
-    text = read_text(options["calibration"], calibration=True)
+    work = with_texts(work)
     source = pipeline.load_any(model)
-    plan = pipeline.plan(source, recipe)
-    click.echo(str(plan), err=True)
-    names = ("weighting", "seed")
-    work = job.Job(recipe, text, options["calibration_tokens"], *(options[n] for n in names))
+    if work.recipe is not None:
+        click.echo(str(pipeline.plan(source, work.recipe)), err=True)
     folder = Folder(job.folder_of(out), work.fingerprint(source))
     if len(folder):
         click.echo(f"going on from {folder.path}", err=True)
     stats = None
-    if pipeline.needs_statistics(recipe):
+    if work.needs_statistics:
         with bar("calibrating", work.tokens // pipeline.CONTEXT) as step:
             stats = job.calibrated(work, source, folder, step)
-    with bar("quantizing", plan.matrices) as step:
-        rows = _Rows(step)
-        result = job.quantized(work, source, stats, folder, rows)
+    recipe = work.recipe
+    if recipe is None:
+        recipe = _allocated(work, source, stats, folder)
+    with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
+        result = job.quantized(work, recipe, source, stats, folder, _Rows(step))
+    if work.healing is not None:
+        with bar("healing", work.healing.steps) as step:
+            result = job.healed(work, work.healing, source, result, folder, _Steps(step))
     pipeline.save(out, result, recipe, overwrite)
     folder.remove()
     report = {
@@ -103,6 +134,39 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
         "seconds": time.monotonic() - start,
     }
     _emit(report, as_json)
+
+
+def _allocated(work: job.Job, source: Any, stats: Any, folder: Folder) -> jq.Recipe:
+    with bar("allocating", len(work.choices)) as step:
+        seen: list[jq.Option] = []
+
+        def tell(option: jq.Option) -> None:
+            seen.append(option)
+            if len({o.path for o in seen}) == 1:
+                step(option)
+            stderr.print(
+                f"{option.path:32} {option.method.name:14} {option.method.format.bits:5g} bits  "
+                f"loss {option.loss:.5f}", highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+
+        allocation = job.allocated(work, source, stats, folder, tell)
+    click.echo(str(allocation), err=True)
+    return allocation.recipe
+
+
+class _Steps:
+    """A step of the bar for every update; a line where the held-out loss was looked at."""
+
+    def __init__(self, step: Callable[[Any], None]) -> None:
+        self.step = step
+
+    def __call__(self, done: Update) -> None:
+        self.step(done)
+        if done.validation is not None:
+            stderr.print(
+                f"step {done.step:5}  KL {done.loss:.5f}  held out {done.validation:.5f}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 class _Rows:
@@ -221,45 +285,6 @@ def _row(path: str, w: Any) -> dict[str, Any]:
 def _sizes(params: Any) -> dict[str, Any]:
     total = sum(w.nbytes for _, w in jq.path_leaves(params))
     return {"bits_per_weight": jq.bits_per_weight(params), "bytes": total}
-
-
-def _recipe(
-    method: str | None,
-    recipe_file: str | None,
-    bits: float | None,
-    group_size: int | None,
-    symmetric: bool | None,
-    act_order: bool | None,
-    more: tuple[str, ...],
-    **_: Any,
-) -> jq.Recipe:
-    whole = bits is not None and bits == int(bits)
-    options = {"bits": int(bits) if whole else bits, "group_size": group_size}
-    options |= {"symmetric": symmetric, "act_order": act_order, **dict(map(_setting, more))}
-    if (method is None) == (recipe_file is None):
-        raise ValueError("give one of --method and --recipe")
-    if method is not None:
-        return pipeline.recipe_of(jq.named_method(method, **options))
-    if any(v is not None for v in options.values()):
-        raise ValueError("--recipe states everything; leave --bits and the like out")
-    try:
-        with open(str(recipe_file), encoding="utf-8") as file:
-            return jq.Recipe.from_json(json.load(file))
-    except OSError as error:
-        raise ValueError(f"cannot read {recipe_file}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{recipe_file} is not JSON: {error}") from None
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; what is no JSON is a string."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _emit(report: dict[str, Any], as_json: bool) -> None:

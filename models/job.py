@@ -12,12 +12,15 @@ import numpy as np
 import jaxquant as jq
 from jaxquant.calibrate import Probe
 from jaxquant.resume import Folder
-from models import pipeline
+from jaxquant.serialize import to_json
+from models import pipeline, self_text
 from models.registry import Model
 from pallas_kernels import viterbi
 
 SAVE_EVERY = 16  # sequences between two copies of the statistics on disk
 CALIBRATION = "calibration"
+GENERATED = "generated"  # text of the model's own
+HELD_OUT = 8  # sequences that healing is judged on; a quarter of them an allocation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +28,40 @@ class Job:
     """All that decides the result.
 
     Attributes:
+      recipe: or, to have methods allocated, None.
       text: calibrated on. tokens: how many of it.
-      output: globs of weights whose output-side statistics the recipe needs.
+      choices, target_bits: methods to allocate, and the average to keep.
+      healing: how to train at last; None: not at all.
+      heal_text: to train on, "" for the text calibrated on; or `GENERATED`.
     """
 
-    recipe: jq.Recipe
+    recipe: jq.Recipe | None
     text: str
     tokens: int
     weighting: str
     seed: int
+    choices: tuple[jq.Method, ...] = ()
+    target_bits: float = 0.0
+    healing: jq.Healing | None = None
+    heal_text: str = ""
+
+    @property
+    def rules(self) -> list[tuple[str, jq.Method]]:
+        """Which methods weights may get."""
+        if self.recipe is None:
+            return [(pipeline.LAYERS, m) for m in self.choices]
+        return [(p, m) for p, m in self.recipe.rules if isinstance(m, jq.Method)]
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether there is anything to calibrate for."""
+        needed = any(m.needs_gram or m.needs_output for _, m in self.rules)
+        return needed or self.recipe is None
 
     @property
     def output(self) -> tuple[str, ...]:
-        chosen = [(p, m) for p, m in self.recipe.rules if isinstance(m, jq.Method)]
-        return tuple(p for p, m in chosen if m.rounder.needs_output)
+        """Globs of weights whose output-side statistics are needed."""
+        return tuple(dict.fromkeys(p for p, m in self.rules if m.needs_output))
 
     def fingerprint(self, source: Model) -> dict[str, Any]:
         """Plain values that differ where results may: of the job, the weights, the libraries."""
@@ -50,10 +73,16 @@ class Job:
             "jax": jax.__version__,
             "encoder": viterbi.backend(),
             "weights": digest.hexdigest(),
-            "recipe": self.recipe.to_json(),
-            "text": hashlib.sha256(self.text.encode()).hexdigest(),
-            **{name: getattr(self, name) for name in ("tokens", "weighting", "seed")},
+            "recipe": self.recipe and self.recipe.to_json(),
+            "choices": [to_json(m) for m in self.choices],
+            "healing": self.healing and dataclasses.asdict(self.healing),
+            **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
+            **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_of(out: str | Path) -> Path:
@@ -86,11 +115,50 @@ def calibrated(
     )  # fmt: skip
 
 
+def allocated(
+    job: Job, source: Model, stats: jq.Stats, folder: Folder, progress: Callable[..., None]
+) -> jq.Allocation:
+    """A method for every weight of the layers, by what each costs the model on unseen text."""
+    unseen = pipeline.last_pieces(source, job.text, HELD_OUT // 4)
+
+    def measure(params: Any) -> float:
+        return pipeline.distance(source, jq.dequantize(params), unseen)
+
+    return jq.allocate(
+        source.params, job.choices, job.target_bits, stats,
+        paths=[pipeline.LAYERS], measure=measure, healed=job.healing is not None,
+        key=jax.random.key(job.seed), progress=progress, finished=folder,
+    )  # fmt: skip
+
+
 def quantized(
-    job: Job, source: Model, stats: jq.Stats | None, folder: Folder, progress: Callable[..., None]
-) -> Model:
+    job: Job, recipe: jq.Recipe, source: Model, stats: jq.Stats | None, folder: Folder,
+    progress: Callable[..., None],
+) -> Model:  # fmt: skip
     """The quantized model; matrices in the folder are not done again."""
     key = jax.random.key(job.seed)
     return pipeline.quantized_model(
-        source, job.recipe, stats, key=key, progress=progress, finished=folder
+        source, recipe, stats, key=key, progress=progress, finished=folder
     )
+
+
+def healed(
+    job: Job, healing: jq.Healing, source: Model, result: Model, folder: Folder,
+    progress: Callable[[Any], None],
+) -> Model:  # fmt: skip
+    """The quantized model, trained to be like the source; goes on from the folder."""
+    if job.heal_text == GENERATED:
+        count = min(healing.steps * healing.batch_size, 128) + HELD_OUT
+        if GENERATED not in folder:
+            tokens = self_text.written(source, count, pipeline.CONTEXT, jax.random.key(job.seed))
+            folder[GENERATED] = {"tokens": tokens}
+        sequences = folder[GENERATED]["tokens"]
+    else:
+        sequences = pipeline.last_pieces(source, job.heal_text or job.text)
+    held_out = min(HELD_OUT, len(sequences) // 2)
+    params = jq.heal(
+        source.apply_fn, result.params, source.params, sequences[:-held_out], healing,
+        validation=sequences[-held_out:], also=[pipeline.NORMS],
+        progress=progress, finished=folder,
+    )  # fmt: skip
+    return dataclasses.replace(result, params=params)

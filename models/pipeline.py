@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant import checkpoint
-from jaxquant.evaluate import chunk
+from jaxquant.evaluate import chunk, evaluate
 from models import registry
 from models.config import LlamaConfig
 from models.llama import Llama
@@ -21,6 +21,8 @@ from models.registry import Model
 from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
+LAYERS = "layers/*kernel"  # the matrices of every layer
+NORMS = "*norm/scale"
 
 
 def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
@@ -65,9 +67,24 @@ def pieces(model: Model, text: str, ctx: int, count: int | None = None) -> np.nd
     return chunks
 
 
+def last_pieces(model: Model, text: str, count: int | None = None) -> np.ndarray:
+    """The last chunks [count, 512] of a text, all of them if no count is given."""
+    found = pieces(model, text, min(CONTEXT, model.config.max_position))
+    return found if count is None else found[-count:]
+
+
+def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
+    """Mean KL (nats per token) of the model's predictions to those with other parameters."""
+    kl = evaluate(
+        jq.quantized(model.apply_fn), params, sequences, against=(model.apply_fn, model.params)
+    ).kl
+    assert kl is not None
+    return kl
+
+
 def recipe_of(method: jq.Method) -> jq.Recipe:
     """The matrices of every layer by one method; embedding, head and norms as they are."""
-    return jq.Recipe([("layers/*kernel", method), ("*", jq.KEEP)])
+    return jq.Recipe([(LAYERS, method), ("*", jq.KEEP)])
 
 
 def calibrate(
@@ -131,11 +148,6 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following, axis=-1)[..., 0]
     )
     return jnp.mean(nll[:, :-1])
-
-
-def needs_statistics(recipe: jq.Recipe) -> bool:
-    """Whether any rule's rounder reads second moments."""
-    return any(m.rounder.needs_gram for _, m in recipe.rules if isinstance(m, jq.Method))
 
 
 def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:

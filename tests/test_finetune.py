@@ -1,13 +1,16 @@
 """Healing: nothing changes at the start, the loss falls, what is stored is what was trained."""
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.finetune import Healing, State, _divergence, heal
+from jaxquant.finetune import Healing, _divergence, heal
 from jaxquant.opened import at_start, close_tree, open_tree, trained
+from jaxquant.resume import Folder
 
 from .test_dispatch import draw
 
@@ -17,6 +20,7 @@ METHODS = [
     jq.quip_sharp(2, passes=0),
     jq.normal_float(2, 16),
     jq.Method("m", jq.rtn().rounder, jq.Integer(2, 16), jq.Rotation(16, sort=True), jq.Rotation()),
+    jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(6, states=4, lanes=4)),
 ]
 named = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
@@ -33,7 +37,7 @@ def model():
 
 def made(method, p, x):
     fn = model()[0]
-    stats = jq.calibrate(fn, p, x) if method.rounder.needs_gram else None
+    stats = jq.calibrate(fn, p, x) if method.needs_gram else None
     return jq.quantize(p, jq.Recipe([("a/*", method), ("*", jq.KEEP)]), stats)
 
 
@@ -81,11 +85,23 @@ def test_trained_signs_are_float16_and_counted():
 def test_going_on_is_the_same_as_not_stopping():
     fn, p, x = model()
     q = made(METHODS[1], p, x)
-    healing = Healing(steps=8, validate_every=3)
-    states: dict[int, State] = {}
-    keep = lambda done, state: states.update({done.step: state})
-    whole = heal(fn, q, p, x, healing, validation=x[:2], progress=keep)
-    again = heal(fn, q, p, x, healing, validation=x[:2], state=states[5])
+    healing = Healing(steps=8, validate_every=3, save_every=2)
+    whole = heal(fn, q, p, x, healing, validation=x[:2])
+
+    def stop(done):
+        if done.step == 5:
+            raise KeyboardInterrupt
+
+    with tempfile.TemporaryDirectory() as place:
+        kept = Folder(place, {})
+        with pytest.raises(KeyboardInterrupt):
+            heal(fn, q, p, x, healing, validation=x[:2], progress=stop, finished=kept)
+        steps: list[int] = []
+        again = heal(
+            fn, q, p, x, healing, validation=x[:2], progress=lambda d: steps.append(d.step),
+            finished=kept,
+        )  # fmt: skip
+    assert steps == [5, 6, 7, 8]
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -7,6 +7,7 @@ arXiv:2307.13304; Tseng et al. 2024, arXiv:2402.04396).
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,18 +52,22 @@ class Rotation:
         """
         return hadamard.padded(n) if self.block is None else -(-n // self.block) * self.block
 
-    def fit(self, energy: Float[Array, "n"], key: Array) -> dict[str, Array]:
-        """Its arrays, for channels of the given energies (mean square input times weight)."""
-        n = energy.shape[0]
+    needs_moment: ClassVar[bool] = False
+
+    def fit(
+        self, weights: Float[Array, "n"], moment: Float[Array, "n"], key: Array
+    ) -> dict[str, Array]:
+        """Its arrays, for channels of these mean squares of weights and of what they meet."""
+        n = weights.shape[0]
         arrays = {"signs": jnp.packbits(jax.random.bernoulli(key, 0.5, (n,)))}
         if self.sort:
-            arrays["order"] = jnp.argsort(-energy, stable=True).astype(jnp.uint16)
+            arrays["order"] = jnp.argsort(-weights * moment, stable=True).astype(jnp.uint16)
         return arrays
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays that `fit` makes."""
-        energy = jax.ShapeDtypeStruct((n,), jnp.float32)
-        return jax.eval_shape(self.fit, energy, jax.eval_shape(jax.random.key, 0))
+        squares = jax.ShapeDtypeStruct((n,), jnp.float32)
+        return jax.eval_shape(self.fit, squares, squares, jax.eval_shape(jax.random.key, 0))
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
         """x A, for row vectors x."""
@@ -81,6 +86,10 @@ class Rotation:
         if self.sort:
             y = y[..., jnp.argsort(arrays["order"])]
         return y * factors(arrays["signs"], n).astype(y.dtype)
+
+    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A^-T, which is x A: what weights become where the vectors they meet become x A."""
+        return self.apply(x, arrays)
 
 
 def factors(signs: Array, n: int) -> Array:

@@ -129,14 +129,14 @@ main(sys.argv[2:])
 
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
-    """kill -9 while calibrating, while rounding; then the same command: equal bytes."""
+    """kill -9 while calibrating, rounding, healing; then the same command: equal bytes."""
     text = tiny.parent / "text.txt"
     options = ["quantize", tiny, "--method", "gptq", "--group-size", 8, "--calibration", text]
-    options += ["--calibration-tokens", 1024, "--out"]
+    options += ["--calibration-tokens", 1024, "--heal", 12, "--out"]
     command = lambda count, out: [sys.executable, "-c", KILLED, str(count), *map(str, options), out]
     start = lambda count, out: subprocess.run(command(count, out), capture_output=True, check=False)
     assert start(0, tmp_path / "whole").returncode == 0
-    for count in (2, 6):
+    for count in (2, 6, 19):
         assert start(count, tmp_path / "cut").returncode == -signal.SIGKILL
         assert not (tmp_path / "cut").exists()
     assert start(0, tmp_path / "cut").returncode == 0
@@ -184,7 +184,10 @@ def fails(result, status, message):
         ("--method rtn --group-size 0", "group_size must be positive"),
         ("--method magic", "unknown method 'magic'"),
         ("--method ternary --bits 3", "unexpected keyword argument 'bits'"),
-        ("", "give one of --method and --recipe"),
+        ("", "give one of --method and --recipe, or --target-bits"),
+        ("--method rtn --bits 3 --target-bits 3", "give one of --bits and --target-bits"),
+        ("--method mxfp4 --target-bits 3", "mxfp4 has one rate only"),
+        ("--method rtn --heal-text builtin", "--heal-text is for healing"),
         ("--recipe /nowhere.json", "cannot read /nowhere.json"),
         ("--method gptq --calibration-tokens 3", "--calibration-tokens must be at least 512"),
     ],
