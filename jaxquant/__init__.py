@@ -18,7 +18,7 @@ from jaxquant.codebooks import (
     Vector,
 )
 from jaxquant.dispatch import Explanation, explain, quantized
-from jaxquant.finetune import Healing, heal
+from jaxquant.finetune import Healing, heal, heal_blocks
 from jaxquant.methods import (
     KEEP,
     METHODS,
@@ -85,6 +85,7 @@ __all__ = [
     "float8",
     "gptq",
     "heal",
+    "heal_blocks",
     "mxfp4",
     "named_method",
     "normal_float",

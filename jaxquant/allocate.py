@@ -22,14 +22,19 @@ class Option:
     """One weight by one method.
 
     Attributes:
-      bytes: of the result.
+      bytes, size: of the result, and its number of weights.
       loss: what it is expected to add; comparable between weights.
     """
 
     path: str
     method: Method
     bytes: int
+    size: int
     loss: float
+
+    def __str__(self) -> str:
+        bits = 8 * self.bytes / self.size
+        return f"{self.path:32} {self.method.name:14} {bits:6.3f} bits  loss {self.loss:.6f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +54,9 @@ class Allocation:
     highest: float
 
     def __str__(self) -> str:
-        rows = [f"{o.path:32} {o.method.name:14} {_bits(o.method)}" for o in self.chosen]
-        reach = (
-            f"{self.bits_per_weight:.3f} bits per weight of {self.lowest:.3f} to {self.highest:.3f}"
-        )
-        return "\n".join([*rows, reach])
-
-
-def _bits(method: Method) -> str:
-    bits = getattr(method.format, "bits", None)
-    return f"{bits:g} bits" if bits is not None else str(method.format)
+        span = f"{self.lowest:.3f} to {self.highest:.3f}"
+        total = f"{self.bits_per_weight:.3f} bits per weight (within reach: {span})"
+        return "\n".join([*map(str, self.chosen), total])
 
 
 def allocate(
@@ -124,7 +122,7 @@ def allocate(
     for per in weights:
         nearest = min(per, key=lambda e: abs(8 * e.bytes / e.size - bits))
         unit = table.unit(nearest, measure)
-        group = [Option(e.path, _method(e), e.bytes, unit * table.loss(e)) for e in per]
+        group = [Option(e.path, _method(e), e.bytes, e.size, unit * table.loss(e)) for e in per]
         for option in group if progress is not None else ():
             progress(option)
         groups.append(group)

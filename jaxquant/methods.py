@@ -22,7 +22,7 @@ from jaxquant.codebooks import (
 )
 from jaxquant.fields import check_fields
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
-from jaxquant.transforms import Rotation
+from jaxquant.transforms import Rotation, Scaling
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -242,16 +242,23 @@ def vptq(
     return Method("vptq", Beam(beam, sweeps), format, input=Rotation())
 
 
-def entropy_coded(bits: float = 2.0, *, states: int = 64, damping: float = 1e-4) -> Method:
+def entropy_coded(
+    bits: float = 2.0, *, states: int = 64, scaled: bool = False, damping: float = 1e-4
+) -> Method:
     """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
 
     The least loss at given bits, and the slowest product: the stream is decoded for every one.
     See `Waterfill` and `EntropyCoded`.
 
+    Args:
+      scaled: outputs are scaled by what the loss gradient says they matter, which needs
+        output-side statistics and 16 bits for each beside `bits`.
+
     >>> entropy_coded(bits=1.5).format.bits
     1.5
     """
-    return Method("entropy_coded", Waterfill(damping), EntropyCoded(bits, states))
+    output = Scaling(-0.5) if scaled else None
+    return Method("entropy_coded", Waterfill(damping), EntropyCoded(bits, states), output=output)
 
 
 def normal_float(

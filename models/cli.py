@@ -20,7 +20,9 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import check_sizes, evaluate
+from jaxquant.finetune import BLOCKS
 from jaxquant.finetune import Progress as Update
+from jaxquant.paths import matches
 from jaxquant.resume import Folder
 from models import job, pipeline
 from models.effort import EFFORTS
@@ -123,7 +125,8 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
         result = job.quantized(work, recipe, source, stats, folder, _Rows(step))
     if work.healing is not None:
-        with bar("healing", work.healing.steps) as step:
+        total = BLOCKS.steps * source.config.n_layers + work.healing.steps
+        with bar("healing", total) as step:
             result = job.healed(work, work.healing, source, result, folder, _Steps(step))
     pipeline.save(out, result, recipe, overwrite)
     folder.remove()
@@ -137,17 +140,12 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
 
 
 def _allocated(work: job.Job, source: Any, stats: Any, folder: Folder) -> jq.Recipe:
-    with bar("allocating", len(work.choices)) as step:
-        seen: list[jq.Option] = []
+    kinds = sum(matches(path, pipeline.LAYERS) for path, _ in jq.path_leaves(source.params))
+    with bar("allocating", len(work.choices) * kinds) as step:
 
         def tell(option: jq.Option) -> None:
-            seen.append(option)
-            if len({o.path for o in seen}) == 1:
-                step(option)
-            stderr.print(
-                f"{option.path:32} {option.method.name:14} {option.method.format.bits:5g} bits  "
-                f"loss {option.loss:.5f}", highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+            step(option)
+            stderr.print(str(option), highlight=False, markup=False, soft_wrap=True)
 
         allocation = job.allocated(work, source, stats, folder, tell)
     click.echo(str(allocation), err=True)

@@ -155,10 +155,7 @@ def healed(
         sequences = folder[GENERATED]["tokens"]
     else:
         sequences = pipeline.last_pieces(source, job.heal_text or job.text)
-    held_out = min(HELD_OUT, len(sequences) // 2)
-    params = jq.heal(
-        source.apply_fn, result.params, source.params, sequences[:-held_out], healing,
-        validation=sequences[-held_out:], also=[pipeline.NORMS],
-        progress=progress, finished=folder,
-    )  # fmt: skip
-    return dataclasses.replace(result, params=params)
+    cut = min(HELD_OUT, len(sequences) // 2)
+    return pipeline.healed(
+        source, result, sequences[:-cut], sequences[-cut:], healing, progress, folder
+    )

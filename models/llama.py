@@ -131,16 +131,18 @@ class Llama(nn.Module):
     Attributes:
       config: the architecture.
       dtype: dtype of activations and matmuls; softmax, norms and logits are float32.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: recompute each block in the backward pass instead of keeping its activations; or what
+        to keep, a policy of `jax.checkpoint_policies`.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | Callable[..., bool] = False
 
     def setup(self):
         c = self.config
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        policy = self.remat if callable(self.remat) else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy) if self.remat else Block
         self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype)
         self.layers = nn.scan(
             block,

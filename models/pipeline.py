@@ -16,13 +16,14 @@ from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama
+from models.llama import Llama, blockwise
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
 LAYERS = "layers/*kernel"  # the matrices of every layer
 NORMS = "*norm/scale"
+BLOCK_DATA = 24  # sequences to heal single blocks on
 
 
 def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
@@ -136,6 +137,35 @@ def calibrate_on(
         output=output,
         **options,
     )
+
+
+def trainable(model: Model) -> Callable[[Any, jax.Array], jax.Array]:
+    """`model.apply_fn` that keeps only products for its backward pass: half the memory."""
+    llama = Llama(model.config, model.dtype, remat=jax.checkpoint_policies.dots_saveable)
+    return lambda params, tokens: llama.apply({"params": params}, tokens)
+
+
+def healed(
+    source: Model,
+    result: Model,
+    sequences: np.ndarray,
+    held_out: np.ndarray,
+    healing: jq.Healing,
+    progress: Callable[[Any], None],
+    finished: Any = None,
+) -> Model:
+    """The quantized model trained to be like the source: block by block, then as a whole."""
+    parts = blockwise(source.config, source.dtype)
+    hidden = [parts.embed(source.params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
+    layers = jq.heal_blocks(
+        parts.block, result.params["layers"], source.params["layers"], np.stack(hidden),
+        also=[NORMS], progress=lambda _, done: progress(done), finished=finished,
+    )  # fmt: skip
+    params = jq.heal(
+        trainable(source), {**result.params, "layers": layers}, source.params, sequences, healing,
+        validation=held_out, also=[NORMS], progress=progress, finished=finished,
+    )  # fmt: skip
+    return dataclasses.replace(result, params=params)
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.finetune import Healing, _divergence, heal
+from jaxquant.finetune import Healing, _divergence, heal, heal_blocks
 from jaxquant.opened import at_start, close_tree, open_tree, trained
 from jaxquant.resume import Folder
 
@@ -20,7 +20,9 @@ METHODS = [
     jq.quip_sharp(2, passes=0),
     jq.normal_float(2, 16),
     jq.Method("m", jq.rtn().rounder, jq.Integer(2, 16), jq.Rotation(16, sort=True), jq.Rotation()),
-    jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(6, states=4, lanes=4)),
+    jq.aqlm(1, 4, 4, beam=2, sweeps=1),
+    jq.vptq(4, 4, 4, beam=2, sweeps=1),
+    jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(2, states=4, lanes=2)),
 ]
 named = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
@@ -115,6 +117,30 @@ def test_the_best_on_held_out_data_comes_back():
     lost = heal(fn, q, p, x[:200], wild)
     assert distance(fn, p, kept, x[200:]) <= distance(fn, p, q, x[200:]) + 1e-6
     assert distance(fn, p, kept, x[200:]) < distance(fn, p, lost, x[200:])
+
+
+@named
+def test_blocks_are_brought_nearer_one_by_one(method):
+    """Also after blocks that are quantized themselves, and going on where it was stopped."""
+    _, p, x = model()
+    x = x[:32]
+    q = made(method, p, x)
+    block = lambda p, h: jnp.tanh(h @ p["kernel"]) + h
+    healing = Healing(steps=30, learning_rate=0.02, batch_size=4, validate_every=10)
+
+    def error(tree):
+        h = want = jnp.asarray(x)
+        for i in range(2):
+            student, teacher = (jax.tree.map(lambda a, i=i: a[i], t) for t in (tree, p["a"]))
+            h, want = jq.quantized(block)(student, h), block(teacher, want)
+        return float(jnp.mean((h - want) ** 2))
+
+    kept: dict = {}
+    healed = heal_blocks(block, q["a"], p["a"], x, healing, finished=kept)
+    assert error(healed) < 0.97 * error(q["a"])
+    again = heal_blocks(block, q["a"], p["a"], x, healing, finished=kept)
+    for a, b in zip(jax.tree.leaves(healed), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input():

@@ -16,11 +16,13 @@ ROTATIONS = [
     jq.Rotation(block=16, sort=True),
     jq.Rotation(sort=True),
 ]
+SIDES = [*ROTATIONS, jq.Scaling(-0.5)]
 FINE = jq.Integer(bits=8, group_size=-1, scale_dtype="float32")
 
 
 def fitted(side, n, seed=0):
-    return side.fit(jax.random.uniform(jax.random.key(seed), (n,)), jax.random.key(seed + 1))
+    squares = jax.random.uniform(jax.random.key(seed), (2, n), minval=0.1)
+    return side.fit(*squares, jax.random.key(seed + 1))
 
 
 @pytest.mark.parametrize("side", ROTATIONS, ids=str)
@@ -35,6 +37,38 @@ def test_a_rotation_is_orthonormal(side, n):
     assert side.shapes(n) == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
+@pytest.mark.parametrize("side", SIDES, ids=str)
+def test_weights_change_as_their_inputs_do(side):
+    """(x A) . (w A^-T) = x . w, and A^T is the transpose of A; shapes are as foretold."""
+    n = 50
+    arrays = fitted(side, n)
+    x, w = draw(3, n), draw(4, n, seed=1)
+    product = side.apply(x, arrays) @ side.inverse(w, arrays).T
+    np.testing.assert_allclose(product, x @ w.T, atol=1e-4)
+    a = side.apply(jnp.eye(n), arrays)
+    y = draw(3, side.size(n), seed=2)
+    np.testing.assert_allclose(side.transposed(y, arrays, n), y @ a.T, atol=1e-5)
+    assert side.shapes(n) == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+
+def test_scaling_evens_out_what_meets_the_weight():
+    """Half of the outputs matter a hundred times as much: scaled, they get the finer codes."""
+    w, moment = draw(64, 32), jnp.where(jnp.arange(32) < 16, 10.0, 0.1)
+    lost = []
+    for side in (None, jq.Scaling(-0.5)):
+        method = jq.Method("m", Nearest(), jq.EntropyCoded(3, states=4, lanes=2), None, side)
+        q = jq.quantize_array(w, method, output_gram=jnp.diag(moment))
+        lost.append(float(jnp.sum((w - q.dequantize()) ** 2 * moment)))
+    assert lost[1] < 0.5 * lost[0]
+
+
+def test_a_scaling_that_reads_moments_asks_for_them():
+    method = jq.Method("m", Nearest(), FINE, None, jq.Scaling(-0.5))
+    with pytest.raises(ValueError, match="needs output_gram"):
+        jq.quantize_array(draw(32, 32), method)
+    assert method.needs_output and not method.needs_gram
+
+
 def test_padding_costs_bytes_that_are_counted():
     w = draw(50, 64)
     q = jq.quantize_array(w, jq.Method("m", Nearest(), FINE, jq.Rotation(), None))
@@ -44,7 +78,7 @@ def test_padding_costs_bytes_that_are_counted():
     assert entry.bytes == q.nbytes
 
 
-@pytest.mark.parametrize("side", ROTATIONS, ids=str)
+@pytest.mark.parametrize("side", [*ROTATIONS, jq.Scaling()], ids=str)
 def test_a_rotated_weight_is_the_same_function(side):
     """The products, both ways round, are those of the decoded weight, which is near the weight."""
     w, x, g = draw(48, 40), draw(5, 48, seed=1), draw(5, 40, seed=2)

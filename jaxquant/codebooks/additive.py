@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Additive(Decoding):
     codebooks: int = 2
     bits: int = 8
     group: int = 8
+
+    trained: ClassVar[tuple[str, ...]] = ("codebooks", "scale")  # what healing may train
 
     def __post_init__(self) -> None:
         check_fields(self)

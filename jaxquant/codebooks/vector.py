@@ -174,6 +174,11 @@ class Vector(Decoding):
         return parts if self.residual_bits else parts[:1]
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """What healing may train."""
+        return tuple(codebook for _, codebook, _ in self._parts)
+
+    @property
     def spans(self) -> dict[str, int]:
         return {name: self.length for name, _, _ in self._parts}
 

@@ -7,9 +7,12 @@ Run: python tests/benchmarks/perplexity.py [TEXT]   (else CPython's help topics)
 import sys
 import time
 
+import jax.numpy as jnp
+
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from models import pipeline
+from models.llama import blockwise
 from models.text import BUILTIN, read_text
 
 CHUNKS, CONTEXT = 16, 512
@@ -43,6 +46,20 @@ def main():
                     f"perplexity {perplexity(params):7.2f}  {took:4.0f} s",
                     flush=True,
                 )
+    parts = blockwise(model.config)
+    for bits in (4, 3):  # each block calibrated on what the quantized ones before it give
+        start = time.monotonic()
+        hidden = [parts.embed(model.params, jnp.asarray(s)[None]) for s in calibration]
+        layers, _ = jq.quantize_blocks(
+            parts.block, model.params["layers"], hidden,
+            jq.Recipe([("*kernel", jq.gptq(bits)), ("*", jq.KEEP)]), weighting="uniform",
+        )  # fmt: skip
+        params, took = {**model.params, "layers": layers}, time.monotonic() - start
+        print(
+            f"{'gptq, act-order':20} {'uniform, sequential':9} {jq.bits_per_weight(params):.3f} "
+            f"bits/weight  perplexity {perplexity(params):7.2f}  {took:4.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import checkpoint
-from models import load, pipeline
+from models import load, pipeline, self_text
 from models.cli import main
 from models.generate import _run
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
@@ -136,7 +136,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
     command = lambda count, out: [sys.executable, "-c", KILLED, str(count), *map(str, options), out]
     start = lambda count, out: subprocess.run(command(count, out), capture_output=True, check=False)
     assert start(0, tmp_path / "whole").returncode == 0
-    for count in (2, 6, 19):
+    for count in (2, 6, 19, 7):
         assert start(count, tmp_path / "cut").returncode == -signal.SIGKILL
         assert not (tmp_path / "cut").exists()
     assert start(0, tmp_path / "cut").returncode == 0
@@ -144,6 +144,36 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
     for a, b in zip(whole, cut, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_bits_shared_out_and_healed(tiny, run, tmp_path):
+    """A budget is kept, healing included, and said; one out of reach is an error that says why."""
+    text = tiny.parent / "text.txt"
+    options = ["--calibration", text, "--calibration-tokens", 1024, "--out", tmp_path / "o"]
+    budget = ["--method", "rtn", "--group-size", 8, "--target-bits", 7.5, "--heal", 3]
+    status, out, err = run("quantize", tiny, *budget, *options, "--json")
+    assert status == 0, err
+    assert 6.5 < json.loads(out)["bits_per_weight"] <= 7.5
+    assert "bits per weight (within reach" in err
+    assert "held out" in err
+    rates = {w.format.bits for _, w in jq.path_leaves(checkpoint.load(tmp_path / "o").params)
+             if isinstance(w, jq.QTensor)}  # fmt: skip
+    assert len(rates) > 1
+    options[-1] = tmp_path / "p"
+    budget[-3] = 2.5
+    fails(run("quantize", tiny, *budget, *options), 1, "2.5 bits per weight cannot be reached")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_model_writes_its_own_text_to_heal_on(tiny, run, tmp_path):
+    options = ["--method", "rtn", "--group-size", 8, "--heal", 2, "--heal-text", "generated"]
+    assert run("quantize", tiny, *options, "--out", tmp_path / "o")[0] == 0
+    model = load(tiny)
+    tokens = self_text.written(model, 3, 32, jax.random.key(1))
+    assert tokens.shape == (3, 32)
+    assert len(np.unique(tokens[:, 1:])) > 8
+    again = self_text.written(model, 3, 32, jax.random.key(1))
+    np.testing.assert_array_equal(tokens, again)
 
 
 def test_bits_of_an_unquantized_model(tiny, run):

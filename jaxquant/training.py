@@ -1,0 +1,155 @@
+"""Training what an opened tree leaves to train: resumable, and judged on held-out data."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from jaxquant.fields import check_fields, check_positive
+from jaxquant.opened import Opened, Values, at_start
+
+Loss = Callable[..., Array]  # loss(change, opened, *batch)
+Finished = MutableMapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Healing:
+    """How to train: Adam with a warm-up of a tenth of the steps, then a cosine to zero.
+
+    Attributes:
+      steps: updates.
+      learning_rate: at its highest; of relative changes.
+      batch_size: sequences of one update.
+      validate_every: updates between two looks at the held-out loss; the best state is kept.
+      save_every: updates between two copies to go on from.
+      seed: of the order of the sequences.
+    """
+
+    steps: int = 200
+    learning_rate: float = 2e-3
+    batch_size: int = 2
+    validate_every: int = 50
+    save_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("steps", "batch_size", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "learning_rate")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam on the schedule."""
+        warm = max(1, self.steps // 10)
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, warm, max(self.steps, warm + 1)
+        )
+        return optax.adam(rate)
+
+    def batch(self, step: int, count: int) -> np.ndarray:
+        """Indices of the sequences of an update: epochs in orders of their own, by the seed."""
+        per = max(1, count // self.batch_size)
+        epoch, place = divmod(step, per)
+        order = np.random.default_rng((self.seed, epoch)).permutation(count)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class _State(NamedTuple):
+    """Training so far: enough to go on exactly as if it had not stopped."""
+
+    step: int
+    change: Values
+    optimizer: Any
+    best: Values
+    best_loss: float
+
+    def stored(self) -> dict[str, Array]:
+        """As arrays by name."""
+        return {str(i): a for i, a in enumerate(jax.tree.leaves(self))}
+
+    def restored(self, arrays: Mapping[str, Any]) -> "_State":
+        """The state stored, of this one's structure."""
+        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays))]
+        state = jax.tree.unflatten(jax.tree.structure(self), leaves)
+        return state._replace(step=int(state.step), best_loss=float(arrays[str(len(arrays) - 1)]))
+
+
+class Progress(NamedTuple):
+    """After an update: the training loss, and the held-out one where it was looked at."""
+
+    step: int
+    loss: float
+    validation: float | None
+
+
+class Trainer:
+    """Updates of one loss on one schedule, compiled once for all trees of one form."""
+
+    def __init__(self, loss: Loss, healing: Healing) -> None:
+        self.healing = healing
+        self.optimizer = healing.optimizer()
+        self.measure = jax.jit(loss)
+        self.update = jax.jit(partial(_update, loss, self.optimizer))
+
+    def fit(
+        self,
+        opened: Opened,
+        batch: Callable[[np.ndarray], tuple],
+        count: int,
+        held_out: Sequence[tuple] = (),
+        *,
+        name: str,
+        progress: Callable[[Progress], None] | None = None,
+        finished: Finished | None = None,
+    ) -> Values:
+        """The changes that serve best: on `held_out`, or, without any, the last.
+
+        Args:
+          batch: of indices below `count`, what the loss takes after the opened tree.
+          name: of the state among what is finished.
+        """
+        healing = self.healing
+        if count < healing.batch_size:
+            raise ValueError(
+                f"expected at least batch_size = {healing.batch_size} sequences, got {count}"
+            )
+
+        def judged(change: Values) -> float:
+            each = [float(self.measure(change, opened, *one)) for one in held_out]
+            return float(np.mean(each)) if each else float("inf")
+
+        zero = at_start(opened)
+        state = _State(0, zero, self.optimizer.init(zero), zero, float("inf"))
+        if finished is not None and name in finished:
+            state = state.restored(finished[name])
+        else:
+            state = state._replace(best_loss=judged(zero))
+        while state.step < healing.steps:
+            now = batch(healing.batch(state.step, count))
+            change, slots, loss = self.update(state.change, state.optimizer, opened, *now)
+            state = state._replace(step=state.step + 1, change=change, optimizer=slots)
+            last, seen = state.step == healing.steps, None
+            if held_out and (last or state.step % healing.validate_every == 0):
+                seen = judged(change)
+                if seen < state.best_loss:
+                    state = state._replace(best=change, best_loss=seen)
+            if finished is not None and (last or state.step % healing.save_every == 0):
+                finished[name] = state.stored()
+            if progress is not None:
+                progress(Progress(state.step, float(loss), seen))
+        return state.best if held_out else state.change
+
+
+def _update(
+    loss: Loss, optimizer: Any, change: Values, slots: Any, opened: Opened, *batch: Any
+) -> tuple[Values, Any, Array]:
+    value, slope = jax.value_and_grad(loss)(change, opened, *batch)
+    step, slots = optimizer.update(slope, slots, change)
+    return optax.apply_updates(change, step), slots, value

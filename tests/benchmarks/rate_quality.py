@@ -1,0 +1,196 @@
+"""Rate and quality from 1 to 4 bits: every family on a hard layer, the best on SmolLM2-135M.
+
+Run: python -m tests.benchmarks.rate_quality layer|model|draw [--text TEXT] [--heal STEPS]
+     [--tokens N] [--rates 1,1.25] [--families NAME,NAME] [--out DIR]
+"layer" quantizes the layer of `tests.layer` by every family (minutes), "model" SmolLM2 (hours for
+all of it), "draw" prints the tables of what DIR holds, says where more bits lost, and draws it.
+Results go to DIR/rate_quality.json, a point at a time; a point that is there is not run again, and
+a killed model run goes on where it stopped.
+
+The model is calibrated on the last N tokens of the text, healed on what lies between and scored on
+its first 16 chunks of 512.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from jaxquant.evaluate import chunk, evaluate
+from jaxquant.resume import Folder
+from models import pipeline
+from models.text import BUILTIN, read_text
+from tests.layer import made_layer, relative_loss
+
+CHUNKS, CONTEXT, HELD_OUT = 16, 512, 8
+LOW, WHOLE = (1.0, 1.25, 1.5, 1.75), (2, 3, 4)
+FAMILIES = {
+    "entropy_coded": (LOW + WHOLE, lambda b: jq.entropy_coded(b, scaled=True)),
+    "trellis": (LOW + WHOLE, lambda b: jq.trellis(b, L=12)),
+    "qtip": ((1, *WHOLE), lambda b: jq.qtip(b, L=12)),
+    "qtip, two-sided": ((2, 3), lambda b: jq.qtip(b, L=12, two_sided=True)),
+    "quip_sharp": (WHOLE, jq.quip_sharp),
+    "aqlm": ((1, 2), lambda b: jq.aqlm(codebooks=b)),
+    "vptq": ((1, 2), lambda b: jq.vptq(residual_bits=8 * b - 8)),
+    "gptq": (WHOLE, lambda b: jq.gptq(b, 64)),
+    "ternary": ((2,), lambda b: jq.ternary(64, feedback=True)),
+    "normal_float": (WHOLE, lambda b: jq.normal_float(b, 64, scale_dtype="float16", feedback=True)),
+    "mxfp4": ((4,), lambda b: jq.mxfp4(feedback=True)),
+    "nvfp4": ((4,), lambda b: jq.nvfp4(feedback=True)),
+}
+ON_A_LAYER = {"entropy_coded": lambda b: jq.entropy_coded(b)}  # which knows no loss gradients
+
+
+class Results:
+    """Points by name, in a file."""
+
+    def __init__(self, out):
+        self.path = Path(out) / "rate_quality.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.points = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def add(self, name, **point):
+        self.points[name] = point
+        self.path.write_text(json.dumps(self.points, indent=1) + "\n")
+        print(name, {k: round(v, 5) if isinstance(v, float) else v for k, v in point.items()},
+              flush=True)  # fmt: skip
+
+
+def points(args):
+    for family, (rates, method) in FAMILIES.items():
+        for rate in rates:
+            wanted = not args.families or family in args.families
+            if wanted and (not args.rates or rate in args.rates):
+                yield family, rate, method
+
+
+def layer(args, results):
+    w, h = map(jnp.asarray, made_layer(0))
+    for family, rate, method in points(args):
+        name = f"layer {family} {rate:g}"
+        if name in results.points or method(rate).rounder.needs_output:
+            continue
+        q = jq.quantize_array(w, ON_A_LAYER.get(family, method)(rate), h, key=jax.random.key(0))
+        loss = relative_loss(w, q.dequantize(), h)
+        results.add(name, family=family, rate=rate, bits=q.bits_per_weight, loss=loss)
+
+
+def model(args, results):
+    source = pipeline.load_any("smollm2-135m")
+    ids = source.tokenizer.encode(read_text(args.text))
+    count = args.tokens // CONTEXT
+    sequences = chunk(ids, CONTEXT)
+    scored, between = sequences[:CHUNKS], sequences[CHUNKS : len(sequences) - count - 1]
+    fit, held_out = between[:-HELD_OUT], between[-HELD_OUT:]
+    calibration = chunk(ids[-count * CONTEXT :], CONTEXT)
+
+    def perplexity(params):
+        return evaluate(jq.quantized(source.apply_fn), jq.dequantize(params), scored).perplexity
+
+    if "model float" not in results.points:
+        results.add("model float", family="float", perplexity=perplexity(source.params))
+    stats = _statistics(source, calibration, results.path.parent)
+    for family, rate, method in points(args):
+        recipe = pipeline.recipe_of(method(rate))
+        run = {"recipe": recipe.to_json(), "text": args.text, "tokens": args.tokens}
+        folder = Folder(results.path.parent / f"{family} {rate:g}.partial", run)
+        name, start = f"model {family} {rate:g}", time.monotonic()
+        if name in results.points and (not args.heal or f"{name} healed" in results.points):
+            folder.remove()
+            continue
+        params = pipeline.quantized_model(source, recipe, stats, finished=folder).params
+        if name not in results.points:
+            took = time.monotonic() - start
+            results.add(name, family=family, rate=rate, bits=jq.bits_per_weight(params),
+                        perplexity=perplexity(params), seconds=took)  # fmt: skip
+        if args.heal:
+            start = time.monotonic()
+            tell = lambda done: done.step % 10 or print(done, flush=True)
+            healing = jq.Healing(args.heal, args.learning_rate, batch_size=1)
+            result = dataclasses.replace(source, params=params)
+            params = pipeline.healed(source, result, fit, held_out, healing, tell, folder).params
+            took = time.monotonic() - start
+            results.add(f"{name} healed", family=f"{family}, healed", rate=rate,
+                        bits=jq.bits_per_weight(params), perplexity=perplexity(params),
+                        steps=args.heal, seconds=took)  # fmt: skip
+        folder.remove()
+
+
+def _statistics(source, calibration, out):
+    """Statistics on the calibration sequences, kept in a file."""
+    import pickle
+
+    path = out / "statistics.pickle"
+    if not path.exists():
+        stats = pipeline.calibrate_on(source, calibration, output=[pipeline.LAYERS])
+        path.write_bytes(pickle.dumps(stats))
+    return pickle.loads(path.read_bytes())
+
+
+def draw(args, results):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    kinds = {"layer": "loss", "model": "perplexity"}
+    for axis, (kind, measure) in zip(axes, kinds.items(), strict=True):
+        found = [p for n, p in results.points.items() if n.startswith(f"{kind} ")]
+        for family in dict.fromkeys(p["family"] for p in found if p["family"] != "float"):
+            curve = sorted((p["bits"], p[measure]) for p in found if p["family"] == family)
+            axis.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=family)
+        axis.set(xlabel="bits per weight, everything counted", ylabel=measure, yscale="log")
+        axis.set_title({"layer": "one hard layer", "model": "SmolLM2-135M, WikiText-2"}[kind])
+        table(kind, measure, found)
+    floats = results.points.get("model float")
+    if floats:
+        axes[1].axhline(floats["perplexity"], color="gray", linewidth=0.7, label="float32")
+    for axis in axes:
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(results.path.with_suffix(".svg"), metadata={"Date": None})
+    print(f"drawn: {results.path.with_suffix('.svg')}")
+
+
+def table(kind, measure, found):
+    """The curve as a table; the best at each rate; and where more bits lost."""
+    rates = sorted({p["rate"] for p in found if "rate" in p})
+    families = list(dict.fromkeys(p["family"] for p in found if "rate" in p))
+    print(f"\n| {kind}: {measure} | " + " | ".join(f"{r:g}" for r in rates) + " |")
+    print("|---" * (len(rates) + 1) + "|")
+    for family in families:
+        row = {p["rate"]: p for p in found if p["family"] == family}
+        cells = [f"{row[r][measure]:.5g} ({row[r]['bits']:.3f})" if r in row else "" for r in rates]
+        print(f"| {family} | " + " | ".join(cells) + " |")
+        values = [row[r][measure] for r in sorted(row)]
+        if values != sorted(values, reverse=True):
+            print(f"MORE BITS LOST: {family}")
+    for rate in rates:
+        best = min((p for p in found if p.get("rate") == rate), key=lambda p: p[measure])
+        print(f"best at {rate:g} bits: {best['family']}, {best[measure]:.5g}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["layer", "model", "draw"])
+    parser.add_argument("--text", default=BUILTIN)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--heal", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    split = lambda kind: lambda text: [kind(t) for t in text.split(",")]
+    parser.add_argument("--rates", type=split(float), default=())
+    parser.add_argument("--families", type=split(str), default=())
+    parser.add_argument("--out", default="build/rate_quality")
+    args = parser.parse_args()
+    {"layer": layer, "model": model, "draw": draw}[args.what](args, Results(args.out))
+
+
+if __name__ == "__main__":
+    main()

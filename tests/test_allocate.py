@@ -1,0 +1,122 @@
+"""Allocation: least loss for the bytes, what the model says counts, and bad budgets."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.allocate import Option, _cheapest
+
+from .test_dispatch import draw
+
+RATES = [jq.rtn(bits=b, group_size=16) for b in (2, 3, 4, 8)]
+SIZES = {"a": (64, 32), "b": (32, 32), "c": (32, 64)}
+
+
+def model(loud=30.0):
+    params = {n: draw(*s, seed=i) / 8 for i, (n, s) in enumerate(SIZES.items())}
+    params["stack"] = draw(2, 64, 64, seed=7) / 8
+
+    def fn(p, x):
+        h = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+        return loud * ((h @ p["stack"][0]) @ p["stack"][1])
+
+    return fn, params, np.asarray(draw(6, 16, 64, seed=9))
+
+
+def made():
+    fn, params, x = model()
+    stats = jq.calibrate(fn, params, x, loss=lambda y, x: jnp.mean(y**2))
+    return fn, params, x, stats
+
+
+def bits(tree):
+    return {p: w.format.bits for p, w in jq.path_leaves(tree) if isinstance(w, jq.QTensor)}
+
+
+def test_the_budget_is_kept_and_stated():
+    _, params, _, stats = made()
+    for wanted in (3.2, 4.0, 6.1):
+        found = jq.allocate(params, RATES, wanted, stats)
+        q = jq.quantize(params, found.recipe, stats)
+        assert jq.bits_per_weight(q) == pytest.approx(found.bits_per_weight)
+        assert wanted - 1 < found.bits_per_weight <= wanted
+        assert f"{found.bits_per_weight:.3f} bits per weight (within" in str(found)
+
+
+def test_more_bits_never_lose():
+    _, params, _, stats = made()
+    loss = [
+        sum(o.loss for o in jq.allocate(params, RATES, b, stats).chosen) for b in (3.2, 4, 5, 6, 8)
+    ]
+    assert loss == sorted(loss, reverse=True)
+
+
+def test_bits_go_where_the_model_says():
+    """Of two equal weights the one whose loss is measured a thousand times as great gets more."""
+    params = {"a": draw(64, 64), "b": draw(64, 64, seed=1)}
+    fn = lambda p, x: jnp.concatenate([x @ p["a"], x @ p["b"]], -1)
+    stats = jq.calibrate(fn, params, [draw(64, 64, seed=2)], loss=lambda y, x: jnp.mean(y**2))
+    for heavy in ("a", "b"):
+        measure = lambda t, heavy=heavy: sum(
+            (1000 if p == heavy else 1) * float(jnp.mean((w.dequantize() - params[p]) ** 2))
+            for p, w in jq.path_leaves(t)
+            if isinstance(w, jq.QTensor)
+        )
+        found = jq.allocate(params, RATES, 4.5, stats, measure=measure)
+        got = bits(jq.quantize(params, found.recipe, stats))
+        assert got[heavy] > min(got.values())
+
+
+def test_losses_are_kept_for_the_next_run():
+    _, params, _, stats = made()
+    kept: dict = {}
+    measured = []
+    measure = lambda t: measured.append(1) or 1.0
+    first = jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept)
+    assert len(measured) == 4
+    assert jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept) == first
+    assert len(measured) == 4
+
+
+def test_against_every_choice():
+    """What is chosen is the best there is for no more bytes than it takes."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        groups = [
+            [Option(str(i), RATES[0], int(b), 1, float(e)) for b, e in zip(by, ey, strict=True)]
+            for i, (by, ey) in enumerate(
+                zip(rng.integers(1, 50, (4, 4)), rng.exponential(size=(4, 4)), strict=True)
+            )
+        ]
+        least = sum(min(o.bytes for o in g) for g in groups)
+        got = list(_cheapest(groups, least + 40))
+        took = sum(o.bytes for o in got)
+        assert took <= least + 40
+        every = [c for c in itertools.product(*groups) if sum(o.bytes for o in c) <= took]
+        best = min(sum(o.loss for o in c) for c in every)
+        assert sum(o.loss for o in got) <= best + 0.3 * abs(best) + 1e-9
+        full = list(_cheapest(groups, 1e9))
+        assert [o.loss for o in full] == [min(o.loss for o in g) for g in groups]
+
+
+def test_healing_is_counted():
+    _, params, _, stats = made()
+    methods = [jq.qtip(b, L=8) for b in (2, 3)]
+    lowest = [
+        jq.allocate(params, methods, 3.0, stats, paths=["stack"], healed=h).lowest for h in (0, 1)
+    ]
+    assert lowest[1] - lowest[0] == pytest.approx(15 * (64 + 64) / 64**2)
+
+
+def test_bad_budgets():
+    _, params, _, stats = made()
+    for wanted in (1.0, 9.6):
+        with pytest.raises(
+            ValueError, match=r"cannot be reached: with these methods it is 3\.125 to 9\.500"
+        ):
+            jq.allocate(params, RATES, wanted, stats)
+    with pytest.raises(ValueError, match="'z' matches no leaf"):
+        jq.allocate(params, RATES, 4, stats, paths=["z"])
