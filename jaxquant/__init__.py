@@ -1,6 +1,6 @@
 """jaxquant: a functional quantization stack for JAX."""
 
-from jaxquant.allocate import Allocation, Option, allocate
+from jaxquant.allocate import Allocation, Choices, Option, allocate
 from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
 from jaxquant.codebooks import (
@@ -55,6 +55,7 @@ __all__ = [
     "NVFP4",
     "Additive",
     "Allocation",
+    "Choices",
     "Done",
     "EntropyCoded",
     "Explanation",

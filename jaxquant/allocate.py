@@ -15,6 +15,7 @@ from jaxquant.opened import added_bytes
 from jaxquant.paths import matches, path_leaves
 from jaxquant.quantize import quantize, quantize_array
 from jaxquant.recipe import Entry, Recipe, resolve
+from jaxquant.sites import Site, is_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def allocate(
     A stack of layers is one weight here, its matrices share a method.
 
     Args:
-      methods: to choose from.
+      methods: to choose from; of each weight, those that fit it.
       bits: per weight, everything counted, of all the weights that `paths` name together.
       paths: globs; what they do not match is kept. A bare "*" means every weight contracted.
       measure: of a tree, how far it is from `params`: KL on some held-out text, say.
@@ -93,7 +94,7 @@ def allocate(
       progress: called with every option measured.
       finished: losses by name; as in `quantize`.
     Raises:
-      ValueError: `bits` is out of reach; methods that do not fit a weight; what `quantize` raises.
+      ValueError: `bits` is out of reach; no method fits a weight; what `quantize` raises.
 
     >>> import jax
     >>> from jaxquant import calibrate, rtn
@@ -105,51 +106,106 @@ def allocate(
     >>> sorted(o.method.format.bits for o in best.chosen), round(best.highest, 3)
     ([3, 3], 4.312)
     """
-    table = _Table(params, methods, stats, key, samples, finished if finished is not None else {})
-    plans = [resolve(_only(m, params, paths, stats), params, stats.sites).entries for m in methods]
-    if healed:
-        plans = [[_with_added(e) for e in entries] for entries in plans]
-    weights = [per for per in zip(*plans, strict=True) if isinstance(per[0].method, Method)]
-    size = sum(per[0].size for per in weights)
-    budget = bits * size / 8
-    ends = [8 * sum(end(e.bytes for e in per) for per in weights) / size for end in (min, max)]
-    if not ends[0] <= bits <= ends[1]:
-        raise ValueError(
-            f"{bits:g} bits per weight cannot be reached: with these methods it is "
-            f"{ends[0]:.3f} to {ends[1]:.3f}"
-        )
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    choices = Choices.of(params, methods, stats.sites, paths=paths, healed=healed)
+    choices.check(bits)
+    table = _Table(params, stats, key, samples, finished if finished is not None else {})
     groups = []
-    for per in weights:
-        nearest = min(per, key=lambda e: abs(8 * e.bytes / e.size - bits))
+    for entries in choices.weights:
+        nearest = min(entries, key=lambda e: abs(8 * e.bytes / e.size - bits))
         unit = table.unit(nearest, measure)
-        group = [Option(e.path, _method(e), e.bytes, e.size, unit * table.loss(e)) for e in per]
+        group = [Option(e.path, _method(e), e.bytes, e.size, unit * table.loss(e)) for e in entries]
         for option in group if progress is not None else ():
             progress(option)
         groups.append(group)
-    chosen = tuple(_cheapest(groups, budget))
+    chosen = tuple(_cheapest(groups, bits * choices.size / 8))
     recipe = Recipe([*((o.path, o.method) for o in chosen), ("*", KEEP)])
-    used = 8 * sum(o.bytes for o in chosen) / size
-    return Allocation(recipe, chosen, used, *ends)
+    used = 8 * sum(o.bytes for o in chosen) / choices.size
+    return Allocation(recipe, chosen, used, choices.lowest, choices.highest)
 
 
-def _only(method: Method, params: Any, paths: Sequence[str], stats: Stats) -> Recipe | Method:
-    """The method for these paths, the others kept."""
-    if tuple(paths) == ("*",):
-        return method
-    found = {p for p, _ in path_leaves(params)}
-    for glob in paths:
-        if not any(matches(p, glob) for p in found):
-            raise ValueError(f"{glob!r} matches no leaf")
-    return Recipe([*((glob, method) for glob in paths), ("*", KEEP)])
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What methods come to for every weight, known from shapes alone.
+
+    Attributes:
+      weights: of each, an entry for every method that fits it.
+    """
+
+    weights: tuple[tuple[Entry, ...], ...]
+
+    @staticmethod
+    def of(
+        params: Any,
+        methods: Sequence[Method],
+        found: Mapping[str, Site],
+        *,
+        paths: Sequence[str] = ("*",),
+        healed: bool = False,
+    ) -> "Choices":
+        """For a tree of arrays (or shapes) and its sites; arguments as those of `allocate`."""
+        leaves = path_leaves(params)
+        for glob in paths:
+            if not any(matches(path, glob) for path, _ in leaves):
+                raise ValueError(f"{glob!r} matches no leaf")
+        if tuple(paths) == ("*",):
+            named = [p for p, w in leaves if is_weight(w) and found[p].contracted]
+        else:
+            named = [p for p, _ in leaves if any(matches(p, glob) for glob in paths)]
+        if not named or not methods:
+            raise ValueError("nothing to share out: expected a weight and a method, or more")
+        fitting = lambda path: _fitting(path, methods, params, found, healed)
+        return Choices(tuple(fitting(path) for path in named))
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(entries[0].size for entries in self.weights)
+
+    @property
+    def lowest(self) -> float:
+        """Bits per weight by the smallest methods."""
+        return 8 * sum(min(e.bytes for e in entries) for entries in self.weights) / self.size
+
+    @property
+    def highest(self) -> float:
+        """Bits per weight by the largest."""
+        return 8 * sum(max(e.bytes for e in entries) for entries in self.weights) / self.size
+
+    def check(self, bits: float) -> None:
+        """Raise ValueError if an average is out of reach."""
+        if not self.lowest <= bits <= self.highest:
+            raise ValueError(
+                f"{bits:g} bits per weight cannot be reached: with these methods it is "
+                f"{self.lowest:.3f} to {self.highest:.3f}"
+            )
 
 
-def _with_added(entry: Entry) -> Entry:
+def _fitting(
+    path: str, methods: Sequence[Method], params: Any, found: Mapping[str, Site], healed: bool
+) -> tuple[Entry, ...]:
+    """Entries of a weight by the methods that fit it; ValueError if none does."""
+    entries, problem = [], ValueError("")
+    for method in methods:
+        try:
+            plan = resolve(Recipe([(path, method), ("*", KEEP)]), params, found)
+        except ValueError as error:
+            problem = error
+            continue
+        entry = next(e for e in plan.entries if e.path == path)
+        entries.append(_with_added(entry, method) if healed else entry)
+    if not entries:
+        raise problem
+    return tuple(entries)
+
+
+def _with_added(entry: Entry, method: Method) -> Entry:
     """The entry with the bytes of a healed weight."""
-    if not isinstance(entry.method, Method):
-        return entry
     *batch, k, n = entry.matrix
-    added = math.prod(batch) * added_bytes(entry.method, k, n)
-    return dataclasses.replace(entry, bytes=entry.bytes + added)
+    return dataclasses.replace(
+        entry, bytes=entry.bytes + math.prod(batch) * added_bytes(method, k, n)
+    )
 
 
 def _method(entry: Entry) -> Method:
@@ -162,7 +218,6 @@ class _Table:
     """Losses, each measured once; in `finished` across runs."""
 
     params: Any
-    methods: Sequence[Method]
     stats: Stats
     key: Array | None
     samples: int
@@ -198,14 +253,15 @@ class _Table:
             recipe = Recipe([(entry.path, _method(entry)), ("*", KEEP)])
             tree = quantize(self.params, recipe, self.stats, key=self.key)
             self.finished[name] = {"loss": np.float64(measure(tree))}
-        return float(self.finished[name]["loss"]) / max(self.loss(entry), 1e-30)
+        # What is measured is a difference, and may be noise about 0.
+        return max(float(self.finished[name]["loss"]), 1e-6) / max(self.loss(entry), 1e-30)
 
 
 def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Option]:
     """An option of every group, of least loss within the budget: the best return first.
 
-    Only options on the lower convex hull of loss over bytes are taken, each group's in order, so
-    that the result is the best there is for the bytes it takes.
+    Only options on the lower convex hull of loss over bytes are taken, each group's in order: until
+    one does not fit, the best there is for the bytes taken. Smaller ones then fill what is left.
     """
     hulls = [_hull(group) for group in groups]
     place = [0] * len(hulls)

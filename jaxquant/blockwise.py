@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxquant.calibrate import Weighting, calibrate
 from jaxquant.dispatch import quantized
 from jaxquant.methods import Method
+from jaxquant.paths import stack_size
 from jaxquant.quantize import Done, quantize
 from jaxquant.recipe import Recipe
 
@@ -48,13 +49,10 @@ def quantize_blocks(
     >>> q["w"].shape
     (3, 32, 32)
     """
-    counts = {a.shape[0] for a in jax.tree.leaves(params)}
-    if len(counts) != 1:
-        raise ValueError(f"leaves must share a leading axis over blocks, got sizes {counts}")
     states = list(hidden)
     run = jax.jit(quantized(block))
     done = []
-    for i in range(counts.pop()):
+    for i in range(stack_size(params)):
         one = jax.tree.map(lambda a, i=i: a[i], params)
         stats = calibrate(block, one, states, loss=loss, weighting=weighting)
         report = None if progress is None else lambda d, i=i: progress(i, d)

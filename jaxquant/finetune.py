@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 
 from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, Values, close_tree, open_tree, trained
+from jaxquant.paths import stack_size
+from jaxquant.quantize import dequantize
 from jaxquant.training import Finished, Healing, Progress, Trainer
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20, batch_size=1)
@@ -31,7 +33,8 @@ def heal(
     """`params` trained so that fn(params, x) is what fn(teacher, x) is, in KL over the last axis.
 
     Trained are the scales, signs (as reals) and codebooks of quantized leaves, and the leaves
-    that `also` names; codes stay. Signs become float16 vectors, and are counted.
+    that `also` names; codes stay. Signs become float16 vectors, and formats with nothing to train
+    (`EntropyCoded`, say) get a float16 factor for every input and output; both are counted.
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
@@ -81,7 +84,7 @@ def heal_blocks(
     healing: Healing = BLOCKS,
     *,
     also: Sequence[str] = (),
-    progress: Callable[[int, Progress], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Any:
     """Stacked blocks trained in order, each to give what the teacher's gives.
@@ -94,9 +97,9 @@ def heal_blocks(
       block: block(params of one block, h [batch, ...]) -> h.
       params: quantized tree whose leaves carry a leading axis over blocks. teacher: as in `heal`.
       hidden: inputs of the first block. The last eighth of them is held out.
-      also, finished: as in `heal`; progress: is told the block too.
+      also, progress, finished: as in `heal`.
     Raises:
-      ValueError: as in `heal`.
+      ValueError: as in `heal`; leaves that disagree on the number of blocks; one input only.
     Source:
       Tseng et al. 2024, arXiv:2402.04396, and Chen et al. 2024, arXiv:2407.11062, train blocks.
 
@@ -109,12 +112,14 @@ def heal_blocks(
     (2, 32, 32)
     """
     trainer = Trainer(partial(_block_loss, block), healing)
-    run, plain = jax.jit(quantized(block)), jax.jit(block)
+    plain = jax.jit(block)
+    if len(hidden) < 2:
+        raise ValueError("expected two inputs or more, one of them to be held out, got one")
     ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
     kept = max(1, len(ours) // 8)
     stack = lambda items: jnp.concatenate(items)
     done = []
-    for i in range(jax.tree.leaves(teacher)[0].shape[0]):
+    for i in range(stack_size(teacher)):
         student, wanted = (jax.tree.map(lambda a, i=i: a[i], tree) for tree in (params, teacher))
         after = [plain(wanted, h) for h in theirs]
         examples = list(zip(ours, theirs, after, strict=True))
@@ -126,11 +131,12 @@ def heal_blocks(
             len(fit),
             held_out,
             name=f"healing of block {i}",
-            progress=None if progress is None else partial(progress, i),
+            progress=progress,
             finished=finished,
         )
         done.append(close_tree(student, opened, change))
-        ours, theirs = [run(done[-1], h) for h in ours], after
+        dense = dequantize(done[-1])  # once, not for every example
+        ours, theirs = [plain(dense, h) for h in ours], after
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 

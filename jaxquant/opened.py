@@ -39,9 +39,10 @@ def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
       params: from `quantize`.
       also: globs of plain floating leaves to train with it ("*norm*").
     Raises:
-      ValueError: nothing in it can be trained.
+      ValueError: nothing in it can be trained; a glob that matches none, or integers.
     """
     start: Values = {}
+    _check_globs(params, also)
     leaves = {}
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
@@ -52,6 +53,14 @@ def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
     if not start:
         raise ValueError("nothing to train: no leaf is quantized, and `also` names none")
     return Opened(replace_leaves(params, leaves), start)
+
+
+def _check_globs(params: Any, also: Sequence[str]) -> None:
+    for glob in also:
+        found = [w for path, w in path_leaves(params) if matches(path, glob)]
+        plain = [w for w in found if not isinstance(w, QTensor)]
+        if not found or not all(jnp.issubdtype(jnp.result_type(w), jnp.floating) for w in plain):
+            raise ValueError(f"also: expected floating leaves, and {glob!r} matches other or none")
 
 
 def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:

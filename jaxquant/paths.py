@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from jaxquant.standin import is_standin
@@ -55,6 +56,25 @@ def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
         return new.get(path_name(keys), leaf)
 
     return jax.tree_util.tree_map_with_path(swap, params, is_leaf=is_standin)
+
+
+def stack_size(params: Any) -> int:
+    """Blocks of a tree whose leaves carry a leading axis over blocks.
+
+    Raises:
+      ValueError: leaves that disagree, or have no axes.
+
+    >>> import jax.numpy as jnp
+    >>> stack_size({"w": jnp.ones((3, 4)), "b": jnp.ones(3)})
+    3
+    """
+    shapes = [jnp.shape(a) for a in jax.tree.leaves(params)]
+    counts = {shape[:1] for shape in shapes}
+    if len(counts) != 1 or () in counts:
+        raise ValueError(
+            f"leaves must share a leading axis over blocks, got shapes that begin with {counts}"
+        )
+    return shapes[0][0]
 
 
 def matches(path: str, pattern: str) -> bool:

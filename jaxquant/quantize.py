@@ -169,7 +169,7 @@ def _shared_inputs(
     for entry, method in todo:
         site = (found or {}).get(entry.path)
         name: Any = entry.path
-        if site is not None and site.input and not getattr(method.input, "sort", False):
+        if site is not None and site.input and not getattr(method.input, "fitted", False):
             name = (site.input, entry.matrix[:-1], method.input)
         out[entry.path] = first.setdefault(name, entry.path)
     return out
@@ -292,7 +292,7 @@ class _Job:
     def _shared(self) -> str:
         """A name that two weights have in common only if their input transforms are equal."""
         side = self.method.input
-        if side is None or getattr(side, "sort", False) or not self.draw.name:
+        if side is None or side.fitted or not self.draw.name:
             return ""
         return f"{self.input} {list(self.entry.matrix[:-2])} {self.draw.name}"
 

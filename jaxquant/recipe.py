@@ -228,9 +228,9 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     parts = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((rows, columns), "float32"))
-    for side, size in ((method.input, k), (method.output, n)):
+    for name, side, size in (("input", method.input, k), ("output", method.output, n)):
         if side is not None:
-            parts = {**parts, f"{size}{side}": side.shapes(size)}
+            parts = {**parts, name: side.shapes(size)}
     per = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(parts))
     return dataclasses.replace(entry, bytes=per * math.prod(entry.matrix[:-2]))
 

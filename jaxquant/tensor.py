@@ -48,7 +48,12 @@ class Format(Protocol):
 
 
 class Side(Protocol):
-    """A change of variables on one side of the stored matrix (see `transforms`); arrays in data."""
+    """A change of variables on one side of the stored matrix (see `transforms`); arrays in data.
+
+    `fitted`: its arrays depend on the weight.
+    """
+
+    fitted: bool
 
     def size(self, n: int) -> int:
         """Channels stored for n channels."""

@@ -82,8 +82,9 @@ class _State(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """After an update: the training loss, and the held-out one where it was looked at."""
+    """After an update: of what, the training loss, the held-out one where it was looked at."""
 
+    name: str
     step: int
     loss: float
     validation: float | None
@@ -143,7 +144,7 @@ class Trainer:
             if finished is not None and (last or state.step % healing.save_every == 0):
                 finished[name] = state.stored()
             if progress is not None:
-                progress(Progress(state.step, float(loss), seen))
+                progress(Progress(name, state.step, float(loss), seen))
         return state.best if held_out else state.change
 
 

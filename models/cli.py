@@ -78,7 +78,7 @@ def cli() -> None:
     type=click.Choice(sorted(EFFORTS)),
     default="default",
     show_default=True,
-    help="Sets calibration, healing, searches, and the method if none is named.",
+    help="Sets calibration, searches, healing and, for --target-bits, the method.",
 )
 @click.option(
     "--heal",
@@ -112,22 +112,25 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     source = pipeline.load_any(model)
     if work.recipe is not None:
         click.echo(str(pipeline.plan(source, work.recipe)), err=True)
+    else:
+        pipeline.choices(source, work.choices, work.healing is not None).check(work.target_bits)
+    data = job.data(work, source)
     folder = Folder(job.folder_of(out), work.fingerprint(source))
     if len(folder):
         click.echo(f"going on from {folder.path}", err=True)
     stats = None
     if work.needs_statistics:
-        with bar("calibrating", work.tokens // pipeline.CONTEXT) as step:
-            stats = job.calibrated(work, source, folder, step)
+        with bar("calibrating", len(data.calibration)) as step:
+            stats = job.calibrated(work, source, data.calibration, folder, step)
     recipe = work.recipe
     if recipe is None:
-        recipe = _allocated(work, source, stats, folder)
+        recipe = _allocated(work, source, data, stats, folder)
     with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
         result = job.quantized(work, recipe, source, stats, folder, _Rows(step))
     if work.healing is not None:
         total = BLOCKS.steps * source.config.n_layers + work.healing.steps
         with bar("healing", total) as step:
-            result = job.healed(work, work.healing, source, result, folder, _Steps(step))
+            result = job.healed(work, work.healing, source, result, data, folder, _Steps(step))
     pipeline.save(out, result, recipe, overwrite)
     folder.remove()
     report = {
@@ -139,7 +142,7 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     _emit(report, as_json)
 
 
-def _allocated(work: job.Job, source: Any, stats: Any, folder: Folder) -> jq.Recipe:
+def _allocated(work: job.Job, source: Any, data: job.Data, stats: Any, folder: Folder) -> jq.Recipe:
     kinds = sum(matches(path, pipeline.LAYERS) for path, _ in jq.path_leaves(source.params))
     with bar("allocating", len(work.choices) * kinds) as step:
 
@@ -147,7 +150,7 @@ def _allocated(work: job.Job, source: Any, stats: Any, folder: Folder) -> jq.Rec
             step(option)
             stderr.print(str(option), highlight=False, markup=False, soft_wrap=True)
 
-        allocation = job.allocated(work, source, stats, folder, tell)
+        allocation = job.allocated(work, source, data.unseen, stats, folder, tell)
     click.echo(str(allocation), err=True)
     return allocation.recipe
 
@@ -162,7 +165,8 @@ class _Steps:
         self.step(done)
         if done.validation is not None:
             stderr.print(
-                f"step {done.step:5}  KL {done.loss:.5f}  held out {done.validation:.5f}",
+                f"{done.name:20} step {done.step:5}  loss {done.loss:.5f}  "
+                f"held out {done.validation:.5f}",
                 highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from pallas_kernels import viterbi
 SAVE_EVERY = 16  # sequences between two copies of the statistics on disk
 CALIBRATION = "calibration"
 GENERATED = "generated"  # text of the model's own
-HELD_OUT = 8  # sequences that healing is judged on; a quarter of them an allocation
+HELD_OUT = 8  # sequences kept apart to judge healing on; an allocation, on a quarter of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +91,60 @@ def folder_of(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
+class Data(NamedTuple):
+    """Token sequences, each [N, length].
+
+    Attributes:
+      calibration: to calibrate on.
+      unseen: of the same text, kept apart to judge on; empty where nothing is to be judged.
+      training: to heal on; None for what the model has to write first.
+      held_out: to judge healing on.
+    """
+
+    calibration: np.ndarray
+    unseen: np.ndarray
+    training: np.ndarray | None = None
+    held_out: np.ndarray | None = None
+
+
+def data(job: Job, source: Model) -> Data:
+    """The job's sequences.
+
+    Raises:
+      ValueError: a text is too short to keep a part of it apart.
+    """
+    none = np.empty((0, 0), np.int32)
+    if not job.needs_statistics and job.healing is None:
+        return Data(none, none)
+    cut = lambda text: pipeline.pieces(source, text, pipeline.context(source))
+    if job.recipe is not None and job.healing is None:
+        return Data(pipeline.first(cut(job.text), job.tokens), none)
+    fit, unseen = _split(cut(job.text))
+    calibration = pipeline.first(fit, job.tokens)
+    if job.heal_text == GENERATED:
+        return Data(calibration, unseen)
+    own = (fit, unseen) if not job.heal_text else _split(cut(job.heal_text))
+    return Data(calibration, unseen, *own)
+
+
+def _split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All but the last ones, and these: a quarter, at most `HELD_OUT`."""
+    if len(sequences) < 3:
+        raise ValueError(
+            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens; to heal or "
+            f"to share bits out takes 3 or more, since some are kept apart: give a longer text"
+        )
+    kept = max(1, min(HELD_OUT, len(sequences) // 4))
+    return sequences[:-kept], sequences[-kept:]
+
+
 def calibrated(
-    job: Job, source: Model, folder: Folder, progress: Callable[[int], None]
+    job: Job, source: Model, sequences: np.ndarray, folder: Folder, progress: Callable[[int], None]
 ) -> jq.Stats:
     """The job's statistics; what is in the folder is not measured again."""
 
     def save(count: int, sums: dict[str, Probe]) -> None:
-        if count % SAVE_EVERY and count != max(1, job.tokens // pipeline.CONTEXT):
+        if count % SAVE_EVERY and count != len(sequences):
             return
         arrays = {f"{path}:{f}": a for path, p in sums.items() for f, a in p._asdict().items()}
         folder[CALIBRATION] = {":": count, **{n: a for n, a in arrays.items() if a is not None}}
@@ -109,20 +156,20 @@ def calibrated(
         paths = {name.rpartition(":")[0] for name in arrays}
         probe = lambda path: Probe(*(arrays.get(f"{path}:{field}") for field in Probe._fields))
         resume = (count, {path: probe(path) for path in sorted(paths)})
-    return pipeline.calibrate(
-        source, job.text, job.tokens, weighting=job.weighting, output=job.output,
+    return pipeline.calibrate_on(
+        source, sequences, weighting=job.weighting, output=job.output,
         progress=progress, save=save, resume=resume,
     )  # fmt: skip
 
 
 def allocated(
-    job: Job, source: Model, stats: jq.Stats, folder: Folder, progress: Callable[..., None]
-) -> jq.Allocation:
+    job: Job, source: Model, unseen: np.ndarray, stats: jq.Stats, folder: Folder,
+    progress: Callable[..., None],
+) -> jq.Allocation:  # fmt: skip
     """A method for every weight of the layers, by what each costs the model on unseen text."""
-    unseen = pipeline.last_pieces(source, job.text, HELD_OUT // 4)
 
     def measure(params: Any) -> float:
-        return pipeline.distance(source, jq.dequantize(params), unseen)
+        return pipeline.distance(source, jq.dequantize(params), unseen[: HELD_OUT // 4])
 
     return jq.allocate(
         source.params, job.choices, job.target_bits, stats,
@@ -143,19 +190,22 @@ def quantized(
 
 
 def healed(
-    job: Job, healing: jq.Healing, source: Model, result: Model, folder: Folder,
+    job: Job, healing: jq.Healing, source: Model, result: Model, data: Data, folder: Folder,
     progress: Callable[[Any], None],
 ) -> Model:  # fmt: skip
     """The quantized model, trained to be like the source; goes on from the folder."""
-    if job.heal_text == GENERATED:
+    training, held_out = data.training, data.held_out
+    if training is None or held_out is None:
+        training, held_out = _split(_generated(job, healing, source, folder))
+    return pipeline.healed(source, result, training, held_out, healing, progress, folder)
+
+
+def _generated(job: Job, healing: jq.Healing, source: Model, folder: Folder) -> np.ndarray:
+    """Sequences that the model writes, at most 128 to train on; those in the folder."""
+    if GENERATED not in folder:
         count = min(healing.steps * healing.batch_size, 128) + HELD_OUT
-        if GENERATED not in folder:
-            tokens = self_text.written(source, count, pipeline.CONTEXT, jax.random.key(job.seed))
-            folder[GENERATED] = {"tokens": tokens}
-        sequences = folder[GENERATED]["tokens"]
-    else:
-        sequences = pipeline.last_pieces(source, job.heal_text or job.text)
-    cut = min(HELD_OUT, len(sequences) // 2)
-    return pipeline.healed(
-        source, result, sequences[:-cut], sequences[-cut:], healing, progress, folder
-    )
+        key = jax.random.key(job.seed)
+        folder[GENERATED] = {
+            "tokens": self_text.written(source, count, pipeline.context(source), key)
+        }
+    return folder[GENERATED]["tokens"]

@@ -68,10 +68,9 @@ def pieces(model: Model, text: str, ctx: int, count: int | None = None) -> np.nd
     return chunks
 
 
-def last_pieces(model: Model, text: str, count: int | None = None) -> np.ndarray:
-    """The last chunks [count, 512] of a text, all of them if no count is given."""
-    found = pieces(model, text, min(CONTEXT, model.config.max_position))
-    return found if count is None else found[-count:]
+def context(model: Model) -> int:
+    """Tokens of one sequence to calibrate or train on: 512, or all positions the model has."""
+    return min(CONTEXT, model.config.max_position)
 
 
 def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
@@ -101,13 +100,19 @@ def calibrate(
 
     `options`: progress, save and resume of `jaxquant.calibrate`.
     """
-    length = min(CONTEXT, model.config.max_position)
-    batches = pieces(model, text, length, max(1, tokens // length))
-    if batches.size < tokens - length:
-        warnings.warn(
-            f"the calibration text has {batches.size} tokens, {tokens} were asked", stacklevel=2
-        )
+    batches = first(pieces(model, text, context(model)), tokens)
     return calibrate_on(model, batches, weighting=weighting, output=output, **options)
+
+
+def first(sequences: np.ndarray, tokens: int) -> np.ndarray:
+    """The first sequences of so many tokens; warns where there are fewer."""
+    wanted = max(1, tokens // sequences.shape[1])
+    if len(sequences) < wanted:
+        warnings.warn(
+            f"the calibration text has {sequences.size} tokens for it, {tokens} were asked",
+            stacklevel=3,
+        )
+    return sequences[:wanted]
 
 
 def calibrate_on(
@@ -156,10 +161,11 @@ def healed(
 ) -> Model:
     """The quantized model trained to be like the source: block by block, then as a whole."""
     parts = blockwise(source.config, source.dtype)
-    hidden = [parts.embed(source.params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
+    embed = jq.quantized(parts.embed)
+    hidden = [embed(result.params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
     layers = jq.heal_blocks(
         parts.block, result.params["layers"], source.params["layers"], np.stack(hidden),
-        also=[NORMS], progress=lambda _, done: progress(done), finished=finished,
+        also=[NORMS], progress=progress, finished=finished,
     )  # fmt: skip
     params = jq.heal(
         trainable(source), {**result.params, "layers": layers}, source.params, sequences, healing,
@@ -178,6 +184,11 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following, axis=-1)[..., 0]
     )
     return jnp.mean(nll[:, :-1])
+
+
+def choices(model: Model, methods: Sequence[jq.Method], healed: bool) -> jq.Choices:
+    """What methods come to for the matrices of the layers."""
+    return jq.Choices.of(model.params, methods, _sites(model), paths=[LAYERS], healed=healed)
 
 
 def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:

@@ -1,11 +1,9 @@
 """What the command `quantize` was asked for, as a job."""
 
 import dataclasses
-import inspect
 import json
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 import jaxquant as jq
 from models import pipeline
@@ -13,7 +11,11 @@ from models.effort import EFFORTS, Effort
 from models.job import GENERATED, Job
 from models.text import read_text
 
-STEP = 0.25  # bits between two methods to choose from
+MOST = 8  # bits
+# Methods whose option `bits` is their rate, side information aside.
+RATED = (
+    "rtn", "gptq", "quip_sharp", "qtip", "trellis", "entropy_coded", "normal_float",
+)  # fmt: skip
 
 
 def job_of(
@@ -45,7 +47,7 @@ def job_of(
     if heal_text is not None and not steps:
         raise ValueError("--heal-text is for healing; give --heal STEPS too")
     return Job(
-        **_methods(preset, method, recipe_file, target_bits, options),
+        **_methods(preset, method, recipe_file, target_bits, weighting, options),
         text=calibration,
         tokens=tokens,
         weighting=weighting,
@@ -70,6 +72,7 @@ def _methods(
     method: str | None,
     recipe_file: str | None,
     target_bits: float | None,
+    weighting: str,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The fields of a job that say which methods."""
@@ -82,18 +85,28 @@ def _methods(
     if method is None and target_bits is None:
         raise ValueError("give one of --method and --recipe, or --target-bits")
     name = preset.method if method is None else method
-    options = preset.options.get(name, {}) | options
+    if name not in jq.METHODS:
+        jq.named_method(name)  # says which there are
     if target_bits is None:
-        if "bits" in options:
-            options["bits"] = _whole(options["bits"])
-        return {"recipe": pipeline.recipe_of(jq.named_method(name, **options))}
+        if isinstance(options.get("bits"), float) and options["bits"].is_integer():
+            options = options | {"bits": int(options["bits"])}
+        return {"recipe": pipeline.recipe_of(_named(name, preset, options, weighting))}
     if "bits" in options:
         raise ValueError("give one of --bits and --target-bits")
-    return {
-        "recipe": None,
-        "choices": _choices(name, target_bits, options),
-        "target_bits": target_bits,
-    }
+    made = lambda bits: _named(name, preset, options | {"bits": bits}, weighting)
+    return {"recipe": None, "choices": _choices(name, target_bits, made),
+            "target_bits": target_bits}  # fmt: skip
+
+
+def _named(name: str, preset: Effort, options: dict[str, Any], weighting: str) -> jq.Method:
+    """The method, with the effort's options where they go with what the user said."""
+    try:
+        method = jq.named_method(name, **preset.options.get(name, {}) | options)
+        if weighting == "gradient" or not method.needs_output:
+            return method
+    except ValueError:
+        pass
+    return jq.named_method(name, **options)
 
 
 def _recipe_file(path: str) -> jq.Recipe:
@@ -106,25 +119,25 @@ def _recipe_file(path: str) -> jq.Recipe:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _whole(bits: float) -> float:
-    return int(bits) if bits == int(bits) else bits
-
-
-def _choices(name: str, target: float, options: dict[str, Any]) -> tuple[jq.Method, ...]:
-    """The method at rates about the target: quarters of a bit near it, whole bits farther off."""
-    if name in jq.METHODS and "bits" not in inspect.signature(jq.METHODS[name]).parameters:
-        raise ValueError(f"{name} has one rate only; --target-bits needs a method that takes bits")
-    near = np.arange(target - 1, target + 1 + 1e-6, STEP)
-    rates = {_whole(round(b / STEP) * STEP) for b in near if b > STEP}
-    rates |= {b for b in range(1, 9) if abs(b - target) <= 2}
-    found, problem = [], None
-    for bits in sorted(rates):
+def _choices(name: str, target: float, made: Callable[[float], jq.Method]) -> tuple[jq.Method, ...]:
+    """The method at every whole number of bits, and at quarters of a bit near the target."""
+    if not 0 < target <= MOST:
+        raise ValueError(f"--target-bits must be above 0 and at most {MOST}, got {target}")
+    if name not in RATED:
+        raise ValueError(
+            f"{name} has no option that sets its rate alone; --target-bits shares out: "
+            f"{', '.join(RATED)}"
+        )
+    quarters = [b / 4 for b in range(1, 4 * MOST + 1) if abs(b / 4 - target) <= 1 and b % 4]
+    found, problems = [], {}
+    whole = [b for b in range(1, MOST + 1) if abs(b - target) <= 4]
+    for bits in sorted([*whole, *quarters]):
         try:
-            found.append(jq.named_method(name, bits=bits, **options))
+            found.append(made(bits))
         except ValueError as error:  # not every method has every rate
-            problem = error
-    if not found and problem is not None:
-        raise problem
+            problems[bits] = error
+    if not found:
+        raise problems[min(problems, key=lambda bits: abs(bits - target))]
     return tuple(found)
 
 

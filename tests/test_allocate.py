@@ -82,7 +82,7 @@ def test_losses_are_kept_for_the_next_run():
 
 
 def test_against_every_choice():
-    """What is chosen is the best there is for no more bytes than it takes."""
+    """What is chosen is near the best there is for no more bytes than it takes."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         groups = [
@@ -102,13 +102,32 @@ def test_against_every_choice():
         assert [o.loss for o in full] == [min(o.loss for o in g) for g in groups]
 
 
-def test_healing_is_counted():
-    _, params, _, stats = made()
-    methods = [jq.qtip(b, L=8) for b in (2, 3)]
-    lowest = [
-        jq.allocate(params, methods, 3.0, stats, paths=["stack"], healed=h).lowest for h in (0, 1)
+@pytest.mark.parametrize("method", [jq.qtip(2, L=8), RATES[0]], ids=lambda m: m.name)
+def test_healing_is_counted(method):
+    fn, params, x, stats = made()
+    found = [
+        jq.Choices.of(params, [method], stats.sites, paths=["stack"], healed=h) for h in (0, 1)
     ]
-    assert lowest[1] - lowest[0] == pytest.approx(15 * (64 + 64) / 64**2)
+    q = jq.quantize(params, jq.Recipe([("stack", method), ("*", jq.KEEP)]), stats)
+    healed = jq.heal(fn, q, params, x, jq.Healing(steps=1))
+    for choices, tree in zip(found, (q, healed), strict=True):
+        assert choices.lowest == choices.highest == tree["stack"].bits_per_weight
+
+
+def test_a_method_that_does_not_fit_a_weight_is_left_out():
+    _, params, _, stats = made()
+    methods = [jq.rtn(bits=4, group_size=64), jq.rtn(bits=2, group_size=16)]
+    choices = jq.Choices.of(params, methods, stats.sites)
+    count = {entries[0].path: len(entries) for entries in choices.weights}
+    assert count == {"a": 2, "b": 1, "c": 1, "stack": 2}
+    with pytest.raises(ValueError, match="b: .*64 does not divide"):
+        jq.Choices.of(params, methods[:1], stats.sites)
+
+
+def test_a_loss_measured_as_noise_below_zero_still_orders():
+    _, params, _, stats = made()
+    found = jq.allocate(params, RATES, 9.5, stats, measure=lambda t: -1e-9)
+    assert {o.method.format.bits for o in found.chosen} == {8}
 
 
 def test_bad_budgets():
@@ -118,5 +137,9 @@ def test_bad_budgets():
             ValueError, match=r"cannot be reached: with these methods it is 3\.125 to 9\.500"
         ):
             jq.allocate(params, RATES, wanted, stats)
+    with pytest.raises(ValueError, match="nothing to share out"):
+        jq.allocate(params, [], 4, stats)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        jq.allocate(params, RATES, 4, stats, samples=0)
     with pytest.raises(ValueError, match="'z' matches no leaf"):
         jq.allocate(params, RATES, 4, stats, paths=["z"])

@@ -62,11 +62,38 @@ def test_scaling_evens_out_what_meets_the_weight():
     assert lost[1] < 0.5 * lost[0]
 
 
+@pytest.mark.parametrize("side", [*SIDES, jq.Scaling()], ids=str)
+def test_weights_that_read_one_input_stay_each_their_own(side):
+    """Grams weighted by gradients differ between weights of one input; so do fitted transforms."""
+    p = {"a": draw(32, 32), "b": draw(32, 32, seed=1)}
+    x, weight = draw(64, 32, seed=2), jnp.arange(32)
+    fn = lambda p, x: jnp.concatenate([jnp.tanh(x @ p["a"]), x @ p["b"] * weight], -1)
+    stats = jq.calibrate(fn, p, [x], loss=lambda y, x: jnp.mean(y**4))
+    q = jq.quantize(p, jq.Method("m", jq.gptq().rounder, FINE, side, None), stats)
+    got, want = jq.quantized(fn)(q, x), fn(jq.dequantize(q), x)
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_dead_channels_do_not_count():
+    moment = jnp.append(jnp.zeros(6), jnp.logspace(-1, 1, 26))
+    factors = jq.Scaling(-0.5).fit(moment, moment, jax.random.key(0))["factors"]
+    np.testing.assert_array_equal(factors[:6], 1)
+    even = moment[6:] * factors[6:].astype(jnp.float32) ** 2
+    np.testing.assert_allclose(even, even[0], rtol=3e-3)
+
+
 def test_a_scaling_that_reads_moments_asks_for_them():
     method = jq.Method("m", Nearest(), FINE, None, jq.Scaling(-0.5))
     with pytest.raises(ValueError, match="needs output_gram"):
         jq.quantize_array(draw(32, 32), method)
     assert method.needs_output and not method.needs_gram
+
+
+def test_sides_of_a_square_matrix_are_both_counted():
+    w = draw(64, 64)
+    method = jq.Method("m", Nearest(), FINE, jq.Rotation(), jq.Rotation())
+    (entry,) = jq.resolve(method, {"w": w}).entries
+    assert entry.bytes == jq.quantize_array(w, method).nbytes
 
 
 def test_padding_costs_bytes_that_are_counted():

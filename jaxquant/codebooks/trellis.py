@@ -55,8 +55,9 @@ class Trellis(Decoding):
         check_fields(self)
         if self.code not in trellis.CODES:
             raise ValueError(f"code must be one of {', '.join(trellis.CODES)}, got {self.code!r}")
-        if not self.rates or not any(self.rates) or min(self.rates) < 0:
-            raise ValueError(f"rates must be 0 to 8 bits, not all 0, got {self.rates}")
+        whole = all(isinstance(rate, int) for rate in self.rates)
+        if not whole or not any(self.rates) or min(self.rates) < 0:
+            raise ValueError(f"rates must be 0 to 8 whole bits, not all 0, got {self.rates}")
         for rate in {*self.rates} - {0}:
             trellis.check(self.L, rate, self.V)
 

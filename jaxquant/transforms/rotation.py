@@ -54,6 +54,11 @@ class Rotation:
 
     needs_moment: ClassVar[bool] = False
 
+    @property
+    def fitted(self) -> bool:
+        """Whether its arrays depend on the weight, and so cannot be shared."""
+        return self.sort
+
     def fit(
         self, weights: Float[Array, "n"], moment: Float[Array, "n"], key: Array
     ) -> dict[str, Array]:

@@ -19,9 +19,9 @@ class Scaling:
 
     Attributes:
       power: factors are the mean square that a channel's vectors have (inputs x on the input side,
-        loss gradients on the output side), to this power, over their geometric mean. At -1/2 all
-        channels come to count alike, and a rounder that weighs outputs alike is right to;
-        0: ones, to be trained.
+        loss gradients on the output side), to this power, over their geometric mean (1 for a dead
+        channel). At -1/2 all channels come to count alike, and a rounder that weighs outputs alike
+        is right to; 0: ones, to be trained.
 
     >>> Scaling(-0.5).fit(jnp.ones(2), jnp.array([4.0, 1.0]), jax.random.key(0))["factors"].tolist()
     [0.70703125, 1.4140625]
@@ -37,6 +37,11 @@ class Scaling:
         """Whether the second moment on this side decides the factors."""
         return self.power != 0
 
+    @property
+    def fitted(self) -> bool:
+        """Whether its arrays depend on the weight, and so cannot be shared."""
+        return self.needs_moment
+
     def size(self, n: int) -> int:
         """Channels after it: as many."""
         return n
@@ -46,8 +51,10 @@ class Scaling:
     ) -> dict[str, Array]:
         """Its arrays, for channels of these mean squares of weights and of vectors."""
         del weights, key
-        log = self.power * jnp.log(jnp.maximum(moment, 1e-30 * jnp.max(moment) + 1e-37))
-        log = jnp.clip(log - jnp.mean(log), -jnp.log(_RANGE), jnp.log(_RANGE))
+        alive = moment > 0
+        log = self.power * jnp.log(jnp.where(alive, moment, 1.0))
+        mean = jnp.sum(log) / jnp.maximum(jnp.sum(alive), 1)
+        log = jnp.clip(jnp.where(alive, log - mean, 0.0), -jnp.log(_RANGE), jnp.log(_RANGE))
         return {"factors": jnp.exp(log).astype(jnp.float16)}
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -4,8 +4,8 @@ Run: python -m tests.benchmarks.rate_quality layer|model|draw [--text TEXT] [--h
      [--tokens N] [--rates 1,1.25] [--families NAME,NAME] [--out DIR]
 "layer" quantizes the layer of `tests.layer` by every family (minutes), "model" SmolLM2 (hours for
 all of it), "draw" prints the tables of what DIR holds, says where more bits lost, and draws it.
-Results go to DIR/rate_quality.json, a point at a time; a point that is there is not run again, and
-a killed model run goes on where it stopped.
+Results go to DIR/rate_quality.json, a point at a time; a point that is there, of the same text,
+tokens and healing, is not run again, and a killed model run goes on where it stopped.
 
 The model is calibrated on the last N tokens of the text, healed on what lies between and scored on
 its first 16 chunks of 512.
@@ -13,7 +13,9 @@ its first 16 chunks of 512.
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import pickle
 import time
 from pathlib import Path
 
@@ -47,16 +49,21 @@ ON_A_LAYER = {"entropy_coded": lambda b: jq.entropy_coded(b)}  # which knows no 
 
 
 class Results:
-    """Points by name, in a file."""
+    """Points by name, in a file; of each, the run that it came from."""
 
     def __init__(self, out):
         self.path = Path(out) / "rate_quality.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.points = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def add(self, name, **point):
-        self.points[name] = point
-        self.path.write_text(json.dumps(self.points, indent=1) + "\n")
+    def has(self, name, run):
+        return name in self.points and self.points[name]["run"] == run
+
+    def add(self, name, run, **point):
+        self.points[name] = {**point, "run": run}
+        aside = self.path.with_suffix(".aside")
+        aside.write_text(json.dumps(self.points, indent=1) + "\n")
+        aside.replace(self.path)
         print(name, {k: round(v, 5) if isinstance(v, float) else v for k, v in point.items()},
               flush=True)  # fmt: skip
 
@@ -72,63 +79,66 @@ def points(args):
 def layer(args, results):
     w, h = map(jnp.asarray, made_layer(0))
     for family, rate, method in points(args):
-        name = f"layer {family} {rate:g}"
-        if name in results.points or method(rate).rounder.needs_output:
+        name, run = f"layer {family} {rate:g}", {}
+        if results.has(name, run) or method(rate).rounder.needs_output:
             continue
         q = jq.quantize_array(w, ON_A_LAYER.get(family, method)(rate), h, key=jax.random.key(0))
         loss = relative_loss(w, q.dequantize(), h)
-        results.add(name, family=family, rate=rate, bits=q.bits_per_weight, loss=loss)
+        results.add(name, run, family=family, rate=rate, bits=q.bits_per_weight, loss=loss)
 
 
 def model(args, results):
     source = pipeline.load_any("smollm2-135m")
-    ids = source.tokenizer.encode(read_text(args.text))
+    text = read_text(args.text)
+    ids = source.tokenizer.encode(text)
     count = args.tokens // CONTEXT
     sequences = chunk(ids, CONTEXT)
     scored, between = sequences[:CHUNKS], sequences[CHUNKS : len(sequences) - count - 1]
     fit, held_out = between[:-HELD_OUT], between[-HELD_OUT:]
-    calibration = chunk(ids[-count * CONTEXT :], CONTEXT)
+    run = {"text": hashlib.sha256(text.encode()).hexdigest()[:16], "tokens": args.tokens}
+    training = run | {"steps": args.heal, "learning_rate": args.learning_rate}
 
     def perplexity(params):
         return evaluate(jq.quantized(source.apply_fn), jq.dequantize(params), scored).perplexity
 
-    if "model float" not in results.points:
-        results.add("model float", family="float", perplexity=perplexity(source.params))
-    stats = _statistics(source, calibration, results.path.parent)
+    if not results.has("model float", run):
+        results.add("model float", run, family="float", perplexity=perplexity(source.params))
+    stats = statistics(source, chunk(ids[-count * CONTEXT :], CONTEXT), run, results.path.parent)
     for family, rate, method in points(args):
         recipe = pipeline.recipe_of(method(rate))
-        run = {"recipe": recipe.to_json(), "text": args.text, "tokens": args.tokens}
-        folder = Folder(results.path.parent / f"{family} {rate:g}.partial", run)
+        folder = Folder(
+            results.path.parent / f"{family} {rate:g}.partial",
+            training | {"recipe": recipe.to_json(), "jax": jax.__version__},
+        )
         name, start = f"model {family} {rate:g}", time.monotonic()
-        if name in results.points and (not args.heal or f"{name} healed" in results.points):
+        plain, trained = results.has(name, run), results.has(f"{name} healed", training)
+        if plain and (not args.heal or trained):
             folder.remove()
             continue
+        fresh = not len(folder)
         params = pipeline.quantized_model(source, recipe, stats, finished=folder).params
-        if name not in results.points:
-            took = time.monotonic() - start
-            results.add(name, family=family, rate=rate, bits=jq.bits_per_weight(params),
+        if not plain:
+            took = time.monotonic() - start if fresh else None
+            results.add(name, run, family=family, rate=rate, bits=jq.bits_per_weight(params),
                         perplexity=perplexity(params), seconds=took)  # fmt: skip
         if args.heal:
-            start = time.monotonic()
             tell = lambda done: done.step % 10 or print(done, flush=True)
             healing = jq.Healing(args.heal, args.learning_rate, batch_size=1)
             result = dataclasses.replace(source, params=params)
             params = pipeline.healed(source, result, fit, held_out, healing, tell, folder).params
-            took = time.monotonic() - start
-            results.add(f"{name} healed", family=f"{family}, healed", rate=rate,
-                        bits=jq.bits_per_weight(params), perplexity=perplexity(params),
-                        steps=args.heal, seconds=took)  # fmt: skip
+            results.add(f"{name} healed", training, family=f"{family}, healed", rate=rate,
+                        bits=jq.bits_per_weight(params), perplexity=perplexity(params))  # fmt: skip
         folder.remove()
 
 
-def _statistics(source, calibration, out):
-    """Statistics on the calibration sequences, kept in a file."""
-    import pickle
-
-    path = out / "statistics.pickle"
+def statistics(source, calibration, run, out):
+    """Statistics on the calibration sequences, kept in a file of their run's name."""
+    path = out / f"statistics-{run['text']}-{run['tokens']}.pickle"
     if not path.exists():
         stats = pipeline.calibrate_on(source, calibration, output=[pipeline.LAYERS])
-        path.write_bytes(pickle.dumps(stats))
+        aside = path.with_suffix(".aside")
+        aside.write_bytes(pickle.dumps(stats))
+        aside.replace(path)
     return pickle.loads(path.read_bytes())
 
 

@@ -154,6 +154,7 @@ def test_bits_shared_out_and_healed(tiny, run, tmp_path):
     status, out, err = run("quantize", tiny, *budget, *options, "--json")
     assert status == 0, err
     assert 6.5 < json.loads(out)["bits_per_weight"] <= 7.5
+    assert "healing of block 1" in err
     assert "bits per weight (within reach" in err
     assert "held out" in err
     rates = {w.format.bits for _, w in jq.path_leaves(checkpoint.load(tmp_path / "o").params)
@@ -163,6 +164,22 @@ def test_bits_shared_out_and_healed(tiny, run, tmp_path):
     budget[-3] = 2.5
     fails(run("quantize", tiny, *budget, *options), 1, "2.5 bits per weight cannot be reached")
     assert not (tmp_path / "p").exists()
+
+
+def test_a_short_text_is_told_before_any_work(tiny, run, tmp_path):
+    (tmp_path / "t.txt").write_text("the quick " * 80)  # one sequence of 512 bytes and a bit
+    for more in (["--heal", 2], ["--target-bits", 7.5]):
+        options = [
+            "--method",
+            "gptq",
+            "--group-size",
+            8,
+            *more,
+            "--calibration",
+            tmp_path / "t.txt",
+        ]
+        fails(run("quantize", tiny, *options, "--out", tmp_path / "o"), 1, "takes 3 or more")
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
 
 def test_a_model_writes_its_own_text_to_heal_on(tiny, run, tmp_path):
@@ -216,8 +233,11 @@ def fails(result, status, message):
         ("--method ternary --bits 3", "unexpected keyword argument 'bits'"),
         ("", "give one of --method and --recipe, or --target-bits"),
         ("--method rtn --bits 3 --target-bits 3", "give one of --bits and --target-bits"),
-        ("--method mxfp4 --target-bits 3", "mxfp4 has one rate only"),
         ("--method rtn --heal-text builtin", "--heal-text is for healing"),
+        ("--method rtn --target-bits -3", "--target-bits must be above 0 and at most 8"),
+        ("--method rtn --target-bits nan", "--target-bits must be above 0 and at most 8"),
+        ("--method aqlm --target-bits 2", "aqlm has no option that sets its rate alone"),
+        ("--method rtn --group-size 0 --target-bits 3", "group_size must be positive"),
         ("--recipe /nowhere.json", "cannot read /nowhere.json"),
         ("--method gptq --calibration-tokens 3", "--calibration-tokens must be at least 512"),
     ],

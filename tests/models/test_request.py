@@ -38,16 +38,23 @@ def test_what_is_said_wins_over_the_effort():
 @pytest.mark.parametrize(
     ("name", "target", "wanted"),
     [
-        ("entropy_coded", 2.0, [1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 4]),
-        ("qtip", 2.3, [1, 2, 3, 4]),
+        ("entropy_coded", 2.0, [1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 4, 5, 6]),
+        ("qtip", 2.3, [1, 2, 3, 4, 5, 6]),
         ("quip_sharp", 2.3, [2, 3, 4]),
-        ("gptq", 4.5, [3, 4]),
+        ("gptq", 4.5, [2, 3, 4, 8]),
     ],
 )
 def test_what_is_shared_out(name, target, wanted):
     job = asked(method=name, target_bits=target)
     assert job.recipe is None
     assert [m.format.bits if name != "qtip" else m.format.rates[0] for m in job.choices] == wanted
+
+
+def test_an_effort_gives_way_to_what_the_user_said():
+    (_, method), _ = asked(method="qtip", effort="best", more=("passes=1",)).recipe.rules
+    assert method == jq.qtip(passes=1)
+    uniform = asked(method="entropy_coded", effort="best", weighting="uniform")
+    assert not any(m.needs_output for _, m in uniform.rules)
 
 
 def test_without_a_method_the_effort_names_it():
