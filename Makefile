@@ -9,7 +9,7 @@ find = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1
 # Tests and the demo are about this machine's CPU; a GPU suite asks for its device by name.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest demo bench clean
+.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest demo bench curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -68,7 +68,14 @@ demo: venv model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings
-	@for f in tests/benchmarks/*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
+	@for f in $(filter-out %/rate_quality.py,$(wildcard tests/benchmarks/*.py)); do \
+		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
+
+curve: venv model ## rate and quality from 1 to 4 bits, with and without healing: hours; goes on where it stopped
+	@$(PIP) install -e '.[test,report]'
+	@$(BIN)/python -m tests.benchmarks.rate_quality layer
+	@$(BIN)/python -m tests.benchmarks.rate_quality model --families entropy_coded --heal 60
+	@$(BIN)/python -m tests.benchmarks.rate_quality draw
 
 clean:           ## remove what make made
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

@@ -17,6 +17,8 @@ from jaxquant.quantize import quantize, quantize_array
 from jaxquant.recipe import Entry, Recipe, resolve
 from jaxquant.sites import Site, is_weight
 
+APART = 0.9  # bits between two methods of one name that are measured
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -81,7 +83,8 @@ def allocate(
     what few bits do, so with `measure` a weight's losses are put to scale by the model itself: all
     of it is quantized, and nothing else, by the method nearest to `bits`, and measured.
 
-    A stack of layers is one weight here, its matrices share a method.
+    A stack of layers is one weight here, its matrices share a method. Of methods of one name whose
+    rates lie less than a bit apart, some are measured, and the others interpolated.
 
     Args:
       methods: to choose from; of each weight, those that fit it.
@@ -114,8 +117,11 @@ def allocate(
     groups = []
     for entries in choices.weights:
         nearest = min(entries, key=lambda e: abs(8 * e.bytes / e.size - bits))
-        unit = table.unit(nearest, measure)
-        group = [Option(e.path, _method(e), e.bytes, e.size, unit * table.loss(e)) for e in entries]
+        unit, losses = table.unit(nearest, measure), table.losses(entries)
+        group = [
+            Option(e.path, _method(e), e.bytes, e.size, unit * loss)
+            for e, loss in zip(entries, losses, strict=True)
+        ]
         for option in group if progress is not None else ():
             progress(option)
         groups.append(group)
@@ -222,6 +228,20 @@ class _Table:
     key: Array | None
     samples: int
     finished: MutableMapping[str, Mapping[str, Any]]
+
+    def losses(self, entries: Sequence[Entry]) -> list[float]:
+        """Of a weight by these methods; log losses between two measured ones lie on a line."""
+        out: dict[int, float] = {}
+        for name in {_method(e).name for e in entries}:
+            mine = sorted((e for e in entries if _method(e).name == name), key=lambda e: e.bytes)
+            anchors = mine[:1]
+            for e in mine[1:]:
+                if 8 * (e.bytes - anchors[-1].bytes) / e.size > APART or e is mine[-1]:
+                    anchors.append(e)
+            at = [e.bytes for e in anchors]
+            logs = [math.log(max(self.loss(e), 1e-30)) for e in anchors]
+            out |= {id(e): math.exp(np.interp(e.bytes, at, logs)) for e in mine}
+        return [out[id(e)] for e in entries]
 
     def loss(self, entry: Entry) -> float:
         """Mean over the sampled matrices, times the number of matrices."""

@@ -243,7 +243,7 @@ def vptq(
 
 
 def entropy_coded(
-    bits: float = 2.0, *, states: int = 64, scaled: bool = False, damping: float = 1e-4
+    bits: float = 2.0, *, states: int = 64, scaled: bool = False, damping: float = 0.02
 ) -> Method:
     """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
 

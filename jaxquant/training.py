@@ -33,7 +33,7 @@ class Healing:
 
     steps: int = 200
     learning_rate: float = 2e-3
-    batch_size: int = 2
+    batch_size: int = 1
     validate_every: int = 50
     save_every: int = 10
     seed: int = 0

@@ -130,7 +130,7 @@ def _choices(name: str, target: float, made: Callable[[float], jq.Method]) -> tu
         )
     quarters = [b / 4 for b in range(1, 4 * MOST + 1) if abs(b / 4 - target) <= 1 and b % 4]
     found, problems = [], {}
-    whole = [b for b in range(1, MOST + 1) if abs(b - target) <= 4]
+    whole = [b for b in range(1, MOST + 1) if abs(b - target) <= 3]
     for bits in sorted([*whole, *quarters]):
         try:
             found.append(made(bits))

@@ -114,6 +114,17 @@ def test_healing_is_counted(method):
         assert choices.lowest == choices.highest == tree["stack"].bits_per_weight
 
 
+def test_rates_between_measured_ones_are_interpolated():
+    _, params, _, stats = made()
+    methods = [jq.rtn(bits=4, group_size=g) for g in (64, 32, 16)]  # .3 and .6 bits apart
+    kept: dict = {}
+    seen: list[Option] = []
+    jq.allocate(params, methods, 4.6, stats, paths=["a"], finished=kept, progress=seen.append)
+    assert len(kept) == 2
+    x, y = ([o.bytes for o in seen], np.log([o.loss for o in seen]))
+    assert (y[1] - y[0]) / (x[1] - x[0]) == pytest.approx((y[2] - y[0]) / (x[2] - x[0]))
+
+
 def test_a_method_that_does_not_fit_a_weight_is_left_out():
     _, params, _, stats = made()
     methods = [jq.rtn(bits=4, group_size=64), jq.rtn(bits=2, group_size=16)]

@@ -119,7 +119,7 @@ def test_the_best_on_held_out_data_comes_back():
     assert distance(fn, p, kept, x[200:]) < distance(fn, p, lost, x[200:])
 
 
-@named
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[-1]], ids=lambda m: m.name)
 def test_blocks_are_brought_nearer_one_by_one(method):
     """Also after blocks that are quantized themselves, and going on where it was stopped."""
     _, p, x = model()
@@ -148,6 +148,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match="nothing to train"):
         heal(fn, p, p, x)
     with pytest.raises(ValueError, match="at least batch_size = 2 sequences, got 1"):
-        heal(fn, made(METHODS[0], p, x), p, x[:1])
+        heal(fn, made(METHODS[0], p, x), p, x[:1], Healing(batch_size=2))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Healing(steps=0)

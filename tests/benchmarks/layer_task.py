@@ -30,7 +30,10 @@ ROWS = [
     *(("trellis", b, lambda b=b: jq.trellis(b, L=16, block=32)) for b in (1, 1.5, 2, 3, 4)),
     ("aqlm", 2, jq.aqlm),
     ("vptq", 2, jq.vptq),
-    *(("entropy_coded", b, lambda b=b: jq.entropy_coded(b)) for b in (1, 1.5, 2, 3, 4)),
+    *(
+        ("entropy_coded", b, lambda b=b: jq.entropy_coded(b, damping=1e-4))
+        for b in (1, 1.5, 2, 3, 4)
+    ),
 ]
 
 

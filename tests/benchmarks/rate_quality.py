@@ -45,7 +45,8 @@ FAMILIES = {
     "mxfp4": ((4,), lambda b: jq.mxfp4(feedback=True)),
     "nvfp4": ((4,), lambda b: jq.nvfp4(feedback=True)),
 }
-ON_A_LAYER = {"entropy_coded": lambda b: jq.entropy_coded(b)}  # which knows no loss gradients
+# On a layer there are no loss gradients, and H is no estimate.
+ON_A_LAYER = {"entropy_coded": lambda b: jq.entropy_coded(b, damping=1e-4)}
 
 
 class Results:
@@ -106,14 +107,14 @@ def model(args, results):
     stats = statistics(source, chunk(ids[-count * CONTEXT :], CONTEXT), run, results.path.parent)
     for family, rate, method in points(args):
         recipe = pipeline.recipe_of(method(rate))
-        folder = Folder(
-            results.path.parent / f"{family} {rate:g}.partial",
-            training | {"recipe": recipe.to_json(), "jax": jax.__version__},
-        )
+        made = run | {"recipe": recipe.to_json(), "jax": jax.__version__}
+        folder = Folder(results.path.parent / f"{family} {rate:g}.partial", made)
+        healed = Folder(results.path.parent / f"{family} {rate:g}.healing", made | training)
         name, start = f"model {family} {rate:g}", time.monotonic()
         plain, trained = results.has(name, run), results.has(f"{name} healed", training)
         if plain and (not args.heal or trained):
             folder.remove()
+            healed.remove()
             continue
         fresh = not len(folder)
         params = pipeline.quantized_model(source, recipe, stats, finished=folder).params
@@ -123,12 +124,13 @@ def model(args, results):
                         perplexity=perplexity(params), seconds=took)  # fmt: skip
         if args.heal:
             tell = lambda done: done.step % 10 or print(done, flush=True)
-            healing = jq.Healing(args.heal, args.learning_rate, batch_size=1)
+            healing = jq.Healing(args.heal, args.learning_rate)
             result = dataclasses.replace(source, params=params)
-            params = pipeline.healed(source, result, fit, held_out, healing, tell, folder).params
+            params = pipeline.healed(source, result, fit, held_out, healing, tell, healed).params
             results.add(f"{name} healed", training, family=f"{family}, healed", rate=rate,
                         bits=jq.bits_per_weight(params), perplexity=perplexity(params))  # fmt: skip
         folder.remove()
+        healed.remove()
 
 
 def statistics(source, calibration, run, out):
@@ -193,7 +195,7 @@ def main():
     parser.add_argument("--text", default=BUILTIN)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heal", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     split = lambda kind: lambda text: [kind(t) for t in text.split(",")]
     parser.add_argument("--rates", type=split(float), default=())
     parser.add_argument("--families", type=split(str), default=())
