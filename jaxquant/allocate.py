@@ -215,7 +215,8 @@ def _with_added(entry: Entry, method: Method) -> Entry:
 
 
 def _method(entry: Entry) -> Method:
-    assert isinstance(entry.method, Method)
+    if not isinstance(entry.method, Method):
+        raise ValueError(f"{entry.path} is kept; it has no method")
     return entry.method
 
 

