@@ -153,7 +153,7 @@ def draw(args, results):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     kinds = {"layer": "loss", "model": "perplexity"}
     for axis in axes:
-        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + ("black",))
+        axis.set_prop_cycle(color=(*plt.get_cmap("tab20").colors[::2], "black"))
     for axis, (kind, measure) in zip(axes, kinds.items(), strict=True):
         found = [p for n, p in results.points.items() if n.startswith(f"{kind} ")]
         for family in dict.fromkeys(p["family"] for p in found if p["family"] != "float"):
