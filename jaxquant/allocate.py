@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxquant.opened import added_bytes
 from jaxquant.paths import matches, path_leaves
 from jaxquant.quantize import quantize, quantize_array
 from jaxquant.recipe import Entry, Recipe, resolve
+from jaxquant.resume import Finished
 from jaxquant.sites import Site, is_weight
 
 APART = 0.9  # bits between two methods of one name that are measured
@@ -74,7 +75,7 @@ def allocate(
     healed: bool = False,
     key: Array | None = None,
     progress: Callable[[Option], None] | None = None,
-    finished: MutableMapping[str, Mapping[str, Any]] | None = None,
+    finished: Finished | None = None,
 ) -> Allocation:
     """A method for every weight, the expected loss least among those of at most `bits` on average.
 
@@ -122,8 +123,9 @@ def allocate(
             Option(e.path, _method(e), e.bytes, e.size, unit * loss)
             for e, loss in zip(entries, losses, strict=True)
         ]
-        for option in group if progress is not None else ():
-            progress(option)
+        if progress is not None:
+            for option in group:
+                progress(option)
         groups.append(group)
     chosen = tuple(_cheapest(groups, bits * choices.size / 8))
     recipe = Recipe([*((o.path, o.method) for o in chosen), ("*", KEEP)])
@@ -228,7 +230,7 @@ class _Table:
     stats: Stats
     key: Array | None
     samples: int
-    finished: MutableMapping[str, Mapping[str, Any]]
+    finished: Finished
 
     def losses(self, entries: Sequence[Entry]) -> list[float]:
         """Of a weight by these methods; log losses between two measured ones lie on a line."""
@@ -288,12 +290,11 @@ def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Opt
     place = [0] * len(hulls)
     left = budget - sum(hull[0].bytes for hull in hulls)
     steps = [
-        ((hull[j].loss - hull[j + 1].loss) / (hull[j + 1].bytes - hull[j].bytes), -i, -j)
+        ((hull[j].loss - hull[j + 1].loss) / (hull[j + 1].bytes - hull[j].bytes), i, j)
         for i, hull in enumerate(hulls)
         for j in range(len(hull) - 1)
     ]
-    for _, i, j in sorted(steps, reverse=True):
-        i, j = -i, -j
+    for _, i, j in sorted(steps, key=lambda step: -step[0]):
         cost = hulls[i][j + 1].bytes - hulls[i][j].bytes
         if place[i] == j and cost <= left:
             place[i], left = j + 1, left - cost

@@ -13,7 +13,8 @@ from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, Values, close_tree, open_tree, trained
 from jaxquant.paths import stack_size
 from jaxquant.quantize import dequantize
-from jaxquant.training import Finished, Healing, Progress, Trainer
+from jaxquant.resume import Finished
+from jaxquant.training import Healing, Progress, Trainer
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
 

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxquant.matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.methods import Method
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.recipe import Entry, Recipe, leaf_bytes, resolve
+from jaxquant.resume import Finished
 from jaxquant.rounding import Moments
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
@@ -48,10 +49,6 @@ class Done:
     seconds: float
 
 
-# By matrix: its packed arrays, and beside them those of its `Report`, "report.loss" and so on.
-Finished = MutableMapping[str, Mapping[str, Any]]
-
-
 def quantize(
     params: Any,
     recipe: Recipe | Method,
@@ -69,8 +66,9 @@ def quantize(
       stats: `calibrate`'s result; or `sites`' result; or None (the last axis is the output).
       key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
       progress: called with `Done` after each matrix.
-      finished: arrays by matrix; what is in it is not done again, what is done is put in it. A
-        mapping that lives on disk (`resume.Folder`) makes a long run resumable.
+      finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on.
+        What is in it is not done again, what is done is put in it. A mapping that lives on disk
+        (`resume.Folder`) makes a long run resumable.
     Raises:
       ValueError: the recipe does not resolve, weights are not finite, or a method needs
         statistics that are missing. Before any compute, but for the check of the weights.

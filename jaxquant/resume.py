@@ -13,6 +13,7 @@ import numpy as np
 
 RUN = "run.json"
 Arrays = Mapping[str, Any]
+Finished = MutableMapping[str, Arrays]  # what a long run has done; on disk, a `Folder`
 
 
 class Folder(MutableMapping[str, Arrays]):

@@ -1,7 +1,7 @@
 """Training what an opened tree leaves to train: resumable, and judged on held-out data."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from jaxtyping import Array
 
 from jaxquant.fields import check_fields, check_positive
 from jaxquant.opened import Opened, Values, at_start
+from jaxquant.resume import Finished
 
 Loss = Callable[..., Array]  # loss(change, opened, *batch)
-Finished = MutableMapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)

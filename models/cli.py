@@ -142,13 +142,18 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     _emit(report, as_json)
 
 
+def _line(text: str) -> None:
+    """A line on stderr as it is, above the bar."""
+    stderr.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _allocated(work: job.Job, source: Any, data: job.Data, stats: Any, folder: Folder) -> jq.Recipe:
     kinds = sum(matches(path, pipeline.LAYERS) for path, _ in jq.path_leaves(source.params))
     with bar("allocating", len(work.choices) * kinds) as step:
 
         def tell(option: jq.Option) -> None:
             step(option)
-            stderr.print(str(option), highlight=False, markup=False, soft_wrap=True)
+            _line(str(option))
 
         allocation = job.allocated(work, source, data.unseen, stats, folder, tell)
     click.echo(str(allocation), err=True)
@@ -164,11 +169,10 @@ class _Steps:
     def __call__(self, done: Update) -> None:
         self.step(done)
         if done.validation is not None:
-            stderr.print(
+            _line(
                 f"{done.name:20} step {done.step:5}  loss {done.loss:.5f}  "
-                f"held out {done.validation:.5f}",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+                f"held out {done.validation:.5f}"
+            )
 
 
 class _Rows:
@@ -180,12 +184,9 @@ class _Rows:
     def __call__(self, done: jq.Done) -> None:
         self.step(done)
         took = f"{done.seconds:6.1f} s" if done.seconds else "  (done before)"
-        stderr.print(
+        _line(
             f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
-            f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}"
         )
 
 

@@ -75,10 +75,8 @@ def context(model: Model) -> int:
 
 def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
     """Mean KL (nats per token) of the model's predictions to those with other parameters."""
-    result = evaluate(
-        jq.quantized(model.apply_fn), params, sequences, against=(model.apply_fn, model.params)
-    )
-    return float(result.kl or 0.0)
+    teacher = (model.apply_fn, model.params)
+    return evaluate(jq.quantized(model.apply_fn), params, sequences, against=teacher).kl
 
 
 def recipe_of(method: jq.Method) -> jq.Recipe:
