@@ -243,7 +243,12 @@ def vptq(
 
 
 def entropy_coded(
-    bits: float = 2.0, *, states: int = 64, scaled: bool = False, damping: float = 0.02
+    bits: float = 2.0,
+    *,
+    states: int = 64,
+    two_sided: bool = False,
+    damping: float = 0.02,
+    chain: int | None = None,
 ) -> Method:
     """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
 
@@ -251,14 +256,16 @@ def entropy_coded(
     See `Waterfill` and `EntropyCoded`.
 
     Args:
-      scaled: outputs are scaled by what the loss gradient says they matter, which needs
-        output-side statistics and 16 bits for each beside `bits`.
+      two_sided: outputs get widths by what the loss gradient says they matter, and errors are fed
+        on to later ones; needs output-side statistics.
+      chain: default 256, and 128 for two-sided feedback, which goes from chain to chain.
 
     >>> entropy_coded(bits=1.5).format.bits
     1.5
     """
-    output = Scaling(-0.5) if scaled else None
-    return Method("entropy_coded", Waterfill(damping), EntropyCoded(bits, states), output=output)
+    rounder = Waterfill(damping, 0.5 if two_sided else None)
+    format = EntropyCoded(bits, states, chain or (128 if two_sided else 256))
+    return Method("entropy_coded", rounder, format)
 
 
 def normal_float(

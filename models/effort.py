@@ -43,7 +43,7 @@ EFFORTS = {
             "quip_sharp": {"passes": 8},
             "qtip": {"two_sided": True},
             "trellis": {"passes": 2},
-            "entropy_coded": {"states": 256, "scaled": True},
+            "entropy_coded": {"states": 256, "two_sided": True},
             "aqlm": {"beam": 16, "sweeps": 12},
             "vptq": {"beam": 16, "sweeps": 12},
         },

@@ -2,10 +2,12 @@
 
     | header, HEADER words | states of the lanes | words | zeros |
 
-A weight is step_i v_ij, with steps of quarter octaves and integers v = 2 k - q (`tcq`). Its code k
-is that of a t source (`student`) of scale level_i + column_j steps, in quarter octaves. The words
-hold, as codes too, the steps, the scales level + step and the columns; then k, row i in lane i mod
-lanes. Chains of at most `chain` weights of a row begin in state 0 of the trellis.
+A weight is step_i width_j v_ij, with steps and widths of quarter octaves and integers v = 2 k - q
+(`tcq`). Its code k is that of a t source (`student`) of scale level_i + column_j, over step and
+width, in quarter octaves. The words hold, as codes too, the steps, the scales level + step, the
+widths, the scales column + width; then k, row i in lane i mod lanes. A row is cut into chains of at
+most `chain` weights, of which c has the columns c, c + count, ...; each has a trellis of its own,
+from state 0.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Int16, Int32, UInt16
 
 from pallas_kernels import rans, student, tcq
 
-# Base, low and high; shape; class and mean of the steps, of the scales; class of the columns.
-HEADER = 8
+# Base, low and high; shape; class and mean of steps and of scales of rows; classes of columns'.
+HEADER = 9
 FINE = 1 << 16  # parts of an octave, of the base
 
 
@@ -31,14 +33,16 @@ class Coded(NamedTuple):
       shape: index into `student.SHAPES`.
       steps: of every row, quarter octaves above the base.
       levels: scale of every row over its step, in quarter octaves.
-      columns: scale of every column, in quarter octaves.
-      values: v, in steps.
+      widths: of every column, quarter octaves.
+      columns: scale of every column over its width, in quarter octaves.
+      values: v.
     """
 
     base: Int32[Array, ""]
     shape: Int32[Array, ""]
     steps: Int32[Array, " k"]
     levels: Int32[Array, " k"]
+    widths: Int32[Array, " n"]
     columns: Int32[Array, " n"]
     values: Int16[Array, "k n"]
 
@@ -46,7 +50,7 @@ class Coded(NamedTuple):
 def weights(coded: Coded) -> Float[Array, "k n"]:
     """The matrix, in float32."""
     step = jnp.exp2(coded.base / FINE + coded.steps / 4).astype(jnp.float32)
-    return step[:, None] * coded.values
+    return step[:, None] * jnp.exp2(coded.widths / 4) * coded.values
 
 
 def index(levels: Int[Array, "..."], columns: Int[Array, "..."]) -> Int32[Array, "..."]:
@@ -55,7 +59,7 @@ def index(levels: Int[Array, "..."], columns: Int[Array, "..."]) -> Int32[Array,
 
 
 def chains(n: int, chain: int) -> tuple[int, int]:
-    """Number and length of the chains of a row of n weights; the last may be shorter.
+    """Number and length of the chains of a row of n weights; the last ones may be shorter by one.
 
     >>> chains(576, 256)
     (3, 192)
@@ -78,10 +82,11 @@ def write(coded: Coded, size: int, lanes: int) -> tuple[UInt16[Array, " size"], 
 
     >>> row = jnp.arange(4) % 2
     >>> values = jnp.array([[2, 0, -4, 0]], jnp.int16)
-    >>> words, used = write(Coded(jnp.int32(0), jnp.int32(1), row[:1], row[:1], row, values), 30, 1)
+    >>> coded = Coded(jnp.int32(0), jnp.int32(1), row[:1], row[:1], row * 0, row, values)
+    >>> words, used = write(coded, 30, 1)
     >>> got, whole = read(words, 1, 4, lanes=1, states=1, chain=4)
     >>> int(used), bool(whole), weights(got).tolist()
-    (11, True, [[2.0, 0.0, -4.0, 0.0]])
+    (12, True, [[2.0, 0.0, -4.0, 0.0]])
     """
     shape, values = coded.shape, coded.values.astype(jnp.int32)
     head: list[Array] = [coded.base, coded.base >> 16, shape]
@@ -90,8 +95,9 @@ def write(coded: Coded, size: int, lanes: int) -> tuple[UInt16[Array, " size"], 
         mean = jnp.round(jnp.mean(side)).astype(jnp.int32)
         parts.append(_side(side - mean, shape, lanes))
         head += [parts[-1].source[0, 0], mean]
-    parts.append(_side(coded.columns, shape, lanes))
-    head.append(parts[-1].source[0, 0])
+    for side in (coded.widths, coded.columns + coded.widths):
+        parts.append(_side(side, shape, lanes))
+        head.append(parts[-1].source[0, 0])
     q = values & 1
     source = index(coded.levels[:, None], coded.columns)
     rows = (_by_lanes(a, lanes) for a in ((values + q) >> 1, source, q))
@@ -142,36 +148,48 @@ def read(
     words = words[HEADER:]
     shape = jnp.clip(head[2], 0, len(student.SHAPES) - 1)
     pull = _puller(words, shape)
-    start, sides = rans.start(words, lanes), zip((k, k, n), (3, 5, 7), strict=True)
+    start, sides = rans.start(words, lanes), zip((k, k, n, n), (3, 5, 7, 8), strict=True)
     classes = jnp.clip(head, 1, student.CLASSES - 1)
     source = [_by_lanes(jnp.full(count, classes[i]), lanes) for count, i in sides]
     reader, side = jax.lax.scan(lambda r, c: pull(r, c, 0), start, jnp.concatenate(source))
-    blocks = -(-k // lanes)
-    steps = side[:blocks].reshape(-1)[:k] + head[4]
-    scales = side[blocks : 2 * blocks].reshape(-1)[:k] + head[6]
-    columns = side[2 * blocks :].reshape(-1)[:n]
-    first = jnp.arange(n) % chains(n, chain)[1] == 0
+    cut = _cutter(side.reshape(-1), lanes)
+    steps, scales = cut(k) + head[4], cut(k) + head[6]
+    widths, columns = cut(n), cut(n)
+    columns = columns - widths
+    count, _ = chains(n, chain)
 
     def block(reader: rans.Reader, rows: tuple) -> tuple[rans.Reader, Array]:
         levels, there = rows
 
         def step(carry: tuple, column: tuple) -> tuple[tuple, Array]:
-            (reader, state), (scale, first) = carry, column
-            state = jnp.where(first, 0, state)
-            q = state & 1
+            (reader, state), (scale, chain) = carry, column
+            q = state[chain] & 1
             reader, code = pull(reader, jnp.where(there, index(levels, scale), 0), q)
-            return (reader, tcq.advance(state, code, states)), (2 * code - q).astype(jnp.int16)
+            state = state.at[chain].set(tcq.advance(state[chain], code, states))
+            return (reader, state), (2 * code - q).astype(jnp.int16)
 
-        start = (reader, jnp.zeros(lanes, jnp.int32))
-        (reader, _), values = jax.lax.scan(step, start, (columns, first))
+        start = (reader, jnp.zeros((count, lanes), jnp.int32))
+        (reader, _), values = jax.lax.scan(step, start, (columns, jnp.arange(n) % count))
         return reader, values.T
 
     levels, there = scales - steps, jnp.ones(k, bool)
     laid = _by_lanes(levels, lanes), _by_lanes(there, lanes)
     reader, out = jax.lax.scan(block, reader, laid)
     base = (head[0] & 0xFFFF) | head[1] << 16
-    coded = Coded(base, shape, steps, levels, columns, out.reshape(-1, n)[:k])
+    coded = Coded(base, shape, steps, levels, widths, columns, out.reshape(-1, n)[:k])
     return coded, rans.intact(reader, words)
+
+
+def _cutter(side: Int[Array, " m"], lanes: int) -> Callable[[int], Array]:
+    """Takes side information apart: its next entries, then what filled up the last lanes."""
+    at = 0
+
+    def cut(count: int) -> Array:
+        nonlocal at
+        part, at = side[at : at + count], at - (-count // lanes) * lanes
+        return part
+
+    return cut
 
 
 def _puller(words: Array, shape: Array) -> Callable[..., tuple[rans.Reader, Array]]:

@@ -54,8 +54,8 @@ def branches(
     t: Float[Array, "p c"],
     index: Int[Array, "p c"],
     shape: Int[Array, ""],
-    price: Float[Array, ""],
-    prior: Float[Array, ""],
+    price: Float[Array, "#c"],
+    prior: Float[Array, "#c"],
 ) -> Branches:
     """Codes for targets t, in steps: least (t - v)^2 - prior v^2 + price bits, v = 2 k - q.
 
@@ -67,6 +67,7 @@ def branches(
     """
     q, parity, step = (jnp.arange(2).reshape(shape) for shape in ((2, 1, 1), (2, 1), (2,)))
     t, index = t[..., None, None, None], index[..., None, None, None]
+    price, prior = price[:, None, None, None], prior[:, None, None, None]
     pairs = jnp.clip(jnp.floor(((t + q) / 2 - parity) / 2), -student.LARGEST, student.LARGEST)
     most = jnp.asarray(student.limits())[index]
     most = jnp.maximum(most - ((most ^ parity) & 1), parity)

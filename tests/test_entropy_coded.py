@@ -111,13 +111,16 @@ def test_storage_is_exact(k, n, lanes, chain):
     wild = lambda *size: rng.integers(-300, 300, size).astype(np.int32)
     codes = np.round(rng.standard_t(1, (k, n)) * 4).astype(np.int32)
     codes[0, 0] = -student.LARGEST
-    state, values = np.zeros(k, np.int32), np.zeros((k, n), np.int16)
+    count, _ = coded.chains(n, chain)
+    state, values = np.zeros((count, k), np.int32), np.zeros((k, n), np.int16)
     for j in range(n):
-        state = np.where(j % coded.chains(n, chain)[1] == 0, 0, state)
-        values[:, j] = 2 * codes[:, j] - (state & 1)
-        state = np.asarray(tcq.advance(state, codes[:, j], 8))
+        values[:, j] = 2 * codes[:, j] - (state[j % count] & 1)
+        state[j % count] = tcq.advance(state[j % count], codes[:, j], 8)
     level = np.full(k, student.CLASSES - student.UNIT, np.int32)  # where every symbol is possible
-    original = coded.Coded(jnp.int32(-123457), jnp.int32(1), wild(k), level, wild(n) // 300, values)
+    columns = wild(n) // 300
+    original = coded.Coded(
+        jnp.int32(-123457), jnp.int32(1), wild(k), level, wild(n) // 9, columns, values
+    )
     words, used = coded.write(jax.tree.map(jnp.asarray, original), 4000, lanes)
     got, whole = coded.read(words[: int(used)], k, n, lanes=lanes, states=8, chain=chain)
     assert bool(whole)
@@ -204,6 +207,52 @@ def test_methods_round_through_the_pipeline():
     np.testing.assert_allclose(y, x @ q.dequantize(), atol=1e-3)
 
 
+TWO_SIDED = dataclasses.replace(
+    WATERFILL, rounder=Waterfill(correlation=1.0), format=dataclasses.replace(SMALL, chain=24)
+)
+
+
+def outputs(n, seed=1):
+    """G of outputs that have much in common, some of which matter more."""
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(4 * n, 6)) @ rng.normal(size=(6, n)) + 0.5 * rng.normal(size=(4 * n, n))
+    g *= np.exp(0.7 * rng.normal(size=n))
+    return jnp.asarray(g.T @ g / (4 * n), jnp.float32)
+
+
+@pytest.mark.parametrize("n", [N, 100])
+def test_feedback_to_both_sides_serves_the_outputs(n):
+    """Less loss than widths alone, which lose less than taking all outputs for alike."""
+    w, h = layer(n, K)
+    g = outputs(n)
+    of = lambda c: dataclasses.replace(TWO_SIDED, rounder=Waterfill(correlation=c))
+    quantized = [jq.quantize_array(w, of(c), h, output_gram=g) for c in (1.0, 0.0, None)]
+    assert [q.bits_per_weight for q in quantized] == [2, 2, 2]
+    errors = [w - q.dequantize() for q in quantized]
+    both, widths, alike = (float(jnp.sum((h @ e) * (e @ g))) for e in errors)
+    assert both < 0.8 * widths < 0.8 * alike
+
+
+def test_outputs_without_anything_in_common_change_nothing():
+    w, h = layer(N, K)
+    one = jq.quantize_array(w, dataclasses.replace(TWO_SIDED, rounder=Waterfill()), h)
+    two = jq.quantize_array(w, TWO_SIDED, h, output_gram=3 * jnp.eye(N))
+    np.testing.assert_array_equal(one.data["codes"], two.data["codes"])
+
+
+@pytest.mark.parametrize("size", [1, 100, 1000])
+def test_blocks_of_rows_change_nothing(size):
+    """But for the order of sums: the same loss, to what a near tie can do."""
+    w, h = layer(N, K)
+    g = outputs(N)
+    losses = []
+    for rounder in (TWO_SIDED.rounder, dataclasses.replace(TWO_SIDED.rounder, block_size=size)):
+        q = jq.quantize_array(w, dataclasses.replace(TWO_SIDED, rounder=rounder), h, output_gram=g)
+        e = w - q.dequantize()
+        losses.append(float(jnp.sum((h @ e) * (e @ g))))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+
+
 HARD = {
     "zero weights": lambda w, h: (0 * w, h),
     "zero rows and columns": lambda w, h: (w.at[3].set(0).at[:, 7].set(0), h),
@@ -232,6 +281,7 @@ def test_hard_matrices(name):
         (lambda: EntropyCoded(1).check_shape(16, 16), "use more bits or fewer lanes"),
         (lambda: EntropyCoded(2).grids(draw(4, 4)), "use the rounder Waterfill"),
         (lambda: Waterfill(damping=0), "damping must be positive"),
+        (lambda: Waterfill(correlation=2.0), "correlation must be from 0 to 1"),
         (lambda: Waterfill(trials=0), "trials must be positive"),
         (
             lambda: Waterfill()(draw(64, 8), jq.Integer(), Moments(jnp.eye(64))),

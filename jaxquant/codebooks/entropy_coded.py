@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,19 @@ _TINY = 1e-30
 
 
 class Row(NamedTuple):
-    """What a row is rounded with (with a leading axis of rows: a matrix).
+    """What a row, or a chain of one, is rounded with (with a leading axis: many of them).
 
     Attributes:
       step: of its values.
+      level: scale of the source over the step, quarter octaves.
       price: of a bit, in squared steps.
       prior: of the energy of values, in squared steps; what `price` has been charged for already.
-      columns: scale of every column, quarter octaves.
-      shape: of the source, an index into `student.SHAPES`.
     """
 
     step: Float[Array, "..."]
+    level: Int[Array, "..."]
     price: Float[Array, "..."]
     prior: Float[Array, "..."]
-    columns: Int[Array, "... n"]
-    shape: Int[Array, "..."]
 
 
 Trial = Callable[[Float[Array, ""]], Coded]
@@ -52,8 +50,8 @@ class EntropyCoded:
       bits: per weight, everything counted; rounded down to whole words of 16 bits per column.
       states: of the trellis, 1 (none) or 4 to 256. More are nearer to Shannon's bound, and only
         encoding takes longer.
-      chain: weights of a row between two fresh starts of the trellis, each of which costs a
-        little; encoding time is proportional.
+      chain: weights of a row that share a trellis, at most. Each start of one costs a little; but
+        what an error does to the outputs is made up for by other chains only.
       lanes: rows decoded at a time; each takes 16 bits of the stream.
 
     Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC), with another
@@ -99,7 +97,7 @@ class EntropyCoded:
 
     def side_bits(self, k: int, n: int) -> int:
         """About what is not codes: header, states of the lanes, steps and scales."""
-        return WORD * (coded.HEADER + self.lanes) + 7 * k + 3 * n
+        return WORD * (coded.HEADER + self.lanes) + 7 * k + 5 * n
 
     # --- codes ------------------------------------------------------------------------------
 
@@ -107,42 +105,41 @@ class EntropyCoded:
         """Every row has its own step."""
         return 1
 
-    def grids(self, w: Float[Array, "k n"]) -> Row:
+    def grids(self, w: Float[Array, "k n"]) -> Any:
         raise ValueError(
             "EntropyCoded shares out a number of bytes: use the rounder Waterfill, or Nearest"
         )
 
-    def round(
-        self, target: Float[Array, "1 n"], row: Row
-    ) -> tuple[Int16[Array, " n+1"], Float[Array, "1 n"]]:
-        """Values of one row, least in distortion plus rate, then their level; the weights."""
-        n = target.shape[1]
-        count, length = coded.chains(n, self.chain)
-        t = target[0] / row.step
-        spread = jnp.mean(jnp.abs(t) / octaves(row.columns)) / jnp.asarray(student.MEANS)[row.shape]
-        level = jnp.maximum(quarters(spread), -2 * student.UNIT)  # of a row of zeros, say
-        laid = lambda a: jnp.pad(a, (0, count * length - n)).reshape(count, length).T
-        branches = tcq.branches(
-            laid(t), laid(coded.index(level, row.columns)), row.shape, row.price, row.prior
-        )
-        v = tcq.search(branches, self.states).T.reshape(-1)[:n]
-        return jnp.append(v, level).astype(jnp.int16), (v * row.step)[None]
+    def searched(
+        self, t: Float[Array, "p c"], columns: Int[Array, "p c"], shape: Int[Array, ""], rows: Row
+    ) -> tuple[Int16[Array, "p c"], Float[Array, "p c"]]:
+        """Values of c chains, least in distortion plus rate, and the weights that they mean.
 
-    def finished(self, codes: Int16[Array, "k n+1"], base: Array, steps: Array, row: Row) -> Coded:
-        """Codes of all rows, with the levels that make them shortest."""
-        values, levels = codes[:, :-1].astype(jnp.int32), codes[:, -1].astype(jnp.int32)
-        shape, columns = row.shape[0], row.columns[0]
+        Args:
+          t: targets, over the widths of their columns.
+          columns: scales of the columns over their widths, quarter octaves.
+          shape: of the source, an index into `student.SHAPES`.
+          rows: of each chain.
+        """
+        source = coded.index(rows.level, columns)
+        branches = tcq.branches(t / rows.step, source, shape, rows.price, rows.prior)
+        v = tcq.search(branches, self.states)
+        return v.astype(jnp.int16), v * rows.step
+
+    def finished(self, trial: Coded) -> Coded:
+        """The same values with the levels that make them shortest."""
+        values = trial.values.astype(jnp.int32)
         q = values & 1
         symbol = student.symbol((values + q) >> 1)
-        prices = jnp.asarray(student.prices())[shape]
+        prices = jnp.asarray(student.prices())[trial.shape]
 
         def bits(offset: Array) -> Array:
-            source = coded.index((levels + offset)[:, None], columns)
+            source = coded.index((trial.levels + offset)[:, None], trial.columns)
             return jnp.sum(prices[source, q, symbol], axis=1)
 
-        offsets = jnp.arange(-4, 3)
-        levels = levels + offsets[jnp.argmin(jax.lax.map(bits, offsets), axis=0)]
-        return Coded(base, shape, steps, levels, columns, codes[:, :-1])
+        offsets = jnp.arange(-4, 5)
+        best = offsets[jnp.argmin(jax.lax.map(bits, offsets), axis=0)]
+        return trial._replace(levels=trial.levels + best)
 
     def fill(self, trial: Trial, start: Array, k: int, n: int, trials: int) -> dict[str, Array]:
         """The data of the finest trial that fits.
@@ -183,16 +180,26 @@ class EntropyCoded:
         k, n = w.shape
         self.check_shape(k, n)
         columns, shape = profile(w)
-        ones = jnp.ones(k)
-        rows = Row(ones, SLOPE * ones, 0 * ones, jnp.tile(columns, (k, 1)), jnp.full(k, shape))
+        count, length = coded.chains(n, self.chain)
+        laid = lambda a: jnp.pad(a, (0, count * length - n)).reshape(length, count)
+        ones, none = jnp.ones(k), jnp.zeros(k, jnp.int32)
 
         def trial(x: Array) -> Coded:
             base = jnp.round(x * coded.FINE).astype(jnp.int32)
-            row = rows._replace(step=jnp.exp2(base / coded.FINE) * ones)
-            codes = jax.lax.map(lambda a: self.round(a[0][None], a[1])[0], (w, row), batch_size=32)
-            return self.finished(codes, base, jnp.zeros(k, jnp.int32), row)
+            step = jnp.exp2(base / coded.FINE) * ones
+            rows = Row(step, levels(w / step[:, None], columns, shape), SLOPE * ones, 0 * ones)
 
-        start = self.first_step(jnp.mean(w**2, 1), jnp.ones(k), n)
+            def row(one: tuple) -> Array:
+                target, of = one
+                chains = jax.tree.map(lambda a: jnp.full(count, a), of)
+                return self.searched(laid(target), laid(columns), shape, chains)[0].reshape(-1)[:n]
+
+            values = jax.lax.map(row, (w, rows), batch_size=32)
+            return self.finished(
+                Coded(base, shape, none, rows.level, 0 * columns, columns, values)
+            )
+
+        start = self.first_step(jnp.mean(w**2, 1), ones, n)
         return self.fill(trial, start, k, n, trials=6)
 
     def first_step(self, energy: Float[Array, " k"], weight: Float[Array, " k"], n: int) -> Array:
@@ -269,6 +276,14 @@ def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
     [0, 4, -3]
     """
     return jnp.round(4 * jnp.log2(jnp.maximum(x, _TINY))).astype(jnp.int32)
+
+
+def levels(
+    t: Float[Array, "k n"], columns: Int[Array, " n"], shape: Int[Array, ""]
+) -> Int[Array, " k"]:
+    """Scales of rows of targets, in steps, quarter octaves."""
+    spread = jnp.mean(jnp.abs(t) / octaves(columns), axis=1) / jnp.asarray(student.MEANS)[shape]
+    return jnp.maximum(quarters(spread), -2 * student.UNIT)  # of a row of zeros, say
 
 
 def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:

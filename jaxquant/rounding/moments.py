@@ -66,6 +66,18 @@ def feedback_energies(
     return mean * jnp.diagonal(c) ** 2, damp
 
 
+def block_energies(
+    gram: Float[Array, "k k"], damping: float, d: int
+) -> tuple[Float[Array, "k k"], Float[Array, "k"]]:
+    """U, block-unit, and diag D of H + damping mean(diag H) I = U D U^T, blocks of d."""
+    mean = jnp.mean(jnp.diagonal(gram))
+    c, _ = _upper(gram / mean, damping)
+    blocks = c.reshape(-1, d, len(c) // d, d)
+    own = jnp.einsum("bibj->bij", blocks)
+    u = _right_divided(c.reshape(len(c), -1, d), d).reshape(c.shape)
+    return u, mean * jnp.sum(own**2, axis=-1).reshape(-1)
+
+
 def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
     """C, upper triangular, with C C^T = H + damping I, and the damping used."""
 
@@ -93,8 +105,10 @@ def _right_divided(c: Float[Array, "k b d"], d: int) -> Float[Array, "k b d"]:
     """
     b = jnp.arange(c.shape[1])
     block = c.reshape(-1, d, *c.shape[1:])[b, :, b]  # [b, d, d]
-    done: list[Array] = []
-    for j in range(d):
-        known = sum((x * block[:, i, j] for i, x in enumerate(done)), jnp.zeros_like(c[..., 0]))
-        done.append((c[..., j] - known) / block[:, j, j])
-    return jnp.stack(done, axis=-1)
+    ahead = jnp.triu(block, 1)
+
+    def divided(j: Array, left: Array) -> Array:
+        x = left[..., j] / block[:, j, j]
+        return (left - x[..., None] * ahead[:, j]).at[..., j].set(x)
+
+    return jax.lax.fori_loop(0, d, divided, c)

@@ -1,66 +1,88 @@
-"""Waterfill: bits where they count, for a format whose rows have steps of their own.
+"""Waterfill: bits where they count, for a format whose rows and columns have steps of their own.
 
-With H = U D U^T and error feedback (`ldlq`) the loss is sum_j D_j |e_j|^2, so rows deserve steps
-in proportion to D_j^-1/2. What a bit is worth then is the same everywhere, `SLOPE` squared steps,
-and a row is coded so that its loss plus price times bits is least.
+The loss is tr(E^T H E G): H the second moment of the inputs, G that of the loss gradients at the
+outputs. With H = U D U^T, G = V F V^T and error feedback (as in `TwoSided`) it is sum_ij D_i F_j
+(U^T E V)_ij^2, so rows deserve steps in proportion to D_i^-1/2 and columns widths to F_j^-1/2. What
+a bit is worth then is the same everywhere, `SLOPE` squared steps, and a chain (`coded`) is coded so
+that its loss plus price times bits is least. Within a chain errors of columns count as if they had
+nothing in common; V is block-unit, a chain a block.
 
-A code costs later rows too: their targets move. For Gaussian rows of variance s_j^2 the bits of Q
-are sum_j q_j^2 / (2 ln 2 s_j^2) + const, hence
+A code costs later rows too: their targets move. For Gaussian rows of variance s_i^2 the bits of Q
+are sum_i q_i^2 / (2 ln 2 s_i^2) + const, hence, all columns alike,
 
-    tr(E^T H E) + price bits = tr((Q - V)^T (H + R) (Q - V)) + const,   V = (H + R)^-1 H W,
+    tr(E^T H E) + price bits = tr((Q - T)^T (H + R) (Q - T)) + const,   T = (H + R)^-1 H W,
 
-with R = diag(price / (2 ln 2 s_j^2)). So feedback runs on V and H + R, and what is in R already,
-R_j q_j^2, is taken off row j's own price. Rows of small H_jj come first: they have few bits, and
+with R = diag(price / (2 ln 2 s_i^2)). So feedback runs on T and H + R, and what is in R already,
+R_i q_i^2, is taken off row i's own price. Rows of small H_ii come first: they have few bits, and
 the others make up for them.
 """
 
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxquant.codebooks.entropy_coded import (
     SLOPE,
     EntropyCoded,
     Row,
+    levels,
     octaves,
     profile,
     quarters,
 )
 from jaxquant.fields import check_fields, check_positive
-from jaxquant.rounding.ldlq import feedback
-from jaxquant.rounding.moments import Moments, feedback_energies, living, upper
-from pallas_kernels.coded import FINE, Coded
+from jaxquant.rounding.moments import (
+    Moments,
+    block_energies,
+    feedback_energies,
+    living,
+    upper,
+)
+from pallas_kernels.coded import FINE, Coded, chains
 
 
 @dataclasses.dataclass(frozen=True)
 class Waterfill:
-    """Steps by water-filling against H = mean of x x^T, as fine as the format's bytes allow.
+    """Steps by water-filling against H, and G where it is known, as fine as the bytes allow.
 
     Attributes:
       damping: fraction of mean(diag H) added to the diagonal; raised as in `LDLQ`.
+      correlation: share of G's off-diagonal that is believed, 0 to 1. G says what outputs have in
+        common over all tokens; for the error that one token meets, half of it serves best (README).
+        None: G is not asked for, all outputs count alike.
+      output_damping: fraction of mean(diag G) added to its diagonal.
       block_size: rows between two dense updates; changes speed, not the result.
       trials: sizes of the steps to try, at most.
 
-    Source: Lifar et al. 2026, arXiv:2603.04956 (WaterSIC) for the steps; R, the order of rows and
-    the search on bytes are ours.
+    Source: Lifar et al. 2026, arXiv:2603.04956 (WaterSIC) for the steps of rows; feedback on both
+    sides is YAQA's (Tseng et al. 2025, arXiv:2505.22988); widths, R, the order of rows and the
+    search on bytes are ours.
     """
 
     damping: float = 1e-4
+    correlation: float | None = None
+    output_damping: float = 0.05
     block_size: int = 128
     trials: int = 6
 
     needs_gram: ClassVar[bool] = True
-    needs_output: ClassVar[bool] = False
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether the second moment of gradients at the outputs is used."""
+        return self.correlation is not None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_positive(self, "damping", "block_size", "trials")
+        check_positive(self, "damping", "output_damping", "block_size", "trials")
+        if self.correlation is not None and not 0 <= self.correlation <= 1:
+            raise ValueError(f"correlation must be from 0 to 1, or None, got {self.correlation}")
 
     def __call__(
         self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
@@ -76,12 +98,14 @@ class Waterfill:
         w, gram = w[order], gram[order][:, order] / jnp.mean(jnp.diagonal(gram))
         weight, damping = feedback_energies(gram, self.damping)
         gram = gram + damping * jnp.eye(k)
+        outputs = self._outputs(moments.output, n, format)
+        w = w / octaves(outputs.widths)
         energy = jnp.mean(w**2, axis=1)
         energy = jnp.maximum(energy, 1e-6 * jnp.mean(energy) + 1e-30)
         place = jnp.argsort(order)
 
         def trial(x: Array) -> Coded:
-            coded = _trial(w, gram, energy, x, format, self.block_size)
+            coded = _trial(w, gram, energy, x, outputs, format, self.block_size)
             return coded._replace(
                 steps=coded.steps[place], levels=coded.levels[place], values=coded.values[place]
             )
@@ -89,14 +113,43 @@ class Waterfill:
         data = format.fill(trial, format.first_step(energy, weight, n), k, n, self.trials)
         return data, {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
 
+    def _outputs(self, gram: Array | None, n: int, format: EntropyCoded) -> "_Outputs":
+        count, length = chains(n, format.chain)
+        if self.correlation is None:
+            return _Outputs(jnp.zeros(n, jnp.int32), None)
+        g = jnp.pad(living(gram)[0], (0, count * length - n))
+        size = jnp.diagonal(g) + jnp.where(jnp.arange(len(g)) < n, 0.0, jnp.sum(jnp.diagonal(g)) / n)
+        g = self.correlation * g + jnp.diag(size - self.correlation * jnp.diagonal(g))
+        order = jnp.arange(len(g)).reshape(length, count).T.reshape(-1)  # chain after chain
+        v, energies = block_energies(g[order][:, order], self.output_damping, length)
+        back = jnp.argsort(order)
+        log = jnp.log2(energies[back][:n]) / -2
+        widths = jnp.round(4 * (log - jnp.mean(log))).astype(jnp.int32)
+        size = jnp.pad(octaves(widths), (0, len(g) - n), constant_values=1.0)[order]
+        v = (v * size[:, None] / size).reshape(len(g), count, length).swapaxes(0, 1)
+        earlier = jnp.arange(len(g)) // length < jnp.arange(count)[:, None]
+        return _Outputs(widths, jnp.where(earlier[..., None], v, 0.0))
+
+
+class _Outputs(NamedTuple):
+    """What is known of the columns.
+
+    Attributes:
+      widths: quarter octaves.
+      v: of G = V F V^T, of columns over their widths: for each chain, V from all m columns, chain
+        after chain, to its own; zero but from earlier ones.
+    """
+
+    widths: Int[Array, " n"]
+    v: Float[Array, "chains m p"] | None
+
 
 @partial(jax.jit, static_argnames=("format", "size"))
 def _trial(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], energy: Float[Array, " k"], x: Array,
-    format: EntropyCoded, size: int,
+    outputs: _Outputs, format: EntropyCoded, size: int,
 ) -> Coded:  # fmt: skip
     """What is coded when the unit of steps is 2**x, rows in visiting order."""
-    k = len(w)
     base = jnp.round(x * FINE).astype(jnp.int32)
     r = SLOPE * jnp.exp2(2 * base / FINE) / (2 * math.log(2) * energy)
     c = upper(gram + jnp.diag(r))
@@ -105,12 +158,73 @@ def _trial(
     target = w - solve_triangular(u, inner, trans=1, unit_diagonal=True)
     steps = quarters(d**-0.5)
     columns, shape = profile(w)
+    step = jnp.exp2(base / FINE) * octaves(steps)
     row = Row(
-        step=jnp.exp2(base / FINE) * octaves(steps),
+        step=step,
+        level=levels(target / step[:, None], columns, shape),
         price=SLOPE / (d * octaves(2 * steps)),
         prior=r / d,
-        columns=jnp.tile(columns, (k, 1)),
-        shape=jnp.full(k, shape),
     )
-    codes, _, _ = feedback(target, u, format, jnp.arange(k), 1, size, row)
-    return format.finished(codes, base, steps, row)
+    values = _wavefront(target, u, outputs.v, columns, shape, row, format, size)
+    return format.finished(Coded(base, shape, steps, row.level, outputs.widths, columns, values))
+
+
+def _wavefront(
+    target: Float[Array, "k n"], u: Float[Array, "k k"], v: Array | None,
+    columns: Int[Array, " n"], shape: Array, row: Row, format: EntropyCoded, size: int,
+) -> Int[Array, "k n"]:  # fmt: skip
+    """Values, in blocks of rows; in each, along the diagonals of rows and chains."""
+    k, n = target.shape
+    count, length = chains(n, format.chain)
+    size = min(size, k)
+    blocks = -(-k // size)
+    more = blocks * size - k  # rows of zeros, last and felt by none
+    target = jnp.pad(target, ((0, more), (0, count * length - n)))
+    target = target.reshape(-1, length, count).swapaxes(1, 2)
+    columns = jnp.pad(columns, (0, count * length - n)).reshape(length, count)
+    u = jnp.pad(u, (0, more))
+    row = jax.tree.map(lambda a: jnp.pad(a, (0, more), mode="edge"), row)
+
+    def block(fed: Array, b: Array) -> tuple[Array, Array]:
+        mine = lambda a: jax.lax.dynamic_slice_in_dim(a, b * size, size)
+        ahead = mine(u)
+        inside = jax.lax.dynamic_slice_in_dim(ahead, b * size, size, axis=1)
+        values, error = _diagonals(
+            mine(target), mine(fed), inside, v, columns, shape, jax.tree.map(mine, row), format
+        )
+        return fed + jnp.einsum("bl,bcp->lcp", ahead, error), values
+
+    _, values = jax.lax.scan(block, jnp.zeros_like(target), jnp.arange(blocks))
+    return values.reshape(-1, count, length).swapaxes(1, 2).reshape(-1, count * length)[:k, :n]
+
+
+def _diagonals(
+    target: Float[Array, "b c p"], fed: Float[Array, "b c p"], u: Float[Array, "b b"],
+    v: Float[Array, "c m p"] | None, columns: Int[Array, "p c"], shape: Array, row: Row,
+    format: EntropyCoded,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Values and errors of a block of rows. `fed` is U^T E of the rows above it."""
+    rows, count, _ = target.shape
+    chain = jnp.arange(count)
+    u = jnp.where(jnp.arange(rows)[:, None] < jnp.arange(rows), u, 0.0)
+
+    def step(a: Array, state: tuple) -> tuple:
+        fed, error, values = state
+        i = jnp.clip(a - chain, 0, rows - 1)
+        there = (a - chain >= 0) & (a - chain < rows)
+        wanted = target[i, chain] + fed[i, chain]
+        if v is not None:
+            known = (fed + error)[i].reshape(count, -1)
+            wanted += jnp.einsum("cm,cmp->cp", known, v)
+        value, w = format.searched(wanted.T, columns, shape, jax.tree.map(lambda x: x[i], row))
+        e = jnp.where(there[:, None], target[i, chain] - w.T, 0.0)
+        # A diagonal that has left the block has zeros to add, and old values to keep.
+        error = error.at[i, chain].add(e)
+        fed = fed + u[i].T[:, :, None] * e
+        kept = jnp.where(there[:, None], value.T, values[i, chain])
+        return fed, error, values.at[i, chain].set(kept)
+
+    none = jnp.zeros(target.shape, jnp.int16)
+    start = fed, jnp.zeros_like(target), none
+    _, error, values = jax.lax.fori_loop(0, rows + count - 1, step, start)
+    return values, error

@@ -31,7 +31,7 @@ def test_every_method_takes_every_effort(effort, name):
 def test_what_is_said_wins_over_the_effort():
     job = asked(method="entropy_coded", effort="best", steps=0, calibration_tokens=512,
                 more=("states=4",), bits=2.0)  # fmt: skip
-    assert job.recipe == pipeline.recipe_of(jq.entropy_coded(2, states=4, scaled=True))
+    assert job.recipe == pipeline.recipe_of(jq.entropy_coded(2, states=4, two_sided=True))
     assert (job.tokens, job.healing) == (512, None)
 
 
