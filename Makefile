@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 FAST := -m pytest -q -n 2 -m "not slow and not model"
+ONE_CASE := $(FAST) --one-case
 # A Python of a version. Each candidate is run: a pyenv shim lies on PATH though it is not switched on.
 find = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python),\
 	$(shell $(p) -c 'import sys; print(sys.executable if "%d.%d" % sys.version_info[:2] == "$(1)" else "")' 2>/dev/null)))
@@ -41,21 +42,21 @@ test: venv model lint  ## lint, then every test
 test-fast: venv  ## the tests that take seconds
 	$(BIN)/python $(FAST)
 
-# The fast tests on other versions of everything: NAME's Python, and how it installs jaxquant.
+# One case of each fast test on other versions of everything: NAME's Python, how it installs jaxquant.
 PYTHON_newest := 3.13
 PYTHON_jax011 := 3.12
 PYTHON_oldest := 3.11
 INSTALL_newest := pip -q install -U --upgrade-strategy eager -e '.[test]'
 INSTALL_jax011 := pip -q install -e '.[test]' 'jax==0.11.*'
 INSTALL_oldest = uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[test]'
-test-newest:     ## the fast tests on Python 3.13 with the newest JAX
-test-jax011:     ## the fast tests on Python 3.12 with JAX 0.11
-test-oldest:     ## the fast tests with the lowest versions that pyproject.toml allows
+test-newest:     ## one case of each fast test on Python 3.13 with the newest JAX
+test-jax011:     ## one case of each fast test on Python 3.12 with JAX 0.11
+test-oldest:     ## one case of each fast test with the lowest versions that pyproject.toml allows
 test-newest test-jax011 test-oldest: test-%:
 	@if [ -z "$(call find,$(PYTHON_$*))" ]; then \
 		echo "test-$*: skipped, no Python $(PYTHON_$*) found"; \
 	else \
-		$(MAKE) --no-print-directory .venv-$*/.ready && .venv-$*/bin/python $(FAST); \
+		$(MAKE) --no-print-directory .venv-$*/.ready && .venv-$*/bin/python $(ONE_CASE); \
 	fi
 .venv-%/.ready: pyproject.toml
 	@echo "making .venv-$* on Python $(PYTHON_$*) (a minute or two)"

@@ -22,7 +22,7 @@ from jaxquant.codebooks import (
 )
 from jaxquant.fields import check_fields
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
-from jaxquant.transforms import Rotation, Scaling
+from jaxquant.transforms import Rotation
 
 GroupSize = int | Literal["channel", "tensor"]
 

@@ -195,9 +195,7 @@ class EntropyCoded:
                 return self.searched(laid(target), laid(columns), shape, chains)[0].reshape(-1)[:n]
 
             values = jax.lax.map(row, (w, rows), batch_size=32)
-            return self.finished(
-                Coded(base, shape, none, rows.level, 0 * columns, columns, values)
-            )
+            return self.finished(Coded(base, shape, none, rows.level, 0 * columns, columns, values))
 
         start = self.first_step(jnp.mean(w**2, 1), ones, n)
         return self.fill(trial, start, k, n, trials=6)

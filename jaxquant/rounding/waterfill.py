@@ -98,7 +98,10 @@ class Waterfill:
         w, gram = w[order], gram[order][:, order] / jnp.mean(jnp.diagonal(gram))
         weight, damping = feedback_energies(gram, self.damping)
         gram = gram + damping * jnp.eye(k)
-        outputs = self._outputs(moments.output, n, format)
+        outputs = _Outputs(jnp.zeros(n, jnp.int32), None)
+        if self.correlation is not None:
+            g = _believed(living(moments.output)[0], self.correlation)
+            outputs = _Outputs.of(g, self.output_damping, format)
         w = w / octaves(outputs.widths)
         energy = jnp.mean(w**2, axis=1)
         energy = jnp.maximum(energy, 1e-6 * jnp.mean(energy) + 1e-30)
@@ -113,23 +116,6 @@ class Waterfill:
         data = format.fill(trial, format.first_step(energy, weight, n), k, n, self.trials)
         return data, {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
 
-    def _outputs(self, gram: Array | None, n: int, format: EntropyCoded) -> "_Outputs":
-        count, length = chains(n, format.chain)
-        if self.correlation is None:
-            return _Outputs(jnp.zeros(n, jnp.int32), None)
-        g = jnp.pad(living(gram)[0], (0, count * length - n))
-        size = jnp.diagonal(g) + jnp.where(jnp.arange(len(g)) < n, 0.0, jnp.sum(jnp.diagonal(g)) / n)
-        g = self.correlation * g + jnp.diag(size - self.correlation * jnp.diagonal(g))
-        order = jnp.arange(len(g)).reshape(length, count).T.reshape(-1)  # chain after chain
-        v, energies = block_energies(g[order][:, order], self.output_damping, length)
-        back = jnp.argsort(order)
-        log = jnp.log2(energies[back][:n]) / -2
-        widths = jnp.round(4 * (log - jnp.mean(log))).astype(jnp.int32)
-        size = jnp.pad(octaves(widths), (0, len(g) - n), constant_values=1.0)[order]
-        v = (v * size[:, None] / size).reshape(len(g), count, length).swapaxes(0, 1)
-        earlier = jnp.arange(len(g)) // length < jnp.arange(count)[:, None]
-        return _Outputs(widths, jnp.where(earlier[..., None], v, 0.0))
-
 
 class _Outputs(NamedTuple):
     """What is known of the columns.
@@ -142,6 +128,29 @@ class _Outputs(NamedTuple):
 
     widths: Int[Array, " n"]
     v: Float[Array, "chains m p"] | None
+
+    @staticmethod
+    def of(g: Float[Array, "n n"], damping: float, format: EntropyCoded) -> "_Outputs":
+        """Against G; where chains are not of one length, with more columns, alone in G."""
+        n = len(g)
+        count, length = chains(n, format.chain)
+        own = jnp.diagonal(g)
+        more = jnp.where(jnp.arange(count * length) < n, 0.0, jnp.mean(own))
+        g = jnp.pad(g, (0, count * length - n)) + jnp.diag(more)
+        order = jnp.arange(len(g)).reshape(length, count).T.reshape(-1)  # chain after chain
+        v, energies = block_energies(g[order][:, order], damping, length)
+        log = jnp.log2(energies[jnp.argsort(order)][:n]) / -2
+        widths = jnp.round(4 * (log - jnp.mean(log))).astype(jnp.int32)
+        size = jnp.pad(octaves(widths), (0, len(g) - n), constant_values=1.0)[order]
+        v = (v * size[:, None] / size).reshape(len(g), count, length).swapaxes(0, 1)
+        earlier = jnp.arange(len(g)) // length < jnp.arange(count)[:, None]
+        return _Outputs(widths, jnp.where(earlier[..., None], v, 0.0))
+
+
+def _believed(g: Float[Array, "n n"], share: float) -> Float[Array, "n n"]:
+    """G with this share of what is off its diagonal."""
+    own = jnp.diag(jnp.diagonal(g))
+    return own + share * (g - own)
 
 
 @partial(jax.jit, static_argnames=("format", "size"))
