@@ -75,7 +75,7 @@ bench: venv model ## side-by-side timings
 curve: venv model ## rate and quality from 1 to 4 bits, with and without healing: hours; goes on where it stopped
 	@$(PIP) install -e '.[test,report]'
 	@$(BIN)/python -m tests.benchmarks.rate_quality layer
-	@$(BIN)/python -m tests.benchmarks.rate_quality model --families entropy_coded --heal 60
+	@$(BIN)/python -m tests.benchmarks.rate_quality model --families 'entropy_coded by kind' --heal 60
 	@$(BIN)/python -m tests.benchmarks.rate_quality draw
 
 clean:           ## remove what make made

@@ -220,9 +220,9 @@ def outputs(n, seed=1):
     return jnp.asarray(g.T @ g / (4 * n), jnp.float32)
 
 
-@pytest.mark.parametrize("n", [N, 100])
-def test_feedback_to_both_sides_serves_the_outputs(n):
+def test_feedback_to_both_sides_serves_the_outputs():
     """Less loss than widths alone, which lose less than taking all outputs for alike."""
+    n = 100  # chains of unequal length
     w, h = layer(n, K)
     g = outputs(n)
     of = lambda c: dataclasses.replace(TWO_SIDED, rounder=Waterfill(correlation=c))
@@ -240,13 +240,12 @@ def test_outputs_without_anything_in_common_change_nothing():
     np.testing.assert_array_equal(one.data["codes"], two.data["codes"])
 
 
-@pytest.mark.parametrize("size", [1, 100, 1000])
-def test_blocks_of_rows_change_nothing(size):
+def test_blocks_of_rows_change_nothing():
     """But for the order of sums: the same loss, to what a near tie can do."""
     w, h = layer(N, K)
     g = outputs(N)
     losses = []
-    for rounder in (TWO_SIDED.rounder, dataclasses.replace(TWO_SIDED.rounder, block_size=size)):
+    for rounder in (TWO_SIDED.rounder, dataclasses.replace(TWO_SIDED.rounder, block_size=100)):
         q = jq.quantize_array(w, dataclasses.replace(TWO_SIDED, rounder=rounder), h, output_gram=g)
         e = w - q.dequantize()
         losses.append(float(jnp.sum((h @ e) * (e @ g))))
