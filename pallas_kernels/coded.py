@@ -68,6 +68,18 @@ def chains(n: int, chain: int) -> tuple[int, int]:
     return count, -(-n // count)
 
 
+def laid(a: Array, chain: int) -> Array:
+    """[..., n] as [..., length, count], a chain in each column, filled up with zeros.
+
+    >>> laid(jnp.arange(1, 6), 3).tolist()
+    [[1, 2], [3, 4], [5, 0]]
+    """
+    n = a.shape[-1]
+    count, length = chains(n, chain)
+    a = jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, count * length - n),))
+    return a.reshape(*a.shape[:-1], length, count)
+
+
 class _Codes(NamedTuple):
     """Codes, the classes of their sources, their quantizers: [steps, lanes]."""
 

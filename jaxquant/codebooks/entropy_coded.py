@@ -180,8 +180,7 @@ class EntropyCoded:
         k, n = w.shape
         self.check_shape(k, n)
         columns, shape = profile(w)
-        count, length = coded.chains(n, self.chain)
-        laid = lambda a: jnp.pad(a, (0, count * length - n)).reshape(length, count)
+        chains = coded.laid(columns, self.chain)
         ones, none = jnp.ones(k), jnp.zeros(k, jnp.int32)
 
         def trial(x: Array) -> Coded:
@@ -191,8 +190,9 @@ class EntropyCoded:
 
             def row(one: tuple) -> Array:
                 target, of = one
-                chains = jax.tree.map(lambda a: jnp.full(count, a), of)
-                return self.searched(laid(target), laid(columns), shape, chains)[0].reshape(-1)[:n]
+                each = jax.tree.map(lambda a: jnp.full(chains.shape[1], a), of)
+                values, _ = self.searched(coded.laid(target, self.chain), chains, shape, each)
+                return values.reshape(-1)[:n]
 
             values = jax.lax.map(row, (w, rows), batch_size=32)
             return self.finished(Coded(base, shape, none, rows.level, 0 * columns, columns, values))

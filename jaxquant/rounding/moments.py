@@ -50,11 +50,8 @@ def unit_upper(
     >>> u.round(3).tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    k = gram.shape[0]
     c, damp = _upper(gram / jnp.mean(jnp.diagonal(gram)), damping)
-    if d == 1:
-        return c / jnp.diagonal(c), damp
-    return _right_divided(c.reshape(k, k // d, d), d).reshape(k, k), damp
+    return _unit(c, d), damp
 
 
 def feedback_energies(
@@ -72,10 +69,8 @@ def block_energies(
     """U, block-unit, and diag D of H + damping mean(diag H) I = U D U^T, blocks of d."""
     mean = jnp.mean(jnp.diagonal(gram))
     c, _ = _upper(gram / mean, damping)
-    blocks = c.reshape(-1, d, len(c) // d, d)
-    own = jnp.einsum("bibj->bij", blocks)
-    u = _right_divided(c.reshape(len(c), -1, d), d).reshape(c.shape)
-    return u, mean * jnp.sum(own**2, axis=-1).reshape(-1)
+    own = jnp.einsum("bibj->bij", c.reshape(-1, d, len(c) // d, d))
+    return _unit(c, d), mean * jnp.sum(own**2, axis=-1).reshape(-1)
 
 
 def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
@@ -95,6 +90,13 @@ def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
     start = jnp.asarray(damping, gram.dtype)
     damp, c, _ = jax.lax.while_loop(failed, raised, (start, factor(start), jnp.int32(0)))
     return c, damp
+
+
+def _unit(c: Float[Array, "k k"], d: int) -> Float[Array, "k k"]:
+    """U of C = U S with S the blocks of d on C's diagonal."""
+    if d == 1:
+        return c / jnp.diagonal(c)
+    return _right_divided(c.reshape(len(c), -1, d), d).reshape(c.shape)
 
 
 def _right_divided(c: Float[Array, "k b d"], d: int) -> Float[Array, "k b d"]:

@@ -44,7 +44,7 @@ from jaxquant.rounding.moments import (
     living,
     upper,
 )
-from pallas_kernels.coded import FINE, Coded, chains
+from pallas_kernels.coded import FINE, Coded, chains, laid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Waterfill:
     Attributes:
       damping: fraction of mean(diag H) added to the diagonal; raised as in `LDLQ`.
       correlation: share of G's off-diagonal that is believed, 0 to 1. G says what outputs have in
-        common over all tokens; for the error that one token meets, half of it serves best (README).
+        common over all tokens, which is not true of each: on SmolLM2 half of it serves best.
         None: G is not asked for, all outputs count alike.
       output_damping: fraction of mean(diag G) added to its diagonal.
       block_size: rows between two dense updates; changes speed, not the result.
@@ -184,13 +184,11 @@ def _wavefront(
 ) -> Int[Array, "k n"]:  # fmt: skip
     """Values, in blocks of rows; in each, along the diagonals of rows and chains."""
     k, n = target.shape
-    count, length = chains(n, format.chain)
     size = min(size, k)
     blocks = -(-k // size)
     more = blocks * size - k  # rows of zeros, last and felt by none
-    target = jnp.pad(target, ((0, more), (0, count * length - n)))
-    target = target.reshape(-1, length, count).swapaxes(1, 2)
-    columns = jnp.pad(columns, (0, count * length - n)).reshape(length, count)
+    target = laid(jnp.pad(target, ((0, more), (0, 0))), format.chain).swapaxes(1, 2)
+    columns = laid(columns, format.chain)
     u = jnp.pad(u, (0, more))
     row = jax.tree.map(lambda a: jnp.pad(a, (0, more), mode="edge"), row)
 
@@ -204,7 +202,7 @@ def _wavefront(
         return fed + jnp.einsum("bl,bcp->lcp", ahead, error), values
 
     _, values = jax.lax.scan(block, jnp.zeros_like(target), jnp.arange(blocks))
-    return values.reshape(-1, count, length).swapaxes(1, 2).reshape(-1, count * length)[:k, :n]
+    return values.reshape(target.shape).swapaxes(1, 2).reshape(len(target), -1)[:k, :n]
 
 
 def _diagonals(

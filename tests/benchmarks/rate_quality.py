@@ -31,21 +31,6 @@ from tests.layer import made_layer, relative_loss
 
 CHUNKS, CONTEXT, HELD_OUT = 16, 512, 8
 LOW, WHOLE = (1.0, 1.25, 1.5, 1.75), (2, 3, 4)
-FAMILIES = {
-    "entropy_coded": (LOW + WHOLE, lambda b: jq.entropy_coded(b, two_sided=True)),
-    "entropy_coded by kind": (LOW + WHOLE, lambda b: by_kind(b)),
-    "trellis": (LOW + WHOLE, lambda b: jq.trellis(b, L=12)),
-    "qtip": ((1, *WHOLE), lambda b: jq.qtip(b, L=12)),
-    "qtip, two-sided": ((2, 3), lambda b: jq.qtip(b, L=12, two_sided=True)),
-    "quip_sharp": (WHOLE, jq.quip_sharp),
-    "aqlm": ((1, 2), lambda b: jq.aqlm(codebooks=b)),
-    "vptq": ((1, 2), lambda b: jq.vptq(residual_bits=8 * b - 8)),
-    "gptq": (WHOLE, lambda b: jq.gptq(b, 64)),
-    "ternary": ((2,), lambda b: jq.ternary(64, feedback=True)),
-    "normal_float": (WHOLE, lambda b: jq.normal_float(b, 64, scale_dtype="float16", feedback=True)),
-    "mxfp4": ((4,), lambda b: jq.mxfp4(feedback=True)),
-    "nvfp4": ((4,), lambda b: jq.nvfp4(feedback=True)),
-}
 # Bits above the average, at 2 bits or more, that kinds of weights get "by kind": half the logarithm
 # of the KL that each, rounded alone to 2 bits, causes per weight.
 SHARES = {"q": -0.92, "k": 0.0, "v": 0.9, "o": 0.05, "gate": -0.01, "up": 0.13, "down": 0.1}
@@ -59,6 +44,21 @@ def by_kind(rate):
                       ("*", jq.KEEP)])  # fmt: skip
 
 
+FAMILIES = {
+    "entropy_coded": (LOW + WHOLE, lambda b: jq.entropy_coded(b, two_sided=True)),
+    "entropy_coded by kind": (LOW + WHOLE, by_kind),
+    "trellis": (LOW + WHOLE, lambda b: jq.trellis(b, L=12)),
+    "qtip": ((1, *WHOLE), lambda b: jq.qtip(b, L=12)),
+    "qtip, two-sided": ((2, 3), lambda b: jq.qtip(b, L=12, two_sided=True)),
+    "quip_sharp": (WHOLE, jq.quip_sharp),
+    "aqlm": ((1, 2), lambda b: jq.aqlm(codebooks=b)),
+    "vptq": ((1, 2), lambda b: jq.vptq(residual_bits=8 * b - 8)),
+    "gptq": (WHOLE, lambda b: jq.gptq(b, 64)),
+    "ternary": ((2,), lambda b: jq.ternary(64, feedback=True)),
+    "normal_float": (WHOLE, lambda b: jq.normal_float(b, 64, scale_dtype="float16", feedback=True)),
+    "mxfp4": ((4,), lambda b: jq.mxfp4(feedback=True)),
+    "nvfp4": ((4,), lambda b: jq.nvfp4(feedback=True)),
+}
 # On a layer there are no loss gradients, and H is no estimate.
 NOT_ON_A_LAYER = ("qtip, two-sided", "entropy_coded by kind")
 ON_A_LAYER = {"entropy_coded": lambda b: jq.entropy_coded(b, damping=1e-4)}
