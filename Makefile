@@ -9,6 +9,10 @@ find = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1
 	$(shell $(p) -c 'import sys; print(sys.executable if "%d.%d" % sys.version_info[:2] == "$(1)" else "")' 2>/dev/null)))
 # Tests and the demo are about this machine's CPU; a GPU suite asks for its device by name.
 export JAX_PLATFORMS ?= cpu
+# Most of a test's time is compiling: what one process has compiled serves the others, and the next run.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/compiled
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest demo bench curve clean
 help:            ## this list

@@ -19,6 +19,7 @@ from jaxquant.codebooks import (
 )
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks
+from jaxquant.layers import restack, unstack, unstack_stats
 from jaxquant.methods import (
     KEEP,
     METHODS,
@@ -41,6 +42,7 @@ from jaxquant.methods import (
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quantize_array
 from jaxquant.recipe import Plan, Recipe, resolve
+from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
 from jaxquant.transforms import Rotation, Scaling
@@ -99,9 +101,13 @@ __all__ = [
     "quantized",
     "quip_sharp",
     "resolve",
+    "restack",
     "rtn",
+    "shares",
     "sites",
     "ternary",
     "trellis",
+    "unstack",
+    "unstack_stats",
     "vptq",
 ]

@@ -9,6 +9,8 @@ its place in the parameter tree. The layers are stacked: their leaves carry a le
     layers/attn/{q_norm,k_norm}/scale [L, head_dim]                   Qwen3
     layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
     layers/{attn_norm,mlp_norm}/scale [L, d]
+
+Params with the layers apart, layers/0/attn/..., serve too: they are stacked in every call.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxquant.layers import is_apart, restack
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
 
@@ -176,6 +179,11 @@ class Llama(nn.Module):
         h = self.norm(h)
         out = self.embed.attend(h) if self.config.tie_embeddings else self.head(h)
         return out.astype(jnp.float32)
+
+
+def whole(params):
+    """The params with their layers stacked, if they are apart (`jaxquant.unstack`)."""
+    return restack(params, "layers") if is_apart(params, "layers") else params
 
 
 def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:

@@ -14,9 +14,10 @@ import numpy as np
 import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
+from jaxquant.layers import is_apart, layers_of
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama, blockwise
+from models.llama import Llama, blockwise, whole
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
@@ -144,7 +145,7 @@ def calibrate_on(
 def trainable(model: Model) -> Callable[[Any, jax.Array], jax.Array]:
     """`model.apply_fn` that keeps only products for its backward pass: half the memory."""
     llama = Llama(model.config, model.dtype, remat=jax.checkpoint_policies.dots_saveable)
-    return lambda params, tokens: llama.apply({"params": params}, tokens)
+    return lambda params, tokens: llama.apply({"params": whole(params)}, tokens)
 
 
 def healed(
@@ -156,14 +157,21 @@ def healed(
     progress: Callable[[Any], None],
     finished: Any = None,
 ) -> Model:
-    """The quantized model trained to be like the source: block by block, then as a whole."""
+    """The quantized model trained to be like the source: block by block, then as a whole.
+
+    Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back.
+    """
     parts = blockwise(source.config, source.dtype)
     embed = jq.quantized(parts.embed)
     hidden = [embed(result.params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
+    apart = is_apart(result.params, "layers")
     layers = jq.heal_blocks(
-        parts.block, result.params["layers"], source.params["layers"], np.stack(hidden),
-        also=[NORMS], progress=progress, finished=finished,
+        parts.block, layers_of(result.params, "layers") if apart else result.params["layers"],
+        source.params["layers"], np.stack(hidden), also=[NORMS], progress=progress,
+        finished=finished,
     )  # fmt: skip
+    if apart:
+        layers = {str(i): layer for i, layer in enumerate(layers)}
     params = jq.heal(
         trainable(source), {**result.params, "layers": layers}, source.params, sequences, healing,
         validation=held_out, also=[NORMS], progress=progress, finished=finished,
