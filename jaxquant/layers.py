@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibrate import Probe, Stats
+from jaxquant.calibrate import Stats
 from jaxquant.paths import stack_size
 from jaxquant.sites import Site
 from jaxquant.standin import is_standin
@@ -95,7 +95,7 @@ def unstack_stats(stats: Stats, name: str) -> Stats:
             sites[new] = site if i is ... else _layer(site, new, i)
     for path, probe in stats.sums.items():
         for new, i in named(path):
-            sums[new] = Probe(*(None if a is None else np.asarray(a)[i] for a in probe))
+            sums[new] = jax.tree.map(lambda a, i=i: np.asarray(a)[i], probe)
     for path, held in stats.holder.items():
         for (new, _), (there, _) in zip(named(path), named(held), strict=True):
             holder[new] = there
