@@ -1,7 +1,6 @@
 """Shares: how many bits above the average a matrix deserves, read off its statistics."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,11 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.calibrate import Stats
+from jaxquant.methods import entropy_coded
 from jaxquant.paths import matches, path_leaves
 from jaxquant.recipe import layout_of
 from jaxquant.rounding import Moments
-from jaxquant.rounding.moments import feedback_energies, living
+from jaxquant.rounding.moments import believed, feedback_energies, living
 
+ROUNDER = entropy_coded(two_sided=True).rounder  # what it believes of H and G
 _TINY = 1e-30
 
 
@@ -42,7 +43,8 @@ def shares(params: Any, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str
     >>> {path: round(bits, 2) for path, bits in shares(params, stats).items()}
     {'a': -2.0, 'b': 2.0}
     """
-    found = [(p, w) for p, w in path_leaves(params) if p in stats.holder and _named(p, paths)]
+    named = lambda path: any(matches(path, glob) for glob in paths)
+    found = [(p, w) for p, w in path_leaves(params) if p in stats.holder and named(p)]
     if not found:
         raise ValueError(f"no weight with statistics matches {', '.join(paths)}")
     logs, sizes = [], []
@@ -57,21 +59,14 @@ def shares(params: Any, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str
     return {path: float(log - mean) for (path, _), log in zip(found, logs, strict=True)}
 
 
-def _named(path: str, globs: Sequence[str]) -> bool:
-    return any(matches(path, glob) for glob in globs)
-
-
-@partial(jax.jit, static_argnames=("damping", "output_damping", "correlation"))
-def _log4(
-    w: Float[Array, "k n"], moments: Moments, damping: float = 0.02, output_damping: float = 0.05,
-    correlation: float = 0.5,
-) -> Float[Array, ""]:  # fmt: skip
-    """Log to base 4 of the loss per weight at 0 bits of a fine code; options as of `Waterfill`."""
+@jax.jit
+def _log4(w: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:
+    """Log to base 4 of the loss per weight at 0 bits of a fine code."""
     h, g = living(moments.input)[0], living(moments.output)[0]
-    own = jnp.diag(jnp.diagonal(g))
-    g = (own + correlation * (g - own)) / jnp.trace(g)
+    g = believed(g, ROUNDER.correlation) / jnp.trace(g)
     mean_log = lambda a: jnp.mean(jnp.log2(jnp.maximum(a, _TINY)))
     rows, columns = (mean_log(jnp.mean(w**2, axis)) for axis in (1, 0))
     energy = rows + columns - jnp.log2(jnp.mean(w**2) + _TINY)
-    left = mean_log(feedback_energies(h, damping)[0])
-    return (left + mean_log(feedback_energies(g, output_damping)[0]) + energy) / 2
+    left = mean_log(feedback_energies(h, ROUNDER.damping)[0])
+    right = mean_log(feedback_energies(g, ROUNDER.output_damping)[0])
+    return (left + right + energy) / 2

@@ -54,6 +54,12 @@ def unit_upper(
     return _unit(c, d), damp
 
 
+def believed(g: Float[Array, "n n"], share: float) -> Float[Array, "n n"]:
+    """G with this share of what is off its diagonal."""
+    own = jnp.diag(jnp.diagonal(g))
+    return own + share * (g - own)
+
+
 def feedback_energies(
     gram: Float[Array, "k k"], damping: float
 ) -> tuple[Float[Array, "k"], Float[Array, ""]]:

@@ -39,6 +39,7 @@ from jaxquant.codebooks.entropy_coded import (
 from jaxquant.fields import check_fields, check_positive
 from jaxquant.rounding.moments import (
     Moments,
+    believed,
     block_energies,
     feedback_energies,
     living,
@@ -100,7 +101,7 @@ class Waterfill:
         gram = gram + damping * jnp.eye(k)
         outputs = _Outputs(jnp.zeros(n, jnp.int32), None)
         if self.correlation is not None:
-            g = _believed(living(moments.output)[0], self.correlation)
+            g = believed(living(moments.output)[0], self.correlation)
             outputs = _Outputs.of(g, self.output_damping, format)
         w = w / octaves(outputs.widths)
         energy = jnp.mean(w**2, axis=1)
@@ -145,12 +146,6 @@ class _Outputs(NamedTuple):
         v = (v * size[:, None] / size).reshape(len(g), count, length).swapaxes(0, 1)
         earlier = jnp.arange(len(g)) // length < jnp.arange(count)[:, None]
         return _Outputs(widths, jnp.where(earlier[..., None], v, 0.0))
-
-
-def _believed(g: Float[Array, "n n"], share: float) -> Float[Array, "n n"]:
-    """G with this share of what is off its diagonal."""
-    own = jnp.diag(jnp.diagonal(g))
-    return own + share * (g - own)
 
 
 @partial(jax.jit, static_argnames=("format", "size"))

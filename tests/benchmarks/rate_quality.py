@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.codebooks import entropy_coded
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.resume import Folder
 from models import pipeline
@@ -48,11 +49,8 @@ def by_kind(rate):
 
 # What these kinds were found to deserve above what the statistics say (`jq.shares`).
 MORE = {"v": 0.38, "o": 0.37, "down": -0.19}
-LEAST, GRAIN, WORD = (
-    0.25,
-    4,
-    16,
-)  # bits; rates of matrices, as parts of a bit, are of few kinds to compile
+LEAST = 0.25  # bits
+GRAIN = 4  # parts of a bit: rates of few kinds are few programs to compile
 
 
 def by_matrix(rate, params, stats):
@@ -67,7 +65,7 @@ def by_matrix(rate, params, stats):
 
     def average(base):
         words = {p: jq.EntropyCoded(bits=b).words(rows[p]) for p, b in rates(base).items()}
-        used = sum(WORD * words[p] * sizes[p] / rows[p] for p in words)
+        used = sum(entropy_coded.WORD * words[p] * sizes[p] / rows[p] for p in words)
         return used / sum(sizes.values())
 
     base = max(b for b in (rate + i / 256 for i in range(-256, 256)) if average(b) <= rate)
