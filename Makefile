@@ -4,7 +4,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := -m pytest -q -n 2 --dist worksteal
 FAST := $(PYTEST) -m "not slow and not model"
-ONE_CASE := $(FAST) --one-case
+# Of the tests on another version, a share: every N-th from the I-th on, I/N.
+SHARE ?= 1/1
+ONE_CASE = $(FAST) --one-case --share $(SHARE)
 # A Python of a version. Each candidate is run: a pyenv shim lies on PATH though it is not switched on.
 find = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python),\
 	$(shell $(p) -c 'import sys; print(sys.executable if "%d.%d" % sys.version_info[:2] == "$(1)" else "")' 2>/dev/null)))
@@ -79,14 +81,17 @@ bench: venv model ## side-by-side timings
 	@for f in $(filter-out %/rate_quality.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
-CURVE = $(BIN)/python -m tests.benchmarks.rate_quality model --families
+CURVE = $(BIN)/python -m tests.benchmarks.rate_quality
+BY_MATRIX = --families 'entropy_coded by matrix' --rates 1,1.25,1.5,1.75,2
+BY_KIND = --families 'entropy_coded by kind' --rates 3,4
 curve: venv model ## rate and quality from 1 to 4 bits, with and without healing: hours; goes on where it stopped
 	@$(PIP) install -e '.[test,report]'
-	@$(BIN)/python -m tests.benchmarks.rate_quality layer
-	@$(CURVE) 'entropy_coded by matrix' --rates 1,1.25,1.5,1.75 --heal 40
-	@$(CURVE) 'entropy_coded by matrix' --rates 2 --heal 200
-	@$(CURVE) 'entropy_coded by kind' --rates 3,4 --heal 40 --learning-rate 1e-3
-	@$(BIN)/python -m tests.benchmarks.rate_quality draw
+	@$(CURVE) layer
+	@$(CURVE) model $(BY_MATRIX)
+	@$(CURVE) model $(BY_KIND)
+	@$(CURVE) heal $(BY_MATRIX) --steps 800 --batch 8
+	@$(CURVE) heal $(BY_KIND) --steps 40 --learning-rate 1e-3
+	@$(CURVE) draw
 
 clean:           ## remove what make made
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

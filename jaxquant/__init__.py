@@ -39,6 +39,7 @@ from jaxquant.methods import (
     trellis,
     vptq,
 )
+from jaxquant.opened import decoded, recoded
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quantize_array
 from jaxquant.recipe import Plan, Recipe, resolve
@@ -82,6 +83,7 @@ __all__ = [
     "aqlm",
     "bits_per_weight",
     "calibrate",
+    "decoded",
     "dequantize",
     "entropy_coded",
     "explain",
@@ -100,6 +102,7 @@ __all__ = [
     "quantize_blocks",
     "quantized",
     "quip_sharp",
+    "recoded",
     "resolve",
     "restack",
     "rtn",

@@ -309,13 +309,15 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
         missing = [i for i, has in enumerate(paired) if not has]
         rows = jnp.expand_dims(rows, missing).astype(jnp.float32)
         left = rows * c.energy(g, axes, leading)[..., None] if w.weighted else rows
-        product = jnp.einsum("...tk,...tl->...kl", left, rows)
+        # Exact: a GPU's default would round the rows to ten bits, and H would be no moment.
+        second = partial(jnp.einsum, "...tk,...tl->...kl", precision="highest")
+        product = second(left, rows)
         count = jnp.full(w.probe.rows.shape, rows.shape[-2], jnp.float32)
         whole = lambda a, like: jnp.broadcast_to(a, like.shape)
         output = None
         if w.probe.output is not None:
             y = c.output_rows(g, axes, leading)
-            output = whole(jnp.einsum("...tk,...tl->...kl", y, y), w.probe.output)
+            output = whole(second(y, y), w.probe.output)
         return Probe(whole(product, w.probe.gram), count, output)
 
     ndim = len(w.stored_shape())

@@ -97,8 +97,7 @@ def heal_blocks(
 
     Args:
       block: block(params of one block, h [batch, ...]) -> h.
-      params: quantized tree whose leaves carry a leading axis over blocks; or a list of the blocks'
-        trees, each packed in its own way, and a list comes back. teacher: as in `heal`, a stack.
+      params: quantized tree whose leaves carry a leading axis over blocks. teacher: as in `heal`.
       hidden: inputs of the first block. The last eighth of them is held out.
       also, progress, finished: as in `heal`.
     Raises:
@@ -122,10 +121,9 @@ def heal_blocks(
     kept = max(1, len(ours) // 8)
     stack = lambda items: jnp.concatenate(items)
     done = []
-    apart = isinstance(params, list)
     for i in range(stack_size(teacher)):
         of_block = partial(jax.tree.map, lambda a, i=i: a[i])
-        student, wanted = params[i] if apart else of_block(params), of_block(teacher)
+        student, wanted = of_block(params), of_block(teacher)
         after = [plain(wanted, h) for h in theirs]
         examples = list(zip(ours, after, strict=True))
         fit, held_out = examples[:-kept], examples[-kept:]
@@ -142,7 +140,7 @@ def heal_blocks(
         done.append(close_tree(student, opened, change))
         dense = dequantize(done[-1])  # once, not for every example
         ours, theirs = [plain(dense, h) for h in ours], after
-    return done if apart else jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 
 def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after: Array) -> Array:

@@ -35,7 +35,12 @@ class Keys(NamedTuple):
     own: Array
 
 
+# Feedback subtracts nearly equal sums; the ten bits that GPUs keep of float32 by default spoil it.
+_exact = jax.default_matmul_precision("highest")
+
+
 @partial(jax.jit, static_argnames="method")
+@_exact
 def round_matrix(
     w: Float[Array, "k n"], moments: Moments, keys: Keys, method: Method
 ) -> tuple[dict[str, Array], Report]:
@@ -48,6 +53,7 @@ def round_matrix(
 
 
 @partial(jax.jit, static_argnames=("method", "block"))
+@_exact
 def block_importance(
     w: Float[Array, "k n"], moments: Moments, keys: Keys, method: Method, block: int
 ) -> Float[Array, "k/block"]:

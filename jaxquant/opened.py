@@ -6,6 +6,7 @@ given a `Scaling` on every side that has no transform, 16 bits a channel. Of pla
 those the user names. Each value is start * (1 + change), so that one learning rate suits them all.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxquant.codebooks.dense import Dense
@@ -77,6 +79,47 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
     return dataclasses.replace(w, shared=""), start
 
 
+def decoded(params: Any) -> Any:
+    """`params` with codes decoded where all that trains are factors about them.
+
+    What is many programs to decode (a stream for every matrix) is so decoded once, on the host if
+    JAX has been given it as a platform, and weights that are packed unlike may be stacked for
+    training. `heal` changes such a tree as it would `params`; `recoded` takes what it found back.
+
+    >>> import jaxquant as jq
+    >>> q = {"w": jq.quantize_array(jnp.ones((64, 32)), jq.entropy_coded(3))}
+    >>> decoded(q)["w"].format, recoded(q, decoded(q))["w"].format == q["w"].format
+    (Dense(), True)
+    """
+    new = {}
+    for path, w in path_leaves(params):
+        if isinstance(w, QTensor) and not getattr(w.format, "trained", ()):
+            with _host():
+                dense = jax.tree.map(np.asarray, _dense(w))
+            new[path] = jax.tree.map(jnp.asarray, dense)
+    return replace_leaves(params, new)
+
+
+def _host() -> Any:
+    try:
+        return jax.default_device(jax.devices("cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
+def recoded(params: Any, healed: Any) -> Any:
+    """`params` with what healing has made of decoded(params): their codes, its factors."""
+    found = dict(path_leaves(healed))
+
+    def one(w: Any, new: Any) -> Any:
+        if not isinstance(w, QTensor) or new.format != Dense():
+            return new
+        data = {name: a for name, a in new.data.items() if "." in name}
+        return dataclasses.replace(new, data={**w.data, **data}, format=w.format)
+
+    return replace_leaves(params, {path: one(w, found[path]) for path, w in path_leaves(params)})
+
+
 def added_bytes(method: Method, k: int, n: int) -> int:
     """What `heal` adds to a matrix [k, n]: signs become float16, missing sides are made.
 
@@ -106,7 +149,8 @@ def _scaled(w: QTensor) -> QTensor:
 
 def _dense(w: QTensor) -> QTensor:
     transforms = {name: a for name, a in w.data.items() if "." in name}
-    return dataclasses.replace(w, format=Dense(), data={"codes": w.stored(), **transforms})
+    data = {"codes": w.stored(), **transforms}
+    return dataclasses.replace(w, format=Dense(), data=data, shared="")
 
 
 def at_start(opened: Opened) -> Values:

@@ -160,23 +160,33 @@ def healed(
     """The quantized model trained to be like the source: block by block, then as a whole.
 
     Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back.
+
+    Raises:
+      ValueError: layers apart in formats that do not stack, and that have something to train.
     """
     parts = blockwise(source.config, source.dtype)
-    embed = jq.quantized(parts.embed)
-    hidden = [embed(result.params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
-    apart = is_apart(result.params, "layers")
-    layers = jq.heal_blocks(
-        parts.block, layers_of(result.params, "layers") if apart else result.params["layers"],
-        source.params["layers"], np.stack(hidden), also=[NORMS], progress=progress,
-        finished=finished,
-    )  # fmt: skip
+    params = jq.decoded(result.params)
+    apart = is_apart(params, "layers")
     if apart:
-        layers = {str(i): layer for i, layer in enumerate(layers)}
+        forms = {jax.tree.structure(layer) for layer in layers_of(params, "layers")}
+        if len(forms) > 1:
+            raise ValueError(
+                "layers apart are healed as a stack: quantize the same weights in all of them, by "
+                "one method, or by methods whose formats have nothing to train"
+            )
+        params = jq.restack(params, "layers")
+    embed = jq.quantized(parts.embed)
+    hidden = [embed(params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
+    layers = jq.heal_blocks(
+        parts.block, params["layers"], source.params["layers"], np.stack(hidden), also=[NORMS],
+        progress=progress, finished=finished,
+    )  # fmt: skip
     params = jq.heal(
-        trainable(source), {**result.params, "layers": layers}, source.params, sequences, healing,
+        trainable(source), {**params, "layers": layers}, source.params, sequences, healing,
         validation=held_out, also=[NORMS], progress=progress, finished=finished,
     )  # fmt: skip
-    return dataclasses.replace(result, params=params)
+    params = jq.unstack(params, "layers") if apart else params
+    return dataclasses.replace(result, params=jq.recoded(result.params, params))
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:

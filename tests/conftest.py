@@ -1,19 +1,32 @@
-"""An option for the runs on other versions, which need not repeat every case of every test."""
+"""Options for the runs on other versions, which need not repeat every case of every test."""
 
 from collections import defaultdict
+
+import pytest
 
 
 def pytest_addoption(parser):
     parser.addoption("--one-case", action="store_true", help="only one case of every test")
+    parser.addoption("--share", default="1/1", help="only every N-th test, from the I-th on: I/N")
 
 
 def pytest_collection_modifyitems(config, items):
     """Of each test another case, so that together they see every format, rounder and method."""
-    if not config.getoption("--one-case"):
-        return
-    cases = defaultdict(list)
-    for item in items:
-        cases[item.path, getattr(item, "originalname", item.name)].append(item)
-    kept = [found[i % len(found)] for i, found in enumerate(cases.values())]
+    kept = list(items)
+    if config.getoption("--one-case"):
+        cases = defaultdict(list)
+        for item in items:
+            cases[item.path, getattr(item, "originalname", item.name)].append(item)
+        kept = [found[i % len(found)] for i, found in enumerate(cases.values())]
+    first, of = share(config.getoption("--share"))
+    kept = kept[first - 1 :: of]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def share(text):
+    """(I, N) of "I/N"."""
+    first, _, of = text.partition("/")
+    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
+        raise pytest.UsageError(f"--share must be I/N with 1 <= I <= N, got {text!r}")
+    return int(first), int(of)

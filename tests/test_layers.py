@@ -1,5 +1,7 @@
 """Layers apart: the same weights, and what each deserves in bits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.finetune import Healing, heal, heal_blocks
 from jaxquant.layers import layers_of
-from models import load
+from models import load, pipeline
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 from .test_dispatch import draw
@@ -75,20 +77,28 @@ def test_methods_of_their_own():
 
 
 def test_healing_of_layers_apart():
-    fn, params, x = made(2)
+    """Decoded, layers of other rates are one stack; their codes stay what they were."""
+    fn, params, _ = made(2)
+    x = np.asarray(draw(24, 16, 32, seed=3))
     apart = jq.unstack(params, "stack")
-    q = jq.quantize(apart, jq.Recipe([("stack/0/*", jq.rtn(2, 16)), ("*", jq.rtn(3, 16))]))
+    stats = jq.unstack_stats(jq.calibrate(fn, params, x), "stack")
+    rules = [(f"stack/{i}/a", jq.entropy_coded(2 + i, states=8)) for i in range(2)]
+    q = jq.quantize(apart, jq.Recipe([*rules, ("*", jq.KEEP)]), stats)
     block = lambda p, h: h + jnp.tanh(h @ p["a"]) @ p["b"]
     healing = Healing(steps=20, learning_rate=0.02)
-    healed = heal_blocks(block, layers_of(q, "stack"), params["stack"], x, healing)
-    assert [layer["a"].format.bits for layer in healed] == [2, 3]
-    whole = lambda p, x: fn(jq.restack(p, "stack") if "0" in p["stack"] else p, x)
+    one = jq.restack(jq.decoded(q), "stack")
+    assert isinstance(one["stack"]["a"], jq.QTensor)
+    blocks = {**one, "stack": heal_blocks(block, one["stack"], params["stack"], x, healing)}
+    both = heal(fn, blocks, params, x, healing)
+    states = [q, *(jq.recoded(q, jq.unstack(tree, "stack")) for tree in (blocks, both))]
+    for i in range(2):
+        before, after = (state["stack"][f"{i}"]["a"] for state in states[::2])
+        assert after.format == before.format
+        np.testing.assert_array_equal(after.data["codes"], before.data["codes"])
     far = lambda p: float(
         jnp.mean((fn(jq.restack(jq.dequantize(p), "stack"), x) - fn(params, x)) ** 2)
     )
-    after = {**q, "stack": {str(i): layer for i, layer in enumerate(healed)}}
-    assert far(after) < far(q)
-    assert far(heal(whole, after, params, x, healing)) < far(after)
+    assert far(states[0]) > far(states[1]) > far(states[2])
 
 
 def test_the_model_takes_its_layers_apart(tmp_path):
@@ -98,6 +108,14 @@ def test_the_model_takes_its_layers_apart(tmp_path):
     np.testing.assert_array_equal(
         model.apply_fn(apart, tokens), model.apply_fn(model.params, tokens)
     )
+
+
+def test_layers_that_do_not_stack_are_not_healed(tmp_path):
+    model = load(write_folder(tmp_path / "m", BASE, random_tensors(BASE)))
+    rules = [("layers/0/*kernel", jq.rtn(2, 8)), ("layers/*kernel", jq.rtn(3, 8)), ("*", jq.KEEP)]
+    q = jq.quantize(jq.unstack(model.params, "layers"), jq.Recipe(rules))
+    with pytest.raises(ValueError, match="healed as a stack"):
+        pipeline.healed(model, dataclasses.replace(model, params=q), None, None, Healing(), print)
 
 
 @pytest.mark.parametrize(

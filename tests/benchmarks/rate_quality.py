@@ -1,11 +1,12 @@
 """Rate and quality from 1 to 4 bits: every family on a hard layer, the best on SmolLM2-135M.
 
-Run: python -m tests.benchmarks.rate_quality layer|model|draw [--text TEXT] [--heal STEPS]
-     [--tokens N] [--rates 1,1.25] [--families NAME,NAME] [--out DIR]
+Run: python -m tests.benchmarks.rate_quality layer|model|heal|draw [--text TEXT] [--tokens N]
+     [--rates 1,1.25] [--families NAME,NAME] [--steps N] [--learning-rate R] [--batch N] [--out DIR]
 "layer" quantizes the layer of `tests.layer` by every family (minutes), "model" SmolLM2 (hours for
-all of it), "draw" prints the tables of what DIR holds, says where more bits lost, and draws it.
-Results go to DIR/rate_quality.json, a point at a time; a point that is there, of the same text,
-tokens and healing, is not run again, and a killed model run goes on where it stopped.
+all of it), "heal" trains what "model" left in DIR, "draw" prints the tables of what DIR holds, says
+where more bits lost, and draws it. Results go to DIR/rate_quality.json, a point at a time; a point
+that is there, of the same text, tokens, recipe and healing, is not run again, and a killed run goes
+on where it stopped. On a GPU (JAX_PLATFORMS=cuda,cpu) healing takes minutes where it takes hours.
 
 The model is calibrated on the last N tokens of the text, healed on what lies between and scored on
 its first 16 chunks of 512.
@@ -26,7 +27,9 @@ import numpy as np
 import jaxquant as jq
 from jaxquant.codebooks import entropy_coded
 from jaxquant.evaluate import chunk, evaluate
+from jaxquant.paths import matches, replace_leaves
 from jaxquant.resume import Folder
+from jaxquant.standin import is_standin
 from models import pipeline
 from models.pipeline import LAYERS
 from models.text import BUILTIN, read_text
@@ -133,24 +136,35 @@ def layer(args, results):
         results.add(name, run, family=family, rate=rate, bits=q.bits_per_weight, loss=loss)
 
 
+class Text:
+    """The model and a text's sequences: scored on, healed on, held out, calibrated on."""
+
+    def __init__(self, args):
+        self.source = pipeline.load_any("smollm2-135m")
+        text = read_text(args.text)
+        ids = self.source.tokenizer.encode(text)
+        count = args.tokens // CONTEXT
+        sequences = chunk(ids, CONTEXT)
+        self.scored, between = sequences[:CHUNKS], sequences[CHUNKS : len(sequences) - count - 1]
+        self.fit, self.held_out = between[:-HELD_OUT], between[-HELD_OUT:]
+        self.calibration = chunk(ids[-count * CONTEXT :], CONTEXT)
+        self.run = {"text": digest(text), "tokens": args.tokens}
+
+    def perplexity(self, params):
+        fn = jq.quantized(self.source.apply_fn)
+        with jax.default_matmul_precision("highest"):
+            return evaluate(fn, jq.dequantize(jq.decoded(params)), self.scored).perplexity
+
+
 def model(args, results):
-    source = pipeline.load_any("smollm2-135m")
-    text = read_text(args.text)
-    ids = source.tokenizer.encode(text)
-    count = args.tokens // CONTEXT
-    sequences = chunk(ids, CONTEXT)
-    scored, between = sequences[:CHUNKS], sequences[CHUNKS : len(sequences) - count - 1]
-    fit, held_out = between[:-HELD_OUT], between[-HELD_OUT:]
-    whole = {"text": digest(text), "tokens": args.tokens}
-    training = {"steps": args.heal, "learning_rate": args.learning_rate}
-
-    def perplexity(params):
-        return evaluate(jq.quantized(source.apply_fn), jq.dequantize(params), scored).perplexity
-
+    data = Text(args)
+    out, source, whole = results.path.parent, data.source, data.run
     if not results.has("model float", whole):
-        results.add("model float", whole, family="float", perplexity=perplexity(source.params))
-    stats = statistics(source, chunk(ids[-count * CONTEXT :], CONTEXT), whole, results.path.parent)
+        found = data.perplexity(source.params)
+        results.add("model float", whole, family="float", perplexity=found)
+    stats = None
     for family, rate, method in points(args):
+        stats = stats or statistics(source, data.calibration, whole, out)
         tree, known = source, stats
         if method is by_matrix:
             tree = dataclasses.replace(source, params=jq.unstack(source.params, "layers"))
@@ -160,29 +174,60 @@ def model(args, results):
             chosen = method(rate)
             recipe = chosen if isinstance(chosen, jq.Recipe) else pipeline.recipe_of(chosen)
         run = whole | {"recipe": digest(json.dumps(recipe.to_json())), "jax": jax.__version__}
-        folder = Folder(results.path.parent / f"{family} {rate:g}.partial", run)
-        healed = Folder(results.path.parent / f"{family} {rate:g}.healing", run | training)
         name, start = f"model {family} {rate:g}", time.monotonic()
-        plain, trained = results.has(name, run), results.has(f"{name} healed", run | training)
-        if plain and (not args.heal or trained):
-            folder.remove()
-            healed.remove()
+        if results.has(name, run) and kept(out, name).exists():
             continue
+        folder = Folder(out / f"{name}.partial", run)
         fresh = not len(folder)
         params = pipeline.quantized_model(tree, recipe, known, finished=folder).params
-        if not plain:
-            took = time.monotonic() - start if fresh else None
-            results.add(name, run, family=family, rate=rate, bits=jq.bits_per_weight(params),
-                        perplexity=perplexity(params), seconds=took)  # fmt: skip
-        if args.heal:
-            tell = lambda done: done.step % 10 or print(done, flush=True)
-            healing = jq.Healing(args.heal, args.learning_rate)
-            result = dataclasses.replace(source, params=params)
-            params = pipeline.healed(source, result, fit, held_out, healing, tell, healed).params
-            results.add(f"{name} healed", run | training, family=f"{family}, healed", rate=rate,
-                        bits=jq.bits_per_weight(params), perplexity=perplexity(params))  # fmt: skip
+        took = time.monotonic() - start if fresh else None
+        keep(kept(out, name), run, params)
+        results.add(name, run, family=family, rate=rate, bits=jq.bits_per_weight(params),
+                    perplexity=data.perplexity(params), seconds=took)  # fmt: skip
         folder.remove()
-        healed.remove()
+        jax.clear_caches()  # a program for every shape and rate: there are only so many memory maps
+
+
+def heal(args, results):
+    data, out = Text(args), results.path.parent
+    healing = jq.Healing(args.steps, args.learning_rate, args.batch)
+    tell = lambda done: done.step % 10 or print(done, flush=True)
+    for family, rate, _ in points(args):
+        name = f"model {family} {rate:g}"
+        if not kept(out, name).exists():
+            print(f"{name}: nothing to heal in {out}; run model first")
+            continue
+        run, packed = pickle.loads(kept(out, name).read_bytes())
+        run |= dataclasses.asdict(healing)
+        if results.has(f"{name} healed", run):
+            continue
+        params = data.source.params
+        if any(path.startswith("layers/0/") for path in packed):
+            params = jq.unstack(params, "layers")
+        result = dataclasses.replace(data.source, params=replace_leaves(params, packed))
+        folder, start = Folder(out / f"{name}.healing", run), time.monotonic()
+        params = pipeline.healed(
+            data.source, result, data.fit, data.held_out, healing, tell, folder
+        ).params
+        took = time.monotonic() - start
+        results.add(f"{name} healed", run, family=f"{family}, healed", rate=rate, seconds=took,
+                    bits=jq.bits_per_weight(params), perplexity=data.perplexity(params),
+                    device=jax.devices()[0].device_kind)  # fmt: skip
+        keep(kept(out, f"{name} healed"), run, params)
+        folder.remove()
+
+
+def kept(out, name):
+    """The file of a point's packed weights and norms."""
+    return out / f"{name}.pickle"
+
+
+def keep(path, run, params):
+    packed = {p: jax.tree.map(np.asarray, w) for p, w in jq.path_leaves(params)
+              if is_standin(w) or matches(p, pipeline.NORMS)}  # fmt: skip
+    aside = path.with_suffix(".aside")
+    aside.write_bytes(pickle.dumps((run, packed)))
+    aside.replace(path)
 
 
 def digest(text):
@@ -249,17 +294,18 @@ def table(kind, measure, found):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["layer", "model", "draw"])
+    parser.add_argument("what", choices=["layer", "model", "heal", "draw"])
     parser.add_argument("--text", default=BUILTIN)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--heal", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     split = lambda kind: lambda text: [kind(t) for t in text.split(",")]
     parser.add_argument("--rates", type=split(float), default=())
     parser.add_argument("--families", type=split(str), default=())
     parser.add_argument("--out", default="build/rate_quality")
     args = parser.parse_args()
-    {"layer": layer, "model": model, "draw": draw}[args.what](args, Results(args.out))
+    {"layer": layer, "model": model, "heal": heal, "draw": draw}[args.what](args, Results(args.out))
 
 
 if __name__ == "__main__":
