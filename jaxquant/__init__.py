@@ -18,7 +18,7 @@ from jaxquant.codebooks import (
     Vector,
 )
 from jaxquant.dispatch import Explanation, explain, quantized
-from jaxquant.finetune import Healing, heal, heal_blocks
+from jaxquant.finetune import Healing, heal, heal_blocks, recode
 from jaxquant.layers import restack, unstack, unstack_stats
 from jaxquant.methods import (
     KEEP,
@@ -102,6 +102,7 @@ __all__ = [
     "quantize_blocks",
     "quantized",
     "quip_sharp",
+    "recode",
     "recoded",
     "resolve",
     "restack",

@@ -11,12 +11,14 @@ from jaxtyping import Array, Float
 
 from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, Values, close_tree, open_tree, trained
-from jaxquant.paths import stack_size
+from jaxquant.paths import path_leaves, stack_size
 from jaxquant.quantize import dequantize
+from jaxquant.recoding import Codes, can_recode, with_codes
 from jaxquant.resume import Finished
 from jaxquant.training import Healing, Progress, Trainer
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
+CODES = Healing(learning_rate=0.02)
 
 
 def heal(
@@ -75,6 +77,62 @@ def heal(
         finished=finished,
     )
     return close_tree(params, opened, change)
+
+
+def recode(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    teacher: Any,
+    sequences: np.ndarray,
+    healing: Healing = CODES,
+    *,
+    share: float = 0.03,
+    validation: np.ndarray | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Any:
+    """As `heal`, but what trains are the codes: those of learned codebooks (`Additive`, `Vector`).
+
+    Alternate with `heal`: PV-tuning. Memory is three float32 copies of these weights and their
+    gradients.
+
+    Args:
+      fn, params, teacher, sequences, validation, progress, finished: as in `heal`.
+      healing: its learning rate is the length of a step over that of the matrix.
+      share: of the codes of a matrix, the most that change in one update.
+    Raises:
+      ValueError: as in `heal`; no such codes; share not in (0, 1].
+    Source:
+      Malinovskii et al. 2024, arXiv:2405.14852; see `recoding` for where it differs.
+
+    >>> import jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (32, 32))
+    >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
+    >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.Vector(2, 4, 0)))
+    >>> better = recode(lambda p, x: x @ p["w"], {"w": q}, {"w": w}, x, Healing(20, 0.05))
+    >>> far = lambda q: float(jnp.mean(_divergence(x @ q.dequantize(), x @ w)))
+    >>> far(better["w"]) < far(q)
+    True
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    if not any(can_recode(w) for _, w in path_leaves(params)):
+        raise ValueError("no codes to train: no leaf is packed in a learned codebook (aqlm, vptq)")
+    opened = Opened(params, {})
+
+    def loss(change: Values, opened: Opened, teacher: Any, x: Array) -> Array:
+        return _loss(fn, {}, Opened(with_codes(opened, change), {}), teacher, x)
+
+    change = Trainer(loss, healing, Codes(healing, share)).fit(
+        opened,
+        lambda ids: (teacher, jnp.asarray(sequences[ids])),
+        len(sequences),
+        [(teacher, jnp.asarray(v)[None]) for v in (() if validation is None else validation)],
+        name="recoding",
+        progress=progress,
+        finished=finished,
+    )
+    return with_codes(opened, change)
 
 
 def heal_blocks(

@@ -69,7 +69,7 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
     """The weight with its codes decoded if nothing in the format is trained; its trained arrays."""
     start = {name: w.data[name].astype(jnp.float32) for name in getattr(w.format, "trained", ())}
     if not start:
-        w = _dense(_scaled(w))
+        w = as_dense(_scaled(w), w.stored())
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
         if f"{side}.signs" in w.data:
             signs = factors(w.data[f"{side}.signs"], math.prod(sizes))
@@ -95,7 +95,7 @@ def decoded(params: Any) -> Any:
     for path, w in path_leaves(params):
         if isinstance(w, QTensor) and not getattr(w.format, "trained", ()):
             with _host():
-                dense = jax.tree.map(np.asarray, _dense(w))
+                dense = jax.tree.map(np.asarray, as_dense(w, w.stored()))
             new[path] = jax.tree.map(jnp.asarray, dense)
     return replace_leaves(params, new)
 
@@ -147,9 +147,10 @@ def _scaled(w: QTensor) -> QTensor:
     return dataclasses.replace(w, data=data, **sides)
 
 
-def _dense(w: QTensor) -> QTensor:
+def as_dense(w: QTensor, values: Array) -> QTensor:
+    """The weight with these floats [*batch, k, n] in place of codes; its transforms stay."""
     transforms = {name: a for name, a in w.data.items() if "." in name}
-    data = {"codes": w.stored(), **transforms}
+    data = {"codes": values, **transforms}
     return dataclasses.replace(w, format=Dense(), data=data, shared="")
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,12 @@ class Healing:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_positive(self, "learning_rate")
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam on the schedule."""
+    def schedule(self) -> optax.Schedule:
+        """The rate of an update."""
         warm = max(1, self.steps // 10)
-        rate = optax.warmup_cosine_decay_schedule(
+        return optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warm, max(self.steps, warm + 1)
         )
-        return optax.adam(rate)
 
     def batch(self, step: int, count: int) -> np.ndarray:
         """Indices of the sequences of an update: epochs in orders of their own, by the seed."""
@@ -90,14 +89,44 @@ class Progress(NamedTuple):
     validation: float | None
 
 
+class Rule(Protocol):
+    """What trains, and how: `change` is all that `loss` asks beside the opened tree."""
+
+    def init(self, opened: Opened) -> tuple[Values, Any]:
+        """The change to begin with, and what the rule keeps."""
+
+    def update(
+        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
+    ) -> tuple[Values, Any, Array]:
+        """Both after an update, and the loss before it."""
+
+
+class Adam:
+    """Relative changes of the continuous values by Adam (Kingma and Ba 2014, arXiv:1412.6980)."""
+
+    def __init__(self, healing: Healing) -> None:
+        self.optimizer = optax.adam(healing.schedule())
+
+    def init(self, opened: Opened) -> tuple[Values, Any]:
+        zero = at_start(opened)
+        return zero, self.optimizer.init(zero)
+
+    def update(
+        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
+    ) -> tuple[Values, Any, Array]:
+        value, slope = jax.value_and_grad(loss)(change, opened, *batch)
+        step, slots = self.optimizer.update(slope, slots, change)
+        return optax.apply_updates(change, step), slots, value
+
+
 class Trainer:
     """Updates of one loss on one schedule, compiled once for all trees of one form."""
 
-    def __init__(self, loss: Loss, healing: Healing) -> None:
+    def __init__(self, loss: Loss, healing: Healing, rule: Rule | None = None) -> None:
         self.healing = healing
-        self.optimizer = healing.optimizer()
+        self.rule = rule or Adam(healing)
         self.measure = jax.jit(loss)
-        self.update = jax.jit(partial(_update, loss, self.optimizer))
+        self.update = jax.jit(partial(self.rule.update, loss))
 
     def fit(
         self,
@@ -126,12 +155,12 @@ class Trainer:
             each = [float(self.measure(change, opened, *one)) for one in held_out]
             return float(np.mean(each)) if each else float("inf")
 
-        zero = at_start(opened)
-        state = _State(0, zero, self.optimizer.init(zero), zero, float("inf"))
+        start, slots = self.rule.init(opened)
+        state = _State(0, start, slots, start, float("inf"))
         if finished is not None and name in finished:
             state = state.restored(finished[name])
         else:
-            state = state._replace(best_loss=judged(zero))
+            state = state._replace(best_loss=judged(start))
         while state.step < healing.steps:
             now = batch(healing.batch(state.step, count))
             change, slots, loss = self.update(state.change, state.optimizer, opened, *now)
@@ -146,11 +175,3 @@ class Trainer:
             if progress is not None:
                 progress(Progress(name, state.step, float(loss), seen))
         return state.best if held_out else state.change
-
-
-def _update(
-    loss: Loss, optimizer: Any, change: Values, slots: Any, opened: Opened, *batch: Any
-) -> tuple[Values, Any, Array]:
-    value, slope = jax.value_and_grad(loss)(change, opened, *batch)
-    step, slots = optimizer.update(slope, slots, change)
-    return optax.apply_updates(change, step), slots, value

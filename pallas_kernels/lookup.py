@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels import layout
 
@@ -133,3 +133,14 @@ def first_least(x: Float[Array, "K n"]) -> Int32[Array, "n"]:
     rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     least = jnp.min(x, axis=0)
     return jnp.min(jnp.where(x <= least, rows, len(x) - 1), axis=0)
+
+
+def most(gain: Float[Array, "..."], share: float) -> Bool[Array, "..."]:
+    """Which entries are among the `share` that are greatest, and above zero.
+
+    >>> most(jnp.array([3.0, -1.0, 2.0, 1.0]), 0.5).tolist()
+    [True, False, True, False]
+    """
+    count = max(1, int(share * gain.size))
+    least = jax.lax.top_k(gain.reshape(-1), count)[0][-1]
+    return (gain >= least) & (gain > 0)

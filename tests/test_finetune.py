@@ -1,5 +1,6 @@
 """Healing: nothing changes at the start, the loss falls, what is stored is what was trained."""
 
+import dataclasses
 import tempfile
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.finetune import Healing, _divergence, heal, heal_blocks
+from jaxquant.finetune import Healing, _divergence, heal, heal_blocks, recode
 from jaxquant.opened import at_start, close_tree, open_tree, trained
 from jaxquant.resume import Folder
 
@@ -143,11 +144,65 @@ def test_blocks_are_brought_nearer_one_by_one(method):
         np.testing.assert_array_equal(a, b)
 
 
+LEARNED = [m for m in METHODS if m.name in ("aqlm", "vptq")]
+SHORT = Healing(steps=100, learning_rate=0.02, batch_size=8, validate_every=20)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 4), (2, 4, 8), (0, 4, 4)])
+def test_codes_train_where_healing_ends(sizes):
+    count, bits, length = sizes
+    options = {"beam": 2, "sweeps": 1}
+    method = jq.aqlm(*sizes, **options) if count else jq.vptq(length, bits, 0, **options)
+    fn, p, x = model()
+    long = dataclasses.replace(SHORT, steps=150, validate_every=50)
+    healed = heal(fn, made(method, p, x), p, x[:200], long, validation=x[200:])
+    both = recode(fn, healed, p, x[:200], SHORT, validation=x[200:])
+    assert distance(fn, p, both, x[200:]) < 0.94 * distance(fn, p, healed, x[200:])
+    before, after = (t["a"]["kernel"] for t in (healed, both))
+    for name in method.format.trained:
+        np.testing.assert_array_equal(after.data[name], before.data[name])
+    assert after.nbytes == before.nbytes
+
+
+@pytest.mark.parametrize("method", LEARNED, ids=lambda m: m.name)
+def test_an_update_changes_a_share_of_the_codes(method):
+    """And each to one that is nearer; a matrix that is its own target keeps all."""
+    q = jq.quantize_array(draw(64, 32), method, jnp.eye(64))
+    target = q.stored() + 0.7 * draw(64, 32, seed=5)
+    new = dataclasses.replace(q, data=method.format.recoded(q.data, target, 0.05))
+    moved = jnp.sum((new.stored() != q.stored()).astype(int)) / q.size
+    assert 0 < moved <= 0.05
+    error = lambda w: float(jnp.sum((w.stored() - target) ** 2))
+    assert error(new) < error(q)
+    same = method.format.recoded(q.data, q.stored(), 1.0)
+    jax.tree.map(np.testing.assert_array_equal, same, q.data)
+
+
+def test_recoding_goes_on_where_it_stopped():
+    fn, p, x = model()
+    q, kept = made(LEARNED[0], p, x), {}
+    healing = dataclasses.replace(SHORT, steps=6, save_every=2)
+
+    def stop(done):
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    whole = recode(fn, q, p, x, healing)
+    with pytest.raises(KeyboardInterrupt):
+        recode(fn, q, p, x, healing, progress=stop, finished=kept)
+    again = recode(fn, q, p, x, healing, finished=kept)
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
 def test_bad_input():
     fn, p, x = model()
     with pytest.raises(ValueError, match="nothing to train"):
         heal(fn, p, p, x)
     with pytest.raises(ValueError, match="at least batch_size = 2 sequences, got 1"):
         heal(fn, made(METHODS[0], p, x), p, x[:1], Healing(batch_size=2))
+    with pytest.raises(ValueError, match="learned codebook"):
+        recode(fn, made(METHODS[0], p, x), p, x)
+    with pytest.raises(ValueError, match="share must be in"):
+        recode(fn, made(LEARNED[0], p, x), p, x, share=0.0)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Healing(steps=0)

@@ -144,6 +144,21 @@ class Additive(Decoding):
         groups = w.reshape(-1, self.group, w.shape[1])
         return self.pack(jax.lax.map(lambda t: self.round(t, row)[0], groups), grid)
 
+    def recoded(
+        self, data: dict[str, Array], target: Float[Array, "k n"], share: float
+    ) -> dict[str, Array]:
+        """The data with the share of codes changed that brings it nearest to the target."""
+        k, n = target.shape
+        grid, groups = self._grid(data), target.reshape(-1, self.group, n)
+        row = jax.tree.map(lambda a: a[0], grid)
+        old = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
+        new = jax.lax.map(lambda t: self.round(t, row)[0], groups)
+        error = lambda codes: jnp.sum(
+            (self.values(codes, grid).reshape(groups.shape) - groups) ** 2, 1
+        )
+        codes = jnp.where(lookup.most(error(old) - error(new), share)[:, None], new, old)
+        return data | {"codes": lookup.pack(codes, self.bits)}
+
     @property
     def spans(self) -> dict[str, int]:
         return {"codes": 1, "scale": 1}

@@ -190,6 +190,24 @@ class Vector(Decoding):
         kinds = jnp.broadcast_to(grid.kind, len(w))
         return self.pack(jax.lax.map(one, (w, kinds)), grid)
 
+    def recoded(
+        self, data: dict[str, Array], target: Float[Array, "k n"], share: float
+    ) -> dict[str, Array]:
+        """The data with the share of codes changed that brings it nearest to the target."""
+        k = len(target)
+        grid = self._grid(data, jnp.arange(k))
+        old = jnp.concatenate([lookup.unpack(data[c], b, k, 1) for c, _, b in self._parts], 1)
+        shared = VectorGrid(tuple(t[0] for t in grid.tables), grid.kind[0])
+        one = lambda t: self.round(t[0][None], shared._replace(kind=t[1]))[0]
+        new = jax.lax.map(one, (target, jnp.broadcast_to(grid.kind, k)))
+        square = lambda codes: (self.values(codes, grid) - target) ** 2
+        error = lambda codes: jnp.sum(square(codes).reshape(k, -1, self.length), 2)
+        codes = jnp.where(lookup.most(error(old) - error(new), share)[:, None], new, old)
+        return data | {
+            name: lookup.pack(codes[:, i : i + 1], bits)
+            for i, (name, _, bits) in enumerate(self._parts)
+        }
+
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
         codes = [lookup.unpack(data[name], bits, k, 1) for name, _, bits in self._parts]
         return self.values(jnp.concatenate(codes, 1), self._grid(data, jnp.arange(k)))
