@@ -39,7 +39,7 @@ from jaxquant.methods import (
     trellis,
     vptq,
 )
-from jaxquant.opened import decoded, recoded
+from jaxquant.opened import decoded, rejoined
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quantize_array
 from jaxquant.recipe import Plan, Recipe, resolve
@@ -103,7 +103,7 @@ __all__ = [
     "quantized",
     "quip_sharp",
     "recode",
-    "recoded",
+    "rejoined",
     "resolve",
     "restack",
     "rtn",

@@ -67,15 +67,7 @@ def heal(
     """
     opened = open_tree(params, also)
     trainer = Trainer(partial(_loss, fn), healing)
-    change = trainer.fit(
-        opened,
-        lambda ids: (teacher, jnp.asarray(sequences[ids])),
-        len(sequences),
-        [(teacher, jnp.asarray(v)[None]) for v in (() if validation is None else validation)],
-        name="healing",
-        progress=progress,
-        finished=finished,
-    )
+    change = _fit(trainer, opened, teacher, sequences, validation, "healing", progress, finished)
     return close_tree(params, opened, change)
 
 
@@ -93,13 +85,12 @@ def recode(
 ) -> Any:
     """As `heal`, but what trains are the codes: those of learned codebooks (`Additive`, `Vector`).
 
-    Alternate with `heal`: PV-tuning. Memory is three float32 copies of these weights and their
-    gradients.
+    Alternate with `heal`: PV-tuning. Memory is five float32 copies of these weights.
 
     Args:
       fn, params, teacher, sequences, validation, progress, finished: as in `heal`.
       healing: its learning rate is the length of a step over that of the matrix.
-      share: of the codes of a matrix, the most that change in one update.
+      share: of the codes of a matrix, the most that change in one update (one may in any).
     Raises:
       ValueError: as in `heal`; no such codes; share not in (0, 1].
     Source:
@@ -123,16 +114,31 @@ def recode(
     def loss(change: Values, opened: Opened, teacher: Any, x: Array) -> Array:
         return _loss(fn, {}, Opened(with_codes(opened, change), {}), teacher, x)
 
-    change = Trainer(loss, healing, Codes(healing, share)).fit(
+    trainer = Trainer(loss, healing, Codes(healing, share))
+    change = _fit(trainer, opened, teacher, sequences, validation, "recoding", progress, finished)
+    return with_codes(opened, change)
+
+
+def _fit(
+    trainer: Trainer,
+    opened: Opened,
+    teacher: Any,
+    sequences: np.ndarray,
+    validation: np.ndarray | None,
+    name: str,
+    progress: Callable[[Progress], None] | None,
+    finished: Finished | None,
+) -> Values:
+    """The best change on sequences, each to be like the teacher's."""
+    return trainer.fit(
         opened,
         lambda ids: (teacher, jnp.asarray(sequences[ids])),
         len(sequences),
         [(teacher, jnp.asarray(v)[None]) for v in (() if validation is None else validation)],
-        name="recoding",
+        name=name,
         progress=progress,
         finished=finished,
     )
-    return with_codes(opened, change)
 
 
 def heal_blocks(
@@ -159,7 +165,8 @@ def heal_blocks(
       hidden: inputs of the first block. The last eighth of them is held out.
       also, progress, finished: as in `heal`.
     Raises:
-      ValueError: as in `heal`; leaves that disagree on the number of blocks; one input only.
+      ValueError: as in `heal`; leaves that disagree on the number of blocks, with one another or
+        with the teacher's; one input only.
     Source:
       Tseng et al. 2024, arXiv:2402.04396, and Chen et al. 2024, arXiv:2407.11062, train blocks.
 
@@ -171,6 +178,11 @@ def heal_blocks(
     >>> heal_blocks(block, q, {"w": w}, x)["w"].shape
     (2, 32, 32)
     """
+    if stack_size(params) != stack_size(teacher):
+        raise ValueError(
+            f"expected as many blocks as the teacher has, {stack_size(teacher)}, got "
+            f"{stack_size(params)}"
+        )
     trainer = Trainer(partial(_block_loss, block), healing)
     plain = jax.jit(block)
     if len(hidden) < 2:

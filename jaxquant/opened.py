@@ -83,20 +83,24 @@ def decoded(params: Any) -> Any:
     """`params` with codes decoded where all that trains are factors about them.
 
     What is many programs to decode (a stream for every matrix) is so decoded once, on the host if
-    JAX has been given it as a platform, and weights that are packed unlike may be stacked for
-    training. `heal` changes such a tree as it would `params`; `recoded` takes what it found back.
+    JAX has been given it as a platform; and weights packed in unlike formats may be stacked for
+    training if their transforms are alike. `heal` changes such a tree as it would `params`;
+    `rejoined` takes what it found back.
 
     >>> import jaxquant as jq
     >>> q = {"w": jq.quantize_array(jnp.ones((64, 32)), jq.entropy_coded(3))}
-    >>> decoded(q)["w"].format, recoded(q, decoded(q))["w"].format == q["w"].format
+    >>> decoded(q)["w"].format, rejoined(q, decoded(q))["w"].format == q["w"].format
     (Dense(), True)
     """
     new = {}
     for path, w in path_leaves(params):
-        if isinstance(w, QTensor) and not getattr(w.format, "trained", ()):
+        if not isinstance(w, QTensor):
+            continue
+        new[path] = dataclasses.replace(w, shared="", method="")  # names tell like from like
+        if not getattr(w.format, "trained", ()):
             with _host():
-                dense = jax.tree.map(np.asarray, as_dense(w, w.stored()))
-            new[path] = jax.tree.map(jnp.asarray, dense)
+                stored = np.asarray(jax.tree.map(np.asarray, w).stored())
+            new[path] = as_dense(new[path], jnp.asarray(stored))
     return replace_leaves(params, new)
 
 
@@ -107,17 +111,26 @@ def _host() -> Any:
         return contextlib.nullcontext()
 
 
-def recoded(params: Any, healed: Any) -> Any:
-    """`params` with what healing has made of decoded(params): their codes, its factors."""
+def rejoined(params: Any, healed: Any) -> Any:
+    """`params` with what healing has made of decoded(params): their codes, its factors.
+
+    Raises:
+      ValueError: the trees' leaves are not those of one another.
+    """
     found = dict(path_leaves(healed))
 
-    def one(w: Any, new: Any) -> Any:
-        if not isinstance(w, QTensor) or new.format != Dense():
+    def one(path: str, w: Any) -> Any:
+        new = found.get(path)
+        if new is None or isinstance(w, QTensor) != isinstance(new, QTensor):
+            raise ValueError(f"{path}: expected the leaf that decoded() made, healed; got {new!r}")
+        if not isinstance(w, QTensor):
             return new
-        data = {name: a for name, a in new.data.items() if "." in name}
-        return dataclasses.replace(new, data={**w.data, **data}, format=w.format)
+        data = new.data
+        if new.format == Dense():
+            data = {**w.data, **{name: a for name, a in data.items() if "." in name}}
+        return dataclasses.replace(w, data=data, input=new.input, output=new.output, shared="")
 
-    return replace_leaves(params, {path: one(w, found[path]) for path, w in path_leaves(params)})
+    return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
 
 
 def added_bytes(method: Method, k: int, n: int) -> int:

@@ -1,9 +1,10 @@
 """Training codes: gradients move weights that stand behind them, and the codes follow.
 
 Behind every weight stands a float that begins as what its code means. The loss is taken, and its
-gradient, at what the codes mean (straight through); Adam's step, its length in proportion to the
-matrix, goes to the floats. Then the codes that lie farthest behind are chosen anew, a small share
-of them at a time: so few that the gradients still say what all of them together will do.
+gradient, at what the codes mean (straight through); Adam's step, without its momentum and of a
+length in proportion to the matrix, goes to the floats. Then the codes that lie farthest behind are
+chosen anew, a small share of them at a time: so few that the gradients still say what all of them
+together will do.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from jaxtyping import Array
 
 from jaxquant.opened import Opened, Values, as_dense
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor
 from jaxquant.training import Healing, Loss
 
@@ -49,7 +49,7 @@ class Codes:
         found = {p: w for p, w in path_leaves(opened.params) if can_recode(w)}
         behind = {p: w.stored() for p, w in found.items()}
         slots = _Slots(behind, jax.tree.map(jnp.zeros_like, behind), jnp.int32(0))
-        return {p: dict(w.data) for p, w in found.items()}, slots
+        return {p: _codes(w) for p, w in found.items()}, slots
 
     def update(
         self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: Any
@@ -78,17 +78,22 @@ class Codes:
         one = partial(w.format.recoded, share=self.share)
         for _ in range(w.leading()):
             one = jax.vmap(one)
-        sides = {n: a for n, a in w.data.items() if "." in n}
-        return one({n: a for n, a in w.data.items() if "." not in n}, target) | sides
+        new = one({n: a for n, a in w.data.items() if "." not in n}, target)
+        return {name: new[name] for name in _codes(w)}
+
+
+def _codes(w: QTensor) -> dict[str, Array]:
+    """Arrays that hold codes: what neither the format trains nor a transform has."""
+    return {n: a for n, a in w.data.items() if "." not in n and n not in w.format.trained}
 
 
 def can_recode(w: Any) -> bool:
     """Whether this is a weight whose format can choose codes anew."""
-    return is_standin(w) and hasattr(w.format, "recoded")
+    return isinstance(w, QTensor) and hasattr(w.format, "recoded")
 
 
 def with_codes(opened: Opened, change: Values) -> Any:
-    """The tree with these data."""
+    """The tree with these codes."""
     leaves = dict(path_leaves(opened.params))
-    new = {p: dataclasses.replace(leaves[p], data=data) for p, data in change.items()}
-    return replace_leaves(opened.params, new)
+    put = lambda w, codes: dataclasses.replace(w, data={**w.data, **codes})
+    return replace_leaves(opened.params, {p: put(leaves[p], codes) for p, codes in change.items()})

@@ -1,6 +1,7 @@
 """Training what an opened tree leaves to train: resumable, and judged on held-out data."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from jaxquant.fields import check_fields, check_positive
 from jaxquant.opened import Opened, Values, at_start
 from jaxquant.resume import Finished
 
+MARK = "start"
 Loss = Callable[..., Array]  # loss(change, opened, *batch)
 
 
@@ -69,15 +71,24 @@ class _State(NamedTuple):
     best: Values
     best_loss: float
 
-    def stored(self) -> dict[str, Array]:
-        """As arrays by name."""
-        return {str(i): a for i, a in enumerate(jax.tree.leaves(self))}
+    def stored(self, mark: np.ndarray) -> dict[str, np.ndarray]:
+        """As arrays by name; with a mark of what training began with."""
+        leaves = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(self))}
+        return leaves | {MARK: mark}
 
     def restored(self, arrays: Mapping[str, Any]) -> "_State":
         """The state stored, of this one's structure."""
-        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays))]
+        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 1)]
         state = jax.tree.unflatten(jax.tree.structure(self), leaves)
-        return state._replace(step=int(state.step), best_loss=float(arrays[str(len(arrays) - 1)]))
+        return state._replace(step=int(state.step), best_loss=float(state.best_loss))
+
+
+def _mark(tree: Any) -> np.ndarray:
+    """A digest of all leaves: training that began with other values is another training."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 class Progress(NamedTuple):
@@ -126,7 +137,7 @@ class Trainer:
         self.healing = healing
         self.rule = rule or Adam(healing)
         self.measure = jax.jit(loss)
-        self.update = jax.jit(partial(self.rule.update, loss))
+        self.update = jax.jit(partial(self.rule.update, loss), donate_argnums=1)
 
     def fit(
         self,
@@ -157,8 +168,10 @@ class Trainer:
 
         start, slots = self.rule.init(opened)
         state = _State(0, start, slots, start, float("inf"))
-        if finished is not None and name in finished:
-            state = state.restored(finished[name])
+        mark = _mark((opened.start, start))
+        before = None if finished is None or name not in finished else finished[name]
+        if before is not None and np.array_equal(before.get(MARK, ()), mark):
+            state = state.restored(before)
         else:
             state = state._replace(best_loss=judged(start))
         while state.step < healing.steps:
@@ -171,7 +184,7 @@ class Trainer:
                 if seen < state.best_loss:
                     state = state._replace(best=change, best_loss=seen)
             if finished is not None and (last or state.step % healing.save_every == 0):
-                finished[name] = state.stored()
+                finished[name] = state.stored(mark)
             if progress is not None:
                 progress(Progress(name, state.step, float(loss), seen))
         return state.best if held_out else state.change

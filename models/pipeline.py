@@ -162,7 +162,7 @@ def healed(
     Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back.
 
     Raises:
-      ValueError: layers apart in formats that do not stack, and that have something to train.
+      ValueError: layers apart that do not stack for training (`jaxquant.decoded`).
     """
     parts = blockwise(source.config, source.dtype)
     params = jq.decoded(result.params)
@@ -171,22 +171,23 @@ def healed(
         forms = {jax.tree.structure(layer) for layer in layers_of(params, "layers")}
         if len(forms) > 1:
             raise ValueError(
-                "layers apart are healed as a stack: quantize the same weights in all of them, by "
-                "one method, or by methods whose formats have nothing to train"
+                "layers apart are healed as a stack: quantize the same weights in all of them, "
+                "with the same transforms, in one format or in formats with nothing to train"
             )
         params = jq.restack(params, "layers")
     embed = jq.quantized(parts.embed)
     hidden = [embed(params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_DATA]]
-    layers = jq.heal_blocks(
+    # One tree at a time: a decoded one is as large as the source.
+    params = {**params, "layers": jq.heal_blocks(
         parts.block, params["layers"], source.params["layers"], np.stack(hidden), also=[NORMS],
         progress=progress, finished=finished,
-    )  # fmt: skip
+    )}  # fmt: skip
     params = jq.heal(
-        trainable(source), {**params, "layers": layers}, source.params, sequences, healing,
+        trainable(source), params, source.params, sequences, healing,
         validation=held_out, also=[NORMS], progress=progress, finished=finished,
     )  # fmt: skip
     params = jq.unstack(params, "layers") if apart else params
-    return dataclasses.replace(result, params=jq.recoded(result.params, params))
+    return dataclasses.replace(result, params=jq.rejoined(result.params, params))
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -136,11 +136,12 @@ def first_least(x: Float[Array, "K n"]) -> Int32[Array, "n"]:
 
 
 def most(gain: Float[Array, "..."], share: float) -> Bool[Array, "..."]:
-    """Which entries are among the `share` that are greatest, and above zero.
+    """Which entries are the greatest, as many as `share` of them are or one, and above zero.
 
-    >>> most(jnp.array([3.0, -1.0, 2.0, 1.0]), 0.5).tolist()
+    >>> most(jnp.array([3.0, -1.0, 2.0, 2.0]), 0.5).tolist()
     [True, False, True, False]
     """
-    count = max(1, int(share * gain.size))
-    least = jax.lax.top_k(gain.reshape(-1), count)[0][-1]
-    return (gain >= least) & (gain > 0)
+    flat = gain.reshape(-1)
+    greatest = jax.lax.top_k(flat, max(1, int(share * flat.size)))[1]
+    chosen = jnp.zeros(flat.size, bool).at[greatest].set(True) & (flat > 0)
+    return chosen.reshape(gain.shape)

@@ -157,7 +157,7 @@ def test_codes_train_where_healing_ends(sizes):
     long = dataclasses.replace(SHORT, steps=150, validate_every=50)
     healed = heal(fn, made(method, p, x), p, x[:200], long, validation=x[200:])
     both = recode(fn, healed, p, x[:200], SHORT, validation=x[200:])
-    assert distance(fn, p, both, x[200:]) < 0.94 * distance(fn, p, healed, x[200:])
+    assert distance(fn, p, both, x[200:]) < 0.97 * distance(fn, p, healed, x[200:])
     before, after = (t["a"]["kernel"] for t in (healed, both))
     for name in method.format.trained:
         np.testing.assert_array_equal(after.data[name], before.data[name])
@@ -169,13 +169,13 @@ def test_an_update_changes_a_share_of_the_codes(method):
     """And each to one that is nearer; a matrix that is its own target keeps all."""
     q = jq.quantize_array(draw(64, 32), method, jnp.eye(64))
     target = q.stored() + 0.7 * draw(64, 32, seed=5)
-    new = dataclasses.replace(q, data=method.format.recoded(q.data, target, 0.05))
+    at = lambda target, share: q.data | method.format.recoded(q.data, target, share)
+    new = dataclasses.replace(q, data=at(target, 0.05))
     moved = jnp.sum((new.stored() != q.stored()).astype(int)) / q.size
     assert 0 < moved <= 0.05
     error = lambda w: float(jnp.sum((w.stored() - target) ** 2))
     assert error(new) < error(q)
-    same = method.format.recoded(q.data, q.stored(), 1.0)
-    jax.tree.map(np.testing.assert_array_equal, same, q.data)
+    jax.tree.map(np.testing.assert_array_equal, at(q.stored(), 1.0), q.data)
 
 
 def test_recoding_goes_on_where_it_stopped():
@@ -194,6 +194,16 @@ def test_recoding_goes_on_where_it_stopped():
     jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
+def test_training_of_another_start_is_another_training():
+    """Healing and codes in turn with one `finished`: no round takes another's state for its own."""
+    fn, p, x = model()
+    q, kept, few = made(LEARNED[0], p, x), {}, Healing(steps=3)
+    once = recode(fn, heal(fn, q, p, x, few, finished=kept), p, x, few, finished=kept)
+    twice = recode(fn, heal(fn, once, p, x, few, finished=kept), p, x, few, finished=kept)
+    fresh = recode(fn, heal(fn, once, p, x, few), p, x, few)
+    jax.tree.map(np.testing.assert_array_equal, twice, fresh)
+
+
 def test_bad_input():
     fn, p, x = model()
     with pytest.raises(ValueError, match="nothing to train"):
@@ -204,5 +214,10 @@ def test_bad_input():
         recode(fn, made(METHODS[0], p, x), p, x)
     with pytest.raises(ValueError, match="share must be in"):
         recode(fn, made(LEARNED[0], p, x), p, x, share=0.0)
+    q = made(METHODS[0], p, x)
+    with pytest.raises(ValueError, match="as many blocks as the teacher has, 2, got 1"):
+        heal_blocks(fn, jax.tree.map(lambda a: a[:1], q["a"]), p["a"], x)
+    with pytest.raises(ValueError, match="b: expected the leaf that decoded"):
+        jq.rejoined({"b": p["norm"]}, {"a": p["norm"]})
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Healing(steps=0)

@@ -90,7 +90,7 @@ def test_healing_of_layers_apart():
     assert isinstance(one["stack"]["a"], jq.QTensor)
     blocks = {**one, "stack": heal_blocks(block, one["stack"], params["stack"], x, healing)}
     both = heal(fn, blocks, params, x, healing)
-    states = [q, *(jq.recoded(q, jq.unstack(tree, "stack")) for tree in (blocks, both))]
+    states = [q, *(jq.rejoined(q, jq.unstack(tree, "stack")) for tree in (blocks, both))]
     for i in range(2):
         before, after = (state["stack"][f"{i}"]["a"] for state in states[::2])
         assert after.format == before.format

@@ -14,6 +14,8 @@ from jaxquant.codebooks.scales import as_stored, check_half, through
 from jaxquant.fields import check_fields, check_positive
 from pallas_kernels import lookup
 
+BEAM = 5  # partial sums kept where codes are chosen anew
+
 
 class Codebooks(NamedTuple):
     """Tables of a matrix, [1, K, group] each, and its scales [1, n]."""
@@ -140,24 +142,25 @@ class Additive(Decoding):
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Learn codebooks with equal weights, round to nearest, pack."""
         grid = self.grids(w)
-        row = jax.tree.map(lambda a: a[0], grid)
-        groups = w.reshape(-1, self.group, w.shape[1])
-        return self.pack(jax.lax.map(lambda t: self.round(t, row)[0], groups), grid)
+        return self.pack(self._rounded(w, grid, 1), grid)
 
     def recoded(
         self, data: dict[str, Array], target: Float[Array, "k n"], share: float
     ) -> dict[str, Array]:
-        """The data with the share of codes changed that brings it nearest to the target."""
+        """The data with a share of the codes chosen anew: those that so come nearest the target."""
         k, n = target.shape
-        grid, groups = self._grid(data), target.reshape(-1, self.group, n)
-        row = jax.tree.map(lambda a: a[0], grid)
+        grid = self._grid(data)
         old = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
-        new = jax.lax.map(lambda t: self.round(t, row)[0], groups)
-        error = lambda codes: jnp.sum(
-            (self.values(codes, grid).reshape(groups.shape) - groups) ** 2, 1
-        )
+        new = self._rounded(target, grid, BEAM)
+        square = lambda codes: (self.values(codes, grid) - target) ** 2
+        error = lambda codes: jnp.sum(square(codes).reshape(-1, self.group, n), 1)
         codes = jnp.where(lookup.most(error(old) - error(new), share)[:, None], new, old)
-        return data | {"codes": lookup.pack(codes, self.bits)}
+        return self.pack(codes, grid)
+
+    def _rounded(self, w: Float[Array, "k n"], grid: Codebooks, beam: int) -> Int32[Array, "g m n"]:
+        row = jax.tree.map(lambda a: a[0], grid)
+        groups = w.reshape(-1, self.group, w.shape[1])
+        return jax.lax.map(lambda t: self.search(t, row, None, beam)[0], groups)
 
     @property
     def spans(self) -> dict[str, int]:

@@ -15,6 +15,8 @@ from jaxquant.codebooks.scales import check_half, through
 from jaxquant.fields import check_fields, check_positive
 from pallas_kernels import lookup
 
+BEAM = 5  # partial sums kept where codes are chosen anew
+
 
 class VectorGrid(NamedTuple):
     """Tables of a matrix and, with outliers, which rows have their own: kind [k], 0 or 1.
@@ -185,28 +187,27 @@ class Vector(Decoding):
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Learn codebooks, round to nearest, pack."""
         grid = self.grids(w)
-        shared = jax.tree.map(lambda a: a[0], grid)
-        one = lambda t: self.round(t[0][None], shared._replace(kind=t[1]))[0]
-        kinds = jnp.broadcast_to(grid.kind, len(w))
-        return self.pack(jax.lax.map(one, (w, kinds)), grid)
+        return self.pack(self._rounded(w, grid, 1), grid)
 
     def recoded(
         self, data: dict[str, Array], target: Float[Array, "k n"], share: float
     ) -> dict[str, Array]:
-        """The data with the share of codes changed that brings it nearest to the target."""
+        """The data with a share of the codes chosen anew: those that so come nearest the target."""
         k = len(target)
         grid = self._grid(data, jnp.arange(k))
         old = jnp.concatenate([lookup.unpack(data[c], b, k, 1) for c, _, b in self._parts], 1)
-        shared = VectorGrid(tuple(t[0] for t in grid.tables), grid.kind[0])
-        one = lambda t: self.round(t[0][None], shared._replace(kind=t[1]))[0]
-        new = jax.lax.map(one, (target, jnp.broadcast_to(grid.kind, k)))
+        new = self._rounded(target, grid, BEAM)
         square = lambda codes: (self.values(codes, grid) - target) ** 2
         error = lambda codes: jnp.sum(square(codes).reshape(k, -1, self.length), 2)
         codes = jnp.where(lookup.most(error(old) - error(new), share)[:, None], new, old)
-        return data | {
-            name: lookup.pack(codes[:, i : i + 1], bits)
-            for i, (name, _, bits) in enumerate(self._parts)
-        }
+        return self.pack(codes, grid)
+
+    def _rounded(
+        self, w: Float[Array, "k n"], grid: VectorGrid, beam: int
+    ) -> Int32[Array, "k m v"]:
+        shared = VectorGrid(tuple(t[0] for t in grid.tables), grid.kind[0])
+        one = lambda t: self.search(t[0][None], shared._replace(kind=t[1]), None, beam)[0]
+        return jax.lax.map(one, (w, jnp.broadcast_to(grid.kind, len(w))))
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
         codes = [lookup.unpack(data[name], bits, k, 1) for name, _, bits in self._parts]

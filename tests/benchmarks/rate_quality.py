@@ -175,15 +175,14 @@ def model(args, results):
             recipe = chosen if isinstance(chosen, jq.Recipe) else pipeline.recipe_of(chosen)
         run = whole | {"recipe": digest(json.dumps(recipe.to_json())), "jax": jax.__version__}
         name, start = f"model {family} {rate:g}", time.monotonic()
-        if results.has(name, run) and kept(out, name).exists():
-            continue
         folder = Folder(out / f"{name}.partial", run)
-        fresh = not len(folder)
-        params = pipeline.quantized_model(tree, recipe, known, finished=folder).params
-        took = time.monotonic() - start if fresh else None
-        keep(kept(out, name), run, params)
-        results.add(name, run, family=family, rate=rate, bits=jq.bits_per_weight(params),
-                    perplexity=data.perplexity(params), seconds=took)  # fmt: skip
+        if not (results.has(name, run) and kept(out, name, run)):
+            fresh = not len(folder)
+            params = pipeline.quantized_model(tree, recipe, known, finished=folder).params
+            took = time.monotonic() - start if fresh else None
+            keep(out, name, run, params)
+            results.add(name, run, family=family, rate=rate, bits=jq.bits_per_weight(params),
+                        perplexity=data.perplexity(params), seconds=took)  # fmt: skip
         folder.remove()
         jax.clear_caches()  # a program for every shape and rate: there are only so many memory maps
 
@@ -194,39 +193,44 @@ def heal(args, results):
     tell = lambda done: done.step % 10 or print(done, flush=True)
     for family, rate, _ in points(args):
         name = f"model {family} {rate:g}"
-        if not kept(out, name).exists():
-            print(f"{name}: nothing to heal in {out}; run model first")
+        packed = kept(out, name, data.run)
+        if not packed:
+            print(f"{name}: nothing to heal in {out}; run model first, on this text and tokens")
             continue
-        run, packed = pickle.loads(kept(out, name).read_bytes())
-        run |= dataclasses.asdict(healing)
-        if results.has(f"{name} healed", run):
-            continue
-        params = data.source.params
-        if any(path.startswith("layers/0/") for path in packed):
-            params = jq.unstack(params, "layers")
-        result = dataclasses.replace(data.source, params=replace_leaves(params, packed))
+        run = packed["run"] | dataclasses.asdict(healing)
         folder, start = Folder(out / f"{name}.healing", run), time.monotonic()
-        params = pipeline.healed(
-            data.source, result, data.fit, data.held_out, healing, tell, folder
-        ).params
-        took = time.monotonic() - start
-        results.add(f"{name} healed", run, family=f"{family}, healed", rate=rate, seconds=took,
-                    bits=jq.bits_per_weight(params), perplexity=data.perplexity(params),
-                    device=jax.devices()[0].device_kind)  # fmt: skip
-        keep(kept(out, f"{name} healed"), run, params)
+        if not results.has(f"{name} healed", run):
+            fresh, params = not len(folder), data.source.params
+            if any(path.startswith("layers/0/") for path in packed["leaves"]):
+                params = jq.unstack(params, "layers")
+            result = replace_leaves(params, packed["leaves"])
+            result = dataclasses.replace(data.source, params=result)
+            params = pipeline.healed(
+                data.source, result, data.fit, data.held_out, healing, tell, folder
+            ).params
+            took = time.monotonic() - start if fresh else None
+            keep(out, f"{name} healed", run, params)
+            results.add(f"{name} healed", run, family=f"{family}, healed", rate=rate,
+                        bits=jq.bits_per_weight(params), perplexity=data.perplexity(params),
+                        seconds=took, device=jax.devices()[0].device_kind)  # fmt: skip
         folder.remove()
+        jax.clear_caches()
 
 
-def kept(out, name):
-    """The file of a point's packed weights and norms."""
-    return out / f"{name}.pickle"
+def kept(out, name, run):
+    """What `keep` has written of a run that agrees with this one, or {}."""
+    path = out / f"{name}.pickle"
+    found = pickle.loads(path.read_bytes()) if path.exists() else {"run": {}}
+    return found if run.items() <= found["run"].items() else {}
 
 
-def keep(path, run, params):
-    packed = {p: jax.tree.map(np.asarray, w) for p, w in jq.path_leaves(params)
+def keep(out, name, run, params):
+    """A point's packed weights, and the norms, in a file."""
+    leaves = {p: jax.tree.map(np.asarray, w) for p, w in jq.path_leaves(params)
               if is_standin(w) or matches(p, pipeline.NORMS)}  # fmt: skip
+    path = out / f"{name}.pickle"
     aside = path.with_suffix(".aside")
-    aside.write_bytes(pickle.dumps((run, packed)))
+    aside.write_bytes(pickle.dumps({"run": run, "leaves": leaves}))
     aside.replace(path)
 
 
