@@ -17,7 +17,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/compiled
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest demo bench curve clean
+.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-gpu demo bench curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -74,6 +74,9 @@ test-newest test-jax011 test-oldest: test-%:
 	@.venv-$*/bin/python -m $(INSTALL_$*)
 	@touch $@
 
+test-gpu:        ## one case of each fast test on a GPU, by a PYTHON that has JAX for it and jaxquant[test]
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(ONE_CASE)
+
 demo: venv model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
@@ -89,7 +92,7 @@ curve: venv model ## rate and quality from 1 to 4 bits, with and without healing
 	@$(CURVE) layer
 	@$(CURVE) model $(BY_MATRIX)
 	@$(CURVE) model $(BY_KIND)
-	@$(CURVE) heal $(BY_MATRIX) --steps 800 --batch 8
+	@$(CURVE) heal $(BY_MATRIX) --steps 200 --batch 8
 	@$(CURVE) heal $(BY_KIND) --steps 40 --learning-rate 1e-3
 	@$(CURVE) draw
 

@@ -88,7 +88,8 @@ def decoded(params: Any) -> Any:
     `rejoined` takes what it found back.
 
     >>> import jaxquant as jq
-    >>> q = {"w": jq.quantize_array(jnp.ones((64, 32)), jq.entropy_coded(3))}
+    >>> coded = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(4, states=1, lanes=4))
+    >>> q = {"w": jq.quantize_array(jnp.ones((64, 32)), coded)}
     >>> decoded(q)["w"].format, rejoined(q, decoded(q))["w"].format == q["w"].format
     (Dense(), True)
     """

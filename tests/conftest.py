@@ -1,8 +1,14 @@
-"""Options for the runs on other versions, which need not repeat every case of every test."""
+"""Precision; and options for the runs on other versions, which need not repeat every case."""
 
 from collections import defaultdict
 
+import jax
 import pytest
+
+
+def pytest_configure(config):
+    """References are exact; of float32 factors a GPU's default keeps ten bits."""
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_addoption(parser):

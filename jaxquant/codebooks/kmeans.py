@@ -96,7 +96,7 @@ def assign(
 
     def part(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         v, w = chunk
-        far = rows @ jnp.concatenate([w, w * v], 1).T
+        far = jnp.matmul(rows, jnp.concatenate([w, w * v], 1).T, precision="highest")
         return lookup.first_least(far), jnp.min(far, 0) + jnp.sum(w * v**2, 1)
 
     split = lambda a: jnp.pad(a, ((0, -len(a) % size), (0, 0))).reshape(-1, size, a.shape[1])
