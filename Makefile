@@ -84,16 +84,20 @@ bench: venv model ## side-by-side timings
 	@for f in $(filter-out %/rate_quality.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
+TEXT ?= builtin
 CURVE = $(BIN)/python -m tests.benchmarks.rate_quality
-BY_MATRIX = --families 'entropy_coded by matrix' --rates 1,1.25,1.5,1.75,2
-BY_KIND = --families 'entropy_coded by kind' --rates 3,4
-curve: venv model ## rate and quality from 1 to 4 bits, with and without healing: hours; goes on where it stopped
+MODEL = $(CURVE) model --text '$(TEXT)' --families
+HEAL = $(CURVE) heal --text '$(TEXT)' --families
+curve: venv model ## rate and quality from 1 to 4 bits, healed and not, on TEXT=FILE: a day; goes on where it stopped
 	@$(PIP) install -e '.[test,report]'
 	@$(CURVE) layer
-	@$(CURVE) model $(BY_MATRIX)
-	@$(CURVE) model $(BY_KIND)
-	@$(CURVE) heal $(BY_MATRIX) --steps 200 --batch 8
-	@$(CURVE) heal $(BY_KIND) --steps 40 --learning-rate 1e-3
+	@$(MODEL) 'entropy_coded by matrix' --rates 1,1.25,1.5,1.75,2
+	@$(MODEL) 'entropy_coded by kind' --rates 3,4
+	@$(MODEL) trellis,quip_sharp,gptq,ternary --rates 1,1.5,2
+	@$(HEAL) 'entropy_coded by matrix' --rates 1 --steps 200
+	@$(HEAL) 'entropy_coded by matrix' --rates 1.25,1.5,1.75 --steps 150 --batch 8
+	@$(HEAL) 'entropy_coded by matrix' --rates 2 --steps 200 --batch 8
+	@$(HEAL) 'entropy_coded by kind' --rates 3,4 --steps 40 --learning-rate 1e-3
 	@$(CURVE) draw
 
 clean:           ## remove what make made
