@@ -88,6 +88,21 @@ def cli() -> None:
     help="Steps of training afterwards; default 0, or 200 with --effort best.",
 )
 @click.option(
+    "--heal-batch",
+    "batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Sequences of a step of training.",
+)
+@click.option(
+    "--heal-codes",
+    "recode",
+    type=click.IntRange(0),
+    default=0,
+    help="Steps of training the codes of aqlm and vptq after that (PV-tuning).",
+)
+@click.option(
     "--heal-text",
     default=None,
     help="Text FILE, builtin or generated (by the model); default: that of calibration.",
@@ -128,7 +143,8 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
         result = job.quantized(work, recipe, source, stats, folder, _Rows(step))
     if work.healing is not None:
-        total = BLOCKS.steps * source.config.n_layers + work.healing.steps
+        whole = work.healing.steps + (work.recoding.steps if work.recoding else 0)
+        total = BLOCKS.steps * source.config.n_layers + whole
         with bar("healing", total) as step:
             result = job.healed(work, work.healing, source, result, data, folder, _Steps(step))
     pipeline.save(out, result, recipe, overwrite)

@@ -32,6 +32,7 @@ class Job:
       text: calibrated on. tokens: how many of it.
       choices, target_bits: methods to allocate, and the average to keep.
       healing: how to train at last; None: not at all.
+      recoding: how to train the codes of learned codebooks after that; None: not at all.
       heal_text: to train on, "" for the text calibrated on; or `GENERATED`.
     """
 
@@ -43,6 +44,7 @@ class Job:
     choices: tuple[jq.Method, ...] = ()
     target_bits: float = 0.0
     healing: jq.Healing | None = None
+    recoding: jq.Healing | None = None
     heal_text: str = ""
 
     @property
@@ -75,7 +77,10 @@ class Job:
             "weights": digest.hexdigest(),
             "recipe": self.recipe and self.recipe.to_json(),
             "choices": [to_json(m) for m in self.choices],
-            "healing": self.healing and dataclasses.asdict(self.healing),
+            **{
+                f: (how := getattr(self, f)) and dataclasses.asdict(how)
+                for f in ("healing", "recoding")
+            },
             **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
             **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }
@@ -124,6 +129,11 @@ def data(job: Job, source: Model) -> Data:
     if job.heal_text == GENERATED:
         return Data(calibration, unseen)
     own = (fit, unseen) if not job.heal_text else _split(cut(job.heal_text))
+    if job.healing is not None and len(own[0]) < job.healing.batch_size:
+        raise ValueError(
+            f"the text to heal on has {len(own[0])} sequences of {own[0].shape[1]} tokens, fewer "
+            f"than one step takes, {job.healing.batch_size}: give a longer one or a smaller batch"
+        )
     return Data(calibration, unseen, *own)
 
 
@@ -197,13 +207,16 @@ def healed(
     training, held_out = data.training, data.held_out
     if training is None or held_out is None:
         training, held_out = _split(_generated(job, healing, source, folder))
-    return pipeline.healed(source, result, training, held_out, healing, progress, folder)
+    return pipeline.healed(
+        source, result, training, held_out, healing, progress, folder, job.recoding
+    )
 
 
 def _generated(job: Job, healing: jq.Healing, source: Model, folder: Folder) -> np.ndarray:
     """Sequences that the model writes, at most 128 to train on; those in the folder."""
     if GENERATED not in folder:
-        count = min(healing.steps * healing.batch_size, 128) + HELD_OUT
+        most = max(128, healing.batch_size)
+        count = min(healing.steps * healing.batch_size, most) + HELD_OUT
         key = jax.random.key(job.seed)
         folder[GENERATED] = {
             "tokens": self_text.written(source, count, pipeline.context(source), key)

@@ -156,10 +156,12 @@ def healed(
     healing: jq.Healing,
     progress: Callable[[Any], None],
     finished: Any = None,
+    recoding: jq.Healing | None = None,
 ) -> Model:
     """The quantized model trained to be like the source: block by block, then as a whole.
 
-    Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back.
+    Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back. With
+    `recoding`, the codes of learned codebooks train at last.
 
     Raises:
       ValueError: layers apart that do not stack for training (`jaxquant.decoded`).
@@ -182,10 +184,16 @@ def healed(
         parts.block, params["layers"], source.params["layers"], np.stack(hidden), also=[NORMS],
         progress=progress, finished=finished,
     )}  # fmt: skip
+    fn = trainable(source)
     params = jq.heal(
-        trainable(source), params, source.params, sequences, healing,
+        fn, params, source.params, sequences, healing,
         validation=held_out, also=[NORMS], progress=progress, finished=finished,
     )  # fmt: skip
+    if recoding is not None:
+        params = jq.recode(
+            fn, params, source.params, sequences, recoding,
+            validation=held_out, progress=progress, finished=finished,
+        )  # fmt: skip
     params = jq.unstack(params, "layers") if apart else params
     return dataclasses.replace(result, params=jq.rejoined(result.params, params))
 

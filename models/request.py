@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxquant as jq
+from jaxquant.finetune import CODES
 from models import pipeline
 from models.effort import EFFORTS, Effort
 from models.job import GENERATED, Job
@@ -29,6 +30,8 @@ def job_of(
     weighting: str,
     seed: int,
     steps: int | None,
+    batch: int,
+    recode: int,
     heal_text: str | None,
     more: tuple[str, ...],
     **common: Any,
@@ -44,17 +47,23 @@ def job_of(
     if tokens < pipeline.CONTEXT:
         raise ValueError(f"--calibration-tokens must be at least {pipeline.CONTEXT}")
     steps = preset.steps if steps is None else steps
-    if heal_text is not None and not steps:
-        raise ValueError("--heal-text is for healing; give --heal STEPS too")
-    return Job(
+    for name, given in (("text", heal_text is not None), ("batch", batch > 1), ("codes", recode)):
+        if given and not steps:
+            raise ValueError(f"--heal-{name} is for healing; give --heal STEPS too")
+    healing = jq.Healing(steps=steps, batch_size=batch) if steps else None
+    job = Job(
         **_methods(preset, method, recipe_file, target_bits, weighting, options),
         text=calibration,
         tokens=tokens,
         weighting=weighting,
         seed=seed,
-        healing=jq.Healing(steps=steps) if steps else None,
+        healing=healing,
+        recoding=dataclasses.replace(CODES, steps=recode, batch_size=batch) if recode else None,
         heal_text=heal_text or "",
     )
+    if recode and not any(hasattr(m.format, "recoded") for _, m in job.rules):
+        raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
+    return job
 
 
 def with_texts(job: Job) -> Job:

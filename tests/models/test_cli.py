@@ -189,8 +189,13 @@ def test_a_short_text_is_told_before_any_work(tiny, run, tmp_path):
 
 
 def test_a_model_writes_its_own_text_to_heal_on(tiny, run, tmp_path):
-    options = ["--method", "rtn", "--group-size", 8, "--heal", 2, "--heal-text", "generated"]
-    assert run("quantize", tiny, *options, "--out", tmp_path / "o")[0] == 0
+    options = ["--method", "vptq", "--bits", 4, "--heal-text", "generated"]
+    for setting in ("length=4", "residual_bits=0", "beam=1", "sweeps=0"):
+        options += ["--set", setting]
+    options += ["--heal", 2, "--heal-batch", 2, "--heal-codes", 3]
+    status, _, err = run("quantize", tiny, *options, "--out", tmp_path / "o")
+    assert status == 0, err
+    assert "recoding" in err
     model = load(tiny)
     tokens = self_text.written(model, 3, 32, jax.random.key(1))
     assert tokens.shape == (3, 32)
@@ -240,6 +245,8 @@ def fails(result, status, message):
         ("", "give one of --method and --recipe, or --target-bits"),
         ("--method rtn --bits 3 --target-bits 3", "give one of --bits and --target-bits"),
         ("--method rtn --heal-text builtin", "--heal-text is for healing"),
+        ("--method rtn --heal-batch 2", "--heal-batch is for healing"),
+        ("--method rtn --heal 2 --heal-codes 2", "of aqlm and vptq"),
         ("--method rtn --target-bits -3", "--target-bits must be above 0 and at most 8"),
         ("--method rtn --target-bits nan", "--target-bits must be above 0 and at most 8"),
         ("--method aqlm --target-bits 2", "aqlm has no option that sets its rate alone"),
