@@ -72,8 +72,8 @@ class _State(NamedTuple):
     best_loss: float
 
     def stored(self, mark: np.ndarray) -> dict[str, np.ndarray]:
-        """As arrays by name; with a mark of what training began with."""
-        leaves = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(self))}
+        """Copies by name, since slots are given away; with a mark of what training began with."""
+        leaves = {str(i): np.array(a) for i, a in enumerate(jax.tree.leaves(self))}
         return leaves | {MARK: mark}
 
     def restored(self, arrays: Mapping[str, Any]) -> "_State":

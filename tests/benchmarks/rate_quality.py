@@ -82,7 +82,7 @@ FAMILIES = {
     "entropy_coded by matrix": (LOW + WHOLE, by_matrix),
     "trellis": (LOW + WHOLE, lambda b: jq.trellis(b, L=12)),
     "qtip": ((1, *WHOLE), lambda b: jq.qtip(b, L=12)),
-    "qtip, two-sided": ((2, 3), lambda b: jq.qtip(b, L=12, two_sided=True)),
+    "qtip two-sided": ((2, 3), lambda b: jq.qtip(b, L=12, two_sided=True)),
     "quip_sharp": (WHOLE, jq.quip_sharp),
     "aqlm": ((1, 2), lambda b: jq.aqlm(codebooks=b)),
     "vptq": ((1, 2), lambda b: jq.vptq(residual_bits=8 * b - 8)),
@@ -93,7 +93,7 @@ FAMILIES = {
     "nvfp4": ((4,), lambda b: jq.nvfp4(feedback=True)),
 }
 # On a layer there are no loss gradients, and H is no estimate.
-NOT_ON_A_LAYER = ("qtip, two-sided", "entropy_coded by kind", "entropy_coded by matrix")
+NOT_ON_A_LAYER = ("qtip two-sided", "entropy_coded by kind", "entropy_coded by matrix")
 ON_A_LAYER = {"entropy_coded": lambda b: jq.entropy_coded(b, damping=1e-4)}
 
 
