@@ -88,12 +88,13 @@ TEXT ?= builtin
 CURVE = $(BIN)/python -m tests.benchmarks.rate_quality
 MODEL = $(CURVE) model --text '$(TEXT)' --families
 HEAL = $(CURVE) heal --text '$(TEXT)' --families
-curve: venv model ## rate and quality from 1 to 4 bits, healed and not, on TEXT=FILE: a day; goes on where it stopped
+curve: venv model ## rate and quality from 1 to 4 bits, healed and not, on TEXT=FILE: ten hours; goes on where it stopped
 	@$(PIP) install -e '.[test,report]'
 	@$(CURVE) layer
 	@$(MODEL) 'entropy_coded by matrix' --rates 1,1.25,1.5,1.75,2
 	@$(MODEL) 'entropy_coded by kind' --rates 3,4
-	@$(MODEL) trellis,quip_sharp,gptq,ternary --rates 1,1.5,2
+	@$(MODEL) trellis --rates 1,2
+	@$(MODEL) 'qtip,qtip two-sided' --rates 2
 	@$(HEAL) 'entropy_coded by matrix' --rates 1 --steps 200
 	@$(HEAL) 'entropy_coded by matrix' --rates 1.25,1.5,1.75 --steps 150 --batch 8
 	@$(HEAL) 'entropy_coded by matrix' --rates 2 --steps 200 --batch 8
