@@ -178,11 +178,9 @@ def heal_blocks(
     >>> heal_blocks(block, q, {"w": w}, x)["w"].shape
     (2, 32, 32)
     """
-    if stack_size(params) != stack_size(teacher):
-        raise ValueError(
-            f"expected as many blocks as the teacher has, {stack_size(teacher)}, got "
-            f"{stack_size(params)}"
-        )
+    blocks, given = stack_size(teacher), stack_size(params)
+    if given != blocks:
+        raise ValueError(f"expected as many blocks as the teacher has, {blocks}, got {given}")
     trainer = Trainer(partial(_block_loss, block), healing)
     plain = jax.jit(block)
     if len(hidden) < 2:
@@ -191,7 +189,7 @@ def heal_blocks(
     kept = max(1, len(ours) // 8)
     stack = lambda items: jnp.concatenate(items)
     done = []
-    for i in range(stack_size(teacher)):
+    for i in range(blocks):
         of_block = partial(jax.tree.map, lambda a, i=i: a[i])
         student, wanted = of_block(params), of_block(teacher)
         after = [plain(wanted, h) for h in theirs]

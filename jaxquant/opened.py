@@ -20,7 +20,7 @@ from jaxtyping import Array
 from jaxquant.codebooks.dense import Dense
 from jaxquant.methods import Method
 from jaxquant.paths import matches, path_leaves, replace_leaves
-from jaxquant.tensor import QTensor
+from jaxquant.tensor import QTensor, sides
 from jaxquant.transforms import Rotation, Scaling
 from jaxquant.transforms.rotation import factors
 
@@ -128,7 +128,7 @@ def rejoined(params: Any, healed: Any) -> Any:
             return new
         data = new.data
         if new.format == Dense():
-            data = {**w.data, **{name: a for name, a in data.items() if "." in name}}
+            data = w.data | sides(data)
         return dataclasses.replace(w, data=data, input=new.input, output=new.output, shared="")
 
     return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
@@ -157,14 +157,13 @@ def _scaled(w: QTensor) -> QTensor:
         if getattr(w, side) is None:
             new[side] = jnp.ones((*batch, math.prod(sizes)), jnp.float16)
     data = w.data | {f"{side}.factors": ones for side, ones in new.items()}
-    sides: dict[str, Any] = dict.fromkeys(new, Scaling())
-    return dataclasses.replace(w, data=data, **sides)
+    made: dict[str, Any] = dict.fromkeys(new, Scaling())
+    return dataclasses.replace(w, data=data, **made)
 
 
 def as_dense(w: QTensor, values: Array) -> QTensor:
     """The weight with these floats [*batch, k, n] in place of codes; its transforms stay."""
-    transforms = {name: a for name, a in w.data.items() if "." in name}
-    data = {"codes": values, **transforms}
+    data = {"codes": values, **sides(w.data)}
     return dataclasses.replace(w, format=Dense(), data=data, shared="")
 
 
@@ -189,10 +188,10 @@ def _with(leaf: Any, values: dict[str, Array]) -> Any:
 def close_tree(params: Any, opened: Opened, change: Values) -> Any:
     """The quantized tree with the trained values stored: factors in float16."""
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
-    leaves, sides = dict(path_leaves(params)), dict(path_leaves(opened.params))
+    leaves, scaled = dict(path_leaves(params)), dict(path_leaves(opened.params))
     new = {}
     for path, named in values.items():
-        leaf, with_sides = leaves[path], sides[path]
+        leaf, with_sides = leaves[path], scaled[path]
         if not isinstance(leaf, QTensor):
             new[path] = named[""].astype(leaf.dtype)
             continue

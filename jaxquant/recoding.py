@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxquant.opened import Opened, Values, as_dense
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.tensor import QTensor
+from jaxquant.tensor import QTensor, part
 from jaxquant.training import Healing, Loss
 
 DECAY = 0.95  # of the mean square of gradients
@@ -78,13 +78,13 @@ class Codes:
         one = partial(w.format.recoded, share=self.share)
         for _ in range(w.leading()):
             one = jax.vmap(one)
-        new = one({n: a for n, a in w.data.items() if "." not in n}, target)
+        new = one(part(w.data), target)
         return {name: new[name] for name in _codes(w)}
 
 
 def _codes(w: QTensor) -> dict[str, Array]:
     """Arrays that hold codes: what neither the format trains nor a transform has."""
-    return {n: a for n, a in w.data.items() if "." not in n and n not in w.format.trained}
+    return {name: a for name, a in part(w.data).items() if name not in w.format.trained}
 
 
 def can_recode(w: Any) -> bool:

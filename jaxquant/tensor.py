@@ -227,6 +227,11 @@ def part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:
     return {name: a for name, a in data.items() if "." not in name}
 
 
+def sides(data: dict[str, Array]) -> dict[str, Array]:
+    """The entries of the transforms, under their whole names."""
+    return {name: a for name, a in data.items() if "." in name}
+
+
 # --- matmul ---------------------------------------------------------------------------------
 
 

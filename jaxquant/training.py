@@ -67,7 +67,7 @@ class _State(NamedTuple):
 
     step: int
     change: Values
-    optimizer: Any
+    slots: Any
     best: Values
     best_loss: float
 
@@ -176,8 +176,8 @@ class Trainer:
             state = state._replace(best_loss=judged(start))
         while state.step < healing.steps:
             now = batch(healing.batch(state.step, count))
-            change, slots, loss = self.update(state.change, state.optimizer, opened, *now)
-            state = state._replace(step=state.step + 1, change=change, optimizer=slots)
+            change, slots, loss = self.update(state.change, state.slots, opened, *now)
+            state = state._replace(step=state.step + 1, change=change, slots=slots)
             last, seen = state.step == healing.steps, None
             if held_out and (last or state.step % healing.validate_every == 0):
                 seen = judged(change)

@@ -77,10 +77,8 @@ class Job:
             "weights": digest.hexdigest(),
             "recipe": self.recipe and self.recipe.to_json(),
             "choices": [to_json(m) for m in self.choices],
-            **{
-                f: (how := getattr(self, f)) and dataclasses.asdict(how)
-                for f in ("healing", "recoding")
-            },
+            "healing": self.healing and dataclasses.asdict(self.healing),
+            "recoding": self.recoding and dataclasses.asdict(self.recoding),
             **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
             **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }

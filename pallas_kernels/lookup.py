@@ -125,10 +125,8 @@ def _nearest(targets: Array, tables: Sequence[Array], beam: int) -> Array:
 
 def distances(x: Float[Array, "... d n"], table: Float[Array, "K d"]) -> Float[Array, "... K n"]:
     """Squared distances of columns to rows of the table, less the columns' own squares."""
-    product = jnp.matmul(
-        table, x, precision="highest"
-    )  # what is nearest hangs on small differences
-    return jnp.sum(table**2, 1)[:, None] - 2 * product
+    # Exact on every device: what is nearest hangs on small differences.
+    return jnp.sum(table**2, 1)[:, None] - 2 * jnp.matmul(table, x, precision="highest")
 
 
 def first_least(x: Float[Array, "K n"]) -> Int32[Array, "n"]:

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxquant.codebooks.decoding import Decoding
 from jaxquant.codebooks.kmeans import residual_kmeans
+from jaxquant.codebooks.learned import Learned
 from jaxquant.codebooks.scales import as_stored, check_half, through
 from jaxquant.fields import check_fields, check_positive
 from pallas_kernels import lookup
-
-BEAM = 5  # partial sums kept where codes are chosen anew
 
 
 class Codebooks(NamedTuple):
@@ -25,7 +23,7 @@ class Codebooks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Additive(Decoding):
+class Additive(Learned):
     """w = scale * (sum of one vector of each codebook), codebooks learned for each matrix.
 
     Attributes:
@@ -104,12 +102,6 @@ class Additive(Decoding):
         """The grid with its scales times a factor, as storage will give it back."""
         return self.stored(grid._replace(scale=grid.scale * factor))
 
-    def round(
-        self, target: Float[Array, "d n"], row: Codebooks
-    ) -> tuple[Int32[Array, "m n"], Float[Array, "d n"]]:
-        """Codes near in squared error, and their values."""
-        return self.search(target, row, None, 1)
-
     def search(
         self,
         target: Float[Array, "d n"],
@@ -139,25 +131,13 @@ class Additive(Decoding):
             "scale": grid.scale.astype("float16"),
         }
 
-    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Learn codebooks with equal weights, round to nearest, pack."""
-        grid = self.grids(w)
-        return self.pack(self._rounded(w, grid, 1), grid)
+    def unpack(self, data: dict[str, Array], k: int) -> tuple[Int32[Array, "g m n"], Codebooks]:
+        """Inverse of `pack`."""
+        codes = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
+        return codes, self._grid(data)
 
-    def recoded(
-        self, data: dict[str, Array], target: Float[Array, "k n"], share: float
-    ) -> dict[str, Array]:
-        """The data with a share of the codes chosen anew: those that so come nearest the target."""
-        k, n = target.shape
-        grid = self._grid(data)
-        old = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
-        new = self._rounded(target, grid, BEAM)
-        square = lambda codes: (self.values(codes, grid) - target) ** 2
-        error = lambda codes: jnp.sum(square(codes).reshape(-1, self.group, n), 1)
-        codes = jnp.where(lookup.most(error(old) - error(new), share)[:, None], new, old)
-        return self.pack(codes, grid)
-
-    def _rounded(self, w: Float[Array, "k n"], grid: Codebooks, beam: int) -> Int32[Array, "g m n"]:
+    def rounded(self, w: Float[Array, "k n"], grid: Codebooks, beam: int) -> Int32[Array, "g m n"]:
+        """Codes of all groups, near in squared error."""
         row = jax.tree.map(lambda a: a[0], grid)
         groups = w.reshape(-1, self.group, w.shape[1])
         return jax.lax.map(lambda t: self.search(t, row, None, beam)[0], groups)
@@ -165,10 +145,6 @@ class Additive(Decoding):
     @property
     def spans(self) -> dict[str, int]:
         return {"codes": 1, "scale": 1}
-
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        codes = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
-        return self.values(codes, self._grid(data))
 
     def _grid(self, data: dict[str, Array]) -> Codebooks:
         tables = jnp.split(data["codebooks"].astype(jnp.float32), self.codebooks)

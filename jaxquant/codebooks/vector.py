@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxquant.codebooks.decoding import Decoding
 from jaxquant.codebooks.kmeans import residual_kmeans
+from jaxquant.codebooks.learned import Learned
 from jaxquant.codebooks.scales import check_half, through
 from jaxquant.fields import check_fields, check_positive
 from pallas_kernels import lookup
-
-BEAM = 5  # partial sums kept where codes are chosen anew
 
 
 class VectorGrid(NamedTuple):
@@ -29,7 +27,7 @@ class VectorGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector(Decoding):
+class Vector(Learned):
     """w[i, j : j + length] is a vector of a codebook, plus one of a second if `residual_bits`.
 
     Codebooks are learned for each matrix, and there are no scales: transforms are for that.
@@ -126,12 +124,6 @@ class Vector(Decoding):
         """The grid with its vectors times a factor, as storage will give it back."""
         return self.stored(grid._replace(tables=tuple(t * factor for t in grid.tables)))
 
-    def round(
-        self, target: Float[Array, "1 n"], row: VectorGrid
-    ) -> tuple[Int32[Array, "m v"], Float[Array, "1 n"]]:
-        """Codes near in squared error, and their values."""
-        return self.search(target, row, None, 1)
-
     def search(
         self, target: Float[Array, "1 n"], row: VectorGrid, root: Array | None, beam: int
     ) -> tuple[Int32[Array, "m v"], Float[Array, "1 n"]]:
@@ -184,34 +176,16 @@ class Vector(Decoding):
     def spans(self) -> dict[str, int]:
         return {name: self.length for name, _, _ in self._parts}
 
-    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Learn codebooks, round to nearest, pack."""
-        grid = self.grids(w)
-        return self.pack(self._rounded(w, grid, 1), grid)
+    def unpack(self, data: dict[str, Array], k: int) -> tuple[Int32[Array, "k m v"], VectorGrid]:
+        """Inverse of `pack`."""
+        codes = [lookup.unpack(data[name], bits, k, 1) for name, _, bits in self._parts]
+        return jnp.concatenate(codes, 1), self._grid(data, jnp.arange(k))
 
-    def recoded(
-        self, data: dict[str, Array], target: Float[Array, "k n"], share: float
-    ) -> dict[str, Array]:
-        """The data with a share of the codes chosen anew: those that so come nearest the target."""
-        k = len(target)
-        grid = self._grid(data, jnp.arange(k))
-        old = jnp.concatenate([lookup.unpack(data[c], b, k, 1) for c, _, b in self._parts], 1)
-        new = self._rounded(target, grid, BEAM)
-        square = lambda codes: (self.values(codes, grid) - target) ** 2
-        error = lambda codes: jnp.sum(square(codes).reshape(k, -1, self.length), 2)
-        codes = jnp.where(lookup.most(error(old) - error(new), share)[:, None], new, old)
-        return self.pack(codes, grid)
-
-    def _rounded(
-        self, w: Float[Array, "k n"], grid: VectorGrid, beam: int
-    ) -> Int32[Array, "k m v"]:
+    def rounded(self, w: Float[Array, "k n"], grid: VectorGrid, beam: int) -> Int32[Array, "k m v"]:
+        """Codes of all rows, near in squared error."""
         shared = VectorGrid(tuple(t[0] for t in grid.tables), grid.kind[0])
         one = lambda t: self.search(t[0][None], shared._replace(kind=t[1]), None, beam)[0]
         return jax.lax.map(one, (w, jnp.broadcast_to(grid.kind, len(w))))
-
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        codes = [lookup.unpack(data[name], bits, k, 1) for name, _, bits in self._parts]
-        return self.values(jnp.concatenate(codes, 1), self._grid(data, jnp.arange(k)))
 
     def _grid(self, data: dict[str, Array], ids: Array) -> VectorGrid:
         """The grid with the kinds of rows `ids`."""

@@ -27,7 +27,7 @@ import numpy as np
 import jaxquant as jq
 from jaxquant.codebooks import entropy_coded
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant.paths import matches, replace_leaves
+from jaxquant.paths import replace_leaves
 from jaxquant.resume import Folder
 from jaxquant.standin import is_standin
 from models import pipeline
@@ -209,7 +209,6 @@ def heal(args, results):
                 data.source, result, data.fit, data.held_out, healing, tell, folder
             ).params
             took = time.monotonic() - start if fresh else None
-            keep(out, f"{name} healed", run, params)
             results.add(f"{name} healed", run, family=f"{family}, healed", rate=rate,
                         bits=jq.bits_per_weight(params), perplexity=data.perplexity(params),
                         seconds=took, device=jax.devices()[0].device_kind)  # fmt: skip
@@ -225,9 +224,8 @@ def kept(out, name, run):
 
 
 def keep(out, name, run, params):
-    """A point's packed weights, and the norms, in a file."""
-    leaves = {p: jax.tree.map(np.asarray, w) for p, w in jq.path_leaves(params)
-              if is_standin(w) or matches(p, pipeline.NORMS)}  # fmt: skip
+    """A point's packed weights in a file."""
+    leaves = {p: jax.tree.map(np.asarray, w) for p, w in jq.path_leaves(params) if is_standin(w)}
     path = out / f"{name}.pickle"
     aside = path.with_suffix(".aside")
     aside.write_bytes(pickle.dumps({"run": run, "leaves": leaves}))
