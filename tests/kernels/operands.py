@@ -59,3 +59,18 @@ def operands(case, k, n, seed=0):
     assert k % rows == 0
     arrays, static = format.arguments(random_data(format, k, n, seed), k)
     return f"{format.storage}_matmul", arrays, static
+
+
+# What is timed on a device: case and form of activations.
+TIMED = [
+    ("packed 8 bits", "float"), ("packed 4 bits", "float"), ("packed 2 bits", "float"),
+    ("packed 4 bits", "int8"), ("packed 2 bits", "int8"), ("ternary", "int8"),
+    ("packed 3 bits", "float"), ("codebook nf4", "float"), ("e8p 2 bits", "float"),
+    ("trellis mul1", "float"), ("additive 2x8", "float"),
+]  # fmt: skip
+
+
+def random_operands(k, n):
+    """(case, activations, op, arrays, statics) of what is timed."""
+    for case, form in TIMED:
+        yield case, form, *operands(case, k, n)
