@@ -6,6 +6,7 @@ file serves every machine of an architecture. Without a compiler, or with JAXQUA
 environment, there are no native kernels, and `load` says why.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -21,9 +22,9 @@ import threading
 import jax
 import jaxlib
 
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 FOLDER = pathlib.Path(__file__).parent
-TARGETS = ("jaxquant_viterbi",)  # the handlers in the *.cc files, and their names in JAX
+TARGETS = ("jaxquant_viterbi", "jaxquant_packed", "jaxquant_e8p", "jaxquant_trellis", "jaxquant_additive")  # the handlers in the *.cc files, and their names in JAX
 _ONE = threading.Lock()
 
 
@@ -90,12 +91,25 @@ def _build(compiler: list[str], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = pathlib.Path(folder) / path.name
-        sources = map(str, sorted(FOLDER.glob("*.cc")))
-        command = [*compiler, *FLAGS, "-w", "-isystem", jax.ffi.include_dir(), *sources]
-        subprocess.run(
-            [*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300
-        )
+        compile_to(compiler, made)
         os.replace(made, path)
+
+
+def compile_to(compiler: list[str], made: pathlib.Path) -> None:
+    """The shared object `made`, source by source on all cores; objects lie beside it."""
+    objects = {made.with_name(f"{source.stem}.o"): source for source in FOLDER.glob("*.cc")}
+
+    def one(item: tuple[pathlib.Path, pathlib.Path]) -> None:
+        to, source = map(str, item)
+        _run([*compiler, *FLAGS, "-w", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", to])
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, objects.items()))
+    _run([*compiler, "-shared", *map(str, objects), "-o", str(made)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
 
 
 def _reason(error: Exception) -> str:
