@@ -22,7 +22,10 @@ from jaxquant.tensor import QTensor
 VERSION = 1
 DESCRIPTION = "jaxquant.json"
 ARRAYS = "arrays"
-STATIC = ("format", "view", "logical_dtype", "method", "input", "output", "shared")  # of a QTensor
+# Of a QTensor.
+STATIC = (
+    "format", "view", "logical_dtype", "method", "input", "output", "shared", "activations",
+)  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
