@@ -10,6 +10,7 @@ import concurrent.futures
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -24,7 +25,13 @@ import jaxlib
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 FOLDER = pathlib.Path(__file__).parent
-TARGETS = ("jaxquant_viterbi", "jaxquant_packed", "jaxquant_e8p", "jaxquant_trellis", "jaxquant_additive")  # the handlers in the *.cc files, and their names in JAX
+TARGETS = (
+    "jaxquant_viterbi",
+    "jaxquant_packed",
+    "jaxquant_e8p",
+    "jaxquant_trellis",
+    "jaxquant_additive",
+)  # the handlers in the *.cc files, and their names in JAX
 _ONE = threading.Lock()
 
 
@@ -38,10 +45,29 @@ def load() -> str:
         return _load()
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this machine can run, of the products of `pallas_kernels.cpu`, plainest first.
+
+    >>> load() != "" or instruction_sets()[0] == "baseline"
+    True
+    """
+    if load():
+        return ()
+    name = _library().jaxquant_instruction_set
+    name.restype = ctypes.c_char_p
+    found = iter(lambda count=itertools.count(): name(next(count)), None)
+    return tuple(text.decode() for text in found)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(shared_object()))
+
+
 @functools.cache
 def _load() -> str:
     try:
-        library = ctypes.CDLL(str(shared_object()))
+        library = _library()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return _reason(error)
     for name in TARGETS:

@@ -85,9 +85,9 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
       const char* from = static_cast<const char*>(s.data) +
           (s.shared ? group : group * block.task->n + block.first) * size;
       job.kernels.widen(from, s.type, s.shared ? 1 : block.count, scale);
-      if (s.shared) std::fill_n(scale + 1, block.count - 1, scale[0]);
-      if (s.factor != 1) for (int64_t c = 0; c < block.count; ++c) scale[c] *= s.factor;
-      if (s.shared) std::fill_n(scale + block.count, columns - block.count, 0.0f);
+      if (s.shared) std::fill_n(scale + 1, columns - 1, scale[0]);
+      if (s.factor != 1)
+        for (int64_t c = 0; c < columns; ++c) scale[c] *= s.factor;
       has_zero = operand.zeros(group, block.first, block.count, job.kernels, zero);
     }
     Words words = operand.words(segment, block.first, block.count, columns, room);
