@@ -24,6 +24,32 @@ PROGRAMS = 512  # that keep all processors of an H100 (132) or A100 (108) at wor
 LEAST_STEPS = 4  # of a program, so that its pipeline of loads pays
 
 
+class Shape(NamedTuple):
+    """Rows of x and columns of w that a program takes, its warps, the most channels of a step.
+
+    What fits 128 registers: a thread holds rows * columns / (16 warps) sums, and as many in a step.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    depth: int
+
+
+DECODE = (Shape(8, 128, 4, 256), Shape(16, 128, 4, 128), Shape(32, 128, 8, 128))
+PREFILL = Shape(64, 64, 8, 128)
+
+
+def shape(x: Float[Array, "m k"], activations: str) -> Shape:
+    """By the rows that x becomes.
+
+    >>> [shape(jnp.ones((m, 1), jnp.bfloat16), "float").rows for m in (1, 16, 33, 200)]
+    [8, 16, 64, 64]
+    """
+    count = len(x) * rows.parts(x.dtype, activations)
+    return next((one for one in DECODE if count <= one.rows), PREFILL)
+
+
 class Weights(NamedTuple):
     """A packed matrix [k, n] and how a program decodes tiles of it.
 
@@ -33,7 +59,7 @@ class Weights(NamedTuple):
       decode: (references, step, mask of columns or None) -> numbers [columns, depth].
       order: channel of each place of a tile.
       factor: what the channels' x are multiplied by; None for ones.
-      columns: columns of a tile.
+      shape: of a program.
       offset: what every number is too large by.
       one: what the number 1 of `decode` is in its dtype.
       scale: [g, n], [g, 1] or [1, 1].
@@ -47,21 +73,12 @@ class Weights(NamedTuple):
     decode: Callable
     order: np.ndarray
     factor: np.ndarray | None
-    columns: int
+    shape: Shape
     offset: float
     one: float
     scale: Float[Array, "g n"]
     group_size: int
     zero: tuple[Callable, Array] | None = None
-
-
-def height(m: int) -> int:
-    """Rows of x that one program takes, of m.
-
-    >>> [height(m) for m in (1, 16, 33, 200)]
-    [8, 16, 64, 64]
-    """
-    return next((size for size in (8, 16, 32) if m <= size), 64)
 
 
 def splits(steps: int, programs: int) -> int:
@@ -77,7 +94,7 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     """x @ w, float32 [m, n]."""
     m, k = x.shape
     made = rows.make(x, activations)
-    block, depth = height(len(made.codes)), len(weights.order)
+    block, depth = weights.shape.rows, len(weights.order)
     steps, tall = -(-k // depth), -(-len(made.codes) // block)
     pad = ((0, tall * block - len(made.codes)), (0, steps * depth - k))
     codes = jnp.pad(made.codes, pad).reshape(-1, steps, depth)
@@ -92,7 +109,7 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     if stepwise:
         extra, places = _stepwise(weights, made, sums, pad[0][1], block, k)
         inputs, blocks = inputs + extra, blocks + places
-    tiles = -(-weights.n // weights.columns)
+    tiles = -(-weights.n // weights.shape.columns)
     shares = splits(steps, tiles * tall)
     for array, (shape, along) in zip(weights.arrays, weights.blocks, strict=True):
         inputs.append(array)
@@ -101,10 +118,10 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     out = adapter.launch(
         body, name, grid=(tiles, shares, tall), inputs=inputs, blocks=blocks,
         out=(
-            jax.ShapeDtypeStruct((shares, tiles * weights.columns, tall * block), jnp.float32),
-            (None, weights.columns, block), lambda i, j, r: (j, i, r),
+            jax.ShapeDtypeStruct((shares, tiles * weights.shape.columns, tall * block), jnp.float32),
+            (None, weights.shape.columns, block), lambda i, j, r: (j, i, r),
         ),
-        warps=8 if block == 64 else 4, stages=3 if block == 64 else 4,
+        warps=weights.shape.warps, stages=3 if block == 64 else 4,
     )  # fmt: skip
     y = jnp.sum(out, axis=0)[: weights.n, : len(made.codes)].T
     if not stepwise:
@@ -115,7 +132,7 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
 
 def _stepwise(weights: Weights, made: rows.Rows, sums: Array, short: int, block: int, k: int):
     """Inputs that a step's epilogue reads: sums of x, scales, zero points, scales of x."""
-    steps, columns = sums.shape[1], weights.columns
+    steps, columns = sums.shape[1], weights.shape.columns
     scale = jnp.broadcast_to(weights.scale, (len(weights.scale), weights.n))
     if weights.zero is None:
         sums = sums * weights.offset
@@ -138,7 +155,7 @@ def _body(
     weights: Weights, steps: int, share: int, block: int, k: int, scaled_rows: bool, stepwise: bool
 ) -> Callable:
     """The kernel: references to x, what `_stepwise` adds, the weights' arrays, the output."""
-    depth, columns = len(weights.order), weights.columns
+    depth, columns = len(weights.order), weights.shape.columns
 
     def body(x_ref, *refs) -> None:
         *refs, out_ref = refs

@@ -16,14 +16,16 @@ from pallas_kernels.kernel import Kernel
 LEAST_DEPTH = {"float": 16, "int8": 32, "int8/256": 32}  # of one tensor core instruction
 
 
-def depth(unit: int, group_size: int, k: int, activations: str) -> int:
+def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128) -> int:
     """Channels of a tile: a power of two, so many that it lies in one group; 0 if there is none.
 
     >>> depth(16, 128, 4096, "float"), depth(16, 96, 4096, "float"), depth(16, 40, 4096, "int8")
     (128, 32, 0)
     """
     fits = group_size & -group_size if group_size < k else 1 << 30
-    size = min(fits, 128, 1 << (k - 1).bit_length())
+    if activations == "int8/256":
+        fits = min(fits, forms.BLOCK)
+    size = min(fits, most, 16 * unit, 1 << (k - 1).bit_length())
     least = max(unit, LEAST_DEPTH[activations])
     return 0 if fits < least else max(size, least)
 
@@ -37,11 +39,11 @@ def weights(
     group_size: int,
     activations: str,
     k: int,
+    shape: contraction.Shape,
 ) -> contraction.Weights:
     """Words of uniform codes for `contraction`."""
     form = lanes.Lanes(bits, 2 if activations == "float" else 4)
-    tile = depth(form.unit, group_size, k, activations)
-    high, columns = tile // form.unit, 128
+    high = depth(form.unit, group_size, k, activations, shape.depth) // form.unit
     inner = 2 if high == 4 and form.steps > 1 else 1
     place = lambda row, step, lane: form.unit * row + form.steps * lane + step
     order = lanes.woven(place, high, form.steps, form.lanes, inner)
@@ -56,11 +58,11 @@ def weights(
     return contraction.Weights(
         n=codes.shape[1],
         arrays=[codes],
-        blocks=[((len(codes), columns), True)],
+        blocks=[((len(codes), shape.columns), True)],
         decode=decode,
         order=order,
         factor=None if form.lanes == 4 else np.exp2(-low),
-        columns=columns,
+        shape=shape,
         offset=form.offset,
         one=rows.ONE if form.lanes == 2 else 1.0,
         scale=scale,
@@ -107,8 +109,9 @@ def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int) -> Int32[Ar
 def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float"):
     """See `reference.packed_matmul`."""
     made = weights(
-        codes, scale, zero, bits=bits, group_size=group_size, activations=activations, k=x.shape[1]
-    )
+        codes, scale, zero, bits=bits, group_size=group_size, activations=activations,
+        k=x.shape[1], shape=contraction.shape(x, activations),
+    )  # fmt: skip
     return contraction.product(x, made, activations, f"packed_matmul_{bits}")
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import layout
-from pallas_kernels.gpu import packed
+from pallas_kernels.gpu import contraction, packed
 
 K, N = 16384, 4096  # the loop must be a loop
 
@@ -43,8 +43,8 @@ def integer(m, bits, ceiling, *, group=128, zero=False, activations="float", dty
     static = {"bits": bits, "group_size": group, "activations": activations}
     args = (array(m, K, dtype=dtype), codes, scale if groups > 1 else array(1, 1, dtype=jnp.float32))
     args += (array(groups, layout.words(N, bits)) if zero else None,)
-    made = packed.weights(*args[1:], **static, k=K)
-    size = len(made.order) * made.columns
+    shape = contraction.shape(args[0], activations)
+    size = shape.columns * packed.depth(layout.unit(bits)[0], group, K, activations, shape.depth)
     return Case(partial(packed.packed_matmul, **static), args, f"packed_matmul_{bits}", size, ceiling)
 
 
