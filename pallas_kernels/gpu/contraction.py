@@ -56,21 +56,25 @@ class Weights(NamedTuple):
     Attributes:
       arrays: what `decode` reads.
       blocks: of each array, a block's shape and whether the blocks follow the columns.
-      decode: (references, step, mask of columns or None) -> numbers [columns, depth].
-      order: channel of each place of a tile.
-      factor: what the channels' x are multiplied by; None for ones.
+      decode: (references, step) -> numbers [columns, places].
+      depth: channels of a step.
+      order: channel of each place of a tile; one may have several.
+      factor: what the places' x are multiplied by; None for ones.
       shape: of a program.
       offset: what every number is too large by.
       one: what the number 1 of `decode` is in its dtype.
       scale: [g, n], [g, 1] or [1, 1].
       group_size: channels that share a scale.
       zero: zero points of each group, a function of (reference, group, columns); and their array.
+      integer: numbers are int8; else float16.
+      columns: where in a tile each of its columns stands; None for in order.
     """
 
     n: int
     arrays: Sequence[Array]
     blocks: Sequence[tuple[tuple[int, int], bool]]
     decode: Callable
+    depth: int
     order: np.ndarray
     factor: np.ndarray | None
     shape: Shape
@@ -79,6 +83,8 @@ class Weights(NamedTuple):
     scale: Float[Array, "g n"]
     group_size: int
     zero: tuple[Callable, Array] | None = None
+    integer: bool = False
+    columns: np.ndarray | None = None
 
 
 def splits(steps: int, programs: int) -> int:
@@ -93,8 +99,8 @@ def splits(steps: int, programs: int) -> int:
 def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: str) -> Array:
     """x @ w, float32 [m, n]."""
     m, k = x.shape
-    made = rows.make(x, activations)
-    block, depth = weights.shape.rows, len(weights.order)
+    made = rows.make(x, activations, weights.integer)
+    block, depth, places = weights.shape.rows, weights.depth, len(weights.order)
     steps, tall = -(-k // depth), -(-len(made.codes) // block)
     pad = ((0, tall * block - len(made.codes)), (0, steps * depth - k))
     codes = jnp.pad(made.codes, pad).reshape(-1, steps, depth)
@@ -105,10 +111,10 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     one_scale = weights.scale.shape[0] == 1
     stepwise = not one_scale or weights.zero is not None or made.scale is not None
     inputs = [placed.reshape(len(placed), -1)]
-    blocks = [((block, steps * depth), lambda i, j, r: (r, 0))]
+    blocks = [((block, steps * places), lambda i, j, r: (r, 0))]
     if stepwise:
-        extra, places = _stepwise(weights, made, sums, pad[0][1], block, k)
-        inputs, blocks = inputs + extra, blocks + places
+        extra, where = _stepwise(weights, made, sums, pad[0][1], block, k)
+        inputs, blocks = inputs + extra, blocks + where
     tiles = -(-weights.n // weights.shape.columns)
     shares = splits(steps, tiles * tall)
     for array, (shape, along) in zip(weights.arrays, weights.blocks, strict=True):
@@ -123,7 +129,10 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
         ),
         warps=weights.shape.warps, stages=3 if block == 64 else 4,
     )  # fmt: skip
-    y = jnp.sum(out, axis=0)[: weights.n, : len(made.codes)].T
+    y = jnp.sum(out, axis=0)
+    if weights.columns is not None:
+        y = y.reshape(tiles, -1, y.shape[-1])[:, weights.columns].reshape(y.shape)
+    y = y[: weights.n, : len(made.codes)].T
     if not stepwise:
         y = y - weights.offset * jnp.sum(sums, axis=1)[: len(y), None]
         y = y * weights.scale.astype(jnp.float32)
@@ -134,6 +143,7 @@ def _stepwise(weights: Weights, made: rows.Rows, sums: Array, short: int, block:
     """Inputs that a step's epilogue reads: sums of x, scales, zero points, scales of x."""
     steps, columns = sums.shape[1], weights.shape.columns
     scale = jnp.broadcast_to(weights.scale, (len(weights.scale), weights.n))
+    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)))  # as the kernel reads no further
     if weights.zero is None:
         sums = sums * weights.offset
     inputs = [sums.T, scale]
@@ -155,22 +165,21 @@ def _body(
     weights: Weights, steps: int, share: int, block: int, k: int, scaled_rows: bool, stepwise: bool
 ) -> Callable:
     """The kernel: references to x, what `_stepwise` adds, the weights' arrays, the output."""
-    depth, columns = len(weights.order), weights.shape.columns
+    depth, places, columns = weights.depth, len(weights.order), weights.shape.columns
 
     def body(x_ref, *refs) -> None:
         *refs, out_ref = refs
         first = adapter.program(1) * share
         last = jnp.minimum(first + share, steps)
         at = adapter.program(0) * columns + jnp.arange(columns)
-        mask = at < weights.n if weights.n % columns else None
         extra = 2 + (weights.zero is not None) + scaled_rows if stepwise else 0
         epilogue = refs[:extra]
         packed = refs[extra:]
 
         def part(step: Array) -> Array:
-            w = weights.decode(packed, step, mask)
-            x = adapter.load(x_ref.at[:, adapter.span(step * depth, depth)])
-            exact = jnp.int32 if w.dtype == jnp.int8 else jnp.float32
+            w = weights.decode(packed, step)
+            x = adapter.load(x_ref.at[:, adapter.span(step * places, places)])
+            exact = jnp.int32 if weights.integer else jnp.float32
             return jax.lax.dot_general(w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact)
 
         def plain(step: Array, total: Array) -> Array:
@@ -181,7 +190,7 @@ def _body(
             group = step * depth // weights.group_size
             found = [
                 adapter.load(epilogue[0].at[step, :]),
-                adapter.load(epilogue[1].at[group, :], mask).astype(jnp.float32),
+                adapter.load(epilogue[1].at[group, :]).astype(jnp.float32),
             ]
             if weights.zero is not None:
                 found.append(weights.zero[0](epilogue[2], group, at).astype(jnp.float32))
@@ -205,7 +214,7 @@ def _body(
         if stepwise:
             total, _ = jax.lax.fori_loop(first, last, scaled, (start, read(first)))
         else:
-            exact = jnp.int32 if weights.factor is None else jnp.float32
+            exact = jnp.int32 if weights.integer else jnp.float32
             total = jax.lax.fori_loop(first, last, plain, start.astype(exact))
         adapter.store(out_ref.at[:, :], total.astype(jnp.float32))
 

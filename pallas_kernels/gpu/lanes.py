@@ -70,13 +70,16 @@ class Lanes(NamedTuple):
             found.append((down, at - down))
         return tuple(found)
 
-    def numbers(self, words: Sequence[Int32[Array, "r n"]]) -> list[Int32[Array, "r n"]]:
-        """Registers of the lanes of each step: unsigned codes, times 2**p.
+    def numbers(
+        self, words: Sequence[Int32[Array, "r n"]], signed: bool = True
+    ) -> list[Int32[Array, "r n"]]:
+        """Registers of the lanes of each step: codes + `offset`, times 2**p.
 
         Args:
           words: the `words` words of every unit.
+          signed: False if codes are unsigned; nothing is added to them.
         """
-        if self.offset:
+        if self.offset and signed:
             top = sum(1 << i for i in range(self.bits - 1, self.unit * self.bits, self.bits))
             flip = (adapter.signed(top >> 32 * i & 0xFFFFFFFF) for i in range(self.words))
             words = [w ^ jnp.int32(f) for w, f in zip(words, flip, strict=True)]

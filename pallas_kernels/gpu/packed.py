@@ -1,6 +1,5 @@
 """Uniform codes of 2, 3, 4 and 8 bits, symmetric or with zero points; ternary ones are of 2 bits."""
 
-import math
 from functools import partial
 
 import jax
@@ -8,27 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import activations as forms
 from pallas_kernels import layout
-from pallas_kernels.gpu import adapter, contraction, lanes, rows
+from pallas_kernels.gpu import adapter, contraction, lanes, rows, tiles
 from pallas_kernels.kernel import Kernel
-
-LEAST_DEPTH = {"float": 16, "int8": 32, "int8/256": 32}  # of one tensor core instruction
-
-
-def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128) -> int:
-    """Channels of a tile: a power of two, so many that it lies in one group; 0 if there is none.
-
-    >>> depth(16, 128, 4096, "float"), depth(16, 96, 4096, "float"), depth(16, 40, 4096, "int8")
-    (128, 32, 0)
-    """
-    fits = group_size & -group_size if group_size < k else 1 << 30
-    if activations == "int8/256":
-        fits = min(fits, forms.BLOCK)
-    size = min(fits, most, 16 * unit, 1 << (k - 1).bit_length())
-    least = max(unit, LEAST_DEPTH[activations])
-    return 0 if fits < least else max(size, least)
-
 
 def weights(
     codes: Int32[Array, "w n"],
@@ -43,16 +24,15 @@ def weights(
 ) -> contraction.Weights:
     """Words of uniform codes for `contraction`."""
     form = lanes.Lanes(bits, 2 if activations == "float" else 4)
-    high = depth(form.unit, group_size, k, activations, shape.depth) // form.unit
+    high = tiles.depth(form.unit, group_size, k, activations, shape.depth) // form.unit
     inner = 2 if high == 4 and form.steps > 1 else 1
     place = lambda row, step, lane: form.unit * row + form.steps * lane + step
     order = lanes.woven(place, high, form.steps, form.lanes, inner)
     shift = np.array([at for _, at in form.shifts()])
     low = lanes.woven(lambda row, step, lane: shift[step], high, form.steps, form.lanes, inner)
 
-    def decode(refs, step: Array, mask: Array | None) -> Array:
-        (ref,) = refs
-        words = units(ref, step * high, high, form.words, len(codes), mask)
+    def decode(refs, step: Array) -> Array:
+        words = tiles.units(refs[0], codes.shape, step * high, high, form.words)
         return lanes.weave(form.numbers(words), form.lanes, inner)
 
     return contraction.Weights(
@@ -62,38 +42,15 @@ def weights(
         decode=decode,
         order=order,
         factor=None if form.lanes == 4 else np.exp2(-low),
+        depth=form.unit * high,
         shape=shape,
         offset=form.offset,
         one=rows.ONE if form.lanes == 2 else 1.0,
         scale=scale,
         group_size=min(group_size, k),
         zero=None if zero is None else (partial(along, bits=bits), zero),
+        integer=form.lanes == 4,
     )
-
-
-def units(
-    ref, start: Array, count: int, words: int, length: int, mask: Array | None
-) -> list[Int32[Array, "count columns"]]:
-    """The words of units start ... start + count of a block, one array for each word of a unit.
-
-    Args:
-      length: words down a column; past it is zero.
-      mask: of columns that there are.
-    """
-    shape = (count, ref.shape[1])
-    found = []
-    for i in range(words):
-        row = ((start + jnp.arange(count)) * words + i)[:, None]
-        here = row < length if length % (count * words) else None
-        if mask is not None:
-            here = mask[None, :] if here is None else here & mask[None, :]
-        if here is not None:
-            here = jnp.broadcast_to(here, shape)
-        at = (adapter.span(start, count), slice(None))
-        if words > 1:
-            at = tuple(jnp.broadcast_to(t, shape) for t in (row, jnp.arange(shape[1])))
-        found.append(adapter.load(ref.at[at], here))
-    return found
 
 
 def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int) -> Int32[Array, "c"]:
@@ -117,8 +74,8 @@ def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activati
 
 def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float") -> str:
     """"", or why these arguments are not served."""
-    least = max(layout.unit(bits)[0], LEAST_DEPTH[activations])
-    if not depth(layout.unit(bits)[0], group_size, x.shape[1], activations):
+    least = max(layout.unit(bits)[0], tiles.LEAST_DEPTH[activations])
+    if not tiles.depth(layout.unit(bits)[0], group_size, x.shape[1], activations):
         return f"on a GPU, {least} must divide the group size, {group_size}"
     return adapter.missing()
 

@@ -41,8 +41,8 @@ def parts(dtype: jnp.dtype, activations: str) -> int:
     return 2 if activations == "float" and dtype == jnp.float32 else 1
 
 
-def make(x: Float[Array, "m k"], activations: str) -> Rows:
-    """The rows of x in one of `forms.FORMS`.
+def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Rows:
+    """The rows of x in one of `forms.FORMS`; codes that are integers as int8 or as float16.
 
     >>> rows = make(jnp.array([[3.0, 2.0**-22]]), "float")
     >>> (rows.codes.sum(0) * rows.unit).tolist()
@@ -50,6 +50,7 @@ def make(x: Float[Array, "m k"], activations: str) -> Rows:
     """
     if activations != "float":
         q, s = forms.quantize(x, activations)
+        q = q if integer else q.astype(jnp.float16)
         return Rows(q, s, None) if activations == "int8" else Rows(q, jnp.ones_like(s[:, :1]), s)
     count, x = parts(x.dtype, activations), x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
