@@ -10,9 +10,10 @@ import quax
 
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.standin import StandIn, is_standin, listening, run
+from pallas_kernels import dispatch as table
 
 
-def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[..., Any]:
     """`fn` that understands stand-ins (`QTensor`) in its arguments.
 
     Runs by multiple dispatch on JAX primitives (quax): every matmul or look-up that meets a
@@ -23,6 +24,9 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
+      kernels: "auto" serves each product by the kernel of the platform that the program is lowered
+        for, where it has one; "reference" by plain JAX; "cpu", "tpu" or "cuda" by that backend's
+        kernels alone, a product they do not serve being a ValueError.
     Returns:
       A function of the same arguments.
 
@@ -35,7 +39,8 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return run(fn, *args, **kwargs)
+        with table.using(kernels):
+            return run(fn, *args, **kwargs)
 
     return call
 
@@ -69,7 +74,9 @@ class Explanation:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:
+def explain(
+    fn: Callable[..., Any], params: Any, *args: Any, platform: str | None = None, **kwargs: Any
+) -> Explanation:
     """How each quantized weight of `params` is served in `fn(params, *args)`.
 
     Abstract: nothing is computed; what is no array (a flag, say) is passed on as it is.
@@ -78,12 +85,14 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
       fn: the user's function, as given to `quantized`.
       params: tree with `QTensor` leaves (or their shapes, from `jax.eval_shape`).
       *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`.
+      platform: "cpu", "tpu" or "cuda", whose kernels are meant; default: this machine's.
     """
     log = _Log([])
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
     )
-    eqx.filter_eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
+    with table.describing(platform):
+        eqx.filter_eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
     return Explanation(tuple(dict.fromkeys(log.uses)))
 
 

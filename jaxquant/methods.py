@@ -23,6 +23,7 @@ from jaxquant.codebooks import (
 from jaxquant.fields import check_fields
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
 from jaxquant.transforms import Rotation
+from pallas_kernels import activations as forms
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -32,6 +33,8 @@ class Method:
     """What to do with a weight: the rounder that chooses codes, the format that stores them.
 
     `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
+    `activations`: in which form inputs meet the codes, "float", "int8" (a scale per token) or
+    "int8/256" (one per 256 channels of a token); `dataclasses.replace` sets it.
     """
 
     name: str
@@ -39,9 +42,11 @@ class Method:
     format: Any
     input: Any = None
     output: Any = None
+    activations: str = "float"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        forms.check(self.activations)
         if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "tile"):
             raise ValueError(
                 f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "

@@ -251,6 +251,7 @@ class _Job:
             input=method.input,
             output=method.output,
             shared=self._shared(),
+            activations=method.activations,
         )
 
     def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.contraction import Contraction
 from jaxquant.standin import StandIn, is_standin, note, once
+from pallas_kernels import dispatch as kernels
 
 
 class Format(Protocol):
@@ -32,8 +33,10 @@ class Format(Protocol):
     def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         """Float32 weights; leading batch axes allowed."""
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        """x @ w in float32."""
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        """x @ w in float32, x in the form that `activations` says."""
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
@@ -98,6 +101,8 @@ class QTensor(StandIn):
       input, output: transforms A and B, the weight being A W B^T for the W of the format, or None.
       shared: weights with the same name here have equal input transforms, arrays included, so
         that one transformed input serves them all; "" if it is not known.
+      activations: in which form the (transformed) input meets the codes: "float", "int8" or
+        "int8/256", see `pallas_kernels.activations`.
     """
 
     data: dict[str, Array]
@@ -108,6 +113,7 @@ class QTensor(StandIn):
     input: Any = eqx.field(static=True, default=None)
     output: Any = eqx.field(static=True, default=None)
     shared: str = eqx.field(static=True, default="")
+    activations: str = eqx.field(static=True, default="float")
 
     @property
     def order(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -143,6 +149,11 @@ class QTensor(StandIn):
         """Length of the contracted axis."""
         return math.prod(self.view.k)
 
+    @property
+    def stored_rows(self) -> int:
+        """Length of that axis after the input transform."""
+        return self.rows_k if self.input is None else self.input.size(self.rows_k)
+
     def leading(self) -> int:
         return self.data["codes"].ndim - self.format.codes_ndim
 
@@ -162,8 +173,7 @@ class QTensor(StandIn):
         return self._stored(self.data)
 
     def _stored(self, data: dict[str, Array]) -> Float[Array, "... s t"]:
-        k = self.rows_k if self.input is None else self.input.size(self.rows_k)
-        return self.format.dequantize(part(data), k)
+        return self.format.dequantize(part(data), self.stored_rows)
 
     def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """The matrix in float32."""
@@ -180,7 +190,7 @@ class QTensor(StandIn):
 
     def matmul(self, x: Float[Array, "m s"], data: dict[str, Array]) -> Float[Array, "m n"]:
         """x @ w, for a transformed x."""
-        y = self.format.matmul(x, part(data))
+        y = self.format.matmul(x, part(data), self.activations)
         if self.output is None:
             return y
         return self.output.transposed(y, part(data, "output."), math.prod(self.view.n))
@@ -190,8 +200,7 @@ class QTensor(StandIn):
         k = self.rows_k
         if self.output is not None:
             g = self.output.apply(g, part(data, "output."))
-        stored = k if self.input is None else self.input.size(k)
-        y = self.format.matmul_transposed(g, part(data), stored)
+        y = self.format.matmul_transposed(g, part(data), self.stored_rows)
         return y if self.input is None else self.input.transposed(y, part(data, "input."), k)
 
     def aval(self) -> jax.core.ShapedArray:
@@ -242,11 +251,9 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     core_k, core_n = set(range(batch, split)), set(range(split, len(w.stored_shape())))
     touched = c.contracted(w.axes()) | c.batched(w.axes())
     if core_k <= c.contracted(w.axes()) and not core_n & touched:
-        note("packed matmul", f"{w.format.kernel()}")
-        forward = True
+        rule, forward = "packed matmul", True
     elif core_n <= c.contracted(w.axes()) and not core_k & touched:
-        note("packed matmul, transposed", f"{w.format.kernel()}")
-        forward = False
+        rule, forward = "packed matmul, transposed", False
     else:
         return None
     rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
@@ -258,15 +265,19 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
             return w.matmul_transposed(rows, data)
         return w.matmul(once(key, x, lambda: w.transformed(rows, data)), data)
 
-    return c.apply(
-        matmul,
-        rows,
-        w.data,
-        axes=w.axes(),
-        leading=batch,
-        contracted=core_k if forward else core_n,
-        out_shape=w.outputs if forward else w.view.k,
-    )
+    with kernels.listening() as served:
+        y = c.apply(
+            matmul,
+            rows,
+            w.data,
+            axes=w.axes(),
+            leading=batch,
+            contracted=core_k if forward else core_n,
+            out_shape=w.outputs if forward else w.view.k,
+        )
+    form = "" if w.activations == "float" else f", {w.activations} activations"
+    note(rule, "; ".join([f"{w.format.kernel()}{form}", *served]))
+    return y
 
 
 @quax.register(jax.lax.dot_general_p)

@@ -1,1 +1,21 @@
-"""Ground floor: arrays and static integers in, arrays out. Imports nothing of jaxquant."""
+"""Ground floor: arrays and static values in, arrays out. Imports nothing of jaxquant."""
+
+from pallas_kernels.hadamard import transform as hadamard_transform
+from pallas_kernels.ops import (
+    additive_matmul,
+    codebook_matmul,
+    e8p_matmul,
+    packed_matmul,
+    ternary_matmul,
+    trellis_matmul,
+)
+
+__all__ = [
+    "additive_matmul",
+    "codebook_matmul",
+    "e8p_matmul",
+    "hadamard_transform",
+    "packed_matmul",
+    "ternary_matmul",
+    "trellis_matmul",
+]

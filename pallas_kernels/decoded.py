@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference
-
 Data = dict[str, Array]
 Decode = Callable[[Data, int], Array]
+# Weights decoded at a time. Past this, columns are done tile by tile, so that no float copy of a
+# large matrix (an embedding's logits, say) ever stands in memory.
+TILE_WEIGHTS = 1 << 22
 
 
 def matmul(
@@ -39,7 +40,7 @@ def matmul(
 
     @jax.checkpoint  # backward decodes again
     def columns(x: Array, data: Data, tile: Array | int) -> Array:
-        x, data = jax.lax.optimization_barrier((x, data))  # see `reference.packed_matmul`
+        x, data = jax.lax.optimization_barrier((x, data))  # nothing is lifted out of the loop
         w = decode(_cut(data, spans, _start(tile, size, n), size), k).astype(x.dtype)
         return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
@@ -111,7 +112,7 @@ def _tiles(k: int, n: int, spans: Mapping[str, int]) -> tuple[int, int]:
     The last tile ends with the matrix, and so may begin within the tile before.
     """
     unit = math.lcm(*spans.values())
-    most = max(1, reference.TILE_WEIGHTS // (k * unit)) * unit
+    most = max(1, TILE_WEIGHTS // (k * unit)) * unit
     size = -(-n // (-(-n // most) * unit)) * unit
     return -(-n // size), size
 

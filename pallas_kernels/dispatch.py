@@ -1,64 +1,197 @@
-"""The table of operations: which implementation serves an op, its derivative rule.
+"""The table of ops: which implementation serves a product, and its derivative rule.
 
-Today every op is served by its reference. Kernels for CPU, GPU and TPU enter `packed_matmul`
-here, chosen at lowering (`lax.platform_dependent`).
+The choice between platforms falls when a program is lowered (`lax.platform_dependent`), so that
+one lowered for a TPU on a machine without one gets the TPU's kernels; whether a kernel takes these
+shapes and dtypes is known before. What no kernel serves the reference does; `describe` says why.
 """
 
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference
+from pallas_kernels import activations, reference
+from pallas_kernels.kernel import Kernel
+
+BACKENDS = {
+    "cpu": "pallas_kernels.cpu",
+    "tpu": "pallas_kernels.tpu",
+    "cuda": "pallas_kernels.gpu",
+}
+KERNELS = ("auto", "reference", *BACKENDS)  # what `using` takes
+
+_using: ContextVar[str] = ContextVar("jaxquant_kernels", default="auto")
+_described: ContextVar[str | None] = ContextVar("jaxquant_described", default=None)
+_heard: ContextVar[list[str] | None] = ContextVar("jaxquant_heard", default=None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def packed_matmul(
-    x: Float[Array, "m k"],
-    codes: Array,
-    scale: Array,
-    zero: Array | None,
-    bits: int,
-    group_size: int,
-) -> Float[Array, "m n"]:
-    """x @ w for w in packed uniform codes. See `reference.packed_matmul` for the arguments.
+@contextlib.contextmanager
+def using(kernels: str) -> Iterator[None]:
+    """Products traced inside are served as named: "auto", "reference", or one backend alone.
 
-    The backward rule multiplies by the packed words again, so no float copy of w is kept as a
-    residual. Scales get their true cotangent; codes and zero points, being integers, none.
+    A backend alone, "cpu", "tpu" or "cuda", is an error where it does not serve the product; with
+    "auto" each platform's own serves what it can, the reference the rest.
 
-    >>> from pallas_kernels import layout
-    >>> codes = layout.pack(jnp.array([[1], [-2]]), 4)
-    >>> packed_matmul(jnp.ones((1, 2)), codes, jnp.array([[0.5]]), None, 4, 2).tolist()
-    [[-0.5]]
+    >>> with using("reference"):
+    ...     pass
     """
-    return reference.packed_matmul(x, codes, scale, zero, bits=bits, group_size=group_size)
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels must be one of {KERNELS}, got {kernels!r}")
+    token = _using.set(kernels)
+    try:
+        yield
+    finally:
+        _using.reset(token)
 
 
-def _forward(x: Array, codes: Array, scale: Array, zero: Array | None, bits: int, group_size: int):
-    y = packed_matmul(x, codes, scale, zero, bits, group_size)
-    return y, (x, codes, scale, zero)
+@contextlib.contextmanager
+def describing(platform: str | None = None) -> Iterator[None]:
+    """Inside, `listening` hears what serves products on a platform; default: this machine's."""
+    token = _described.set(platform or default_platform())
+    try:
+        yield
+    finally:
+        _described.reset(token)
 
 
-def _backward(bits: int, group_size: int, residuals: tuple, g: Array):
-    x, codes, scale, zero = residuals
-    k = x.shape[-1]
-    dx = reference.packed_matmul_transposed(
-        g, codes, scale, zero, bits=bits, group_size=group_size, k=k
+@contextlib.contextmanager
+def listening() -> Iterator[list[str]]:
+    """Collect what serves each product traced inside, if somebody asks (`describing`)."""
+    heard: list[str] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
+
+
+def default_platform() -> str:
+    """The name by which `BACKENDS` knows JAX's default backend."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
+def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"]:
+    """The product `op`, one of `reference.OPS`, of its arrays: float32.
+
+    Differentiable in x and in every float array (scales, codebooks); integers have no cotangent.
+    The backward rule decodes the packed words again, so no float copy of a weight is kept.
+    With integer activations the derivative is that of the float product at the rounded x.
+    """
+    static_items = tuple(sorted(static.items()))
+    kernels = _using.get()
+    platform, heard = _described.get(), _heard.get()
+    if platform is not None and heard is not None:
+        heard.append(describe(op, platform, arrays, static, kernels))
+    return _product(op, static_items, kernels, arrays)
+
+
+def describe(
+    op: str, platform: str, arrays: tuple, static: dict[str, Any], kernels: str = "auto"
+) -> str:
+    """What serves a product on a platform: its kernel, or the reference and why."""
+    if kernels == "reference":
+        return "reference (XLA): asked for"
+    kernel, reason = choose(op, platform if kernels == "auto" else kernels, arrays, static)
+    return f"{platform} kernel" if kernel is not None else f"reference (XLA): {reason}"
+
+
+def choose(
+    op: str, platform: str, arrays: tuple, static: dict[str, Any]
+) -> tuple[Kernel | None, str]:
+    """The platform's kernel for these arrays (or their shapes), or None and the reason."""
+    if platform not in BACKENDS:
+        return None, f"there are no kernels for {platform}"
+    kernel = backend(platform).get(op)
+    if kernel is None:
+        return None, f"{op} has no {platform} kernel"
+    shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    reason = kernel.serves(*shapes, **static)
+    return (None, reason) if reason else (kernel, "")
+
+
+@functools.cache
+def backend(platform: str) -> dict[str, Kernel]:
+    """A backend's table; imported when first asked for."""
+    if importlib.util.find_spec(BACKENDS[platform]) is None:  # until all three have landed
+        return {}
+    return importlib.import_module(BACKENDS[platform]).KERNELS
+
+
+# --- the product and its derivative ---------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
+    return _served(op, static, kernels, arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
+    named = dict(static)
+    call = lambda f: lambda *arrays: f(*arrays, **named)
+    slow = call(reference.OPS[op])
+    if kernels == "reference":
+        return slow(*arrays)
+    if kernels != "auto":
+        kernel, reason = choose(op, kernels, arrays, named)
+        if kernel is None:
+            raise ValueError(f"the {kernels} kernels do not serve this {op}: {reason}")
+        return call(kernel.call)(*arrays)
+    found = {p: choose(op, p, arrays, named)[0] for p in BACKENDS}
+    fast = {p: call(kernel.call) for p, kernel in found.items() if kernel is not None}
+    if not fast:
+        return slow(*arrays)
+    return jax.lax.platform_dependent(*arrays, **fast, default=slow)
+
+
+def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array, tuple]:
+    return _product(op, static, kernels, arrays), arrays
+
+
+def _backward(op: str, static: tuple, kernels: str, arrays: tuple, g: Array) -> tuple[tuple]:
+    x, *rest = arrays
+    named = dict(static)
+    form = named.pop("activations", "float")
+    is_float = [a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in rest]
+    floats = [a for a, yes in zip(rest, is_float, strict=True) if yes]
+
+    def weights_only(floats: list[Array]) -> Array:
+        kept = iter(floats)
+        merged = [next(kept) if yes else a for a, yes in zip(rest, is_float, strict=True)]
+        return reference.OPS[op](activations.rounded(x, form), *merged, **named)
+
+    dx = _cotangent(op, named, kernels, x, tuple(rest), g)
+    (dfloats,) = jax.vjp(weights_only, floats)[1](g)  # traced only if used
+    found = iter(dfloats)
+    others = (next(found) if yes else _float0(a) for a, yes in zip(rest, is_float, strict=True))
+    return ((dx.astype(x.dtype), *others),)
+
+
+def _cotangent(op: str, static: dict, kernels: str, x: Array, rest: tuple, g: Array) -> Array:
+    """Of x: g times the weights the other way round."""
+    backwards = f"{op}_transposed"
+    if backwards in reference.OPS:
+        items = tuple(sorted({**static, "k": x.shape[-1]}.items()))
+        allowed = kernels if kernels in ("auto", "reference") else "auto"
+        return _product(backwards, items, allowed, (g, *rest))
+    named = {name: v for name, v in static.items() if name != "k"}  # op was the transposed one
+    return _product(
+        op.removesuffix("_transposed"), tuple(sorted(named.items())), kernels, (g, *rest)
     )
-    # Linear in the scale: its cotangent is that of the unscaled product, traced only if used.
-    weights = partial(
-        reference.dequantize, codes, zero=zero, bits=bits, group_size=group_size, k=k,
-        dtype=jnp.float32,
-    )  # fmt: skip
-    _, pull = jax.vjp(lambda s: weights(s), scale)
-    (dscale,) = pull(jnp.dot(x.T.astype(jnp.float32), g.astype(jnp.float32)))
-    return dx.astype(x.dtype), _float0(codes), dscale, None if zero is None else _float0(zero)
 
 
-def _float0(a: Array) -> np.ndarray:
-    return np.zeros(a.shape, jax.dtypes.float0)
+def _float0(a: Array | None) -> np.ndarray | None:
+    return None if a is None else np.zeros(a.shape, jax.dtypes.float0)
 
 
-packed_matmul.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

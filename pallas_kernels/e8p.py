@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels import lookup
+
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # The scale of a unit Gaussian that makes its mean squared error least, by bits.
 OPT_SCALE = {2: 1.03, 3: 0.98, 4: 1.03}
@@ -90,6 +92,34 @@ def decode(code: Int[Array, "... n"], bits: int = 2) -> Float[Array, "... 8 n"]:
         return first
     second = _e8p(code >> 16) if bits == 4 else _e81b(code >> 16)
     return first + _FINE[bits] * second
+
+
+def dequantize(
+    codes: Int32[Array, "... w n"],
+    residual: Int32[Array, "... r n"] | None,
+    scale: Float[Array, "... 1 1"],
+    *,
+    bits: int,
+    k: int,
+) -> Float[Array, "... k n"]:
+    """Float32 weights of packed codes: scale times the points.
+
+    Args:
+      codes: the low 16 bits of every octet's code, `lookup.pack`ed down each column.
+      residual: the 8 (bits - 2) bits above them, packed alike; None at 2 bits.
+      scale: one for the matrix.
+      bits: 2, 3 or 4.
+      k: rows, a multiple of 8.
+
+    >>> words = lookup.pack(jnp.zeros((1, 1, 1), int), 16)
+    >>> dequantize(words, None, jnp.array([[2.0]]), bits=2, k=8).ravel().tolist()[:2]
+    [1.5, 1.5]
+    """
+    code = lookup.unpack(codes, 16, k // 8, 1)
+    if residual is not None:
+        code = code | lookup.unpack(residual, 8 * (bits - 2), k // 8, 1) << 16
+    points = decode(code[..., 0, :], bits)
+    return scale * points.reshape(*points.shape[:-3], k, points.shape[-1])
 
 
 def _e8p(code: Array) -> Array:

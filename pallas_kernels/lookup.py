@@ -82,6 +82,34 @@ def total(
     return sum(t.astype(jnp.float32)[c] for c, t in zip(codes, tables, strict=True))
 
 
+def dequantize(
+    codes: Int32[Array, "w n"],
+    codebooks: Float[Array, "m K d"],
+    scale: Float[Array, "1 n"],
+    *,
+    bits: int,
+    group: int,
+    k: int,
+) -> Float[Array, "k n"]:
+    """Float32 weights of additive codes: scale * the sum of a vector of each codebook.
+
+    Args:
+      codes: `pack`ed, k / group groups of m codes.
+      codebooks: K = 2**bits vectors each.
+      scale: of every column.
+      bits: of a code.
+      group: rows d of a vector.
+      k: rows, a multiple of group.
+
+    >>> books = jnp.array([[[0.0], [1.0], [0.0], [0.0]]])
+    >>> dequantize(jnp.array([[1]]), books, jnp.array([[3.0]]), bits=2, group=1, k=2).tolist()
+    [[3.0], [0.0]]
+    """
+    m = len(codebooks)
+    q = total(jnp.moveaxis(unpack(codes, bits, k // group, m), 1, 0), list(codebooks))
+    return jnp.swapaxes(q, 1, 2).reshape(k, -1) * scale.astype(jnp.float32)
+
+
 def nearest(
     targets: Float[Array, "d n"], tables: Sequence[Float[Array, "K d"]], beam: int
 ) -> Int32[Array, "m n"]:

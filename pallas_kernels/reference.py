@@ -1,14 +1,22 @@
-"""The jnp meaning of every kernel: it defines correctness, and serves where nothing faster does."""
+"""The jnp meaning of every op: it defines correctness, and serves where nothing faster does.
+
+Each op is x @ w for the w that packed arrays decode to, and `..._transposed` g @ w.T. Arrays come
+by position, static values by keyword. Weights meet x in x's dtype, sums and results are float32.
+With `activations` other than "float", x is first rounded as that says, and all is float32.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import layout
+from pallas_kernels import activations as forms
+from pallas_kernels import decoded, e8p, layout, lookup, tables, trellis
 
-# Weights dequantized at a time. Past this, output columns are done tile by tile, so that no
-# float copy of a large matrix (an embedding's logits, say) ever stands in memory.
-TILE_WEIGHTS = 1 << 22
+# --- what packed arrays decode to -----------------------------------------------------------
 
 
 def dequantize(
@@ -19,7 +27,7 @@ def dequantize(
     bits: int,
     group_size: int,
     k: int,
-    dtype: jnp.dtype,
+    dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "... k n"]:
     """Float weights of packed codes: scale * (code - zero), in float32, then cast.
 
@@ -33,97 +41,132 @@ def dequantize(
       dtype: of the result.
 
     >>> codes = layout.pack(jnp.array([[1], [-2]]), 4)
-    >>> dequantize(codes, jnp.array([[0.5]]), None, bits=4, group_size=2, k=2,
-    ...            dtype=jnp.float32).ravel().tolist()
+    >>> dequantize(codes, jnp.array([[0.5]]), None, bits=4, group_size=2, k=2).ravel().tolist()
     [0.5, -1.0]
     """
+    zero = None if zero is None else zero_points(zero, bits, scale.shape[-1])
+    w = _integers(codes, scale, zero, bits, group_size, k)
+    return w.astype(dtype)
+
+
+def zero_points(zero: Int32[Array, "... g wn"], bits: int, n: int) -> Int[Array, "... g n"]:
+    """int8 zero points, unpacked along n.
+
+    >>> zero_points(jnp.array([[0x1E]]), 4, 2).tolist()
+    [[-2, 1]]
+    """
+    z = layout.unpack(jnp.swapaxes(zero, -1, -2), bits, n)
+    return jnp.swapaxes(z, -1, -2).astype(jnp.int8)
+
+
+def _integers(
+    codes: Array, scale: Array, zero: Array | None, bits: int, group_size: int, k: int
+) -> Float[Array, "... k n"]:
     q = layout.unpack(codes, bits, k)
-    *batch, groups, width = scale.shape
+    *batch, groups, _ = scale.shape
     full = groups * group_size
     q = jnp.pad(q, [*[(0, 0)] * len(batch), (0, full - k), (0, 0)])  # a short last group
     q = q.reshape(*batch, groups, group_size, -1)
     if zero is not None:
-        z = layout.unpack(jnp.swapaxes(zero, -1, -2), bits, width)
-        q = q - jnp.swapaxes(z, -1, -2)[..., None, :]
+        q = q - zero.astype(jnp.int32)[..., None, :]
     w = q.astype(jnp.float32) * scale.astype(jnp.float32)[..., None, :]
-    return w.reshape(*batch, full, -1)[..., :k, :].astype(dtype)
+    return w.reshape(*batch, full, -1)[..., :k, :]
 
 
-def packed_matmul(
-    x: Float[Array, "m k"],
-    codes: Int32[Array, "w n"],
-    scale: Float[Array, "g n"],
-    zero: Int32[Array, "g wn"] | None,
-    *,
-    bits: int,
-    group_size: int,
-) -> Float[Array, "m n"]:
-    """x @ dequantize(codes): weights in x's dtype, float32 sums, float32 result.
+# --- ops ------------------------------------------------------------------------------------
+# Of every op: how its arrays are named, which of them split along columns (`decoded`: how many
+# columns one entry covers), and what a part of the columns decodes to.
 
-    The barrier ties what is stored to x: without it XLA lifts the dequantization, which depends
-    on nothing that changes, out of a decoding loop, and a float copy of the model appears.
+
+def _packed(codes: Array, scale: Array, zero: Array | None, *, bits: int, group_size: int) -> tuple:
+    data = {"codes": codes, "scale": scale}
+    if zero is not None:
+        data["zero"] = zero_points(zero, bits, scale.shape[-1])
+    decode = lambda d, k: _integers(d["codes"], d["scale"], d.get("zero"), bits, group_size, k)
+    return data, decode, _by_columns(data, scale)
+
+
+def _ternary(codes: Array, scale: Array, *, group_size: int) -> tuple:
+    return _packed(codes, scale, None, bits=2, group_size=group_size)
+
+
+def _codebook(codes: Array, scale: Array, *, table: Any, bits: int, group_size: int) -> tuple:
+    data = {"codes": codes, "scale": scale}
+    static = {"table": table, "bits": bits, "group_size": group_size}
+    decode = lambda d, k: tables.dequantize(d["codes"], d["scale"], **static, k=k)
+    return data, decode, _by_columns(data, scale)
+
+
+def _e8p(codes: Array, residual: Array | None, scale: Array, *, bits: int) -> tuple:
+    data = {"codes": codes, "scale": scale}
+    if residual is not None:
+        data["residual"] = residual
+    decode = lambda d, k: e8p.dequantize(d["codes"], d.get("residual"), d["scale"], bits=bits, k=k)
+    return data, decode, {"codes": 1, "residual": 1}
+
+
+def _trellis(codes: Array, scale: Array, *, rates: tuple[int, ...], L: int, code: str) -> tuple:
+    decode = lambda d, k: trellis.dequantize(
+        d["codes"], d["scale"], rates=rates, L=L, code=code, k=k
+    )
+    return {"codes": codes, "scale": scale}, decode, {"codes": trellis.SIDE}
+
+
+def _additive(codes: Array, codebooks: Array, scale: Array, *, bits: int, group: int) -> tuple:
+    data = {"codes": codes, "codebooks": codebooks, "scale": scale}
+    decode = lambda d, k: lookup.dequantize(
+        d["codes"], d["codebooks"], d["scale"], bits=bits, group=group, k=k
+    )
+    return data, decode, {"codes": 1, "scale": 1}
+
+
+def _by_columns(data: Mapping[str, Array], scale: Array) -> dict[str, int]:
+    """All split along columns; a scale of the whole matrix and its zero point do not."""
+    return dict.fromkeys(data, 1) if scale.shape[-1] > 1 else {"codes": 1}
+
+
+def _matmul(parts: Any, x: Array, *arrays: Any, activations: str = "float", **static: Any) -> Array:
+    x, arrays = _tied(forms.rounded(x, activations), arrays)
+    return decoded.matmul(x, *parts(*arrays, **static))
+
+
+def _transposed(parts: Any, g: Array, *arrays: Any, k: int, **static: Any) -> Array:
+    g, arrays = _tied(g, arrays)
+    return decoded.matmul_transposed(g, *parts(*arrays, **static), k)
+
+
+def _tied(x: Array, arrays: tuple) -> tuple[Array, tuple]:
+    """What is stored tied to x: without it XLA lifts the decoding, which depends on nothing that
+    changes, out of a loop over tokens, and a float copy of the model appears.
     """
-    x, codes, scale, zero = jax.lax.optimization_barrier((x, codes, scale, zero))
-    m, k = x.shape
-    n = codes.shape[-1]
-
-    def columns(codes: Array, scale: Array, zero: Array | None) -> Array:
-        w = dequantize(codes, scale, zero, bits=bits, group_size=group_size, k=k, dtype=x.dtype)
-        return jnp.dot(x, w, preferred_element_type=jnp.float32)
-
-    tiles = _tiles(k, n)
-    if tiles == 1:
-        return columns(codes, scale, zero)
-    parts = _split_grid(codes, scale, zero, tiles)
-    y = jax.lax.map(lambda t: columns(*t), parts)
-    return jnp.moveaxis(y, 0, 1).reshape(m, n)
+    return jax.lax.optimization_barrier((x, arrays))
 
 
-def packed_matmul_transposed(
-    g: Float[Array, "m n"],
-    codes: Int32[Array, "w n"],
-    scale: Float[Array, "g n"],
-    zero: Int32[Array, "g wn"] | None,
-    *,
-    bits: int,
-    group_size: int,
-    k: int,
-) -> Float[Array, "m k"]:
-    """g @ dequantize(codes).T: the cotangent of x, and a weight used the other way round."""
-    g, codes, scale, zero = jax.lax.optimization_barrier((g, codes, scale, zero))
-    m, n = g.shape
-
-    def add(total: Array, part: tuple) -> tuple[Array, None]:
-        g, codes, scale, zero = part
-        w = dequantize(codes, scale, zero, bits=bits, group_size=group_size, k=k, dtype=g.dtype)
-        return total + jnp.dot(g, w.T, preferred_element_type=jnp.float32), None
-
-    tiles = _tiles(k, n)
-    start = jnp.zeros((m, k), jnp.float32)
-    if tiles == 1:
-        return add(start, (g, codes, scale, zero))[0]
-    parts = (_split(g, tiles), *_split_grid(codes, scale, zero, tiles))
-    return jax.lax.scan(add, start, parts)[0]
+# Name of a storage -> what the arrays of the op are, as above.
+STORAGES = {
+    "packed": _packed, "ternary": _ternary, "codebook": _codebook, "e8p": _e8p,
+    "trellis": _trellis, "additive": _additive,
+}  # fmt: skip
+# Name of an op -> its reference; of the storage "packed": packed_matmul, packed_matmul_transposed.
+OPS = {
+    f"{name}_matmul{way}": partial(f, parts)
+    for name, parts in STORAGES.items()
+    for way, f in (("", _matmul), ("_transposed", _transposed))
+}
+packed_matmul, ternary_matmul = OPS["packed_matmul"], OPS["ternary_matmul"]
+codebook_matmul, e8p_matmul = OPS["codebook_matmul"], OPS["e8p_matmul"]
+trellis_matmul, additive_matmul = OPS["trellis_matmul"], OPS["additive_matmul"]
 
 
-def _tiles(k: int, n: int) -> int:
-    """Fewest equal tiles of columns, each a multiple of 32, of at most TILE_WEIGHTS weights."""
-    if k * n <= TILE_WEIGHTS or n % 32:
-        return 1
-    units = n // 32
-    fitting = (t for t in range(2, units) if units % t == 0 and k * n // t <= TILE_WEIGHTS)
-    return next(fitting, units)
+def weights(storage: str, *arrays: Any, k: int, **static: Any) -> Float[Array, "k n"]:
+    """The matrix that the arrays of a storage decode to, in float32."""
+    data, decode, _ = STORAGES[storage](*arrays, **static)
+    return decode(data, k)
 
 
-def _split_grid(codes: Array, scale: Array, zero: Array | None, tiles: int) -> tuple:
-    """Codes, scales and zero points of each tile; a scale of the whole matrix goes to all."""
-    if scale.shape[-1] == 1:
-        shared = jax.tree.map(lambda a: jnp.broadcast_to(a, (tiles, *a.shape)), (scale, zero))
-        return (_split(codes, tiles), *shared)
-    return jax.tree.map(lambda a: _split(a, tiles), (codes, scale, zero))
-
-
-def _split(a: Array, tiles: int) -> Array:
-    """[r, c] -> [tiles, r, c / tiles]."""
-    r, c = a.shape
-    return jnp.moveaxis(a.reshape(r, tiles, c // tiles), 1, 0)
+def columns(
+    storage: str, ids: Int[Array, "i"], *arrays: Any, k: int, **static: Any
+) -> Float[Array, "k i"]:
+    """Columns `ids` of that matrix, of which only the entries that hold them are decoded."""
+    data, decode, spans = STORAGES[storage](*arrays, **static)
+    return decoded.columns(data, ids, decode, spans, k)

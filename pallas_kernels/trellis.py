@@ -13,6 +13,7 @@ exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-WEIGHTS = 256  # of one sequence: a tile of 16 x 16, row-major
+SIDE = 16  # of a tile
+WEIGHTS = SIDE * SIDE  # of one sequence: a tile, row-major
 CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "tpu4": 4}  # weights of a step
 
 
@@ -224,6 +226,57 @@ def decode(
     s = states(words, L, K, V)
     found = decode_states(s, code, L, V) if isinstance(code, str) else jnp.asarray(code)[s]
     return found.astype(jnp.float32).reshape(*words.shape[:-1], WEIGHTS)
+
+
+def dequantize(
+    words: Int32[Array, "... w t"],
+    scale: Float[Array, "... b 1"],
+    *,
+    rates: tuple[int, ...],
+    L: int,
+    code: str,
+    k: int,
+) -> Float32[Array, "... k n"]:
+    """The matrix of tiles of 16 x 16 weights, in equal blocks of rows with a rate and a scale each.
+
+    Args:
+      words: of every tile, down its column of tiles: 8 K of each, in the order of the blocks.
+      scale: of each block.
+      rates: K of each block, 0 to 8; one serves all.
+      L, code: see `decode`.
+      k: rows, a multiple of 16 len(rates).
+
+    >>> import jax.numpy as jnp
+    >>> words, scale = jnp.zeros((16, 2), jnp.int32), jnp.array([[2.0]])
+    >>> dequantize(words, scale, rates=(2,), L=12, code="mul1", k=16).shape
+    (16, 32)
+    """
+    *batch, _, t = words.shape
+    per = k // SIDE // len(rates)
+    parts, word = [], 0
+    for rate, run in itertools.groupby(rates):
+        blocks = per * len(list(run))
+        here = words[..., word : word + 8 * rate * blocks, :]
+        word += 8 * rate * blocks
+        if rate == 0:
+            parts.append(jnp.zeros((*batch, blocks, SIDE, t * SIDE)))
+            continue
+        streams = jnp.swapaxes(here.reshape(*batch, blocks, 8 * rate, t), -1, -2)
+        parts.append(untiled(decode(streams, L, rate, CODES[code], code)))
+    w = jnp.concatenate(parts, axis=-3).reshape(*batch, len(rates), -1, t * SIDE)
+    return (w * scale[..., None]).reshape(*batch, k, t * SIDE)
+
+
+def tiles(w: Float[Array, "16 n"]) -> Float[Array, "t 256"]:
+    """A block of 16 rows as tiles, the weights of each in the order of its stream."""
+    return jnp.swapaxes(w.reshape(SIDE, -1, SIDE), 0, 1).reshape(-1, SIDE * SIDE)
+
+
+def untiled(weights: Float[Array, "... t 256"]) -> Float[Array, "... 16 n"]:
+    """Inverse of `tiles`."""
+    *batch, t, _ = weights.shape
+    w = jnp.swapaxes(weights.reshape(*batch, t, SIDE, SIDE), -3, -2)
+    return w.reshape(*batch, SIDE, t * SIDE)
 
 
 def _run(bits: int) -> tuple[int, int]:

@@ -5,6 +5,8 @@ from collections import defaultdict
 import jax
 import pytest
 
+from pallas_kernels import decoded, dispatch
+
 
 def pytest_configure(config):
     """References are exact; of float32 factors a GPU's default keeps ten bits."""
@@ -28,6 +30,19 @@ def pytest_collection_modifyitems(config, items):
     kept = kept[first - 1 :: of]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+@pytest.fixture
+def tiles_of(monkeypatch):
+    """Sets how many weights the references decode at a time; products are the references' own."""
+
+    def set_tile(weights):
+        monkeypatch.setattr(decoded, "TILE_WEIGHTS", weights)
+        dispatch._served.clear_cache()
+
+    with dispatch.using("reference"):
+        yield set_tile
+    dispatch._served.clear_cache()
 
 
 def share(text):

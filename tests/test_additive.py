@@ -15,7 +15,7 @@ from jaxquant.rounding import beam as stages
 from jaxquant.rounding.beam import Beam
 from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
-from pallas_kernels import lookup, reference
+from pallas_kernels import lookup
 
 from .layer import made_layer, relative_loss
 from .test_dispatch import draw
@@ -170,10 +170,10 @@ def test_encoding_rounds_to_nearest(format):
 
 
 @all_formats
-def test_products_by_tiles_and_gradients_are_those_of_the_decoded_matrix(format, monkeypatch):
+def test_products_by_tiles_and_gradients_are_those_of_the_decoded_matrix(format, tiles_of):
     """Gradients reach codebooks and scales."""
     _, _, data, w = encoded(format)
-    monkeypatch.setattr(reference, "TILE_WEIGHTS", 48 * 12)
+    tiles_of(48 * 12)
     x, g = draw(5, 48, seed=1), draw(5, 40, seed=2)
     floats = {n: a.astype("float32") for n, a in data.items() if a.dtype == jnp.float16}
     assert len(floats) == 2

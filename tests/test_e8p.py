@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant.codebooks.lattice import E8P
-from pallas_kernels import decoded, e8p, reference
+from pallas_kernels import decoded, e8p
 
 from .test_dispatch import draw
 
@@ -224,8 +224,8 @@ def test_two_codes_share_a_word_low_half_first():
 
 # Whole, or in four tiles of which the last overlaps.
 @pytest.mark.parametrize(("bits", "tile"), [(2, 1 << 22), (3, 72 * 30), (4, 72 * 30)])
-def test_products_and_look_ups_agree_with_the_decoded_matrix(bits, tile, monkeypatch):
-    monkeypatch.setattr(reference, "TILE_WEIGHTS", tile)
+def test_products_and_look_ups_agree_with_the_decoded_matrix(bits, tile, tiles_of):
+    tiles_of(tile)
     f = E8P(bits)
     data = encode(draw(72, 100), f)
     x, g, ids = draw(5, 72, seed=1), draw(5, 100, seed=2), jnp.array([0, 7, 19, 40, 71])
@@ -247,8 +247,8 @@ def test_products_and_look_ups_agree_with_the_decoded_matrix(bits, tile, monkeyp
 
 
 @pytest.mark.parametrize("tile", [1 << 22, 64 * 30])
-def test_scales_get_their_cotangent_and_codes_none(tile, monkeypatch):
-    monkeypatch.setattr(reference, "TILE_WEIGHTS", tile)
+def test_scales_get_their_cotangent_and_codes_none(tile, tiles_of):
+    tiles_of(tile)
     f = E8P(3)
     data = encode(draw(64, 100), f)
     x, c, unit = draw(5, 64, seed=1), draw(5, 100, seed=2), f.dequantize(data | {"scale": 1.0}, 64)
@@ -266,11 +266,11 @@ def test_scales_get_their_cotangent_and_codes_none(tile, monkeypatch):
     assert grads["codes"].dtype == grads["residual"].dtype == jax.dtypes.float0
 
 
-def test_no_float_copy_of_the_matrix_stands_in_memory(monkeypatch):
+def test_no_float_copy_of_the_matrix_stands_in_memory(tiles_of):
     """Not in a loop of products, and not for its gradient."""
     k, n, f = 256, 1000, E8P()
     data = encode(draw(k, n), f)
-    monkeypatch.setattr(reference, "TILE_WEIGHTS", k * n // 8)
+    tiles_of(k * n // 8)
 
     def loop(x, data):
         step = lambda x, _: (jnp.tanh(f.matmul_transposed(f.matmul(x, data), data, k)), None)
@@ -293,13 +293,13 @@ def test_half_precision_inputs_keep_their_dtype():
     assert (y.dtype, dx.dtype) == (jnp.float32, jnp.bfloat16)
 
 
-def test_entries_that_cover_several_columns(monkeypatch):
+def test_entries_that_cover_several_columns(tiles_of):
     """The helper for formats whose codes cover 4 columns and whose scales cover 2."""
     spans = {"codes": 4, "scale": 2}
     decode = lambda d, k: jnp.repeat(d["codes"], 4, 1) * jnp.repeat(d["scale"], 2, 1) * d["book"]
     data = {"codes": draw(8, 7), "scale": draw(1, 14, seed=1), "book": draw(1, 1, seed=2)}
     w, ids, x = np.asarray(decode(data, 8)), jnp.array([0, 5, 27, 14]), draw(3, 8)
-    monkeypatch.setattr(reference, "TILE_WEIGHTS", 8 * 12)
+    tiles_of(8 * 12)
 
     @jax.jit
     def everything(x, g, data):

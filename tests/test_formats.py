@@ -145,16 +145,14 @@ def test_packing_is_the_dense_little_endian_bit_stream(bits):
     assert int.from_bytes(words.tobytes(), "little") == stream
 
 
-def test_tiled_matmul_is_the_matmul(monkeypatch):
-    from pallas_kernels import reference
-
+def test_tiled_matmul_is_the_matmul(tiles_of):
     w = draw(64, 256)
     for f in (jq.Integer(4, 16), jq.Integer(3, "tensor")):
         data = f.encode(w)
+        tiles_of(1 << 22)
         want = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
-        monkeypatch.setattr(reference, "TILE_WEIGHTS", 64 * 64)
+        tiles_of(64 * 64)
         got = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
-        monkeypatch.undo()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
 
 

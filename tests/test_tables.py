@@ -16,7 +16,7 @@ from jaxquant.codebooks.normal_float import NF4, NormalFloat, dynamic_map, norma
 from jaxquant.codebooks.table import Scales, search
 from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
-from pallas_kernels import reference, tables
+from pallas_kernels import tables
 
 from .test_dispatch import draw
 
@@ -220,8 +220,8 @@ def test_codes_are_nearest_under_the_stored_scale(format):
 
 
 @pytest.mark.parametrize("format", [FORMATS[3], FORMATS[6], NVFP4()], ids=str)
-def test_products_and_look_ups_by_tiles(format, monkeypatch):
-    monkeypatch.setattr(reference, "TILE_WEIGHTS", 48 * 7)  # three tiles, the last one short
+def test_products_and_look_ups_by_tiles(format, tiles_of):
+    tiles_of(48 * 7)  # three tiles, the last one short
     x, g, i = draw(5, 48, seed=1), draw(5, 20, seed=2), jnp.array([0, 7, 19])
 
     @jax.jit

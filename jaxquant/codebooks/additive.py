@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Int32
 from jaxquant.codebooks.kmeans import residual_kmeans
 from jaxquant.codebooks.learned import Learned
 from jaxquant.codebooks.scales import as_stored, check_half, through
+from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields, check_positive
 from pallas_kernels import lookup
 
@@ -23,7 +24,7 @@ class Codebooks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Additive(Learned):
+class Additive(Served, Learned):
     """w = scale * (sum of one vector of each codebook), codebooks learned for each matrix.
 
     Attributes:
@@ -47,6 +48,7 @@ class Additive(Learned):
     bits: int = 8
     group: int = 8
 
+    storage: ClassVar[str] = "additive"
     trained: ClassVar[tuple[str, ...]] = ("codebooks", "scale")  # what healing may train
 
     def __post_init__(self) -> None:
@@ -142,9 +144,9 @@ class Additive(Learned):
         groups = w.reshape(-1, self.group, w.shape[1])
         return jax.lax.map(lambda t: self.search(t, row, None, beam)[0], groups)
 
-    @property
-    def spans(self) -> dict[str, int]:
-        return {"codes": 1, "scale": 1}
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        static = {"bits": self.bits, "group": self.group}
+        return (data["codes"], data["codebooks"], data["scale"]), static
 
     def _grid(self, data: dict[str, Array]) -> Codebooks:
         tables = jnp.split(data["codebooks"].astype(jnp.float32), self.codebooks)
@@ -159,5 +161,5 @@ class Additive(Learned):
         return pick(codes, tables) * grid.scale
 
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
-        return f"decoded/matmul (XLA), {self.codebooks} x {self.bits}-bit codebooks"
+        """The op that serves a matmul."""
+        return f"additive_matmul, {self.codebooks} x {self.bits}-bit codebooks"

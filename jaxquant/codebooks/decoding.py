@@ -1,4 +1,4 @@
-"""What formats without a kernel of their own share: products and look-ups by decoding tiles."""
+"""What formats without an op of their own share: products and look-ups by decoding tiles."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels import activations as forms
 from pallas_kernels import decoded
 
 
@@ -32,8 +33,10 @@ class Decoding:
             decode = jax.vmap(decode, (0, None))
         return decode(data, k)
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        return decoded.matmul(x, data, self.decode, self.spans)
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        return decoded.matmul(forms.rounded(x, activations), data, self.decode, self.spans)
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int

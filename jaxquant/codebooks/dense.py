@@ -6,6 +6,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import activations as forms
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
@@ -21,7 +23,10 @@ class Dense:
     def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         return data["codes"].astype(jnp.float32)
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        x = forms.rounded(x, activations)
         return jnp.dot(x, data["codes"].astype(x.dtype), preferred_element_type=jnp.float32)
 
     def matmul_transposed(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int16
 
 from jaxquant.fields import check_fields, check_positive
+from pallas_kernels import activations as forms
 from pallas_kernels import coded, student, tcq
 from pallas_kernels.coded import Coded
 
@@ -227,7 +228,10 @@ class EntropyCoded:
         )  # fmt: skip
         return jnp.where(whole, coded.weights(got), jnp.nan)
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        x = forms.rounded(x, activations)
         w = self.dequantize(data, x.shape[-1]).astype(x.dtype)
         return jnp.dot(x, w, preferred_element_type=jnp.float32)
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.codebooks.scales import as_stored, check_grouping, rows_per_group
+from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
-from pallas_kernels import dispatch, layout, reference
+from pallas_kernels import layout
 
 
 class Grid(NamedTuple):
@@ -20,7 +21,7 @@ class Grid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Integer:
+class Integer(Served):
     """Packed integers, w = scale * (code - zero).
 
     Attributes:
@@ -48,7 +49,7 @@ class Integer:
     pad: bool = False
 
     tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
-    codes_ndim: ClassVar[int] = 2
+    storage: ClassVar[str] = "packed"
     trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
 
     def __post_init__(self) -> None:
@@ -158,35 +159,9 @@ class Integer:
         w = jnp.pad(w, ((0, -k % g), (0, 0)), mode="edge")
         return jax.vmap(self.fit)(w.reshape(-1, g, n))
 
-    def _arguments(self, data: dict[str, Array], k: int) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.rows_per_group(k)}
-
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        return reference.dequantize(
-            data["codes"], data["scale"], data.get("zero"),
-            **self._arguments(data, k), k=k, dtype=jnp.float32,
-        )  # fmt: skip
-
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        g = self.rows_per_group(x.shape[-1])
-        return dispatch.packed_matmul(
-            x, data["codes"], data["scale"], data.get("zero"), self.bits, g
-        )
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        return reference.packed_matmul_transposed(
-            x, data["codes"], data["scale"], data.get("zero"), **self._arguments(data, k), k=k
-        )
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        grid = self._stored_grid(data)
-        if grid.scale.shape[-1] > 1:
-            grid = jax.tree.map(lambda a: a[:, ids], grid)
-        codes = layout.unpack(data["codes"][:, ids], self.bits, k)
-        rows = spread(grid, self.rows_per_group(k), k)
-        return rows.scale * (codes - rows.zero)
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        arrays = (data["codes"], data["scale"], data.get("zero"))
+        return arrays, {"bits": self.bits, "group_size": self.rows_per_group(k)}
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = layout.unpack_rows(data["codes"], self.bits, ids)
@@ -201,13 +176,9 @@ class Integer:
             return Grid(scale, jnp.zeros(scale.shape, jnp.int32))
         return Grid(scale, layout.unpack(data["zero"].T, self.bits, scale.shape[-1]).T)
 
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return data["codes"].shape[-1]
-
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
-        return f"packed_matmul/reference (XLA), {self.bits}-bit words"
+        """The op that serves a matmul."""
+        return f"packed_matmul, {self.bits}-bit words"
 
 
 def spread(grid: Grid, rows: int, k: int) -> Grid:

@@ -1,14 +1,14 @@
 """E8P: eight rows of a column to a point of the lattice E8 + 1/4, one scale per matrix."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxquant.codebooks.decoding import Decoding
+from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
 from pallas_kernels import e8p, lookup
 
@@ -22,7 +22,7 @@ class LatticeGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class E8P(Decoding):
+class E8P(Served):
     """QuIP#'s codebook at 2 bits a weight; 3 and 4 bits code the residual with a second point.
 
     The scale is rms(w) over the one best for Gaussian weights: rotate the matrix first. Stored
@@ -43,6 +43,7 @@ class E8P(Decoding):
 
     bits: int = 2
 
+    storage: ClassVar[str] = "e8p"
     tile: ClassVar[tuple[int, int]] = (8, 1)  # rows, columns that one code covers
 
     def __post_init__(self) -> None:
@@ -96,24 +97,13 @@ class E8P(Decoding):
         codes = jax.lax.map(lambda t: self.round(t, row)[0], octets, batch_size=max(1, _CHUNK // n))
         return self.pack(codes, grid)
 
-    @property
-    def spans(self) -> dict[str, int]:
-        return {"codes": 1, "residual": 1}
-
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        points = e8p.decode(self._codes(data, k // 8), self.bits)
-        return data["scale"] * points.reshape(*points.shape[:-3], k, points.shape[-1])
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        return (data["codes"], data.get("residual"), data["scale"]), {"bits": self.bits}
 
     @property
     def _fine(self) -> int:
         """Bits of a residual's code."""
         return 8 * (self.bits - 2)
-
-    def _codes(self, data: dict[str, Array], octets: int) -> Int32[Array, "... o n"]:
-        codes = lookup.unpack(data["codes"], 16, octets, 1)
-        if self.bits > 2:
-            codes = codes | lookup.unpack(data["residual"], self._fine, octets, 1) << 16
-        return codes[..., 0, :]
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = lookup.take(data["codes"], ids // 8, 16, 1)
@@ -124,5 +114,5 @@ class E8P(Decoding):
         return data["scale"] * jnp.sum(jnp.where(wanted, points, 0), axis=1)
 
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
-        return f"decoded/matmul (XLA), E8P codes of {8 * self.bits} bits"
+        """The op that serves a matmul."""
+        return f"e8p_matmul, codes of {8 * self.bits} bits"

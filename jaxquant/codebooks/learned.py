@@ -5,13 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxquant.codebooks.decoding import Decoding
 from pallas_kernels import lookup
 
 BEAM = 5  # partial sums kept where codes are chosen anew
 
 
-class Learned(Decoding):
+class Learned:
     """Base of a format that learns its tables (`grids`) and looks codes up in them (`search`).
 
     A grid is its tables, and what else storage holds beside the codes. Codes are [rows, m, columns]
@@ -62,9 +61,6 @@ class Learned(Decoding):
         """Learn codebooks with equal weights, round to nearest, pack."""
         grid = self.grids(w)
         return self.pack(self.rounded(w, grid, 1), grid)
-
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        return self.values(*self.unpack(data, k))
 
     def recoded(
         self, data: dict[str, Array], target: Float[Array, "k n"], share: float

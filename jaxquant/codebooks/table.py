@@ -5,7 +5,7 @@ from `Integer`: a row of the grid, and the nearest value to a target.
 """
 
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.codebooks.scales import as_stored, check_grouping, rows_per_group
+from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
-from pallas_kernels import decoded, layout, tables
+from pallas_kernels import layout, tables
 
 
 class Scales(NamedTuple):
@@ -27,7 +28,7 @@ class Scales(NamedTuple):
     parts: dict[str, Array]
 
 
-class Table:
+class Table(Served):
     """What table formats share: w = scale * table[code], one scale per group of rows.
 
     Attributes:
@@ -45,7 +46,7 @@ class Table:
     scale_dtype: str
     pad: bool
     tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
-    codes_ndim: ClassVar[int] = 2
+    storage: ClassVar[str] = "codebook"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,8 +127,8 @@ class Table:
         return data
 
     def scales(self, data: dict[str, Array]) -> Float[Array, "... g n"]:
-        """Float32 scales of opened data."""
-        return data["scale"].astype(jnp.float32)
+        """Scales of opened data."""
+        return data["scale"]
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Round a matrix to nearest and pack it."""
@@ -136,46 +137,27 @@ class Table:
         rows = grid._replace(scale=grid.scale[jnp.arange(k) // self.rows_per_group(k)])
         return self.pack(self.round(w, rows)[0], grid)
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        return self._decode(self.opened(data), k)
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        arrays = (data["codes"], self.scales(self.opened(data)))
+        group_size = self.rows_per_group(k)
+        return arrays, {"table": self.table, "bits": self.bits, "group_size": group_size}
 
-    def matmul(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m n"]:
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
         # Tied to x, opened scales are not lifted out of a decoding loop.
-        x, data = jax.lax.optimization_barrier((x, data))
-        return decoded.matmul(x, self.opened(data), self._decode, _spans(data))
-
-    def matmul_transposed(
-        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        g, data = jax.lax.optimization_barrier((g, data))
-        return decoded.matmul_transposed(g, self.opened(data), self._decode, _spans(data), k)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return decoded.columns(self.opened(data), ids, self._decode, _spans(data), k)
+        scales = {name: a for name, a in data.items() if name != "codes"}
+        x, scales = jax.lax.optimization_barrier((x, scales))
+        return super().matmul(x, data | scales, activations)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = layout.unpack_rows(data["codes"], self.bits, ids)
         scale = self.scales(self.opened(data))[ids // self.rows_per_group(k)]
-        return scale * tables.values(codes, self.table)
-
-    def _decode(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        return tables.dequantize(
-            data["codes"], self.scales(data),
-            table=self.table, bits=self.bits, group_size=self.rows_per_group(k), k=k,
-        )  # fmt: skip
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return data["codes"].shape[-1]
+        return scale.astype(jnp.float32) * tables.values(codes, self.table)
 
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
-        return f"decoded (XLA), {self.bits}-bit words by table"
-
-
-def _spans(data: dict[str, Array]) -> dict[str, int]:
-    """Arrays that split by columns; a scale of the whole matrix does not."""
-    return {"codes": 1, "scale": 1} if data["scale"].shape[-1] > 1 else {"codes": 1}
+        """The op that serves a matmul."""
+        return f"codebook_matmul, {self.bits}-bit words"
 
 
 @lru_cache

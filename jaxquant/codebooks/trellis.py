@@ -1,19 +1,18 @@
 """Trellis: tiles of 16 x 16 weights as paths of a bit-shift trellis, a scale per block of rows."""
 
 import dataclasses
-import itertools
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxquant.codebooks.decoding import Decoding
+from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
 from pallas_kernels import trellis, viterbi
 
-SIDE = 16  # of a tile
+SIDE = trellis.SIDE
 # Best scale for Gaussian weights, in units of their rms, by rate; and the distortion it gives
 # ("mul1", L = 12): `tests/benchmarks/trellis_distortion.py`.
 _SCALE = (1.0, 0.9, 1.03, 1.1, 1.15, 1.15, 1.15, 1.15, 1.15)
@@ -28,7 +27,7 @@ class TrellisGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trellis(Decoding):
+class Trellis(Served):
     """QTIP's trellis-coded quantization; the weights should be rotated to look Gaussian first.
 
     Attributes:
@@ -49,6 +48,7 @@ class Trellis(Decoding):
     L: int = 12
     code: str = "mul1"
 
+    storage: ClassVar[str] = "trellis"
     tile: ClassVar[tuple[int, int]] = (SIDE, SIDE)
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Trellis(Decoding):
         self, target: Float[Array, "16 n"], row: TrellisGrid, valid: Bool[Array, "t"] | None
     ) -> tuple[Int32[Array, "words t"], Float[Array, "16 n"]]:
         """As `round`, of the valid tiles; the others come out as zeros."""
-        tiles = _tiles(target / row.scale)
+        tiles = trellis.tiles(target / row.scale)
         most = 8 * max(self.rates)
         table = jnp.asarray(trellis.values(self.code, self.L, self.V))
 
@@ -118,7 +118,7 @@ class Trellis(Decoding):
         branches = [lambda tiles, rate=rate: search(tiles, rate) for rate in self._distinct]
         one = len(branches) == 1
         words, values = branches[0](tiles) if one else jax.lax.switch(row.rate, branches, tiles)
-        return words, row.scale * _untiled(values)
+        return words, row.scale * trellis.untiled(values)
 
     # --- storage ----------------------------------------------------------------------------
 
@@ -140,33 +140,20 @@ class Trellis(Decoding):
         blocks = w.astype(jnp.float32).reshape(-1, SIDE, n)
         return self.pack(jax.lax.map(lambda b: self.round(*b)[0], (blocks, rows)), grid)
 
-    @property
-    def spans(self) -> dict[str, int]:
-        return {"codes": SIDE}
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        static = {"rates": self.rates, "L": self.L, "code": self.code}
+        return (data["codes"], data["scale"]), static
 
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        *batch, _, t = data["codes"].shape
-        per = k // SIDE // len(self.rates)
-        parts, word = [], 0
-        for rate, run in itertools.groupby(self.rates):
-            blocks = per * len(list(run))
-            words = data["codes"][..., word : word + 8 * rate * blocks, :]
-            word += 8 * rate * blocks
-            if rate == 0:
-                parts.append(jnp.zeros((*batch, blocks, SIDE, t * SIDE)))
-                continue
-            streams = jnp.swapaxes(words.reshape(*batch, blocks, 8 * rate, t), -1, -2)
-            parts.append(_untiled(trellis.decode(streams, self.L, rate, self.V, self.code)))
-        w = jnp.concatenate(parts, axis=-3).reshape(*batch, len(self.rates), -1, t * SIDE)
-        return (w * data["scale"][..., None]).reshape(*batch, k, t * SIDE)
+    def outputs(self, data: dict[str, Array]) -> int:
+        return data["codes"].shape[-1] * SIDE
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         return self.dequantize(data, k)[ids]
 
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
+        """The op that serves a matmul."""
         rates = "/".join(map(str, self._distinct))
-        return f"decoded/matmul (XLA), trellis {self.code}, L = {self.L}, {rates} bits"
+        return f"trellis_matmul, {self.code}, L = {self.L}, {rates} bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,13 +212,3 @@ class TrellisBudget:
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """As the planned format of blocks that matter alike: the same bytes."""
         return self.planned(np.ones(len(w) // self.block)).encode(w)
-
-
-def _tiles(w: Float[Array, "16 n"]) -> Float[Array, "t 256"]:
-    return jnp.swapaxes(w.reshape(SIDE, -1, SIDE), 0, 1).reshape(-1, SIDE * SIDE)
-
-
-def _untiled(tiles: Float[Array, "... t 256"]) -> Float[Array, "... 16 n"]:
-    *batch, t, _ = tiles.shape
-    w = jnp.swapaxes(tiles.reshape(*batch, t, SIDE, SIDE), -3, -2)
-    return w.reshape(*batch, SIDE, t * SIDE)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from jaxquant.codebooks.decoding import Decoding
 from jaxquant.codebooks.kmeans import residual_kmeans
 from jaxquant.codebooks.learned import Learned
 from jaxquant.codebooks.scales import check_half, through
@@ -27,7 +28,7 @@ class VectorGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector(Learned):
+class Vector(Learned, Decoding):
     """w[i, j : j + length] is a vector of a codebook, plus one of a second if `residual_bits`.
 
     Codebooks are learned for each matrix, and there are no scales: transforms are for that.
@@ -172,6 +173,9 @@ class Vector(Learned):
         """What healing may train."""
         return tuple(codebook for _, codebook, _ in self._parts)
 
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        return self.values(*self.unpack(data, k))
+
     @property
     def spans(self) -> dict[str, int]:
         return {name: self.length for name, _, _ in self._parts}
@@ -201,4 +205,4 @@ class Vector(Learned):
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""
-        return f"decoded/matmul (XLA), vectors of {self.length}, {self._sizes} entries"
+        return f"decoded (XLA), vectors of {self.length}, {self._sizes} entries"

@@ -1,0 +1,57 @@
+"""What formats with an op of their own share: products by the kernel table, look-ups, decoding."""
+
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch, reference
+
+
+class Served:
+    """Base of a format that names its op's storage and says how its data are the op's arguments.
+
+    Attributes:
+      storage: one of `pallas_kernels.reference.STORAGES`; its products are `{storage}_matmul`.
+    """
+
+    storage: ClassVar[str]
+    codes_ndim: ClassVar[int] = 2
+
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        """Arrays and static values of the op, without x, for one matrix of k rows."""
+        raise NotImplementedError
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Any finite weights will do."""
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        arrays, static = self.arguments(data, x.shape[-1])
+        return dispatch.product(
+            f"{self.storage}_matmul", x, *arrays, **static, activations=activations
+        )
+
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        arrays, static = self.arguments(data, k)
+        return dispatch.product(f"{self.storage}_matmul_transposed", g, *arrays, **static, k=k)
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        def one(data: dict[str, Array]) -> Array:
+            arrays, static = self.arguments(data, k)
+            return reference.weights(self.storage, *arrays, **static, k=k)
+
+        for _ in data["codes"].shape[: -self.codes_ndim]:
+            one = jax.vmap(one)
+        return one(data)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        arrays, static = self.arguments(data, k)
+        return reference.columns(self.storage, ids, *arrays, **static, k=k)
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return data["codes"].shape[-1]

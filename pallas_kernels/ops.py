@@ -1,0 +1,222 @@
+"""Products of float rows with packed weights: arrays and static values in, arrays out.
+
+All are y = x @ w for a w [k, n] that stays packed: x [m, k] float32, bfloat16 or float16, y float32
+[m, n]. `activations` says in which form x meets the codes (`pallas_kernels.activations`). Each is
+served by a kernel of the platform it is lowered for, or by its `reference` (`dispatch`), is
+differentiable in x and in its float arrays, and checks its arguments: a ValueError names the one
+that is wrong.
+"""
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import checks, layout, trellis
+from pallas_kernels.dispatch import product
+
+
+def packed_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    scale: Float[Array, "g n"],
+    zero: Int32[Array, "g wn"] | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    activations: str = "float",
+    pad: bool = False,
+) -> Float[Array, "m n"]:
+    """x @ w for uniform codes: w = scale * (code - zero).
+
+    Args:
+      x: activations.
+      codes: int32, packed along k (`layout.pack`).
+      scale: of every group of rows and column, or [1, 1] for all; float16, bfloat16 or float32.
+      zero: zero points packed along n; None if symmetric.
+      bits: of a code, 2, 3, 4 or 8.
+      group_size: rows of k that share a scale.
+      activations: "float", "int8" or "int8/256".
+      pad: allow a short last group.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import layout
+    >>> codes = layout.pack(jnp.array([[1], [-2]]), 4)
+    >>> packed_matmul(jnp.ones((1, 2)), codes, jnp.array([[0.5]]), bits=4, group_size=2).tolist()
+    [[-0.5]]
+    """
+    _check_grouped(x, codes, scale, bits, group_size, activations, pad)
+    checks.zeros(zero, scale, bits)
+    static = {"bits": bits, "group_size": group_size, "activations": activations}
+    return product("packed_matmul", x, codes, scale, zero, **static)
+
+
+def ternary_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    scale: Float[Array, "g n"],
+    *,
+    group_size: int,
+    activations: str = "float",
+    pad: bool = False,
+) -> Float[Array, "m n"]:
+    """x @ w for codes -1, 0 and 1 in 2-bit words: w = scale * code.
+
+    Arguments as for `packed_matmul` at 2 bits. `layout.unpack_base3` makes the words of codes that
+    are stored five to a byte.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import layout
+    >>> codes = layout.pack(jnp.array([[1], [-1], [0]]), 2)
+    >>> x = jnp.array([[3.0, 1.0, 9.0]])
+    >>> ternary_matmul(x, codes, jnp.array([[2.0]]), group_size=3).tolist()
+    [[4.0]]
+    """
+    _check_grouped(x, codes, scale, 2, group_size, activations, pad)
+    static = {"group_size": group_size, "activations": activations}
+    return product("ternary_matmul", x, codes, scale, **static)
+
+
+def codebook_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    scale: Float[Array, "g n"],
+    *,
+    table: tuple[float, ...] | str,
+    bits: int,
+    group_size: int,
+    activations: str = "float",
+    pad: bool = False,
+) -> Float[Array, "m n"]:
+    """x @ w for codes that name entries of a table: w = scale * table[code].
+
+    Args:
+      table: 2**bits values, in order of their codes; or a float8 dtype, whose bits the codes are.
+      The others as for `packed_matmul`.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import layout
+    >>> codes = layout.pack(jnp.array([[1], [3]]), 2)
+    >>> table = (0.0, 1.0, 2.0, 5.0)
+    >>> x = jnp.ones((1, 2))
+    >>> codebook_matmul(x, codes, jnp.array([[2.0]]), table=table, bits=2, group_size=2).tolist()
+    [[12.0]]
+    """
+    _check_grouped(x, codes, scale, bits, group_size, activations, pad)
+    if not isinstance(table, str) and len(table) != 1 << bits:
+        raise ValueError(f"table must have {1 << bits} values for {bits} bits, got {len(table)}")
+    static = {"bits": bits, "group_size": group_size, "activations": activations}
+    return product("codebook_matmul", x, codes, scale, table=table, **static)
+
+
+def e8p_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    residual: Int32[Array, "r n"] | None,
+    scale: Float[Array, "1 1"],
+    *,
+    bits: int,
+    activations: str = "float",
+) -> Float[Array, "m n"]:
+    """x @ w for QuIP#'s lattice codes, eight rows to a code: w = scale * point (`e8p`).
+
+    Args:
+      codes: the low 16 bits of every octet's code, two octets a word, low half first.
+      residual: the 8 (bits - 2) bits above them, packed alike; None at 2 bits.
+      scale: one for the matrix.
+      bits: 2, 3 or 4.
+
+    >>> import jax.numpy as jnp
+    >>> x, words = jnp.ones((1, 8)), jnp.zeros((1, 1), jnp.int32)
+    >>> e8p_matmul(x, words, None, jnp.array([[2.0]]), bits=2).tolist()
+    [[12.0]]
+    """
+    _, k = checks.rows(x, activations)
+    if bits not in (2, 3, 4) or (residual is None) != (bits == 2):
+        raise ValueError(f"bits must be 2, or 3 or 4 with a residual, got {bits}")
+    checks.multiple(k, 8, "E8P codes")
+    checks.words(codes, checks.lookup_words(k // 8, 1, 16))
+    if residual is not None:
+        checks.words(residual, checks.lookup_words(k // 8, 1, 8 * (bits - 2)), "residual")
+    checks.scales(scale, 1, 1)
+    return product("e8p_matmul", x, codes, residual, scale, bits=bits, activations=activations)
+
+
+def trellis_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w t"],
+    scale: Float[Array, "b 1"],
+    *,
+    rates: tuple[int, ...],
+    L: int,
+    code: str,
+    activations: str = "float",
+) -> Float[Array, "m n"]:
+    """x @ w for tiles of 16 x 16 weights that are paths of a bit-shift trellis (`trellis`).
+
+    Args:
+      codes: words of every tile, down its column of tiles, as `trellis.dequantize` takes them.
+      scale: of each block of rows.
+      rates: bits a weight of each block, 0 to 8.
+      L: bits of a state.
+      code: what a state stands for, one of `trellis.CODES`.
+
+    >>> import jax.numpy as jnp
+    >>> x, words = jnp.ones((1, 16)), jnp.zeros((16, 2), jnp.int32)
+    >>> trellis_matmul(x, words, jnp.ones((1, 1)), rates=(2,), L=12, code="mul1").shape
+    (1, 32)
+    """
+    _, k = checks.rows(x, activations)
+    if code not in trellis.CODES:
+        raise ValueError(f"code must be one of {', '.join(trellis.CODES)}, got {code!r}")
+    for rate in set(rates) - {0}:
+        trellis.check(L, rate, trellis.CODES[code])
+    checks.multiple(k, 16 * len(rates), "blocks of trellis tiles")
+    checks.words(codes, sum(8 * rate * (k // 16 // len(rates)) for rate in rates))
+    checks.scales(scale, len(rates), 1)
+    static = {"rates": rates, "L": L, "code": code, "activations": activations}
+    return product("trellis_matmul", x, codes, scale, **static)
+
+
+def additive_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    codebooks: Float[Array, "M K d"],
+    scale: Float[Array, "1 n"],
+    *,
+    bits: int,
+    group: int,
+    activations: str = "float",
+) -> Float[Array, "m n"]:
+    """x @ w for sums of learned vectors (AQLM): w = scale * sum_i codebooks[i][code_i].
+
+    Args:
+      codes: M codes a group, packed down each column (`lookup.pack`).
+      codebooks: 2**bits vectors of `group` rows each.
+      scale: of every column.
+      bits: of a code.
+      group: rows that a code covers.
+
+    >>> import jax.numpy as jnp
+    >>> books = jnp.array([[[0.0], [1.0], [0.0], [0.0]]])
+    >>> x, words, scale = jnp.ones((1, 2)), jnp.array([[1]]), jnp.array([[3.0]])
+    >>> additive_matmul(x, words, books, scale, bits=2, group=1).tolist()
+    [[3.0]]
+    """
+    _, k = checks.rows(x, activations)
+    checks.multiple(k, group, "additive codes")
+    if codebooks.ndim != 3 or codebooks.shape[1:] != (1 << bits, group):
+        raise ValueError(
+            f"codebooks must be [M, {1 << bits}, {group}], got {list(codebooks.shape)}"
+        )
+    n = checks.words(codes, checks.lookup_words(k // group, len(codebooks), bits))
+    checks.scales(scale, 1, n)
+    static = {"bits": bits, "group": group, "activations": activations}
+    return product("additive_matmul", x, codes, codebooks, scale, **static)
+
+
+def _check_grouped(
+    x: Array, codes: Array, scale: Array, bits: int, group_size: int, activations: str, pad: bool
+) -> None:
+    """Raise ValueError unless these fit a product with a scale per group of rows."""
+    _, k = checks.rows(x, activations)
+    checks.bits(bits)
+    n = checks.words(codes, layout.words(k, bits))
+    checks.scales(scale, checks.groups(k, group_size, pad), n)
