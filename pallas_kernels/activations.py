@@ -1,0 +1,58 @@
+"""Integer activations: rows of x as int8 codes and scales, made afresh for every product.
+
+"float" leaves x as it is. "int8" gives every row (token) one scale, absmax / 127; "int8/256" one
+for every 256 channels of a row, as llama.cpp has them, so that an outlier costs only its neighbours.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+FORMS = ("float", "int8", "int8/256")
+BLOCK = 256  # channels that share a scale in "int8/256"
+
+
+def check(activations: str) -> None:
+    """Raise ValueError unless it is one of `FORMS`.
+
+    >>> check("int8")
+    """
+    if activations not in FORMS:
+        raise ValueError(f"activations must be one of {FORMS}, got {activations!r}")
+
+
+def quantize(
+    x: Float[Array, "m k"], activations: str
+) -> tuple[Int8[Array, "m k"], Float[Array, "m b"]]:
+    """Codes q in [-127, 127] and float32 scales s of each row (b = 1) or run of 256 channels.
+
+    q = x / s rounded, halves to even, s = absmax / 127, or 1 where all is zero.
+
+    >>> q, s = quantize(jnp.array([[1.0, -0.5, 0.25]]), "int8")
+    >>> q.tolist(), round(float(s[0, 0] * 127), 6)
+    ([[127, -64, 32]], 1.0)
+    """
+    check(activations)
+    m, k = x.shape
+    size = k if activations == "int8" else BLOCK
+    blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % size))).reshape(m, -1, size)
+    absmax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    s = jnp.where(absmax > 0, absmax / 127, 1.0)
+    q = jnp.clip(jnp.round(blocks / s), -127, 127).astype(jnp.int8)
+    return q.reshape(m, -1)[:, :k], s[..., 0]
+
+
+def rounded(x: Float[Array, "m k"], activations: str) -> Float[Array, "m k"]:
+    """What x is after `quantize`, in float32; x itself for "float".
+
+    >>> rounded(jnp.array([[254.0, 1.2]]), "int8").tolist()
+    [[254.0, 2.0]]
+    """
+    if activations == "float":
+        return x
+    q, s = quantize(x, activations)
+    return q * spread(s, x.shape[-1])
+
+
+def spread(s: Float[Array, "m b"], k: int) -> Float[Array, "m k"]:
+    """Each scale at each of its channels."""
+    return s if s.shape[-1] == 1 else jnp.repeat(s, BLOCK, axis=-1)[:, :k]
