@@ -5,6 +5,7 @@ a slice of k, each of those becomes `parts` rows that are zero outside their gro
 along M, which costs little: a product of few rows is bound by loading weights into the unit.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ _DIGITS = {
     ("int8", BFLOAT16): (1, 1, 127),
     ("int8", FLOAT8): (2, 16, 127),
 }
-Order = tuple[tuple[int, ...], tuple[int, ...]]  # a shape, and its axes in their new order
+# [..., k] -> [..., k]: columns of x as the codes of w come out of their words, run by run.
+Order = Callable[[Array], Array]
 
 
 class Rows(NamedTuple):
@@ -102,7 +104,7 @@ def stack(
 
     Args:
       size: columns of a slice, which `parts` groups of equal size share.
-      order: how runs of columns are reordered, as the codes of w come out of their words.
+      order: of the columns.
     """
     p, m, columns = planes.shape
     tiles = -(-m // tile)
@@ -113,8 +115,4 @@ def stack(
         mask = (owner == jnp.arange(parts)[:, None])[:, None]  # [parts, 1, k]
         rows = jnp.where(mask, rows[:, :, None], jnp.zeros((), rows.dtype))
     rows = rows.reshape(-1, k)
-    if order:
-        shape, axes = order
-        runs = rows.reshape(len(rows), -1, *shape)
-        rows = runs.transpose(0, 1, *(axis + 2 for axis in axes)).reshape(len(rows), k)
-    return rows
+    return order(rows) if order else rows

@@ -18,6 +18,8 @@ from pallas_kernels.activations import BLOCK
 from pallas_kernels.tpu import planes
 from pallas_kernels.tpu.blocks import Blocks, choose
 
+# Rows of sums, before and after planes are joined, that stay in registers while later products run.
+REGISTERS = 120
 _NN = (((1,), (0,)), ((), ()))
 
 
@@ -30,7 +32,7 @@ class Decoder(NamedTuple):
       weights: of the operands.
       bits: of each array of words, per weight.
       name: of the kernel.
-      order: of the rows within a run, if not that of k; see `planes.stack`.
+      order: of the rows, if not that of k: what is done to the columns of x.
       slice: rows at a time at least.
     """
 
@@ -145,14 +147,15 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
     words, tables = refs[: len(shape.decoder.bits)], refs[len(shape.decoder.bits) :]
     step = pl.program_id(2)
     width = min(o_ref.shape[1], 512 if x_ref.shape[0] <= 64 else 256)
+    ahead = max(1, min(5, REGISTERS // (x_ref.shape[0] + o_ref.shape[0])))
     history: list[Array] = []
     for start in range(0, o_ref.shape[1], width):
         columns = pl.ds(start, min(width, o_ref.shape[1] - start))
         total = jnp.zeros((o_ref.shape[0], columns.size), jnp.float32)
         for j in range(x_ref.shape[1] // shape.size):
             rows = x_ref[:, j * shape.size : (j + 1) * shape.size]
-            if len(history) >= 3:
-                rows = _after(rows, history[-3])
+            if len(history) >= ahead:
+                rows = _after(rows, history[-ahead])
             sums = _sums(rows, _weights(words, tables, j, columns, shape), shape)
             for part in range(shape.parts):
                 scaled = sums[part]
@@ -216,8 +219,8 @@ def _after(rows: Num[Array, "r k"], total: Float[Array, "m n"]) -> Num[Array, "r
     zero = jax.lax.shift_right_logical(pltpu.bitcast(square * square, jnp.int32), 31)
     words = pltpu.bitcast(rows, jnp.int32)
     r, c = words.shape
-    zero = zero[:r] if r < 8 else jnp.tile(zero, (r // 8, 1))
-    return pltpu.bitcast(words | jnp.tile(zero, (1, c // 128)), rows.dtype)
+    zero = jnp.tile(zero, (-(-r // 8), c // 128))[:r]
+    return pltpu.bitcast(words | zero, rows.dtype)
 
 
 def _add(o_ref, columns, total: Array, row_scale: Any, step, steps: int) -> None:

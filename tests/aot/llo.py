@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Flags of LIBTPU_INIT_ARGS that make libtpu write the dump into a folder.
-FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
+FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
 _SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
 
