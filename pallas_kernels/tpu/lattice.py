@@ -33,7 +33,7 @@ def e8p_matmul(
     """x @ (scale * points) for codes of 2 bits, two octets a word. Options as of `packed_matmul`."""
     decoder = Decoder(
         lambda words, tables: [unpack.integers(_integers(words[0], *tables), 4, unit)],
-        (0.5,), (2,), "e8p_matmul", order=_order,
+        (0.5,), (2,), "e8p_matmul", order=_order, longest=128, width=256,
     )  # fmt: skip
     y = product(
         x, (codes,), scale, decoder, group=1, tables=[jnp.asarray(t) for t in _tables()],

@@ -34,6 +34,8 @@ class Decoder(NamedTuple):
       name: of the kernel.
       order: of the rows, if not that of k: what is done to the columns of x.
       slice: rows at a time at least.
+      longest: and at most.
+      width: columns at a time.
     """
 
     planes: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
@@ -42,6 +44,8 @@ class Decoder(NamedTuple):
     name: str
     order: planes.Order | None = None
     slice: int = 128
+    longest: int = 512
+    width: int = 512
 
 
 class _Shape(NamedTuple):
@@ -84,7 +88,7 @@ def product(
     (m, k), n = x.shape, words[0].shape[1]
     groups = scale.shape[0]
     group = group if groups > 1 else 1 << 20
-    size, parts = _slice(BLOCK if activations == "int8/256" and group > BLOCK else group, decoder)
+    size, parts = sliced(BLOCK if activations == "int8/256" and group > BLOCK else group, decoder)
     count = planes.count(x.dtype, activations, unit)
     blocks = blocks or choose(m, k, n, stacked=count * parts)
     grid = blocks.steps(m, k, n)
@@ -134,11 +138,12 @@ def _readable(scale: Array) -> Array:
     return scale.astype(jnp.float32)
 
 
-def _slice(group: int, decoder: Decoder) -> tuple[int, int]:
+def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
     """Rows of w in a product, and the groups that share them."""
     if group % decoder.slice:
         return decoder.slice, decoder.slice // group
-    return next(size for size in (512, 256, decoder.slice) if group % size == 0), 1
+    sizes = (size for size in (512, 256) if size <= decoder.longest and group % size == 0)
+    return next(sizes, decoder.slice), 1
 
 
 def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
@@ -146,7 +151,7 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
     *refs, o_ref = refs
     words, tables = refs[: len(shape.decoder.bits)], refs[len(shape.decoder.bits) :]
     step = pl.program_id(2)
-    width = min(o_ref.shape[1], 512 if x_ref.shape[0] <= 64 else 256)
+    width = min(o_ref.shape[1], shape.decoder.width if x_ref.shape[0] <= 64 else 256)
     ahead = max(1, min(5, REGISTERS // (x_ref.shape[0] + o_ref.shape[0])))
     history: list[Array] = []
     for start in range(0, o_ref.shape[1], width):
