@@ -1,7 +1,7 @@
 """Integer activations: rows of x as int8 codes and scales, made afresh for every product.
 
 "float" leaves x as it is. "int8" gives every row (token) one scale, absmax / 127; "int8/256" one
-for every 256 channels of a row, as llama.cpp has them, so that an outlier costs only its neighbours.
+for every 256 channels of a row, much as llama.cpp does, so that an outlier costs its neighbours.
 """
 
 import jax.numpy as jnp

@@ -30,7 +30,7 @@ def test_rate(rows, name, chip):
 
 @pytest.mark.parametrize("chip", compiler.TOPOLOGIES)
 def test_argument_bytes(rows, chip):
-    """x in bfloat16, the words, a float32 scale of every group; nothing unpacked, nothing padded."""
+    """x in bfloat16, the words, a float32 scale of every group; nothing unpacked or padded."""
     k = tpu.LENGTHS[1]
     row = rows["packed_matmul 2 bits A8 g128", chip]
     words = 4 * layout.words(k, 2) * cases.N

@@ -74,9 +74,8 @@ def kernel(done: Compiled) -> llo.Schedule:
 def main() -> list[dict]:
     """Print the table."""
     found = rows()
-    print(
-        f"{'kernel':34}{'chip':7}{'weights/cycle':>14}{'needed':>8}{'ratio':>7}{'spills':>8}  busiest"
-    )
+    head = f"{'kernel':34}{'chip':7}{'weights/cycle':>14}{'needed':>8}{'ratio':>7}{'spills':>8}"
+    print(f"{head}  busiest")
     for r in found:
         busiest = max(r["slots"], key=r["slots"].get)
         print(
