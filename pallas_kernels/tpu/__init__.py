@@ -70,6 +70,10 @@ def _hadamard(*_: Any, **__: Any) -> str:
     return "Hadamard transforms are products with small matrices, which XLA does well on a TPU"
 
 
+def _none(*_: Any, **__: Any) -> jax.Array:
+    raise NotImplementedError("there is no such kernel for TPUs; ask `serves` first")
+
+
 def _transposed(g: Aval, codes: Aval, scale: Aval, zero: Aval | None, **statics: Any) -> str:
     return _packed(g, codes, scale, zero, **statics)
 
@@ -82,6 +86,6 @@ KERNELS = {
     "ternary_matmul": Kernel(_call("packed", "ternary_matmul"), _ternary),
     "codebook_matmul": Kernel(_call("table", "codebook_matmul"), _codebook),
     "e8p_matmul": Kernel(_call("lattice", "e8p_matmul"), _e8p),
-    "additive_matmul": Kernel(_call("packed", "additive_matmul"), _additive),
-    "hadamard": Kernel(_call("packed", "hadamard"), _hadamard),
+    "additive_matmul": Kernel(_none, _additive),
+    "hadamard": Kernel(_none, _hadamard),
 }
