@@ -67,8 +67,8 @@ def codebook_matmul(
     high, count = depth // unit, unit // 2
     values, one = entries(table, bits)
 
-    def decode(refs, step: Array) -> Array:
-        found = tiles.units(refs[0], codes.shape, step * high, high, words)
+    def decode(refs, step: Array, tile: Array) -> Array:
+        found = tiles.units(refs[0], codes.shape, tile, step * high, high, words)
         return lanes.weave(looked_up(refs[1], found, bits), 2)
 
     weights = contraction.Weights(

@@ -56,7 +56,7 @@ class Weights(NamedTuple):
     Attributes:
       arrays: what `decode` reads.
       blocks: of each array, a block's shape and whether the blocks follow the columns.
-      decode: (references, step) -> numbers [columns, places].
+      decode: (references, step, tile of columns) -> numbers [columns, places].
       depth: channels of a step.
       order: channel of each place of a tile; one may have several.
       factor: what the places' x are multiplied by; None for ones.
@@ -119,7 +119,8 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     shares = splits(steps, tiles * tall)
     for array, (shape, along) in zip(weights.arrays, weights.blocks, strict=True):
         inputs.append(array)
-        blocks.append((shape, (lambda i, j, r: (0, i)) if along else lambda i, j, r: (0, 0)))
+        whole = (0,) * len(shape)
+        blocks.append((shape, (lambda i, j, r: (0, i)) if along else lambda i, j, r, at=whole: at))
     body = _body(weights, steps, -(-steps // shares), block, k, made.scale is not None, stepwise)
     out = adapter.launch(
         body, name, grid=(tiles, shares, tall), inputs=inputs, blocks=blocks,
@@ -143,7 +144,7 @@ def _stepwise(weights: Weights, made: rows.Rows, sums: Array, short: int, block:
     """Inputs that a step's epilogue reads: sums of x, scales, zero points, scales of x."""
     steps, columns = sums.shape[1], weights.shape.columns
     scale = jnp.broadcast_to(weights.scale, (len(weights.scale), weights.n))
-    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)))  # as the kernel reads no further
+    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)), mode="edge")  # read without a mask
     if weights.zero is None:
         sums = sums * weights.offset
     inputs = [sums.T, scale]
@@ -171,13 +172,14 @@ def _body(
         *refs, out_ref = refs
         first = adapter.program(1) * share
         last = jnp.minimum(first + share, steps)
-        at = adapter.program(0) * columns + jnp.arange(columns)
+        tile = adapter.program(0)
+        at = tile * columns + jnp.arange(columns)
         extra = 2 + (weights.zero is not None) + scaled_rows if stepwise else 0
         epilogue = refs[:extra]
         packed = refs[extra:]
 
         def part(step: Array) -> Array:
-            w = weights.decode(packed, step)
+            w = weights.decode(packed, step, tile)
             x = adapter.load(x_ref.at[:, adapter.span(step * places, places)])
             exact = jnp.int32 if weights.integer else jnp.float32
             return jax.lax.dot_general(w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact)

@@ -47,8 +47,8 @@ def _weights(
     place = lambda r, register, lane: 8 * (per * r + register // 4) + 2 * (register % 4) + lane
     low = np.array([at for _, at in _NIBBLES.shifts()])
 
-    def decode(refs, step: Array) -> Array:
-        (words,) = tiles.units(refs[0], codes.shape, step * high, high)
+    def decode(refs, step: Array, tile: Array) -> Array:
+        (words,) = tiles.units(refs[0], codes.shape, tile, step * high, high)
         registers = []
         for octet in range(per):
             code = jax.lax.shift_right_logical(words, jnp.int32(width * octet))

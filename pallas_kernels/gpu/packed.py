@@ -31,8 +31,8 @@ def weights(
     shift = np.array([at for _, at in form.shifts()])
     low = lanes.woven(lambda row, step, lane: shift[step], high, form.steps, form.lanes, inner)
 
-    def decode(refs, step: Array) -> Array:
-        words = tiles.units(refs[0], codes.shape, step * high, high, form.words)
+    def decode(refs, step: Array, tile: Array) -> Array:
+        words = tiles.units(refs[0], codes.shape, tile, step * high, high, form.words)
         return lanes.weave(form.numbers(words), form.lanes, inner)
 
     return contraction.Weights(
@@ -48,13 +48,16 @@ def weights(
         one=rows.ONE if form.lanes == 2 else 1.0,
         scale=scale,
         group_size=min(group_size, k),
-        zero=None if zero is None else (partial(along, bits=bits), zero),
+        zero=None if zero is None else (partial(along, bits=bits, n=scale.shape[1]), zero),
         integer=form.lanes == 4,
     )
 
 
-def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int) -> Int32[Array, "c"]:
-    """Codes of a row of words packed along n, at these columns."""
+def along(
+    ref, row: Array, columns: Int32[Array, "c"], *, bits: int, n: int
+) -> Int32[Array, "c"]:
+    """Codes of a row of n packed in words, at these columns; past the last, the last's."""
+    columns = jnp.minimum(columns, n - 1)
     word, at = columns * bits >> 5, columns * bits & 31
     last = ref.shape[1] - 1
     code = jax.lax.shift_right_logical(ref[row, jnp.minimum(word, last)], at)
