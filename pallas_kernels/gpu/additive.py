@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpu import adapter, contraction, lanes, tiles
 from pallas_kernels.kernel import Kernel
 
-DEPTH = 128
+PLACES = 128  # of a step: channels, once for each codebook
 
 
 def additive_matmul(
@@ -27,7 +27,9 @@ def additive_matmul(
     shape, count = contraction.shape(x, activations), len(codebooks)
     pairs, size = group // 2, 1 << bits
     per = 32 // (bits * count)  # groups of a word
-    high = DEPTH // (per * group)
+    depth = PLACES // count
+    high = depth // (per * group)
+    inner = 2 if high == 4 else 1
 
     def decode(refs, step: Array, tile: Array) -> Array:
         (words,) = tiles.units(refs[0], codes.shape, tile, step * high, high)
@@ -36,7 +38,7 @@ def additive_matmul(
             code = jax.lax.shift_right_logical(words, jnp.int32(bits * i)) & (size - 1)
             entry = (code + size * (i % count)) * pairs
             registers += [adapter.load(refs[1].at[entry + pair]) for pair in range(pairs)]
-        return lanes.weave(registers, 2)
+        return lanes.weave(registers, 2, inner)
 
     def place(row, register, lane):
         code, pair = register // pairs, register % pairs
@@ -50,8 +52,8 @@ def additive_matmul(
         arrays=[codes, entries],
         blocks=[((len(codes), shape.columns), True), (entries.shape, False)],
         decode=decode,
-        depth=DEPTH,
-        order=lanes.woven(place, high, per * count * pairs, 2),
+        depth=depth,
+        order=lanes.woven(place, high, per * count * pairs, 2, inner),
         factor=None,
         shape=shape,
         offset=0.0,
@@ -69,7 +71,7 @@ def serves(
     held = bits * codebooks.shape[0]
     if held & (held - 1) or held > 32:
         return f"on a GPU, the codes of a group take 4, 8, 16 or 32 bits, not {held}"
-    if group not in (2, 4, 8, 16) or 32 // held * group > DEPTH:
+    if group not in (2, 4, 8, 16) or 32 // held * group * codebooks.shape[0] > PLACES:
         return f"on a GPU, a group has 2, 4, 8 or 16 rows, not {group}"
     if codebooks.dtype != jnp.float16:
         return f"on a GPU, codebooks are float16, not {codebooks.dtype}"

@@ -63,7 +63,7 @@ def codebook_matmul(
     """See `reference.codebook_matmul`."""
     shape, k = contraction.shape(x, activations), x.shape[1]
     unit, words = layout.unit(bits)
-    depth = tiles.depth(unit, group_size, k, activations, min(shape.depth, 128))
+    depth = tiles.depth(unit, group_size, k, activations, 64)
     high, count = depth // unit, unit // 2
     values, one = entries(table, bits)
 

@@ -14,7 +14,7 @@ from pallas_kernels import trellis
 from pallas_kernels.gpu import adapter, contraction, rows, tiles
 from pallas_kernels.kernel import Kernel
 
-DEPTH = 32
+DEPTH = 16
 TILES = 16  # side by side in a program
 OFFSET = 510  # the mean of the sum
 HASHES = {"mul1": (0x83DCD12D, 0), "1mad": (34038481, 76625530)}  # factor, summand

@@ -58,7 +58,7 @@ HALF, ONE = partial(array, dtype=jnp.float16), array(1, 1, dtype=jnp.float32)
 EIGHTS = tuple(i / 8 for i in range(-8, 8))
 CODEBOOK = partial(
     other, "codebook_matmul", arrays=(array(K // 8, N), HALF(K // 128, N)),
-    kernel="codebook_matmul_4", columns=128, depth=128, table=EIGHTS, bits=4, group_size=128,
+    kernel="codebook_matmul_4", columns=128, depth=64, table=EIGHTS, bits=4, group_size=128,
 )  # fmt: skip
 E8P = partial(
     other, "e8p_matmul", arrays=(array(K // 16, N), None, ONE), kernel="e8p_matmul", columns=128,
@@ -66,10 +66,10 @@ E8P = partial(
 )  # fmt: skip
 TRELLIS = partial(
     other, "trellis_matmul", arrays=(array(K, N // 16), ONE), kernel="trellis_matmul",
-    columns=256, depth=32, rates=(2,), code="mul1",
+    columns=256, depth=16, rates=(2,), code="mul1",
 )  # fmt: skip
 ADDITIVE = partial(
-    other, "additive_matmul", kernel="additive_matmul", columns=128, depth=128, group=8
+    other, "additive_matmul", kernel="additive_matmul", columns=128, group=8
 )
 CASES = {
     "packed 2 bits, M 8": integer(8, 2, 2.2),
@@ -93,9 +93,9 @@ CASES = {
     "trellis 2 bits, L 16, M 8": TRELLIS(8, L=16),
     "trellis 2 bits, L 12, M 16": TRELLIS(16, L=12),
     "additive 2 x 8 bits, M 8": ADDITIVE(
-        8, (array(K // 16, N), HALF(2, 256, 8), HALF(1, N)), bits=8
+        8, (array(K // 16, N), HALF(2, 256, 8), HALF(1, N)), bits=8, depth=64
     ),
     "additive 1 x 16 bits, M 8": ADDITIVE(
-        8, (array(K // 16, N), HALF(1, 1 << 16, 8), HALF(1, N)), bits=16
+        8, (array(K // 16, N), HALF(1, 1 << 16, 8), HALF(1, N)), bits=16, depth=128
     ),
 }
