@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 SIDE = 16  # of a tile
 WEIGHTS = SIDE * SIDE  # of one sequence: a tile, row-major
+_BYTE_SUMS = {"1mad": (34038481, 76625530), "mul1": (0x83DCD12D, 0)}  # factor and term of a state
 CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "tpu4": 4}  # weights of a step
 
 
@@ -99,11 +100,23 @@ def _unit(code: str, L: int, V: int) -> np.float32:
     return np.float32(1 / math.sqrt(np.mean(integers**2)))  # the sum is exact on any machine
 
 
+def byte_sum(code: str, L: int) -> tuple[int, int, np.float32] | None:
+    """Factor, term and unit of a code whose weights are sums of bytes; None of another code.
+
+    A weight is unit * (the sum of the four bytes of state * factor + term, less 510).
+
+    >>> byte_sum("mul1", 16)[:2], byte_sum("mcg", 16)
+    ((2212286765, 0), None)
+    """
+    return (*_BYTE_SUMS[code], _unit(code, L, 1)) if code in _BYTE_SUMS else None
+
+
 def _integers(states: Any, code: str) -> Any:
     """The weights of uint32 states [...] as integers [..., V], in NumPy or in JAX alike."""
     u = np.uint32
-    if code in ("1mad", "mul1"):  # the sum of four bytes
-        x = states * u(34038481) + u(76625530) if code == "1mad" else states * u(0x83DCD12D)
+    if code in _BYTE_SUMS:
+        factor, term = _BYTE_SUMS[code]
+        x = states * u(factor) + u(term)
         x = (x & u(0x00FF00FF)) + ((x >> u(8)) & u(0x00FF00FF))
         return ((x + (x >> u(16))) & u(0xFFFF)).astype(np.int32)[..., None] - 510
     if code in ("3inst", "mcg"):  # the sum of two float16
