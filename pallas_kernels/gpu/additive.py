@@ -44,9 +44,7 @@ def additive_matmul(
         code, pair = register // pairs, register % pairs
         return group * (per * row + code // count) + 2 * pair + lane
 
-    entries = jax.lax.bitcast_convert_type(
-        codebooks.astype(jnp.float16).reshape(-1, 2), jnp.int32
-    )
+    entries = jax.lax.bitcast_convert_type(codebooks.astype(jnp.float16).reshape(-1, 2), jnp.int32)
     weights = contraction.Weights(
         n=codes.shape[1],
         arrays=[codes, entries],
@@ -64,10 +62,8 @@ def additive_matmul(
     return contraction.product(x, weights, activations, "additive_matmul")
 
 
-def serves(
-    x, codes, codebooks, scale, *, bits: int, group: int, activations: str = "float"
-) -> str:
-    """"", or why these arguments are not served."""
+def serves(x, codes, codebooks, scale, *, bits: int, group: int, activations: str = "float") -> str:
+    """ "", or why these arguments are not served."""
     held = bits * codebooks.shape[0]
     if held & (held - 1) or held > 32:
         return f"on a GPU, the codes of a group take 4, 8, 16 or 32 bits, not {held}"

@@ -17,7 +17,6 @@ from pallas_kernels.gpu import adapter, contraction, lanes, tiles
 from pallas_kernels.kernel import Kernel
 
 
-
 def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, "e"], float]:
     """Words that codes or pairs of codes name, low half first; and what 1.0 is in them.
 
@@ -89,10 +88,10 @@ def codebook_matmul(
 
 
 def serves(x, codes, scale, *, table, bits: int, group_size: int, activations="float") -> str:
-    """"", or why these arguments are not served."""
+    """ "", or why these arguments are not served."""
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
-        return f"on a GPU, {max(unit, tiles.LEAST_DEPTH[activations])} must divide the group size, {group_size}"
+        return tiles.unfit(unit, group_size, activations)
     return adapter.missing()
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from pallas_kernels import activations as forms
 from pallas_kernels.gpu import adapter, rows
@@ -87,13 +87,14 @@ class Weights(NamedTuple):
     columns: np.ndarray | None = None
 
 
-def splits(steps: int, programs: int) -> int:
-    """Shares of the channels, where there are so many programs without.
+def split(steps: int, programs: int) -> tuple[int, int]:
+    """(shares, steps of a share), none empty, where there are so many programs without.
 
-    >>> splits(32, 32), splits(32, 600), splits(3, 1)
-    (8, 1, 1)
+    >>> split(32, 32), split(32, 600), split(33, 8), split(3, 1)
+    ((8, 4), (1, 32), (7, 5), (1, 3))
     """
-    return max(1, min(-(-PROGRAMS // programs), steps // LEAST_STEPS))
+    share = -(-steps // max(1, min(-(-PROGRAMS // programs), steps // LEAST_STEPS)))
+    return -(-steps // share), share
 
 
 def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: str) -> Array:
@@ -115,18 +116,19 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     if stepwise:
         extra, where = _stepwise(weights, made, sums, pad[0][1], block, k)
         inputs, blocks = inputs + extra, blocks + where
-    tiles = -(-weights.n // weights.shape.columns)
-    shares = splits(steps, tiles * tall)
+    columns = weights.shape.columns
+    tiles = -(-weights.n // columns)
+    shares, share = split(steps, tiles * tall)
     for array, (shape, along) in zip(weights.arrays, weights.blocks, strict=True):
         inputs.append(array)
         whole = (0,) * len(shape)
         blocks.append((shape, (lambda i, j, r: (0, i)) if along else lambda i, j, r, at=whole: at))
-    body = _body(weights, steps, -(-steps // shares), block, k, made.scale is not None, stepwise)
+    body = _body(weights, steps, share, block, k, made.scale is not None, stepwise)
     out = adapter.launch(
         body, name, grid=(tiles, shares, tall), inputs=inputs, blocks=blocks,
         out=(
-            jax.ShapeDtypeStruct((shares, tiles * weights.shape.columns, tall * block), jnp.float32),
-            (None, weights.shape.columns, block), lambda i, j, r: (j, i, r),
+            jax.ShapeDtypeStruct((shares, tiles * columns, tall * block), jnp.float32),
+            (None, columns, block), lambda i, j, r: (j, i, r),
         ),
         warps=weights.shape.warps, stages=3 if block == 64 else 4,
     )  # fmt: skip
@@ -182,7 +184,9 @@ def _body(
             w = weights.decode(packed, step, tile)
             x = adapter.load(x_ref.at[:, adapter.span(step * places, places)])
             exact = jnp.int32 if weights.integer else jnp.float32
-            return jax.lax.dot_general(w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact)
+            return jax.lax.dot_general(
+                w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact
+            )
 
         def plain(step: Array, total: Array) -> Array:
             return total + part(step)

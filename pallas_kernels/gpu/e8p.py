@@ -87,18 +87,16 @@ def e8p_matmul(
     y = contraction.product(x, weights, activations, "e8p_matmul")
     if residual is None:
         return y
-    finer = scale * e8p.FINE[bits]
+    finer = scale.astype(jnp.float32) * e8p.FINE[bits]
     if bits == 4:
         weights = coarse(codes=residual, scale=finer, shape=shape, k=x.shape[1])
         return y + contraction.product(x, weights, activations, "e8p_matmul")
-    weights = _weights(
-        residual, e8p.E81B_WORDS, fine_points, 8, 8.0, finer, shape, x.shape[1]
-    )
+    weights = _weights(residual, e8p.E81B_WORDS, fine_points, 8, 8.0, finer, shape, x.shape[1])
     return y + contraction.product(x, weights, activations, "e81b_matmul")
 
 
 def serves(x, codes, residual, scale, *, bits: int, activations: str = "float") -> str:
-    """"", or why these arguments are not served."""
+    """ "", or why these arguments are not served."""
     return adapter.missing()
 
 

@@ -23,6 +23,11 @@ def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128)
     return 0 if fits < least else max(size, least)
 
 
+def unfit(unit: int, group_size: int, activations: str) -> str:
+    """Why there is no `depth`."""
+    return f"on a GPU, {max(unit, LEAST_DEPTH[activations])} must divide group_size = {group_size}"
+
+
 def units(
     ref, whole: tuple[int, int], tile: Array, start: Array, count: int, words: int = 1
 ) -> list[Int32[Array, "count columns"]]:
@@ -42,7 +47,11 @@ def units(
 
 
 def rows(
-    ref, whole: tuple[int, int], tile: Array, row: Int32[Array, "r"], step: int = 1,
+    ref,
+    whole: tuple[int, int],
+    tile: Array,
+    row: Int32[Array, "r"],
+    step: int = 1,
     start: Array | None = None,
 ) -> Int32[Array, "r columns"]:
     """Words of these rows; if `start` is given, they are rows from there on.

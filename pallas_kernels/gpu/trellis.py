@@ -1,8 +1,8 @@
 """Trellis codes that are sums of four bytes: a window of the stream, a product, a sum, a weight.
 
-The sum, at most 1020, is the bits of a subnormal float16: the weight, but for an offset. Words hold
-rows of tiles 16 columns wide, so the sixteen weights of a row of a tile come from the same words and
-become sixteen columns, which a program keeps in an order in which no weight moves between threads.
+The sum, at most 1020, is the bits of a subnormal float16: the weight, but for an offset. Words
+hold rows of tiles 16 columns wide, so the sixteen weights of a row of a tile come from the same
+words and become sixteen columns, which a program keeps in an order in which no weight moves.
 """
 
 import jax
@@ -116,7 +116,7 @@ def trellis_matmul(
 def serves(
     x, codes, scale, *, rates: tuple[int, ...], L: int, code: str, activations: str = "float"
 ) -> str:
-    """"", or why these arguments are not served."""
+    """ "", or why these arguments are not served."""
     if code not in HASHES:
         return f"on a GPU, trellis codes are {' and '.join(HASHES)}, not {code}"
     if len({*rates}) > 1 or rates[0] not in RATES:

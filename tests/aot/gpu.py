@@ -8,7 +8,8 @@ its own compiles each chip's kernels, since an LLVM error ends the process it ha
 
 Needed, without a GPU, driver or CUDA: the plugin of this very JAX and three programs,
 
-    pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V nvidia-cuda-nvcc nvidia-cuda-nvdisasm
+    pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V
+    pip install --no-deps nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 """
 
 import collections
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -176,7 +178,7 @@ class Code:
         self.spills = sum(map(int, re.findall(r"(\d+) bytes spill", info)[:2]))
         entry = re.split(rf"\.entry {kernel}\b", ptx)[1]
         self.threads = math.prod(map(int, re.search(r"\.reqntid ([\d, ]+)", entry)[1].split(",")))
-        self.lines, self.loop = _loop(body)
+        self.lines, self.loop = loop(body)
 
     def counts(self) -> collections.Counter:
         """Instructions of the loop by opcode."""
@@ -191,7 +193,8 @@ class Code:
 _TENSOR = {"HMMA", "HGMMA", "IMMA", "IGMMA"}
 
 
-def _loop(body: str) -> tuple[list[str], tuple[int, int]]:
+def loop(body: str) -> tuple[list[str], tuple[int, int]]:
+    """Instructions of a listing; first and last of the innermost loop that multiplies."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for text in body.splitlines():
@@ -219,7 +222,7 @@ def _run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def report(names: list[str] | None = None) -> list[dict]:
+def report(names: Iterable[str] = (), chips: Iterable[str] = tuple(CHIPS)) -> list[dict]:
     """Kernel, chip, instructions_per_weight, registers, spills of each case on each chip.
 
     instructions_per_weight are all those of the inner loop (loads, waits, addresses, unpacking,
@@ -228,8 +231,8 @@ def report(names: list[str] | None = None) -> list[dict]:
     from tests.aot.gpu_cases import CASES
 
     rows = []
-    for chip in CHIPS:
-        for name, ptx in compiled(chip, names or list(CASES)).items():
+    for chip in chips:
+        for name, ptx in compiled(chip, list(names) or list(CASES)).items():
             case = CASES[name]
             if ptx.startswith("error: "):
                 rows.append({"kernel": name, "chip": chip, "error": ptx.removeprefix("error: ")})
@@ -240,7 +243,7 @@ def report(names: list[str] | None = None) -> list[dict]:
                 {
                     "kernel": name, "chip": chip, "instructions_per_weight": round(per, 2),
                     "registers": code.registers, "spills": code.spills,
-                    "multiplies": sorted(code.multiplies()),
+                    "multiplies": code.multiplies(),
                     "opcodes": dict(code.counts().most_common()),
                 }
             )  # fmt: skip
@@ -258,7 +261,7 @@ def main() -> None:
             continue
         print(
             f"{row['kernel']:34}{row['chip']:7}{row['instructions_per_weight']:>20.2f}"
-            f"{row['registers']:>10}{row['spills']:>8}  {' '.join(row['multiplies'])}"
+            f"{row['registers']:>10}{row['spills']:>8}  {' '.join(sorted(row['multiplies']))}"
         )
 
 

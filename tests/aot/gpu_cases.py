@@ -36,16 +36,25 @@ def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+HALF, ONE = partial(array, dtype=jnp.float16), array(1, 1, dtype=jnp.float32)
+
+
 def integer(m, bits, ceiling, *, group=128, zero=False, activations="float", dtype=jnp.bfloat16):
     """A case of `packed_matmul`."""
     groups = K // group
     codes, scale = array(layout.words(K, bits), N), array(groups, N, dtype=jnp.float16)
     static = {"bits": bits, "group_size": group, "activations": activations}
-    args = (array(m, K, dtype=dtype), codes, scale if groups > 1 else array(1, 1, dtype=jnp.float32))
+    args = (
+        array(m, K, dtype=dtype),
+        codes,
+        scale if groups > 1 else array(1, 1, dtype=jnp.float32),
+    )
     args += (array(groups, layout.words(N, bits)) if zero else None,)
     shape = contraction.shape(args[0], activations)
     size = shape.columns * tiles.depth(layout.unit(bits)[0], group, K, activations, shape.depth)
-    return Case(partial(packed.packed_matmul, **static), args, f"packed_matmul_{bits}", size, ceiling)
+    return Case(
+        partial(packed.packed_matmul, **static), args, f"packed_matmul_{bits}", size, ceiling
+    )
 
 
 def other(op, m, arrays, kernel, columns, depth, **static):
@@ -54,7 +63,6 @@ def other(op, m, arrays, kernel, columns, depth, **static):
     return Case(partial(KERNELS[op].call, **static), (x, *arrays), kernel, columns * depth, 12)
 
 
-HALF, ONE = partial(array, dtype=jnp.float16), array(1, 1, dtype=jnp.float32)
 EIGHTS = tuple(i / 8 for i in range(-8, 8))
 CODEBOOK = partial(
     other, "codebook_matmul", arrays=(array(K // 8, N), HALF(K // 128, N)),
@@ -68,9 +76,7 @@ TRELLIS = partial(
     other, "trellis_matmul", arrays=(array(K, N // 16), ONE), kernel="trellis_matmul",
     columns=256, depth=16, rates=(2,), code="mul1",
 )  # fmt: skip
-ADDITIVE = partial(
-    other, "additive_matmul", kernel="additive_matmul", columns=128, group=8
-)
+ADDITIVE = partial(other, "additive_matmul", kernel="additive_matmul", columns=128, group=8)
 CASES = {
     "packed 2 bits, M 8": integer(8, 2, 2.2),
     "packed 2 bits, M 16": integer(16, 2, 2.2),

@@ -14,7 +14,9 @@ from pallas_kernels.gpu import KERNELS, adapter, lanes
 ROWS = (1, 3, 8, 16, 64, 200)
 # Mean squared error over mean square, and largest error over root mean square, against float32
 # products of the same x: of exact weights in float32 sums, and of weights rounded to float16.
-EXACT, HALVES = (1e-11, 1e-5), (1e-7, 2e-3)
+EXACT, HALVES = (1e-11, 1e-5), (2**-22, 2e-3)
+# Interpreted kernels are large programs that run once.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NORMAL_FLOAT = tuple(float(v) for v in np.sort(np.random.default_rng(4).normal(size=16)) / 3)
 
 
@@ -72,11 +74,23 @@ def additive(rng, k, n, count, bits, group):
 # Of every format: op, how to draw a matrix, channels and columns (ragged where it allows), budget.
 FORMATS = {
     "2 bits": ("packed_matmul", partial(packed, bits=2, group_size=64), 328, 70, EXACT),
-    "2 bits, zeros": ("packed_matmul", partial(packed, bits=2, group_size=128, zero=True), 300, 75, EXACT),
-    "2 bits, one scale": ("packed_matmul", partial(packed, bits=2, group_size=512, one=True), 500, 130, EXACT),
+    "2 bits, zeros": (
+        "packed_matmul", partial(packed, bits=2, group_size=128, zero=True),
+        300, 75, EXACT,
+    ),
+    "2 bits, one scale": (
+        "packed_matmul", partial(packed, bits=2, group_size=512, one=True),
+        500, 130, EXACT,
+    ),
     "3 bits": ("packed_matmul", partial(packed, bits=3, group_size=96, zero=True), 203, 77, EXACT),
-    "4 bits": ("packed_matmul", partial(packed, bits=4, group_size=32, dtype="bfloat16"), 300, 129, EXACT),
-    "8 bits": ("packed_matmul", partial(packed, bits=8, group_size=128, dtype="float32"), 260, 65, EXACT),
+    "4 bits": (
+        "packed_matmul", partial(packed, bits=4, group_size=32, dtype="bfloat16"),
+        300, 129, EXACT,
+    ),
+    "8 bits": (
+        "packed_matmul", partial(packed, bits=8, group_size=128, dtype="float32"),
+        260, 65, EXACT,
+    ),
     "ternary": ("ternary_matmul", partial(ternary, group_size=192), 576, 70, EXACT),
     "NormalFloat": ("codebook_matmul", partial(codebook, bits=4, group_size=64), 200, 70, HALVES),
     "float8": ("codebook_matmul", float8, 200, 70, EXACT),
@@ -90,10 +104,19 @@ MORE = {
     "codebook of 8": ("codebook_matmul", partial(codebook, bits=3, group_size=64), 192, 70, HALVES),
     "E8P 3 bits": ("e8p_matmul", partial(e8p, bits=3), 200, 70, EXACT),
     "E8P 4 bits": ("e8p_matmul", partial(e8p, bits=4), 200, 70, EXACT),
-    "trellis 4 bits": ("trellis_matmul", partial(trellis, rate=4, L=12, code="1mad", blocks=2), 192, 32, EXACT),
+    "trellis 4 bits": (
+        "trellis_matmul", partial(trellis, rate=4, L=12, code="1mad", blocks=2),
+        192, 32, EXACT,
+    ),
     "trellis 8 bits": ("trellis_matmul", partial(trellis, rate=8, L=13), 64, 16, EXACT),
-    "additive 1 x 16": ("additive_matmul", partial(additive, count=1, bits=16, group=8), 136, 70, EXACT),
-    "additive 4 x 4": ("additive_matmul", partial(additive, count=4, bits=4, group=4), 136, 70, EXACT),
+    "additive 1 x 16": (
+        "additive_matmul", partial(additive, count=1, bits=16, group=8),
+        136, 70, EXACT,
+    ),
+    "additive 4 x 4": (
+        "additive_matmul", partial(additive, count=4, bits=4, group=4),
+        136, 70, EXACT,
+    ),
 }  # fmt: skip
 DTYPES, ACTIVATIONS = ("bfloat16", "float32", "float16"), (*forms.FORMS, "float")
 
@@ -106,22 +129,29 @@ def errors(op, draw, m, k, n, dtype, activations, seed=0):
     kernel = KERNELS[op]
     assert kernel.serves(x, *arrays, **static, activations=activations) == ""
     with adapter.interpreted():
-        y = jax.jit(partial(kernel.call, **static, activations=activations))(x, *arrays)
+        call = partial(kernel.call, **static, activations=activations)
+        y = jax.jit(call, compiler_options=QUICK)(x, *arrays)
     assert y.shape == (m, n) and y.dtype == jnp.float32
-    exact = forms.rounded(x, activations).astype(jnp.float32)
-    expected = getattr(reference, op)(exact, *arrays, **static)
+    exact = jax.jit(forms.rounded, static_argnums=1)(x, activations).astype(jnp.float32)
+    expected = jax.jit(partial(getattr(reference, op), **static), compiler_options=QUICK)
+    expected = expected(exact, *arrays)
     off = np.asarray(y - expected, np.float64)
     square = np.mean(np.square(np.asarray(expected, np.float64)), axis=1, keepdims=True)
     return np.mean(off**2 / square), np.max(np.abs(off) / np.sqrt(square))
 
 
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize("name", FORMATS)
+def cases():
+    """Every op at every number of rows; forms of packed_matmul but the first take two each."""
+    for i, (name, (op, *_)) in enumerate(FORMATS.items()):
+        more = "," in name or (op == "packed_matmul" and i) or name == "float8"
+        yield from ((name, m) for m in (ROWS[i % 3 :: 3] if more else ROWS))
+
+
+@pytest.mark.parametrize("name, m", list(cases()))
 def test_equals_its_reference(name, m):
-    """Every dtype of x and form of activations meets every format at some number of rows."""
-    *case, budget = FORMATS[name]
+    """Every dtype of x and form of activations meets every op at some number of rows."""
+    op, draw, k, n, budget = FORMATS[name]
     i = list(FORMATS).index(name) + ROWS.index(m)
-    op, draw, k, n = case
     mean, largest = errors(op, draw, m, k, n, DTYPES[i % 3], ACTIVATIONS[i % 4])
     assert mean < budget[0] and largest < budget[1]
 
