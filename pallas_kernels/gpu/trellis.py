@@ -25,7 +25,7 @@ def unit(code: str, L: int) -> float:
     """The weight that a sum one above the mean stands for.
 
     >>> round(unit("mul1", 12), 5)
-    0.00671
+    0.00678
     """
     first = sum(HASHES[code][1].to_bytes(4, "little")) - OFFSET  # of state 0
     return float(trellis.values(code, L, 1)[0, 0]) / first
