@@ -10,6 +10,7 @@ so each piece of assembly stands here beside its twin in jnp.
 import contextlib
 import contextvars
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,15 +35,11 @@ def missing() -> str:
 
 
 def _triton() -> Any:
-    from jax.experimental.pallas import triton
-
-    return triton
+    return importlib.import_module("jax.experimental.pallas.triton")
 
 
 def _pallas() -> Any:
-    from jax.experimental import pallas
-
-    return pallas
+    return importlib.import_module("jax.experimental.pallas")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from pallas_kernels.gpu import adapter, contraction, lanes, tiles
 from pallas_kernels.kernel import Kernel
 
 
-
 def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, "e"], float]:
     """Words that codes or pairs of codes name, low half first; and what 1.0 is in them.
 
@@ -63,12 +62,12 @@ def codebook_matmul(
     """See `reference.codebook_matmul`."""
     shape, k = contraction.shape(x, activations), x.shape[1]
     unit, words = layout.unit(bits)
-    depth = tiles.depth(unit, group_size, k, activations, min(shape.depth, 128))
+    depth = tiles.depth(unit, group_size, k, activations, 64)
     high, count = depth // unit, unit // 2
     values, one = entries(table, bits)
 
-    def decode(refs, step: Array) -> Array:
-        found = tiles.units(refs[0], codes.shape, step * high, high, words)
+    def decode(refs, step: Array, tile: Array) -> Array:
+        found = tiles.units(refs[0], codes.shape, tile, step * high, high, words)
         return lanes.weave(looked_up(refs[1], found, bits), 2)
 
     weights = contraction.Weights(
@@ -89,10 +88,10 @@ def codebook_matmul(
 
 
 def serves(x, codes, scale, *, table, bits: int, group_size: int, activations="float") -> str:
-    """"", or why these arguments are not served."""
+    """ "", or why these arguments are not served."""
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
-        return f"on a GPU, {max(unit, tiles.LEAST_DEPTH[activations])} must divide the group size, {group_size}"
+        return tiles.unfit(unit, group_size, activations)
     return adapter.missing()
 
 

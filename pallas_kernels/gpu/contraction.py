@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from pallas_kernels import activations as forms
 from pallas_kernels.gpu import adapter, rows
@@ -56,7 +56,7 @@ class Weights(NamedTuple):
     Attributes:
       arrays: what `decode` reads.
       blocks: of each array, a block's shape and whether the blocks follow the columns.
-      decode: (references, step) -> numbers [columns, places].
+      decode: (references, step, tile of columns) -> numbers [columns, places].
       depth: channels of a step.
       order: channel of each place of a tile; one may have several.
       factor: what the places' x are multiplied by; None for ones.
@@ -87,13 +87,14 @@ class Weights(NamedTuple):
     columns: np.ndarray | None = None
 
 
-def splits(steps: int, programs: int) -> int:
-    """Shares of the channels, where there are so many programs without.
+def split(steps: int, programs: int) -> tuple[int, int]:
+    """(shares, steps of a share), none empty, where there are so many programs without.
 
-    >>> splits(32, 32), splits(32, 600), splits(3, 1)
-    (8, 1, 1)
+    >>> split(32, 32), split(32, 600), split(33, 8), split(3, 1)
+    ((8, 4), (1, 32), (7, 5), (1, 3))
     """
-    return max(1, min(-(-PROGRAMS // programs), steps // LEAST_STEPS))
+    share = -(-steps // max(1, min(-(-PROGRAMS // programs), steps // LEAST_STEPS)))
+    return -(-steps // share), share
 
 
 def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: str) -> Array:
@@ -115,17 +116,19 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     if stepwise:
         extra, where = _stepwise(weights, made, sums, pad[0][1], block, k)
         inputs, blocks = inputs + extra, blocks + where
-    tiles = -(-weights.n // weights.shape.columns)
-    shares = splits(steps, tiles * tall)
+    columns = weights.shape.columns
+    tiles = -(-weights.n // columns)
+    shares, share = split(steps, tiles * tall)
     for array, (shape, along) in zip(weights.arrays, weights.blocks, strict=True):
         inputs.append(array)
-        blocks.append((shape, (lambda i, j, r: (0, i)) if along else lambda i, j, r: (0, 0)))
-    body = _body(weights, steps, -(-steps // shares), block, k, made.scale is not None, stepwise)
+        whole = (0,) * len(shape)
+        blocks.append((shape, (lambda i, j, r: (0, i)) if along else lambda i, j, r, at=whole: at))
+    body = _body(weights, steps, share, block, k, made.scale is not None, stepwise)
     out = adapter.launch(
         body, name, grid=(tiles, shares, tall), inputs=inputs, blocks=blocks,
         out=(
-            jax.ShapeDtypeStruct((shares, tiles * weights.shape.columns, tall * block), jnp.float32),
-            (None, weights.shape.columns, block), lambda i, j, r: (j, i, r),
+            jax.ShapeDtypeStruct((shares, tiles * columns, tall * block), jnp.float32),
+            (None, columns, block), lambda i, j, r: (j, i, r),
         ),
         warps=weights.shape.warps, stages=3 if block == 64 else 4,
     )  # fmt: skip
@@ -143,7 +146,7 @@ def _stepwise(weights: Weights, made: rows.Rows, sums: Array, short: int, block:
     """Inputs that a step's epilogue reads: sums of x, scales, zero points, scales of x."""
     steps, columns = sums.shape[1], weights.shape.columns
     scale = jnp.broadcast_to(weights.scale, (len(weights.scale), weights.n))
-    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)))  # as the kernel reads no further
+    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)), mode="edge")  # read without a mask
     if weights.zero is None:
         sums = sums * weights.offset
     inputs = [sums.T, scale]
@@ -171,16 +174,19 @@ def _body(
         *refs, out_ref = refs
         first = adapter.program(1) * share
         last = jnp.minimum(first + share, steps)
-        at = adapter.program(0) * columns + jnp.arange(columns)
+        tile = adapter.program(0)
+        at = tile * columns + jnp.arange(columns)
         extra = 2 + (weights.zero is not None) + scaled_rows if stepwise else 0
         epilogue = refs[:extra]
         packed = refs[extra:]
 
         def part(step: Array) -> Array:
-            w = weights.decode(packed, step)
+            w = weights.decode(packed, step, tile)
             x = adapter.load(x_ref.at[:, adapter.span(step * places, places)])
             exact = jnp.int32 if weights.integer else jnp.float32
-            return jax.lax.dot_general(w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact)
+            return jax.lax.dot_general(
+                w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact
+            )
 
         def plain(step: Array, total: Array) -> Array:
             return total + part(step)

@@ -47,8 +47,8 @@ def _weights(
     place = lambda r, register, lane: 8 * (per * r + register // 4) + 2 * (register % 4) + lane
     low = np.array([at for _, at in _NIBBLES.shifts()])
 
-    def decode(refs, step: Array) -> Array:
-        (words,) = tiles.units(refs[0], codes.shape, step * high, high)
+    def decode(refs, step: Array, tile: Array) -> Array:
+        (words,) = tiles.units(refs[0], codes.shape, tile, step * high, high)
         registers = []
         for octet in range(per):
             code = jax.lax.shift_right_logical(words, jnp.int32(width * octet))
@@ -87,18 +87,16 @@ def e8p_matmul(
     y = contraction.product(x, weights, activations, "e8p_matmul")
     if residual is None:
         return y
-    finer = scale * e8p.FINE[bits]
+    finer = scale.astype(jnp.float32) * e8p.FINE[bits]
     if bits == 4:
         weights = coarse(codes=residual, scale=finer, shape=shape, k=x.shape[1])
         return y + contraction.product(x, weights, activations, "e8p_matmul")
-    weights = _weights(
-        residual, e8p.E81B_WORDS, fine_points, 8, 8.0, finer, shape, x.shape[1]
-    )
+    weights = _weights(residual, e8p.E81B_WORDS, fine_points, 8, 8.0, finer, shape, x.shape[1])
     return y + contraction.product(x, weights, activations, "e81b_matmul")
 
 
 def serves(x, codes, residual, scale, *, bits: int, activations: str = "float") -> str:
-    """"", or why these arguments are not served."""
+    """ "", or why these arguments are not served."""
     return adapter.missing()
 
 

@@ -1,4 +1,4 @@
-"""Uniform codes of 2, 3, 4 and 8 bits, symmetric or with zero points; ternary ones are of 2 bits."""
+"""Uniform codes of 2, 3, 4 and 8 bits, symmetric or with zero points; ternary codes have 2."""
 
 from functools import partial
 
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import layout
 from pallas_kernels.gpu import adapter, contraction, lanes, rows, tiles
 from pallas_kernels.kernel import Kernel
+
 
 def weights(
     codes: Int32[Array, "w n"],
@@ -31,8 +32,8 @@ def weights(
     shift = np.array([at for _, at in form.shifts()])
     low = lanes.woven(lambda row, step, lane: shift[step], high, form.steps, form.lanes, inner)
 
-    def decode(refs, step: Array) -> Array:
-        words = tiles.units(refs[0], codes.shape, step * high, high, form.words)
+    def decode(refs, step: Array, tile: Array) -> Array:
+        words = tiles.units(refs[0], codes.shape, tile, step * high, high, form.words)
         return lanes.weave(form.numbers(words), form.lanes, inner)
 
     return contraction.Weights(
@@ -48,13 +49,14 @@ def weights(
         one=rows.ONE if form.lanes == 2 else 1.0,
         scale=scale,
         group_size=min(group_size, k),
-        zero=None if zero is None else (partial(along, bits=bits), zero),
+        zero=None if zero is None else (partial(along, bits=bits, n=scale.shape[1]), zero),
         integer=form.lanes == 4,
     )
 
 
-def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int) -> Int32[Array, "c"]:
-    """Codes of a row of words packed along n, at these columns."""
+def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int, n: int) -> Int32[Array, "c"]:
+    """Codes of a row of n packed in words, at these columns; past the last, the last's."""
+    columns = jnp.minimum(columns, n - 1)
     word, at = columns * bits >> 5, columns * bits & 31
     last = ref.shape[1] - 1
     code = jax.lax.shift_right_logical(ref[row, jnp.minimum(word, last)], at)
@@ -73,10 +75,10 @@ def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activati
 
 
 def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float") -> str:
-    """"", or why these arguments are not served."""
-    least = max(layout.unit(bits)[0], tiles.LEAST_DEPTH[activations])
-    if not tiles.depth(layout.unit(bits)[0], group_size, x.shape[1], activations):
-        return f"on a GPU, {least} must divide the group size, {group_size}"
+    """ "", or why these arguments are not served."""
+    unit = layout.unit(bits)[0]
+    if not tiles.depth(unit, group_size, x.shape[1], activations):
+        return tiles.unfit(unit, group_size, activations)
     return adapter.missing()
 
 
@@ -88,7 +90,7 @@ def ternary_matmul(x, codes, scale, *, group_size: int, activations: str = "floa
 
 
 def serves_ternary(x, codes, scale, *, group_size: int, activations: str = "float") -> str:
-    """"", or why these arguments are not served."""
+    """ "", or why these arguments are not served."""
     return serves(x, codes, scale, None, bits=2, group_size=group_size, activations=activations)
 
 

@@ -23,32 +23,53 @@ def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128)
     return 0 if fits < least else max(size, least)
 
 
+def unfit(unit: int, group_size: int, activations: str) -> str:
+    """Why there is no `depth`."""
+    return f"on a GPU, {max(unit, LEAST_DEPTH[activations])} must divide group_size = {group_size}"
+
+
 def units(
-    ref, whole: tuple[int, int], start: Array, count: int, words: int = 1
+    ref, whole: tuple[int, int], tile: Array, start: Array, count: int, words: int = 1
 ) -> list[Int32[Array, "count columns"]]:
     """Words of this program's columns, those of units start ... start + count.
 
     Args:
       ref: words down the program's columns.
       whole: shape of the array, past which is zero.
+      tile: the program's place among the columns.
       start, count: units.
       words: of a unit; each has an array of its own.
     """
-    shape = (count, ref.shape[1])
+    if words > 1:
+        unit = start + jnp.arange(count)
+        return [rows(ref, whole, tile, unit * words + i, count * words) for i in range(words)]
+    return [rows(ref, whole, tile, start + jnp.arange(count), count, start)]
+
+
+def rows(
+    ref,
+    whole: tuple[int, int],
+    tile: Array,
+    row: Int32[Array, "r"],
+    step: int = 1,
+    start: Array | None = None,
+) -> Int32[Array, "r columns"]:
+    """Words of these rows; if `start` is given, they are rows from there on.
+
+    `step` divides all ranges of rows: where it divides the length too, none lies past it.
+    """
     length, n = whole
-    mask = None
+    shape = (len(row), ref.shape[1])
+    place = jnp.arange(shape[1])
+    here = None
     if n % shape[1]:
-        mask = adapter.program(0) * shape[1] + jnp.arange(shape[1]) < n
-    found = []
-    for i in range(words):
-        row = ((start + jnp.arange(count)) * words + i)[:, None]
-        here = row < length if length % (count * words) else None
-        if mask is not None:
-            here = mask[None, :] if here is None else here & mask[None, :]
-        if here is not None:
-            here = jnp.broadcast_to(here, shape)
-        at = (adapter.span(start, count), slice(None))
-        if words > 1:
-            at = tuple(jnp.broadcast_to(t, shape) for t in (row, jnp.arange(shape[1])))
-        found.append(adapter.load(ref.at[at], here))
-    return found
+        here = (tile * shape[1] + place < n)[None, :]
+    if length % step:
+        there = (row < length)[:, None]
+        here = there if here is None else here & there
+    if here is not None:
+        here = jnp.broadcast_to(here, shape)
+    if start is not None:
+        return adapter.load(ref.at[adapter.span(start, len(row)), :], here)
+    at = (jnp.broadcast_to(t, shape) for t in (row[:, None], place))
+    return adapter.load(ref.at[tuple(at)], here)

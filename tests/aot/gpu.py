@@ -8,7 +8,8 @@ its own compiles each chip's kernels, since an LLVM error ends the process it ha
 
 Needed, without a GPU, driver or CUDA: the plugin of this very JAX and three programs,
 
-    pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V nvidia-cuda-nvcc nvidia-cuda-nvdisasm
+    pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V
+    pip install --no-deps nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 """
 
 import collections
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -101,7 +103,9 @@ def compiled(chip: str, names: list[str], timeout: int = SECONDS) -> dict[str, s
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
+            # From JAX 0.11 on, PTX is dumped for named emitters only.
             "XLA_FLAGS": f"--xla_gpu_autotune_level=0 --xla_dump_to={folder} "
+            "--xla_dump_emitter_re=.* "
             f"--xla_gpu_cuda_data_dir={Path(program('ptxas')).parent.parent}",
         }
         while left := [name for name in names if name not in found]:
@@ -176,7 +180,7 @@ class Code:
         self.spills = sum(map(int, re.findall(r"(\d+) bytes spill", info)[:2]))
         entry = re.split(rf"\.entry {kernel}\b", ptx)[1]
         self.threads = math.prod(map(int, re.search(r"\.reqntid ([\d, ]+)", entry)[1].split(",")))
-        self.lines, self.loop = _loop(body)
+        self.lines, self.loop = loop(body)
 
     def counts(self) -> collections.Counter:
         """Instructions of the loop by opcode."""
@@ -191,7 +195,8 @@ class Code:
 _TENSOR = {"HMMA", "HGMMA", "IMMA", "IGMMA"}
 
 
-def _loop(body: str) -> tuple[list[str], tuple[int, int]]:
+def loop(body: str) -> tuple[list[str], tuple[int, int]]:
+    """Instructions of a listing; first and last of the innermost loop that multiplies."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for text in body.splitlines():
@@ -219,7 +224,7 @@ def _run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def report(names: list[str] | None = None) -> list[dict]:
+def report(names: Iterable[str] = (), chips: Iterable[str] = tuple(CHIPS)) -> list[dict]:
     """Kernel, chip, instructions_per_weight, registers, spills of each case on each chip.
 
     instructions_per_weight are all those of the inner loop (loads, waits, addresses, unpacking,
@@ -228,8 +233,8 @@ def report(names: list[str] | None = None) -> list[dict]:
     from tests.aot.gpu_cases import CASES
 
     rows = []
-    for chip in CHIPS:
-        for name, ptx in compiled(chip, names or list(CASES)).items():
+    for chip in chips:
+        for name, ptx in compiled(chip, list(names) or list(CASES)).items():
             case = CASES[name]
             if ptx.startswith("error: "):
                 rows.append({"kernel": name, "chip": chip, "error": ptx.removeprefix("error: ")})
@@ -240,7 +245,7 @@ def report(names: list[str] | None = None) -> list[dict]:
                 {
                     "kernel": name, "chip": chip, "instructions_per_weight": round(per, 2),
                     "registers": code.registers, "spills": code.spills,
-                    "multiplies": sorted(code.multiplies()),
+                    "multiplies": code.multiplies(),
                     "opcodes": dict(code.counts().most_common()),
                 }
             )  # fmt: skip
@@ -258,7 +263,7 @@ def main() -> None:
             continue
         print(
             f"{row['kernel']:34}{row['chip']:7}{row['instructions_per_weight']:>20.2f}"
-            f"{row['registers']:>10}{row['spills']:>8}  {' '.join(row['multiplies'])}"
+            f"{row['registers']:>10}{row['spills']:>8}  {' '.join(sorted(row['multiplies']))}"
         )
 
 
