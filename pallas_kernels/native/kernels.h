@@ -52,9 +52,8 @@ constexpr int kRows[] = {4, 2, 1};  // that a product kernel takes at a time
 struct TrellisTiles {
   const uint32_t* words;  // [8 rate + 1, lanes]: the first row again at the end
   int rate, L, weights;   // bits a weight, bits of a state, weights of a state
-  uint32_t factor, term;  // the state times `factor` plus `term` has bytes whose sum is a weight
-  float unit;             // ... less 510, times this
-  const float* table;     // [2^L, weights]; null: compute
+  uint32_t factor, term;  // a weight is the sum of the bytes of state * factor + term, less 510
+  const float* table;     // [2^L, weights]; null: byte sums
   float* out;             // [16 rows, 16 columns, lanes]
   int64_t stride;         // from row to row
 };

@@ -166,5 +166,9 @@ MULTIPLY(multiply_floats, (floats<F, C, R>(a, column)), (floats<F, 1, R>(a, colu
 #undef MULTIPLY
 
 // Vectors of columns for 4, 2 and 1 rows.
+#ifdef PLAIN  // where vectors are emulated, less code
+#define BY_ROWS(NAME, F) {NAME<F, 1, 4>, NAME<F, 1, 2>, NAME<F, 1, 1>}
+#else
 #define BY_ROWS(NAME, F) {NAME<F, 2, 4>, NAME<F, 2, 2>, NAME<F, 4, 1>}
+#endif
 #define BY_ROWS_TABLED(F) {multiply_tabled<F, 4>, multiply_tabled<F, 2>, multiply_tabled<F, 1>}

@@ -93,7 +93,8 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
     }
     const float* values = table.element_count() ? table.typed_data() : nullptr;
     tiles.code = {nullptr, 0, L, weights, static_cast<uint32_t>(factor),
-                  static_cast<uint32_t>(term), unit, values};
+                  static_cast<uint32_t>(term), values};
+    if (!values) tiles.scales.factor = unit;
     tiles.kernels = &kernels;
     tasks[i] = {{&tiles}, static_cast<float*>((*y)->untyped_data()), tiles.tiles * kSide, kSide};
   }
