@@ -30,50 +30,33 @@ class Points : public Operand {
 
   Words words(const Segment& s, int64_t first, int64_t count, int64_t columns,
               uint32_t* room) const override {
-    if (!signs) return residuals(s, first, count, columns, room);
-    int64_t i = 0;
-    if (s.unit % 2) pair(s.unit - 1, first, count, columns, nullptr, room), i = 1;
-    for (; i < s.units; i += 2) {
-      uint32_t* to = room + i * columns;
-      pair(s.unit + i, first, count, columns, to, i + 1 < s.units ? to + columns : nullptr);
-    }
-    return {room, columns};
-  }
-
-  // Octets 2 i and 2 i + 1, that share words; null for one that is not wanted.
-  void pair(int64_t octet, int64_t first, int64_t count, int64_t columns, uint32_t* low,
-            uint32_t* high) const {
-    const uint32_t* from = codes + octet / 2 * n + first;
-    const uint32_t *by_row = rows, *by_sign = signs;
-    if (low && high) {
-#pragma GCC unroll 4
-      for (int64_t c = 0; c < count; ++c) {
-        const uint32_t word = from[c], top = word >> 16;
-        low[c] = by_row[word >> 8 & 255] ^ by_sign[word & 255];
-        high[c] = by_row[top >> 8] ^ by_sign[top & 255];
-      }
-    } else {
-      const int shift = low ? 0 : 16;
-      for (int64_t c = 0; c < count; ++c) {
-        const uint32_t code = from[c] >> shift;
-        (low ? low : high)[c] = by_row[code >> 8 & 255] ^ by_sign[code & 255];
-      }
-    }
-    if (low) std::fill_n(low + count, columns - count, 0u);
-    if (high) std::fill_n(high + count, columns - count, 0u);
-  }
-
-  Words residuals(const Segment& s, int64_t first, int64_t count, int64_t columns,
-                  uint32_t* room) const {
+    const int per = signs ? 2 : 4;
     for (int64_t i = 0; i < s.units; ++i) {
       const int64_t octet = s.unit + i;
-      const uint32_t* from = codes + octet / 4 * n + first;
-      const int shift = octet % 4 * 8;
+      const auto* from = reinterpret_cast<const uint8_t*>(codes + octet / per * n + first);
       uint32_t* to = room + i * columns;
-      for (int64_t c = 0; c < count; ++c) to[c] = rows[from[c] >> shift & 255];
+      from += octet % per * (4 / per);
+      signs ? look_up_both(from, count, to) : look_up(from, count, to);
       std::fill_n(to + count, columns - count, 0u);
     }
     return {room, columns};
+  }
+
+  // Of one byte in every word.
+  void look_up(const uint8_t* from, int64_t count, uint32_t* __restrict to) const {
+    const uint32_t* by_row = rows;
+    for (int64_t c = 0; c < count; ++c) to[c] = by_row[from[4 * c]];
+  }
+
+  // Of two: loads are what limits this loop, so bytes are loaded, not cut out of words.
+  void look_up_both(const uint8_t* from, int64_t count, uint32_t* __restrict to) const {
+    const uint32_t *by_row = rows, *by_sign = signs;
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < count; ++c) {
+      uint32_t word = by_row[from[4 * c + 1]] ^ by_sign[from[4 * c]];
+      __asm__("" : "+r"(word));  // keeps compilers from gathering them in vectors, much slower
+      to[c] = word;
+    }
   }
 
   bool zeros(int64_t, int64_t, int64_t count, const Kernels&, int32_t* zero) const override {
