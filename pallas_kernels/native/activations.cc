@@ -20,11 +20,11 @@ std::vector<Segment> segments(int64_t k, int64_t group_size, int codes, Activati
   return found;
 }
 
-std::vector<Rows> rows(int64_t m) {
+std::vector<Rows> rows(int64_t m, const Multiply* kernels) {
   std::vector<Rows> found;
   for (int64_t first = 0; first < m;) {
     int kernel = 0;
-    while (kRows[kernel] > m - first) ++kernel;
+    while (!kernels[kernel] || kRows[kernel] > m - first) ++kernel;
     found.push_back({first, kRows[kernel], kernel});
     first += kRows[kernel];
   }

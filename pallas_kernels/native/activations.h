@@ -32,7 +32,8 @@ struct Rows {
   int count, kernel;
 };
 
-std::vector<Rows> rows(int64_t m);
+// The fewest, of what the kernels take.
+std::vector<Rows> rows(int64_t m, const Multiply* kernels);
 
 class Prepared {
  public:

@@ -60,26 +60,64 @@ TARGET void zeros(const uint32_t* words, int bits, int64_t first, int64_t count,
   }
 }
 
-// The state of every tile at a bit: L bits of its stream, the most significant first.
-INLINE Uints states(const TrellisTiles& a, int bit) {
-  const uint32_t* w = a.words + bit / 32 * LANES;
-  int low = bit % 32;
-  Uints window = load<Uints>(w) << low;
-  if (low + a.L > 32) window |= load<Uints>(w + LANES) >> (32 - low);
-  return window >> (32 - a.L);
+// The states of all tiles at bit kBit after word w: L bits of a stream, most significant first.
+template <int kBit>
+INLINE Uints states(const uint32_t* w, Uints drop) {
+  constexpr int kLow = kBit % 32;
+  w += kBit / 32 * LANES;
+  Uints window = load<Uints>(w) << kLow;
+  // L is at most 16: only a window that starts late goes on in the next word.
+  if constexpr (kLow > 16) window |= load<Uints>(w + LANES) >> (32 - kLow);
+  return window >> drop;
 }
 
-TARGET void trellis(const TrellisTiles& a) {
+template <int K, int i>
+INLINE void byte_sum_step(const TrellisTiles& a, const uint32_t* w, float* out, Uints drop,
+                          Uints factor, Uints term) {
+  Uints state = states<K * i>(w, drop);
+  store(out + i / 16 * a.stride + i % 16 * LANES,
+        to_floats(byte_sums(state * factor + term) - 510));
+}
+
+template <int K, int... i>
+INLINE void byte_sum_steps(const TrellisTiles& a, const uint32_t* w, float* out, Uints drop,
+                           Uints factor, Uints term, std::integer_sequence<int, i...>) {
+  (byte_sum_step<K, i>(a, w, out, drop, factor, term), ...);
+}
+
+// After two rows of a tile the stream is at the start of a word again, for every K.
+template <int K>
+TARGET void by_byte_sums(const TrellisTiles& a) {
+  Uints drop = Uints{} + (32 - a.L), factor = Uints{} + a.factor, term = Uints{} + a.term;
+  for (int row = 0; row < 16; row += 2)
+    byte_sum_steps<K>(a, a.words + row / 2 * K * LANES, a.out + row * a.stride, drop, factor, term,
+                      std::make_integer_sequence<int, 32>());
+}
+
+TARGET void by_table(const TrellisTiles& a) {
   for (int i = 0; i < 256; i += a.weights) {
-    Uints state = states(a, i * a.rate);
+    int bit = i * a.rate, low = bit % 32;
+    const uint32_t* w = a.words + bit / 32 * LANES;
+    Uints window = load<Uints>(w) << low;
+    if (low) window |= load<Uints>(w + LANES) >> (32 - low);
+    Uints state = window >> (32 - a.L);
     float* out = a.out + i / 16 * a.stride + i % 16 * LANES;
-    if (!a.table) {
-      Ints sum = byte_sums(state * a.factor + a.term) - 510;
-      store(out, to_floats(sum) * a.unit);
-      continue;
-    }
     for (int lane = 0; lane < LANES; ++lane)
       for (int v = 0; v < a.weights; ++v)
         out[v * LANES + lane] = a.table[(int64_t)state[lane] * a.weights + v];
+  }
+}
+
+TARGET void trellis(const TrellisTiles& a) {
+  if (a.table) return by_table(a);
+  switch (a.rate) {
+    case 1: return by_byte_sums<1>(a);
+    case 2: return by_byte_sums<2>(a);
+    case 3: return by_byte_sums<3>(a);
+    case 4: return by_byte_sums<4>(a);
+    case 5: return by_byte_sums<5>(a);
+    case 6: return by_byte_sums<6>(a);
+    case 7: return by_byte_sums<7>(a);
+    case 8: return by_byte_sums<8>(a);
   }
 }

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kAlign = 16;              // columns of a block are a multiple of this
 constexpr int64_t kAlone = int64_t{1} << 20;  // multiplications that a single thread does as fast
+constexpr int64_t kManyRows = 12;             // from here on floats are worth unpacking to memory
 constexpr int64_t kSums = int64_t{1} << 16;   // sums of a block, in a core's cache
 
 int64_t up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
@@ -57,13 +58,14 @@ struct Job {
   const std::vector<Segment>& segments;
   const std::vector<Rows>& rows;
   const Prepared& x;
-  bool integers;
+  const Multiply* multiply;  // by the place in kRows
+  bool unpacked;             // words are made floats before
 };
 
 void add_operand(const Job& job, const Operand& operand, const Columns& block, int64_t columns,
                  float* sums) {
   thread_local std::vector<uint32_t> words_room;
-  thread_local std::vector<float> scale_room;
+  thread_local std::vector<float> scale_room, panel_room;
   thread_local std::vector<int32_t> zero_room;
   const Unit unit = kUnits[operand.form];
   const int64_t most = up(job.shape.longest, unit.codes) / unit.codes * unit.words;
@@ -74,7 +76,6 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
   std::fill_n(zero, columns, 0);
   bool has_zero = false;
   int64_t group = -1;
-  const auto& by_rows = job.integers ? job.kernels.integers : job.kernels.floats;
 
   for (size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];
@@ -97,12 +98,19 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
     p.zero = has_zero ? zero : nullptr;
     p.table = operand.table;
     p.y_stride = columns;
+    if (job.unpacked) {
+      float* panel = scratch(panel_room, segment.units * unit.codes * columns);
+      job.kernels.unpack[operand.form](p, panel);
+      p.words = reinterpret_cast<const uint32_t*>(panel);
+      p.stride = columns;
+      p.units *= unit.codes;
+    }
     for (const Rows& r : job.rows) {
       p.x = job.x.x(r, segment);
       p.sums = job.x.sums(r, i);
       p.xscale = job.x.scales(r, i);
       p.y = sums + r.first * columns;
-      by_rows[operand.form][r.kernel](p);
+      job.multiply[r.kernel](p);
     }
   }
 }
@@ -134,7 +142,10 @@ void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x
   if (shape.m == 0 || n == 0) return;
   const Form form = tasks[0].operands[0]->form;
   const Unit unit = kUnits[form];
-  const bool integers = shape.activations != kAsFloat && kernels.integers[form][0];
+  const bool integers = shape.activations != kAsFloat && kernels.integers[form][3];
+  const bool unpacked = !integers && shape.m >= kManyRows && kernels.unpack[form];
+  const Multiply* by_rows =
+      integers ? kernels.integers[form] : kernels.floats[unpacked ? kFloat32 : form];
   const int64_t work = shape.m * shape.k * n;
   const int64_t threads = work < kAlone ? 1 : std::max<int64_t>(1, pool.num_threads());
   auto share = [&](int64_t count, std::function<void(int64_t)> one) {
@@ -146,10 +157,10 @@ void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x
   };
   const auto pieces = segments(shape.k, shape.group_size, unit.codes, shape.activations,
                                shape.longest);
-  const auto few = rows(shape.m);
+  const auto few = rows(shape.m, by_rows);
   const Prepared prepared(x, shape.m, shape.k, pieces, few, unit, shape.activations, integers,
                           kernels, share);
-  const Job job{kernels, shape, pieces, few, prepared, integers};
+  const Job job{kernels, shape, pieces, few, prepared, by_rows, unpacked};
   const auto blocks = cut(shape, tasks, kernels.lanes, threads);
   share(blocks.size(), [&](int64_t i) {
     thread_local std::vector<float> sums_room;

@@ -3,5 +3,6 @@
 #define NAMESPACE baseline
 #define LANES 4
 #define TARGET
+#define PLAIN
 #define OPERATIONS "baseline.h"
 #include "instruction_set.h"

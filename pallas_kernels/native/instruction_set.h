@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -22,7 +23,7 @@ extern const Kernels kernels = {
     {BY_ROWS(multiply_integers, Whole<Integer<2>>),
      BY_ROWS(multiply_integers, Whole<Integer3>),
      BY_ROWS(multiply_integers, Whole<Integer<4>>),
-     {multiply_bytes<2, 4>, multiply_bytes<2, 2>, multiply_bytes<4, 1>},
+     {nullptr, multiply_bytes<2, 4>, multiply_bytes<2, 2>, multiply_bytes<4, 1>},
      BY_ROWS_TABLED(Tabled<Integer<2>>),
      BY_ROWS_TABLED(Tabled<Integer3>),
      BY_ROWS_TABLED(Tabled<Integer<4>>),
@@ -34,7 +35,11 @@ extern const Kernels kernels = {
      BY_ROWS(multiply_floats, Tabled<Integer<2>>),
      BY_ROWS(multiply_floats, Tabled<Integer3>),
      BY_ROWS(multiply_floats, Tabled<Integer<4>>),
-     BY_ROWS(multiply_floats, Float32)},
+     {multiply_floats<Float32, 2, 6>, multiply_floats<Float32, 2, 4>,
+      multiply_floats<Float32, 2, 2>, multiply_floats<Float32, 4, 1>}},
+    {unpack<Whole<Integer<2>>>, unpack<Whole<Integer3>>, unpack<Whole<Integer<4>>>,
+     unpack<Whole<Integer<8>>>, unpack<Tabled<Integer<2>>>, unpack<Tabled<Integer3>>,
+     unpack<Tabled<Integer<4>>>, nullptr},
     widen,
     quantize,
     zeros,

@@ -46,15 +46,14 @@ struct Product {
 
 using Multiply = void (*)(const Product&);
 
-constexpr int kRows[] = {4, 2, 1};  // that a product kernel takes at a time
+constexpr int kRows[] = {6, 4, 2, 1};  // that a product kernel takes at a time
 
 // A run of trellis tiles side by side, to be decoded.
 struct TrellisTiles {
   const uint32_t* words;  // [8 rate + 1, lanes]: the first row again at the end
   int rate, L, weights;   // bits a weight, bits of a state, weights of a state
-  uint32_t factor, term;  // the state times `factor` plus `term` has bytes whose sum is a weight
-  float unit;             // ... less 510, times this
-  const float* table;     // [2^L, weights]; null: compute
+  uint32_t factor, term;  // a weight is the sum of the bytes of state * factor + term, less 510
+  const float* table;     // [2^L, weights]; null: byte sums
   float* out;             // [16 rows, 16 columns, lanes]
   int64_t stride;         // from row to row
 };
@@ -64,8 +63,9 @@ enum ScaleType { kHalf, kBrain, kSingle };
 struct Kernels {
   const char* name;
   int lanes;                         // floats of a vector
-  Multiply integers[kForms][3];      // by form and the place of the rows in kRows; may be null
-  Multiply floats[kForms][3];
+  Multiply integers[kForms][4];      // by form and the place of the rows in kRows; may be null
+  Multiply floats[kForms][4];
+  void (*unpack[kForms])(const Product&, float*);  // null for kFloat32
   void (*widen)(const void* from, ScaleType type, int64_t count, float* to);
   // q = round(x / s), s = absmax / 127 (1 where all is 0), as int8 or as floats of such values.
   float (*quantize)(const float* x, int64_t count, float* q);

@@ -20,16 +20,18 @@ INLINE void add(float* y, Floats scale, Floats sum) {
 template <int C, int R>
 INLINE void finish(const Product& a, int64_t column, Ints (&total)[C][R], int32_t offset,
                    float unit) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    int32_t sum = ((const int32_t*)a.sums)[r];
-    Floats xscale = all(a.xscale[r] * unit * 0.5f);
+    const int32_t sum = ((const int32_t*)a.sums)[r];
+    const Floats xscale = all(a.xscale[r] * unit * 0.5f);
+    const float* scale = a.scale + column;
+    const int32_t* zero = a.zero ? a.zero + column : nullptr;
+    float* y = a.y + r * a.y_stride + column;
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      int64_t at = column + c * LANES;
       Ints doubled = total[c][r] * 2 - offset * sum;
-      if (a.zero) doubled -= load<Ints>(a.zero + at) * sum;
-      add(a.y + r * a.y_stride + at, load<Floats>(a.scale + at) * xscale, to_floats(doubled));
+      if (zero) doubled -= load<Ints>(zero + c * LANES) * sum;
+      add(y + c * LANES, load<Floats>(scale + c * LANES) * xscale, to_floats(doubled));
     }
   }
 }
@@ -53,7 +55,7 @@ INLINE void integers(const Product& a, int64_t column) {
         Uints plane[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) plane[c] = F::plane(w[c], p);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           Ints four = all(*x++);
 #pragma GCC unroll 4
@@ -63,7 +65,7 @@ INLINE void integers(const Product& a, int64_t column) {
     }
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) total[c][r] = widened(total[c][r], sum[c][r]);
   }
   finish<C, R>(a, column, total, 2 * F::kOffset, 1.0f);
@@ -100,7 +102,7 @@ INLINE void tabled(const Product& a, int64_t column) {
     for (int p = 0; p < u.planes; ++p) {
       Uints index = F::plane(w[0], p);
       Uints top = look_up(a.table->high, index), rest = look_up(a.table->low, index);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         Ints four = all(*x++);
         high[0][r] = widened(high[0][r], dot(Narrow{}, top, four));
@@ -108,7 +110,7 @@ INLINE void tabled(const Product& a, int64_t column) {
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) high[0][r] = high[0][r] * 128 + low[0][r];
   finish<1, R>(a, column, high, a.table->offset, a.table->unit);
 }
@@ -126,7 +128,7 @@ INLINE void floats(const Product& a, int64_t column) {
       Floats value[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) value[c] = F::value(w[c], i, a.table);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         Floats one = all(*x++);
 #pragma GCC unroll 4
@@ -134,17 +136,19 @@ INLINE void floats(const Product& a, int64_t column) {
       }
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const Floats half = all(((const float*)a.sums)[r] * 0.5f), xscale = all(a.xscale[r]);
+    const float* scale = a.scale + column;
+    const int32_t* zero = a.zero ? a.zero + column : nullptr;
+    float* y = a.y + r * a.y_stride + column;
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      int64_t at = column + c * LANES;
-      Floats scale = load<Floats>(a.scale + at) * a.xscale[r];
-      Floats half = all(((const float*)a.sums)[r] * 0.5f);
       Floats value = sum[c][r];
-      if (a.zero) value -= to_floats(load<Ints>(a.zero + at)) * half;
-      add(a.y + r * a.y_stride + at, scale, value);
+      if (zero) value -= to_floats(load<Ints>(zero + c * LANES)) * half;
+      add(y + c * LANES, load<Floats>(scale + c * LANES) * xscale, value);
     }
+  }
 }
 
 // All columns: C vectors at a time, then one by one.
@@ -165,6 +169,25 @@ template <class F, int C, int R>
 MULTIPLY(multiply_floats, (floats<F, C, R>(a, column)), (floats<F, 1, R>(a, column)))
 #undef MULTIPLY
 
-// Vectors of columns for 4, 2 and 1 rows.
-#define BY_ROWS(NAME, F) {NAME<F, 2, 4>, NAME<F, 2, 2>, NAME<F, 4, 1>}
-#define BY_ROWS_TABLED(F) {multiply_tabled<F, 4>, multiply_tabled<F, 2>, multiply_tabled<F, 1>}
+// All numbers of some units as floats [k, columns].
+template <class F>
+TARGET void unpack(const Product& a, float* out) {
+  constexpr Unit u = F::kUnit;
+  for (int unit = 0; unit < a.units; ++unit, out += u.codes * a.columns)
+    for (int64_t column = 0; column < a.columns; column += LANES) {
+      Uints w[1][u.words];
+      load_words(a, unit, column, w);
+#pragma GCC unroll 32
+      for (int i = 0; i < u.codes; ++i)
+        store(out + i * a.columns + column, F::value(w[0], i, a.table));
+    }
+}
+
+// Vectors of columns for 6, 4, 2 and 1 rows.
+#ifdef PLAIN  // where vectors are emulated, less code
+#define BY_ROWS(NAME, F) {nullptr, NAME<F, 1, 4>, NAME<F, 1, 2>, NAME<F, 1, 1>}
+#else
+#define BY_ROWS(NAME, F) {nullptr, NAME<F, 2, 4>, NAME<F, 2, 2>, NAME<F, 4, 1>}
+#endif
+#define BY_ROWS_TABLED(F) \
+  {nullptr, multiply_tabled<F, 4>, multiply_tabled<F, 2>, multiply_tabled<F, 1>}

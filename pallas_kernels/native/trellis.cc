@@ -55,9 +55,15 @@ class Tiles : public Operand {
   // The streams of some tiles side by side, the first word again at the end.
   void gather(const uint32_t* from, int count, int64_t some, uint32_t* words) const {
     const int lanes = kernels->lanes;
-    if (some < lanes) std::fill_n(words, (count + 1) * lanes, 0u);
-    for (int i = 0; i < count; ++i)
-      std::memcpy(words + i * lanes, from + i * tiles, some * sizeof(uint32_t));
+    if (some == lanes && lanes % 8 == 0) {  // all, of a size that is known
+      for (int i = 0; i < count; ++i)
+        for (int j = 0; j < lanes; j += 8)
+          std::memcpy(words + i * lanes + j, from + i * tiles + j, 8 * sizeof(uint32_t));
+    } else {
+      std::fill_n(words, (count + 1) * lanes, 0u);
+      for (int i = 0; i < count; ++i)
+        std::memcpy(words + i * lanes, from + i * tiles, some * sizeof(uint32_t));
+    }
     std::memcpy(words + count * lanes, words, lanes * sizeof(uint32_t));
   }
 };
@@ -93,12 +99,13 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
     }
     const float* values = table.element_count() ? table.typed_data() : nullptr;
     tiles.code = {nullptr, 0, L, weights, static_cast<uint32_t>(factor),
-                  static_cast<uint32_t>(term), unit, values};
+                  static_cast<uint32_t>(term), values};
+    if (!values) tiles.scales.factor = unit;
     tiles.kernels = &kernels;
     tasks[i] = {{&tiles}, static_cast<float*>((*y)->untyped_data()), tiles.tiles * kSide, kSide};
   }
   multiply(pool, kernels, x.typed_data(),
-           {size[0], k, group, kSide, 256, static_cast<Activations>(activations)}, tasks);
+           {size[0], k, group, 2 * kSide, 256, static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a trellis product");
