@@ -20,6 +20,7 @@ from pallas_kernels import trellis
 
 LANES = 128
 ROWS = 8 * trellis.SIDE  # of w that a register of words covers
+STACKED = 64  # rows of integers at a time: more do not fit the registers
 STEP = 1024  # rows of w in a step of the grid, about: 2 M weights, beside which 200 cycles are few
 PAIR = 2  # columns of the tiles in one product: 256 lanes
 LARGEST = 32512  # = 127 * 256: the largest 16-bit code whose high byte is an int8
@@ -51,20 +52,17 @@ def choose(m: int, k: int, groups: int, planes: int) -> Blocks:
     """Blocks for x [m, k], of which each row is `planes` rows of integers.
 
     >>> choose(16, 4096, 1, 2), choose(200, 11008, 86, 2)
-    (Blocks(m=16, k=1024, slice=256), Blocks(m=40, k=1024, slice=128))
+    (Blocks(m=16, k=1024, slice=512), Blocks(m=32, k=1024, slice=128))
     """
-    most = 96 // planes  # more rows at a time do not fit the registers
-    rows = -(-m // -(-m // most))
+    tiles = -(-m * planes // STACKED)
+    rows = -(-m // tiles // 8) * 8
     if groups == 1:
         steps = -(-k // STEP)
-        deep = -(-k // steps // ROWS) * ROWS
-    else:
-        group = k // groups
-        inside = [d for d in range(ROWS, 2 * STEP + 1, ROWS) if group % d == 0]
-        deep = group * (STEP // group) if group <= STEP else inside[-1]
-    whole = k if groups == 1 else k // groups
-    size = 2 * ROWS if groups == 1 or whole % (2 * ROWS) == 0 else ROWS
-    return Blocks(-(-rows // 8) * 8, deep, size)
+        return Blocks(rows, -(-k // steps // ROWS) * ROWS, 4 * ROWS)
+    group = k // groups
+    inside = max(d for d in range(ROWS, STEP + 1, ROWS) if d == ROWS or group % d == 0)
+    size = next(size for size in (4 * ROWS, 2 * ROWS, ROWS) if group % size == 0)
+    return Blocks(rows, group * (STEP // group) if group <= STEP else inside, size)
 
 
 def trellis_matmul(
@@ -224,14 +222,23 @@ def _weights(old: Int32[Array, "r l"], new: Int32[Array, "r l"]) -> Int8[Array, 
 
 
 def _fold(sums, y, scale: Array, planes: int) -> None:
-    """Add a group's sums, times its scale, to y, and start the next."""
+    """Add a group's sums, times its scale, to y, and start the next.
+
+    A loop, so that the compiler does not hold the sums of a whole step in registers until here.
+    """
     m = y.shape[1]
-    for c in range(trellis.SIDE):
-        total = sums[c, :m].astype(jnp.float32)
-        for plane in range(1, planes):
-            total = total * 256 + sums[c, plane * m : (plane + 1) * m].astype(jnp.float32)
-        y[c] += total * scale
-    sums[...] = jnp.zeros_like(sums)
+
+    def some(i: Array, _: None) -> None:
+        for c in range(4):
+            at = 4 * i + c
+            total = sums[at, :m].astype(jnp.float32)
+            for plane in range(1, planes):
+                low = sums[at, plane * m : (plane + 1) * m]
+                total = total * 256 + low.astype(jnp.float32)
+            y[at] += total * scale
+            sums[at] = jnp.zeros_like(sums[at])
+
+    jax.lax.fori_loop(0, trellis.SIDE // 4, some, None)
 
 
 def _signed(word: int) -> int:
