@@ -13,17 +13,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import activations as forms
 from pallas_kernels import trellis
+from pallas_kernels.tpu import planes
 
 LANES = 128
 ROWS = 8 * trellis.SIDE  # of w that a register of words covers
 STACKED = 64  # rows of integers at a time: more do not fit the registers
 STEP = 1024  # rows of w in a step of the grid, about: 2 M weights, beside which 200 cycles are few
 PAIR = 2  # columns of the tiles in one product: 256 lanes
-LARGEST = 32512  # = 127 * 256: the largest 16-bit code whose high byte is an int8
 
 
 class Blocks(NamedTuple):
@@ -32,20 +33,6 @@ class Blocks(NamedTuple):
     m: int
     k: int
     slice: int
-
-
-def serves(x, codes, scale, *, rates, L, code, activations="float") -> str:
-    """Why the kernel does not take these arguments, or ""."""
-    if code != "vpu":
-        return f"the TPU kernel decodes the code 'vpu', not {code!r}"
-    if L != 16 or set(rates) != {2}:
-        return f"the TPU kernel takes L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
-    if activations == "int8/256":
-        return "the TPU kernel takes activations 'float' and 'int8', not 'int8/256'"
-    group = x.shape[1] // len(rates)
-    if len(rates) > 1 and group % ROWS:
-        return f"the TPU kernel takes blocks of a multiple of {ROWS} rows, not {group}"
-    return ""
 
 
 def choose(m: int, k: int, groups: int, planes: int) -> Blocks:
@@ -74,30 +61,27 @@ def trellis_matmul(
     L: int,
     code: str,
     activations: str = "float",
+    blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
     """x @ w for tiles of the code "vpu" at 2 bits; see `ops.trellis_matmul`.
 
     "float" activations are rounded to 16 bits of a row's largest, as two int8 planes.
+    `blocks` and `interpret` are for tests.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    if reason := serves(x, codes, scale, rates=rates, L=L, code=code, activations=activations):
-        raise ValueError(reason)
     (m, k), t, groups = x.shape, codes.shape[1], len(rates)
-    planes, row_scale = _planes(x, activations)
-    count = len(planes)
-    b = choose(m, k, groups, count)
+    split, row_scale = planes.split(x, activations, planes.INT8)
+    count = len(split)
+    b = blocks or choose(m, k, groups, count)
     tiles, steps, columns = -(-m // b.m), -(-k // b.k), -(-t // LANES)
-    rows = jnp.pad(planes, ((0, 0), (0, tiles * b.m - m), (0, steps * b.k - k)))
+    rows = jnp.pad(split, ((0, 0), (0, tiles * b.m - m), (0, steps * b.k - k)))
     rows = jnp.moveaxis(rows.reshape(count, tiles, b.m, -1), 1, 0).reshape(tiles * count * b.m, -1)
     # A block may hang over an edge of the words, but not be larger than all of them.
     words = jnp.pad(codes, ((0, max(0, b.k - k)), (0, max(0, LANES - t))))
     unit = trellis.unit(code, L, trellis.CODES[code])
     group = k // groups if groups > 1 else steps * b.k
     y = pl.pallas_call(
-        partial(_body, group=group, size=b.slice, planes=count, steps=steps),
+        partial(_body, group=group, size=b.slice, count=count),
         grid=(tiles, columns, steps),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -125,26 +109,11 @@ def trellis_matmul(
     return y * row_scale
 
 
-def _planes(x: Float[Array, "m k"], activations: str) -> tuple[Int8[Array, "p m k"], Array]:
-    """Integer rows whose sum, each plane counted 256 times the next, is x over its scale [m, 1]."""
-    if activations == "int8":
-        q, scale = forms.quantize(x, activations)
-        return q[None], scale
-    x = x.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    scale = jnp.where(absmax > 0, absmax / LARGEST, 1.0)
-    whole = jnp.round(x / scale).astype(jnp.int32)
-    high = (whole + 128) >> 8
-    return jnp.stack([high, whole - (high << 8)]).astype(jnp.int8), scale
-
-
 # --- in the kernel --------------------------------------------------------------------------
 
 
 def _body(scale, x, words, y, sums, turned, *, group: int, size: int, planes: int, steps: int):
     """One step: words [k, 128] and x [planes * m, k] to y [16, m, 128], sums of whole groups."""
-    from jax.experimental import pallas as pl
-
     step, depth = pl.program_id(2), words.shape[0]
 
     @pl.when(step == 0)
@@ -160,13 +129,13 @@ def _body(scale, x, words, y, sums, turned, *, group: int, size: int, planes: in
         last = first + rows
         if group < depth and last % group == 0:
             of = jnp.minimum(step * (depth // group) + last // group, scale.shape[0]) - 1
-            _fold(sums, y, scale[of], planes)
+            _fold(sums, y, scale[of], count)
     if group >= depth:
         per = group // depth
 
         @pl.when(step % per == per - 1)
         def _():
-            _fold(sums, y, scale[step // per], planes)
+            _fold(sums, y, scale[step // per], count)
 
 
 def _turn(words, first: int, turned, rows: int) -> None:
@@ -174,8 +143,6 @@ def _turn(words, first: int, turned, rows: int) -> None:
 
     Strided stores take the place of strided loads, which would cost vector operations.
     """
-    from jax.experimental import pallas as pl
-
     for tile in range(rows // trellis.SIDE):
         for half in range(2):
             at = ROWS * (tile // 8) + tile % 8 + half * ROWS // 2
@@ -185,7 +152,8 @@ def _turn(words, first: int, turned, rows: int) -> None:
 
 def _multiply(x: Int8[Array, "r k"], turned, sums, rows: int) -> None:
     """Add to sums [16, r, 128] the products of x and the columns of some rows of tiles."""
-    word = lambda w: jnp.concatenate([turned[i + 8 * w : i + 8 * w + 8, :] for i in range(0, rows, ROWS)])
+    starts = range(0, rows, ROWS)
+    word = lambda w: jnp.concatenate([turned[i + 8 * w : i + 8 * w + 8, :] for i in starts])
     spread = _spread(word(0))
     columns = []
     for c in range(trellis.SIDE):
@@ -209,19 +177,15 @@ def _multiply(x: Int8[Array, "r k"], turned, sums, rows: int) -> None:
 
 def _spread(words: Int32[Array, "w l"]) -> Int32[Array, "4*w l"]:
     """Each byte, signed, times a constant: 32 bits that two of make a state's."""
-    from jax.experimental.pallas import tpu as pltpu
-
     return pltpu.bitcast(words, jnp.int8).astype(jnp.int32) * jnp.int32(_signed(trellis.SPREAD))
 
 
 def _weights(old: Int32[Array, "r l"], new: Int32[Array, "r l"]) -> Int8[Array, "4*r l"]:
-    from jax.experimental.pallas import tpu as pltpu
-
     fields = (old ^ new) & jnp.int32(_signed(trellis.MASK))
     return pltpu.bitcast(fields * jnp.int32(trellis.FOLD), jnp.int8)
 
 
-def _fold(sums, y, scale: Array, planes: int) -> None:
+def _fold(sums, y, scale: Array, count: int) -> None:
     """Add a group's sums, times its scale, to y, and start the next.
 
     A loop, so that the compiler does not hold the sums of a whole step in registers until here.
@@ -232,9 +196,9 @@ def _fold(sums, y, scale: Array, planes: int) -> None:
         for c in range(4):
             at = 4 * i + c
             total = sums[at, :m].astype(jnp.float32)
-            for plane in range(1, planes):
+            for plane in range(1, count):
                 low = sums[at, plane * m : (plane + 1) * m]
-                total = total * 256 + low.astype(jnp.float32)
+                total = total * planes.radix("float", planes.INT8) + low.astype(jnp.float32)
             y[at] += total * scale
             sums[at] = jnp.zeros_like(sums[at])
 
