@@ -112,7 +112,7 @@ def trellis_matmul(
 # --- in the kernel --------------------------------------------------------------------------
 
 
-def _body(scale, x, words, y, sums, turned, *, group: int, size: int, planes: int, steps: int):
+def _body(scale, x, words, y, sums, turned, *, group: int, size: int, count: int):
     """One step: words [k, 128] and x [planes * m, k] to y [16, m, 128], sums of whole groups."""
     step, depth = pl.program_id(2), words.shape[0]
 
