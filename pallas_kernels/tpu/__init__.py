@@ -59,6 +59,20 @@ def _e8p(x: Aval, codes: Aval, residual: Aval | None, scale: Aval, *, bits: int,
     return _grouped(x, codes, scale, 0) if x.dtype not in _FLOATS else ""
 
 
+def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: int, code: str,
+             activations: str = "float") -> str:  # fmt: skip
+    if code != "vpu":
+        return f"of trellis codes only 'vpu' is served, not {code!r}"
+    if L != 16 or set(rates) != {2}:
+        return f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
+    if activations == "int8/256":
+        return "a trellis is served with activations 'float' and 'int8', not 'int8/256'"
+    rows = x.shape[1] // len(rates)
+    if len(rates) > 1 and rows % 128:
+        return f"blocks of {rows} rows with a scale each are no multiple of 128"
+    return "" if x.dtype in _FLOATS else f"x must be float32, bfloat16 or float16, got {x.dtype}"
+
+
 def _additive(*_: Any, **__: Any) -> str:
     return (
         "additive codes are not served: of learned vectors of 8 float16 values a TPU gathers "
@@ -86,6 +100,7 @@ KERNELS = {
     "ternary_matmul": Kernel(_call("packed", "ternary_matmul"), _ternary),
     "codebook_matmul": Kernel(_call("table", "codebook_matmul"), _codebook),
     "e8p_matmul": Kernel(_call("lattice", "e8p_matmul"), _e8p),
+    "trellis_matmul": Kernel(_call("trellis", "trellis_matmul"), _trellis),
     "additive_matmul": Kernel(_none, _additive),
     "hadamard": Kernel(_none, _hadamard),
 }

@@ -52,7 +52,7 @@ def _row(name: str, chip: str, short: Compiled, long: Compiled) -> dict:
     if short.error or long.error:
         raise RuntimeError(f"{name} on {chip}: {short.error or long.error}")
     first, second = kernel(short), kernel(long)
-    rate = (LENGTHS[1] - LENGTHS[0]) * cases.N / (second.bundles - first.bundles)
+    rate = (LENGTHS[1] - LENGTHS[0]) * cases.CASES[name].columns / (second.bundles - first.bundles)
     needed = chips.needed(chip, cases.CASES[name].bits)
     return {
         "kernel": name,
