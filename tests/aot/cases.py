@@ -49,7 +49,7 @@ CASES = {
         "packed_matmul", 4, {**_FLOOR_4, "tpu7x": 0.75}, {"bits": 4}
     ),
     "packed_matmul 3 bits A16 g128": Case("packed_matmul", 3, {}, {"bits": 3}),
-    "packed_matmul 8 bits A16 g128": Case("packed_matmul", 8, _FLOOR_4, {"bits": 8}),
+    "packed_matmul 8 bits A16 g128": Case("packed_matmul", 8, {}, {"bits": 8}),
     "e8p_matmul A16": Case("e8p_matmul", 2, {}, {}),
     "e8p_matmul transcoded A16": Case("packed_matmul", 4, _FLOOR_4, {"bits": 4, **_ONE}),
     "trellis_matmul vpu A8": Case("trellis_matmul", 2, _FLOOR_TRELLIS, _A8, 2048),
