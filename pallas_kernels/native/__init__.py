@@ -55,7 +55,8 @@ def instruction_sets() -> tuple[str, ...]:
         return ()
     name = _library().jaxquant_instruction_set
     name.restype = ctypes.c_char_p
-    found = iter(lambda count=itertools.count(): name(next(count)), None)
+    numbers = itertools.count()
+    found = iter(lambda: name(next(numbers)), None)
     return tuple(text.decode() for text in found)
 
 
