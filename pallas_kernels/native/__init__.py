@@ -55,7 +55,7 @@ def instruction_sets() -> tuple[str, ...]:
         return ()
     name = _library().jaxquant_instruction_set
     name.restype = ctypes.c_char_p
-    found = iter(lambda count=itertools.count(): name(next(count)), None)
+    found = itertools.takewhile(bool, map(name, itertools.count()))
     return tuple(text.decode() for text in found)
 
 
