@@ -1,6 +1,7 @@
 """Checkpoints: one self-describing directory, arrays by Orbax, the rest in one JSON file."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -202,8 +203,12 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
             static = {f: to_json(getattr(leaf, f)) for f in STATIC}
-            named = {f"{path}:{part}": a for part, a in leaf.data.items()}
-            leaves.append({"path": path, "parts": list(leaf.data), **static})
+            kept = leaf.data
+            if hasattr(leaf.format, "to_disk"):  # closer than what a product reads
+                kept = leaf.format.to_disk(kept, leaf.stored_rows)
+                static["kept"] = True
+            named = {f"{path}:{part}": a for part, a in kept.items()}
+            leaves.append({"path": path, "parts": list(kept), **static})
         else:
             named = {path: leaf}
             leaves.append({"path": path})
@@ -238,10 +243,12 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
         for parent in parents:
             node = node.setdefault(parent, {})
         if "parts" in leaf:
-            node[last] = QTensor(
-                data={part: arrays[f"{path}:{part}"] for part in leaf["parts"]},
-                **{field: from_json(leaf[field]) for field in STATIC if field in leaf},
-            )
+            data = {part: arrays[f"{path}:{part}"] for part in leaf["parts"]}
+            static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
+            w = QTensor(data=data, **static)
+            if "kept" in leaf:
+                w = dataclasses.replace(w, data=w.format.from_disk(data, w.stored_rows))
+            node[last] = w
         else:
             node[last] = arrays[path]
     return tree

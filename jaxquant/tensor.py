@@ -149,6 +149,11 @@ class QTensor(StandIn):
         """Length of the contracted axis."""
         return math.prod(self.view.k)
 
+    @property
+    def stored_rows(self) -> int:
+        """Length of that axis after the input transform."""
+        return self.rows_k if self.input is None else self.input.size(self.rows_k)
+
     def leading(self) -> int:
         return self.data["codes"].ndim - self.format.codes_ndim
 
@@ -168,8 +173,7 @@ class QTensor(StandIn):
         return self._stored(self.data)
 
     def _stored(self, data: dict[str, Array]) -> Float[Array, "... s t"]:
-        k = self.rows_k if self.input is None else self.input.size(self.rows_k)
-        return self.format.dequantize(part(data), k)
+        return self.format.dequantize(part(data), self.stored_rows)
 
     def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """The matrix in float32."""
@@ -196,8 +200,7 @@ class QTensor(StandIn):
         k = self.rows_k
         if self.output is not None:
             g = self.output.apply(g, part(data, "output."))
-        stored = k if self.input is None else self.input.size(k)
-        y = self.format.matmul_transposed(g, part(data), stored)
+        y = self.format.matmul_transposed(g, part(data), self.stored_rows)
         return y if self.input is None else self.input.transposed(y, part(data, "input."), k)
 
     def aval(self) -> jax.core.ShapedArray:

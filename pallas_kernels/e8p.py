@@ -69,9 +69,9 @@ _TABLE = table()
 _ODD = np.sum(_TABLE, 1) % 2 == 1
 _BIT = np.argsort(ORDER)  # of a coordinate
 # With the sign of coordinate 7 that makes the sum even.
-_WORDS = _packed(np.where(_ODD[:, None] & (np.arange(8) == 7), -_TABLE, _TABLE))
+WORDS = _packed(np.where(_ODD[:, None] & (np.arange(8) == 7), -_TABLE, _TABLE))
 _E81B = e81b_table()
-_E81B_WORDS = _packed(_E81B)
+E81B_WORDS = _packed(_E81B)
 
 # --- decode ---------------------------------------------------------------------------------
 
@@ -129,12 +129,12 @@ def _e8p(code: Array) -> Array:
     flips = (s ^ shift).astype(jnp.uint32)
     for step, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
         flips = (flips | flips << step) & mask
-    word = (jnp.asarray(_WORDS)[row] ^ flips * 15) + flips
+    word = (jnp.asarray(WORDS)[row] ^ flips * 15) + flips
     return _nibbles(word) + jnp.where(shift == 1, jnp.float32(-0.25), 0.25)[..., None, :]
 
 
 def _e81b(code: Array) -> Array:
-    return _nibbles(jnp.asarray(_E81B_WORDS)[code & 255])
+    return _nibbles(jnp.asarray(E81B_WORDS)[code & 255])
 
 
 def _nibbles(word: Array) -> Array:

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int, Int32, UInt8
 
 BITS = (2, 3, 4, 8)
 
@@ -107,3 +107,35 @@ def _places(bits: int, run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every code of a run: its word, its lowest bit there, whether it crosses into the next."""
     word, low = np.divmod(np.arange(run, dtype=np.int32) * bits, 32)
     return word, low, low + bits > 32
+
+
+# --- ternary codes, five to a byte ----------------------------------------------------------
+# 3^5 = 243 <= 256: 1.6 bits a code. To be stored, not multiplied: five divisions a byte cost more
+# than the bytes they save, so words are made of it where weights are loaded.
+
+_POWERS = 3 ** np.arange(5, dtype=np.int32)
+
+
+def pack_base3(words: Int32[Array, "... w n"], k: int) -> UInt8[Array, "... b n"]:
+    """2-bit words of k codes in {-1, 0, 1} as ceil(k / 5) bytes: sum (code_i + 1) 3^i.
+
+    >>> pack_base3(pack(jnp.array([[1], [-1], [0]]), 2), 3).ravel().tolist()
+    [119]
+    """
+    codes = unpack(words, 2, k) + 1
+    pad = [(0, 0)] * (codes.ndim - 2) + [(0, -k % 5), (0, 0)]
+    fives = jnp.pad(codes, pad, constant_values=1)
+    fives = fives.reshape(*codes.shape[:-2], -1, 5, codes.shape[-1])
+    return jnp.sum(fives * _POWERS[:, None], axis=-2).astype(jnp.uint8)
+
+
+def unpack_base3(stored: UInt8[Array, "... b n"], k: int) -> Int32[Array, "... w n"]:
+    """Inverse of `pack_base3`: 2-bit words.
+
+    >>> unpack(unpack_base3(jnp.array([[119]], jnp.uint8), 3), 2, 3).ravel().tolist()
+    [1, -1, 0]
+    """
+    if stored.shape[-2] != -(-k // 5):
+        raise ValueError(f"{k} codes take {-(-k // 5)} bytes, got {stored.shape[-2]}")
+    codes = stored.astype(jnp.int32)[..., None, :] // _POWERS[:, None] % 3 - 1
+    return pack(codes.reshape(*stored.shape[:-2], -1, stored.shape[-1])[..., :k, :], 2)

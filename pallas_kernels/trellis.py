@@ -1,8 +1,9 @@
 """Bit-shift trellis codes: what a state stands for, and 256 weights as a stream of bits.
 
-A sequence is a circular stream of 256 K bits, most significant first, in 8 K int32 words. A step
-emits V weights and moves K V bits on; its state is the L-bit window that starts at its bit. So
-every state can be read off the stream alone, and all of them at once.
+A sequence is a circular stream of 256 K bits, most significant first, in 8 K int32 words (where
+V = 4, in the order of `woven`). A step emits V weights and moves K V bits on; its state is the
+L-bit window that starts at its bit. So every state can be read off the stream alone, and all of
+them at once.
 
 Every code gives integers, times one constant that makes their rms 1 over all states: a code in
 use has no scale of its own. (3INST as published has rms 1.24; forgetting that costs 0.4 dB.)
@@ -10,6 +11,11 @@ use has no scale of its own. (3INST as published has rms 1.24; forgetting that c
 Source: QTIP (Tseng et al. 2024, arXiv:2406.11235) for the trellis, "1mad", "3inst" and "hyb";
 exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float16 exactly; the
 512 points of "hyb" are a spiral, not k-means (Gaussian error 0.0690, not 0.0702, at 2 bits).
+
+"vpu" is ours, for vector units: five operations on 32-bit lanes give four int8 weights. The two
+bytes of a state, signed, are multiplied by a constant; of the exclusive or of the products, a mask
+leaves two fields of three bits in each byte, and times 15 = 16 - 1 the byte becomes 16 times the
+difference of its two fields, but for a little of the byte below: a triangular, symmetric int8.
 """
 
 import functools
@@ -22,10 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from pallas_kernels import woven
+
 SIDE = 16  # of a tile
-WEIGHTS = SIDE * SIDE  # of one sequence: a tile, row-major
+WEIGHTS = SIDE * SIDE  # of one sequence: a tile
 _BYTE_SUMS = {"1mad": (34038481, 76625530), "mul1": (0x83DCD12D, 0)}  # factor and term of a state
-CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "tpu4": 4}  # weights of a step
+CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "vpu": 4}  # weights of a step
+# "vpu": a byte times SPREAD, bits of two such products that MASK keeps, times FOLD: 16 - 1.
+SPREAD, MASK, FOLD = 4001079887, 0x77777777, 15
 
 
 def check(L: int, K: int, V: int) -> None:
@@ -60,8 +70,8 @@ def values(code: str, L: int, V: int) -> Float32[np.ndarray, "states V"]:
     >>> table.shape, round(float(np.mean(table**2)), 6)
     ((4096, 1), 1.0)
     """
-    unit = _unit(code, L, V)
-    table = _integers(np.arange(1 << L, dtype=np.uint32), code).astype(np.float32) * unit
+    integers = _integers(np.arange(1 << L, dtype=np.uint32), code)
+    table = integers.astype(np.float32) * unit(code, L, V)
     table.setflags(write=False)
     return table
 
@@ -75,8 +85,8 @@ def decode_states(states: Int[Array, "..."], code: str, L: int, V: int) -> Float
     >>> bool((decode_states(jnp.arange(4096), "mul1", 12, 1) == values("mul1", 12, 1)).all())
     True
     """
-    unit = _unit(code, L, V)
-    return _integers(states.astype(jnp.uint32), code).astype(jnp.float32) * unit
+    one = unit(code, L, V)
+    return _integers(states.astype(jnp.uint32), code).astype(jnp.float32) * one
 
 
 def hybrid(points: Float[Array, "512 2"], L: int) -> Float[Array, "states 2"]:
@@ -91,7 +101,7 @@ def hybrid(points: Float[Array, "512 2"], L: int) -> Float[Array, "states 2"]:
 
 
 @functools.lru_cache(maxsize=32)
-def _unit(code: str, L: int, V: int) -> np.float32:
+def unit(code: str, L: int, V: int) -> np.float32:
     """The weight that the integer 1 stands for."""
     if CODES.get(code) != V:
         raise ValueError(f"codes and their V are {CODES}, got {code!r} with V = {V}")
@@ -123,11 +133,11 @@ def _integers(states: Any, code: str) -> Any:
         x = states * u(89226354) + u(64248484) if code == "3inst" else states * u(0xCBAC1FED)
         x = (x & u(0x8FFF8FFF)) ^ u(0x3B603B60)
         return (_half(x >> u(16)) + _half(x & u(0xFFFF)))[..., None]
-    if code == "tpu4":  # in each byte the sum of four 2-bit fields
-        x = states * u(89226355)
-        x = x ^ (x >> u(15))
-        x = sum((x >> u(2 * i)) & u(0x03030303) for i in range(4))
-        return ((x[..., None] >> np.arange(0, 32, 8, dtype=u)) & u(255)).astype(np.int32) - 6
+    if code == "vpu":
+        spread = lambda byte: ((byte ^ u(128)) - u(128)) * u(SPREAD)  # of a signed byte
+        x = ((spread(states >> u(8)) ^ spread(states & u(255))) & u(MASK)) * u(FOLD)
+        x = (x[..., None] >> np.arange(0, 32, 8, dtype=u)) & u(255)
+        return (x.astype(np.int32) ^ 128) - 128
     row, signs = _hybrid(states)
     points = _spiral() if isinstance(states, np.ndarray) else jnp.asarray(_spiral())
     return points[row] * signs
@@ -178,6 +188,8 @@ def pack(states: Int[Array, "s steps"], L: int, K: int, V: int) -> Int32[Array, 
     check(L, K, V)
     bits = K * V
     run, per = _run(bits)
+    if woven.fits(K, V):
+        return woven.pack(states >> (L - bits), bits)
     top = (states >> (L - bits)).astype(jnp.uint32).reshape(-1, run)
     word, low = np.divmod(np.arange(run, dtype=np.uint32) * bits, 32)
     left = 32 - bits - low.astype(np.int32)  # negative: the last -left bits are the next word's
@@ -208,6 +220,8 @@ def states(words: Int32[Array, "... words"], L: int, K: int, V: int) -> Int32[Ar
     run, per = _run(bits)
     if words.shape[-1] != 8 * K:
         raise ValueError(f"256 weights of {K} bits take {8 * K} words, got {words.shape[-1]}")
+    if woven.fits(K, V):
+        return woven.states(words, L, bits)
     here = jax.lax.bitcast_convert_type(words, jnp.uint32)
     after = jnp.roll(here, -1, axis=-1)
     here, after = (a.reshape(*words.shape[:-1], -1, per) for a in (here, after))
@@ -265,6 +279,7 @@ def dequantize(
     (16, 32)
     """
     *batch, _, t = words.shape
+    V = CODES[code]
     per = k // SIDE // len(rates)
     parts, word = [], 0
     for rate, run in itertools.groupby(rates):
@@ -275,18 +290,25 @@ def dequantize(
             parts.append(jnp.zeros((*batch, blocks, SIDE, t * SIDE)))
             continue
         streams = jnp.swapaxes(here.reshape(*batch, blocks, 8 * rate, t), -1, -2)
-        parts.append(untiled(decode(streams, L, rate, CODES[code], code)))
+        parts.append(untiled(decode(streams, L, rate, V, code), V))
     w = jnp.concatenate(parts, axis=-3).reshape(*batch, len(rates), -1, t * SIDE)
     return (w * scale[..., None]).reshape(*batch, k, t * SIDE)
 
 
-def tiles(w: Float[Array, "16 n"]) -> Float[Array, "t 256"]:
-    """A block of 16 rows as tiles, the weights of each in the order of its stream."""
+def tiles(w: Float[Array, "16 n"], V: int) -> Float[Array, "t 256"]:
+    """A block of 16 rows as tiles, the weights of each in the order of its stream.
+
+    Row-major; with V = 4, four rows of a column at a time, columns first.
+    """
+    if V == 4:
+        return woven.tiles(w)
     return jnp.swapaxes(w.reshape(SIDE, -1, SIDE), 0, 1).reshape(-1, SIDE * SIDE)
 
 
-def untiled(weights: Float[Array, "... t 256"]) -> Float[Array, "... 16 n"]:
+def untiled(weights: Float[Array, "... t 256"], V: int) -> Float[Array, "... 16 n"]:
     """Inverse of `tiles`."""
+    if V == 4:
+        return woven.untiled(weights)
     *batch, t, _ = weights.shape
     w = jnp.swapaxes(weights.reshape(*batch, t, SIDE, SIDE), -3, -2)
     return w.reshape(*batch, SIDE, t * SIDE)

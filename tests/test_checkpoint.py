@@ -51,6 +51,15 @@ def test_it_describes_itself(saved):
     assert back.params["a"]["w"].method == "rtn"
 
 
+def test_ternary_codes_take_a_fifth_of_a_byte_on_disk(tmp_path):
+    w = jq.quantize_array(draw(100, 32), jq.ternary(group_size=20))
+    checkpoint.save(tmp_path / "c", {"w": w})
+    kept = json.loads((tmp_path / "c" / checkpoint.DESCRIPTION).read_text())["arrays"]["w:codes"]
+    assert kept == {"shape": [20, 32], "dtype": "uint8"}
+    back = checkpoint.load(tmp_path / "c").params["w"]
+    np.testing.assert_array_equal(back.data["codes"], w.data["codes"])
+
+
 def test_taken_places_are_refused(saved):
     path, params = saved
     with pytest.raises(ValueError, match="exists and is not empty"):

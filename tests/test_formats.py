@@ -45,7 +45,7 @@ FORMATS = [
     jq.Trellis((2,), L=8),
     jq.Trellis((3, 0, 1), L=8, code="3inst"),
     jq.Trellis((2,), L=10, code="hyb"),
-    jq.Trellis((1,), L=10, code="tpu4"),
+    jq.Trellis((1,), L=10, code="vpu"),
     jq.EntropyCoded(4, states=4, lanes=4),
     jq.Additive(2, 4, 4),
     jq.Additive(1, 9, 3),

@@ -8,12 +8,14 @@ import pytest
 
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
+from pallas_kernels import shard
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
 w = jax.random.normal(jax.random.key(0), (32, 64))
 x = jax.random.normal(jax.random.key(1), (8, 32))
 q = {"w": jq.quantize_array(w, jq.rtn(4, 16))}
+arrays, static = q["w"].format.arguments(q["w"].data, 32)
 fn = lambda p, x: x @ p["w"]
 want = fn(jq.dequantize(q), x)
 """
@@ -38,6 +40,48 @@ gram = x.T @ x
 got = jq.quantize_array(put(w, None, "d"), rule, gram)
 y, want = x @ got.dequantize(), x @ jq.quantize_array(w, rule, gram).dequantize()
 """,
+    "an op, columns": """
+y = shard.column_parallel("packed_matmul", mesh, "d", x, *arrays, **static)
+assert y.sharding.spec == P(None, "d"), y.sharding
+""",
+    "an op, rows": """
+w4 = jax.random.normal(jax.random.key(0), (128, 64))
+q4, x = jq.quantize_array(w4, jq.rtn(4, 32)), jax.random.normal(jax.random.key(1), (8, 128))
+arrays, static = q4.format.arguments(q4.data, 128)
+y, want = shard.row_parallel("packed_matmul", mesh, "d", x, *arrays, **static), x @ q4.dequantize()
+for group in (16, -1):  # a scale a group, or one for all rows
+    q8 = jq.quantize_array(w4, jq.rtn(8, group, symmetric=True))
+    arrays, static = q8.format.arguments(q8.data, 128)
+    got = shard.row_parallel("packed_matmul", mesh, "d", x, *arrays, **static)
+    np.testing.assert_allclose(got, x @ q8.dequantize(), rtol=1e-4, atol=1e-4)
+""",
+    "an op, rows, tiles of a trellis": """
+method = jq.Method("m", jq.rtn().rounder, jq.Trellis((2, 2, 2, 2), L=8))
+q = jq.quantize_array(jax.random.normal(jax.random.key(0), (64, 32)), method)
+arrays, static = q.format.arguments(q.data, 64)
+x = jax.random.normal(jax.random.key(1), (8, 64))
+y, want = shard.row_parallel("trellis_matmul", mesh, "d", x, *arrays, **static), x @ q.dequantize()
+""",
+    "an op, pieces gathered packed": """
+w4 = jax.random.normal(jax.random.key(0), (128, 64))
+q4, x = jq.quantize_array(w4, jq.rtn(4, 32)), jax.random.normal(jax.random.key(1), (8, 128))
+arrays, static = q4.format.arguments(q4.data, 128)
+run = jax.jit(lambda x, *a: shard.fsdp("packed_matmul", mesh, "d", x, *a, **static))
+y, want = run(x, *arrays), x @ q4.dequantize()
+text = run.lower(x, *arrays).compile().as_text()
+moved = [line for line in text.splitlines() if " all-gather" in line]
+assert moved and not any("f32[128,64]" in line or "s8[" in line for line in moved), moved
+assert any("s32[16,64]" in line for line in moved), moved
+""",
+    "an op, shards of broken words are refused": """
+y = want
+for op, error in ((shard.row_parallel, "multiples of 16 rows"), (shard.fsdp, "multiples of 16")):
+    try:
+        op("packed_matmul", mesh, "d", x, *arrays, **static)
+        raise SystemExit("accepted")
+    except ValueError as found:
+        assert error in str(found), found
+""",
     "explicit axes are refused": """
 explicit = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 try:
@@ -50,9 +94,15 @@ y = want
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_four_devices(case):
-    code = SETUP + CASES[case] + "np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)"
+# Cases that share a process, which takes seconds to start.
+ALONE = [[case] for case in CASES if not case.startswith("an op")]
+TOGETHER = [[case for case in CASES if case.startswith("an op")]]
+
+
+@pytest.mark.parametrize("cases", ALONE + TOGETHER, ids=lambda cases: cases[0])
+def test_four_devices(cases):
+    check = "np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)\n"
+    code = "".join(SETUP + CASES[case] + check for case in cases)
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(
         [sys.executable, "-c", code],

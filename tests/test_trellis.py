@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import trellis
+from pallas_kernels import trellis, woven
 
 TRELLISES = [
     (16, 1, 1), (16, 2, 1), (12, 3, 1), (12, 5, 1), (16, 8, 1), (4, 4, 1), (12, 2, 2), (12, 3, 2),
-    (16, 2, 4), (16, 3, 4), (16, 4, 4), (7, 1, 4),
+    (16, 2, 4), (12, 2, 4), (16, 3, 4), (16, 4, 4), (16, 1, 4), (7, 1, 4),
 ]  # fmt: skip
 PUBLISHED_RMS = {"1mad": 1.0001, "3inst": 1.2437, "mcg": 1.2441, "mul1": 1.0001}
 
@@ -60,16 +60,25 @@ def test_hyb_is_512_points_behind_the_published_hash():
     assert np.abs(points.mean(0)).max() < 0.02
 
 
-def test_tpu4_is_four_sums_of_four_fields():
-    def weights(state):
-        x = state * 89226355 % 2**32
-        x ^= x >> 15
-        bytes_ = [x >> 8 * i & 255 for i in range(4)]
-        return [sum(b >> 2 * j & 3 for j in range(4)) - 6 for b in bytes_]
+def vpu(state):
+    """Four int8 weights, in whole numbers; and the fields, low first, that they come from."""
+    old, new = (byte - 256 if byte > 127 else byte for byte in divmod(state, 256))
+    bits = ((4001079887 * old) ^ (4001079887 * new)) % 2**32 & 0x77777777
+    word = 15 * bits % 2**32
+    weights = np.frombuffer(word.to_bytes(4, "little"), np.int8).astype(int)
+    return weights, [(bits >> 8 * i & 7, bits >> 8 * i + 4 & 7) for i in range(4)]
 
-    want = np.array([weights(s) for s in range(1 << 12)], float)
+
+def test_vpu_is_differences_of_two_fields_of_three_bits():
+    pairs = [vpu(s) for s in range(1 << 16)]
+    want = np.array([weights for weights, _ in pairs], float)
+    low, high = np.moveaxis(np.array([fields for _, fields in pairs]), -1, 0)
+    assert np.abs(want - 16 * (low - high)).max() == 7  # of the byte below, and a borrow
+    assert np.abs(want).max() <= 120  # no byte overflows
+    assert np.corrcoef(want.T) == pytest.approx(np.eye(4), abs=0.05)
+    assert np.abs(want.mean(0)).max() < 4  # of an rms of 50
     want /= np.sqrt(np.mean(want**2))
-    np.testing.assert_allclose(trellis.values("tpu4", 12, 4), want, rtol=1e-6)
+    np.testing.assert_allclose(trellis.values("vpu", 16, 4), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("code, V", trellis.CODES.items())
@@ -82,18 +91,45 @@ def test_arithmetic_equals_the_table(code, V, L):
     np.testing.assert_array_equal(decoded(jnp.arange(1 << L)), table)
 
 
+def stream_bits(words, step, is_woven):
+    """The stream as a string of bits, in order."""
+    fields = [f"{int(w) % 2**32:032b}" for w in words]
+    if is_woven:  # the low field of every word, then the next
+        return "".join(f[32 - i - step : 32 - i] for i in range(0, 32, step) for f in fields)
+    return "".join(fields)
+
+
+@pytest.mark.parametrize("V, woven_at", [(1, set()), (2, set()), (4, {1, 2, 4})])
+def test_which_streams_are_woven(V, woven_at):
+    assert {K for K in range(1, 9) if woven.fits(K, V)} == woven_at | ({8} if V == 4 else set())
+
+
+@pytest.mark.parametrize("V", [1, 2, 4])
+def test_tiles(V):
+    w = np.arange(16 * 48).reshape(16, 48)
+    tiles = np.asarray(trellis.tiles(jnp.asarray(w), V))
+    if V == 4:  # quad q of column c of tile t is step 16 q + c
+        want = [w[4 * q + i, 16 * t + c] for t in range(3) for q in range(4) for c in range(16)
+                for i in range(4)]  # fmt: skip
+    else:
+        want = [w[r, 16 * t + c] for t in range(3) for r in range(16) for c in range(16)]
+    np.testing.assert_array_equal(tiles.ravel(), want)
+    back = trellis.untiled(jnp.stack([tiles, tiles + 1]), V)
+    np.testing.assert_array_equal(back, [w, w + 1])
+
+
 @pytest.mark.parametrize("L, K, V", TRELLISES)
 def test_states_are_windows_of_the_stream(L, K, V):
     words = random_words(3, K)
     got = np.asarray(jax.jit(lambda w: trellis.states(w, L, K, V))(words))
     for stream, states in zip(words, got, strict=True):
-        bits = "".join(f"{int(w) % 2**32:032b}" for w in stream) * 2
+        bits = stream_bits(stream, K * V, woven.fits(K, V)) * 2
         want = [int(bits[t * K * V : t * K * V + L], 2) for t in range(256 // V)]
         assert states.tolist() == want
     np.testing.assert_array_equal(jax.jit(lambda s: trellis.pack(s, L, K, V))(got), words)
 
 
-@pytest.mark.parametrize("code, K", [("mul1", 3), ("hyb", 2), ("tpu4", 2)])
+@pytest.mark.parametrize("code, K", [("mul1", 3), ("hyb", 2), ("vpu", 2)])
 def test_decode_by_name_by_table_and_in_batches(code, K):
     V = trellis.CODES[code]
     words = random_words(6, K)
@@ -106,9 +142,9 @@ def test_decode_by_name_by_table_and_in_batches(code, K):
     np.testing.assert_array_equal(decode(code)(words.reshape(2, 3, -1)), got.reshape(2, 3, 256))
 
 
-@pytest.mark.parametrize("code", ["1mad", "3inst", "mul1", "mcg"])
+@pytest.mark.parametrize("code", ["1mad", "3inst", "mul1", "mcg", "vpu"])
 def test_computed_codes_decode_without_a_gather(code):
-    decode = lambda words: trellis.decode(words, 16, 2, 1, code)
+    decode = lambda words: trellis.decode(words, 16, 2, trellis.CODES[code], code)
     assert "gather" not in str(jax.make_jaxpr(decode)(random_words(4, 2)))
 
 
@@ -127,7 +163,7 @@ def test_a_trained_table_has_gradients():
         (lambda: trellis.check(16, 2, 3), "V = 1, 2 or 4"),
         (lambda: trellis.values("2mad", 12, 1), "got '2mad'"),
         (lambda: trellis.values("hyb", 12, 1), "V = 1"),
-        (lambda: trellis.decode_states(jnp.arange(3), "tpu4", 12, 1), "V = 1"),
+        (lambda: trellis.decode_states(jnp.arange(3), "vpu", 12, 1), "V = 1"),
         (lambda: trellis.states(jnp.zeros((1, 8), jnp.int32), 12, 2, 1), "take 16 words, got 8"),
     ],
 )

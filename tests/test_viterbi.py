@@ -97,7 +97,7 @@ def test_gaussian_distortion(code, K, L):
     assert 4.0**-K < error < limit
 
 
-@pytest.mark.parametrize("code, limit", [("hyb", 0.0705), ("tpu4", 0.073)])
+@pytest.mark.parametrize("code, limit", [("hyb", 0.0705), ("vpu", 0.075)])
 def test_gaussian_distortion_of_codes_of_several_weights(code, limit):
     V = trellis.CODES[code]
     _, weights = search(gaussian(48), trellis.values(code, 16, V), 16, 2, V)
@@ -114,7 +114,7 @@ def test_a_code_of_the_wrong_rms_is_worse():
 
 @needs_native
 @pytest.mark.parametrize(
-    "code, L, K", [("mul1", 12, 1), ("mul1", 12, 3), ("hyb", 12, 2), ("tpu4", 12, 2)]
+    "code, L, K", [("mul1", 12, 1), ("mul1", 12, 3), ("hyb", 12, 2), ("vpu", 12, 2)]
 )
 def test_native_finds_what_jax_finds(code, L, K):
     V, x = trellis.CODES[code], gaussian(16)
@@ -161,7 +161,7 @@ def test_it_is_a_function_like_any_other():
     assert encode(x[:0])[0].shape == (0, 16)
 
 
-@pytest.mark.parametrize("code, L, K", [("mul1", 16, 1), ("mul1", 16, 2), ("tpu4", 16, 3)])
+@pytest.mark.parametrize("code, L, K", [("mul1", 16, 1), ("mul1", 16, 2), ("vpu", 16, 3)])
 def test_memory_of_the_jax_version_is_bounded(code, L, K):
     V, size = trellis.CODES[code], viterbi.batch_size(L, K, trellis.CODES[code])
     x, valid = jax.ShapeDtypeStruct((3 * size, 256), jnp.float32), jnp.ones(3 * size, bool)

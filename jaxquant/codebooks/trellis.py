@@ -105,7 +105,7 @@ class Trellis(Served):
         self, target: Float[Array, "16 n"], row: TrellisGrid, valid: Bool[Array, "t"] | None
     ) -> tuple[Int32[Array, "words t"], Float[Array, "16 n"]]:
         """As `round`, of the valid tiles; the others come out as zeros."""
-        tiles = trellis.tiles(target / row.scale)
+        tiles = trellis.tiles(target / row.scale, self.V)
         most = 8 * max(self.rates)
         table = jnp.asarray(trellis.values(self.code, self.L, self.V))
 
@@ -118,7 +118,7 @@ class Trellis(Served):
         branches = [lambda tiles, rate=rate: search(tiles, rate) for rate in self._distinct]
         one = len(branches) == 1
         words, values = branches[0](tiles) if one else jax.lax.switch(row.rate, branches, tiles)
-        return words, row.scale * trellis.untiled(values)
+        return words, row.scale * trellis.untiled(values, self.V)
 
     # --- storage ----------------------------------------------------------------------------
 

@@ -122,6 +122,19 @@ void forward(const Search& s, Scratch& scratch, const float* x, int first, int l
   }
 }
 
+// The d of step t into its place: most significant first, or woven (pallas_kernels/woven.py).
+void store(const Search& s, int t, uint32_t d, uint32_t* words) {
+  int bit = t * s.B;
+  if (s.V == 4 && 32 % s.B == 0) {
+    int count = s.steps * s.B / 32;
+    words[t % count] |= d << (t / count * s.B);
+    return;
+  }
+  uint64_t two = static_cast<uint64_t>(d) << (64 - s.B - bit % 32);
+  words[bit / 32] |= static_cast<uint32_t>(two >> 32);
+  if (static_cast<uint32_t>(two)) words[bit / 32 + 1] |= static_cast<uint32_t>(two);
+}
+
 void encode(const Search& s, Scratch& scratch, const float* x, uint32_t* words, float* values) {
   auto state_before = [&](int t, int64_t node) {  // the state of step t that leads to the node
     return scratch.back[t * s.nodes + node] * s.nodes + node;
@@ -140,10 +153,7 @@ void encode(const Search& s, Scratch& scratch, const float* x, uint32_t* words, 
   for (int t = s.steps - 1; t >= 0; --t) {
     int64_t state = state_before(t, node);
     std::copy_n(s.table + state * s.V, s.V, values + t * s.V);
-    int bit = t * s.B;
-    uint64_t two = static_cast<uint64_t>(state / s.nodes) << (64 - s.B - bit % 32);
-    words[bit / 32] |= static_cast<uint32_t>(two >> 32);
-    if (static_cast<uint32_t>(two)) words[bit / 32 + 1] |= static_cast<uint32_t>(two);
+    store(s, t, static_cast<uint32_t>(state / s.nodes), words);
     node = state >> s.B;
   }
 }

@@ -1,0 +1,106 @@
+"""Kernels for TPUs (Mosaic, by way of Pallas), and what they serve.
+
+Pallas is imported when a kernel is first called.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pallas_kernels.kernel import Kernel
+
+_FLOATS = ("float32", "bfloat16", "float16")
+Aval = jax.ShapeDtypeStruct
+
+
+def _call(module: str, name: str) -> Callable:
+    def call(*arrays: Any, **statics: Any) -> jax.Array:
+        return getattr(importlib.import_module(f"pallas_kernels.tpu.{module}"), name)(
+            *arrays, **statics
+        )
+
+    return call
+
+
+def _grouped(x: Aval, codes: Aval, scale: Aval, group_size: int, slice_: int = 128) -> str:
+    """Why not: the types, or groups that no slice of the matrix unit holds."""
+    if x.dtype not in _FLOATS:
+        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
+    if scale.shape[0] > 1 and group_size % slice_ and slice_ % group_size:
+        return f"groups of {group_size} rows neither divide {slice_} nor are multiples of it"
+    if scale.shape[0] > 1 and group_size < 8:
+        return f"groups of {group_size} rows are too small"
+    return ""
+
+
+def _packed(x: Aval, codes: Aval, scale: Aval, zero: Aval | None, *, bits: int, group_size: int,
+            **_: Any) -> str:  # fmt: skip
+    if bits not in (2, 3, 4, 8):
+        return f"codes of {bits} bits"
+    return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
+
+
+def _ternary(x: Aval, codes: Aval, scale: Aval, *, group_size: int, **_: Any) -> str:
+    return _grouped(x, codes, scale, group_size)
+
+
+def _codebook(x: Aval, codes: Aval, scale: Aval, *, table: Any, bits: int, group_size: int,
+              **_: Any) -> str:  # fmt: skip
+    if isinstance(table, str) or bits not in (2, 3, 4) or len(table) != 1 << bits:
+        return f"tables of 4, 8 or 16 values are served, not {bits} bits of {str(table)[:20]}"
+    return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
+
+
+def _e8p(x: Aval, codes: Aval, residual: Aval | None, scale: Aval, *, bits: int, **_: Any) -> str:
+    if bits != 2 or residual is not None:
+        return "of E8P only 2 bits, without a residual, are served"
+    return _grouped(x, codes, scale, 0) if x.dtype not in _FLOATS else ""
+
+
+def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: int, code: str,
+             activations: str = "float") -> str:  # fmt: skip
+    if code != "vpu":
+        return f"of trellis codes only 'vpu' is served, not {code!r}"
+    if L != 16 or set(rates) != {2}:
+        return f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
+    if activations == "int8/256":
+        return "a trellis is served with activations 'float' and 'int8', not 'int8/256'"
+    rows = x.shape[1] // len(rates)
+    if len(rates) > 1 and rows % 128:
+        return f"blocks of {rows} rows with a scale each are no multiple of 128"
+    return "" if x.dtype in _FLOATS else f"x must be float32, bfloat16 or float16, got {x.dtype}"
+
+
+def _additive(*_: Any, **__: Any) -> str:
+    return (
+        "additive codes are not served: of learned vectors of 8 float16 values a TPU gathers "
+        "fewer in a cycle than it reads bfloat16 weights"
+    )
+
+
+def _hadamard(*_: Any, **__: Any) -> str:
+    return "Hadamard transforms are products with small matrices, which XLA does well on a TPU"
+
+
+def _none(*_: Any, **__: Any) -> jax.Array:
+    raise NotImplementedError("there is no such kernel for TPUs; ask `serves` first")
+
+
+def _transposed(g: Aval, codes: Aval, scale: Aval, zero: Aval | None, **statics: Any) -> str:
+    return _packed(g, codes, scale, zero, **statics)
+
+
+KERNELS = {
+    "packed_matmul": Kernel(_call("packed", "packed_matmul"), _packed),
+    "packed_matmul_transposed": Kernel(
+        _call("transposed", "packed_matmul_transposed"), _transposed
+    ),
+    "ternary_matmul": Kernel(_call("packed", "ternary_matmul"), _ternary),
+    "codebook_matmul": Kernel(_call("table", "codebook_matmul"), _codebook),
+    "e8p_matmul": Kernel(_call("lattice", "e8p_matmul"), _e8p),
+    "trellis_matmul": Kernel(_call("trellis", "trellis_matmul"), _trellis),
+    "additive_matmul": Kernel(_none, _additive),
+    "hadamard": Kernel(_none, _hadamard),
+}

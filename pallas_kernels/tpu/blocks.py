@@ -1,0 +1,46 @@
+"""Blocks of a product, by closed form: what one step of the grid holds and multiplies."""
+
+from typing import NamedTuple
+
+STACKED = 256  # rows for the matrix unit at a time, planes and parts of x counted
+STEP = 1 << 21  # weights of a step: its fixed cost, some 200 cycles, must be small beside them
+LANES = 128
+DEPTH = 512  # of which a block of k is a multiple: whole tiles of words at any number of bits
+WIDTH = 1024  # columns of a step at most
+
+
+class Blocks(NamedTuple):
+    """Rows of x, rows of w and columns of w in a step."""
+
+    m: int
+    k: int
+    n: int
+
+    def steps(self, m: int, k: int, n: int) -> tuple[int, int, int]:
+        """The grid of a product [m, k] x [k, n]: along m, n, k."""
+        return -(-m // self.m), -(-n // self.n), -(-k // self.k)
+
+
+def choose(m: int, k: int, n: int, *, stacked: int) -> Blocks:
+    """Blocks of x [m, k] times w [k, n], where the matrix unit sees `stacked` rows for one of x.
+
+    Beside the words, of which two blocks are on their way, on-chip memory holds little: the 2M
+    weights of a step are 512 KiB at 2 bits, and 2 MiB at 8.
+
+    >>> choose(1, 4096, 4096, stacked=2), choose(200, 11008, 576, stacked=2)
+    (Blocks(m=8, k=2048, n=1024), Blocks(m=128, k=5632, n=384))
+    """
+    rows = min(max(8, STACKED // stacked // 8 * 8), -(-m // 8) * 8)
+    columns = _columns(n)
+    # Steps of equal depth: the last would else be mostly empty.
+    depth = -(-k // DEPTH)
+    steps = -(-depth // max(1, STEP // columns // DEPTH))
+    return Blocks(rows, -(-depth // steps) * DEPTH, columns)
+
+
+def _columns(n: int) -> int:
+    """Whole registers of lanes; an even number of blocks, for two cores may share them."""
+    if n <= 2 * LANES:
+        return -(-n // LANES) * LANES
+    count = 2 * -(-n // (2 * WIDTH))
+    return -(-n // (count * LANES)) * LANES

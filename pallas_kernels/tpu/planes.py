@@ -1,0 +1,119 @@
+"""Activations as rows that the matrix unit multiplies exactly: integers, or bfloat16 pieces.
+
+A row of x becomes `planes` rows whose weighted sum it is; and, where `parts` groups of weights
+share a slice of k, each of those becomes `parts` rows that are zero outside their group. All are
+stacked along M, which costs little: a product of few rows is bound by loading weights into the
+unit.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from pallas_kernels import activations as forms
+
+INT8, BFLOAT16, FLOAT8 = "int8", "bfloat16", "float8_e4m3fn"
+UNITS = (INT8, BFLOAT16, FLOAT8)
+# Of a row of floats: planes, the weight of a plane over that of the next, the largest code. Digits
+# of 32 are all that a float8 with 3 bits of mantissa holds exactly; an int8 row has two of 16.
+_DIGITS = {
+    ("float", INT8): (2, 256, 127 * 256),
+    ("float", FLOAT8): (3, 32, 16 * 32 * 32),
+    ("float", BFLOAT16): (2, 1, 0),
+    ("int8", INT8): (1, 1, 127),
+    ("int8", BFLOAT16): (1, 1, 127),
+    ("int8", FLOAT8): (2, 16, 127),
+}
+# [..., k] -> [..., k]: columns of x as the codes of w come out of their words, run by run.
+Order = Callable[[Array], Array]
+
+
+class Rows(NamedTuple):
+    """Rows of x for a kernel.
+
+    Attributes:
+      rows: of the unit's type, [tiles * planes * parts * tile, k], in that order.
+      scale: float32 [blocks, m, 1], of each row and run of channels.
+    """
+
+    rows: Num[Array, "r k"]
+    scale: Float[Array, "b m 1"]
+
+
+def count(dtype: jnp.dtype, activations: str, unit: str) -> int:
+    """Planes of a row.
+
+    >>> count(jnp.dtype("float32"), "float", "int8"), count(jnp.dtype("float32"), "int8", "int8")
+    (2, 1)
+    """
+    if unit == BFLOAT16 and dtype == jnp.bfloat16:
+        return 1
+    return _DIGITS[activations.partition("/")[0], unit][0]
+
+
+def radix(activations: str, unit: str) -> int:
+    """The weight of a plane over that of the next."""
+    return _DIGITS[activations.partition("/")[0], unit][1]
+
+
+def split(x: Float[Array, "m k"], activations: str, unit: str) -> tuple[Num[Array, "p m k"], Array]:
+    """Planes of x, and the float32 scale [m, blocks] of their sum.
+
+    Digits of "float" are those of codes of 16 bits (15 in float8): the error is at most half a
+    step, absmax / 65024 (32768). bfloat16 planes of float32 keep 16 bits of every entry.
+
+    >>> planes, scale = split(jnp.array([[1.0, -0.5]]), "float", "int8")
+    >>> planes[:, 0].tolist(), round(float(1 / scale[0, 0]))
+    ([[127, -63], [0, -128]], 32512)
+    """
+    planes, base, largest = _DIGITS[activations.partition("/")[0], unit]
+    one = jnp.ones((len(x), 1), jnp.float32)
+    if activations != "float":
+        q, scale = forms.quantize(x, activations)
+        return _digits(q.astype(jnp.int32), planes, base).astype(unit), scale
+    if unit == BFLOAT16:
+        if x.dtype == jnp.bfloat16:
+            return x[None], one
+        x = x.astype(jnp.float32)
+        # Not a cast down and up, which XLA may leave out.
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return jnp.stack([high, x - high]).astype(jnp.bfloat16), one
+    x = x.astype(jnp.float32)
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.where(absmax > 0, absmax / largest, 1.0)
+    code = jnp.clip(jnp.round(x / scale), -largest, largest).astype(jnp.int32)
+    return _digits(code, planes, base).astype(unit), scale
+
+
+def _digits(code: Array, planes: int, base: int) -> Array:
+    """Signed digits [planes, ...], highest first, each in [-base / 2, base / 2)."""
+    digits: list[Array] = []
+    for _ in range(planes - 1):
+        low = (code + base // 2) % base - base // 2
+        digits.insert(0, low)
+        code = (code - low) // base
+    return jnp.stack([code, *digits])
+
+
+def stack(
+    planes: Num[Array, "p m k"], *, tile: int, k: int, size: int, parts: int, order: Order | None
+) -> Num[Array, "r k"]:
+    """Rows for a kernel that takes `tile` rows of x at a time, zero-padded to k columns.
+
+    Args:
+      size: columns of a slice, which `parts` groups of equal size share.
+      order: of the columns.
+    """
+    p, m, columns = planes.shape
+    tiles = -(-m // tile)
+    planes = jnp.pad(planes, ((0, 0), (0, tiles * tile - m), (0, k - columns)))
+    rows = jnp.moveaxis(planes.reshape(p, tiles, tile, k), 1, 0)
+    if parts > 1:
+        owner = jnp.arange(k) % size // (size // parts)
+        mask = (owner == jnp.arange(parts)[:, None])[:, None]  # [parts, 1, k]
+        rows = jnp.where(mask, rows[:, :, None], jnp.zeros((), rows.dtype))
+    rows = rows.reshape(-1, k)
+    return order(rows) if order else rows

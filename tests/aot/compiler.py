@@ -1,0 +1,139 @@
+"""Compile for TPUs that are not there, in a process of its own: libtpu may abort.
+
+A job names a function that builds what is to be compiled, so that nothing has to be pickled. One
+process does many jobs: importing JAX and libtpu takes longer than compiling a kernel.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from tests.aot import llo
+
+# A chip's smallest slice, as libtpu names it.
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+class Job(NamedTuple):
+    """What to compile.
+
+    Attributes:
+      build: "module:function" of a function that returns a function and its abstract arguments.
+      chip: one of `TOPOLOGIES`.
+      arguments: of `build`, by keyword; must be JSON.
+    """
+
+    build: str
+    chip: str
+    arguments: dict
+
+
+class Compiled(NamedTuple):
+    """What came of it.
+
+    Attributes:
+      error: "" or why it did not compile.
+      argument_bytes: of all arguments, as the device holds them.
+      hlo: the compiled module.
+      kernels: schedules of the Pallas kernels in it, by name.
+    """
+
+    error: str
+    argument_bytes: int = 0
+    hlo: str = ""
+    kernels: Mapping[str, llo.Schedule] = MappingProxyType({})
+
+
+def missing() -> str:
+    """Why nothing can be compiled here, or ""."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed (make test-kernels installs it)"
+    return ""
+
+
+def compiled(jobs: Sequence[Job], timeout: float = 300) -> list[Compiled]:
+    """Compile all jobs in one process.
+
+    Raises:
+      RuntimeError: the process died or took more than `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "dump"
+        dump.mkdir()
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            # There is no device to lock: other processes may compile too.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            # Of no effect but that libtpu does not warn of what it cannot find.
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "LIBTPU_INIT_ARGS": llo.FLAGS.format(dump),
+            # A kernel from the cache would leave no dump.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+        (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.aot.compiler", folder],
+                env=environment,
+                cwd=Path(__file__).parents[2],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"compiling {len(jobs)} jobs took over {timeout} s") from error
+        results = Path(folder) / "results.json"
+        if done.returncode or not results.exists():
+            raise RuntimeError(f"the compiling process died:\n{done.stderr[-4000:]}")
+        return [
+            Compiled(**{**r, "kernels": {k: llo.Schedule(*s) for k, s in r["kernels"].items()}})
+            for r in json.loads(results.read_text())
+        ]
+
+
+def _compile(job: Job, dump: Path) -> Compiled:
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    module, name = job.build.split(":")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[job.chip])
+    # A mesh, as lowering may ask it what the device can do.
+    mesh = Mesh(topology.devices[:1], ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    try:
+        function, avals = getattr(importlib.import_module(module), name)(**job.arguments)
+        there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            done = jax.jit(function).lower(*jax.tree.map(there, avals)).compile()
+    except Exception as error:
+        return Compiled(f"{type(error).__name__}: {error}"[:2000])
+    bytes_ = done.memory_analysis().argument_size_in_bytes
+    return Compiled("", bytes_, done.as_text(), llo.schedules(dump))
+
+
+def _main(folder: Path) -> None:
+    """Do the jobs of folder/jobs.json."""
+    results = []
+    for job in json.loads((folder / "jobs.json").read_text()):
+        done = _compile(Job(*job), folder / "dump")
+        results.append({**done._asdict(), "kernels": dict(done.kernels)})
+        shutil.rmtree(folder / "dump")  # hundreds of files of each kernel
+        (folder / "dump").mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
