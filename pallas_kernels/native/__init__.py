@@ -55,8 +55,7 @@ def instruction_sets() -> tuple[str, ...]:
         return ()
     name = _library().jaxquant_instruction_set
     name.restype = ctypes.c_char_p
-    numbers = itertools.count()
-    found = iter(lambda: name(next(numbers)), None)
+    found = itertools.takewhile(bool, map(name, itertools.count()))
     return tuple(text.decode() for text in found)
 
 

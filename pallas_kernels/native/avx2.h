@@ -62,3 +62,16 @@ INLINE Ints byte_sums(Uints v) {
   __m256i pairs = _mm256_maddubs_epi16((__m256i)v, _mm256_set1_epi8(1));
   return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+
+// table[bytes[4 i]] in lane i: inserted one by one, which is faster here than a gather.
+INLINE __m128i four_at(const uint32_t* table, const uint8_t* bytes) {
+  __m128i v = _mm_cvtsi32_si128(table[bytes[0]]);
+  v = _mm_insert_epi32(v, table[bytes[4]], 1);
+  v = _mm_insert_epi32(v, table[bytes[8]], 2);
+  return _mm_insert_epi32(v, table[bytes[12]], 3);
+}
+
+INLINE Uints at(const uint32_t* table, const uint8_t* bytes) {
+  __m256i low = _mm256_castsi128_si256(four_at(table, bytes));
+  return (Uints)_mm256_inserti128_si256(low, four_at(table, bytes + 16), 1);
+}

@@ -39,3 +39,9 @@ INLINE Floats from_halves(const uint16_t* p) {
 INLINE Ints byte_sums(Uints v) {
   return (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)v, _mm512_set1_epi8(1));
 }
+
+// table[bytes[4 i]] in lane i.
+INLINE Uints at(const uint32_t* table, const uint8_t* bytes) {
+  __m512i index = _mm512_and_si512(_mm512_loadu_si512(bytes), _mm512_set1_epi32(255));
+  return (Uints)_mm512_i32gather_epi32(index, table, 4);
+}

@@ -50,3 +50,8 @@ INLINE Ints byte_sums(Uints v) {
   v = (v & 0x00ff00ff) + ((v >> 8) & 0x00ff00ff);
   return (Ints)((v + (v >> 16)) & 0xffff);
 }
+
+// table[bytes[4 i]] in lane i.
+INLINE Uints at(const uint32_t* table, const uint8_t* bytes) {
+  return Uints{table[bytes[0]], table[bytes[4]], table[bytes[8]], table[bytes[12]]};
+}

@@ -27,36 +27,24 @@ class Points : public Operand {
   const uint32_t* signs;  // [256] by the lower byte; null: bytes
   int64_t n;
   int twice;  // the zero point, times two
+  const Kernels* kernels;
 
   Words words(const Segment& s, int64_t first, int64_t count, int64_t columns,
               uint32_t* room) const override {
     const int per = signs ? 2 : 4;
     for (int64_t i = 0; i < s.units; ++i) {
-      const int64_t octet = s.unit + i;
-      const auto* from = reinterpret_cast<const uint8_t*>(codes + octet / per * n + first);
+      const int64_t octet = s.unit + i, part = octet % per;
+      const uint32_t* from = codes + octet / per * n + first;
       uint32_t* to = room + i * columns;
-      from += octet % per * (4 / per);
-      signs ? look_up_both(from, count, to) : look_up(from, count, to);
+      if (signs) {
+        kernels->lattice(from, static_cast<int>(part), count, rows, signs, to);
+      } else {
+        const uint32_t* table = rows;
+        for (int64_t c = 0; c < count; ++c) to[c] = table[from[c] >> (8 * part) & 255];
+      }
       std::fill_n(to + count, columns - count, 0u);
     }
     return {room, columns};
-  }
-
-  // Of one byte in every word.
-  void look_up(const uint8_t* from, int64_t count, uint32_t* __restrict to) const {
-    const uint32_t* by_row = rows;
-    for (int64_t c = 0; c < count; ++c) to[c] = by_row[from[4 * c]];
-  }
-
-  // Of two: loads are what limits this loop, so bytes are loaded, not cut out of words.
-  void look_up_both(const uint8_t* from, int64_t count, uint32_t* __restrict to) const {
-    const uint32_t *by_row = rows, *by_sign = signs;
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < count; ++c) {
-      uint32_t word = by_row[from[4 * c + 1]] ^ by_sign[from[4 * c]];
-      __asm__("" : "+r"(word));  // keeps compilers from gathering them in vectors, much slower
-      to[c] = word;
-    }
   }
 
   bool zeros(int64_t, int64_t, int64_t count, const Kernels&, int32_t* zero) const override {
@@ -70,6 +58,7 @@ class Points : public Operand {
 ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> tables,
                ffi::RemainingArgs args, ffi::RemainingRets results, int32_t bits, float fine,
                int32_t activations, int32_t most) try {
+  const Kernels& kernels = choose(most);
   std::vector<std::array<Points, 2>> matrices(results.size());
   std::vector<Task> tasks(results.size());
   const auto* table = reinterpret_cast<const uint32_t*>(tables.typed_data());
@@ -90,6 +79,7 @@ ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S
       points.rows = bytes ? table + 512 : table;
       points.signs = bytes ? nullptr : table + 256;
       points.n = tasks[i].n;
+      points.kernels = &kernels;
       points.twice = bytes ? 0 : -1;
       points.scales = *found;
       points.scales.factor = part ? 0.5f * fine : 0.5f;
@@ -97,7 +87,7 @@ ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S
     }
   }
   const auto size = x.dimensions();
-  multiply(pool, choose(most), x.typed_data(),
+  multiply(pool, kernels, x.typed_data(),
            {size[0], size[1], size[1], 8 * kOctet, 512, static_cast<Activations>(activations)},
            tasks);
   return ffi::Error::Success();

@@ -16,6 +16,7 @@ namespace NAMESPACE {
 #include "forms.h"
 #include "product.h"
 #include "decode.h"
+#include "lattice.h"
 
 extern const Kernels kernels = {
     NAME,
@@ -44,6 +45,7 @@ extern const Kernels kernels = {
     quantize,
     zeros,
     trellis,
+    lattice,
 };
 
 }  // namespace NAMESPACE

@@ -71,6 +71,9 @@ struct Kernels {
   float (*quantize)(const float* x, int64_t count, float* q);
   void (*zeros)(const uint32_t* words, int bits, int64_t first, int64_t count, int32_t* twice);
   void (*trellis)(const TrellisTiles&);
+  // Words of nibbles from the 16-bit codes in one half of some words.
+  void (*lattice)(const uint32_t* words, int half, int64_t count, const uint32_t* rows,
+                  const uint32_t* signs, uint32_t* to);
 };
 
 

@@ -59,3 +59,8 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 }
+
+// table[bytes[4 i]] in lane i.
+INLINE Uints at(const uint32_t* table, const uint8_t* bytes) {
+  return Uints{table[bytes[0]], table[bytes[4]], table[bytes[8]], table[bytes[12]]};
+}

@@ -1,4 +1,6 @@
-"""Native products on this CPU beside XLA's float32 dot: `python -m tests.benchmarks.cpu_matmul`.
+"""Native products on this CPU, side by side with XLA's float32 dot.
+
+Run: python -m tests.benchmarks.cpu_matmul [--only NAME] [--m M] [--counters] [K N].
 
 Every round times the float32 dot, then each product once; a ratio is the median over rounds of
 float32 time by the product's, so that what else the machine does falls on both. Weights are random.

@@ -1,0 +1,1 @@
+"""Kernels against the references that define them."""
