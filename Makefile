@@ -17,7 +17,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/compiled
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-gpu demo bench curve clean
+.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-kernels kernels \
+	test-gpu test-device demo bench curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -73,6 +74,22 @@ test-newest test-jax011 test-oldest: test-%:
 	@.venv-$*/bin/python -m pip -q install -U pip uv
 	@.venv-$*/bin/python -m $(INSTALL_$*)
 	@touch $@
+
+# Compilers of devices that are not here: libtpu as this JAX pins it; XLA's for CUDA, ptxas, nvdisasm.
+# In a venv of their own, for a JAX that finds CUDA's plugin and no GPU complains at every start.
+PYTHON_kernels := 3.11
+INSTALL_kernels = pip -q install -e '.[test]' && \
+	v=$$(.venv-kernels/bin/python -c 'import jax; print(jax.__version__)') && \
+	.venv-kernels/bin/python -m pip -q install "jax[tpu]==$$v" && \
+	.venv-kernels/bin/python -m pip -q install --no-deps "jax-cuda13-plugin==$$v" \
+		"jax-cuda13-pjrt==$$v" nvidia-cuda-nvcc nvidia-cuda-nvdisasm
+test-kernels: .venv-kernels/.ready  ## kernels against references; compiled for TPUs, GPUs and pods
+	.venv-kernels/bin/python $(PYTEST) tests/kernels tests/aot
+kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a table, and build/kernels.json
+	@.venv-kernels/bin/python -m tests.aot.table
+
+test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
+	JAX_PLATFORMS= $(PYTHON) -m tests.device.run
 
 test-gpu:        ## one case of each fast test on a GPU, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(ONE_CASE)

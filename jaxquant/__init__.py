@@ -41,7 +41,14 @@ from jaxquant.methods import (
 )
 from jaxquant.opened import decoded, rejoined
 from jaxquant.paths import path_leaves
-from jaxquant.quantize import Done, bits_per_weight, dequantize, quantize, quantize_array
+from jaxquant.quantize import (
+    Done,
+    bits_per_weight,
+    dequantize,
+    quantize,
+    quantize_array,
+    with_activations,
+)
 from jaxquant.recipe import Plan, Recipe, resolve
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
@@ -114,4 +121,5 @@ __all__ = [
     "unstack",
     "unstack_stats",
     "vptq",
+    "with_activations",
 ]

@@ -336,6 +336,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 def named_method(name: str, **options: Any) -> Method:
     """A method by name; options that are None are left at their defaults.
 
+    Every method takes `activations` beside its own options; see `Method`.
+
     Raises:
       ValueError: unknown name, an option the method does not have, or a bad value.
 
@@ -345,7 +347,8 @@ def named_method(name: str, **options: Any) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
     given = {k: v for k, v in options.items() if v is not None}
+    form = given.pop("activations", "float")
     try:
-        return METHODS[name](**given)
+        return dataclasses.replace(METHODS[name](**given), activations=form)
     except TypeError as error:
         raise ValueError(f"method {name!r}: {error}") from None

@@ -23,6 +23,7 @@ from jaxquant.rounding import Moments
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor
+from pallas_kernels import activations as forms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,3 +360,21 @@ def dequantize(params: Any) -> Any:
     return jax.tree.map(
         lambda w: w.dequantize() if is_standin(w) else w, params, is_leaf=is_standin
     )
+
+
+def with_activations(params: Any, activations: str) -> Any:
+    """The same tree, its packed weights meeting inputs in another form; the weights are the same.
+
+    Args:
+      activations: "float", "int8" (a scale per token) or "int8/256" (one per 256 channels).
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> q = with_activations({"w": jq.quantize_array(jnp.eye(64), jq.rtn())}, "int8")
+    >>> q["w"].activations
+    'int8'
+    """
+    forms.check(activations)
+    change = lambda w: (
+        dataclasses.replace(w, activations=activations) if isinstance(w, QTensor) else w
+    )
+    return jax.tree.map(change, params, is_leaf=is_standin)

@@ -27,8 +27,10 @@ from jaxquant.resume import Folder
 from models import job, pipeline
 from models.effort import EFFORTS
 from models.generate import generate as generate_ids
+from models.registry import Model
 from models.request import job_of, with_texts
 from models.text import read_text
+from pallas_kernels import activations as forms
 
 stderr = Console(stderr=True)
 SEED = click.IntRange(0, 2**32 - 1)
@@ -206,21 +208,41 @@ class _Rows:
         )
 
 
+ACTIVATIONS = click.option(
+    "--activations", type=click.Choice(forms.FORMS), default=None,
+    help="The form in which inputs meet packed weights; default: the checkpoint's.",
+)  # fmt: skip
+
+
+def _loaded(model: str, activations: str | None, widen: bool = True) -> Model:
+    source = pipeline.load_any(model, widen)
+    if activations is None:
+        return source
+    return dataclasses.replace(source, params=jq.with_activations(source.params, activations))
+
+
 @cli.command("eval")
 @click.argument("model")
 @click.option("--text", required=True, help="Text FILE or builtin.")
 @click.option("--ctx", type=int, default=512, show_default=True)
 @click.option("--chunks", type=int, default=None)
 @click.option("--against", default=None, help="Teacher for KL and agreement.")
+@ACTIVATIONS
 @click.option("--json", "as_json", is_flag=True)
 def evaluate_command(
-    model: str, text: str, ctx: int, chunks: int | None, against: str | None, as_json: bool
+    model: str,
+    text: str,
+    ctx: int,
+    chunks: int | None,
+    against: str | None,
+    activations: str | None,
+    as_json: bool,
 ) -> None:
     """Perplexity of MODEL on a text."""
     with usage():
         check_sizes(ctx, chunks)  # before anything is loaded
     content = read_text(text)
-    student = pipeline.load_any(model, widen=False)
+    student = _loaded(model, activations, widen=False)
     pieces = pipeline.pieces(student, content, ctx, chunks)
     teacher = None
     if against is not None:
@@ -242,12 +264,19 @@ def evaluate_command(
 @click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED, default=0)
+@ACTIVATIONS
 @click.option("--json", "as_json", is_flag=True)
 def generate(
-    model: str, prompt: str, max_tokens: int, temperature: float, seed: int, as_json: bool
+    model: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    activations: str | None,
+    as_json: bool,
 ) -> None:
     """Continue a prompt with MODEL."""
-    source = pipeline.load_any(model)
+    source = _loaded(model, activations)
     ids = pipeline.beginning(source) + source.tokenizer.encode(prompt)
     new = generate_ids(
         jq.quantized(source.apply_cached),

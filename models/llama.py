@@ -10,7 +10,8 @@ its place in the parameter tree. The layers are stacked: their leaves carry a le
     layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
     layers/{attn_norm,mlp_norm}/scale [L, d]
 
-Params with the layers apart, layers/0/attn/..., serve too: they are stacked in every call.
+Params with the layers apart, layers/0/attn/..., serve too (`apply`), one layer after the other:
+longer to compile, and no layer's packed words are copied out of a stack before a kernel reads them.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxquant.layers import is_apart, restack
+from jaxquant.layers import is_apart, layers_of, restack
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
 
@@ -158,7 +159,8 @@ class Llama(nn.Module):
         if not c.tie_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
-    def __call__(self, tokens, cache: Cache | None = None):
+    def __call__(self, tokens, cache: Cache | None = None, layers: Callable | None = None):
+        """`layers`: what runs in place of the stack, of the same arguments and results."""
         if cache is not None and tokens.shape[1] > cache.k.shape[2]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit in a cache of size {cache.k.shape[2]}; "
@@ -168,7 +170,7 @@ class Llama(nn.Module):
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         angles = rotation_angles(self.config, positions)
         kv = None if cache is None else (cache.k, cache.v)
-        h, kv = self.layers(self.embed(tokens), kv, positions, angles)
+        h, kv = (layers or self.layers)(self.embed(tokens), kv, positions, angles)
         logits = self.logits(h)
         if cache is None:
             return logits
@@ -179,6 +181,23 @@ class Llama(nn.Module):
         h = self.norm(h)
         out = self.embed.attend(h) if self.config.tie_embeddings else self.head(h)
         return out.astype(jnp.float32)
+
+
+def apply(model: Llama, params, tokens, cache: Cache | None = None):
+    """The model on its inner "params" tree, the layers stacked or apart (`jaxquant.unstack`)."""
+    if not is_apart(params, "layers"):
+        return model.apply({"params": params}, tokens, cache)
+    block = Block(model.config, model.dtype)
+
+    def in_turn(h, kv, positions, angles):
+        for i, layer in enumerate(layers_of(params, "layers")):
+            kv_i = None if kv is None else jax.tree.map(lambda a, i=i: a[i], kv)
+            h, kv_i = block.apply({"params": layer}, h, kv_i, positions, angles)
+            kv = None if kv is None else jax.tree.map(lambda a, b, i=i: a.at[i].set(b), kv, kv_i)
+        return h, kv
+
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return model.apply({"params": rest}, tokens, cache, in_turn)
 
 
 def whole(params):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from models.gguf_reader import read_gguf
 from models.huggingface import read_hf
-from models.llama import Cache, Llama, LlamaConfig, whole
+from models.llama import Cache, Llama, LlamaConfig, apply
 from models.tokenizer import Tokenizer
 
 
@@ -51,10 +51,10 @@ def _functions(config: LlamaConfig, dtype: Any) -> tuple[Callable, Callable]:
     model = Llama(config, dtype)
 
     def apply_fn(params, tokens):
-        return model.apply({"params": whole(params)}, tokens)
+        return apply(model, params, tokens)
 
     def apply_cached(params, tokens, cache):
-        return model.apply({"params": whole(params)}, tokens, cache)
+        return apply(model, params, tokens, cache)
 
     return apply_fn, apply_cached
 

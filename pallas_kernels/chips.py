@@ -1,10 +1,10 @@
 """What an accelerator can do, and what a kernel would have to do to keep its memory busy.
 
-Sources of the TPUs' figures: docs.cloud.google.com/tpu/docs, the page of each version (peak bf16 and
-int8 or fp8, HBM bandwidth, TensorCores of a chip), read 2026-11. Clocks are not published. Those of v5e,
-v5p and v6e follow from the peaks: v5e has four units of 128 x 128 multipliers a core, 2 * 4 * 128 * 128
-operations a cycle; v6e, two of 256 x 256 at two rows a cycle. TPU7x by the same count would run at
-2.2 GHz; 1.9 GHz is assumed, which asks more of a kernel in every cycle.
+Sources of the TPUs' figures: docs.cloud.google.com/tpu/docs, the page of each version (peaks, HBM
+bandwidth, TensorCores), read 2026-11. Clocks are not published. Those of v5e, v5p and v6e follow
+from the peaks: v5e has four units of 128 x 128 multipliers a core, 2 * 4 * 128 * 128 operations a
+cycle; v6e, two of 256 x 256 at two rows a cycle. TPU7x by the same count would run at 2.2 GHz;
+1.9 GHz is assumed, which asks more of a kernel in every cycle.
 """
 
 from typing import NamedTuple

@@ -26,7 +26,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 OPT_SCALE = {2: 1.03, 3: 0.98, 4: 1.03}
 # One over the residual scales 2.04 and 3.45, to 16 bits: sums of two points are then exact in
 # float32, whatever the compiler fuses.
-_FINE = {bits: round(2**16 / scale) / 2**16 for bits, scale in ((3, 2.04), (4, 3.45))}
+FINE = {bits: round(2**16 / scale) / 2**16 for bits, scale in ((3, 2.04), (4, 3.45))}
 # Where the three entries 1/2 stand in the table's last 29 rows; the others are 3/2.
 _HALVES = (
     "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 "
@@ -69,9 +69,9 @@ _TABLE = table()
 _ODD = np.sum(_TABLE, 1) % 2 == 1
 _BIT = np.argsort(ORDER)  # of a coordinate
 # With the sign of coordinate 7 that makes the sum even.
-_WORDS = _packed(np.where(_ODD[:, None] & (np.arange(8) == 7), -_TABLE, _TABLE))
+WORDS = _packed(np.where(_ODD[:, None] & (np.arange(8) == 7), -_TABLE, _TABLE))
 _E81B = e81b_table()
-_E81B_WORDS = _packed(_E81B)
+E81B_WORDS = _packed(_E81B)
 
 # --- decode ---------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def decode(code: Int[Array, "... n"], bits: int = 2) -> Float[Array, "... 8 n"]:
     if bits == 2:
         return first
     second = _e8p(code >> 16) if bits == 4 else _e81b(code >> 16)
-    return first + _FINE[bits] * second
+    return first + FINE[bits] * second
 
 
 def dequantize(
@@ -129,12 +129,12 @@ def _e8p(code: Array) -> Array:
     flips = (s ^ shift).astype(jnp.uint32)
     for step, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
         flips = (flips | flips << step) & mask
-    word = (jnp.asarray(_WORDS)[row] ^ flips * 15) + flips
+    word = (jnp.asarray(WORDS)[row] ^ flips * 15) + flips
     return _nibbles(word) + jnp.where(shift == 1, jnp.float32(-0.25), 0.25)[..., None, :]
 
 
 def _e81b(code: Array) -> Array:
-    return _nibbles(jnp.asarray(_E81B_WORDS)[code & 255])
+    return _nibbles(jnp.asarray(E81B_WORDS)[code & 255])
 
 
 def _nibbles(word: Array) -> Array:
@@ -157,9 +157,9 @@ def nearest(x: Float[Array, "8 n"], bits: int = 2) -> tuple[Int32[Array, "n"], F
     code, value = _nearest_e8p(x)
     if bits == 2:
         return code, value
-    residual = (x - value) / _FINE[bits]
+    residual = (x - value) / FINE[bits]
     second, fine = _nearest_e8p(residual) if bits == 4 else _nearest_e81b(residual)
-    return code | second << 16, value + _FINE[bits] * fine
+    return code | second << 16, value + FINE[bits] * fine
 
 
 # Sorted downwards, every row of norm <= 10 is one of seven shapes (the entries that differ from

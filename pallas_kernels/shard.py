@@ -90,11 +90,12 @@ def fsdp(
 
 
 def gathered(arrays: tuple, specs: tuple, axis: str) -> tuple:
-    """Inside `shard_map`: the arrays whose rows `specs` split over an axis, whole again."""
+    """Inside `shard_map`: the arrays that `specs` split over a mesh axis, whole again along it."""
 
     def whole(a: Array | None, spec: P) -> Array | None:
-        split = a is not None and spec == P(axis)
-        return jax.lax.all_gather(a, axis, tiled=True) if split else a
+        if a is None or axis not in spec:
+            return a
+        return jax.lax.all_gather(a, axis, axis=tuple(spec).index(axis), tiled=True)
 
     return tuple(whole(a, spec) for a, spec in zip(arrays, specs, strict=True))
 

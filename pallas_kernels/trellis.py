@@ -12,10 +12,10 @@ Source: QTIP (Tseng et al. 2024, arXiv:2406.11235) for the trellis, "1mad", "3in
 exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float16 exactly; the
 512 points of "hyb" are a spiral, not k-means (Gaussian error 0.0690, not 0.0702, at 2 bits).
 
-"vpu" is ours, for vector units: five operations on 32-bit lanes give four int8 weights. The two
-bytes of a state, signed, are multiplied by a constant; of the exclusive or of the products, a mask
-leaves two fields of three bits in each byte, and times 15 = 16 - 1 the byte becomes 16 times the
-difference of its two fields, but for a little of the byte below: a triangular, symmetric int8.
+"vpu" is ours, for vector units: five operations on 32-bit lanes give four int8 weights. A state's
+two bytes, signed, are multiplied; in each byte of the products' exclusive or a mask leaves two
+fields of three bits, and times 15 it is 16 times their difference, but for a little of the byte
+below.
 """
 
 import functools
@@ -32,6 +32,7 @@ from pallas_kernels import woven
 
 SIDE = 16  # of a tile
 WEIGHTS = SIDE * SIDE  # of one sequence: a tile
+_BYTE_SUMS = {"1mad": (34038481, 76625530), "mul1": (0x83DCD12D, 0)}  # factor and term of a state
 CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "vpu": 4}  # weights of a step
 # "vpu": a byte times SPREAD, bits of two such products that MASK keeps, times FOLD: 16 - 1.
 SPREAD, MASK, FOLD = 4001079887, 0x77777777, 15
@@ -69,8 +70,8 @@ def values(code: str, L: int, V: int) -> Float32[np.ndarray, "states V"]:
     >>> table.shape, round(float(np.mean(table**2)), 6)
     ((4096, 1), 1.0)
     """
-    integers = _integers(np.arange(1 << L, dtype=np.uint32), code)
-    table = integers.astype(np.float32) * unit(code, L, V)
+    one = unit(code, L, V)
+    table = _integers(np.arange(1 << L, dtype=np.uint32), code).astype(np.float32) * one
     table.setflags(write=False)
     return table
 
@@ -109,11 +110,23 @@ def unit(code: str, L: int, V: int) -> np.float32:
     return np.float32(1 / math.sqrt(np.mean(integers**2)))  # the sum is exact on any machine
 
 
+def byte_sum(code: str, L: int) -> tuple[int, int, np.float32] | None:
+    """Factor, term and unit of a code whose weights are sums of bytes; None of another code.
+
+    A weight is unit * (the sum of the four bytes of state * factor + term, less 510).
+
+    >>> byte_sum("mul1", 16)[:2], byte_sum("mcg", 16)
+    ((2212286765, 0), None)
+    """
+    return (*_BYTE_SUMS[code], unit(code, L, 1)) if code in _BYTE_SUMS else None
+
+
 def _integers(states: Any, code: str) -> Any:
     """The weights of uint32 states [...] as integers [..., V], in NumPy or in JAX alike."""
     u = np.uint32
-    if code in ("1mad", "mul1"):  # the sum of four bytes
-        x = states * u(34038481) + u(76625530) if code == "1mad" else states * u(0x83DCD12D)
+    if code in _BYTE_SUMS:
+        factor, term = _BYTE_SUMS[code]
+        x = states * u(factor) + u(term)
         x = (x & u(0x00FF00FF)) + ((x >> u(8)) & u(0x00FF00FF))
         return ((x + (x >> u(16))) & u(0xFFFF)).astype(np.int32)[..., None] - 510
     if code in ("3inst", "mcg"):  # the sum of two float16

@@ -11,6 +11,7 @@ import jaxquant as jq
 from jaxquant.finetune import Healing, heal, heal_blocks
 from jaxquant.layers import layers_of
 from models import load, pipeline
+from models.llama import init_cache
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 from .test_dispatch import draw
@@ -105,9 +106,13 @@ def test_the_model_takes_its_layers_apart(tmp_path):
     model = load(write_folder(tmp_path / "m", BASE, random_tensors(BASE)))
     tokens = jnp.arange(12)[None]
     apart = jq.unstack(model.params, "layers")
-    np.testing.assert_array_equal(
-        model.apply_fn(apart, tokens), model.apply_fn(model.params, tokens)
-    )
+    want = model.apply_fn(model.params, tokens)
+    np.testing.assert_allclose(model.apply_fn(apart, tokens), want, rtol=1e-4, atol=1e-5)
+    cache = init_cache(model.config, 1, 12)
+    first, cache = model.apply_cached(apart, tokens[:, :7], cache)
+    second, cache = model.apply_cached(apart, tokens[:, 7:], cache)
+    got = jnp.concatenate([first, second], axis=1)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_do_not_stack_are_not_healed(tmp_path):

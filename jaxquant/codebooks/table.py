@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxquant.codebooks.scales import as_stored, check_grouping, rows_per_group
+from jaxquant.codebooks.scales import SCALE_DTYPES, as_stored, check_grouping, rows_per_group
 from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
 from pallas_kernels import layout, tables
@@ -127,8 +127,9 @@ class Table(Served):
         return data
 
     def scales(self, data: dict[str, Array]) -> Float[Array, "... g n"]:
-        """Scales of opened data."""
-        return data["scale"]
+        """Scales of opened data, of a dtype that the op takes."""
+        scale = data["scale"]
+        return scale if scale.dtype.name in SCALE_DTYPES else scale.astype(jnp.float32)
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Round a matrix to nearest and pack it."""

@@ -6,9 +6,11 @@ file serves every machine of an architecture. Without a compiler, or with JAXQUA
 environment, there are no native kernels, and `load` says why.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -21,9 +23,15 @@ import threading
 import jax
 import jaxlib
 
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 FOLDER = pathlib.Path(__file__).parent
-TARGETS = ("jaxquant_viterbi",)  # the handlers in the *.cc files, and their names in JAX
+TARGETS = (
+    "jaxquant_viterbi",
+    "jaxquant_packed",
+    "jaxquant_e8p",
+    "jaxquant_trellis",
+    "jaxquant_additive",
+)  # the handlers in the *.cc files, and their names in JAX
 _ONE = threading.Lock()
 
 
@@ -37,10 +45,29 @@ def load() -> str:
         return _load()
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this machine can run, of the products of `pallas_kernels.cpu`, plainest first.
+
+    >>> load() != "" or instruction_sets()[0] == "baseline"
+    True
+    """
+    if load():
+        return ()
+    name = _library().jaxquant_instruction_set
+    name.restype = ctypes.c_char_p
+    found = iter(lambda count=itertools.count(): name(next(count)), None)
+    return tuple(text.decode() for text in found)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(shared_object()))
+
+
 @functools.cache
 def _load() -> str:
     try:
-        library = ctypes.CDLL(str(shared_object()))
+        library = _library()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return _reason(error)
     for name in TARGETS:
@@ -90,12 +117,25 @@ def _build(compiler: list[str], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = pathlib.Path(folder) / path.name
-        sources = map(str, sorted(FOLDER.glob("*.cc")))
-        command = [*compiler, *FLAGS, "-w", "-isystem", jax.ffi.include_dir(), *sources]
-        subprocess.run(
-            [*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300
-        )
+        compile_to(compiler, made)
         os.replace(made, path)
+
+
+def compile_to(compiler: list[str], made: pathlib.Path) -> None:
+    """The shared object `made`, source by source on all cores; objects lie beside it."""
+    objects = {made.with_name(f"{source.stem}.o"): source for source in FOLDER.glob("*.cc")}
+
+    def one(item: tuple[pathlib.Path, pathlib.Path]) -> None:
+        to, source = map(str, item)
+        _run([*compiler, *FLAGS, "-w", "-isystem", jax.ffi.include_dir(), "-c", source, "-o", to])
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, objects.items()))
+    _run([*compiler, "-shared", *map(str, objects), "-o", str(made)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
 
 
 def _reason(error: Exception) -> str:

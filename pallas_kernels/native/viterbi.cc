@@ -10,17 +10,14 @@
 // Built and loaded by pallas_kernels/native/__init__.py.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -161,34 +158,6 @@ void encode(const Search& s, Scratch& scratch, const float* x, uint32_t* words, 
   }
 }
 
-// Calls work(thread, i) for i < count on the caller and on what the pool gives. The caller waits
-// for tasks under way only: a task that starts late finds nothing to do, so that callers which
-// occupy the whole pool cannot wait for each other.
-void parallel(ffi::ThreadPool& pool, int threads, int64_t count,
-              std::function<void(int, int64_t)> work) {
-  struct Shared {
-    std::function<void(int, int64_t)> work;
-    int64_t count, done = 0;
-    std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::condition_variable all;
-  };
-  auto shared = std::make_shared<Shared>();
-  shared->work = std::move(work);
-  shared->count = count;
-  auto run = [shared](int thread) {
-    int64_t mine = 0;
-    for (int64_t i; (i = shared->next++) < shared->count; ++mine) shared->work(thread, i);
-    std::lock_guard<std::mutex> lock(shared->mutex);
-    shared->done += mine;
-    if (shared->done == shared->count) shared->all.notify_all();
-  };
-  for (int thread = 1; thread < threads; ++thread) pool.Schedule([run, thread] { run(thread); });
-  run(0);
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all.wait(lock, [&] { return shared->done == shared->count; });
-}
-
 ffi::Error viterbi(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> table,
                    ffi::Buffer<ffi::PRED> valid, ffi::ResultBuffer<ffi::S32> words,
                    ffi::ResultBuffer<ffi::F32> values, int32_t L, int32_t K, int32_t V,
@@ -208,7 +177,7 @@ ffi::Error viterbi(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   std::vector<Scratch> scratch;
   for (int i = 0; i < threads; ++i) scratch.emplace_back(s);
   auto* out = reinterpret_cast<uint32_t*>(words->typed_data());
-  parallel(pool, threads, count, [&](int thread, int64_t i) {
+  jaxquant::parallel(pool, threads, count, [&](int thread, int64_t i) {
     if (!valid.typed_data()[i]) return;
     encode(s, scratch[thread], x.typed_data() + i * kWeights, out + i * 8 * K,
            values->typed_data() + i * kWeights);

@@ -64,7 +64,7 @@ def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: in
     if code != "vpu":
         return f"of trellis codes only 'vpu' is served, not {code!r}"
     if L != 16 or set(rates) != {2}:
-        return f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
+        return f"a trellis is served at L = 16 and 2 bits, not L = {L}, {sorted(set(rates))} bits"
     if activations == "int8/256":
         return "a trellis is served with activations 'float' and 'int8', not 'int8/256'"
     rows = x.shape[1] // len(rates)
@@ -84,6 +84,10 @@ def _hadamard(*_: Any, **__: Any) -> str:
     return "Hadamard transforms are products with small matrices, which XLA does well on a TPU"
 
 
+def _none(*_: Any, **__: Any) -> jax.Array:
+    raise NotImplementedError("there is no such kernel for TPUs; ask `serves` first")
+
+
 def _transposed(g: Aval, codes: Aval, scale: Aval, zero: Aval | None, **statics: Any) -> str:
     return _packed(g, codes, scale, zero, **statics)
 
@@ -97,6 +101,6 @@ KERNELS = {
     "codebook_matmul": Kernel(_call("table", "codebook_matmul"), _codebook),
     "e8p_matmul": Kernel(_call("lattice", "e8p_matmul"), _e8p),
     "trellis_matmul": Kernel(_call("trellis", "trellis_matmul"), _trellis),
-    "additive_matmul": Kernel(_call("packed", "additive_matmul"), _additive),
-    "hadamard": Kernel(_call("packed", "hadamard"), _hadamard),
+    "additive_matmul": Kernel(_none, _additive),
+    "hadamard": Kernel(_none, _hadamard),
 }

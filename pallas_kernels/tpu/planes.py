@@ -1,8 +1,9 @@
 """Activations as rows that the matrix unit multiplies exactly: integers, or bfloat16 pieces.
 
-A row of x becomes `planes` rows whose weighted sum it is; and, where `parts` groups of weights share
-a slice of k, each of those becomes `parts` rows that are zero outside their group. All are stacked
-along M, which costs little: a product of few rows is bound by loading weights into the unit.
+A row of x becomes `planes` rows whose weighted sum it is; and, where `parts` groups of weights
+share a slice of k, each of those becomes `parts` rows that are zero outside their group. All are
+stacked along M, which costs little: a product of few rows is bound by loading weights into the
+unit.
 """
 
 from collections.abc import Callable

@@ -36,6 +36,8 @@ class Decoder(NamedTuple):
       slice: rows at a time at least.
       longest: and at most.
       width: columns at a time.
+      slow: takes longer than the product: then words, not rows of x, wait for sums.
+      ahead: slices at most that are under way at a time.
     """
 
     planes: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
@@ -46,6 +48,8 @@ class Decoder(NamedTuple):
     slice: int = 128
     longest: int = 512
     width: int = 512
+    slow: bool = False
+    ahead: int = 5
 
 
 class _Shape(NamedTuple):
@@ -152,16 +156,20 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
     words, tables = refs[: len(shape.decoder.bits)], refs[len(shape.decoder.bits) :]
     step = pl.program_id(2)
     width = min(o_ref.shape[1], shape.decoder.width if x_ref.shape[0] <= 64 else 256)
-    ahead = max(1, min(5, REGISTERS // (x_ref.shape[0] + o_ref.shape[0])))
+    ahead = max(1, min(shape.decoder.ahead, REGISTERS // (x_ref.shape[0] + o_ref.shape[0])))
     history: list[Array] = []
     for start in range(0, o_ref.shape[1], width):
         columns = pl.ds(start, min(width, o_ref.shape[1] - start))
         total = jnp.zeros((o_ref.shape[0], columns.size), jnp.float32)
         for j in range(x_ref.shape[1] // shape.size):
             rows = x_ref[:, j * shape.size : (j + 1) * shape.size]
-            if len(history) >= ahead:
+            taken = _words(words, j, columns, shape)
+            if len(history) >= ahead and shape.decoder.slow:
+                taken = [_after(w, history[-ahead]) for w in taken]
+            elif len(history) >= ahead:
                 rows = _after(rows, history[-ahead])
-            sums = _sums(rows, _weights(words, tables, j, columns, shape), shape)
+            weights = shape.decoder.planes(taken, [t[...] for t in tables])
+            sums = _sums(rows, weights, shape)
             for part in range(shape.parts):
                 scaled = sums[part]
                 if shape.groups > 1:
@@ -176,12 +184,13 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
         _add(o_ref, columns, total, last, step, shape.steps)
 
 
-def _weights(words, tables, j: int, columns, shape: _Shape) -> Sequence[Array]:
+def _words(refs, j: int, columns, shape: _Shape) -> list[Array]:
+    """Of slice j."""
     taken = []
-    for ref, bits in zip(words, shape.decoder.bits, strict=True):
+    for ref, bits in zip(refs, shape.decoder.bits, strict=True):
         per = shape.size * bits // 32
         taken.append(ref[j * per : (j + 1) * per, columns])
-    return shape.decoder.planes(taken, [t[...] for t in tables])
+    return taken
 
 
 def _sums(rows: Array, weights: Sequence[Array], shape: _Shape) -> Array:
@@ -222,10 +231,10 @@ def _after(rows: Num[Array, "r k"], total: Float[Array, "m n"]) -> Num[Array, "r
     """
     square = total[:8, :128]
     zero = jax.lax.shift_right_logical(pltpu.bitcast(square * square, jnp.int32), 31)
-    words = pltpu.bitcast(rows, jnp.int32)
+    words = rows if rows.dtype == jnp.int32 else pltpu.bitcast(rows, jnp.int32)
     r, c = words.shape
     zero = jnp.tile(zero, (-(-r // 8), c // 128))[:r]
-    return pltpu.bitcast(words | zero, rows.dtype)
+    return words | zero if rows.dtype == jnp.int32 else pltpu.bitcast(words | zero, rows.dtype)
 
 
 def _add(o_ref, columns, total: Array, row_scale: Any, step, steps: int) -> None:

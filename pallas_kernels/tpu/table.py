@@ -34,10 +34,11 @@ def codebook_matmul(
     Entries are taken to 16 bits: the error is at most the largest over 65024.
     """
     entries, weights = integers(table)
+    rows = 256 if bits == 3 else 128
     decoder = Decoder(
         lambda words, tables: _operands(_nibbles(words[0], bits), tables[0], len(weights), unit),
         weights, (bits,), f"codebook_matmul_{bits}", order=_ORDERS[bits],
-        slice=256 if bits == 3 else 128, longest=256 if bits == 3 else 128, width=256,
+        slice=rows, longest=rows, width=256, slow=True, ahead=3,
     )  # fmt: skip
     return product(
         x, (codes,), scale, decoder, group=group_size, tables=[jnp.asarray(entries)],

@@ -14,11 +14,15 @@ from pallas_kernels.tpu.product import Decoder
 
 _TYPES = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
 
+
 def decoder(bits: int, unit: str, name: str) -> Decoder:
     """Codes of 2, 3, 4 or 8 bits."""
     if bits == 3:
         give = lambda words, _: [integers(nibbles_of_3_bits(words[0]), 4, unit)]
-        return Decoder(give, (0.5,), (3,), name, order=order_of_3_bits, slice=256)
+        return Decoder(
+            give, (0.5,), (3,), name, order=order_of_3_bits, slice=256, longest=256, width=256,
+            slow=True, ahead=1 if unit == planes.FLOAT8 else 2,
+        )  # fmt: skip
     give = lambda words, _: [integers(words[0], bits, unit)]
     return Decoder(give, (1.0,), (bits,), name)
 
@@ -53,7 +57,9 @@ def order_of_3_bits(x: Array) -> Array:
     first = jnp.concatenate([runs[..., :2, :], runs[..., 3:, :]], axis=-2)
     third = [runs[..., (3 * row + 2) % 8, 2, :] for row in range(8)]
     flat = lambda a: a.reshape(*a.shape[: x.ndim], -1)
-    return flat(jnp.concatenate([flat(first), flat(jnp.stack(third, axis=-2))], -1)).reshape(x.shape)
+    return flat(jnp.concatenate([flat(first), flat(jnp.stack(third, axis=-2))], -1)).reshape(
+        x.shape
+    )
 
 
 def _of_24(words: Int32[Array, "24 n"]) -> Int32[Array, "32 n"]:

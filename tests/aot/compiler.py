@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tests.aot import llo
@@ -49,7 +50,7 @@ class Compiled(NamedTuple):
     error: str
     argument_bytes: int = 0
     hlo: str = ""
-    kernels: dict[str, llo.Schedule] = {}
+    kernels: Mapping[str, llo.Schedule] = MappingProxyType({})
 
 
 def missing() -> str:
@@ -127,7 +128,8 @@ def _main(folder: Path) -> None:
     """Do the jobs of folder/jobs.json."""
     results = []
     for job in json.loads((folder / "jobs.json").read_text()):
-        results.append(_compile(Job(*job), folder / "dump")._asdict())
+        done = _compile(Job(*job), folder / "dump")
+        results.append({**done._asdict(), "kernels": dict(done.kernels)})
         shutil.rmtree(folder / "dump")  # hundreds of files of each kernel
         (folder / "dump").mkdir()
     (folder / "results.json").write_text(json.dumps(results))

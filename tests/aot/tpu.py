@@ -9,7 +9,7 @@ M is 8, what a unit's registers hold at least: 1 to 8 rows cost the same.
 from collections.abc import Sequence
 
 from pallas_kernels import chips
-from tests.aot import cases
+from tests.aot import cases, llo
 from tests.aot.compiler import TOPOLOGIES, Compiled, Job, compiled
 
 M = 8
@@ -51,7 +51,7 @@ def rows(
 def _row(name: str, chip: str, short: Compiled, long: Compiled) -> dict:
     if short.error or long.error:
         raise RuntimeError(f"{name} on {chip}: {short.error or long.error}")
-    first, second = _kernel(short), _kernel(long)
+    first, second = kernel(short), kernel(long)
     rate = (LENGTHS[1] - LENGTHS[0]) * cases.CASES[name].columns / (second.bundles - first.bundles)
     needed = chips.needed(chip, cases.CASES[name].bits)
     return {
@@ -66,14 +66,16 @@ def _row(name: str, chip: str, short: Compiled, long: Compiled) -> dict:
     }
 
 
-def _kernel(done: Compiled):
+def kernel(done: Compiled) -> llo.Schedule:
+    """The schedule of the one kernel of ours."""
     return next(s for name, s in done.kernels.items() if "_matmul" in name)
 
 
 def main() -> list[dict]:
     """Print the table."""
     found = rows()
-    print(f"{'kernel':34}{'chip':7}{'weights/cycle':>14}{'needed':>8}{'ratio':>7}{'spills':>8}  busiest")
+    head = f"{'kernel':34}{'chip':7}{'weights/cycle':>14}{'needed':>8}{'ratio':>7}{'spills':>8}"
+    print(f"{head}  busiest")
     for r in found:
         busiest = max(r["slots"], key=r["slots"].get)
         print(

@@ -1,0 +1,207 @@
+"""The CPU's kernels: C++ through `jax.ffi`, on words as they are stored (`pallas_kernels.native`).
+
+Every op also takes several matrices that share x (`shared`): one call, x prepared once, and the
+threads share out the columns of all. Which instruction set runs is chosen when it runs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import activations as forms
+from pallas_kernels import e8p, native, trellis
+from pallas_kernels.kernel import Kernel
+
+_FLOATS = ("float16", "bfloat16", "float32")
+_BEST = -1  # the widest instruction set of the machine
+_MOST_GROUP = 64  # rows of an additive code
+
+Matrix = tuple[Array | None, ...]  # the arrays of one matrix, in the order of the op
+
+
+def shared(
+    op: str, x: Float[Array, "m k"], matrices: Sequence[Matrix], **static: Any
+) -> tuple[Float[Array, "m n"], ...]:
+    """The products of one x with several matrices of one format, in one call.
+
+    Args:
+      op: a name in `KERNELS`.
+      x: rows of activations.
+      matrices: of each the op's arrays after x.
+      static: the op's static arguments; and `most`, the number of the instruction set that may
+        run at most (`native.instruction_sets`), all by default.
+
+    >>> from pallas_kernels import layout
+    >>> codes, scale = layout.pack(jnp.array([[1], [-2]]), 4), jnp.array([[0.5]])
+    >>> static = {"bits": 4, "group_size": 2}
+    >>> if not native.load():
+    ...     two = shared("packed_matmul", jnp.ones((1, 2)), [(codes, scale, None)] * 2, **static)
+    ...     assert [y.tolist() for y in two] == [[[-0.5]], [[-0.5]]]
+    """
+    if op not in _CALLS:
+        raise ValueError(f"op must be one of {', '.join(_CALLS)}, got {op!r}")
+    return _CALLS[op](x, matrices, **static)
+
+
+# --- calls ----------------------------------------------------------------------------------
+
+
+def _call(
+    target: str, x: Array, first: tuple, rest: Sequence[Array], widths: Sequence[int], **static: Any
+) -> tuple[Array, ...]:
+    """One foreign call with a result [m, n] for every n of `widths`."""
+    if reason := native.load():
+        raise RuntimeError(f"no native kernels: {reason}")
+    form = forms.FORMS.index(static.pop("activations"))
+    shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32) for n in widths)
+    call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential")
+    return tuple(call(x.astype(jnp.float32), *first, *rest, activations=np.int32(form), **static))
+
+
+def _none() -> Array:
+    """Stands for an array that is not there."""
+    return jnp.zeros((0,), jnp.int32)
+
+
+def _packed(
+    x: Array,
+    matrices: Sequence[Matrix],
+    *,
+    bits: int,
+    group_size: int,
+    activations: str = "float",
+    table: tuple[float, ...] = (),
+    most: int = _BEST,
+) -> tuple[Array, ...]:
+    arrays = [_none() if a is None else a for matrix in matrices for a in matrix]
+    return _call(
+        "jaxquant_packed", x, (), arrays, [codes.shape[-1] for codes, *_ in matrices],
+        bits=np.int32(bits), group_size=np.int32(group_size), activations=activations,
+        table=np.asarray(table, np.float32), most=np.int32(most),
+    )  # fmt: skip
+
+
+def _ternary(x: Array, matrices: Sequence[Matrix], **static: Any) -> tuple[Array, ...]:
+    return _packed(x, [(*matrix, None) for matrix in matrices], bits=2, **static)
+
+
+def _e8p(
+    x: Array,
+    matrices: Sequence[Matrix],
+    *,
+    bits: int,
+    activations: str = "float",
+    most: int = _BEST,
+) -> tuple[Array, ...]:
+    arrays = [_none() if a is None else a for matrix in matrices for a in matrix]
+    fine = np.float32(0 if bits == 2 else e8p.FINE[bits])
+    return _call(
+        "jaxquant_e8p", x, (jnp.asarray(_nibbles()),), arrays,
+        [codes.shape[-1] for codes, *_ in matrices],
+        bits=np.int32(bits), fine=fine, activations=activations, most=np.int32(most),
+    )  # fmt: skip
+
+
+@functools.cache
+def _nibbles() -> np.ndarray:
+    """int32 [3, 256]: eight integers c of 4 bits, for rows, for signs, for residuals of 3 bits.
+
+    The words of a row and of signs, combined by exclusive or, hold the c of (c + 1/2) / 2; those
+    of a residual the c of c / 2. See native/e8p.cc.
+
+    >>> hex(_nibbles()[0, 0] ^ _nibbles()[1, 0])  # all coordinates 1/2, none negative, shifted up
+    '0x11111111'
+    """
+    rows = e8p.table()
+    odd = (rows.sum(1) % 2 == 1)[:, None] & (np.arange(8) == 7)
+    up = 2 * (rows - 0.5).astype(np.int64)  # the 8 of 8 + 2 t makes c two's complement
+    by_row = np.where(odd, up ^ 14, up)
+    s = np.arange(256)
+    down = np.array([int(i).bit_count() % 2 for i in s])
+    negative = (s ^ down)[:, None] >> np.argsort(e8p.ORDER) & 1
+    by_signs = 14 * negative + (1 - down)[:, None]
+    words = [by_row, by_signs, (2 * e8p.e81b_table()).astype(np.int64)]
+    packed = [np.sum((nibbles & 15) << 4 * np.arange(8), axis=1) for nibbles in words]
+    return np.stack(packed).astype(np.uint32).view(np.int32)
+
+
+def _trellis(
+    x: Array,
+    matrices: Sequence[Matrix],
+    *,
+    rates: tuple[int, ...],
+    L: int,
+    code: str,
+    activations: str = "float",
+    most: int = _BEST,
+) -> tuple[Array, ...]:
+    weights = trellis.CODES[code]
+    factor, term, unit = trellis.byte_sum(code, L) or (0, 0, np.float32(0))
+    table = np.zeros((0, 1), np.float32) if factor else trellis.values(code, L, weights)
+    return _call(
+        "jaxquant_trellis", x, (jnp.asarray(table),), [a for matrix in matrices for a in matrix],
+        [codes.shape[-1] * trellis.SIDE for codes, *_ in matrices],
+        rates=np.asarray(rates, np.int32), L=np.int32(L), weights=np.int32(weights),
+        factor=np.uint32(factor).astype(np.int32), term=np.uint32(term).astype(np.int32),
+        unit=unit, activations=activations, most=np.int32(most),
+    )  # fmt: skip
+
+
+def _additive(
+    x: Array,
+    matrices: Sequence[Matrix],
+    *,
+    bits: int,
+    group: int,
+    activations: str = "float",
+    most: int = _BEST,
+) -> tuple[Array, ...]:
+    return _call(
+        "jaxquant_additive", x, (), [a for matrix in matrices for a in matrix],
+        [codes.shape[-1] for codes, *_ in matrices],
+        bits=np.int32(bits), group=np.int32(group), activations=activations, most=np.int32(most),
+    )  # fmt: skip
+
+
+_CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {
+    "packed_matmul": _packed,
+    "ternary_matmul": _ternary,
+    "codebook_matmul": lambda x, matrices, **static: _packed(
+        x, [(*matrix, None) for matrix in matrices], **static
+    ),
+    "e8p_matmul": _e8p,
+    "trellis_matmul": _trellis,
+    "additive_matmul": _additive,
+}
+
+
+def _alone(op: str, x: Array, *matrix: Array | None, **static: Any) -> Float[Array, "m n"]:
+    return shared(op, x, [matrix], **static)[0]
+
+
+# --- what is served -------------------------------------------------------------------------
+
+
+def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> str:
+    if reason := native.load():
+        return f"no native kernels: {reason}"
+    if str(x.dtype) not in _FLOATS:
+        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
+    if static.get("code") == "vpu":
+        return "the native kernel reads trellis streams in order, not woven as those of 'vpu' are"
+    if isinstance(static.get("table"), str):
+        return "codes that are float8 have no native kernel"
+    if static.get("group", 0) > _MOST_GROUP:
+        return f"additive codes of more than {_MOST_GROUP} rows have no native kernel"
+    stored = [str(a.dtype) for a in matrix if a is not None and a.dtype != jnp.int32]
+    odd = [dtype for dtype in stored if dtype not in _FLOATS]
+    return f"scales of dtype {odd[0]} have no native kernel" if odd else ""
+
+
+KERNELS = {op: Kernel(partial(_alone, op), partial(_serves, op)) for op in _CALLS}

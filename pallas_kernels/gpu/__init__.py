@@ -1,0 +1,10 @@
+"""Kernels for NVIDIA GPUs (sm_80, sm_90) in Pallas-Triton, by op."""
+
+from pallas_kernels.gpu import additive, codebook, e8p, packed, trellis
+from pallas_kernels.kernel import Kernel
+
+KERNELS: dict[str, Kernel] = {
+    name: kernel
+    for module in (packed, codebook, e8p, trellis, additive)
+    for name, kernel in module.KERNELS.items()
+}

@@ -1,0 +1,177 @@
+"""The one place that knows JAX's GPU kernel language, Pallas-Triton, and its versions.
+
+JAX 0.10 to 0.12 have it; from 0.11 it is deprecated, and one day it goes. Everything is imported
+when first needed: where it is missing, `missing` says so and the references serve.
+
+Interpret mode runs a kernel's body as jnp operations on any device. It knows no inline assembly,
+so each piece of assembly stands here beside its twin in jnp.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+_INTERPRETED = contextvars.ContextVar("interpreted", default=False)
+
+
+@functools.cache
+def missing() -> str:
+    """Why Pallas-Triton cannot be had; "" if it can."""
+    try:
+        triton = _triton()
+    except ImportError as error:
+        return f"JAX {jax.__version__} has no Pallas-Triton ({error})"
+    needed = ("CompilerParams", "elementwise_inline_asm", "load", "store")
+    lacking = [name for name in needed if not hasattr(triton, name)]
+    return f"Pallas-Triton of JAX {jax.__version__} lacks {', '.join(lacking)}" if lacking else ""
+
+
+def _triton() -> Any:
+    return importlib.import_module("jax.experimental.pallas.triton")
+
+
+def _pallas() -> Any:
+    return importlib.import_module("jax.experimental.pallas")
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced in this context run in interpret mode, on any device."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def launch(
+    body: Callable,
+    name: str,
+    *,
+    grid: tuple[int, ...],
+    inputs: Sequence[Array],
+    blocks: Sequence[tuple[tuple[int | None, ...], Callable]],
+    out: tuple[jax.ShapeDtypeStruct, tuple[int | None, ...], Callable],
+    warps: int,
+    stages: int,
+) -> Array:
+    """Run a kernel body on blocks of its inputs.
+
+    Args:
+      body: takes references to the blocks of the inputs, then to that of the output.
+      name: of the kernel, in profiles and in its PTX.
+      grid: programs along each axis.
+      inputs: arrays.
+      blocks: of each input, a block's shape and its index, a function of the program's.
+      out: shape and dtype of the output, a block's shape, its index.
+      warps, stages: of a program; loads in flight.
+    """
+    # Known, and not for the user to act on: this module is what will be replaced. JAX repeats the
+    # warning wherever a kernel is lowered, long after this function returned, hence no scope.
+    warnings.filterwarnings(
+        "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
+    )
+    pallas = _pallas()
+
+    def named(*refs: Any) -> None:
+        body(*refs)
+
+    named.__name__ = name  # what the lowering calls the kernel; `name=` is for traces
+    spec = lambda shape, index: pallas.BlockSpec(shape, index)
+    return pallas.pallas_call(
+        named,
+        grid=grid,
+        in_specs=[spec(*block) for block in blocks],
+        out_specs=spec(*out[1:]),
+        out_shape=out[0],
+        compiler_params=_triton().CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=_INTERPRETED.get(),
+        name=name,
+    )(*inputs)
+
+
+# --- in kernels -----------------------------------------------------------------------------
+
+
+def program(axis: int) -> Array:
+    """This program's place along an axis of the grid."""
+    return _pallas().program_id(axis)
+
+
+def span(start: Array | int, size: int) -> Any:
+    """A slice of `size` places from a start known at run time."""
+    return _pallas().ds(start, size)
+
+
+def load(ref: Any, mask: Array | None = None) -> Array:
+    """The entries that a reference names; zeros where the mask is False."""
+    return _triton().load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def store(ref: Any, value: Array, mask: Array | None = None) -> None:
+    """Write entries, those where the mask is True."""
+    _triton().store(ref, value, mask=mask)
+
+
+def bit_and(words: Int32[Array, "..."], mask: int) -> Int32[Array, "..."]:
+    """words & mask, of which LLVM makes nothing else.
+
+    It would turn shifts of several masked fields at once into shifts and masks of each.
+    """
+    if _INTERPRETED.get():
+        return words & jnp.int32(signed(mask))
+    return _asm(f"and.b32 $0, $1, {mask:#x};", "=r,r", words)
+
+
+def multiply_add(
+    a: Float32[Array, "..."], b: Float32[Array, "..."], c: Float32[Array, "..."]
+) -> Float32[Array, "..."]:
+    """a b + c, rounded once: XLA keeps Triton from fusing the two."""
+    if _INTERPRETED.get():
+        return a * b + c
+    shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
+    return _asm(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", *(jnp.broadcast_to(t, shape) for t in (a, b, c))
+    )
+
+
+def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """The sum of the four unsigned bytes of each word."""
+    if _INTERPRETED.get():
+        pairs = (words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF)
+        return (pairs + (pairs >> 16)) & 0xFFFF
+    return _asm("dp4a.u32.u32 $0, $1, 0x01010101, 0;", "=r,r", words)
+
+
+def funnel(high: Int32[Array, "..."], low: Int32[Array, "..."], by: int) -> Int32[Array, "..."]:
+    """The top 32 bits of the 64 bits high:low shifted left by 0 to 31."""
+    if by == 0:
+        return high
+    if _INTERPRETED.get():
+        return (high << by) | jax.lax.shift_right_logical(low, jnp.int32(32 - by))
+    return _asm(f"shf.l.wrap.b32 $0, $1, $2, {by};", "=r,r,r", low, high)
+
+
+def _asm(code: str, constraints: str, *args: Array) -> Array:
+    out = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    (result,) = _triton().elementwise_inline_asm(
+        code, args=args, constraints=constraints, pack=1, result_shape_dtypes=[out]
+    )
+    return result
+
+
+def signed(word: int) -> int:
+    """The int32 of the bits of a uint32.
+
+    >>> signed(0xFFFFFFFF)
+    -1
+    """
+    return (word ^ 1 << 31) - (1 << 31)

@@ -1,0 +1,98 @@
+"""Codes that name entries of a table: pairs of codes are looked up, two weights at a time.
+
+The table of pairs lies in global memory and soon in a processor's L1 cache. Entries are float16:
+exact for float8 and the like, rounded at the 12th bit for NormalFloat.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels import layout, tables
+from pallas_kernels.gpu import adapter, contraction, lanes, tiles
+from pallas_kernels.kernel import Kernel
+
+
+def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, "e"], float]:
+    """Words that codes or pairs of codes name, low half first; and what 1.0 is in them.
+
+    >>> entries((0.0, 1.0, 2.0, 4.0), 2)[0].shape
+    (16,)
+    """
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(tables.values(jnp.arange(1 << bits), table), np.float64)
+    finite = np.abs(values[np.isfinite(values)])
+    one = 2.0 ** -math.frexp(np.max(finite, initial=2.0**-100))[1]  # all entries below 1
+    halves = (values * one).astype(np.float16).view(np.uint16).astype(np.int64)
+    if 2 * bits <= 8:
+        halves = (halves[:, None] << 16 | halves[None, :]).reshape(-1)  # the first is the low one
+    return halves.astype(np.uint32).view(np.int32), one
+
+
+def looked_up(ref, words: Sequence[Array], bits: int) -> list[Int32[Array, "r n"]]:
+    """Registers of pairs of the weights of each unit, in order."""
+    unit, _ = layout.unit(bits)
+    width = 2 * bits if 2 * bits <= 8 else bits
+    found = []
+    for at in range(0, unit * bits, width):
+        word, low = divmod(at, 32)
+        index = jax.lax.shift_right_logical(words[word], jnp.int32(low))
+        if low + width > 32:
+            index |= words[word + 1] << (32 - low)
+        found.append(adapter.load(ref.at[index & ((1 << width) - 1)]))
+    if width == bits:
+        found = [a | b << 16 for a, b in zip(found[::2], found[1::2], strict=True)]
+    return found
+
+
+def codebook_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    scale: Float[Array, "g n"],
+    *,
+    table: tuple[float, ...] | str,
+    bits: int,
+    group_size: int,
+    activations: str = "float",
+) -> Float[Array, "m n"]:
+    """See `reference.codebook_matmul`."""
+    shape, k = contraction.shape(x, activations), x.shape[1]
+    unit, words = layout.unit(bits)
+    depth = tiles.depth(unit, group_size, k, activations, 64)
+    high, count = depth // unit, unit // 2
+    values, one = entries(table, bits)
+
+    def decode(refs, step: Array, tile: Array) -> Array:
+        found = tiles.units(refs[0], codes.shape, tile, step * high, high, words)
+        return lanes.weave(looked_up(refs[1], found, bits), 2)
+
+    weights = contraction.Weights(
+        n=codes.shape[1],
+        arrays=[codes, jnp.asarray(values)],
+        blocks=[((len(codes), shape.columns), True), (values.shape, False)],
+        decode=decode,
+        depth=depth,
+        order=lanes.woven(lambda r, pair, lane: unit * r + 2 * pair + lane, high, count, 2),
+        factor=None,
+        shape=shape,
+        offset=0.0,
+        one=one,
+        scale=scale,
+        group_size=min(group_size, k),
+    )
+    return contraction.product(x, weights, activations, f"codebook_matmul_{bits}")
+
+
+def serves(x, codes, scale, *, table, bits: int, group_size: int, activations="float") -> str:
+    """ "", or why these arguments are not served."""
+    unit = layout.unit(bits)[0]
+    if not tiles.depth(unit, group_size, x.shape[1], activations):
+        return tiles.unfit(unit, group_size, activations)
+    return adapter.missing()
+
+
+KERNELS = {"codebook_matmul": Kernel(codebook_matmul, serves)}

@@ -1,0 +1,100 @@
+"""Uniform codes of 2, 3, 4 and 8 bits, symmetric or with zero points; ternary codes have 2."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import layout
+from pallas_kernels.gpu import adapter, contraction, lanes, rows, tiles
+from pallas_kernels.kernel import Kernel
+
+
+def weights(
+    codes: Int32[Array, "w n"],
+    scale: Float[Array, "g n"],
+    zero: Int32[Array, "g wn"] | None,
+    *,
+    bits: int,
+    group_size: int,
+    activations: str,
+    k: int,
+    shape: contraction.Shape,
+) -> contraction.Weights:
+    """Words of uniform codes for `contraction`."""
+    form = lanes.Lanes(bits, 2 if activations == "float" else 4)
+    high = tiles.depth(form.unit, group_size, k, activations, shape.depth) // form.unit
+    inner = 2 if high == 4 and form.steps > 1 else 1
+    place = lambda row, step, lane: form.unit * row + form.steps * lane + step
+    order = lanes.woven(place, high, form.steps, form.lanes, inner)
+    shift = np.array([at for _, at in form.shifts()])
+    low = lanes.woven(lambda row, step, lane: shift[step], high, form.steps, form.lanes, inner)
+
+    def decode(refs, step: Array, tile: Array) -> Array:
+        words = tiles.units(refs[0], codes.shape, tile, step * high, high, form.words)
+        return lanes.weave(form.numbers(words), form.lanes, inner)
+
+    return contraction.Weights(
+        n=codes.shape[1],
+        arrays=[codes],
+        blocks=[((len(codes), shape.columns), True)],
+        decode=decode,
+        order=order,
+        factor=None if form.lanes == 4 else np.exp2(-low),
+        depth=form.unit * high,
+        shape=shape,
+        offset=form.offset,
+        one=rows.ONE if form.lanes == 2 else 1.0,
+        scale=scale,
+        group_size=min(group_size, k),
+        zero=None if zero is None else (partial(along, bits=bits, n=scale.shape[1]), zero),
+        integer=form.lanes == 4,
+    )
+
+
+def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int, n: int) -> Int32[Array, "c"]:
+    """Codes of a row of n packed in words, at these columns; past the last, the last's."""
+    columns = jnp.minimum(columns, n - 1)
+    word, at = columns * bits >> 5, columns * bits & 31
+    last = ref.shape[1] - 1
+    code = jax.lax.shift_right_logical(ref[row, jnp.minimum(word, last)], at)
+    if 32 % bits:
+        code |= ref[row, jnp.minimum(word + 1, last)] << 1 << (31 - at)
+    return code << (32 - bits) >> (32 - bits)
+
+
+def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float"):
+    """See `reference.packed_matmul`."""
+    made = weights(
+        codes, scale, zero, bits=bits, group_size=group_size, activations=activations,
+        k=x.shape[1], shape=contraction.shape(x, activations),
+    )  # fmt: skip
+    return contraction.product(x, made, activations, f"packed_matmul_{bits}")
+
+
+def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float") -> str:
+    """ "", or why these arguments are not served."""
+    unit = layout.unit(bits)[0]
+    if not tiles.depth(unit, group_size, x.shape[1], activations):
+        return tiles.unfit(unit, group_size, activations)
+    return adapter.missing()
+
+
+def ternary_matmul(x, codes, scale, *, group_size: int, activations: str = "float"):
+    """See `reference.ternary_matmul`."""
+    return packed_matmul(
+        x, codes, scale, None, bits=2, group_size=group_size, activations=activations
+    )
+
+
+def serves_ternary(x, codes, scale, *, group_size: int, activations: str = "float") -> str:
+    """ "", or why these arguments are not served."""
+    return serves(x, codes, scale, None, bits=2, group_size=group_size, activations=activations)
+
+
+KERNELS = {
+    "packed_matmul": Kernel(packed_matmul, serves),
+    "ternary_matmul": Kernel(ternary_matmul, serves_ternary),
+}

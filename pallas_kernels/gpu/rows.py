@@ -1,0 +1,70 @@
+"""Activations as the kernels read them: rows of float16 or int8.
+
+Rows of float16 are scaled by powers of two to a largest entry in [2**14, 2**15), so that neither
+bfloat16's range nor the fields' factors 2**-p (`lanes`) lose what counts: an entry keeps eight bits
+down to 2**-20 of the largest. Of bfloat16 and float16 one row says all; float32 takes two, the
+rounded and the rest, 22 bits together.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import activations as forms
+
+TOP = 14  # exponent of a row's largest entry
+ONE = 2.0**-24  # the number that the bits 1 of a float16 stand for
+
+
+class Rows(NamedTuple):
+    """Rows of activations, `parts` blocks of m.
+
+    Attributes:
+      codes: float16 or int8.
+      unit: float32 [m, 1]; x is unit times the sum over parts.
+      scale: float32 [parts m, runs], further factors of runs of channels; None if all are 1.
+    """
+
+    codes: Float[Array, "rows k"]
+    unit: Float32[Array, "m 1"]
+    scale: Float32[Array, "rows runs"] | None
+
+
+def parts(dtype: jnp.dtype, activations: str) -> int:
+    """Rows that one row of x becomes.
+
+    >>> parts(jnp.dtype("float32"), "float"), parts(jnp.dtype("float32"), "int8")
+    (2, 1)
+    """
+    return 2 if activations == "float" and dtype == jnp.float32 else 1
+
+
+def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Rows:
+    """The rows of x in one of `forms.FORMS`; codes that are integers as int8 or as float16.
+
+    >>> rows = make(jnp.array([[3.0, 2.0**-22]]), "float")
+    >>> (rows.codes.sum(0) * rows.unit).tolist()
+    [[3.0, 2.384185791015625e-07]]
+    """
+    if activations != "float":
+        q, s = forms.quantize(x, activations)
+        q = q if integer else q.astype(jnp.float16)
+        return Rows(q, s, None) if activations == "int8" else Rows(q, jnp.ones_like(s[:, :1]), s)
+    count, x = parts(x.dtype, activations), x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    exponent = jnp.clip(_exponent(largest), -100, 127)  # a row of zeros has one too
+    x = x * _power(TOP - exponent)
+    first = x.astype(jnp.float16)
+    rest = [(x - first.astype(jnp.float32)).astype(jnp.float16)][: count - 1]
+    return Rows(jnp.concatenate([first, *rest]), _power(exponent - TOP), None)
+
+
+def _exponent(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
+    return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def _power(exponent: Int32[Array, "..."]) -> Float32[Array, "..."]:
+    """2**exponent, exactly."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

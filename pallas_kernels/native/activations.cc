@@ -1,0 +1,109 @@
+#include "activations.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace jaxquant {
+
+std::vector<Segment> segments(int64_t k, int64_t group_size, int codes, Activations activations,
+                              int64_t longest) {
+  std::vector<Segment> found;
+  for (int64_t begin = 0, at = 0; begin < k;) {
+    int64_t group = begin / group_size, unit = begin / codes;
+    int64_t end = std::min({k, (group + 1) * group_size, unit * codes + longest});
+    if (activations == kInt8Blocks) end = std::min(end, (begin / kBlock + 1) * kBlock);
+    int64_t units = (end + codes - 1) / codes - unit;
+    found.push_back({unit, units, begin, end, group, at});
+    begin = end;
+    at += units;
+  }
+  return found;
+}
+
+std::vector<Rows> rows(int64_t m) {
+  std::vector<Rows> found;
+  for (int64_t first = 0; first < m;) {
+    int kernel = 0;
+    while (kRows[kernel] > m - first) ++kernel;
+    found.push_back({first, kRows[kernel], kernel});
+    first += kRows[kernel];
+  }
+  return found;
+}
+
+namespace {
+
+// Number of row r of a segment as it stands among those of `count` rows, floats: [code, row].
+void lay_floats(const float* x, const Segment& s, int codes, int count, float* to, float* sum) {
+  float total = 0;
+  const int64_t start = s.unit * codes;
+  for (int64_t i = s.begin; i < s.end; ++i) {
+    to[(i - start) * count] = x[i];
+    total += x[i];
+  }
+  *sum = total;
+}
+
+// [unit, plane, row], code p + planes * j in byte j.
+void lay_planes(const float* q, const Segment& s, Unit unit, int count, int32_t* to, int32_t* sum) {
+  int32_t total = 0;
+  const int64_t start = s.unit * unit.codes;
+  int8_t* bytes = reinterpret_cast<int8_t*>(to);
+  auto put = [&](int64_t u, int p, int j, int8_t v) {
+    bytes[((u * unit.planes + p) * count) * 4 + j] = v;
+    total += v;
+  };
+  for (int64_t u = 0; u < s.units; ++u) {
+    const int64_t k = start + u * unit.codes;
+    const bool whole = k >= s.begin && k + unit.codes <= s.end;
+    for (int j = 0; j < 4; ++j)
+      for (int p = 0; p < unit.planes; ++p) {
+        int64_t i = k + p + unit.planes * j;
+        if (whole || (i >= s.begin && i < s.end)) put(u, p, j, static_cast<int8_t>(q[i]));
+      }
+  }
+  *sum = total;
+}
+
+}  // namespace
+
+Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segment>& segments,
+                   const std::vector<Rows>& rows, Unit unit, Activations activations,
+                   bool integers, const Kernels& kernels,
+                   const std::function<void(int64_t, std::function<void(int64_t)>)>& parallel)
+    : units_(segments.back().at + segments.back().units),
+      segments_(segments.size()),
+      per_unit_(integers ? unit.planes : unit.codes),
+      data_(m * units_ * per_unit_),
+      sums_(m * segments_),
+      scales_(m * segments_, 1.0f) {
+  parallel(rows.size(), [&](int64_t i) {
+    const Rows& some = rows[i];
+    std::vector<float> q(activations == kAsFloat ? 0 : k);
+    const int64_t size = activations == kInt8Rows ? k : kBlock;
+    std::vector<float> scale((k + size - 1) / size);
+    for (int r = 0; r < some.count; ++r) {
+      const float* row = x + (some.first + r) * k;
+      if (activations != kAsFloat) {
+        for (int64_t b = 0; b * size < k; ++b)
+          scale[b] = kernels.quantize(row + b * size, std::min(size, k - b * size), &q[b * size]);
+        row = q.data();
+      }
+      for (int64_t s = 0; s < segments_; ++s) {
+        const Segment& segment = segments[s];
+        const int64_t place = some.first * segments_ + s * some.count + r;
+        int32_t* to = data_.data() +
+            (some.first * units_ + segment.at * some.count) * per_unit_ + r;
+        if (activations != kAsFloat) scales_[place] = scale[segment.begin / size];
+        if (integers) {
+          lay_planes(row, segment, unit, some.count, to, &sums_[place]);
+        } else {
+          lay_floats(row, segment, unit.codes, some.count, reinterpret_cast<float*>(to),
+                     reinterpret_cast<float*>(&sums_[place]));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace jaxquant

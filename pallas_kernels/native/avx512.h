@@ -1,0 +1,41 @@
+// Vectors of sixteen floats: AVX-512 (F, BW, DQ, VL) with VNNI.
+
+struct Narrow {
+  __m512i total;
+};
+
+constexpr int room(int bits) { return 1 << 20; }
+
+INLINE Narrow dot(Narrow sum, Uints u, Ints x) {
+  return {_mm512_dpbusd_epi32(sum.total, (__m512i)u, (__m512i)x)};
+}
+
+INLINE Ints widened(Ints total, Narrow sum) { return total + (Ints)sum.total; }
+
+// Bytes of w as unsigned ones, 128 larger; what that adds is taken off again.
+INLINE Ints dot_signed(Ints total, Uints w, Ints x) {
+  __m512i top = _mm512_set1_epi8(-128);
+  __m512i sum = _mm512_dpbusd_epi32((__m512i)total, _mm512_xor_si512((__m512i)w, top), (__m512i)x);
+  return (Ints)sum - (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), top, (__m512i)x);
+}
+
+INLINE Uints look_up(const uint8_t* table, Uints bytes) {
+  __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+  return (Uints)_mm512_shuffle_epi8(t, (__m512i)bytes);
+}
+
+INLINE Floats pick(const float* table, Uints i) {
+  return (Floats)_mm512_permutexvar_ps((__m512i)i, _mm512_loadu_ps(table));
+}
+
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+INLINE Floats from_halves(const uint16_t* p) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+
+INLINE Ints byte_sums(Uints v) {
+  return (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)v, _mm512_set1_epi8(1));
+}

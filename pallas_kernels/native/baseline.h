@@ -1,0 +1,52 @@
+// Vectors of four floats in plain C++: any machine.
+
+struct Narrow {
+  Ints total;
+};
+
+constexpr int room(int bits) { return 1 << 20; }
+
+// The sum of the products of the bytes of u, unsigned or signed, and those of x, signed.
+INLINE Ints dot_four(Ints total, Uints u, Ints x, bool is_signed) {
+#pragma GCC unroll 4
+  for (int shift = 0; shift < 32; shift += 8) {
+    Ints top = (Ints)(u << (24 - shift));
+    total += (is_signed ? top >> 24 : (Ints)((Uints)top >> 24)) * ((x << (24 - shift)) >> 24);
+  }
+  return total;
+}
+
+INLINE Narrow dot(Narrow sum, Uints u, Ints x) { return {dot_four(sum.total, u, x, false)}; }
+
+INLINE Ints widened(Ints total, Narrow sum) { return total + sum.total; }
+
+INLINE Ints dot_signed(Ints total, Uints w, Ints x) { return dot_four(total, w, x, true); }
+
+INLINE Uints look_up(const uint8_t* table, Uints bytes) {
+  uint8_t index[4 * LANES];
+  std::memcpy(index, &bytes, sizeof bytes);
+  for (int i = 0; i < 4 * LANES; ++i) index[i] = table[index[i] & 15];
+  std::memcpy(&bytes, index, sizeof bytes);
+  return bytes;
+}
+
+INLINE Floats pick(const float* table, Uints i) {
+  return Floats{table[i[0] & 15], table[i[1] & 15], table[i[2] & 15], table[i[3] & 15]};
+}
+
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+
+// Exact for all finite halves, infinities and NaN: a half's bits, moved, are 2^-112 times it.
+INLINE Floats from_halves(const uint16_t* p) {
+  Uints h = {p[0], p[1], p[2], p[3]};
+  Uints moved = (h & 0x7fff) << 13;
+  Floats magnitude = (Floats)moved * 0x1p112f;
+  Uints special = (Uints)((h & 0x7c00) == 0x7c00);
+  Uints bits = (special & (moved | 0x7f800000)) | (~special & (Uints)magnitude);
+  return (Floats)(bits | (h & 0x8000) << 16);
+}
+
+INLINE Ints byte_sums(Uints v) {
+  v = (v & 0x00ff00ff) + ((v >> 8) & 0x00ff00ff);
+  return (Ints)((v + (v >> 16)) & 0xffff);
+}

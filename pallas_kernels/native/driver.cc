@@ -1,0 +1,167 @@
+// Products of x with packed matrices: blocks of columns on threads, segment by segment of k.
+//
+// Of a block the sums stay in a few kilobytes; a segment's words are read, and where need be made,
+// once for all rows of x.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "operand.h"
+
+namespace jaxquant {
+
+namespace {
+
+constexpr int64_t kAlign = 16;              // columns of a block are a multiple of this
+constexpr int64_t kAlone = int64_t{1} << 20;  // multiplications that a single thread does as fast
+constexpr int64_t kSums = int64_t{1} << 16;   // sums of a block, in a core's cache
+
+int64_t up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+// Memory of a thread that lives as long as the thread.
+template <class T>
+T* scratch(std::vector<T>& v, int64_t count) {
+  if (static_cast<int64_t>(v.size()) < count) v.resize(count);
+  T* data = v.data();
+  return data;
+}
+
+struct Columns {
+  const Task* task;
+  int64_t first, count;
+};
+
+// Blocks of columns of about equal work for `threads`. What is left of 16 stands alone.
+std::vector<Columns> cut(const Shape& shape, const std::vector<Task>& tasks, int lanes,
+                         int64_t threads) {
+  int64_t all = 0;
+  for (const Task& task : tasks) all += task.n;
+  std::vector<Columns> blocks;
+  for (const Task& task : tasks) {
+    int64_t align = task.interleaved > 1 ? task.interleaved * lanes : kAlign;
+    int64_t most = std::max<int64_t>(128, std::min(shape.wide, kSums / shape.m));
+    int64_t fair = threads == 1 ? all : (all + 4 * threads - 1) / (4 * threads);
+    int64_t size = up(std::min(most, std::max<int64_t>(fair, 128)), align);
+    int64_t whole = task.interleaved > 1 ? task.n : task.n / kAlign * kAlign;
+    for (int64_t first = 0; first < whole; first += size)
+      blocks.push_back({&task, first, std::min(size, whole - first)});
+    if (whole < task.n) blocks.push_back({&task, whole, task.n - whole});
+  }
+  return blocks;
+}
+
+struct Job {
+  const Kernels& kernels;
+  const Shape& shape;
+  const std::vector<Segment>& segments;
+  const std::vector<Rows>& rows;
+  const Prepared& x;
+  bool integers;
+};
+
+void add_operand(const Job& job, const Operand& operand, const Columns& block, int64_t columns,
+                 float* sums) {
+  thread_local std::vector<uint32_t> words_room;
+  thread_local std::vector<float> scale_room;
+  thread_local std::vector<int32_t> zero_room;
+  const Unit unit = kUnits[operand.form];
+  const int64_t most = up(job.shape.longest, unit.codes) / unit.codes * unit.words;
+  uint32_t* room = scratch(words_room, (most + unit.words) * columns);
+  float* scale = scratch(scale_room, columns);
+  int32_t* zero = scratch(zero_room, columns);
+  std::fill_n(scale, columns, 0.0f);
+  std::fill_n(zero, columns, 0);
+  bool has_zero = false;
+  int64_t group = -1;
+  const auto& by_rows = job.integers ? job.kernels.integers : job.kernels.floats;
+
+  for (size_t i = 0; i < job.segments.size(); ++i) {
+    const Segment& segment = job.segments[i];
+    if (segment.group != group) {
+      group = segment.group;
+      const Scales& s = operand.scales;
+      const int64_t size = s.type == kSingle ? 4 : 2;
+      const char* from = static_cast<const char*>(s.data) +
+          (s.shared ? group : group * block.task->n + block.first) * size;
+      job.kernels.widen(from, s.type, s.shared ? 1 : block.count, scale);
+      if (s.shared) std::fill_n(scale + 1, columns - 1, scale[0]);
+      if (s.factor != 1)
+        for (int64_t c = 0; c < columns; ++c) scale[c] *= s.factor;
+      has_zero = operand.zeros(group, block.first, block.count, job.kernels, zero);
+    }
+    Words words = operand.words(segment, block.first, block.count, columns, room);
+    Product p{words.data, words.stride, static_cast<int>(segment.units),
+              static_cast<int>(columns)};
+    p.scale = scale;
+    p.zero = has_zero ? zero : nullptr;
+    p.table = operand.table;
+    p.y_stride = columns;
+    for (const Rows& r : job.rows) {
+      p.x = job.x.x(r, segment);
+      p.sums = job.x.sums(r, i);
+      p.xscale = job.x.scales(r, i);
+      p.y = sums + r.first * columns;
+      by_rows[operand.form][r.kernel](p);
+    }
+  }
+}
+
+// Column c of an interleaved block is at tile c / width, place c % width: [place, lane] there.
+void copy(const Job& job, const Columns& block, int64_t columns, const float* sums) {
+  const Task& task = *block.task;
+  const int64_t width = task.interleaved, lanes = job.kernels.lanes;
+  for (int64_t r = 0; r < job.shape.m; ++r) {
+    float* y = task.y + r * task.n + block.first;
+    const float* from = sums + r * columns;
+    if (width == 1) {
+      std::memcpy(y, from, block.count * sizeof(float));
+      continue;
+    }
+    for (int64_t c = 0; c < block.count; ++c) {
+      int64_t tile = c / width, run = tile / lanes;
+      y[c] = from[(run * width + c % width) * lanes + tile % lanes];
+    }
+  }
+}
+
+}  // namespace
+
+void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x,
+              const Shape& shape, const std::vector<Task>& tasks) {
+  int64_t n = 0;
+  for (const Task& task : tasks) n += task.n;
+  if (shape.m == 0 || n == 0) return;
+  const Form form = tasks[0].operands[0]->form;
+  const Unit unit = kUnits[form];
+  const bool integers = shape.activations != kAsFloat && kernels.integers[form][0];
+  const int64_t work = shape.m * shape.k * n;
+  const int64_t threads = work < kAlone ? 1 : std::max<int64_t>(1, pool.num_threads());
+  auto share = [&](int64_t count, std::function<void(int64_t)> one) {
+    if (threads == 1 || count == 1) {
+      for (int64_t i = 0; i < count; ++i) one(i);
+    } else {
+      parallel(pool, std::min(threads, count), count, [&](int, int64_t i) { one(i); });
+    }
+  };
+  const auto pieces = segments(shape.k, shape.group_size, unit.codes, shape.activations,
+                               shape.longest);
+  const auto few = rows(shape.m);
+  const Prepared prepared(x, shape.m, shape.k, pieces, few, unit, shape.activations, integers,
+                          kernels, share);
+  const Job job{kernels, shape, pieces, few, prepared, integers};
+  const auto blocks = cut(shape, tasks, kernels.lanes, threads);
+  share(blocks.size(), [&](int64_t i) {
+    thread_local std::vector<float> sums_room;
+    const Columns& block = blocks[i];
+    const Task& task = *block.task;
+    const int64_t align = task.interleaved > 1 ? task.interleaved * kernels.lanes : kAlign;
+    const int64_t columns = up(block.count, align);
+    float* sums = scratch(sums_room, shape.m * columns);
+    std::fill_n(sums, shape.m * columns, 0.0f);
+    for (const Operand* operand : task.operands) add_operand(job, *operand, block, columns, sums);
+    copy(job, block, columns, sums);
+  });
+}
+
+}  // namespace jaxquant

@@ -1,0 +1,45 @@
+// Included once by each for_*.cc, after it has defined
+//   NAMESPACE, LANES, TARGET (a function attribute), OPERATIONS (the header of its operations).
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define INLINE TARGET __attribute__((always_inline)) inline
+
+namespace jaxquant {
+namespace NAMESPACE {
+#include "vectors.h"
+#include OPERATIONS
+#include "forms.h"
+#include "product.h"
+#include "decode.h"
+
+extern const Kernels kernels = {
+    NAME,
+    LANES,
+    {BY_ROWS(multiply_integers, Whole<Integer<2>>),
+     BY_ROWS(multiply_integers, Whole<Integer3>),
+     BY_ROWS(multiply_integers, Whole<Integer<4>>),
+     {multiply_bytes<2, 4>, multiply_bytes<2, 2>, multiply_bytes<4, 1>},
+     BY_ROWS_TABLED(Tabled<Integer<2>>),
+     BY_ROWS_TABLED(Tabled<Integer3>),
+     BY_ROWS_TABLED(Tabled<Integer<4>>),
+     {}},
+    {BY_ROWS(multiply_floats, Whole<Integer<2>>),
+     BY_ROWS(multiply_floats, Whole<Integer3>),
+     BY_ROWS(multiply_floats, Whole<Integer<4>>),
+     BY_ROWS(multiply_floats, Whole<Integer<8>>),
+     BY_ROWS(multiply_floats, Tabled<Integer<2>>),
+     BY_ROWS(multiply_floats, Tabled<Integer3>),
+     BY_ROWS(multiply_floats, Tabled<Integer<4>>),
+     BY_ROWS(multiply_floats, Float32)},
+    widen,
+    quantize,
+    zeros,
+    trellis,
+};
+
+}  // namespace NAMESPACE
+}  // namespace jaxquant

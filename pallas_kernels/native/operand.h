@@ -1,0 +1,66 @@
+// Packed matrices as the driver of products sees them.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "activations.h"
+#include "kernels.h"
+
+namespace jaxquant {
+
+// Scales [groups, n], or [groups, 1], as they are stored.
+struct Scales {
+  const void* data;
+  ScaleType type;
+  bool shared;  // one for all columns
+  float factor = 1.0f;
+};
+
+// Some row-major words, the first column of interest first.
+struct Words {
+  const uint32_t* data;
+  int64_t stride;
+};
+
+// One packed matrix [k, n]: where its words are, or how they come out of other storage.
+class Operand {
+ public:
+  virtual ~Operand() = default;
+
+  // The words of a segment, columns first ... first + count, in a multiple of 16 columns. What is
+  // not stored that way is written to `room`, which has `columns` of 32 bits for each row of words.
+  virtual Words words(const Segment& segment, int64_t first, int64_t count, int64_t columns,
+                      uint32_t* room) const = 0;
+
+  // Twice the zero points of a group; false where all are zero.
+  virtual bool zeros(int64_t group, int64_t first, int64_t count, const Kernels& kernels,
+                     int32_t* twice) const {
+    return false;
+  }
+
+  Form form;
+  Scales scales;
+  const Table* table = nullptr;
+};
+
+// One product y = x @ (sum of operands), all with the segments of one x.
+struct Task {
+  std::vector<const Operand*> operands;
+  float* y;  // [m, n]
+  int64_t n;
+  int64_t interleaved = 1;  // columns that a tile of the words has side by side
+};
+
+// y of all tasks. group_size: rows that share scales; longest: rows of a segment at most;
+// wide: columns that are done at a time at most.
+struct Shape {
+  int64_t m, k, group_size, longest, wide;
+  Activations activations;
+};
+
+void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x,
+              const Shape& shape, const std::vector<Task>& tasks);
+
+}  // namespace jaxquant

@@ -1,0 +1,110 @@
+"""Kernels to compile ahead of time for GPUs: a function, its arguments, weights of a pass."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import layout
+from pallas_kernels.gpu import KERNELS, contraction, packed, tiles
+
+K, N = 16384, 4096  # the loop must be a loop
+
+
+class Case(NamedTuple):
+    """A kernel of given shapes.
+
+    Attributes:
+      function: calls the op.
+      args: shapes and dtypes of its arrays.
+      kernel: its name in PTX.
+      weights: that a program decodes in one pass of its loop.
+      ceiling: instructions per weight allowed.
+    """
+
+    function: Callable
+    args: tuple
+    kernel: str
+    weights: int
+    ceiling: float
+
+
+def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    """Shape and dtype."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+HALF, ONE = partial(array, dtype=jnp.float16), array(1, 1, dtype=jnp.float32)
+
+
+def integer(m, bits, ceiling, *, group=128, zero=False, activations="float", dtype=jnp.bfloat16):
+    """A case of `packed_matmul`."""
+    groups = K // group
+    codes, scale = array(layout.words(K, bits), N), array(groups, N, dtype=jnp.float16)
+    static = {"bits": bits, "group_size": group, "activations": activations}
+    args = (
+        array(m, K, dtype=dtype),
+        codes,
+        scale if groups > 1 else array(1, 1, dtype=jnp.float32),
+    )
+    args += (array(groups, layout.words(N, bits)) if zero else None,)
+    shape = contraction.shape(args[0], activations)
+    size = shape.columns * tiles.depth(layout.unit(bits)[0], group, K, activations, shape.depth)
+    return Case(
+        partial(packed.packed_matmul, **static), args, f"packed_matmul_{bits}", size, ceiling
+    )
+
+
+def other(op, m, arrays, kernel, columns, depth, **static):
+    """A case of an op of another format; a program decodes [depth, columns] in a pass."""
+    x = array(m, K, dtype=jnp.bfloat16)
+    return Case(partial(KERNELS[op].call, **static), (x, *arrays), kernel, columns * depth, 12)
+
+
+EIGHTS = tuple(i / 8 for i in range(-8, 8))
+CODEBOOK = partial(
+    other, "codebook_matmul", arrays=(array(K // 8, N), HALF(K // 128, N)),
+    kernel="codebook_matmul_4", columns=128, depth=64, table=EIGHTS, bits=4, group_size=128,
+)  # fmt: skip
+E8P = partial(
+    other, "e8p_matmul", arrays=(array(K // 16, N), None, ONE), kernel="e8p_matmul", columns=128,
+    depth=128, bits=2,
+)  # fmt: skip
+TRELLIS = partial(
+    other, "trellis_matmul", arrays=(array(K, N // 16), ONE), kernel="trellis_matmul",
+    columns=256, depth=16, rates=(2,), code="mul1",
+)  # fmt: skip
+ADDITIVE = partial(other, "additive_matmul", kernel="additive_matmul", columns=128, group=8)
+CASES = {
+    "packed 2 bits, M 8": integer(8, 2, 2.2),
+    "packed 2 bits, M 16": integer(16, 2, 2.2),
+    "packed 2 bits, M 32": integer(32, 2, 9),
+    "packed 2 bits, one scale": integer(8, 2, 2.2, group=K),
+    "packed 2 bits, zero points": integer(8, 2, 2.2, zero=True),
+    "packed 2 bits, float32": integer(8, 2, 2.2, dtype=jnp.float32),
+    "packed 2 bits, int8": integer(8, 2, 2.2, activations="int8"),
+    "packed 2 bits, int8/256": integer(8, 2, 2.2, activations="int8/256"),
+    "packed 2 bits, M 64": integer(64, 2, 9),
+    "packed 2 bits, M 512": integer(512, 2, 9),
+    "packed 3 bits, M 8": integer(8, 3, 9),
+    "packed 4 bits, M 8": integer(8, 4, 4.4),
+    "packed 4 bits, int8": integer(8, 4, 4.4, activations="int8"),
+    "packed 8 bits, M 8": integer(8, 8, 8.8),
+    "codebook 4 bits, M 8": CODEBOOK(8),
+    "codebook 4 bits, M 16": CODEBOOK(16),
+    "codebook 4 bits, M 64": CODEBOOK(64, columns=64),
+    "e8p 2 bits, M 64": E8P(64, columns=64),
+    "trellis 2 bits, L 16, M 64": TRELLIS(64, L=16),
+    "e8p 2 bits, M 8": E8P(8),
+    "e8p 2 bits, M 16": E8P(16),
+    "trellis 2 bits, L 16, M 8": TRELLIS(8, L=16),
+    "trellis 2 bits, L 12, M 16": TRELLIS(16, L=12),
+    "additive 2 x 8 bits, M 8": ADDITIVE(
+        8, (array(K // 16, N), HALF(2, 256, 8), HALF(1, N)), bits=8, depth=64
+    ),
+    "additive 1 x 16 bits, M 8": ADDITIVE(
+        8, (array(K // 16, N), HALF(1, 1 << 16, 8), HALF(1, N)), bits=16, depth=128
+    ),
+}

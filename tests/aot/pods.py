@@ -1,0 +1,134 @@
+"""A decoder layer on a whole pod: packed weights split by columns or rows, and in pieces over data.
+
+    python -m tests.aot.pods v5e:16x16 16 16
+
+compiles it for a topology, its devices in a mesh (data, model), and prints as JSON the bytes that a
+device holds, the packed bytes of its share, and every collective: its kind, dtype and shape.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.llama import attend
+from pallas_kernels import layout, shard
+from pallas_kernels.dispatch import product
+
+D, FF, HEADS, KV_HEADS, HEAD, TOKENS = 8192, 28672, 64, 16, 128, 8
+BITS, GROUP = 2, 128
+# Weight -> rows, columns, and which of the two the axis "model" splits; "data" splits the other.
+WEIGHTS = {
+    "q": (D, HEADS * HEAD, "columns"), "k": (D, KV_HEADS * HEAD, "columns"),
+    "v": (D, KV_HEADS * HEAD, "columns"), "o": (HEADS * HEAD, D, "rows"),
+    "gate": (D, FF, "columns"), "up": (D, FF, "columns"), "down": (FF, D, "rows"),
+}  # fmt: skip
+STATIC = {"bits": BITS, "group_size": GROUP}
+# name = dtype[shape]{layout} kind(...
+_COLLECTIVE = re.compile(
+    r"= \(?(\w+)\[([\d,]*)\][^=]*? (all-gather|all-reduce|all-to-all|reduce-scatter|"
+    r"collective-permute)(?:-start)?\("
+)
+
+
+def spec(name: str) -> P:
+    """How the words of a weight are split, and its scales."""
+    return P("data", "model") if WEIGHTS[name][2] == "columns" else P("model", "data")
+
+
+def layer(x, weights):
+    """One device's part of the layer: x [tokens, D] of its own, the weights gathered packed."""
+
+    def matmul(name, x):
+        words, scale = shard.gathered(weights[name], (spec(name),) * 2, "data")
+        return product("packed_matmul", x, words, scale, None, **STATIC).astype(jnp.bfloat16)
+
+    heads = lambda y: y.reshape(1, y.shape[0], -1, HEAD)
+    add = partial(jax.lax.psum, axis_name="model")
+    q, k, v = (heads(matmul(name, x)) for name in "qkv")
+    mixed = attend(q, k, v, jnp.arange(x.shape[0]))[0].reshape(x.shape[0], -1)
+    x = x + add(matmul("o", mixed))
+    hidden = jax.nn.silu(matmul("gate", x)) * matmul("up", x)
+    return x + add(matmul("down", hidden))
+
+
+class Pod(NamedTuple):
+    """What came of compiling.
+
+    Attributes:
+      argument_bytes: of one device.
+      packed_bytes: of all weights, words and scales.
+      devices: of the pod.
+      gathered: packed bytes of what one device multiplies: its columns or rows.
+      collectives: kind, dtype and shape of each.
+    """
+
+    argument_bytes: int
+    packed_bytes: int
+    devices: int
+    gathered: int
+    collectives: list[tuple[str, str, list[int]]]
+
+
+def compiled(topology: str, data: int, model: int, timeout: float = 240) -> Pod:
+    """Compile in a process of its own; RuntimeError with what it said if it fails."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    command = [sys.executable, "-m", "tests.aot.pods", topology, str(data), str(model)]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{topology} did not compile:\n{done.stderr[-3000:]}")
+    return Pod(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def _compile(topology: str, data: int, model: int) -> Pod:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices).reshape(data, model), ("data", "model"))
+    there = lambda shape, dtype, split: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, split)
+    )
+    weights = {
+        name: (
+            there((layout.words(k, BITS), n), jnp.int32, spec(name)),
+            there((k // GROUP, n), jnp.bfloat16, spec(name)),
+        )
+        for name, (k, n, _) in WEIGHTS.items()
+    }
+    step = jax.shard_map(
+        layer, mesh=mesh, in_specs=(P("data"), {name: (spec(name),) * 2 for name in WEIGHTS}),
+        out_specs=P("data"), check_vma=False,
+    )  # fmt: skip
+    x = there((TOKENS * data, D), jnp.bfloat16, P("data"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        done = jax.jit(step).lower(x, weights).compile()
+    packed = sum(a.size * a.dtype.itemsize for pair in weights.values() for a in pair)
+    found = [
+        (kind, dtype, [int(n) for n in shape.split(",") if n])
+        for dtype, shape, kind in _COLLECTIVE.findall(done.as_text())
+    ]
+    arguments = done.memory_analysis().argument_size_in_bytes
+    return Pod(arguments, packed, len(devices), packed // model, found)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,36 @@
+"""A decoder layer compiled for whole pods: only packed words and scales are gathered."""
+
+import math
+
+import pytest
+
+from tests.aot import compiler, pods
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(bool(compiler.missing()), reason=compiler.missing() or "-"),
+]
+WIDTH = {"s32": 4, "bf16": 2}
+
+
+@pytest.mark.parametrize(
+    ("topology", "data", "model"), [("v5e:16x16", 16, 16), ("v5p:8x8x8", 32, 16)]
+)
+def test_no_unpacked_weight_moves(topology, data, model):
+    pod = pods.compiled(topology, data, model)
+    assert pod.devices == data * model
+    # Of one device: its share of what is packed, its tokens, and 1 % of padding.
+    tokens = 2 * pods.TOKENS * pods.D
+    assert pod.packed_bytes / pod.devices + tokens <= pod.argument_bytes
+    assert pod.argument_bytes <= 1.01 * (pod.packed_bytes / pod.devices + tokens)
+    kinds = {kind for kind, _, _ in pod.collectives}
+    assert kinds == {"all-gather", "all-reduce"}
+    sums = [(dtype, shape) for kind, dtype, shape in pod.collectives if kind == "all-reduce"]
+    assert all(math.prod(shape) == pods.TOKENS * pods.D for _, shape in sums), sums
+    # A gather in pieces, under way while other things run, is written down once a piece.
+    gathers = {(d, math.prod(shape)) for kind, d, shape in pod.collectives if kind == "all-gather"}
+    words = {("s32", k * n // 16 // model) for k, n, _ in pods.WEIGHTS.values()}
+    scales = {("bf16", k * n // pods.GROUP // model) for k, n, _ in pods.WEIGHTS.values()}
+    assert gathers == words | scales
+    moved = sum(4 * k * n // 16 + 2 * k * n // pods.GROUP for k, n, _ in pods.WEIGHTS.values())
+    assert moved // model == pod.gathered

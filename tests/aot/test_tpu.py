@@ -1,0 +1,61 @@
+"""The TPU kernels through the real compiler: they compile, they pass nothing but packed bytes, they
+do not spill, and their schedules keep up with the memory."""
+
+import pytest
+
+from pallas_kernels import chips, layout
+from tests.aot import cases, compiler, tpu
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(bool(compiler.missing()), reason=compiler.missing() or "-"),
+]
+# Slow to compile: of these no rate is asked, and they are compiled at one length.
+LOOKUPS = [name for name in cases.CASES if not cases.CASES[name].floor]
+RATED = [name for name in cases.CASES if cases.CASES[name].floor]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {(r["kernel"], r["chip"]): r for r in tpu.rows(RATED)}
+
+
+@pytest.mark.parametrize("chip", compiler.TOPOLOGIES)
+@pytest.mark.parametrize("name", RATED)
+def test_rate(rows, name, chip):
+    row, case = rows[name, chip], cases.CASES[name]
+    assert row["ratio"] >= case.floor[chip]
+    assert row["spills"] == 0 or chip in case.spilling
+
+
+@pytest.mark.parametrize("chip", compiler.TOPOLOGIES)
+def test_argument_bytes(rows, chip):
+    """x in bfloat16, the words, a float32 scale of every group; nothing unpacked or padded."""
+    k = tpu.LENGTHS[1]
+    row = rows["packed_matmul 2 bits A8 g128", chip]
+    words = 4 * layout.words(k, 2) * cases.N
+    assert words == k * cases.N // 4
+    assert row["argument_bytes"] == words + 4 * (k // 128) * cases.N + 2 * tpu.M * k
+
+
+def test_others_compile():
+    """On every chip: lookups, 3 bits, the transposed product, batches."""
+    jobs = tpu.jobs(LOOKUPS, list(compiler.TOPOLOGIES), [512])
+    for chip in compiler.TOPOLOGIES:
+        statics = {"m": 16, "k": 512, "bits": 4}
+        jobs.append(compiler.Job("tests.aot.cases:packed_matmul_transposed", chip, statics))
+        statics = {"m": 128, "k": 512, "bits": 2, "unit": chips.unit(chip, 2)}
+        jobs.append(compiler.Job("tests.aot.cases:packed_matmul", chip, statics))
+    done = compiler.compiled(jobs)
+    assert [d.error for d in done] == [""] * len(jobs)
+    for job, d in zip(jobs, done, strict=True):
+        assert "tpu_custom_call" in d.hlo
+        if job.arguments["m"] == tpu.M:
+            assert tpu.kernel(d).spills == 0, job
+
+
+def test_an_error_is_told():
+    (done,) = compiler.compiled(
+        [compiler.Job("tests.aot.cases:packed_matmul", "v5e", {"m": 8, "k": 512, "bits": 5})]
+    )
+    assert "bits" in done.error or "5" in done.error

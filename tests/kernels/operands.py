@@ -1,0 +1,76 @@
+"""Random operands of every op; a new one enters by one line in CASES."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxquant as jq
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+# Name -> the format that makes the arrays, and the rows that its codes come in.
+CASES = {
+    **{f"packed {b} bits": (jq.Integer(b, 64, symmetric=True), 64) for b in (2, 3, 4, 8)},
+    "packed 2 bits, zero points": (jq.Integer(2, 64), 64),
+    "packed 4 bits, zero points": (jq.Integer(4, 128), 128),
+    "packed 4 bits, a scale a column": (jq.Integer(4, -1, symmetric=True), 1),
+    "packed 3 bits, one scale": (jq.Integer(3, "tensor", symmetric=True), 1),
+    "ternary": (jq.Ternary(group_size=64), 64),
+    "codebook nf4": (jq.NormalFloat(4, 64), 64),
+    "codebook mxfp4": (jq.MXFP4(), 32),
+    "codebook float8": (jq.Float8("e4m3"), 1),
+    "e8p 2 bits": (jq.E8P(2), 8),
+    "e8p 3 bits": (jq.E8P(3), 8),
+    "e8p 4 bits": (jq.E8P(4), 8),
+    "trellis mul1": (jq.Trellis((2,), L=12), 16),
+    "trellis 3inst": (jq.Trellis((3,), L=8, code="3inst"), 16),
+    "trellis, rates by block": (jq.Trellis((3, 0, 1, 2), L=8), 64),
+    "additive 2x8": (jq.Additive(2, 8, 8), 8),
+    "additive 1x9": (jq.Additive(1, 9, 3), 3),
+}
+
+
+def random_data(format, k, n, seed=0):
+    """Packed data of a matrix [k, n] without a search: any words decode to some weights."""
+    shapes = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
+    rng = np.random.default_rng(seed)
+
+    def fill(name, a):
+        if name in ("codes", "residual", "zero"):
+            words = rng.integers(-(1 << 31), 1 << 31, a.shape, np.int64).astype(np.int32)
+            if name == "codes" and isinstance(format, jq.Ternary):  # 10 stands for no code
+                words = words & ~((words >> 1 & 0x55555555 & ~words) << 1)
+            if name == "codes" and isinstance(format, jq.Float8):  # neither NaN nor infinite
+                words = words & 0x3F3F3F3F
+            return jnp.asarray(words)
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            return jnp.asarray(rng.uniform(0.5, 1.5, a.shape) / 64, a.dtype)
+        raise ValueError(f"no random {name} of {a.dtype}")
+
+    return {name: fill(name, a) for name, a in shapes.items()}
+
+
+def operands(case, k, n, seed=0):
+    """(op, arrays without x, statics) of a case; k must suit its codes."""
+    format, rows = CASES[case]
+    assert k % rows == 0
+    arrays, static = format.arguments(random_data(format, k, n, seed), k)
+    return f"{format.storage}_matmul", arrays, static
+
+
+# What is timed on a device: case and form of activations.
+TIMED = [
+    ("packed 8 bits", "float"), ("packed 4 bits", "float"), ("packed 2 bits", "float"),
+    ("packed 4 bits", "int8"), ("packed 2 bits", "int8"), ("ternary", "int8"),
+    ("packed 3 bits", "float"), ("codebook nf4", "float"), ("e8p 2 bits", "float"),
+    ("trellis mul1", "float"), ("additive 2x8", "float"),
+]  # fmt: skip
+
+
+def random_operands(k, n):
+    """(case, activations, op, arrays, statics) of what is timed."""
+    for case, form in TIMED:
+        yield case, form, *operands(case, k, n)
