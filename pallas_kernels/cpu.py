@@ -193,8 +193,6 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
         return f"no native kernels: {reason}"
     if str(x.dtype) not in _FLOATS:
         return f"x must be float32, bfloat16 or float16, got {x.dtype}"
-    if static.get("code") == "vpu":
-        return "the native kernel reads trellis streams in order, not woven as those of 'vpu' are"
     if isinstance(static.get("table"), str):
         return "codes that are float8 have no native kernel"
     if static.get("group", 0) > _MOST_GROUP:
