@@ -118,7 +118,7 @@ def byte_sum(code: str, L: int) -> tuple[int, int, np.float32] | None:
     >>> byte_sum("mul1", 16)[:2], byte_sum("mcg", 16)
     ((2212286765, 0), None)
     """
-    return (*_BYTE_SUMS[code], _unit(code, L, 1)) if code in _BYTE_SUMS else None
+    return (*_BYTE_SUMS[code], unit(code, L, 1)) if code in _BYTE_SUMS else None
 
 
 def _integers(states: Any, code: str) -> Any:

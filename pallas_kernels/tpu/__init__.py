@@ -64,7 +64,9 @@ def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: in
     if code != "vpu":
         return f"of trellis codes only 'vpu' is served, not {code!r}"
     if L != 16 or set(rates) != {2}:
-        return f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
+        return (
+            f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
+        )
     if activations == "int8/256":
         return "a trellis is served with activations 'float' and 'int8', not 'int8/256'"
     rows = x.shape[1] // len(rates)
