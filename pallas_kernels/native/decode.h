@@ -31,7 +31,8 @@ TARGET float quantize(const float* x, int64_t count, float* q) {
   }
   float absmax;
   std::memcpy(&absmax, &most, sizeof absmax);
-  const float scale = absmax > 0 ? absmax / 127 : 1.0f;
+  // XLA makes a division by a constant this product; its scales are to be met to the last bit.
+  const float scale = absmax > 0 ? absmax * (1.0f / 127) : 1.0f;
   for (int64_t i = 0; i < count; ++i) {
     float v = x[i] / scale;
     v = v > 127 ? 127 : v < -127 ? -127 : v;

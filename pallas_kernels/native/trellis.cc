@@ -105,7 +105,7 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
     tasks[i] = {{&tiles}, static_cast<float*>((*y)->untyped_data()), tiles.tiles * kSide, kSide};
   }
   multiply(pool, kernels, x.typed_data(),
-           {size[0], k, group, 2 * kSide, 128, static_cast<Activations>(activations)}, tasks);
+           {size[0], k, group, 2 * kSide, 256, static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a trellis product");
