@@ -50,6 +50,7 @@ from jaxquant.quantize import (
     with_activations,
 )
 from jaxquant.recipe import Plan, Recipe, resolve
+from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
@@ -78,6 +79,7 @@ __all__ = [
     "Plan",
     "QTensor",
     "Recipe",
+    "Roofline",
     "Rotation",
     "Scaling",
     "Site",
@@ -113,6 +115,7 @@ __all__ = [
     "rejoined",
     "resolve",
     "restack",
+    "roofline",
     "rtn",
     "shares",
     "sites",

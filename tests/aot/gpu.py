@@ -252,12 +252,13 @@ def report(names: Iterable[str] = (), chips: Iterable[str] = tuple(CHIPS)) -> li
     return rows
 
 
-def main() -> None:
+def main(names: Iterable[str] = ()) -> list[dict]:
     """Print the table."""
     if why := missing():
         sys.exit(f"GPU kernels: {why}")
+    rows = report(names)
     print(f"{'kernel':34}{'chip':7}{'instructions/weight':>20}{'registers':>10}{'spills':>8}")
-    for row in report(sys.argv[1:]):
+    for row in rows:
         if "error" in row:
             print(f"{row['kernel']:34}{row['chip']:7}{row['error'][-200:]}")
             continue
@@ -265,10 +266,11 @@ def main() -> None:
             f"{row['kernel']:34}{row['chip']:7}{row['instructions_per_weight']:>20.2f}"
             f"{row['registers']:>10}{row['spills']:>8}  {' '.join(sorted(row['multiplies']))}"
         )
+    return rows
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         _child(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
-        main()
+        main(sys.argv[1:])

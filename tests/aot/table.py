@@ -1,11 +1,20 @@
-"""What the compilers make of every kernel: `make kernels` prints it, writes build/kernels.json."""
+"""What the compilers make of every kernel: `make kernels` prints it, writes build/kernels.json.
+
+With --keep, rates go to pallas_kernels/rates.json too, where `pallas_kernels.rates` finds them.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 from tests.aot import gpu, tpu
 
-RESULT = Path(__file__).parents[2] / "build" / "kernels.json"
+ROOT = Path(__file__).parents[2]
+ISSUED = 128  # instructions of single threads that a multiprocessor issues in a cycle
+KEYS = (
+    "kernel", "chip", "weights_per_cycle", "needed", "ratio", "instructions_per_weight",
+    "registers", "spills", "error",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -14,10 +23,20 @@ def main() -> None:
         if reason := compiler.missing():
             print(f"{compiler.__name__}: skipped, {reason}")
             continue
-        rows += compiler.main()
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"wrote {RESULT}")
+        rows += [{key: row[key] for key in KEYS if key in row} for row in compiler.main()]
+    write(ROOT / "build" / "kernels.json", rows)
+    if "--keep" in sys.argv:
+        rates: dict[str, dict[str, int]] = {}
+        for row in rows:
+            rate = row.get("weights_per_cycle") or ISSUED / row["instructions_per_weight"]
+            rates.setdefault(row["kernel"], {})[row["chip"]] = round(rate, 1)
+        write(ROOT / "pallas_kernels" / "rates.json", rates)
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

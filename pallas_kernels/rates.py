@@ -1,0 +1,58 @@
+"""Static rates of the kernels: weights that a core takes in a cycle, by the compilers' schedules.
+
+`python -m tests.aot.table --keep` compiles every kernel and writes rates.json: of a TPU the slope
+of VLIW bundles over rows, of a GPU the 128 instructions that a multiprocessor can issue in a cycle
+over those of its loop for a weight. No kernel has run on such a chip for them.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+_FORMS = {"float": "A16", "int8": "A8", "int8/256": "A8"}
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, float]]:
+    return json.loads((Path(__file__).parent / "rates.json").read_text())
+
+
+def weights_per_cycle(op: str, chip: str, activations: str = "float", **static: Any) -> float:
+    """Of one core of a chip; 0 where no kernel of this kind was measured.
+
+    Args:
+      op: one of `reference.OPS`.
+      chip: one of `chips.CHIPS`.
+      activations, static: of the op; groups are taken to have 128 rows.
+
+    >>> weights_per_cycle("packed_matmul", "v5e", bits=2, group_size=128) > 2000
+    True
+    >>> weights_per_cycle("trellis_matmul", "v5e", rates=(2,), L=12, code="mul1")
+    0.0
+    """
+    names = _names(op, _FORMS[activations], static)
+    found = (_table().get(name, {}).get(chip) for name in names)
+    return float(next((rate for rate in found if rate), 0.0))
+
+
+def _names(op: str, form: str, static: dict[str, Any]) -> list[str]:
+    """What the tables of the TPU and of the GPU call it, the nearest first."""
+    bits, other = static.get("bits", 2), "A16" if form == "A8" else "A8"
+    integers = ", int8" if form == "A8" else ""
+    if op == "packed_matmul":
+        tpu = [f"packed_matmul {bits} bits {f} g128" for f in (form, other)]
+        return [*tpu, f"packed {bits} bits{integers}", f"packed {bits} bits, M 8"]
+    if op == "ternary_matmul":
+        return ["ternary_matmul A8", f"packed 2 bits{integers}", "packed 2 bits, M 8"]
+    if op == "codebook_matmul":
+        return [f"codebook_matmul {bits} bits A16 g128", f"codebook {bits} bits, M 8"]
+    if op == "e8p_matmul":
+        return [f"e8p_matmul {form}", "e8p_matmul A16", "e8p 2 bits, M 8"] if bits == 2 else []
+    if op == "trellis_matmul":
+        rate, code = "/".join(map(str, set(static["rates"]))), static["code"]
+        if code == "vpu":
+            return [f"trellis_matmul vpu {form}"] if rate == "2" else []
+        sums = code in ("mul1", "1mad")
+        return [f"trellis {rate} bits, L 16, M 8"] if sums else []  # L is a shift's length
+    return []
