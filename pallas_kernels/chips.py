@@ -30,11 +30,15 @@ class Chip(NamedTuple):
     unit: str
 
 
+# GPUs: NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM (dense peaks, boost clocks); a
+# core is a streaming multiprocessor.
 CHIPS = {
     "v5e": Chip(819e9, 1.5e9, 1, 197e12, 394e12, "int8"),
     "v5p": Chip(2765e9, 1.75e9, 2, 459e12, 918e12, "int8"),
     "v6e": Chip(1638e9, 1.75e9, 1, 918e12, 1836e12, "int8"),
     "tpu7x": Chip(7380e9, 1.9e9, 2, 2307e12, 4614e12, "float8_e4m3fn"),
+    "sm_80": Chip(2039e9, 1.41e9, 108, 312e12, 624e12, "int8"),
+    "sm_90": Chip(3352e9, 1.98e9, 132, 989e12, 1979e12, "int8"),
 }
 
 

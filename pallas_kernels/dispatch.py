@@ -8,7 +8,6 @@ shapes and dtypes is known before. What no kernel serves the reference does; `de
 import contextlib
 import functools
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -27,6 +26,8 @@ BACKENDS = {
     "tpu": "pallas_kernels.tpu",
     "cuda": "pallas_kernels.gpu",
 }
+# Words of codes below which an accelerator's kernel is not worth its tracing and its launch.
+SMALL = 1 << 12
 KERNELS = ("auto", "reference", *BACKENDS)  # what `using` takes
 
 _using: ContextVar[str] = ContextVar("jaxquant_kernels", default="auto")
@@ -101,19 +102,25 @@ def describe(
     """What serves a product on a platform: its kernel, or the reference and why."""
     if kernels == "reference":
         return "reference (XLA): asked for"
-    kernel, reason = choose(op, platform if kernels == "auto" else kernels, arrays, static)
+    platform, small = (platform, True) if kernels == "auto" else (kernels, False)
+    kernel, reason = choose(op, platform, arrays, static, spare_small=small)
     return f"{platform} kernel" if kernel is not None else f"reference (XLA): {reason}"
 
 
 def choose(
-    op: str, platform: str, arrays: tuple, static: dict[str, Any]
+    op: str, platform: str, arrays: tuple, static: dict[str, Any], *, spare_small: bool = True
 ) -> tuple[Kernel | None, str]:
-    """The platform's kernel for these arrays (or their shapes), or None and the reason."""
+    """The platform's kernel for these arrays (or their shapes), or None and the reason.
+
+    `spare_small`: none on an accelerator for fewer than `SMALL` words of codes.
+    """
     if platform not in BACKENDS:
         return None, f"there are no kernels for {platform}"
     kernel = backend(platform).get(op)
     if kernel is None:
         return None, f"{op} has no {platform} kernel"
+    if spare_small and platform != "cpu" and arrays[1].size < SMALL:
+        return None, f"{arrays[1].size} words of codes are too few for a kernel to pay"
     shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     reason = kernel.serves(*shapes, **static)
     return (None, reason) if reason else (kernel, "")
@@ -122,8 +129,6 @@ def choose(
 @functools.cache
 def backend(platform: str) -> dict[str, Kernel]:
     """A backend's table; imported when first asked for."""
-    if importlib.util.find_spec(BACKENDS[platform]) is None:  # until all three have landed
-        return {}
     return importlib.import_module(BACKENDS[platform]).KERNELS
 
 
@@ -143,7 +148,7 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     if kernels == "reference":
         return slow(*arrays)
     if kernels != "auto":
-        kernel, reason = choose(op, kernels, arrays, named)
+        kernel, reason = choose(op, kernels, arrays, named, spare_small=False)
         if kernel is None:
             raise ValueError(f"the {kernels} kernels do not serve this {op}: {reason}")
         return call(kernel.call)(*arrays)

@@ -12,10 +12,10 @@ Source: QTIP (Tseng et al. 2024, arXiv:2406.11235) for the trellis, "1mad", "3in
 exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float16 exactly; the
 512 points of "hyb" are a spiral, not k-means (Gaussian error 0.0690, not 0.0702, at 2 bits).
 
-"vpu" is ours, for vector units: five operations on 32-bit lanes give four int8 weights. The two
-bytes of a state, signed, are multiplied by a constant; of the exclusive or of the products, a mask
-leaves two fields of three bits in each byte, and times 15 = 16 - 1 the byte becomes 16 times the
-difference of its two fields, but for a little of the byte below: a triangular, symmetric int8.
+"vpu" is ours, for vector units: five operations on 32-bit lanes give four int8 weights. A state's
+two bytes, signed, are multiplied; in each byte of the products' exclusive or a mask leaves two
+fields of three bits, and times 15 it is 16 times their difference, but for a little of the byte
+below.
 """
 
 import functools
@@ -70,8 +70,8 @@ def values(code: str, L: int, V: int) -> Float32[np.ndarray, "states V"]:
     >>> table.shape, round(float(np.mean(table**2)), 6)
     ((4096, 1), 1.0)
     """
-    integers = _integers(np.arange(1 << L, dtype=np.uint32), code)
-    table = integers.astype(np.float32) * unit(code, L, V)
+    one = unit(code, L, V)
+    table = _integers(np.arange(1 << L, dtype=np.uint32), code).astype(np.float32) * one
     table.setflags(write=False)
     return table
 

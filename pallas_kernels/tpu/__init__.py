@@ -9,19 +9,37 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import chips
 from pallas_kernels.kernel import Kernel
 
 _FLOATS = ("float32", "bfloat16", "float16")
 Aval = jax.ShapeDtypeStruct
 
 
-def _call(module: str, name: str) -> Callable:
+def _call(module: str, name: str, bits: int | None = None) -> Callable:
+    """The function, with the operands that suit the chip; `bits` of weights, if no static says."""
+
     def call(*arrays: Any, **statics: Any) -> jax.Array:
+        of = bits or statics.get("bits")
+        if module in ("packed", "table", "lattice") and chip() == "tpu7x":
+            statics = {"unit": chips.unit("tpu7x", of)} | statics
         return getattr(importlib.import_module(f"pallas_kernels.tpu.{module}"), name)(
             *arrays, **statics
         )
 
     return call
+
+
+def chip() -> str:
+    """What is lowered for: "tpu7x", whose matrix unit takes no integers, or "", any other chip.
+
+    That is the mesh's device, where one has been set (`jax.sharding.use_abstract_mesh`), else the
+    machine's own.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    return "tpu7x" if device is not None and "7" in device.device_kind else ""
 
 
 def _grouped(x: Aval, codes: Aval, scale: Aval, group_size: int, slice_: int = 128) -> str:
@@ -99,9 +117,9 @@ KERNELS = {
     "packed_matmul_transposed": Kernel(
         _call("transposed", "packed_matmul_transposed"), _transposed
     ),
-    "ternary_matmul": Kernel(_call("packed", "ternary_matmul"), _ternary),
-    "codebook_matmul": Kernel(_call("table", "codebook_matmul"), _codebook),
-    "e8p_matmul": Kernel(_call("lattice", "e8p_matmul"), _e8p),
+    "ternary_matmul": Kernel(_call("packed", "ternary_matmul", 2), _ternary),
+    "codebook_matmul": Kernel(_call("table", "codebook_matmul", 8), _codebook),
+    "e8p_matmul": Kernel(_call("lattice", "e8p_matmul", 4), _e8p),
     "trellis_matmul": Kernel(_call("trellis", "trellis_matmul"), _trellis),
     "additive_matmul": Kernel(_none, _additive),
     "hadamard": Kernel(_none, _hadamard),

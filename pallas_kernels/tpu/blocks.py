@@ -28,7 +28,7 @@ def choose(m: int, k: int, n: int, *, stacked: int) -> Blocks:
     weights of a step are 512 KiB at 2 bits, and 2 MiB at 8.
 
     >>> choose(1, 4096, 4096, stacked=2), choose(200, 11008, 576, stacked=2)
-    (Blocks(m=8, k=2048, n=1024), Blocks(m=128, k=5632, n=384))
+    (Blocks(m=8, k=2048, n=1024), Blocks(m=128, k=4096, n=384))
     """
     rows = min(max(8, STACKED // stacked // 8 * 8), -(-m // 8) * 8)
     columns = _columns(n)

@@ -63,6 +63,7 @@ def integers(table: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
     halves = ((codes + 128 & ~255) | codes & 255)[at] & 0xFFFF if not whole else codes[at] & 0xFFFF
     words = (halves[:8] | halves[8:] << 16).astype(np.uint32).view(np.int32)
     register = np.ascontiguousarray(np.broadcast_to(words[:, None], (8, LANES)))
+    step = float(step)
     return register, (step,) if whole else (256 * step, step)
 
 

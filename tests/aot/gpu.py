@@ -105,7 +105,7 @@ def compiled(chip: str, names: list[str], timeout: int = SECONDS) -> dict[str, s
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is cached is not dumped
             # From JAX 0.11 on, PTX is dumped for named emitters only.
             "XLA_FLAGS": f"--xla_gpu_autotune_level=0 --xla_dump_to={folder} "
-            "--xla_dump_emitter_re=.* "
+            "--xla_dump_emitter_re=ptx "
             f"--xla_gpu_cuda_data_dir={Path(program('ptxas')).parent.parent}",
         }
         while left := [name for name in names if name not in found]:

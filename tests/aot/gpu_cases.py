@@ -57,10 +57,10 @@ def integer(m, bits, ceiling, *, group=128, zero=False, activations="float", dty
     )
 
 
-def other(op, m, arrays, kernel, columns, depth, **static):
+def other(op, m, arrays, kernel, columns, depth, ceiling=8, **static):
     """A case of an op of another format; a program decodes [depth, columns] in a pass."""
     x = array(m, K, dtype=jnp.bfloat16)
-    return Case(partial(KERNELS[op].call, **static), (x, *arrays), kernel, columns * depth, 12)
+    return Case(partial(KERNELS[op].call, **static), (x, *arrays), kernel, columns * depth, ceiling)
 
 
 EIGHTS = tuple(i / 8 for i in range(-8, 8))
@@ -86,16 +86,16 @@ CASES = {
     "packed 2 bits, float32": integer(8, 2, 2.2, dtype=jnp.float32),
     "packed 2 bits, int8": integer(8, 2, 2.2, activations="int8"),
     "packed 2 bits, int8/256": integer(8, 2, 2.2, activations="int8/256"),
-    "packed 2 bits, M 64": integer(64, 2, 9),
-    "packed 2 bits, M 512": integer(512, 2, 9),
+    "packed 2 bits, M 64": integer(64, 2, 10),
+    "packed 2 bits, M 512": integer(512, 2, 10),
     "packed 3 bits, M 8": integer(8, 3, 9),
     "packed 4 bits, M 8": integer(8, 4, 4.4),
     "packed 4 bits, int8": integer(8, 4, 4.4, activations="int8"),
     "packed 8 bits, M 8": integer(8, 8, 8.8),
     "codebook 4 bits, M 8": CODEBOOK(8),
     "codebook 4 bits, M 16": CODEBOOK(16),
-    "codebook 4 bits, M 64": CODEBOOK(64, columns=64),
-    "e8p 2 bits, M 64": E8P(64, columns=64),
+    "codebook 4 bits, M 64": CODEBOOK(64, columns=64, ceiling=12),
+    "e8p 2 bits, M 64": E8P(64, columns=64, ceiling=18),
     "trellis 2 bits, L 16, M 64": TRELLIS(64, L=16),
     "e8p 2 bits, M 8": E8P(8),
     "e8p 2 bits, M 16": E8P(16),

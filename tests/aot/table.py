@@ -1,4 +1,4 @@
-"""What the compilers make of every kernel: `make kernels` prints it and writes build/kernels.json."""
+"""What the compilers make of every kernel: `make kernels` prints it, writes build/kernels.json."""
 
 import json
 from pathlib import Path

@@ -25,7 +25,7 @@ def rows():
 def test_rate(rows, name, chip):
     row, case = rows[name, chip], cases.CASES[name]
     assert row["ratio"] >= case.floor[chip]
-    assert row["spills"] == 0
+    assert row["spills"] == 0 or chip in case.spilling
 
 
 @pytest.mark.parametrize("chip", compiler.TOPOLOGIES)

@@ -27,6 +27,7 @@ CASES = {
     "e8p 4 bits": (jq.E8P(4), 8),
     "trellis mul1": (jq.Trellis((2,), L=12), 16),
     "trellis 3inst": (jq.Trellis((3,), L=8, code="3inst"), 16),
+    "trellis vpu": (jq.Trellis((2,), L=16, code="vpu"), 16),
     "trellis, rates by block": (jq.Trellis((3, 0, 1, 2), L=8), 64),
     "additive 2x8": (jq.Additive(2, 8, 8), 8),
     "additive 1x9": (jq.Additive(1, 9, 3), 3),

@@ -30,7 +30,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _quick():
     """Compiling what is interpreted takes most of the time."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
