@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import activations as forms
-from pallas_kernels import e8p, native, trellis, woven
+from pallas_kernels import e8p, native, trellis
 from pallas_kernels.kernel import Kernel
 
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -142,6 +142,8 @@ def _trellis(
     most: int = _BEST,
 ) -> tuple[Array, ...]:
     weights = trellis.CODES[code]
+    if weights == 4:
+        raise ValueError(f"the native kernels do not know the order of weights in {code!r} tiles")
     factor, term, unit = trellis.byte_sum(code, L) or (0, 0, np.float32(0))
     table = np.zeros((0, 1), np.float32) if factor else trellis.values(code, L, weights)
     return _call(
@@ -197,9 +199,8 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
         return "codes that are float8 have no native kernel"
     if static.get("group", 0) > _MOST_GROUP:
         return f"additive codes of more than {_MOST_GROUP} rows have no native kernel"
-    steps = trellis.CODES.get(static.get("code", ""), 1)
-    if any(woven.fits(rate, steps) for rate in set(static.get("rates", ())) - {0}):
-        return f"woven streams ({static['code']!r}) have no native kernel"
+    if trellis.CODES.get(static.get("code", ""), 1) == 4:
+        return f"the trellis code {static['code']!r} has no native kernel"
     stored = [str(a.dtype) for a in matrix if a is not None and a.dtype != jnp.int32]
     odd = [dtype for dtype in stored if dtype not in _FLOATS]
     return f"scales of dtype {odd[0]} have no native kernel" if odd else ""

@@ -31,10 +31,11 @@ TARGET float quantize(const float* x, int64_t count, float* q) {
   }
   float absmax;
   std::memcpy(&absmax, &most, sizeof absmax);
-  // XLA makes a division by a constant this product; its scales are to be met to the last bit.
+  // XLA divides by 127 and by the scale as it does here; its codes are to be met to the last bit.
   const float scale = absmax > 0 ? absmax * (1.0f / 127) : 1.0f;
+  const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < count; ++i) {
-    float v = x[i] / scale;
+    float v = x[i] * inverse;
     v = v > 127 ? 127 : v < -127 ? -127 : v;
     q[i] = (v + 0x1.8p23f) - 0x1.8p23f;  // to a whole number, halves to even
   }

@@ -100,7 +100,6 @@ CASES = {
     "trellis 1mad": (96, lambda rng, k: tiles(rng, k, 272, (6, 7, 8), 16, "1mad")),
     "trellis mcg": (64, lambda rng, k: tiles(rng, k, 32, (3,), 12, "mcg")),
     "trellis hyb": (64, lambda rng, k: tiles(rng, k, 32, (2,), 12, "hyb")),
-    "trellis vpu": (64, lambda rng, k: tiles(rng, k, 32, (2, 1), 12, "vpu")),
     "additive 2x8": (272, lambda rng, k: additive(rng, k, 75, 2, 8, 8)),
     "additive 1x12": (108, lambda rng, k: additive(rng, k, 33, 1, 12, 6)),
 }
@@ -216,6 +215,9 @@ def test_what_is_not_served_has_a_reason(rng):
     assert serves(x, *shapes(arrays), **static) == ""
     double = jax.ShapeDtypeStruct(x.shape, np.float64)
     assert "got float64" in serves(double, *shapes(arrays), **static)
+    words = jax.ShapeDtypeStruct((16, 3), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    tiled = {"rates": (2,), "L": 12, "code": "vpu"}
+    assert "'vpu'" in cpu.KERNELS["trellis_matmul"].serves(x, *words, **tiled)
     float8 = {"table": "float8_e4m3fn", "bits": 8, "group_size": 64}
     assert "float8" in cpu.KERNELS["codebook_matmul"].serves(x, *shapes(arrays[:2]), **float8)
 

@@ -45,10 +45,10 @@ def test_an_override_is_obeyed():
 
 
 def test_what_is_not_served_is_an_error_where_it_was_asked_for():
-    fn, x = lambda p, x: x @ p["w"], jnp.ones((1, 60))
-    params = {"w": jq.quantize_array(jnp.ones((60, 32)), jq.rtn(4, 20))}
+    fn, x = lambda p, x: x @ p["w"], jnp.ones((1, 600))
+    params = {"w": jq.quantize_array(jnp.ones((600, 64)), jq.rtn(4, 20))}
     served = str(jq.explain(fn, params, x, platform="tpu"))
     assert "packed_matmul, 4-bit words; reference (XLA): groups of 20 rows" in served
-    assert jq.quantized(fn)(params, x).shape == (1, 32)
+    assert jq.quantized(fn)(params, x).shape == (1, 64)
     with pytest.raises(ValueError, match="the tpu kernels do not serve this packed_matmul: groups"):
         jq.quantized(fn, kernels="tpu")(params, x)

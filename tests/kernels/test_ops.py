@@ -24,7 +24,9 @@ def test_the_product_is_that_of_the_decoded_matrix(case, form):
     y = getattr(pk, op)(x, *arrays, **static, activations=form)
     assert (y.shape, y.dtype) == ((5, N), jnp.float32)
     want = np.asarray(activations.rounded(x, form)) @ w
-    np.testing.assert_allclose(y, want, atol=2e-6 * np.abs(want).max())
+    # Beside integers, native kernels take the values of a table as 16-bit integers.
+    budget = 2e-4 if op == "codebook_matmul" and form == "int8" else 2e-6
+    np.testing.assert_allclose(y, want, atol=budget * np.abs(want).max())
 
 
 @every_op

@@ -1,0 +1,67 @@
+"""How the C++ sources become one shared object; knows neither JAX nor the rest of the package.
+
+Both use it: the package at first use, and the wheel's build (`wheel_backend`).
+"""
+
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
+FOLDER = pathlib.Path(__file__).parent
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: CXX, or c++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def digest(*more: str) -> str:
+    """Of what an object depends on: sources, flags, the machine's architecture, and what is given.
+
+    >>> len(digest()), digest() == digest("other")
+    (16, False)
+    """
+    found = hashlib.sha256()
+    for source in sorted([*FOLDER.glob("*.cc"), *FOLDER.glob("*.h")]):
+        found.update(source.read_bytes())
+    found.update(repr((FLAGS, *more, platform.system(), platform.machine())).encode())
+    return found.hexdigest()[:16]
+
+
+def compile_to(made: pathlib.Path, include: str) -> None:
+    """Make the shared object, source by source on all cores; other files may lie beside it.
+
+    Args:
+      made: the file.
+      include: the folder of JAX's headers.
+    Raises:
+      OSError, subprocess.SubprocessError: no compiler, or it failed.
+    """
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler: {command[0]!r} is not on the path; set CXX")
+    objects = {made.with_name(f"{source.stem}.o"): source for source in FOLDER.glob("*.cc")}
+
+    def one(item: tuple[pathlib.Path, pathlib.Path]) -> None:
+        to, source = map(str, item)
+        _run([*command, *FLAGS, "-w", "-isystem", include, "-c", source, "-o", to])
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, objects.items()))
+    _run([*command, "-shared", *map(str, objects), "-o", str(made)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+def reason(error: Exception) -> str:
+    """One line; of a compiler's complaints the first error."""
+    lines = str(getattr(error, "stderr", None) or error).splitlines()
+    return next((line for line in lines if "error" in line), (lines or [repr(error)])[0]).strip()
