@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.aot import gpu, tpu
+from tests.aot import compiler, gpu, tpu
 
 ROOT = Path(__file__).parents[2]
 ISSUED = 128  # instructions of single threads that a multiprocessor issues in a cycle
@@ -19,11 +19,14 @@ KEYS = (
 
 def main() -> None:
     rows = []
-    for compiler in (tpu, gpu):
-        if reason := compiler.missing():
-            print(f"{compiler.__name__}: skipped, {reason}")
+    for name, found, missing in (
+        ("TPU", tpu.main, compiler.missing),
+        ("GPU", gpu.main, gpu.missing),
+    ):
+        if reason := missing():
+            print(f"{name}: skipped, {reason}")
             continue
-        rows += [{key: row[key] for key in KEYS if key in row} for row in compiler.main()]
+        rows += [{key: row[key] for key in KEYS if key in row} for row in found()]
     write(ROOT / "build" / "kernels.json", rows)
     if "--keep" in sys.argv:
         rates: dict[str, dict[str, int]] = {}
