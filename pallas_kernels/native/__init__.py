@@ -49,21 +49,16 @@ def instruction_sets() -> tuple[str, ...]:
     """
     if load():
         return ()
-    name = _library().jaxquant_instruction_set
+    name = ctypes.CDLL(str(shared_object())).jaxquant_instruction_set
     name.restype = ctypes.c_char_p
     found = itertools.takewhile(bool, map(name, itertools.count()))
     return tuple(text.decode() for text in found)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(shared_object()))
-
-
-@functools.cache
 def _load() -> str:
     try:
-        library = _library()
+        library = ctypes.CDLL(str(shared_object()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return compiling.reason(error)
     for name in TARGETS:

@@ -6,6 +6,13 @@
 template <int C, int W>
 INLINE void load_words(const Product& a, int64_t unit, int64_t column, Uints (&w)[C][W]) {
   const uint32_t* from = a.words + unit * W * a.stride + column;
+  if constexpr (C > 1) {  // the same columns of the next segment: rows are far apart in memory
+    const uint32_t* next = from + a.units * W * a.stride;
+#pragma GCC unroll 4
+    for (int i = 0; i < W; ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < C * LANES; c += 16) __builtin_prefetch(next + i * a.stride + c);
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < W; ++i)
 #pragma GCC unroll 4
