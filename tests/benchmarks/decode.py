@@ -1,6 +1,7 @@
 """Prefill and decode of SmolLM2-135M on this machine: packed weights beside float ones.
 
-Run: make bench. One process, the variants in turn, medians, ratios to float32.
+Run: make bench. One process, the variants in turn, medians, ratios to float32. "int8": the inputs
+of packed matrices as integers, a scale per token.
 """
 
 import statistics
@@ -33,11 +34,16 @@ def variants():
     yield "bfloat16", half, half.params
     for bits in (4, 2):
         recipe = pipeline.recipe_of(jq.rtn(bits=bits))
-        yield f"packed {bits}-bit", model, jq.quantize(model.params, recipe)
+        packed = jq.quantize(model.params, recipe)
+        yield f"packed {bits}-bit", model, packed
+        # A scan copies a layer's words out of the stack before a kernel reads them.
+        apart = jq.unstack(packed, "layers")
+        yield f"packed {bits}-bit, layers apart", model, apart
+        yield f"packed {bits}-bit, apart, int8", model, jq.with_activations(apart, "int8")
 
 
 def main():
-    print("weights          bits  prefill 512  ratio  decode/token  ratio")
+    print("weights                       bits  prefill 512  ratio  decode/token  ratio")
     first = None
     for name, model, params in variants():
         forward = jax.jit(jq.quantized(model.apply_fn))
@@ -54,7 +60,7 @@ def main():
         first = first or (prefill, token)
         bits = jq.bits_per_weight(params)
         print(
-            f"{name:14} {bits:6.2f} {prefill:10.3f} s {prefill / first[0]:6.2f} "
+            f"{name:27} {bits:6.2f} {prefill:10.3f} s {prefill / first[0]:6.2f} "
             f"{1e3 * token:10.1f} ms {token / first[1]:6.2f}"
         )
 
