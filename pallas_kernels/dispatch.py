@@ -119,6 +119,8 @@ def choose(
     kernel = backend(platform).get(op)
     if kernel is None:
         return None, f"{op} has no {platform} kernel"
+    if _varies(arrays):  # of which kernels, whatever their language, say nothing
+        return None, "inside shard_map, kernels want check_vma=False"
     if spare_small and platform != "cpu" and arrays[1].size < SMALL:
         return None, f"{arrays[1].size} words of codes are too few for a kernel to pay"
     shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
@@ -157,6 +159,11 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     if not fast:
         return slow(*arrays)
     return jax.lax.platform_dependent(*arrays, **fast, default=slow)
+
+
+def _varies(arrays: tuple) -> bool:
+    """Whether a `shard_map` that checks which mesh axes values vary over holds the arrays."""
+    return any(getattr(jax.typeof(a), "vma", ()) for a in arrays if isinstance(a, jax.Array))
 
 
 def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array, tuple]:
