@@ -20,8 +20,8 @@ def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[...,
     `QTensor` is served from its packed codes; a primitive without a rule dequantizes it (see
     `explain`). Compose with `jax.jit`, `jax.grad`, `jax.vmap` outside or inside, and with
     `jax.shard_map` outside, the weights split along their outputs. Reverse mode outside, any
-    mode inside. What a compiler is to partition by itself, without `shard_map`, wants
-    kernels="reference": no kernel can be partitioned; and `shard_map` wants check_vma=False.
+    mode inside. On several devices kernels serve inside `shard_map(..., check_vma=False)` only,
+    for the compiler cannot partition them; elsewhere the references do.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.

@@ -89,22 +89,36 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     With integer activations the derivative is that of the float product at the rounded x.
     """
     static_items = tuple(sorted(static.items()))
-    kernels = _using.get()
+    kernels, why = _using.get(), "asked for"
+    if kernels == "auto" and (reason := _shared_out()):
+        kernels, why = "reference", reason
     platform, heard = _described.get(), _heard.get()
     if platform is not None and heard is not None:
-        heard.append(describe(op, platform, arrays, static, kernels))
+        heard.append(describe(op, platform, arrays, static, kernels, why))
     return _product(op, static_items, kernels, arrays)
 
 
 def describe(
-    op: str, platform: str, arrays: tuple, static: dict[str, Any], kernels: str = "auto"
+    op: str, platform: str, arrays: tuple, static: dict[str, Any], kernels: str, why: str
 ) -> str:
     """What serves a product on a platform: its kernel, or the reference and why."""
     if kernels == "reference":
-        return "reference (XLA): asked for"
+        return f"reference (XLA): {why}"
     platform, small = (platform, True) if kernels == "auto" else (kernels, False)
     kernel, reason = choose(op, platform, arrays, static, spare_small=small)
     return f"{platform} kernel" if kernel is not None else f"reference (XLA): {reason}"
+
+
+def _shared_out() -> str:
+    """Why the compiler, or `shard_map`'s check, could not do with a kernel here; "" if both can.
+
+    A kernel is not partitioned by the compiler, and says nothing of which mesh axes its results
+    vary over.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return "inside shard_map, kernels want check_vma=False" if jax.config.check_vma else ""
+    several = jax.device_count() > 1
+    return "kernels cannot be split over several devices but by shard_map" if several else ""
 
 
 def choose(
@@ -119,8 +133,6 @@ def choose(
     kernel = backend(platform).get(op)
     if kernel is None:
         return None, f"{op} has no {platform} kernel"
-    if _varies(arrays):  # of which kernels, whatever their language, say nothing
-        return None, "inside shard_map, kernels want check_vma=False"
     if spare_small and platform != "cpu" and arrays[1].size < SMALL:
         return None, f"{arrays[1].size} words of codes are too few for a kernel to pay"
     shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
@@ -159,11 +171,6 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     if not fast:
         return slow(*arrays)
     return jax.lax.platform_dependent(*arrays, **fast, default=slow)
-
-
-def _varies(arrays: tuple) -> bool:
-    """Whether a `shard_map` that checks which mesh axes values vary over holds the arrays."""
-    return any(getattr(jax.typeof(a), "vma", ()) for a in arrays if isinstance(a, jax.Array))
 
 
 def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array, tuple]:

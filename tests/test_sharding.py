@@ -22,17 +22,16 @@ want = fn(jq.dequantize(q), x)
 CASES = {
     "columns, jit": """
 columns = jax.tree.map(lambda a: put(a, None, "d"), q)
-y = jax.jit(jq.quantized(fn, kernels="reference"))(columns, put(x))
+y = jax.jit(jq.quantized(fn))(columns, put(x))
 assert y.sharding.spec == P(None, "d"), y.sharding
 """,
     "batch, jit": """
-y = jax.jit(jq.quantized(fn, kernels="reference"))(q, put(x, "d"))
+y = jax.jit(jq.quantized(fn))(q, put(x, "d"))
 assert y.sharding.spec[0] == "d", y.sharding
 """,
     "columns, shard_map": """
 y = jax.shard_map(
-    jq.quantized(fn), mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P(None, "d"),
-    check_vma=False,
+    jq.quantized(fn), mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P(None, "d")
 )(q, x)
 """,
     "quantize split columns": """

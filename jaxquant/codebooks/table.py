@@ -146,10 +146,12 @@ class Table(Served):
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        # Tied to x, opened scales are not lifted out of a decoding loop.
-        scales = {name: a for name, a in data.items() if name != "codes"}
-        x, scales = jax.lax.optimization_barrier((x, scales))
-        return super().matmul(x, data | scales, activations)
+        return super().matmul(*_tied(x, data), activations)
+
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        return super().matmul_transposed(*_tied(g, data), k)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = layout.unpack_rows(data["codes"], self.bits, ids)
@@ -159,6 +161,13 @@ class Table(Served):
     def kernel(self) -> str:
         """The op that serves a matmul."""
         return f"codebook_matmul, {self.bits}-bit words"
+
+
+def _tied(x: Array, data: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Scales tied to x: opened ones are then not lifted out of a decoding loop."""
+    scales = {name: a for name, a in data.items() if name != "codes"}
+    x, scales = jax.lax.optimization_barrier((x, scales))
+    return x, data | scales
 
 
 @lru_cache
