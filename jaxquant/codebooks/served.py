@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
-import jax
 from jaxtyping import Array, Float
 
+from jaxquant.codebooks.decoding import Decoding
 from pallas_kernels import dispatch, reference
 
 
-class Served:
+class Served(Decoding):
     """Base of a format that names its op's storage and says how its data are the op's arguments.
 
     Attributes:
@@ -16,14 +16,10 @@ class Served:
     """
 
     storage: ClassVar[str]
-    codes_ndim: ClassVar[int] = 2
 
     def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
         """Arrays and static values of the op, without x, for one matrix of k rows."""
         raise NotImplementedError
-
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Any finite weights will do."""
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -39,14 +35,9 @@ class Served:
         arrays, static = self.arguments(data, k)
         return dispatch.product(f"{self.storage}_matmul_transposed", g, *arrays, **static, k=k)
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        def one(data: dict[str, Array]) -> Array:
-            arrays, static = self.arguments(data, k)
-            return reference.weights(self.storage, *arrays, **static, k=k)
-
-        for _ in data["codes"].shape[: -self.codes_ndim]:
-            one = jax.vmap(one)
-        return one(data)
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        arrays, static = self.arguments(data, k)
+        return reference.weights(self.storage, *arrays, **static, k=k)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         arrays, static = self.arguments(data, k)

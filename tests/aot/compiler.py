@@ -23,6 +23,18 @@ from tests.aot import llo
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
+# Of a process that compiles for TPUs without one.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    # There is no device to lock: other processes may compile too.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Of no effect but that libtpu does not warn of what it cannot find.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
 class Job(NamedTuple):
     """What to compile.
 
@@ -69,19 +81,11 @@ def compiled(jobs: Sequence[Job], timeout: float = 300) -> list[Compiled]:
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "dump"
         dump.mkdir()
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            # There is no device to lock: other processes may compile too.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            # Of no effect but that libtpu does not warn of what it cannot find.
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
+        environment = os.environ | ENVIRONMENT | {
             "LIBTPU_INIT_ARGS": llo.FLAGS.format(dump),
             # A kernel from the cache would leave no dump.
             "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }
+        }  # fmt: skip
         (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
         try:
             done = subprocess.run(

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from models.llama import attend
 from pallas_kernels import layout, shard
 from pallas_kernels.dispatch import product
+from tests.aot.compiler import ENVIRONMENT
 
 D, FF, HEADS, KV_HEADS, HEAD, TOKENS = 8192, 28672, 64, 16, 128, 8
 BITS, GROUP = 2, 128
@@ -82,13 +83,7 @@ class Pod(NamedTuple):
 
 def compiled(topology: str, data: int, model: int, timeout: float = 240) -> Pod:
     """Compile in a process of its own; RuntimeError with what it said if it fails."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, "-m", "tests.aot.pods", topology, str(data), str(model)]
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
