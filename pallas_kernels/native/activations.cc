@@ -33,7 +33,7 @@ std::vector<Rows> rows(int64_t m, const Multiply* kernels) {
 
 namespace {
 
-// Number of row r of a segment as it stands among those of `count` rows, floats: [code, row].
+// Number of row r of a segment as it stands among those of `count` rows, [code, row]: floats.
 void lay_floats(const float* x, const Segment& s, int codes, int count, float* to, float* sum) {
   float total = 0;
   const int64_t start = s.unit * codes;
@@ -44,7 +44,19 @@ void lay_floats(const float* x, const Segment& s, int codes, int count, float* t
   *sum = total;
 }
 
-// [unit, plane, row], code p + planes * j in byte j.
+// Integers, each in both halves of 32 bits.
+void lay_twice(const float* q, const Segment& s, int codes, int count, int32_t* to, int32_t* sum) {
+  int32_t total = 0;
+  const int64_t start = s.unit * codes;
+  for (int64_t i = s.begin; i < s.end; ++i) {
+    const int32_t v = static_cast<int32_t>(q[i]);
+    to[(i - start) * count] = v * 0x10000 + (v & 0xffff);
+    total += v;
+  }
+  *sum = total;
+}
+
+// [unit, plane, row], four codes in a word as `Unit` says.
 void lay_planes(const float* q, const Segment& s, Unit unit, int count, int32_t* to, int32_t* sum) {
   int32_t total = 0;
   const int64_t start = s.unit * unit.codes;
@@ -58,7 +70,7 @@ void lay_planes(const float* q, const Segment& s, Unit unit, int count, int32_t*
     const bool whole = k >= s.begin && k + unit.codes <= s.end;
     for (int j = 0; j < 4; ++j)
       for (int p = 0; p < unit.planes; ++p) {
-        int64_t i = k + p + unit.planes * j;
+        int64_t i = k + p / unit.step * 4 * unit.step + p % unit.step + unit.step * j;
         if (whole || (i >= s.begin && i < s.end)) put(u, p, j, static_cast<int8_t>(q[i]));
       }
   }
@@ -73,7 +85,7 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
                    const std::function<void(int64_t, std::function<void(int64_t)>)>& parallel)
     : units_(segments.back().at + segments.back().units),
       segments_(segments.size()),
-      per_unit_(integers ? unit.planes : unit.codes),
+      per_unit_(integers && unit.planes ? unit.planes : unit.codes),
       data_(m * units_ * per_unit_),
       sums_(m * segments_),
       scales_(m * segments_, 1.0f) {
@@ -95,7 +107,9 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
         int32_t* to = data_.data() +
             (some.first * units_ + segment.at * some.count) * per_unit_ + r;
         if (activations != kAsFloat) scales_[place] = scale[segment.begin / size];
-        if (integers) {
+        if (integers && !unit.planes) {
+          lay_twice(row, segment, unit.codes, some.count, to, &sums_[place]);
+        } else if (integers) {
           lay_planes(row, segment, unit, some.count, to, &sums_[place]);
         } else {
           lay_floats(row, segment, unit.codes, some.count, reinterpret_cast<float*>(to),

@@ -63,6 +63,18 @@ INLINE Ints byte_sums(Uints v) {
   return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
+// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
+  __m256i pairs = _mm256_maddubs_epi16((__m256i)v, _mm256_set1_epi8(1));
+  return total + (Ints)_mm256_madd_epi16(pairs, (__m256i)x);
+}
+
+// Byte i of each word, in all of its bytes.
+INLINE Uints repeat_byte(Uints v, int i) {
+  Uints place = Uints{0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c};
+  return (Uints)_mm256_shuffle_epi8((__m256i)v, (__m256i)(place + i * 0x01010101u));
+}
+
 // table[bytes[4 i]] in lane i: inserted one by one, which is faster here than a gather.
 INLINE __m128i four_at(const uint32_t* table, const uint8_t* bytes) {
   __m128i v = _mm_cvtsi32_si128(table[bytes[0]]);

@@ -40,6 +40,15 @@ INLINE Ints byte_sums(Uints v) {
   return (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)v, _mm512_set1_epi8(1));
 }
 
+// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
+  __m512i pairs = _mm512_maddubs_epi16((__m512i)v, _mm512_set1_epi8(1));
+  return total + (Ints)_mm512_madd_epi16(pairs, (__m512i)x);
+}
+
+// Byte i of each word, in all of its bytes.
+INLINE Uints repeat_byte(Uints v, int i) { return (v >> (8 * i) & 255) * 0x01010101; }
+
 // table[bytes[4 i]] in lane i.
 INLINE Uints at(const uint32_t* table, const uint8_t* bytes) {
   __m512i index = _mm512_and_si512(_mm512_loadu_si512(bytes), _mm512_set1_epi32(255));

@@ -51,6 +51,14 @@ INLINE Ints byte_sums(Uints v) {
   return (Ints)((v + (v >> 16)) & 0xffff);
 }
 
+// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
+  return total + byte_sums(v) * ((x << 16) >> 16);
+}
+
+// Byte i of each word, in all of its bytes.
+INLINE Uints repeat_byte(Uints v, int i) { return (v >> (8 * i) & 255) * 0x01010101; }
+
 // table[bytes[4 i]] in lane i.
 INLINE Uints at(const uint32_t* table, const uint8_t* bytes) {
   return Uints{table[bytes[0]], table[bytes[4]], table[bytes[8]], table[bytes[12]]};

@@ -90,28 +90,28 @@ INLINE void byte_sum_steps(const TrellisTiles& a, const uint32_t* w, float* out,
 // After two rows of a tile the stream is at the start of a word again, for every K.
 template <int K>
 TARGET void by_byte_sums(const TrellisTiles& a) {
-  Uints drop = Uints{} + (32 - a.L), factor = Uints{} + a.factor, term = Uints{} + a.term;
+  Uints drop = Uints{} + (32 - a.code->L), factor = Uints{} + a.code->factor, term = Uints{} + a.code->term;
   for (int row = 0; row < 16; row += 2)
     byte_sum_steps<K>(a, a.words + row / 2 * K * LANES, a.out + row * a.stride, drop, factor, term,
                       std::make_integer_sequence<int, 32>());
 }
 
 TARGET void by_table(const TrellisTiles& a) {
-  for (int i = 0; i < 256; i += a.weights) {
+  for (int i = 0; i < 256; i += a.code->weights) {
     int bit = i * a.rate, low = bit % 32;
     const uint32_t* w = a.words + bit / 32 * LANES;
     Uints window = load<Uints>(w) << low;
     if (low) window |= load<Uints>(w + LANES) >> (32 - low);
-    Uints state = window >> (32 - a.L);
+    Uints state = window >> (32 - a.code->L);
     float* out = a.out + i / 16 * a.stride + i % 16 * LANES;
     for (int lane = 0; lane < LANES; ++lane)
-      for (int v = 0; v < a.weights; ++v)
-        out[v * LANES + lane] = a.table[(int64_t)state[lane] * a.weights + v];
+      for (int v = 0; v < a.code->weights; ++v)
+        out[v * LANES + lane] = a.code->table[(int64_t)state[lane] * a.code->weights + v];
   }
 }
 
 TARGET void trellis(const TrellisTiles& a) {
-  if (a.table) return by_table(a);
+  if (a.code->table) return by_table(a);
   switch (a.rate) {
     case 1: return by_byte_sums<1>(a);
     case 2: return by_byte_sums<2>(a);

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kAlign = 16;              // columns of a block are a multiple of this
 constexpr int64_t kAlone = int64_t{1} << 20;  // multiplications that a single thread does as fast
-constexpr int64_t kManyRows = 12;             // from here on floats are worth unpacking to memory
 constexpr int64_t kSums = int64_t{1} << 16;   // sums of a block, in a core's cache
 
 int64_t up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
@@ -58,8 +57,13 @@ struct Job {
   const std::vector<Segment>& segments;
   const std::vector<Rows>& rows;
   const Prepared& x;
-  const Multiply* multiply;  // by the place in kRows
-  bool unpacked;             // words are made floats before
+  bool integers;
+  bool unpacked;  // words are made floats before
+
+  // By the place in kRows. What an operand's form does to x is the same for all operands.
+  const Multiply* multiply(Form form) const {
+    return integers ? kernels.integers[form] : kernels.floats[unpacked ? kFloat32 : form];
+  }
 };
 
 void add_operand(const Job& job, const Operand& operand, const Columns& block, int64_t columns,
@@ -97,6 +101,9 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
     p.scale = scale;
     p.zero = has_zero ? zero : nullptr;
     p.table = operand.table;
+    p.trellis = operand.trellis;
+    p.rows = operand.rows;
+    p.rate = operand.rate(group);
     p.y_stride = columns;
     if (job.unpacked) {
       float* panel = scratch(panel_room, segment.units * unit.codes * columns);
@@ -110,7 +117,7 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
       p.sums = job.x.sums(r, i);
       p.xscale = job.x.scales(r, i);
       p.y = sums + r.first * columns;
-      job.multiply[r.kernel](p);
+      job.multiply(operand.form)[r.kernel](p);
     }
   }
 }
@@ -160,7 +167,7 @@ void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x
   const auto few = rows(shape.m, by_rows);
   const Prepared prepared(x, shape.m, shape.k, pieces, few, unit, shape.activations, integers,
                           kernels, share);
-  const Job job{kernels, shape, pieces, few, prepared, by_rows, unpacked};
+  const Job job{kernels, shape, pieces, few, prepared, integers, unpacked};
   const auto blocks = cut(shape, tasks, kernels.lanes, threads);
   share(blocks.size(), [&](int64_t i) {
     thread_local std::vector<float> sums_room;

@@ -23,14 +23,15 @@ constexpr int kOctet = 8;
 class Points : public Operand {
  public:
   const uint32_t* codes;
-  const uint32_t* rows;   // [256] by the upper byte, or by the only one
-  const uint32_t* signs;  // [256] by the lower byte; null: bytes
+  const uint32_t* signs;  // [256] by the lower byte; null: bytes, and `rows` by the only one
   int64_t n;
   int twice;  // the zero point, times two
   const Kernels* kernels;
 
   Words words(const Segment& s, int64_t first, int64_t count, int64_t columns,
               uint32_t* room) const override {
+    if (form == kLattice)
+      return in_rows(codes, n, s.unit, s.units, first, count, columns, room);
     const int per = signs ? 2 : 4;
     for (int64_t i = 0; i < s.units; ++i) {
       const int64_t octet = s.unit + i, part = octet % per;
@@ -59,6 +60,7 @@ ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S
                ffi::RemainingArgs args, ffi::RemainingRets results, int32_t bits, float fine,
                int32_t activations, int32_t most) try {
   const Kernels& kernels = choose(most);
+  const auto size = x.dimensions();
   std::vector<std::array<Points, 2>> matrices(results.size());
   std::vector<Task> tasks(results.size());
   const auto* table = reinterpret_cast<const uint32_t*>(tables.typed_data());
@@ -74,7 +76,7 @@ ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S
       if (!codes) return invalid("a matrix lacks its codes");
       const bool bytes = part == 1 && bits == 3;
       Points& points = matrices[i][part];
-      points.form = kInt4;
+      points.form = bits != 3 && size[0] == 1 ? kLattice : kInt4;
       points.codes = static_cast<const uint32_t*>(codes->untyped_data());
       points.rows = bytes ? table + 512 : table;
       points.signs = bytes ? nullptr : table + 256;
@@ -86,7 +88,6 @@ ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S
       tasks[i].operands.push_back(&points);
     }
   }
-  const auto size = x.dimensions();
   multiply(pool, kernels, x.typed_data(),
            {size[0], size[1], size[1], 8 * kOctet, 512, static_cast<Activations>(activations)},
            tasks);

@@ -1,11 +1,32 @@
 // How the words of each form become planes of bytes (for integer products) and floats.
 //
-// A form has `bytes(words)`, done once, `plane(words, p)`, the codes p + planes * (0, 1, 2, 3) of
+// A form has `read(product, unit, column, words)`, which may make the words, `bytes(words)`, done
+// once, `plane(words, p)`, the codes of a plane of
 // a unit as bytes, each kOffset too large, and `value(words, i, table)`, number i as a float.
 
+// Words that are read as they are stored.
+struct Stored {
+  template <int C, int W>
+  INLINE static void read(const Product& a, int64_t unit, int64_t column, Uints (&w)[C][W]) {
+    const uint32_t* from = a.words + unit * W * a.stride + column;
+    if constexpr (C > 1) {  // the same columns of the next segment: rows are far apart in memory
+      const uint32_t* next = from + a.units * W * a.stride;
+#pragma GCC unroll 4
+      for (int i = 0; i < W; ++i)
+#pragma GCC unroll 4
+        for (int c = 0; c < C * LANES; c += 16) __builtin_prefetch(next + i * a.stride + c);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < W; ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) w[c][i] = load<Uints>(from + i * a.stride + c * LANES);
+  }
+};
+
 template <int B>
-struct Integer {
+struct Integer : Stored {
   static constexpr Unit kUnit = kUnits[B == 2 ? kInt2 : B == 4 ? kInt4 : kInt8];
+  static constexpr int kWords = 1;
   static constexpr int kOffset = B == 8 ? 0 : 1 << (B - 1);
 
   // The top bit of every code flipped: two's complement becomes code + kOffset.
@@ -29,8 +50,9 @@ struct Integer {
 
 // 32 codes in three words. Byte planes need the 12 bytes in another order: byte b of the stream
 // holds bits of code i as byte b + 3 does of code i + 8.
-struct Integer3 {
+struct Integer3 : Stored {
   static constexpr Unit kUnit = kUnits[kInt3];
+  static constexpr int kWords = 3;
   static constexpr int kOffset = 4;
 
   INLINE static void bytes(Uints (&w)[3]) {
@@ -85,7 +107,8 @@ struct Tabled : Code {
   }
 };
 
-struct Float32 {
+struct Float32 : Stored {
   static constexpr Unit kUnit = kUnits[kFloat32];
+  static constexpr int kWords = 1;
   INLINE static Floats value(const Uints (&w)[1], int, const Table*) { return (Floats)w[0]; }
 };

@@ -17,6 +17,7 @@ namespace NAMESPACE {
 #include "product.h"
 #include "decode.h"
 #include "lattice.h"
+#include "tiles.h"
 
 extern const Kernels kernels = {
     NAME,
@@ -28,7 +29,9 @@ extern const Kernels kernels = {
      BY_ROWS_TABLED(Tabled<Integer<2>>),
      BY_ROWS_TABLED(Tabled<Integer3>),
      BY_ROWS_TABLED(Tabled<Integer<4>>),
-     {}},
+     {},
+     TILES(Ints, int32_t),
+     {nullptr, nullptr, nullptr, multiply_integers<Lattice<true>, 2, 1>}},
     {BY_ROWS(multiply_floats, Whole<Integer<2>>),
      BY_ROWS(multiply_floats, Whole<Integer3>),
      BY_ROWS(multiply_floats, Whole<Integer<4>>),
@@ -37,10 +40,12 @@ extern const Kernels kernels = {
      BY_ROWS(multiply_floats, Tabled<Integer3>),
      BY_ROWS(multiply_floats, Tabled<Integer<4>>),
      {multiply_floats<Float32, 2, 6>, multiply_floats<Float32, 2, 4>,
-      multiply_floats<Float32, 2, 2>, multiply_floats<Float32, 4, 1>}},
+      multiply_floats<Float32, 2, 2>, multiply_floats<Float32, 4, 1>},
+     TILES(Floats, float),
+     {nullptr, nullptr, nullptr, multiply_floats<Lattice<false>, 4, 1>}},
     {unpack<Whole<Integer<2>>>, unpack<Whole<Integer3>>, unpack<Whole<Integer<4>>>,
      unpack<Whole<Integer<8>>>, unpack<Tabled<Integer<2>>>, unpack<Tabled<Integer3>>,
-     unpack<Tabled<Integer<4>>>, nullptr},
+     unpack<Tabled<Integer<4>>>},
     widen,
     quantize,
     zeros,

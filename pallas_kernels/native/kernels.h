@@ -9,16 +9,24 @@
 namespace jaxquant {
 
 // How the words of an operand stand for numbers.
-enum Form { kInt2, kInt3, kInt4, kInt8, kTable2, kTable3, kTable4, kFloat32, kForms };
-
-// A unit is the shortest run of whole words: `codes` rows of k in `words` words of a column. Its
-// codes p, p + planes, p + 2 planes, p + 3 planes come out together, as plane p, one in each byte.
-struct Unit {
-  int bits, codes, words, planes;
+// kByteSums: tiles of a trellis code whose weights are sums of bytes. kLattice: codes of E8P.
+enum Form {
+  kInt2, kInt3, kInt4, kInt8, kTable2, kTable3, kTable4, kFloat32, kByteSums, kLattice,
+  kForms
 };
 
-constexpr Unit kUnits[kForms] = {{2, 16, 1, 4}, {3, 32, 3, 8}, {4, 8, 1, 2}, {8, 4, 1, 1},
-                                 {2, 16, 1, 4}, {3, 32, 3, 8}, {4, 8, 1, 2}, {32, 1, 1, 0}};
+// A unit is the shortest run of whole words: `codes` rows of k in `words` words of a column. Its
+// codes p, p + step, p + 2 step, p + 3 step come out together, as plane p < step, one in each byte;
+// where there are more planes, the next are those of the codes from 4 step on. Without planes
+// codes come out one by one. Of tiles a bit of their rate is 8 words.
+struct Unit {
+  int bits, codes, words, planes, step;
+};
+
+constexpr Unit kUnits[kForms] = {{2, 16, 1, 4, 4}, {3, 32, 3, 8, 8}, {4, 8, 1, 2, 2},
+                                 {8, 4, 1, 1, 1},  {2, 16, 1, 4, 4}, {3, 32, 3, 8, 8},
+                                 {4, 8, 1, 2, 2},  {32, 1, 1, 0, 1}, {8, 16, 0, 0, 1},
+                                 {4, 16, 1, 4, 2}};
 
 // Sixteen values: as floats, and as unit * (128 high + low - offset / 2) with seven-bit integers.
 struct Table {
@@ -28,18 +36,30 @@ struct Table {
   int32_t offset;
 };
 
+// A trellis code of states of L bits.
+struct TrellisCode {
+  int L, weights;         // bits, and weights, of a state
+  uint32_t factor, term;  // a weight is the sum of the bytes of state * factor + term, less 510
+  const float* table;     // [2^L, weights]; null: byte sums
+};
+
 // y[r, c] += scale[c] * xscale[r] * sum over k of x[r, k] * (value[k, c] - zero[c] / 2), where k
 // runs over some units, c over columns (a multiple of 16) and r over the kernel's rows.
 struct Product {
   const uint32_t* words;
   int64_t stride;  // from one row of words to the next
   int units, columns;
-  const void* x;     // integers: int32 [units, planes, rows], four int8 each; floats: [k, rows]
+  // integers: int32 [units, planes, rows], four int8 each, or [k, rows], one twice, in 16 bits
+  // each, where there are no planes; floats: [k, rows].
+  const void* x;
   const void* sums;  // [rows], of x over these units: int32, or float
   const float* xscale;  // [rows]
   const float* scale;   // [columns]
   const int32_t* zero;  // [columns], twice the zero point; or null, where all are zero
   const Table* table;
+  const TrellisCode* trellis;
+  const uint32_t* rows;  // [256], of kLattice
+  int rate;  // bits of a weight of a trellis code
   float* y;
   int64_t y_stride;
 };
@@ -51,11 +71,10 @@ constexpr int kRows[] = {6, 4, 2, 1};  // that a product kernel takes at a time
 // A run of trellis tiles side by side, to be decoded.
 struct TrellisTiles {
   const uint32_t* words;  // [8 rate + 1, lanes]: the first row again at the end
-  int rate, L, weights;   // bits a weight, bits of a state, weights of a state
-  uint32_t factor, term;  // a weight is the sum of the bytes of state * factor + term, less 510
-  const float* table;     // [2^L, weights]; null: byte sums
-  float* out;             // [16 rows, 16 columns, lanes]
-  int64_t stride;         // from row to row
+  int rate;  // bits of a weight
+  const TrellisCode* code;
+  float* out;      // [16 rows, 16 columns, lanes]
+  int64_t stride;  // from row to row
 };
 
 enum ScaleType { kHalf, kBrain, kSingle };
@@ -65,7 +84,7 @@ struct Kernels {
   int lanes;                         // floats of a vector
   Multiply integers[kForms][4];      // by form and the place of the rows in kRows; may be null
   Multiply floats[kForms][4];
-  void (*unpack[kForms])(const Product&, float*);  // null for kFloat32
+  void (*unpack[kForms])(const Product&, float*);  // null from kFloat32 on
   void (*widen)(const void* from, ScaleType type, int64_t count, float* to);
   // q = round(x / s), s = absmax / 127 (1 where all is 0), as int8 or as floats of such values.
   float (*quantize)(const float* x, int64_t count, float* q);

@@ -40,9 +40,14 @@ class Operand {
     return false;
   }
 
+  // Bits of a weight of a trellis code.
+  virtual int rate(int64_t group) const { return 0; }
+
   Form form;
   Scales scales;
   const Table* table = nullptr;
+  const TrellisCode* trellis = nullptr;
+  const uint32_t* rows = nullptr;
 };
 
 // One product y = x @ (sum of operands), all with the segments of one x.
@@ -59,6 +64,9 @@ struct Shape {
   int64_t m, k, group_size, longest, wide;
   Activations activations;
 };
+
+// From so many rows of x on, floats are worth making in memory first.
+constexpr int64_t kManyRows = 12;
 
 void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x,
               const Shape& shape, const std::vector<Task>& tasks);

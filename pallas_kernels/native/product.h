@@ -3,22 +3,6 @@
 // C vectors of columns and R rows at a time: the sums stay in registers, a number of x is read
 // once for C vectors, and words are unpacked once for R rows.
 
-template <int C, int W>
-INLINE void load_words(const Product& a, int64_t unit, int64_t column, Uints (&w)[C][W]) {
-  const uint32_t* from = a.words + unit * W * a.stride + column;
-  if constexpr (C > 1) {  // the same columns of the next segment: rows are far apart in memory
-    const uint32_t* next = from + a.units * W * a.stride;
-#pragma GCC unroll 4
-    for (int i = 0; i < W; ++i)
-#pragma GCC unroll 4
-      for (int c = 0; c < C * LANES; c += 16) __builtin_prefetch(next + i * a.stride + c);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < W; ++i)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) w[c][i] = load<Uints>(from + i * a.stride + c * LANES);
-}
-
 INLINE void add(float* y, Floats scale, Floats sum) {
   store(y, multiply_add(scale, sum, load<Floats>(y)));
 }
@@ -34,11 +18,29 @@ INLINE void finish(const Product& a, int64_t column, Ints (&total)[C][R], int32_
     const float* scale = a.scale + column;
     const int32_t* zero = a.zero ? a.zero + column : nullptr;
     float* y = a.y + r * a.y_stride + column;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       Ints doubled = total[c][r] * 2 - offset * sum;
       if (zero) doubled -= load<Ints>(zero + c * LANES) * sum;
       add(y + c * LANES, load<Floats>(scale + c * LANES) * xscale, to_floats(doubled));
+    }
+  }
+}
+
+// Sums of floats to y.
+template <int C, int R>
+INLINE void finish(const Product& a, int64_t column, Floats (&sum)[C][R], int32_t = 0, float = 1) {
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const Floats half = all(((const float*)a.sums)[r] * 0.5f), xscale = all(a.xscale[r]);
+    const float* scale = a.scale + column;
+    const int32_t* zero = a.zero ? a.zero + column : nullptr;
+    float* y = a.y + r * a.y_stride + column;
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      Floats value = sum[c][r];
+      if (zero) value -= to_floats(load<Ints>(zero + c * LANES)) * half;
+      add(y + c * LANES, load<Floats>(scale + c * LANES) * xscale, value);
     }
   }
 }
@@ -53,8 +55,8 @@ INLINE void integers(const Product& a, int64_t column) {
     int stop = unit + kChunk < a.units ? unit + kChunk : a.units;
     Narrow sum[C][R] = {};
     for (; unit < stop; ++unit) {
-      Uints w[C][u.words];
-      load_words(a, unit, column, w);
+      Uints w[C][F::kWords];
+      F::read(a, unit, column, w);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) F::bytes(w[c]);
 #pragma GCC unroll 8
@@ -84,7 +86,7 @@ INLINE void signed_bytes(const Product& a, int64_t column) {
   const int32_t* x = (const int32_t*)a.x;
   for (int unit = 0; unit < a.units; ++unit) {
     Uints w[C][1];
-    load_words(a, unit, column, w);
+    Stored::read(a, unit, column, w);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Ints four = all(*x++);
@@ -102,8 +104,8 @@ INLINE void tabled(const Product& a, int64_t column) {
   Ints high[1][R] = {}, low[1][R] = {};
   const int32_t* x = (const int32_t*)a.x;
   for (int unit = 0; unit < a.units; ++unit) {
-    Uints w[1][u.words];
-    load_words(a, unit, column, w);
+    Uints w[1][F::kWords];
+    F::read(a, unit, column, w);
     F::bytes(w[0]);
 #pragma GCC unroll 8
     for (int p = 0; p < u.planes; ++p) {
@@ -128,8 +130,8 @@ INLINE void floats(const Product& a, int64_t column) {
   Floats sum[C][R] = {};
   const float* x = (const float*)a.x;
   for (int unit = 0; unit < a.units; ++unit) {
-    Uints w[C][u.words];
-    load_words(a, unit, column, w);
+    Uints w[C][F::kWords];
+    F::read(a, unit, column, w);
 #pragma GCC unroll 32
     for (int i = 0; i < u.codes; ++i) {
       Floats value[C];
@@ -143,19 +145,7 @@ INLINE void floats(const Product& a, int64_t column) {
       }
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-    const Floats half = all(((const float*)a.sums)[r] * 0.5f), xscale = all(a.xscale[r]);
-    const float* scale = a.scale + column;
-    const int32_t* zero = a.zero ? a.zero + column : nullptr;
-    float* y = a.y + r * a.y_stride + column;
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      Floats value = sum[c][r];
-      if (zero) value -= to_floats(load<Ints>(zero + c * LANES)) * half;
-      add(y + c * LANES, load<Floats>(scale + c * LANES) * xscale, value);
-    }
-  }
+  finish<C, R>(a, column, sum);
 }
 
 // All columns: C vectors at a time, then one by one.
@@ -182,8 +172,8 @@ TARGET void unpack(const Product& a, float* out) {
   constexpr Unit u = F::kUnit;
   for (int unit = 0; unit < a.units; ++unit, out += u.codes * a.columns)
     for (int64_t column = 0; column < a.columns; column += LANES) {
-      Uints w[1][u.words];
-      load_words(a, unit, column, w);
+      Uints w[1][F::kWords];
+      F::read(a, unit, column, w);
 #pragma GCC unroll 32
       for (int i = 0; i < u.codes; ++i)
         store(out + i * a.columns + column, F::value(w[0], i, a.table));

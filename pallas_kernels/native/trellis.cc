@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kSide = 16;
 constexpr int kMostLanes = 16;
+constexpr int kMostFused = 4;  // bits of a weight, of the tiles in tiles.h
 
 class Tiles : public Operand {
  public:
@@ -21,12 +22,17 @@ class Tiles : public Operand {
   int64_t tiles, rows_per_group;
   ffi::Span<const int32_t> rates;
   std::vector<int64_t> starts;  // first word of each group
-  TrellisTiles code;            // but for the words
+  TrellisCode code;
   const Kernels* kernels;
 
   Words words(const Segment& s, int64_t first, int64_t count, int64_t columns,
               uint32_t* room) const override {
     const int rate = rates[s.group], lanes = kernels->lanes;
+    if (form == kByteSums) {
+      const int64_t row = starts[s.group] + 8 * rate * ((s.begin - s.group * rows_per_group) / kSide);
+      return in_rows(codes, tiles, row, 8 * rate * s.units, first / kSide, count / kSide,
+                     columns / kSide, room);
+    }
     auto* out = reinterpret_cast<float*>(room);
     if (rate == 0) {
       std::fill_n(out, s.units * columns, 0.0f);
@@ -40,16 +46,14 @@ class Tiles : public Operand {
         const int64_t tile = (first + column) / kSide;
         alignas(64) uint32_t words[(8 * 8 + 1) * kMostLanes];
         gather(from + tile, 8 * rate, std::clamp<int64_t>(last - tile, 0, lanes), words);
-        TrellisTiles run = code;
-        run.words = words;
-        run.rate = rate;
-        run.out = out + (row - s.begin) * columns + column;
-        run.stride = columns;
-        kernels->trellis(run);
+        kernels->trellis({words, rate, &code, out + (row - s.begin) * columns + column, columns});
       }
     }
     return {room, columns};
   }
+
+ public:
+  int rate(int64_t group) const override { return rates[group]; }
 
  private:
   // The streams of some tiles side by side, the first word again at the end.
@@ -78,6 +82,9 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   const auto size = x.dimensions();
   const int64_t k = size[1], group = k / static_cast<int64_t>(rates.size());
   if (group % kSide) return invalid("blocks of rows must be multiples of 16");
+  const float* values = table.element_count() ? table.typed_data() : nullptr;
+  const bool fused = !values && size[0] < kManyRows &&
+      *std::max_element(rates.begin(), rates.end()) <= kMostFused;
   std::vector<Tiles> matrices(results.size());
   std::vector<Task> tasks(results.size());
   for (size_t i = 0; i < results.size(); ++i) {
@@ -87,7 +94,7 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
     auto found = scales(*scale);
     if (!found) return invalid("scales must be float16, bfloat16 or float32");
     Tiles& tiles = matrices[i];
-    tiles.form = kFloat32;
+    tiles.form = fused ? kByteSums : kFloat32;
     tiles.scales = *found;
     tiles.codes = static_cast<const uint32_t*>(codes->untyped_data());
     tiles.tiles = codes->dimensions().back();
@@ -97,15 +104,15 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
       tiles.starts.push_back(start);
       start += 8 * rates[g] * (group / kSide);
     }
-    const float* values = table.element_count() ? table.typed_data() : nullptr;
-    tiles.code = {nullptr, 0, L, weights, static_cast<uint32_t>(factor),
-                  static_cast<uint32_t>(term), values};
+    tiles.code = {L, weights, static_cast<uint32_t>(factor), static_cast<uint32_t>(term), values};
+    tiles.trellis = &tiles.code;
     if (!values) tiles.scales.factor = unit;
     tiles.kernels = &kernels;
     tasks[i] = {{&tiles}, static_cast<float*>((*y)->untyped_data()), tiles.tiles * kSide, kSide};
   }
   multiply(pool, kernels, x.typed_data(),
-           {size[0], k, group, 2 * kSide, 256, static_cast<Activations>(activations)}, tasks);
+           {size[0], k, group, (fused ? 4 : 2) * kSide, fused ? 2048 : 256,
+            static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a trellis product");
