@@ -66,6 +66,66 @@ struct Job {
   }
 };
 
+// Many rows of x: the weights of some segments as floats, scaled, in strips of a few columns. A
+// strip stays in the first cache for all rows, and sums go to memory once for all its segments.
+class Strips {
+ public:
+  Strips(const Job& job, int64_t columns, float* sums)
+      : job_(job),
+        columns_(columns),
+        width_(2 * job.kernels.lanes),
+        sums_(sums),
+        floats_(scratch(floats_room(), up(columns, width_) * kDepth)),
+        ones_(width_, 1.0f) {}
+
+  // The next segment, number i: p.units floats of each column.
+  void add(size_t i, const Product& p) {
+    if (depth_ + p.units > kDepth || scales_differ(i)) multiply();
+    if (depth_ == 0) first_ = i;
+    for (int64_t column = 0; column < columns_; column += width_)
+      job_.kernels.scaled(p, column, width_, floats_ + column * kDepth + depth_ * width_);
+    depth_ += p.units;
+  }
+
+  // x with what has been added, to the sums.
+  void multiply() {
+    Product p{nullptr, width_, depth_};
+    p.scale = ones_.data();
+    p.y_stride = columns_;
+    for (int64_t column = 0; column < columns_ && depth_; column += width_) {
+      p.words = reinterpret_cast<const uint32_t*>(floats_ + column * kDepth);
+      p.columns = static_cast<int>(std::min(width_, columns_ - column));
+      for (const Rows& r : job_.rows) {
+        p.x = job_.x.x(r, job_.segments[first_]);
+        p.sums = job_.x.sums(r, first_);
+        p.xscale = job_.x.scales(r, first_);
+        p.y = sums_ + r.first * columns_ + column;
+        job_.kernels.floats[kFloat32][r.kernel](p);
+      }
+    }
+    depth_ = 0;
+  }
+
+ private:
+  static constexpr int kDepth = 256;  // more than a segment has
+
+  static std::vector<float>& floats_room() {
+    thread_local std::vector<float> room;
+    return room;
+  }
+
+  bool scales_differ(size_t i) const {  // of x
+    return job_.segments[i].begin / kBlock != job_.segments[first_].begin / kBlock;
+  }
+
+  const Job& job_;
+  int64_t columns_, width_;
+  float *sums_, *floats_;
+  std::vector<float> ones_;
+  size_t first_ = 0;
+  int depth_ = 0;
+};
+
 void add_operand(const Job& job, const Operand& operand, const Columns& block, int64_t columns,
                  float* sums) {
   thread_local std::vector<uint32_t> words_room;
@@ -80,6 +140,8 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
   std::fill_n(zero, columns, 0);
   bool has_zero = false;
   int64_t group = -1;
+  const bool in_strips = job.shape.m >= kManyRows && (job.unpacked || operand.form == kFloat32);
+  Strips strips(job, columns, sums);
 
   for (size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];
@@ -112,6 +174,10 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
       p.stride = columns;
       p.units *= unit.codes;
     }
+    if (in_strips) {
+      strips.add(i, p);
+      continue;
+    }
     for (const Rows& r : job.rows) {
       p.x = job.x.x(r, segment);
       p.sums = job.x.sums(r, i);
@@ -120,6 +186,7 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
       job.multiply(operand.form)[r.kernel](p);
     }
   }
+  if (in_strips) strips.multiply();
 }
 
 // Column c of an interleaved block is at tile c / width, place c % width: [place, lane] there.

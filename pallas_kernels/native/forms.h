@@ -107,8 +107,13 @@ struct Tabled : Code {
   }
 };
 
-struct Float32 : Stored {
+struct Float32 {
   static constexpr Unit kUnit = kUnits[kFloat32];
   static constexpr int kWords = 1;
+  template <int C>
+  INLINE static void read(const Product& a, int64_t unit, int64_t column, Uints (&w)[C][1]) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) w[c][0] = load<Uints>(a.words + unit * a.stride + column + c * LANES);
+  }
   INLINE static Floats value(const Uints (&w)[1], int, const Table*) { return (Floats)w[0]; }
 };

@@ -46,6 +46,7 @@ extern const Kernels kernels = {
     {unpack<Whole<Integer<2>>>, unpack<Whole<Integer3>>, unpack<Whole<Integer<4>>>,
      unpack<Whole<Integer<8>>>, unpack<Tabled<Integer<2>>>, unpack<Tabled<Integer3>>,
      unpack<Tabled<Integer<4>>>},
+    scaled,
     widen,
     quantize,
     zeros,

@@ -85,7 +85,7 @@ ffi::Error packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
   }
   const auto size = x.dimensions();
   multiply(pool, choose(most), x.typed_data(),
-           {size[0], size[1], group_size, 128, 2048, static_cast<Activations>(activations)}, tasks);
+           {size[0], size[1], group_size, 128, 8192, static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a packed product");

@@ -180,6 +180,17 @@ TARGET void unpack(const Product& a, float* out) {
     }
 }
 
+TARGET void scaled(const Product& p, int64_t column, int64_t width, float* to) {
+  const int64_t end = column + width < p.columns ? column + width : p.columns;
+  for (int64_t c = column; c < end; c += LANES, to += LANES) {
+    const Floats scale = load<Floats>(p.scale + c);
+    const Floats zero = p.zero ? to_floats(load<Ints>(p.zero + c)) * 0.5f : Floats{};
+    const uint32_t* from = p.words + c;
+    for (int i = 0; i < p.units; ++i)
+      store(to + i * width, (load<Floats>(from + i * p.stride) - zero) * scale);
+  }
+}
+
 // Vectors of columns for 6, 4, 2 and 1 rows.
 #ifdef PLAIN  // where vectors are emulated, less code
 #define BY_ROWS(NAME, F) {nullptr, NAME<F, 1, 4>, NAME<F, 1, 2>, NAME<F, 1, 1>}
