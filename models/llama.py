@@ -27,11 +27,20 @@ from models.rope import rotate, rotation_angles
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far; k, v: [L, b, S, n_kv_heads, head_dim], length: int32 scalar."""
+    """Keys and values seen so far; k, v: [L, b, S, n_kv_heads, head_dim], length: int32 scalar.
 
-    k: jax.Array
-    v: jax.Array
+    Where layers are apart, k and v are tuples of L arrays [b, S, n_kv_heads, head_dim]: a step then
+    writes one slot of each in place, where a stack would be copied for every layer.
+    """
+
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
     length: jax.Array
+
+    @property
+    def size(self) -> int:
+        """The most tokens, S."""
+        return self.k[0].shape[1]
 
 
 class Blockwise(NamedTuple):
@@ -161,9 +170,9 @@ class Llama(nn.Module):
 
     def __call__(self, tokens, cache: Cache | None = None, layers: Callable | None = None):
         """`layers`: what runs in place of the stack, of the same arguments and results."""
-        if cache is not None and tokens.shape[1] > cache.k.shape[2]:
+        if cache is not None and tokens.shape[1] > cache.size:
             raise ValueError(
-                f"{tokens.shape[1]} tokens do not fit in a cache of size {cache.k.shape[2]}; "
+                f"{tokens.shape[1]} tokens do not fit in a cache of size {cache.size}; "
                 f"make a larger one with init_cache"
             )
         start = 0 if cache is None else cache.length
@@ -184,17 +193,21 @@ class Llama(nn.Module):
 
 
 def apply(model: Llama, params, tokens, cache: Cache | None = None):
-    """The model on its inner "params" tree, the layers stacked or apart (`jaxquant.unstack`)."""
+    """The model on its inner "params" tree, the layers stacked or apart (`jaxquant.unstack`).
+
+    Of layers apart the returned cache is apart too; that of `init_cache` may be given.
+    """
     if not is_apart(params, "layers"):
         return model.apply({"params": params}, tokens, cache)
     block = Block(model.config, model.dtype)
 
     def in_turn(h, kv, positions, angles):
-        for i, layer in enumerate(layers_of(params, "layers")):
-            kv_i = None if kv is None else jax.tree.map(lambda a, i=i: a[i], kv)
+        layers, kept = layers_of(params, "layers"), []
+        for i, layer in enumerate(layers):
+            kv_i = None if kv is None else (kv[0][i], kv[1][i])
             h, kv_i = block.apply({"params": layer}, h, kv_i, positions, angles)
-            kv = None if kv is None else jax.tree.map(lambda a, b, i=i: a.at[i].set(b), kv, kv_i)
-        return h, kv
+            kept.append(kv_i)
+        return h, None if kv is None else tuple(zip(*kept, strict=True))
 
     rest = {name: value for name, value in params.items() if name != "layers"}
     return model.apply({"params": rest}, tokens, cache, in_turn)
