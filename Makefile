@@ -18,7 +18,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-kernels kernels \
-	test-gpu test-device demo bench curve clean
+	test-gpu test-device demo bench bench-llama curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -98,8 +98,15 @@ demo: venv model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings
-	@for f in $(filter-out %/rate_quality.py,$(wildcard tests/benchmarks/*.py)); do \
+	@for f in $(filter-out %/rate_quality.py %/llama_cpp.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
+
+bench-llama: venv model ## decode beside llama.cpp's, which it builds in .venv-llama (minutes)
+	@test -e .venv-llama/.ready || { echo "building llama-cpp-python in .venv-llama" && \
+		$(PYTHON) -m venv .venv-llama && \
+		.venv-llama/bin/pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36 && \
+		touch .venv-llama/.ready; }
+	@$(BIN)/python -m tests.benchmarks.llama_cpp --python .venv-llama/bin/python
 
 TEXT ?= builtin
 CURVE = $(BIN)/python -m tests.benchmarks.rate_quality

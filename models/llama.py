@@ -27,9 +27,9 @@ from models.rope import rotate, rotation_angles
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far; k, v: [L, b, S, n_kv_heads, head_dim], length: int32 scalar.
+    """Keys and values seen so far; k, v: [L, b, n_kv_heads, S, head_dim], length: int32 scalar.
 
-    Where layers are apart, k and v are tuples of L arrays [b, S, n_kv_heads, head_dim]: a step then
+    Where layers are apart, k and v are tuples of L arrays [b, n_kv_heads, S, head_dim]: a step then
     writes one slot of each in place, where a stack would be copied for every layer.
     """
 
@@ -40,7 +40,7 @@ class Cache(NamedTuple):
     @property
     def size(self) -> int:
         """The most tokens, S."""
-        return self.k[0].shape[1]
+        return self.k[0].shape[2]
 
 
 class Blockwise(NamedTuple):
@@ -53,7 +53,7 @@ class Blockwise(NamedTuple):
 
 def init_cache(config: LlamaConfig, batch: int, size: int, dtype=jnp.float32) -> Cache:
     """An empty cache with room for `size` tokens in each of `batch` sequences."""
-    shape = (config.n_layers, batch, size, config.n_kv_heads, config.head_dim)
+    shape = (config.n_layers, batch, config.n_kv_heads, size, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
@@ -76,8 +76,9 @@ class Attention(nn.Module):
             q = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="k_norm")(k)
         q, k = rotate(q, angles), rotate(k, angles)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they are multiplied, lest a step copies all
         if kv is not None:
-            start = (0, positions[0], 0, 0)
+            start = (0, 0, positions[0], 0)
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
             kv = (k, v)
@@ -90,17 +91,17 @@ def attend(q, k, v, positions):
 
     Args:
       q: [b, t, n_heads, hd], the queries at `positions` [t].
-      k, v: [b, S, n_kv_heads, hd], slot s holds position s; slots after a query are masked, which
+      k, v: [b, n_kv_heads, S, hd], slot s holds position s; slots after a query are masked, which
         hides the empty part of a cache too.
     Returns:
       [b, t, n_heads, hd], dtype of q.
     """
     b, t, heads, hd = q.shape
-    q = q.reshape(b, t, k.shape[2], heads // k.shape[2], hd)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * hd**-0.5
-    visible = jnp.arange(k.shape[1]) <= positions[:, None]
+    q = q.reshape(b, t, k.shape[1], heads // k.shape[1], hd)
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * hd**-0.5
+    visible = jnp.arange(k.shape[2]) <= positions[:, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
     return out.reshape(b, t, heads, hd).astype(q.dtype)
 
 

@@ -53,6 +53,10 @@ TARGET void zeros(const uint32_t* words, int bits, int64_t first, int64_t count,
         for (int j = 0; j < per; ++j) twice[i + j] = (int32_t)(*w << (at - bits * j)) >> at << 1;
     }
   }
+  if (bits == 8) {
+    const int8_t* codes = (const int8_t*)words + first;
+    for (; i < count; ++i) twice[i] = 2 * codes[i];
+  }
   for (; i < count; ++i) {
     int64_t bit = (first + i) * bits, word = bit / 32;
     int low = bit % 32;

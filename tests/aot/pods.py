@@ -57,6 +57,7 @@ def layer(x, weights):
     heads = lambda y: y.reshape(1, y.shape[0], -1, HEAD)
     add = partial(jax.lax.psum, axis_name="model")
     q, k, v = (heads(matmul(name, x)) for name in "qkv")
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     mixed = attend(q, k, v, jnp.arange(x.shape[0]))[0].reshape(x.shape[0], -1)
     x = x + add(matmul("o", mixed))
     hidden = jax.nn.silu(matmul("gate", x)) * matmul("up", x)

@@ -93,6 +93,7 @@ def tokens_per_second(config: LlamaConfig, params, tokens: int = TOKENS) -> floa
             logits, cache = run(params, token, cache)
             return jnp.argmax(logits[:, -1:], -1).astype(jnp.int32), Cache(*cache)
 
+        _, cache = run(params, token, cache)  # from here on as the layers lie, stacked or apart
         return jax.lax.fori_loop(0, tokens, step, (token, cache))[0]
 
     token, cache = jnp.ones((1, 1), jnp.int32), init_cache(config, 1, CONTEXT, jnp.bfloat16)
