@@ -18,14 +18,14 @@ enum Form {
 // A unit is the shortest run of whole words: `codes` rows of k in `words` words of a column. Its
 // codes p, p + step, p + 2 step, p + 3 step come out together, as plane p < step, one in each byte;
 // where there are more planes, the next are those of the codes from 4 step on. Without planes
-// codes come out one by one. Of tiles a bit of their rate is 8 words.
+// codes come out one by one. Tiles have at most `words`.
 struct Unit {
   int bits, codes, words, planes, step;
 };
 
 constexpr Unit kUnits[kForms] = {{2, 16, 1, 4, 4}, {3, 32, 3, 8, 8}, {4, 8, 1, 2, 2},
                                  {8, 4, 1, 1, 1},  {2, 16, 1, 4, 4}, {3, 32, 3, 8, 8},
-                                 {4, 8, 1, 2, 2},  {32, 1, 1, 0, 1}, {8, 16, 0, 0, 1},
+                                 {4, 8, 1, 2, 2},  {32, 1, 1, 0, 1}, {8, 16, 32, 0, 1},
                                  {4, 16, 1, 4, 2}};
 
 // Sixteen values: as floats, and as unit * (128 high + low - offset / 2) with seven-bit integers.
