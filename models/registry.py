@@ -102,7 +102,7 @@ def load(spec: str | Path, dtype: Any = jnp.float32) -> Model:
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating-point, got {dtype}")
-    path = _packaged(NAMED[spec]) if spec in NAMED else Path(spec)
+    path = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
     if not path.exists():
         raise ValueError(f"no model {str(spec)!r}: not a path, and not one of {sorted(NAMED)}")
     for reader in READERS:
@@ -111,7 +111,7 @@ def load(spec: str | Path, dtype: Any = jnp.float32) -> Model:
     raise ValueError(f"{path} is neither a .gguf file nor a folder with config.json")
 
 
-def _packaged(model: Packaged) -> Path:
+def packaged(model: Packaged) -> Path:
     """Where the package lies; found without importing it, for its code wants other packages."""
     found = importlib.util.find_spec(model.module)
     if found is None or not found.submodule_search_locations:

@@ -33,24 +33,15 @@ std::vector<Rows> rows(int64_t m, const Multiply* kernels) {
 
 namespace {
 
-// Number of row r of a segment as it stands among those of `count` rows, [code, row]: floats.
-void lay_floats(const float* x, const Segment& s, int codes, int count, float* to, float* sum) {
-  float total = 0;
+// Numbers of row r of a segment as they stand among those of `count` rows: as(number) at
+// [code, row]. The sum is that of the numbers.
+template <class T, class As>
+void lay_each(const float* x, const Segment& s, int codes, int count, As as, T* to, T* sum) {
+  T total = 0;
   const int64_t start = s.unit * codes;
   for (int64_t i = s.begin; i < s.end; ++i) {
-    to[(i - start) * count] = x[i];
-    total += x[i];
-  }
-  *sum = total;
-}
-
-// Integers, each in both halves of 32 bits.
-void lay_twice(const float* q, const Segment& s, int codes, int count, int32_t* to, int32_t* sum) {
-  int32_t total = 0;
-  const int64_t start = s.unit * codes;
-  for (int64_t i = s.begin; i < s.end; ++i) {
-    const int32_t v = static_cast<int32_t>(q[i]);
-    to[(i - start) * count] = v * 0x10000 + (v & 0xffff);
+    const T v = static_cast<T>(x[i]);
+    to[(i - start) * count] = as(v);
     total += v;
   }
   *sum = total;
@@ -108,12 +99,14 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
             (some.first * units_ + segment.at * some.count) * per_unit_ + r;
         if (activations != kAsFloat) scales_[place] = scale[segment.begin / size];
         if (integers && !unit.planes) {
-          lay_twice(row, segment, unit.codes, some.count, to, &sums_[place]);
+          auto twice = [](int32_t v) { return v * 0x10000 + (v & 0xffff); };
+          lay_each(row, segment, unit.codes, some.count, twice, to, &sums_[place]);
         } else if (integers) {
           lay_planes(row, segment, unit, some.count, to, &sums_[place]);
         } else {
-          lay_floats(row, segment, unit.codes, some.count, reinterpret_cast<float*>(to),
-                     reinterpret_cast<float*>(&sums_[place]));
+          auto same = [](float v) { return v; };
+          lay_each(row, segment, unit.codes, some.count, same, reinterpret_cast<float*>(to),
+                   reinterpret_cast<float*>(&sums_[place]));
         }
       }
     }

@@ -66,38 +66,47 @@ TARGET void zeros(const uint32_t* words, int bits, int64_t first, int64_t count,
   }
 }
 
-// The states of all tiles at bit kBit after word w: L bits of a stream, most significant first.
-template <int kBit>
-INLINE Uints states(const uint32_t* w, Uints drop) {
-  constexpr int kLow = kBit % 32;
-  w += kBit / 32 * LANES;
-  Uints window = load<Uints>(w) << kLow;
-  // L is at most 16: only a window that starts late goes on in the next word.
-  if constexpr (kLow > 16) window |= load<Uints>(w + LANES) >> (32 - kLow);
-  return window >> drop;
+struct Stream {
+  const uint32_t *words, *after;  // of two rows of LANES tiles, and the word behind them
+  int64_t stride;
+  Uints drop, factor, term;
+};
+
+INLINE Stream stream(const TrellisCode& code, int64_t stride) {
+  return {nullptr, nullptr, stride, Uints{} + (32 - code.L), Uints{} + code.factor,
+          Uints{} + code.term};
 }
 
-template <int K, int i>
-INLINE void byte_sum_step(const TrellisTiles& a, const uint32_t* w, float* out, Uints drop,
-                          Uints factor, Uints term) {
-  Uints state = states<K * i>(w, drop);
-  store(out + i / 16 * a.stride + i % 16 * LANES,
-        to_floats(byte_sums(state * factor + term) - 510));
+// The bytes of the weight whose state begins at bit kBit of two rows, of K words.
+template <int K, int kBit>
+INLINE Uints weight_bytes(const Stream& s) {
+  constexpr int kWord = kBit / 32, kLow = kBit % 32;
+  Uints window = load<Uints>(s.words + kWord * s.stride);
+  if constexpr (kLow > 16) {  // L is at most 16: only these go on in the next word
+    const uint32_t* next = kWord + 1 < K ? s.words + (kWord + 1) * s.stride : s.after;
+    window = (window << 16 | load<Uints>(next) >> 16) << (kLow - 16);  // shared by several weights
+  } else {
+    window <<= kLow;
+  }
+  return (window >> s.drop) * s.factor + s.term;
 }
 
 template <int K, int... i>
-INLINE void byte_sum_steps(const TrellisTiles& a, const uint32_t* w, float* out, Uints drop,
-                           Uints factor, Uints term, std::integer_sequence<int, i...>) {
-  (byte_sum_step<K, i>(a, w, out, drop, factor, term), ...);
+INLINE void byte_sum_steps(const Stream& s, float* out, int64_t stride,
+                           std::integer_sequence<int, i...>) {
+  (store(out + i / 16 * stride + i % 16 * LANES,
+         to_floats(byte_sums(weight_bytes<K, K * i>(s)) - 510)), ...);
 }
 
 // After two rows of a tile the stream is at the start of a word again, for every K.
 template <int K>
 TARGET void by_byte_sums(const TrellisTiles& a) {
-  Uints drop = Uints{} + (32 - a.code->L), factor = Uints{} + a.code->factor, term = Uints{} + a.code->term;
-  for (int row = 0; row < 16; row += 2)
-    byte_sum_steps<K>(a, a.words + row / 2 * K * LANES, a.out + row * a.stride, drop, factor, term,
-                      std::make_integer_sequence<int, 32>());
+  Stream s = stream(*a.code, LANES);
+  for (int row = 0; row < 16; row += 2) {
+    s.words = a.words + row / 2 * K * LANES;
+    s.after = s.words + K * LANES;
+    byte_sum_steps<K>(s, a.out + row * a.stride, a.stride, std::make_integer_sequence<int, 32>());
+  }
 }
 
 TARGET void by_table(const TrellisTiles& a) {

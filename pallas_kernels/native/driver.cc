@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "operand.h"
 
@@ -58,11 +59,11 @@ struct Job {
   const std::vector<Rows>& rows;
   const Prepared& x;
   bool integers;
-  bool unpacked;  // words are made floats before
+  bool unpacked;  // words are made floats before, in strips
 
   // By the place in kRows. What an operand's form does to x is the same for all operands.
   const Multiply* multiply(Form form) const {
-    return integers ? kernels.integers[form] : kernels.floats[unpacked ? kFloat32 : form];
+    return integers ? kernels.integers[form] : kernels.floats[form];
   }
 };
 
@@ -141,7 +142,8 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
   bool has_zero = false;
   int64_t group = -1;
   const bool in_strips = job.shape.m >= kManyRows && (job.unpacked || operand.form == kFloat32);
-  Strips strips(job, columns, sums);
+  std::optional<Strips> strips;
+  if (in_strips) strips.emplace(job, columns, sums);
 
   for (size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];
@@ -174,8 +176,8 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
       p.stride = columns;
       p.units *= unit.codes;
     }
-    if (in_strips) {
-      strips.add(i, p);
+    if (strips) {
+      strips->add(i, p);
       continue;
     }
     for (const Rows& r : job.rows) {
@@ -186,7 +188,7 @@ void add_operand(const Job& job, const Operand& operand, const Columns& block, i
       job.multiply(operand.form)[r.kernel](p);
     }
   }
-  if (in_strips) strips.multiply();
+  if (strips) strips->multiply();
 }
 
 // Column c of an interleaved block is at tile c / width, place c % width: [place, lane] there.

@@ -9,26 +9,6 @@ INLINE Floats add_weight(Floats sum, Uints bytes, Floats x) {
   return multiply_add(to_floats(byte_sums(bytes) - 510), x, sum);
 }
 
-struct Stream {
-  const uint32_t *words, *after;  // of two rows of LANES tiles, and the word behind them
-  int64_t stride;
-  Uints drop, factor, term;
-};
-
-// The bytes of the weight whose state begins at bit kBit of two rows, of K words.
-template <int K, int kBit>
-INLINE Uints weight_bytes(const Stream& s) {
-  constexpr int kWord = kBit / 32, kLow = kBit % 32;
-  Uints window = load<Uints>(s.words + kWord * s.stride);
-  if constexpr (kLow > 16) {  // L is at most 16: only these go on in the next word
-    const uint32_t* next = kWord + 1 < K ? s.words + (kWord + 1) * s.stride : s.after;
-    window = (window << 16 | load<Uints>(next) >> 16) << (kLow - 16);  // shared by several weights
-  } else {
-    window <<= kLow;
-  }
-  return (window >> s.drop) * s.factor + s.term;
-}
-
 template <int K, int J, int R, class V, class T, int... c>
 INLINE void two_rows(const Stream& s, const T* x, V (&sum)[sizeof...(c)][R],
                      std::integer_sequence<int, c...>) {
@@ -46,11 +26,9 @@ INLINE void two_rows(const Stream& s, const T* x, V (&sum)[sizeof...(c)][R],
 // Columns J ... J + C of a run of tiles, down all rows of the segment.
 template <int K, int J, int C, int R, class V, class T>
 INLINE void tile_columns(const Product& a, int64_t run) {
-  const TrellisCode& code = *a.trellis;
   V sum[C][R] = {};
   const T* x = (const T*)a.x;
-  Stream s = {nullptr, nullptr, a.stride, Uints{} + (32 - code.L), Uints{} + code.factor,
-              Uints{} + code.term};
+  Stream s = stream(*a.trellis, a.stride);
   for (int unit = 0; unit < a.units; ++unit) {
     const uint32_t* tile = a.words + unit * 8 * K * a.stride + run * LANES;
     for (int row = 0; row < 16; row += 2, x += 2 * R) {

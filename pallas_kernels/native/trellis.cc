@@ -52,7 +52,6 @@ class Tiles : public Operand {
     return {room, columns};
   }
 
- public:
   int rate(int64_t group) const override { return rates[group]; }
 
  private:
