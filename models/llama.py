@@ -24,6 +24,7 @@ from flax import linen as nn
 from jaxquant.layers import is_apart, layers_of, restack
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
+from pallas_kernels.attention import attention
 
 
 class Cache(NamedTuple):
@@ -82,27 +83,8 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
             kv = (k, v)
-        mixed = attend(q, k, v, positions).reshape(*x.shape[:2], -1)
+        mixed = attention(q, k, v, positions).reshape(*x.shape[:2], -1)
         return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), kv
-
-
-def attend(q, k, v, positions):
-    """Causal attention, softmax in float32.
-
-    Args:
-      q: [b, t, n_heads, hd], the queries at `positions` [t].
-      k, v: [b, n_kv_heads, S, hd], slot s holds position s; slots after a query are masked, which
-        hides the empty part of a cache too.
-    Returns:
-      [b, t, n_heads, hd], dtype of q.
-    """
-    b, t, heads, hd = q.shape
-    q = q.reshape(b, t, k.shape[1], heads // k.shape[1], hd)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * hd**-0.5
-    visible = jnp.arange(k.shape[2]) <= positions[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(b, t, heads, hd).astype(q.dtype)
 
 
 class MLP(nn.Module):

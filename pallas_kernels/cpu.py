@@ -21,6 +21,7 @@ from pallas_kernels.kernel import Kernel
 _FLOATS = ("float16", "bfloat16", "float32")
 _BEST = -1  # the widest instruction set of the machine
 _MOST_GROUP = 64  # rows of an additive code
+_FEW = 8  # queries of a sequence that are not worth products of matrices
 
 Matrix = tuple[Array | None, ...]  # the arrays of one matrix, in the order of the op
 
@@ -206,4 +207,27 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
     return f"scales of dtype {odd[0]} have no native kernel" if odd else ""
 
 
+# --- attention ------------------------------------------------------------------------------
+
+
+def _attention(q: Array, k: Array, v: Array, positions: Array, most: int = _BEST) -> Array:
+    call = jax.ffi.ffi_call(
+        "jaxquant_attention",
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        vmap_method="sequential",
+    )
+    return call(q.astype(jnp.float32), k, v, positions, most=np.int32(most))
+
+
+def _serves_attention(q: Any, k: Any, v: Any, positions: Any) -> str:
+    if reason := native.load():
+        return f"no native kernels: {reason}"
+    if q.shape[1] > _FEW:
+        return f"more than {_FEW} queries are served as matrices"
+    if q.shape[3] % 16:
+        return f"heads of {q.shape[3]} channels, no multiple of 16, have no native kernel"
+    return ""
+
+
 KERNELS = {op: Kernel(partial(_alone, op), partial(_serves, op)) for op in _CALLS}
+KERNELS["attention"] = Kernel(_attention, _serves_attention)

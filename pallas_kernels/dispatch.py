@@ -8,7 +8,7 @@ shapes and dtypes is known before. What no kernel serves the reference does; `de
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -89,13 +89,40 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     With integer activations the derivative is that of the float product at the rounded x.
     """
     static_items = tuple(sorted(static.items()))
-    kernels, why = _using.get(), "asked for"
-    if kernels == "auto" and (reason := _shared_out()):
-        kernels, why = "reference", reason
+    kernels, why = _asked()
     platform, heard = _described.get(), _heard.get()
     if platform is not None and heard is not None:
         heard.append(describe(op, platform, arrays, static, kernels, why))
     return _product(op, static_items, kernels, arrays)
+
+
+def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
+    """An op that is no product: a kernel where one serves, its derivative the reference's.
+
+    `using` one backend asks it of products only.
+    """
+    kernels, _ = _asked()
+    if kernels == "reference":
+        return reference(*arrays)
+    found = {p: choose(op, p, arrays, {}, spare_small=False)[0] for p in BACKENDS}
+    fast = {p: kernel.call for p, kernel in found.items() if kernel is not None}
+    if not fast:
+        return reference(*arrays)  # which has a forward mode too
+
+    @jax.custom_vjp
+    def served(*arrays: Array) -> Array:
+        return jax.lax.platform_dependent(*arrays, **fast, default=reference)
+
+    served.defvjp(lambda *a: (served(*a), a), lambda a, g: jax.vjp(reference, *a)[1](g))
+    return served(*arrays)
+
+
+def _asked() -> tuple[str, str]:
+    """What is to serve what is traced now, one of `KERNELS`, and why."""
+    kernels = _using.get()
+    if kernels == "auto" and (reason := _shared_out()):
+        return "reference", reason
+    return kernels, "asked for"
 
 
 def describe(

@@ -77,7 +77,7 @@ ffi::Error additive(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remainin
   }
   const auto size = x.dimensions();
   const int64_t longest = std::max<int64_t>(1, 32 / group) * group;
-  multiply(pool, kernels, x.typed_data(),
+  multiply(pool.num_threads(), kernels, x.typed_data(),
            {size[0], size[1], size[1], longest, 256, static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstring>
 #include <optional>
 
 #include "operand.h"

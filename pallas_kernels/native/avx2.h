@@ -53,6 +53,12 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
+INLINE float total(Floats v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }

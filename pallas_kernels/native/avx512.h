@@ -32,6 +32,8 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+INLINE float total(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
+
 INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }

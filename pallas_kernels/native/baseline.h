@@ -36,6 +36,8 @@ INLINE Floats pick(const float* table, Uints i) {
 
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
+INLINE float total(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
 // Exact for all finite halves, infinities and NaN: a half's bits, moved, are 2^-112 times it.
 INLINE Floats from_halves(const uint16_t* p) {
   Uints h = {p[0], p[1], p[2], p[3]};

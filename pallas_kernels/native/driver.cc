@@ -15,7 +15,8 @@ namespace jaxquant {
 namespace {
 
 constexpr int64_t kAlign = 16;              // columns of a block are a multiple of this
-constexpr int64_t kAlone = int64_t{1} << 20;  // multiplications that a single thread does as fast
+constexpr int64_t kWake = int64_t{1} << 20;  // multiplications that are worth waking a thread
+constexpr int64_t kBroad = 1024;  // columns whose words memory gives as fast as those of more
 constexpr int64_t kSums = int64_t{1} << 16;   // sums of a block, in a core's cache
 
 int64_t up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
@@ -33,16 +34,18 @@ struct Columns {
   int64_t first, count;
 };
 
-// Blocks of columns of about equal work for `threads`. What is left of 16 stands alone.
+// Blocks of columns for `threads`: about equally many for each, up to four if they are broad, for
+// one may be late. What is left of 16 stands alone.
 std::vector<Columns> cut(const Shape& shape, const std::vector<Task>& tasks, int lanes,
                          int64_t threads) {
   int64_t all = 0;
   for (const Task& task : tasks) all += task.n;
+  const int64_t each = threads == 1 ? 1 : std::clamp<int64_t>(all / (threads * kBroad), 1, 4);
+  const int64_t fair = (all + each * threads - 1) / (each * threads);
   std::vector<Columns> blocks;
   for (const Task& task : tasks) {
     int64_t align = task.interleaved > 1 ? task.interleaved * lanes : kAlign;
     int64_t most = std::max<int64_t>(128, std::min(shape.wide, kSums / shape.m));
-    int64_t fair = threads == 1 ? all : (all + 4 * threads - 1) / (4 * threads);
     int64_t size = up(std::min(most, std::max<int64_t>(fair, 128)), align);
     int64_t whole = task.interleaved > 1 ? task.n : task.n / kAlign * kAlign;
     for (int64_t first = 0; first < whole; first += size)
@@ -211,7 +214,7 @@ void copy(const Job& job, const Columns& block, int64_t columns, const float* su
 
 }  // namespace
 
-void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x,
+void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
               const Shape& shape, const std::vector<Task>& tasks) {
   int64_t n = 0;
   for (const Task& task : tasks) n += task.n;
@@ -223,13 +226,9 @@ void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x
   const Multiply* by_rows =
       integers ? kernels.integers[form] : kernels.floats[unpacked ? kFloat32 : form];
   const int64_t work = shape.m * shape.k * n;
-  const int64_t threads = work < kAlone ? 1 : std::max<int64_t>(1, pool.num_threads());
+  const int threads = worth(work, most_threads);
   auto share = [&](int64_t count, std::function<void(int64_t)> one) {
-    if (threads == 1 || count == 1) {
-      for (int64_t i = 0; i < count; ++i) one(i);
-    } else {
-      parallel(pool, std::min(threads, count), count, [&](int, int64_t i) { one(i); });
-    }
+    Team::the().share(threads - 1, work >= kWake, count, [&](int, int64_t i) { one(i); });
   };
   const auto pieces = segments(shape.k, shape.group_size, unit.codes, shape.activations,
                                shape.longest);

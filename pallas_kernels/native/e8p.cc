@@ -88,7 +88,7 @@ ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S
       tasks[i].operands.push_back(&points);
     }
   }
-  multiply(pool, kernels, x.typed_data(),
+  multiply(pool.num_threads(), kernels, x.typed_data(),
            {size[0], size[1], size[1], 8 * kOctet, 512, static_cast<Activations>(activations)},
            tasks);
   return ffi::Error::Success();

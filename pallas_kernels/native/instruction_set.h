@@ -18,6 +18,7 @@ namespace NAMESPACE {
 #include "decode.h"
 #include "lattice.h"
 #include "tiles.h"
+#include "attend.h"
 
 extern const Kernels kernels = {
     NAME,
@@ -52,6 +53,9 @@ extern const Kernels kernels = {
     zeros,
     trellis,
     lattice,
+    scores,
+    mix,
+    exponentials,
 };
 
 }  // namespace NAMESPACE

@@ -77,6 +77,16 @@ struct TrellisTiles {
   int64_t stride;  // from row to row
 };
 
+// Some queries of one head, each with a number for every slot of the cache, and their results.
+struct Attend {
+  const float* queries;  // [count, width]
+  int count;
+  int64_t width;   // a multiple of 16
+  float* weights;  // [count, stride]
+  int64_t stride;
+  float* out;  // [count, width]
+};
+
 enum ScaleType { kHalf, kBrain, kSingle };
 
 struct Kernels {
@@ -95,8 +105,13 @@ struct Kernels {
   // Words of nibbles from the 16-bit codes in one half of some words.
   void (*lattice)(const uint32_t* words, int half, int64_t count, const uint32_t* rows,
                   const uint32_t* signs, uint32_t* to);
+  // For slots first ... first + count, whose rows are given: weights = queries . rows.
+  void (*scores)(const Attend&, const float* rows, int64_t first, int64_t count);
+  // out += weights @ rows.
+  void (*mix)(const Attend&, const float* rows, int64_t first, int64_t count);
+  // x = e^(x - max x), of a multiple of 16 numbers; the sum.
+  float (*exponentials)(float* x, int64_t count);
 };
-
 
 // The widest table that this machine can run, or number `most` of those it can, plainest first.
 const Kernels& choose(int most);

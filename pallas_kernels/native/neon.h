@@ -56,6 +56,8 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
+INLINE float total(Floats v) { return vaddvq_f32((float32x4_t)v); }
+
 INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 }

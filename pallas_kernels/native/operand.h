@@ -68,7 +68,7 @@ struct Shape {
 // From so many rows of x on, floats are worth making in memory first.
 constexpr int64_t kManyRows = 12;
 
-void multiply(xla::ffi::ThreadPool& pool, const Kernels& kernels, const float* x,
+void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
               const Shape& shape, const std::vector<Task>& tasks);
 
 }  // namespace jaxquant

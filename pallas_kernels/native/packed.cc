@@ -84,7 +84,7 @@ ffi::Error packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     tasks[i] = {{&matrix}, static_cast<float*>((*y)->untyped_data()), matrix.n};
   }
   const auto size = x.dimensions();
-  multiply(pool, choose(most), x.typed_data(),
+  multiply(pool.num_threads(), choose(most), x.typed_data(),
            {size[0], size[1], group_size, 128, 8192, static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {

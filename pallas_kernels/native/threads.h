@@ -1,45 +1,72 @@
-// Work shared out over XLA's own threads.
+// Work shared out over threads that stay awake between the calls of a decode step.
+//
+// Such calls come every few microseconds, which is less than a sleeping thread takes to wake, and
+// a thread of XLA's pool that looked on would keep it from other work. So these are our own.
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <utility>
-
-#include "xla/ffi/api/ffi.h"
+#include <vector>
 
 namespace jaxquant {
 
-// Calls work(thread, i) for i < count on the caller and on what the pool gives. The caller waits
-// for tasks under way only: a task that starts late finds nothing to do, so that callers which
-// occupy the whole pool cannot wait for each other.
-inline void parallel(xla::ffi::ThreadPool& pool, int threads, int64_t count,
-              std::function<void(int, int64_t)> work) {
-  struct Shared {
-    std::function<void(int, int64_t)> work;
-    int64_t count, done = 0;
-    std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::condition_variable all;
-  };
-  auto shared = std::make_shared<Shared>();
-  shared->work = std::move(work);
-  shared->count = count;
-  auto run = [shared](int thread) {
-    int64_t mine = 0;
-    for (int64_t i; (i = shared->next++) < shared->count; ++mine) shared->work(thread, i);
-    std::lock_guard<std::mutex> lock(shared->mutex);
-    shared->done += mine;
-    if (shared->done == shared->count) shared->all.notify_all();
-  };
-  for (int thread = 1; thread < threads; ++thread) pool.Schedule([run, thread] { run(thread); });
-  run(0);
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all.wait(lock, [&] { return shared->done == shared->count; });
+// How many threads so many multiplications are worth, from 1 to `most`.
+inline int worth(int64_t multiplications, int64_t most) {
+  return static_cast<int>(std::max<int64_t>(1, std::min(most, multiplications >> 17)));
 }
+
+// work(thread, i): share i, by one of the threads, whose caller is thread 0.
+using Work = std::function<void(int, int64_t)>;
+
+// What some threads do together: work for all i < count.
+class Shares {
+ public:
+  Shares(Work work, int helpers, int64_t count);
+
+  bool open() const { return helpers_ > 0 && next_ < count_; }
+  int join() { return helpers_--; }  // the number of a helper, which joins while shares are open
+
+  // Takes shares until none is left.
+  void take(int thread);
+
+  // Until the shares that others took are done.
+  void wait();
+
+ private:
+  Work work_;
+  std::atomic<int> helpers_;  // that may still join
+  int64_t count_;
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_;
+};
+
+// The helpers of all callers.
+class Team {
+ public:
+  static Team& the();
+
+  // Work for all i < count on the caller and on up to `helpers` others: on those that are awake,
+  // and on sleeping ones only if `wake`. The caller waits for shares under way only: a helper that
+  // comes late finds nothing to do.
+  void share(int helpers, bool wake, int64_t count, Work work);
+
+ private:
+  void help();
+  bool help_once();
+
+  std::mutex mutex_;
+  std::condition_variable more_;
+  std::vector<std::shared_ptr<Shares>> posted_;
+  std::atomic<uint64_t> posts_{0};
+  std::atomic<int> size_{0}, asleep_{0};
+  std::atomic<int> processor_{-1};  // of the thread that shared out last
+};
 
 }  // namespace jaxquant

@@ -109,7 +109,7 @@ ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
     tiles.kernels = &kernels;
     tasks[i] = {{&tiles}, static_cast<float*>((*y)->untyped_data()), tiles.tiles * kSide, kSide};
   }
-  multiply(pool, kernels, x.typed_data(),
+  multiply(pool.num_threads(), kernels, x.typed_data(),
            {size[0], k, group, (fused ? 4 : 2) * kSide, fused ? 2048 : 256,
             static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();

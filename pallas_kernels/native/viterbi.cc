@@ -177,7 +177,7 @@ ffi::Error viterbi(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   std::vector<Scratch> scratch;
   for (int i = 0; i < threads; ++i) scratch.emplace_back(s);
   auto* out = reinterpret_cast<uint32_t*>(words->typed_data());
-  jaxquant::parallel(pool, threads, count, [&](int thread, int64_t i) {
+  jaxquant::Team::the().share(threads - 1, true, count, [&](int thread, int64_t i) {
     if (!valid.typed_data()[i]) return;
     encode(s, scratch[thread], x.typed_data() + i * kWeights, out + i * 8 * K,
            values->typed_data() + i * kWeights);

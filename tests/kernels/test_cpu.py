@@ -5,6 +5,8 @@ the largest output. Of integer activations the same, as integer sums are exact; 
 are then rounded to 14 bits: NMSE 1e-7, largest 1e-3.
 """
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,7 +183,7 @@ def test_matrices_that_share_an_input_are_one_call(rng):
 @needs_native
 def test_it_is_a_function_like_any_other(rng):
     _, op, arrays, static = case("4 bits", 1, rng)
-    call = cpu.KERNELS[op].call
+    call = cpu.cpu.KERNELS[op].call
     x = jnp.asarray(rng.standard_normal((2, 3, 332)), jnp.float32)
     want = np.stack([call(x[i], *arrays, **static) for i in range(2)])
     one = lambda x: call(x, *arrays, **static)
@@ -211,7 +213,7 @@ def shapes(arrays):
 def test_what_is_not_served_has_a_reason(rng):
     _, op, arrays, static = case("4 bits", 1, rng)
     x = jax.ShapeDtypeStruct((3, 332), jnp.float32)
-    serves = cpu.KERNELS[op].serves
+    serves = cpu.cpu.KERNELS[op].serves
     assert serves(x, *shapes(arrays), **static) == ""
     double = jax.ShapeDtypeStruct(x.shape, np.float64)
     assert "got float64" in serves(double, *shapes(arrays), **static)
@@ -234,3 +236,25 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch):
 def test_unknown_op():
     with pytest.raises(ValueError, match="op must be one of packed_matmul"):
         cpu.shared("matmul", jnp.ones((1, 1)), [])
+
+
+@needs_native
+def test_calls_from_several_threads_share_the_helpers(rng):
+    """Large products, which wake helpers, and small ones, which only take those awake."""
+    calls = []
+    for k, n in ((2048, 1024), (256, 640)):
+        op, arrays, static = packed(rng, k, n, 4, 32)
+        x = floats(rng, 1, k)
+        f = jax.jit(
+            lambda x, op=op, arrays=arrays, static=static: cpu.KERNELS[op].call(
+                x, *arrays, **static
+            )
+        )
+        calls.append((f, x, np.asarray(f(x))))
+
+    def check(i):
+        f, x, want = calls[i % 2]
+        np.testing.assert_array_equal(np.asarray(f(x)), want)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        list(pool.map(check, range(400)))

@@ -1,0 +1,76 @@
+"""Attention over a cache of keys and values: the part of a decode step that no weight is in."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import checks, dispatch
+
+
+def attention(
+    q: Float[Array, "b t heads hd"],
+    k: Float[Array, "b kv S hd"],
+    v: Float[Array, "b kv S hd"],
+    positions: Int32[Array, " t"],
+) -> Float[Array, "b t heads hd"]:
+    """Causal attention of some queries over all slots, softmax in float32.
+
+    Served by a kernel that reads only the visible slots where a platform has one for so few
+    queries, else by `reference`; the derivative is the reference's.
+
+    Args:
+      q: the queries at `positions`; `heads` is a multiple of `kv`, whose heads they share.
+      k, v: slot s holds position s; slots after a query are masked, which hides the empty part of
+        a cache too.
+      positions: int32, none negative.
+    Returns:
+      dtype of q.
+    Raises:
+      ValueError: the shapes do not fit each other.
+
+    >>> k, v = jnp.zeros((1, 1, 4, 16)), jnp.arange(4.0)[:, None] * jnp.ones((1, 1, 4, 16))
+    >>> y = attention(jnp.zeros((1, 1, 2, 16)), k, v, jnp.array([2]))  # of slots 0, 1 and 2
+    >>> y.shape, float(y[0, 0, 1, 5])
+    ((1, 1, 2, 16), 1.0)
+    """
+    _check(q, k, v, positions)
+    return dispatch.function("attention", reference, q, k, v, positions).astype(q.dtype)
+
+
+def reference(q: Array, k: Array, v: Array, positions: Array) -> Float[Array, "b t heads hd"]:
+    """What it means, in jnp.
+
+    All queries of one head of keys are rows of one matrix, so that XLA multiplies keys and values
+    as they lie and copies neither.
+    """
+    b, t, heads, hd = q.shape
+    kv, slots = k.shape[1:3]
+    rows = q.reshape(b, t, kv, heads // kv, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, hd)
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    scores = dot(rows, k.astype(q.dtype), (((3,), (3,)), ((0, 1), (0, 1)))) * hd**-0.5
+    visible = jnp.arange(slots) <= jnp.tile(positions, heads // kv)[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    mixed = dot(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))))
+    mixed = mixed.reshape(b, kv, heads // kv, t, hd).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(b, t, heads, hd)
+
+
+def _check(q: Array, k: Array, v: Array, positions: Array) -> None:
+    for name, a in {"q": q, "k": k, "v": v}.items():
+        if a.ndim != 4 or a.dtype.name not in checks.FLOATS:
+            raise ValueError(
+                f"{name} must have 4 axes, of {', '.join(checks.FLOATS)}, got {a.dtype} "
+                f"{list(a.shape)}"
+            )
+    b, t, heads, hd = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (b, hd) or heads % k.shape[1]:
+        raise ValueError(
+            f"k and v must both be [{b}, a divisor of {heads}, slots, {hd}], got {list(k.shape)} "
+            f"and {list(v.shape)}"
+        )
+    if positions.shape != (t,) or positions.dtype != jnp.int32:
+        raise ValueError(
+            f"positions must be int32 [{t}], got {positions.dtype} {list(positions.shape)}"
+        )
