@@ -30,8 +30,8 @@ def unstack(params: Any, name: str) -> Any:
     {'0': (3, 4), '1': (3, 4)}
     """
     stack = _entry(params, name)
-    layers = {str(i): jax.tree.map(lambda a, i=i: a[i], stack) for i in range(stack_size(stack))}
-    return {**params, name: layers}
+    layer = lambda i: jax.tree.map(lambda leaf: _cut(leaf, i), stack, is_leaf=is_standin)
+    return {**params, name: {str(i): layer(i) for i in range(stack_size(stack))}}
 
 
 def restack(params: Any, name: str) -> Any:
@@ -69,7 +69,18 @@ def is_apart(params: Any, name: str) -> bool:
     )
 
 
+def _cut(leaf: Any, i: int) -> Any:
+    """Layer i; of what a name says is shared, that layer's."""
+    cut = jax.tree.map(lambda a: a[i], leaf)
+    shared = getattr(leaf, "shared", "")
+    return dataclasses.replace(cut, shared=f"{shared} {i}") if shared else cut
+
+
 def _stacked(*leaves: Any) -> Any:
+    names = {getattr(leaf, "shared", "").removesuffix(f" {i}") for i, leaf in enumerate(leaves)}
+    if any(names):  # undoes `_cut`; what had other names before is known to share no more
+        name = names.pop() if len(names) == 1 else ""
+        leaves = tuple(dataclasses.replace(leaf, shared=name) for leaf in leaves)
     forms = {jax.tree.structure(leaf) for leaf in leaves}
     if is_standin(leaves[0]) and len(forms) == 1:
         return jax.tree.map(lambda *a: jnp.stack(a), *leaves)

@@ -290,9 +290,9 @@ class _Job:
         return Keys(of(f"input of {self.input}", i), of(self.entry.path, i))
 
     def _shared(self) -> str:
-        """A name that two weights have in common only if their input transforms are equal."""
+        """A name that two weights have in common only if they read one input, transformed alike."""
         side = self.method.input
-        if side is None or side.fitted or not self.draw.name:
+        if side is not None and (side.fitted or not self.draw.name):
             return ""
         return f"{self.input} {list(self.entry.matrix[:-2])} {self.draw.name}"
 

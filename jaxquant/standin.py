@@ -8,7 +8,7 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -42,7 +42,20 @@ def listening() -> Iterator[list]:
         _notes.reset(token)
 
 
-_done: ContextVar[dict | None] = ContextVar("jaxquant_done", default=None)
+class _Run(NamedTuple):
+    """One `run`: the quax values among its arguments, and what `once` has computed."""
+
+    arguments: list[Any]
+    done: dict[Any, tuple]
+
+
+_running: ContextVar[_Run | None] = ContextVar("jaxquant_running", default=None)
+
+
+def arguments() -> list[Any]:
+    """The quax values among the arguments of the function that runs."""
+    running = _running.get()
+    return [] if running is None else running.arguments
 
 
 def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
@@ -51,9 +64,10 @@ def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
     XLA would find the repetition itself if the arrays involved were the same; those of two
     weights are two arrays, though equal.
     """
-    seen = _done.get()
-    if seen is None or key is None:
+    running = _running.get()
+    if running is None or key is None:
         return compute()
+    seen = running.done
     trace = jax_core.trace_ctx.trace  # what one loop body computed is nothing to the next
     place = (key, id(x), id(trace))
     if place not in seen:
@@ -130,11 +144,13 @@ def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         trees.append(out_tree)
         return out
 
-    token = _done.set({})
+    # `explain` gives doubles of stand-ins, which hold them.
+    values = [getattr(leaf, "inner", leaf) for leaf in leaves if is_value(leaf)]
+    token = _running.set(_Run(values, {}))
     try:
         out = quax.quaxify(flat)(leaves)
     finally:
-        _done.reset(token)
+        _running.reset(token)
     return jax.tree.unflatten(trees[0], out)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
 from jaxquant.contraction import Contraction
-from jaxquant.standin import StandIn, is_standin, note, once
+from jaxquant.standin import StandIn, arguments, is_standin, note, once
 from pallas_kernels import dispatch as kernels
 
 
@@ -37,6 +38,11 @@ class Format(Protocol):
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
         """x @ w in float32, x in the form that `activations` says."""
+
+    def matmuls(
+        self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
+    ) -> tuple[Float[Array, "m n"], ...]:
+        """x @ w of several matrices, in one call where the platform has one."""
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
@@ -99,8 +105,9 @@ class QTensor(StandIn):
       logical_dtype: dtype of the weight it stands for (static).
       method: name of the method that made it (static).
       input, output: transforms A and B, the weight being A W B^T for the W of the format, or None.
-      shared: weights with the same name here have equal input transforms, arrays included, so
-        that one transformed input serves them all; "" if it is not known.
+      shared: weights with the same name here read one input in the function they were made for,
+        through equal transforms, arrays included: it is transformed once, and the products are one
+        call where the platform has that; "" if it is not known.
       activations: in which form the (transformed) input meets the codes: "float", "int8" or
         "int8/256", see `pallas_kernels.activations`.
     """
@@ -188,12 +195,17 @@ class QTensor(StandIn):
         """x as the format's matrix takes it."""
         return x if self.input is None else self.input.apply(x, part(data, "input."))
 
-    def matmul(self, x: Float[Array, "m s"], data: dict[str, Array]) -> Float[Array, "m n"]:
-        """x @ w, for a transformed x."""
-        y = self.format.matmul(x, part(data), self.activations)
+    def finished(self, y: Float[Array, "m t"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        """A product of the format's matrix, its output transform undone."""
         if self.output is None:
             return y
         return self.output.transposed(y, part(data, "output."), math.prod(self.view.n))
+
+    def siblings(self) -> "list[QTensor]":
+        """The arguments of the running function that read this one's input: it, and others."""
+        alike = lambda w: (w.shared, w.format, w.input, w.activations, w.leading())
+        known = [w for w in arguments() if isinstance(w, QTensor) and alike(w) == alike(self)]
+        return known if any(self.data["codes"] is w.data["codes"] for w in known) else [self]
 
     def matmul_transposed(self, g: Float[Array, "m n"], data: dict[str, Array]) -> Array:
         """g @ w.T."""
@@ -257,13 +269,26 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     else:
         return None
     rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
-    # Only where no batch axis is mapped over is a transformed input the same for every weight.
-    key = (w.shared, rows.dtype, c.contract) if w.shared and not batch else None
+    # Only where no batch axis is mapped over is an input the same for every weight.
+    key = (w.shared, w.input, rows.dtype, c.contract) if w.shared and not batch else None
+    family = w.siblings() if key else [w]
 
     def matmul(rows: Array, data: dict[str, Array]) -> Array:
         if not forward:
             return w.matmul_transposed(rows, data)
-        return w.matmul(once(key, x, lambda: w.transformed(rows, data)), data)
+        rows = once(key, x, lambda: w.transformed(rows, data))
+        if len(family) == 1:
+            return w.finished(w.format.matmul(rows, part(data), w.activations), data)
+        several = [part(other.data) for other in family]
+
+        def products() -> tuple:
+            with kernels.listening() as heard:
+                return w.format.matmuls(rows, several, w.activations), heard
+
+        ys, heard = once((*key, w.format, w.activations), x, products)
+        served.extend(heard)
+        place = next(i for i, other in enumerate(family) if other.data["codes"] is data["codes"])
+        return w.finished(ys[place], data)
 
     with kernels.listening() as served:
         y = c.apply(

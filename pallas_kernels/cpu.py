@@ -229,5 +229,7 @@ def _serves_attention(q: Any, k: Any, v: Any, positions: Any) -> str:
     return ""
 
 
-KERNELS = {op: Kernel(partial(_alone, op), partial(_serves, op)) for op in _CALLS}
+KERNELS = {
+    op: Kernel(partial(_alone, op), partial(_serves, op), partial(shared, op)) for op in _CALLS
+}
 KERNELS["attention"] = Kernel(_attention, _serves_attention)

@@ -8,7 +8,7 @@ shapes and dtypes is known before. What no kernel serves the reference does; `de
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -94,6 +94,29 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     if platform is not None and heard is not None:
         heard.append(describe(op, platform, arrays, static, kernels, why))
     return _product(op, static_items, kernels, arrays)
+
+
+def products(
+    op: str, x: Float[Array, "m k"], matrices: Sequence[tuple], **static: Any
+) -> tuple[Float[Array, "m n"], ...]:
+    """The products of one x with several matrices: on a platform that can, in one call.
+
+    Args:
+      op: of `reference.OPS`.
+      matrices: of each the op's arrays after x.
+    """
+    kernels, why = _asked()
+    chosen = [choose(op, "cpu", (x, *matrix), static)[0] for matrix in matrices]
+    one_call = (
+        len(matrices) > 1 and kernels in ("auto", "cpu") and all(k and k.together for k in chosen)
+    )
+    if not one_call:
+        return tuple(product(op, x, *matrix, **static) for matrix in matrices)
+    platform, heard = _described.get(), _heard.get()
+    if platform is not None and heard is not None:
+        said = describe(op, platform, (x, *matrices[0]), static, kernels, why)
+        heard.append(f"{said}, one call for {len(matrices)}" if said == "cpu kernel" else said)
+    return _together(op, tuple(sorted(static.items())), kernels, x, tuple(matrices))
 
 
 def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
@@ -241,3 +264,36 @@ def _float0(a: Array | None) -> np.ndarray | None:
 
 
 _product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _together(op: str, static: tuple, kernels: str, x: Array, matrices: tuple) -> tuple:
+    one_call: Any = backend("cpu")[op].together
+    in_one = lambda x, matrices: tuple(one_call(x, matrices, **dict(static)))
+    if kernels == "cpu":
+        return in_one(x, matrices)
+    return jax.lax.platform_dependent(
+        x, matrices, cpu=in_one, default=partial(_in_turn, _served, op, static, kernels)
+    )
+
+
+def _in_turn(
+    one: Callable, op: str, static: tuple, kernels: str, x: Array, matrices: tuple
+) -> tuple:
+    return tuple(one(op, static, kernels, (x, *matrix)) for matrix in matrices)
+
+
+def _together_forward(
+    op: str, static: tuple, kernels: str, x: Array, matrices: tuple
+) -> tuple[tuple, tuple]:
+    return _together(op, static, kernels, x, matrices), (x, matrices)
+
+
+def _together_backward(
+    op: str, static: tuple, kernels: str, arrays: tuple, g: tuple
+) -> tuple[Array, tuple]:
+    in_turn = partial(_in_turn, _product, op, static, kernels)
+    return jax.vjp(in_turn, *arrays)[1](g)  # the products themselves are dropped as unused
+
+
+_together.defvjp(_together_forward, _together_backward)

@@ -1,5 +1,6 @@
 """What formats with an op of their own share: products by the kernel table, look-ups, decoding."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
@@ -28,6 +29,16 @@ class Served(Decoding):
         return dispatch.product(
             f"{self.storage}_matmul", x, *arrays, **static, activations=activations
         )
+
+    def matmuls(
+        self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
+    ) -> tuple[Float[Array, "m n"], ...]:
+        of_each = [self.arguments(data, x.shape[-1]) for data in several]
+        (static,) = {tuple(sorted(static.items())) for _, static in of_each}
+        return dispatch.products(
+            f"{self.storage}_matmul", x, [arrays for arrays, _ in of_each], **dict(static),
+            activations=activations,
+        )  # fmt: skip
 
     def matmul_transposed(
         self, g: Float[Array, "m n"], data: dict[str, Array], k: int

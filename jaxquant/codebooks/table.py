@@ -4,6 +4,7 @@ A format says its table and how scales are stored; the rest is here. Rounders se
 from `Integer`: a row of the grid, and the nearest value to a target.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -146,12 +147,19 @@ class Table(Served):
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        return super().matmul(*_tied(x, data), activations)
+        x, (data,) = _tied(x, data)
+        return super().matmul(x, data, activations)
+
+    def matmuls(
+        self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
+    ) -> tuple[Float[Array, "m n"], ...]:
+        return super().matmuls(*_tied(x, *several), activations)
 
     def matmul_transposed(
         self, g: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
-        return super().matmul_transposed(*_tied(g, data), k)
+        g, (data,) = _tied(g, data)
+        return super().matmul_transposed(g, data, k)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = layout.unpack_rows(data["codes"], self.bits, ids)
@@ -163,11 +171,11 @@ class Table(Served):
         return f"codebook_matmul, {self.bits}-bit words"
 
 
-def _tied(x: Array, data: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+def _tied(x: Array, *several: dict[str, Array]) -> tuple[Array, list[dict[str, Array]]]:
     """Scales tied to x: opened ones are then not lifted out of a decoding loop."""
-    scales = {name: a for name, a in data.items() if name != "codes"}
+    scales = [{name: a for name, a in data.items() if name != "codes"} for data in several]
     x, scales = jax.lax.optimization_barrier((x, scales))
-    return x, data | scales
+    return x, [data | new for data, new in zip(several, scales, strict=True)]
 
 
 @lru_cache

@@ -1,0 +1,129 @@
+"""Products that share an input: one native call on the CPU, and the same numbers as one by one."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.layers import layers_of
+from pallas_kernels import native
+
+REASON = native.load()
+needs_native = pytest.mark.skipif(
+    bool(REASON) or jax.default_backend() != "cpu", reason=f"no native kernels: {REASON}"
+)
+METHODS = {
+    "integers": jq.rtn(bits=4, group_size=32),
+    "integers, int8": dataclasses.replace(jq.rtn(bits=2, group_size=64), activations="int8"),
+    "NF4": jq.normal_float(),
+    "ternary": jq.ternary(),
+    "trellis, rotated": jq.qtip(bits=2, L=12),
+    "E8P, rotated": jq.quip_sharp(),
+}
+
+
+def apart(params, x):
+    """Two weights read x, and two, one after the other, what becomes of it."""
+    return x @ params["q"], x @ params["k"], (jnp.sin(x) @ params["v"]) @ params["o"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"q": (128, 128), "k": (128, 64), "v": (128, 64), "o": (64, 128)}
+    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+X = jax.random.normal(jax.random.key(1), (3, 128))
+
+
+def packed(params, method, fn=apart):
+    stats = jq.calibrate(fn, params, [X]) if method.needs_gram else jq.sites(fn, params, X)
+    return jq.quantize(params, jq.Recipe([("*", method)]), stats)
+
+
+def calls(fn, *args):
+    lowered = jax.jit(jq.quantized(fn)).trace(*args).lower(lowering_platforms=("cpu",))
+    return len(re.findall(r"custom_call @jaxquant_\w+", lowered.as_text()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_call_is_the_products_one_by_one(params, name):
+    q = packed(params, METHODS[name])
+    got = jq.quantized(apart)(q, X)
+    alone = {n: jq.quantized(lambda w, x: x @ w)(q[n], X) for n in ("q", "k")}
+    for y, n in zip(got, alone, strict=False):
+        np.testing.assert_allclose(y, alone[n], atol=2e-6 * float(jnp.abs(y).max()))
+    assert q["q"].shared == q["k"].shared != q["v"].shared != q["o"].shared
+    if not REASON:
+        assert calls(apart, q, X) == 3
+        assert calls(lambda p, x: (x @ p["q"], (x + 1) @ p["k"]), q, X) == 2  # not one input
+
+
+@needs_native
+def test_cotangents_are_those_of_the_products_one_by_one(params):
+    q = packed(params, METHODS["integers"])
+
+    def loss(fn):
+        return lambda x: sum(jnp.sum(jnp.cos(y)) for y in fn(q, x))
+
+    one_by_one = lambda p, x: tuple(jq.quantized(lambda w, x: x @ w)(p[n], x) for n in ("q", "k"))
+    both = jq.quantized(lambda p, x: (x @ p["q"], x @ p["k"]))
+    np.testing.assert_allclose(
+        jax.grad(loss(both))(X), jax.grad(loss(one_by_one))(X), rtol=1e-5, atol=1e-5
+    )
+    rows = jax.vmap(lambda x: both(q, x[None]))(X)
+    np.testing.assert_allclose(rows[0][:, 0], both(q, X)[0], rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_explain_says_so(params):
+    q = packed(params, METHODS["integers"])
+    why = {use.path: use.why for use in jq.explain(apart, q, X, platform="cpu").uses}
+    assert "one call for 2" in why["q"] and "one call for 2" in why["k"]
+    assert "one call" not in why["v"] + why["o"]
+    tpu = {use.path: use.why for use in jq.explain(apart, q, X, platform="tpu").uses}
+    assert "one call" not in tpu["q"]
+
+
+def test_the_layers_of_a_stack_share_within_each(params):
+    def stacked(params, x):
+        def layer(x, p):
+            return jnp.tanh(x @ p["q"] + jnp.tile(x @ p["k"], 2)), None
+
+        return jax.lax.scan(layer, x, params["layers"])[0]
+
+    def in_turn(params, x):
+        for p in layers_of(params, "layers"):
+            x = jnp.tanh(x @ p["q"] + jnp.tile(x @ p["k"], 2))
+        return x
+
+    params = {"layers": {n: jnp.stack([params[n]] * 3) for n in ("q", "k")}}
+    q = packed(params, METHODS["integers"], stacked)
+    cut = jq.unstack(q, "layers")
+    names = [layer[n].shared for layer in layers_of(cut, "layers") for n in ("q", "k")]
+    assert names[0::2] == names[1::2] and len(set(names)) == 3
+    whole = jq.restack(cut, "layers")
+    assert jax.tree.structure(whole) == jax.tree.structure(q)
+    np.testing.assert_allclose(
+        jq.quantized(in_turn)(cut, X), jq.quantized(stacked)(q, X), rtol=1e-5, atol=1e-5
+    )
+    if not REASON:
+        assert calls(in_turn, cut, X) == 3
+
+
+def test_two_models_that_read_one_input_do_not_mix_their_transforms(params):
+    """Names are equal, for each model is quantized by itself; the transforms are not."""
+    rotated = dataclasses.replace(METHODS["integers"], input=jq.Rotation())
+    in_blocks = dataclasses.replace(METHODS["integers"], input=jq.Rotation(block=32))
+    one, other = packed(params, rotated), packed(params, in_blocks)
+    assert one["q"].shared == other["q"].shared
+    both = jq.quantized(lambda a, b, x: (x @ a["q"], x @ b["q"]))(one, other, X)
+    for y, q in zip(both, (one, other), strict=True):
+        np.testing.assert_allclose(
+            y, jq.quantized(lambda q, x: x @ q["q"])(q, X), rtol=1e-5, atol=1e-4
+        )
