@@ -18,7 +18,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-kernels kernels \
-	test-gpu test-device demo bench bench-llama curve clean
+	test-memory test-gpu test-device demo bench bench-llama curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -87,6 +87,11 @@ test-kernels: .venv-kernels/.ready  ## every kernel compiled for TPUs, GPUs and 
 	.venv-kernels/bin/python $(PYTEST) tests/aot
 kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a table, and build/kernels.json
 	@.venv-kernels/bin/python -m tests.aot.table
+
+test-memory: venv ## the native kernels' tests under AddressSanitizer (8 minutes; gcc)
+	CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+		$(BIN)/python -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_attention.py
 
 test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run

@@ -47,23 +47,41 @@ void lay_each(const float* x, const Segment& s, int codes, int count, As as, T* 
   *sum = total;
 }
 
+// The words of Step planes from 4 * Step numbers, and the sum of these.
+template <int Step>
+int32_t four_in_a_word(const float* q, int count, int32_t* to) {
+  int32_t total = 0;
+  for (int p = 0; p < Step; ++p) {
+    uint32_t word = 0;
+    for (int j = 0; j < 4; ++j) {
+      const auto v = static_cast<int32_t>(q[p + j * Step]);
+      word |= static_cast<uint32_t>(v & 255) << (8 * j);
+      total += v;
+    }
+    to[p * count] = static_cast<int32_t>(word);
+  }
+  return total;
+}
+
 // [unit, plane, row], four codes in a word as `Unit` says.
 void lay_planes(const float* q, const Segment& s, Unit unit, int count, int32_t* to, int32_t* sum) {
+  const auto lay = unit.step == 8 ? four_in_a_word<8>
+                 : unit.step == 4 ? four_in_a_word<4>
+                 : unit.step == 2 ? four_in_a_word<2>
+                                  : four_in_a_word<1>;
+  const int run = 4 * unit.step;
   int32_t total = 0;
-  const int64_t start = s.unit * unit.codes;
-  int8_t* bytes = reinterpret_cast<int8_t*>(to);
-  auto put = [&](int64_t u, int p, int j, int8_t v) {
-    bytes[((u * unit.planes + p) * count) * 4 + j] = v;
-    total += v;
-  };
+  std::vector<float> part(unit.codes);
   for (int64_t u = 0; u < s.units; ++u) {
-    const int64_t k = start + u * unit.codes;
-    const bool whole = k >= s.begin && k + unit.codes <= s.end;
-    for (int j = 0; j < 4; ++j)
-      for (int p = 0; p < unit.planes; ++p) {
-        int64_t i = k + p / unit.step * 4 * unit.step + p % unit.step + unit.step * j;
-        if (whole || (i >= s.begin && i < s.end)) put(u, p, j, static_cast<int8_t>(q[i]));
-      }
+    const int64_t k = (s.unit + u) * unit.codes;
+    const float* from = q + k;
+    if (k < s.begin || k + unit.codes > s.end) {  // zeros for what is not of the segment
+      for (int64_t i = 0; i < unit.codes; ++i)
+        part[i] = k + i >= s.begin && k + i < s.end ? q[k + i] : 0;
+      from = part.data();
+    }
+    for (int first = 0; first < unit.codes; first += run, to += unit.step * count)
+      total += lay(from + first, count, to);
   }
   *sum = total;
 }

@@ -82,36 +82,42 @@ class Strips {
         floats_(scratch(floats_room(), up(columns, width_) * kDepth)),
         ones_(width_, 1.0f) {}
 
-  // The next segment, number i: p.units floats of each column.
-  void add(size_t i, const Product& p) {
-    if (depth_ + p.units > kDepth || scales_differ(i)) multiply();
+  // Segment number i: p.units floats of each column, or to be added to those of the last call.
+  void add(size_t i, const Product& p, bool onto) {
+    if (!onto && (depth_ + p.units > kDepth || scales_differ(i))) multiply();
     if (depth_ == 0) first_ = i;
+    const int at = onto ? depth_ - p.units : depth_;
     for (int64_t column = 0; column < columns_; column += width_)
-      job_.kernels.scaled(p, column, width_, floats_ + column * kDepth + depth_ * width_);
-    depth_ += p.units;
+      job_.kernels.scaled(p, column, width_, floats_ + column * kDepth + at * width_, onto);
+    depth_ = at + p.units;
   }
 
-  // x with what has been added, to the sums.
+  // x with what has been added, to the sums: some rows of x, which the second cache keeps, meet all
+  // strips.
   void multiply() {
-    Product p{nullptr, width_, depth_};
-    p.scale = ones_.data();
-    p.y_stride = columns_;
-    for (int64_t column = 0; column < columns_ && depth_; column += width_) {
-      p.words = reinterpret_cast<const uint32_t*>(floats_ + column * kDepth);
-      p.columns = static_cast<int>(std::min(width_, columns_ - column));
-      for (const Rows& r : job_.rows) {
-        p.x = job_.x.x(r, job_.segments[first_]);
-        p.sums = job_.x.sums(r, first_);
-        p.xscale = job_.x.scales(r, first_);
-        p.y = sums_ + r.first * columns_ + column;
-        job_.kernels.floats[kFloat32][r.kernel](p);
-      }
-    }
+    const auto rows = job_.rows.begin();
+    const size_t count = depth_ ? job_.rows.size() : 0;
+    for (size_t first = 0; first < count; first += kTall)
+      for (int64_t column = 0; column < columns_; column += width_)
+        for (size_t i = first; i < std::min(first + kTall, count); ++i) multiply(rows[i], column);
     depth_ = 0;
   }
 
  private:
+  void multiply(const Rows& r, int64_t column) {
+    Product p{reinterpret_cast<const uint32_t*>(floats_ + column * kDepth), width_, depth_};
+    p.columns = static_cast<int>(std::min(width_, columns_ - column));
+    p.scale = ones_.data();
+    p.x = job_.x.x(r, job_.segments[first_]);
+    p.sums = job_.x.sums(r, first_);
+    p.xscale = job_.x.scales(r, first_);
+    p.y = sums_ + r.first * columns_ + column;
+    p.y_stride = columns_;
+    job_.kernels.floats[kFloat32][r.kernel](p);
+  }
+
   static constexpr int kDepth = 256;  // more than a segment has
+  static constexpr size_t kTall = 32;  // of `Rows`
 
   static std::vector<float>& floats_room() {
     thread_local std::vector<float> room;
@@ -130,67 +136,93 @@ class Strips {
   int depth_ = 0;
 };
 
-void add_operand(const Job& job, const Operand& operand, const Columns& block, int64_t columns,
-                 float* sums) {
-  thread_local std::vector<uint32_t> words_room;
-  thread_local std::vector<float> scale_room, panel_room;
-  thread_local std::vector<int32_t> zero_room;
-  const Unit unit = kUnits[operand.form];
-  const int64_t most = up(job.shape.longest, unit.codes) / unit.codes * unit.words;
-  uint32_t* room = scratch(words_room, (most + unit.words) * columns);
-  float* scale = scratch(scale_room, columns);
-  int32_t* zero = scratch(zero_room, columns);
-  std::fill_n(scale, columns, 0.0f);
-  std::fill_n(zero, columns, 0);
-  bool has_zero = false;
-  int64_t group = -1;
-  const bool in_strips = job.shape.m >= kManyRows && (job.unpacked || operand.form == kFloat32);
-  std::optional<Strips> strips;
-  if (in_strips) strips.emplace(job, columns, sums);
+// Segments of one operand, some columns wide.
+class Reader {
+ public:
+  Reader(const Job& job, const Operand& operand, const Columns& block, int64_t columns)
+      : job_(job),
+        operand_(operand),
+        block_(block),
+        columns_(columns),
+        scale_(columns),
+        zero_(columns) {}
 
-  for (size_t i = 0; i < job.segments.size(); ++i) {
-    const Segment& segment = job.segments[i];
-    if (segment.group != group) {
-      group = segment.group;
-      const Scales& s = operand.scales;
-      const int64_t size = s.type == kSingle ? 4 : 2;
-      const char* from = static_cast<const char*>(s.data) +
-          (s.shared ? group : group * block.task->n + block.first) * size;
-      job.kernels.widen(from, s.type, s.shared ? 1 : block.count, scale);
-      if (s.shared) std::fill_n(scale + 1, columns - 1, scale[0]);
-      if (s.factor != 1)
-        for (int64_t c = 0; c < columns; ++c) scale[c] *= s.factor;
-      has_zero = operand.zeros(group, block.first, block.count, job.kernels, zero);
-    }
-    Words words = operand.words(segment, block.first, block.count, columns, room);
+  // All but x and y; good until the next segment of any reader of this thread.
+  Product read(const Segment& segment) {
+    thread_local std::vector<uint32_t> words_room;
+    thread_local std::vector<float> panel_room;
+    if (segment.group != group_) open(segment.group);
+    const Unit unit = kUnits[operand_.form];
+    const int64_t most = up(job_.shape.longest, unit.codes) / unit.codes * unit.words;
+    uint32_t* room = scratch(words_room, (most + unit.words) * columns_);
+    Words words = operand_.words(segment, block_.first, block_.count, columns_, room);
     Product p{words.data, words.stride, static_cast<int>(segment.units),
-              static_cast<int>(columns)};
-    p.scale = scale;
-    p.zero = has_zero ? zero : nullptr;
-    p.table = operand.table;
-    p.trellis = operand.trellis;
-    p.rows = operand.rows;
-    p.rate = operand.rate(group);
-    p.y_stride = columns;
-    if (job.unpacked) {
-      float* panel = scratch(panel_room, segment.units * unit.codes * columns);
-      job.kernels.unpack[operand.form](p, panel);
+              static_cast<int>(columns_)};
+    p.scale = scale_.data();
+    p.zero = has_zero_ ? zero_.data() : nullptr;
+    p.table = operand_.table;
+    p.trellis = operand_.trellis;
+    p.rows = operand_.rows;
+    p.rate = operand_.rate(group_);
+    p.y_stride = columns_;
+    if (job_.unpacked) {
+      float* panel = scratch(panel_room, segment.units * unit.codes * columns_);
+      job_.kernels.unpack[operand_.form](p, panel);
       p.words = reinterpret_cast<const uint32_t*>(panel);
-      p.stride = columns;
+      p.stride = columns_;
       p.units *= unit.codes;
     }
-    if (strips) {
-      strips->add(i, p);
-      continue;
-    }
+    return p;
+  }
+
+ private:
+  void open(int64_t group) {
+    group_ = group;
+    const Scales& s = operand_.scales;
+    const int64_t size = s.type == kSingle ? 4 : 2;
+    const char* from = static_cast<const char*>(s.data) +
+        (s.shared ? group : group * block_.task->n + block_.first) * size;
+    job_.kernels.widen(from, s.type, s.shared ? 1 : block_.count, scale_.data());
+    if (s.shared) std::fill(scale_.begin() + 1, scale_.end(), scale_[0]);
+    if (s.factor != 1)
+      for (float& scale : scale_) scale *= s.factor;
+    has_zero_ = operand_.zeros(group, block_.first, block_.count, job_.kernels, zero_.data());
+  }
+
+  const Job& job_;
+  const Operand& operand_;
+  const Columns& block_;
+  int64_t columns_, group_ = -1;
+  std::vector<float> scale_;
+  std::vector<int32_t> zero_;
+  bool has_zero_ = false;
+};
+
+void add_products(const Job& job, const Columns& block, int64_t columns, float* sums) {
+  const auto& operands = block.task->operands;
+  std::vector<Reader> readers;
+  for (const Operand* operand : operands) readers.emplace_back(job, *operand, block, columns);
+  std::optional<Strips> strips;
+  if (job.shape.m >= kManyRows && (job.unpacked || operands[0]->form == kFloat32))
+    strips.emplace(job, columns, sums);
+  auto multiply = [&](size_t i, Product p, Form form) {
     for (const Rows& r : job.rows) {
-      p.x = job.x.x(r, segment);
+      p.x = job.x.x(r, job.segments[i]);
       p.sums = job.x.sums(r, i);
       p.xscale = job.x.scales(r, i);
       p.y = sums + r.first * columns;
-      job.multiply(operand.form)[r.kernel](p);
+      job.multiply(form)[r.kernel](p);
     }
-  }
+  };
+  for (size_t i = 0; i < job.segments.size(); ++i)
+    for (size_t o = 0; o < operands.size(); ++o) {
+      const Product p = readers[o].read(job.segments[i]);
+      if (strips) {
+        strips->add(i, p, o > 0);
+      } else {
+        multiply(i, p, operands[o]->form);
+      }
+    }
   if (strips) strips->multiply();
 }
 
@@ -221,7 +253,10 @@ void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
   if (shape.m == 0 || n == 0) return;
   const Form form = tasks[0].operands[0]->form;
   const Unit unit = kUnits[form];
-  const bool integers = shape.activations != kAsFloat && kernels.integers[form][3];
+  // Values of tables, and sums of operands, are for many rows made once, as floats.
+  const bool once = shape.m >= kManyRows && kernels.unpack[form] &&
+      (tasks[0].operands[0]->table || tasks[0].operands.size() > 1);
+  const bool integers = shape.activations != kAsFloat && kernels.integers[form][3] && !once;
   const bool unpacked = !integers && shape.m >= kManyRows && kernels.unpack[form];
   const Multiply* by_rows =
       integers ? kernels.integers[form] : kernels.floats[unpacked ? kFloat32 : form];
@@ -245,7 +280,7 @@ void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
     const int64_t columns = up(block.count, align);
     float* sums = scratch(sums_room, shape.m * columns);
     std::fill_n(sums, shape.m * columns, 0.0f);
-    for (const Operand* operand : task.operands) add_operand(job, *operand, block, columns, sums);
+    add_products(job, block, columns, sums);
     copy(job, block, columns, sums);
   });
 }

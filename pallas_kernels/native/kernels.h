@@ -96,7 +96,8 @@ struct Kernels {
   Multiply floats[kForms][4];
   void (*unpack[kForms])(const Product&, float*);  // null from kFloat32 on
   // Floats, p.words, of `width` columns from one on, less their zero points, scaled: [units, width].
-  void (*scaled)(const Product& p, int64_t column, int64_t width, float* to);
+  // With `onto`, added to what is there.
+  void (*scaled)(const Product& p, int64_t column, int64_t width, float* to, bool onto);
   void (*widen)(const void* from, ScaleType type, int64_t count, float* to);
   // q = round(x / s), s = absmax / 127 (1 where all is 0), as int8 or as floats of such values.
   float (*quantize)(const float* x, int64_t count, float* q);

@@ -73,7 +73,7 @@ ffi::Error packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     if (!codes || !scale || !zero || !y) return invalid("a matrix lacks an array");
     Packed& matrix = matrices[i];
     matrix.form = form;
-    matrix.table = &values;
+    matrix.table = tabled ? &values : nullptr;
     matrix.n = codes->dimensions().back();
     matrix.codes = static_cast<const uint32_t*>(codes->untyped_data());
     if (zero->element_count())

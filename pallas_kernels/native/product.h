@@ -180,14 +180,16 @@ TARGET void unpack(const Product& a, float* out) {
     }
 }
 
-TARGET void scaled(const Product& p, int64_t column, int64_t width, float* to) {
+TARGET void scaled(const Product& p, int64_t column, int64_t width, float* to, bool onto) {
   const int64_t end = column + width < p.columns ? column + width : p.columns;
   for (int64_t c = column; c < end; c += LANES, to += LANES) {
     const Floats scale = load<Floats>(p.scale + c);
     const Floats zero = p.zero ? to_floats(load<Ints>(p.zero + c)) * 0.5f : Floats{};
     const uint32_t* from = p.words + c;
-    for (int i = 0; i < p.units; ++i)
-      store(to + i * width, (load<Floats>(from + i * p.stride) - zero) * scale);
+    for (int i = 0; i < p.units; ++i) {
+      const Floats value = (load<Floats>(from + i * p.stride) - zero) * scale;
+      store(to + i * width, onto ? value + load<Floats>(to + i * width) : value);
+    }
   }
 }
 

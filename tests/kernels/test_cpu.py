@@ -183,7 +183,7 @@ def test_matrices_that_share_an_input_are_one_call(rng):
 @needs_native
 def test_it_is_a_function_like_any_other(rng):
     _, op, arrays, static = case("4 bits", 1, rng)
-    call = cpu.cpu.KERNELS[op].call
+    call = cpu.KERNELS[op].call
     x = jnp.asarray(rng.standard_normal((2, 3, 332)), jnp.float32)
     want = np.stack([call(x[i], *arrays, **static) for i in range(2)])
     one = lambda x: call(x, *arrays, **static)
@@ -213,7 +213,7 @@ def shapes(arrays):
 def test_what_is_not_served_has_a_reason(rng):
     _, op, arrays, static = case("4 bits", 1, rng)
     x = jax.ShapeDtypeStruct((3, 332), jnp.float32)
-    serves = cpu.cpu.KERNELS[op].serves
+    serves = cpu.KERNELS[op].serves
     assert serves(x, *shapes(arrays), **static) == ""
     double = jax.ShapeDtypeStruct(x.shape, np.float64)
     assert "got float64" in serves(double, *shapes(arrays), **static)
