@@ -30,11 +30,12 @@ def seconds(run):
 def variants():
     model = registry.load("smollm2-135m")
     yield "float32", model, model.params
+    sites = jq.sites(model.apply_fn, model.params, jnp.ones((1, 8), jnp.int32))
     half = registry.load("smollm2-135m", jnp.bfloat16)
     yield "bfloat16", half, half.params
     for bits in (4, 2):
         recipe = pipeline.recipe_of(jq.rtn(bits=bits))
-        packed = jq.quantize(model.params, recipe)
+        packed = jq.quantize(model.params, recipe, sites)
         yield f"packed {bits}-bit", model, packed
         # A scan copies a layer's words out of the stack before a kernel reads them.
         apart = jq.unstack(packed, "layers")
