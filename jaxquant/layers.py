@@ -80,7 +80,8 @@ def _stacked(*leaves: Any) -> Any:
     names = {getattr(leaf, "shared", "").removesuffix(f" {i}") for i, leaf in enumerate(leaves)}
     if any(names):  # undoes `_cut`; what had other names before is known to share no more
         name = names.pop() if len(names) == 1 else ""
-        leaves = tuple(dataclasses.replace(leaf, shared=name) for leaf in leaves)
+        rename = lambda w: dataclasses.replace(w, shared=name) if hasattr(w, "shared") else w
+        leaves = tuple(map(rename, leaves))
     forms = {jax.tree.structure(leaf) for leaf in leaves}
     if is_standin(leaves[0]) and len(forms) == 1:
         return jax.tree.map(lambda *a: jnp.stack(a), *leaves)

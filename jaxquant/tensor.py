@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -38,11 +37,6 @@ class Format(Protocol):
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
         """x @ w in float32, x in the form that `activations` says."""
-
-    def matmuls(
-        self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
-    ) -> tuple[Float[Array, "m n"], ...]:
-        """x @ w of several matrices, in one call where the platform has one."""
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
@@ -205,7 +199,11 @@ class QTensor(StandIn):
         """The arguments of the running function that read this one's input: it, and others."""
         alike = lambda w: (w.shared, w.format, w.input, w.activations, w.leading())
         known = [w for w in arguments() if isinstance(w, QTensor) and alike(w) == alike(self)]
-        return known if any(self.data["codes"] is w.data["codes"] for w in known) else [self]
+        return known if any(map(self.same, known)) else [self]
+
+    def same(self, other: "QTensor") -> bool:
+        """Whether it holds the very arrays of this one."""
+        return all(other.data.get(name) is a for name, a in self.data.items())
 
     def matmul_transposed(self, g: Float[Array, "m n"], data: dict[str, Array]) -> Array:
         """g @ w.T."""
@@ -271,7 +269,8 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
     # Only where no batch axis is mapped over is an input the same for every weight.
     key = (w.shared, w.input, rows.dtype, c.contract) if w.shared and not batch else None
-    family = w.siblings() if key else [w]
+    # A format whose products are served by an op has `matmuls`.
+    family = w.siblings() if key and hasattr(w.format, "matmuls") else [w]
 
     def matmul(rows: Array, data: dict[str, Array]) -> Array:
         if not forward:
@@ -287,8 +286,7 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
 
         ys, heard = once((*key, w.format, w.activations), x, products)
         served.extend(heard)
-        place = next(i for i, other in enumerate(family) if other.data["codes"] is data["codes"])
-        return w.finished(ys[place], data)
+        return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], data)
 
     with kernels.listening() as served:
         y = c.apply(

@@ -106,10 +106,10 @@ def products(
       matrices: of each the op's arrays after x.
     """
     kernels, why = _asked()
-    chosen = [choose(op, "cpu", (x, *matrix), static)[0] for matrix in matrices]
-    one_call = (
-        len(matrices) > 1 and kernels in ("auto", "cpu") and all(k and k.together for k in chosen)
-    )
+    one_call = len(matrices) > 1 and kernels in ("auto", "cpu")
+    if one_call:
+        chosen = [choose(op, "cpu", (x, *matrix), static)[0] for matrix in matrices]
+        one_call = all(kernel and kernel.together for kernel in chosen)
     if not one_call:
         return tuple(product(op, x, *matrix, **static) for matrix in matrices)
     platform, heard = _described.get(), _heard.get()
@@ -130,13 +130,16 @@ def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
     found = {p: choose(op, p, arrays, {}, spare_small=False)[0] for p in BACKENDS}
     fast = {p: kernel.call for p, kernel in found.items() if kernel is not None}
     if not fast:
-        return reference(*arrays)  # which has a forward mode too
+        return reference(*arrays)
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def served(*arrays: Array) -> Array:
         return jax.lax.platform_dependent(*arrays, **fast, default=reference)
 
-    served.defvjp(lambda *a: (served(*a), a), lambda a, g: jax.vjp(reference, *a)[1](g))
+    @served.defjvp
+    def _(arrays: tuple, tangents: tuple) -> tuple[Array, Array]:
+        return served(*arrays), jax.jvp(reference, arrays, tangents)[1]
+
     return served(*arrays)
 
 

@@ -127,3 +127,24 @@ def test_two_models_that_read_one_input_do_not_mix_their_transforms(params):
         np.testing.assert_allclose(
             y, jq.quantized(lambda q, x: x @ q["q"])(q, X), rtol=1e-5, atol=1e-4
         )
+
+
+def test_formats_without_an_op_of_their_own_are_served_one_by_one(params):
+    q = packed(params, jq.entropy_coded(bits=2))
+    assert q["q"].shared == q["k"].shared
+    for y, want in zip(jq.quantized(apart)(q, X), apart(jq.dequantize(q), X), strict=True):
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_which_one_is_kept_are_stacked_decoded(params):
+    stack = {"layers": {"q": jnp.stack([params["q"]] * 2)}}
+    one_kept = jq.Recipe([("layers/1/q", METHODS["integers"]), ("*", jq.KEEP)])
+    mixed = jq.quantize(jq.unstack(stack, "layers"), one_kept)
+    assert jq.restack(mixed, "layers")["layers"]["q"].shape == (2, 128, 128)
+
+
+def test_weights_that_share_codes_and_not_scales_are_two(params):
+    a = packed(params, METHODS["integers"])["q"]
+    b = dataclasses.replace(a, data=a.data | {"scale": 2 * a.data["scale"]})
+    y, twice = jq.quantized(lambda a, b, x: (x @ a, x @ b))(a, b, X)
+    np.testing.assert_allclose(2 * y, twice, rtol=1e-5)

@@ -1,6 +1,6 @@
 """What formats without an op of their own share: products and look-ups by decoding tiles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -37,11 +37,6 @@ class Decoding:
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
         return decoded.matmul(forms.rounded(x, activations), data, self.decode, self.spans)
-
-    def matmuls(
-        self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
-    ) -> tuple[Float[Array, "m n"], ...]:
-        return tuple(self.matmul(x, data, activations) for data in several)
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int

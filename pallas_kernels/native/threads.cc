@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <chrono>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -11,14 +12,6 @@ namespace jaxquant {
 namespace {
 
 constexpr auto kLook = std::chrono::microseconds(200);  // that an idle thread looks on
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 // Whether it came true while a thread may look on.
 template <class Condition>
@@ -89,7 +82,7 @@ void Team::share(int helpers, bool wake, int64_t count, Work work) {
   auto shares = std::make_shared<Shares>(std::move(work), helpers, count);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (; wake && size_ < helpers; ++size_) std::thread([this] { help(); }).detach();
+    if (wake) start(helpers);
     posted_.push_back(shares);
     ++posts_;
     for (int i = 0; wake && i < std::min<int>(helpers, asleep_); ++i) more_.notify_one();
@@ -100,6 +93,12 @@ void Team::share(int helpers, bool wake, int64_t count, Work work) {
     posted_.erase(std::find(posted_.begin(), posted_.end(), shares));
   }
   shares->wait();
+}
+
+// Up to so many; fewer where the system gives no more: the caller then does the more.
+void Team::start(int helpers) try {
+  for (; size_ < helpers; ++size_) std::thread([this] { help(); }).detach();
+} catch (const std::system_error&) {
 }
 
 // Whether there was anything to help with.

@@ -58,6 +58,7 @@ class Team {
   void share(int helpers, bool wake, int64_t count, Work work);
 
  private:
+  void start(int helpers);
   void help();
   bool help_once();
 
