@@ -88,7 +88,7 @@ test-kernels: .venv-kernels/.ready  ## every kernel compiled for TPUs, GPUs and 
 kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a table, and build/kernels.json
 	@.venv-kernels/bin/python -m tests.aot.table
 
-test-memory: venv ## the native kernels' tests under AddressSanitizer (8 minutes; gcc)
+test-memory: venv ## the native kernels' tests under AddressSanitizer (5 minutes; gcc)
 	CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		$(BIN)/python -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_attention.py

@@ -197,7 +197,9 @@ class QTensor(StandIn):
 
     def siblings(self) -> "list[QTensor]":
         """The arguments of the running function that read this one's input: it, and others."""
-        alike = lambda w: (w.shared, w.format, w.input, w.activations, w.leading())
+        alike = lambda w: (
+            w.shared, w.format, w.input, w.activations, w.leading(), w.logical_dtype
+        )  # fmt: skip
         known = [w for w in arguments() if isinstance(w, QTensor) and alike(w) == alike(self)]
         return known if any(map(self.same, known)) else [self]
 
@@ -268,7 +270,8 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
         return None
     rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
     # Only where no batch axis is mapped over is an input the same for every weight.
-    key = (w.shared, w.input, rows.dtype, c.contract) if w.shared and not batch else None
+    inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # of x, as k
+    key = (w.shared, w.input, rows.dtype, inner) if w.shared and not batch else None
     # A format whose products are served by an op has `matmuls`.
     family = w.siblings() if key and hasattr(w.format, "matmuls") else [w]
 

@@ -90,9 +90,7 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     """
     static_items = tuple(sorted(static.items()))
     kernels, why = _asked()
-    platform, heard = _described.get(), _heard.get()
-    if platform is not None and heard is not None:
-        heard.append(describe(op, platform, arrays, static, kernels, why))
+    _tell(lambda platform: describe(op, platform, arrays, static, kernels, why))
     return _product(op, static_items, kernels, arrays)
 
 
@@ -112,10 +110,12 @@ def products(
         one_call = all(kernel and kernel.together for kernel in chosen)
     if not one_call:
         return tuple(product(op, x, *matrix, **static) for matrix in matrices)
-    platform, heard = _described.get(), _heard.get()
-    if platform is not None and heard is not None:
+
+    def described(platform: str) -> str:
         said = describe(op, platform, (x, *matrices[0]), static, kernels, why)
-        heard.append(f"{said}, one call for {len(matrices)}" if said == "cpu kernel" else said)
+        return f"{said}, one call for {len(matrices)}" if said == "cpu kernel" else said
+
+    _tell(described)
     return _together(op, tuple(sorted(static.items())), kernels, x, tuple(matrices))
 
 
@@ -141,6 +141,13 @@ def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
         return served(*arrays), jax.jvp(reference, arrays, tangents)[1]
 
     return served(*arrays)
+
+
+def _tell(described: Callable[[str], str]) -> None:
+    """What serves a product, to who listens."""
+    platform, heard = _described.get(), _heard.get()
+    if platform is not None and heard is not None:
+        heard.append(described(platform))
 
 
 def _asked() -> tuple[str, str]:

@@ -81,6 +81,16 @@ def test_cotangents_are_those_of_the_products_one_by_one(params):
 
 
 @needs_native
+def test_weights_stored_the_other_way_round_are_in_the_same_call(params):
+    fn = lambda p, x: (x @ p["q"], jnp.einsum("mk,nk->mn", x, p["k"]))
+    turned = {"q": params["q"], "k": params["k"].T}
+    q = packed(turned, METHODS["integers"], fn)
+    assert calls(fn, q, X) == 1
+    for y, want in zip(jq.quantized(fn)(q, X), fn(jq.dequantize(q), X), strict=True):
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
 def test_explain_says_so(params):
     q = packed(params, METHODS["integers"])
     why = {use.path: use.why for use in jq.explain(apart, q, X, platform="cpu").uses}

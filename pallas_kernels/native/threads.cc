@@ -53,7 +53,12 @@ Shares::Shares(Work work, int helpers, int64_t count)
 
 void Shares::take(int thread) {
   int64_t mine = 0;
-  for (int64_t i; (i = next_++) < count_; ++mine) work_(thread, i);
+  for (int64_t i; (i = next_++) < count_; ++mine) try {
+      work_(thread, i);
+    } catch (...) {  // the others still use what the caller has lent them
+      std::lock_guard<std::mutex> lock(mutex_);
+      error_ = std::current_exception();
+    }
   if (mine == 0 || (done_ += mine) < count_) return;
   std::lock_guard<std::mutex> lock(mutex_);
   all_.notify_all();
@@ -61,9 +66,10 @@ void Shares::take(int thread) {
 
 void Shares::wait() {
   auto done = [&] { return done_ == count_; };
-  if (look(done)) return;
+  const bool seen = look(done);
   std::unique_lock<std::mutex> lock(mutex_);
-  all_.wait(lock, done);
+  if (!seen) all_.wait(lock, done);
+  if (error_) std::rethrow_exception(error_);
 }
 
 Team& Team::the() {

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -32,7 +33,7 @@ class Shares {
   bool open() const { return helpers_ > 0 && next_ < count_; }
   int join() { return helpers_--; }  // the number of a helper, which joins while shares are open
 
-  // Takes shares until none is left.
+  // Takes shares until none is left. What one throws `wait` throws.
   void take(int thread);
 
   // Until the shares that others took are done.
@@ -45,6 +46,7 @@ class Shares {
   std::atomic<int64_t> next_{0}, done_{0};
   std::mutex mutex_;
   std::condition_variable all_;
+  std::exception_ptr error_;  // the last
 };
 
 // The helpers of all callers.
