@@ -32,6 +32,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A process may hold 65,530 memory maps (Linux), which the programs of a whole suite pass."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def tiles_of(monkeypatch):
     """Sets how many weights the references decode at a time; products are the references' own."""

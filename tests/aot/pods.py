@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.llama import attend
 from pallas_kernels import layout, shard
+from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import product
 from tests.aot.compiler import ENVIRONMENT
 
@@ -58,7 +58,7 @@ def layer(x, weights):
     add = partial(jax.lax.psum, axis_name="model")
     q, k, v = (heads(matmul(name, x)) for name in "qkv")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    mixed = attend(q, k, v, jnp.arange(x.shape[0]))[0].reshape(x.shape[0], -1)
+    mixed = attention(q, k, v, jnp.arange(x.shape[0]))[0].reshape(x.shape[0], -1)
     x = x + add(matmul("o", mixed))
     hidden = jax.nn.silu(matmul("gate", x)) * matmul("up", x)
     return x + add(matmul("down", hidden))
