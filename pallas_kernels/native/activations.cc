@@ -117,8 +117,8 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
             (some.first * units_ + segment.at * some.count) * per_unit_ + r;
         if (activations != kAsFloat) scales_[place] = scale[segment.begin / size];
         if (integers && !unit.planes) {
-          auto twice = [](int32_t v) { return v * 0x10000 + (v & 0xffff); };
-          lay_each(row, segment, unit.codes, some.count, twice, to, &sums_[place]);
+          auto in_bytes = [](int32_t v) { return static_cast<int32_t>((v & 255) * 0x01010101u); };
+          lay_each(row, segment, unit.codes, some.count, in_bytes, to, &sums_[place]);
         } else if (integers) {
           lay_planes(row, segment, unit, some.count, to, &sums_[place]);
         } else {

@@ -37,7 +37,7 @@ std::vector<Rows> rows(int64_t m, const Multiply* kernels);
 
 class Prepared {
  public:
-  // integers: as planes of int8 for the integer products of a unit, or twice in 32 bits where it
+  // integers: as planes of int8 for the integer products of a unit, or in all bytes of a word where it
   // has no planes; else as floats.
   Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segment>& segments,
            const std::vector<Rows>& rows, Unit unit, Activations activations, bool integers,

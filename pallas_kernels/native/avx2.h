@@ -63,17 +63,17 @@ INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
 
-// The sum of the four bytes of each word.
-INLINE Ints byte_sums(Uints v) {
-  __m256i pairs = _mm256_maddubs_epi16((__m256i)v, _mm256_set1_epi8(1));
-  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+// total + the sum of the four bytes of each word times x, which stands in all bytes of its word.
+#ifdef VNNI
+INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)v, (__m256i)x);
 }
-
-// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+#else
 INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
   __m256i pairs = _mm256_maddubs_epi16((__m256i)v, _mm256_set1_epi8(1));
-  return total + (Ints)_mm256_madd_epi16(pairs, (__m256i)x);
+  return total + (Ints)_mm256_madd_epi16(pairs, _mm256_srai_epi16((__m256i)x, 8));
 }
+#endif
 
 // Byte i of each word, in all of its bytes.
 INLINE Uints repeat_byte(Uints v, int i) {

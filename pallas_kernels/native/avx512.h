@@ -38,14 +38,9 @@ INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 
-INLINE Ints byte_sums(Uints v) {
-  return (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)v, _mm512_set1_epi8(1));
-}
-
-// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+// total + the sum of the four bytes of each word times x, which stands in all bytes of its word.
 INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
-  __m512i pairs = _mm512_maddubs_epi16((__m512i)v, _mm512_set1_epi8(1));
-  return total + (Ints)_mm512_madd_epi16(pairs, (__m512i)x);
+  return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)v, (__m512i)x);
 }
 
 // Byte i of each word, in all of its bytes.

@@ -53,9 +53,9 @@ INLINE Ints byte_sums(Uints v) {
   return (Ints)((v + (v >> 16)) & 0xffff);
 }
 
-// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+// total + the sum of the four bytes of each word times x, which stands in all bytes of its word.
 INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
-  return total + byte_sums(v) * ((x << 16) >> 16);
+  return total + byte_sums(v) * ((x << 24) >> 24);
 }
 
 // Byte i of each word, in all of its bytes.

@@ -77,6 +77,11 @@ INLINE Stream stream(const TrellisCode& code, int64_t stride) {
           Uints{} + code.term};
 }
 
+// A weight of these bytes.
+INLINE Floats byte_weight(Uints bytes) {
+  return to_floats(multiply_byte_sums(Ints{} - 510, bytes, all(0x01010101)));
+}
+
 // The bytes of the weight whose state begins at bit kBit of two rows, of K words.
 template <int K, int kBit>
 INLINE Uints weight_bytes(const Stream& s) {
@@ -95,7 +100,7 @@ template <int K, int... i>
 INLINE void byte_sum_steps(const Stream& s, float* out, int64_t stride,
                            std::integer_sequence<int, i...>) {
   (store(out + i / 16 * stride + i % 16 * LANES,
-         to_floats(byte_sums(weight_bytes<K, K * i>(s)) - 510)), ...);
+         byte_weight(weight_bytes<K, K * i>(s))), ...);
 }
 
 // After two rows of a tile the stream is at the start of a word again, for every K.

@@ -49,8 +49,8 @@ struct Product {
   const uint32_t* words;
   int64_t stride;  // from one row of words to the next
   int units, columns;
-  // integers: int32 [units, planes, rows], four int8 each, or [k, rows], one twice, in 16 bits
-  // each, where there are no planes; floats: [k, rows].
+  // integers: int32 [units, planes, rows], four int8 each, or [k, rows], one four times, where
+  // there are no planes; floats: [k, rows].
   const void* x;
   const void* sums;  // [rows], of x over these units: int32, or float
   const float* xscale;  // [rows]

@@ -62,9 +62,9 @@ INLINE Floats from_halves(const uint16_t* p) {
   return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 }
 
-// The sum of the four bytes of each word times x, which stands twice in 32 bits.
+// total + the sum of the four bytes of each word times x, which stands in all bytes of its word.
 INLINE Ints multiply_byte_sums(Ints total, Uints v, Ints x) {
-  return total + byte_sums(v) * ((x << 16) >> 16);
+  return total + byte_sums(v) * ((x << 24) >> 24);
 }
 
 // Byte i of each word, in all of its bytes.

@@ -6,7 +6,7 @@
 // A weight, 510 too large where x is an integer, times x, to the sum.
 INLINE Ints add_weight(Ints sum, Uints bytes, Ints x) { return multiply_byte_sums(sum, bytes, x); }
 INLINE Floats add_weight(Floats sum, Uints bytes, Floats x) {
-  return multiply_add(to_floats(byte_sums(bytes) - 510), x, sum);
+  return multiply_add(byte_weight(bytes), x, sum);
 }
 
 template <int K, int J, int R, class V, class T, int... c>
