@@ -2,12 +2,14 @@
 
 Run: python -m tests.benchmarks.cpu_matmul [--only NAME] [--m M] [--counters] [K N].
 
-Every round times the float32 dot, then each product once; a ratio is the median over rounds of
-float32 time by the product's, so that what else the machine does falls on both. Weights are random.
+Every round times the float32 dot and each product once, in another order, for what ran before moves
+a time; a ratio is the median over rounds of float32 time by the product's, so that what else the
+machine does falls on both. Weights are random.
 With `--counters` instructions and cycles per weight by `perf stat`, which load moves less.
 """
 
 import argparse
+import random
 import subprocess
 import sys
 import time
@@ -112,12 +114,13 @@ def measure(m: int, k: int, n: int, rounds: int, only: str) -> None:
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
     dot = jax.jit(lambda x: x @ w)
-    runs = {key: run for key, run in products(rng, k, n, only) if only in " ".join(key)}
-    times = {key: [] for key in ("dot", *runs)}
+    found = {key: run for key, run in products(rng, k, n, only) if only in " ".join(key)}
+    runs = {"dot": dot, **found}
+    times = {key: [] for key in runs}
     for i in range(rounds + 1):  # the first compiles
-        for key, run in (("dot", dot), *runs.items()):
+        for key in random.sample(list(runs), len(runs)):
             start = time.perf_counter()
-            jax.block_until_ready(run(x))
+            jax.block_until_ready(runs[key](x))
             if i:
                 times[key].append(time.perf_counter() - start)
     base = np.array(times.pop("dot"))

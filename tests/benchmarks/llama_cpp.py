@@ -100,7 +100,9 @@ def main() -> None:
         def theirs() -> float:
             server.stdin.write(f"{TOKENS}\n")
             server.stdin.flush()
-            return float(server.stdout.readline())
+            if not (line := server.stdout.readline()):
+                raise SystemExit(f"llama.cpp ended with status {server.wait()} instead of an answer")
+            return float(line)
 
         runs = {f"llama.cpp Q4_0 ({size / 1e6:.0f} MB)": (None, theirs)}
         runs |= {name: (bits, run) for name, bits, run in ours()}
