@@ -101,7 +101,7 @@ def main() -> None:
             server.stdin.write(f"{TOKENS}\n")
             server.stdin.flush()
             if not (line := server.stdout.readline()):
-                raise SystemExit(f"llama.cpp ended with status {server.wait()} instead of an answer")
+                raise SystemExit(f"llama.cpp ended: status {server.wait()}, no answer")
             return float(line)
 
         runs = {f"llama.cpp Q4_0 ({size / 1e6:.0f} MB)": (None, theirs)}
