@@ -1,0 +1,20 @@
+"""Lowering for a GPU that is not here: from 0.12 on JAX must be told which."""
+
+import inspect
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+
+def lowered_text(fn, *args, platform):
+    """What fn(*args) becomes on a platform; on "cuda" for an H100."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    lower = lambda: jax.jit(fn).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    if platform != "cuda":
+        return lower()
+    more = {"platform": "gpu"} if "platform" in inspect.signature(AbstractDevice).parameters else {}
+    gpu = AbstractDevice("NVIDIA H100", None, **more)
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
+    ):
+        return lower()
