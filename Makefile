@@ -106,12 +106,14 @@ bench: venv model ## side-by-side timings
 	@for f in $(filter-out %/rate_quality.py %/llama_cpp.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
-# llama.cpp uses AMX where the processor has it without asking Linux for it, and is killed (0.3.36).
+# llama.cpp uses AMX where the processor has it without asking Linux for it, and is killed (0.3.36);
+# no cache, for a wheel that was built with it may lie there.
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 bench-llama: venv model ## decode beside llama.cpp's, which it builds in .venv-llama (minutes)
 	@test -e .venv-llama/.ready || { echo "building llama-cpp-python in .venv-llama" && \
 		$(PYTHON) -m venv .venv-llama && \
-		CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' .venv-llama/bin/pip install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36 && \
+		CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' .venv-llama/bin/pip install -q --no-cache-dir \
+			--no-binary llama-cpp-python llama-cpp-python==0.3.36 && \
 		touch .venv-llama/.ready; }
 	@$(BIN)/python -m tests.benchmarks.llama_cpp --python .venv-llama/bin/python
 

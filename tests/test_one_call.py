@@ -11,6 +11,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.layers import layers_of
 from pallas_kernels import native
+from tests.kernels.lowering import lowered_text
 
 REASON = native.load()
 needs_native = pytest.mark.skipif(
@@ -47,8 +48,8 @@ def packed(params, method, fn=apart):
 
 
 def calls(fn, *args):
-    lowered = jax.jit(jq.quantized(fn)).trace(*args).lower(lowering_platforms=("cpu",))
-    return len(re.findall(r"custom_call @jaxquant_\w+", lowered.as_text()))
+    text = lowered_text(jq.quantized(fn), *args, platform="cpu")
+    return len(re.findall(r"custom_call @jaxquant_\w+", text))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -37,8 +37,8 @@ std::vector<Rows> rows(int64_t m, const Multiply* kernels);
 
 class Prepared {
  public:
-  // integers: as planes of int8 for the integer products of a unit, or in all bytes of a word where it
-  // has no planes; else as floats.
+  // integers: as planes of int8 for the integer products of a unit, or, where it has no planes, one
+  // in all four bytes of a word; else as floats.
   Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segment>& segments,
            const std::vector<Rows>& rows, Unit unit, Activations activations, bool integers,
            const Kernels& kernels, const std::function<void(int64_t, std::function<void(int64_t)>)>&

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import activations as forms
 from pallas_kernels import layout, lookup, reference
 from pallas_kernels.gpu import KERNELS, adapter, lanes
-from tests.kernels.described import lowered_text
+from tests.kernels.lowering import lowered_text
 
 ROWS = (1, 3, 8, 16, 64, 200)
 # Mean squared error over mean square, and largest error over root mean square, against float32

@@ -8,7 +8,7 @@ from models.config import LlamaConfig
 from models.llama import Llama, apply
 from pallas_kernels import native
 from tests.device.decode import random_params
-from tests.kernels.described import lowered_text
+from tests.kernels.lowering import lowered_text
 
 CONFIG = LlamaConfig(
     vocab_size=64, d_model=256, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=128, d_ff=512

@@ -1,4 +1,4 @@
-"""Lowering for a GPU that is not here: from 0.12 on JAX must be told which."""
+"""What a function becomes on a platform, here or not; which GPU, JAX must be told from 0.12 on."""
 
 import inspect
 
@@ -7,7 +7,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 
 def lowered_text(fn, *args, platform):
-    """What fn(*args) becomes on a platform; on "cuda" for an H100."""
+    """The lowered text of fn(*args); on "cuda" for an H100."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
     lower = lambda: jax.jit(fn).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
     if platform != "cuda":
