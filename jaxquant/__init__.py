@@ -1,5 +1,6 @@
 """jaxquant: a functional quantization stack for JAX."""
 
+from jaxquant.activations import Activations
 from jaxquant.allocate import Allocation, Choices, Option, allocate
 from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
@@ -64,6 +65,7 @@ __all__ = [
     "METHODS",
     "MXFP4",
     "NVFP4",
+    "Activations",
     "Additive",
     "Allocation",
     "Choices",

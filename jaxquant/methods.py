@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxquant.activations import Activations
 from jaxquant.codebooks import (
     E8P,
     MXFP4,
@@ -23,7 +24,6 @@ from jaxquant.codebooks import (
 from jaxquant.fields import check_fields
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
 from jaxquant.transforms import Rotation
-from pallas_kernels import activations as forms
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -33,8 +33,8 @@ class Method:
     """What to do with a weight: the rounder that chooses codes, the format that stores them.
 
     `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
-    `activations`: in which form inputs meet the codes, "float", "int8" (a scale per token) or
-    "int8/256" (one per 256 channels of a token); `dataclasses.replace` sets it.
+    `activations`: how inputs are rounded before they meet the codes, an `Activations` or its text
+    ("int8", "int4,asymmetric"); None or "float": not at all.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Method:
     format: Any
     input: Any = None
     output: Any = None
-    activations: str = "float"
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        forms.check(self.activations)
+        object.__setattr__(self, "activations", Activations.of(self.activations))
         if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "tile"):
             raise ValueError(
                 f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
@@ -347,8 +347,8 @@ def named_method(name: str, **options: Any) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
     given = {k: v for k, v in options.items() if v is not None}
-    form = given.pop("activations", "float")
+    form = {"activations": given.pop("activations")} if "activations" in given else {}
     try:
-        return dataclasses.replace(METHODS[name](**given), activations=form)
+        return dataclasses.replace(METHODS[name](**given), **form)
     except TypeError as error:
         raise ValueError(f"method {name!r}: {error}") from None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.activations import Activations
 from jaxquant.calibrate import Stats
 from jaxquant.matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.methods import Method
@@ -22,8 +23,7 @@ from jaxquant.resume import Finished
 from jaxquant.rounding import Moments
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
-from jaxquant.tensor import QTensor
-from pallas_kernels import activations as forms
+from jaxquant.tensor import QTensor, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,19 +362,32 @@ def dequantize(params: Any) -> Any:
     )
 
 
-def with_activations(params: Any, activations: str) -> Any:
+def with_activations(params: Any, activations: Activations | str | None) -> Any:
     """The same tree, its packed weights meeting inputs in another form; the weights are the same.
 
     Args:
-      activations: "float", "int8" (a scale per token) or "int8/256" (one per 256 channels).
+      activations: an `Activations` or its text: "int8" (a scale per token), "int4,asymmetric", ...;
+        None or "float": inputs as they are.
+    Raises:
+      ValueError: an unknown form; or static scales, which calibration finds: name these in the
+        method, and `quantize` with statistics.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = with_activations({"w": jq.quantize_array(jnp.eye(64), jq.rtn())}, "int8")
-    >>> q["w"].activations
+    >>> str(q["w"].activations)
     'int8'
     """
-    forms.check(activations)
-    change = lambda w: (
-        dataclasses.replace(w, activations=activations) if isinstance(w, QTensor) else w
-    )
+    form = Activations.of(activations)
+
+    def change(w: Any) -> Any:
+        if not isinstance(w, QTensor):
+            return w
+        known = part(w.data, "activations.")
+        if form is not None and set(form.shapes()) - set(known):
+            raise ValueError(
+                f"{form}: static scales come from calibration; give activations={str(form)!r} to "
+                f"the method, and statistics to quantize"
+            )
+        return dataclasses.replace(w, activations=form)
+
     return jax.tree.map(change, params, is_leaf=is_standin)

@@ -30,7 +30,6 @@ from models.generate import generate as generate_ids
 from models.registry import Model
 from models.request import job_of, with_texts
 from models.text import read_text
-from pallas_kernels import activations as forms
 
 stderr = Console(stderr=True)
 SEED = click.IntRange(0, 2**32 - 1)
@@ -209,12 +208,15 @@ class _Rows:
 
 
 ACTIVATIONS = click.option(
-    "--activations", type=click.Choice(forms.FORMS), default=None,
-    help="The form in which inputs meet packed weights; default: the checkpoint's.",
+    "--activations", default=None, metavar="FORM",
+    help="How inputs of packed weights are rounded: float, float8, int8, int8/256, int4, "
+    "int4,asymmetric,clip=0.9, ...; default: as the checkpoint says.",
 )  # fmt: skip
 
 
 def _loaded(model: str, activations: str | None, widen: bool = True) -> Model:
+    with usage():
+        jq.Activations.of(activations)
     source = pipeline.load_any(model, widen)
     if activations is None:
         return source
