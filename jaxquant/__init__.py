@@ -1,6 +1,6 @@
 """jaxquant: a functional quantization stack for JAX."""
 
-from jaxquant.activations import Activations
+from jaxquant.activations import Activations, exact_activations
 from jaxquant.allocate import Allocation, Choices, Option, allocate
 from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
@@ -9,6 +9,7 @@ from jaxquant.codebooks import (
     MXFP4,
     NVFP4,
     Additive,
+    Dense,
     EntropyCoded,
     Float8,
     Integer,
@@ -26,6 +27,7 @@ from jaxquant.methods import (
     METHODS,
     Method,
     aqlm,
+    duquant,
     entropy_coded,
     float8,
     gptq,
@@ -34,8 +36,10 @@ from jaxquant.methods import (
     normal_float,
     nvfp4,
     qtip,
+    quarot,
     quip_sharp,
     rtn,
+    smoothquant,
     ternary,
     trellis,
     vptq,
@@ -55,7 +59,7 @@ from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
-from jaxquant.transforms import Rotation, Scaling
+from jaxquant.transforms import ActivationAware, Chain, Greedy, Rotation, Scaling, Smooth, Zigzag
 
 __version__ = "0.1.0"
 
@@ -65,14 +69,18 @@ __all__ = [
     "METHODS",
     "MXFP4",
     "NVFP4",
+    "ActivationAware",
     "Activations",
     "Additive",
     "Allocation",
+    "Chain",
     "Choices",
+    "Dense",
     "Done",
     "EntropyCoded",
     "Explanation",
     "Float8",
+    "Greedy",
     "Healing",
     "Integer",
     "Method",
@@ -85,18 +93,22 @@ __all__ = [
     "Rotation",
     "Scaling",
     "Site",
+    "Smooth",
     "Stats",
     "Ternary",
     "Trellis",
     "TrellisBudget",
     "Vector",
+    "Zigzag",
     "allocate",
     "aqlm",
     "bits_per_weight",
     "calibrate",
     "decoded",
     "dequantize",
+    "duquant",
     "entropy_coded",
+    "exact_activations",
     "explain",
     "float8",
     "gptq",
@@ -112,6 +124,7 @@ __all__ = [
     "quantize_array",
     "quantize_blocks",
     "quantized",
+    "quarot",
     "quip_sharp",
     "recode",
     "rejoined",
@@ -121,6 +134,7 @@ __all__ = [
     "rtn",
     "shares",
     "sites",
+    "smoothquant",
     "ternary",
     "trellis",
     "unstack",

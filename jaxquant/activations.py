@@ -6,9 +6,11 @@ fits the kernels' int8 and goes in as it is; at 8 a row of ones goes along with 
 the sums of w's columns that the zero points ask for, exactly and out of the same call.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields
+from pallas_kernels import activations as forms
 
 _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
 _LARGEST = 127  # code that the kernels take
@@ -151,7 +154,7 @@ class Activations:
         if self.floating:
             return _float8(x.astype(jnp.float32))
         if self.per == "block":
-            raise ValueError("blocks of channels are rounded by the kernels alone")
+            return forms.rounded(x, "int8/256")
         code, scale, zero = self.codes(x, data)
         return (code - zero) * scale
 
@@ -201,6 +204,39 @@ def _parse(text: str) -> Activations | None:
             f'",asymmetric", ",clip=0.9", ",static"; or "int8/256"; got {text!r}'
         ) from None
     return Activations(**options)
+
+
+# --- where nothing is rounded --------------------------------------------------------------------
+
+_exact: ContextVar[bool] = ContextVar("jaxquant_exact_activations", default=False)
+
+
+@contextlib.contextmanager
+def exact_activations() -> Iterator[None]:
+    """Products traced inside take their inputs as they are, whatever form the weights ask for.
+
+    For tokens that are too large to be rounded, and too few to matter: the first ones, whose keys
+    and values all others see (the idea of Liu et al. 2024, arXiv:2403.01241). It acts while a
+    function is traced, so it belongs inside the function.
+
+    >>> import jaxquant as jq
+    >>> w = jq.with_activations(jq.quantize_array(jnp.eye(4), jq.rtn(8, 4)), "int2")
+    >>> def fn(w, x):
+    ...     with jq.exact_activations():
+    ...         return x @ w
+    >>> jq.quantized(fn)(w, jnp.array([[1.0, 0.25, 0.0, 0.0]])).round(2).tolist()
+    [[1.0, 0.25, 0.0, 0.0]]
+    """
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def in_force(form: Activations | None) -> Activations | None:
+    """The form that products traced now are to take."""
+    return None if _exact.get() else form
 
 
 # --- products ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Named methods: short compositions of a rounder and a format."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from jaxquant.codebooks import (
     MXFP4,
     NVFP4,
     Additive,
+    Dense,
     EntropyCoded,
     Float8,
     Integer,
@@ -23,7 +25,7 @@ from jaxquant.codebooks import (
 )
 from jaxquant.fields import check_fields
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
-from jaxquant.transforms import Rotation
+from jaxquant.transforms import Chain, Greedy, Rotation, Smooth, Zigzag
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -56,12 +58,25 @@ class Method:
     @property
     def needs_gram(self) -> bool:
         """Whether it reads the second moment of the inputs."""
-        return self.rounder.needs_gram or getattr(self.input, "needs_moment", False)
+        search = getattr(self.input, "searched", False) and self.activations is None
+        return search or self.rounder.needs_gram or getattr(self.input, "needs_gram", False)
 
     @property
     def needs_output(self) -> bool:
         """Whether it reads the second moment of the loss gradients at the outputs."""
-        return self.rounder.needs_output or getattr(self.output, "needs_moment", False)
+        return self.rounder.needs_output or getattr(self.output, "needs_gram", False)
+
+    @property
+    def needs_channels(self) -> bool:
+        """Whether it reads the sizes of the inputs' channels."""
+        static = self.activations is not None and self.activations.static
+        return static or getattr(self.input, "needs_channels", False)
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether it reads rows of the inputs."""
+        search = getattr(self.input, "searched", False) and self.activations is not None
+        return search or getattr(self.input, "needs_sample", False)
 
     def stored(self, k: int, n: int) -> tuple[int, int]:
         """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
@@ -324,11 +339,141 @@ def _scalar_rounder(feedback: bool) -> LDLQ | Nearest:
     return LDLQ() if feedback else Nearest()
 
 
+def _weights(bits: int, group_size: GroupSize, symmetric: bool, clip: float, dtype: str) -> Any:
+    """Integers, or from 16 bits on the weights as they are."""
+    return Dense() if bits >= 16 else Integer(bits, group_size, symmetric, False, dtype, clip=clip)
+
+
+def _inputs(bits: int, symmetric: bool, clip: float, static: bool = False) -> Activations | None:
+    """Integers per token, or of a known range; from 16 bits on floats."""
+    per: Any = "tensor" if static else "token"
+    return None if bits >= 16 else Activations(bits, symmetric, clip, per)
+
+
+def smoothquant(
+    bits: int = 8,
+    group_size: GroupSize = "channel",
+    *,
+    activation_bits: int = 8,
+    alpha: float | None = 0.5,
+    rotate: bool = False,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    activation_clip: float = 1.0,
+    static: bool = False,
+    feedback: bool = False,
+    scale_dtype: str = "float16",
+) -> Method:
+    """SmoothQuant: integers on both sides, outliers shared out between them
+    (Xiao et al. 2022, arXiv:2211.10438).
+
+    We differ: all inputs are smoothed, those that no norm makes too.
+
+    Args:
+      bits, activation_bits: 16: left as floats.
+      alpha: see `Smooth`; None: searched for.
+      rotate: a Hadamard transform after smoothing.
+      symmetric: of weights and of activations.
+      clip, activation_clip: of the ranges of weights and of activations, what is kept.
+      static: one scale for all activations, from calibration, not one per token.
+      feedback: LDLQ in place of nearest rounding.
+
+    >>> str(smoothquant().activations), smoothquant(4, rotate=True).format.bits
+    ('int8', 4)
+    """
+    side: Any = Smooth(alpha)
+    if rotate:
+        side = Chain((side, Rotation(signed=False)))
+    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
+    form = _inputs(activation_bits, symmetric, activation_clip, static)
+    return Method("smoothquant", _scalar_rounder(feedback), format, side, activations=form)
+
+
+def duquant(
+    bits: int = 4,
+    group_size: GroupSize = "channel",
+    *,
+    activation_bits: int = 4,
+    block: int = 64,
+    alpha: float | None = 0.6,
+    steps: int = 256,
+    symmetric: bool = False,
+    clip: float = 0.8,
+    activation_clip: float = 0.9,
+    permute: bool = True,
+    shared: bool = False,
+    flat: bool = False,
+    by_row: bool = False,
+    feedback: bool = False,
+    scale_dtype: str = "float16",
+) -> Method:
+    """DuQuant: smoothed, rotated in blocks, dealt out in zigzag, rotated again
+    (Lin et al. 2024, arXiv:2406.01721).
+
+    Args:
+      bits, activation_bits: 16: left as floats.
+      block: channels of a rotation; it divides those of every input.
+      alpha: of smoothing, see `Smooth`.
+      symmetric: of weights and of activations.
+      clip, activation_clip: of the ranges of weights and of activations, what is kept.
+      permute: False: the first rotation alone.
+      steps, shared, flat, by_row: see `Greedy`; `shared` and `by_row` are the released code's.
+      feedback: LDLQ in place of nearest rounding.
+
+    >>> len(duquant().input.parts), str(duquant().activations)
+    (4, 'int4,asymmetric,clip=0.9')
+    """
+    greedy = Greedy(block, steps, shared, flat, by_row)
+    side = Chain((Smooth(alpha), greedy, *((Zigzag(block), greedy) if permute else ())))
+    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
+    form = _inputs(activation_bits, symmetric, activation_clip)
+    return Method("duquant", _scalar_rounder(feedback), format, side, activations=form)
+
+
+def quarot(
+    bits: int = 4,
+    group_size: GroupSize = "channel",
+    *,
+    activation_bits: int = 4,
+    block: int | None = None,
+    alpha: float | None = None,
+    signed: bool = False,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    activation_clip: float = 0.9,
+    feedback: bool = True,
+    scale_dtype: str = "float16",
+) -> Method:
+    """QuaRot: a Hadamard transform of every input, weights by error feedback
+    (Ashkboos et al. 2024, arXiv:2404.00456).
+
+    We differ: all transforms are done online; `transforms.residual` folds those of the residual
+    stream into the weights around it.
+
+    Args:
+      bits, activation_bits: 16: left as floats.
+      block: channels of a transform; None: all.
+      alpha: smooth first, see `Smooth`, which the paper does not; None: do not.
+      signed: random signs before the transform.
+      symmetric: of weights and of activations.
+      clip, activation_clip: of the ranges of weights and of activations, what is kept.
+      feedback: LDLQ (GPTQ) rather than nearest rounding.
+
+    >>> quarot().input
+    Rotation(block=None, sort=False, signed=False)
+    """
+    turn = Rotation(block, signed=signed)
+    side: Any = turn if alpha is None else Chain((Smooth(alpha), turn))
+    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
+    form = _inputs(activation_bits, symmetric, activation_clip)
+    return Method("quarot", _scalar_rounder(feedback), format, side, activations=form)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     f.__name__: f
     for f in (
         rtn, gptq, ternary, quip_sharp, qtip, trellis, aqlm, vptq, entropy_coded,
-        normal_float, float8, mxfp4, nvfp4,
+        normal_float, float8, mxfp4, nvfp4, smoothquant, duquant, quarot,
     )
 }  # fmt: skip
 
@@ -336,7 +481,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 def named_method(name: str, **options: Any) -> Method:
     """A method by name; options that are None are left at their defaults.
 
-    Every method takes `activations` beside its own options; see `Method`.
+    Every method takes `activations` beside its own options, see `Method`, or `activation_bits`, a
+    whole number: symmetric codes per token where the method does not say otherwise.
 
     Raises:
       ValueError: unknown name, an option the method does not have, or a bad value.
@@ -348,6 +494,9 @@ def named_method(name: str, **options: Any) -> Method:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
     given = {k: v for k, v in options.items() if v is not None}
     form = {"activations": given.pop("activations")} if "activations" in given else {}
+    own = inspect.signature(METHODS[name]).parameters
+    if "activation_bits" in given and "activation_bits" not in own:
+        form = {"activations": _inputs(given.pop("activation_bits"), True, 1.0)} | form
     try:
         return dataclasses.replace(METHODS[name](**given), **form)
     except TypeError as error:

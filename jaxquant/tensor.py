@@ -278,11 +278,13 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     # A format whose products are served by an op has `matmuls`.
     family = w.siblings() if key and hasattr(w.format, "matmuls") else [w]
 
+    form = activations.in_force(w.activations)
+
     def matmul(rows: Array, data: dict[str, Array]) -> Array:
         if not forward:
             return w.matmul_transposed(rows, data)
         rows = once(key, x, lambda: w.transformed(rows, data))
-        meet = partial(activations.product, w.activations, rows, part(data, "activations."))
+        meet = partial(activations.product, form, rows, part(data, "activations."))
         if len(family) == 1:
             return w.finished(meet(lambda x, form: w.format.matmul(x, part(data), form)), data)
         several = [part(other.data) for other in family]
@@ -291,7 +293,7 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
             with kernels.listening() as heard:
                 return meet(lambda x, form: w.format.matmuls(x, several, form)), heard
 
-        ys, heard = once((*key, w.format, w.activations), x, products)
+        ys, heard = once((*key, w.format, form), x, products)
         served.extend(heard)
         return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], data)
 
@@ -305,9 +307,8 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
             contracted=core_k if forward else core_n,
             out_shape=w.outputs if forward else w.view.k,
         )
-    rounds = forward and w.activations is not None
-    form = [w.activations.describe()] if rounds else []
-    note(rule, "; ".join([w.format.kernel(), *form, *served]))
+    rounds = [form.describe()] if forward and form is not None else []
+    note(rule, "; ".join([w.format.kernel(), *rounds, *served]))
     return y
 
 

@@ -18,6 +18,7 @@ from jaxquant.layers import is_apart, layers_of
 from models import registry
 from models.config import LlamaConfig
 from models.llama import Llama, blockwise, whole
+from models.prefix import after_prefix
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
@@ -121,21 +122,26 @@ def calibrate_on(
     output: Sequence[str] = (),
     **options: Any,
 ) -> jq.Stats:
-    """Statistics on token sequences [N, length], one at a time.
+    """Statistics on token sequences [N, length], one at a time; those of a prefix are left out.
 
     The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
-    the grams, twice, beside the parameters.
+    what is kept, twice, beside the parameters.
     """
-    llama = Llama(model.config, model.dtype, remat=True)
+    llama, prefix = Llama(model.config, model.dtype, remat=True), model.prefix
 
-    def forward(params: Any, x: jax.Array) -> jax.Array:
-        return llama.apply({"params": params}, x)
+    def forward(params: Any, tokens: jax.Array, *cache: Any) -> jax.Array:
+        got = llama.apply({"params": params}, tokens, *cache)
+        return got[0] if cache else got
+
+    def batch(sequence: np.ndarray) -> tuple:
+        tokens = jnp.asarray(sequence)[None]
+        return after_prefix(llama, model.params, tokens, prefix) if prefix else (tokens,)
 
     return jq.calibrate(
         forward,
         model.params,
-        (jnp.asarray(s)[None] for s in sequences),
-        loss=next_token_loss,
+        (batch(s) for s in sequences),
+        loss=lambda logits, batch: next_token_loss(logits, batch[0]),
         weighting=weighting,
         output=output,
         **options,

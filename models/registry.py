@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from models.gguf_reader import read_gguf
 from models.huggingface import read_hf
 from models.llama import Cache, Llama, LlamaConfig, apply
+from models.prefix import exact_prefix
 from models.tokenizer import Tokenizer
 
 
@@ -26,6 +27,8 @@ class Model:
       params: inner "params" tree of jax arrays; see `models.llama` for the paths.
       tokenizer: its tokenizer.
       dtype: dtype of parameters and activations.
+      prefix: tokens at the beginning of a text whose activations are not rounded, see
+        `models.prefix`.
     """
 
     name: str
@@ -33,20 +36,21 @@ class Model:
     params: dict[str, Any]
     tokenizer: Tokenizer
     dtype: Any = jnp.float32
+    prefix: int = 0
 
     @property
     def apply_fn(self) -> Callable[[Any, jax.Array], jax.Array]:
         """(params, tokens int [b, t]) to logits float32 [b, t, V]; pure."""
-        return _functions(self.config, jnp.dtype(self.dtype))[0]
+        return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[0]
 
     @property
     def apply_cached(self) -> Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]:
         """The same with a key-value cache (`models.llama.init_cache`), for `models.generate`."""
-        return _functions(self.config, jnp.dtype(self.dtype))[1]
+        return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[1]
 
 
 @functools.cache
-def _functions(config: LlamaConfig, dtype: Any) -> tuple[Callable, Callable]:
+def _functions(config: LlamaConfig, dtype: Any, prefix: int) -> tuple[Callable, Callable]:
     """One pair for each architecture: jit keeps its keys alive, and must not keep weights."""
     model = Llama(config, dtype)
 
@@ -56,7 +60,7 @@ def _functions(config: LlamaConfig, dtype: Any) -> tuple[Callable, Callable]:
     def apply_cached(params, tokens, cache):
         return apply(model, params, tokens, cache)
 
-    return apply_fn, apply_cached
+    return exact_prefix(model, prefix) if prefix else (apply_fn, apply_cached)
 
 
 class Reader(NamedTuple):
