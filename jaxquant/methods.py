@@ -401,7 +401,7 @@ def duquant(
     clip: float = 0.8,
     activation_clip: float = 0.9,
     permute: bool = True,
-    shared: bool = False,
+    shared: bool = True,
     flat: bool = False,
     by_row: bool = False,
     feedback: bool = False,
@@ -417,7 +417,9 @@ def duquant(
       symmetric: of weights and of activations.
       clip, activation_clip: of the ranges of weights and of activations, what is kept.
       permute: False: the first rotation alone.
-      steps, shared, flat, by_row: see `Greedy`; `shared` and `by_row` are the released code's.
+      shared: one rotation for all blocks, as in the released code: a rotation of its own for each
+        costs 32 block / n bits per weight of n outputs, twice.
+      steps, flat, by_row: see `Greedy`; `by_row` is the released code's.
       feedback: LDLQ in place of nearest rounding.
 
     >>> len(duquant().input.parts), str(duquant().activations)
