@@ -21,12 +21,14 @@ from jaxquant.codebooks import (
 )
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
+from jaxquant.folding import fold
 from jaxquant.layers import restack, unstack, unstack_stats
 from jaxquant.methods import (
     KEEP,
     METHODS,
     Method,
     aqlm,
+    awq,
     duquant,
     entropy_coded,
     float8,
@@ -102,6 +104,7 @@ __all__ = [
     "Zigzag",
     "allocate",
     "aqlm",
+    "awq",
     "bits_per_weight",
     "calibrate",
     "decoded",
@@ -111,6 +114,7 @@ __all__ = [
     "exact_activations",
     "explain",
     "float8",
+    "fold",
     "gptq",
     "heal",
     "heal_blocks",

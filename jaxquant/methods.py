@@ -24,8 +24,8 @@ from jaxquant.codebooks import (
     Vector,
 )
 from jaxquant.fields import check_fields
-from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
-from jaxquant.transforms import Chain, Greedy, Rotation, Smooth, Zigzag
+from jaxquant.rounding import LDLQ, Beam, Clipped, Nearest, TwoSided, Waterfill
+from jaxquant.transforms import ActivationAware, Chain, Greedy, Rotation, Smooth, Zigzag
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -389,6 +389,39 @@ def smoothquant(
     return Method("smoothquant", _scalar_rounder(feedback), format, side, activations=form)
 
 
+def awq(
+    bits: int = 4,
+    group_size: GroupSize = 128,
+    *,
+    duo: bool = False,
+    clip: bool = True,
+    symmetric: bool = False,
+    feedback: bool = False,
+    scale_dtype: str = "float16",
+    pad: bool = False,
+) -> Method:
+    """AWQ: channels that matter are scaled up before rounding, by a search (Lin et al. 2023,
+    arXiv:2306.00978).
+
+    We differ: where no inspection is given (`quantize`), scales are judged by the error of the
+    products, and outputs that no scale can be folded into are scaled too, online.
+
+    Args:
+      duo: see `ActivationAware`.
+      clip: search a bound for the weights of every group too, see `Clipped`.
+      feedback: LDLQ in place of nearest rounding.
+      The others: see `Integer`.
+
+    >>> awq().input
+    ActivationAware(duo=False, group_size=128)
+    """
+    rounder = _scalar_rounder(feedback)
+    format = Integer(bits, group_size, symmetric, False, scale_dtype, pad)
+    rows = group_size if isinstance(group_size, int) and group_size > 0 else 128
+    side = ActivationAware(duo, rows)
+    return Method("awq", Clipped(rounder) if clip else rounder, format, side)
+
+
 def duquant(
     bits: int = 4,
     group_size: GroupSize = "channel",
@@ -475,7 +508,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     f.__name__: f
     for f in (
         rtn, gptq, ternary, quip_sharp, qtip, trellis, aqlm, vptq, entropy_coded,
-        normal_float, float8, mxfp4, nvfp4, smoothquant, duquant, quarot,
+        normal_float, float8, mxfp4, nvfp4, smoothquant, awq, duquant, quarot,
     )
 }  # fmt: skip
 

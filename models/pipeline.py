@@ -15,15 +15,17 @@ import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.layers import is_apart, layers_of
+from jaxquant.rounding import Clipped
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama, blockwise, whole
+from models.llama import Llama, blockwise, folds, whole
 from models.prefix import after_prefix
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
 LAYERS = "layers/*kernel"  # the matrices of every layer
+CLIPPED_NOT = "layers/*attn/[qk]/kernel"
 NORMS = "*norm/scale"
 BLOCK_DATA = 24  # sequences to heal single blocks on
 
@@ -82,8 +84,15 @@ def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
 
 
 def recipe_of(method: jq.Method) -> jq.Recipe:
-    """The matrices of every layer by one method; embedding, head and norms as they are."""
-    return jq.Recipe([(LAYERS, method), ("*", jq.KEEP)])
+    """The matrices of every layer by one method; embedding, head and norms as they are.
+
+    Queries and keys are not clipped: what they lose is multiplied.
+    """
+    rules: list[tuple[str, Any]] = [(LAYERS, method), ("*", jq.KEEP)]
+    if isinstance(method.rounder, Clipped):
+        whole = dataclasses.replace(method, rounder=method.rounder.rounder)
+        rules.insert(0, (CLIPPED_NOT, whole))
+    return jq.Recipe(rules)
 
 
 def calibrate(
@@ -230,9 +239,16 @@ def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:
 def quantized_model(
     model: Model, recipe: jq.Recipe, stats: jq.Stats | None, **options: Any
 ) -> Model:
-    """The model with packed parameters; what the recipe keeps is untouched (see `save`)."""
-    found = stats if stats is not None else _sites(model)
-    return dataclasses.replace(model, params=jq.quantize(model.params, recipe, found, **options))
+    """The model with packed parameters; what the recipe keeps is untouched (see `save`).
+
+    Factors of inputs are folded into what makes these, where that is exact (`models.llama.folds`).
+    `options`: key, inspect, progress and finished of `jaxquant.quantize`.
+    """
+    found, params = stats if stats is not None else _sites(model), model.params
+    if stats is not None and not is_apart(params, "layers"):
+        how = {name: options[name] for name in ("key", "inspect") if name in options}
+        params, recipe, found = jq.fold(params, recipe, stats, folds(model.config), **how)
+    return dataclasses.replace(model, params=jq.quantize(params, recipe, found, **options))
 
 
 def _sites(model: Model) -> dict[str, jq.Site]:
