@@ -23,6 +23,7 @@ from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
 from jaxquant.folding import fold
 from jaxquant.layers import restack, unstack, unstack_stats
+from jaxquant.learned import learn
 from jaxquant.methods import (
     KEEP,
     METHODS,
@@ -31,6 +32,7 @@ from jaxquant.methods import (
     awq,
     duquant,
     entropy_coded,
+    flatquant,
     float8,
     gptq,
     mxfp4,
@@ -61,7 +63,16 @@ from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
-from jaxquant.transforms import ActivationAware, Chain, Greedy, Rotation, Scaling, Smooth, Zigzag
+from jaxquant.transforms import (
+    ActivationAware,
+    Chain,
+    Greedy,
+    Kronecker,
+    Rotation,
+    Scaling,
+    Smooth,
+    Zigzag,
+)
 
 __version__ = "0.1.0"
 
@@ -85,6 +96,7 @@ __all__ = [
     "Greedy",
     "Healing",
     "Integer",
+    "Kronecker",
     "Method",
     "NormalFloat",
     "Option",
@@ -113,11 +125,13 @@ __all__ = [
     "entropy_coded",
     "exact_activations",
     "explain",
+    "flatquant",
     "float8",
     "fold",
     "gptq",
     "heal",
     "heal_blocks",
+    "learn",
     "mxfp4",
     "named_method",
     "normal_float",

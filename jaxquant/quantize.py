@@ -58,6 +58,7 @@ def quantize(
     *,
     key: Array | None = None,
     inspect: Inspection | None = None,
+    transforms: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     progress: Callable[[Done], None] | None = None,
     finished: Finished | None = None,
 ) -> Any:
@@ -70,6 +71,7 @@ def quantize(
       key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
       inspect: what judges the candidates of a transform that is searched for, in place of the
         products' error; see `inputs.Inspection`.
+      transforms: arrays of input transforms that are known already, from `learn`.
       progress: called with `Done` after each matrix.
       finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on.
         What is in it is not done again, what is done is put in it. A mapping that lives on disk
@@ -94,7 +96,7 @@ def quantize(
     report = _Progress(sum(math.prod(e.matrix[:-2]) for e, _ in todo), progress)
     leaves = dict(path_leaves(params))
     known = stats if isinstance(stats, Stats) else None
-    inputs = Inputs.of(todo, found, leaves, known, inspect)
+    inputs = Inputs.of(todo, found, leaves, known, inspect, transforms)
     new = {}
     for entry, method in todo:
         moments = _moments(entry.path, method, stats)

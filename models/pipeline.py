@@ -49,7 +49,7 @@ def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
         params = jax.tree.map(
             lambda w: w if _packed(w) else w.astype(jnp.float32), params, is_leaf=_packed
         )
-    return Model(str(spec), config, params, tokenizer)
+    return Model(str(spec), config, params, tokenizer, prefix=metadata.get("prefix", 0))
 
 
 def beginning(model: Model) -> list[int]:
@@ -259,7 +259,11 @@ def _sites(model: Model) -> dict[str, jq.Site]:
 def save(directory: str | Path, model: Model, recipe: jq.Recipe, overwrite: bool = False) -> None:
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
     params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
-    metadata = {"config": model.config.to_json(), "tokenizer": model.tokenizer.to_json()}
+    metadata = {
+        "config": model.config.to_json(),
+        "tokenizer": model.tokenizer.to_json(),
+        "prefix": model.prefix,
+    }
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
 
 
