@@ -59,6 +59,7 @@ from jaxquant.quantize import (
     with_activations,
 )
 from jaxquant.recipe import Plan, Recipe, resolve
+from jaxquant.residual import Residual, rotate_residual
 from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
@@ -103,6 +104,7 @@ __all__ = [
     "Plan",
     "QTensor",
     "Recipe",
+    "Residual",
     "Roofline",
     "Rotation",
     "Scaling",
@@ -149,6 +151,7 @@ __all__ = [
     "resolve",
     "restack",
     "roofline",
+    "rotate_residual",
     "rtn",
     "shares",
     "sites",

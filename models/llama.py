@@ -14,6 +14,7 @@ Params with the layers apart, layers/0/attn/..., serve too (`apply`), one layer 
 longer to compile, and no layer's packed words are copied out of a stack before a kernel reads them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+import jaxquant as jq
 from jaxquant.layers import is_apart, layers_of, restack
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
@@ -256,3 +258,34 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     if config.n_kv_heads == config.n_heads:
         found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
     return found
+
+
+def residual(config: LlamaConfig) -> jq.Residual:
+    """What reads and what writes the residual stream, for `jaxquant.rotate_residual`.
+
+    Raises:
+      ValueError: one embedding serves both ends, in which the stream has two bases.
+    """
+    if config.tie_embeddings:
+        raise ValueError("a tied embedding cannot be rotated: untie it first (models.llama.untied)")
+    biases = [
+        f"layers/{name}/bias"
+        for name, there in (("attn/o", config.o_bias), ("mlp/down", config.mlp_bias))
+        if there
+    ]
+    return jq.Residual(
+        ["embed/embedding", "layers/attn/o/kernel", "layers/mlp/down/kernel", *biases],
+        {
+            "layers/attn_norm/scale": ["layers/attn/[qkv]/kernel"],
+            "layers/mlp_norm/scale": ["layers/mlp/[gu]*/kernel"],
+            "norm/scale": ["head/kernel"],
+        },
+    )
+
+
+def untied(config: LlamaConfig, params):
+    """(config, params) with a head of its own, if the embedding serves as one."""
+    if not config.tie_embeddings:
+        return config, params
+    head = {"kernel": jnp.transpose(params["embed"]["embedding"])}
+    return dataclasses.replace(config, tie_embeddings=False), {**params, "head": head}

@@ -16,9 +16,10 @@ from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.layers import is_apart, layers_of
 from jaxquant.rounding import Clipped
+from jaxquant.transforms import Channels
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama, blockwise, folds, whole
+from models.llama import Llama, blockwise, folds, residual, untied, whole
 from models.prefix import after_prefix
 from models.registry import Model
 from models.tokenizer import Tokenizer
@@ -223,6 +224,22 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following, axis=-1)[..., 0]
     )
     return jnp.mean(nll[:, :-1])
+
+
+def rotated(model: Model, key: jax.Array) -> Model:
+    """The same function, its residual stream turned by a random Hadamard transform, a head apart.
+
+    Raises:
+      ValueError: its width has no Hadamard transform.
+    """
+    config, params = untied(model.config, model.params)
+    turn = jq.Rotation()
+    if turn.size(config.d_model) != config.d_model:
+        raise ValueError(f"{config.d_model} channels have no Hadamard transform to rotate by")
+    one = jnp.eye(config.d_model)
+    matrix = turn.apply(one, turn.fit(Channels(one), key))
+    params = jq.rotate_residual(params, residual(config), matrix)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def choices(model: Model, methods: Sequence[jq.Method], healed: bool) -> jq.Choices:
