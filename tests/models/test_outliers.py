@@ -133,8 +133,10 @@ def test_every_method_is_saved_and_served(method, tiny, stats, tmp_path):
     back = pipeline.load_any(tmp_path / "q")
     assert back.prefix == 1
     fn = jax.jit(jq.quantized(model.apply_fn))
-    kept = jax.tree.map(lambda a: a.astype(jnp.float16).astype(a.dtype), made.params["embed"])
-    want = fn({**made.params, "embed": kept}, TOKENS)
+    half = lambda name: jax.tree.map(
+        lambda a: a.astype(jnp.float16).astype(a.dtype), made.params[name]
+    )
+    want = fn({**made.params, **{name: half(name) for name in ("embed", "head")}}, TOKENS)
     np.testing.assert_array_equal(fn(back.params, TOKENS), want)
     layer = back.params["layers"]["mlp"]["down"]["kernel"]
     assert layer.activations == method.activations
