@@ -76,11 +76,20 @@ class KVFormat:
         """Of a key or value in the codes, its share of scales and offsets included, on average."""
         return self.bits + 32 * (1 / self.group + 1 / self.channels) / 2
 
+    def bytes_per_token(self, layers: int, heads: int, head_dim: int) -> float:
+        """What a token's keys and values take in the codes, scales and offsets included.
+
+        >>> KVFormat(4).bytes_per_token(layers=30, heads=3, head_dim=64)
+        7200.0
+        """
+        return 2 * layers * heads * head_dim * self.bits_per_value / 8
+
     def check(self, head_dim: int) -> None:
         """Raise ValueError unless heads of so many channels can be kept."""
         if head_dim % self.channels:
             raise ValueError(
-                f"channels, {self.channels}, does not divide the heads' {head_dim}; give one that does"
+                f"channels, {self.channels}, does not divide the {head_dim} of a head; give one "
+                "that does"
             )
 
 
