@@ -115,9 +115,7 @@ def empty(
     per_group = jnp.zeros((*shape, slots // form.group, head_dim), jnp.float16)
     per_token = jnp.zeros((*shape, head_dim // form.channels, slots), jnp.float16)
     sink, ring = exact(form.sinks), exact(form.window + form.group)
-    return kv.Past(
-        sink, sink, ring, ring, codes, per_group, per_group, codes, per_token, per_token
-    )
+    return kv.Past(sink, sink, ring, ring, codes, per_group, per_group, codes, per_token, per_token)
 
 
 def quantize_keys(

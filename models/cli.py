@@ -296,7 +296,9 @@ def evaluate_command(
         if other.tokenizer.encode(content[:10_000]) != student.tokenizer.encode(content[:10_000]):
             raise ValueError(f"{against} and {model} have different tokenizers; KL is undefined")
         teacher = (jq.quantized(other.apply_fn), other.params)
-    logits = jq.quantized(student.apply_fn if kv is None else student.apply_kv(kv, strict is not False))
+    logits = jq.quantized(
+        student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
+    )
     with bar("evaluating", len(pieces)) as step:
         result = evaluate(logits, student.params, pieces, against=teacher, progress=step)
     report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}

@@ -27,7 +27,17 @@ from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
 from pallas_kernels.attention import attention
 
-__all__ = ["Block", "Blockwise", "Cache", "Llama", "LlamaConfig", "apply", "blockwise", "init_cache", "whole"]
+__all__ = [
+    "Block",
+    "Blockwise",
+    "Cache",
+    "Llama",
+    "LlamaConfig",
+    "apply",
+    "blockwise",
+    "init_cache",
+    "whole",
+]
 
 
 class Blockwise(NamedTuple):

@@ -47,9 +47,7 @@ class Model:
         """The same with a key-value cache (`models.llama.init_cache`), for `models.generate`."""
         return _functions(self.config, jnp.dtype(self.dtype))[1]
 
-    def apply_kv(
-        self, kv: KVFormat, strict: bool = True
-    ) -> Callable[[Any, jax.Array], jax.Array]:
+    def apply_kv(self, kv: KVFormat, strict: bool = True) -> Callable[[Any, jax.Array], jax.Array]:
         """`apply_fn` with keys and values rounded as in a packed cache, to measure what that costs.
 
         A sequence given whole would be seen as it is (a prefill is): so its perplexity says nothing

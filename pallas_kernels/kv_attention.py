@@ -153,18 +153,16 @@ def _turned_scores(
     *batch, run, hd = keys.shape
     begin = first + jnp.arange(0, run, group)
     back = turned(rows[:, :, :, None], -begin[:, None] * frequencies)
-    keys = turned(
-        keys.reshape(*batch, -1, group, hd), jnp.arange(group)[:, None] * frequencies
-    )
+    keys = turned(keys.reshape(*batch, -1, group, hd), jnp.arange(group)[:, None] * frequencies)
     scores = jnp.einsum("bkrgd,bkgsd->bkrgs", back, keys)
     return scores.reshape(*scores.shape[:3], run)
 
 
 def _check(q: Array, k: Array, v: Array, past: Past) -> None:
-    for name, a in {"q": q, "k": k, "v": v}.items():
-        if a.ndim != 4 or a.dtype.name not in checks.FLOATS:
+    for name, a, axes in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("past.ring_k", past.ring_k, 5)):
+        if a.ndim != axes or a.dtype.name not in checks.FLOATS:
             raise ValueError(
-                f"{name} must have 4 axes, of {', '.join(checks.FLOATS)}, got {a.dtype} "
+                f"{name} must have {axes} axes, of {', '.join(checks.FLOATS)}, got {a.dtype} "
                 f"{list(a.shape)}"
             )
     b, t, heads, hd = q.shape

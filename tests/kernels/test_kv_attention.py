@@ -184,6 +184,9 @@ def test_what_serves():
     assert ("jaxquant_kv_attention" in text) == (not REASON)
 
 
+PAST = kv_cache.empty(KVFormat(4), (LAYERS, 2, 3), 64, SIZE, jnp.float32)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -191,6 +194,10 @@ def test_what_serves():
         ({"k": jnp.ones((2, 3, 1, 64), jnp.int8)}, "k must have 4 axes, of float32"),
         ({"q": jnp.ones((3, 1, 9, 64))}, "the cache holds 2 sequences and 3 heads of 64 channels"),
         ({"q": jnp.ones((2, 1, 8, 64))}, "the cache holds 2 sequences and 3 heads"),
+        (
+            {"past": PAST._replace(ring_k=jnp.ones((2, 2, 3, 64, 64), int))},
+            "past.ring_k must have 5",
+        ),
         ({"v": jnp.ones((2, 3, 2, 64))}, r"k and v must both be \[2, 3, 1, 64\]"),
     ],
 )
