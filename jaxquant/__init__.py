@@ -19,6 +19,7 @@ from jaxquant.codebooks import (
 )
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
+from jaxquant.kv_cache import KVFormat
 from jaxquant.layers import restack, unstack, unstack_stats
 from jaxquant.methods import (
     KEEP,
@@ -73,6 +74,7 @@ __all__ = [
     "Float8",
     "Healing",
     "Integer",
+    "KVFormat",
     "Method",
     "NormalFloat",
     "Option",

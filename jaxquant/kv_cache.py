@@ -175,15 +175,14 @@ def rounded_values(values: Float[Array, "*b t hd"], form: KVFormat) -> Float[Arr
 
 def store(
     past: kv.Past,
-    layer: Int32[Array, ""] | int,
-    k: Float[Array, "b kv t hd"],
-    v: Float[Array, "b kv t hd"],
+    k: Float[Array, "L b kv t hd"],
+    v: Float[Array, "L b kv t hd"],
     start: Int32[Array, ""],
     stop: Int32[Array, ""],
     form: KVFormat,
     frequencies: Float[Array, " half"],
 ) -> kv.Past:
-    """The cache with the tokens at positions start ... stop - 1, group by group.
+    """The cache with the tokens at positions start ... stop - 1 of all layers, group by group.
 
     Each goes into the ring (or, one of the first, to the sinks); when a group is full, that which
     is a window before it leaves for the codes. Nothing else of `past` changes, so that inside a
@@ -194,19 +193,16 @@ def store(
         Keys are turned.
       start: the number of tokens that are in `past`.
     """
-    layer = jnp.asarray(layer, jnp.int32)
     chunks = form.window // form.group + 1  # of the ring
 
-    def of_call(places: Array) -> tuple[Array, Array]:
-        """Which positions are new, and where in the call they stand."""
-        return (start <= places) & (places < stop), jnp.clip(places - start, 0, k.shape[2] - 1)
-
     def put(held: Array, new: Array, at: Array, positions: Array) -> Array:
-        is_new, index = of_call(positions)
-        where = (layer, 0, 0, at, 0)
-        old = jax.lax.dynamic_slice(held, where, (1, *new.shape[:2], len(positions), new.shape[3]))
-        rows = jnp.where(is_new[:, None], jnp.take(new, index, axis=2).astype(held.dtype), old[0])
-        return jax.lax.dynamic_update_slice(held, rows[None], where)
+        """The tokens of some positions to where the first of them stands."""
+        is_new = (start <= positions) & (positions < stop)
+        index = jnp.clip(positions - start, 0, new.shape[-2] - 1)
+        old = jax.lax.dynamic_slice_in_dim(held, at, len(positions), axis=-2)
+        rows = jnp.take(new, index, axis=-2).astype(held.dtype)
+        rows = jnp.where(is_new[:, None], rows, old)
+        return jax.lax.dynamic_update_slice_in_dim(held, rows, at, axis=-2)
 
     def chunk(i: Array, past: kv.Past) -> kv.Past:
         positions = i * form.group + jnp.arange(form.group)
@@ -215,24 +211,20 @@ def store(
             ring_k=put(past.ring_k, k, at, positions), ring_v=put(past.ring_v, v, at, positions)
         )
         leaves = ((i + 1) * form.group <= stop) & (i >= chunks - 1)
-        retire = lambda _, past: _retire(past, layer, i - chunks + 1, form, frequencies)
+        retire = lambda _, past: _retire(past, i - chunks + 1, form, frequencies)
         return jax.lax.fori_loop(0, leaves.astype(jnp.int32), retire, past)
 
     if form.sinks:
-        first = jnp.arange(form.sinks)
-        sink_k, sink_v = (put(a, new, jnp.int32(0), first)
-                          for a, new in ((past.sink_k, k), (past.sink_v, v)))  # fmt: skip
-        past = past._replace(sink_k=sink_k, sink_v=sink_v)
+        first = (jnp.int32(0), jnp.arange(form.sinks))
+        past = past._replace(sink_k=put(past.sink_k, k, *first), sink_v=put(past.sink_v, v, *first))
     return jax.lax.fori_loop(start // form.group, -(-stop // form.group), chunk, past)
 
 
-def _retire(
-    past: kv.Past, layer: Array, group: Array, form: KVFormat, frequencies: Array
-) -> kv.Past:
+def _retire(past: kv.Past, group: Array, form: KVFormat, frequencies: Array) -> kv.Past:
     """Group number `group` from the ring to the codes."""
     size, first = form.group, group * form.group
-    at = (layer, 0, 0, first % past.ring_k.shape[3], 0)
-    held = lambda a: jax.lax.dynamic_slice(a, at, (1, *a.shape[1:3], size, a.shape[4]))[0]
+    at = first % past.ring_k.shape[-2]
+    held = lambda ring: jax.lax.dynamic_slice_in_dim(ring, at, size, axis=-2)
     positions = first + jnp.arange(size)
     keys = _unturned(held(past.ring_k), positions[:, None] * frequencies, form)
     coded = (
@@ -241,9 +233,7 @@ def _retire(
     )
 
     def put(a: Array, new: Array, axis: int) -> Array:
-        where = [layer, *[jnp.int32(0)] * 4]
-        where[axis] = group * new.shape[axis - 1]
-        return jax.lax.dynamic_update_slice(a, new[None], where)
+        return jax.lax.dynamic_update_slice_in_dim(a, new, group * new.shape[axis], axis)
 
     return kv.Past(*past[:4], *map(put, past[4:], coded, (3, 3, 3, 3, 4, 4)))
 
@@ -255,7 +245,7 @@ def _unturned(keys: Array, angles: Array, form: KVFormat) -> Array:
 
 
 def _rounded(x: Array, valid: Array, bits: int, axis: int) -> tuple[Array, Array, Array]:
-    """Codes, and scale and offset, float16, of size 1 along the axis, by the range of what is valid."""
+    """Codes by the range of what is valid along an axis; scale and offset, float16, of size 1."""
     any_valid = jnp.any(valid, axis, keepdims=True)
     least = jnp.min(jnp.where(valid, x, jnp.inf), axis, keepdims=True)
     most = jnp.max(jnp.where(valid, x, -jnp.inf), axis, keepdims=True)

@@ -1,8 +1,8 @@
 """What a model keeps of the tokens it has seen: keys and values as they are, or quantized.
 
 A cache goes from layer to layer: `attend(layer, ...)` lets the queries of a layer's new tokens see
-them and what is kept of those before, and returns the cache with the new ones; `advanced(t)`, after
-the last layer, counts them.
+them and what is kept of those before. It may keep the new ones then, or, after the last layer, in
+`advanced`, which gets of all layers what `attend` gave to be kept.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ class Cache(NamedTuple):
         return self._replace(k=tuple(self.k), v=tuple(self.v))
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
-        """Mixed values [b, t, heads, hd] of queries, and the cache with k, v [b, kv, t, hd]."""
+        """For queries [b, t, heads, hd] and new keys and values [b, kv, t, hd]: mixed values, the
+        cache, and what `advanced` is to get."""
         if isinstance(self.k, tuple):
             put = lambda held, new: jax.lax.dynamic_update_slice(
                 held[layer], new.astype(held[layer].dtype), (0, 0, positions[0], 0)
@@ -54,14 +55,14 @@ class Cache(NamedTuple):
             keys, values = put(self.k, k), put(self.v, v)
             among = lambda held, new: (*held[:layer], new, *held[layer + 1 :])
             kept = self._replace(k=among(self.k, keys), v=among(self.v, values))
-            return attention(q, keys, values, positions), kept
+            return attention(q, keys, values, positions), kept, None
         put = lambda held, new: jax.lax.dynamic_update_slice(
             held, new.astype(held.dtype)[None], (layer, 0, 0, positions[0], 0)
         )
         kept = self._replace(k=put(self.k, k), v=put(self.v, v))
-        return attention(q, kept.k[layer], kept.v[layer], positions), kept
+        return attention(q, kept.k[layer], kept.v[layer], positions), kept, None
 
-    def advanced(self, tokens: int) -> "Cache":
+    def advanced(self, tokens: int, kept: None, config: LlamaConfig) -> "Cache":
         """After a call of so many. The padding's keys lie after the end: no later query sees a
         slot before overwriting it."""
         return self._replace(length=_advanced(self, tokens), end=None)
@@ -79,16 +80,16 @@ class PackedCache:
     Attributes:
       past: the arrays; see `pallas_kernels.kv.Past`.
       length: int32 scalar, tokens seen so far.
-      end: as of `Cache.until`.
       form: how keys and values are kept.
       size: the most tokens.
+      end: as of `Cache.until`.
     """
 
     past: Past
     length: jax.Array
+    form: KVFormat = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(metadata={"static": True})
     end: jax.Array | None = None
-    form: KVFormat = dataclasses.field(metadata={"static": True}, default=KVFormat())  # noqa: RUF009
-    size: int = dataclasses.field(metadata={"static": True}, default=0)
 
     def until(self, end: jax.Array) -> "PackedCache":
         """As `Cache.until`; padding enters neither the codes nor the recent tokens."""
@@ -99,17 +100,18 @@ class PackedCache:
         return self
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
-        """As `Cache.attend`."""
-        radians = jnp.asarray(frequencies(config), jnp.float32)
-        stop = _advanced(self, k.shape[2])
-        past = kv_cache.store(self.past, layer, k, v, self.length, stop, self.form, radians)
-        turns = radians if self.form.rope == "pre" else None
-        mixed = kv_attention(q, k, v, past, layer, self.length, stop, turns)
-        return mixed, dataclasses.replace(self, past=past)
+        """As `Cache.attend`; k and v are to be kept."""
+        turns = _radians(config) if self.form.rope == "pre" else None
+        return kv_attention(q, k, v, self.past, layer, self.length, turns), self, (k, v)
 
-    def advanced(self, tokens: int) -> "PackedCache":
-        """As `Cache.advanced`."""
-        return dataclasses.replace(self, length=_advanced(self, tokens), end=None)
+    def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "PackedCache":
+        """As `Cache.advanced`; kept: keys and values [L, b, kv, t, hd] of the call.
+
+        All layers at once: it is one small program, and what a layer sees was not touched yet.
+        """
+        after = _advanced(self, tokens)
+        past = kv_cache.store(self.past, *kept, self.length, after, self.form, _radians(config))
+        return dataclasses.replace(self, past=past, length=after, end=None)
 
 
 @jax.tree_util.register_dataclass
@@ -136,25 +138,24 @@ class Rounding:
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
         """As `Cache.attend`."""
-        form, (b, t, heads, hd) = self.form, q.shape
+        form, hd = self.form, q.shape[3]
         form.check(hd)
-        radians = jnp.asarray(frequencies(config), jnp.float32)
-        rows = q.astype(jnp.float32).reshape(b, t, k.shape[1], -1, hd) * hd**-0.5
+        rows = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[1], -1, hd) * hd**-0.5
         scores = lambda keys: jnp.einsum("btkrd,bksd->bkrts", rows, keys.astype(jnp.float32))
         query, key = positions[:, None], positions
         if self.strict:
             exact = key > query - form.window
         else:
-            exact = (key >= retired(query + 1, form.window, form.group)) | (key == query)
-        keys = kv_cache.rounded_keys(k, form, radians)
+            exact = key >= retired(query, form.window, form.group)
+        keys = kv_cache.rounded_keys(k, form, _radians(config))
         seen = jnp.where(exact, scores(k), scores(keys))
         weights = jax.nn.softmax(jnp.where(key <= query, seen, -jnp.inf), axis=-1)
         mix = lambda w, values: jnp.einsum("bkrts,bksd->btkrd", w, values.astype(jnp.float32))
         mixed = mix(jnp.where(exact, weights, 0), v)
         mixed += mix(jnp.where(exact, 0, weights), kv_cache.rounded_values(v, form))
-        return mixed.reshape(q.shape).astype(q.dtype), self
+        return mixed.reshape(q.shape).astype(q.dtype), self, None
 
-    def advanced(self, tokens: int) -> "Rounding":
+    def advanced(self, tokens: int, kept: None, config: LlamaConfig) -> "Rounding":
         """Itself."""
         return self
 
@@ -177,9 +178,13 @@ def init_cache(
     stack = (config.n_layers, batch, config.n_kv_heads)
     if kv is not None:
         past = kv_cache.empty(kv, stack, config.head_dim, size, dtype)
-        return PackedCache(past, nothing, form=kv, size=size)
+        return PackedCache(past, nothing, kv, size)
     zeros = jnp.zeros((*stack, size, config.head_dim), dtype)
     return Cache(zeros, zeros, nothing)
+
+
+def _radians(config: LlamaConfig) -> jax.Array:
+    return jnp.asarray(frequencies(config), jnp.float32)
 
 
 def _advanced(cache: Cache | PackedCache, tokens: int) -> jax.Array:

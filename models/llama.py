@@ -69,11 +69,11 @@ class Attention(nn.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they are multiplied, lest a step copies all
         if cache is None:
-            mixed = attention(q, k, v, positions)
+            mixed, kept = attention(q, k, v, positions), None
         else:
-            mixed, cache = cache.attend(layer, q, k, v, positions, c)
+            mixed, cache, kept = cache.attend(layer, q, k, v, positions, c)
         mixed = mixed.reshape(*x.shape[:2], -1)
-        return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), cache
+        return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), cache, kept
 
 
 class MLP(nn.Module):
@@ -93,7 +93,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, in the (carry, slice) form that `nn.scan` wants.
 
-    Carried are h and the cache, of which every layer writes its part in place; `layer` is its number.
+    Carried are h and the cache, of which a layer may write its part in place; `layer` is its
+    number. The second result is what the cache is to get of all layers in the end.
     """
 
     config: LlamaConfig
@@ -104,10 +105,10 @@ class Block(nn.Module):
         h, cache = carry
         norm = lambda name: nn.RMSNorm(self.config.norm_eps, dtype=self.dtype, name=name)
         attention = Attention(self.config, self.dtype, name="attn")
-        mixed, cache = attention(norm("attn_norm")(h), cache, layer, positions, angles)
+        mixed, cache, kept = attention(norm("attn_norm")(h), cache, layer, positions, angles)
         h = h + mixed
         h = h + MLP(self.config, self.dtype, name="mlp")(norm("mlp_norm")(h))
-        return (h, cache), None
+        return (h, cache), kept
 
 
 class Llama(nn.Module):
@@ -157,9 +158,11 @@ class Llama(nn.Module):
         angles = rotation_angles(self.config, positions)
         numbers = jnp.arange(self.config.n_layers)
         carry = (self.embed(tokens), cache)
-        (h, cache), _ = (layers or self.layers)(carry, numbers, positions, angles)
+        (h, cache), kept = (layers or self.layers)(carry, numbers, positions, angles)
         logits = self.logits(h)
-        return logits if cache is None else (logits, cache.advanced(tokens.shape[1]))
+        if cache is None:
+            return logits
+        return logits, cache.advanced(tokens.shape[1], kept, self.config)
 
     def logits(self, h):
         """Final norm and output matrix; h [b, t, d] to float32 [b, t, V]."""
@@ -178,13 +181,25 @@ def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
     block = Block(model.config, model.dtype)
 
     def in_turn(carry, _, positions, angles):
+        kept = []
         for i, layer in enumerate(layers_of(params, "layers")):
-            carry, _ = block.apply({"params": layer}, carry, i, positions, angles)
-        return carry, None
+            carry, of_layer = block.apply({"params": layer}, carry, i, positions, angles)
+            kept.append(of_layer)
+        return carry, _after(carry[0], jax.tree.map(lambda *a: jnp.stack(a), *kept))
 
     rest = {name: value for name, value in params.items() if name != "layers"}
     cache = None if cache is None else cache.apart()
     return model.apply({"params": rest}, tokens, cache, in_turn)
+
+
+def _after(h, kept):
+    """`kept`, which now depends on h.
+
+    XLA writes a cache in place only where it sees that nothing reads it later; else a step copies
+    all of it. A barrier it drops before it looks, so this is a choice that it cannot foresee.
+    """
+    never = h.ravel()[0] > jnp.inf
+    return jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), kept)
 
 
 def whole(params):

@@ -239,7 +239,7 @@ def _kv_attention(q: Array, *arrays: Array, most: int = _BEST) -> Array:
 
 
 def _serves_kv_attention(q: Any, k: Any, v: Any, *arrays: Any) -> str:
-    frequencies, channels = arrays[3], q.shape[3] // arrays[-1].shape[3]
+    frequencies, channels = arrays[2], q.shape[3] // arrays[-1].shape[3]
     if frequencies.size and q.shape[3] % 32:
         return f"heads of {q.shape[3]} channels to be turned, no multiple of 32, have no kernel"
     if channels % 16:

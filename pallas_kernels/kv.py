@@ -8,7 +8,6 @@ each channel and group, of a value one for each token and some channels.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Int32
 

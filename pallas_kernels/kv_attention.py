@@ -20,7 +20,6 @@ def kv_attention(
     past: Past,
     layer: Int32[Array, ""] | int,
     start: Int32[Array, ""],
-    stored: Int32[Array, ""],
     frequencies: Float[Array, " half"] | None,
 ) -> Float[Array, "b t heads hd"]:
     """Causal attention of new tokens to each other and to a packed past, softmax in float32.
@@ -31,10 +30,9 @@ def kv_attention(
     Args:
       q: queries at positions start ... start + t - 1, turned (RoPE).
       k, v: their own keys and values, which they see as they are; keys are turned.
-      past: what the tokens before `start` left, of all layers.
+      past: the tokens before `start`, of all layers.
       layer: which of them.
-      start: position of the first query: tokens before it are in the past.
-      stored: tokens that `past` holds, at least `start`; those from `start` on are not read there.
+      start: position of the first query.
       frequencies: radians per position of each pair of channels, if keys were quantized before
         they were turned; None if after.
     Returns:
@@ -45,7 +43,7 @@ def kv_attention(
     _check(q, k, v, past)
     if frequencies is None:
         frequencies = jnp.zeros((0,), jnp.float32)
-    scalars = [jnp.asarray(n, jnp.int32) for n in (layer, start, stored)]
+    scalars = [jnp.asarray(n, jnp.int32) for n in (layer, start)]
     arrays = (q, k, v, *scalars, frequencies, *past)
     return dispatch.function("kv_attention", reference, *arrays).astype(q.dtype)
 
@@ -56,7 +54,6 @@ def reference(
     v: Array,
     layer: Array,
     start: Array,
-    stored: Array,
     frequencies: Array,
     *arrays: Array,
 ) -> Float[Array, "b t heads hd"]:
@@ -69,13 +66,12 @@ def reference(
     causal = jnp.tril(jnp.ones((t, t), bool))
     sums = _Sums.nothing(rows)
     sums = sums.add(_scores(rows, k), v, jnp.tile(causal, (heads // kv, 1)))
-    sink, ring = _exact(past, start, stored)
+    sink, ring = _exact(past, start)
     at = lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
     if past.sinks:
         sums = sums.add(_scores(rows, at(past.sink_k)), at(past.sink_v), sink)
     sums = sums.add(_scores(rows, at(past.ring_k)), at(past.ring_v), ring)
-    sums = _coded(past, layer, jnp.minimum(start, retired(stored, past.window, past.group)),
-                  frequencies, rows, sums)  # fmt: skip
+    sums = _coded(past, layer, retired(start, past.window, past.group), frequencies, rows, sums)
     mixed = (sums.mixed / sums.total).reshape(b, kv, heads // kv, t, hd)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, heads, hd)
 
@@ -105,12 +101,12 @@ def _scores(rows: Array, keys: Array) -> Array:
     return jnp.einsum("bkrd,bksd->bkrs", rows, keys.astype(jnp.float32))
 
 
-def _exact(past: Past, start: Array, stored: Array) -> tuple[Array, Array]:
-    """Which places of the sinks and of the ring hold a token before `start` that is seen there."""
+def _exact(past: Past, start: Array) -> tuple[Array, Array]:
+    """Which places of the sinks and of the ring hold a token that is seen there."""
     size = past.ring_k.shape[3]
-    position = stored - 1 - (stored - 1 - jnp.arange(size)) % size
-    first = jnp.maximum(retired(stored, past.window, past.group), past.sinks)
-    return jnp.arange(past.sinks) < start, (first <= position) & (position < start)
+    position = start - 1 - (start - 1 - jnp.arange(size)) % size
+    first = jnp.maximum(retired(start, past.window, past.group), past.sinks)
+    return jnp.arange(past.sinks) < start, first <= position
 
 
 def _coded(

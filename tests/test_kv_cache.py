@@ -1,6 +1,5 @@
 """Rounding of keys and values, and where the cache keeps each token, against NumPy loops."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -170,8 +169,8 @@ def test_each_step_sees_what_a_simulation_with_lists_sees(form):
 
     @jax.jit
     def step(past, q, k, v, at):
-        past = kv_cache.store(past, 0, k, v, at, at + 1, form, FREQUENCIES)
-        return past, kv_attention(q, k, v, past, 0, at, at + 1, turns)
+        y = kv_attention(q, k, v, past, 0, at, turns)
+        return kv_cache.store(past, k[None], v[None], at, at + 1, form, FREQUENCIES), y
 
     lists = {(b, h): Simulation(form) for b in range(B) for h in range(KV)}
     errors, costs = [], []
@@ -179,12 +178,12 @@ def test_each_step_sees_what_a_simulation_with_lists_sees(form):
         past, y = step(past, q[:, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], jnp.int32(t))
         for (b, h), one in lists.items():
             own = np.asarray(k[b, h, t], np.float64), np.asarray(v[b, h, t], np.float64)
-            one.add(t, *own)
             every = {i: (k[b, h, i], v[b, h, i]) for i in range(t + 1)}
             for head in range(h * HEADS // KV, (h + 1) * HEADS // KV):
                 want = one.seen(q[b, t, head], {t: own})
                 errors.append(np.abs(y[b, 0, head] - want).max())
                 costs.append(np.abs(one.seen(q[b, t, head], every) - want).max())
+            one.add(t, *own)
     # A number halfway between two codes may fall to either; one is seen by all later steps.
     assert np.mean(np.array(errors) > 1e-4) < 0.1
     if form.sinks < form.group:
@@ -196,30 +195,29 @@ def test_each_step_sees_what_a_simulation_with_lists_sees(form):
     list(zip(FORMS[::2], ([75], [40, 35], [1, 31, 1, 32, 10], [1] * 75), strict=True)),
 )
 def test_tokens_that_come_together_are_kept_as_if_one_by_one(form, cuts):
-    k, v = draw(B, KV, 80, HD, seed=1), draw(B, KV, 80, HD, seed=2)
-    store = jax.jit(lambda past, k, v, a, b: kv_cache.store(past, 1, k, v, a, b, form, FREQUENCIES))
+    k, v = draw(2, B, KV, 80, HD, seed=1), draw(2, B, KV, 80, HD, seed=2)
+    store = jax.jit(lambda past, k, v, a, b: kv_cache.store(past, k, v, a, b, form, FREQUENCIES))
     at, past = 0, kv_cache.empty(form, (2, B, KV), HD, 96, jnp.float32)
-    before = past
+    padding = [(0, 0)] * 3 + [(0, 5), (0, 0)]
     for count in cuts:  # five tokens of padding behind
-        pad = lambda x, a=at, n=count: jnp.pad(x[:, :, a : a + n], [(0, 0), (0, 0), (0, 5), (0, 0)],
-                                               constant_values=jnp.nan)  # fmt: skip
-        past = store(past, pad(k), pad(v), jnp.int32(at), jnp.int32(at + count))
+        new = (
+            jnp.pad(x[..., at : at + count, :], padding, constant_values=jnp.nan) for x in (k, v)
+        )
+        past = store(past, *new, jnp.int32(at), jnp.int32(at + count))
         at += count
-    for a, empty in zip(past, before, strict=True):
-        np.testing.assert_array_equal(a[0], empty[0])  # the other layer
     whole = kv_cache.empty(form, (2, B, KV), HD, 96, jnp.float32)
-    whole = store(whole, k[:, :, :75], v[:, :, :75], jnp.int32(0), jnp.int32(75))
+    whole = store(whole, k[..., :75, :], v[..., :75, :], jnp.int32(0), jnp.int32(75))
     for a, b in zip(past, whole, strict=True):
         np.testing.assert_array_equal(a, b)
     assert jnp.isfinite(past.ring_k).all()
 
 
 def test_a_rounded_sequence_is_what_the_codes_give_back():
-    form = form_of(4, sinks=3)
+    form = form_of(4, window=0, sinks=3)
     k, v = draw(B, KV, 40, HD), draw(B, KV, 40, HD)
-    past = kv_cache.empty(dataclasses.replace(form, window=0), (1, B, KV), HD, 40, jnp.float32)
-    past = kv_cache.store(past, 0, k, v, jnp.int32(0), jnp.int32(40),
-                          dataclasses.replace(form, window=0), FREQUENCIES)  # fmt: skip
+    past = kv_cache.empty(form, (1, B, KV), HD, 40, jnp.float32)
+    ends = (jnp.int32(0), jnp.int32(40))
+    past = kv_cache.store(past, k[None], v[None], *ends, form, FREQUENCIES)
     keys, values = kv_cache.rounded_keys(k, form, FREQUENCIES), kv_cache.rounded_values(v, form)
     np.testing.assert_array_equal(keys[:, :, :3], k[:, :, :3])
     np.testing.assert_array_equal(values[:, :, :3], v[:, :, :3])

@@ -16,7 +16,7 @@ namespace {
 // Sizes that the shapes of the arrays say, and what a call is to see.
 struct Cache {
   int64_t slots, group, sinks, ring, width, channels;
-  int64_t coded;         // tokens to be read from the codes
+  int64_t coded;         // tokens to be read from the codes, whole groups
   int64_t first, start;  // those to be read from the ring: first ... start - 1
   int64_t groups() const { return slots / group; }
 };
@@ -49,7 +49,7 @@ struct Turns {
     std::vector<double> radians(frequencies, frequencies + half);
     steps(radians, cache.group, 1, cos, sin);
     for (double& r : radians) r *= static_cast<double>(cache.group);
-    steps(radians, (cache.coded + cache.group - 1) / cache.group, -1, back_cos, back_sin);
+    steps(radians, cache.coded / cache.group, -1, back_cos, back_sin);
   }
 
   bool any() const { return !cos.empty(); }
@@ -145,19 +145,18 @@ struct Head {
     const float* queries = a.queries;
     const int64_t width = cache.width, half = width / 2;
     for (int64_t g = 0; g * cache.group < cache.coded; ++g, at += cache.group) {
-      const int64_t some = std::min(cache.group, cache.coded - g * cache.group);
       keys.unpack(cache, g, kernels, room);
       kernels.widen(keys.scale + g * width, kHalf, width, scales);
       kernels.widen(keys.offset + g * width, kHalf, width, scales + width);
-      kernels.by_channel(room, some, width, scales, scales + width);
+      kernels.by_channel(room, cache.group, width, scales, scales + width);
       if (turns.any()) {
-        kernels.turn(room, some, width, turns.cos.data(), turns.sin.data(), half);
+        kernels.turn(room, cache.group, width, turns.cos.data(), turns.sin.data(), half);
         turned.assign(queries, queries + a.count * width);
         kernels.turn(turned.data(), a.count, width, turns.back_cos.data() + g * half,
                      turns.back_sin.data() + g * half, 0);
         a.queries = turned.data();
       }
-      kernels.scores(a, room, at, some);
+      kernels.scores(a, room, at, cache.group);
     }
   }
 
@@ -165,22 +164,21 @@ struct Head {
     const int64_t runs = cache.width / cache.channels, group = cache.group;
     float* offsets = scales + runs * group;
     for (int64_t g = 0; g * group < cache.coded; ++g, at += group) {
-      const int64_t some = std::min(group, cache.coded - g * group);
       values.unpack(cache, g, kernels, room);
       for (int64_t run = 0; run < runs; ++run) {
         const int64_t from = run * cache.slots + g * group;
         kernels.widen(values.scale + from, kHalf, group, scales + run * group);
         kernels.widen(values.offset + from, kHalf, group, offsets + run * group);
       }
-      kernels.by_row(room, some, cache.width, cache.channels, scales, offsets, group);
-      kernels.mix(a, room, at, some);
+      kernels.by_row(room, group, cache.width, cache.channels, scales, offsets, group);
+      kernels.mix(a, room, at, group);
     }
   }
 };
 
-// After q: own keys and values; layer, start, stored; frequencies; the arrays of `Past`.
+// After q: own keys and values; layer, start; frequencies; the arrays of `Past`.
 struct Arrays {
-  enum { kOwnK, kOwnV, kLayer, kStart, kStored, kFrequencies, kSinkK, kSinkV, kRingK, kRingV,
+  enum { kOwnK, kOwnV, kLayer, kStart, kFrequencies, kSinkK, kSinkV, kRingK, kRingV,
          kKeyCodes, kKeyScale, kKeyOffset, kValueCodes, kValueScale, kValueOffset, kCount };
   std::vector<ffi::AnyBuffer> all;
 
@@ -210,10 +208,9 @@ struct Arrays {
     c.width = size(kRingK, 4);
     c.channels = c.width / size(kValueScale, 3);
     c.start = number(kStart);
-    const int64_t stored = number(kStored), old = stored - (c.ring - c.group);
-    const int64_t retired = std::min(std::max<int64_t>(0, old) / c.group * c.group, c.slots);
-    c.coded = std::min(c.start, retired);
-    c.first = std::max(retired, c.sinks);
+    const int64_t old = std::max<int64_t>(0, c.start - (c.ring - c.group));
+    c.coded = std::min(old / c.group * c.group, c.slots);
+    c.first = std::max(c.coded, c.sinks);
     return c;
   }
 

@@ -44,34 +44,31 @@ def draw(case, before, tokens, seed=None):
     (b, heads, kv_heads, hd), dtype, form = case
     rng = np.random.default_rng(seed)
     normal = lambda *s: jnp.asarray(rng.standard_normal(s), "float32")
-    k, v = (normal(b, kv_heads, before + tokens, hd).astype(dtype) for _ in "kv")
+    k, v = (normal(LAYERS, b, kv_heads, before + tokens, hd).astype(dtype) for _ in "kv")
     past = kv_cache.empty(form, (LAYERS, b, kv_heads), hd, SIZE, jnp.dtype(dtype))
-    for layer, sign in ((0, -1), (1, 1)):
-        for at, end in ((0, before), (before, before + tokens)):
-            if end > at:
-                past = STORE(past, layer, sign * k[:, :, at:end], v[:, :, at:end],
-                             jnp.int32(at), jnp.int32(end), form, frequencies(hd))  # fmt: skip
+    if before:
+        old = (x[..., :before, :] for x in (k, v))
+        past = STORE(past, *old, jnp.int32(0), jnp.int32(before), form, frequencies(hd))
     q = 3 * normal(b, tokens, heads, hd)
     radians = frequencies(hd) if form.rope == "pre" else None
-    start, stored = jnp.int32(before), jnp.int32(before + tokens)
-    return q, k[:, :, before:], v[:, :, before:], past, 1, start, stored, radians
+    return q, k[1, ..., before:, :], v[1, ..., before:, :], past, 1, jnp.int32(before), radians
 
 
-STORE = jax.jit(kv_cache.store, static_argnums=6)
+STORE = jax.jit(kv_cache.store, static_argnums=5)
 REFERENCE = jax.jit(reference)
 
 
-def written_out(q, k, v, past, layer, start, stored, radians):
+def written_out(q, k, v, past, layer, start, radians):
     """Every token by itself, in float64: where it is, what it stands for, whether it is seen."""
     f = lambda a: np.asarray(a, np.float64)
-    start, stored = int(start), int(stored)
+    start = int(start)
     b, t, heads, hd = q.shape
     bits, group = (past.key_bits, past.value_bits), past.group
     keys = f(kv.decode_keys(*(a[layer] for a in past[4:7]), bits[0]))
     values = f(kv.decode_values(*(a[layer] for a in past[7:]), bits[1]))
     if radians is not None:
         keys = f(kv.turned(keys, np.arange(past.slots)[:, None] * radians))
-    left = max(0, stored - past.window) // group * group
+    left = max(0, start - past.window) // group * group
     pairs = []
     for at in range(start):
         if at < past.sinks:
@@ -100,9 +97,9 @@ def by_reference(*arguments):
     return REFERENCE(*arrays_of(*arguments))
 
 
-def arrays_of(q, k, v, past, layer, start, stored, radians):
+def arrays_of(q, k, v, past, layer, start, radians):
     radians = jnp.zeros(0) if radians is None else radians
-    return q, k, v, jnp.int32(layer), start, stored, radians, *past
+    return q, k, v, jnp.int32(layer), start, radians, *past
 
 
 @every_case
@@ -114,12 +111,12 @@ def test_the_reference_is_attention_written_out(case, before, tokens):
 
 def test_a_wrong_place_is_seen():
     """The twin: one token more or fewer, or keys that are turned by one position more."""
-    q, k, v, past, layer, start, stored, radians = draw(CASES[0], 200, 1)
-    want = written_out(q, k, v, past, layer, start, stored, radians)
-    for wrong in ((start - 1, stored), (start - 32, stored - 32)):
-        assert error(by_reference(q, k, v, past, layer, *wrong, radians), want) > 1e-3
-    assert error(by_reference(q, k, v, past, 0, start, stored, radians), want) > 1e-3
-    assert error(by_reference(q, k, v, past, layer, start, stored, 1.01 * radians), want) > 1e-3
+    q, k, v, past, layer, start, radians = draw(CASES[0], 200, 1)
+    want = written_out(q, k, v, past, layer, start, radians)
+    for wrong in (start - 1, start - 32):
+        assert error(by_reference(q, k, v, past, layer, wrong, radians), want) > 1e-3
+    assert error(by_reference(q, k, v, past, 0, start, radians), want) > 1e-3
+    assert error(by_reference(q, k, v, past, layer, start, 1.01 * radians), want) > 1e-3
 
 
 @needs_native
@@ -140,14 +137,14 @@ def test_what_is_hidden_is_not_read():
     past = arguments[3]
     slots = lambda a, first: a.at[:, :, :, first:].set(jnp.nan)
     spoilt = past._replace(
-        key_scale=slots(past.key_scale, 2),  # of 101 tokens 64 are in the codes
+        key_scale=slots(past.key_scale, 2),  # of 100 tokens 64 are in the codes
         value_scale=past.value_scale.at[..., 64:].set(jnp.nan),
-        ring_k=slots(past.ring_k, 36),  # the ring of 64 holds 64 ... 99, and the new one
+        ring_k=slots(past.ring_k, 36),  # the ring of 64 holds 64 ... 99
         ring_v=slots(past.ring_v, 36),
     )
     again = [spoilt if a is past else a for a in arguments]
     np.testing.assert_array_equal(kv_attention(*again), kv_attention(*arguments))
-    assert jnp.isnan(kv_attention(*again[:5], *(n + 1 for n in again[5:7]), again[7])).all()
+    assert jnp.isnan(kv_attention(*again[:5], again[5] + 1, again[6])).all()
 
 
 @needs_native
@@ -179,7 +176,7 @@ def test_what_serves():
         odd = ((1, 2, 2, 48), dtype, KVFormat(4, channels=16))
         assert "to be turned, no multiple of 32" in why(odd, 1)
         assert "scales for 8 channels" in why((sizes, dtype, KVFormat(4, channels=8)), 1)
-    call = lambda *a: kv_attention(*a[:3], kv.Past(*a[7:]), *a[3:6], a[6])
+    call = lambda *a: kv_attention(*a[:3], kv.Past(*a[6:]), *a[3:6])
     text = lowered_text(call, *arrays_of(*draw(CASES[0], 0, 1)), platform="cpu")
     assert ("jaxquant_kv_attention" in text) == (not REASON)
 
@@ -202,7 +199,7 @@ PAST = kv_cache.empty(KVFormat(4), (LAYERS, 2, 3), 64, SIZE, jnp.float32)
     ],
 )
 def test_bad_input_is_named(change, message):
-    names = ("q", "k", "v", "past", "layer", "start", "stored", "frequencies")
+    names = ("q", "k", "v", "past", "layer", "start", "frequencies")
     arguments = dict(zip(names, draw(CASES[0], 0, 1), strict=True))
     with pytest.raises(ValueError, match=message):
         kv_attention(**(arguments | change))
