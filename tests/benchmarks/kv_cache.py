@@ -3,11 +3,12 @@
 Run: python -m tests.benchmarks.kv_cache [TEXT]   (else CPython's help topics). Strict perplexity:
 on the first 4 chunks of 512 tokens every token sees all keys and values rounded, its own too, but
 for sinks and window. Decoding: with layers apart at 4 bits and int8 activations, where the cache
-is the most of it, at two lengths; medians, ratios to a float32 cache. Last, a generation of 4,096
-tokens and what its compiled program takes.
+is the most of it, at two lengths, in turns with a float32 cache: medians. Last, a generation of
+4,096 tokens and what its compiled program takes.
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -23,16 +24,14 @@ from models.generate import _run, generate
 from models.text import BUILTIN, read_text
 
 CHUNKS, CONTEXT = 4, 512
-STEPS, REPEATS, LENGTHS, ROOM = 16, 3, (512, 4000), 4096
+STEPS, REPEATS, LENGTHS, ROOM = 16, 5, (512, 4000), 4096
 FORMS = [
     None,
     KVFormat(8),
     KVFormat(4, window=0, sinks=0),
     KVFormat(4),
-    KVFormat(3, window=0),
     KVFormat(3, "post"),
     KVFormat(3),
-    KVFormat(2, window=0),
     KVFormat(2),
     KVFormat(2, "post", window=128),
     KVFormat(2, window=128),
@@ -48,19 +47,8 @@ def sizes(config, form):
     return form.bits_per_value, form.bytes_per_token(*shape)
 
 
-def seconds(run):
-    """Median seconds of a token."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append((time.perf_counter() - start) / STEPS)
-    return statistics.median(times)
-
-
 def decoding(apply_cached, params, config, form, length):
-    """Seconds of a token after `length` others (which are zeros: nothing hangs on their values)."""
+    """Runs some steps after `length` others (which are zeros: nothing hangs on their values)."""
 
     @jax.jit
     def run(params, cache):
@@ -72,7 +60,21 @@ def decoding(apply_cached, params, config, form, length):
 
     cache, at = init_cache(config, 1, ROOM, kv=form).apart(), {"length": jnp.int32(length)}
     cache = cache._replace(**at) if form is None else dataclasses.replace(cache, **at)
-    return seconds(lambda: run(params, cache))
+    return lambda: run(params, cache).block_until_ready()
+
+
+def beside(run, other):
+    """Median seconds of a step, and of the ratio to the other's, in turns."""
+    run(), other()
+    times, ratios = [], []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        between = time.perf_counter()
+        other()
+        times.append((between - start) / STEPS)
+        ratios.append((between - start) / (time.perf_counter() - between))
+    return statistics.median(times), statistics.median(ratios)
 
 
 def temporary(apply_cached, params, config, form):
@@ -94,7 +96,8 @@ def main():
     cached = jq.quantized(model.apply_cached)
     print("bits keys window sinks  perplexity  bits/value  bytes/token  "
           + "  ".join(f"ms at {n:,}, ratio" for n in LENGTHS), flush=True)  # fmt: skip
-    floats = {}
+    decode = functools.partial(decoding, cached, apart, model.config)
+    floats = {n: decode(None, n) for n in LENGTHS}
     for form in FORMS:
         logits = model.apply_fn if form is None else model.apply_kv(form)
         perplexity = evaluate(logits, model.params, chunks).perplexity
@@ -102,12 +105,9 @@ def main():
         if form is not None:
             name = f"{form.bits:4} {form.rope:4} {form.window:6} {form.sinks:5}"
         bits, per_token = sizes(model.config, form)
-        speeds = []
-        for n in LENGTHS:
-            took = decoding(cached, apart, model.config, form, n)
-            speeds.append(f"{1e3 * took:8.1f} {took / floats.setdefault(n, took):9.2f}")
+        speeds = [beside(decode(form, n), floats[n]) for n in LENGTHS]
         print(f"{name:22}  {perplexity:10.3f}  {bits:10.2f}  {per_token:11,.0f}  "
-              + "  ".join(speeds), flush=True)  # fmt: skip
+              + "  ".join(f"{1e3 * s:8.1f} {r:9.2f}" for s, r in speeds), flush=True)  # fmt: skip
     long_generation(cached, apart, model)
 
 
