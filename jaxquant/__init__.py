@@ -1,5 +1,6 @@
 """jaxquant: a functional quantization stack for JAX."""
 
+from jaxquant.activations import Activations, exact_activations
 from jaxquant.allocate import Allocation, Choices, Option, allocate
 from jaxquant.blockwise import quantize_blocks
 from jaxquant.calibrate import Stats, calibrate
@@ -8,6 +9,7 @@ from jaxquant.codebooks import (
     MXFP4,
     NVFP4,
     Additive,
+    Dense,
     EntropyCoded,
     Float8,
     Integer,
@@ -19,14 +21,19 @@ from jaxquant.codebooks import (
 )
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
+from jaxquant.folding import fold
 from jaxquant.kv_cache import KVFormat
 from jaxquant.layers import restack, unstack, unstack_stats
+from jaxquant.learned import learn
 from jaxquant.methods import (
     KEEP,
     METHODS,
     Method,
     aqlm,
+    awq,
+    duquant,
     entropy_coded,
+    flatquant,
     float8,
     gptq,
     mxfp4,
@@ -34,8 +41,10 @@ from jaxquant.methods import (
     normal_float,
     nvfp4,
     qtip,
+    quarot,
     quip_sharp,
     rtn,
+    smoothquant,
     ternary,
     trellis,
     vptq,
@@ -55,7 +64,16 @@ from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
-from jaxquant.transforms import Rotation, Scaling
+from jaxquant.transforms import (
+    ActivationAware,
+    Chain,
+    Greedy,
+    Kronecker,
+    Rotation,
+    Scaling,
+    Smooth,
+    Zigzag,
+)
 
 __version__ = "0.1.0"
 
@@ -65,16 +83,22 @@ __all__ = [
     "METHODS",
     "MXFP4",
     "NVFP4",
+    "ActivationAware",
+    "Activations",
     "Additive",
     "Allocation",
+    "Chain",
     "Choices",
+    "Dense",
     "Done",
     "EntropyCoded",
     "Explanation",
     "Float8",
+    "Greedy",
     "Healing",
     "Integer",
     "KVFormat",
+    "Kronecker",
     "Method",
     "NormalFloat",
     "Option",
@@ -85,23 +109,31 @@ __all__ = [
     "Rotation",
     "Scaling",
     "Site",
+    "Smooth",
     "Stats",
     "Ternary",
     "Trellis",
     "TrellisBudget",
     "Vector",
+    "Zigzag",
     "allocate",
     "aqlm",
+    "awq",
     "bits_per_weight",
     "calibrate",
     "decoded",
     "dequantize",
+    "duquant",
     "entropy_coded",
+    "exact_activations",
     "explain",
+    "flatquant",
     "float8",
+    "fold",
     "gptq",
     "heal",
     "heal_blocks",
+    "learn",
     "mxfp4",
     "named_method",
     "normal_float",
@@ -112,6 +144,7 @@ __all__ = [
     "quantize_array",
     "quantize_blocks",
     "quantized",
+    "quarot",
     "quip_sharp",
     "recode",
     "rejoined",
@@ -121,6 +154,7 @@ __all__ = [
     "rtn",
     "shares",
     "sites",
+    "smoothquant",
     "ternary",
     "trellis",
     "unstack",

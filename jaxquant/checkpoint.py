@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from jaxquant.activations import Activations
 from jaxquant.paths import path_leaves
 from jaxquant.recipe import Recipe
 from jaxquant.serialize import from_json, to_json
@@ -245,6 +246,8 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
         if "parts" in leaf:
             data = {part: arrays[f"{path}:{part}"] for part in leaf["parts"]}
             static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
+            # Once a text.
+            static["activations"] = Activations.of(static.get("activations"))
             w = QTensor(data=data, **static)
             if "kept" in leaf:
                 w = dataclasses.replace(w, data=w.format.from_disk(data, w.stored_rows))

@@ -63,6 +63,7 @@ def evaluate(
     chunks: np.ndarray,
     *,
     against: tuple[Logits, Any] | None = None,
+    first: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Score the second half of every chunk, as llama.cpp's perplexity does.
@@ -74,6 +75,7 @@ def evaluate(
         params holds stand-ins.
       chunks: token ids [N, ctx], from `chunk`.
       against: the teacher's (logits, params), for KL and agreement.
+      first: the first position whose logits are scored; default ctx // 2.
       progress: called with the number of chunks done.
     Raises:
       ValueError: no chunks, logits that are not finite, or a teacher with another vocabulary.
@@ -85,7 +87,10 @@ def evaluate(
     """
     if len(chunks) == 0:
         raise ValueError("expected at least one chunk, got none")
-    step = jax.jit(lambda p, t, x: _score(logits, against and against[0], p, t, x))
+    first = chunks.shape[1] // 2 if first is None else first
+    if not 0 <= first < chunks.shape[1] - 1:
+        raise ValueError(f"first must be in [0, {chunks.shape[1] - 1}), got {first}")
+    step = jax.jit(lambda p, t, x: _score(logits, against and against[0], p, t, x, first))
     teacher = against[1] if against else None
     totals = np.zeros(3)
     for i, tokens in enumerate(chunks):
@@ -94,20 +99,21 @@ def evaluate(
             raise ValueError(f"the likelihood of chunk {i} is not finite; the model gives NaN or 0")
         if progress is not None:
             progress(i + 1)
-    count = len(chunks) * (chunks.shape[1] - chunks.shape[1] // 2 - 1)
+    count = len(chunks) * (chunks.shape[1] - first - 1)
     nll, kl, agree = totals / count
     more = (float(kl), float(agree)) if against else (None, None)
     return Evaluation(math.exp(min(nll, 700.0)), count, float(nll), *more)
 
 
-def _score(logits: Logits, teacher: Logits | None, params: Any, other: Any, x: Array) -> Array:
+def _score(
+    logits: Logits, teacher: Logits | None, params: Any, other: Any, x: Array, first: int
+) -> Array:
     """Sums over one chunk: negative log likelihood, KL, agreements."""
-    half = x.shape[1] // 2
-    log_p = _log_probabilities(logits, params, x, half)
-    nll = -jnp.sum(jnp.take_along_axis(log_p, x[0, half + 1 :, None], axis=-1))
+    log_p = _log_probabilities(logits, params, x, first)
+    nll = -jnp.sum(jnp.take_along_axis(log_p, x[0, first + 1 :, None], axis=-1))
     if teacher is None:
         return jnp.stack([nll, jnp.zeros(()), jnp.zeros(())])
-    log_t = _log_probabilities(teacher, other, x, half)
+    log_t = _log_probabilities(teacher, other, x, first)
     if log_t.shape != log_p.shape:
         raise ValueError(f"the teacher has {log_t.shape[1]} tokens, the model {log_p.shape[1]}")
     p = jnp.exp(log_t)  # 0 where a vocabulary's padding is masked by -inf
@@ -115,5 +121,5 @@ def _score(logits: Logits, teacher: Logits | None, params: Any, other: Any, x: A
     return jnp.stack([nll, kl, jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))])
 
 
-def _log_probabilities(logits: Logits, params: Any, x: Array, half: int) -> Array:
-    return jax.nn.log_softmax(logits(params, x)[0, half:-1].astype(jnp.float32))
+def _log_probabilities(logits: Logits, params: Any, x: Array, first: int) -> Array:
+    return jax.nn.log_softmax(logits(params, x)[0, first:-1].astype(jnp.float32))

@@ -1,6 +1,5 @@
 """One matrix: change of variables, rounding, and how much of the output was lost."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxquant.methods import Method
 from jaxquant.rounding import Moments
 from jaxquant.rounding.moments import feedback_energies, living
+from jaxquant.transforms import Channels
 
 
 class Report(NamedTuple):
@@ -42,10 +42,17 @@ _exact = jax.default_matmul_precision("highest")
 @partial(jax.jit, static_argnames="method")
 @_exact
 def round_matrix(
-    w: Float[Array, "k n"], moments: Moments, keys: Keys, method: Method
+    w: Float[Array, "k n"],
+    moments: Moments,
+    keys: Keys,
+    method: Method,
+    known: dict[str, Array] | None = None,
 ) -> tuple[dict[str, Array], Report]:
-    """Packed data of a matrix, the transforms' arrays among them, and a report."""
-    w, moments, arrays = _transformed(w, moments, keys, method)
+    """Packed data of a matrix, the transforms' arrays among them, and a report.
+
+    `known`: the arrays of the input transform, if they have been fitted (`inputs`).
+    """
+    w, moments, arrays = _transformed(w, moments, keys, method, known)
     codes, found = method.rounder(w, method.format, moments, keys.own)
     error = w - method.format.dequantize(codes, w.shape[0])
     loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
@@ -55,13 +62,18 @@ def round_matrix(
 @partial(jax.jit, static_argnames=("method", "block"))
 @_exact
 def block_importance(
-    w: Float[Array, "k n"], moments: Moments, keys: Keys, method: Method, block: int
+    w: Float[Array, "k n"],
+    moments: Moments,
+    keys: Keys,
+    method: Method,
+    block: int,
+    known: dict[str, Array] | None = None,
 ) -> Float[Array, "k/block"]:
     """Loss per unit of relative distortion in each block of (transformed) rows.
 
     With error feedback the loss is sum_j D_j |n_j|^2 for the noise n_j that rounding row j adds.
     """
-    w, moments, _ = _transformed(w, moments, keys, method)
+    w, moments, _ = _transformed(w, moments, keys, method, known)
     gram, _ = living(moments.input)
     d, _ = feedback_energies(gram, method.rounder.damping)
     blocks = lambda a: a.reshape(-1, block).sum(1)
@@ -69,29 +81,26 @@ def block_importance(
 
 
 def _transformed(
-    w: Array, moments: Moments, keys: Keys, method: Method
+    w: Array, moments: Moments, keys: Keys, method: Method, known: dict[str, Array] | None
 ) -> tuple[Array, Moments, dict[str, Array]]:
     """W and its moments after the method's changes of variables, and the arrays of these."""
-    w = w.astype(jnp.float32)
-    change, gram, rows = _side(method.input, "input", w.T, moments.input, keys.input)
-    w = change(w.T).T
+    channels = Channels(w.astype(jnp.float32).T, moments.input)
+    channels, rows = _side(method.input, "input", channels, keys.input, known)
+    gram, w = channels.gram, channels.weights.T
     output_key = jax.random.fold_in(keys.own, 1)
-    change, output, columns = _side(method.output, "output", w, moments.output, output_key)
-    return change(w), Moments(gram, output), rows | columns
+    channels, columns = _side(method.output, "output", Channels(w, moments.output), output_key)
+    return channels.weights, Moments(gram, channels.gram), rows | columns
 
 
 def _side(
-    side: Any, name: str, w: Float[Array, "r c"], gram: Array | None, key: Array
-) -> tuple[Callable[[Array], Array], Array | None, dict[str, Array]]:
-    """What changes the channels c of the weight's rows, their moment after it, and its arrays."""
+    side: Any, name: str, channels: Channels, key: Array, known: dict[str, Array] | None = None
+) -> tuple[Channels, dict[str, Array]]:
+    """The channels after the change on one side, and its arrays, by their names in the data."""
     if side is None:
-        return lambda x: x, gram, {}
-    energy = jnp.mean(w**2, 0)
-    arrays = side.fit(energy, jnp.ones_like(energy) if gram is None else jnp.diagonal(gram), key)
-    apply = lambda x: side.apply(x, arrays)
-    gram = None if gram is None else apply(apply(gram).T)  # A^T H A
-    change = lambda x: side.inverse(x, arrays)
-    return change, gram, {f"{name}.{part}": a for part, a in arrays.items()}
+        return channels, {}
+    arrays = side.fit(channels, key) if known is None else known
+    named = {f"{name}.{part}": a for part, a in arrays.items()}
+    return channels.through(side, arrays), named
 
 
 def _energy(e: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.calibrate import Stats
+from jaxquant.activations import Activations
+from jaxquant.calibrate import Stats, seen
+from jaxquant.draw import Draw
+from jaxquant.inputs import Inputs, Inspection, Member
 from jaxquant.matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.methods import Method
 from jaxquant.paths import path_leaves, replace_leaves
@@ -22,8 +24,7 @@ from jaxquant.resume import Finished
 from jaxquant.rounding import Moments
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
-from jaxquant.tensor import QTensor
-from pallas_kernels import activations as forms
+from jaxquant.tensor import QTensor, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ def quantize(
     stats: Stats | Mapping[str, Site] | None = None,
     *,
     key: Array | None = None,
+    inspect: Inspection | None = None,
+    transforms: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     progress: Callable[[Done], None] | None = None,
     finished: Finished | None = None,
 ) -> Any:
@@ -66,6 +69,9 @@ def quantize(
       recipe: a `Recipe`, or one method for every weight the function contracts.
       stats: `calibrate`'s result; or `sites`' result; or None (the last axis is the output).
       key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
+      inspect: what judges the candidates of a transform that is searched for, in place of the
+        products' error; see `inputs.Inspection`.
+      transforms: arrays of input transforms that are known already, from `learn`.
       progress: called with `Done` after each matrix.
       finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on.
         What is in it is not done again, what is done is put in it. A mapping that lives on disk
@@ -83,18 +89,18 @@ def quantize(
     """
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
-    todo = [(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
+    todo = [Member(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
     for entry, method in todo:
         _check_statistics(entry.path, method, stats)
-    draw = _Draw.of(key)
+    draw = Draw.of(key)
     report = _Progress(sum(math.prod(e.matrix[:-2]) for e, _ in todo), progress)
-    inputs = _shared_inputs(todo, found)
     leaves = dict(path_leaves(params))
+    known = stats if isinstance(stats, Stats) else None
+    inputs = Inputs.of(todo, found, leaves, known, inspect, transforms)
     new = {}
     for entry, method in todo:
         moments = _moments(entry.path, method, stats)
-        shared = inputs[entry.path]
-        job = _Job(entry, method, draw, shared, finished if finished is not None else {})
+        job = _Job(entry, method, draw, inputs, finished if finished is not None else {})
         new[entry.path] = job.run(leaves[entry.path], moments, report)
     return replace_leaves(params, new)
 
@@ -105,6 +111,7 @@ def quantize_array(
     gram: Float[Array, "k k"] | None = None,
     *,
     output_gram: Float[Array, "n n"] | None = None,
+    inputs: Float[Array, "t k"] | None = None,
     key: Array | None = None,
 ) -> QTensor:
     """One matrix, y = x @ w.
@@ -112,8 +119,9 @@ def quantize_array(
     Args:
       w: [k, n], floating.
       method: from `rtn`, `gptq`, ...
-      gram: [k, k] mean of x x^T; required by methods with feedback.
+      gram: [k, k] mean of x x^T; required by methods with feedback. By default that of `inputs`.
       output_gram: [n, n] mean of g g^T, g the loss gradient at y; required by two-sided ones.
+      inputs: rows x; required by methods that fit transforms or scales to activations.
       key: randomness of methods that need it; default `jax.random.key(0)`.
     Raises:
       ValueError: shapes disagree, values are not finite, the group size does not divide k.
@@ -126,6 +134,14 @@ def quantize_array(
         raise ValueError(f"expected a method, such as gptq(bits=4), got {method!r}")
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
+    stats = None
+    if inputs is not None:
+        if inputs.ndim != 2 or inputs.shape[1] != w.shape[0]:
+            raise ValueError(f"inputs must be [t, {w.shape[0]}], got {list(inputs.shape)}")
+        stats = seen(inputs.astype(jnp.float32), w.shape[1])
+        gram = stats.gram("w") if gram is None else gram
+    elif method.needs_channels or method.needs_sample:
+        raise ValueError(f"method {method.name!r} needs inputs=, [t, {w.shape[0]}]")
     needs = {"gram": method.needs_gram, "output_gram": method.needs_output}
     for name, given, size in (("gram", gram, w.shape[0]), ("output_gram", output_gram, w.shape[1])):
         if needs[name] and given is None:
@@ -134,19 +150,30 @@ def quantize_array(
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
     (entry,) = resolve(method, {"w": w}).entries
     moments = Moments(gram, output_gram)
-    job = _Job(entry, method, _Draw.of(key), "w", {})
+    shared = Inputs.of([Member(entry, method)], None, {"w": w}, stats)
+    job = _Job(entry, method, Draw.of(key), shared, {})
     return job.run(w, moments, _Progress(1, None))
 
 
 def _check_statistics(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> None:
-    if not (method.needs_gram or method.needs_output):
+    reads = (method.needs_gram, method.needs_output, method.needs_channels, method.needs_sample)
+    if not any(reads):
         return
     if not isinstance(stats, Stats):
         raise ValueError(
             f"method {method.name!r} for {path!r} needs statistics: pass the result of "
             f"calibrate(fn, params, batches)"
         )
-    stats.check(path, output=method.needs_output)
+    if method.needs_gram:
+        stats.gram(path)
+    if method.needs_output:
+        stats.output_gram(path)
+    if method.needs_sample and stats.of(path).extreme is None:
+        raise ValueError(
+            f"method {method.name!r} for {path!r} reads rows of the input: calibrate with "
+            f"sample=256"
+        )
+    stats.of(path)
 
 
 def _moments(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:
@@ -157,21 +184,6 @@ def _moments(path: str, method: Method, stats: Stats | Mapping[str, Site] | None
         stats.gram(path) if method.needs_gram else None,
         stats.output_gram(path) if method.needs_output else None,
     )
-
-
-def _shared_inputs(
-    todo: list[tuple[Entry, Method]], found: Mapping[str, Site] | None
-) -> dict[str, str]:
-    """Of every path, the first one whose weight reads the same input through the same transform."""
-    first: dict[Any, str] = {}
-    out = {}
-    for entry, method in todo:
-        site = (found or {}).get(entry.path)
-        name: Any = entry.path
-        if site is not None and site.input and not getattr(method.input, "fitted", False):
-            name = (site.input, entry.matrix[:-1], method.input)
-        out[entry.path] = first.setdefault(name, entry.path)
-    return out
 
 
 class _Progress:
@@ -190,33 +202,13 @@ class _Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Draw:
-    """Randomness, and a name for it: under one name the same is drawn for the same thing."""
-
-    key: Array
-    name: str  # "" if the key is being traced
-
-    @staticmethod
-    def of(key: Array | None) -> "_Draw":
-        if key is None:
-            return _Draw(jax.random.key(0), "default")
-        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-        traced = isinstance(data, jax.core.Tracer)
-        return _Draw(key, "" if traced else np.asarray(data).tobytes().hex())
-
-    def of_matrix(self, text: str, i: int) -> Array:
-        whole = jax.random.fold_in(self.key, zlib.crc32(text.encode()) & 0x7FFFFFFF)
-        return jax.random.fold_in(whole, i)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Job:
     """One leaf: its matrices, one after another through one compiled program."""
 
     entry: Entry
     method: Method
-    draw: _Draw
-    input: str  # path whose input transform it shares
+    draw: Draw
+    inputs: Inputs
     finished: Finished
 
     def run(self, w: Array, moments: Moments, progress: _Progress) -> QTensor:
@@ -233,7 +225,7 @@ class _Job:
         for i, name in enumerate(self._names()):
             start, before = time.monotonic(), name in self.finished
             one = jax.tree.map(lambda a, i=i: a[i], moments)
-            data, report = self._one(name, matrices[i], one, self._keys(i), method, abstract)
+            data, report = self._one(i, name, matrices[i], one, method, abstract)
             parts.append(data)
             reports.append(report)
             if not abstract:
@@ -264,21 +256,29 @@ class _Job:
         importance = np.full(k // format.block, float(abstract))
         for i, w in enumerate(() if abstract else matrices):
             one = jax.tree.map(lambda a, i=i: a[i], moments)
-            importance += block_importance(w, one, self._keys(i), self.method, format.block)
+            keys, known = self._keys(i), part(self._known(i), "input.") or None
+            importance += block_importance(w, one, keys, self.method, format.block, known)
         return dataclasses.replace(self.method, format=format.planned(importance))
 
     def _one(
-        self, name: str, w: Array, moments: Moments, keys: Keys, method: Method, abstract: bool
+        self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
     ) -> tuple:
-        if abstract:
-            return round_matrix(w, moments, keys, method)
         if name in self.finished:
             stored = {key: jnp.asarray(a) for key, a in self.finished[name].items()}
             return stored, Report(*(stored.pop(f"report.{f}") for f in Report._fields))
-        data, report = jax.block_until_ready(round_matrix(w, moments, keys, method))
-        reports = {f"report.{field}": a for field, a in report._asdict().items()}
-        self.finished[name] = {**data, **reports}
+        known = self._known(i)
+        side = part(known, "input.") or None
+        data, report = round_matrix(w, moments, self._keys(i), method, side)
+        data |= {key: a for key, a in known.items() if key.startswith("activations.")}
+        if not abstract:
+            data, report = jax.block_until_ready((data, report))
+            reports = {f"report.{field}": a for field, a in report._asdict().items()}
+            self.finished[name] = {**data, **reports}
         return data, report
+
+    def _known(self, i: int) -> dict[str, Array]:
+        """Arrays that the weights of this input share."""
+        return self.inputs.arrays(self.entry.path, i, self._keys(i).input) or {}
 
     def _names(self) -> Iterator[str]:
         batch = self.entry.matrix[:-2]
@@ -286,15 +286,18 @@ class _Job:
             yield f"{self.entry.path}[{', '.join(map(str, index))}]" if batch else self.entry.path
 
     def _keys(self, i: int) -> Keys:
-        of = self.draw.of_matrix
-        return Keys(of(f"input of {self.input}", i), of(self.entry.path, i))
+        return Keys(self.draw.of_input(self._input, i), self.draw.of_matrix(self.entry.path, i))
+
+    @property
+    def _input(self) -> str:
+        return self.inputs.leader[self.entry.path]
 
     def _shared(self) -> str:
         """A name that two weights have in common only if they read one input, transformed alike."""
         side = self.method.input
         if side is not None and (side.fitted or not self.draw.name):
             return ""
-        return f"{self.input} {list(self.entry.matrix[:-2])} {self.draw.name}"
+        return f"{self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
 
     def _matrices(self, moments: Moments) -> Moments:
         """Moments with the batch axes as one; ValueError if they are of another tree."""
@@ -362,19 +365,32 @@ def dequantize(params: Any) -> Any:
     )
 
 
-def with_activations(params: Any, activations: str) -> Any:
+def with_activations(params: Any, activations: Activations | str | None) -> Any:
     """The same tree, its packed weights meeting inputs in another form; the weights are the same.
 
     Args:
-      activations: "float", "int8" (a scale per token) or "int8/256" (one per 256 channels).
+      activations: an `Activations` or its text: "int8" (a scale per token), "int4,asymmetric", ...;
+        None or "float": inputs as they are.
+    Raises:
+      ValueError: an unknown form; or static scales, which calibration finds: name these in the
+        method, and `quantize` with statistics.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = with_activations({"w": jq.quantize_array(jnp.eye(64), jq.rtn())}, "int8")
-    >>> q["w"].activations
+    >>> str(q["w"].activations)
     'int8'
     """
-    forms.check(activations)
-    change = lambda w: (
-        dataclasses.replace(w, activations=activations) if isinstance(w, QTensor) else w
-    )
+    form = Activations.of(activations)
+
+    def change(w: Any) -> Any:
+        if not isinstance(w, QTensor):
+            return w
+        known = part(w.data, "activations.")
+        if form is not None and set(form.shapes()) - set(known):
+            raise ValueError(
+                f"{form}: static scales come from calibration; give activations={str(form)!r} to "
+                f"the method, and statistics to quantize"
+            )
+        return dataclasses.replace(w, activations=form)
+
     return jax.tree.map(change, params, is_leaf=is_standin)

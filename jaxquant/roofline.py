@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.activations import kernel_form
 from jaxquant.paths import path_leaves
 from jaxquant.tensor import QTensor, part
 from pallas_kernels import chips, rates
@@ -108,4 +109,5 @@ def _rate(w: QTensor, chip: str) -> float:
         return arrays
 
     jax.eval_shape(arguments, part(w.data))  # of shapes alone
-    return rates.weights_per_cycle(f"{w.format.storage}_matmul", chip, w.activations, **static)
+    op, form = f"{w.format.storage}_matmul", kernel_form(w.activations)
+    return rates.weights_per_cycle(op, chip, form, **static)

@@ -4,12 +4,15 @@ import dataclasses
 from typing import Any
 
 from jaxquant import codebooks, rounding, transforms
+from jaxquant.activations import Activations
 from jaxquant.methods import Keep, Method
 from jaxquant.tensor import View
 
 _PARTS = [vars(m)[name] for m in (codebooks, rounding, transforms) for name in m.__all__]
 _TYPES: dict[str, Any] = {
-    t.__name__: t for t in (*_PARTS, Method, Keep, View) if hasattr(t, "__dataclass_fields__")
+    t.__name__: t
+    for t in (*_PARTS, Activations, Method, Keep, View)
+    if hasattr(t, "__dataclass_fields__")
 }
 
 

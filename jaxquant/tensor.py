@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -12,6 +13,8 @@ import quax
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
+from jaxquant import activations
+from jaxquant.activations import Activations
 from jaxquant.contraction import Contraction
 from jaxquant.standin import StandIn, arguments, is_standin, note, once
 from pallas_kernels import dispatch as kernels
@@ -102,8 +105,8 @@ class QTensor(StandIn):
       shared: weights with the same name here read one input in the function they were made for,
         through equal transforms, arrays included: it is transformed once, and the products are one
         call where the platform has that; "" if it is not known.
-      activations: in which form the (transformed) input meets the codes: "float", "int8" or
-        "int8/256", see `pallas_kernels.activations`.
+      activations: how the (transformed) input is rounded before it meets the codes, `Activations`;
+        None: not at all. Its arrays, if it has any, are named "activations.".
     """
 
     data: dict[str, Array]
@@ -114,7 +117,7 @@ class QTensor(StandIn):
     input: Any = eqx.field(static=True, default=None)
     output: Any = eqx.field(static=True, default=None)
     shared: str = eqx.field(static=True, default="")
-    activations: str = eqx.field(static=True, default="float")
+    activations: Activations | None = eqx.field(static=True, default=None)
 
     @property
     def order(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -275,19 +278,22 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     # A format whose products are served by an op has `matmuls`.
     family = w.siblings() if key and hasattr(w.format, "matmuls") else [w]
 
+    form = activations.in_force(w.activations)
+
     def matmul(rows: Array, data: dict[str, Array]) -> Array:
         if not forward:
             return w.matmul_transposed(rows, data)
         rows = once(key, x, lambda: w.transformed(rows, data))
+        meet = partial(activations.product, form, rows, part(data, "activations."))
         if len(family) == 1:
-            return w.finished(w.format.matmul(rows, part(data), w.activations), data)
+            return w.finished(meet(lambda x, form: w.format.matmul(x, part(data), form)), data)
         several = [part(other.data) for other in family]
 
         def products() -> tuple:
             with kernels.listening() as heard:
-                return w.format.matmuls(rows, several, w.activations), heard
+                return meet(lambda x, form: w.format.matmuls(x, several, form)), heard
 
-        ys, heard = once((*key, w.format, w.activations), x, products)
+        ys, heard = once((*key, w.format, form), x, products)
         served.extend(heard)
         return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], data)
 
@@ -301,8 +307,8 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
             contracted=core_k if forward else core_n,
             out_shape=w.outputs if forward else w.view.k,
         )
-    form = "" if w.activations == "float" else f", {w.activations} activations"
-    note(rule, "; ".join([f"{w.format.kernel()}{form}", *served]))
+    rounds = [form.describe()] if forward and form is not None else []
+    note(rule, "; ".join([w.format.kernel(), *rounds, *served]))
     return y
 
 

@@ -37,8 +37,8 @@ class Cache(NamedTuple):
         """The most tokens, S."""
         return self.k[0].shape[2]
 
-    def until(self, end: jax.Array) -> "Cache":
-        """Tokens of the next call that stand at position `end` or after it are padding."""
+    def until(self, end: jax.Array | None) -> "Cache":
+        """From now on tokens at position `end` or after it are padding; None: no more."""
         return self._replace(end=end)
 
     def apart(self) -> "Cache":
@@ -65,7 +65,7 @@ class Cache(NamedTuple):
     def advanced(self, tokens: int, kept: None, config: LlamaConfig) -> "Cache":
         """After a call of so many. The padding's keys lie after the end: no later query sees a
         slot before overwriting it."""
-        return self._replace(length=_advanced(self, tokens), end=None)
+        return self._replace(length=_advanced(self, tokens))
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +91,7 @@ class PackedCache:
     size: int = dataclasses.field(metadata={"static": True})
     end: jax.Array | None = None
 
-    def until(self, end: jax.Array) -> "PackedCache":
+    def until(self, end: jax.Array | None) -> "PackedCache":
         """As `Cache.until`; padding enters neither the codes nor the recent tokens."""
         return dataclasses.replace(self, end=end)
 
@@ -111,7 +111,7 @@ class PackedCache:
         """
         after = _advanced(self, tokens)
         past = kv_cache.store(self.past, *kept, self.length, after, self.form, _radians(config))
-        return dataclasses.replace(self, past=past, length=after, end=None)
+        return dataclasses.replace(self, past=past, length=after)
 
 
 @jax.tree_util.register_dataclass

@@ -86,6 +86,7 @@ def _run(
     """Returns (tokens int32 [room], number of them that count)."""
     cache = init_cache(config, 1, prompt.shape[1] + room, cache_dtype, kv)
     logits, cache = apply_cached(params, prompt, cache.until(length))
+    cache = cache.until(None)
     key, now = jax.random.split(key)
     first = _pick(logits[0, length - 1], temperature, now)
     tokens = jnp.zeros(room, jnp.int32).at[0].set(first)

@@ -231,3 +231,34 @@ def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:
         return model.apply({"params": params}, h, method="logits")
 
     return Blockwise(embed, block, head)
+
+
+def parts(config: LlamaConfig, dtype=jnp.float32) -> tuple[Callable, Callable]:
+    """What attention, and what the MLP, of a block adds: two functions of (layer_params, h)."""
+
+    def run(module, name, layer_params, h, *args):
+        norm = nn.RMSNorm(config.norm_eps, dtype=dtype)
+        x = norm.apply({"params": layer_params[f"{name}_norm"]}, h)
+        return module(config, dtype).apply({"params": layer_params[name]}, x, *args)
+
+    def attend(layer_params, h):
+        angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
+        return run(Attention, "attn", layer_params, h, None, None, positions, angles)[0]
+
+    return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)
+
+
+def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
+    """What makes the inputs of the layers' matrices, as `jaxquant.fold` wants it.
+
+    Values make the input of o too, but with fewer of them than queries one channel of theirs is
+    several of o's.
+    """
+    found = {
+        "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
+        "layers/mlp/[gu]*/kernel": ("layers/mlp_norm/scale",),
+        "layers/mlp/down/kernel": ("layers/mlp/up/kernel", "layers/mlp/up/bias"),
+    }
+    if config.n_kv_heads == config.n_heads:
+        found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
+    return found

@@ -15,14 +15,17 @@ import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.layers import is_apart, layers_of
+from jaxquant.rounding import Clipped
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama, blockwise, whole
+from models.llama import Llama, blockwise, folds, whole
+from models.prefix import after_prefix
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
 LAYERS = "layers/*kernel"  # the matrices of every layer
+CLIPPED_NOT = "layers/*attn/[qk]/kernel"
 NORMS = "*norm/scale"
 BLOCK_DATA = 24  # sequences to heal single blocks on
 
@@ -46,7 +49,7 @@ def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
         params = jax.tree.map(
             lambda w: w if _packed(w) else w.astype(jnp.float32), params, is_leaf=_packed
         )
-    return Model(str(spec), config, params, tokenizer)
+    return Model(str(spec), config, params, tokenizer, prefix=metadata.get("prefix", 0))
 
 
 def beginning(model: Model) -> list[int]:
@@ -81,8 +84,15 @@ def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
 
 
 def recipe_of(method: jq.Method) -> jq.Recipe:
-    """The matrices of every layer by one method; embedding, head and norms as they are."""
-    return jq.Recipe([(LAYERS, method), ("*", jq.KEEP)])
+    """The matrices of every layer by one method; embedding, head and norms as they are.
+
+    Queries and keys are not clipped: what they lose is multiplied.
+    """
+    rules: list[tuple[str, Any]] = [(LAYERS, method), ("*", jq.KEEP)]
+    if isinstance(method.rounder, Clipped):
+        whole = dataclasses.replace(method, rounder=method.rounder.rounder)
+        rules.insert(0, (CLIPPED_NOT, whole))
+    return jq.Recipe(rules)
 
 
 def calibrate(
@@ -121,21 +131,26 @@ def calibrate_on(
     output: Sequence[str] = (),
     **options: Any,
 ) -> jq.Stats:
-    """Statistics on token sequences [N, length], one at a time.
+    """Statistics on token sequences [N, length], one at a time; those of a prefix are left out.
 
     The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
-    the grams, twice, beside the parameters.
+    what is kept, twice, beside the parameters.
     """
-    llama = Llama(model.config, model.dtype, remat=True)
+    llama, prefix = Llama(model.config, model.dtype, remat=True), model.prefix
 
-    def forward(params: Any, x: jax.Array) -> jax.Array:
-        return llama.apply({"params": params}, x)
+    def forward(params: Any, tokens: jax.Array, *cache: Any) -> jax.Array:
+        got = llama.apply({"params": params}, tokens, *cache)
+        return got[0] if cache else got
+
+    def batch(sequence: np.ndarray) -> tuple:
+        tokens = jnp.asarray(sequence)[None]
+        return after_prefix(llama, model.params, tokens, prefix) if prefix else (tokens,)
 
     return jq.calibrate(
         forward,
         model.params,
-        (jnp.asarray(s)[None] for s in sequences),
-        loss=next_token_loss,
+        (batch(s) for s in sequences),
+        loss=lambda logits, batch: next_token_loss(logits, batch[0]),
         weighting=weighting,
         output=output,
         **options,
@@ -224,9 +239,16 @@ def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:
 def quantized_model(
     model: Model, recipe: jq.Recipe, stats: jq.Stats | None, **options: Any
 ) -> Model:
-    """The model with packed parameters; what the recipe keeps is untouched (see `save`)."""
-    found = stats if stats is not None else _sites(model)
-    return dataclasses.replace(model, params=jq.quantize(model.params, recipe, found, **options))
+    """The model with packed parameters; what the recipe keeps is untouched (see `save`).
+
+    Factors of inputs are folded into what makes these, where that is exact (`models.llama.folds`).
+    `options`: key, inspect, progress and finished of `jaxquant.quantize`.
+    """
+    found, params = stats if stats is not None else _sites(model), model.params
+    if stats is not None and not is_apart(params, "layers"):
+        how = {name: options[name] for name in ("key", "inspect") if name in options}
+        params, recipe, found = jq.fold(params, recipe, stats, folds(model.config), **how)
+    return dataclasses.replace(model, params=jq.quantize(params, recipe, found, **options))
 
 
 def _sites(model: Model) -> dict[str, jq.Site]:
@@ -237,7 +259,11 @@ def _sites(model: Model) -> dict[str, jq.Site]:
 def save(directory: str | Path, model: Model, recipe: jq.Recipe, overwrite: bool = False) -> None:
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
     params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
-    metadata = {"config": model.config.to_json(), "tokenizer": model.tokenizer.to_json()}
+    metadata = {
+        "config": model.config.to_json(),
+        "tokenizer": model.tokenizer.to_json(),
+        "prefix": model.prefix,
+    }
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
 
 

@@ -16,6 +16,7 @@ from models.config import LlamaConfig
 from models.gguf_reader import read_gguf
 from models.huggingface import read_hf
 from models.llama import Llama, apply
+from models.prefix import exact_prefix
 from models.tokenizer import Tokenizer
 
 
@@ -29,6 +30,8 @@ class Model:
       params: inner "params" tree of jax arrays; see `models.llama` for the paths.
       tokenizer: its tokenizer.
       dtype: dtype of parameters and activations.
+      prefix: tokens at the beginning of a text whose activations are not rounded, see
+        `models.prefix`.
     """
 
     name: str
@@ -36,16 +39,17 @@ class Model:
     params: dict[str, Any]
     tokenizer: Tokenizer
     dtype: Any = jnp.float32
+    prefix: int = 0
 
     @property
     def apply_fn(self) -> Callable[[Any, jax.Array], jax.Array]:
         """(params, tokens int [b, t]) to logits float32 [b, t, V]; pure."""
-        return _functions(self.config, jnp.dtype(self.dtype))[0]
+        return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[0]
 
     @property
     def apply_cached(self) -> Callable[[Any, jax.Array, AnyCache], tuple[jax.Array, AnyCache]]:
         """The same with a key-value cache (`models.llama.init_cache`), for `models.generate`."""
-        return _functions(self.config, jnp.dtype(self.dtype))[1]
+        return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[1]
 
     def apply_kv(self, kv: KVFormat, strict: bool = True) -> Callable[[Any, jax.Array], jax.Array]:
         """`apply_fn` with keys and values rounded as in a packed cache, to measure what that costs.
@@ -57,14 +61,20 @@ class Model:
           strict: all of them, its own too, but for the format's sinks and last `window`; else those
             that are in the codes when tokens are decoded one by one, which are up to a group fewer.
         Raises:
-          ValueError: the format does not fit the model's heads.
+          ValueError: the format does not fit the model's heads; or it has an exact prefix, which
+            wants a cache of its own.
         """
         kv.check(self.config.head_dim)
+        if self.prefix:
+            raise ValueError(
+                f"the model's exact prefix, of {self.prefix} tokens, is not measured with rounded "
+                "keys and values: take a model with a prefix of 0"
+            )
         return _rounding(self.config, jnp.dtype(self.dtype), kv, strict)
 
 
 @functools.cache
-def _functions(config: LlamaConfig, dtype: Any) -> tuple[Callable, Callable]:
+def _functions(config: LlamaConfig, dtype: Any, prefix: int) -> tuple[Callable, Callable]:
     """One pair for each architecture: jit keeps its keys alive, and must not keep weights."""
     model = Llama(config, dtype)
 
@@ -74,7 +84,7 @@ def _functions(config: LlamaConfig, dtype: Any) -> tuple[Callable, Callable]:
     def apply_cached(params, tokens, cache):
         return apply(model, params, tokens, cache)
 
-    return apply_fn, apply_cached
+    return exact_prefix(model, prefix) if prefix else (apply_fn, apply_cached)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_FORMS = {"float": "A16", "int8": "A8", "int8/256": "A8"}
+_FORMS = {"float": "A16", "int8": "A8", "int8/256": "A8", "codes": "A8"}
 
 
 @functools.cache

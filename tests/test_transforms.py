@@ -7,6 +7,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.rounding import LDLQ, Nearest
+from jaxquant.transforms import Channels
 
 from .test_dispatch import draw
 
@@ -16,13 +17,22 @@ ROTATIONS = [
     jq.Rotation(block=16, sort=True),
     jq.Rotation(sort=True),
 ]
-SIDES = [*ROTATIONS, jq.Scaling(-0.5)]
+SCALINGS = [jq.Scaling(-0.5), jq.Smooth(0.5), jq.Smooth(None), jq.ActivationAware()]
+BLOCKS = [jq.Greedy(10, 8), jq.Greedy(10, 8, shared=True, flat=True), jq.Zigzag(10)]
+CHAINS = [jq.Chain((jq.Smooth(0.5), jq.Greedy(10, 8), jq.Zigzag(10), jq.Greedy(10, 8)))]
+SIDES = [*ROTATIONS, *SCALINGS, *BLOCKS, *CHAINS]
 FINE = jq.Integer(bits=8, group_size=-1, scale_dtype="float32")
 
 
 def fitted(side, n, seed=0):
-    squares = jax.random.uniform(jax.random.key(seed), (2, n), minval=0.1)
-    return side.fit(*squares, jax.random.key(seed + 1))
+    """Its arrays for random weights and vectors, both with outliers."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    spread = [jnp.exp(jax.random.normal(key, (n,))) for key in keys[:2]]
+    weights, vectors = (
+        jax.random.normal(key, (m, n)) * s
+        for key, m, s in zip(keys[2:], (40, 64), spread, strict=True)
+    )
+    return side.fit(Channels.of(weights, vectors), jax.random.key(seed + 1))
 
 
 @pytest.mark.parametrize("side", ROTATIONS, ids=str)
@@ -62,13 +72,15 @@ def test_scaling_evens_out_what_meets_the_weight():
     assert lost[1] < 0.5 * lost[0]
 
 
-@pytest.mark.parametrize("side", [*SIDES, jq.Scaling()], ids=str)
+@pytest.mark.parametrize(
+    "side", [*ROTATIONS, *SCALINGS, jq.Scaling(), jq.Greedy(16, 8), jq.Zigzag(16)], ids=str
+)
 def test_weights_that_read_one_input_stay_each_their_own(side):
     """Grams weighted by gradients differ between weights of one input; so do fitted transforms."""
     p = {"a": draw(32, 32), "b": draw(32, 32, seed=1)}
     x, weight = draw(64, 32, seed=2), jnp.arange(32)
     fn = lambda p, x: jnp.concatenate([jnp.tanh(x @ p["a"]), x @ p["b"] * weight], -1)
-    stats = jq.calibrate(fn, p, [x], loss=lambda y, x: jnp.mean(y**4))
+    stats = jq.calibrate(fn, p, [x], loss=lambda y, x: jnp.mean(y**4), sample=16)
     q = jq.quantize(p, jq.Method("m", jq.gptq().rounder, FINE, side, None), stats)
     got, want = jq.quantized(fn)(q, x), fn(jq.dequantize(q), x)
     np.testing.assert_allclose(got, want, atol=1e-3)
@@ -76,7 +88,8 @@ def test_weights_that_read_one_input_stay_each_their_own(side):
 
 def test_dead_channels_do_not_count():
     moment = jnp.append(jnp.zeros(6), jnp.logspace(-1, 1, 26))
-    factors = jq.Scaling(-0.5).fit(moment, moment, jax.random.key(0))["factors"]
+    known = Channels(jnp.ones((1, 32)), gram=jnp.diag(moment))
+    factors = jq.Scaling(-0.5).fit(known, jax.random.key(0))["factors"]
     np.testing.assert_array_equal(factors[:6], 1)
     even = moment[6:] * factors[6:].astype(jnp.float32) ** 2
     np.testing.assert_allclose(even, even[0], rtol=3e-3)

@@ -1,6 +1,7 @@
 """Formats: a codebook and its storage."""
 
 from jaxquant.codebooks.additive import Additive
+from jaxquant.codebooks.dense import Dense
 from jaxquant.codebooks.entropy_coded import EntropyCoded
 from jaxquant.codebooks.float8 import Float8
 from jaxquant.codebooks.integer import Grid, Integer
@@ -16,6 +17,7 @@ __all__ = [
     "MXFP4",
     "NVFP4",
     "Additive",
+    "Dense",
     "EntropyCoded",
     "Float8",
     "Grid",

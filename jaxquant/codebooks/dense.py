@@ -1,4 +1,4 @@
-"""Dense: the weights themselves, in place of codes that stay as they are while others train."""
+"""Dense: the weights themselves, for activations rounded alone, or in place of frozen codes."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ from pallas_kernels import activations as forms
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """Floats in place of codes, so that a frozen matrix is not decoded again at every step.
+    """Floats in place of codes: of weights that are not rounded, or frozen and so decoded once.
 
     >>> Dense().matmul(jnp.ones((1, 2)), {"codes": jnp.ones((2, 3))}).tolist()
     [[2.0, 2.0, 2.0]]
@@ -19,6 +19,16 @@ class Dense:
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
     codes_ndim: ClassVar[int] = 2
+
+    def check(self, w: Float[Array, "k n"]) -> None:
+        """Any weights will do."""
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Any shape will do."""
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """The weights in float32."""
+        return {"codes": w.astype(jnp.float32)}
 
     def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         return data["codes"].astype(jnp.float32)

@@ -31,6 +31,7 @@ class Integer(Served):
       symmetric: no zero point; else min-max of each group, zero included, with a zero point of
         `bits` bits.
       mse: search the clipping range of each group for the least squared error.
+      clip: of the range, what is kept; weights past it go to its end.
       scale_dtype: storage of the scales; codes are chosen with the stored scale.
       pad: allow a group size that does not divide k (the last group is short).
 
@@ -47,6 +48,7 @@ class Integer(Served):
     mse: bool = False
     scale_dtype: str = "float16"
     pad: bool = False
+    clip: float = 1.0
 
     tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
     storage: ClassVar[str] = "packed"
@@ -57,6 +59,8 @@ class Integer(Served):
         if self.bits not in layout.BITS:
             raise ValueError(f"bits must be one of {layout.BITS}, got {self.bits}")
         check_grouping(self.group_size, self.scale_dtype)
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip must be in (0, 1], got {self.clip}")
 
     def check(self, w: Float[Array, "k n"]) -> None:
         """Raise ValueError if the scales of these weights leave the range of their dtype."""
@@ -90,8 +94,8 @@ class Integer(Served):
     def fit(self, w: Float[Array, "g n"]) -> Grid:
         """Scale and zero point [n] of one group of rows ([1] if one serves the matrix)."""
         axes = (-1, -2) if self.group_size == "tensor" else (-2,)
-        low = jnp.minimum(w.min(axes), 0.0)
-        high = jnp.maximum(w.max(axes), 0.0)
+        low = jnp.minimum(w.min(axes), 0.0) * self.clip
+        high = jnp.maximum(w.max(axes), 0.0) * self.clip
         low, high = (jnp.atleast_1d(a) for a in (low, high))
         if not self.mse:
             return self._grid(low, high)

@@ -1,6 +1,20 @@
 """Transforms: changes of variables on one side of a weight that leave the function as it is."""
 
+from jaxquant.transforms.chain import Chain
+from jaxquant.transforms.channels import Channels
+from jaxquant.transforms.greedy import Greedy, Zigzag
+from jaxquant.transforms.kronecker import Kronecker
 from jaxquant.transforms.rotation import Rotation
-from jaxquant.transforms.scaling import Scaling
+from jaxquant.transforms.scaling import ActivationAware, Scaling, Smooth
 
-__all__ = ["Rotation", "Scaling"]
+__all__ = [
+    "ActivationAware",
+    "Chain",
+    "Channels",
+    "Greedy",
+    "Kronecker",
+    "Rotation",
+    "Scaling",
+    "Smooth",
+    "Zigzag",
+]

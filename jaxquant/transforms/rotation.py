@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields
+from jaxquant.transforms.channels import Channels
 from pallas_kernels import hadamard
 
 
@@ -22,8 +23,8 @@ from pallas_kernels import hadamard
 class Rotation:
     """The map x -> (x * signs)[order] H of n channels; orthonormal.
 
-    Its arrays: "signs", n random bits packed in bytes, or, once trained, n real factors; and, if
-    sorted, "order", uint16.
+    Its arrays: if signed, "signs", n random bits packed in bytes, or, once trained, n real factors;
+    and, if sorted, "order", uint16.
 
     Attributes:
       block: the Hadamard transform is block-diagonal with blocks of this size, so that blocks
@@ -31,10 +32,12 @@ class Rotation:
         Where the width has no such transform, channels are padded with zeros.
       sort: put channels in order of falling energy first (see `fit`), so that blocks are alike
         within and different among each other, and can be given different rates.
+      signed: random signs before the Hadamard transform.
     """
 
     block: int | None = None
     sort: bool = False
+    signed: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -52,32 +55,38 @@ class Rotation:
         """
         return hadamard.padded(n) if self.block is None else -(-n // self.block) * self.block
 
-    needs_moment: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = False
+    needs_channels: ClassVar[bool] = False
+    needs_sample: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    searched: ClassVar[bool] = False
 
     @property
     def fitted(self) -> bool:
         """Whether its arrays depend on the weight, and so cannot be shared."""
         return self.sort
 
-    def fit(
-        self, weights: Float[Array, "n"], moment: Float[Array, "n"], key: Array
-    ) -> dict[str, Array]:
-        """Its arrays, for channels of these mean squares of weights and of what they meet."""
-        n = weights.shape[0]
-        arrays = {"signs": jnp.packbits(jax.random.bernoulli(key, 0.5, (n,)))}
+    def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
+        """Its arrays; a channel's energy is that of its weights times that of its vectors."""
+        n, arrays = channels.weights.shape[1], {}
+        if self.signed:
+            arrays["signs"] = jnp.packbits(jax.random.bernoulli(key, 0.5, (n,)))
         if self.sort:
-            arrays["order"] = jnp.argsort(-weights * moment, stable=True).astype(jnp.uint16)
+            order = jnp.argsort(-channels.energy * channels.moment, stable=True)
+            arrays["order"] = order.astype(jnp.uint16)
         return arrays
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays that `fit` makes."""
-        squares = jax.ShapeDtypeStruct((n,), jnp.float32)
-        return jax.eval_shape(self.fit, squares, squares, jax.eval_shape(jax.random.key, 0))
+        weights = jax.ShapeDtypeStruct((1, n), jnp.float32)
+        fit = lambda weights, key: self.fit(Channels(weights), key)
+        return jax.eval_shape(fit, weights, jax.eval_shape(jax.random.key, 0))
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
         """x A, for row vectors x."""
         n = x.shape[-1]
-        x = x * factors(arrays["signs"], n).astype(x.dtype)
+        if self.signed:
+            x = x * factors(arrays["signs"], n).astype(x.dtype)
         if self.sort:
             x = x[..., arrays["order"]]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.size(n) - n)])
@@ -90,7 +99,7 @@ class Rotation:
         y = hadamard.transform_transposed(y, self.block)[..., :n]
         if self.sort:
             y = y[..., jnp.argsort(arrays["order"])]
-        return y * factors(arrays["signs"], n).astype(y.dtype)
+        return y * factors(arrays["signs"], n).astype(y.dtype) if self.signed else y
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
         """x A^-T, which is x A: what weights become where the vectors they meet become x A."""

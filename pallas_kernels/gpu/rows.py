@@ -51,7 +51,9 @@ def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Row
     if activations != "float":
         q, s = forms.quantize(x, activations)
         q = q if integer else q.astype(jnp.float16)
-        return Rows(q, s, None) if activations == "int8" else Rows(q, jnp.ones_like(s[:, :1]), s)
+        return (
+            Rows(q, jnp.ones_like(s[:, :1]), s) if activations == "int8/256" else Rows(q, s, None)
+        )
     count, x = parts(x.dtype, activations), x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     exponent = jnp.clip(_exponent(largest), -100, 127)  # a row of zeros has one too

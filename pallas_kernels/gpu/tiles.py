@@ -6,7 +6,12 @@ from jaxtyping import Array, Int32
 from pallas_kernels import activations as forms
 from pallas_kernels.gpu import adapter
 
-LEAST_DEPTH = {"float": 16, "int8": 32, "int8/256": 32}  # of one tensor core instruction
+LEAST_DEPTH = {
+    "float": 16,
+    "int8": 32,
+    "int8/256": 32,
+    "codes": 32,
+}  # of one tensor core instruction
 
 
 def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128) -> int:

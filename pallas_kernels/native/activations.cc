@@ -98,14 +98,15 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
       data_(m * units_ * per_unit_),
       sums_(m * segments_),
       scales_(m * segments_, 1.0f) {
+  const bool rounds = activations == kInt8Rows || activations == kInt8Blocks;
   parallel(rows.size(), [&](int64_t i) {
     const Rows& some = rows[i];
-    std::vector<float> q(activations == kAsFloat ? 0 : k);
+    std::vector<float> q(rounds ? k : 0);
     const int64_t size = activations == kInt8Rows ? k : kBlock;
     std::vector<float> scale((k + size - 1) / size);
     for (int r = 0; r < some.count; ++r) {
       const float* row = x + (some.first + r) * k;
-      if (activations != kAsFloat) {
+      if (rounds) {
         for (int64_t b = 0; b * size < k; ++b)
           scale[b] = kernels.quantize(row + b * size, std::min(size, k - b * size), &q[b * size]);
         row = q.data();
@@ -115,7 +116,7 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
         const int64_t place = some.first * segments_ + s * some.count + r;
         int32_t* to = data_.data() +
             (some.first * units_ + segment.at * some.count) * per_unit_ + r;
-        if (activations != kAsFloat) scales_[place] = scale[segment.begin / size];
+        if (rounds) scales_[place] = scale[segment.begin / size];
         if (integers && !unit.planes) {
           auto in_bytes = [](int32_t v) { return static_cast<int32_t>((v & 255) * 0x01010101u); };
           lay_each(row, segment, unit.codes, some.count, in_bytes, to, &sums_[place]);

@@ -10,7 +10,7 @@
 
 namespace jaxquant {
 
-enum Activations { kAsFloat, kInt8Rows, kInt8Blocks };
+enum Activations { kAsFloat, kInt8Rows, kInt8Blocks, kCodes };  // codes: x holds integers
 
 constexpr int64_t kBlock = 256;  // channels that share a scale in kInt8Blocks
 

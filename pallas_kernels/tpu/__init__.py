@@ -86,7 +86,7 @@ def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: in
             f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
         )
     if activations == "int8/256":
-        return "a trellis is served with activations 'float' and 'int8', not 'int8/256'"
+        return "a trellis is served with activations 'float', 'int8' and 'codes', not 'int8/256'"
     rows = x.shape[1] // len(rates)
     if len(rates) > 1 and rows % 128:
         return f"blocks of {rows} rows with a scale each are no multiple of 128"

@@ -27,6 +27,7 @@ _DIGITS = {
     ("int8", BFLOAT16): (1, 1, 127),
     ("int8", FLOAT8): (2, 16, 127),
 }
+_DIGITS |= {("codes", unit): _DIGITS["int8", unit] for unit in UNITS}
 # [..., k] -> [..., k]: columns of x as the codes of w come out of their words, run by run.
 Order = Callable[[Array], Array]
 

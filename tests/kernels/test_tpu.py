@@ -28,6 +28,8 @@ PACKED = [
     (8, 200, 600, 100, 128, "float", "bfloat16", "float32", "float32", False),
     (2, 200, 576, 129, 576, "float", "int8", "bfloat16", "float32", True),
     (8, 1, 20, 30, 20, "int8", "int8", "float32", "float32", True),
+    (4, 3, 300, 130, 300, "codes", "int8", "float32", "float32", True),
+    (2, 8, 520, 130, 64, "codes", "float8_e4m3fn", "float32", "float32", False),
 ]
 
 
@@ -83,6 +85,8 @@ def test_packed_matmul(case):
     bits, m, k, n, group, activations, unit, x, scale, zero = case
     arrays = made(np.random.default_rng(), bits, m, k, n, group, x, scale, zero)
     statics = {"bits": bits, "group_size": group}
+    if activations == "codes":
+        arrays = (jnp.clip(jnp.round(40 * arrays[0]), -127, 127), *arrays[1:])
     kernel = KERNELS["packed_matmul"]
     assert kernel.serves(*arrays, **statics) == ""
     options = {"unit": unit, "blocks": blocks(m), **INTERPRETED}

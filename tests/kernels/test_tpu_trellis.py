@@ -95,7 +95,7 @@ def test_the_budgets_tell_a_wrong_variant():
         ({"code": "mul1"}, "only 'vpu'"),
         ({"L": 12}, "L = 16 and 2 bits"),
         ({"rates": (4,)}, "L = 16 and 2 bits"),
-        ({"activations": "int8/256"}, "'float' and 'int8'"),
+        ({"activations": "int8/256"}, "'float', 'int8' and 'codes'"),
         ({"rates": (2, 2, 2)}, "no multiple of 128"),
     ],
 )

@@ -56,6 +56,7 @@ def stepped(model, params, form, cuts, dtype=jnp.float32):
         if n > 1:
             tokens, cache = jnp.pad(tokens, ((0, 0), (0, 3))), cache.until(jnp.int32(at + n))
         logits, cache = step(params, tokens, cache)
+        cache = cache.until(None)
         found.append(logits[:, :n])
         at += n
     assert int(cache.length) == at
@@ -146,6 +147,19 @@ def test_generation_is_the_naive_loop(tiny, length):
     assert coarse == naive[: len(coarse)]
     assert coarse != run(None, 40)
     assert run(form, 7) == coarse[:7]
+
+
+@pytest.mark.parametrize("length", [2, 40])
+def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
+    """The prompt comes in two calls, the padding in the second, or in both."""
+    form = KVFormat(2, window=0, sinks=0, group=16, channels=8)
+    run = lambda model: generate(
+        model.apply_cached, model.params, model.config, PROMPT[:length], 30, kv=form
+    )
+    prefixed = dataclasses.replace(tiny, prefix=5)
+    assert run(prefixed) == run(tiny)
+    with pytest.raises(ValueError, match="exact prefix, of 5 tokens"):
+        prefixed.apply_kv(form)
 
 
 def test_compiles_once_for_each_bucket(tiny):

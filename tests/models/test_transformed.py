@@ -11,6 +11,7 @@ import jaxquant as jq
 from jaxquant.codebooks.dense import Dense
 from jaxquant.paths import matches, replace_leaves
 from jaxquant.recipe import layout_of
+from jaxquant.transforms import Channels
 from models import load, pipeline
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
@@ -18,6 +19,7 @@ SIDES = [
     (jq.Rotation(), jq.Rotation()),
     (jq.Rotation(64, sort=True), jq.Rotation()),
     (jq.Scaling(-0.5), jq.Scaling(-0.5)),
+    (jq.Chain((jq.Smooth(), jq.Greedy(8, 16), jq.Zigzag(8), jq.Greedy(8, 16))), None),
 ]
 
 
@@ -36,8 +38,12 @@ def transformed(model, sides):
         def one(w, key, k=k, n=n):
             data = {}
             for axis, name, side, size in ((0, "input", sides[0], k), (1, "output", sides[1], n)):
-                squares = jax.random.uniform(jax.random.fold_in(key, axis), (2, size), minval=0.1)
-                arrays = side.fit(*squares, jax.random.fold_in(key, 2 + axis))
+                if side is None:
+                    continue
+                rows = jax.random.normal(jax.random.fold_in(key, axis), (64, size))
+                rows *= jnp.exp(jax.random.normal(jax.random.fold_in(key, 4 + axis), (size,)))
+                known = Channels.of(rows[:32], rows[32:])
+                arrays = side.fit(known, jax.random.fold_in(key, 2 + axis))
                 turned = w.T if axis == 0 else w
                 turned = side.inverse(turned, arrays)
                 w = turned.T if axis == 0 else turned

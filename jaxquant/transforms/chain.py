@@ -1,0 +1,101 @@
+"""Transforms one after another, each fitted to what those before it leave."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxquant.transforms.channels import Channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """x -> x A_0 A_1 ...; its arrays are those of part i under "i.name".
+
+    >>> from jaxquant.transforms import Rotation, Scaling
+    >>> Chain((Scaling(), Rotation(block=4))).size(6)
+    8
+    """
+
+    parts: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or not all(hasattr(part, "apply") for part in self.parts):
+            raise ValueError(f"a chain is of transforms, one or more; got {self.parts!r}")
+        if any(part.searched for part in self.parts[1:]):
+            raise ValueError("what is searched for comes first in a chain")
+
+    needs_gram = property(lambda self: any(p.needs_gram for p in self.parts))
+    needs_channels = property(lambda self: any(p.needs_channels for p in self.parts))
+    needs_sample = property(lambda self: any(p.needs_sample for p in self.parts))
+    fitted = property(lambda self: any(p.fitted for p in self.parts))
+    joint = property(lambda self: any(p.joint for p in self.parts))
+    searched = property(lambda self: self.parts[0].searched)
+
+    def size(self, n: int) -> int:
+        """Channels after it."""
+        for part in self.parts:
+            n = part.size(n)
+        return n
+
+    def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
+        """Its arrays."""
+        first = self.parts[0].fit(channels, jax.random.fold_in(key, 0))
+        return self._fitted(first, channels, key)
+
+    def candidates(self, channels: Channels, key: Array) -> Iterator[dict[str, Array]]:
+        """What there is to search, with the first part's candidates."""
+        for first in self.parts[0].candidates(channels, jax.random.fold_in(key, 0)):
+            yield self._fitted(first, channels, key)
+
+    def _fitted(self, first: dict[str, Array], channels: Channels, key: Array) -> dict[str, Array]:
+        arrays, own = {f"0.{name}": a for name, a in first.items()}, first
+        for i, (before, part) in enumerate(itertools.pairwise(self.parts), start=1):
+            channels = channels.through(before, own)
+            own = part.fit(channels, jax.random.fold_in(key, i))
+            arrays |= {f"{i}.{name}": a for name, a in own.items()}
+        return arrays
+
+    def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the arrays that `fit` makes."""
+        found: dict[str, jax.ShapeDtypeStruct] = {}
+        for i, part in enumerate(self.parts):
+            found |= {f"{i}.{name}": a for name, a in part.shapes(n).items()}
+            n = part.size(n)
+        return found
+
+    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A, for row vectors x."""
+        for i, part in enumerate(self.parts):
+            x = part.apply(x, of_part(arrays, i))
+        return x
+
+    def transposed(
+        self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
+    ) -> Float[Array, "... n"]:
+        """y A^T."""
+        sizes = [n]
+        for part in self.parts:
+            sizes.append(part.size(sizes[-1]))
+        for i, part in reversed(list(enumerate(self.parts))):
+            y = part.transposed(y, of_part(arrays, i), sizes[i])
+        return y
+
+    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A^-T."""
+        for i, part in enumerate(self.parts):
+            x = part.inverse(x, of_part(arrays, i))
+        return x
+
+
+def of_part(arrays: dict[str, Array], i: int) -> dict[str, Array]:
+    """The arrays of part i.
+
+    >>> of_part({"0.signs": 1, "1.factors": 2}, 1)
+    {'factors': 2}
+    """
+    prefix = f"{i}."
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}

@@ -1,0 +1,87 @@
+"""What a transform is fitted by: the weights on its side of them, and the vectors they meet."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Channels(NamedTuple):
+    """Channels on one side of a weight, or of several that meet the same vectors.
+
+    Attributes:
+      weights: a row for every channel on the other side, of all these weights.
+      gram: mean of v v^T over the vectors v; None if unknown.
+      magnitude: mean |v|; low, high: the largest of -v and of v, or 0. None if unknown.
+      sample: some of the vectors, those with the largest entries among them; None if unknown.
+    """
+
+    weights: Float[Array, "r n"]
+    gram: Float[Array, "n n"] | None = None
+    magnitude: Float[Array, " n"] | None = None
+    low: Float[Array, " n"] | None = None
+    high: Float[Array, " n"] | None = None
+    sample: Float[Array, "t n"] | None = None
+
+    @staticmethod
+    def of(weights: Float[Array, "r n"], vectors: Float[Array, "t n"]) -> "Channels":
+        """Of weights and all vectors that they meet.
+
+        >>> Channels.of(jnp.eye(2), jnp.array([[1.0, -3.0], [2.0, 0.0]])).low.tolist()
+        [0.0, 3.0]
+        """
+        low, high = (jnp.maximum(jnp.max(a, axis=0, initial=0.0), 0) for a in (-vectors, vectors))
+        gram = vectors.T @ vectors / max(1, len(vectors))
+        return Channels(weights, gram, jnp.mean(jnp.abs(vectors), axis=0), low, high, vectors)
+
+    @property
+    def energy(self) -> Float[Array, " n"]:
+        """Mean squares of the weights."""
+        return jnp.mean(self.weights**2, axis=0)
+
+    @property
+    def moment(self) -> Float[Array, " n"]:
+        """Mean squares of the vectors; ones if unknown."""
+        one = jnp.ones(self.weights.shape[1])
+        return one if self.gram is None else jnp.diagonal(self.gram)
+
+    @property
+    def largest(self) -> Float[Array, " n"]:
+        """max |v| of every channel.
+
+        Raises:
+          ValueError: unknown.
+        """
+        if self.low is None or self.high is None:
+            raise ValueError("the sizes of the channels are unknown: calibrate for them")
+        return jnp.maximum(self.low, self.high)
+
+    @property
+    def rows(self) -> Float[Array, "t n"]:
+        """The sample.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if self.sample is None:
+            raise ValueError("no rows of the input were kept: calibrate with sample=256")
+        return self.sample
+
+    def through(self, side: Any, arrays: dict[str, Array]) -> "Channels":
+        """After a change of variables: v A, and the weights that meet it.
+
+        Sizes are known of factors exactly, else of the sample alone.
+        """
+        apply = lambda v: side.apply(v, arrays)
+        gram = None if self.gram is None else apply(apply(self.gram).T)  # A^T H A
+        sample = None if self.sample is None else apply(self.sample)
+        after = Channels(side.inverse(self.weights, arrays), gram, sample=sample)
+        if set(arrays) == {"factors"}:
+            scaled = lambda a: None if a is None else a * jnp.abs(arrays["factors"].astype(a.dtype))
+            return after._replace(
+                magnitude=scaled(self.magnitude), low=scaled(self.low), high=scaled(self.high)
+            )
+        if sample is None:
+            return after
+        found = Channels.of(after.weights, sample)
+        return after._replace(magnitude=found.magnitude, low=found.low, high=found.high)

@@ -1,0 +1,92 @@
+"""Perplexity of SmolLM2-135M with activations of 8 and 4 bits, by what is done about outliers.
+
+Run: python -m tests.benchmarks.activations [TEXT] [--only WORD ...]   (else CPython's help topics).
+Scores the first 4 chunks of 512 tokens, calibrates on the last 8. Weights have a scale per output;
+bits count every byte that a weight holds. The float weights are decoded Q4_1, in groups of 32 along
+an input: that flatters low-bit weights that are not rotated.
+"""
+
+import argparse
+import dataclasses
+import time
+
+import jaxquant as jq
+from jaxquant.evaluate import chunk, evaluate
+from models import pipeline
+from models.text import BUILTIN, read_text
+
+CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 4, 8, 256
+
+
+def methods():
+    """Name -> method; "sinks exact": calibrated without the first token, which is kept exact."""
+    plain = lambda bits, form, **more: dataclasses.replace(
+        jq.smoothquant(bits, **more), input=None, activations=jq.Activations.of(form)
+    )
+    smooth, rotated = jq.smoothquant, jq.quarot
+    yield "W8 A16", plain(8, "float")
+    yield "W16 A8", plain(16, "int8")
+    yield "W8A8", plain(8, "int8")
+    yield "W8A8 asymmetric", plain(8, "int8,asymmetric")
+    yield "W8 e4m3", plain(8, "float8")
+    for alpha in (0.3, 0.5, 0.7, 0.85, None):
+        yield f"W8A8 smooth {alpha or 'searched'}", smooth(alpha=alpha)
+    yield "W8A8 rotated", rotated(8, activation_bits=8, activation_clip=1.0, feedback=False)
+    yield "W8A8 static", plain(8, "int8,static")
+    yield "W8A8 static, sinks exact", plain(8, "int8,static")
+    for alpha in (0.5, 0.8):
+        yield f"W8A8 static smooth {alpha}", smooth(alpha=alpha, static=True)
+        yield f"W8A8 static smooth {alpha}, sinks exact", smooth(alpha=alpha, static=True)
+    four = {"activation_bits": 4, "feedback": False}
+    wide = {"symmetric": False, "activation_clip": 0.9}
+    yield "A4", plain(16, "int4")
+    yield "A4 rotated", rotated(16, **four, activation_clip=1.0)
+    yield "A4 rotated asym .9", rotated(16, **four, **wide)
+    for alpha in (0.5, 0.6):
+        yield f"A4 smooth {alpha} rotated asym .9", rotated(16, **four, alpha=alpha, **wide)
+        yield f"A4 duquant {alpha}", jq.duquant(16, alpha=alpha)
+    yield "A4 smooth 0.5 rotated asym .9, sinks exact", rotated(16, **four, alpha=0.5, **wide)
+    yield "W4A4", plain(4, "int4")
+    yield "W4A4 smooth .5", smooth(4, activation_bits=4)
+    best = {"symmetric": False, "clip": 0.8, "activation_clip": 0.9}
+    yield "W4A4 rotated", rotated(4, **four, activation_clip=1.0)
+    yield "W4A4 smooth rotated", rotated(4, **four, alpha=0.5, **best)
+    yield "W4A4 duquant .6", jq.duquant()
+    yield "W4A4 duquant .6 released", jq.duquant(shared=True, by_row=True)
+    yield "W4A4 smooth rotated LDLQ", rotated(4, alpha=0.5, **best)
+    yield "W4A4 duquant LDLQ", jq.duquant(feedback=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", nargs="?", default=BUILTIN)
+    parser.add_argument("--only", nargs="*", default=[""], help="words of names")
+    args = parser.parse_args()
+    model = pipeline.load_any("smollm2-135m")
+    chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
+    scored, calibration = chunks[:SCORED], chunks[-CALIBRATION:]
+
+    def perplexity(model, params):
+        logits = jq.quantized(model.apply_fn)
+        return evaluate(logits, params, scored, first=CONTEXT // 2 - 1).perplexity
+
+    print(f"unquantized {perplexity(model, model.params):.4f}", flush=True)
+    stats = {}
+    for name, method in methods():
+        if not any(word in name for word in args.only):
+            continue
+        prefix = int("sinks exact" in name)
+        source = dataclasses.replace(model, prefix=prefix)
+        if prefix not in stats:
+            stats[prefix] = pipeline.calibrate_on(
+                source, calibration, weighting="uniform", sample=SAMPLE
+            )
+        start = time.monotonic()
+        params = pipeline.quantized_model(source, pipeline.recipe_of(method), stats[prefix]).params
+        took, bits = time.monotonic() - start, jq.bits_per_weight(params)
+        got = perplexity(source, params)
+        print(f"{name:42} {bits:6.3f} bits  {got:9.3f}  {took:4.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Activation formats: integer products equal float ones of what activations are rounded to."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.activations import product
+from pallas_kernels import dispatch
+
+from .test_dispatch import draw
+
+FORMS = [
+    jq.Activations(bits, symmetric, clip)
+    for bits, symmetric, clip in itertools.product((8, 4, 2), (True, False), (1.0, 0.9))
+]
+K = 1536
+exact = lambda a: np.asarray(a, np.float64)
+
+
+def massive(m=6, k=K):
+    """Rows as an input of a down-projection has them: one with two huge entries, one of zeros."""
+    x = np.array(0.06 * draw(m, k))
+    x[1, 1229], x[1, 1487], x[2] = 3069, 1093, 0
+    return jnp.asarray(x)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_integer_products_equal_fake_quantized_ones(form, symmetric, kernels):
+    w = jq.quantize_array(draw(K, 48, seed=1), jq.rtn(4, "channel", symmetric=symmetric))
+    x, run = massive(), jax.jit(jq.quantized(lambda p, x: x @ p))
+    with dispatch.using(kernels):
+        y = run(jq.with_activations(w, form), x)
+    want = exact(form.rounded(x, {})) @ exact(w.dequantize())
+    assert np.all(np.max(abs(y - want), 1) <= 1e-5 * np.max(abs(want), 1))
+    assert not np.any(y[2])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_rounding(form):
+    """Within half a step where nothing is clipped; zero rows stay so; massive entries are kept."""
+    x = draw(5, 64)
+    y = form.rounded(x, {})
+    low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    scale, zero = form.range(low, high)
+    assert (
+        jnp.all(zero == jnp.round(zero))
+        and len(jnp.unique(jnp.round(y[0] / scale[0]))) <= 2**form.bits
+    )
+    if form.clip == 1:
+        slack = 1e-5 if form.symmetric else 0.5  # the zero point is rounded too
+        assert jnp.all(abs(x - y) <= scale * (0.5 + slack))
+    big = form.rounded(massive(), {})
+    assert not np.any(big[2])
+    if form.bits == 8 and form.clip == 1:
+        np.testing.assert_allclose(big[1, 1229], 3069, rtol=4e-3)
+
+
+def test_half_of_the_grid_is_lost_without_a_zero_point():
+    """One-sided rows: asymmetric codes err a quarter as much; the twin is symmetric."""
+    x = jnp.abs(draw(8, 512))
+    error = lambda form: float(jnp.mean((form.rounded(x, {}) - x) ** 2))
+    assert error(jq.Activations(4, False)) < 0.3 * error(jq.Activations(4))
+
+
+def test_float8_errs_relatively():
+    x = massive()
+    y = jq.Activations(floating=True).rounded(x, {})
+    normal = jnp.abs(x) > 3069 * 2.0**-14
+    assert jnp.all(jnp.where(normal, abs(y - x) <= abs(x) * 2.0**-4, True)) and not np.any(y[2])
+    assert jnp.count_nonzero(y[1]) > 2 * jnp.count_nonzero(jq.Activations().rounded(x, {})[1])
+    w = jq.with_activations(jq.quantize_array(draw(K, 32), jq.rtn()), "float8")
+    np.testing.assert_allclose(
+        jq.quantized(lambda p, x: x @ p)(w, x),
+        exact(y) @ exact(w.dequantize()),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("form", [jq.Activations(floating=True), *FORMS], ids=str)
+def test_cotangents_pass_as_if_nothing_was_rounded(form):
+    w = jq.quantize_array(draw(64, 32, seed=1), jq.rtn())
+    x, g = draw(3, 64), draw(3, 32, seed=2)
+    fn = lambda w: jax.grad(lambda x: jnp.sum(g * jq.quantized(lambda p, x: x @ p)(w, x)))(x)
+    np.testing.assert_allclose(fn(jq.with_activations(w, form)), fn(w), rtol=2e-4, atol=1e-5)
+
+
+def test_weights_of_one_input_are_one_call():
+    p = {"a": draw(64, 32), "b": draw(64, 48, seed=1)}
+    fn = lambda p, x: (x @ p["a"], x @ p["b"])
+    x = draw(3, 64, seed=2)
+    q = jq.quantize(p, jq.rtn(symmetric=True), jq.sites(fn, p, x))
+    form = jq.Activations(8, symmetric=False)
+    got = jax.jit(jq.quantized(fn))(jq.with_activations(q, form), x)
+    for y, w in zip(got, q.values(), strict=True):
+        np.testing.assert_allclose(y, form.rounded(x, {}) @ w.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+def test_explain_says_what_is_multiplied():
+    q = {"w": jq.quantize_array(draw(64, 32), jq.rtn())}
+    said = str(
+        jq.explain(lambda p, x: x @ p["w"], jq.with_activations(q, "int8,asymmetric"), draw(3, 64))
+    )
+    assert "int8,asymmetric activations, integer product, zero points by row sums" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["float", "float8", "int8", "int8/256", "int4,asymmetric,clip=0.9", "int8,static", "int3"],
+)
+def test_texts(text):
+    form = jq.Activations.of(text)
+    assert ("float" if form is None else str(form)) == text
+    assert jq.Activations.of(form) == form
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ("int9", "2 to 8 bits"),
+        ("codes", "activations must be"),
+        ("int4,clip=2", r"clip must be in \(0, 1\]"),
+        ("int4/256", "blocks of 256"),
+        ("int8,clip", "activations must be"),
+        ("int8/128", "activations must be"),
+        (8, "activations must be"),
+    ],
+)
+def test_bad_forms(bad, message):
+    with pytest.raises(ValueError, match=message):
+        jq.Activations.of(bad)
+    with pytest.raises(ValueError, match=message):
+        jq.named_method("rtn", activations=bad)
+
+
+def test_static_scales_are_not_made_up():
+    q = {"w": jq.quantize_array(draw(64, 32), jq.rtn())}
+    with pytest.raises(ValueError, match="static scales come from calibration"):
+        jq.with_activations(q, "int8,static")
+
+
+def test_nothing_is_rounded_without_a_form():
+    x = draw(2, 8)
+    assert product(None, x, {}, lambda x, form: (x, form)) == (x, "float")
