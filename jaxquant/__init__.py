@@ -22,6 +22,7 @@ from jaxquant.codebooks import (
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
 from jaxquant.folding import fold
+from jaxquant.kv_cache import KVFormat
 from jaxquant.layers import restack, unstack, unstack_stats
 from jaxquant.learned import learn
 from jaxquant.methods import (
@@ -97,6 +98,7 @@ __all__ = [
     "Greedy",
     "Healing",
     "Integer",
+    "KVFormat",
     "Kronecker",
     "Method",
     "NormalFloat",

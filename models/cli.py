@@ -22,6 +22,7 @@ from jaxquant import checkpoint
 from jaxquant.evaluate import check_sizes, evaluate
 from jaxquant.finetune import BLOCKS
 from jaxquant.finetune import Progress as Update
+from jaxquant.kv_cache import ROPE, KVFormat
 from jaxquant.paths import matches
 from jaxquant.resume import Folder
 from models import job, pipeline
@@ -234,6 +235,39 @@ def _loaded(model: str, activations: str | None, widen: bool = True) -> Model:
     return dataclasses.replace(source, params=jq.with_activations(source.params, activations))
 
 
+def kv_options(command: Callable) -> Callable:
+    """Adds what says how keys and values are kept, for `_kv_format`; defaults are the format's."""
+    default = KVFormat()
+    for name, kind, text in (
+        ("channels", int, f"Channels of one scale of values; default {default.channels}."),
+        ("group", int, f"Tokens of one scale of keys; default {default.group}."),
+        ("keys", click.Choice(ROPE), f"Rounded before or after RoPE; default {default.rope}."),
+        ("sinks", int, f"First tokens kept as they are; default {default.sinks}."),
+        ("window", int, f"Recent tokens kept as they are; default {default.window}."),
+        ("bits", int, "Keys and values are kept in so many bits; default: as they are."),
+    ):
+        command = click.option(f"--kv-{name}", type=kind, default=None, help=text)(command)
+    return command
+
+
+def _kv_format(options: dict[str, Any]) -> KVFormat | None:
+    """The format that the options of `kv_options` ask for, if any."""
+    given = {name.removeprefix("kv_"): v for name, v in options.items() if v is not None}
+    if given and "bits" not in given:
+        raise ValueError(f"--kv-{min(given)} is for --kv-bits; give both")
+    if "keys" in given:
+        given["rope"] = given.pop("keys")
+    return KVFormat(**given) if given else None
+
+
+def _kv_sizes(kv: KVFormat | None, model: Model) -> dict[str, float]:
+    if kv is None:
+        return {}
+    c = model.config
+    per_token = kv.bytes_per_token(c.n_layers, c.n_kv_heads, c.head_dim)
+    return {"kv_bits_per_value": kv.bits_per_value, "kv_bytes_per_token": per_token}
+
+
 @cli.command("eval")
 @click.argument("model")
 @click.option("--text", required=True, help="Text FILE or builtin.")
@@ -241,6 +275,13 @@ def _loaded(model: str, activations: str | None, widen: bool = True) -> Model:
 @click.option("--chunks", type=int, default=None)
 @click.option("--against", default=None, help="Teacher for KL and agreement.")
 @ACTIVATIONS
+@kv_options
+@click.option(
+    "--strict/--no-strict",
+    default=None,
+    help="With --kv-bits: every token sees all keys and values rounded, but for sinks and the last "
+    "--kv-window (default); or those that would be rounded by then, decoding token by token.",
+)
 @click.option("--json", "as_json", is_flag=True)
 def evaluate_command(
     model: str,
@@ -249,11 +290,16 @@ def evaluate_command(
     chunks: int | None,
     against: str | None,
     activations: str | None,
+    strict: bool | None,
     as_json: bool,
+    **kv_cache: Any,
 ) -> None:
     """Perplexity of MODEL on a text."""
     with usage():
         check_sizes(ctx, chunks)  # before anything is loaded
+        kv = _kv_format(kv_cache)
+        if kv is None and strict is not None:
+            raise ValueError("--strict and --no-strict are for --kv-bits; give both")
     content = read_text(text)
     student = _loaded(model, activations, widen=False)
     pieces = pipeline.pieces(student, content, ctx, chunks)
@@ -263,12 +309,13 @@ def evaluate_command(
         if other.tokenizer.encode(content[:10_000]) != student.tokenizer.encode(content[:10_000]):
             raise ValueError(f"{against} and {model} have different tokenizers; KL is undefined")
         teacher = (jq.quantized(other.apply_fn), other.params)
+    logits = jq.quantized(
+        student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
+    )
     with bar("evaluating", len(pieces)) as step:
-        result = evaluate(
-            jq.quantized(student.apply_fn), student.params, pieces, against=teacher, progress=step
-        )
+        result = evaluate(logits, student.params, pieces, against=teacher, progress=step)
     report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-    _emit({**report, **_sizes(student.params)}, as_json)
+    _emit({**report, **_sizes(student.params), **_kv_sizes(kv, student)}, as_json)
 
 
 @cli.command()
@@ -278,6 +325,7 @@ def evaluate_command(
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED, default=0)
 @ACTIVATIONS
+@kv_options
 @click.option("--json", "as_json", is_flag=True)
 def generate(
     model: str,
@@ -287,8 +335,11 @@ def generate(
     seed: int,
     activations: str | None,
     as_json: bool,
+    **kv_cache: Any,
 ) -> None:
     """Continue a prompt with MODEL."""
+    with usage():
+        kv = _kv_format(kv_cache)
     source = _loaded(model, activations)
     ids = pipeline.beginning(source) + source.tokenizer.encode(prompt)
     new = generate_ids(
@@ -299,10 +350,12 @@ def generate(
         max_tokens,
         temperature,
         jax.random.key(seed),
+        kv=kv,
     )
     text = source.tokenizer.decode(new)
     if as_json:
-        _emit({"prompt": prompt, "text": text, "tokens": len(new)}, as_json)
+        report = {"prompt": prompt, "text": text, "tokens": len(new)}
+        _emit({**report, **_kv_sizes(kv, source)}, as_json)
     else:
         click.echo(prompt + text)
 

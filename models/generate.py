@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.llama import Cache, LlamaConfig, init_cache
+from jaxquant.kv_cache import KVFormat
+from models.cache import AnyCache, init_cache
+from models.config import LlamaConfig
 
 SMALLEST_BUCKET = 32
 
@@ -16,12 +18,12 @@ class _State(NamedTuple):
     step: jax.Array  # tokens generated so far
     token: jax.Array  # the last of them
     tokens: jax.Array  # int32 [bucket], all of them
-    cache: Cache
+    cache: AnyCache
     key: jax.Array
 
 
 def generate(
-    apply_cached: Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]],
+    apply_cached: Callable[[Any, jax.Array, AnyCache], tuple[jax.Array, AnyCache]],
     params: Any,
     config: LlamaConfig,
     prompt_ids: Sequence[int],
@@ -29,6 +31,7 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     cache_dtype: Any = jnp.float32,
+    kv: KVFormat | None = None,
 ) -> list[int]:
     """Continue a prompt.
 
@@ -44,11 +47,14 @@ def generate(
       max_tokens: stop after so many. Fewer come if a token of `config.eos_ids` does.
       temperature: 0 takes the likeliest token; otherwise samples softmax(logits / temperature).
       key: PRNG key, needed if temperature > 0.
-      cache_dtype: dtype of keys and values kept.
+      cache_dtype: dtype of keys and values that are kept as they are.
+      kv: the format in which others are kept; None keeps all as they are. The prompt's tokens see
+        each other as they are, the answer's see them as the cache holds them.
     Returns:
       The new token ids, without the prompt and without the stop token.
     Raises:
-      ValueError: an argument is out of range, or prompt and answer exceed config.max_position.
+      ValueError: an argument is out of range, or prompt and answer exceed config.max_position, or
+        the heads do not fit `kv`.
     """
     _check(config, prompt_ids, max_tokens, temperature, key)
     if max_tokens == 0:
@@ -66,20 +72,21 @@ def generate(
         jnp.int32(max_tokens),
         jnp.float32(temperature),
         jax.random.key(0) if key is None else key,
+        kv=kv,
     )
     answer = tokens[: int(count)].tolist()
     return answer[:-1] if answer[-1] in config.eos_ids else answer
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="kv")
 def _run(
-    apply_cached, config, room, cache_dtype, params, prompt, length, max_tokens, temperature, key
-):
+    apply_cached, config, room, cache_dtype, params, prompt, length, max_tokens, temperature, key,
+    kv=None,
+):  # fmt: skip
     """Returns (tokens int32 [room], number of them that count)."""
-    cache = init_cache(config, 1, prompt.shape[1] + room, cache_dtype)
-    logits, cache = apply_cached(params, prompt, cache)
-    # The padding's keys lie after the prompt: no later query sees a slot before overwriting it.
-    cache = cache._replace(length=length)
+    cache = init_cache(config, 1, prompt.shape[1] + room, cache_dtype, kv)
+    logits, cache = apply_cached(params, prompt, cache.until(length))
+    cache = cache.until(None)
     key, now = jax.random.split(key)
     first = _pick(logits[0, length - 1], temperature, now)
     tokens = jnp.zeros(room, jnp.int32).at[0].set(first)

@@ -24,26 +24,22 @@ from flax import linen as nn
 
 import jaxquant as jq
 from jaxquant.layers import is_apart, layers_of, restack
+from models.cache import AnyCache, Cache, init_cache
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
 from pallas_kernels.attention import attention
 
-
-class Cache(NamedTuple):
-    """Keys and values seen so far; k, v: [L, b, n_kv_heads, S, head_dim], length: int32 scalar.
-
-    Where layers are apart, k and v are tuples of L arrays [b, n_kv_heads, S, head_dim]: a step then
-    writes one slot of each in place, where a stack would be copied for every layer.
-    """
-
-    k: jax.Array | tuple[jax.Array, ...]
-    v: jax.Array | tuple[jax.Array, ...]
-    length: jax.Array
-
-    @property
-    def size(self) -> int:
-        """The most tokens, S."""
-        return self.k[0].shape[2]
+__all__ = [
+    "Block",
+    "Blockwise",
+    "Cache",
+    "Llama",
+    "LlamaConfig",
+    "apply",
+    "blockwise",
+    "init_cache",
+    "whole",
+]
 
 
 class Blockwise(NamedTuple):
@@ -54,12 +50,6 @@ class Blockwise(NamedTuple):
     head: Callable[[Any, jax.Array], jax.Array]
 
 
-def init_cache(config: LlamaConfig, batch: int, size: int, dtype=jnp.float32) -> Cache:
-    """An empty cache with room for `size` tokens in each of `batch` sequences."""
-    shape = (config.n_layers, batch, config.n_kv_heads, size, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
-
-
 class Attention(nn.Module):
     """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
 
@@ -67,7 +57,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, kv, positions, angles):
+    def __call__(self, x, cache, layer, positions, angles):
         c = self.config
 
         def project(name: str, heads: int):
@@ -80,13 +70,12 @@ class Attention(nn.Module):
             k = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="k_norm")(k)
         q, k = rotate(q, angles), rotate(k, angles)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they are multiplied, lest a step copies all
-        if kv is not None:
-            start = (0, 0, positions[0], 0)
-            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
-            kv = (k, v)
-        mixed = attention(q, k, v, positions).reshape(*x.shape[:2], -1)
-        return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), kv
+        if cache is None:
+            mixed, kept = attention(q, k, v, positions), None
+        else:
+            mixed, cache, kept = cache.attend(layer, q, k, v, positions, c)
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), cache, kept
 
 
 class MLP(nn.Module):
@@ -104,18 +93,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the (carry, slice) form that `nn.scan` wants: h is carried, kv is sliced."""
+    """One layer, in the (carry, slice) form that `nn.scan` wants.
+
+    Carried are h and the cache, of which a layer may write its part in place; `layer` is its
+    number. The second result is what the cache is to get of all layers in the end.
+    """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, h, kv, positions, angles):
+    def __call__(self, carry, layer, positions, angles):
+        h, cache = carry
         norm = lambda name: nn.RMSNorm(self.config.norm_eps, dtype=self.dtype, name=name)
         attention = Attention(self.config, self.dtype, name="attn")
-        mixed, kv = attention(norm("attn_norm")(h), kv, positions, angles)
+        mixed, cache, kept = attention(norm("attn_norm")(h), cache, layer, positions, angles)
         h = h + mixed
-        return h + MLP(self.config, self.dtype, name="mlp")(norm("mlp_norm")(h)), kv
+        h = h + MLP(self.config, self.dtype, name="mlp")(norm("mlp_norm")(h))
+        return (h, cache), kept
 
 
 class Llama(nn.Module):
@@ -153,7 +148,7 @@ class Llama(nn.Module):
         if not c.tie_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
-    def __call__(self, tokens, cache: Cache | None = None, layers: Callable | None = None):
+    def __call__(self, tokens, cache: AnyCache | None = None, layers: Callable | None = None):
         """`layers`: what runs in place of the stack, of the same arguments and results."""
         if cache is not None and tokens.shape[1] > cache.size:
             raise ValueError(
@@ -163,12 +158,13 @@ class Llama(nn.Module):
         start = 0 if cache is None else cache.length
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         angles = rotation_angles(self.config, positions)
-        kv = None if cache is None else (cache.k, cache.v)
-        h, kv = (layers or self.layers)(self.embed(tokens), kv, positions, angles)
+        numbers = jnp.arange(self.config.n_layers)
+        carry = (self.embed(tokens), cache)
+        (h, cache), kept = (layers or self.layers)(carry, numbers, positions, angles)
         logits = self.logits(h)
         if cache is None:
             return logits
-        return logits, Cache(*kv, cache.length + tokens.shape[1])
+        return logits, cache.advanced(tokens.shape[1], kept, self.config)
 
     def logits(self, h):
         """Final norm and output matrix; h [b, t, d] to float32 [b, t, V]."""
@@ -177,7 +173,7 @@ class Llama(nn.Module):
         return out.astype(jnp.float32)
 
 
-def apply(model: Llama, params, tokens, cache: Cache | None = None):
+def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
     """The model on its inner "params" tree, the layers stacked or apart (`jaxquant.unstack`).
 
     Of layers apart the returned cache is apart too; that of `init_cache` may be given.
@@ -186,16 +182,26 @@ def apply(model: Llama, params, tokens, cache: Cache | None = None):
         return model.apply({"params": params}, tokens, cache)
     block = Block(model.config, model.dtype)
 
-    def in_turn(h, kv, positions, angles):
-        layers, kept = layers_of(params, "layers"), []
-        for i, layer in enumerate(layers):
-            kv_i = None if kv is None else (kv[0][i], kv[1][i])
-            h, kv_i = block.apply({"params": layer}, h, kv_i, positions, angles)
-            kept.append(kv_i)
-        return h, None if kv is None else tuple(zip(*kept, strict=True))
+    def in_turn(carry, _, positions, angles):
+        kept = []
+        for i, layer in enumerate(layers_of(params, "layers")):
+            carry, of_layer = block.apply({"params": layer}, carry, i, positions, angles)
+            kept.append(of_layer)
+        return carry, _after(carry[0], jax.tree.map(lambda *a: jnp.stack(a), *kept))
 
     rest = {name: value for name, value in params.items() if name != "layers"}
+    cache = None if cache is None else cache.apart()
     return model.apply({"params": rest}, tokens, cache, in_turn)
+
+
+def _after(h, kept):
+    """`kept`, which now depends on h.
+
+    XLA writes a cache in place only where it sees that nothing reads it later; else a step copies
+    all of it. A barrier it drops before it looks, so this is a choice that it cannot foresee.
+    """
+    never = h.ravel()[0] > jnp.inf
+    return jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), kept)
 
 
 def whole(params):
@@ -221,7 +227,7 @@ def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:
         positions = jnp.arange(h.shape[1], dtype=jnp.int32)
         angles = rotation_angles(config, positions)
         run = Block(config, dtype).apply
-        return run({"params": layer_params}, h, None, positions, angles)[0]
+        return run({"params": layer_params}, (h, None), None, positions, angles)[0][0]
 
     def head(params, h):
         return model.apply({"params": params}, h, method="logits")
@@ -239,7 +245,7 @@ def parts(config: LlamaConfig, dtype=jnp.float32) -> tuple[Callable, Callable]:
 
     def attend(layer_params, h):
         angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
-        return run(Attention, "attn", layer_params, h, None, positions, angles)[0]
+        return run(Attention, "attn", layer_params, h, None, None, positions, angles)[0]
 
     return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)
 

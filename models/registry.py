@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxquant.kv_cache import KVFormat
+from models.cache import AnyCache, Rounding
+from models.config import LlamaConfig
 from models.gguf_reader import read_gguf
 from models.huggingface import read_hf
-from models.llama import Cache, Llama, LlamaConfig, apply
+from models.llama import Llama, apply
 from models.prefix import exact_prefix
 from models.tokenizer import Tokenizer
 
@@ -44,9 +47,30 @@ class Model:
         return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[0]
 
     @property
-    def apply_cached(self) -> Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]:
+    def apply_cached(self) -> Callable[[Any, jax.Array, AnyCache], tuple[jax.Array, AnyCache]]:
         """The same with a key-value cache (`models.llama.init_cache`), for `models.generate`."""
         return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[1]
+
+    def apply_kv(self, kv: KVFormat, strict: bool = True) -> Callable[[Any, jax.Array], jax.Array]:
+        """`apply_fn` with keys and values rounded as in a packed cache, to measure what that costs.
+
+        A sequence given whole would be seen as it is (a prefill is): so its perplexity says nothing
+        of the cache. Here every query sees rounded keys and values.
+
+        Args:
+          strict: all of them, its own too, but for the format's sinks and last `window`; else those
+            that are in the codes when tokens are decoded one by one, which are up to a group fewer.
+        Raises:
+          ValueError: the format does not fit the model's heads; or it has an exact prefix, which
+            wants a cache of its own.
+        """
+        kv.check(self.config.head_dim)
+        if self.prefix:
+            raise ValueError(
+                f"the model's exact prefix, of {self.prefix} tokens, is not measured with rounded "
+                "keys and values: take a model with a prefix of 0"
+            )
+        return _rounding(self.config, jnp.dtype(self.dtype), kv, strict)
 
 
 @functools.cache
@@ -61,6 +85,16 @@ def _functions(config: LlamaConfig, dtype: Any, prefix: int) -> tuple[Callable, 
         return apply(model, params, tokens, cache)
 
     return exact_prefix(model, prefix) if prefix else (apply_fn, apply_cached)
+
+
+@functools.cache
+def _rounding(config: LlamaConfig, dtype: Any, kv: KVFormat, strict: bool) -> Callable:
+    model = Llama(config, dtype)
+
+    def apply_fn(params, tokens):
+        return apply(model, params, tokens, Rounding(kv, strict))[0]
+
+    return apply_fn
 
 
 class Reader(NamedTuple):

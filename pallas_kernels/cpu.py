@@ -229,7 +229,26 @@ def _serves_attention(q: Any, k: Any, v: Any, positions: Any) -> str:
     return ""
 
 
+def _kv_attention(q: Array, *arrays: Array, most: int = _BEST) -> Array:
+    call = jax.ffi.ffi_call(
+        "jaxquant_kv_attention",
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        vmap_method="sequential",
+    )
+    return call(q.astype(jnp.float32), *arrays, most=np.int32(most))
+
+
+def _serves_kv_attention(q: Any, k: Any, v: Any, *arrays: Any) -> str:
+    frequencies, channels = arrays[2], q.shape[3] // arrays[-1].shape[3]
+    if frequencies.size and q.shape[3] % 32:
+        return f"heads of {q.shape[3]} channels to be turned, no multiple of 32, have no kernel"
+    if channels % 16:
+        return f"scales for {channels} channels, no multiple of 16, have no native kernel"
+    return _serves_attention(q, k, v, None)
+
+
 KERNELS = {
     op: Kernel(partial(_alone, op), partial(_serves, op), partial(shared, op)) for op in _CALLS
 }
 KERNELS["attention"] = Kernel(_attention, _serves_attention)
+KERNELS["kv_attention"] = Kernel(_kv_attention, _serves_kv_attention)

@@ -28,6 +28,7 @@ TARGETS = (
     "jaxquant_trellis",
     "jaxquant_additive",
     "jaxquant_attention",
+    "jaxquant_kv_attention",
 )  # the handlers in the *.cc files, and their names in JAX
 _ONE = threading.Lock()
 

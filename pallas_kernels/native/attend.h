@@ -1,4 +1,5 @@
-// Attention of a few queries over rows of keys and of values: its three steps.
+// Attention of a few queries over rows of keys and of values: its three steps; and such rows from
+// the codes of a packed cache.
 
 template <int R, int C>
 INLINE void add_rows(const float* weights, int64_t stride, const float* rows, int64_t count,
@@ -71,6 +72,38 @@ TARGET void mix(const Attend& a, const float* rows, int64_t first, int64_t count
     case 2: return mix_rows<2>(from(), a.stride, rows, count, a.width, out());
     case 1: return mix_rows<1>(from(), a.stride, rows, count, a.width, out());
   }
+}
+
+TARGET void by_channel(float* rows, int64_t count, int64_t width, const float* scale,
+                       const float* offset) {
+  for (int64_t at = 0; at < width; at += LANES) {
+    const Floats s = load<Floats>(scale + at), o = load<Floats>(offset + at);
+    for (float* x = rows + at; x < rows + count * width; x += width)
+      store(x, multiply_add(load<Floats>(x), s, o));
+  }
+}
+
+TARGET void by_row(float* rows, int64_t count, int64_t width, int64_t channels,
+                   const float* scale, const float* offset, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t run = 0; run * channels < width; ++run) {
+      const Floats s = all(scale[run * stride + i]), o = all(offset[run * stride + i]);
+      float* x = rows + i * width + run * channels;
+      for (int64_t at = 0; at < channels; at += LANES)
+        store(x + at, multiply_add(load<Floats>(x + at), s, o));
+    }
+}
+
+TARGET void turn(float* rows, int64_t count, int64_t width, const float* cos, const float* sin,
+                 int64_t step) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < count; ++i, rows += width, cos += step, sin += step)
+    for (int64_t at = 0; at < half; at += LANES) {
+      const Floats a = load<Floats>(rows + at), b = load<Floats>(rows + half + at);
+      const Floats c = load<Floats>(cos + at), s = load<Floats>(sin + at);
+      store(rows + at, multiply_add(a, c, -(b * s)));
+      store(rows + half + at, multiply_add(b, c, a * s));
+    }
 }
 
 // e^x for x <= 0, from e^-87 on: 2^n times 2^f, |f| <= 1/2, by its series.

@@ -55,6 +55,9 @@ extern const Kernels kernels = {
     lattice,
     scores,
     mix,
+    by_channel,
+    by_row,
+    turn,
     exponentials,
 };
 

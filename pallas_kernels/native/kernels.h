@@ -110,6 +110,16 @@ struct Kernels {
   void (*scores)(const Attend&, const float* rows, int64_t first, int64_t count);
   // out += weights @ rows.
   void (*mix)(const Attend&, const float* rows, int64_t first, int64_t count);
+  // Codes of rows of `width` channels to what they stand for, code * scale + offset: with a scale
+  // for each channel, or one for each row and `channels`, those of a row `stride` apart.
+  void (*by_channel)(float* rows, int64_t count, int64_t width, const float* scale,
+                     const float* offset);
+  void (*by_row)(float* rows, int64_t count, int64_t width, int64_t channels, const float* scale,
+                 const float* offset, int64_t stride);
+  // Turns the pairs (i, i + width / 2) of rows by angles given by cosines and sines; those of the
+  // next row are `step` further.
+  void (*turn)(float* rows, int64_t count, int64_t width, const float* cos, const float* sin,
+               int64_t step);
   // x = e^(x - max x), of a multiple of 16 numbers; the sum.
   float (*exponentials)(float* x, int64_t count);
 };
