@@ -44,6 +44,7 @@ from jaxquant.methods import (
     trellis,
     vptq,
 )
+from jaxquant.observe import Observation, observe
 from jaxquant.opened import decoded, rejoined
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import (
@@ -85,6 +86,7 @@ __all__ = [
     "Integer",
     "Method",
     "NormalFloat",
+    "Observation",
     "Option",
     "Plan",
     "QTensor",
@@ -118,6 +120,7 @@ __all__ = [
     "named_method",
     "normal_float",
     "nvfp4",
+    "observe",
     "path_leaves",
     "qtip",
     "quantize",
