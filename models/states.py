@@ -33,7 +33,7 @@ def states(
 ) -> Callable[[Any, Int[Array, " t"]], States]:
     """The pure function (params, tokens int [t]) -> `States`, layers stacked or apart.
 
-    One head's weights [t, t] are held at a time. For packed params: `jaxquant.quantized(states(c))`.
+    One head's attention [t, t] is held at a time. Packed params: `jaxquant.quantized(states(c))`.
 
     Args:
       first_query: the mean is over the queries from this one on; texts must be longer.
