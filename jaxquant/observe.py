@@ -179,7 +179,8 @@ def observe(
       summary: frozen dataclass with `zeros(k, n)` and `of(seen)`, pytrees of float32 arrays alike:
         they travel as cotangents, so an index too is a float, exact to 2^24.
     Returns:
-      `Observation` by path of a weight; of weights that share an input, the first.
+      `Observation` by path of a weight, in the order of use; of weights that share an input, by
+      the first of the tree.
     Raises:
       ValueError: packed weights, or nothing that is contracted.
     Warns:
@@ -210,7 +211,8 @@ def observe(
     holder = holders(found)
     if not holder:
         raise ValueError("expected a function that multiplies by its params; none is contracted")
-    held = tuple((path, found[path]) for path in dict.fromkeys(holder.values()))
+    order = sorted(dict.fromkeys(holder.values()), key=lambda path: found[path].turn)
+    held = tuple((path, found[path]) for path in order)
     sums = _pass(params, args, fn, held, _Counted(summary))
     weights = {path: tuple(w for w, h in holder.items() if h == path) for path, _ in held}
     missed = [weights[path][0] for path, (count, _) in sums.items() if not bool(jnp.all(count))]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -43,7 +44,9 @@ def outliers_of(model: Model, tokens: np.ndarray) -> Outliers:
 
 def table(found: Outliers) -> Table:
     """A row for every site of every layer."""
-    out = Table(*HEADER)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in HEADER:
+        out.add_column(name, no_wrap=name not in ("site", "token", "kinds", HEADER[-1]))
     for row in found.rows():
         out.add_row(*map(Text, row))  # a token's text is no markup
     return out

@@ -15,21 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.observe import Observation, observe
-from jaxquant.theory.profile import (
-    ABSOLUTE,
-    CHANNEL,
-    MASSIVE,
-    PERSISTENT,
-    Largest,
-    Profile,
-    profile_of,
-)
+from jaxquant.theory.profile import ABSOLUTE, MASSIVE, Largest, Profile, profile_of
 
 SINK = 0.05  # share of the attention that makes a key a sink; of 512 keys an even one has 0.003
 RESIDUAL = "residual"
 HEADER = (
     "site", "layer", "max", "median", "ratio", "token", "channel", "w/o first", "kinds",
-    "channels (times the median channel)",
+    "channels (ratio)",
 )  # fmt: skip
 
 
@@ -114,11 +106,12 @@ class Outliers:
         """The cells of the table below `HEADER`."""
         for p in (*self.hidden, *self.inputs):
             value, token, channel = p.top[0]
-            persistent = [c for c in p.channels if c.ratio >= CHANNEL and c.share >= PERSISTENT]
+            persistent = [f"{c.channel} ({c.ratio:.0f})" for c in p.channels if c.persistent]
+            more = f" +{len(persistent) - 2}" if len(persistent) > 2 else ""
             yield (
                 p.site, layer_name(p.layer), f"{abs(value):.5g}", f"{p.median:.4g}",
                 f"{p.ratio:.0f}", self.token(token, p.tokens), str(channel), f"{p.rest:.5g}",
-                " ".join(p.kinds), ", ".join(f"{c.channel} ({c.ratio:.0f})" for c in persistent),
+                " ".join(p.kinds), ", ".join(persistent[:2]) + more,
             )  # fmt: skip
 
     def token(self, index: int, tokens: int | None = None) -> str:
@@ -147,7 +140,7 @@ class Outliers:
         """(sites, layers, log10(max / median) [layers, sites]), NaN where a layer has no such."""
         all_ = (*self.hidden, *self.inputs)
         names = list(dict.fromkeys(p.site for p in all_))
-        layers = sorted({p.layer for p in all_})
+        layers = sorted({p.layer for p in all_}, key=lambda layer: (not layer, layer))
         out = np.full((len(layers), len(names)), np.nan)
         for p in all_:
             if p.ratio:

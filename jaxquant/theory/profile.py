@@ -129,6 +129,11 @@ class Channel(NamedTuple):
     ratio: float
     share: float
 
+    @property
+    def persistent(self) -> bool:
+        """Whether it is a normal outlier."""
+        return self.ratio >= CHANNEL and self.share >= PERSISTENT
+
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -195,7 +200,7 @@ def classify(profile: Profile) -> tuple[str, ...]:
     ('token', 'massive')
     """
     found = {
-        "channel": any(c.ratio >= CHANNEL and c.share >= PERSISTENT for c in profile.channels),
+        "channel": any(c.persistent for c in profile.channels),
         "token": profile.n_spikes > 0,
         "massive": profile.max > ABSOLUTE and profile.ratio > MASSIVE,
     }
