@@ -12,7 +12,7 @@ Three kinds, by thresholds that Gaussian activations never reach:
   of Sun et al. 2024, arXiv:2402.17762, section 2.2; in the input of a down projection, where they
   come from, the massive outliers of Lin et al. 2024 (DuQuant), arXiv:2406.01721.
 
-Medians are of the entries that are not 0: most of what a ReLU gives is.
+Where more than half of the entries are 0, as behind a ReLU, the median is that of the others.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Extremes(NamedTuple):
 
     Attributes:
       rows: t.
-      median: of |x|, of what is not 0.
+      median: of |x|.
       rest: max |x| without the first token.
       value, token, channel: the largest entries, by |x|.
       mean, peak, at, share: of every channel the mean and the maximum of |x|, the token of the
@@ -92,7 +92,7 @@ class Largest:
 
 
 def _median(size: Array) -> Array:
-    """Of what is not 0; 0 if all is.
+    """Of all, or of what is not 0 if more than half is; 0 if all is.
 
     The bits of floats that are not negative are in the floats' order, so that 31 counts find the
     lower one of the middle two; XLA sorts on one thread, ten times as long.
@@ -100,6 +100,8 @@ def _median(size: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(size, jnp.int32)
     below = lambda value: jnp.sum(bits < value)
     zeros = below(1)
+    all_zero = zeros == size.size
+    zeros = jnp.where(2 * zeros > size.size, zeros, 0)
     rank = (size.size + zeros - 1) // 2
 
     def narrowed(i: Array, value: Array) -> Array:
@@ -110,7 +112,7 @@ def _median(size: Array) -> Array:
     above = jnp.min(jnp.where(bits > low, bits, jnp.iinfo(jnp.int32).max))
     two = ((size.size - zeros) % 2 == 0) & (below(low + 1) == rank + 1)
     middle = jax.lax.bitcast_convert_type(jnp.stack([low, jnp.where(two, above, low)]), jnp.float32)
-    return jnp.where(zeros == size.size, 0.0, jnp.mean(middle))
+    return jnp.where(all_zero, 0.0, jnp.mean(middle))
 
 
 class Entry(NamedTuple):
@@ -226,7 +228,7 @@ def profile_of(
     if not np.all(np.isfinite(e.peak)):
         raise ValueError(f"{site} of layer {layer} holds NaN or infinite activations")
     count = len(e.value)
-    typical = np.median(e.mean[e.mean > 0]) if np.any(e.mean) else 1.0
+    typical = float(_median(e.mean)) or 1.0
     alone = (e.peak >= TOKEN * e.median) & (e.peak >= ALONE * e.mean) & (e.peak > 0)
     # A persistent channel first: the mean of another may be one giant entry's doing.
     persistent = (e.share >= PERSISTENT) & (e.mean >= CHANNEL * typical)
