@@ -53,7 +53,7 @@ def massive(hidden: Float[Array, "L t d"]) -> tuple[Massive, ...]:
     (Massive(layer=1, token=0, channel=3, value=-2000.0, ratio=2000.0),)
     """
     found = []
-    for layer, x in enumerate(np.asarray(_stack(hidden, "hidden", 3))):
+    for layer, x in enumerate(_stack(hidden, "hidden", 3)):
         size = np.abs(x)
         median = float(np.median(size))
         at = np.argwhere((size > ABSOLUTE) & (size > MASSIVE * median))
@@ -73,7 +73,7 @@ def sinks(attention: Float[Array, "L t"], share: float = SINK) -> tuple[Sink, ..
     >>> sinks(np.array([[0.75, 0.125, 0.0]]))
     (Sink(layer=0, token=0, share=0.75), Sink(layer=0, token=1, share=0.125))
     """
-    rows = np.asarray(_stack(attention, "attention", 2))
+    rows = _stack(attention, "attention", 2)
     return tuple(
         Sink(layer, int(t), float(row[t]))
         for layer, row in enumerate(rows)
@@ -231,17 +231,17 @@ def _profiles(path: str, seen: Observation) -> tuple[list[Profile], list[str]]:
     return found, unseen
 
 
-def _hidden(hidden: Array, kept: Largest) -> tuple[Profile, ...]:
+def _hidden(hidden: np.ndarray, kept: Largest) -> tuple[Profile, ...]:
     found = jax.jit(lambda h: jax.lax.map(kept.of_matrix, h))(hidden)
     layer = lambda i: jax.tree.map(lambda a: a[i], found)
     return tuple(profile_of(layer(i), RESIDUAL, (i,)) for i in range(len(hidden)))
 
 
-def _stack(a: Any, name: str, ndim: int) -> Array:
+def _stack(a: Any, name: str, ndim: int) -> np.ndarray:
     if np.ndim(a) != ndim:
         axes = "[L, t, d]" if ndim == 3 else "[L, t]"
         raise ValueError(f"{name} must be {axes}, got shape {list(np.shape(a))}")
-    return jnp.asarray(a)
+    return np.asarray(a)
 
 
 # A number that is a part of a path, or ends one: "layers/3/q", "Dense_3/kernel".
