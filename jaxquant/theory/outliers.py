@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -191,10 +190,12 @@ def outliers(
       Sun et al. 2024, arXiv:2402.17762 (massive activations, attention sinks); Lin et al. 2024,
       arXiv:2406.01721 (normal and massive outliers of inputs).
 
-    >>> w, x = jnp.ones((2, 32, 4)), jax.random.normal(jax.random.key(0), (64, 32))
-    >>> found = outliers(lambda p, x: jnp.tanh(x @ p["a/0"]), {"a/0": w[0]}, x.at[:, 5].add(30.0))
+    >>> import jax.numpy as jnp
+    >>> x = jax.random.normal(jax.random.key(0), (64, 32)).at[:, 5].add(30.0)
+    >>> fn = lambda params, x: jnp.tanh(x @ params["up"][0])
+    >>> found = outliers(fn, {"up": [jnp.ones((32, 4))]}, x)
     >>> [(p.site, p.layer, p.kinds, p.channels[0].channel) for p in found.inputs]
-    [('a/*', (0,), ('channel',), 5)]
+    [('up/*', (0,), ('channel',), 5)]
     """
     kept = Largest(top)
     inputs, unseen = [], []
@@ -241,7 +242,7 @@ def _stack(a: Any, name: str, ndim: int) -> np.ndarray:
     if np.ndim(a) != ndim:
         axes = "[L, t, d]" if ndim == 3 else "[L, t]"
         raise ValueError(f"{name} must be {axes}, got shape {list(np.shape(a))}")
-    return np.asarray(a)
+    return np.asarray(a, np.float32)
 
 
 # A number that is a part of a path, or ends one: "layers/3/q", "Dense_3/kernel".
