@@ -213,7 +213,10 @@ def profile(
     x: Float[Array, "t k"], site: str = "", layer: tuple[int, ...] = (), top: int = 4
 ) -> Profile:
     """Of a matrix at hand."""
-    return profile_of(Largest(top).of_matrix(x), site, layer)
+    return profile_of(_of_matrix(Largest(top), x), site, layer)
+
+
+_of_matrix = jax.jit(Largest.of_matrix, static_argnums=0)
 
 
 def profile_of(
