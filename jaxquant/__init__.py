@@ -49,6 +49,7 @@ from jaxquant.methods import (
     trellis,
     vptq,
 )
+from jaxquant.observe import Observation, observe
 from jaxquant.opened import decoded, rejoined
 from jaxquant.paths import path_leaves
 from jaxquant.quantize import (
@@ -102,6 +103,7 @@ __all__ = [
     "Kronecker",
     "Method",
     "NormalFloat",
+    "Observation",
     "Option",
     "Plan",
     "QTensor",
@@ -140,6 +142,7 @@ __all__ = [
     "named_method",
     "normal_float",
     "nvfp4",
+    "observe",
     "path_leaves",
     "qtip",
     "quantize",

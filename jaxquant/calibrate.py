@@ -6,19 +6,17 @@ One `jax.grad` collects every layer (`observe`), and batches are merged.
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.observe import Observed, Seen
-from jaxquant.paths import matches, path_leaves, replace_leaves
+from jaxquant.observe import Seen, arrays_only, holders, planted, total, zeros
+from jaxquant.paths import matches
 from jaxquant.sites import Site, sites
 from jaxquant.standin import run
 
@@ -243,7 +241,7 @@ def calibrate(
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
     if output and weighting != "gradient":
         raise ValueError('output= needs weighting="gradient", and a loss')
-    params, fn = _arrays_only(params, fn)
+    params, fn = arrays_only(params, fn)
     sums, plan = None, None
     for i, batch in enumerate(batches):
         if sums is None:
@@ -268,14 +266,6 @@ def calibrate(
     return Stats(found, sums, dict(plan.holder))
 
 
-def _arrays_only(params: Any, fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
-    """The arrays of a tree that holds other things too (an Equinox module), and fn of them."""
-    arrays, rest = eqx.partition(params, lambda leaf: hasattr(leaf, "dtype"))
-    if not jax.tree.leaves(rest):
-        return params, fn  # the very function, so that a step compiled for it serves again
-    return arrays, lambda p, *args: fn(eqx.combine(p, rest), *args)
-
-
 def _args(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
@@ -284,7 +274,7 @@ def _args(batch: Any) -> tuple[Any, ...]:
 class _Plan:
     """Which weights carry a probe. Hashed by value: equal plans share a compiled step."""
 
-    holders: tuple[tuple[str, Site], ...]
+    held: tuple[tuple[str, Site], ...]
     holder: tuple[tuple[str, str], ...]
     weighted: bool
     gram: bool
@@ -299,16 +289,11 @@ class _Plan:
         output: tuple[str, ...],
         sample: int,
     ) -> "_Plan":
-        holder: dict[str, str] = {}
-        first: dict[Any, str] = {}
-        for path, site in found.items():
-            if site.contracted:
-                # Weighted by their own output gradients, grams of one input differ.
-                key = (site.input, len(site.batch)) if weighting == "uniform" else path
-                holder[path] = first.setdefault(key, path)
-        holders = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
         weighted = weighting == "gradient"
-        return _Plan(holders, tuple(holder.items()), weighted, gram, output, sample)
+        # Weighted by their own output gradients, grams of one input differ.
+        holder = holders(found, shared=not weighted)
+        held = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
+        return _Plan(held, tuple(holder.items()), weighted, gram, output, sample)
 
     def kept(self, path: str) -> Kept:
         """What is kept at a weight."""
@@ -317,37 +302,11 @@ class _Plan:
 
     def probes(self) -> dict[str, Probe]:
         """Zeros, by holder."""
-        return {p: _zeros(site, self.kept(p)) for p, site in self.holders}
+        return {p: zeros(site, self.kept(p)) for p, site in self.held}
 
     def merged(self, a: dict[str, Probe], b: dict[str, Probe]) -> dict[str, Probe]:
         """Of two sets of batches."""
-        return {p: self.kept(p).merged(a[p], b[p]) for p, _ in self.holders}
-
-    def observe(self, params: Any, probes: dict[str, Probe]) -> Any:
-        """params with `Observed` stand-ins at the weights that hold sums."""
-        leaves = dict(path_leaves(params))
-        new = {}
-        for path, site in self.holders:
-            keep = [a for a in range(len(site.shape)) if a not in site.batch]
-            order = (*site.batch, *keep)
-            array = jnp.transpose(leaves[path], order)
-            inverse = tuple(order.index(a) - len(order) for a in range(len(order)))
-            new[path] = Observed(
-                array=array,
-                probe=probes[path],
-                order=inverse,
-                core=len(keep),
-                contracted=tuple(order.index(a) - len(order) for a in site.contracted),
-                summary=self.kept(path),
-            )
-        return replace_leaves(params, new)
-
-
-def _zeros(site: Site, kept: Kept) -> Probe:
-    size = lambda axes: math.prod(site.shape[a] for a in axes)
-    batch = tuple(site.shape[a] for a in site.batch)
-    one = kept.zeros(size(site.contracted), size(site.output))
-    return jax.tree.map(lambda a: jnp.zeros((*batch, *a.shape)), one)
+        return {p: self.kept(p).merged(a[p], b[p]) for p, _ in self.held}
 
 
 @partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
@@ -357,11 +316,8 @@ def _step(
     """The sums, this batch's merged into them."""
 
     def scalar(probes: dict) -> Array:
-        out = run(fn, plan.observe(params, probes), *_args(batch))
-        if loss is not None:
-            return loss(out, batch)
-        floating = [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.inexact)]
-        return sum((jnp.sum(y, dtype=jnp.float32) for y in floating), jnp.float32(0))
+        out = run(fn, planted(params, plan.held, probes, plan.kept), *_args(batch))
+        return total(out) if loss is None else loss(out, batch)
 
     # A probe's value is never read, so the running sums serve, and no zeros take memory.
     return plan.merged(sums, jax.grad(scalar)(sums))

@@ -43,6 +43,11 @@ class Site:
         used = {*self.contracted, *self.batch}
         return tuple(a for a in range(len(self.shape)) if a not in used)
 
+    @property
+    def turn(self) -> int:
+        """Of a contracted weight: which input, in the order of use, is its first."""
+        return int(self.input.split("[")[0].removeprefix("input"))
+
 
 def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Site]:
     """How `fn(params, *args)` uses each floating leaf of rank >= 2 of `params`, by path.

@@ -25,11 +25,12 @@ from jaxquant.finetune import Progress as Update
 from jaxquant.kv_cache import ROPE, KVFormat
 from jaxquant.paths import matches
 from jaxquant.resume import Folder
-from models import job, pipeline
+from models import job, outliers, pipeline
 from models.effort import EFFORTS
 from models.generate import generate as generate_ids
 from models.registry import Model
 from models.request import job_of, with_texts
+from models.states import FIRST_QUERY
 from models.text import read_text
 
 stderr = Console(stderr=True)
@@ -362,9 +363,40 @@ def generate(
 
 @cli.command()
 @click.argument("model")
+@click.option(
+    "--outliers",
+    "of_outliers",
+    is_flag=True,
+    help="Of activations on a text instead: by channel, by token, massive, sinks.",
+)
+@click.option("--text", default=None, help="Text FILE or builtin, for --outliers.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(FIRST_QUERY + 1),
+    default=None,
+    help="How many of the text; default 512.",
+)
+@click.option("--plot", default=None, metavar="FILE", help="Heat map, .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True)
-def inspect(model: str, as_json: bool) -> None:
-    """Bytes and bits of every tensor of MODEL."""
+def inspect(
+    model: str,
+    of_outliers: bool,
+    text: str | None,
+    tokens: int | None,
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """Bytes and bits of every tensor of MODEL, or with --outliers its activations on a text."""
+    with usage():
+        if of_outliers and text is None:
+            raise ValueError("--outliers looks at activations: give --text FILE, or builtin")
+        if not of_outliers and (text, tokens, plot) != (None, None, None):
+            raise ValueError("--text, --tokens and --plot are for --outliers; give it too")
+        if plot is not None:
+            outliers.check_plot(plot)
+    if text is not None:
+        _inspect_outliers(model, text, tokens or pipeline.CONTEXT, plot, as_json)
+        return
     params = pipeline.load_any(model, widen=False).params
     rows = [_row(p, w) for p, w in jq.path_leaves(params)]
     sizes = _sizes(params)
@@ -377,11 +409,29 @@ def inspect(model: str, as_json: bool) -> None:
         size_text = f"{r['bytes']:,}"
         bits_text = f"{r['bits_per_weight']:.3f}"
         table.add_row(r["path"], shape, r["method"], r["format"], bits_text, size_text)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    _console().print(table)
     over = "quantized matrices" if any(r["method"] != "none" for r in rows) else "matrices"
     click.echo(
         f"{sizes['bytes']:,} bytes; {sizes['bits_per_weight']:.3f} bits per weight over the {over}"
     )
+
+
+def _inspect_outliers(model: str, text: str, tokens: int, plot: str | None, as_json: bool) -> None:
+    content = read_text(text)
+    source = pipeline.load_any(model)
+    found = outliers.outliers_of(source, pipeline.pieces(source, content, tokens, 1)[0])
+    if plot is not None:
+        outliers.plot(found, plot)
+    if as_json:
+        _emit(found.to_json(), True)
+        return
+    for part in (outliers.table(found), outliers.heat_map(found)):
+        _console().print(part)
+    click.echo("\n" + "\n".join(found.findings()))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _row(path: str, w: Any) -> dict[str, Any]:

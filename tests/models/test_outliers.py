@@ -1,142 +1,156 @@
-"""Models whose activations are rounded: folds, a rotated residual stream, an exact prefix."""
+"""`jaxquant inspect --outliers`: what it prints and draws, bad usage; and of the real model."""
+# ruff: noqa: F811 (fixtures of the command's other tests)
 
-import dataclasses
+import importlib.util
+import json
+from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-import jaxquant as jq
-from models import generate, load, pipeline
-from models.inspection import Inspector
-from models.llama import folds, residual
-from tests.models.tiny_llama import BASE, FAMILIES, random_tensors, write_folder
+from jaxquant.theory.outliers import massive
+from models import load, pipeline
+from models.outliers import heat_map, outliers_of, plot
+from models.states import states
+from tests.models.test_cli import fails, run, tiny  # noqa: F401
 
-TOKENS = np.random.default_rng(0).integers(0, 256, (4, 24))
-
-
-def made(folder, hf=BASE):
-    return load(write_folder(folder / "m", hf, random_tensors(hf)))
+COMMAND = ("--outliers", "--tokens", 96)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("m"))
+def test_every_site_of_every_layer(tiny, run, tmp_path):
+    text, packed = tiny.parent / "text.txt", tmp_path / "packed"
+    run("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", packed)
+    for model in (tiny, packed):
+        status, out, err = run("inspect", model, *COMMAND, "--text", text, "--json")
+        assert (status, err) == (0, "")
+        report = json.loads(out)
+        assert [p["layer"] for p in report["hidden"]] == [[0], [1], [2]]
+        kinds = dict.fromkeys(p["site"] for p in report["inputs"])
+        assert list(kinds) == [
+            "layers/attn/{k,q,v}/kernel", "layers/attn/o/kernel",
+            "layers/mlp/{gate,up}/kernel", "layers/mlp/down/kernel", "head/kernel",
+        ]  # fmt: skip
+        assert len(report["inputs"]) == 13
+        assert report["texts"][:3] == ["t", "h", "e"]
+        assert report["unseen"] == report["massive"] == []
 
 
-@pytest.fixture(scope="module")
-def stats(tiny):
-    return pipeline.calibrate_on(tiny, TOKENS, weighting="uniform", sample=32)
+def test_the_page_is_plain_text_where_there_is_no_terminal(tiny, run):
+    status, out, _ = run("inspect", tiny, *COMMAND, "--text", tiny.parent / "text.txt")
+    assert status == 0
+    assert "\x1b" not in out
+    assert "layers/mlp/down/kernel" in out and "log10(max / median)" in out
+    rows = [
+        line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 ", "2 "))
+    ]
+    assert [len(row) for row in rows[-3:]] == [6, 6, 6]  # the layer and five sites
+    assert all(0 < float(cell) < 5 for row in rows[-3:] for cell in row[1:])
 
 
-def rounded(model, activations):
-    """Weights of 8 bits, and inputs as said."""
-    params = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(8, -1)))
-    return jq.with_activations(params, activations)
+def test_the_heat_map_is_coloured_in_a_terminal(tiny):
+    model = load(tiny)
+    found = outliers_of(model, np.arange(80))
+    console = Console(force_terminal=True, color_system="truecolor", width=100)
+    with console.capture() as page:
+        console.print(heat_map(found))
+    assert "\x1b[37;48;2;" in page.get()
+    assert "48;2;253;231;37" in page.get()  # the scale's end
 
 
-def near(a, b):
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_factors_fold_and_the_stream_turns_in_every_family(family, tmp_path):
-    """Function preserved by smoothing, folded and carried, and by a rotation folded everywhere."""
-    model = made(tmp_path, FAMILIES[family])
-    want = model.apply_fn(model.params, TOKENS)
-    stats = pipeline.calibrate_on(model, TOKENS, weighting="uniform")
-    floats = pipeline.recipe_of(jq.smoothquant(16, activation_bits=16))
-    folded = jq.fold(model.params, floats, stats, folds(model.config))
-    assert near(model.apply_fn(folded.params, TOKENS), want) < 1e-5
-    carried = jq.quantize(model.params, floats, stats)
-    assert near(jq.quantized(model.apply_fn)(carried, TOKENS), want) < 1e-5
-    turned = pipeline.rotated(model, jax.random.key(0))
-    assert near(turned.apply_fn(turned.params, TOKENS), want) < 1e-5
-    assert not turned.config.tie_embeddings
-    for name in ("attn_norm", "mlp_norm"):
-        assert jnp.all(turned.params["layers"][name]["scale"] == 1)
-
-
-def test_a_tied_embedding_is_not_rotated(tmp_path):
-    model = made(tmp_path, FAMILIES["llama-tied"])
-    with pytest.raises(ValueError, match="untie it first"):
-        residual(model.config)
-
-
-def test_a_prefix_is_exact(tiny):
-    """Two bits for what comes after; the first tokens' logits are those of float activations."""
-    quantized = rounded(tiny, "int2")
-    model = dataclasses.replace(tiny, prefix=3)
-    got = jq.quantized(model.apply_fn)(quantized, TOKENS)
-    floats = jq.quantized(tiny.apply_fn)(jq.with_activations(quantized, None), TOKENS)
-    without = jq.quantized(tiny.apply_fn)(quantized, TOKENS)
-    np.testing.assert_allclose(got[:, :3], floats[:, :3], rtol=1e-4, atol=1e-4)
-    assert near(got[:, 3:], floats[:, 3:]) > 1e-2 and near(got[:, 3:], without[:, 3:]) > 1e-2
-
-
-def test_generation_after_an_exact_prefix(tiny):
-    model = dataclasses.replace(tiny, prefix=3)
-    prompt = TOKENS[0, :9].tolist()
-    fn = jq.quantized(model.apply_cached)
-    got = generate(fn, tiny.params, tiny.config, prompt, 6)
-    assert got == generate(tiny.apply_cached, tiny.params, tiny.config, prompt, 6)
-    params = rounded(tiny, "int8")
-    ids = list(prompt)
-    for _ in range(6):  # the whole text again for every token
-        logits = jq.quantized(model.apply_fn)(params, jnp.array([ids]))
-        ids.append(int(logits[0, -1].argmax()))
-    assert generate(fn, params, tiny.config, prompt, 6) == ids[9:]
-
-
-def test_statistics_leave_the_prefix_out(tiny):
-    """Those of the tokens after it, as the whole text makes them."""
-    model = dataclasses.replace(tiny, prefix=2)
-    got = pipeline.calibrate_on(model, TOKENS, weighting="uniform", sample=200)
-    whole = pipeline.calibrate_on(tiny, TOKENS, weighting="uniform", sample=200)
-    for path in ("layers/attn/q/kernel", "layers/mlp/down/kernel"):
-        a, b = got.of(path), whole.of(path)
-        assert np.all(a.rows == 4 * 22) and np.all(b.rows == 4 * 24)
-        assert jnp.all(a.high <= b.high + 1e-5) and jnp.any(a.high < b.high - 1e-3)
-
-
-def test_inspection_is_of_the_module(tiny, stats):
-    """The float weights lose nothing, rounded ones what attention or the MLP loses by them."""
-    inspector = Inspector(tiny, TOKENS)
-    layers = tiny.params["layers"]
-    of = lambda module, names, change: {
-        f"layers/{module}/{n}/kernel": change(layers[module][n]["kernel"][1]) for n in names
-    }
-    for module, names in (("attn", "qkv"), ("mlp", ("gate", "up"))):
-        assert inspector(of(module, names, lambda w: w), 1) < 1e-10
-        scaled = lambda by, m=module, n=names: float(inspector(of(m, n, lambda w: w * by), 1))
-        assert 0 < scaled(1.01) < scaled(1.1)
-    assert inspector(of("mlp", ["down"], lambda w: w), 1) is None
-    recipe = pipeline.recipe_of(jq.awq(3, 8))
-    searched = pipeline.quantized_model(tiny, recipe, stats, inspect=inspector)
-    got, want = (f(m.params, TOKENS) for f, m in ((jq.quantized(tiny.apply_fn), searched),
-                                                  (tiny.apply_fn, tiny)))  # fmt: skip
-    assert near(got, want) < 0.5
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib's own parts
+@pytest.mark.parametrize("suffix", [".png", ".SVG"])
+def test_a_picture(tiny, run, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    file, text = tmp_path / f"heat{suffix}", tiny.parent / "text.txt"
+    assert run("inspect", tiny, *COMMAND, "--text", text, "--plot", file, "--json")[0] == 0
+    begins = {".png": b"\x89PNG", ".SVG": b"<?xml"}[suffix]
+    assert file.read_bytes().startswith(begins)
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]  # nothing left aside
+    with pytest.raises(ValueError, match="there is no folder"):
+        plot(None, tmp_path / "none" / "heat.png")
 
 
 @pytest.mark.parametrize(
-    "method",
-    [jq.smoothquant(), jq.smoothquant(static=True), jq.duquant(block=8, steps=4), jq.quarot(),
-     jq.awq(4, 8), jq.flatquant(), jq.smoothquant(4, activation_bits=8), jq.smoothquant(2)],
-    ids=lambda m: m.name,
-)  # fmt: skip
-def test_every_method_is_saved_and_served(method, tiny, stats, tmp_path):
-    model = dataclasses.replace(tiny, prefix=1)
-    recipe = pipeline.recipe_of(method)
-    made = pipeline.quantized_model(model, recipe, stats)
-    pipeline.save(tmp_path / "q", made, recipe)
-    back = pipeline.load_any(tmp_path / "q")
-    assert back.prefix == 1
-    fn = jax.jit(jq.quantized(model.apply_fn))
-    half = lambda name: jax.tree.map(
-        lambda a: a.astype(jnp.float16).astype(a.dtype), made.params[name]
-    )
-    want = fn({**made.params, **{name: half(name) for name in ("embed", "head")}}, TOKENS)
-    np.testing.assert_array_equal(fn(back.params, TOKENS), want)
-    layer = back.params["layers"]["mlp"]["down"]["kernel"]
-    assert layer.activations == method.activations
+    ("options", "message"),
+    [
+        ("--outliers", "give --text FILE, or builtin"),
+        ("--text builtin", "are for --outliers; give it too"),
+        ("--plot x.png", "are for --outliers; give it too"),
+        ("--outliers --text builtin --plot x.gif", "--plot writes .png, .svg, .pdf, got 'x.gif'"),
+        ("--outliers --text builtin --plot x", "--plot writes .png, .svg, .pdf, got 'x'"),
+        ("--outliers --text builtin --plot /nowhere/x.png", "there is no folder /nowhere"),
+        ("--outliers --text builtin --tokens 64", "is not in the range"),
+    ],
+)
+def test_bad_usage(tiny, run, options, message):
+    fails(run("inspect", tiny, *options.split()), 2, message)
+
+
+def test_bad_texts(tiny, run, tmp_path):
+    (tmp_path / "t.txt").write_text("short")
+    fails(run("inspect", tiny, "--outliers", "--text", tmp_path / "t.txt"), 1, "needs 512")
+    fails(run("inspect", tiny, "--outliers", "--text", "/nowhere.txt"), 1, "cannot read /nowhere")
+    many = ("--outliers", "--text", "builtin", "--tokens", 2000)
+    fails(run("inspect", tiny, *many), 1, "exceeds the model's 1024 positions")
+
+
+def test_without_matplotlib(tiny, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    options = (*COMMAND, "--text", "builtin", "--plot", tmp_path / "x.png")
+    fails(run("inspect", tiny, *options), 2, "run: pip install 'jaxquant[report]'")
+
+
+def of_text(beginning):
+    """The demo model, and tokens of which the first ones are given."""
+    model = load("smollm2-135m")
+    return model, pipeline.pieces(model, beginning + topics["assert"] * 2, 128, 1)[0]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_first_token_of_the_real_model_is_massive():
+    """Born in layer 11's down projection, a sink as long as it lasts; figures of "\\n\\n" alone.
+
+    Nothing comes before the first token, so what it has is the same in every text.
+    """
+    model, tokens = of_text("\n\n = ")
+    assert tokens[0] == 1116
+    found = outliers_of(model, tokens)
+    giant = {m.layer: m for m in found.massive if (m.token, m.channel) == (0, 507)}
+    assert {m.token for m in found.massive} == {0}
+    assert set(range(11, 27)) <= set(giant) <= set(range(11, 29))
+    assert giant[11].value == pytest.approx(24851.28, rel=1e-4)
+    down = {p.layer: p for p in found.inputs if p.site == "layers/mlp/down/kernel"}
+    giants = {layer for layer, p in down.items() if "massive" in p.kinds}
+    assert {(11,), (28,)} <= giants <= {(11,), (28,), (29,)}
+    for layer, channel, value in ((11, 1229, 3068.95), (28, 678, 2347.12)):
+        assert down[layer,].top[0] == (pytest.approx(value, rel=1e-4), 0, channel)
+        assert down[layer,].rest < 100  # the twin: no other token has such
+    key = {s.layer: s.share for s in found.sinks if s.token == 0}
+    assert set(range(12, 30)) <= set(key) and 11 not in key
+    qkv = {p.layer: p for p in found.inputs if p.site == "layers/attn/{k,q,v}/kernel"}
+    assert all(qkv[layer,].channels[0].channel == 247 for layer in range(9, 25))
+    assert all("channel" in p.kinds and "massive" not in p.kinds for p in qkv.values())
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("beginning", "value", "giants"),
+    [
+        ("<|im_start|>", 24917.4, {0}),
+        ("<|endoftext|>", 20458.6, {0}),
+        ("", 22543.1, {0}),  # "The"
+        # Two so alike that the second has no past to tell it from the first.
+        ("\n\n", 23843.64, {0, 1}),  # "\n", "\n"
+        ("The ", 22543.1, {0, 1}),  # "The", " The"
+    ],
+)
+def test_whatever_the_first_token(beginning, value, giants):
+    model, tokens = of_text(beginning)
+    residual = jax.jit(states(model.config))(model.params, jnp.asarray(tokens)).residual
+    assert residual[12, 0, 507] == pytest.approx(value, rel=1e-4)
+    assert {m.token for m in massive(residual)} == giants

@@ -115,8 +115,12 @@ def inverse_frequencies(hf):
     return np.array(out)
 
 
-def forward(hf, tensors, tokens):
-    """Logits float64 [t, V] of one sequence, with a loop over heads and positions."""
+def forward(hf, tensors, tokens, states=None):
+    """Logits float64 [t, V] of one sequence, with a loop over heads and positions.
+
+    To a list `states` is added, for each layer, what it leaves [t, d] and the attention
+    [heads, t, t].
+    """
     w = {name: value.astype(np.float64) for name, value in tensors.items()}
     eps, t = hf["rms_norm_eps"], len(tokens)
     norm = lambda x, name: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[name]
@@ -132,7 +136,7 @@ def forward(hf, tensors, tokens):
         at = f"model.layers.{i}."
         x = norm(h, f"{at}input_layernorm.weight")
         q, k, v = (linear(x, f"{at}self_attn.{p}_proj") for p in "qkv")
-        heads = []
+        heads, attention = [], np.zeros((HEADS, t, t))
         for n in range(HEADS):
             g = n // (HEADS // KV)
             a, b = q[:, n * HD : (n + 1) * HD], k[:, g * HD : (g + 1) * HD]
@@ -143,6 +147,7 @@ def forward(hf, tensors, tokens):
             out = np.zeros((t, HD))
             for s in range(t):
                 p = np.exp(scores[s, : s + 1] - scores[s, : s + 1].max())
+                attention[n, s, : s + 1] = p / p.sum()
                 out[s] = p / p.sum() @ v[: s + 1, g * HD : (g + 1) * HD]
             heads.append(out)
         h = h + linear(np.concatenate(heads, axis=1), f"{at}self_attn.o_proj")
@@ -150,5 +155,7 @@ def forward(hf, tensors, tokens):
         gate = linear(x, f"{at}mlp.gate_proj")
         silu = gate / (1 + np.exp(-gate))
         h = h + linear(silu * linear(x, f"{at}mlp.up_proj"), f"{at}mlp.down_proj")
+        if states is not None:
+            states.append((h, attention))
     h = norm(h, "model.norm.weight")
     return h @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
