@@ -21,14 +21,18 @@ from jaxquant.codebooks import (
 )
 from jaxquant.dispatch import Explanation, explain, quantized
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
+from jaxquant.folding import fold
 from jaxquant.layers import restack, unstack, unstack_stats
+from jaxquant.learned import learn
 from jaxquant.methods import (
     KEEP,
     METHODS,
     Method,
     aqlm,
+    awq,
     duquant,
     entropy_coded,
+    flatquant,
     float8,
     gptq,
     mxfp4,
@@ -56,11 +60,21 @@ from jaxquant.quantize import (
     with_activations,
 )
 from jaxquant.recipe import Plan, Recipe, resolve
+from jaxquant.residual import Residual, rotate_residual
 from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
-from jaxquant.transforms import ActivationAware, Chain, Greedy, Rotation, Scaling, Smooth, Zigzag
+from jaxquant.transforms import (
+    ActivationAware,
+    Chain,
+    Greedy,
+    Kronecker,
+    Rotation,
+    Scaling,
+    Smooth,
+    Zigzag,
+)
 
 __version__ = "0.1.0"
 
@@ -84,6 +98,7 @@ __all__ = [
     "Greedy",
     "Healing",
     "Integer",
+    "Kronecker",
     "Method",
     "NormalFloat",
     "Observation",
@@ -91,6 +106,7 @@ __all__ = [
     "Plan",
     "QTensor",
     "Recipe",
+    "Residual",
     "Roofline",
     "Rotation",
     "Scaling",
@@ -104,6 +120,7 @@ __all__ = [
     "Zigzag",
     "allocate",
     "aqlm",
+    "awq",
     "bits_per_weight",
     "calibrate",
     "decoded",
@@ -112,10 +129,13 @@ __all__ = [
     "entropy_coded",
     "exact_activations",
     "explain",
+    "flatquant",
     "float8",
+    "fold",
     "gptq",
     "heal",
     "heal_blocks",
+    "learn",
     "mxfp4",
     "named_method",
     "normal_float",
@@ -134,6 +154,7 @@ __all__ = [
     "resolve",
     "restack",
     "roofline",
+    "rotate_residual",
     "rtn",
     "shares",
     "sites",

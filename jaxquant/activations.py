@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields
+from jaxquant.straight import rounded, through
 from pallas_kernels import activations as forms
 
 _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
@@ -126,7 +127,7 @@ class Activations:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         scale = (high - low) / (top - bottom)
         empty, scale = scale == 0, jnp.where(scale == 0, 1.0, scale)
-        zero = jnp.clip(jnp.round(bottom - low / scale), bottom, top)
+        zero = jnp.clip(jax.lax.stop_gradient(jnp.round(bottom - low / scale)), bottom, top)
         return scale, jnp.where(empty, 0.0, zero)  # so that zeros give zeros exactly
 
     @property
@@ -142,7 +143,7 @@ class Activations:
         else:
             low, high = (f(x, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
             scale, zero = self.range(low, high)
-        code = jnp.clip(jnp.round(x / scale) + zero, *self._limits)
+        code = jnp.clip(rounded(x / scale) + zero, *self._limits)
         return Codes(code, scale, zero)
 
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
@@ -255,7 +256,8 @@ def product(
       data: its arrays, if it has any.
       times: (rows, how kernels are to take them) -> products, linear in rows but for its rounding.
 
-    Rounding passes cotangents on as they are.
+    Rounding passes derivatives on as they are; scales and clipping have their own, but where the
+    kernels round: these act as if nothing was rounded.
 
     >>> w = jnp.array([[2.0], [1.0]])
     >>> y = product(Activations(4), jnp.array([[7.0, 1.4]]), {}, lambda x, form: x @ w)
@@ -267,33 +269,13 @@ def product(
     if form.kernel is not None:
         return times(x, form.kernel)
     if form.floating:
-        return times(_straight(x, form.rounded(x, data), jnp.float32(1)), "float")
+        return times(through(x, form.rounded(x, data)), "float")
     code, scale, zero = form.codes(x, data)
-    scale = jax.lax.stop_gradient(scale)
     if form.symmetric or form.bits < 8:
-        y = times(_straight(x, code - zero, scale), "codes")
+        y = times(code - zero, "codes")
         return jax.tree.map(lambda y: y * scale, y)
-    rows = _straight(x, code, scale)
-    y = times(jnp.concatenate([rows, jnp.ones_like(rows[:1])]), "codes")
+    y = times(jnp.concatenate([code, jnp.ones_like(code[:1])]), "codes")
     return jax.tree.map(lambda y: scale * (y[:-1] - zero * y[-1:]), y)
-
-
-@jax.custom_vjp
-def _straight(x: Array, rounded: Array, scale: Array) -> Array:
-    """The rounded, whose cotangent goes to x, over the scale."""
-    return rounded
-
-
-def _forward(x: Array, rounded: Array, scale: Array) -> tuple[Array, tuple]:
-    return rounded, (jnp.zeros((), x.dtype), scale)
-
-
-def _backward(kept: tuple, g: Array) -> tuple[Array, Array, Array]:
-    like, scale = kept
-    return (g / scale).astype(like.dtype), jnp.zeros_like(g), jnp.zeros_like(scale)
-
-
-_straight.defvjp(_forward, _backward)
 
 
 def _float8(x: Float[Array, "m k"]) -> Float[Array, "m k"]:

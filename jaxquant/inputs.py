@@ -63,8 +63,12 @@ class Inputs:
         leaves: Mapping[str, Array],
         stats: Stats | None,
         inspect: Inspection | None = None,
+        known: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     ) -> "Inputs":
-        """Of all weights to quantize; without sites, none shares anything."""
+        """Of all weights to quantize; without sites, none shares anything.
+
+        `known`: what `found` is to begin with.
+        """
         first: dict[Any, str] = {}
         leader: dict[str, str] = {}
         members: dict[str, list[Member]] = {}
@@ -77,7 +81,9 @@ class Inputs:
                 key = (site.input, entry.matrix[:-1], method.input, form)
             leader[path] = first.setdefault(key, path)
             members.setdefault(leader[path], []).append(member)
-        return Inputs(leader, members, leaves, stats, inspect)
+        if wrong := {path for path, _ in known or {}} - set(members):
+            raise ValueError(f"transforms of {', '.join(sorted(wrong))}, which lead no input here")
+        return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
 
     def arrays(self, path: str, i: int, key: Array) -> dict[str, Array] | None:
         """Arrays of the transform ("input.") and of activations ("activations.") of matrix i.

@@ -24,8 +24,8 @@ from jaxquant.codebooks import (
     Vector,
 )
 from jaxquant.fields import check_fields
-from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
-from jaxquant.transforms import Chain, Greedy, Rotation, Smooth, Zigzag
+from jaxquant.rounding import LDLQ, Beam, Clipped, Nearest, TwoSided, Waterfill
+from jaxquant.transforms import ActivationAware, Chain, Greedy, Kronecker, Rotation, Smooth, Zigzag
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -389,6 +389,39 @@ def smoothquant(
     return Method("smoothquant", _scalar_rounder(feedback), format, side, activations=form)
 
 
+def awq(
+    bits: int = 4,
+    group_size: GroupSize = 128,
+    *,
+    duo: bool = False,
+    clip: bool = True,
+    symmetric: bool = False,
+    feedback: bool = False,
+    scale_dtype: str = "float16",
+    pad: bool = False,
+) -> Method:
+    """AWQ: channels that matter are scaled up before rounding, by a search (Lin et al. 2023,
+    arXiv:2306.00978).
+
+    We differ: where no inspection is given (`quantize`), scales are judged by the error of the
+    products, and outputs that no scale can be folded into are scaled too, online.
+
+    Args:
+      duo: see `ActivationAware`.
+      clip: search a bound for the weights of every group too, see `Clipped`.
+      feedback: LDLQ in place of nearest rounding.
+      The others: see `Integer`.
+
+    >>> awq().input
+    ActivationAware(duo=False, group_size=128)
+    """
+    rounder = _scalar_rounder(feedback)
+    format = Integer(bits, group_size, symmetric, False, scale_dtype, pad)
+    rows = group_size if isinstance(group_size, int) and group_size > 0 else 128
+    side = ActivationAware(duo, rows)
+    return Method("awq", Clipped(rounder) if clip else rounder, format, side)
+
+
 def duquant(
     bits: int = 4,
     group_size: GroupSize = "channel",
@@ -471,11 +504,47 @@ def quarot(
     return Method("quarot", _scalar_rounder(feedback), format, side, activations=form)
 
 
+def flatquant(
+    bits: int = 4,
+    group_size: GroupSize = "channel",
+    *,
+    activation_bits: int = 4,
+    alpha: float = 0.5,
+    orthogonal: bool = False,
+    symmetric: bool = False,
+    clip: float = 0.8,
+    activation_clip: float = 0.9,
+    feedback: bool = True,
+    scale_dtype: str = "float16",
+) -> Method:
+    """FlatQuant: every input through a learned Kronecker product (Sun et al. 2024,
+    arXiv:2410.09426).
+
+    Learn the transforms with `jaxquant.learn`, and give them to `quantize`; else they are Hadamard
+    transforms of smoothed inputs.
+
+    Args:
+      bits, activation_bits: 16: left as floats.
+      alpha: of smoothing, to begin with; see `Smooth`.
+      orthogonal: learn rotations alone.
+      symmetric: of weights and of activations.
+      clip, activation_clip: of the ranges of weights and of activations, what is kept.
+      feedback: LDLQ rather than nearest rounding.
+
+    >>> flatquant().input
+    Kronecker(alpha=0.5, orthogonal=False)
+    """
+    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
+    form = _inputs(activation_bits, symmetric, activation_clip)
+    side = Kronecker(alpha, orthogonal)
+    return Method("flatquant", _scalar_rounder(feedback), format, side, activations=form)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     f.__name__: f
     for f in (
         rtn, gptq, ternary, quip_sharp, qtip, trellis, aqlm, vptq, entropy_coded,
-        normal_float, float8, mxfp4, nvfp4, smoothquant, duquant, quarot,
+        normal_float, float8, mxfp4, nvfp4, smoothquant, awq, duquant, quarot, flatquant,
     )
 }  # fmt: skip
 

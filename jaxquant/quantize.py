@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.activations import Activations
 from jaxquant.calibrate import Stats, seen
+from jaxquant.draw import Draw
 from jaxquant.inputs import Inputs, Inspection, Member
 from jaxquant.matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.methods import Method
@@ -58,6 +58,7 @@ def quantize(
     *,
     key: Array | None = None,
     inspect: Inspection | None = None,
+    transforms: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     progress: Callable[[Done], None] | None = None,
     finished: Finished | None = None,
 ) -> Any:
@@ -70,6 +71,7 @@ def quantize(
       key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
       inspect: what judges the candidates of a transform that is searched for, in place of the
         products' error; see `inputs.Inspection`.
+      transforms: arrays of input transforms that are known already, from `learn`.
       progress: called with `Done` after each matrix.
       finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on.
         What is in it is not done again, what is done is put in it. A mapping that lives on disk
@@ -90,11 +92,11 @@ def quantize(
     todo = [Member(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
     for entry, method in todo:
         _check_statistics(entry.path, method, stats)
-    draw = _Draw.of(key)
+    draw = Draw.of(key)
     report = _Progress(sum(math.prod(e.matrix[:-2]) for e, _ in todo), progress)
     leaves = dict(path_leaves(params))
     known = stats if isinstance(stats, Stats) else None
-    inputs = Inputs.of(todo, found, leaves, known, inspect)
+    inputs = Inputs.of(todo, found, leaves, known, inspect, transforms)
     new = {}
     for entry, method in todo:
         moments = _moments(entry.path, method, stats)
@@ -149,7 +151,7 @@ def quantize_array(
     (entry,) = resolve(method, {"w": w}).entries
     moments = Moments(gram, output_gram)
     shared = Inputs.of([Member(entry, method)], None, {"w": w}, stats)
-    job = _Job(entry, method, _Draw.of(key), shared, {})
+    job = _Job(entry, method, Draw.of(key), shared, {})
     return job.run(w, moments, _Progress(1, None))
 
 
@@ -200,32 +202,12 @@ class _Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Draw:
-    """Randomness, and a name for it: under one name the same is drawn for the same thing."""
-
-    key: Array
-    name: str  # "" if the key is being traced
-
-    @staticmethod
-    def of(key: Array | None) -> "_Draw":
-        if key is None:
-            return _Draw(jax.random.key(0), "default")
-        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-        traced = isinstance(data, jax.core.Tracer)
-        return _Draw(key, "" if traced else np.asarray(data).tobytes().hex())
-
-    def of_matrix(self, text: str, i: int) -> Array:
-        whole = jax.random.fold_in(self.key, zlib.crc32(text.encode()) & 0x7FFFFFFF)
-        return jax.random.fold_in(whole, i)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Job:
     """One leaf: its matrices, one after another through one compiled program."""
 
     entry: Entry
     method: Method
-    draw: _Draw
+    draw: Draw
     inputs: Inputs
     finished: Finished
 
@@ -304,8 +286,7 @@ class _Job:
             yield f"{self.entry.path}[{', '.join(map(str, index))}]" if batch else self.entry.path
 
     def _keys(self, i: int) -> Keys:
-        of = self.draw.of_matrix
-        return Keys(of(f"input of {self._input}", i), of(self.entry.path, i))
+        return Keys(self.draw.of_input(self._input, i), self.draw.of_matrix(self.entry.path, i))
 
     @property
     def _input(self) -> str:

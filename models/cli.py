@@ -66,6 +66,15 @@ def cli() -> None:
 @click.option("--bits", type=float, default=None, help="Whole, but for an average: trellis.")
 @click.option("--group-size", type=int, default=None, help="-1: one scale per output.")
 @click.option("--symmetric/--asymmetric", default=None)
+@click.option("--activation-bits", type=int, default=None, help="Of inputs, per token; 16: floats.")
+@click.option(
+    "--exact-prefix",
+    "prefix",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="First tokens of a text whose activations are not rounded: sinks.",
+)
 @click.option("--act-order/--no-act-order", default=None)
 @click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
               help="Any other option of the method, as JSON: --set two_sided=true.")  # fmt: skip
@@ -119,14 +128,16 @@ def cli() -> None:
 @click.option("--out", required=True)
 @click.option("--overwrite", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
-def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
+def quantize(
+    model: str, out: str, overwrite: bool, as_json: bool, prefix: int, **options: Any
+) -> None:
     """Quantize MODEL into the directory --out."""
     with usage():
         checkpoint.check_target(out, overwrite)
         work = job_of(**options)
     start = time.monotonic()
     work = with_texts(work)
-    source = pipeline.load_any(model)
+    source = dataclasses.replace(pipeline.load_any(model), prefix=prefix)
     if work.recipe is not None:
         click.echo(str(pipeline.plan(source, work.recipe)), err=True)
     else:
@@ -143,7 +154,7 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     if recipe is None:
         recipe = _allocated(work, source, data, stats, folder)
     with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
-        result = job.quantized(work, recipe, source, stats, folder, _Rows(step))
+        result = job.quantized(work, recipe, source, stats, data.calibration, folder, _Rows(step))
     if work.healing is not None:
         whole = work.healing.steps + (work.recoding.steps if work.recoding else 0)
         total = BLOCKS.steps * source.config.n_layers + whole

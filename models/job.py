@@ -14,9 +14,12 @@ from jaxquant.calibrate import Probe
 from jaxquant.resume import Folder
 from jaxquant.serialize import to_json
 from models import pipeline, self_text
+from models.inspection import Inspector
 from models.registry import Model
 from pallas_kernels import viterbi
 
+SAMPLE = 256  # rows of every input kept to fit transforms to, and as many at random
+INSPECTED = 4  # sequences that scales are judged on
 SAVE_EVERY = 16  # sequences between two copies of the statistics on disk
 CALIBRATION = "calibration"
 GENERATED = "generated"  # text of the model's own
@@ -57,8 +60,25 @@ class Job:
     @property
     def needs_statistics(self) -> bool:
         """Whether there is anything to calibrate for."""
-        needed = any(m.needs_gram or m.needs_output for _, m in self.rules)
+        kinds = ("gram", "output", "channels", "sample")
+        needed = any(getattr(m, f"needs_{kind}") for _, m in self.rules for kind in kinds)
         return needed or self.recipe is None
+
+    @property
+    def gram(self) -> bool:
+        """Whether second moments are needed."""
+        return self.recipe is None or any(m.needs_gram for _, m in self.rules)
+
+    @property
+    def sample(self) -> int:
+        """Rows of inputs that are needed, of either kind."""
+        return SAMPLE if any(m.needs_sample for _, m in self.rules) else 0
+
+    @property
+    def inspects(self) -> bool:
+        """Whether scales are searched for that a module's output judges."""
+        searched = (m for _, m in self.rules if getattr(m.input, "searched", False))
+        return any(m.activations is None for m in searched)
 
     @property
     def output(self) -> tuple[str, ...]:
@@ -75,6 +95,7 @@ class Job:
             "jax": jax.__version__,
             "encoder": viterbi.backend(),
             "weights": digest.hexdigest(),
+            "prefix": source.prefix,
             "recipe": self.recipe and self.recipe.to_json(),
             "choices": [to_json(m) for m in self.choices],
             "healing": self.healing and dataclasses.asdict(self.healing),
@@ -165,8 +186,8 @@ def calibrated(
         probe = lambda path: Probe(*(arrays.get(f"{path}:{field}") for field in Probe._fields))
         resume = (count, {path: probe(path) for path in sorted(paths)})
     return pipeline.calibrate_on(
-        source, sequences, weighting=job.weighting, output=job.output,
-        progress=progress, save=save, resume=resume,
+        source, sequences, weighting=job.weighting, gram=job.gram, output=job.output,
+        sample=job.sample, progress=progress, save=save, resume=resume,
     )  # fmt: skip
 
 
@@ -187,14 +208,15 @@ def allocated(
 
 
 def quantized(
-    job: Job, recipe: jq.Recipe, source: Model, stats: jq.Stats | None, folder: Folder,
-    progress: Callable[..., None],
+    job: Job, recipe: jq.Recipe, source: Model, stats: jq.Stats | None, sequences: np.ndarray,
+    folder: Folder, progress: Callable[..., None],
 ) -> Model:  # fmt: skip
     """The quantized model; matrices in the folder are not done again."""
-    key = jax.random.key(job.seed)
+    inspect = Inspector(source, sequences[:INSPECTED]) if job.inspects else None
     return pipeline.quantized_model(
-        source, recipe, stats, key=key, progress=progress, finished=folder
-    )
+        source, recipe, stats, key=jax.random.key(job.seed), inspect=inspect,
+        progress=progress, finished=folder,
+    )  # fmt: skip
 
 
 def healed(

@@ -14,6 +14,7 @@ Params with the layers apart, layers/0/attn/..., serve too (`apply`), one layer 
 longer to compile, and no layer's packed words are copied out of a stack before a kernel reads them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+import jaxquant as jq
 from jaxquant.layers import is_apart, layers_of, restack
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles
@@ -225,3 +227,65 @@ def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:
         return model.apply({"params": params}, h, method="logits")
 
     return Blockwise(embed, block, head)
+
+
+def parts(config: LlamaConfig, dtype=jnp.float32) -> tuple[Callable, Callable]:
+    """What attention, and what the MLP, of a block adds: two functions of (layer_params, h)."""
+
+    def run(module, name, layer_params, h, *args):
+        norm = nn.RMSNorm(config.norm_eps, dtype=dtype)
+        x = norm.apply({"params": layer_params[f"{name}_norm"]}, h)
+        return module(config, dtype).apply({"params": layer_params[name]}, x, *args)
+
+    def attend(layer_params, h):
+        angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
+        return run(Attention, "attn", layer_params, h, None, positions, angles)[0]
+
+    return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)
+
+
+def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
+    """What makes the inputs of the layers' matrices, as `jaxquant.fold` wants it.
+
+    Values make the input of o too, but with fewer of them than queries one channel of theirs is
+    several of o's.
+    """
+    found = {
+        "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
+        "layers/mlp/[gu]*/kernel": ("layers/mlp_norm/scale",),
+        "layers/mlp/down/kernel": ("layers/mlp/up/kernel", "layers/mlp/up/bias"),
+    }
+    if config.n_kv_heads == config.n_heads:
+        found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
+    return found
+
+
+def residual(config: LlamaConfig) -> jq.Residual:
+    """What reads and what writes the residual stream, for `jaxquant.rotate_residual`.
+
+    Raises:
+      ValueError: one embedding serves both ends, in which the stream has two bases.
+    """
+    if config.tie_embeddings:
+        raise ValueError("a tied embedding cannot be rotated: untie it first (models.llama.untied)")
+    biases = [
+        f"layers/{name}/bias"
+        for name, there in (("attn/o", config.o_bias), ("mlp/down", config.mlp_bias))
+        if there
+    ]
+    return jq.Residual(
+        ["embed/embedding", "layers/attn/o/kernel", "layers/mlp/down/kernel", *biases],
+        {
+            "layers/attn_norm/scale": ["layers/attn/[qkv]/kernel"],
+            "layers/mlp_norm/scale": ["layers/mlp/[gu]*/kernel"],
+            "norm/scale": ["head/kernel"],
+        },
+    )
+
+
+def untied(config: LlamaConfig, params):
+    """(config, params) with a head of its own, if the embedding serves as one."""
+    if not config.tie_embeddings:
+        return config, params
+    head = {"kernel": jnp.transpose(params["embed"]["embedding"])}
+    return dataclasses.replace(config, tie_embeddings=False), {**params, "head": head}

@@ -15,15 +15,18 @@ import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.layers import is_apart, layers_of
+from jaxquant.rounding import Clipped
+from jaxquant.transforms import Channels
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama, blockwise, whole
+from models.llama import Llama, blockwise, folds, residual, untied, whole
 from models.prefix import after_prefix
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
 LAYERS = "layers/*kernel"  # the matrices of every layer
+CLIPPED_NOT = "layers/*attn/[qk]/kernel"
 NORMS = "*norm/scale"
 BLOCK_DATA = 24  # sequences to heal single blocks on
 
@@ -47,7 +50,7 @@ def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
         params = jax.tree.map(
             lambda w: w if _packed(w) else w.astype(jnp.float32), params, is_leaf=_packed
         )
-    return Model(str(spec), config, params, tokenizer)
+    return Model(str(spec), config, params, tokenizer, prefix=metadata.get("prefix", 0))
 
 
 def beginning(model: Model) -> list[int]:
@@ -82,8 +85,15 @@ def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
 
 
 def recipe_of(method: jq.Method) -> jq.Recipe:
-    """The matrices of every layer by one method; embedding, head and norms as they are."""
-    return jq.Recipe([(LAYERS, method), ("*", jq.KEEP)])
+    """The matrices of every layer by one method; embedding, head and norms as they are.
+
+    Queries and keys are not clipped: what they lose is multiplied.
+    """
+    rules: list[tuple[str, Any]] = [(LAYERS, method), ("*", jq.KEEP)]
+    if isinstance(method.rounder, Clipped):
+        whole = dataclasses.replace(method, rounder=method.rounder.rounder)
+        rules.insert(0, (CLIPPED_NOT, whole))
+    return jq.Recipe(rules)
 
 
 def calibrate(
@@ -216,6 +226,22 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.mean(nll[:, :-1])
 
 
+def rotated(model: Model, key: jax.Array) -> Model:
+    """The same function, its residual stream turned by a random Hadamard transform, a head apart.
+
+    Raises:
+      ValueError: its width has no Hadamard transform.
+    """
+    config, params = untied(model.config, model.params)
+    turn = jq.Rotation()
+    if turn.size(config.d_model) != config.d_model:
+        raise ValueError(f"{config.d_model} channels have no Hadamard transform to rotate by")
+    one = jnp.eye(config.d_model)
+    matrix = turn.apply(one, turn.fit(Channels(one), key))
+    params = jq.rotate_residual(params, residual(config), matrix)
+    return dataclasses.replace(model, config=config, params=params)
+
+
 def choices(model: Model, methods: Sequence[jq.Method], healed: bool) -> jq.Choices:
     """What methods come to for the matrices of the layers."""
     return jq.Choices.of(model.params, methods, _sites(model), paths=[LAYERS], healed=healed)
@@ -230,9 +256,16 @@ def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:
 def quantized_model(
     model: Model, recipe: jq.Recipe, stats: jq.Stats | None, **options: Any
 ) -> Model:
-    """The model with packed parameters; what the recipe keeps is untouched (see `save`)."""
-    found = stats if stats is not None else _sites(model)
-    return dataclasses.replace(model, params=jq.quantize(model.params, recipe, found, **options))
+    """The model with packed parameters; what the recipe keeps is untouched (see `save`).
+
+    Factors of inputs are folded into what makes these, where that is exact (`models.llama.folds`).
+    `options`: key, inspect, progress and finished of `jaxquant.quantize`.
+    """
+    found, params = stats if stats is not None else _sites(model), model.params
+    if stats is not None and not is_apart(params, "layers"):
+        how = {name: options[name] for name in ("key", "inspect") if name in options}
+        params, recipe, found = jq.fold(params, recipe, stats, folds(model.config), **how)
+    return dataclasses.replace(model, params=jq.quantize(params, recipe, found, **options))
 
 
 def _sites(model: Model) -> dict[str, jq.Site]:
@@ -243,7 +276,11 @@ def _sites(model: Model) -> dict[str, jq.Site]:
 def save(directory: str | Path, model: Model, recipe: jq.Recipe, overwrite: bool = False) -> None:
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
     params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
-    metadata = {"config": model.config.to_json(), "tokenizer": model.tokenizer.to_json()}
+    metadata = {
+        "config": model.config.to_json(),
+        "tokenizer": model.tokenizer.to_json(),
+        "prefix": model.prefix,
+    }
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
 
 

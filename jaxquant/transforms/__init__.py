@@ -3,6 +3,7 @@
 from jaxquant.transforms.chain import Chain
 from jaxquant.transforms.channels import Channels
 from jaxquant.transforms.greedy import Greedy, Zigzag
+from jaxquant.transforms.kronecker import Kronecker
 from jaxquant.transforms.rotation import Rotation
 from jaxquant.transforms.scaling import ActivationAware, Scaling, Smooth
 
@@ -11,6 +12,7 @@ __all__ = [
     "Chain",
     "Channels",
     "Greedy",
+    "Kronecker",
     "Rotation",
     "Scaling",
     "Smooth",

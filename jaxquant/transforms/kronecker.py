@@ -1,0 +1,132 @@
+"""FlatQuant: a factor per channel, then a Kronecker product of two small learned matrices."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.fields import check_fields
+from jaxquant.transforms.channels import Channels
+from jaxquant.transforms.scaling import Smooth
+from pallas_kernels import hadamard
+
+# Small matrices, by which all else is multiplied.
+_solve = jax.default_matmul_precision("highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """The map x -> L^T X R of n = n1 n2 channels, X = x * factors as [n1, n2]; invertible.
+
+    Its arrays: "left" float32 [n1, n1], "right" float32 [n2, n2], "factors" float16 [n]. They begin
+    as Hadamard matrices (random rotations where there are none) and SmoothQuant's factors, and are
+    learned against the model's blocks (`jaxquant.learn`).
+
+    Attributes:
+      alpha: of the factors to begin with, see `Smooth`.
+      orthogonal: L and R stay rotations, by Cayley's map; else they are any invertible matrices.
+
+    Source: Sun et al. 2024, arXiv:2410.09426. We differ: matrices are learned as such and inverted,
+    not by their singular values; and begin as above, not at random.
+
+    >>> Kronecker().shapes(576)["left"].shape, Kronecker().shapes(1536)["right"].shape
+    ((24, 24), (48, 48))
+    """
+
+    alpha: float = 0.5
+    orthogonal: bool = False
+
+    needs_gram: ClassVar[bool] = False
+    needs_channels: ClassVar[bool] = True
+    needs_sample: ClassVar[bool] = False
+    fitted: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
+    searched: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        Smooth(self.alpha)
+
+    def size(self, n: int) -> int:
+        """Channels after it: as many."""
+        return n
+
+    def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the arrays that `fit` makes."""
+        first, second = nearly_square(n)
+        of = jax.ShapeDtypeStruct
+        return {
+            "left": of((first, first), jnp.float32),
+            "right": of((second, second), jnp.float32),
+            "factors": of((n,), jnp.float16),
+        }
+
+    def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
+        """Its arrays, before they are learned."""
+        sizes = nearly_square(channels.weights.shape[1])
+        left, right = (_rotation(n, jax.random.fold_in(key, n)) for n in sizes)
+        return {"left": left, "right": right, **Smooth(self.alpha).fit(channels, key)}
+
+    def latent(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """What is learned, at its start: zeros."""
+        return {name: jnp.zeros(a.shape, jnp.float32) for name, a in arrays.items()}
+
+    def learned(self, arrays: dict[str, Array], change: dict[str, Array]) -> dict[str, Array]:
+        """The arrays after a change of what is learned; differentiable in it."""
+        turn = _cayley if self.orthogonal else lambda d: jnp.eye(len(d)) + d
+        factors = arrays["factors"].astype(jnp.float32) * jnp.exp(change["factors"])
+        return {
+            "left": arrays["left"] @ turn(change["left"]),
+            "right": arrays["right"] @ turn(change["right"]),
+            "factors": factors.astype(jnp.float16),
+        }
+
+    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
+        """x A, for row vectors x."""
+        x = x * arrays["factors"].astype(x.dtype)
+        return _both(x, arrays["left"], arrays["right"])
+
+    def transposed(
+        self, y: Float[Array, "... n"], arrays: dict[str, Array], n: int
+    ) -> Float[Array, "... n"]:
+        """y A^T."""
+        return _both(y, arrays["left"].T, arrays["right"].T) * arrays["factors"].astype(y.dtype)
+
+    @_solve
+    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
+        """x A^-T: what weights become where the vectors they meet become x A."""
+        left, right = (jnp.linalg.inv(arrays[name]).T for name in ("left", "right"))
+        return _both(x / arrays["factors"].astype(x.dtype), left, right)
+
+
+def nearly_square(n: int) -> tuple[int, int]:
+    """The two factors of n that are nearest to one another, the smaller first.
+
+    >>> nearly_square(576), nearly_square(1536), nearly_square(7)
+    ((24, 24), (32, 48), (1, 7))
+    """
+    first = next(f for f in range(math.isqrt(n), 0, -1) if n % f == 0)
+    return first, n // first
+
+
+def _both(x: Float[Array, "... n"], left: Array, right: Array) -> Float[Array, "... n"]:
+    """L^T X R."""
+    matrix = x.reshape(*x.shape[:-1], len(left), len(right))
+    half = jnp.einsum("ai,...ab->...ib", left.astype(x.dtype), matrix)
+    return jnp.einsum("...ib,bj->...ij", half, right.astype(x.dtype)).reshape(x.shape)
+
+
+def _rotation(n: int, key: Array) -> Float[Array, "n n"]:
+    if hadamard.exists(n):
+        return hadamard.transform(jnp.eye(n))
+    return jax.random.orthogonal(key, n)
+
+
+def _cayley(free: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """A rotation: (I + S)^-1 (I - S), S the skew part of what is free."""
+    skew, one = (free - free.T) / 2, jnp.eye(len(free))
+    solved: Any = jnp.linalg.solve(one + skew, one - skew)
+    return solved
