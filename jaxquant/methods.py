@@ -1,4 +1,4 @@
-"""Named methods: short compositions of a rounder and a format."""
+"""Named methods: short compositions of a rounder and a format, and all of them by name."""
 
 import dataclasses
 import inspect
@@ -7,13 +7,11 @@ from typing import Any, Literal
 
 import jax
 
-from jaxquant.activations import Activations
 from jaxquant.codebooks import (
     E8P,
     MXFP4,
     NVFP4,
     Additive,
-    Dense,
     EntropyCoded,
     Float8,
     Integer,
@@ -23,79 +21,12 @@ from jaxquant.codebooks import (
     TrellisBudget,
     Vector,
 )
-from jaxquant.fields import check_fields
-from jaxquant.rounding import LDLQ, Beam, Clipped, Nearest, TwoSided, Waterfill
-from jaxquant.transforms import ActivationAware, Chain, Greedy, Kronecker, Rotation, Smooth, Zigzag
+from jaxquant.method import KEEP, GroupSize, Keep, Method, scalar_rounder
+from jaxquant.outlier_methods import awq, duquant, flatquant, inputs, quarot, smoothquant
+from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
+from jaxquant.transforms import Rotation
 
-GroupSize = int | Literal["channel", "tensor"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """What to do with a weight: the rounder that chooses codes, the format that stores them.
-
-    `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
-    `activations`: how inputs are rounded before they meet the codes, an `Activations` or its text
-    ("int8", "int4,asymmetric"); None or "float": not at all.
-    """
-
-    name: str
-    rounder: Any
-    format: Any
-    input: Any = None
-    output: Any = None
-    activations: Activations | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        object.__setattr__(self, "activations", Activations.of(self.activations))
-        if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "tile"):
-            raise ValueError(
-                f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
-                f"{self.rounder!r} and {self.format!r}"
-            )
-
-    @property
-    def needs_gram(self) -> bool:
-        """Whether it reads the second moment of the inputs."""
-        search = getattr(self.input, "searched", False) and self.activations is None
-        return search or self.rounder.needs_gram or getattr(self.input, "needs_gram", False)
-
-    @property
-    def needs_output(self) -> bool:
-        """Whether it reads the second moment of the loss gradients at the outputs."""
-        return self.rounder.needs_output or getattr(self.output, "needs_gram", False)
-
-    @property
-    def needs_channels(self) -> bool:
-        """Whether it reads the sizes of the inputs' channels."""
-        static = self.activations is not None and self.activations.static
-        return static or getattr(self.input, "needs_channels", False)
-
-    @property
-    def needs_sample(self) -> bool:
-        """Whether it reads rows of the inputs."""
-        search = getattr(self.input, "searched", False) and self.activations is not None
-        return search or getattr(self.input, "needs_sample", False)
-
-    def stored(self, k: int, n: int) -> tuple[int, int]:
-        """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
-        if self.input is not None:
-            k = self.input.size(k)
-        if self.output is not None:
-            n = self.output.size(n)
-        self.format.check_shape(k, n)
-        return k, n
-
-
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """Leave a leaf as it is."""
-
-    name: str = "keep"
-
-
-KEEP = Keep()
+__all__ = ["KEEP", "METHODS", "Keep", "Method", "named_method"]
 
 
 def rtn(
@@ -303,7 +234,7 @@ def normal_float(
     4
     """
     format = NormalFloat(bits, group_size, scale_dtype, double_quant, pad)
-    return Method("normal_float", _scalar_rounder(feedback), format)
+    return Method("normal_float", scalar_rounder(feedback), format)
 
 
 def float8(
@@ -314,7 +245,7 @@ def float8(
     >>> float8("e5m2").format.variant
     'e5m2'
     """
-    return Method("float8", _scalar_rounder(feedback), Float8(variant, group_size))
+    return Method("float8", scalar_rounder(feedback), Float8(variant, group_size))
 
 
 def mxfp4(*, pad: bool = False, feedback: bool = False) -> Method:
@@ -323,7 +254,7 @@ def mxfp4(*, pad: bool = False, feedback: bool = False) -> Method:
     >>> mxfp4().name
     'mxfp4'
     """
-    return Method("mxfp4", _scalar_rounder(feedback), MXFP4(pad))
+    return Method("mxfp4", scalar_rounder(feedback), MXFP4(pad))
 
 
 def nvfp4(*, pad: bool = False, feedback: bool = False) -> Method:
@@ -332,212 +263,7 @@ def nvfp4(*, pad: bool = False, feedback: bool = False) -> Method:
     >>> nvfp4().name
     'nvfp4'
     """
-    return Method("nvfp4", _scalar_rounder(feedback), NVFP4(pad))
-
-
-def _scalar_rounder(feedback: bool) -> LDLQ | Nearest:
-    return LDLQ() if feedback else Nearest()
-
-
-def _weights(bits: int, group_size: GroupSize, symmetric: bool, clip: float, dtype: str) -> Any:
-    """Integers, or from 16 bits on the weights as they are."""
-    return Dense() if bits >= 16 else Integer(bits, group_size, symmetric, False, dtype, clip=clip)
-
-
-def _inputs(bits: int, symmetric: bool, clip: float, static: bool = False) -> Activations | None:
-    """Integers per token, or of a known range; from 16 bits on floats."""
-    per: Any = "tensor" if static else "token"
-    return None if bits >= 16 else Activations(bits, symmetric, clip, per)
-
-
-def smoothquant(
-    bits: int = 8,
-    group_size: GroupSize = "channel",
-    *,
-    activation_bits: int = 8,
-    alpha: float | None = 0.5,
-    rotate: bool = False,
-    symmetric: bool = True,
-    clip: float = 1.0,
-    activation_clip: float = 1.0,
-    static: bool = False,
-    feedback: bool = False,
-    scale_dtype: str = "float16",
-) -> Method:
-    """SmoothQuant: integers on both sides, outliers shared out between them
-    (Xiao et al. 2022, arXiv:2211.10438).
-
-    We differ: all inputs are smoothed, those that no norm makes too.
-
-    Args:
-      bits, activation_bits: 16: left as floats.
-      alpha: see `Smooth`; None: searched for.
-      rotate: a Hadamard transform after smoothing.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      static: one scale for all activations, from calibration, not one per token.
-      feedback: LDLQ in place of nearest rounding.
-
-    >>> str(smoothquant().activations), smoothquant(4, rotate=True).format.bits
-    ('int8', 4)
-    """
-    side: Any = Smooth(alpha)
-    if rotate:
-        side = Chain((side, Rotation(signed=False)))
-    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
-    form = _inputs(activation_bits, symmetric, activation_clip, static)
-    return Method("smoothquant", _scalar_rounder(feedback), format, side, activations=form)
-
-
-def awq(
-    bits: int = 4,
-    group_size: GroupSize = 128,
-    *,
-    duo: bool = False,
-    clip: bool = True,
-    symmetric: bool = False,
-    feedback: bool = False,
-    scale_dtype: str = "float16",
-    pad: bool = False,
-) -> Method:
-    """AWQ: channels that matter are scaled up before rounding, by a search (Lin et al. 2023,
-    arXiv:2306.00978).
-
-    We differ: where no inspection is given (`quantize`), scales are judged by the error of the
-    products, and outputs that no scale can be folded into are scaled too, online.
-
-    Args:
-      duo: see `ActivationAware`.
-      clip: search a bound for the weights of every group too, see `Clipped`.
-      feedback: LDLQ in place of nearest rounding.
-      The others: see `Integer`.
-
-    >>> awq().input
-    ActivationAware(duo=False, group_size=128)
-    """
-    rounder = _scalar_rounder(feedback)
-    format = Integer(bits, group_size, symmetric, False, scale_dtype, pad)
-    rows = group_size if isinstance(group_size, int) and group_size > 0 else 128
-    side = ActivationAware(duo, rows)
-    return Method("awq", Clipped(rounder) if clip else rounder, format, side)
-
-
-def duquant(
-    bits: int = 4,
-    group_size: GroupSize = "channel",
-    *,
-    activation_bits: int = 4,
-    block: int = 64,
-    alpha: float | None = 0.6,
-    steps: int = 256,
-    symmetric: bool = False,
-    clip: float = 0.8,
-    activation_clip: float = 0.9,
-    permute: bool = True,
-    shared: bool = True,
-    flat: bool = False,
-    by_row: bool = False,
-    feedback: bool = False,
-    scale_dtype: str = "float16",
-) -> Method:
-    """DuQuant: smoothed, rotated in blocks, dealt out in zigzag, rotated again
-    (Lin et al. 2024, arXiv:2406.01721).
-
-    Args:
-      bits, activation_bits: 16: left as floats.
-      block: channels of a rotation; it divides those of every input.
-      alpha: of smoothing, see `Smooth`.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      permute: False: the first rotation alone.
-      shared: one rotation for all blocks, as in the released code: a rotation of its own for each
-        costs 32 block / n bits per weight of n outputs, twice.
-      steps, flat, by_row: see `Greedy`; `by_row` is the released code's.
-      feedback: LDLQ in place of nearest rounding.
-
-    >>> len(duquant().input.parts), str(duquant().activations)
-    (4, 'int4,asymmetric,clip=0.9')
-    """
-    greedy = Greedy(block, steps, shared, flat, by_row)
-    side = Chain((Smooth(alpha), greedy, *((Zigzag(block), greedy) if permute else ())))
-    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
-    form = _inputs(activation_bits, symmetric, activation_clip)
-    return Method("duquant", _scalar_rounder(feedback), format, side, activations=form)
-
-
-def quarot(
-    bits: int = 4,
-    group_size: GroupSize = "channel",
-    *,
-    activation_bits: int = 4,
-    block: int | None = None,
-    alpha: float | None = None,
-    signed: bool = False,
-    symmetric: bool = True,
-    clip: float = 1.0,
-    activation_clip: float = 0.9,
-    feedback: bool = True,
-    scale_dtype: str = "float16",
-) -> Method:
-    """QuaRot: a Hadamard transform of every input, weights by error feedback
-    (Ashkboos et al. 2024, arXiv:2404.00456).
-
-    We differ: all transforms are done online; `transforms.residual` folds those of the residual
-    stream into the weights around it.
-
-    Args:
-      bits, activation_bits: 16: left as floats.
-      block: channels of a transform; None: all.
-      alpha: smooth first, see `Smooth`, which the paper does not; None: do not.
-      signed: random signs before the transform.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      feedback: LDLQ (GPTQ) rather than nearest rounding.
-
-    >>> quarot().input
-    Rotation(block=None, sort=False, signed=False)
-    """
-    turn = Rotation(block, signed=signed)
-    side: Any = turn if alpha is None else Chain((Smooth(alpha), turn))
-    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
-    form = _inputs(activation_bits, symmetric, activation_clip)
-    return Method("quarot", _scalar_rounder(feedback), format, side, activations=form)
-
-
-def flatquant(
-    bits: int = 4,
-    group_size: GroupSize = "channel",
-    *,
-    activation_bits: int = 4,
-    alpha: float = 0.5,
-    orthogonal: bool = False,
-    symmetric: bool = False,
-    clip: float = 0.8,
-    activation_clip: float = 0.9,
-    feedback: bool = True,
-    scale_dtype: str = "float16",
-) -> Method:
-    """FlatQuant: every input through a learned Kronecker product (Sun et al. 2024,
-    arXiv:2410.09426).
-
-    Learn the transforms with `jaxquant.learn`, and give them to `quantize`; else they are Hadamard
-    transforms of smoothed inputs.
-
-    Args:
-      bits, activation_bits: 16: left as floats.
-      alpha: of smoothing, to begin with; see `Smooth`.
-      orthogonal: learn rotations alone.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      feedback: LDLQ rather than nearest rounding.
-
-    >>> flatquant().input
-    Kronecker(alpha=0.5, orthogonal=False)
-    """
-    format = _weights(bits, group_size, symmetric, clip, scale_dtype)
-    form = _inputs(activation_bits, symmetric, activation_clip)
-    side = Kronecker(alpha, orthogonal)
-    return Method("flatquant", _scalar_rounder(feedback), format, side, activations=form)
+    return Method("nvfp4", scalar_rounder(feedback), NVFP4(pad))
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -567,7 +293,7 @@ def named_method(name: str, **options: Any) -> Method:
     form = {"activations": given.pop("activations")} if "activations" in given else {}
     own = inspect.signature(METHODS[name]).parameters
     if "activation_bits" in given and "activation_bits" not in own:
-        form = {"activations": _inputs(given.pop("activation_bits"), True, 1.0)} | form
+        form = {"activations": inputs(given.pop("activation_bits"), True, 1.0)} | form
     try:
         return dataclasses.replace(METHODS[name](**given), **form)
     except TypeError as error:

@@ -48,8 +48,8 @@ def states(
         angles = rotation_angles(config, positions)
 
         def step(h: Array, layer: Any) -> tuple[Array, States]:
-            (h, _), seen = block.apply(
-                {"params": layer}, h, None, positions, angles,
+            ((h, _), _), seen = block.apply(
+                {"params": layer}, (h, None), None, positions, angles,
                 capture_intermediates=_is_query_or_key, mutable="intermediates",
             )  # fmt: skip
             q, k = _heads(config, seen["intermediates"]["attn"])

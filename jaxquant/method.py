@@ -1,0 +1,83 @@
+"""A method: transform, rounder, format, and how inputs meet the codes."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxquant.activations import Activations
+from jaxquant.fields import check_fields
+from jaxquant.rounding import LDLQ, Nearest
+
+GroupSize = int | Literal["channel", "tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What to do with a weight: the rounder that chooses codes, the format that stores them.
+
+    `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
+    `activations`: how inputs are rounded before they meet the codes, an `Activations` or its text
+    ("int8", "int4,asymmetric"); None or "float": not at all.
+    """
+
+    name: str
+    rounder: Any
+    format: Any
+    input: Any = None
+    output: Any = None
+    activations: Activations | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        object.__setattr__(self, "activations", Activations.of(self.activations))
+        if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "tile"):
+            raise ValueError(
+                f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
+                f"{self.rounder!r} and {self.format!r}"
+            )
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it reads the second moment of the inputs."""
+        search = getattr(self.input, "searched", False) and self.activations is None
+        return search or self.rounder.needs_gram or getattr(self.input, "needs_gram", False)
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether it reads the second moment of the loss gradients at the outputs."""
+        return self.rounder.needs_output or getattr(self.output, "needs_gram", False)
+
+    @property
+    def needs_channels(self) -> bool:
+        """Whether it reads the sizes of the inputs' channels."""
+        static = self.activations is not None and self.activations.static
+        return static or getattr(self.input, "needs_channels", False)
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether it reads rows of the inputs."""
+        search = getattr(self.input, "searched", False) and self.activations is not None
+        return search or getattr(self.input, "needs_sample", False)
+
+    def stored(self, k: int, n: int) -> tuple[int, int]:
+        """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
+        if self.input is not None:
+            k = self.input.size(k)
+        if self.output is not None:
+            n = self.output.size(n)
+        self.format.check_shape(k, n)
+        return k, n
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Leave a leaf as it is."""
+
+    name: str = "keep"
+
+
+KEEP = Keep()
+
+
+def scalar_rounder(feedback: bool) -> LDLQ | Nearest:
+    """Error feedback, or nearest."""
+    return LDLQ() if feedback else Nearest()
