@@ -61,7 +61,7 @@ def fold(
     >>> folded = fold(p, jq.smoothquant(), stats, {"w": ["gain"]})
     >>> folded.params["gain"].tolist(), folded.params["w"].ravel().tolist()
     ([0.25, 2.0], [4.0, 2.0])
-    >>> folded.recipe.rules[0][1].input is None
+    >>> dict(folded.recipe.rules)["w"].input is None
     True
     """
     entries = resolve(recipe, params, stats.sites).entries
