@@ -22,7 +22,6 @@ from jaxquant.straight import rounded, through
 from pallas_kernels import activations as forms
 
 _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
-_LARGEST = 127  # code that the kernels take
 
 
 class Codes(NamedTuple):

@@ -134,10 +134,7 @@ class Stats:
         Raises:
           ValueError: the weight is in no matmul that calibration saw.
         """
-        probe = self.of(path)
-        if probe.gram is None:
-            raise ValueError(f"no second moment for {path!r}: calibrate with gram=True")
-        return probe.gram / jnp.maximum(probe.rows, 1)[..., None, None]
+        return self._mean(self.kept(path, "gram"), path)
 
     def output_gram(self, path: str) -> Float[Array, "... n n"]:
         """Mean of g g^T, g the gradient at this weight's output.
@@ -145,12 +142,25 @@ class Stats:
         Raises:
           ValueError: calibration was not asked for it.
         """
-        probe = self.of(path)
-        if probe.output is None:
-            raise ValueError(
-                f"no output-side statistics for {path!r}: pass output=[{path!r}] to calibrate"
-            )
-        return probe.output / jnp.maximum(probe.rows, 1)[..., None, None]
+        return self._mean(self.kept(path, "output"), path)
+
+    def _mean(self, sums: Array, path: str) -> Array:
+        return sums / jnp.maximum(self.of(path).rows, 1)[..., None, None]
+
+    def kept(self, path: str, name: str) -> Array:
+        """One of the sums of this weight's input, by its name in `Probe`.
+
+        Raises:
+          ValueError: calibration did not keep it, and how it would.
+        """
+        found = getattr(self.of(path), name)
+        if found is None:
+            what, option = {
+                "gram": ("second moment", "calibrate with gram=True"),
+                "output": ("output-side statistics", f"pass output=[{path!r}] to calibrate"),
+            }.get(name, ("rows of the input", "calibrate with sample=256"))
+            raise ValueError(f"no {what} for {path!r}: {option}")
+        return found
 
     def of(self, path: str) -> Probe:
         """All that is kept of this weight's input.

@@ -15,7 +15,7 @@ from jaxquant.paths import path_leaves, stack_size
 from jaxquant.quantize import dequantize
 from jaxquant.recoding import Codes, can_recode, with_codes
 from jaxquant.resume import Finished
-from jaxquant.training import Healing, Progress, Trainer
+from jaxquant.training import Healing, Progress, Trainer, relative_error
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
 CODES = Healing(learning_rate=0.02)
@@ -186,24 +186,14 @@ def heal_blocks(
     if len(hidden) < 2:
         raise ValueError("expected two inputs or more, one of them to be held out, got one")
     ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
-    kept = max(1, len(ours) // 8)
-    stack = lambda items: jnp.concatenate(items)
     done = []
     for i in range(blocks):
         of_block = partial(jax.tree.map, lambda a, i=i: a[i])
         student, wanted = of_block(params), of_block(teacher)
         after = [plain(wanted, h) for h in theirs]
-        examples = list(zip(ours, after, strict=True))
-        fit, held_out = examples[:-kept], examples[-kept:]
         opened = open_tree(student, also)
-        change = trainer.fit(
-            opened,
-            lambda ids, fit=fit: tuple(map(stack, zip(*(fit[j] for j in ids), strict=True))),
-            len(fit),
-            held_out,
-            name=f"healing of block {i}",
-            progress=progress,
-            finished=finished,
+        change = trainer.fit_examples(
+            opened, ours, after, name=f"healing of block {i}", progress=progress, finished=finished
         )
         done.append(close_tree(student, opened, change))
         dense = dequantize(done[-1])  # once, not for every example
@@ -212,9 +202,7 @@ def heal_blocks(
 
 
 def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after: Array) -> Array:
-    error = quantized(block)(trained(opened, change), h) - after
-    energy = lambda a: jnp.sum(a**2, axis=-1)
-    return jnp.mean(energy(error) / (energy(after) + 1e-12))
+    return relative_error(quantized(block)(trained(opened, change), h), after)
 
 
 def _loss(fn: Callable, change: Values, opened: Any, teacher: Any, x: Array) -> Array:

@@ -74,8 +74,8 @@ class Inputs:
         members: dict[str, list[Member]] = {}
         for member in todo:
             (entry, method), path = member, member.entry.path
-            site, name = (sites or {}).get(path), path
-            key: Any = name
+            site = (sites or {}).get(path)
+            key: Any = path
             if site is not None and site.input and not getattr(method.input, "fitted", False):
                 form = method.activations if _static(method) else None
                 key = (site.input, entry.matrix[:-1], method.input, form)
@@ -96,19 +96,18 @@ class Inputs:
             return None
         place = (self.leader[path], i)
         if place not in self.found:
-            self.found[place] = self._fitted(self.leader[path], i, key, joint)
+            self.found[place] = self._fitted(self.leader[path], i, key)
         return self.found[place]
 
-    def _fitted(self, leader: str, i: int, key: Array, joint: bool) -> dict[str, Array]:
+    def _fitted(self, leader: str, i: int, key: Array) -> dict[str, Array]:
         members = self.members[leader]
         side, form = members[0].method.input, members[0].method.activations
         channels = self._channels(members, i)
         arrays: dict[str, Array] = {}
-        if side is not None:
-            searched = joint and side.searched
-            arrays = (
-                self._searched(members, channels, i, key) if searched else _fit(side, channels, key)
-            )
+        if side is not None and side.searched:
+            arrays = self._searched(members, channels, i, key)
+        elif side is not None:
+            arrays = _fit(side, channels, key)
         out = {f"input.{name}": a for name, a in arrays.items()}
         if form is not None and form.static:
             known = _static_scale(form, channels, side, arrays)

@@ -23,7 +23,7 @@ from jaxquant.recipe import Recipe, resolve
 from jaxquant.resume import Finished
 from jaxquant.straight import rounded
 from jaxquant.tensor import QTensor, part
-from jaxquant.training import Healing, Progress, Trainer
+from jaxquant.training import Healing, Progress, Trainer, relative_error
 
 Transforms = dict[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
 LEARNING = Healing(steps=100, learning_rate=5e-3, batch_size=1, validate_every=25)
@@ -72,22 +72,13 @@ def learn(
     plain = jax.jit(block)
     after_rounding = jax.jit(partial(_run, block, blocks))
     ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
-    kept, stack = max(1, len(ours) // 8), lambda items: jnp.concatenate(items)
     found: Transforms = {}
     for i in range(stack_size(params[name])):
         layer = jax.tree.map(lambda a, i=i: a[i], params[name])
         after = [plain(layer, h) for h in theirs]
-        examples = list(zip(ours, after, strict=True))
-        fit, held_out = examples[:-kept], examples[-kept:]
         opened = blocks.opened(layer, i, Draw.of(key))
-        change = trainer.fit(
-            opened,
-            lambda ids, fit=fit: tuple(map(stack, zip(*(fit[j] for j in ids), strict=True))),
-            len(fit),
-            held_out,
-            name=f"learning of block {i}",
-            progress=progress,
-            finished=finished,
+        change = trainer.fit_examples(
+            opened, ours, after, name=f"learning of block {i}", progress=progress, finished=finished
         )
         for leader, arrays in blocks.arrays(opened, change).items():
             found[leader, i] = {f"input.{part}": a for part, a in arrays.items()}
@@ -180,6 +171,4 @@ def _run(block: Callable, blocks: _Blocks, change: Values, opened: Opened, h: Ar
 def _loss(
     block: Callable, blocks: _Blocks, change: Values, opened: Opened, h: Array, after: Array
 ) -> Array:
-    error = _run(block, blocks, change, opened, h) - after
-    energy = lambda a: jnp.sum(a**2, axis=-1)
-    return jnp.mean(energy(error) / (energy(after) + 1e-12))
+    return relative_error(_run(block, blocks, change, opened, h), after)

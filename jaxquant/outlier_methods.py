@@ -152,7 +152,7 @@ def quarot(
     """QuaRot: a Hadamard transform of every input, weights by error feedback
     (Ashkboos et al. 2024, arXiv:2404.00456).
 
-    We differ: all transforms are done online; `transforms.residual` folds those of the residual
+    We differ: all transforms are done online; `jaxquant.rotate_residual` folds one of the residual
     stream into the weights around it.
 
     Args:

@@ -156,24 +156,22 @@ def quantize_array(
 
 
 def _check_statistics(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> None:
-    reads = (method.needs_gram, method.needs_output, method.needs_channels, method.needs_sample)
-    if not any(reads):
+    needs = {
+        "gram": method.needs_gram,
+        "output": method.needs_output,
+        "magnitude": method.needs_channels,
+        "extreme": method.needs_sample,
+    }
+    if not any(needs.values()):
         return
     if not isinstance(stats, Stats):
         raise ValueError(
             f"method {method.name!r} for {path!r} needs statistics: pass the result of "
             f"calibrate(fn, params, batches)"
         )
-    if method.needs_gram:
-        stats.gram(path)
-    if method.needs_output:
-        stats.output_gram(path)
-    if method.needs_sample and stats.of(path).extreme is None:
-        raise ValueError(
-            f"method {method.name!r} for {path!r} reads rows of the input: calibrate with "
-            f"sample=256"
-        )
-    stats.of(path)
+    for name, needed in needs.items():
+        if needed:
+            stats.kept(path, name)
 
 
 def _moments(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:

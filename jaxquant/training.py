@@ -130,6 +130,16 @@ class Adam:
         return optax.apply_updates(change, step), slots, value
 
 
+def relative_error(y: Array, wanted: Array) -> Array:
+    """Mean over vectors of the squared error of each, relative to its energy.
+
+    >>> float(relative_error(jnp.array([[3.0, 0.0]]), jnp.array([[2.0, 0.0]])))
+    0.25
+    """
+    energy = lambda a: jnp.sum(a**2, axis=-1)
+    return jnp.mean(energy(y - wanted) / (energy(wanted) + 1e-12))
+
+
 class Trainer:
     """Updates of one loss on one schedule, compiled once for all trees of one form."""
 
@@ -188,3 +198,20 @@ class Trainer:
             if progress is not None:
                 progress(Progress(name, state.step, float(loss), seen))
         return state.best if held_out else state.change
+
+    def fit_examples(
+        self, opened: Opened, inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
+    ) -> Values:
+        """`fit` of a loss (change, opened, inputs, outputs), the last eighth of both held out.
+
+        Args:
+          inputs, outputs: with a leading axis along which those of a batch are joined.
+          options: name, progress and finished, as `fit` takes them.
+        """
+        examples, kept = list(zip(inputs, outputs, strict=True)), max(1, len(inputs) // 8)
+        training = examples[:-kept]
+
+        def batch(ids: np.ndarray) -> tuple:
+            return tuple(map(jnp.concatenate, zip(*(training[j] for j in ids), strict=True)))
+
+        return self.fit(opened, batch, len(training), examples[-kept:], **options)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import Llama3Scaling, LlamaConfig
+from pallas_kernels.kv import turned
 
 
 def frequencies(config: LlamaConfig) -> np.ndarray:
@@ -38,6 +39,4 @@ def rotation_angles(config: LlamaConfig, positions):
 
 def rotate(x, angles):
     """Turn each pair of x [b, t, heads, head_dim] by its angle [t, head_dim / 2]; dtype of x."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned(x, angles[:, None]).astype(x.dtype)
