@@ -27,8 +27,8 @@ def quantize(
 ) -> tuple[Int8[Array, "m k"], Float[Array, "m b"]]:
     """Codes q in [-127, 127] and float32 scales s of each row (b = 1) or run of 256 channels.
 
-    q = x / s rounded, halves to even, s = absmax / 127, or 1 where all is zero. Of "codes" they are
-    x and ones.
+    q = x (1 / s) rounded, halves to even, s = absmax / 127, or 1 where all is zero. Of "codes" they
+    are x and ones.
 
     >>> q, s = quantize(jnp.array([[1.0, -0.5, 0.25]]), "int8")
     >>> q.tolist(), round(float(s[0, 0] * 127), 6)
@@ -41,8 +41,9 @@ def quantize(
     size = k if activations == "int8" else BLOCK
     blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % size))).reshape(m, -1, size)
     absmax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-    s = jnp.where(absmax > 0, absmax / 127, 1.0)
-    q = jnp.clip(jnp.round(blocks / s), -127, 127).astype(jnp.int8)
+    # Times reciprocals, as the native kernels do it: a division is one or not as XLA optimizes.
+    s = jnp.where(absmax > 0, absmax * (1 / 127), 1.0)
+    q = jnp.clip(jnp.round(blocks * (1 / s)), -127, 127).astype(jnp.int8)
     return q.reshape(m, -1)[:, :k], s[..., 0]
 
 

@@ -31,7 +31,7 @@ TARGET float quantize(const float* x, int64_t count, float* q) {
   }
   float absmax;
   std::memcpy(&absmax, &most, sizeof absmax);
-  // XLA divides by 127 and by the scale as it does here; its codes are to be met to the last bit.
+  // As `activations.quantize` does it: its codes are to be met to the last bit.
   const float scale = absmax > 0 ? absmax * (1.0f / 127) : 1.0f;
   const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < count; ++i) {
