@@ -24,7 +24,7 @@ from jaxquant.finetune import Healing, heal, heal_blocks, recode
 from jaxquant.folding import fold
 from jaxquant.kv_cache import KVFormat
 from jaxquant.layers import restack, unstack, unstack_stats
-from jaxquant.learned import learn
+from jaxquant.learned import learn, learn_blocks
 from jaxquant.methods import (
     KEEP,
     METHODS,
@@ -138,6 +138,7 @@ __all__ = [
     "heal",
     "heal_blocks",
     "learn",
+    "learn_blocks",
     "mxfp4",
     "named_method",
     "normal_float",

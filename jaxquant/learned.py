@@ -1,7 +1,11 @@
-"""Learned transforms: block by block, until rounded blocks give what blocks of floats gave."""
+"""Learned transforms: until rounded weights and inputs give what floats gave.
+
+Block by block, which is cheap, or end to end from there.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,130 +27,236 @@ from jaxquant.recipe import Recipe, resolve
 from jaxquant.resume import Finished
 from jaxquant.straight import rounded
 from jaxquant.tensor import QTensor, part
-from jaxquant.training import Healing, Progress, Trainer, relative_error
+from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
 
-Transforms = dict[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
-LEARNING = Healing(steps=100, learning_rate=5e-3, batch_size=1, validate_every=25)
+Transforms = Mapping[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
+END_TO_END = Healing(steps=100)
+BLOCKS = Healing(steps=30, learning_rate=5e-3, validate_every=10)
 
 
 def learn(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    recipe: Recipe | Method,
+    stats: Stats,
+    sequences: np.ndarray,
+    healing: Healing = END_TO_END,
+    *,
+    transforms: Transforms | None = None,
+    validation: np.ndarray | None = None,
+    key: Array | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Transforms:
+    """Arrays for the transforms of a recipe that can be learned (`Kronecker`), end to end.
+
+    In every step weights are transformed, rounded to nearest and multiplied by rounded inputs, with
+    straight-through derivatives; what is brought down is the KL of fn to itself on floats.
+
+    Args:
+      fn: fn(params, x [batch, ...]) -> logits [..., vocabulary].
+      params: tree of floats. recipe, stats, key: as `quantize` will have them.
+      sequences: inputs [N, ...].
+      transforms: to begin with, from `learn_blocks`; None: as fitted.
+      validation: held-out inputs; what does best on them is what comes back.
+      progress: called after every update.
+      finished: where learning so far is kept; as in `quantize`.
+    Returns:
+      what `quantize` takes as `transforms`.
+    Raises:
+      ValueError: no transform of the recipe can be learned; fewer sequences than a batch.
+    Source:
+      Sun et al. 2024, arXiv:2410.09426, learn by blocks only.
+    """
+    weights = _Weights.of(params, recipe, stats, transforms)
+    opened = weights.opened(params, Draw.of(key))
+
+    def loss(change: Values, opened: Opened, x: Array) -> Array:
+        wanted = jax.lax.stop_gradient(fn(opened.params[0], x))
+        return jnp.mean(divergence(quantized(fn)(weights.rounded(opened, change), x), wanted))
+
+    change = Trainer(loss, healing).fit(
+        opened,
+        lambda ids: (jnp.asarray(sequences[ids]),),
+        len(sequences),
+        [(jnp.asarray(v)[None],) for v in (() if validation is None else validation)],
+        name="learning",
+        progress=progress,
+        finished=finished,
+    )
+    return weights.found(opened, change)
+
+
+def learn_blocks(
     block: Callable[[Any, Array], Array],
     params: Any,
     name: str,
     recipe: Recipe | Method,
     stats: Stats,
     hidden: Float[np.ndarray, "N ..."],
-    healing: Healing = LEARNING,
+    healing: Healing = BLOCKS,
     *,
     key: Array | None = None,
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Transforms:
-    """Arrays for the transforms of a recipe that can be learned (`Kronecker`).
+    """As `learn`, one of stacked blocks after another, each to give what it gave on floats.
 
-    In every step weights are transformed, rounded to nearest and multiplied by rounded inputs, with
-    straight-through derivatives; what is brought down is the squared error of a block's outputs,
-    relative to each one's energy. A block is fed what the rounded blocks before it give.
+    What is brought down is the squared error of a block's outputs, relative to each one's energy.
+    A block is fed what the rounded blocks before it give.
 
     Args:
       block: block(params of one block, h [batch, ...]) -> h.
       params: tree of floats, `params[name]` the blocks, stacked.
-      recipe, stats, key: as `quantize` will have them.
+      recipe, stats, key, progress, finished: as in `learn`.
       hidden: inputs of the first block. The last eighth of them is held out.
-      progress: called after every update.
-      finished: where learning so far is kept; as in `quantize`.
-    Returns:
-      what `quantize` takes as `transforms`.
     Raises:
-      ValueError: no transform of the recipe can be learned; one input only.
+      ValueError: no transform of the blocks can be learned; one input only.
+    Source:
+      Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block what floats before it give.
     """
     if len(hidden) < 2:
         raise ValueError("expected two inputs or more, one of them to be held out, got one")
-    entries = resolve(recipe, params, stats.sites).entries
-    todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
-    inputs = Inputs.of(todo, stats.sites, dict(path_leaves(params)), stats)
-    blocks = _Blocks(name, inputs)
-    if not blocks.learning:
-        raise ValueError("nothing to learn: no transform of the recipe can be learned (Kronecker)")
-    trainer = Trainer(partial(_loss, block, blocks), healing)
-    plain = jax.jit(block)
-    after_rounding = jax.jit(partial(_run, block, blocks))
+    prefix = f"{name}/"
+    weights = _Weights.of(params, recipe, stats, None, prefix)
+    run = lambda change, opened, h: quantized(block)(weights.rounded(opened, change), h)
+    loss = lambda change, opened, h, after: relative_error(run(change, opened, h), after)
+    trainer, after_rounding, plain = Trainer(loss, healing), jax.jit(run), jax.jit(block)
     ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
-    found: Transforms = {}
+    found: dict[tuple[str, int], dict[str, Array]] = {}
     for i in range(stack_size(params[name])):
         layer = jax.tree.map(lambda a, i=i: a[i], params[name])
         after = [plain(layer, h) for h in theirs]
-        opened = blocks.opened(layer, i, Draw.of(key))
+        opened = weights.opened(layer, Draw.of(key), i)
         change = trainer.fit_examples(
             opened, ours, after, name=f"learning of block {i}", progress=progress, finished=finished
         )
-        for leader, arrays in blocks.arrays(opened, change).items():
-            found[leader, i] = {f"input.{part}": a for part, a in arrays.items()}
+        found |= weights.found(opened, change, i)
         ours, theirs = [after_rounding(change, opened, h) for h in ours], after
     return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Blocks:
-    """How blocks are rounded: which weights, by which methods, sharing which transforms."""
+class _Weights:
+    """How weights are rounded: which, by which methods, sharing which transforms.
 
-    name: str
+    Attributes:
+      prefix: of the paths of those that are looked at; "" for all.
+    """
+
     inputs: Inputs
+    prefix: str
+
+    @staticmethod
+    def of(
+        params: Any,
+        recipe: Recipe | Method,
+        stats: Stats,
+        known: Transforms | None,
+        prefix: str = "",
+    ) -> "_Weights":
+        entries = resolve(recipe, params, stats.sites).entries
+        todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
+        leaves = dict(path_leaves(params))
+        weights = _Weights(Inputs.of(todo, stats.sites, leaves, stats, known=known), prefix)
+        if not weights.learning:
+            raise ValueError(
+                "nothing to learn: no transform of the recipe can be learned (Kronecker)"
+            )
+        return weights
 
     @property
     def members(self) -> list[Member]:
-        prefix = f"{self.name}/"
         every = [m for group in self.inputs.members.values() for m in group]
-        return [m for m in every if m.entry.path.startswith(prefix)]
+        return [m for m in every if m.entry.path.startswith(self.prefix)]
 
     @property
-    def learning(self) -> list[str]:
-        """The leaders whose transforms are learned."""
-        leaders = {self.inputs.leader[m.entry.path]: m.method.input for m in self.members}
-        return [leader for leader, side in leaders.items() if hasattr(side, "learned")]
+    def learning(self) -> dict[str, Any]:
+        """The transforms that are learned, by leader."""
+        sides = {self.inputs.leader[m.entry.path]: m.method.input for m in self.members}
+        return {leader: side for leader, side in sides.items() if hasattr(side, "learned")}
 
-    def opened(self, layer: Any, i: int, draw: Draw) -> Opened:
-        """A block of floats, its matrices, transforms as fitted, and zeros to learn."""
-        fitted, matrices = {}, {}
-        for entry, method in self.members:
-            leader = self.inputs.leader[entry.path]
-            k = entry.matrix[-2]
-            matrices[entry.path] = entry.matrices(self.inputs.leaves[entry.path])[i]
-            known = self.inputs.arrays(leader, i, draw.of_input(leader, i))
-            if known is not None:
-                fitted[leader] = part(known, "input.")
-            elif method.input is not None:
-                raise ValueError(
-                    f"{entry.path}: beside learned transforms stand such that all weights of an "
-                    f"input share, or none; {method.input} of {k} channels is the weight's own"
-                )
-        start = {
-            leader: self.inputs.members[leader][0].method.input.latent(fitted[leader])
-            for leader in self.learning
-        }
-        return Opened((layer, matrices, fitted), start)
+    def _places(self, member: Member, i: int | None) -> range:
+        """Which matrices of a weight: all, or those of block i."""
+        batch = member.entry.matrix[:-2]
+        if i is None:
+            return range(math.prod(batch))
+        each = math.prod(batch[1:])
+        return range(i * each, (i + 1) * each)
+
+    def opened(self, tree: Any, draw: Draw, i: int | None = None) -> Opened:
+        """A tree of floats, all or block i; its matrices; transforms as fitted; zeros to learn."""
+        fitted: dict[str, Any] = {}
+        matrices = {}
+        for member in self.members:
+            path, places = member.entry.path, self._places(member, i)
+            leader = self.inputs.leader[path]
+            every = member.entry.matrices(self.inputs.leaves[path])
+            matrices[path] = every[places.start : places.stop]
+            if member.method.input is not None and leader not in fitted:
+                found = [self._fitted(member, leader, j, draw) for j in places]
+                fitted[leader] = jax.tree.map(lambda *a: jnp.stack(a), *found)
+        latent = lambda leader, side: jax.vmap(side.latent)(fitted[leader])
+        start = {leader: latent(leader, side) for leader, side in self.learning.items()}
+        return Opened((tree, matrices, fitted), start)
+
+    def _fitted(self, member: Member, leader: str, j: int, draw: Draw) -> dict[str, Array]:
+        known = self.inputs.arrays(leader, j, draw.of_input(leader, j))
+        if known is None:
+            raise ValueError(
+                f"{member.entry.path}: beside learned transforms stand such that all weights of an "
+                f"input share, or none; {member.method.input} is the weight's own"
+            )
+        return part(known, "input.")
 
     def arrays(self, opened: Opened, change: Values) -> dict[str, dict[str, Array]]:
-        """By leader, the transforms after the change."""
+        """By leader, the transforms after the change, stacked."""
         fitted = opened.params[2]
-        side = lambda leader: self.inputs.members[leader][0].method.input
-        return {leader: side(leader).learned(fitted[leader], change[leader]) for leader in change}
+        return {
+            leader: _each(side.learned, fitted[leader], change[leader])
+            for leader, side in self.learning.items()
+        }
+
+    def found(self, opened: Opened, change: Values, i: int | None = None) -> Transforms:
+        """The transforms after the change, by place."""
+        out = {}
+        for leader, arrays in self.arrays(opened, change).items():
+            for at, j in enumerate(self._places(self.inputs.members[leader][0], i)):
+                out[leader, j] = {f"input.{name}": a[at] for name, a in arrays.items()}
+        return out
 
     def rounded(self, opened: Opened, change: Values) -> Any:
-        """The block's tree with rounded weights, inputs to be rounded."""
-        layer, matrices, fitted = opened.params
+        """The tree with rounded weights, inputs to be rounded."""
+        tree, matrices, fitted = opened.params
         arrays = fitted | self.arrays(opened, change)
+        inside = lambda path: path.removeprefix(self.prefix)
+        shapes = {path: w.shape for path, w in path_leaves(tree)}
         new = {}
         for entry, method in self.members:
-            own, w = arrays.get(self.inputs.leader[entry.path], {}), matrices[entry.path]
-            if method.input is not None:
-                w = method.input.inverse(w.T, own).T
-            data = {"codes": nearest(w, method.format)} | {f"input.{n}": a for n, a in own.items()}
-            new[entry.path.removeprefix(f"{self.name}/")] = QTensor(
-                data, Dense(), entry.form[0], w.dtype.name, method.name, method.input,
+            own = arrays.get(self.inputs.leader[entry.path], {})
+            codes = _each(partial(_rounded, method), matrices[entry.path], own)
+            data = {"codes": codes} | {f"input.{n}": a for n, a in own.items()}
+            view, order = entry.form
+            batch = entry.matrix[:-2][len(order) - len(shapes[inside(entry.path)]) :]
+            new[inside(entry.path)] = QTensor(
+                {n: a.reshape(*batch, *a.shape[1:]) for n, a in data.items()},
+                Dense(), view, codes.dtype.name, method.name, method.input,
                 activations=method.activations,
             )  # fmt: skip
-        return replace_leaves(layer, new)
+        return replace_leaves(tree, new)
+
+
+def _each(fn: Callable, *stacked: Any) -> Any:
+    """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU."""
+    return jax.lax.map(lambda one: fn(*one), stacked)
+
+
+def _rounded(
+    method: Method, w: Float[Array, "k n"], arrays: dict[str, Array]
+) -> Float[Array, "s n"]:
+    if method.input is not None:
+        w = method.input.inverse(w.T, arrays).T
+    return nearest(w, method.format)
 
 
 def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
@@ -162,13 +272,3 @@ def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
     zero = jax.lax.stop_gradient(grid.zero)
     code = jnp.clip(rounded(w / grid.scale) + zero, *format.limits)
     return grid.scale * (code - zero)
-
-
-def _run(block: Callable, blocks: _Blocks, change: Values, opened: Opened, h: Array) -> Array:
-    return quantized(block)(blocks.rounded(opened, change), h)
-
-
-def _loss(
-    block: Callable, blocks: _Blocks, change: Values, opened: Opened, h: Array, after: Array
-) -> Array:
-    return relative_error(_run(block, blocks, change, opened, h), after)

@@ -190,8 +190,8 @@ def flatquant(
     """FlatQuant: every input through a learned Kronecker product (Sun et al. 2024,
     arXiv:2410.09426).
 
-    Learn the transforms with `jaxquant.learn`, and give them to `quantize`; else they are Hadamard
-    transforms of smoothed inputs.
+    Learn the transforms (`jaxquant.learn_blocks`, `jaxquant.learn`) and give them to `quantize`;
+    else they are Hadamard transforms of smoothed inputs.
 
     Args:
       bits, activation_bits: 16: left as floats.

@@ -71,7 +71,7 @@ def quantize(
       key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
       inspect: what judges the candidates of a transform that is searched for, in place of the
         products' error; see `inputs.Inspection`.
-      transforms: arrays of input transforms that are known already, from `learn`.
+      transforms: arrays of input transforms that are known already: from `learn`, `learn_blocks`.
       progress: called with `Done` after each matrix.
       finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on.
         What is in it is not done again, what is done is put in it. A mapping that lives on disk

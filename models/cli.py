@@ -93,6 +93,13 @@ def cli() -> None:
     help="Sets calibration, searches, healing and, for --target-bits, the method.",
 )
 @click.option(
+    "--learn",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Steps of training the transforms of flatquant, end to end, on the text to heal on.",
+)
+@click.option(
     "--heal",
     "steps",
     type=click.IntRange(0),
@@ -154,8 +161,14 @@ def quantize(
     recipe = work.recipe
     if recipe is None:
         recipe = _allocated(work, source, data, stats, folder)
+    transforms = None
+    if work.learning is not None:
+        with bar("learning", work.learning.steps) as step:
+            transforms = job.learned(
+                work, work.learning, recipe, source, stats, data, folder, _Steps(step)
+            )
     with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
-        result = job.quantized(work, recipe, source, stats, data.calibration, folder, _Rows(step))
+        result = job.quantized(work, recipe, source, stats, data, folder, _Rows(step), transforms)
     if work.healing is not None:
         whole = work.healing.steps + (work.recoding.steps if work.recoding else 0)
         total = BLOCKS.steps * source.config.n_layers + whole

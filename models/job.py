@@ -11,6 +11,7 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.calibrate import Probe
+from jaxquant.learned import Transforms
 from jaxquant.resume import Folder
 from jaxquant.serialize import to_json
 from models import pipeline, self_text
@@ -34,6 +35,7 @@ class Job:
       recipe: or, to have methods allocated, None.
       text: calibrated on. tokens: how many of it.
       choices, target_bits: methods to allocate, and the average to keep.
+      learning: how to train transforms of inputs before; None: as they are fitted.
       healing: how to train at last; None: not at all.
       recoding: how to train the codes of learned codebooks after that; None: not at all.
       heal_text: to train on, "" for the text calibrated on; or `GENERATED`.
@@ -46,6 +48,7 @@ class Job:
     seed: int
     choices: tuple[jq.Method, ...] = ()
     target_bits: float = 0.0
+    learning: jq.Healing | None = None
     healing: jq.Healing | None = None
     recoding: jq.Healing | None = None
     heal_text: str = ""
@@ -56,6 +59,11 @@ class Job:
         if self.recipe is None:
             return [(pipeline.LAYERS, m) for m in self.choices]
         return [(p, m) for p, m in self.recipe.rules if isinstance(m, jq.Method)]
+
+    @property
+    def trains(self) -> list[jq.Healing]:
+        """All training on sequences, in its order."""
+        return [h for h in (self.learning, self.healing, self.recoding) if h is not None]
 
     @property
     def needs_statistics(self) -> bool:
@@ -98,8 +106,10 @@ class Job:
             "prefix": source.prefix,
             "recipe": self.recipe and self.recipe.to_json(),
             "choices": [to_json(m) for m in self.choices],
-            "healing": self.healing and dataclasses.asdict(self.healing),
-            "recoding": self.recoding and dataclasses.asdict(self.recoding),
+            **{
+                name: (how := getattr(self, name)) and dataclasses.asdict(how)
+                for name in ("learning", "healing", "recoding")
+            },
             **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
             **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }
@@ -138,20 +148,21 @@ def data(job: Job, source: Model) -> Data:
       ValueError: a text is too short to keep a part of it apart.
     """
     none = np.empty((0, 0), np.int32)
-    if not job.needs_statistics and job.healing is None:
+    if not job.needs_statistics and not job.trains:
         return Data(none, none)
     cut = lambda text: pipeline.pieces(source, text, pipeline.context(source))
-    if job.recipe is not None and job.healing is None:
+    if job.recipe is not None and not job.trains:
         return Data(pipeline.first(cut(job.text), job.tokens), none)
     fit, unseen = _split(cut(job.text))
     calibration = pipeline.first(fit, job.tokens)
     if job.heal_text == GENERATED:
         return Data(calibration, unseen)
     own = (fit, unseen) if not job.heal_text else _split(cut(job.heal_text))
-    if job.healing is not None and len(own[0]) < job.healing.batch_size:
+    batch = max((how.batch_size for how in job.trains), default=0)
+    if len(own[0]) < batch:
         raise ValueError(
             f"the text to heal on has {len(own[0])} sequences of {own[0].shape[1]} tokens, fewer "
-            f"than one step takes, {job.healing.batch_size}: give a longer one or a smaller batch"
+            f"than one step takes, {batch}: give a longer one or a smaller batch"
         )
     return Data(calibration, unseen, *own)
 
@@ -207,16 +218,32 @@ def allocated(
     )  # fmt: skip
 
 
-def quantized(
-    job: Job, recipe: jq.Recipe, source: Model, stats: jq.Stats | None, sequences: np.ndarray,
+def learned(
+    job: Job, learning: jq.Healing, recipe: jq.Recipe, source: Model, stats: jq.Stats, data: Data,
     folder: Folder, progress: Callable[..., None],
+) -> Transforms:  # fmt: skip
+    """Transforms for `quantized`; goes on from the folder."""
+    return pipeline.learned(
+        source, recipe, stats, *_training(job, source, data, folder), learning,
+        progress=progress, finished=folder, **_fitting(job, source, data),
+    )  # fmt: skip
+
+
+def quantized(
+    job: Job, recipe: jq.Recipe, source: Model, stats: jq.Stats | None, data: Data,
+    folder: Folder, progress: Callable[..., None], transforms: Transforms | None = None,
 ) -> Model:  # fmt: skip
     """The quantized model; matrices in the folder are not done again."""
-    inspect = Inspector(source, sequences[:INSPECTED]) if job.inspects else None
     return pipeline.quantized_model(
-        source, recipe, stats, key=jax.random.key(job.seed), inspect=inspect,
-        progress=progress, finished=folder,
+        source, recipe, stats, transforms=transforms, progress=progress, finished=folder,
+        **_fitting(job, source, data),
     )  # fmt: skip
+
+
+def _fitting(job: Job, source: Model, data: Data) -> dict[str, Any]:
+    """What decides how transforms are fitted."""
+    inspect = Inspector(source, data.calibration[:INSPECTED]) if job.inspects else None
+    return {"key": jax.random.key(job.seed), "inspect": inspect}
 
 
 def healed(
@@ -224,19 +251,25 @@ def healed(
     progress: Callable[[Any], None],
 ) -> Model:  # fmt: skip
     """The quantized model, trained to be like the source; goes on from the folder."""
-    training, held_out = data.training, data.held_out
-    if training is None or held_out is None:
-        training, held_out = _split(_generated(job, healing, source, folder))
+    training, held_out = _training(job, source, data, folder)
     return pipeline.healed(
         source, result, training, held_out, healing, progress, folder, job.recoding
     )
 
 
-def _generated(job: Job, healing: jq.Healing, source: Model, folder: Folder) -> np.ndarray:
+def _training(job: Job, source: Model, data: Data, folder: Folder) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences to train on, and those held out."""
+    if data.training is not None and data.held_out is not None:
+        return data.training, data.held_out
+    return _split(_generated(job, source, folder))
+
+
+def _generated(job: Job, source: Model, folder: Folder) -> np.ndarray:
     """Sequences that the model writes, at most 128 to train on; those in the folder."""
     if GENERATED not in folder:
-        most = max(128, healing.batch_size)
-        count = min(healing.steps * healing.batch_size, most) + HELD_OUT
+        most = max(128, *(how.batch_size for how in job.trains))
+        wanted = max(how.steps * how.batch_size for how in job.trains)
+        count = min(wanted, most) + HELD_OUT
         key = jax.random.key(job.seed)
         folder[GENERATED] = {
             "tokens": self_text.written(source, count, pipeline.context(source), key)

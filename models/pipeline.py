@@ -14,13 +14,15 @@ import numpy as np
 import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
+from jaxquant.folding import Folded
 from jaxquant.layers import is_apart, layers_of
+from jaxquant.learned import Transforms
 from jaxquant.rounding import Clipped
 from jaxquant.transforms import Channels
 from models import registry
 from models.config import LlamaConfig
 from models.llama import Llama, blockwise, folds, residual, untied, whole
-from models.prefix import after_prefix
+from models.prefix import after_prefix, exact_prefix
 from models.registry import Model
 from models.tokenizer import Tokenizer
 
@@ -161,7 +163,31 @@ def calibrate_on(
 def trainable(model: Model) -> Callable[[Any, jax.Array], jax.Array]:
     """`model.apply_fn` that keeps only products for its backward pass: half the memory."""
     llama = Llama(model.config, model.dtype, remat=jax.checkpoint_policies.dots_saveable)
-    return lambda params, tokens: llama.apply({"params": whole(params)}, tokens)
+    run = lambda params, tokens: llama.apply({"params": params}, tokens)
+    if model.prefix:
+        run, _ = exact_prefix(llama, model.prefix)
+    return lambda params, tokens: run(whole(params), tokens)
+
+
+def learned(
+    model: Model,
+    recipe: jq.Recipe,
+    stats: jq.Stats,
+    sequences: np.ndarray,
+    held_out: np.ndarray,
+    healing: jq.Healing,
+    **options: Any,
+) -> Transforms:
+    """Transforms of inputs learned end to end, for `quantized_model`.
+
+    `options`: key, inspect, progress and finished of `jaxquant.learn`.
+    """
+    params, recipe, stats = _folded(model, recipe, stats, options)
+    options.pop("inspect", None)
+    return jq.learn(
+        trainable(model), params, recipe, stats, sequences, healing,
+        validation=held_out, **options,
+    )  # fmt: skip
 
 
 def healed(
@@ -259,13 +285,19 @@ def quantized_model(
     """The model with packed parameters; what the recipe keeps is untouched (see `save`).
 
     Factors of inputs are folded into what makes these, where that is exact (`models.llama.folds`).
-    `options`: key, inspect, progress and finished of `jaxquant.quantize`.
+    `options`: key, inspect, transforms, progress and finished of `jaxquant.quantize`.
     """
-    found, params = stats if stats is not None else _sites(model), model.params
-    if stats is not None and not is_apart(params, "layers"):
-        how = {name: options[name] for name in ("key", "inspect") if name in options}
-        params, recipe, found = jq.fold(params, recipe, stats, folds(model.config), **how)
+    found, params = _sites(model), model.params
+    if stats is not None:
+        params, recipe, found = _folded(model, recipe, stats, options)
     return dataclasses.replace(model, params=jq.quantize(params, recipe, found, **options))
+
+
+def _folded(model: Model, recipe: jq.Recipe, stats: jq.Stats, options: dict[str, Any]) -> Folded:
+    if is_apart(model.params, "layers"):
+        return Folded(model.params, recipe, stats)
+    how = {name: options[name] for name in ("key", "inspect") if name in options}
+    return jq.fold(model.params, recipe, stats, folds(model.config), **how)
 
 
 def _sites(model: Model) -> dict[str, jq.Site]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jaxquant as jq
 from jaxquant.finetune import CODES
+from jaxquant.learned import END_TO_END
 from models import pipeline
 from models.effort import EFFORTS, Effort
 from models.job import GENERATED, Job
@@ -29,6 +30,7 @@ def job_of(
     calibration_tokens: int | None,
     weighting: str,
     seed: int,
+    learn: int = 0,
     steps: int | None,
     batch: int = 1,
     recode: int = 0,
@@ -47,9 +49,11 @@ def job_of(
     if tokens < pipeline.CONTEXT:
         raise ValueError(f"--calibration-tokens must be at least {pipeline.CONTEXT}")
     steps = preset.steps if steps is None else steps
-    for name, given in (("text", heal_text is not None), ("batch", batch > 1), ("codes", recode)):
-        if given and not steps:
-            raise ValueError(f"--heal-{name} is for healing; give --heal STEPS too")
+    given = {"text": heal_text is not None, "batch": batch > 1, "codes": recode > 0}
+    for name in (name for name, asked in given.items() if asked and not steps):
+        if name == "codes" or not learn:
+            also = "" if name == "codes" else " or --learn STEPS"
+            raise ValueError(f"--heal-{name} is for training; give --heal STEPS{also} too")
     healing = jq.Healing(steps=steps, batch_size=batch) if steps else None
     job = Job(
         **_methods(preset, method, recipe_file, target_bits, weighting, options),
@@ -57,12 +61,15 @@ def job_of(
         tokens=tokens,
         weighting=weighting,
         seed=seed,
+        learning=dataclasses.replace(END_TO_END, steps=learn, batch_size=batch) if learn else None,
         healing=healing,
         recoding=dataclasses.replace(CODES, steps=recode, batch_size=batch) if recode else None,
         heal_text=heal_text or "",
     )
     if recode and not any(hasattr(m.format, "recoded") for _, m in job.rules):
         raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
+    if learn and not any(hasattr(m.input, "learned") for _, m in job.rules):
+        raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
     return job
 
 

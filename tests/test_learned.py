@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.training import divergence
 
 from .test_dispatch import draw
 from .test_outlier_transforms import outlying
@@ -27,7 +28,7 @@ LEARNING = jq.Healing(steps=40, learning_rate=0.01, validate_every=10)
 
 
 def learned(healing=LEARNING, **options):
-    return jq.learn(block, PARAMS, "layers", RECIPE, STATS, HIDDEN, healing, **options)
+    return jq.learn_blocks(block, PARAMS, "layers", RECIPE, STATS, HIDDEN, healing, **options)
 
 
 def error(transforms):
@@ -42,6 +43,49 @@ def test_learning_lowers_the_error_of_what_is_served():
     assert set(transforms) == {(f"layers/{n}", i) for n in ("up", "down") for i in (0, 1)}
     assert error(transforms) < 0.9 * error(None)
     assert [u.name for u in told[::40]] == ["learning of block 0", "learning of block 1"]
+
+
+def head(p, x):
+    return run(p, x) @ p["head"]
+
+
+WHOLE = {**PARAMS, "head": draw(48, 20, seed=2)}
+KEPT = jq.Recipe([("layers/*", METHOD), ("head", jq.KEEP)])
+
+
+def far(transforms):
+    """KL on the held-out inputs of the model as it is served."""
+    q = jq.quantize(WHOLE, KEPT, jq.calibrate(head, WHOLE, [*HIDDEN]), transforms=transforms)
+    x = jnp.asarray(HIDDEN[-1])
+    return float(jnp.mean(divergence(jq.quantized(head)(q, x), head(WHOLE, x))))
+
+
+def learned_whole(**options):
+    stats = jq.calibrate(head, WHOLE, [*HIDDEN])
+    healing = jq.Healing(steps=20, learning_rate=0.01, validate_every=10)
+    given = {"validation": HIDDEN[-1:]} | options
+    return jq.learn(head, WHOLE, KEPT, stats, HIDDEN[:-1], healing, **given)
+
+
+def test_learning_end_to_end_goes_on_from_blocks():
+    """What blocks begin, the whole betters; transforms are of all inputs, one for each matrix."""
+    blocks = learned()
+    whole = learned_whole(transforms=blocks)
+    assert set(whole) == set(blocks)
+    assert far(whole) < 0.95 * far(blocks) < 0.95 * far(None)
+    again = learned_whole(transforms=blocks)
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_the_loss_is_that_of_what_is_served():
+    """At the start: the loss before any update is the divergence of the quantized tree."""
+    told = []
+    learned_whole(validation=None, progress=told.append)
+    stats = jq.calibrate(head, WHOLE, [*HIDDEN])
+    q = jq.quantize(WHOLE, KEPT, stats)
+    x = jnp.asarray(HIDDEN[jq.Healing().batch(0, 8)[0]])
+    served = jnp.mean(divergence(jq.quantized(head)(q, x), head(WHOLE, x)))
+    np.testing.assert_allclose(told[0].loss, served, rtol=1e-3)
 
 
 def test_what_was_learned_goes_on():
@@ -73,7 +117,7 @@ def test_what_was_learned_goes_on():
 def test_bad_input(options, message):
     given = {"recipe": RECIPE, "hidden": HIDDEN} | options
     with pytest.raises(ValueError, match=message):
-        jq.learn(block, PARAMS, "layers", given["recipe"], STATS, given["hidden"], LEARNING)
+        jq.learn_blocks(block, PARAMS, "layers", given["recipe"], STATS, given["hidden"], LEARNING)
 
 
 def test_transforms_of_another_tree():

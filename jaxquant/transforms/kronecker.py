@@ -23,7 +23,7 @@ class Kronecker:
 
     Its arrays: "left" float32 [n1, n1], "right" float32 [n2, n2], "factors" float16 [n]. They begin
     as Hadamard matrices (random rotations where there are none) and SmoothQuant's factors, and are
-    learned against the model's blocks (`jaxquant.learn`).
+    learned against the model (`jaxquant.learn_blocks`, `jaxquant.learn`).
 
     Attributes:
       alpha: of the factors to begin with, see `Smooth`.

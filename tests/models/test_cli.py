@@ -128,12 +128,19 @@ main(sys.argv[2:])
 """
 
 
+WORK = {  # and which files are not to be put in place; one of these comes in the midst of training
+    "healed": (["--method", "gptq", "--group-size", 8, "--heal", 12], (6, 26)),
+    "learned": (["--method", "flatquant", "--learn", 22], (4, 6)),
+}
+
+
 @pytest.mark.slow
-def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
-    """kill -9 while calibrating, rounding, healing; then the same command: equal bytes."""
-    text = tiny.parent / "text.txt"
-    options = ["quantize", tiny, "--method", "gptq", "--group-size", 8, "--calibration", text]
-    options += ["--calibration-tokens", 1024, "--heal", 12, "--out"]
+@pytest.mark.parametrize("work", WORK)
+def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path, work):
+    """kill -9 while calibrating, learning, rounding, healing; then the same: equal bytes."""
+    text, (method, counts) = tiny.parent / "text.txt", WORK[work]
+    options = ["quantize", tiny, *method, "--calibration", text]
+    options += ["--calibration-tokens", 1024, "--out"]
     command = lambda count, out: [sys.executable, "-c", KILLED, str(count), *map(str, options), out]
     # Whatever XLA makes of the programs, they are the same ones; so it may be quick about it.
     quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -141,7 +148,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
         command(count, out), capture_output=True, check=False, env=quick
     )
     assert start(0, tmp_path / "whole").returncode == 0
-    for count in (6, 26):  # the second: after a copy of the training so far
+    for count in counts:
         assert start(count, tmp_path / "cut").returncode == -signal.SIGKILL
         assert not (tmp_path / "cut").exists()
     assert start(0, tmp_path / "cut").returncode == 0
@@ -244,9 +251,10 @@ def fails(result, status, message):
         ("--method ternary --bits 3", "unexpected keyword argument 'bits'"),
         ("", "give one of --method and --recipe, or --target-bits"),
         ("--method rtn --bits 3 --target-bits 3", "give one of --bits and --target-bits"),
-        ("--method rtn --heal-text builtin", "--heal-text is for healing"),
-        ("--method rtn --heal-batch 2", "--heal-batch is for healing"),
+        ("--method rtn --heal-text builtin", "--heal-text is for training"),
+        ("--method rtn --heal-batch 2", "--heal-batch is for training"),
         ("--method rtn --heal 2 --heal-codes 2", "of aqlm and vptq"),
+        ("--method rtn --learn 2", "of flatquant"),
         ("--method rtn --target-bits -3", "--target-bits must be above 0 and at most 8"),
         ("--method rtn --target-bits nan", "--target-bits must be above 0 and at most 8"),
         ("--method aqlm --target-bits 2", "aqlm has no option that sets its rate alone"),
