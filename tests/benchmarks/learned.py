@@ -1,0 +1,72 @@
+"""SmolLM2-135M with activations of 4 bits: transforms learned end to end, and healing.
+
+Run: python -m tests.benchmarks.learned [TEXT] [--steps 60] [--only WORD ...]   (half an hour a row)
+Scores and calibrates as `activations`; trains on the 128 chunks before those of calibration, and
+judges on half of these. Learning changes transforms of inputs alone, not one weight.
+"""
+
+import argparse
+import time
+
+import jaxquant as jq
+from jaxquant.evaluate import chunk, evaluate
+from models import pipeline
+from models.text import BUILTIN, read_text
+
+from .activations import CALIBRATION, CONTEXT, SCORED
+
+TRAINING = 128
+RATE = 3e-3
+
+
+def rows():
+    """Name -> method, whether its transforms are learned, and whether it is healed then."""
+    flat = jq.flatquant(16, alpha=0.6, feedback=False)
+    yield "A4 flatquant 0.6", flat, True, False
+    yield "W4A4 flatquant 0.6 LDLQ", jq.flatquant(4, alpha=0.6), True, True
+    best = {"symmetric": False, "clip": 0.8, "activation_clip": 0.9}
+    yield "W4A4 smooth 0.6 rotated LDLQ", jq.quarot(4, alpha=0.6, **best), False, True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", nargs="?", default=BUILTIN)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", nargs="*", default=[""], help="words of names")
+    args = parser.parse_args()
+    model = pipeline.load_any("smollm2-135m")
+    chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
+    calibration = chunks[-CALIBRATION:]
+    training = chunks[-CALIBRATION - TRAINING : -CALIBRATION]
+    held_out = calibration[: CALIBRATION // 2]
+    stats = pipeline.calibrate_on(model, calibration, weighting="uniform")
+    fn = pipeline.trainable(model)
+    how = jq.Healing(args.steps, RATE, validate_every=20)
+    start = time.monotonic()
+
+    def told(name, params):
+        logits = jq.quantized(model.apply_fn)
+        got = evaluate(logits, params, chunks[:SCORED], first=CONTEXT // 2 - 1).perplexity
+        took = time.monotonic() - start
+        bits = jq.bits_per_weight(params)
+        print(f"{name:44} {bits:6.3f} bits  {got:8.3f}  {took:5.0f} s", flush=True)
+
+    told("unquantized", model.params)
+    for name, method, learns, heals in rows():
+        if not any(word in name for word in args.only):
+            continue
+        recipe, options = pipeline.recipe_of(method), {"validation": held_out}
+        params = jq.quantize(model.params, recipe, stats)
+        told(name, params)
+        if learns:
+            found = jq.learn(fn, model.params, recipe, stats, training, how, **options)
+            params = jq.quantize(model.params, recipe, stats, transforms=found)
+            told(f"{name}, learned", params)
+        if heals:
+            also = [pipeline.NORMS]
+            healed = jq.heal(fn, params, model.params, training, how, also=also, **options)
+            told(f"{name}{', learned' * learns}, healed", healed)
+
+
+if __name__ == "__main__":
+    main()
