@@ -263,7 +263,7 @@ def quantized_model(
     """
     found, params = stats if stats is not None else _sites(model), model.params
     if stats is not None and not is_apart(params, "layers"):
-        how = {name: options[name] for name in ("key", "inspect") if name in options}
+        how = {n: options[n] for n in ("key", "inspect", "finished") if n in options}
         params, recipe, found = jq.fold(params, recipe, stats, folds(model.config), **how)
     return dataclasses.replace(model, params=jq.quantize(params, recipe, found, **options))
 
