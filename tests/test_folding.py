@@ -109,8 +109,8 @@ def test_a_killed_search_goes_on_where_it_stopped():
 
     once, kept = jq.fold(PARAMS, method, stats, FOLDS, inspect=judged), {}
     whole = len(calls)
+    stop = lambda weights, index: judged(weights, index, whole + whole // 2 + 3)
     with pytest.raises(KeyboardInterrupt):
-        stop = lambda weights, index: judged(weights, index, whole + whole // 2 + 3)
         jq.fold(PARAMS, method, stats, FOLDS, inspect=stop, finished=kept)
     calls.clear()
     again = jq.fold(PARAMS, method, stats, FOLDS, inspect=judged, finished=kept)
