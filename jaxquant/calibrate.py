@@ -1,7 +1,8 @@
 """Calibration: what every matmul's input was like, as cotangents of probes.
 
 Second moments are x^T diag(a) x with a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient
-at output token t; beside them stand the size of every channel, and if asked for some of the rows.
+at output token t, or a_t = k / |x_t|^2; beside them stand the size of every channel, and if asked
+for some of the rows.
 One `jax.grad` collects every layer (`observe`), and batches are merged.
 """
 
@@ -9,7 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxquant.paths import matches
 from jaxquant.sites import Site, sites
 from jaxquant.standin import run
 
-Weighting = Literal["uniform", "gradient"]
+Weighting = Literal["uniform", "gradient", "energy"]
 
 
 class Probe(NamedTuple):
@@ -52,13 +53,13 @@ class Kept:
 
     Attributes:
       gram, output: whether second moments are kept, of the input and of the output's gradient.
-      weighted: by the gradient's energy.
+      weighting: of rows, see `calibrate`.
       sample: rows kept of either kind.
     """
 
     gram: bool
     output: bool
-    weighted: bool
+    weighting: Weighting
     sample: int
 
     def zeros(self, k: int, n: int) -> Probe:
@@ -71,7 +72,7 @@ class Kept:
     def of(self, seen: Seen) -> Probe:
         """Of one product."""
         x = seen.rows
-        left = x * seen.energy[:, None] if self.weighted else x
+        left = x * self._weights(seen)[:, None]
         # Exact: a GPU's default would round the rows to ten bits, and H would be no moment.
         second = partial(jnp.einsum, "tk,tl->kl", precision="highest")
         top = lambda a: jnp.maximum(jnp.max(a, axis=0, initial=0.0), 0.0)
@@ -87,6 +88,14 @@ class Kept:
             return one
         rows = jnp.pad(x, ((0, self.sample), (0, 0)))
         return one._replace(**{name: _best(rows, name, self.sample) for name in _SCORES})
+
+    def _weights(self, seen: Seen) -> Float[Array, " m"]:
+        """a, of every row."""
+        if self.weighting == "gradient":
+            return seen.energy
+        if self.weighting == "uniform":
+            return jnp.ones(len(seen.rows))
+        return 1 / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
 
     def merged(self, a: Probe, b: Probe) -> Probe:
         """Of two sets of products; leading axes are allowed."""
@@ -185,7 +194,7 @@ def seen(x: Float[Array, "t k"], n: int) -> Stats:
     [[1.0, 1.0], [1.0, 1.0]]
     """
     count, k = x.shape
-    kept = Kept(gram=True, output=False, weighted=False, sample=count)
+    kept = Kept(gram=True, output=False, weighting="uniform", sample=count)
     probe = kept.of(Seen(x, jnp.ones(count), jnp.zeros((count, n))))
     return Stats({"w": Site("w", (k, n), (0,))}, {"w": probe}, {"w": "w"})
 
@@ -218,7 +227,9 @@ def calibrate(
       batches: inputs of fn, consumed once; each new shape compiles once.
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
       weighting: "gradient" weights each token by the squared norm of the loss gradient at the
-        matmul's output; "uniform" does not. Default: "gradient" if a loss is given.
+        matmul's output; "energy" by one over its mean square, so that a sink is one token of
+        many; "uniform" does not. Of second moments and mean sizes: `low` and `high` are bounds.
+        Default: "gradient" if a loss is given.
       gram: whether second moments are kept; methods that only scale or rotate need none.
       output: globs of paths ("layers/*kernel") for whose weights the second moments of the loss
         gradient at the output are collected too, 4 n^2 bytes more each (so not for a head over a
@@ -245,8 +256,8 @@ def calibrate(
     True
     """
     weighting = weighting or ("gradient" if loss is not None else "uniform")
-    if weighting not in ("gradient", "uniform"):
-        raise ValueError(f'weighting must be "gradient" or "uniform", got {weighting!r}')
+    if weighting not in (known := get_args(Weighting)):
+        raise ValueError(f"weighting must be one of {', '.join(known)}, got {weighting!r}")
     if weighting == "gradient" and loss is None:
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
     if output and weighting != "gradient":
@@ -286,7 +297,7 @@ class _Plan:
 
     held: tuple[tuple[str, Site], ...]
     holder: tuple[tuple[str, str], ...]
-    weighted: bool
+    weighting: Weighting
     gram: bool
     output: tuple[str, ...]  # globs of paths
     sample: int
@@ -299,16 +310,15 @@ class _Plan:
         output: tuple[str, ...],
         sample: int,
     ) -> "_Plan":
-        weighted = weighting == "gradient"
         # Weighted by their own output gradients, grams of one input differ.
-        holder = holders(found, shared=not weighted)
+        holder = holders(found, shared=weighting != "gradient")
         held = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
-        return _Plan(held, tuple(holder.items()), weighted, gram, output, sample)
+        return _Plan(held, tuple(holder.items()), weighting, gram, output, sample)
 
     def kept(self, path: str) -> Kept:
         """What is kept at a weight."""
         output = any(matches(path, glob) for glob in self.output)
-        return Kept(self.gram, output, self.weighted, self.sample)
+        return Kept(self.gram, output, self.weighting, self.sample)
 
     def probes(self) -> dict[str, Probe]:
         """Zeros, by holder."""

@@ -18,6 +18,7 @@ from jaxquant.inputs import Inputs, Inspection, Member
 from jaxquant.methods import Method
 from jaxquant.paths import matches, path_leaves, replace_leaves
 from jaxquant.recipe import Entry, Recipe, resolve
+from jaxquant.resume import Finished
 from jaxquant.transforms import Chain
 from jaxquant.transforms.scaling import Factors
 
@@ -42,6 +43,7 @@ def fold(
     *,
     key: Array | None = None,
     inspect: Inspection | None = None,
+    finished: Finished | None = None,
 ) -> Folded:
     """Fits the factors with which transforms of a recipe begin, and folds those that can be.
 
@@ -51,6 +53,8 @@ def fold(
     Args:
       params, recipe, stats, key, inspect: as in `quantize`, which is to have the result.
       folds: {glob of weights: leaves that make their input}; see `Folds`.
+      finished: factors by input and layer: what is in it is not searched for again; as in
+        `quantize`, to which the same may be given.
     Raises:
       ValueError: a leaf's last axis has not as many channels as the input; what `resolve` raises.
 
@@ -75,7 +79,7 @@ def fold(
         targets = _targets(leader, members, stats, folds, leaves)
         if not targets:
             continue
-        factors = _factors(inputs, leader, members, key)
+        factors = _factors(inputs, leader, members, key, {} if finished is None else finished)
         for name in targets:
             new[name] = _scaled(new.get(name, leaves[name]), factors, name)
         for entry, _ in members:
@@ -125,14 +129,19 @@ def _rest(side: Any) -> Any:
     return side.parts[1] if len(side.parts) == 2 else Chain(side.parts[1:])
 
 
-def _factors(inputs: Inputs, leader: str, members: list[Member], key: Array | None) -> Array:
+def _factors(
+    inputs: Inputs, leader: str, members: list[Member], key: Array | None, finished: Finished
+) -> Array:
     """Those of every matrix of the stack, float32 [*batch, k]."""
     *batch, k, _ = members[0].entry.matrix
     draw, found = Draw.of(key), []
     prefix = "input.0." if isinstance(members[0].method.input, Chain) else "input."
     for i in range(math.prod(batch)):
-        arrays = inputs.arrays(leader, i, draw.of_input(leader, i)) or {}
-        found.append(arrays[f"{prefix}factors"].astype(jnp.float32))
+        name = f"factors of {leader}[{i}]"
+        if name not in finished:
+            arrays = inputs.arrays(leader, i, draw.of_input(leader, i)) or {}
+            finished[name] = {"factors": arrays[f"{prefix}factors"].astype(jnp.float32)}
+        found.append(jnp.asarray(finished[name]["factors"]))
     return jnp.stack(found).reshape(*batch, k)
 
 

@@ -117,32 +117,44 @@ class PackedCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Keeps nothing, and shows each query of a whole sequence what a packed cache would show it.
+    """Shows each query of a whole sequence what a packed cache would show it.
+
+    It keeps everything as it is: of a sequence that comes in several calls, the keys of each are
+    rounded with those before, whose groups they fill.
 
     Attributes:
       form: how keys and values would be kept.
       strict: every query sees all tokens rounded, its own too, but for the sinks and the last
         `form.window` before and with it; else those that would be in the codes by then, were the
         tokens decoded one by one.
+      past: keys and values [L, b, kv, length, hd] of the calls before, if any.
     """
 
     form: KVFormat = dataclasses.field(metadata={"static": True})
     strict: bool = dataclasses.field(metadata={"static": True}, default=True)
+    past: tuple[jax.Array, jax.Array] | None = None
 
-    length = 0
     size = float("inf")
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return 0 if self.past is None else self.past[0].shape[3]
 
     def apart(self) -> "Rounding":
         """Itself."""
         return self
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
-        """As `Cache.attend`."""
-        form, hd = self.form, q.shape[3]
-        form.check(hd)
-        rows = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[1], -1, hd) * hd**-0.5
+        """As `Cache.attend`; k and v are to be kept."""
+        form, new = self.form, (k, v)
+        if self.past is not None:
+            k, v = (_appended(of[layer], a) for of, a in zip(self.past, new, strict=True))
+        form.check(q.shape[3])
+        rows = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[1], -1, q.shape[3])
+        rows *= q.shape[3] ** -0.5
         scores = lambda keys: jnp.einsum("btkrd,bksd->bkrts", rows, keys.astype(jnp.float32))
-        query, key = positions[:, None], positions
+        query, key = positions[:, None], jnp.arange(k.shape[2])
         if self.strict:
             exact = key > query - form.window
         else:
@@ -153,11 +165,17 @@ class Rounding:
         mix = lambda w, values: jnp.einsum("bkrts,bksd->btkrd", w, values.astype(jnp.float32))
         mixed = mix(jnp.where(exact, weights, 0), v)
         mixed += mix(jnp.where(exact, 0, weights), kv_cache.rounded_values(v, form))
-        return mixed.reshape(q.shape).astype(q.dtype), self, None
+        return mixed.reshape(q.shape).astype(q.dtype), self, new
 
-    def advanced(self, tokens: int, kept: None, config: LlamaConfig) -> "Rounding":
-        """Itself."""
-        return self
+    def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "Rounding":
+        """As `PackedCache.advanced`."""
+        past = kept if self.past is None else tuple(map(_appended, self.past, kept))
+        return dataclasses.replace(self, past=past)
+
+
+def _appended(held: jax.Array, new: jax.Array) -> jax.Array:
+    """Tokens [..., t, hd] behind others."""
+    return jnp.concatenate([held, new], axis=-2)
 
 
 AnyCache = Cache | PackedCache | Rounding

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import click
 import jax
@@ -19,6 +19,7 @@ from rich.table import Table
 
 import jaxquant as jq
 from jaxquant import checkpoint
+from jaxquant.calibrate import Weighting
 from jaxquant.evaluate import check_sizes, evaluate
 from jaxquant.finetune import BLOCKS
 from jaxquant.finetune import Progress as Update
@@ -131,7 +132,7 @@ def cli() -> None:
 @click.option(
     "--calibration-tokens", type=int, default=None, help="By --effort: 4096, 8192, 65536."
 )
-@click.option("--weighting", type=click.Choice(["gradient", "uniform"]), default="gradient")
+@click.option("--weighting", type=click.Choice(get_args(Weighting)), default="gradient")
 @click.option("--seed", type=SEED, default=0, help="Seeds methods that draw at random.")
 @click.option("--out", required=True)
 @click.option("--overwrite", is_flag=True)

@@ -296,7 +296,7 @@ def quantized_model(
 def _folded(model: Model, recipe: jq.Recipe, stats: jq.Stats, options: dict[str, Any]) -> Folded:
     if is_apart(model.params, "layers"):
         return Folded(model.params, recipe, stats)
-    how = {name: options[name] for name in ("key", "inspect") if name in options}
+    how = {n: options[n] for n in ("key", "inspect", "finished") if n in options}
     return jq.fold(model.params, recipe, stats, folds(model.config), **how)
 
 

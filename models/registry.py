@@ -55,22 +55,17 @@ class Model:
         """`apply_fn` with keys and values rounded as in a packed cache, to measure what that costs.
 
         A sequence given whole would be seen as it is (a prefill is): so its perplexity says nothing
-        of the cache. Here every query sees rounded keys and values.
+        of the cache. Here every query sees rounded keys and values. An exact prefix comes in a call
+        of its own: the ranges of the keys that its tokens see are theirs.
 
         Args:
           strict: all of them, its own too, but for the format's sinks and last `window`; else those
             that are in the codes when tokens are decoded one by one, which are up to a group fewer.
         Raises:
-          ValueError: the format does not fit the model's heads; or it has an exact prefix, which
-            wants a cache of its own.
+          ValueError: the format does not fit the model's heads.
         """
         kv.check(self.config.head_dim)
-        if self.prefix:
-            raise ValueError(
-                f"the model's exact prefix, of {self.prefix} tokens, is not measured with rounded "
-                "keys and values: take a model with a prefix of 0"
-            )
-        return _rounding(self.config, jnp.dtype(self.dtype), kv, strict)
+        return _rounding(self.config, jnp.dtype(self.dtype), self.prefix, kv, strict)
 
 
 @functools.cache
@@ -88,11 +83,11 @@ def _functions(config: LlamaConfig, dtype: Any, prefix: int) -> tuple[Callable, 
 
 
 @functools.cache
-def _rounding(config: LlamaConfig, dtype: Any, kv: KVFormat, strict: bool) -> Callable:
-    model = Llama(config, dtype)
+def _rounding(config: LlamaConfig, dtype: Any, prefix: int, kv: KVFormat, strict: bool) -> Callable:
+    apply_cached = _functions(config, dtype, prefix)[1]
 
     def apply_fn(params, tokens):
-        return apply(model, params, tokens, Rounding(kv, strict))[0]
+        return apply_cached(params, tokens, Rounding(kv, strict))[0]
 
     return apply_fn
 

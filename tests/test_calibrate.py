@@ -51,6 +51,21 @@ def test_gradient_weighting(network):
     assert np.abs(np.asarray(plain) / scale - np.asarray(got) / other).max() > 1e-3
 
 
+def test_energy_weighting():
+    """A token a thousand times as large is one of many; what is of no token is of none."""
+    fn, params = lambda p, x: (x @ p["q"], x @ p["k"]), {"q": draw(8, 4), "k": draw(8, 6)}
+    x = draw(64, 8, seed=3)
+    of = lambda x: jq.calibrate(fn, params, [x], weighting="energy")
+    unit = np.asarray(x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True)))
+    got, sink = of(x), of(x.at[0].mul(1e3))
+    np.testing.assert_allclose(got.gram("q"), unit.T @ unit / 64, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sink.gram("q"), got.gram("q"), rtol=1e-3, atol=1e-4)
+    assert len(got.sums) == 1  # they share an input, and the weights of its rows
+    np.testing.assert_array_equal(of(x).of("k").high, jnp.maximum(jnp.max(x, axis=0), 0))
+    padded = of(jnp.concatenate([x, jnp.zeros((64, 8))]))
+    np.testing.assert_allclose(2 * padded.gram("q"), got.gram("q"), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_have_a_gram_each(remat):
     net = stack()(remat=remat)

@@ -98,6 +98,27 @@ def test_stacks_fold_layer_by_layer():
     assert factor.shape == (2, 32) and not np.allclose(factor[0], factor[1])
 
 
+def test_a_killed_search_goes_on_where_it_stopped():
+    stats, method, calls = calibrated(), jq.awq(3, 16), []
+
+    def judged(weights, index, most=10**6):
+        if len(calls) == most:
+            raise KeyboardInterrupt
+        calls.append(index)
+        return sum(jnp.sum((w - PARAMS[path]) ** 2) for path, w in weights.items())
+
+    once, kept = jq.fold(PARAMS, method, stats, FOLDS, inspect=judged), {}
+    whole = len(calls)
+    stop = lambda weights, index: judged(weights, index, whole + whole // 2 + 3)
+    with pytest.raises(KeyboardInterrupt):
+        jq.fold(PARAMS, method, stats, FOLDS, inspect=stop, finished=kept)
+    calls.clear()
+    again = jq.fold(PARAMS, method, stats, FOLDS, inspect=judged, finished=kept)
+    assert len(calls) == whole // 2  # that of one input of two
+    for name, leaf in once.params.items():
+        np.testing.assert_array_equal(again.params[name], leaf)
+
+
 def test_a_leaf_of_other_channels():
     with pytest.raises(ValueError, match=r"gain has shape \[32\]; to fold factors into"):
         jq.fold(PARAMS, jq.smoothquant(), calibrated(), {"down": ["gain"]})

@@ -1,9 +1,10 @@
 """Perplexity of SmolLM2-135M with activations of 8 and 4 bits, by what is done about outliers.
 
-Run: python -m tests.benchmarks.activations [TEXT] [--only WORD ...]   (else CPython's help topics).
-Scores the first 4 chunks of 512 tokens, calibrates on the last 8. Weights have a scale per output;
-bits count every byte that a weight holds. The float weights are decoded Q4_1, in groups of 32 along
-an input: that flatters low-bit weights that are not rotated.
+Run: python -m tests.benchmarks.activations [TEXT] [--only WORD ...] [--weighting NAME]   (else
+CPython's help topics; else uniform, see `jq.calibrate`). Scores the first 4 chunks of 512 tokens,
+calibrates on the last 8. Weights have a scale per output; bits count every byte that a weight
+holds. The float weights are decoded Q4_1, in groups of 32 along an input: that flatters low-bit
+weights that are not rotated.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", nargs="?", default=BUILTIN)
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
+    parser.add_argument("--weighting", default="uniform")
     args = parser.parse_args()
     model = pipeline.load_any("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
@@ -86,7 +88,7 @@ def main():
         source = dataclasses.replace(model, prefix=prefix)
         if prefix not in stats:
             stats[prefix] = pipeline.calibrate_on(
-                source, calibration, weighting="uniform", sample=SAMPLE
+                source, calibration, weighting=args.weighting, sample=SAMPLE
             )
         start = time.monotonic()
         params = pipeline.quantized_model(source, pipeline.recipe_of(method), stats[prefix]).params

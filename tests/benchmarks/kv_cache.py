@@ -1,16 +1,17 @@
 """Quantized key-value caches of SmolLM2-135M: perplexity, bytes, speed of decoding.
 
-Run: python -m tests.benchmarks.kv_cache [TEXT]   (else CPython's help topics). Strict perplexity:
-on the first 4 chunks of 512 tokens every token sees all keys and values rounded, its own too, but
-for sinks and window. Decoding: with layers apart at 4 bits and int8 activations, where the cache
-is the most of it, at two lengths, in turns with a float32 cache: medians. Last, a generation of
-4,096 tokens and what its compiled program takes.
+Run: python -m tests.benchmarks.kv_cache [TEXT] [--quality] [--only WORD ...]   (else CPython's help
+topics). Strict perplexity: on the first 4 chunks of 512 tokens, of which the last 257 predictions
+are scored, every token sees all keys and values rounded, its own too, but for sinks and window.
+Decoding: with layers apart at 4 bits and int8 activations, where the cache is the most of it, at
+two lengths, in turns with a float32 cache: medians. Last, a generation of 4,096 tokens and what its
+compiled program takes. With --quality, perplexities and bytes alone.
 """
 
+import argparse
 import dataclasses
 import functools
 import statistics
-import sys
 import time
 
 import jax
@@ -28,15 +29,23 @@ STEPS, REPEATS, LENGTHS, ROOM = 16, 5, (512, 4000), 4096
 FORMS = [
     None,
     KVFormat(8),
+    KVFormat(4, "post", window=0, sinks=0),
     KVFormat(4, window=0, sinks=0),
     KVFormat(4),
     KVFormat(3, "post"),
     KVFormat(3),
+    KVFormat(2, window=0, sinks=0),
     KVFormat(2),
     KVFormat(2, "post", window=128),
     KVFormat(2, window=128),
     KVFormat(2, window=128, sinks=4),
 ]
+
+
+def named(form):
+    if form is None:
+        return "float32"
+    return f"{form.bits} bits, {form.rope}, window {form.window}, sinks {form.sinks}"
 
 
 def sizes(config, form):
@@ -85,29 +94,19 @@ def temporary(apply_cached, params, config, form):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def main():
-    model = pipeline.load_any("smollm2-135m")
-    text = read_text(sys.argv[1] if len(sys.argv) > 1 else BUILTIN)
-    chunks = pipeline.pieces(model, text, CONTEXT, CHUNKS)
+def speed(model, forms):
+    """Prints how long a step takes, and over one with a float32 cache; a long generation."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     sites = jq.sites(model.apply_fn, model.params, tokens)
     packed = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(bits=4)), sites)
     apart = jq.with_activations(jq.unstack(packed, "layers"), "int8")
     cached = jq.quantized(model.apply_cached)
-    print("bits keys window sinks  perplexity  bits/value  bytes/token  "
-          + "  ".join(f"ms at {n:,}, ratio" for n in LENGTHS), flush=True)  # fmt: skip
     decode = functools.partial(decoding, cached, apart, model.config)
     floats = {n: decode(None, n) for n in LENGTHS}
-    for form in FORMS:
-        logits = model.apply_fn if form is None else model.apply_kv(form)
-        perplexity = evaluate(logits, model.params, chunks).perplexity
-        name = "float32"
-        if form is not None:
-            name = f"{form.bits:4} {form.rope:4} {form.window:6} {form.sinks:5}"
-        bits, per_token = sizes(model.config, form)
-        speeds = [beside(decode(form, n), floats[n]) for n in LENGTHS]
-        print(f"{name:22}  {perplexity:10.3f}  {bits:10.2f}  {per_token:11,.0f}  "
-              + "  ".join(f"{1e3 * s:8.1f} {r:9.2f}" for s, r in speeds), flush=True)  # fmt: skip
+    for form in forms:
+        for n in LENGTHS:
+            seconds, ratio = beside(decode(form, n), floats[n])
+            print(f"{named(form):33} {1e3 * seconds:7.1f} ms at {n:,}, {ratio:.2f}", flush=True)
     long_generation(cached, apart, model)
 
 
@@ -120,6 +119,25 @@ def long_generation(cached, params, model):
         taken = temporary(cached, params, config, form) / 2**20
         name = f"{form.bits} bits" if form else "float32"
         print(f"{count} tokens, {name}: {took:.0f} s, {taken:.1f} MiB", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", nargs="?", default=BUILTIN)
+    parser.add_argument("--quality", action="store_true", help="no times")
+    parser.add_argument("--only", nargs="*", default=[""], help="words of names")
+    args = parser.parse_args()
+    model = pipeline.load_any("smollm2-135m")
+    chunks = pipeline.pieces(model, read_text(args.text), CONTEXT, CHUNKS)
+    forms = [form for form in FORMS if any(word in named(form) for word in args.only)]
+    for form in forms:
+        logits = model.apply_fn if form is None else model.apply_kv(form)
+        perplexity = evaluate(logits, model.params, chunks, first=CONTEXT // 2 - 1).perplexity
+        bits, per_token = sizes(model.config, form)
+        print(f"{named(form):33} {perplexity:8.4f}, {bits:5.2f} bits a value, "
+              f"{per_token:7,.0f} bytes a token", flush=True)  # fmt: skip
+    if not args.quality:
+        speed(model, forms)
 
 
 if __name__ == "__main__":

@@ -156,10 +156,44 @@ def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
     run = lambda model: generate(
         model.apply_cached, model.params, model.config, PROMPT[:length], 30, kv=form
     )
+    assert run(dataclasses.replace(tiny, prefix=5)) == run(tiny)
+
+
+def rounded_inputs(model, form):
+    params = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(8, -1)))
+    return jq.with_activations(params, form)
+
+
+def test_generation_with_an_exact_prefix_and_a_packed_cache(tiny):
+    """The whole text again for every token; a prompt shorter than a group rounds nothing yet."""
+    form = KVFormat(2, "post", window=0, sinks=1, group=16, channels=8)
+    params, prompt = rounded_inputs(tiny, "int3"), PROMPT[:9]
+    prefixed = dataclasses.replace(tiny, prefix=3)
+
+    def slow(logits):
+        ids, step = list(prompt), jax.jit(jq.quantized(logits))
+        for _ in range(30):
+            padded = jnp.asarray([ids + [0] * (48 - len(ids))])
+            ids.append(int(step(params, padded)[0, len(ids) - 1].argmax()))
+        return ids[9:]
+
+    got = generate(jq.quantized(prefixed.apply_cached), params, tiny.config, prompt, 30, kv=form)
+    assert got == slow(prefixed.apply_kv(form, strict=False))
+    assert got != slow(tiny.apply_kv(form, strict=False))  # the twin
+
+
+def test_an_exact_prefix_with_rounded_keys_and_values(tiny):
+    """It decides what of activations, the format what of keys and values is rounded."""
+    form = KVFormat(4, window=0, sinks=5, group=8, channels=8)
     prefixed = dataclasses.replace(tiny, prefix=5)
-    assert run(prefixed) == run(tiny)
-    with pytest.raises(ValueError, match="exact prefix, of 5 tokens"):
-        prefixed.apply_kv(form)
+    run = lambda model, params: jax.jit(jq.quantized(model.apply_kv(form)))(params, TOKENS)
+    np.testing.assert_allclose(run(prefixed, tiny.params), run(tiny, tiny.params), atol=1e-4)
+    params = rounded_inputs(tiny, "int2")
+    first = jax.jit(jq.quantized(tiny.apply_fn))(jq.with_activations(params, None), TOKENS)
+    got, without = run(prefixed, params), run(tiny, params)
+    np.testing.assert_allclose(got[:, :5], first[:, :5], rtol=1e-4, atol=1e-4)
+    assert jnp.abs(got - without)[:, :5].max() > 0.1
+    assert jnp.abs(got - without)[:, 5:].max() > 0.1
 
 
 def test_compiles_once_for_each_bucket(tiny):
@@ -188,6 +222,34 @@ def test_a_format_that_does_not_fit(tiny):
     cache = init_cache(tiny.config, 1, 32, kv=FORMS[0])
     with pytest.raises(ValueError, match="33 tokens do not fit in a cache of size 32"):
         tiny.apply_cached(tiny.params, jnp.ones((1, 33), jnp.int32), cache)
+
+
+def temporary(model, params, room, form):
+    """Bytes that the compiled program of a generation takes beside its arguments."""
+    shape = jax.ShapeDtypeStruct
+    scalars = [shape((), d) for d in ("int32", "int32", "float32")]
+    rest = (shape((1, 32), "int32"), *scalars, jax.eval_shape(jax.random.key, 0))
+    fixed = (model.apply_cached, model.config, room, jnp.dtype("float32"))
+    shapes = jax.tree.map(lambda a: shape(a.shape, a.dtype), params)
+    compiled = _run.lower(*fixed, shapes, *rest, kv=form).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def takes_what_the_bits_say(model, params, form, step):
+    """Of the compiled program: for each of 4,096 tokens, and beside them what a step needs."""
+    c = model.config
+    sizes = (c.n_layers, c.n_kv_heads, c.head_dim)
+    long = temporary(model, params, 4096, form)
+    growth = (long - temporary(model, params, 2048, form)) / 2048
+    assert growth < 1.01 * form.bytes_per_token(*sizes) + 8  # and the token itself
+    recent = (form.window + form.group + form.sinks) * 8 * sizes[0] * sizes[1] * sizes[2]
+    assert long < 4096 * form.bytes_per_token(*sizes) + recent + step
+
+
+def test_bytes_of_a_generation_are_what_the_bits_say(tiny):
+    form = KVFormat(2, window=16, group=16, channels=8)
+    takes_what_the_bits_say(tiny, tiny.params, form, 0.2e6)
+    assert temporary(tiny, tiny.params, 4096, None) > 4096 * 4 * 2 * 3 * 2 * 8  # the twin: floats
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -307,21 +369,6 @@ def test_eight_bits_say_what_floats_say(real):
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True])
 def test_bytes_of_a_long_generation_are_what_the_bits_say(real, apart):
-    """Of the compiled program: what 2,048 more tokens of room take."""
     params = jq.unstack(real.params, "layers") if apart else real.params
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    scalars = [jax.ShapeDtypeStruct((), d) for d in ("int32", "int32", "float32")]
-    rest = (jax.ShapeDtypeStruct((1, 32), "int32"), *scalars, jax.eval_shape(jax.random.key, 0))
-
-    def temporary(room, form):
-        fixed = (real.apply_cached, real.config, room, jnp.dtype("float32"))
-        compiled = _run.lower(*fixed, shapes, *rest, kv=form).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    sizes = (real.config.n_layers, real.config.n_kv_heads, real.config.head_dim)
     for form in (KVFormat(4), KVFormat(2, "post", window=128)):
-        long = temporary(4096, form)
-        growth = (long - temporary(2048, form)) / 2048
-        assert growth < 1.01 * form.bytes_per_token(*sizes) + 8  # and the token itself
-        recent = (form.window + form.group + form.sinks) * 8 * sizes[0] * sizes[1] * sizes[2]
-        assert long < 4096 * form.bytes_per_token(*sizes) + recent + 16e6
+        takes_what_the_bits_say(real, params, form, 16e6)

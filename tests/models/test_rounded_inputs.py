@@ -113,7 +113,14 @@ def test_inspection_is_of_the_module(tiny, stats):
         assert 0 < scaled(1.01) < scaled(1.1)
     assert inspector(of("mlp", ["down"], lambda w: w), 1) is None
     recipe = pipeline.recipe_of(jq.awq(3, 8))
-    searched = pipeline.quantized_model(tiny, recipe, stats, inspect=inspector)
+    calls, kept = [], {}
+    counted = lambda *a: calls.append(a) or inspector(*a)
+    searched, again = (
+        pipeline.quantized_model(tiny, recipe, stats, inspect=judge, finished=kept)
+        for judge in (counted, None)  # what is kept is not searched for again
+    )
+    assert calls
+    jax.tree.map(np.testing.assert_array_equal, searched.params, again.params)
     got, want = (f(m.params, TOKENS) for f, m in ((jq.quantized(tiny.apply_fn), searched),
                                                   (tiny.apply_fn, tiny)))  # fmt: skip
     assert near(got, want) < 0.5
