@@ -15,7 +15,7 @@ from jaxquant.paths import path_leaves, stack_size
 from jaxquant.quantize import dequantize
 from jaxquant.recoding import Codes, can_recode, with_codes
 from jaxquant.resume import Finished
-from jaxquant.training import Healing, Progress, Trainer, relative_error
+from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
 CODES = Healing(learning_rate=0.02)
@@ -61,7 +61,7 @@ def heal(
     >>> fn = lambda p, x: x @ p["w"]
     >>> q = jq.quantize({"w": w}, jq.rtn(bits=2, group_size=16))
     >>> better = heal(fn, q, {"w": w}, x, Healing(steps=20, learning_rate=0.02))
-    >>> far = lambda p: float(jnp.mean(_divergence(fn(p, x), x @ w)))
+    >>> far = lambda p: float(jnp.mean(divergence(fn(p, x), x @ w)))
     >>> far({"w": better["w"].dequantize()}) < far({"w": q["w"].dequantize()})
     True
     """
@@ -101,7 +101,7 @@ def recode(
     >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
     >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.Vector(2, 4, 0)))
     >>> better = recode(lambda p, x: x @ p["w"], {"w": q}, {"w": w}, x, Healing(20, 0.05))
-    >>> far = lambda q: float(jnp.mean(_divergence(x @ q.dequantize(), x @ w)))
+    >>> far = lambda q: float(jnp.mean(divergence(x @ q.dequantize(), x @ w)))
     >>> far(better["w"]) < far(q)
     True
     """
@@ -207,11 +207,4 @@ def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after
 
 def _loss(fn: Callable, change: Values, opened: Any, teacher: Any, x: Array) -> Array:
     student = quantized(fn)(trained(opened, change), x)
-    return jnp.mean(_divergence(student, jax.lax.stop_gradient(fn(teacher, x))))
-
-
-def _divergence(logits: Array, target: Array) -> Array:
-    """KL(softmax(target) || softmax(logits)) over the last axis, nats."""
-    log_p = jax.nn.log_softmax(target.astype(jnp.float32))
-    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return jnp.mean(divergence(student, jax.lax.stop_gradient(fn(teacher, x))))

@@ -140,6 +140,17 @@ def relative_error(y: Array, wanted: Array) -> Array:
     return jnp.mean(energy(y - wanted) / (energy(wanted) + 1e-12))
 
 
+def divergence(logits: Array, target: Array) -> Array:
+    """KL(softmax(target) || softmax(logits)) over the last axis, nats.
+
+    >>> f"{divergence(jnp.zeros(2), jnp.array([0.0, -99.0])):.4f}"
+    '0.6931'
+    """
+    log_p = jax.nn.log_softmax(target.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
 class Trainer:
     """Updates of one loss on one schedule, compiled once for all trees of one form."""
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.finetune import Healing, _divergence, heal, heal_blocks, recode
+from jaxquant.finetune import Healing, heal, heal_blocks, recode
 from jaxquant.opened import at_start, close_tree, open_tree, trained
 from jaxquant.resume import Folder
+from jaxquant.training import divergence
 
 from .test_dispatch import draw
 
@@ -45,7 +46,7 @@ def made(method, p, x):
 
 
 def distance(fn, p, q, x):
-    return float(jnp.mean(_divergence(jq.quantized(fn)(q, x), fn(p, x))))
+    return float(jnp.mean(divergence(jq.quantized(fn)(q, x), fn(p, x))))
 
 
 @named
