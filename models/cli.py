@@ -25,7 +25,7 @@ from jaxquant.finetune import Progress as Update
 from jaxquant.kv_cache import ROPE, KVFormat
 from jaxquant.paths import matches
 from jaxquant.resume import Folder
-from models import job, outliers, pipeline
+from models import job, outliers, pipeline, rotation
 from models.effort import EFFORTS
 from models.generate import generate as generate_ids
 from models.registry import Model
@@ -119,6 +119,7 @@ def cli() -> None:
     default=None,
     help="Text FILE, builtin or generated (by the model); default: that of calibration.",
 )
+@rotation.options
 @click.option("--recipe", "recipe_file", default=None, help="JSON file of rules.")
 @click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
 @click.option(
@@ -139,6 +140,8 @@ def quantize(
     start = time.monotonic()
     work = with_texts(work)
     source = dataclasses.replace(pipeline.load_any(model), prefix=prefix)
+    if work.rotate:
+        source = rotation.untied(source, _line)
     if work.recipe is not None:
         click.echo(str(pipeline.plan(source, work.recipe)), err=True)
     else:
@@ -147,6 +150,9 @@ def quantize(
     folder = Folder(job.folder_of(out), work.fingerprint(source))
     if len(folder):
         click.echo(f"going on from {folder.path}", err=True)
+    if work.rotate:
+        with bar("rotating", work.rotating.steps if work.rotating else 0) as step:
+            source = rotation.rotated(work, source, data, folder, _Steps(step))
     stats = None
     if work.needs_statistics:
         with bar("calibrating", len(data.calibration)) as step:

@@ -37,6 +37,7 @@ class Job:
       healing: how to train at last; None: not at all.
       recoding: how to train the codes of learned codebooks after that; None: not at all.
       heal_text: to train on, "" for the text calibrated on; or `GENERATED`.
+      rotate: the residual stream first: "" not, "random" or "learned". rotating: how to learn it.
     """
 
     recipe: jq.Recipe | None
@@ -49,6 +50,8 @@ class Job:
     healing: jq.Healing | None = None
     recoding: jq.Healing | None = None
     heal_text: str = ""
+    rotate: str = ""
+    rotating: jq.Healing | None = None
 
     @property
     def rules(self) -> list[tuple[str, jq.Method]]:
@@ -73,6 +76,11 @@ class Job:
     def sample(self) -> int:
         """Rows of inputs that are needed, of either kind."""
         return SAMPLE if any(m.needs_sample for _, m in self.rules) else 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train, and to judge on what is kept apart."""
+        return self.healing is not None or self.rotating is not None
 
     @property
     def inspects(self) -> bool:
@@ -100,6 +108,7 @@ class Job:
             "choices": [to_json(m) for m in self.choices],
             "healing": self.healing and dataclasses.asdict(self.healing),
             "recoding": self.recoding and dataclasses.asdict(self.recoding),
+            "rotation": [self.rotate, self.rotating and dataclasses.asdict(self.rotating)],
             **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
             **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }
@@ -138,10 +147,10 @@ def data(job: Job, source: Model) -> Data:
       ValueError: a text is too short to keep a part of it apart.
     """
     none = np.empty((0, 0), np.int32)
-    if not job.needs_statistics and job.healing is None:
+    if not job.needs_statistics and not job.trains:
         return Data(none, none)
     cut = lambda text: pipeline.pieces(source, text, pipeline.context(source))
-    if job.recipe is not None and job.healing is None:
+    if job.recipe is not None and not job.trains:
         return Data(pipeline.first(cut(job.text), job.tokens), none)
     fit, unseen = _split(cut(job.text))
     calibration = pipeline.first(fit, job.tokens)
@@ -160,29 +169,30 @@ def _split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All but the last ones, and these: a quarter, at most `HELD_OUT`."""
     if len(sequences) < 3:
         raise ValueError(
-            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens; to heal or "
-            f"to share bits out takes 3 or more, since some are kept apart: give a longer text"
+            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens; to train "
+            f"or to share bits out takes 3 or more, since some are kept apart: give a longer text"
         )
     kept = max(1, min(HELD_OUT, len(sequences) // 4))
     return sequences[:-kept], sequences[-kept:]
 
 
 def calibrated(
-    job: Job, source: Model, sequences: np.ndarray, folder: Folder, progress: Callable[[int], None]
-) -> jq.Stats:
-    """The job's statistics; what is in the folder is not measured again."""
+    job: Job, source: Model, sequences: np.ndarray, folder: Folder, progress: Callable[[int], None],
+    name: str = CALIBRATION,
+) -> jq.Stats:  # fmt: skip
+    """The job's statistics; what is in the folder, under the name, is not measured again."""
 
     def save(count: int, sums: dict[str, Probe]) -> None:
         if count % SAVE_EVERY and count != len(sequences):
             return
         arrays = {f"{path}:{f}": a for path, p in sums.items() for f, a in p._asdict().items()}
-        folder[CALIBRATION] = {":": count, **{n: a for n, a in arrays.items() if a is not None}}
+        folder[name] = {":": count, **{n: a for n, a in arrays.items() if a is not None}}
 
     resume = None
-    if CALIBRATION in folder:
-        arrays = folder[CALIBRATION]
+    if name in folder:
+        arrays = folder[name]
         count = int(arrays.pop(":"))
-        paths = {name.rpartition(":")[0] for name in arrays}
+        paths = {key.rpartition(":")[0] for key in arrays}
         probe = lambda path: Probe(*(arrays.get(f"{path}:{field}") for field in Probe._fields))
         resume = (count, {path: probe(path) for path in sorted(paths)})
     return pipeline.calibrate_on(

@@ -258,8 +258,14 @@ def rotated(model: Model, key: jax.Array) -> Model:
 
 def turned(model: Model, rotation: jax.Array) -> Model:
     """The same function, its residual stream turned by an orthonormal [d, d], a head apart."""
+    model = untied_model(model)
+    params = jq.rotate_residual(model.params, residual(model.config), rotation)
+    return dataclasses.replace(model, params=params)
+
+
+def untied_model(model: Model) -> Model:
+    """The same function, a head apart."""
     config, params = untied(model.config, model.params)
-    params = jq.rotate_residual(params, residual(config), rotation)
     return dataclasses.replace(model, config=config, params=params)
 
 
