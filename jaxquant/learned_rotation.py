@@ -96,13 +96,14 @@ def learn_rotation(
     """
     start = jnp.asarray(start, jnp.float32)
     turned = rotate_residual(params, residual, start)
+    seen = stats if isinstance(stats, Stats) else None
     known = stats.sites if isinstance(stats, Stats) else stats
     entries = resolve(recipe, turned, known).entries
     todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
     stream = _Stream.of(todo, residual, len(start), round_weights)
     for entry, method in todo:
-        _check(entry.path, method, round_weights, stats)
-    inputs = Inputs.of(todo, known, dict(path_leaves(turned)), None if stats is known else stats)
+        _check(entry.path, method, round_weights, seen)
+    inputs = Inputs.of(todo, known, dict(path_leaves(turned)), seen)
     fitted = {m.entry.path: _fitted(m, inputs, Draw.of(key)) for m in todo}
     del turned, inputs
     folded = rotate_residual(params, residual, jnp.eye(len(start)))  # gains are ones
@@ -136,11 +137,12 @@ class _Stream:
         named = lambda m, globs: any(matches(m.entry.path, glob) for glob in globs)
         reads = [m for m in members if named(m, readers)]
         writes = [m for m in members if named(m, residual.writes)]
-        weights = round_weights and any(not isinstance(m.method.format, Dense) for m in members)
+        stored = [m.method.format for m in (*reads, *writes)]
+        weights = round_weights and any(not isinstance(format, Dense) for format in stored)
         if not weights and all(m.method.activations is None for m in reads):
             raise ValueError(
-                "nothing to learn: no input that comes off the residual stream is rounded, nor any "
-                "weight in the loop; name a form of activations (--activation-bits 4)"
+                "nothing to learn: no input that comes off the residual stream is rounded, nor, in "
+                "the loop, any weight of it; name a form of activations (--activation-bits 4)"
             )
         for wanted, axis, ms in (("reads", -2, reads), ("writes to", -1, writes)):
             for entry, _ in ms:
@@ -236,7 +238,7 @@ class _Back(Dense):
         return super().matmul(x @ data["turn"].T.astype(x.dtype), data)
 
 
-def _check(path: str, method: Method, round_weights: bool, stats: Any) -> None:
+def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) -> None:
     if method.activations is not None and method.activations.static:
         raise ValueError(
             f"{path}: static scales are known only once the rotation is: learn it with a scale per "
@@ -245,7 +247,7 @@ def _check(path: str, method: Method, round_weights: bool, stats: Any) -> None:
     if round_weights and method.output is not None:
         raise ValueError(f"{path}: weights that are rounded behind a transform of their outputs")
     needs = (getattr(method.input, f"needs_{kind}", False) for kind in ("channels", "sample"))
-    if any(needs) and not isinstance(stats, Stats):
+    if any(needs) and stats is None:
         raise ValueError(
             f"{path}: {method.input} is fitted to inputs; pass the statistics of the tree rotated "
             f"by `start`, calibrate(fn, rotate_residual(params, residual, start), batches)"
