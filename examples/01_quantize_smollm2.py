@@ -18,7 +18,7 @@ import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
 from models import pipeline
-from models.cli import bar
+from models.console import bar
 from models.generate import generate
 from models.text import builtin_text
 

@@ -25,6 +25,7 @@ from jaxquant.folding import fold
 from jaxquant.kv_cache import KVFormat
 from jaxquant.layers import restack, unstack, unstack_stats
 from jaxquant.learned import learn, learn_blocks
+from jaxquant.learned_rotation import learn_rotation
 from jaxquant.methods import (
     KEEP,
     METHODS,
@@ -139,6 +140,7 @@ __all__ = [
     "heal_blocks",
     "learn",
     "learn_blocks",
+    "learn_rotation",
     "mxfp4",
     "named_method",
     "normal_float",

@@ -143,8 +143,8 @@ def relative_error(y: Array, wanted: Array) -> Array:
 def divergence(logits: Array, target: Array) -> Array:
     """KL(softmax(target) || softmax(logits)) over the last axis, nats.
 
-    >>> float(divergence(jnp.zeros(2), jnp.array([0.0, -100.0])))  # ln 2
-    0.6931471824645996
+    >>> f"{divergence(jnp.zeros(2), jnp.array([0.0, -99.0])):.4f}"
+    '0.6931'
     """
     log_p = jax.nn.log_softmax(target.astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))

@@ -1,59 +1,28 @@
 """The command `jaxquant`: quantize, eval, generate, inspect."""
 
-import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any
 
 import click
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant import checkpoint
-from jaxquant.calibrate import Weighting
 from jaxquant.evaluate import check_sizes, evaluate
-from jaxquant.finetune import BLOCKS
-from jaxquant.finetune import Progress as Update
 from jaxquant.kv_cache import ROPE, KVFormat
-from jaxquant.paths import matches
-from jaxquant.resume import Folder
-from models import job, outliers, pipeline
-from models.effort import EFFORTS
+from models import outliers, pipeline
+from models.console import SEED, bar, emit, stderr, usage
 from models.generate import generate as generate_ids
+from models.quantizing import quantize
 from models.registry import Model
-from models.request import job_of, with_texts
 from models.states import FIRST_QUERY
 from models.text import read_text
-
-stderr = Console(stderr=True)
-SEED = click.IntRange(0, 2**32 - 1)
-
-
-@contextlib.contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[Any], None]]:
-    """A progress bar on stderr; call what it gives once per step done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=stderr) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda _: progress.advance(task)
-
-
-@contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """A ValueError inside is the caller's: exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
 
 
 @click.group()
@@ -62,176 +31,7 @@ def cli() -> None:
     """Quantize language models, and run and measure them."""
 
 
-@cli.command()
-@click.argument("model")
-@click.option("--method", default=None, help=f"One of {', '.join(sorted(jq.METHODS))}.")
-@click.option("--bits", type=float, default=None, help="Whole, but for an average: trellis.")
-@click.option("--group-size", type=int, default=None, help="-1: one scale per output.")
-@click.option("--symmetric/--asymmetric", default=None)
-@click.option("--activation-bits", type=int, default=None, help="Of inputs, per token; 16: floats.")
-@click.option(
-    "--exact-prefix",
-    "prefix",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="First tokens of a text whose activations are not rounded: sinks.",
-)
-@click.option("--act-order/--no-act-order", default=None)
-@click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
-              help="Any other option of the method, as JSON: --set two_sided=true.")  # fmt: skip
-@click.option(
-    "--target-bits",
-    type=float,
-    default=None,
-    help="Average over all matrices: shares bits out between kinds of weights.",
-)
-@click.option(
-    "--effort",
-    type=click.Choice(sorted(EFFORTS)),
-    default="default",
-    show_default=True,
-    help="Sets calibration, searches, healing and, for --target-bits, the method.",
-)
-@click.option(
-    "--learn",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Steps of training the transforms of flatquant, end to end, on the text to heal on.",
-)
-@click.option(
-    "--heal",
-    "steps",
-    type=click.IntRange(0),
-    default=None,
-    help="Steps of training afterwards; default 0, or 200 with --effort best.",
-)
-@click.option(
-    "--heal-batch",
-    "batch",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Sequences of a step of training.",
-)
-@click.option(
-    "--heal-codes",
-    "recode",
-    type=click.IntRange(0),
-    default=0,
-    help="Steps of training the codes of aqlm and vptq after that (PV-tuning).",
-)
-@click.option(
-    "--heal-text",
-    default=None,
-    help="Text FILE, builtin or generated (by the model); default: that of calibration.",
-)
-@click.option("--recipe", "recipe_file", default=None, help="JSON file of rules.")
-@click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
-@click.option(
-    "--calibration-tokens", type=int, default=None, help="By --effort: 4096, 8192, 65536."
-)
-@click.option("--weighting", type=click.Choice(get_args(Weighting)), default="gradient")
-@click.option("--seed", type=SEED, default=0, help="Seeds methods that draw at random.")
-@click.option("--out", required=True)
-@click.option("--overwrite", is_flag=True)
-@click.option("--json", "as_json", is_flag=True)
-def quantize(
-    model: str, out: str, overwrite: bool, as_json: bool, prefix: int, **options: Any
-) -> None:
-    """Quantize MODEL into the directory --out."""
-    with usage():
-        checkpoint.check_target(out, overwrite)
-        work = job_of(**options)
-    start = time.monotonic()
-    work = with_texts(work)
-    source = dataclasses.replace(pipeline.load_any(model), prefix=prefix)
-    if work.recipe is not None:
-        click.echo(str(pipeline.plan(source, work.recipe)), err=True)
-    else:
-        pipeline.choices(source, work.choices, work.healing is not None).check(work.target_bits)
-    data = job.data(work, source)
-    folder = Folder(job.folder_of(out), work.fingerprint(source))
-    if len(folder):
-        click.echo(f"going on from {folder.path}", err=True)
-    stats = None
-    if work.needs_statistics:
-        with bar("calibrating", len(data.calibration)) as step:
-            stats = job.calibrated(work, source, data.calibration, folder, step)
-    recipe = work.recipe
-    if recipe is None:
-        recipe = _allocated(work, source, data, stats, folder)
-    transforms = None
-    if work.learning is not None:
-        with bar("learning", work.learning.steps) as step:
-            transforms = job.learned(
-                work, work.learning, recipe, source, stats, data, folder, _Steps(step)
-            )
-    with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
-        result = job.quantized(work, recipe, source, stats, data, folder, _Rows(step), transforms)
-    if work.healing is not None:
-        whole = work.healing.steps + (work.recoding.steps if work.recoding else 0)
-        total = BLOCKS.steps * source.config.n_layers + whole
-        with bar("healing", total) as step:
-            result = job.healed(work, work.healing, source, result, data, folder, _Steps(step))
-    pipeline.save(out, result, recipe, overwrite)
-    folder.remove()
-    report = {
-        "out": out,
-        "bits_per_weight": jq.bits_per_weight(result.params),
-        "bytes": checkpoint.nbytes(out),
-        "seconds": time.monotonic() - start,
-    }
-    _emit(report, as_json)
-
-
-def _line(text: str) -> None:
-    """A line on stderr as it is, above the bar."""
-    stderr.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _allocated(work: job.Job, source: Any, data: job.Data, stats: Any, folder: Folder) -> jq.Recipe:
-    kinds = sum(matches(path, pipeline.LAYERS) for path, _ in jq.path_leaves(source.params))
-    with bar("allocating", len(work.choices) * kinds) as step:
-
-        def tell(option: jq.Option) -> None:
-            step(option)
-            _line(str(option))
-
-        allocation = job.allocated(work, source, data.unseen, stats, folder, tell)
-    click.echo(str(allocation), err=True)
-    return allocation.recipe
-
-
-class _Steps:
-    """A step of the bar for every update; a line where the held-out loss was looked at."""
-
-    def __init__(self, step: Callable[[Any], None]) -> None:
-        self.step = step
-
-    def __call__(self, done: Update) -> None:
-        self.step(done)
-        if done.validation is not None:
-            _line(
-                f"{done.name:20} step {done.step:5}  loss {done.loss:.5f}  "
-                f"held out {done.validation:.5f}"
-            )
-
-
-class _Rows:
-    """A line on stderr for every matrix done, and a step of the bar."""
-
-    def __init__(self, step: Callable[[Any], None]) -> None:
-        self.step = step
-
-    def __call__(self, done: jq.Done) -> None:
-        self.step(done)
-        took = f"{done.seconds:6.1f} s" if done.seconds else "  (done before)"
-        _line(
-            f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
-            f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}"
-        )
+cli.add_command(quantize)
 
 
 ACTIVATIONS = click.option(
@@ -330,7 +130,7 @@ def evaluate_command(
     with bar("evaluating", len(pieces)) as step:
         result = evaluate(logits, student.params, pieces, against=teacher, progress=step)
     report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-    _emit({**report, **_sizes(student.params), **_kv_sizes(kv, student)}, as_json)
+    emit({**report, **_sizes(student.params), **_kv_sizes(kv, student)}, as_json)
 
 
 @cli.command()
@@ -370,7 +170,7 @@ def generate(
     text = source.tokenizer.decode(new)
     if as_json:
         report = {"prompt": prompt, "text": text, "tokens": len(new)}
-        _emit({**report, **_kv_sizes(kv, source)}, as_json)
+        emit({**report, **_kv_sizes(kv, source)}, as_json)
     else:
         click.echo(prompt + text)
 
@@ -415,7 +215,7 @@ def inspect(
     rows = [_row(p, w) for p, w in jq.path_leaves(params)]
     sizes = _sizes(params)
     if as_json:
-        _emit({**sizes, "tensors": rows}, True)
+        emit({**sizes, "tensors": rows}, True)
         return
     table = Table("path", "shape", "method", "format", "bits/weight", "bytes")
     for r in rows:
@@ -437,7 +237,7 @@ def _inspect_outliers(model: str, text: str, tokens: int, plot: str | None, as_j
     if plot is not None:
         outliers.plot(found, plot)
     if as_json:
-        _emit(found.to_json(), True)
+        emit(found.to_json(), True)
         return
     for part in (outliers.table(found), outliers.heat_map(found)):
         _console().print(part)
@@ -463,14 +263,6 @@ def _row(path: str, w: Any) -> dict[str, Any]:
 def _sizes(params: Any) -> dict[str, Any]:
     total = sum(w.nbytes for _, w in jq.path_leaves(params))
     return {"bits_per_weight": jq.bits_per_weight(params), "bytes": total}
-
-
-def _emit(report: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(report))
-        return
-    for name, value in report.items():
-        click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def main(args: list[str] | None = None) -> None:

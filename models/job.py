@@ -39,6 +39,7 @@ class Job:
       healing: how to train at last; None: not at all.
       recoding: how to train the codes of learned codebooks after that; None: not at all.
       heal_text: to train on, "" for the text calibrated on; or `GENERATED`.
+      rotate: the residual stream first: "" not, "random" or "learned". rotating: how to learn it.
     """
 
     recipe: jq.Recipe | None
@@ -52,6 +53,8 @@ class Job:
     healing: jq.Healing | None = None
     recoding: jq.Healing | None = None
     heal_text: str = ""
+    rotate: str = ""
+    rotating: jq.Healing | None = None
 
     @property
     def rules(self) -> list[tuple[str, jq.Method]]:
@@ -63,7 +66,8 @@ class Job:
     @property
     def trains(self) -> list[jq.Healing]:
         """All training on sequences, in its order."""
-        return [h for h in (self.learning, self.healing, self.recoding) if h is not None]
+        stages = (self.rotating, self.learning, self.healing, self.recoding)
+        return [how for how in stages if how is not None]
 
     @property
     def needs_statistics(self) -> bool:
@@ -108,8 +112,9 @@ class Job:
             "choices": [to_json(m) for m in self.choices],
             **{
                 name: (how := getattr(self, name)) and dataclasses.asdict(how)
-                for name in ("learning", "healing", "recoding")
+                for name in ("learning", "healing", "recoding", "rotating")
             },
+            "rotate": self.rotate,
             **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
             **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }
@@ -171,29 +176,30 @@ def _split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All but the last ones, and these: a quarter, at most `HELD_OUT`."""
     if len(sequences) < 3:
         raise ValueError(
-            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens; to heal or "
-            f"to share bits out takes 3 or more, since some are kept apart: give a longer text"
+            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens; to train "
+            f"or to share bits out takes 3 or more, since some are kept apart: give a longer text"
         )
     kept = max(1, min(HELD_OUT, len(sequences) // 4))
     return sequences[:-kept], sequences[-kept:]
 
 
 def calibrated(
-    job: Job, source: Model, sequences: np.ndarray, folder: Folder, progress: Callable[[int], None]
-) -> jq.Stats:
-    """The job's statistics; what is in the folder is not measured again."""
+    job: Job, source: Model, sequences: np.ndarray, folder: Folder, progress: Callable[[int], None],
+    name: str = CALIBRATION,
+) -> jq.Stats:  # fmt: skip
+    """The job's statistics; what is in the folder, under the name, is not measured again."""
 
     def save(count: int, sums: dict[str, Probe]) -> None:
         if count % SAVE_EVERY and count != len(sequences):
             return
         arrays = {f"{path}:{f}": a for path, p in sums.items() for f, a in p._asdict().items()}
-        folder[CALIBRATION] = {":": count, **{n: a for n, a in arrays.items() if a is not None}}
+        folder[name] = {":": count, **{n: a for n, a in arrays.items() if a is not None}}
 
     resume = None
-    if CALIBRATION in folder:
-        arrays = folder[CALIBRATION]
+    if name in folder:
+        arrays = folder[name]
         count = int(arrays.pop(":"))
-        paths = {name.rpartition(":")[0] for name in arrays}
+        paths = {key.rpartition(":")[0] for key in arrays}
         probe = lambda path: Probe(*(arrays.get(f"{path}:{field}") for field in Probe._fields))
         resume = (count, {path: probe(path) for path in sorted(paths)})
     return pipeline.calibrate_on(

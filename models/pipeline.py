@@ -17,7 +17,7 @@ from jaxquant.evaluate import chunk, evaluate
 from jaxquant.folding import Folded
 from jaxquant.layers import is_apart, layers_of
 from jaxquant.learned import Transforms
-from jaxquant.rounding import Clipped
+from jaxquant.rounding import Clipped, Nearest
 from jaxquant.transforms import Channels
 from models import registry
 from models.config import LlamaConfig
@@ -28,6 +28,7 @@ from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
 LAYERS = "layers/*kernel"  # the matrices of every layer
+STREAM = ("layers/attn/[qkv]/kernel", "layers/mlp/[gu]*/kernel")  # those that read the residual
 CLIPPED_NOT = "layers/*attn/[qk]/kernel"
 NORMS = "*norm/scale"
 BLOCK_DATA = 24  # sequences to heal single blocks on
@@ -86,16 +87,36 @@ def distance(model: Model, params: Any, sequences: np.ndarray) -> float:
     return evaluate(jq.quantized(model.apply_fn), params, sequences, against=teacher).kl
 
 
-def recipe_of(method: jq.Method) -> jq.Recipe:
+def recipe_of(method: jq.Method, rotated: bool = False) -> jq.Recipe:
     """The matrices of every layer by one method; embedding, head and norms as they are.
 
     Queries and keys are not clipped: what they lose is multiplied.
+
+    Args:
+      rotated: of a model whose residual stream is rotated (`turned`): what reads the stream needs
+        no rotation of its own. Others have the method's (QuaRot, SpinQuant "had") or none.
     """
     rules: list[tuple[str, Any]] = [(LAYERS, method), ("*", jq.KEEP)]
+    if rotated:
+        rules[:0] = [(glob, _not_rotating(method)) for glob in STREAM]
     if isinstance(method.rounder, Clipped):
         whole = dataclasses.replace(method, rounder=method.rounder.rounder)
         rules.insert(0, (CLIPPED_NOT, whole))
     return jq.Recipe(rules)
+
+
+def _not_rotating(method: jq.Method) -> jq.Method:
+    """Without rotations of inputs, but those that sort, whose order is the format's."""
+    side = method.input
+    parts = side.parts if isinstance(side, jq.Chain) else () if side is None else (side,)
+    left = tuple(p for p in parts if not isinstance(p, jq.Rotation) or p.sort)
+    if left == parts:
+        return method
+    return dataclasses.replace(method, input=None if not left else _chained(left))
+
+
+def _chained(parts: tuple) -> Any:
+    return parts[0] if len(parts) == 1 else jq.Chain(parts)
 
 
 def calibrate(
@@ -258,14 +279,50 @@ def rotated(model: Model, key: jax.Array) -> Model:
     Raises:
       ValueError: its width has no Hadamard transform.
     """
+    return turned(model, random_rotation(model, key))
+
+
+def turned(model: Model, rotation: jax.Array) -> Model:
+    """The same function, its residual stream turned by an orthonormal [d, d], a head apart."""
+    model = untied_model(model)
+    params = jq.rotate_residual(model.params, residual(model.config), rotation)
+    return dataclasses.replace(model, params=params)
+
+
+def untied_model(model: Model) -> Model:
+    """The same function, a head apart."""
     config, params = untied(model.config, model.params)
-    turn = jq.Rotation()
-    if turn.size(config.d_model) != config.d_model:
-        raise ValueError(f"{config.d_model} channels have no Hadamard transform to rotate by")
-    one = jnp.eye(config.d_model)
-    matrix = turn.apply(one, turn.fit(Channels(one), key))
-    params = jq.rotate_residual(params, residual(config), matrix)
     return dataclasses.replace(model, config=config, params=params)
+
+
+def random_rotation(model: Model, key: jax.Array) -> jax.Array:
+    """A Hadamard transform of the residual stream behind random signs, [d, d].
+
+    Raises:
+      ValueError: its width has no Hadamard transform.
+    """
+    d, turn = model.config.d_model, jq.Rotation()
+    if turn.size(d) != d:
+        raise ValueError(f"{d} channels have no Hadamard transform to rotate by")
+    one = jnp.eye(d)
+    return turn.apply(one, turn.fit(Channels(one), key))
+
+
+def learned_rotation(
+    model: Model, recipe: jq.Recipe, sequences: np.ndarray, healing: jq.Healing, **options: Any
+) -> jax.Array:
+    """The rotation of the residual stream of a model with a head apart that suits a recipe best.
+
+    Weights are rounded in learning too, but where error feedback is to round them. `options`:
+    start, stats, validation, key, progress and finished of `jaxquant.learn_rotation`.
+    """
+    rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
+    nearest = all(isinstance(rounder, Nearest) for rounder in rounders)
+    options["stats"] = options.get("stats") or _sites(model)
+    return jq.learn_rotation(
+        trainable(model), model.params, residual(model.config), recipe, sequences, healing,
+        round_weights=nearest, **options,
+    )  # fmt: skip
 
 
 def choices(model: Model, methods: Sequence[jq.Method], healed: bool) -> jq.Choices:

@@ -8,6 +8,7 @@ from typing import Any
 import jaxquant as jq
 from jaxquant.finetune import CODES
 from jaxquant.learned import END_TO_END
+from jaxquant.learned_rotation import ROTATING
 from models import pipeline
 from models.effort import EFFORTS, Effort
 from models.job import GENERATED, Job
@@ -35,6 +36,8 @@ def job_of(
     batch: int = 1,
     recode: int = 0,
     heal_text: str | None,
+    rotate: str | None = None,
+    rotate_steps: int | None = None,
     more: tuple[str, ...],
     **common: Any,
 ) -> Job:
@@ -55,8 +58,12 @@ def job_of(
             also = "" if name == "codes" else " or --learn STEPS"
             raise ValueError(f"--heal-{name} is for training; give --heal STEPS{also} too")
     healing = jq.Healing(steps=steps, batch_size=batch) if steps else None
+    if rotate != "learned" and rotate_steps is not None:
+        raise ValueError("--rotate-steps is for a learned rotation: --rotate-residual learned")
+    if rotate == "learned" and target_bits is not None:
+        raise ValueError("a rotation is learned for one recipe; --target-bits takes a random one")
     job = Job(
-        **_methods(preset, method, recipe_file, target_bits, weighting, options),
+        **_methods(preset, method, recipe_file, target_bits, weighting, options, bool(rotate)),
         text=calibration,
         tokens=tokens,
         weighting=weighting,
@@ -65,12 +72,18 @@ def job_of(
         healing=healing,
         recoding=dataclasses.replace(CODES, steps=recode, batch_size=batch) if recode else None,
         heal_text=heal_text or "",
+        rotate=rotate or "",
+        rotating=_rotating(rotate_steps) if rotate == "learned" else None,
     )
     if recode and not any(hasattr(m.format, "recoded") for _, m in job.rules):
         raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
     if learn and not any(hasattr(m.input, "learned") for _, m in job.rules):
         raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
     return job
+
+
+def _rotating(steps: int | None) -> jq.Healing:
+    return ROTATING if steps is None else dataclasses.replace(ROTATING, steps=steps)
 
 
 def with_texts(job: Job) -> Job:
@@ -90,6 +103,7 @@ def _methods(
     target_bits: float | None,
     weighting: str,
     options: dict[str, Any],
+    rotated: bool,
 ) -> dict[str, Any]:
     """The fields of a job that say which methods."""
     if recipe_file is not None:
@@ -106,7 +120,8 @@ def _methods(
     if target_bits is None:
         if isinstance(options.get("bits"), float) and options["bits"].is_integer():
             options = options | {"bits": int(options["bits"])}
-        return {"recipe": pipeline.recipe_of(_named(name, preset, options, weighting))}
+        method_of_all = _named(name, preset, options, weighting)
+        return {"recipe": pipeline.recipe_of(method_of_all, rotated)}
     if "bits" in options:
         raise ValueError("give one of --bits and --target-bits")
     made = lambda bits: _named(name, preset, options | {"bits": bits}, weighting)
