@@ -1,7 +1,7 @@
 """BERT encoders in Flax linen: sentences to vectors, for models that are not a Llama.
 
-Post-norm layers, learned positions, exact GELU, biases everywhere. The layers are stacked, as in
-`models.llama`. The parameter paths:
+Post-norm layers, learned positions, exact GELU, biases everywhere (Devlin et al. 2018,
+arXiv:1810.04805). The layers are stacked, as in `models.llama`. The parameter paths:
 
     {embed,positions,types}/embedding [., d]              embed_norm/{scale,bias} [d]
     layers/attn/{q,k,v,o}/{kernel,bias} [L, ...]          layers/attn_norm/{scale,bias} [L, d]
@@ -154,6 +154,8 @@ def sentence_vectors(model: Bert, params: Any, tokens: jax.Array) -> jax.Array:
       tokens: int [b, t].
     Returns:
       float32 [b, d]; products of two are cosines.
+    Source:
+      Reimers & Gurevych 2019, arXiv:1908.10084.
     """
     hidden = model.apply({"params": params}, tokens).astype(jnp.float32)
     total = jnp.sum(hidden * (tokens != model.config.pad_id)[..., None], axis=1)
