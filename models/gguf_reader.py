@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from models.llama import LlamaConfig
+from models.llama import Llama, LlamaConfig
 from models.tokenizer import Tokenizer
 from models.weights import assemble, tensor_names
 
@@ -59,14 +59,15 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     config = _complete(LlamaConfig.from_gguf(fields), tensors)
     # Before the weights, so that its large temporaries do not come on top of them.
     tokenizer = Tokenizer.from_gguf(fields)
-    names = tensor_names(config, TENSORS)
+    llama = Llama(config)
+    names = tensor_names(llama, TENSORS)
     turned = _turned_heads(fields["general.architecture"], config, names)
 
     def read(name: str) -> np.ndarray:
         value = _dequantize(tensors[name])
         return _half_split(value, turned[name]) if name in turned else value
 
-    params = assemble(config, names, set(tensors) - {ROPE_FACTORS}, read, dtype)
+    params = assemble(llama, names, set(tensors) - {ROPE_FACTORS}, read, dtype)
     return config, params, tokenizer
 
 

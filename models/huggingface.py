@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import Llama3Scaling
-from models.llama import LlamaConfig
+from models.llama import Llama, LlamaConfig
 from models.tokenizer import Tokenizer
 from models.weights import assemble, tensor_names
 
@@ -53,11 +53,12 @@ def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     with contextlib.ExitStack() as stack:
         tensors = _locate(folder)
-        shards = {path: stack.enter_context(_open(path)) for path in set(tensors.values())}
+        shards = {path: stack.enter_context(open_tensors(path)) for path in set(tensors.values())}
         _check_index(tensors, shards)
         used = {n for n in tensors if not _ignored(n, config)}
         read = lambda name: shards[tensors[name]].get_tensor(name)
-        params = assemble(config, tensor_names(config, TENSORS), used, read, dtype)
+        llama = Llama(config)
+        params = assemble(llama, tensor_names(llama, TENSORS), used, read, dtype)
     return config, params, tokenizer
 
 
@@ -71,7 +72,7 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: Any, tokenizer_json
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {}
-    for path, names in tensor_names(config, TENSORS).items():
+    for path, names in tensor_names(Llama(config), TENSORS).items():
         leaf = np.asarray(flat[path])
         leaf = leaf if path.startswith("layers/") else leaf[None]
         for value, name in zip(leaf, names, strict=True):
@@ -84,16 +85,17 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: Any, tokenizer_json
 
 def _hf_json(folder: Path) -> dict[str, Any]:
     """config.json, with the stop tokens that only generation_config.json may name."""
-    hf = _json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     extra = folder / "generation_config.json"
     if extra.exists():
         as_list = lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]
-        found = (hf.get("eos_token_id"), _json(extra).get("eos_token_id"))
+        found = (hf.get("eos_token_id"), read_json(extra).get("eos_token_id"))
         hf["eos_token_id"] = [i for ids in found for i in as_list(ids)]
     return hf
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,16 +110,16 @@ def _json(path: Path) -> dict[str, Any]:
 def _locate(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor."""
     if (folder / INDEX).exists():
-        weight_map = _json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{folder / INDEX} lacks a weight_map")
         return {name: folder / shard for name, shard in weight_map.items()}
-    with _open(folder / SINGLE) as file:
+    with open_tensors(folder / SINGLE) as file:
         return dict.fromkeys(file.keys(), folder / SINGLE)
 
 
-def _open(path: Path):
-    """A memory-mapped safetensors file."""
+def open_tensors(path: Path):
+    """A memory-mapped safetensors file. Raises ValueError if it is missing or not complete."""
     try:
         return safe_open(path, framework="numpy")
     except FileNotFoundError:

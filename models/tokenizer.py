@@ -207,7 +207,7 @@ def _field(fields: Mapping[str, Any], key: str):
 def _lost_characters(backend: tokenizers.Tokenizer) -> frozenset[str]:
     """ASCII characters that a byte-level vocabulary has no token for."""
     decoder = json.loads(backend.to_str())["decoder"] or {}
-    if "ByteLevel" not in [d["type"] for d in (decoder, *decoder.get("decoders", ()))]:
+    if "ByteLevel" not in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]:
         return frozenset()
     probe = _bytes(use_regex=False)
     return frozenset(

@@ -8,31 +8,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
-
-from models.llama import Llama, LlamaConfig
 
 
 @functools.cache
-def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its path, such as "layers/attn/q/kernel"; computes nothing."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def tensor_names(config: LlamaConfig, templates: Mapping[str, str]) -> dict[str, list[str]]:
+def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, list[str]]:
     """The file's tensor names behind every parameter path, in layer order.
 
     Args:
+      model: of tokens, with its layers in a stack of `config.n_layers`.
       templates: parameter path to tensor name; "{}" stands for the layer's number.
     """
-    depth = lambda path: config.n_layers if path.startswith("layers/") else 1
-    return {p: [templates[p].format(i) for i in range(depth(p))] for p in param_shapes(config)}
+    depth = lambda path: model.config.n_layers if path.startswith("layers/") else 1
+    return {p: [templates[p].format(i) for i in range(depth(p))] for p in param_shapes(model)}
 
 
 def assemble(
-    config: LlamaConfig,
+    model: nn.Module,
     names: Mapping[str, list[str]],
     present: Iterable[str],
     read: Callable[[str], np.ndarray],
@@ -46,12 +46,12 @@ def assemble(
       read: name to array; matrices are [out, in], as files have them.
       dtype: floating dtype of the result.
     Returns:
-      Nested dict of jax arrays, the inner "params" of `Llama`.
+      Nested dict of jax arrays, the inner "params" of the model.
     Raises:
       ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; named.
     """
     _check_names({n for group in names.values() for n in group}, set(present))
-    shapes = param_shapes(config)
+    shapes = param_shapes(model)
     params = {}
     # The largest first: its temporaries come while little else is in memory.
     for path in sorted(names, key=lambda path: -math.prod(shapes[path])):

@@ -61,7 +61,7 @@ def test_llama3_scaling_has_three_regimes():
 
 
 def test_parameter_paths():
-    shapes = param_shapes(LlamaConfig.from_hf(FAMILIES["qwen3"]))
+    shapes = param_shapes(Llama(LlamaConfig.from_hf(FAMILIES["qwen3"])))
     assert shapes == {
         "embed/embedding": (261, 24),
         "layers/attn/q/kernel": (3, 24, 32),
