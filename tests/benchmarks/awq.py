@@ -6,9 +6,9 @@ divide; bits count every byte that a weight holds.
 
 SmolLM2-135M: perplexity, the first 4 chunks of 512 tokens scored, calibrated on the last 8. AWQ's
 scales are judged by attention or MLP, and its statistics weigh tokens alike, as in the paper; those
-of feedback weigh them by loss gradients, our default: alike, the first token would be most of them,
-and feedback after AWQ worse than AWQ. The float weights are decoded Q4_1, in groups of 32 along an
-input, which flatters integers that are not rotated.
+of feedback weigh them by loss gradients, our default: with tokens alike, feedback after AWQ is
+worse than AWQ (50.98 and 45.74 at 3 bits). The float weights are decoded Q4_1, in groups of 32
+along an input, which flatters integers that are not rotated.
 
 MiniLM, a sentence encoder in float32, where nothing is flattered: mean cosine of 256 sentences'
 vectors to those of the float model, calibrated on other sentences. It is a plain function to
