@@ -46,6 +46,7 @@ SENTENCES, BATCH, OTHERS = 256, 64, 4096
 BITS = (2, 3, 4)
 ROWS = {
     "nearest": jq.rtn,
+    "nearest, 96": jq.rtn,  # in smaller groups, for more bits than AWQ's factors take
     "AWQ": jq.awq,
     "LDLQ": jq.gptq,
     "AWQ + LDLQ": functools.partial(jq.awq, feedback=True),
@@ -53,9 +54,9 @@ ROWS = {
 }
 
 
-def group_size(k):
-    """128, or 64 where that does not divide an input's channels."""
-    return 128 if k % 128 == 0 else 64
+def group_size(row, k):
+    """128, or 64 where that does not divide an input's channels; or as the row says."""
+    return int(row[-2:]) if row[-1].isdigit() else 128 if k % 128 == 0 else 64
 
 
 def recipe_of(row, bits, sites):
@@ -64,7 +65,8 @@ def recipe_of(row, bits, sites):
     for path, site in sites.items():
         if not matches(path, pipeline.LAYERS):
             continue
-        method = ROWS[row](bits, group_size(math.prod(site.shape[a] for a in site.contracted)))
+        k = math.prod(site.shape[a] for a in site.contracted)
+        method = ROWS[row](bits, group_size(row, k))
         if isinstance(method.rounder, Clipped) and matches(path, pipeline.CLIPPED_NOT):
             method = dataclasses.replace(method, rounder=method.rounder.rounder)
         rules.append((path, method))

