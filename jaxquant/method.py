@@ -78,6 +78,6 @@ class Keep:
 KEEP = Keep()
 
 
-def scalar_rounder(feedback: bool) -> LDLQ | Nearest:
+def scalar_rounder(feedback: bool, damping: float = 0.01) -> LDLQ | Nearest:
     """Error feedback, or nearest."""
-    return LDLQ() if feedback else Nearest()
+    return LDLQ(damping) if feedback else Nearest()

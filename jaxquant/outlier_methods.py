@@ -32,6 +32,7 @@ def smoothquant(
     activation_clip: float = 1.0,
     static: bool = False,
     feedback: bool = False,
+    damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
     """SmoothQuant: integers on both sides, outliers shared out between them
@@ -46,7 +47,7 @@ def smoothquant(
       symmetric: of weights and of activations.
       clip, activation_clip: of the ranges of weights and of activations, what is kept.
       static: one scale for all activations, from calibration, not one per token.
-      feedback: LDLQ in place of nearest rounding.
+      feedback: LDLQ in place of nearest rounding. damping: see `LDLQ`.
 
     >>> str(smoothquant().activations), smoothquant(4, rotate=True).format.bits
     ('int8', 4)
@@ -56,7 +57,7 @@ def smoothquant(
         side = Chain((side, Rotation(signed=False)))
     format = weights(bits, group_size, symmetric, clip, scale_dtype)
     form = inputs(activation_bits, symmetric, activation_clip, static)
-    return Method("smoothquant", scalar_rounder(feedback), format, side, activations=form)
+    return Method("smoothquant", scalar_rounder(feedback, damping), format, side, activations=form)
 
 
 def awq(
@@ -67,6 +68,7 @@ def awq(
     clip: bool = True,
     symmetric: bool = False,
     feedback: bool = False,
+    damping: float = 0.01,
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
@@ -79,13 +81,13 @@ def awq(
     Args:
       duo: see `ActivationAware`.
       clip: search a bound for the weights of every group too, see `Clipped`.
-      feedback: LDLQ in place of nearest rounding.
+      feedback: LDLQ in place of nearest rounding. damping: see `LDLQ`.
       The others: see `Integer`.
 
     >>> awq().input
     ActivationAware(duo=False, group_size=128)
     """
-    rounder = scalar_rounder(feedback)
+    rounder = scalar_rounder(feedback, damping)
     format = Integer(bits, group_size, symmetric, False, scale_dtype, pad)
     rows = group_size if isinstance(group_size, int) and group_size > 0 else 128
     side = ActivationAware(duo, rows)
@@ -108,6 +110,7 @@ def duquant(
     flat: bool = False,
     by_row: bool = False,
     feedback: bool = False,
+    damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
     """DuQuant: smoothed, rotated in blocks, dealt out in zigzag, rotated again
@@ -123,7 +126,7 @@ def duquant(
       shared: one rotation for all blocks, as in the released code: a rotation of its own for each
         costs 32 block / n bits per weight of n outputs, twice.
       steps, flat, by_row: see `Greedy`; `by_row` is the released code's.
-      feedback: LDLQ in place of nearest rounding.
+      feedback: LDLQ in place of nearest rounding. damping: see `LDLQ`.
 
     >>> len(duquant().input.parts), str(duquant().activations)
     (4, 'int4,asymmetric,clip=0.9')
@@ -132,7 +135,7 @@ def duquant(
     side = Chain((Smooth(alpha), greedy, *((Zigzag(block), greedy) if permute else ())))
     format = weights(bits, group_size, symmetric, clip, scale_dtype)
     form = inputs(activation_bits, symmetric, activation_clip)
-    return Method("duquant", scalar_rounder(feedback), format, side, activations=form)
+    return Method("duquant", scalar_rounder(feedback, damping), format, side, activations=form)
 
 
 def quarot(
@@ -147,6 +150,7 @@ def quarot(
     clip: float = 1.0,
     activation_clip: float = 0.9,
     feedback: bool = True,
+    damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
     """QuaRot: a Hadamard transform of every input, weights by error feedback
@@ -162,7 +166,7 @@ def quarot(
       signed: random signs before the transform.
       symmetric: of weights and of activations.
       clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      feedback: LDLQ (GPTQ) rather than nearest rounding.
+      feedback: LDLQ (GPTQ) rather than nearest rounding. damping: see `LDLQ`.
 
     >>> quarot().input
     Rotation(block=None, sort=False, signed=False)
@@ -171,7 +175,7 @@ def quarot(
     side: Any = turn if alpha is None else Chain((Smooth(alpha), turn))
     format = weights(bits, group_size, symmetric, clip, scale_dtype)
     form = inputs(activation_bits, symmetric, activation_clip)
-    return Method("quarot", scalar_rounder(feedback), format, side, activations=form)
+    return Method("quarot", scalar_rounder(feedback, damping), format, side, activations=form)
 
 
 def flatquant(
@@ -185,6 +189,7 @@ def flatquant(
     clip: float = 0.8,
     activation_clip: float = 0.9,
     feedback: bool = True,
+    damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
     """FlatQuant: every input through a learned Kronecker product (Sun et al. 2024,
@@ -199,7 +204,7 @@ def flatquant(
       orthogonal: learn rotations alone.
       symmetric: of weights and of activations.
       clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      feedback: LDLQ rather than nearest rounding.
+      feedback: LDLQ rather than nearest rounding. damping: see `LDLQ`.
 
     >>> flatquant().input
     Kronecker(alpha=0.5, orthogonal=False)
@@ -207,4 +212,4 @@ def flatquant(
     format = weights(bits, group_size, symmetric, clip, scale_dtype)
     form = inputs(activation_bits, symmetric, activation_clip)
     side = Kronecker(alpha, orthogonal)
-    return Method("flatquant", scalar_rounder(feedback), format, side, activations=form)
+    return Method("flatquant", scalar_rounder(feedback, damping), format, side, activations=form)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.rounding import LDLQ
+from jaxquant.rounding.moments import Moments
 from jaxquant.transforms import Channels
 from jaxquant.transforms.greedy import spreading
 from jaxquant.transforms.kronecker import nearly_square
@@ -188,6 +190,21 @@ def test_clipping_lowers_the_loss_that_it_is_judged_by():
         blocks = jnp.stack([h[:64, :64], h[64:, 64:]])
         loss[name] = jnp.einsum("gin,gij,gjn->", e, blocks, e)
     assert loss["clipped"] < 0.95 * loss["nearest"]
+
+
+def test_feedback_makes_up_for_what_is_clipped():
+    """The twin rounds the clipped matrix, and loses what was clipped off."""
+    x, w = draw(512, 128) @ draw(128, 128, seed=2), draw(128, 64, seed=1) ** 3
+    format, clip = jq.Integer(3, 64), jq.awq(feedback=True).rounder
+    moments = Moments(x.T @ x / 512)
+    assert isinstance(clip.rounder, LDLQ)
+
+    def loss(data):
+        return float(jnp.sum((x @ (format.dequantize(data, 128) - w)) ** 2))
+
+    ours = loss(clip(w, format, moments)[0])
+    twin = loss(clip.rounder(clip._clipped(w, format, moments.input), format, moments)[0])
+    assert ours < 0.95 * twin
 
 
 @pytest.mark.parametrize("form", ["int8,static", "int8,asymmetric,static"])

@@ -1,4 +1,4 @@
-"""Clip, then round: weights beyond a bound that their group is searched for go to it first."""
+"""Clip, then round: a group of weights keeps to a bound that it is searched for."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields, check_positive
+from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
 
 
 @dataclasses.dataclass(frozen=True)
 class Clipped:
     """AWQ's clipping before another rounder: what is rounded is the clipped matrix.
+
+    Error feedback rounds the matrix as it is, in the clipped one's grids: so it makes up for what
+    is clipped too.
 
     Each group of rows of each output tries bounds of 1, .95, .. times its largest weight, rounded
     to nearest, and keeps the one with the least error of its share of the output, by the second
@@ -59,7 +63,10 @@ class Clipped:
             raise ValueError(f"clipping is of groups of rows, of which {format} has none")
         if moments.input is None:
             raise ValueError("clipping needs the second moment of the inputs; calibrate for it")
-        return self.rounder(self._clipped(w, format, moments.input), format, moments, key)
+        clipped = self._clipped(w, format, moments.input)
+        if isinstance(self.rounder, LDLQ):
+            return self.rounder(w, format, moments, key, ranges=clipped)
+        return self.rounder(clipped, format, moments, key)
 
     def _clipped(self, w: Array, format: Any, gram: Float[Array, "k k"]) -> Float[Array, "k n"]:
         k, n = w.shape

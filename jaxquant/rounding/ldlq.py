@@ -58,9 +58,18 @@ class LDLQ:
             raise ValueError(f"scales must be positive, got {self.scales}")
 
     def __call__(
-        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
+        self,
+        w: Float[Array, "k n"],
+        format: Any,
+        moments: Moments,
+        key: Array | None = None,
+        *,
+        ranges: Float[Array, "k n"] | None = None,
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        """Packed data of w, and a report: the damping used, how many channels were dead.
+
+        `ranges`: what the grids are fixed by, in place of w.
+        """
         del key
         k, d = w.shape[0], format.tile[0]
         if self.act_order and d > 1:
@@ -72,7 +81,8 @@ class LDLQ:
         gram = gram[order][:, order]
         u, damping = unit_upper(gram, self.damping, d)
         fixed = self.act_order or g >= k or d > 1 or not hasattr(format, "fit")
-        grid = format.grids(w) if fixed else None
+        fixed = fixed or ranges is not None
+        grid = format.grids(w if ranges is None else ranges) if fixed else None
         size = block_rows(self.block_size, 1 if fixed else g, d)
         w = w[order]
         fed = partial(feedback, u=u, format=format, order=order, g=g, size=size)
