@@ -213,7 +213,7 @@ class _Weights:
         """By leader, the transforms after the change, stacked."""
         fitted = opened.params[2]
         return {
-            leader: _each(side.learned, fitted[leader], change[leader])
+            leader: each(side.learned, fitted[leader], change[leader])
             for leader, side in self.learning.items()
         }
 
@@ -234,7 +234,7 @@ class _Weights:
         new = {}
         for entry, method in self.members:
             own = arrays.get(self.inputs.leader[entry.path], {})
-            codes = _each(partial(_rounded, method), matrices[entry.path], own)
+            codes = each(partial(_rounded, method), matrices[entry.path], own)
             data = {"codes": codes} | {f"input.{n}": a for n, a in own.items()}
             view, order = entry.form
             batch = entry.matrix[:-2][len(order) - len(shapes[inside(entry.path)]) :]
@@ -246,8 +246,12 @@ class _Weights:
         return replace_leaves(tree, new)
 
 
-def _each(fn: Callable, *stacked: Any) -> Any:
-    """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU."""
+def each(fn: Callable, *stacked: Any) -> Any:
+    """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU.
+
+    >>> each(lambda a, b: a + b["x"], jnp.ones(2), {"x": jnp.arange(2.0)}).tolist()
+    [1.0, 2.0]
+    """
     return jax.lax.map(lambda one: fn(*one), stacked)
 
 

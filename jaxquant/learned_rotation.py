@@ -21,7 +21,7 @@ from jaxquant.codebooks import Dense
 from jaxquant.dispatch import quantized
 from jaxquant.draw import Draw
 from jaxquant.inputs import Inputs, Member
-from jaxquant.learned import nearest
+from jaxquant.learned import each, nearest
 from jaxquant.methods import Method
 from jaxquant.opened import Opened, Values
 from jaxquant.paths import matches, path_leaves, replace_leaves
@@ -183,7 +183,7 @@ class _Stream:
             data |= {"turn": r} if back else {}
             return data | ({"output.turn": r} if writes and not floats else {})
 
-        data, batch = jax.vmap(one)(entry.matrices(leaf), own), entry.matrix[:-2]
+        data, batch = each(one, entry.matrices(leaf), own), entry.matrix[:-2]
         return QTensor(
             {name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()},
             _Back() if back else Dense(),
@@ -256,7 +256,7 @@ def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) 
 
 def _fitted(member: Member, inputs: Inputs, draw: Draw) -> dict[str, Array]:
     """Arrays of the weight's own transform, for all matrices of a stack."""
-    (entry, method), each = member, []
+    (entry, method), found = member, []
     if method.input is None:
         return {}
     leader = inputs.leader[entry.path]
@@ -264,8 +264,8 @@ def _fitted(member: Member, inputs: Inputs, draw: Draw) -> dict[str, Array]:
         drawn = draw.of_input(leader, i)
         known = inputs.arrays(entry.path, i, drawn)
         own = method.input.fit(Channels(w.T), drawn) if known is None else part(known, "input.")
-        each.append(own)
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each)
+        found.append(own)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *found)
 
 
 def _loss(fn: Callable, stream: _Stream, change: Values, opened: Opened, x: Array) -> Array:
