@@ -30,7 +30,7 @@ from jaxquant.tensor import QTensor, part
 from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
 
 Transforms = Mapping[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
-END_TO_END = Healing(steps=100)
+END_TO_END = Healing(steps=60, learning_rate=3e-3, validate_every=20)
 BLOCKS = Healing(steps=30, learning_rate=5e-3, validate_every=10)
 
 

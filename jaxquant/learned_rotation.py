@@ -34,7 +34,7 @@ from jaxquant.training import Healing, Progress, Trainer, divergence
 from jaxquant.transforms import Channels
 from pallas_kernels import activations as forms
 
-ROTATING = Healing(steps=100, learning_rate=0.01, validate_every=10)
+ROTATING = Healing(steps=100, learning_rate=0.002, batch_size=2, validate_every=10)
 _STREAM, _ROTATION = "residual", "rotation"  # names of what trains
 
 

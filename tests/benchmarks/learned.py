@@ -6,17 +6,18 @@ judges on half of these. Learning changes transforms of inputs alone, not one we
 """
 
 import argparse
+import dataclasses
 import time
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
+from jaxquant.learned import END_TO_END
 from models import pipeline
 from models.text import BUILTIN, read_text
 
 from .activations import CALIBRATION, CONTEXT, SCORED
 
 TRAINING = 128
-RATE = 3e-3
 
 
 def rows():
@@ -31,7 +32,7 @@ def rows():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", nargs="?", default=BUILTIN)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=END_TO_END.steps)
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
     args = parser.parse_args()
     model = pipeline.load_any("smollm2-135m")
@@ -41,7 +42,7 @@ def main():
     held_out = calibration[: CALIBRATION // 2]
     stats = pipeline.calibrate_on(model, calibration, weighting="uniform")
     fn = pipeline.trainable(model)
-    how = jq.Healing(args.steps, RATE, validate_every=20)
+    how = dataclasses.replace(END_TO_END, steps=args.steps)
     start = time.monotonic()
 
     def told(name, params):
