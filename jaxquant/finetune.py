@@ -67,7 +67,9 @@ def heal(
     """
     opened = open_tree(params, also)
     trainer = Trainer(partial(_loss, fn), healing)
-    change = _fit(trainer, opened, teacher, sequences, validation, "healing", progress, finished)
+    change = trainer.fit_sequences(
+        opened, sequences, validation, teacher, name="healing", progress=progress, finished=finished
+    )
     return close_tree(params, opened, change)
 
 
@@ -115,30 +117,16 @@ def recode(
         return _loss(fn, {}, Opened(with_codes(opened, change), {}), teacher, x)
 
     trainer = Trainer(loss, healing, Codes(healing, share))
-    change = _fit(trainer, opened, teacher, sequences, validation, "recoding", progress, finished)
-    return with_codes(opened, change)
-
-
-def _fit(
-    trainer: Trainer,
-    opened: Opened,
-    teacher: Any,
-    sequences: np.ndarray,
-    validation: np.ndarray | None,
-    name: str,
-    progress: Callable[[Progress], None] | None,
-    finished: Finished | None,
-) -> Values:
-    """The best change on sequences, each to be like the teacher's."""
-    return trainer.fit(
+    change = trainer.fit_sequences(
         opened,
-        lambda ids: (teacher, jnp.asarray(sequences[ids])),
-        len(sequences),
-        [(teacher, jnp.asarray(v)[None]) for v in (() if validation is None else validation)],
-        name=name,
+        sequences,
+        validation,
+        teacher,
+        name="recoding",
         progress=progress,
         finished=finished,
     )
+    return with_codes(opened, change)
 
 
 def heal_blocks(

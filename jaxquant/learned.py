@@ -75,14 +75,8 @@ def learn(
         wanted = jax.lax.stop_gradient(fn(opened.params[0], x))
         return jnp.mean(divergence(quantized(fn)(weights.rounded(opened, change), x), wanted))
 
-    change = Trainer(loss, healing).fit(
-        opened,
-        lambda ids: (jnp.asarray(sequences[ids]),),
-        len(sequences),
-        [(jnp.asarray(v)[None],) for v in (() if validation is None else validation)],
-        name="learning",
-        progress=progress,
-        finished=finished,
+    change = Trainer(loss, healing).fit_sequences(
+        opened, sequences, validation, name="learning", progress=progress, finished=finished
     )
     return weights.found(opened, change)
 

@@ -109,14 +109,8 @@ def learn_rotation(
     folded = rotate_residual(params, residual, jnp.eye(len(start)))  # gains are ones
     opened = Opened((folded, fitted), {_STREAM: {_ROTATION: start}})
     trainer = Trainer(partial(_loss, fn, stream), healing, Cayley(healing))
-    change = trainer.fit(
-        opened,
-        lambda ids: (jnp.asarray(sequences[ids]),),
-        len(sequences),
-        [(jnp.asarray(v)[None],) for v in (() if validation is None else validation)],
-        name="rotation",
-        progress=progress,
-        finished=finished,
+    change = trainer.fit_sequences(
+        opened, sequences, validation, name="rotation", progress=progress, finished=finished
     )
     return change[_STREAM][_ROTATION]
 

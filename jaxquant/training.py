@@ -210,6 +210,30 @@ class Trainer:
                 progress(Progress(name, state.step, float(loss), seen))
         return state.best if held_out else state.change
 
+    def fit_sequences(
+        self,
+        opened: Opened,
+        sequences: np.ndarray,
+        validation: np.ndarray | None,
+        *before: Any,
+        **options: Any,
+    ) -> Values:
+        """`fit` of a loss (change, opened, *before, x) on rows x of arrays.
+
+        Args:
+          validation: the held-out rows; None: none are.
+          before: the same for all of them.
+          options: name, progress and finished, as `fit` takes them.
+        """
+        held_out = () if validation is None else validation
+        return self.fit(
+            opened,
+            lambda ids: (*before, jnp.asarray(sequences[ids])),
+            len(sequences),
+            [(*before, jnp.asarray(v)[None]) for v in held_out],
+            **options,
+        )
+
     def fit_examples(
         self, opened: Opened, inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
     ) -> Values:
