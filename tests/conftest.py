@@ -1,4 +1,4 @@
-"""Precision; and options for the runs on other versions, which need not repeat every case."""
+"""Precision, programs; and options for runs on other versions, which need no more than a part."""
 
 from collections import defaultdict
 
@@ -37,6 +37,17 @@ def forget_programs():
     """A process may hold 65,530 memory maps (Linux), which the programs of a whole suite pass."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def cheap_programs(request):
+    """Most of a fast test's time is compiling, and half of that optimizing; slow tests compute."""
+    slow = any(request.node.get_closest_marker(name) for name in ("slow", "model", "kernels"))
+    before = jax.config.values["jax_disable_most_optimizations"]
+    cheap = before or (not slow and jax.default_backend() == "cpu")
+    jax.config.update("jax_disable_most_optimizations", cheap)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def test_an_exact_prefix_with_rounded_keys_and_values(tiny):
     prefixed = dataclasses.replace(tiny, prefix=5)
     run = lambda model, params: jax.jit(jq.quantized(model.apply_kv(form)))(params, TOKENS)
     calls, whole = run(prefixed, tiny.params), run(tiny, tiny.params)  # a code may round otherwise
-    assert jnp.linalg.norm(calls - whole) < 1e-3 * jnp.linalg.norm(whole)
+    assert jnp.linalg.norm(calls - whole) < 5e-3 * jnp.linalg.norm(whole)
     params = rounded_inputs(tiny, "int2")
     first = jax.jit(jq.quantized(tiny.apply_fn))(jq.with_activations(params, None), TOKENS)
     got, without = run(prefixed, params), run(tiny, params)
