@@ -25,7 +25,7 @@ from jaxquant.opened import Opened, Values
 from jaxquant.paths import path_leaves, replace_leaves, stack_size
 from jaxquant.recipe import Recipe, resolve
 from jaxquant.resume import Finished
-from jaxquant.straight import clipped, rounded
+from jaxquant.straight import rounded
 from jaxquant.tensor import QTensor, part
 from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
 
@@ -268,5 +268,5 @@ def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
         return w + jax.lax.stop_gradient(value - w)
     grid = spread(format.grids(w), format.rows_per_group(w.shape[0]), w.shape[0])
     zero = jax.lax.stop_gradient(grid.zero)
-    code = clipped(rounded(w / grid.scale) + zero, *format.limits)
+    code = jnp.clip(rounded(w / grid.scale) + zero, *format.limits)
     return grid.scale * (code - zero)

@@ -27,16 +27,3 @@ def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
     [0.0, 2.0, -1.0]
     """
     return through(x, jnp.round(x))
-
-
-def clipped(x: Float[Array, "..."], low: float, high: float) -> Float[Array, "..."]:
-    """x within [low, high], with the derivative 1 there, both ends included, and 0 beyond.
-
-    That of `jnp.clip` is 1/2 at an end, which is where whole numbers of the first and the last code
-    lie exactly.
-
-    >>> jax.vmap(jax.grad(lambda x: clipped(x, -2, 1)))(jnp.array([-3.0, -2.0, 0.0, 1.0])).tolist()
-    [0.0, 1.0, 1.0, 1.0]
-    """
-    inside = (x >= low) & (x <= high)
-    return jnp.where(inside, x, jax.lax.stop_gradient(jnp.clip(x, low, high)))
