@@ -142,6 +142,7 @@ class Activations:
         else:
             low, high = (f(x, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
             scale, zero = self.range(low, high)
+        # An end code has half a derivative: half of what rounds to it lies beyond the range.
         code = jnp.clip(rounded(x / scale) + zero, *self._limits)
         return Codes(code, scale, zero)
 
