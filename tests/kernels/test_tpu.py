@@ -5,7 +5,6 @@ of a row's largest entry, 15 in float8, and one entry is 20 times the others; in
 exact; the transposed product of bfloat16 rounds what it scales to bfloat16.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,15 +30,6 @@ PACKED = [
     (4, 3, 300, 130, 300, "codes", "int8", "float32", "float32", True),
     (2, 8, 520, 130, 64, "codes", "float8_e4m3fn", "float32", "float32", False),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    """Compiling what is interpreted takes most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def blocks(m, stacked=64):

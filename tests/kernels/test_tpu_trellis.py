@@ -27,15 +27,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quick():
-    """Compiling what is interpreted takes most of the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def operands(m, k, n, blocks, form, dtype, seed=0):
     """x, codes and scales, drawn afresh; and the op's statics."""
     rng = np.random.default_rng(seed)

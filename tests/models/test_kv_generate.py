@@ -182,13 +182,13 @@ def test_generation_with_an_exact_prefix_and_a_packed_cache(tiny):
     assert got != slow(tiny.apply_kv(form, strict=False))  # the twin
 
 
+@pytest.mark.slow  # without XLA's optimizations, which slow tests keep, a code rounds otherwise
 def test_an_exact_prefix_with_rounded_keys_and_values(tiny):
     """It decides what of activations, the format what of keys and values is rounded."""
     form = KVFormat(4, window=0, sinks=5, group=8, channels=8)
     prefixed = dataclasses.replace(tiny, prefix=5)
     run = lambda model, params: jax.jit(jq.quantized(model.apply_kv(form)))(params, TOKENS)
-    calls, whole = run(prefixed, tiny.params), run(tiny, tiny.params)  # a code may round otherwise
-    assert jnp.linalg.norm(calls - whole) < 5e-3 * jnp.linalg.norm(whole)
+    np.testing.assert_allclose(run(prefixed, tiny.params), run(tiny, tiny.params), atol=1e-4)
     params = rounded_inputs(tiny, "int2")
     first = jax.jit(jq.quantized(tiny.apply_fn))(jq.with_activations(params, None), TOKENS)
     got, without = run(prefixed, params), run(tiny, params)
