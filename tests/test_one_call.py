@@ -120,8 +120,9 @@ def test_the_layers_of_a_stack_share_within_each(params):
     assert names[0::2] == names[1::2] and len(set(names)) == 3
     whole = jq.restack(cut, "layers")
     assert jax.tree.structure(whole) == jax.tree.structure(q)
+    # Three layers without a norm carry a sum's last bit far: 1.5e-5 on another processor.
     np.testing.assert_allclose(
-        jq.quantized(in_turn)(cut, X), jq.quantized(stacked)(q, X), rtol=1e-5, atol=1e-5
+        jq.quantized(in_turn)(cut, X), jq.quantized(stacked)(q, X), rtol=1e-4, atol=1e-4
     )
     if not REASON:
         assert calls(in_turn, cut, X) == 3
