@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields
-from jaxquant.straight import rounded, through
+from jaxquant.straight import nearest_codes, through
 from pallas_kernels import activations as forms
 
 _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
@@ -142,9 +142,7 @@ class Activations:
         else:
             low, high = (f(x, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
             scale, zero = self.range(low, high)
-        # An end code has half a derivative: half of what rounds to it lies beyond the range.
-        code = jnp.clip(rounded(x / scale) + zero, *self._limits)
-        return Codes(code, scale, zero)
+        return Codes(nearest_codes(x / scale, zero, self._limits), scale, zero)
 
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
         """What x is after rounding, in float32.

@@ -25,7 +25,7 @@ from jaxquant.opened import Opened, Values
 from jaxquant.paths import path_leaves, replace_leaves, stack_size
 from jaxquant.recipe import Recipe, resolve
 from jaxquant.resume import Finished
-from jaxquant.straight import rounded
+from jaxquant.straight import nearest_codes
 from jaxquant.tensor import QTensor, part
 from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
 
@@ -268,5 +268,4 @@ def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
         return w + jax.lax.stop_gradient(value - w)
     grid = spread(format.grids(w), format.rows_per_group(w.shape[0]), w.shape[0])
     zero = jax.lax.stop_gradient(grid.zero)
-    code = jnp.clip(rounded(w / grid.scale) + zero, *format.limits)
-    return grid.scale * (code - zero)
+    return grid.scale * (nearest_codes(w / grid.scale, zero, format.limits) - zero)

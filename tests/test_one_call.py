@@ -113,16 +113,16 @@ def test_the_layers_of_a_stack_share_within_each(params):
             x = jnp.tanh(x @ p["q"] + jnp.tile(x @ p["k"], 2))
         return x
 
-    params = {"layers": {n: jnp.stack([params[n]] * 3) for n in ("q", "k")}}
+    # An eighth, so that layers without a norm do not carry the last bit of a sum far: 70-fold else.
+    params = {"layers": {n: jnp.stack([params[n] / 8] * 3) for n in ("q", "k")}}
     q = packed(params, METHODS["integers"], stacked)
     cut = jq.unstack(q, "layers")
     names = [layer[n].shared for layer in layers_of(cut, "layers") for n in ("q", "k")]
     assert names[0::2] == names[1::2] and len(set(names)) == 3
     whole = jq.restack(cut, "layers")
     assert jax.tree.structure(whole) == jax.tree.structure(q)
-    # Three layers without a norm carry a sum's last bit far: 1.5e-5 on another processor.
     np.testing.assert_allclose(
-        jq.quantized(in_turn)(cut, X), jq.quantized(stacked)(q, X), rtol=1e-4, atol=1e-4
+        jq.quantized(in_turn)(cut, X), jq.quantized(stacked)(q, X), rtol=1e-5, atol=1e-5
     )
     if not REASON:
         assert calls(in_turn, cut, X) == 3
