@@ -1,10 +1,11 @@
 """Perplexity of SmolLM2-135M with activations of 8 and 4 bits, by what is done about outliers.
 
-Run: python -m tests.benchmarks.activations [TEXT] [--only WORD ...] [--weighting NAME]   (else
-CPython's help topics; else uniform, see `jq.calibrate`). Scores the first 4 chunks of 512 tokens,
-calibrates on the last 8. Weights have a scale per output; bits count every byte that a weight
-holds. The float weights are decoded Q4_1, in groups of 32 along an input: that flatters low-bit
-weights that are not rotated.
+Run: python -m tests.benchmarks.activations [TEXT] [--only WORD ...] [--weighting NAME] [--carried]
+(else CPython's help topics; else uniform, see `jq.calibrate`). Scores the first 4 chunks of 512
+tokens, calibrates on the last 8. Factors of inputs are folded into what makes these, as the command
+`quantize` does; --carried: they are applied in every product, as `jq.quantize` alone has them.
+Weights have a scale per output; bits count every byte that a weight holds. The float weights are
+decoded Q4_1, in groups of 32 along an input: that flatters low-bit weights that are not rotated.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def main():
     parser.add_argument("text", nargs="?", default=BUILTIN)
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
     parser.add_argument("--weighting", default="uniform")
+    parser.add_argument("--carried", action="store_true", help="factors are not folded")
     args = parser.parse_args()
     model = pipeline.load_any("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
@@ -91,7 +93,11 @@ def main():
                 source, calibration, weighting=args.weighting, sample=SAMPLE
             )
         start = time.monotonic()
-        params = pipeline.quantized_model(source, pipeline.recipe_of(method), stats[prefix]).params
+        recipe, known = pipeline.recipe_of(method), stats[prefix]
+        if args.carried:
+            params = jq.quantize(source.params, recipe, known)
+        else:
+            params = pipeline.quantized_model(source, recipe, known).params
         took, bits = time.monotonic() - start, jq.bits_per_weight(params)
         got = perplexity(source, params)
         print(f"{name:42} {bits:6.3f} bits  {got:9.3f}  {took:4.0f} s", flush=True)
