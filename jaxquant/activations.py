@@ -44,11 +44,13 @@ class Activations:
       per: what has a scale of its own: each "token" (row), each "block" of 256 channels of a row,
         or the "tensor": one scale for all, known from calibration.
       floating: e4m3 (8 bits) with a scale per token, and no codes.
+      mse: of the "tensor", the range of least squared error on rows kept in calibration, and not
+        the whole one.
 
     >>> str(Activations(4, symmetric=False, clip=0.9))
     'int4,asymmetric,clip=0.9'
     >>> Activations.of("int8/256")
-    Activations(bits=8, symmetric=True, clip=1.0, per='block', floating=False)
+    Activations(bits=8, symmetric=True, clip=1.0, per='block', floating=False, mse=False)
     """
 
     bits: int = 8
@@ -56,6 +58,7 @@ class Activations:
     clip: float = 1.0
     per: Literal["token", "block", "tensor"] = "token"
     floating: bool = False
+    mse: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,6 +71,8 @@ class Activations:
         plain = self.bits == 8 and self.symmetric and self.clip == 1
         if self.per == "block" and not plain:
             raise ValueError("blocks of 256 channels have symmetric int8 codes, not clipped")
+        if self.mse and not self.static:
+            raise ValueError("mse searches the range of a static scale; add static")
         if self.floating and not (plain and self.per == "token"):
             raise ValueError("float8 activations are e4m3 with a scale per token, and no more")
 
@@ -88,7 +93,8 @@ class Activations:
         words = [f"int{self.bits}" + ("/256" if self.per == "block" else "")]
         words += [] if self.symmetric else ["asymmetric"]
         words += [f"clip={self.clip:g}"] if self.clip < 1 else []
-        return ",".join([*words, *(["static"] if self.per == "tensor" else [])])
+        words += ["static"] if self.static else []
+        return ",".join([*words, *(["mse"] if self.mse else [])])
 
     @property
     def static(self) -> bool:
@@ -118,7 +124,7 @@ class Activations:
         (Array([0.2], dtype=float32), Array([-3.], dtype=float32))
         """
         low, high = (self.clip * a.astype(jnp.float32) for a in (low, high))
-        bottom, top = self._limits
+        bottom, top = self.limits
         if self.symmetric:
             scale = jnp.maximum(-low, high) / top
             scale = jnp.where(scale == 0, 1.0, scale)
@@ -130,7 +136,8 @@ class Activations:
         return scale, jnp.where(empty, 0.0, zero)  # so that zeros give zeros exactly
 
     @property
-    def _limits(self) -> tuple[int, int]:
+    def limits(self) -> tuple[int, int]:
+        """The first and the last code."""
         top = (1 << (self.bits - 1)) - 1
         return (-top if self.symmetric or self.bits == 8 else -top - 1), top
 
@@ -142,7 +149,10 @@ class Activations:
         else:
             low, high = (f(x, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
             scale, zero = self.range(low, high)
-        return Codes(nearest_codes(x / scale, zero, self._limits), scale, zero)
+        steps, of = x / scale, zero
+        if self.static:  # a learned zero point is no whole number: a part of what is rounded
+            steps, of = steps + zero, jnp.zeros(())
+        return Codes(nearest_codes(steps, of, self.limits), scale, zero)
 
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
         """What x is after rounding, in float32.
@@ -152,10 +162,16 @@ class Activations:
         """
         if self.floating:
             return _float8(x.astype(jnp.float32))
-        if self.per == "block":
-            return forms.rounded(x, "int8/256")
+        if self.kernel is not None:
+            return forms.rounded(x, self.kernel)
         code, scale, zero = self.codes(x, data)
         return (code - zero) * scale
+
+    def straight(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
+        """`rounded`, with the derivatives that `product` has."""
+        value = self.rounded(x, data)
+        fixed = self.kernel is not None or self.floating
+        return through(x.astype(jnp.float32), value) if fixed else value
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Arrays that a weight holds for it."""
@@ -177,6 +193,7 @@ def kernel_form(form: Activations | None) -> str:
 _WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     "asymmetric": lambda _: {"symmetric": False},
     "static": lambda _: {"per": "tensor"},
+    "mse": lambda _: {"mse": True},
     "clip": lambda value: {"clip": float(value)},
 }
 
@@ -200,7 +217,7 @@ def _parse(text: str) -> Activations | None:
     except (ValueError, KeyError):
         raise ValueError(
             f'activations must be "float", "float8" or "intB", B from 2 to 8, then if wanted '
-            f'",asymmetric", ",clip=0.9", ",static"; or "int8/256"; got {text!r}'
+            f'",asymmetric", ",clip=0.9", ",static", ",mse"; or "int8/256"; got {text!r}'
         ) from None
     return Activations(**options)
 
@@ -269,7 +286,7 @@ def product(
     if form.floating:
         return times(through(x, form.rounded(x, data)), "float")
     code, scale, zero = form.codes(x, data)
-    if form.symmetric or form.bits < 8:
+    if form.symmetric or (form.bits < 8 and not form.static):
         y = times(code - zero, "codes")
         return jax.tree.map(lambda y: y * scale, y)
     y = times(jnp.concatenate([code, jnp.ones_like(code[:1])]), "codes")

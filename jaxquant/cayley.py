@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.opened import Opened, Values
-from jaxquant.training import Healing, Loss
+from jaxquant.trainer import Healing, Loss
 
 MOMENTUM, DECAY = 0.9, 0.95  # of skew gradients, of their mean square
 _TINY = 1e-30
@@ -25,7 +25,7 @@ class _Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cayley:
-    """A training rule (`training.Rule`) of orthonormal matrices: Cayley SGD with momentum.
+    """A training rule (`trainer.Rule`) of orthonormal matrices: Cayley SGD with momentum.
 
     The gradient G of R is worth A = (G R^T - R G^T) / 2 to a turn of R: with the mean of A over
     updates as the direction S, R becomes `turned(R, -rate * S)`. S is of a length such that a row
@@ -50,7 +50,7 @@ class Cayley:
     @_exact
     def update(
         self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: Any
-    ) -> tuple[Values, _Slots, Array]:
+    ) -> tuple[Values, _Slots, dict[str, Array]]:
         value, slope = jax.value_and_grad(loss)(change, opened, *batch)
         steps = slots.steps + 1
         blend = lambda rate, old, new: rate * old + (1 - rate) * new
@@ -63,7 +63,8 @@ class Cayley:
             m, s = m / (1 - self.momentum**steps), s / (1 - DECAY**steps)
             return turned(r, -rate * m / jnp.sqrt(len(r) * s + _TINY))
 
-        return jax.tree.map(moved, change, mean, square), _Slots(mean, square, steps), value
+        change = jax.tree.map(moved, change, mean, square)
+        return change, _Slots(mean, square, steps), {"loss": value}
 
 
 @_exact

@@ -15,7 +15,7 @@ from jaxquant.paths import path_leaves, stack_size
 from jaxquant.quantize import dequantize
 from jaxquant.recoding import Codes, can_recode, with_codes
 from jaxquant.resume import Finished
-from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
+from jaxquant.trainer import Healing, Progress, Trainer, divergence, relative_error
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
 CODES = Healing(learning_rate=0.02)

@@ -27,7 +27,7 @@ from jaxquant.recipe import Recipe, resolve
 from jaxquant.resume import Finished
 from jaxquant.straight import nearest_codes
 from jaxquant.tensor import QTensor, part
-from jaxquant.training import Healing, Progress, Trainer, divergence, relative_error
+from jaxquant.trainer import Healing, Progress, Trainer, divergence, relative_error
 
 Transforms = Mapping[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
 END_TO_END = Healing(steps=60, learning_rate=3e-3, validate_every=20)

@@ -30,7 +30,7 @@ from jaxquant.residual import Residual, rotate_residual
 from jaxquant.resume import Finished
 from jaxquant.sites import Site
 from jaxquant.tensor import QTensor, part
-from jaxquant.training import Healing, Progress, Trainer, divergence
+from jaxquant.trainer import Healing, Progress, Trainer, divergence
 from jaxquant.transforms import Channels
 from pallas_kernels import activations as forms
 

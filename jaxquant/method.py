@@ -17,6 +17,8 @@ class Method:
     `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
     `activations`: how inputs are rounded before they meet the codes, an `Activations` or its text
     ("int8", "int4,asymmetric"); None or "float": not at all.
+    `estimator`, `input_estimator`: how `latent` trains weights, and learned ranges of inputs
+    (`training.estimators`, `training.ranges`); None: `StraightThrough()`, and no learned ranges.
     """
 
     name: str
@@ -25,6 +27,8 @@ class Method:
     input: Any = None
     output: Any = None
     activations: Activations | None = None
+    estimator: Any = None
+    input_estimator: Any = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,6 +60,7 @@ class Method:
     def needs_sample(self) -> bool:
         """Whether it reads rows of the inputs."""
         search = getattr(self.input, "searched", False) and self.activations is not None
+        search = search or (self.activations is not None and self.activations.mse)
         return search or getattr(self.input, "needs_sample", False)
 
     def stored(self, k: int, n: int) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from jaxquant.codebooks import (
 from jaxquant.method import KEEP, GroupSize, Keep, Method, scalar_rounder
 from jaxquant.outlier_methods import awq, duquant, flatquant, inputs, quarot, smoothquant
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
+from jaxquant.training.methods import bitnet, lsq, pact, ste, stretched_elastic, zeroqat
 from jaxquant.transforms import Rotation
 
 __all__ = ["KEEP", "METHODS", "Keep", "Method", "named_method"]
@@ -271,6 +272,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     for f in (
         rtn, gptq, ternary, quip_sharp, qtip, trellis, aqlm, vptq, entropy_coded,
         normal_float, float8, mxfp4, nvfp4, smoothquant, awq, duquant, quarot, flatquant,
+        ste, lsq, pact, stretched_elastic, bitnet, zeroqat,
     )
 }  # fmt: skip
 

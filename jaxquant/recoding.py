@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxquant.opened import Opened, Values, as_dense
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.tensor import QTensor, part
-from jaxquant.training import Healing, Loss
+from jaxquant.trainer import Healing, Loss
 
 DECAY = 0.95  # of the mean square of gradients
 _TINY = 1e-12
@@ -34,7 +34,7 @@ class _Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """A training rule (`training.Rule`): of all codes the best `share` changes in an update.
+    """A training rule (`trainer.Rule`): of all codes the best `share` changes in an update.
 
     Source: the V-step of PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, with the floats
     kept from step to step as its code does, and codes that lie farthest behind rather than those
@@ -53,7 +53,7 @@ class Codes:
 
     def update(
         self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: Any
-    ) -> tuple[Values, _Slots, Array]:
+    ) -> tuple[Values, _Slots, dict[str, Array]]:
         weights = {p: w for p, w in path_leaves(with_codes(opened, change)) if p in change}
 
         def of(dense: dict[str, Array]) -> Array:
@@ -72,7 +72,7 @@ class Codes:
 
         behind = jax.tree.map(moved, slots.behind, square, slope)
         data = {p: self._recoded(w, behind[p]) for p, w in weights.items()}
-        return data, _Slots(behind, square, steps), value
+        return data, _Slots(behind, square, steps), {"loss": value}
 
     def _recoded(self, w: QTensor, target: Array) -> dict[str, Array]:
         one = partial(w.format.recoded, share=self.share)

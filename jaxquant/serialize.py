@@ -7,11 +7,16 @@ from jaxquant import codebooks, rounding, transforms
 from jaxquant.activations import Activations
 from jaxquant.methods import Keep, Method
 from jaxquant.tensor import View
+from jaxquant.training import clipping, estimators, latent, ranges
 
 _PARTS = [vars(m)[name] for m in (codebooks, rounding, transforms) for name in m.__all__]
+_TRAINED = (
+    estimators.AbsMean, estimators.LSQ, estimators.StraightThrough, estimators.StretchedElastic,
+    clipping.LearnedClipping, ranges.LSQRange, ranges.PACT, latent.Drawing, latent.Latent,
+)  # fmt: skip
 _TYPES: dict[str, Any] = {
     t.__name__: t
-    for t in (*_PARTS, Activations, Method, Keep, View)
+    for t in (*_PARTS, *_TRAINED, Activations, Method, Keep, View)
     if hasattr(t, "__dataclass_fields__")
 }
 

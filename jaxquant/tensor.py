@@ -284,6 +284,9 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
         if not forward:
             return w.matmul_transposed(rows, data)
         rows = once(key, x, lambda: w.transformed(rows, data))
+        if hasattr(w.format, "product"):  # it rounds rows itself, as training needs it
+            of_inputs = part(data, "activations.")
+            return w.finished(w.format.product(form, rows, part(data), of_inputs), data)
         meet = partial(activations.product, form, rows, part(data, "activations."))
         if len(family) == 1:
             return w.finished(meet(lambda x, form: w.format.matmul(x, part(data), form)), data)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = ("silu", "relu2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    sub_norms: bool = False  # RMSNorm before o and before down (BitNet b1.58)
+    activation: str = "silu"  # of the gate; "relu2" is the square of ReLU (BitNet b1.58)
     max_position: int = 2048
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -56,6 +59,8 @@ class LlamaConfig:
             raise ValueError(
                 f"n_heads must be a multiple of n_kv_heads, got {self.n_heads}, {self.n_kv_heads}"
             )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
 

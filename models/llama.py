@@ -1,4 +1,4 @@
-"""Llama and its close relatives (Mistral, SmolLM, Qwen2, Qwen3) in Flax linen.
+"""Llama and its relatives (Mistral, SmolLM, Qwen2, Qwen3, BitNet b1.58) in Flax linen.
 
 Every weight is used by a plain `nn.Dense` or `nn.Embed`, so jaxquant can put a packed stand-in at
 its place in the parameter tree. The layers are stacked: their leaves carry a leading axis L, and
@@ -7,6 +7,7 @@ its place in the parameter tree. The layers are stacked: their leaves carry a le
     embed/embedding [V, d]                    norm/scale [d]          head/kernel [d, V] if untied
     layers/attn/{q,k,v,o}/kernel [L, in, out] (and bias [L, out])
     layers/attn/{q_norm,k_norm}/scale [L, head_dim]                   Qwen3
+    layers/attn/sub_norm/scale [L, heads x head_dim], layers/mlp/sub_norm/scale [L, d_ff]  BitNet
     layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
     layers/{attn_norm,mlp_norm}/scale [L, d]
 
@@ -75,11 +76,13 @@ class Attention(nn.Module):
         else:
             mixed, cache, kept = cache.attend(layer, q, k, v, positions, c)
         mixed = mixed.reshape(*x.shape[:2], -1)
+        if c.sub_norms:
+            mixed = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="sub_norm")(mixed)
         return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), cache, kept
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)); BitNet: down(norm(relu(gate(x))^2 * up(x)))."""
 
     config: LlamaConfig
     dtype: Any = jnp.float32
@@ -89,7 +92,10 @@ class MLP(nn.Module):
         c = self.config
         gate = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="gate")(x)
         up = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="up")(x)
-        return nn.Dense(c.d_model, c.mlp_bias, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+        h = (nn.silu(gate) if c.activation == "silu" else jnp.square(nn.relu(gate))) * up
+        if c.sub_norms:
+            h = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="sub_norm")(h)
+        return nn.Dense(c.d_model, c.mlp_bias, dtype=self.dtype, name="down")(h)
 
 
 class Block(nn.Module):
@@ -259,8 +265,13 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     found = {
         "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
         "layers/mlp/[gu]*/kernel": ("layers/mlp_norm/scale",),
-        "layers/mlp/down/kernel": ("layers/mlp/up/kernel", "layers/mlp/up/bias"),
     }
+    if config.sub_norms:
+        return found | {
+            "layers/attn/o/kernel": ("layers/attn/sub_norm/scale",),
+            "layers/mlp/down/kernel": ("layers/mlp/sub_norm/scale",),
+        }
+    found["layers/mlp/down/kernel"] = ("layers/mlp/up/kernel", "layers/mlp/up/bias")
     if config.n_kv_heads == config.n_heads:
         found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
     return found

@@ -103,7 +103,7 @@ def test_scales_and_clipping_have_derivatives_and_rounding_has_none(form):
     w = jq.quantize_array(draw(64, 32, seed=1), jq.rtn())
     x, g = draw(3, 64), draw(3, 32, seed=2)
     _, _, zero = form.codes(x, {})
-    bottom, top = form._limits
+    bottom, top = form.limits
 
     def smooth(x):
         ends = jnp.stack([f(x, 1, keepdims=True) for f in (jnp.min, jnp.max)])

@@ -12,7 +12,7 @@ import jaxquant as jq
 from jaxquant.finetune import Healing, heal, heal_blocks, recode
 from jaxquant.opened import at_start, close_tree, open_tree, trained
 from jaxquant.resume import Folder
-from jaxquant.training import divergence
+from jaxquant.trainer import divergence
 
 from .test_dispatch import draw
 

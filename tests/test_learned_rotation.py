@@ -10,7 +10,7 @@ import jaxquant as jq
 from jaxquant.cayley import Cayley
 from jaxquant.learned_rotation import _loss, _Stream
 from jaxquant.opened import Opened
-from jaxquant.training import Trainer, divergence
+from jaxquant.trainer import Trainer, divergence
 
 from .test_dispatch import draw
 
@@ -127,7 +127,7 @@ class Plain:
     def update(self, loss, change, slots, opened, *batch):
         value, slope = jax.value_and_grad(loss)(change, opened, *batch)
         step = jax.tree.map(lambda g: -0.1 * g / (jnp.linalg.norm(g) / D**0.5), slope)
-        return optax.apply_updates(change, step), slots, value
+        return optax.apply_updates(change, step), slots, {"loss": value}
 
 
 def test_steps_that_do_not_turn_leave_the_manifold():

@@ -8,6 +8,7 @@ from jaxquant.codebooks.integer import Grid, Integer
 from jaxquant.codebooks.lattice import E8P
 from jaxquant.codebooks.microscaling import MXFP4, NVFP4
 from jaxquant.codebooks.normal_float import NormalFloat
+from jaxquant.codebooks.stretched import Stretched
 from jaxquant.codebooks.ternary import Ternary
 from jaxquant.codebooks.trellis import Trellis, TrellisBudget
 from jaxquant.codebooks.vector import Vector
@@ -23,6 +24,7 @@ __all__ = [
     "Grid",
     "Integer",
     "NormalFloat",
+    "Stretched",
     "Ternary",
     "Trellis",
     "TrellisBudget",

@@ -169,12 +169,12 @@ class Integer(Served):
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = layout.unpack_rows(data["codes"], self.bits, ids)
-        grid = self._stored_grid(data)
+        grid = self.stored_grid(data)
         group = ids // self.rows_per_group(k)
         row = jax.tree.map(lambda a: a[jnp.minimum(group, a.shape[0] - 1)], grid)
         return row.scale * (codes - row.zero)
 
-    def _stored_grid(self, data: dict[str, Array]) -> Grid:
+    def stored_grid(self, data: dict[str, Array]) -> Grid:
         scale = data["scale"].astype(jnp.float32)
         if self.symmetric:
             return Grid(scale, jnp.zeros(scale.shape, jnp.int32))

@@ -16,7 +16,7 @@ from jaxquant.fields import check_fields, check_positive
 from jaxquant.opened import Opened, Values, at_start
 from jaxquant.resume import Finished
 
-MARK = "start"
+MARK, DONE = "start", "done"  # beside a kept state: what it began with, whether it has ended
 Loss = Callable[..., Array]  # loss(change, opened, *batch)
 
 
@@ -71,33 +71,37 @@ class _State(NamedTuple):
     best: Values
     best_loss: float
 
-    def stored(self, mark: np.ndarray) -> dict[str, np.ndarray]:
+    def stored(self, mark: np.ndarray, done: bool) -> dict[str, np.ndarray]:
         """Copies by name, since slots are given away; with a mark of what training began with."""
         leaves = {str(i): np.array(a) for i, a in enumerate(jax.tree.leaves(self))}
-        return leaves | {MARK: mark}
+        return leaves | {MARK: mark, DONE: np.array(done)}
 
     def restored(self, arrays: Mapping[str, Any]) -> "_State":
         """The state stored, of this one's structure."""
-        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 1)]
+        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 2)]
         state = jax.tree.unflatten(jax.tree.structure(self), leaves)
         return state._replace(step=int(state.step), best_loss=float(state.best_loss))
 
 
-def _mark(tree: Any) -> np.ndarray:
-    """A digest of all leaves: training that began with other values is another training."""
-    digest = hashlib.blake2b(digest_size=16)
+def _mark(healing: Healing, tree: Any) -> np.ndarray:
+    """A digest of settings, structure and all leaves: with others it is another training."""
+    digest = hashlib.blake2b(f"{healing}{jax.tree.structure(tree)}".encode(), digest_size=16)
     for leaf in jax.tree.leaves(tree):
         digest.update(np.asarray(leaf).tobytes())
     return np.frombuffer(digest.digest(), np.uint8)
 
 
 class Progress(NamedTuple):
-    """After an update: of what, the training loss, the held-out one where it was looked at."""
+    """After an update: of what, the training loss, the held-out one where it was looked at.
+
+    `measured`: all that the rule measures, the loss among it.
+    """
 
     name: str
     step: int
     loss: float
     validation: float | None
+    measured: Mapping[str, float] = {}
 
 
 class Rule(Protocol):
@@ -108,8 +112,8 @@ class Rule(Protocol):
 
     def update(
         self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
-    ) -> tuple[Values, Any, Array]:
-        """Both after an update, and the loss before it."""
+    ) -> tuple[Values, Any, dict[str, Array]]:
+        """Both after an update, and numbers to tell of it: "loss", before it, and any others."""
 
 
 class Adam:
@@ -124,10 +128,10 @@ class Adam:
 
     def update(
         self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
-    ) -> tuple[Values, Any, Array]:
+    ) -> tuple[Values, Any, dict[str, Array]]:
         value, slope = jax.value_and_grad(loss)(change, opened, *batch)
         step, slots = self.optimizer.update(slope, slots, change)
-        return optax.apply_updates(change, step), slots, value
+        return optax.apply_updates(change, step), slots, {"loss": value}
 
 
 def relative_error(y: Array, wanted: Array) -> Array:
@@ -149,6 +153,31 @@ def divergence(logits: Array, target: Array) -> Array:
     log_p = jax.nn.log_softmax(target.astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _kept(finished: Finished | None, mark: np.ndarray, name: str) -> Mapping[str, Any] | None:
+    """What is kept of this training, if any; what is kept of an earlier one that ended is not."""
+    kept = None if finished is None or name not in finished else finished[name]
+    if kept is None or np.array_equal(kept[MARK], mark):
+        return kept
+    if not kept[DONE]:
+        raise ValueError(
+            f"what is kept of {name}, up to step {int(kept['0'])}, is another training: it began "
+            f"with other weights, another recipe or other settings. It was not touched: go on as "
+            f"it began, or keep this one elsewhere"
+        )
+    return None
+
+
+def _finite(measured: dict[str, float], name: str, step: int, healing: Healing) -> dict[str, float]:
+    for what, value in measured.items():
+        if not np.isfinite(value):
+            raise ValueError(
+                f"{name}, step {step}: the {what} is {value}; lower the learning rate "
+                f"({healing.learning_rate:g}) or look at the sequences of this step. What was kept "
+                f"before stays"
+            )
+    return measured
 
 
 class Trainer:
@@ -176,6 +205,9 @@ class Trainer:
         Args:
           batch: of indices below `count`, what the loss takes after the opened tree.
           name: of the state among what is finished.
+        Raises:
+          ValueError: fewer sequences than a batch; what is finished is another training; a loss or
+            a gradient that is no finite number.
         """
         healing = self.healing
         if count < healing.batch_size:
@@ -189,25 +221,25 @@ class Trainer:
 
         start, slots = self.rule.init(opened)
         state = _State(0, start, slots, start, float("inf"))
-        mark = _mark((opened.start, start))
-        before = None if finished is None or name not in finished else finished[name]
-        if before is not None and np.array_equal(before.get(MARK, ()), mark):
-            state = state.restored(before)
+        mark = _mark(healing, (opened.start, start))
+        if kept := _kept(finished, mark, name):
+            state = state.restored(kept)
         else:
             state = state._replace(best_loss=judged(start))
         while state.step < healing.steps:
             now = batch(healing.batch(state.step, count))
-            change, slots, loss = self.update(state.change, state.slots, opened, *now)
+            change, slots, seen = self.update(state.change, state.slots, opened, *now)
             state = state._replace(step=state.step + 1, change=change, slots=slots)
-            last, seen = state.step == healing.steps, None
+            measured = _finite({k: float(a) for k, a in seen.items()}, name, state.step, healing)
+            last, held = state.step == healing.steps, None
             if held_out and (last or state.step % healing.validate_every == 0):
-                seen = judged(change)
-                if seen < state.best_loss:
-                    state = state._replace(best=change, best_loss=seen)
+                held = judged(change)
+                if held < state.best_loss:
+                    state = state._replace(best=change, best_loss=held)
             if finished is not None and (last or state.step % healing.save_every == 0):
-                finished[name] = state.stored(mark)
+                finished[name] = state.stored(mark, last)
             if progress is not None:
-                progress(Progress(name, state.step, float(loss), seen))
+                progress(Progress(name, state.step, measured["loss"], held, measured))
         return state.best if held_out else state.change
 
     def fit_sequences(

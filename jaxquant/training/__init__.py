@@ -1,0 +1,1 @@
+"""Training while weights are low-bit: estimators, latent weights, BitNet, zeroth order."""

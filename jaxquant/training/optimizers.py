@@ -1,0 +1,51 @@
+"""Optimizers for trees with latent weights: one for every kind of array, none for the rest."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxquant.training.thaw import LABELS, labels
+
+
+def optimizer(params: Any, **of: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.multi_transform` by the labels of `labels`; what has no optimizer neither moves nor
+    holds a state.
+
+    Scales want neither weight decay nor the learning rate of weights.
+
+    Args:
+      params: the tree, for its labels.
+      of: optimizers by label: weight, scale, range, other.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(bits=4))
+    >>> o = jq.optimizer(p, weight=optax.adamw(1e-4, weight_decay=0.1), scale=optax.adam(1e-5))
+    >>> updates, state = o.update(p, o.init(p), p)
+    """
+    if unknown := set(of) - set(LABELS):
+        raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
+    rest = {label: optax.set_to_zero() for label in LABELS if label not in of}
+    return optax.multi_transform({**rest, **of}, labels(params))
+
+
+def relative() -> optax.GradientTransformation:
+    """Updates times the sizes of what they update, so that a learning rate is of relative changes.
+
+    After Adam, for scales: these differ from weight to weight by orders of magnitude, and an
+    absolute step that suits one takes another below zero.
+
+    >>> chain = optax.chain(optax.adam(0.1), relative())
+    >>> p = {"large": jnp.array(100.0), "small": jnp.array(0.01)}
+    >>> updates, _ = chain.update(p, chain.init(p), p)
+    >>> {name: round(float(u / p[name]), 3) for name, u in updates.items()}
+    {'large': -0.1, 'small': -0.1}
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("relative() needs the parameters: update(updates, state, params)")
+        return jax.tree.map(lambda u, p: u * jnp.abs(p), updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,298 @@
+"""Training latent weights: end to end, or block by block first, resumable, judged on held-out data.
+
+The loops are those that heal (`trainer`); a loop of one's own needs no more than `jax.grad` of
+`jq.quantized(loss)` and Optax.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaxquant.dispatch import quantized
+from jaxquant.opened import Opened
+from jaxquant.paths import matches, path_leaves, replace_leaves, stack_size
+from jaxquant.quantize import dequantize
+from jaxquant.resume import Finished
+from jaxquant.tensor import QTensor
+from jaxquant.trainer import Healing, Loss, Progress, Trainer, divergence, relative_error
+from jaxquant.training import stability
+from jaxquant.training.kurtosis import flattened
+from jaxquant.training.optimizers import optimizer, relative
+from jaxquant.training.thaw import LABELS, RANGE, SCALE, trained
+
+
+@dataclasses.dataclass(frozen=True)
+class QAT(Healing):
+    """How to train latent weights: AdamW with a warm-up, then a cosine to zero.
+
+    Attributes:
+      learning_rate: of weights, at its highest.
+      scale_rate, range_rate: of learned scales and of learned ranges of inputs, relative to their
+        size. 0: these stay.
+      also: globs of leaves that are not quantized and train too ("*norm*"). other_rate: of these.
+      weight_decay: of weights alone.
+      clip: the largest norm of a gradient, of weights, scales, ... each by itself; 0: any.
+      dampening: factor of `stability.dampening` in the loss, at the end: it grows as a cosine over
+        the last three quarters of the steps. 0: none.
+      holding: threshold of `stability.hold`, at the end: it falls as a cosine from ten times that.
+        Codes that oscillate more often are frozen. 0: none.
+      steadying: scales whose gradient turns more often than this share of the steps stay where they
+        are until it does not (`stability.frozen_scales`). 0: none.
+      kurtosis: weight of the kurtosis of outputs (`flattened`).
+      watch: measure in every step which share of codes changed, and how far scales drifted; costs
+        rounding all weights twice more.
+    """
+
+    learning_rate: float = 1e-4
+    scale_rate: float = 1e-3
+    range_rate: float = 1e-3
+    also: tuple[str, ...] = ()
+    other_rate: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dampening: float = 0.0
+    holding: float = 0.0
+    steadying: float = 0.0
+    kurtosis: float = 0.0
+    watch: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "scale_rate", "range_rate", "other_rate", "weight_decay", "clip", "dampening",
+            "holding", "steadying", "kurtosis",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if 0 < self.holding <= stability.MOMENTUM:
+            raise ValueError(
+                f"holding must be above {stability.MOMENTUM}, which a single change gives, got "
+                f"{self.holding}"
+            )
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The highest rate of every kind that trains, by label."""
+        other = self.other_rate if self.also else 0.0
+        rates = (self.learning_rate, self.scale_rate, self.range_rate, other)
+        named = zip(LABELS, rates, strict=False)
+        return {label: rate for label, rate in named if rate}
+
+    def trained(self, params: Any) -> Any:
+        """Which arrays of a tree train, a tree of booleans."""
+        among = trained(params, *self.rates)
+        plain = {path for path, leaf in path_leaves(params) if not isinstance(leaf, QTensor)}
+        left = {p: False for p in plain if not any(matches(p, glob) for glob in self.also)}
+        return replace_leaves(among, left)
+
+    def optimizer(self, train: Any) -> optax.GradientTransformation:
+        """For the tree of what trains."""
+
+        def of(label: str, rate: float) -> optax.GradientTransformation:
+            schedule = dataclasses.replace(self, learning_rate=rate).schedule()
+            decay = self.weight_decay if label == LABELS[0] else 0.0
+            parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+            parts += [optax.adamw(schedule, b2=0.95, weight_decay=decay)]
+            return optax.chain(*parts, *([relative()] if label in (SCALE, RANGE) else []))
+
+        return optimizer(train, **{label: of(label, rate) for label, rate in self.rates.items()})
+
+    def dampening_at(self, step: Array) -> Array:
+        """The factor of dampening after so many steps."""
+        part = jnp.clip((step / self.steps - 0.25) / 0.75, 0, 1)
+        return self.dampening * (1 - jnp.cos(jnp.pi * part)) / 2
+
+    def holding_at(self, step: Array) -> Array:
+        """The threshold of holding after so many steps."""
+        return self.holding * (1 + 9 * (1 + jnp.cos(jnp.pi * step / self.steps)) / 2)
+
+
+class _Slots(NamedTuple):
+    """What training keeps: the optimizer's state, and that of the remedies."""
+
+    step: Array
+    optimizer: Any
+    oscillations: dict[str, stability.Oscillation]
+    disorder: dict[str, stability.Disorder]
+
+
+class Descent:
+    """The training rule (`trainer.Rule`) of a tree's trained arrays by an Optax optimizer."""
+
+    def __init__(self, how: QAT) -> None:
+        self.how = how
+
+    def init(self, opened: Opened) -> tuple[Any, Any]:
+        train, how, tree = opened.start, self.how, eqx.combine(opened.start, opened.params)
+        return train, _Slots(
+            jnp.int32(0),
+            how.optimizer(train).init(train),
+            stability.oscillations(tree) if how.holding else {},
+            stability.disorder(tree) if how.steadying and how.scale_rate else {},
+        )
+
+    def update(
+        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: Any
+    ) -> tuple[Any, _Slots, dict[str, Array]]:
+        how, tree = self.how, lambda change: eqx.combine(change, opened.params)
+
+        def whole(change: Any) -> tuple[Array, Array]:
+            with flattened(how.kurtosis):
+                value = loss(change, opened, *batch)
+            if not how.dampening:
+                return value, value
+            return value + how.dampening_at(slots.step) * stability.dampening(tree(change)), value
+
+        (_, value), slope = jax.value_and_grad(whole, has_aux=True)(change)
+        measured = {"loss": value, "gradient": optax.tree.norm(slope)}
+        disorder, oscillations = slots.disorder, slots.oscillations
+        if disorder:
+            disorder = stability.turned(disorder, slope)
+            slope = stability.frozen_scales(disorder, slope, how.steadying)
+        step, state = how.optimizer(change).update(slope, slots.optimizer, change)
+        new = optax.apply_updates(change, step)
+        if oscillations:
+            threshold = how.holding_at(slots.step)
+            oscillations, held = stability.hold(oscillations, tree(new), threshold)
+            new = eqx.filter(held, self.how.trained(held))
+            measured["frozen"] = _mean({p: o.frozen for p, o in oscillations.items()})
+        if how.watch:
+            before, after = tree(change), tree(new)
+            changed = stability.flips(stability.codes_of(before), stability.codes_of(after))
+            measured["flips"] = _mean(changed)
+            measured["drift"] = _mean(stability.drift(before, after))
+        return new, _Slots(slots.step + 1, state, oscillations, disorder), measured
+
+
+def _mean(of: dict[str, Array]) -> Array:
+    return jnp.mean(jnp.stack([jnp.mean(a) for a in of.values()])) if of else jnp.zeros(())
+
+
+def open_latent(params: Any, how: QAT) -> Opened:
+    """The tree apart: what stays, and what trains."""
+    train, rest = eqx.partition(params, how.trained(params))
+    if not jax.tree.leaves(train):
+        raise ValueError("nothing to train: no leaf is latent; make some with jq.latent or jq.thaw")
+    return Opened(rest, train)
+
+
+def qat(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    sequences: np.ndarray,
+    how: QAT = QAT(),
+    *,
+    teacher: Any = None,
+    validation: np.ndarray | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Any:
+    """Latent weights trained end to end.
+
+    Args:
+      fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
+      params: tree with latent weights.
+      sequences: inputs [N, ...]; without a teacher tokens [N, t], each told from those before.
+      teacher: a tree whose predictions are to be met, in KL (the floats, say); None: the text is.
+      validation: held-out inputs; the state with the least loss on them is what comes back.
+        None: the last state does.
+      progress: called after every update.
+      finished: where training so far is kept, every `save_every` updates, and gone on from; as in
+        `quantize`.
+    Returns:
+      the trained tree, latent still; `freeze` packs it.
+    Raises:
+      ValueError: fewer sequences than a batch; nothing to train; a loss that is no number.
+
+    >>> import jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (32, 32))
+    >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
+    >>> p = jq.latent({"w": w}, jq.lsq(bits=2, group_size=16))
+    >>> fn = lambda p, x: x @ p["w"]
+    >>> better = jq.qat(fn, p, x, jq.QAT(steps=20, learning_rate=0.02), teacher={"w": w})
+    >>> far = lambda p: float(jnp.mean(divergence(x @ p["w"].dequantize(), x @ w)))
+    >>> far(jq.freeze(better)) < far(jq.freeze(p))
+    True
+    """
+    opened = open_latent(params, how)
+    trainer = Trainer(partial(_loss, fn), how, Descent(how))
+    change = trainer.fit_sequences(
+        opened, sequences, validation, teacher, name="qat", progress=progress, finished=finished
+    )
+    return eqx.combine(change, opened.params)
+
+
+def _loss(fn: Callable, change: Any, opened: Opened, teacher: Any, x: Array) -> Array:
+    logits = quantized(fn)(eqx.combine(change, opened.params), x)
+    if teacher is None:
+        return next_token(logits, x)
+    return jnp.mean(divergence(logits, jax.lax.stop_gradient(fn(teacher, x))))
+
+
+def next_token(logits: Float[Array, "b t v"], tokens: Array) -> Array:
+    """Mean cross-entropy of the next token, nats.
+
+    The last position is masked, not sliced off: a slice would copy the logits.
+    """
+    following = jnp.roll(tokens, -1, axis=-1)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), following)
+    return jnp.mean(nll[..., :-1])
+
+
+def qat_blocks(
+    block: Callable[[Any, Array], Array],
+    params: Any,
+    teacher: Any,
+    hidden: Float[np.ndarray, "N ..."],
+    how: QAT = QAT(steps=20),
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Any:
+    """Stacked blocks of latent weights trained in order, each to give what the teacher's gives.
+
+    A block is fed what the rounded blocks before it make of the inputs; what is brought down is the
+    squared error of every output vector, relative to its energy. Memory is a block's.
+
+    Args:
+      block: block(params of one block, h [batch, ...]) -> h.
+      params: tree whose leaves carry a leading axis over blocks. teacher: the same of floats.
+      hidden: inputs of the first block. The last eighth of them is held out.
+      progress, finished: as in `qat`.
+    Raises:
+      ValueError: as `qat`; leaves that disagree on the number of blocks; one input only.
+    Source:
+      Block-AP of EfficientQAT (Chen et al. 2024, arXiv:2407.11062). We differ: the error is
+      relative, since a few tokens' outputs are thousands of times as large as others'.
+    """
+    blocks, given = stack_size(teacher), stack_size(params)
+    if given != blocks:
+        raise ValueError(f"expected as many blocks as the teacher has, {blocks}, got {given}")
+    if len(hidden) < 2:
+        raise ValueError("expected two inputs or more, one of them to be held out, got one")
+    trainer, plain = Trainer(partial(_block_loss, block), how, Descent(how)), jax.jit(block)
+    ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
+    done = []
+    for i in range(blocks):
+        of_block = partial(jax.tree.map, lambda a, i=i: a[i])
+        opened, wanted = open_latent(of_block(params), how), of_block(teacher)
+        after = [plain(wanted, h) for h in theirs]
+        change = trainer.fit_examples(
+            opened, ours, after, name=f"qat of block {i}", progress=progress, finished=finished
+        )
+        done.append(eqx.combine(change, opened.params))
+        dense = dequantize(done[-1])  # once, not for every example
+        ours, theirs = [plain(dense, h) for h in ours], after
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
+
+
+def _block_loss(block: Callable, change: Any, opened: Opened, h: Array, after: Array) -> Array:
+    return relative_error(quantized(block)(eqx.combine(change, opened.params), h), after)

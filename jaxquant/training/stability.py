@@ -1,0 +1,238 @@
+"""What can go wrong while weights are rounded: codes that oscillate, scales that drift, tails.
+
+Watching is pure: `codes_of` a tree before and after a step says which changed. Remedies are three:
+dampening pulls weights to the middle of their bins, freezing stops codes that go to and fro, and
+kurtosis regularization keeps outputs from growing outliers.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxquant.codebooks import Integer
+from jaxquant.codebooks.table import Table
+from jaxquant.paths import path_leaves, replace_leaves
+from jaxquant.tensor import QTensor, part
+from jaxquant.training.estimators import LSQ, grid_of, spread
+from jaxquant.training.latent import Latent, batched
+from jaxquant.training.thaw import is_latent
+
+
+def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
+    """The code of every latent weight in integers or tables, by path; int8 [*batch, k, n].
+
+    >>> import jaxquant as jq
+    >>> codes_of(jq.latent({"w": jnp.ones((64, 1))}, jq.lsq(4, init="range")))["w"][0, 0].item()
+    7
+    """
+    return {path: _codes(w) for path, w in _latents(params).items()}
+
+
+def _latents(params: Any) -> dict[str, QTensor]:
+    """Latent weights whose codes are numbers on a line."""
+    known = lambda w: is_latent(w) and isinstance(w.format.format, Integer | Table)
+    return {path: w for path, w in path_leaves(params) if known(w)}
+
+
+def _grid(latent: Latent, data: dict[str, Array]) -> Any:
+    packed = latent.packed(data)
+    return spread(grid_of(latent.format, packed), latent.format, data["codes"].shape)
+
+
+def _codes(w: QTensor) -> Array:
+    one = lambda data: w.format.format.round(data["codes"], _grid(w.format, data))[0]
+    return batched(one, w.leading())(part(w.data))
+
+
+def flips(before: dict[str, Array], after: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    """The share of codes that changed between two calls of `codes_of`, by path.
+
+    >>> flips({"w": jnp.array([0, 1])}, {"w": jnp.array([0, 2])})["w"].item()
+    0.5
+    """
+    return {path: jnp.mean(codes != after[path]) for path, codes in before.items()}
+
+
+def drift(before: Any, after: Any) -> dict[str, Float[Array, ""]]:
+    """The mean size of log(scale after / scale before) of learned scales, by path.
+
+    >>> import jaxquant as jq
+    >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4))
+    >>> drift(p, p)["w"].item()
+    0.0
+    """
+    old, new = dict(path_leaves(before)), dict(path_leaves(after))
+    learned = [p for p, w in old.items() if is_latent(w) and "scale" in w.data]
+    size = lambda a, b: jnp.mean(jnp.abs(jnp.log(jnp.abs(b) / jnp.abs(a))))
+    return {p: size(old[p].data["scale"], new[p].data["scale"]) for p in learned}
+
+
+# --- oscillation ---------------------------------------------------------------------------------
+
+
+def dampening(params: Any) -> Float[Array, ""]:
+    """The mean squared distance of latent weights, clipped to their range, from what they round to.
+
+    A term of a loss, times a factor (the paper's grows as a cosine from 0 to 0.1 over the last
+    three quarters of training). Its derivative goes to weights alone.
+
+    Source: Nagel et al. 2022, arXiv:2203.11086, equation 5, there a sum, in units of weights.
+
+    >>> import jaxquant as jq
+    >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4, init="range"))
+    >>> jax.grad(dampening)(p)["w"].data["scale"].max().item()
+    0.0
+    """
+    total, count = jnp.zeros(()), 0
+    for w in _latents(params).values():
+        one = lambda data, w=w: _distance(w.format, data)
+        total += jnp.sum(batched(one, w.leading())(part(w.data)))
+        count += w.data["codes"].size
+    return total / max(1, count)
+
+
+def _distance(latent: Latent, data: dict[str, Array]) -> Float[Array, ""]:
+    fixed = jax.lax.stop_gradient(data)
+    grid, w, format = _grid(latent, fixed), data["codes"].astype(jnp.float32), latent.format
+    value = format.round(fixed["codes"], grid)[1]
+    if isinstance(format, Table):
+        low, high = (grid.scale * end for end in (min(format.table), max(format.table)))
+    else:
+        low, high = (grid.scale * (end - grid.zero) for end in format.limits)
+    return jnp.sum((jnp.clip(w, low, high) - value) ** 2)
+
+
+MOMENTUM = 0.001  # of the means of `hold`
+
+
+class Oscillation(NamedTuple):
+    """Of the codes of one weight, whether they go to and fro.
+
+    Attributes:
+      code: the last. direction: of the last change, -1, 0 (none yet) or 1.
+      frequency: how often a change undid the one before, an exponential mean over steps.
+      mean: of the codes, the same. frozen: whether the code stays for good.
+    """
+
+    code: Int[Array, "... k n"]
+    direction: Int[Array, "... k n"]
+    frequency: Float[Array, "... k n"]
+    mean: Float[Array, "... k n"]
+    frozen: Array
+
+
+def oscillations(params: Any) -> dict[str, Oscillation]:
+    """The state of `hold`, before training."""
+
+    def one(code: Array) -> Oscillation:
+        zero = jnp.zeros(code.shape, jnp.int8)
+        empty = jnp.zeros(code.shape, jnp.float32)
+        return Oscillation(code, zero, empty, code.astype(jnp.float32), zero.astype(bool))
+
+    return {path: one(code) for path, code in codes_of(params).items()}
+
+
+def hold(
+    state: dict[str, Oscillation], params: Any, threshold: float | Array, momentum: float = MOMENTUM
+) -> tuple[dict[str, Oscillation], Any]:
+    """After a step: which codes oscillate, and the tree with those that do too often frozen.
+
+    A code that changed against the direction of its last change counts; where the mean of that
+    passes the threshold the code stays for good at its rounded mean, its latent weight in the
+    middle of the bin, whatever the optimizer does.
+
+    Args:
+      threshold: the paper's falls as a cosine from 0.1 to 0.01; above 2 to 3 times the momentum.
+      momentum: of the exponential means.
+    Raises:
+      ValueError: a threshold that one change would pass.
+
+    Source: Nagel et al. 2022, arXiv:2203.11086, algorithm 1.
+    """
+    if not isinstance(threshold, jax.core.Tracer) and threshold <= momentum:
+        raise ValueError(
+            f"a threshold of {threshold} is passed by a single change; take more than twice the "
+            f"momentum, {momentum}"
+        )
+    latents, new, states = _latents(params), {}, {}
+    for path, before in state.items():
+        w = latents[path]
+        states[path] = _after(before, _codes(w), threshold, momentum)
+        held = lambda data, kept, mean, w=w: _held(w.format, data, kept, mean)
+        codes = batched(held, w.leading())(part(w.data), states[path].frozen, states[path].mean)
+        new[path] = dataclasses.replace(w, data={**w.data, "codes": codes})
+    return states, replace_leaves(params, new)
+
+
+def _after(before: Oscillation, code: Array, threshold: Any, momentum: float) -> Oscillation:
+    code = jnp.where(before.frozen, before.code, code)
+    change = jnp.sign(code.astype(jnp.int32) - before.code).astype(jnp.int8)
+    undone = (change != 0) & (change == -before.direction)
+    frequency = momentum * undone + (1 - momentum) * before.frequency
+    mean = momentum * code + (1 - momentum) * before.mean
+    mean = jnp.where(before.frozen, before.mean, mean)
+    frozen = before.frozen | (frequency > threshold)
+    direction = jnp.where(change == 0, before.direction, change)
+    code = jnp.where(frozen, jnp.round(mean).astype(code.dtype), code)
+    return Oscillation(code, direction, frequency, mean, frozen)
+
+
+def _held(latent: Latent, data: dict[str, Array], frozen: Array, mean: Array) -> Array:
+    """Weights, the frozen ones in the middle of their bins."""
+    grid, w, format = _grid(latent, data), data["codes"], latent.format
+    code = jnp.round(mean)
+    if isinstance(format, Table):
+        ordered = jnp.asarray(format.table)
+        value = grid.scale * ordered[code.astype(jnp.int32)]
+    else:
+        value = grid.scale * (code - grid.zero)
+    return jnp.where(frozen, value.astype(w.dtype), w)
+
+
+# --- gradients of scales -------------------------------------------------------------------------
+
+
+class Disorder(NamedTuple):
+    """Of the gradients of one weight's scales: the last signs, and how often they turn."""
+
+    sign: Int[Array, "..."]
+    turns: Float[Array, "..."]
+
+
+def disorder(params: Any) -> dict[str, Disorder]:
+    """The state of `turned`, before training."""
+    learned = {p: w for p, w in _latents(params).items() if isinstance(w.format.estimator, LSQ)}
+    zero = lambda a: Disorder(jnp.zeros(a.shape, jnp.int8), jnp.zeros(a.shape, jnp.float32))
+    return {path: zero(w.data["scale"]) for path, w in learned.items()}
+
+
+def turned(state: dict[str, Disorder], slope: Any, momentum: float = 0.05) -> dict[str, Disorder]:
+    """After a gradient: the share of steps in which each scale's changed its sign, a running mean.
+
+    Gradients that agree from step to step give 0, noise gives 1/2, two terms of a loss that pull a
+    scale to and fro more. Scales whose gradients are in disorder can be frozen for a while
+    (`frozen_scales`), which steadies the weights.
+
+    Source: the measure of GAQAT (Jiang et al. 2024, arXiv:2412.05551).
+    """
+    slopes = dict(path_leaves(slope))
+
+    def one(before: Disorder, g: Array) -> Disorder:
+        sign = jnp.sign(g).astype(jnp.int8)
+        turn = (sign * before.sign) < 0
+        return Disorder(sign, momentum * turn + (1 - momentum) * before.turns)
+
+    return {path: one(before, slopes[path].data["scale"]) for path, before in state.items()}
+
+
+def frozen_scales(state: dict[str, Disorder], slope: Any, threshold: float) -> Any:
+    """The gradient, zero for scales whose disorder passes the threshold."""
+    slopes, new = dict(path_leaves(slope)), {}
+    for path, seen in state.items():
+        w = slopes[path]
+        kept = jnp.where(seen.turns > threshold, 0.0, w.data["scale"])
+        new[path] = dataclasses.replace(w, data={**w.data, "scale": kept})
+    return replace_leaves(slope, new)

@@ -1,0 +1,44 @@
+"""Metrics of a training, a line of JSON a step, and the same for TensorBoard."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class Metrics:
+    """Writes numbers by step into a folder: metrics.jsonl, and an events file."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.lines = self.events = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self.events = SummaryWriter(str(folder))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def to(folder: str | None) -> Iterator["Metrics"]:
+        """Closed at the end; of no folder, nothing is written."""
+        metrics = Metrics(None if folder is None else Path(folder))
+        try:
+            yield metrics
+        finally:
+            if metrics.lines is not None and metrics.events is not None:
+                metrics.lines.close()
+                metrics.events.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One step's numbers; None is left out."""
+        if self.lines is None or self.events is None:
+            return
+        known = {k: v for k, v in values.items() if v is not None and k != "step"}
+        self.lines.write(json.dumps({"step": step, **known}) + "\n")
+        self.lines.flush()
+        for name, value in known.items():
+            if math.isfinite(value):
+                self.events.add_scalar(name, value, step)

@@ -1,0 +1,298 @@
+"""Training from scratch on a text: BitNet b1.58, or the same transformer of floats.
+
+Everything that decides a run is a `Run`; the step number says which rows a batch has (Grain) and
+where the schedules are, so that what Orbax keeps of a killed run (parameters, optimizer state and
+step) is all it takes to go on to the same bits.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tokenizers
+from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+import jaxquant as jq
+from jaxquant.evaluate import chunk
+from jaxquant.training import stability
+from jaxquant.training.schedules import decay_until_half, two_stage
+from models.config import LlamaConfig
+from models.llama import Llama
+from models.pipeline import LAYERS, next_token_loss
+from models.registry import Model
+from models.tokenizer import Tokenizer
+
+# d_model, d_ff, layers, heads: about 1, 4 and 12 million weights in the layers.
+SIZES = {"1m": (128, 344, 5, 4), "4m": (224, 608, 6, 7), "12m": (384, 1024, 7, 6)}
+HELD_OUT = 16  # rows kept apart to judge on
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that decides the result, but for the text.
+
+    Attributes:
+      size: one of `SIZES`.
+      quantized: BitNet; False: floats.
+      learning_rate: the peak; of BitNet's second stage two thirds of it, as in the authors' table.
+      context, batch_size: tokens of a row, rows of a step.
+      vocabulary: tokens of a byte-level BPE that is trained on the text.
+    """
+
+    size: str = "4m"
+    quantized: bool = True
+    steps: int = 1000
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    context: int = 256
+    batch_size: int = 8
+    vocabulary: int = 2048
+    warmup: int = 50
+    seed: int = 0
+    validate_every: int = 100
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {self.size!r}")
+        for name in ("steps", "context", "batch_size", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vocabulary < 256 + 1:
+            raise ValueError(f"vocabulary must be above 256, all bytes, got {self.vocabulary}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+    def config(self, vocabulary: int) -> LlamaConfig:
+        """The architecture: that of BitNet b1.58 2B4T, small."""
+        d, ff, layers, heads = SIZES[self.size]
+        return LlamaConfig(
+            vocabulary, d, ff, layers, heads, heads, d // heads, tie_embeddings=True,
+            sub_norms=True, activation="relu2", max_position=max(2048, self.context),
+        )  # fmt: skip
+
+    @property
+    def recipe(self) -> jq.Recipe:
+        """The layers' matrices ternary; embedding and norms floats."""
+        return jq.Recipe([(LAYERS, jq.bitnet()), ("*", jq.KEEP)])
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam; two stages and a decay that ends for BitNet, one line and a decay for floats."""
+        second = self.learning_rate * (2 / 3 if self.quantized else 1)
+        warmup = min(self.warmup, self.steps // 2)
+        rate = two_stage(self.learning_rate, second, self.steps, warmup)
+        decay = self.weight_decay
+        if self.quantized:
+            decay = decay_until_half(self.weight_decay, self.steps)
+        matrices = lambda params: jax.tree.map(lambda a: a.ndim >= 2 and a.shape[-1] > 1, params)
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.scale_by_adam(b1=0.9, b2=0.95),
+            optax.add_decayed_weights(decay, mask=matrices),
+            optax.scale_by_learning_rate(rate),
+        )
+
+
+class Texts(NamedTuple):
+    """Rows [N, context] to train on and to judge on, and the tokenizer that made them."""
+
+    training: np.ndarray
+    held_out: np.ndarray
+    tokenizer: Tokenizer
+
+
+class Progress(NamedTuple):
+    """After a step: the losses, the gradient's norm, the share of ternary codes that changed."""
+
+    step: int
+    loss: float
+    gradient: float
+    flips: float
+    validation: float | None
+
+
+def texts(run: Run, text: str) -> Texts:
+    """A tokenizer trained on the text, and its rows.
+
+    Raises:
+      ValueError: the text is shorter than the rows that are kept apart, and one batch.
+    """
+    tokenizer = trained_tokenizer(text, run.vocabulary)
+    rows = chunk(tokenizer.encode(text), run.context)
+    kept = min(HELD_OUT, len(rows) // 8)
+    if kept < 1 or len(rows) - kept < run.batch_size:
+        raise ValueError(
+            f"the text has {len(rows)} rows of {run.context} tokens; a batch takes "
+            f"{run.batch_size}, and an eighth is kept apart: give a longer text or a shorter row"
+        )
+    spread = np.linspace(0, len(rows) - 1, kept).astype(int)  # of all parts of the text
+    return Texts(np.delete(rows, spread, axis=0), rows[spread], tokenizer)
+
+
+def trained_tokenizer(text: str, vocabulary: int) -> Tokenizer:
+    """A byte-level BPE: every text has tokens."""
+    backend = tokenizers.Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return Tokenizer(backend)
+
+
+class State(NamedTuple):
+    """A run so far."""
+
+    step: int
+    params: Any
+    slots: Any
+
+
+def begin(run: Run, config: LlamaConfig) -> State:
+    """Parameters drawn by the seed, latent where they are to be ternary."""
+    model = Llama(config)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(run.seed), tokens)["params"]
+    if run.quantized:
+        params = jq.latent(params, run.recipe, jq.sites(_apply(config), params, tokens))
+    return State(0, params, run.optimizer().init(params))
+
+
+def _apply(config: LlamaConfig) -> Callable:
+    model = Llama(config)
+    return lambda params, tokens: model.apply({"params": params}, tokens)
+
+
+def train(
+    run: Run,
+    data: Texts,
+    folder: str | Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Any, float]:
+    """The trained parameters, latent still, and their loss on the rows held out.
+
+    Args:
+      folder: where the run so far is kept, and gone on from; another run's is an error.
+    Raises:
+      ValueError: the folder holds another run; the loss is no number.
+    """
+    config = run.config(data.tokenizer.vocab_size)
+    state, kept = begin(run, config), None
+    if folder is not None:
+        kept = _Kept(Path(folder), run, data)
+        state = kept.last(state)
+    step, judge = _step(run, config), jax.jit(partial(_loss, config))
+    rows = _rows(run, data.training)
+    parts = max(1, len(data.held_out) // 8)
+    judged = [jnp.asarray(r) for r in np.array_split(data.held_out, parts)]
+    held_out = lambda: float(np.mean([judge(state.params, some) for some in judged]))
+    while state.step < run.steps:
+        batch = jnp.asarray(rows[state.step])
+        params, slots, loss, norm, flips = step(state.params, state.slots, batch)
+        state = State(state.step + 1, params, slots)
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"step {state.step}: the loss is {float(loss)}; lower the learning rate "
+                f"({run.learning_rate}) or lengthen the warm-up ({run.warmup} steps)"
+            )
+        last, seen = state.step == run.steps, None
+        if last or state.step % run.validate_every == 0:
+            seen = held_out()
+        if kept is not None and (last or state.step % run.save_every == 0):
+            kept.save(state)
+        if progress is not None:
+            progress(Progress(state.step, float(loss), float(norm), float(flips), seen))
+    return state.params, held_out()
+
+
+def forget(folder: Path) -> None:
+    """The run is over; nothing of it is needed."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rows(run: Run, rows: np.ndarray) -> grain.MapDataset:
+    """Batches by step: rows in orders of their own, epoch by epoch."""
+    return (
+        grain.MapDataset.source(rows)
+        .seed(run.seed)
+        .shuffle()
+        .repeat()
+        .batch(run.batch_size, drop_remainder=True)
+    )
+
+
+def _loss(config: LlamaConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    return next_token_loss(jq.quantized(_apply(config))(params, tokens), tokens)
+
+
+def _step(run: Run, config: LlamaConfig) -> Callable:
+    optimizer = run.optimizer()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, slots, tokens):
+        before = stability.codes_of(params)
+        loss, slope = jax.value_and_grad(partial(_loss, config))(params, tokens)
+        updates, slots = optimizer.update(slope, slots, params)
+        params = optax.apply_updates(params, updates)
+        changed = list(stability.flips(before, stability.codes_of(params)).values())
+        flips = jnp.mean(jnp.stack(changed)) if changed else jnp.zeros(())
+        return params, slots, loss, optax.tree.norm(slope), flips
+
+    return step
+
+
+class _Kept:
+    """A run's folder: what it is, and its last state (Orbax)."""
+
+    def __init__(self, folder: Path, run: Run, data: Texts) -> None:
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
+        text = json.dumps({**dataclasses.asdict(run), "text": digest, "jax": jax.__version__})
+        mark = self.folder / "run.json"
+        if mark.exists() and mark.read_text() != text:
+            raise ValueError(
+                f"{self.folder} holds another run ({mark.read_text()}), this one is {text}; "
+                f"give another folder, or remove it"
+            )
+        mark.write_text(text)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
+
+    def last(self, start: State) -> State:
+        """The last state, or the start."""
+        step = self.manager.latest_step()
+        if step is None:
+            return start
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(start))
+        flat = self.manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        leaves = [flat[str(i)] for i in range(len(flat))]
+        return State(step, *jax.tree.unflatten(jax.tree.structure(start[1:]), leaves))
+
+    def save(self, state: State) -> None:
+        self.manager.save(state.step, args=ocp.args.StandardSave(_flat(state)))
+        self.manager.wait_until_finished()
+
+
+def _flat(state: State) -> dict[str, Any]:
+    return {str(i): a for i, a in enumerate(jax.tree.leaves(state[1:]))}
+
+
+def exported(run: Run, params: Any, data: Texts) -> Model:
+    """The trained model: ternary weights packed, the rest as it is."""
+    return Model(f"bitnet-{run.size}", run.config(data.tokenizer.vocab_size),
+                 jq.freeze(params), data.tokenizer)  # fmt: skip
