@@ -75,13 +75,16 @@ from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
 from jaxquant.tensor import QTensor
 from jaxquant.training.clipping import LearnedClipping
+from jaxquant.training.descent import QAT
 from jaxquant.training.estimators import LSQ, AbsMean, StraightThrough, StretchedElastic, randomness
+from jaxquant.training.forward import ZeroQAT
 from jaxquant.training.kurtosis import flattened
 from jaxquant.training.latent import Latent
 from jaxquant.training.optimizers import optimizer, relative
-from jaxquant.training.qat import QAT, qat, qat_blocks
+from jaxquant.training.qat import qat, qat_blocks
 from jaxquant.training.ranges import PACT, LSQRange
 from jaxquant.training.thaw import freeze, labels, latent, thaw, trained
+from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
 from jaxquant.transforms import (
     ActivationAware,
     Chain,
@@ -145,6 +148,8 @@ __all__ = [
     "Trellis",
     "TrellisBudget",
     "Vector",
+    "ZeroQAT",
+    "Zeroth",
     "Zigzag",
     "allocate",
     "aqlm",
@@ -212,4 +217,6 @@ __all__ = [
     "vptq",
     "with_activations",
     "zeroqat",
+    "zo_step",
+    "zo_value_and_grad",
 ]

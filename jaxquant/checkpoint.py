@@ -160,12 +160,18 @@ def load(directory: str | Path) -> Checkpoint:
             ))  # fmt: skip
     except Exception as error:
         raise ValueError(f"{path} is damaged: {_line(error)}") from error
-    recipe = description["recipe"]
-    return Checkpoint(
-        _unflatten(description["leaves"], arrays),
-        None if recipe is None else Recipe.from_json(recipe),
-        description["metadata"],
-    )
+    params = _unflatten(description["leaves"], arrays)
+    return Checkpoint(params, stored_recipe(path), description["metadata"])
+
+
+def stored_recipe(directory: str | Path) -> Recipe | None:
+    """The recipe that made a checkpoint, if it says; arrays are not read.
+
+    Raises:
+      ValueError: no checkpoint, one of a newer version, or a damaged one.
+    """
+    recipe = _description(Path(directory).absolute())["recipe"]
+    return None if recipe is None else Recipe.from_json(recipe)
 
 
 def nbytes(directory: str | Path) -> int:

@@ -20,7 +20,7 @@ class Folder(MutableMapping[str, Arrays]):
     """Dicts of arrays by name, one file each; a file is there whole or not at all.
 
     Arrays come back bit for bit. Of another run (by `run`, plain JSON values that say all that
-    decides the results) nothing is kept.
+    decides the results) nothing is kept; or with `refuse` it is an error, and all of it stays.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as place:
@@ -30,16 +30,26 @@ class Folder(MutableMapping[str, Arrays]):
     ([0, 1, 2], ['a'], 0)
     """
 
-    def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, run: Mapping[str, Any], *, refuse: bool = False) -> None:
         self.path = Path(path)
         text = json.dumps(run, sort_keys=True)
         mark = self.path / RUN
+        if refuse and mark.is_file() and len(self):
+            self._check(json.loads(mark.read_text()), json.loads(text))
         if not (mark.is_file() and mark.read_text() == text):
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
             _write(mark, text.encode(), {})
         for left in self.path.glob("*.aside"):
             left.unlink()
+
+    def _check(self, kept: dict[str, Any], run: dict[str, Any]) -> None:
+        names = sorted(n for n in kept.keys() | run if kept.get(n) != run.get(n))
+        if names:
+            raise ValueError(
+                f"{self.path} holds another run, of other {', '.join(names)}. It was not touched: "
+                f"go on with the options it began with, remove it, or write elsewhere"
+            )
 
     def __setitem__(self, name: str, arrays: Arrays) -> None:
         flat = {key: np.asarray(a) for key, a in arrays.items()}

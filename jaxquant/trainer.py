@@ -68,7 +68,7 @@ class _State(NamedTuple):
     step: int
     change: Values
     slots: Any
-    best: Values
+    best: Values | None
     best_loss: float
 
     def stored(self, mark: np.ndarray, done: bool) -> dict[str, np.ndarray]:
@@ -81,6 +81,11 @@ class _State(NamedTuple):
         leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 2)]
         state = jax.tree.unflatten(jax.tree.structure(self), leaves)
         return state._replace(step=int(state.step), best_loss=float(state.best_loss))
+
+
+def _copied(change: Values) -> Values:
+    """Of its own memory: an update writes over what it is given."""
+    return jax.tree.map(jnp.copy, change)
 
 
 def _mark(healing: Healing, tree: Any) -> np.ndarray:
@@ -187,7 +192,7 @@ class Trainer:
         self.healing = healing
         self.rule = rule or Adam(healing)
         self.measure = jax.jit(loss)
-        self.update = jax.jit(partial(self.rule.update, loss), donate_argnums=1)
+        self.update = jax.jit(partial(self.rule.update, loss), donate_argnums=(0, 1))
 
     def fit(
         self,
@@ -220,8 +225,9 @@ class Trainer:
             return float(np.mean(each)) if each else float("inf")
 
         start, slots = self.rule.init(opened)
-        state = _State(0, start, slots, start, float("inf"))
         mark = _mark(healing, (opened.start, start))
+        best = start if held_out else None  # of what is not judged no second copy is kept
+        state = _State(0, _copied(start), slots, best, float("inf"))
         if kept := _kept(finished, mark, name):
             state = state.restored(kept)
         else:
@@ -235,12 +241,12 @@ class Trainer:
             if held_out and (last or state.step % healing.validate_every == 0):
                 held = judged(change)
                 if held < state.best_loss:
-                    state = state._replace(best=change, best_loss=held)
+                    state = state._replace(best=_copied(change), best_loss=held)
             if finished is not None and (last or state.step % healing.save_every == 0):
                 finished[name] = state.stored(mark, last)
             if progress is not None:
                 progress(Progress(name, state.step, measured["loss"], held, measured))
-        return state.best if held_out else state.change
+        return state.change if state.best is None else state.best
 
     def fit_sequences(
         self,

@@ -23,7 +23,7 @@ from models.quantizing import quantize
 from models.registry import Model
 from models.states import FIRST_QUERY
 from models.text import read_text
-from models.training import train_bitnet
+from models.training import finetune, train_bitnet
 
 
 @click.group()
@@ -33,6 +33,7 @@ def cli() -> None:
 
 
 cli.add_command(quantize)
+cli.add_command(finetune)
 cli.add_command(train_bitnet)
 
 

@@ -99,14 +99,11 @@ class Job:
 
     def fingerprint(self, source: Model) -> dict[str, Any]:
         """Plain values that differ where results may: of the job, the weights, the libraries."""
-        digest = hashlib.sha256()
-        for path, w in jq.path_leaves(source.params):
-            digest.update(path.encode() + np.ascontiguousarray(w).tobytes())
         return {
             "jaxquant": jq.__version__,
             "jax": jax.__version__,
             "encoder": viterbi.backend(),
-            "weights": digest.hexdigest(),
+            "weights": digest_of(source),
             "prefix": source.prefix,
             "recipe": self.recipe and self.recipe.to_json(),
             "choices": [to_json(m) for m in self.choices],
@@ -115,12 +112,21 @@ class Job:
                 for name in ("learning", "healing", "recoding", "rotating")
             },
             "rotate": self.rotate,
-            **{f: _hash(getattr(self, f)) for f in ("text", "heal_text")},
+            **{f: hash_of(getattr(self, f)) for f in ("text", "heal_text")},
             **{f: getattr(self, f) for f in ("tokens", "weighting", "seed", "target_bits")},
         }
 
 
-def _hash(text: str) -> str:
+def digest_of(source: Model) -> str:
+    """Of its weights, packed or not."""
+    digest = hashlib.sha256()
+    for path, w in jax.tree_util.tree_leaves_with_path(source.params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(w).tobytes())
+    return digest.hexdigest()
+
+
+def hash_of(text: str) -> str:
+    """Of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -158,11 +164,11 @@ def data(job: Job, source: Model) -> Data:
     cut = lambda text: pipeline.pieces(source, text, pipeline.context(source))
     if job.recipe is not None and not job.trains:
         return Data(pipeline.first(cut(job.text), job.tokens), none)
-    fit, unseen = _split(cut(job.text))
+    fit, unseen = split(cut(job.text))
     calibration = pipeline.first(fit, job.tokens)
     if job.heal_text == GENERATED:
         return Data(calibration, unseen)
-    own = (fit, unseen) if not job.heal_text else _split(cut(job.heal_text))
+    own = (fit, unseen) if not job.heal_text else split(cut(job.heal_text))
     batch = max((how.batch_size for how in job.trains), default=0)
     if len(own[0]) < batch:
         raise ValueError(
@@ -172,7 +178,7 @@ def data(job: Job, source: Model) -> Data:
     return Data(calibration, unseen, *own)
 
 
-def _split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All but the last ones, and these: a quarter, at most `HELD_OUT`."""
     if len(sequences) < 3:
         raise ValueError(
@@ -267,7 +273,7 @@ def _training(job: Job, source: Model, data: Data, folder: Folder) -> tuple[np.n
     """Sequences to train on, and those held out."""
     if data.training is not None and data.held_out is not None:
         return data.training, data.held_out
-    return _split(_generated(job, source, folder))
+    return split(_generated(job, source, folder))
 
 
 def _generated(job: Job, source: Model, folder: Folder) -> np.ndarray:

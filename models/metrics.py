@@ -32,13 +32,15 @@ class Metrics:
                 metrics.lines.close()
                 metrics.events.close()
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One step's numbers; None is left out."""
+    def write(self, step: int, values: Mapping[str, Any], stage: str = "") -> None:
+        """One step's numbers; None is left out. `stage`: of the training, where it has several."""
         if self.lines is None or self.events is None:
             return
         known = {k: v for k, v in values.items() if v is not None and k != "step"}
-        self.lines.write(json.dumps({"step": step, **known}) + "\n")
+        self.lines.write(
+            json.dumps(({"stage": stage} if stage else {}) | {"step": step} | known) + "\n"
+        )
         self.lines.flush()
         for name, value in known.items():
             if math.isfinite(value):
-                self.events.add_scalar(name, value, step)
+                self.events.add_scalar(f"{stage}/{name}" if stage else name, value, step)

@@ -318,7 +318,7 @@ def learned_rotation(
     """
     rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
     nearest = all(isinstance(rounder, Nearest) for rounder in rounders)
-    options["stats"] = options.get("stats") or _sites(model)
+    options["stats"] = options.get("stats") or sites_of(model)
     return jq.learn_rotation(
         trainable(model), model.params, residual(model.config), recipe, sequences, healing,
         round_weights=nearest, **options,
@@ -327,13 +327,13 @@ def learned_rotation(
 
 def choices(model: Model, methods: Sequence[jq.Method], healed: bool) -> jq.Choices:
     """What methods come to for the matrices of the layers."""
-    return jq.Choices.of(model.params, methods, _sites(model), paths=[LAYERS], healed=healed)
+    return jq.Choices.of(model.params, methods, sites_of(model), paths=[LAYERS], healed=healed)
 
 
 def plan(model: Model, recipe: jq.Recipe) -> jq.Plan:
     """The resolved recipe with the bytes that `save` stores; what can be wrong is wrong here."""
     shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
-    return jq.resolve(recipe, _as_stored(model.params, shape), _sites(model))
+    return jq.resolve(recipe, _as_stored(model.params, shape), sites_of(model))
 
 
 def quantized_model(
@@ -344,7 +344,7 @@ def quantized_model(
     Factors of inputs are folded into what makes these, where that is exact (`models.llama.folds`).
     `options`: key, inspect, transforms, progress and finished of `jaxquant.quantize`.
     """
-    found, params = _sites(model), model.params
+    found, params = sites_of(model), model.params
     if stats is not None:
         params, recipe, found = _folded(model, recipe, stats, options)
     return dataclasses.replace(model, params=jq.quantize(params, recipe, found, **options))
@@ -357,12 +357,15 @@ def _folded(model: Model, recipe: jq.Recipe, stats: jq.Stats, options: dict[str,
     return jq.fold(model.params, recipe, stats, folds(model.config), **how)
 
 
-def _sites(model: Model) -> dict[str, jq.Site]:
+def sites_of(model: Model) -> dict[str, jq.Site]:
+    """Where its weights are used."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jq.sites(model.apply_fn, model.params, tokens)
 
 
-def save(directory: str | Path, model: Model, recipe: jq.Recipe, overwrite: bool = False) -> None:
+def save(
+    directory: str | Path, model: Model, recipe: jq.Recipe | None, overwrite: bool = False
+) -> None:
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
     params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
     metadata = {

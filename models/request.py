@@ -47,7 +47,7 @@ def job_of(
       ValueError: options that do not go together, or are out of range.
     """
     preset = EFFORTS[effort]
-    options = {n: v for n, v in common.items() if v is not None} | dict(map(_setting, more))
+    options = {n: v for n, v in common.items() if v is not None} | dict(map(setting, more))
     tokens = preset.tokens if calibration_tokens is None else calibration_tokens
     if tokens < pipeline.CONTEXT:
         raise ValueError(f"--calibration-tokens must be at least {pipeline.CONTEXT}")
@@ -172,7 +172,7 @@ def _choices(name: str, target: float, made: Callable[[float], jq.Method]) -> tu
     return tuple(found)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     """NAME=VALUE; what is no JSON is a string."""
     name, equals, value = text.partition("=")
     if not (name and equals):

@@ -1,18 +1,23 @@
 """The commands `jaxquant train-bitnet` and `jaxquant finetune`."""
 
+import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 import jaxquant as jq
 from jaxquant import checkpoint
-from models import pipeline, pretraining
-from models.console import SEED, bar, emit, line, usage
+from jaxquant.resume import Folder
+from models import finetuning, pipeline, pretraining
+from models.console import SEED, Steps, bar, emit, line, usage
+from models.finetuning import HOWS, Tuning
 from models.generate import generate
+from models.job import GENERATED, folder_of
 from models.metrics import Metrics
 from models.pretraining import SIZES, Run
+from models.registry import Model
+from models.request import setting
 from models.text import read_text
 
 DEFAULT = Run()
@@ -47,8 +52,7 @@ def train_bitnet(
         run = Run(quantized=not floats, **options)
     start = time.monotonic()
     data = pretraining.texts(run, read_text(text, calibration=True))
-    folder = Path(out).absolute()
-    folder = folder.with_name(f"{folder.name}.partial")
+    folder = folder_of(out)
     with bar("training", run.steps) as step, Metrics.to(metrics) as written:
 
         def tell(done: pretraining.Progress) -> None:
@@ -76,3 +80,112 @@ def train_bitnet(
         "seconds": time.monotonic() - start,
     }
     emit(report, as_json)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--method", "way", type=click.Choice(sorted(HOWS)), default="qat", show_default=True,
+              help="By derivatives, or forward only, in the memory of inference.")  # fmt: skip
+@click.option("--bits", type=int, default=None, help="Of a MODEL of floats; default 4.")
+@click.option("--group-size", type=int, default=None, help="Of a MODEL of floats; default 64.")
+@click.option("--only", multiple=True, metavar="GLOB",
+              help="Weights that train, as '*attn/[qv]/kernel'; others stay packed.")  # fmt: skip
+@click.option("--text", required=True, help="Text FILE, builtin, or generated (by the teacher).")
+@click.option("--context", type=click.IntRange(2), default=pipeline.CONTEXT, show_default=True)
+@click.option("--steps", type=click.IntRange(0), required=True, help="End to end.")
+@click.option("--block-steps", type=click.IntRange(0), default=0, show_default=True,
+              help="Before that, of every layer by itself, to be like the teacher's.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
+              help="Sequences of a step.")  # fmt: skip
+@click.option("--teacher", default=None, metavar="MODEL",
+              help="Whose predictions are to be met; default: MODEL if of floats. "
+              "none: each token is to be told from those before.")  # fmt: skip
+@click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
+              help="Any field of jaxquant.QAT or ZeroQAT, end to end, as JSON: "
+              "--set learning_rate=1e-4, --set dampening=0.1.")  # fmt: skip
+@click.option("--set-blocks", "more_blocks", multiple=True, metavar="NAME=VALUE",
+              help="The same, of single layers.")  # fmt: skip
+@click.option("--metrics", default=None, metavar="DIR", help="JSONL and TensorBoard's events.")
+@click.option("--seed", type=SEED, default=0)
+@click.option("--out", required=True)
+@click.option("--overwrite", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
+def finetune(
+    model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str,
+    metrics: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Train the rounded weights of MODEL, floats or a checkpoint, into the directory --out.
+
+    A killed run goes on where it stopped, to the same bits.
+    """
+    with usage():
+        checkpoint.check_target(out, overwrite)
+        packed = checkpoint.is_checkpoint(model)
+        tuning = _tuning(packed, metrics is not None, text, **options)
+    source = pipeline.load_any(model)
+    of = _teacher(teacher, source, packed)
+    with usage():
+        finetuning.check(tuning, source, of)
+    if text != GENERATED:
+        tuning = dataclasses.replace(tuning, text=read_text(text, calibration=True))
+    start = time.monotonic()
+    folder = Folder(folder_of(out), tuning.fingerprint(source, of), refuse=True)
+    if len(folder):
+        line(f"going on from {folder.path}")
+    data = finetuning.sequences(tuning, source, of, folder)
+    total = tuning.updates(source.config.n_layers)
+    with bar("training", total) as step, Metrics.to(metrics) as written:
+        show = Steps(step)
+
+        def tell(done: Any) -> None:
+            show(done)
+            written.write(done.step, done.measured | {"held_out": done.validation}, done.name)
+
+        result = finetuning.tuned(tuning, source, of, data, folder, tell)
+    recipe = checkpoint.stored_recipe(model) if packed else tuning.recipe
+    pipeline.save(out, result, recipe, overwrite)
+    folder.remove()
+    report = {
+        "out": out,
+        "bits_per_weight": jq.bits_per_weight(result.params),
+        "bytes": checkpoint.nbytes(out),
+        "forward_passes": sum(getattr(how, "forward_passes", 0) for how in tuning.stages),
+        "seconds": time.monotonic() - start,
+    }
+    emit(report, as_json)
+
+
+def _tuning(
+    packed: bool, watch: bool, text: str, *, way: str, bits: int | None, group_size: int | None,
+    only: tuple[str, ...], context: int, steps: int, block_steps: int, batch: int, seed: int,
+    more: tuple[str, ...], more_blocks: tuple[str, ...],
+) -> Tuning:  # fmt: skip
+    if packed and (bits, group_size) != (None, None):
+        raise ValueError(
+            "--bits and --group-size are for a model of floats; a checkpoint trains as it is"
+        )
+    if not steps and not block_steps:
+        raise ValueError("nothing to do: give --steps, --block-steps or both")
+
+    def of(how: finetuning.How, steps: int, more: tuple[str, ...]) -> finetuning.How | None:
+        settings: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed}
+        if watch and way == "qat":
+            settings["watch"] = True
+        settings |= dict(map(setting, more))
+        names = {f.name for f in dataclasses.fields(how)}
+        if unknown := set(settings) - names:
+            raise ValueError(f"unknown settings {sorted(unknown)}; there are {sorted(names)}")
+        return dataclasses.replace(how, **settings) if steps else None
+
+    method = None if packed else jq.lsq(bits or 4, group_size or 64)
+    whole, blocks = HOWS[way]
+    return Tuning(
+        of(whole, steps, more), of(blocks, block_steps, more_blocks), method, only, text, context,
+        seed,
+    )  # fmt: skip
+
+
+def _teacher(spec: str | None, source: Model, packed: bool) -> Model | None:
+    if spec is None:
+        return None if packed else source
+    return None if spec == "none" else pipeline.load_any(spec)

@@ -16,11 +16,12 @@ class Stretched(Table):
       scale_dtype: storage of the scales; codes are chosen with the stored scale.
       pad: allow a group size that does not divide k (the last group is short).
 
-    Source: the two-bit grid of ParetoQ (Liu et al. 2025, arXiv:2502.02631).
+    Source: the two-bit grid of ParetoQ (Liu et al. 2025, arXiv:2502.02631). We differ: ties go to
+    the lower value, so that a weight of exactly 0 becomes -1/4, there 1/4.
 
     >>> import jax.numpy as jnp
     >>> f = Stretched()
-    >>> f.dequantize(f.encode(jnp.array([[1.0], [0.5], [0.0], [-0.5]])), 4).ravel().tolist()
+    >>> f.dequantize(f.encode(jnp.array([[1.0], [0.5], [0.1], [-0.5]])), 4).ravel().tolist()
     [0.75, 0.25, 0.25, -0.75]
     """
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields, check_positive
-from jaxquant.paths import path_leaves, replace_leaves
+from jaxquant.paths import matches, path_leaves, replace_leaves
 from jaxquant.tensor import QTensor
 from jaxquant.training.latent import EPSILON, KEY, NORMAL, Drawing
-from jaxquant.training.thaw import FROZEN, LABELS, SCALE, WEIGHT, labels
+from jaxquant.training.thaw import FROZEN, LABELS, OTHER, WEIGHT, labels
 
 
 class Slope(NamedTuple):
@@ -42,11 +42,14 @@ class Zeroth:
     Attributes:
       epsilon: e.
       samples: q draws a step.
-      drawing: of z; `relative`: weights and scales move by z times their step (a scale, by itself).
+      drawing: of z; `relative`: weights move by z times their step, all else by z times itself.
         A rounded loss only changes where codes do: below half a step few do, and those by far, so
         that the variance grows as step / e. The estimate is then of the gradient times squared
         steps, which suits an update.
       kinds: labels of what moves, see `labels`.
+      sizes: of the moves of each kind, times e; (): 1 each. As with `relative`, the estimate is
+        then of the gradient times their squares.
+      others: of the kind "other", globs of the leaves that move.
       blocks: of the arrays that move, every n-th does in one step, which ones by chance.
 
     Source: MeZO, Malladi et al. 2023, arXiv:2305.17333; ZeroQAT, arXiv:2509.00031.
@@ -57,12 +60,20 @@ class Zeroth:
     drawing: Drawing = NORMAL
     kinds: tuple[str, ...] = (WEIGHT,)
     blocks: int = 1
+    sizes: tuple[float, ...] = ()
+    others: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.sizes and (len(self.sizes) != len(self.kinds) or min(self.sizes) <= 0):
+            raise ValueError(f"sizes must be positive, one of each of {self.kinds}: {self.sizes}")
         check_positive(self, "epsilon", "samples", "blocks")
         if unknown := set(self.kinds) - (set(LABELS) - {FROZEN}):
             raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
+
+    def size(self, label: str) -> float:
+        """Of the moves of a kind."""
+        return self.sizes[self.kinds.index(label)] if self.sizes else 1.0
 
 
 def zo_value_and_grad(
@@ -162,7 +173,7 @@ def perturbed(params: Any, key: Array, epsilon: Any, how: Zeroth) -> Any:
             format = dataclasses.replace(leaf.format, drawing=how.drawing)
             leaves[path] = dataclasses.replace(leaf, data=leaf.data | noise, format=format)
         else:
-            leaves[path] = _put(leaf, name, _plus(_at(leaf, name), label, own, amount, how))
+            leaves[path] = _put(leaf, name, _plus(_at(leaf, name), own, amount, how))
     return replace_leaves(params, leaves)
 
 
@@ -174,7 +185,7 @@ def _moved(target: Any, params: Any, key: Array, amount: Any, how: Zeroth) -> An
         if label == WEIGHT:
             leaves[path] = _put(leaf, name, _shifted(leaf, at, own, size, how))
         else:
-            z = _plus(_at(at, name), label, own, size, how) - _at(at, name)
+            z = _plus(_at(at, name), own, size, how) - _at(at, name)
             leaves[path] = _put(leaf, name, _at(leaf, name) + z)
     return replace_leaves(target, leaves)
 
@@ -196,9 +207,9 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
     return jax.lax.fori_loop(0, len(flat_codes), body, flat_codes).reshape(codes.shape)
 
 
-def _plus(a: Array, label: str, key: Array, amount: Any, how: Zeroth) -> Array:
+def _plus(a: Array, key: Array, amount: Any, how: Zeroth) -> Array:
     z = how.drawing.values(key, a.shape)
-    if how.drawing.relative and label == SCALE:
+    if how.drawing.relative:
         z = z * jnp.abs(a)
     return a + (amount * z).astype(a.dtype)
 
@@ -207,7 +218,7 @@ def _draws(params: Any, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]
     """(place, its key, its amount) of every array that moves; 0 for those whose turn it is not."""
     turn = jax.random.randint(jax.random.fold_in(key, 0), (), 0, how.blocks)
     for i, place in enumerate(_moving(params, how)):
-        mine = jnp.where(turn == i % how.blocks, amount, 0.0)
+        mine = jnp.where(turn == i % how.blocks, amount * how.size(place[2]), 0.0)
         yield place, jax.random.fold_in(key, i + 1), mine
 
 
@@ -215,7 +226,10 @@ def _moving(params: Any, how: Zeroth) -> Iterator[tuple[str, str, str]]:
     """(path, name, label) of every array that moves, in the order of the tree."""
     for path, of in path_leaves(labels(params)):
         named = of.data if isinstance(of, QTensor) else {"": of}
-        yield from ((path, name, label) for name, label in named.items() if label in how.kinds)
+        for name, label in named.items():
+            left = label == OTHER and not any(matches(path, glob) for glob in how.others)
+            if label in how.kinds and not left:
+                yield path, name, label
 
 
 def _keys(key: Array, batch: tuple[int, ...]) -> Array:

@@ -1,0 +1,223 @@
+"""Quantized weights that train: what the command `finetune` does, resumable."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxquant as jq
+from jaxquant.finetune import CODES
+from jaxquant.layers import is_apart
+from jaxquant.recoding import can_recode
+from jaxquant.resume import Folder
+from jaxquant.rounding import Nearest
+from models import pipeline, self_text
+from models.job import GENERATED, HELD_OUT, digest_of, hash_of, split
+from models.llama import blockwise, whole
+from models.registry import Model
+
+How = jq.QAT | jq.ZeroQAT
+BLOCK_DATA = 48  # sequences to train single blocks on
+JUDGED = 4  # sequences that the state to keep is chosen on
+# Of every way to train: end to end, and block by block before.
+HOWS: dict[str, tuple[How, How]] = {
+    "qat": (
+        jq.QAT(learning_rate=2e-4, scale_rate=3e-4, also=(pipeline.NORMS,), validate_every=25),
+        jq.QAT(learning_rate=3e-3, scale_rate=3e-4, also=(pipeline.NORMS,)),
+    ),
+    "zeroqat": (jq.ZeroQAT(), jq.ZeroQAT()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """All that decides the result, but for the models.
+
+    Attributes:
+      how, blocks: end to end, and block by block before that; None: not at all.
+      method: that floats are rounded by, and trained; of a checkpoint None, its weights train in
+        the formats they have.
+      only: globs of the weights that train; the others stay packed. (): all of the layers.
+      text: to train on, or `GENERATED`, by the teacher. context: tokens of a sequence.
+    """
+
+    how: How | None
+    blocks: How | None
+    method: jq.Method | None
+    only: tuple[str, ...]
+    text: str
+    context: int
+    seed: int
+
+    @property
+    def stages(self) -> list[How]:
+        """All training, in its order."""
+        return [how for how in (self.blocks, self.how) if how is not None]
+
+    @property
+    def recipe(self) -> jq.Recipe | None:
+        """That floats are rounded by."""
+        return None if self.method is None else pipeline.recipe_of(self.method)
+
+    def updates(self, layers: int) -> int:
+        """Of all the training of a model of so many layers."""
+        return (self.how.steps if self.how else 0) + layers * (
+            self.blocks.steps if self.blocks else 0
+        )
+
+    def fingerprint(self, source: Model, teacher: Model | None) -> dict[str, Any]:
+        """Plain values that differ where results may."""
+        return {
+            "jaxquant": jq.__version__,
+            "jax": jax.__version__,
+            "weights": digest_of(source),
+            "teacher": teacher and digest_of(teacher),
+            "end to end": repr(self.how),
+            "blocks": repr(self.blocks),
+            "method": repr(self.method),
+            "only": self.only,
+            "text": hash_of(self.text),
+            "context": self.context,
+            "seed": self.seed,
+        }
+
+
+def check(tuning: Tuning, source: Model, teacher: Model | None) -> None:
+    """Raise ValueError where what is asked cannot be done."""
+    if teacher is None and (tuning.blocks is not None or tuning.text == GENERATED):
+        raise ValueError("blocks, and text of its own, take a model to learn from: --teacher MODEL")
+    healable = teacher is not None and isinstance(tuning.how, jq.QAT)
+    if not trains_codes(source.params) and not (healable and not tuning.blocks and not tuning.only):
+        raise ValueError(
+            "codes of vectors, lattices and trellises do not train; what is continuous in such a "
+            "model does, all of it, as in healing: give --teacher MODEL, --method qat, --steps, "
+            "and neither --block-steps nor --only"
+        )
+    if teacher is not None:
+        shape = lambda m: (m.config.d_model, m.config.n_layers, m.config.vocab_size)
+        if shape(teacher) != shape(source):
+            raise ValueError(
+                f"the teacher has another width, depth or vocabulary: {shape(teacher)}, "
+                f"not {shape(source)}"
+            )
+    if tuning.context > source.config.max_position:
+        raise ValueError(
+            f"--context {tuning.context} exceeds the {source.config.max_position} positions of "
+            f"the model"
+        )
+
+
+def trains_codes(params: Any) -> bool:
+    """Whether all packed weights have codes that train; else what is continuous does (`heal`)."""
+    return all(_learnable(w.format) for _, w in _packed(params))
+
+
+def _learnable(format: Any) -> bool:
+    try:
+        jq.LSQ().check(format)
+    except ValueError:
+        return False
+    return True
+
+
+def start(tuning: Tuning, source: Model) -> Any:
+    """The tree with latent weights, its layers stacked."""
+    params, floats = whole(source.params), None
+    method = tuning.method or jq.Method("tuned", Nearest(), jq.Integer(), estimator=jq.LSQ())
+    if tuning.method is not None:
+        floats = params
+        params = jq.quantize(params, pipeline.recipe_of(method), pipeline.sites_of(source))
+    globs = tuning.only or (pipeline.LAYERS,)
+    rules: list[tuple[str, Any]] = [(glob, method) for glob in globs]
+    return jq.thaw(params, jq.Recipe([*rules, ("*", jq.KEEP)]), floats=floats)
+
+
+def sequences(
+    tuning: Tuning, source: Model, teacher: Model | None, folder: Folder
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences to train on, and those held out.
+
+    Raises:
+      ValueError: the text is too short for them.
+    """
+    if tuning.text != GENERATED:
+        found = split(pipeline.pieces(source, tuning.text, tuning.context))
+    else:
+        assert teacher is not None  # checked
+        if GENERATED not in folder:
+            wanted = max(how.steps * how.batch_size for how in tuning.stages)
+            count = min(wanted, 128) + HELD_OUT
+            key = jax.random.key(tuning.seed)
+            tokens = self_text.written(teacher, count, tuning.context, key)
+            folder[GENERATED] = {"tokens": tokens}
+        found = split(folder[GENERATED]["tokens"])
+    batch = max(how.batch_size for how in tuning.stages)
+    if len(found[0]) < batch:
+        raise ValueError(
+            f"the text has {len(found[0])} sequences of {tuning.context} tokens to train on, fewer "
+            f"than a step takes, {batch}: give a longer one, a smaller batch or context"
+        )
+    return found
+
+
+def tuned(
+    tuning: Tuning,
+    source: Model,
+    teacher: Model | None,
+    data: tuple[np.ndarray, np.ndarray],
+    folder: Folder,
+    progress: Callable[[Any], None],
+) -> Model:
+    """The model, trained and packed again; goes on from the folder."""
+    if not trains_codes(source.params):
+        return _healed(tuning, source, teacher, data, folder, progress)
+    params = start(tuning, source)
+    training, held_out = data
+    if tuning.blocks is not None and teacher is not None:
+        parts, few = blockwise(source.config, source.dtype), training[:BLOCK_DATA]
+        embed = jax.jit(jq.quantized(parts.embed))
+        hidden = np.stack([embed(params, jnp.asarray(s)[None])[0] for s in few])
+        layers = jq.qat_blocks(
+            parts.block, params["layers"], whole(teacher.params)["layers"], hidden, tuning.blocks,
+            progress=progress, finished=folder,
+        )  # fmt: skip
+        params = {**params, "layers": layers}
+    if tuning.how is not None:
+        params = jq.qat(
+            pipeline.trainable(source), params, training, tuning.how,
+            teacher=None if teacher is None else teacher.params,
+            validation=held_out[:JUDGED], progress=progress, finished=folder,
+        )  # fmt: skip
+    params = jq.freeze(params)
+    if is_apart(source.params, "layers"):
+        params = jq.unstack(params, "layers")
+    return dataclasses.replace(source, params=params)
+
+
+def _healed(
+    tuning: Tuning,
+    source: Model,
+    teacher: Model | None,
+    data: tuple[np.ndarray, np.ndarray],
+    folder: Folder,
+    progress: Callable[[Any], None],
+) -> Model:
+    """As `tuned`, where codes do not train: what is continuous does, then learned codebooks' codes.
+
+    The codes of vectors and trellises are no roundings of a number, so nothing goes straight
+    through them.
+    """
+    assert tuning.how is not None and teacher is not None  # checked
+    steps = {"steps": tuning.how.steps, "batch_size": tuning.how.batch_size}
+    codes = any(can_recode(w) for _, w in _packed(source.params))
+    return pipeline.healed(
+        teacher, source, *data, jq.Healing(**steps), progress, folder,
+        dataclasses.replace(CODES, **steps) if codes else None,
+    )  # fmt: skip
+
+
+def _packed(params: Any) -> list[tuple[str, jq.QTensor]]:
+    return [(path, w) for path, w in jq.path_leaves(params) if isinstance(w, jq.QTensor)]

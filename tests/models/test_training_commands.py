@@ -1,0 +1,223 @@
+"""`finetune`, `train-bitnet`: what they make, that they go on to the same bits, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant import checkpoint
+from models import load, pipeline
+from models.cli import main
+from tests.models.test_cli import KILLED, fails
+from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
+
+TEXT = "".join(f"the {i} quick brown foxes jump over {i * i} lazy dogs. " for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training") / "model"
+    write_folder(folder, BASE, random_tensors(BASE))
+    (folder / "tokenizer.json").write_text(byte_tokenizer_json())
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tiny):
+    """A start at 2 bits."""
+    out = tiny.parent / "packed"
+    with pytest.raises(SystemExit) as stop:
+        main(f"quantize {tiny} --method rtn --bits 2 --group-size 8 --out {out}".split())
+    assert not stop.value.code
+    return out
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*args):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def tune(tiny, model, *options):
+    return ("finetune", model, "--text", tiny.parent / "text.txt", "--context", 64, *options)
+
+
+def kl(tiny, result):
+    source, model = load(tiny), pipeline.load_any(result)
+    return pipeline.distance(source, model.params, pipeline.pieces(source, TEXT, 64, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--steps 20 --block-steps 10 --batch 4 --set learning_rate=3e-3",
+        "--steps 20 --batch 4 --only *attn/[qv]/kernel --set learning_rate=1e-2",
+        "--steps 100 --batch 8 --method zeroqat --set learning_rate=0.03",
+    ],
+)
+def test_a_checkpoint_comes_nearer_to_its_teacher(tiny, packed, run, tmp_path, options):
+    out = tmp_path / "o"
+    command = tune(tiny, packed, "--teacher", tiny, *options.split(), "--out", out, "--json")
+    status, text, err = run(*command, "--metrics", tmp_path / "m")
+    assert status == 0, err
+    assert kl(tiny, out) < 0.98 * kl(tiny, packed)
+    before, after = checkpoint.load(packed), checkpoint.load(out)
+    assert str(after.recipe) == str(before.recipe)
+    assert json.loads(text)["bits_per_weight"] == jq.bits_per_weight(before.params)
+    same = {
+        path: np.array_equal(
+            w.data["codes"], dict(jq.path_leaves(after.params))[path].data["codes"]
+        )
+        for path, w in jq.path_leaves(before.params)
+        if isinstance(w, jq.QTensor)
+    }
+    if "only" in options:
+        assert {path for path, kept in same.items() if not kept} == {
+            "layers/attn/q/kernel", "layers/attn/v/kernel"
+        }  # fmt: skip
+    lines = (tmp_path / "m" / "metrics.jsonl").read_text().splitlines()
+    assert all("loss" in json.loads(line) for line in lines)
+    assert any(p.name.startswith("events") for p in (tmp_path / "m").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "o"]
+
+
+def test_floats_and_next_tokens(tiny, run, tmp_path):
+    """Of floats the model is its own teacher; "none" learns the text."""
+    for name, teacher in (("own", ()), ("text", ("--teacher", "none"))):
+        command = tune(tiny, tiny, "--bits", 2, "--group-size", 8, "--batch", 4, "--steps", 12)
+        more = ("--set", "learning_rate=3e-3", "--set", "dampening=0.1")
+        status, _, err = run(*command, *teacher, *more, "--out", tmp_path / name)
+        assert status == 0, err
+    source, score = load(tiny), {}
+    pieces = pipeline.pieces(source, TEXT, 64, 8)
+    for name in ("own", "text"):
+        model = pipeline.load_any(tmp_path / name)
+        found = jq.evaluate.evaluate(jq.quantized(model.apply_fn), model.params, pieces)
+        score[name] = found.perplexity
+    assert score["text"] < 0.8 * score["own"]
+
+
+def test_what_is_continuous_trains_where_codes_do_not(tiny, run, tmp_path):
+    start = ("--method", "vptq", "--bits", 2, "--calibration", tiny.parent / "text.txt",
+             "--calibration-tokens", 512, "--effort", "fast")  # fmt: skip
+    status, _, err = run("quantize", tiny, *start, "--out", tmp_path / "vq")
+    assert status == 0, err
+    command = tune(tiny, tmp_path / "vq", "--steps", 8)
+    fails(run(*command, "--out", tmp_path / "o"), 2, "give --teacher MODEL")
+    status, _, err = run(*command, "--teacher", tiny, "--batch", 4, "--out", tmp_path / "o")
+    assert status == 0, err
+    assert kl(tiny, tmp_path / "o") < kl(tiny, tmp_path / "vq")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, tmp_path):
+    options = tune(tiny, packed, "--teacher", tiny, "--block-steps", 12, "--steps", 22, "--out")
+    command = lambda count, out: [sys.executable, "-c", KILLED, str(count), *map(str, options), out]
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    start = lambda count, out: subprocess.run(
+        command(count, out), capture_output=True, check=False, env=quick, text=True
+    )
+    assert start(0, tmp_path / "whole").returncode == 0
+    for count in (4, 6):
+        assert start(count, tmp_path / "cut").returncode == -signal.SIGKILL
+        assert not (tmp_path / "cut").exists()
+    other = [a if a != "22" else "21" for a in command(0, tmp_path / "cut")]
+    refused = subprocess.run(other, capture_output=True, check=False, env=quick, text=True)
+    assert refused.returncode == 1 and "holds another run, of other end to end" in refused.stderr
+    assert start(0, tmp_path / "cut").returncode == 0
+    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ("--steps 0", 2, "nothing to do"),
+        ("--steps 2 --bits 3", 2, "a checkpoint trains as it is"),
+        ("--steps 2 --block-steps 2", 2, "--teacher MODEL"),
+        ("--steps 2 --set magic=1", 2, "unknown settings ['magic']"),
+        ("--steps 2 --set learning_rate=-1", 2, "learning_rate must be positive"),
+        ("--steps 2 --context 1024", 2, "exceeds the 256 positions"),
+        ("--steps 2 --only magic", 1, "pattern 'magic' matches no leaf"),
+        ("--steps 2 --only embed/*", 1, "nothing to train"),
+        ("--steps 2 --batch 500", 1, "fewer than a step takes, 500"),
+        ("--steps 2 --text /nowhere", 1, "cannot read /nowhere"),
+        ("--steps 8 --set learning_rate=1e30", 1, "is nan; lower the learning rate"),
+    ],
+)
+def test_bad_input(tiny, packed, run, tmp_path, options, status, message):
+    options = options.split()
+    fails(run(*tune(tiny, packed, *options, "--out", tmp_path / "o")), status, message)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_text_shorter_than_a_sequence(tiny, packed, run, tmp_path):
+    (tmp_path / "t.txt").write_text("short")
+    command = ("finetune", packed, "--text", tmp_path / "t.txt", "--steps", 2)
+    fails(run(*command, "--context", 64, "--out", tmp_path / "o"), 1, "one chunk needs 64")
+    command = ("train-bitnet", "--text", tmp_path / "t.txt", "--size", "1m")
+    fails(run(*command, "--out", tmp_path / "o"), 1, "chunk needs")
+
+
+BITNET = ("--size", "1m", "--steps", 6, "--context", 16, "--batch", 2, "--vocabulary", 300)
+
+
+def test_bitnet_from_scratch(tiny, run, tmp_path):
+    command = ("train-bitnet", "--text", tiny.parent / "text.txt", *BITNET)
+    status, text, err = run(*command, "--out", tmp_path / "o", "--json")
+    assert status == 0, err
+    report = json.loads(text)
+    assert report["weights"] > 900_000
+    loaded = pipeline.load_any(tmp_path / "o")
+    layers = [w for path, w in jq.path_leaves(loaded.params) if path.endswith("kernel")]
+    assert all(w.format == jq.bitnet().format for w in layers)
+    status, out, _ = run("generate", tmp_path / "o", "--prompt", "the", "--tokens", 4)
+    assert status == 0
+    status, out, _ = run("inspect", tmp_path / "o")
+    assert status == 0 and "Ternary" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.slow
+def test_a_killed_bitnet_ends_as_an_uninterrupted_one(tiny, tmp_path):
+    killed = """
+import os, signal, sys
+from models import pretraining
+from models.cli import main
+count, before = int(sys.argv[1]), pretraining._Kept.save
+def save(self, state):
+    if state.step == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    before(self, state)
+pretraining._Kept.save = save
+main(sys.argv[2:])
+"""
+    options = ["train-bitnet", "--text", tiny.parent / "text.txt", *BITNET, "--save-every", 2]
+    command = lambda count, out, more=(): [
+        sys.executable, "-c", killed, str(count), *map(str, options), *more, "--out", str(out)
+    ]  # fmt: skip
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    start = lambda *args: subprocess.run(
+        command(*args), capture_output=True, check=False, env=quick, text=True
+    )
+    assert start(0, tmp_path / "whole").returncode == 0
+    assert start(4, tmp_path / "cut").returncode == -signal.SIGKILL
+    refused = start(0, tmp_path / "cut", ["--seed", "1"])
+    assert refused.returncode == 1 and "holds another run" in refused.stderr
+    assert start(0, tmp_path / "cut").returncode == 0
+    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
