@@ -46,6 +46,10 @@ class Activations:
       floating: e4m3 (8 bits) with a scale per token, and no codes.
       mse: of the "tensor", the range of least squared error on rows kept in calibration, and not
         the whole one.
+      mean: of tokens, the scale from the mean magnitude and not the largest: mean|x| / sqrt(q), and
+        one code more below, -q - 1 (BitNet a4.8, arXiv:2411.04965, at 4 bits).
+      top: of every token, the share of entries that stay, the largest; the others are 0 (there, at
+        8 bits, 0.5). Derivatives of both go straight through, masked or not.
 
     >>> str(Activations(4, symmetric=False, clip=0.9))
     'int4,asymmetric,clip=0.9'
@@ -59,6 +63,8 @@ class Activations:
     per: Literal["token", "block", "tensor"] = "token"
     floating: bool = False
     mse: bool = False
+    mean: bool = False
+    top: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,6 +75,10 @@ class Activations:
         if self.per not in ("token", "block", "tensor"):
             raise ValueError(f'per must be "token", "block" or "tensor", got {self.per!r}')
         plain = self.bits == 8 and self.symmetric and self.clip == 1
+        if not 0 < self.top <= 1:
+            raise ValueError(f"top must be in (0, 1], got {self.top}")
+        if (self.mean or self.top < 1) and not (self.symmetric and self.clip == 1 and self.by_row):
+            raise ValueError("mean and top are of symmetric codes with a scale per token")
         if self.per == "block" and not plain:
             raise ValueError("blocks of 256 channels have symmetric int8 codes, not clipped")
         if self.mse and not self.static:
@@ -94,7 +104,14 @@ class Activations:
         words += [] if self.symmetric else ["asymmetric"]
         words += [f"clip={self.clip:g}"] if self.clip < 1 else []
         words += ["static"] if self.static else []
+        words += ["mean"] if self.mean else []
+        words += [f"top={self.top:g}"] if self.top < 1 else []
         return ",".join([*words, *(["mse"] if self.mse else [])])
+
+    @property
+    def by_row(self) -> bool:
+        """Whether tokens have scales of their own, of all their channels."""
+        return self.per == "token" and not self.floating
 
     @property
     def static(self) -> bool:
@@ -105,6 +122,8 @@ class Activations:
     def kernel(self) -> str | None:
         """The form under which kernels round themselves; None if codes are made here."""
         if self.bits != 8 or not self.symmetric or self.clip < 1 or self.static or self.floating:
+            return None
+        if self.mean or self.top < 1:
             return None
         return "int8" if self.per == "token" else "int8/256"
 
@@ -139,16 +158,27 @@ class Activations:
     def limits(self) -> tuple[int, int]:
         """The first and the last code."""
         top = (1 << (self.bits - 1)) - 1
-        return (-top if self.symmetric or self.bits == 8 else -top - 1), top
+        balanced = not self.mean and (self.symmetric or self.bits == 8)
+        return (-top if balanced else -top - 1), top
 
     def codes(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Codes:
         """Codes, scales and zero points of rows; `data` hold "scale" and "zero" if static."""
-        x = x.astype(jnp.float32)
+        x = whole = x.astype(jnp.float32)
+        if self.top < 1:
+            x = _largest(x, self.top)
         if self.static:
             scale, zero = (data[name].reshape(1, 1) for name in ("scale", "zero"))
+        elif self.mean:
+            scale = jnp.mean(jnp.abs(x), axis=1, keepdims=True) / self.limits[1] ** 0.5
+            scale = jnp.where(scale == 0, 1.0, scale)
+            zero = jnp.zeros_like(scale)
         else:
             low, high = (f(x, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
             scale, zero = self.range(low, high)
+        if self.mean or self.top < 1:
+            scale = jax.lax.stop_gradient(scale)
+            code = nearest_codes(jax.lax.stop_gradient(x) / scale, zero, self.limits)
+            return Codes(through(whole / scale, code), scale, zero)
         steps, of = x / scale, zero
         if self.static:  # a learned zero point is no whole number: a part of what is rounded
             steps, of = steps + zero, jnp.zeros(())
@@ -195,6 +225,8 @@ _WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
     "static": lambda _: {"per": "tensor"},
     "mse": lambda _: {"mse": True},
     "clip": lambda value: {"clip": float(value)},
+    "mean": lambda _: {"mean": True},
+    "top": lambda value: {"top": float(value)},
 }
 
 
@@ -217,7 +249,8 @@ def _parse(text: str) -> Activations | None:
     except (ValueError, KeyError):
         raise ValueError(
             f'activations must be "float", "float8" or "intB", B from 2 to 8, then if wanted '
-            f'",asymmetric", ",clip=0.9", ",static", ",mse"; or "int8/256"; got {text!r}'
+            f'",asymmetric", ",clip=0.9", ",static", ",mse", ",mean", ",top=0.5"; or "int8/256"; '
+            f"got {text!r}"
         ) from None
     return Activations(**options)
 
@@ -291,6 +324,13 @@ def product(
         return jax.tree.map(lambda y: y * scale, y)
     y = times(jnp.concatenate([code, jnp.ones_like(code[:1])]), "codes")
     return jax.tree.map(lambda y: scale * (y[:-1] - zero * y[-1:]), y)
+
+
+def _largest(x: Float[Array, "m k"], share: float) -> Float[Array, "m k"]:
+    """The largest entries of every row, the others 0; of equals as many more."""
+    size = jnp.abs(x)
+    kept = max(1, round(share * x.shape[1]))
+    return jnp.where(size >= jax.lax.top_k(size, kept)[0][:, -1:], x, 0.0)
 
 
 def _float8(x: Float[Array, "m k"]) -> Float[Array, "m k"]:

@@ -134,9 +134,41 @@ def test_explain_says_what_is_multiplied():
     assert "int8,asymmetric activations, integer product, zero points by row sums" in said
 
 
+@pytest.mark.parametrize("form", ["int4,mean", "int8,top=0.5"])
+def test_forms_of_bitnet_a48(form):
+    """Their formulas, in integers; and derivatives as if nothing was rounded or masked."""
+    w = jq.quantize_array(draw(64, 32, seed=1), jq.rtn())
+    x, g, how = draw(3, 64).at[1, 5].set(40.0), draw(3, 32, seed=2), jq.Activations.of(form)
+    if how.mean:
+        step = np.sqrt(7) / np.mean(np.abs(x), 1, keepdims=True)
+        want = np.clip(np.round(x * step), -8, 7) / step
+        assert np.min(want * step) == pytest.approx(-8) or np.max(want * step) == pytest.approx(7)
+    else:
+        kept = np.abs(x) >= np.sort(np.abs(x), 1)[:, 32:33]
+        step = 127 / np.max(np.abs(x), 1, keepdims=True)
+        want = np.round(np.where(kept, x, 0) * step) / step
+        assert np.all(np.sum(want != 0, 1) <= 32)
+    np.testing.assert_allclose(how.rounded(x, {}), want, rtol=1e-5, atol=1e-6)
+    y = jq.quantized(lambda p, x: x @ p)(jq.with_activations(w, form), x)
+    np.testing.assert_allclose(y, want @ np.asarray(w.dequantize()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        gradient(w, form, x, g), gradient(w, None, x, g), rtol=2e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     "text",
-    ["float", "float8", "int8", "int8/256", "int4,asymmetric,clip=0.9", "int8,static", "int3"],
+    [
+        "float",
+        "float8",
+        "int8",
+        "int8/256",
+        "int4,asymmetric,clip=0.9",
+        "int8,static",
+        "int3",
+        "int4,mean",
+        "int8,top=0.5",
+    ],
 )
 def test_texts(text):
     form = jq.Activations.of(text)
@@ -152,6 +184,8 @@ def test_texts(text):
         ("int4,clip=2", r"clip must be in \(0, 1\]"),
         ("int4/256", "blocks of 256"),
         ("int8,clip", "activations must be"),
+        ("int8,top=0", r"top must be in \(0, 1\]"),
+        ("int8,static,mean", "mean and top are of symmetric codes"),
         ("int8/128", "activations must be"),
         (8, "activations must be"),
     ],
