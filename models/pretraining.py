@@ -26,6 +26,7 @@ from tokenizers.models import BPE
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk
+from jaxquant.paths import matches
 from jaxquant.training import stability
 from jaxquant.training.schedules import decay_until_half, two_stage
 from models.config import LlamaConfig
@@ -36,6 +37,9 @@ from models.tokenizer import Tokenizer
 
 # d_model, d_ff, layers, heads: about 1, 4 and 12 million weights in the layers.
 SIZES = {"1m": (128, 344, 5, 4), "4m": (224, 608, 6, 7), "12m": (384, 1024, 7, 6)}
+# Inputs of BitNet a4.8, where not int8 by the token.
+A48 = {"attn/[qkv]/kernel": "int4,mean", "mlp/[gu]*/kernel": "int4,mean",
+       "attn/o/kernel": "int8,top=0.5"}  # fmt: skip
 HELD_OUT = 16  # rows kept apart to judge on
 
 
@@ -49,6 +53,8 @@ class Run:
       learning_rate: the peak; of BitNet's second stage two thirds of it, as in the authors' table.
       context, batch_size: tokens of a row, rows of a step.
       vocabulary: tokens of a byte-level BPE that is trained on the text.
+      a48: share of the steps, the last ones, with the activations of BitNet a4.8 (`A48`); its
+        authors' is 0.05 (arXiv:2411.04965). The optimizer's state stays.
     """
 
     size: str = "4m"
@@ -61,6 +67,7 @@ class Run:
     vocabulary: int = 2048
     warmup: int = 50
     seed: int = 0
+    a48: float = 0.0
     validate_every: int = 100
     save_every: int = 50
 
@@ -72,6 +79,8 @@ class Run:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.vocabulary < 256 + 1:
             raise ValueError(f"vocabulary must be above 256, all bytes, got {self.vocabulary}")
+        if not 0 <= self.a48 <= 1 or (self.a48 and not self.quantized):
+            raise ValueError(f"a48 is a share of the steps of BitNet, 0 to 1, got {self.a48}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
@@ -201,6 +210,8 @@ def train(
     judged = [jnp.asarray(r) for r in np.array_split(data.held_out, parts)]
     held_out = lambda: float(np.mean([judge(state.params, some) for some in judged]))
     while state.step < run.steps:
+        if state.step >= round((1 - run.a48) * run.steps):
+            state = state._replace(params=hybrid(state.params), slots=hybrid(state.slots))
         batch = jnp.asarray(rows[state.step])
         params, slots, loss, norm, flips = step(state.params, state.slots, batch)
         state = State(state.step + 1, params, slots)
@@ -217,6 +228,20 @@ def train(
         if progress is not None:
             progress(Progress(state.step, float(loss), float(norm), float(flips), seen))
     return state.params, held_out()
+
+
+def hybrid(tree: Any) -> Any:
+    """The tree, of parameters or of what an optimizer keeps of them, with activations of `A48`."""
+
+    def one(path: Any, w: Any) -> Any:
+        name = "/".join(str(key.key) for key in path if hasattr(key, "key"))
+        form = next((text for glob, text in A48.items() if matches(name, f"*{glob}")), None)
+        if form is None or not isinstance(w, jq.QTensor):
+            return w
+        return dataclasses.replace(w, activations=jq.Activations.of(form))
+
+    is_weight = lambda w: isinstance(w, jq.QTensor)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_weight)
 
 
 def forget(folder: Path) -> None:

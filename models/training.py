@@ -34,14 +34,20 @@ DEFAULT = Run()
     "--batch", "batch_size", type=click.IntRange(1), default=DEFAULT.batch_size, show_default=True
 )
 @click.option("--vocabulary", type=int, default=DEFAULT.vocabulary, show_default=True)
+@click.option("--a48", "a48", is_flag=True,
+              help="Activations of BitNet a4.8 in the last twentieth of the steps.")  # fmt: skip
+@click.option(
+    "--save-every", type=click.IntRange(1), default=DEFAULT.save_every, show_default=True,
+    help="Steps between two states to go on from.",
+)  # fmt: skip
 @click.option("--seed", type=SEED, default=0)
 @click.option("--metrics", default=None, metavar="DIR", help="JSONL and TensorBoard's events.")
 @click.option("--out", required=True)
 @click.option("--overwrite", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
 def train_bitnet(
-    text: str, floats: bool, metrics: str | None, out: str, overwrite: bool, as_json: bool,
-    **options: Any,
+    text: str, floats: bool, a48: bool, metrics: str | None, out: str, overwrite: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train BitNet b1.58 from scratch on a text, into the directory --out.
 
@@ -49,7 +55,7 @@ def train_bitnet(
     """
     with usage():
         checkpoint.check_target(out, overwrite)
-        run = Run(quantized=not floats, **options)
+        run = Run(quantized=not floats, a48=0.05 * a48, **options)
     start = time.monotonic()
     data = pretraining.texts(run, read_text(text, calibration=True))
     folder = folder_of(out)

@@ -175,8 +175,9 @@ def test_a_text_shorter_than_a_sequence(tiny, packed, run, tmp_path):
 BITNET = ("--size", "1m", "--steps", 6, "--context", 16, "--batch", 2, "--vocabulary", 300)
 
 
-def test_bitnet_from_scratch(tiny, run, tmp_path):
-    command = ("train-bitnet", "--text", tiny.parent / "text.txt", *BITNET)
+@pytest.mark.parametrize("more", [(), ("--a48", "--steps", 20)])
+def test_bitnet_from_scratch(tiny, run, tmp_path, more):
+    command = ("train-bitnet", "--text", tiny.parent / "text.txt", *BITNET, *more)
     status, text, err = run(*command, "--out", tmp_path / "o", "--json")
     assert status == 0, err
     report = json.loads(text)
@@ -184,6 +185,8 @@ def test_bitnet_from_scratch(tiny, run, tmp_path):
     loaded = pipeline.load_any(tmp_path / "o")
     layers = [w for path, w in jq.path_leaves(loaded.params) if path.endswith("kernel")]
     assert all(w.format == jq.bitnet().format for w in layers)
+    forms = {str(w.activations) for w in layers}
+    assert forms == ({"int8", "int4,mean", "int8,top=0.5"} if more else {"int8"})
     status, out, _ = run("generate", tmp_path / "o", "--prompt", "the", "--max-tokens", 4)
     assert status == 0
     status, out, _ = run("inspect", tmp_path / "o")
