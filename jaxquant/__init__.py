@@ -79,7 +79,7 @@ from jaxquant.training.descent import QAT
 from jaxquant.training.estimators import LSQ, AbsMean, StraightThrough, StretchedElastic, randomness
 from jaxquant.training.forward import ZeroQAT
 from jaxquant.training.kurtosis import flattened
-from jaxquant.training.latent import Latent
+from jaxquant.training.latent import Drawing, Latent
 from jaxquant.training.optimizers import optimizer, relative
 from jaxquant.training.qat import qat, qat_blocks
 from jaxquant.training.ranges import PACT, LSQRange
@@ -116,6 +116,7 @@ __all__ = [
     "Choices",
     "Dense",
     "Done",
+    "Drawing",
     "EntropyCoded",
     "Explanation",
     "Float8",

@@ -41,7 +41,8 @@ class Tuning:
       method: that floats are rounded by, and trained; of a checkpoint None, its weights train in
         the formats they have.
       only: globs of the weights that train; the others stay packed. (): all of the layers.
-      text: to train on, or `GENERATED`, by the teacher. context: tokens of a sequence.
+      text: to train on, or "". generated: sequences beside it that the teacher writes (LLM-QAT,
+        arXiv:2305.17888). context: tokens of a sequence.
     """
 
     how: How | None
@@ -49,6 +50,7 @@ class Tuning:
     method: jq.Method | None
     only: tuple[str, ...]
     text: str
+    generated: int
     context: int
     seed: int
 
@@ -80,6 +82,7 @@ class Tuning:
             "method": repr(self.method),
             "only": self.only,
             "text": hash_of(self.text),
+            "generated": self.generated,
             "context": self.context,
             "seed": self.seed,
         }
@@ -87,7 +90,7 @@ class Tuning:
 
 def check(tuning: Tuning, source: Model, teacher: Model | None) -> None:
     """Raise ValueError where what is asked cannot be done."""
-    if teacher is None and (tuning.blocks is not None or tuning.text == GENERATED):
+    if teacher is None and (tuning.blocks is not None or tuning.generated):
         raise ValueError("blocks, and text of its own, take a model to learn from: --teacher MODEL")
     healable = teacher is not None and isinstance(tuning.how, jq.QAT)
     if not trains_codes(source.params) and not (healable and not tuning.blocks and not tuning.only):
@@ -143,24 +146,26 @@ def sequences(
     Raises:
       ValueError: the text is too short for them.
     """
-    if tuning.text != GENERATED:
-        found = split(pipeline.pieces(source, tuning.text, tuning.context))
-    else:
+    parts = []
+    if tuning.text:
+        parts.append(split(pipeline.pieces(source, tuning.text, tuning.context)))
+    if tuning.generated:
         assert teacher is not None  # checked
         if GENERATED not in folder:
-            wanted = max(how.steps * how.batch_size for how in tuning.stages)
-            count = min(wanted, 128) + HELD_OUT
             key = jax.random.key(tuning.seed)
+            count = tuning.generated + HELD_OUT
             tokens = self_text.written(teacher, count, tuning.context, key)
             folder[GENERATED] = {"tokens": tokens}
-        found = split(folder[GENERATED]["tokens"])
+        parts.append(split(folder[GENERATED]["tokens"]))
+    shuffle = np.random.default_rng(tuning.seed).permutation  # all parts of all texts, throughout
+    found = tuple(shuffle(np.concatenate(of)) for of in zip(*parts, strict=True))
     batch = max(how.batch_size for how in tuning.stages)
     if len(found[0]) < batch:
         raise ValueError(
-            f"the text has {len(found[0])} sequences of {tuning.context} tokens to train on, fewer "
+            f"there are {len(found[0])} sequences of {tuning.context} tokens to train on, fewer "
             f"than a step takes, {batch}: give a longer one, a smaller batch or context"
         )
-    return found
+    return found[0], found[1]
 
 
 def tuned(

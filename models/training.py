@@ -13,7 +13,7 @@ from models import finetuning, pipeline, pretraining
 from models.console import SEED, Steps, bar, emit, line, usage
 from models.finetuning import HOWS, Tuning
 from models.generate import generate
-from models.job import GENERATED, folder_of
+from models.job import folder_of
 from models.metrics import Metrics
 from models.pretraining import SIZES, Run
 from models.registry import Model
@@ -96,7 +96,9 @@ def train_bitnet(
 @click.option("--group-size", type=int, default=None, help="Of a MODEL of floats; default 64.")
 @click.option("--only", multiple=True, metavar="GLOB",
               help="Weights that train, as '*attn/[qv]/kernel'; others stay packed.")  # fmt: skip
-@click.option("--text", required=True, help="Text FILE, builtin, or generated (by the teacher).")
+@click.option("--text", default=None, help="To train on: text FILE or builtin.")
+@click.option("--generated", type=click.IntRange(0), default=0, show_default=True,
+              help="Sequences to train on, too, that the teacher writes.")  # fmt: skip
 @click.option("--context", type=click.IntRange(2), default=pipeline.CONTEXT, show_default=True)
 @click.option("--steps", type=click.IntRange(0), required=True, help="End to end.")
 @click.option("--block-steps", type=click.IntRange(0), default=0, show_default=True,
@@ -117,7 +119,7 @@ def train_bitnet(
 @click.option("--overwrite", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
 def finetune(
-    model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str,
+    model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
     metrics: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train the rounded weights of MODEL, floats or a checkpoint, into the directory --out.
@@ -127,12 +129,14 @@ def finetune(
     with usage():
         checkpoint.check_target(out, overwrite)
         packed = checkpoint.is_checkpoint(model)
-        tuning = _tuning(packed, metrics is not None, text, **options)
+        tuning = _tuning(packed, metrics is not None, **options)
     source = pipeline.load_any(model)
     of = _teacher(teacher, source, packed)
     with usage():
+        if text is None and not tuning.generated:
+            raise ValueError("nothing to train on: give --text FILE, --generated N, or both")
         finetuning.check(tuning, source, of)
-    if text != GENERATED:
+    if text is not None:
         tuning = dataclasses.replace(tuning, text=read_text(text, calibration=True))
     start = time.monotonic()
     folder = Folder(folder_of(out), tuning.fingerprint(source, of), refuse=True)
@@ -162,8 +166,8 @@ def finetune(
 
 
 def _tuning(
-    packed: bool, watch: bool, text: str, *, way: str, bits: int | None, group_size: int | None,
-    only: tuple[str, ...], context: int, steps: int, block_steps: int, batch: int, seed: int,
+    packed: bool, watch: bool, *, generated: int, way: str, bits: int | None,
+    group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int, batch: int, seed: int,
     more: tuple[str, ...], more_blocks: tuple[str, ...],
 ) -> Tuning:  # fmt: skip
     if packed and (bits, group_size) != (None, None):
@@ -186,8 +190,8 @@ def _tuning(
     method = None if packed else jq.lsq(bits or 4, group_size or 64)
     whole, blocks = HOWS[way]
     return Tuning(
-        of(whole, steps, more), of(blocks, block_steps, more_blocks), method, only, text, context,
-        seed,
+        of(whole, steps, more), of(blocks, block_steps, more_blocks), method, only, "", generated,
+        context, seed,
     )  # fmt: skip
 
 

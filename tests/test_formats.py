@@ -34,6 +34,7 @@ SCALAR = [
     jq.Float8("e4m3", "tensor", "float16"),
     jq.Float8("e5m2", 16, "bfloat16"),
     jq.MXFP4(pad=True),
+    jq.Stretched(16),
 ]
 FORMATS = [
     *SCALAR,

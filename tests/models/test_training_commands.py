@@ -121,6 +121,14 @@ def test_what_is_continuous_trains_where_codes_do_not(tiny, run, tmp_path):
     assert kl(tiny, tmp_path / "o") < kl(tiny, tmp_path / "vq")
 
 
+def test_text_of_the_teachers_own(tiny, packed, run, tmp_path):
+    command = ("finetune", packed, "--teacher", tiny, "--context", 32, "--out", tmp_path / "o")
+    fails(run(*command, "--steps", 4), 2, "nothing to train on")
+    status, _, err = run(*command, "--steps", 10, "--generated", 8, "--batch", 2)
+    assert status == 0, err
+    assert kl(tiny, tmp_path / "o") < kl(tiny, packed)
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, tmp_path):
     options = tune(tiny, packed, "--teacher", tiny, "--block-steps", 12, "--steps", 22, "--out")
@@ -154,6 +162,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, tmp_path):
         ("--steps 2 --only magic", 1, "pattern 'magic' matches no leaf"),
         ("--steps 2 --only embed/*", 1, "nothing to train"),
         ("--steps 2 --batch 500", 1, "fewer than a step takes, 500"),
+        ("--steps 2 --generated 2", 2, "--teacher MODEL"),
         ("--steps 2 --text /nowhere", 1, "cannot read /nowhere"),
         ("--steps 8 --set other_rate=1e30", 1, "is nan; lower the learning rate"),
     ],

@@ -39,6 +39,10 @@ METHODS = [
     jq.stretched_elastic(3),
     jq.bitnet(),
     jq.bitnet(None),
+    jq.bitnet("int4,mean"),
+    jq.bitnet("int8,top=0.5"),
+    jq.zeroqat(2, 16),
+    jq.zeroqat(4, 16, symmetric=True),
     jq.normal_float(4, 16),
     jq.normal_float(4, 16, double_quant=True),
     jq.float8(),
@@ -85,6 +89,25 @@ def test_what_is_frozen_gives_what_trained(method):
     for run in (jq.quantized(net), jax.jit(jq.quantized(net))):
         np.testing.assert_array_equal(run(p, x), run(frozen, x))
     assert frozen["a"].bits_per_weight < 17 < p["a"].bits_per_weight
+
+
+@pytest.mark.parametrize("form", ["int8", "int4,mean", "int8,top=0.5"])
+def test_bitnet_is_served_in_integers(form):
+    """Products of what trains, and of what is packed, are whole steps; on disk 1.6 bits."""
+    method = jq.bitnet(form)
+    p = jq.latent({"w": draw(320, 48)}, method)
+    frozen, x = jq.freeze(p)["w"], draw(7, 320, seed=2)
+    q = np.asarray(jnp.round(frozen.dequantize() / frozen.data["scale"]), np.int64)
+    assert set(np.unique(q)) == {-1, 0, 1}
+    codes, scale, _ = jq.Activations.of(form).codes(x, {})
+    want = np.asarray(codes, np.int64) @ q
+    run = jq.quantized(lambda p, x: x @ p["w"])
+    for params in (p, {"w": frozen}):
+        steps = np.asarray(run(params, x) / (scale * frozen.data["scale"]), np.float64)
+        np.testing.assert_array_equal(np.rint(steps), want)
+        assert np.max(abs(steps - want)) < 0.01
+    kept = frozen.format.to_disk(frozen.data, 320)["codes"]
+    assert 8 * kept.size * kept.dtype.itemsize == 1.6 * frozen.size
 
 
 @all_methods
