@@ -1,9 +1,13 @@
 """Texts to calibrate on and to score: a file, or the one every CPython carries."""
 
+import ast
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-BUILTIN = "builtin"
+BUILTIN, DOCSTRINGS = "builtin", "docstrings"
+SHORTEST = 40  # characters of a docstring worth reading
 
 
 def builtin_text() -> tuple[str, str]:
@@ -21,14 +25,45 @@ def builtin_text() -> tuple[str, str]:
     return "\n".join(topics[n] for n in names[:half]), "\n".join(topics[n] for n in names[half:])
 
 
+def docstrings() -> str:
+    """What this Python's library says of itself: its help topics, and every module's docstrings.
+
+    About 2 MB of English; not the same for all versions of Python.
+
+    >>> text = docstrings()
+    >>> len(text) > 1_000_000
+    True
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    of_others = ("site-packages", "test", "tests", "idle_test")
+    files = sorted(p for p in root.rglob("*.py") if not set(p.parts) & set(of_others))
+    found = dict.fromkeys(text for file in files for text in _docstrings(file))  # each once
+    return "\n\n".join([*topics.values(), *found])
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # some files are there to be wrong
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+            if len(text) >= SHORTEST:
+                yield text
+
+
 def read_text(spec: str, *, calibration: bool = False) -> str:
-    """The text of "builtin" (its calibration or its evaluation half) or of a UTF-8 file.
+    """The text of "builtin" (its calibration or its evaluation half), of "docstrings" (all of it),
+    or of a UTF-8 file.
 
     Raises:
       ValueError: no such file, not UTF-8, or empty.
     """
     if spec == BUILTIN:
         return builtin_text()[0 if calibration else 1]
+    if spec == DOCSTRINGS:
+        return docstrings()
     try:
         # Line ends of any system become "\n", as in a file opened as text: they are tokens.
         text = Path(spec).read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")

@@ -18,13 +18,14 @@ from models.metrics import Metrics
 from models.pretraining import SIZES, Run
 from models.registry import Model
 from models.request import setting
-from models.text import read_text
+from models.text import DOCSTRINGS, read_text
 
 DEFAULT = Run()
 
 
 @click.command("train-bitnet")
-@click.option("--text", default="builtin", show_default=True, help="Text FILE or builtin.")
+@click.option("--text", default=DOCSTRINGS, show_default=True,
+              help="Text FILE, builtin, or docstrings: those of Python's own modules.")  # fmt: skip
 @click.option("--size", type=click.Choice(sorted(SIZES)), default=DEFAULT.size, show_default=True)
 @click.option("--float", "floats", is_flag=True, help="The same transformer, not quantized.")
 @click.option("--steps", type=click.IntRange(2), default=DEFAULT.steps, show_default=True)
@@ -167,8 +168,8 @@ def finetune(
 
 def _tuning(
     packed: bool, watch: bool, *, generated: int, way: str, bits: int | None,
-    group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int, batch: int, seed: int,
-    more: tuple[str, ...], more_blocks: tuple[str, ...],
+    group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int,
+    batch: int, seed: int, more: tuple[str, ...], more_blocks: tuple[str, ...],
 ) -> Tuning:  # fmt: skip
     if packed and (bits, group_size) != (None, None):
         raise ValueError(
