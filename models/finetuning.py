@@ -23,12 +23,17 @@ How = jq.QAT | jq.ZeroQAT
 BLOCK_DATA = 48  # sequences to train single blocks on
 JUDGED = 4  # sequences that the state to keep is chosen on
 # Of every way to train: end to end, and block by block before.
+_QAT = jq.QAT(in_steps=True, scale_rate=3e-4, also=(pipeline.NORMS,), validate_every=25)
+_ZERO = jq.ZeroQAT(
+    learning_rate=0.05,
+    zeroth=dataclasses.replace(jq.ZeroQAT().zeroth, others=(pipeline.NORMS,)),
+)
 HOWS: dict[str, tuple[How, How]] = {
     "qat": (
-        jq.QAT(learning_rate=2e-4, scale_rate=3e-4, also=(pipeline.NORMS,), validate_every=25),
-        jq.QAT(learning_rate=3e-3, scale_rate=3e-4, also=(pipeline.NORMS,)),
+        dataclasses.replace(_QAT, learning_rate=3e-3),
+        dataclasses.replace(_QAT, learning_rate=0.03),
     ),
-    "zeroqat": (jq.ZeroQAT(), jq.ZeroQAT()),
+    "zeroqat": (_ZERO, _ZERO),
 }
 
 

@@ -25,6 +25,8 @@ class QAT(Healing):
 
     Attributes:
       learning_rate: of weights, at its highest.
+      in_steps: this rate is in steps of each weight's grid, the distance of two codes: one rate
+        then serves all layers and bits. Of integers and tables.
       scale_rate, range_rate: of learned scales and of learned ranges of inputs, relative to their
         size. 0: these stay.
       also: globs of leaves that are not quantized and train too ("*norm*"). other_rate: of these.
@@ -42,6 +44,7 @@ class QAT(Healing):
     """
 
     learning_rate: float = 1e-4
+    in_steps: bool = False
     scale_rate: float = 1e-3
     range_rate: float = 1e-3
     also: tuple[str, ...] = ()
@@ -149,6 +152,8 @@ class Descent:
             disorder = stability.turned(disorder, slope)
             slope = stability.frozen_scales(disorder, slope, how.steadying)
         step, state = how.optimizer(change).update(slope, slots.optimizer, change)
+        if how.in_steps:
+            step = stability.times_steps(step, tree(change))
         new = optax.apply_updates(change, step)
         if oscillations:
             threshold = how.holding_at(slots.step)

@@ -47,6 +47,23 @@ def _codes(w: QTensor) -> Array:
     return batched(one, w.leading())(part(w.data))
 
 
+def times_steps(updates: Any, params: Any) -> Any:
+    """Updates of latent weights in integers or tables, times the step of each weight's grid.
+
+    >>> import jaxquant as jq
+    >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4, init="range"))
+    >>> round(float(times_steps(p, p)["w"].data["codes"][0, 0]), 3)  # one seventh
+    0.143
+    """
+    latents, new = _latents(params), {}
+    for path, of in path_leaves(updates):
+        if path in latents and of.data.get("codes") is not None:
+            w = latents[path]
+            step = batched(w.format.step, w.leading())(part(w.data))
+            new[path] = dataclasses.replace(of, data={**of.data, "codes": of.data["codes"] * step})
+    return replace_leaves(updates, new)
+
+
 def flips(before: dict[str, Array], after: dict[str, Array]) -> dict[str, Float[Array, ""]]:
     """The share of codes that changed between two calls of `codes_of`, by path.
 

@@ -62,8 +62,8 @@ def kl(tiny, result):
 @pytest.mark.parametrize(
     "options",
     [
-        "--steps 20 --block-steps 10 --batch 4 --set learning_rate=3e-3",
-        "--steps 20 --batch 4 --only *mlp/[du]*/kernel --set learning_rate=3e-3",
+        "--steps 20 --block-steps 10 --batch 4 --set learning_rate=0.02",
+        "--steps 20 --batch 4 --only *mlp/[du]*/kernel --set learning_rate=0.03",
         "--steps 100 --batch 8 --method zeroqat --set learning_rate=0.03",
     ],
 )
@@ -97,7 +97,7 @@ def test_floats_and_next_tokens(tiny, run, tmp_path):
     """Of floats the model is its own teacher; "none" learns the text."""
     for name, teacher in (("own", ()), ("text", ("--teacher", "none"))):
         command = tune(tiny, tiny, "--bits", 2, "--group-size", 8, "--batch", 4, "--steps", 12)
-        more = ("--set", "learning_rate=3e-3", "--set", "dampening=0.1")
+        more = ("--set", "learning_rate=0.03", "--set", "dampening=0.1")
         status, _, err = run(*command, *teacher, *more, "--out", tmp_path / name)
         assert status == 0, err
     source, score = load(tiny), {}

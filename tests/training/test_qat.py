@@ -41,6 +41,7 @@ REMEDIES = {
     "steadying": {"steadying": 0.3},
     "kurtosis": {"kurtosis": 1e-3},
     "accumulated": {"batch_size": 12},
+    "in steps": {"in_steps": True, "learning_rate": 0.1},
     "weights alone": {"scale_rate": 0.0},
     "scales alone": {"scale_rate": 0.05, "learning_rate": 1e-9},
 }
