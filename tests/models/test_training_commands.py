@@ -63,7 +63,7 @@ def kl(tiny, result):
     "options",
     [
         "--steps 20 --block-steps 10 --batch 4 --set learning_rate=0.02",
-        "--steps 20 --batch 4 --only *mlp/[du]*/kernel --set learning_rate=0.03",
+        "--steps 40 --batch 4 --only *mlp/[du]*/kernel --set learning_rate=0.03",
         "--steps 100 --batch 8 --method zeroqat --set learning_rate=0.03",
     ],
 )

@@ -62,9 +62,36 @@ def test_it_comes_nearer_to_the_teacher(remedy):
     assert any(done.measured["drift"] > 0 for done in told) == moved
 
 
-@pytest.mark.parametrize("remedy", ["none", "holding", "steadying"])
-def test_killed_and_resumed_it_gives_the_same_bits(remedy):
-    how = dataclasses.replace(HOW, **REMEDIES[remedy])
+FORWARD = jq.ZeroQAT(steps=20, learning_rate=0.05, batch_size=4, save_every=5)
+
+
+@pytest.mark.parametrize("kinds", [("scale",), ("weight", "scale")])
+def test_forward_only_it_comes_nearer_too(kinds):
+    """Of 2 steps x samples forward passes; what is not among the kinds stays."""
+    zeroth = dataclasses.replace(FORWARD.zeroth, kinds=kinds, sizes=(), samples=4, epsilon=0.1)
+    how = dataclasses.replace(FORWARD, steps=100, zeroth=zeroth, batch_size=12)
+    p, told = latents(), []
+    better = jq.qat(fn, p, X, how, teacher=TEACHER, progress=told.append)
+    assert how.forward_passes == 800 and len(told) == 100
+    assert far(better) < 0.9 * far(p)
+    assert far(jq.freeze(better)) == far(better)
+    stays = np.array_equal(better["a"].data["codes"], p["a"].data["codes"])
+    assert stays == ("weight" not in kinds)
+
+
+def test_a_forward_only_step_is_as_long_as_the_rate_says():
+    """Whatever the size of the loss: of two steps, the first at rate 0, at most 1.4 times it."""
+    zeroth = jq.Zeroth(epsilon=1e-3, drawing=jq.Drawing(signs=True), kinds=("scale",), sizes=(0.5,))
+    how = jq.ZeroQAT(steps=2, learning_rate=0.1, batch_size=4, zeroth=zeroth)
+    p = latents()
+    better = jq.qat(fn, p, X, how, teacher=TEACHER)
+    moved = np.abs(better["a"].data["scale"] - p["a"].data["scale"])
+    assert np.ptp(moved) < 1e-6 and 0.01 * 0.05 < moved[0, 0] < 1.4 * 0.05
+
+
+@pytest.mark.parametrize("how", ["none", "holding", "steadying", "forward"])
+def test_killed_and_resumed_it_gives_the_same_bits(how):
+    how = FORWARD if how == "forward" else dataclasses.replace(HOW, **REMEDIES[how])
     kept = {}
 
     def stop(done):
@@ -146,6 +173,8 @@ def test_another_recipe_does_not_go_on_from_it():
         (lambda: jq.QAT(holding=0.001), "holding must be above"),
         (lambda: jq.QAT(dampening=-1.0), "dampening must not be negative"),
         (lambda: jq.QAT(learning_rate=0.0), "learning_rate"),
+        (lambda: jq.Zeroth(kinds=("scale",), sizes=(1.0, 1.0)), "one of each"),
+        (lambda: jq.qat(fn, TEACHER, X, FORWARD), "nothing to train"),
     ],
 )
 def test_bad_input(call, message):
