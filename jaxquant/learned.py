@@ -25,7 +25,7 @@ from jaxquant.opened import Opened, Values
 from jaxquant.paths import path_leaves, replace_leaves, stack_size
 from jaxquant.recipe import Recipe, resolve
 from jaxquant.resume import Finished
-from jaxquant.straight import nearest_codes
+from jaxquant.straight import nearest_codes, through
 from jaxquant.tensor import QTensor, part
 from jaxquant.trainer import Healing, Progress, Trainer, divergence, relative_error
 
@@ -265,7 +265,7 @@ def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
     """
     if not isinstance(format, Integer):
         value = format.dequantize(format.encode(w), w.shape[0])
-        return w + jax.lax.stop_gradient(value - w)
+        return through(w, value)
     grid = spread(format.grids(w), format.rows_per_group(w.shape[0]), w.shape[0])
     zero = jax.lax.stop_gradient(grid.zero)
     return grid.scale * (nearest_codes(w / grid.scale, zero, format.limits) - zero)

@@ -19,19 +19,31 @@ SMALLER = {
 
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
-def test_example(name, capsys):
+def test_the_demo(capsys):
+    name = "01_quantize_smollm2.py"
     main = runpy.run_path(str(ROOT / "examples" / name))["main"]
-    main.__globals__.update(SMALLER.get(name, {}))
+    main.__globals__.update(SMALLER[name])
     main()
     out = capsys.readouterr().out
     assert out.count("gptq 4 bits") == 1
     assert "best 4-bit model: The capital of France is" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["02_qat_optax.py", "03_qat_nnx.py"])
+def test_a_loop_that_trains(name, capsys):
+    runpy.run_path(str(ROOT / "examples" / name))
+    out = capsys.readouterr().out
+    losses = [float(n) for n in re.findall(r"step \d+: ([\d.]+) nats", out)]
+    assert losses[-1] < 0.5 * losses[0]
+    latent, packed = re.findall(r"(?:latent|packed): ([\d.]+)", out)
+    assert latent == packed
+
+
 def test_the_readme_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
+    names = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
     assert "packed matmul" in capsys.readouterr().out

@@ -233,7 +233,8 @@ def turned(state: dict[str, Disorder], slope: Any, momentum: float = 0.05) -> di
     scale to and fro more. Scales whose gradients are in disorder can be frozen for a while
     (`frozen_scales`), which steadies the weights.
 
-    Source: the measure of GAQAT (Jiang et al. 2024, arXiv:2412.05551).
+    Source: the idea of GAQAT (Jiang et al. 2024, arXiv:2412.05551), there of two losses' gradients;
+    how it counts and thaws we could not read, so momentum and threshold are ours.
     """
     slopes = dict(path_leaves(slope))
 

@@ -74,7 +74,7 @@ def main():
                 batch_size=4,
                 vocabulary=1024,
                 validate_every=200,
-            )  # fmt: skip
+            )
             for kind, rate in zip(RATES, options.rates, strict=True)
         )
         data, params, loss, seconds, flips = trained(ours, text)
