@@ -44,7 +44,7 @@ def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
       ValueError: nothing in it can be trained; a glob that matches none, or integers.
     """
     start: Values = {}
-    _check_globs(params, also)
+    check_globs(params, also)
     leaves = {}
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
@@ -57,7 +57,8 @@ def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
     return Opened(replace_leaves(params, leaves), start)
 
 
-def _check_globs(params: Any, also: Sequence[str]) -> None:
+def check_globs(params: Any, also: Sequence[str]) -> None:
+    """Raise ValueError unless every glob matches a leaf, and no leaf but floating ones."""
     for glob in also:
         found = [w for path, w in path_leaves(params) if matches(path, glob)]
         plain = [w for w in found if not isinstance(w, QTensor)]

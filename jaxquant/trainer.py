@@ -89,7 +89,9 @@ def _copied(change: Values) -> Values:
 
 
 def _mark(healing: Healing, tree: Any) -> np.ndarray:
-    """A digest of settings, structure and all leaves: with others it is another training."""
+    """A digest of settings, structure and all leaves of what training begins with, the first batch
+    among it: with others it is another training.
+    """
     digest = hashlib.blake2b(f"{healing}{jax.tree.structure(tree)}".encode(), digest_size=16)
     for leaf in jax.tree.leaves(tree):
         digest.update(np.asarray(leaf).tobytes())
@@ -145,6 +147,7 @@ def relative_error(y: Array, wanted: Array) -> Array:
     >>> float(relative_error(jnp.array([[3.0, 0.0]]), jnp.array([[2.0, 0.0]])))
     0.25
     """
+    y, wanted = y.astype(jnp.float32), wanted.astype(jnp.float32)  # squares leave float16 soon
     energy = lambda a: jnp.sum(a**2, axis=-1)
     return jnp.mean(energy(y - wanted) / (energy(wanted) + 1e-12))
 
@@ -225,7 +228,8 @@ class Trainer:
             return float(np.mean(each)) if each else float("inf")
 
         start, slots = self.rule.init(opened)
-        mark = _mark(healing, (opened.start, start))
+        first = batch(healing.batch(0, count)), [one[-1] for one in held_out]
+        mark = _mark(healing, (opened, start, first))
         best = start if held_out else None  # of what is not judged no second copy is kept
         state = _State(0, _copied(start), slots, best, float("inf"))
         if kept := _kept(finished, mark, name):

@@ -10,10 +10,11 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.finetune import CODES
-from jaxquant.layers import is_apart
+from jaxquant.layers import is_apart, layers_of
 from jaxquant.recoding import can_recode
 from jaxquant.resume import Folder
 from jaxquant.rounding import Nearest
+from jaxquant.trainer import relative_error
 from models import pipeline, self_text
 from models.job import GENERATED, HELD_OUT, digest_of, hash_of, split
 from models.llama import blockwise, whole
@@ -21,6 +22,7 @@ from models.registry import Model
 
 How = jq.QAT | jq.ZeroQAT
 BLOCK_DATA = 48  # sequences to train single blocks on
+OTHER_BASIS = 0.5  # a relative error of embeddings that rounding does not make
 JUDGED = 4  # sequences that the state to keep is chosen on
 # Of every way to train: end to end, and block by block before.
 _QAT = jq.QAT(in_steps=True, scale_rate=3e-4, also=(pipeline.NORMS,), validate_every=25)
@@ -104,18 +106,29 @@ def check(tuning: Tuning, source: Model, teacher: Model | None) -> None:
             "model does, all of it, as in healing: give --teacher MODEL, --method qat, --steps, "
             "and neither --block-steps nor --only"
         )
-    if teacher is not None:
-        shape = lambda m: (m.config.d_model, m.config.n_layers, m.config.vocab_size)
-        if shape(teacher) != shape(source):
-            raise ValueError(
-                f"the teacher has another width, depth or vocabulary: {shape(teacher)}, "
-                f"not {shape(source)}"
-            )
+    if teacher is not None and teacher.config != source.config:
+        of, ours = (dataclasses.asdict(m.config) for m in (teacher, source))
+        names = ", ".join(f"{n} {of[n]}, not {ours[n]}" for n in of if of[n] != ours[n])
+        raise ValueError(
+            f"the teacher is another architecture: {names} (a model whose residual stream was "
+            f"rotated has a head apart; train before, or with --teacher none)"
+        )
+    if is_apart(source.params, "layers") and len(_forms(source.params)) > 1:
+        raise ValueError(
+            "layers apart train as a stack: quantize the same weights in all of them, with the "
+            "same transforms and in the same format"
+        )
     if tuning.context > source.config.max_position:
         raise ValueError(
             f"--context {tuning.context} exceeds the {source.config.max_position} positions of "
             f"the model"
         )
+
+
+def _forms(params: Any) -> set[tuple]:
+    """How layers apart are packed."""
+    said = lambda w: (w.format, w.input, w.output, w.activations)
+    return {tuple((p, said(w)) for p, w in _packed(one)) for one in layers_of(params, "layers")}
 
 
 def trains_codes(params: Any) -> bool:
@@ -190,6 +203,12 @@ def tuned(
         parts, few = blockwise(source.config, source.dtype), training[:BLOCK_DATA]
         embed = jax.jit(jq.quantized(parts.embed))
         hidden = np.stack([embed(params, jnp.asarray(s)[None])[0] for s in few])
+        theirs = embed(whole(teacher.params), jnp.asarray(few[:1]))[0]
+        if relative_error(jnp.asarray(hidden[0]), theirs) > OTHER_BASIS:
+            raise ValueError(
+                "the teacher's residual stream has another basis, so its layers cannot be met one "
+                "by one: leave --block-steps out, or give the rotated floats as --teacher"
+            )
         layers = jq.qat_blocks(
             parts.block, params["layers"], whole(teacher.params)["layers"], hidden, tuning.blocks,
             progress=progress, finished=folder,
@@ -198,7 +217,7 @@ def tuned(
     if tuning.how is not None:
         params = jq.qat(
             pipeline.trainable(source), params, training, tuning.how,
-            teacher=None if teacher is None else teacher.params,
+            teacher=None if teacher is None else whole(teacher.params),
             validation=held_out[:JUDGED], progress=progress, finished=folder,
         )  # fmt: skip
     params = jq.freeze(params)

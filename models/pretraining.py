@@ -93,6 +93,13 @@ class Run:
         )  # fmt: skip
 
     @property
+    def switch(self) -> int:
+        """The step before which activations become those of a4.8; past the end without."""
+        if not self.a48:
+            return self.steps + 1
+        return min(round((1 - self.a48) * self.steps), self.steps - 1)
+
+    @property
     def recipe(self) -> jq.Recipe:
         """The layers' matrices ternary; embedding and norms floats."""
         return jq.Recipe([(LAYERS, jq.bitnet()), ("*", jq.KEEP)])
@@ -105,11 +112,10 @@ class Run:
         decay = self.weight_decay
         if self.quantized:
             decay = decay_until_half(self.weight_decay, self.steps)
-        matrices = lambda params: jax.tree.map(lambda a: a.ndim >= 2 and a.shape[-1] > 1, params)
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(b1=0.9, b2=0.95),
-            optax.add_decayed_weights(decay, mask=matrices),
+            optax.add_decayed_weights(decay, mask=_matrices),
             optax.scale_by_learning_rate(rate),
         )
 
@@ -204,14 +210,16 @@ def train(
     if folder is not None:
         kept = _Kept(Path(folder), run, data)
         state = kept.last(state)
+        if state.step > run.switch:
+            state = _hybrid(state)
     step, judge = _step(run, config), jax.jit(partial(_loss, config))
     rows = _rows(run, data.training)
     parts = max(1, len(data.held_out) // 8)
     judged = [jnp.asarray(r) for r in np.array_split(data.held_out, parts)]
     held_out = lambda: float(np.mean([judge(state.params, some) for some in judged]))
     while state.step < run.steps:
-        if state.step >= round((1 - run.a48) * run.steps):
-            state = state._replace(params=hybrid(state.params), slots=hybrid(state.slots))
+        if state.step == run.switch:
+            state = _hybrid(state)
         batch = jnp.asarray(rows[state.step])
         params, slots, loss, norm, flips = step(state.params, state.slots, batch)
         state = State(state.step + 1, params, slots)
@@ -230,8 +238,19 @@ def train(
     return state.params, held_out()
 
 
-def hybrid(tree: Any) -> Any:
-    """The tree, of parameters or of what an optimizer keeps of them, with activations of `A48`."""
+def _matrices(params: Any) -> Any:
+    """Which leaves decay: latent weights and the embedding, not the gains of norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: not jax.tree_util.keystr(path).endswith("['scale']"), params
+    )
+
+
+def _hybrid(state: State) -> State:
+    """Activations of `A48`, in the parameters as in what the optimizer keeps of them."""
+    return state._replace(params=_with_a48(state.params), slots=_with_a48(state.slots))
+
+
+def _with_a48(tree: Any) -> Any:
 
     def one(path: Any, w: Any) -> Any:
         name = "/".join(str(key.key) for key in path if hasattr(key, "key"))

@@ -309,7 +309,8 @@ def _stepped_backward(rule: tuple, kept: tuple, g: Array) -> tuple[Array, Array,
     (format, estimator), (w, scale, zero) = rule, kept
     v = w / scale
     level, inside = steps(format, v, zero, estimator)
-    if isinstance(estimator, StretchedElastic) and estimator.released:
+    ternary = isinstance(format, Ternary)  # at 2 bits the released program has the forward's slope
+    if isinstance(estimator, StretchedElastic) and estimator.released and ternary:
         level = jnp.where(inside, level, jnp.sign(v) * estimator.edge_of(format))
     slope = jnp.where(inside, level - v, level)
     d_zero = jnp.where(inside, 0.0, -scale) * g

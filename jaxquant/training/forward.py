@@ -48,6 +48,11 @@ class ZeroQAT(Healing):
         """Of all the training, of one batch each; looks at held-out data aside."""
         return 2 * self.steps * self.zeroth.samples
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Globs of leaves that train and are not quantized."""
+        return self.zeroth.others if OTHER in self.zeroth.kinds else ()
+
     def rule(self) -> Rule:
         """What `Trainer` asks for."""
         return Forward(self)

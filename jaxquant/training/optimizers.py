@@ -1,12 +1,13 @@
 """Optimizers for trees with latent weights: one for every kind of array, none for the rest."""
 
+import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxquant.training.thaw import LABELS, labels
+from jaxquant.standin import is_standin
+from jaxquant.training.thaw import LABELS, labels, unit
 
 
 def optimizer(params: Any, **of: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -31,7 +32,9 @@ def optimizer(params: Any, **of: optax.GradientTransformation) -> optax.Gradient
 
 
 def relative() -> optax.GradientTransformation:
-    """Updates times the sizes of what they update, so that a learning rate is of relative changes.
+    """Updates times the units of what they update, so that a learning rate is of relative changes.
+
+    A unit is the number's size; of zero points, offsets and logits another (`thaw.unit`).
 
     After Adam, for scales: these differ from weight to weight by orders of magnitude, and an
     absolute step that suits one takes another below zero.
@@ -46,6 +49,14 @@ def relative() -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("relative() needs the parameters: update(updates, state, params)")
-        return jax.tree.map(lambda u, p: u * jnp.abs(p), updates, params), state
+        return jax.tree.map(_times_units, updates, params, is_leaf=is_standin), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _times_units(update: Any, param: Any) -> Any:
+    if not is_standin(update):
+        return update * unit("", param, {})
+    known = {n: a for n, a in update.data.items() if isinstance(a, jax.Array)}  # the others' masked
+    new = {n: a * unit(n, param.data[n], param.data) for n, a in known.items()}
+    return dataclasses.replace(update, data={**update.data, **new})

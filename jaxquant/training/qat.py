@@ -16,24 +16,31 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxquant.dispatch import quantized
-from jaxquant.opened import Opened
-from jaxquant.paths import stack_size
+from jaxquant.opened import Opened, check_globs
+from jaxquant.paths import path_leaves, replace_leaves, stack_size
 from jaxquant.quantize import dequantize
 from jaxquant.resume import Finished
+from jaxquant.tensor import QTensor
 from jaxquant.trainer import Progress, Trainer, divergence, relative_error
 from jaxquant.training.descent import QAT
 from jaxquant.training.forward import ZeroQAT
+from jaxquant.training.thaw import freeze
 
 How = QAT | ZeroQAT
 END_TO_END, BLOCKS = QAT(), QAT(steps=20, learning_rate=3e-3)
 
 
 def open_latent(params: Any, how: How) -> Opened:
-    """The tree apart: what stays, and what trains."""
+    """The tree apart: what stays, and what trains, in float32 whatever it is stored in.
+
+    Raises:
+      ValueError: nothing is latent; `also` (of `ZeroQAT`: `others`) matches no floating leaf.
+    """
+    check_globs(params, how.also)
     train, rest = eqx.partition(params, how.trained(params))
     if not jax.tree.leaves(train):
         raise ValueError("nothing to train: no leaf is latent; make some with jq.latent or jq.thaw")
-    return Opened(rest, train)
+    return Opened(rest, jax.tree.map(lambda a: a.astype(jnp.float32), train))
 
 
 def qat(
@@ -80,14 +87,25 @@ def qat(
     change = trainer.fit_sequences(
         opened, sequences, validation, teacher, name="qat", progress=progress, finished=finished
     )
-    return eqx.combine(change, opened.params)
+    return _stored_as(params, eqx.combine(change, opened.params))
+
+
+def _stored_as(params: Any, trained: Any) -> Any:
+    """The trained tree, its plain leaves in the dtypes that they had."""
+    plain = {path: w.dtype for path, w in path_leaves(params) if not isinstance(w, QTensor)}
+    new = {path: w.astype(plain[path]) for path, w in path_leaves(trained) if path in plain}
+    return replace_leaves(trained, new)
+
+
+def _rounds_inputs(params: Any) -> bool:
+    return any(getattr(w, "activations", None) is not None for _, w in path_leaves(params))
 
 
 def _loss(fn: Callable, change: Any, opened: Opened, teacher: Any, x: Array) -> Array:
     logits = quantized(fn)(eqx.combine(change, opened.params), x)
     if teacher is None:
         return next_token(logits, x)
-    return jnp.mean(divergence(logits, jax.lax.stop_gradient(fn(teacher, x))))
+    return jnp.mean(divergence(logits, jax.lax.stop_gradient(quantized(fn)(teacher, x))))
 
 
 def next_token(logits: Float[Array, "b t v"], tokens: Array) -> Array:
@@ -131,7 +149,10 @@ def qat_blocks(
         raise ValueError(f"expected as many blocks as the teacher has, {blocks}, got {given}")
     if len(hidden) < 2:
         raise ValueError("expected two inputs or more, one of them to be held out, got one")
-    trainer, plain = Trainer(partial(_block_loss, block), how, how.rule()), jax.jit(block)
+    trainer, plain = (
+        Trainer(partial(_block_loss, block), how, how.rule()),
+        jax.jit(quantized(block)),
+    )
     ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
     done = []
     for i in range(blocks):
@@ -141,9 +162,11 @@ def qat_blocks(
         change = trainer.fit_examples(
             opened, ours, after, name=f"qat of block {i}", progress=progress, finished=finished
         )
-        done.append(eqx.combine(change, opened.params))
-        dense = dequantize(done[-1])  # once, not for every example
-        ours, theirs = [plain(dense, h) for h in ours], after
+        done.append(_stored_as(of_block(params), eqx.combine(change, opened.params)))
+        served = freeze(done[-1])
+        if not _rounds_inputs(served):
+            served = dequantize(served)  # once, not for every example
+        ours, theirs = [plain(served, h) for h in ours], after
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 

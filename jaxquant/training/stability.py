@@ -10,19 +10,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.codebooks import Integer
-from jaxquant.codebooks.table import Table
+from jaxquant.codebooks.table import Table, search
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.tensor import QTensor, part
-from jaxquant.training.estimators import LSQ, grid_of, spread
+from jaxquant.training.estimators import grid_of, spread
 from jaxquant.training.latent import Latent, batched
 from jaxquant.training.thaw import is_latent
 
 
 def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
     """The code of every latent weight in integers or tables, by path; int8 [*batch, k, n].
+
+    Of a table: the place of the level, counted from below. Float8 has too many, and is left out.
 
     >>> import jaxquant as jq
     >>> codes_of(jq.latent({"w": jnp.ones((64, 1))}, jq.lsq(4, init="range")))["w"][0, 0].item()
@@ -33,8 +36,13 @@ def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
 
 def _latents(params: Any) -> dict[str, QTensor]:
     """Latent weights whose codes are numbers on a line."""
-    known = lambda w: is_latent(w) and isinstance(w.format.format, Integer | Table)
-    return {path: w for path, w in path_leaves(params) if known(w)}
+
+    def known(format: Any) -> bool:
+        return isinstance(format, Integer) or (
+            isinstance(format, Table) and not isinstance(format.table, str)
+        )
+
+    return {p: w for p, w in path_leaves(params) if is_latent(w) and known(w.format.format)}
 
 
 def _grid(latent: Latent, data: dict[str, Array]) -> Any:
@@ -43,8 +51,19 @@ def _grid(latent: Latent, data: dict[str, Array]) -> Any:
 
 
 def _codes(w: QTensor) -> Array:
-    one = lambda data: w.format.format.round(data["codes"], _grid(w.format, data))[0]
+    format = w.format.format
+
+    def one(data: dict[str, Array]) -> Array:
+        codes = format.round(data["codes"], _grid(w.format, data))[0]
+        return _places(format)[codes] if isinstance(format, Table) else codes
+
     return batched(one, w.leading())(part(w.data))
+
+
+def _places(format: Table) -> Int[Array, "codes"]:
+    """Of every code, how many levels are below its own."""
+    levels = np.asarray(format.table, np.float32)
+    return jnp.asarray(np.searchsorted(search(tuple(levels))[0], levels), jnp.int8)
 
 
 def times_steps(updates: Any, params: Any) -> Any:
@@ -202,8 +221,7 @@ def _held(latent: Latent, data: dict[str, Array], frozen: Array, mean: Array) ->
     grid, w, format = _grid(latent, data), data["codes"], latent.format
     code = jnp.round(mean)
     if isinstance(format, Table):
-        ordered = jnp.asarray(format.table)
-        value = grid.scale * ordered[code.astype(jnp.int32)]
+        value = grid.scale * jnp.asarray(search(format.table)[0])[code.astype(jnp.int32)]
     else:
         value = grid.scale * (code - grid.zero)
     return jnp.where(frozen, value.astype(w.dtype), w)
@@ -221,7 +239,7 @@ class Disorder(NamedTuple):
 
 def disorder(params: Any) -> dict[str, Disorder]:
     """The state of `turned`, before training."""
-    learned = {p: w for p, w in _latents(params).items() if isinstance(w.format.estimator, LSQ)}
+    learned = {p: w for p, w in _latents(params).items() if "scale" in w.data}
     zero = lambda a: Disorder(jnp.zeros(a.shape, jnp.int8), jnp.zeros(a.shape, jnp.float32))
     return {path: zero(w.data["scale"]) for path, w in learned.items()}
 

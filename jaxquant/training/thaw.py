@@ -236,3 +236,24 @@ def trained(params: Any, *kinds: str) -> Any:
     if unknown := set(wanted) - set(LABELS):
         raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
     return jax.tree.map(lambda label: label in wanted, labels(params))
+
+
+UNITS = ("zero", "high", "low")  # numbers whose size says nothing: codes, logits
+
+
+def unit(name: str, a: Array, data: Mapping[str, Array]) -> Array:
+    """What a small change of an array is to be measured by: its size, but where that says nothing.
+
+    A zero point, in codes, and the logits of a range are measured by 1, an offset by its scale.
+
+    Args:
+      name: of the array in `data`, a latent weight's; "" for a leaf of its own.
+
+    >>> unit("zero", jnp.zeros(2), {}).tolist(), unit("", jnp.array([-3.0]), {}).tolist()
+    ([1.0, 1.0], [3.0])
+    """
+    if name.removeprefix(ACTIVATIONS) in UNITS:
+        return jnp.ones_like(a)
+    if name == f"{ACTIVATIONS}offset":
+        return jnp.abs(data[f"{ACTIVATIONS}scale"])
+    return jnp.abs(a)

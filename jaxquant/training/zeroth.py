@@ -17,7 +17,7 @@ from jaxquant.fields import check_fields, check_positive
 from jaxquant.paths import matches, path_leaves, replace_leaves
 from jaxquant.tensor import QTensor
 from jaxquant.training.latent import EPSILON, KEY, NORMAL, Drawing
-from jaxquant.training.thaw import FROZEN, LABELS, OTHER, WEIGHT, labels
+from jaxquant.training.thaw import FROZEN, LABELS, OTHER, WEIGHT, labels, unit
 
 
 class Slope(NamedTuple):
@@ -42,7 +42,8 @@ class Zeroth:
     Attributes:
       epsilon: e.
       samples: q draws a step.
-      drawing: of z; `relative`: weights move by z times their step, all else by z times itself.
+      drawing: of z; `relative`: weights move by z times their step, all else by z times its
+        `unit`.
         A rounded loss only changes where codes do: below half a step few do, and those by far, so
         that the variance grows as step / e. The estimate is then of the gradient times squared
         steps, which suits an update.
@@ -173,7 +174,7 @@ def perturbed(params: Any, key: Array, epsilon: Any, how: Zeroth) -> Any:
             format = dataclasses.replace(leaf.format, drawing=how.drawing)
             leaves[path] = dataclasses.replace(leaf, data=leaf.data | noise, format=format)
         else:
-            leaves[path] = _put(leaf, name, _plus(_at(leaf, name), own, amount, how))
+            leaves[path] = _put(leaf, name, _plus(leaf, name, own, amount, how))
     return replace_leaves(params, leaves)
 
 
@@ -185,7 +186,7 @@ def _moved(target: Any, params: Any, key: Array, amount: Any, how: Zeroth) -> An
         if label == WEIGHT:
             leaves[path] = _put(leaf, name, _shifted(leaf, at, own, size, how))
         else:
-            z = _plus(_at(at, name), own, size, how) - _at(at, name)
+            z = _plus(at, name, own, size, how) - _at(at, name)
             leaves[path] = _put(leaf, name, _at(leaf, name) + z)
     return replace_leaves(target, leaves)
 
@@ -207,10 +208,11 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
     return jax.lax.fori_loop(0, len(flat_codes), body, flat_codes).reshape(codes.shape)
 
 
-def _plus(a: Array, key: Array, amount: Any, how: Zeroth) -> Array:
+def _plus(leaf: Any, name: str, key: Array, amount: Any, how: Zeroth) -> Array:
+    a, data = _at(leaf, name), getattr(leaf, "data", {})
     z = how.drawing.values(key, a.shape)
     if how.drawing.relative:
-        z = z * jnp.abs(a)
+        z = z * unit(name, a, data)
     return a + (amount * z).astype(a.dtype)
 
 
@@ -226,7 +228,7 @@ def _moving(params: Any, how: Zeroth) -> Iterator[tuple[str, str, str]]:
     """(path, name, label) of every array that moves, in the order of the tree."""
     for path, of in path_leaves(labels(params)):
         named = of.data if isinstance(of, QTensor) else {"": of}
-        for name, label in named.items():
+        for name, label in sorted(named.items()):  # as flattening does: a jitted tree has it
             left = label == OTHER and not any(matches(path, glob) for glob in how.others)
             if label in how.kinds and not left:
                 yield path, name, label

@@ -1,5 +1,6 @@
 """`finetune`, `train-bitnet`: what they make, that they go on to the same bits, and bad input."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import checkpoint
-from models import load, pipeline
+from models import load, pipeline, pretraining
 from models.cli import main
 from tests.models.test_cli import KILLED, fails
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
@@ -129,6 +130,39 @@ def test_text_of_the_teachers_own(tiny, packed, run, tmp_path):
     assert kl(tiny, tmp_path / "o") < kl(tiny, packed)
 
 
+def test_another_architecture_does_not_teach(tiny, packed, run, tmp_path):
+    tied = tmp_path / "tied"
+    write_folder(tied, BASE | {"tie_word_embeddings": True}, random_tensors(BASE))
+    command = tune(tiny, packed, "--teacher", tied, "--steps", 2, "--out", tmp_path / "o")
+    fails(run(*command), 2, "another architecture: tie_embeddings True, not False")
+    rotated = tmp_path / "rotated"
+    options = ("--method", "rtn", "--group-size", 8, "--rotate-residual", "random")
+    status, _, err = run("quantize", tiny, *options, "--out", rotated)
+    assert status == 0, err
+    command = tune(tiny, rotated, "--teacher", tiny, "--steps", 0, "--block-steps", 2)
+    fails(run(*command, "--out", tmp_path / "o"), 1, "another basis")
+
+
+def test_layers_apart_train_as_a_stack(tiny, run, tmp_path):
+    recipes = {
+        "alike": [("layers/*kernel", jq.rtn(2, 8)), ("*", jq.KEEP)],
+        "unlike": [("layers/0/*kernel", jq.rtn(2, 8)), ("layers/*kernel", jq.rtn(3, 8)),
+                   ("*", jq.KEEP)],
+    }  # fmt: skip
+    source = load(tiny)
+    for name, rules in recipes.items():
+        params = jq.quantize(jq.unstack(source.params, "layers"), jq.Recipe(rules))
+        model = dataclasses.replace(source, params=params)
+        pipeline.save(tmp_path / name, model, jq.Recipe(rules))
+    command = lambda name: tune(tiny, tmp_path / name, "--teacher", tiny, "--batch", 4)
+    more = ("--steps", 12, "--out", tmp_path / "o")
+    fails(run(*command("unlike"), *more), 2, "layers apart train as a stack")
+    status, _, err = run(*command("alike"), *more)
+    assert status == 0, err
+    assert kl(tiny, tmp_path / "o") < kl(tiny, tmp_path / "alike")
+    assert "0" in pipeline.load_any(tmp_path / "o").params["layers"]
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, tmp_path):
     options = tune(tiny, packed, "--teacher", tiny, "--block-steps", 12, "--steps", 22, "--out")
@@ -201,6 +235,32 @@ def test_bitnet_from_scratch(tiny, run, tmp_path, more):
     status, out, _ = run("inspect", tmp_path / "o")
     assert status == 0 and "Ternary" in out
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_gains_of_norms_do_not_decay():
+    run = pretraining.Run("1m", steps=10, vocabulary=300)
+    params = pretraining.begin(run, run.config(300)).params
+    optimizer = run.optimizer()
+    state, still = optimizer.init(params), jax.tree.map(np.zeros_like, params)
+    for _ in range(3):
+        updates, state = optimizer.update(still, state, params)
+    layer = updates["layers"]
+    assert not any(np.any(u) for u in jax.tree.leaves((layer["attn_norm"], updates["norm"])))
+    assert not np.any(layer["attn"]["sub_norm"]["scale"])
+    assert np.any(layer["attn"]["q"]["kernel"].data["codes"])
+    assert np.any(updates["embed"]["embedding"])
+
+
+def test_a_finished_run_stays_a_run_of_a48(tmp_path):
+    """Killed after its last step it comes back as it was."""
+    run = pretraining.Run("1m", steps=3, context=16, batch_size=2, vocabulary=300, a48=0.1)
+    data = pretraining.texts(run, TEXT)
+    first, _ = pretraining.train(run, data, tmp_path / "o")
+    again, _ = pretraining.train(run, data, tmp_path / "o")
+    forms = lambda p: {
+        str(w.activations) for _, w in jq.path_leaves(p) if isinstance(w, jq.QTensor)
+    }
+    assert forms(first) == forms(again) == {"int8", "int4,mean", "int8,top=0.5"}
 
 
 @pytest.mark.slow

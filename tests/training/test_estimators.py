@@ -161,6 +161,8 @@ def test_published_examples():
     released = jq.StretchedElastic(released=True)
     _, (_, ds, _) = published(jq.Ternary(), released, 2 / 3, w)
     np.testing.assert_allclose(ds[jnp.array([0, -1])], [-1.5, 1.5])  # times 2/3: one of the range
+    _, (_, ds, _) = published(jq.Stretched(), released, 1.0, w)
+    np.testing.assert_allclose(ds[jnp.array([0, -1])], [-0.75, 0.75])
 
 
 def test_the_range_is_closed_a_hundredth_early():

@@ -107,6 +107,38 @@ def test_killed_and_resumed_it_gives_the_same_bits(how):
     assert same(again, jq.qat(fn, latents(), X, how, teacher=TEACHER))
 
 
+def test_what_says_nothing_by_its_size_trains_too():
+    """Zero points of 0, and norms in float16, which a small step would not change."""
+    teacher = {**TEACHER, "norm": jnp.ones(WIDTH, jnp.float16)}
+    run = lambda p, x: fn(p, x * p["norm"].astype(jnp.float32))
+    recipe = jq.Recipe([("norm", jq.KEEP), ("*", jq.lsq(2, 16, symmetric=False))])
+    p = jq.latent(teacher, recipe)
+    how = dataclasses.replace(HOW, also=("norm",))
+    better = jq.qat(run, p, X, how, teacher=teacher)
+    assert better["norm"].dtype == jnp.float16 and np.mean(better["norm"] != 1) > 0.5
+    before, after = (t["a"].data["zero"] for t in (p, better))
+    assert np.mean(after[before == 0] != 0) > 0.5 if np.any(before == 0) else True
+    flat = jq.trained(p, "scale")
+    zero = jax.tree.map(jnp.zeros_like, p)
+    chain = jq.relative()
+    ones = jax.tree.map(jnp.ones_like, p)
+    updates, _ = chain.update(ones, chain.init(zero), zero)
+    assert np.all(updates["a"].data["zero"] == 1) and not np.any(updates["a"].data["scale"])
+    assert flat["a"].data["zero"]
+    with pytest.raises(ValueError, match="'nrom' matches other or none"):
+        jq.qat(run, p, X, dataclasses.replace(HOW, also=("nrom",)), teacher=teacher)
+
+
+def test_a_packed_teacher():
+    packed = jq.quantize(TEACHER, jq.rtn(8, 16))
+    how = dataclasses.replace(HOW, steps=5)
+    ours, theirs = (
+        jq.qat(fn, latents(), X, how, teacher=t) for t in (packed, jq.dequantize(packed))
+    )
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
+    jax.tree.map(near, ours, theirs)
+
+
 def test_from_tokens():
     """Without a teacher the next token is told, as the text has it."""
     vocabulary = 32
@@ -159,9 +191,17 @@ def test_another_recipe_does_not_go_on_from_it():
     with pytest.raises(KeyboardInterrupt):
         jq.qat(fn, latents(), X, HOW, teacher=TEACHER, progress=stop, finished=kept)
     before = {name: a.copy() for name, a in kept["qat"].items()}
-    for p, how in ((latents(3), HOW), (latents(), jq.QAT(steps=30))):
+    other = jax.tree.map(jnp.negative, TEACHER)
+    for p, x, how, teacher in (
+        (latents(3), X, HOW, TEACHER),
+        (latents(), X, jq.QAT(steps=30), TEACHER),
+        (latents(), -X, HOW, TEACHER),
+        (latents(), X, HOW, other),
+    ):
         with pytest.raises(ValueError, match="up to step 10, is another training"):
-            jq.qat(fn, p, X, how, teacher=TEACHER, finished=kept)
+            jq.qat(fn, p, x, how, teacher=teacher, finished=kept)
+    with pytest.raises(ValueError, match="up to step 10, is another training"):
+        jq.qat(fn, latents(), X, HOW, teacher=TEACHER, validation=X[:1], finished=kept)
     assert all(np.array_equal(a, kept["qat"][name]) for name, a in before.items())
 
 

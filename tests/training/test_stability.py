@@ -63,6 +63,21 @@ def test_freezing_stops_it_for_good():
     assert np.mean(seen[-1] == 0) > 0.9
 
 
+def test_a_code_of_a_table_is_held_among_its_neighbours():
+    """Of MXFP4 code 1 is 1/2 and code 9 is -1/2: between them is 0, not code 5, which is 3."""
+    format = jq.MXFP4(pad=True)
+    made = jq.Method("made", jq.rtn().rounder, format)
+    p = jq.latent({"w": jnp.full((32, 1), 0.5).at[0].set(6.0)}, made)
+    state = stability.oscillations(p)
+    for i in range(60):
+        sign = 1 - 2 * (i % 2)
+        codes = p["w"].data["codes"].at[1:].set(0.5 * sign)
+        w = p["w"].__class__({**p["w"].data, "codes": codes}, p["w"].format, p["w"].view, "float32")
+        state, held = stability.hold(state, {"w": w}, 0.2, 0.05)
+    assert bool(jnp.all(state["w"].frozen[1:]))
+    assert float(jnp.max(jnp.abs(held["w"].dequantize()[1:]))) <= 0.5
+
+
 def test_flips_and_drift():
     p = jq.latent({"w": draw(64, 8), "v": draw(64, 8, seed=1)}, jq.lsq(3, 16))
     codes = stability.codes_of(p)

@@ -106,6 +106,27 @@ def test_derivatives_through_rounding(relative):
         assert float(g["w"].data["codes"][i, 0]) == pytest.approx(float(c[0, i]) * slope, abs=0.6)
 
 
+def test_a_step_is_the_same_jitted_or_not():
+    """Which key an array has does not depend on the order in which a tree was made."""
+    p = jq.latent({"w": draw(32, 16)}, jq.lsq(4, 16, activation_bits=8),
+                  jq.calibrate(lambda p, x: x @ p["w"], {"w": draw(32, 16)}, [draw(8, 32, seed=3)],
+                               sample=8))  # fmt: skip
+    x = draw(8, 32, seed=2)
+    loss = lambda p: jnp.mean(jnp.tanh(jq.quantized(lambda p: x @ p["w"])(p)) ** 2)
+    step = zo_step(loss, Zeroth(0.05, kinds=("scale", "range")))
+    key = jax.random.key(1)
+    for run in (step, jax.jit(step)):
+        after, _, slope = run(p, key, 0.1)
+        np.testing.assert_array_equal(
+            after["w"].data["activations.scale"],
+            moved(p, slope, 0.1, Zeroth(0.05, kinds=("scale", "range")))["w"].data[
+                "activations.scale"
+            ],
+        )
+    eager, jitted = (run(p, key, 0.1)[2].numbers for run in (step, jax.jit(step)))
+    np.testing.assert_allclose(eager, jitted, rtol=1e-3)
+
+
 def test_small_moves_see_jumps():
     """Below half a step few codes change, and by a whole step: the variance grows."""
     p, x, y = made()
