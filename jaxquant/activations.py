@@ -54,7 +54,7 @@ class Activations:
     >>> str(Activations(4, symmetric=False, clip=0.9))
     'int4,asymmetric,clip=0.9'
     >>> Activations.of("int8/256")
-    Activations(bits=8, symmetric=True, clip=1.0, per='block', floating=False, mse=False)
+    Activations(bits=8, symmetric=True, clip=1.0, per='block', floating=False, ...)
     """
 
     bits: int = 8

@@ -39,6 +39,7 @@ def relative() -> optax.GradientTransformation:
     After Adam, for scales: these differ from weight to weight by orders of magnitude, and an
     absolute step that suits one takes another below zero.
 
+    >>> import jax.numpy as jnp
     >>> chain = optax.chain(optax.adam(0.1), relative())
     >>> p = {"large": jnp.array(100.0), "small": jnp.array(0.01)}
     >>> updates, _ = chain.update(p, chain.init(p), p)
