@@ -27,15 +27,25 @@ KEY, EPSILON = "key", "epsilon"  # of a weight that is moved at random where it 
 class Drawing:
     """How random directions are drawn: normal or of signs; `relative`: times the weights' steps.
 
+    `shared`: one number for all of an array, of a stack one for each layer's: so few numbers that a
+    handful of losses say where to go, though no further than they reach.
+
     >>> Drawing(signs=True).values(jax.random.key_data(jax.random.key(0)), (3,)).tolist()
     [...1.0, ...1.0, ...1.0]
     """
 
     signs: bool = False
     relative: bool = False
+    shared: bool = False
 
-    def values(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Numbers of unit variance. The key may be typed, or its data."""
+    def values(self, key: Array, shape: tuple[int, ...], axes: int = 0) -> Float[Array, "..."]:
+        """Numbers of unit variance. The key may be typed, or its data.
+
+        Args:
+          axes: leading ones, along which a number is not shared.
+        """
+        if self.shared:
+            shape = shape[:axes] + (1,) * (len(shape) - axes)
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         key = key if typed else jax.random.wrap_key_data(key)
         draw = jax.random.rademacher if self.signs else jax.random.normal

@@ -210,7 +210,8 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
 
 def _plus(leaf: Any, name: str, key: Array, amount: Any, how: Zeroth) -> Array:
     a, data = _at(leaf, name), getattr(leaf, "data", {})
-    z = how.drawing.values(key, a.shape)
+    axes = leaf.leading() if isinstance(leaf, QTensor) else max(0, a.ndim - 1)
+    z = how.drawing.values(key, a.shape, axes)
     if how.drawing.relative:
         z = z * unit(name, a, data)
     return a + (amount * z).astype(a.dtype)
