@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, Values, close_tree, open_tree, trained
-from jaxquant.paths import path_leaves, stack_size
+from jaxquant.paths import common_stack_size, path_leaves
 from jaxquant.quantize import dequantize
 from jaxquant.recoding import Codes, can_recode, with_codes
 from jaxquant.resume import Finished
@@ -166,26 +166,20 @@ def heal_blocks(
     >>> heal_blocks(block, q, {"w": w}, x)["w"].shape
     (2, 32, 32)
     """
-    blocks, given = stack_size(teacher), stack_size(params)
-    if given != blocks:
-        raise ValueError(f"expected as many blocks as the teacher has, {blocks}, got {given}")
-    trainer = Trainer(partial(_block_loss, block), healing)
-    plain = jax.jit(block)
-    if len(hidden) < 2:
-        raise ValueError("expected two inputs or more, one of them to be held out, got one")
-    ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
+    blocks = common_stack_size(params, teacher)
+    trainer, plain = Trainer(partial(_block_loss, block), healing), jax.jit(block)
+    of_block = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
     done = []
-    for i in range(blocks):
-        of_block = partial(jax.tree.map, lambda a, i=i: a[i])
-        student, wanted = of_block(params), of_block(teacher)
-        after = [plain(wanted, h) for h in theirs]
-        opened = open_tree(student, also)
-        change = trainer.fit_examples(
-            opened, ours, after, name=f"healing of block {i}", progress=progress, finished=finished
-        )
-        done.append(close_tree(student, opened, change))
-        dense = dequantize(done[-1])  # once, not for every example
-        ours, theirs = [plain(dense, h) for h in ours], after
+
+    def closed(i: int, opened: Opened, change: Values) -> Callable[[Array], Array]:
+        done.append(close_tree(of_block(params, i), opened, change))
+        return partial(plain, dequantize(done[-1]))  # once, not for every example
+
+    trainer.fit_blocks(
+        blocks, hidden, lambda i: open_tree(of_block(params, i), also),
+        lambda i: partial(plain, of_block(teacher, i)), closed,
+        name="healing", progress=progress, finished=finished,
+    )  # fmt: skip
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 

@@ -109,24 +109,22 @@ def learn_blocks(
     Source:
       Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block what floats before it give.
     """
-    if len(hidden) < 2:
-        raise ValueError("expected two inputs or more, one of them to be held out, got one")
-    prefix = f"{name}/"
-    weights = _Weights.of(params, recipe, stats, None, prefix)
+    weights = _Weights.of(params, recipe, stats, None, f"{name}/")
     run = lambda change, opened, h: quantized(block)(weights.rounded(opened, change), h)
     loss = lambda change, opened, h, after: relative_error(run(change, opened, h), after)
     trainer, after_rounding, plain = Trainer(loss, healing), jax.jit(run), jax.jit(block)
-    ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
+    of_block = lambda i: jax.tree.map(lambda a: a[i], params[name])
     found: dict[tuple[str, int], dict[str, Array]] = {}
-    for i in range(stack_size(params[name])):
-        layer = jax.tree.map(lambda a, i=i: a[i], params[name])
-        after = [plain(layer, h) for h in theirs]
-        opened = weights.opened(layer, Draw.of(key), i)
-        change = trainer.fit_examples(
-            opened, ours, after, name=f"learning of block {i}", progress=progress, finished=finished
-        )
-        found |= weights.found(opened, change, i)
-        ours, theirs = [after_rounding(change, opened, h) for h in ours], after
+
+    def closed(i: int, opened: Opened, change: Values) -> Callable[[Array], Array]:
+        found.update(weights.found(opened, change, i))
+        return partial(after_rounding, change, opened)
+
+    trainer.fit_blocks(
+        stack_size(params[name]), hidden, lambda i: weights.opened(of_block(i), Draw.of(key), i),
+        lambda i: partial(plain, of_block(i)), closed,
+        name="learning", progress=progress, finished=finished,
+    )  # fmt: skip
     return found
 
 

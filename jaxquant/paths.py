@@ -77,6 +77,18 @@ def stack_size(params: Any) -> int:
     return shapes[0][0]
 
 
+def common_stack_size(params: Any, teacher: Any) -> int:
+    """Blocks of a tree and of its teacher.
+
+    Raises:
+      ValueError: they have different numbers; as `stack_size`.
+    """
+    blocks, given = stack_size(teacher), stack_size(params)
+    if given != blocks:
+        raise ValueError(f"expected as many blocks as the teacher has, {blocks}, got {given}")
+    return blocks
+
+
 def matches(path: str, pattern: str) -> bool:
     """A path names itself, whatever "[" or "*" is in it."""
     return path == pattern or fnmatch.fnmatchcase(path, pattern)

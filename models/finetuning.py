@@ -15,12 +15,12 @@ from jaxquant.recoding import can_recode
 from jaxquant.resume import Folder
 from jaxquant.rounding import Nearest
 from jaxquant.trainer import relative_error
-from models import pipeline, self_text
-from models.job import GENERATED, HELD_OUT, digest_of, hash_of, split
+from jaxquant.training.qat import How
+from models import pipeline
+from models.job import HELD_OUT, digest_of, hash_of, split, written
 from models.llama import blockwise, whole
 from models.registry import Model
 
-How = jq.QAT | jq.ZeroQAT
 BLOCK_DATA = 48  # sequences to train single blocks on
 OTHER_BASIS = 0.5  # a relative error of embeddings that rounding does not make
 JUDGED = 4  # sequences that the state to keep is chosen on
@@ -169,12 +169,8 @@ def sequences(
         parts.append(split(pipeline.pieces(source, tuning.text, tuning.context)))
     if tuning.generated:
         assert teacher is not None  # checked
-        if GENERATED not in folder:
-            key = jax.random.key(tuning.seed)
-            count = tuning.generated + HELD_OUT
-            tokens = self_text.written(teacher, count, tuning.context, key)
-            folder[GENERATED] = {"tokens": tokens}
-        parts.append(split(folder[GENERATED]["tokens"]))
+        count = tuning.generated + HELD_OUT
+        parts.append(split(written(teacher, count, tuning.context, tuning.seed, folder)))
     shuffle = np.random.default_rng(tuning.seed).permutation  # all parts of all texts, throughout
     found = tuple(shuffle(np.concatenate(of)) for of in zip(*parts, strict=True))
     batch = max(how.batch_size for how in tuning.stages)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,12 +278,17 @@ def _training(job: Job, source: Model, data: Data, folder: Folder) -> tuple[np.n
 
 def _generated(job: Job, source: Model, folder: Folder) -> np.ndarray:
     """Sequences that the model writes, at most 128 to train on; those in the folder."""
+    most = max(128, *(how.batch_size for how in job.trains))
+    wanted = max(how.steps * how.batch_size for how in job.trains)
+    count = min(wanted, most) + HELD_OUT
+    return written(source, count, pipeline.context(source), job.seed, folder)
+
+
+def written(
+    source: Model, count: int, length: int, seed: int, folder: MutableMapping[str, Any]
+) -> np.ndarray:
+    """Sequences [count, length] that the model writes; those in the folder, if it holds any."""
     if GENERATED not in folder:
-        most = max(128, *(how.batch_size for how in job.trains))
-        wanted = max(how.steps * how.batch_size for how in job.trains)
-        count = min(wanted, most) + HELD_OUT
-        key = jax.random.key(job.seed)
-        folder[GENERATED] = {
-            "tokens": self_text.written(source, count, pipeline.context(source), key)
-        }
+        tokens = self_text.written(source, count, length, jax.random.key(seed))
+        folder[GENERATED] = {"tokens": tokens}
     return folder[GENERATED]["tokens"]

@@ -18,6 +18,7 @@ from jaxquant.folding import Folded
 from jaxquant.layers import is_apart, layers_of
 from jaxquant.learned import Transforms
 from jaxquant.rounding import Clipped, Nearest
+from jaxquant.trainer import next_token_loss
 from jaxquant.transforms import Channels
 from models import registry
 from models.config import LlamaConfig
@@ -259,18 +260,6 @@ def healed(
         )  # fmt: skip
     params = jq.unstack(params, "layers") if apart else params
     return dataclasses.replace(result, params=jq.rejoined(result.params, params))
-
-
-def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token, nats.
-
-    The last position is masked, not sliced off: a slice would copy the logits, 100 MB here.
-    """
-    following = jnp.roll(tokens, -1, axis=1)[..., None]
-    nll = (
-        jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following, axis=-1)[..., 0]
-    )
-    return jnp.mean(nll[:, :-1])
 
 
 def rotated(model: Model, key: jax.Array) -> Model:

@@ -27,11 +27,12 @@ from tokenizers.models import BPE
 import jaxquant as jq
 from jaxquant.evaluate import chunk
 from jaxquant.paths import matches
+from jaxquant.trainer import next_token_loss
 from jaxquant.training import stability
 from jaxquant.training.schedules import decay_until_half, two_stage
 from models.config import LlamaConfig
 from models.llama import Llama
-from models.pipeline import LAYERS, next_token_loss
+from models.pipeline import LAYERS
 from models.registry import Model
 from models.tokenizer import Tokenizer
 

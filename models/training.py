@@ -9,6 +9,7 @@ import click
 import jaxquant as jq
 from jaxquant import checkpoint
 from jaxquant.resume import Folder
+from jaxquant.training.qat import How
 from models import finetuning, pipeline, pretraining
 from models.console import SEED, Steps, bar, emit, line, usage
 from models.finetuning import HOWS, Tuning
@@ -178,7 +179,7 @@ def _tuning(
     if not steps and not block_steps:
         raise ValueError("nothing to do: give --steps, --block-steps or both")
 
-    def of(how: finetuning.How, steps: int, more: tuple[str, ...]) -> finetuning.How | None:
+    def of(how: How, steps: int, more: tuple[str, ...]) -> How | None:
         settings: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed}
         if watch and way == "qat":
             settings["watch"] = True

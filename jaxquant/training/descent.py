@@ -10,13 +10,11 @@ import optax
 from jaxtyping import Array
 
 from jaxquant.opened import Opened
-from jaxquant.paths import matches, path_leaves, replace_leaves
-from jaxquant.tensor import QTensor
 from jaxquant.trainer import Healing, Loss, Rule
 from jaxquant.training import stability
 from jaxquant.training.kurtosis import flattened
 from jaxquant.training.optimizers import optimizer, relative
-from jaxquant.training.thaw import LABELS, RANGE, SCALE, trained
+from jaxquant.training.thaw import OTHER, RANGE, SCALE, WEIGHT, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +72,9 @@ class QAT(Healing):
     @property
     def rates(self) -> dict[str, float]:
         """The highest rate of every kind that trains, by label."""
-        other = self.other_rate if self.also else 0.0
-        rates = (self.learning_rate, self.scale_rate, self.range_rate, other)
-        named = zip(LABELS, rates, strict=False)
-        return {label: rate for label, rate in named if rate}
+        every = {WEIGHT: self.learning_rate, SCALE: self.scale_rate, RANGE: self.range_rate,
+                 OTHER: self.other_rate if self.also else 0.0}  # fmt: skip
+        return {label: rate for label, rate in every.items() if rate}
 
     def rule(self) -> Rule:
         """What `Trainer` asks for."""
@@ -85,14 +82,14 @@ class QAT(Healing):
 
     def trained(self, params: Any) -> Any:
         """Which arrays of a tree train, a tree of booleans."""
-        return trained_with(params, self.also, *self.rates)
+        return trained(params, *self.rates, also=self.also)
 
     def optimizer(self, train: Any) -> optax.GradientTransformation:
         """For the tree of what trains."""
 
         def of(label: str, rate: float) -> optax.GradientTransformation:
             schedule = dataclasses.replace(self, learning_rate=rate).schedule()
-            decay = self.weight_decay if label == LABELS[0] else 0.0
+            decay = self.weight_decay if label == WEIGHT else 0.0
             parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
             parts += [optax.adamw(schedule, b2=0.95, weight_decay=decay)]
             return optax.chain(*parts, *([relative()] if label in (SCALE, RANGE) else []))
@@ -158,7 +155,7 @@ class Descent:
         if oscillations:
             threshold = how.holding_at(slots.step)
             oscillations, held = stability.hold(oscillations, tree(new), threshold)
-            new = eqx.filter(held, self.how.trained(held))
+            new = eqx.filter(held, how.trained(held))
             measured["frozen"] = _mean({p: o.frozen for p, o in oscillations.items()})
         if how.watch:
             before, after = tree(change), tree(new)
@@ -170,10 +167,3 @@ class Descent:
 
 def _mean(of: dict[str, Array]) -> Array:
     return jnp.mean(jnp.stack([jnp.mean(a) for a in of.values()])) if of else jnp.zeros(())
-
-
-def trained_with(params: Any, also: tuple[str, ...], *kinds: str) -> Any:
-    """`trained`, but of leaves that are not quantized those alone that a glob matches."""
-    plain = {path for path, leaf in path_leaves(params) if not isinstance(leaf, QTensor)}
-    left = {p: False for p in plain if not any(matches(p, glob) for glob in also)}
-    return replace_leaves(trained(params, *kinds), left)

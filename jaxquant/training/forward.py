@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxquant.opened import Opened
 from jaxquant.trainer import Healing, Loss, Rule
-from jaxquant.training.descent import trained_with
 from jaxquant.training.latent import Drawing
-from jaxquant.training.thaw import OTHER, SCALE
+from jaxquant.training.thaw import OTHER, SCALE, trained
 from jaxquant.training.zeroth import Slope, Zeroth, estimate, moved
 
 DECAY = 0.95  # of the running mean square of the numbers
@@ -59,7 +58,7 @@ class ZeroQAT(Healing):
 
     def trained(self, params: Any) -> Any:
         """Which arrays of a tree train, a tree of booleans."""
-        return trained_with(params, self.zeroth.others, *self.zeroth.kinds)
+        return trained(params, *self.zeroth.kinds, also=self.zeroth.others)
 
 
 class _Slots(NamedTuple):
@@ -81,8 +80,7 @@ class Forward:
     def update(
         self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: Any
     ) -> tuple[Any, _Slots, dict[str, Array]]:
-        how, train = self.how, self.how.trained(eqx.combine(change, opened.params))
-        tree = eqx.combine(change, opened.params)
+        how, tree = self.how, eqx.combine(change, opened.params)
         at = lambda tree: loss(tree, opened._replace(params=tree), *batch)
         key = jax.random.fold_in(jax.random.key(how.seed), slots.step)
         value, slope = estimate(at, tree, key, how.zeroth)
@@ -91,4 +89,4 @@ class Forward:
         rate = how.schedule()(slots.step)
         new = moved(tree, Slope(slope.keys, slope.numbers / typical), rate, how.zeroth)
         slots = _Slots(slots.step + 1, square)
-        return eqx.filter(new, train), slots, {"loss": value, "slope": typical}
+        return eqx.filter(new, how.trained(tree)), slots, {"loss": value, "slope": typical}

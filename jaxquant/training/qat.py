@@ -12,16 +12,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, check_globs
-from jaxquant.paths import path_leaves, replace_leaves, stack_size
+from jaxquant.paths import common_stack_size, path_leaves, replace_leaves
 from jaxquant.quantize import dequantize
 from jaxquant.resume import Finished
 from jaxquant.tensor import QTensor
-from jaxquant.trainer import Progress, Trainer, divergence, relative_error
+from jaxquant.trainer import Progress, Trainer, divergence, next_token_loss, relative_error
 from jaxquant.training.descent import QAT
 from jaxquant.training.forward import ZeroQAT
 from jaxquant.training.thaw import freeze
@@ -104,18 +103,8 @@ def _rounds_inputs(params: Any) -> bool:
 def _loss(fn: Callable, change: Any, opened: Opened, teacher: Any, x: Array) -> Array:
     logits = quantized(fn)(eqx.combine(change, opened.params), x)
     if teacher is None:
-        return next_token(logits, x)
+        return next_token_loss(logits, x)
     return jnp.mean(divergence(logits, jax.lax.stop_gradient(quantized(fn)(teacher, x))))
-
-
-def next_token(logits: Float[Array, "b t v"], tokens: Array) -> Array:
-    """Mean cross-entropy of the next token, nats.
-
-    The last position is masked, not sliced off: a slice would copy the logits.
-    """
-    following = jnp.roll(tokens, -1, axis=-1)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), following)
-    return jnp.mean(nll[..., :-1])
 
 
 def qat_blocks(
@@ -144,29 +133,24 @@ def qat_blocks(
       Block-AP of EfficientQAT (Chen et al. 2024, arXiv:2407.11062). We differ: the error is
       relative, since a few tokens' outputs are thousands of times as large as others'.
     """
-    blocks, given = stack_size(teacher), stack_size(params)
-    if given != blocks:
-        raise ValueError(f"expected as many blocks as the teacher has, {blocks}, got {given}")
-    if len(hidden) < 2:
-        raise ValueError("expected two inputs or more, one of them to be held out, got one")
-    trainer, plain = (
-        Trainer(partial(_block_loss, block), how, how.rule()),
-        jax.jit(quantized(block)),
-    )
-    ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
+    blocks = common_stack_size(params, teacher)
+    trainer = Trainer(partial(_block_loss, block), how, how.rule())
+    plain = jax.jit(quantized(block))
+    of_block = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
     done = []
-    for i in range(blocks):
-        of_block = partial(jax.tree.map, lambda a, i=i: a[i])
-        opened, wanted = open_latent(of_block(params), how), of_block(teacher)
-        after = [plain(wanted, h) for h in theirs]
-        change = trainer.fit_examples(
-            opened, ours, after, name=f"qat of block {i}", progress=progress, finished=finished
-        )
-        done.append(_stored_as(of_block(params), eqx.combine(change, opened.params)))
+
+    def closed(i: int, opened: Opened, change: Any) -> Callable[[Array], Array]:
+        done.append(_stored_as(of_block(params, i), eqx.combine(change, opened.params)))
         served = freeze(done[-1])
         if not _rounds_inputs(served):
             served = dequantize(served)  # once, not for every example
-        ours, theirs = [plain(served, h) for h in ours], after
+        return partial(plain, served)
+
+    trainer.fit_blocks(
+        blocks, hidden, lambda i: open_latent(of_block(params, i), how),
+        lambda i: partial(plain, of_block(teacher, i)), closed,
+        name="qat", progress=progress, finished=finished,
+    )  # fmt: skip
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 

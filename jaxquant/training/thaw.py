@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from jaxquant.paths import matches, path_leaves, replace_leaves
 from jaxquant.quantize import quantize
 from jaxquant.recipe import Recipe
 from jaxquant.sites import Site
-from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor, part, sides
 from jaxquant.training.estimators import StraightThrough, grid_of, spread
 from jaxquant.training.latent import Latent, batched
@@ -186,11 +185,12 @@ def is_latent(w: Any) -> bool:
     return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
 
-def labels(params: Any) -> Any:
+def labels(params: Any, also: Sequence[str] = ("*",)) -> Any:
     """What every array of a tree is to training, a tree of names for `optax.multi_transform`.
 
     "weight" (latent), "scale" (learned scales and zero points of weights), "range" (learned, of
-    inputs), "other" (floating leaves that are not quantized) or "frozen" (the rest).
+    inputs), "other" (floating leaves that are not quantized and match a glob of `also`) or "frozen"
+    (the rest).
 
     >>> import jaxquant as jq
     >>> labels(jq.latent({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.lsq(bits=4)))["w"].data
@@ -203,12 +203,13 @@ def labels(params: Any) -> Any:
         }
         return dataclasses.replace(w, data=found)
 
-    def one(w: Any) -> Any:
+    def one(path: str, w: Any) -> Any:
         if isinstance(w, QTensor):
             return of_weight(w)
-        return OTHER if jnp.issubdtype(jnp.result_type(w), jnp.inexact) else FROZEN
+        known = any(matches(path, glob) for glob in also)
+        return OTHER if known and jnp.issubdtype(jnp.result_type(w), jnp.inexact) else FROZEN
 
-    return jax.tree.map(one, params, is_leaf=is_standin)
+    return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
 
 
 def _label(format: Any, name: str) -> str:
@@ -221,8 +222,8 @@ def _label(format: Any, name: str) -> str:
     return WEIGHT if name == "codes" else SCALE
 
 
-def trained(params: Any, *kinds: str) -> Any:
-    """A tree of booleans for `equinox.partition`: what has one of the labels (default: any but
+def trained(params: Any, *kinds: str, also: Sequence[str] = ("*",)) -> Any:
+    """A tree of booleans for `equinox.partition`: what has one of the `labels` (default: any but
     "frozen"). Trees with packed weights in them are split so before `jax.grad`, which takes floats.
 
     >>> import equinox as eqx, jaxquant as jq
@@ -235,7 +236,7 @@ def trained(params: Any, *kinds: str) -> Any:
     wanted = kinds or tuple(name for name in LABELS if name != FROZEN)
     if unknown := set(wanted) - set(LABELS):
         raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
-    return jax.tree.map(lambda label: label in wanted, labels(params))
+    return jax.tree.map(lambda label: label in wanted, labels(params, also))
 
 
 UNITS = ("zero", "high", "low")  # numbers whose size says nothing: codes, logits

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields, check_positive
-from jaxquant.paths import matches, path_leaves, replace_leaves
+from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.tensor import QTensor
 from jaxquant.training.latent import EPSILON, KEY, NORMAL, Drawing
-from jaxquant.training.thaw import FROZEN, LABELS, OTHER, WEIGHT, labels, unit
+from jaxquant.training.thaw import FROZEN, LABELS, WEIGHT, labels, unit
 
 
 class Slope(NamedTuple):
@@ -227,11 +227,10 @@ def _draws(params: Any, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]
 
 def _moving(params: Any, how: Zeroth) -> Iterator[tuple[str, str, str]]:
     """(path, name, label) of every array that moves, in the order of the tree."""
-    for path, of in path_leaves(labels(params)):
+    for path, of in path_leaves(labels(params, how.others)):
         named = of.data if isinstance(of, QTensor) else {"": of}
         for name, label in sorted(named.items()):  # as flattening does: a jitted tree has it
-            left = label == OTHER and not any(matches(path, glob) for glob in how.others)
-            if label in how.kinds and not left:
+            if label in how.kinds:
                 yield path, name, label
 
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
+from jaxquant.trainer import next_token_loss
 from models import pretraining
 from models.generate import generate
-from models.pipeline import next_token_loss
 from models.pretraining import SIZES, Run
 from models.text import docstrings
 

@@ -54,8 +54,8 @@ def main():
     table = Table("bits", "start", "perplexity", "trained", "recovered", "steps", "passes", "s")
     floats = score(model.params)
     print(f"float {floats.perplexity:.2f}", flush=True)
+    sequences = pipeline.pieces(model, text, CONTEXT)
     for bits in options.bits:
-        sequences = pipeline.pieces(model, text, CONTEXT)
         start = (
             pipeline.load_any(options.start) if options.start else started(model, bits, sequences)
         )

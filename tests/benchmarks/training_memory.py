@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
+from jaxquant.trainer import next_token_loss
 from models import pipeline
 from models.config import LlamaConfig
 from models.llama import Llama
-from models.pipeline import LAYERS, next_token_loss
+from models.pipeline import LAYERS
 from models.registry import Model
 
 SMALL = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True)

@@ -30,17 +30,6 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*args):
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def packed(tiny):
     out = tiny.parent / "packed"

@@ -12,7 +12,7 @@ import jaxquant as jq
 from jaxquant import kv_cache
 from jaxquant.evaluate import evaluate
 from jaxquant.kv_cache import KVFormat
-from models import cli, generate, init_cache, load, pipeline
+from models import generate, init_cache, load, pipeline
 from models.cache import Rounding
 from models.generate import _run
 from models.llama import Llama, apply
@@ -263,17 +263,6 @@ def folder(tmp_path_factory):
     (where / "m" / "tokenizer.json").write_text(byte_tokenizer_json())
     (where / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     return where
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*args):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def test_the_command(folder, run):

@@ -40,17 +40,6 @@ def packed(tiny):
     return out
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*args):
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
-
-
 def tune(tiny, model, *options):
     return ("finetune", model, "--text", tiny.parent / "text.txt", "--context", 64, *options)
 
