@@ -15,7 +15,7 @@ from jaxquant.theory.outliers import massive
 from models import load, pipeline
 from models.outliers import heat_map, outliers_of, plot
 from models.states import states
-from tests.models.test_cli import fails, run, tiny  # noqa: F401
+from tests.models.test_cli import fails, tiny  # noqa: F401
 
 COMMAND = ("--outliers", "--tokens", 96)
 
