@@ -26,16 +26,21 @@ OTHER_BASIS = 0.5  # a relative error of embeddings that rounding does not make
 JUDGED = 4  # sequences that the state to keep is chosen on
 # Of every way to train: end to end, and block by block before.
 _QAT = jq.QAT(in_steps=True, scale_rate=3e-4, also=(pipeline.NORMS,), validate_every=25)
-_ZERO = jq.ZeroQAT(
-    learning_rate=0.05,
-    zeroth=dataclasses.replace(jq.ZeroQAT().zeroth, others=(pipeline.NORMS,)),
+# Forward only: every number of a layer moves by itself, for the layer's error is all of one step;
+# end to end a draw is of a whole matrix or norm, 271 numbers of which some hundred losses tell.
+_SINGLE = dataclasses.replace(jq.ZeroQAT().zeroth, others=(pipeline.NORMS,))
+_SHARED = dataclasses.replace(
+    _SINGLE, drawing=dataclasses.replace(_SINGLE.drawing, shared=True), sizes=(0.05, 0.02)
 )
 HOWS: dict[str, tuple[How, How]] = {
     "qat": (
         dataclasses.replace(_QAT, learning_rate=3e-3),
         dataclasses.replace(_QAT, learning_rate=0.03),
     ),
-    "zeroqat": (_ZERO, _ZERO),
+    "zeroqat": (
+        jq.ZeroQAT(learning_rate=0.03, zeroth=_SHARED, validate_every=20),
+        jq.ZeroQAT(learning_rate=0.05, zeroth=_SINGLE),
+    ),
 }
 
 

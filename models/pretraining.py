@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk
-from jaxquant.paths import matches
+from jaxquant.paths import matches, replace_leaves
 from jaxquant.trainer import next_token_loss
 from jaxquant.training import stability
 from jaxquant.training.schedules import decay_until_half, two_stage
@@ -54,6 +54,8 @@ class Run:
       learning_rate: the peak; of BitNet's second stage two thirds of it, as in the authors' table.
       context, batch_size: tokens of a row, rows of a step.
       vocabulary: tokens of a byte-level BPE that is trained on the text.
+      float_share: of the steps, the first ones, with floats: ternary from there on, the optimizer's
+        state kept, is better than ternary throughout (Nielsen et al. 2025, arXiv:2502.11895).
       a48: share of the steps, the last ones, with the activations of BitNet a4.8 (`A48`); its
         authors' is 0.05 (arXiv:2411.04965). The optimizer's state stays.
     """
@@ -68,6 +70,7 @@ class Run:
     vocabulary: int = 2048
     warmup: int = 50
     seed: int = 0
+    float_share: float = 0.0
     a48: float = 0.0
     validate_every: int = 100
     save_every: int = 50
@@ -80,8 +83,12 @@ class Run:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.vocabulary < 256 + 1:
             raise ValueError(f"vocabulary must be above 256, all bytes, got {self.vocabulary}")
-        if not 0 <= self.a48 <= 1 or (self.a48 and not self.quantized):
-            raise ValueError(f"a48 is a share of the steps of BitNet, 0 to 1, got {self.a48}")
+        for name in ("float_share", "a48"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1 or (share and not self.quantized):
+                raise ValueError(f"{name} is a share of the steps of BitNet, 0 to 1, got {share}")
+        if self.float_share + self.a48 > 1:
+            raise ValueError(f"float_share {self.float_share} and a48 {self.a48} exceed all steps")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
@@ -94,7 +101,14 @@ class Run:
         )  # fmt: skip
 
     @property
-    def switch(self) -> int:
+    def ternary_from(self) -> int:
+        """The step before which weights become latent; past the end for floats."""
+        if not self.quantized:
+            return self.steps + 1
+        return min(round(self.float_share * self.steps), self.steps - 1)
+
+    @property
+    def a48_from(self) -> int:
         """The step before which activations become those of a4.8; past the end without."""
         if not self.a48:
             return self.steps + 1
@@ -178,14 +192,31 @@ class State(NamedTuple):
     slots: Any
 
 
+SOME = np.zeros((1, 8), np.int32)  # tokens, to see shapes by
+
+
 def begin(run: Run, config: LlamaConfig) -> State:
-    """Parameters drawn by the seed, latent where they are to be ternary."""
-    model = Llama(config)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(run.seed), tokens)["params"]
-    if run.quantized:
-        params = jq.latent(params, run.recipe, jq.sites(_apply(config), params, tokens))
+    """Parameters drawn by the seed, floats."""
+    params = jax.jit(Llama(config).init)(jax.random.key(run.seed), SOME)["params"]
     return State(0, params, run.optimizer().init(params))
+
+
+def turned(run: Run, config: LlamaConfig, state: State, steps: range) -> State:
+    """The state with the changes of form before some steps; its numbers stay, the optimizer's too.
+
+    So what is kept of a run is of one form, the start's.
+    """
+    params = state.params
+    if run.ternary_from in steps:
+        params = jq.latent(params, run.recipe, jq.sites(_apply(config), params, SOME))
+    if run.a48_from in steps:
+        params = _with_a48(params)
+    if params is state.params:
+        return state
+    form = jax.tree.structure(jax.eval_shape(run.optimizer().init, params))
+    return state._replace(
+        params=params, slots=jax.tree.unflatten(form, jax.tree.leaves(state.slots))
+    )
 
 
 def _apply(config: LlamaConfig) -> Callable:
@@ -211,16 +242,14 @@ def train(
     if folder is not None:
         kept = _Kept(Path(folder), run, data)
         state = kept.last(state)
-        if state.step > run.switch:
-            state = _hybrid(state)
+        state = turned(run, config, state, range(state.step))
     step, judge = _step(run, config), jax.jit(partial(_loss, config))
     rows = _rows(run, data.training)
     parts = max(1, len(data.held_out) // 8)
     judged = [jnp.asarray(r) for r in np.array_split(data.held_out, parts)]
     held_out = lambda: float(np.mean([judge(state.params, some) for some in judged]))
     while state.step < run.steps:
-        if state.step == run.switch:
-            state = _hybrid(state)
+        state = turned(run, config, state, range(state.step, state.step + 1))
         batch = jnp.asarray(rows[state.step])
         params, slots, loss, norm, flips = step(state.params, state.slots, batch)
         state = State(state.step + 1, params, slots)
@@ -246,22 +275,13 @@ def _matrices(params: Any) -> Any:
     )
 
 
-def _hybrid(state: State) -> State:
-    """Activations of `A48`, in the parameters as in what the optimizer keeps of them."""
-    return state._replace(params=_with_a48(state.params), slots=_with_a48(state.slots))
-
-
-def _with_a48(tree: Any) -> Any:
-
-    def one(path: Any, w: Any) -> Any:
-        name = "/".join(str(key.key) for key in path if hasattr(key, "key"))
-        form = next((text for glob, text in A48.items() if matches(name, f"*{glob}")), None)
-        if form is None or not isinstance(w, jq.QTensor):
-            return w
-        return dataclasses.replace(w, activations=jq.Activations.of(form))
-
-    is_weight = lambda w: isinstance(w, jq.QTensor)
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_weight)
+def _with_a48(params: Any) -> Any:
+    leaves = dict(jq.path_leaves(params))
+    for path, w in leaves.items():
+        form = next((text for glob, text in A48.items() if matches(path, f"*{glob}")), None)
+        if form is not None and isinstance(w, jq.QTensor):
+            leaves[path] = dataclasses.replace(w, activations=jq.Activations.of(form))
+    return replace_leaves(params, leaves)
 
 
 def forget(folder: Path) -> None:

@@ -36,6 +36,8 @@ DEFAULT = Run()
     "--batch", "batch_size", type=click.IntRange(1), default=DEFAULT.batch_size, show_default=True
 )
 @click.option("--vocabulary", type=int, default=DEFAULT.vocabulary, show_default=True)
+@click.option("--float-share", type=click.FloatRange(0, 1), default=DEFAULT.float_share,
+              show_default=True, help="Of the steps, the first ones, with floats.")  # fmt: skip
 @click.option("--a48", "a48", is_flag=True,
               help="Activations of BitNet a4.8 in the last twentieth of the steps.")  # fmt: skip
 @click.option(

@@ -228,7 +228,8 @@ def test_bitnet_from_scratch(tiny, run, tmp_path, more):
 
 def test_gains_of_norms_do_not_decay():
     run = pretraining.Run("1m", steps=10, vocabulary=300)
-    params = pretraining.begin(run, run.config(300)).params
+    config = run.config(300)
+    params = pretraining.turned(run, config, pretraining.begin(run, config), range(1)).params
     optimizer = run.optimizer()
     state, still = optimizer.init(params), jax.tree.map(np.zeros_like, params)
     for _ in range(3):
@@ -242,7 +243,10 @@ def test_gains_of_norms_do_not_decay():
 
 def test_a_finished_run_stays_a_run_of_a48(tmp_path):
     """Killed after its last step it comes back as it was."""
-    run = pretraining.Run("1m", steps=3, context=16, batch_size=2, vocabulary=300, a48=0.1)
+    run = pretraining.Run(
+        "1m", steps=3, context=16, batch_size=2, vocabulary=300, float_share=0.4, a48=0.1
+    )
+    assert (run.ternary_from, run.a48_from) == (1, 2)
     data = pretraining.texts(run, TEXT)
     first, _ = pretraining.train(run, data, tmp_path / "o")
     again, _ = pretraining.train(run, data, tmp_path / "o")
@@ -266,7 +270,8 @@ def save(self, state):
 pretraining._Kept.save = save
 main(sys.argv[2:])
 """
-    options = ["train-bitnet", "--text", tiny.parent / "text.txt", *BITNET, "--save-every", 2]
+    options = ["train-bitnet", "--text", tiny.parent / "text.txt", *BITNET, "--save-every", 2,
+               "--float-share", 0.5]  # fmt: skip
     command = lambda count, out, more=(): [
         sys.executable, "-c", killed, str(count), *map(str, options), *more, "--out", str(out)
     ]  # fmt: skip
