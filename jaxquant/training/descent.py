@@ -23,8 +23,8 @@ class QAT(Healing):
 
     Attributes:
       learning_rate: of weights, at its highest.
-      in_steps: this rate is in steps of each weight's grid, the distance of two codes: one rate
-        then serves all layers and bits. Of integers and tables.
+      in_steps: this rate is in steps, distances of two codes, the mean of a matrix: one rate then
+        serves all layers and bits. Of integers and tables.
       scale_rate, range_rate: of learned scales and of learned ranges of inputs, relative to their
         size. 0: these stay.
       also: globs of leaves that are not quantized and train too ("*norm*"). other_rate: of these.

@@ -67,7 +67,10 @@ def _places(format: Table) -> Int[Array, "codes"]:
 
 
 def times_steps(updates: Any, params: Any) -> Any:
-    """Updates of latent weights in integers or tables, times the step of each weight's grid.
+    """Updates of latent weights in integers or tables, times the mean step of their matrix's grids.
+
+    Not each weight's own: a group with an outlier has a step many times as large as the rest, and
+    its weights, which matter no more for that, would be moved by so much more.
 
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4, init="range"))
@@ -78,7 +81,8 @@ def times_steps(updates: Any, params: Any) -> Any:
     for path, of in path_leaves(updates):
         if path in latents and of.data.get("codes") is not None:
             w = latents[path]
-            step = batched(w.format.step, w.leading())(part(w.data))
+            mean = lambda data, w=w: jnp.mean(w.format.step(data), keepdims=True)
+            step = batched(mean, w.leading())(part(w.data))
             new[path] = dataclasses.replace(of, data={**of.data, "codes": of.data["codes"] * step})
     return replace_leaves(updates, new)
 
