@@ -1,5 +1,7 @@
 """Oscillating codes, drifting scales: what is measured, and that the remedies remedy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,14 @@ def test_a_threshold_that_one_change_passes():
     p = jq.latent({"w": draw(64, 8)}, jq.lsq(3, 16))
     with pytest.raises(ValueError, match="single change"):
         stability.hold(stability.oscillations(p), p, 0.001)
+
+
+def test_a_group_with_an_outlier_moves_as_the_others_do():
+    """In steps of its own grid (the wrong variant) it would move 100 times as far."""
+    w = jnp.ones((64, 2, 128)).at[3, :, 0].set(100.0)  # batch, k, n: columns are groups of two
+    p = jq.latent({"w": w}, jq.lsq(4, 2, init="range", scale_dtype="float32"))
+    codes = p["w"].data["codes"]
+    update = {"w": dataclasses.replace(p["w"], data={"codes": jnp.ones_like(codes)})}
+    moved = np.asarray(stability.times_steps(update, p)["w"].data["codes"])
+    np.testing.assert_allclose(moved[0], 1 / 7, rtol=1e-6)
+    np.testing.assert_allclose(moved[3], (127 + 100) / 128 / 7, rtol=1e-6)
