@@ -72,16 +72,15 @@ def main():
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
     table = Table("weights", "way", "held out", "gap", "packed", "bits", "flips/step", "s")
-    text = docstrings()
+    of = lambda size, way: Run(
+        size, way.quantized, options.steps, way.rate * 128 / SIZES[size][0], context=128,
+        batch_size=4, vocabulary=1024, float_share=way.float_share, validate_every=200,
+    )  # fmt: skip
+    data = pretraining.texts(of(options.sizes[0], WAYS["float"]), docstrings())  # the same for all
     for size in options.sizes:
         floats = None
         for name in options.ways:
-            way = WAYS[name]
-            run = Run(
-                size, way.quantized, options.steps, way.rate * 128 / SIZES[size][0], context=128,
-                batch_size=4, vocabulary=1024, float_share=way.float_share, validate_every=200,
-            )  # fmt: skip
-            data = pretraining.texts(run, text)
+            run = of(size, WAYS[name])
             params, loss, seconds, flips = trained(f"{size} {name}", run, data)
             floats = loss if name == "float" else floats
             served, weights, bits, written = packed(run, data, params)
