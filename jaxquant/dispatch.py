@@ -11,6 +11,7 @@ import quax
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.standin import StandIn, is_standin, listening, run
 from pallas_kernels import dispatch as table
+from pallas_kernels.lowering import devices_of
 
 
 def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[..., Any]:
@@ -20,8 +21,9 @@ def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[...,
     `QTensor` is served from its packed codes; a primitive without a rule dequantizes it (see
     `explain`). Compose with `jax.jit`, `jax.grad`, `jax.vmap` outside or inside, and with
     `jax.shard_map` outside, the weights split along their outputs. Reverse mode outside, any
-    mode inside. On several devices kernels serve inside `shard_map(..., check_vma=False)` only,
-    for the compiler cannot partition them; elsewhere the references do.
+    mode inside. Kernels serve programs for one device, whatever else the machine has, and inside
+    `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so references serve
+    the programs that it splits over several devices.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
@@ -85,14 +87,15 @@ def explain(
     Args:
       fn: the user's function, as given to `quantized`.
       params: tree with `QTensor` leaves (or their shapes, from `jax.eval_shape`).
-      *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`.
+      *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them or of
+        the weights lies on several devices, the program is one that the compiler splits.
       platform: "cpu", "tpu" or "cuda", whose kernels are meant; default: this machine's.
     """
     log = _Log([])
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
     )
-    with table.describing(platform):
+    with table.describing(platform, devices_of(params, args, kwargs)):
         eqx.filter_eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
     return Explanation(tuple(dict.fromkeys(log.uses)))
 

@@ -36,6 +36,8 @@ def matmul(
     [[0.5, -1.0]]
     """
     (m, k), n = x.shape, outputs(data, spans)
+    if 0 in (m, k, n):
+        return jnp.zeros((m, n), jnp.float32)
     tiles, size = _tiles(k, n, spans)
 
     @jax.checkpoint  # backward decodes again
@@ -62,6 +64,8 @@ def matmul_transposed(
     [[-0.5]]
     """
     m, n = g.shape
+    if 0 in (m, k, n):
+        return jnp.zeros((m, k), jnp.float32)
     tiles, size = _tiles(k, n, spans)
 
     @jax.checkpoint
@@ -97,7 +101,7 @@ def columns(
         return a[..., entries.reshape(-1)]
 
     part = {name: take(a, spans[name]) if name in spans else a for name, a in data.items()}
-    w = decode(part, k).reshape(k, -1, unit)
+    w = decode(part, k).reshape(k, len(ids), unit)
     return jnp.take_along_axis(w, (ids % unit)[None, :, None], axis=-1)[..., 0]
 
 

@@ -1,8 +1,9 @@
 """The table of ops: which implementation serves a product, and its derivative rule.
 
-The choice between platforms falls when a program is lowered (`lax.platform_dependent`), so that
-one lowered for a TPU on a machine without one gets the TPU's kernels; whether a kernel takes these
-shapes and dtypes is known before. What no kernel serves the reference does; `describe` says why.
+The choice falls when a program is lowered (`lowering.by_lowering`): one lowered for a TPU on a
+machine without one gets the TPU's kernels, and one that the compiler is to split over devices the
+reference. Whether a kernel takes these shapes and dtypes is known before. What no kernel serves the
+reference does; `describe` says why.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import activations, reference
 from pallas_kernels.kernel import Kernel
+from pallas_kernels.lowering import by_lowering
 
 BACKENDS = {
     "cpu": "pallas_kernels.cpu",
@@ -31,7 +33,7 @@ SMALL = 1 << 12
 KERNELS = ("auto", "reference", *BACKENDS)  # what `using` takes
 
 _using: ContextVar[str] = ContextVar("jaxquant_kernels", default="auto")
-_described: ContextVar[str | None] = ContextVar("jaxquant_described", default=None)
+_described: ContextVar[tuple[str, int] | None] = ContextVar("jaxquant_described", default=None)
 _heard: ContextVar[list[str] | None] = ContextVar("jaxquant_heard", default=None)
 
 
@@ -55,9 +57,14 @@ def using(kernels: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def describing(platform: str | None = None) -> Iterator[None]:
-    """Inside, `listening` hears what serves products on a platform; default: this machine's."""
-    token = _described.set(platform or default_platform())
+def describing(platform: str | None = None, devices: int = 1) -> Iterator[None]:
+    """Inside, `listening` hears what serves products of a program for so many devices.
+
+    Args:
+      platform: "cpu", "tpu" or "cuda"; by default this machine's.
+      devices: over which the compiler splits the program.
+    """
+    token = _described.set((platform or default_platform(), devices))
     try:
         yield
     finally:
@@ -90,7 +97,7 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     """
     static_items = tuple(sorted(static.items()))
     kernels, why = _asked()
-    _tell(lambda platform: describe(op, platform, arrays, static, kernels, why))
+    _tell(lambda *of: describe(op, *of, arrays, static, kernels, why))
     return _product(op, static_items, kernels, arrays)
 
 
@@ -111,8 +118,8 @@ def products(
     if not one_call:
         return tuple(product(op, x, *matrix, **static) for matrix in matrices)
 
-    def described(platform: str) -> str:
-        said = describe(op, platform, (x, *matrices[0]), static, kernels, why)
+    def described(platform: str, devices: int) -> str:
+        said = describe(op, platform, devices, (x, *matrices[0]), static, kernels, why)
         return f"{said}, one call for {len(matrices)}" if said == "cpu kernel" else said
 
     _tell(described)
@@ -134,7 +141,7 @@ def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
 
     @jax.custom_jvp
     def served(*arrays: Array) -> Array:
-        return jax.lax.platform_dependent(*arrays, **fast, default=reference)
+        return by_lowering(fast, reference, *arrays)
 
     @served.defjvp
     def _(arrays: tuple, tangents: tuple) -> tuple[Array, Array]:
@@ -143,42 +150,43 @@ def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
     return served(*arrays)
 
 
-def _tell(described: Callable[[str], str]) -> None:
+def _tell(described: Callable[[str, int], str]) -> None:
     """What serves a product, to who listens."""
-    platform, heard = _described.get(), _heard.get()
-    if platform is not None and heard is not None:
-        heard.append(described(platform))
+    asked, heard = _described.get(), _heard.get()
+    if asked is not None and heard is not None:
+        heard.append(described(*asked))
 
 
 def _asked() -> tuple[str, str]:
-    """What is to serve what is traced now, one of `KERNELS`, and why."""
+    """What is to serve what is traced now, one of `KERNELS`, and why.
+
+    The check of `shard_map` wants to know which mesh axes a result varies over, which kernels do
+    not say.
+    """
     kernels = _using.get()
-    if kernels == "auto" and (reason := _shared_out()):
-        return "reference", reason
+    by_hand = jax.sharding.get_abstract_mesh().manual_axes
+    if kernels == "auto" and by_hand and jax.config.check_vma:
+        return "reference", "inside shard_map, kernels want check_vma=False"
     return kernels, "asked for"
 
 
 def describe(
-    op: str, platform: str, arrays: tuple, static: dict[str, Any], kernels: str, why: str
+    op: str,
+    platform: str,
+    devices: int,
+    arrays: tuple,
+    static: dict[str, Any],
+    kernels: str,
+    why: str,
 ) -> str:
-    """What serves a product on a platform: its kernel, or the reference and why."""
+    """What serves a product in such a program: its kernel, or the reference and why."""
     if kernels == "reference":
         return f"reference (XLA): {why}"
+    if kernels == "auto" and devices > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+        return f"reference (XLA): a kernel is split over {devices} devices by shard_map only"
     platform, small = (platform, True) if kernels == "auto" else (kernels, False)
     kernel, reason = choose(op, platform, arrays, static, spare_small=small)
     return f"{platform} kernel" if kernel is not None else f"reference (XLA): {reason}"
-
-
-def _shared_out() -> str:
-    """Why the compiler, or `shard_map`'s check, could not do with a kernel here; "" if both can.
-
-    A kernel is not partitioned by the compiler, and says nothing of which mesh axes its results
-    vary over.
-    """
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        return "inside shard_map, kernels want check_vma=False" if jax.config.check_vma else ""
-    several = jax.device_count() > 1
-    return "kernels cannot be split over several devices but by shard_map" if several else ""
 
 
 def choose(
@@ -190,6 +198,8 @@ def choose(
     """
     if platform not in BACKENDS:
         return None, f"there are no kernels for {platform}"
+    if is_empty(op, arrays):
+        return None, "an empty product needs no kernel"
     kernel = backend(platform).get(op)
     if kernel is None:
         return None, f"{op} has no {platform} kernel"
@@ -198,6 +208,11 @@ def choose(
     shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     reason = kernel.serves(*shapes, **static)
     return (None, reason) if reason else (kernel, "")
+
+
+def is_empty(op: str, arrays: tuple) -> bool:
+    """Whether the result has no rows or no columns, or is a sum of nothing."""
+    return arrays[0].size == 0 or (op in reference.OPS and arrays[1].size == 0)
 
 
 @functools.cache
@@ -219,7 +234,7 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     named = dict(static)
     call = lambda f: lambda *arrays: f(*arrays, **named)
     slow = call(reference.OPS[op])
-    if kernels == "reference":
+    if kernels == "reference" or is_empty(op, arrays):
         return slow(*arrays)
     if kernels != "auto":
         kernel, reason = choose(op, kernels, arrays, named, spare_small=False)
@@ -230,7 +245,7 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     fast = {p: call(kernel.call) for p, kernel in found.items() if kernel is not None}
     if not fast:
         return slow(*arrays)
-    return jax.lax.platform_dependent(*arrays, **fast, default=slow)
+    return by_lowering(fast, slow, *arrays)
 
 
 def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array, tuple]:
@@ -282,8 +297,8 @@ def _together(op: str, static: tuple, kernels: str, x: Array, matrices: tuple) -
     in_one = lambda x, matrices: tuple(one_call(x, matrices, **dict(static)))
     if kernels == "cpu":
         return in_one(x, matrices)
-    return jax.lax.platform_dependent(
-        x, matrices, cpu=in_one, default=partial(_in_turn, _served, op, static, kernels)
+    return by_lowering(
+        {"cpu": in_one}, partial(_in_turn, _served, op, static, kernels), x, matrices
     )
 
 

@@ -91,6 +91,16 @@ def test_products_and_look_ups_agree_with_the_decoded_matrix(format):
 
 
 @all_formats
+def test_empty_products_and_look_ups_are_empty(format):
+    data = format.encode(draw(48, 32))
+    none = jnp.zeros(0, jnp.int32)
+    assert format.matmul(jnp.zeros((0, 48)), data).shape == (0, 32)
+    assert format.matmul_transposed(jnp.zeros((0, 32)), data, 48).shape == (0, 48)
+    assert format.columns(data, none, 48).shape == (48, 0)
+    assert format.rows(data, none, 48).shape == (0, 32)
+
+
+@all_formats
 def test_its_shapes_are_known_beforehand_and_stacks_decode(format):
     w = draw(48, 32)
     data = format.encode(w)

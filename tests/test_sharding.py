@@ -8,7 +8,7 @@ import pytest
 
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
-from pallas_kernels import shard
+from pallas_kernels import native, shard
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
@@ -28,6 +28,31 @@ assert y.sharding.spec == P(None, "d"), y.sharding
     "batch, jit": """
 y = jax.jit(jq.quantized(fn))(q, put(x, "d"))
 assert y.sharding.spec[0] == "d", y.sharding
+""",
+    "one device of several, jit": """
+ready = not native.load()
+on_last = jax.device_put((q, x), jax.devices()[3])
+for args in ((q, x), on_last):
+    text = jax.jit(jq.quantized(fn)).lower(*args).compile().as_text()
+    assert ("jaxquant_packed" in text) == ready, text
+    assert ("cpu kernel" in str(jq.explain(fn, *args))) == ready
+    np.testing.assert_allclose(jax.jit(jq.quantized(fn))(*args), want, rtol=1e-4, atol=1e-4)
+split = jax.tree.map(lambda a: put(a, None, "d"), q)
+text = jax.jit(jq.quantized(fn)).lower(split, put(x)).compile().as_text()
+assert "jaxquant_packed" not in text
+assert "over 4 devices by shard_map only" in str(jq.explain(fn, split, put(x)))
+y = jax.vmap(jq.quantized(fn), in_axes=(None, 0))(q, x[:, None])[:, 0]
+""",
+    "some axes split by hand": """
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+run = lambda axes: jax.jit(jax.shard_map(
+    jq.quantized(fn), mesh=mesh, in_specs=(P(), P("a")), out_specs=P("a"), check_vma=False,
+    axis_names=axes,
+))
+assert "jaxquant_packed" not in run({"a"}).lower(q, x).as_text()
+np.testing.assert_allclose(run({"a"})(q, x), want, rtol=1e-4, atol=1e-4)
+y = run({"a", "b"})(q, x)
+assert native.load() or "jaxquant_packed" in run({"a", "b"}).lower(q, x).as_text()
 """,
     "columns, shard_map": """
 y = jax.shard_map(

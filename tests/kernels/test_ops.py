@@ -95,6 +95,20 @@ def test_experts_are_a_batch(case):
     np.testing.assert_allclose(alone[0], want[0], rtol=1e-5, atol=1e-5)
 
 
+@every_op
+@pytest.mark.parametrize("kernels", ["auto", "cpu", "reference"])
+def test_an_empty_product_is_empty(case, kernels):
+    """No rows, or no columns (of words, scales and packed zero points); gradients too."""
+    op, arrays, static = operands(case, K, N)
+    x = draw(2, K)
+    none = [a if a is None or a.ndim == 3 or a.shape[-1] == 1 else a[..., :0] for a in arrays]
+    with dispatch.using(kernels):
+        for rows, matrix, shape in ((x[:0], arrays, (0, N)), (x, none, (2, 0))):
+            y = jax.vjp(lambda x, m=matrix: dispatch.product(op, x, *m, **static), rows)
+            assert (y[0].shape, y[0].dtype) == (shape, jnp.float32)
+            np.testing.assert_array_equal(y[1](y[0])[0], jnp.zeros_like(rows))
+
+
 def packed(**changes):
     given = {
         "x": draw(2, 64), "codes": jnp.zeros((8, 16), jnp.int32), "scale": jnp.ones((2, 16)),

@@ -1,0 +1,115 @@
+"""One of several implementations of a function, chosen when the program is lowered.
+
+Only then are both facts known that decide: the platform, and whether the compiler is to split the
+program over devices, which it cannot do with a kernel. `lax.platform_dependent` knows the first.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+_chosen = core.Primitive("jaxquant_kernel_or_reference")
+_chosen.multiple_results = True
+
+
+def by_lowering(
+    kernels: Mapping[str, Callable[..., Any]], reference: Callable[..., Any], *args: Any
+) -> Any:
+    """`kernels[platform](*args)` in programs that are lowered for one device, else the reference.
+
+    A program that `shard_map` splits over all axes of its mesh counts as one for one device.
+
+    Args:
+      kernels: by platform ("cpu", "tpu", "cuda"), functions with the signature of `reference`.
+      reference: what platforms without a kernel and the compiler's partitioner get.
+      *args: pytrees of arrays.
+    Returns:
+      What `reference` returns.
+
+    >>> import jax.numpy as jnp
+    >>> kernels = {jax.default_backend(): jnp.positive}
+    >>> float(by_lowering(kernels, jnp.negative, jnp.float32(2.0)))
+    2.0
+    """
+    leaves, tree = jax.tree.flatten(args)
+    out_tree = None
+
+    def flat(fn: Callable[..., Any], *leaves: Any) -> list[Any]:
+        nonlocal out_tree
+        out, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(tree, leaves)))
+        return out
+
+    traced = lambda fn: jax.make_jaxpr(partial(flat, fn))(*leaves)
+    branches = tuple((platform, traced(fn)) for platform, fn in kernels.items())
+    out = _chosen.bind(*leaves, branches=branches, reference=traced(reference))
+    return jax.tree.unflatten(out_tree, out)
+
+
+@_chosen.def_abstract_eval
+def _(*_: Any, branches: tuple, reference: Any) -> list[Any]:
+    return list(reference.out_avals)
+
+
+@_chosen.def_impl
+def _(*args: Any, branches: tuple, reference: Any) -> list[Any]:
+    """Outside of jit (`jax.disable_jit`): arrays say where they lie."""
+    split = any(len(a.sharding.device_set) > 1 for a in args if isinstance(a, jax.Array))
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    chosen = reference if split else dict(branches).get(platform, reference)
+    return core.jaxpr_as_fun(chosen)(*args)
+
+
+def _lowered(platform: str, ctx: Any, *args: Any, branches: tuple, reference: Any) -> Any:
+    kernel = dict(branches).get(platform) if is_whole(ctx.module_context.axis_context) else None
+    fn = core.jaxpr_as_fun(reference if kernel is None else kernel)
+    return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
+
+
+def is_whole(axis_context: Any) -> bool:
+    """Whether the compiler leaves a program as it is: one device, or all axes split by hand.
+
+    Args:
+      axis_context: of JAX's lowering: of a program's devices, of a mesh, or of `pmap`.
+    """
+    devices = getattr(axis_context, "num_devices", None)
+    if devices is not None:
+        return devices == 1
+    mesh = getattr(axis_context, "mesh", None)
+    if mesh is None:
+        return True
+    if not axis_context.manual_axes:
+        return mesh.size == 1
+    return axis_context.manual_axes | set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+for _platform in ("cpu", "tpu", "cuda"):
+    mlir.register_lowering(_chosen, partial(_lowered, _platform), platform=_platform)
+mlir.register_lowering(_chosen, partial(_lowered, ""))
+
+
+def _batched(args: Any, dims: Any, *, branches: tuple, reference: Any) -> tuple[list, list]:
+    mapped = lambda jaxpr: jax.vmap(core.jaxpr_as_fun(jaxpr), in_axes=tuple(dims))
+    fns = {platform: mapped(jaxpr) for platform, jaxpr in branches}
+    out = by_lowering(fns, mapped(reference), *args)
+    return out, [0] * len(out)
+
+
+batching.primitive_batchers[_chosen] = _batched
+
+
+def devices_of(*trees: Any) -> int:
+    """Devices of a program of these arrays, as far as can be told: the most that one lies on.
+
+    >>> import jax.numpy as jnp
+    >>> devices_of({"x": jnp.ones(3)}, jax.ShapeDtypeStruct((2,), jnp.float32))
+    1
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(trees)]
+    counts = [len(s.device_set) for s in shardings if s is not None]
+    return max([1, *counts, *(math.prod(m.axis_sizes) for m in meshes if not m.empty)])
