@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from models.outside import Schema, checked, shown
+from jaxquant.fields import shown
+from models.outside import Schema, checked
 from models.schemas import (
     ArchFields,
     Epsilon,

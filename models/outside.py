@@ -5,12 +5,13 @@ The line says which file, which field, what was expected, and what came.
 
 import json
 import re
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jaxquant.fields import shown
 
 S = TypeVar("S", bound="Schema")
 
@@ -76,21 +77,6 @@ def _part(part: Any) -> str:
     return text if text.replace("_", "").replace(".", "").isalnum() else shown(text)
 
 
-def shown(value: Any) -> str:
-    """A value for an error's line, however large or deep it is.
-
-    >>> shown(None), shown("a" * 200)
-    ('null', "'aaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaa'")
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 40
-    return " ".join(short.repr(value).split())
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError if there is none."""
     data = parse_json(read_bytes(path), str(path))
@@ -103,8 +89,6 @@ def read_bytes(path: Path) -> bytes:
     """A whole file. Raises ValueError if it cannot be read."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 

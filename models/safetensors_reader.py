@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from models.outside import Schema, checked, parse_json, shown
+from jaxquant.fields import shown
+from models.outside import Schema, checked, parse_json
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

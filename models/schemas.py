@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from models.outside import Schema, as_list, first_repeat, shown
+from jaxquant.fields import shown
+from models.outside import Schema, as_list, first_repeat
 
 MOST = 2**31 - 1
 Size = Annotated[int, Field(ge=1, le=MOST)]

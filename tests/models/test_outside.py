@@ -420,7 +420,7 @@ def test_tokenizer_json_that_is_no_text(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b'{"model": "\xff"}')
     one_line(lambda: Tokenizer.from_file(tmp_path / "tokenizer.json"), "not UTF-8 text: byte 11")
     one_line(lambda: Tokenizer.from_json(DEEP), "nested too deep")
-    one_line(lambda: Tokenizer.from_json(None), "should be a text, got null")
+    one_line(lambda: Tokenizer.from_json(None), "should be a text, got None")
     one_line(lambda: Tokenizer.from_json(byte_tokenizer_json()).decode([-1]), "not be negative")
 
 
