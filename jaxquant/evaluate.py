@@ -78,7 +78,8 @@ def evaluate(
       first: the first position whose logits are scored; default ctx // 2.
       progress: called with the number of chunks done.
     Raises:
-      ValueError: no chunks, logits that are not finite, or a teacher with another vocabulary.
+      ValueError: no chunks, ids beyond the vocabulary, logits that are not finite, or a teacher
+        with another vocabulary.
 
     >>> import jax
     >>> uniform = lambda p, x: jnp.zeros((*x.shape, 8))
@@ -94,7 +95,13 @@ def evaluate(
     teacher = against[1] if against else None
     totals = np.zeros(3)
     for i, tokens in enumerate(chunks):
-        totals += np.asarray(step(params, teacher, jnp.asarray(tokens)[None]), np.float64)
+        *sums, vocabulary = np.asarray(step(params, teacher, jnp.asarray(tokens)[None]), np.float64)
+        if not 0 <= np.min(tokens) <= np.max(tokens) < vocabulary:
+            raise ValueError(
+                f"token ids must lie in [0, {vocabulary:.0f}), the logits' vocabulary; chunk {i} "
+                f"has ids from {np.min(tokens)} to {np.max(tokens)}"
+            )
+        totals += sums
         if not np.all(np.isfinite(totals)):
             raise ValueError(f"the likelihood of chunk {i} is not finite; the model gives NaN or 0")
         if progress is not None:
@@ -108,17 +115,19 @@ def evaluate(
 def _score(
     logits: Logits, teacher: Logits | None, params: Any, other: Any, x: Array, first: int
 ) -> Array:
-    """Sums over one chunk: negative log likelihood, KL, agreements."""
+    """Sums over one chunk: negative log likelihood, KL, agreements; and the vocabulary's size."""
     log_p = _log_probabilities(logits, params, x, first)
     nll = -jnp.sum(jnp.take_along_axis(log_p, x[0, first + 1 :, None], axis=-1))
+    vocabulary = jnp.float32(log_p.shape[-1])
     if teacher is None:
-        return jnp.stack([nll, jnp.zeros(()), jnp.zeros(())])
+        return jnp.stack([nll, jnp.zeros(()), jnp.zeros(()), vocabulary])
     log_t = _log_probabilities(teacher, other, x, first)
     if log_t.shape != log_p.shape:
         raise ValueError(f"the teacher has {log_t.shape[1]} tokens, the model {log_p.shape[1]}")
     p = jnp.exp(log_t)  # 0 where a vocabulary's padding is masked by -inf
     kl = jnp.sum(jnp.where(p > 0, p * (log_t - log_p), 0.0))
-    return jnp.stack([nll, kl, jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))])
+    agree = jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))
+    return jnp.stack([nll, kl, agree, vocabulary])
 
 
 def _log_probabilities(logits: Logits, params: Any, x: Array, first: int) -> Array:

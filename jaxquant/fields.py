@@ -1,29 +1,95 @@
-"""Frozen dataclasses check the plain types of their fields, from code and from JSON alike."""
+"""Frozen dataclasses check their fields: types, and that numbers are finite."""
 
 import dataclasses
-from typing import Any
+import reprlib
+import sys
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
-_PLAIN: dict[Any, Any] = {bool: bool, int: int, str: str, float: (int, float)}
+LARGEST = 2**32 - 1  # of whole numbers: seeds take as much, no size or count does
+_MOST = sys.float_info.max
 
 
 def check_fields(value: Any) -> None:
-    """Raise ValueError unless every field annotated bool, int, str or float holds one.
+    """Raise ValueError unless every field holds what its annotation says.
+
+    Followed are bool, int, str, float, None, literals, tuples of these, and unions: floats are
+    finite, whole numbers below 2**32 in size, and no boolean is a number. A list given for a tuple
+    becomes one. What a class or Any stands for is the dataclass's own to check.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Size:
     ...     bits: int
+    ...     block: int | None = None
     ...     __post_init__ = check_fields
     >>> Size(4.0)
     Traceback (most recent call last):
     ValueError: bits must be int, got 4.0
+    >>> Size(4, float("inf"))
+    Traceback (most recent call last):
+    ValueError: block must be int or None, got inf
     """
     for field in dataclasses.fields(value):
-        got: Any = getattr(value, field.name)
-        wanted: Any = field.type
-        if wanted not in _PLAIN:
-            continue
-        if not isinstance(got, _PLAIN[wanted]) or (isinstance(got, bool) and wanted is not bool):
-            raise ValueError(f"{field.name} must be {wanted.__name__}, got {got!r}")
+        got = getattr(value, field.name)
+        if isinstance(got, list) and get_origin(field.type) is tuple:
+            got = tuple(got)
+            object.__setattr__(value, field.name, got)
+        if not _fits(got, field.type):
+            raise ValueError(f"{field.name} must be {_wanted(field.type, got)}, got {shown(got)}")
+
+
+def _fits(got: Any, wanted: Any) -> bool:
+    whole = isinstance(got, int) and not isinstance(got, bool)
+    if wanted is bool or wanted is str:
+        return isinstance(got, wanted)
+    if wanted is int:
+        return whole and abs(got) <= LARGEST
+    if wanted is float:  # NaN is not below anything
+        return (whole or isinstance(got, float)) and -_MOST <= got <= _MOST
+    if wanted is None or wanted is type(None):
+        return got is None
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return any(_fits(got, one) for one in args)
+    if origin is Literal:
+        return any(type(got) is type(one) and got == one for one in args)
+    if origin is tuple and args[1:] == (...,):
+        return isinstance(got, tuple) and all(_fits(one, args[0]) for one in got)
+    return True
+
+
+def _wanted(wanted: Any, got: Any = None) -> str:
+    """An annotation in words, as narrow as what came needs."""
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return _either([_wanted(one, got) for one in args])
+    if origin is Literal:
+        return _either([f'"{one}"' for one in args])
+    if origin is tuple:
+        return f"a tuple of {_wanted(args[0])}"
+    if wanted is int and isinstance(got, int) and not isinstance(got, bool):
+        return f"int of at most {LARGEST}"
+    if wanted is float and isinstance(got, int | float) and not isinstance(got, bool):
+        return "a finite float"
+    return "None" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
+
+
+def _either(words: list[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def shown(value: Any) -> str:
+    """A value for the line of an error, however large or deep it is.
+
+    >>> shown([1, "a" * 99])
+    "[1, 'aaaaaaaaaaaa...aaaaaaaaaaaaa']"
+    """
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    short = reprlib.Repr()
+    short.maxother = 120  # a dataclass of the house
+    return " ".join(short.repr(value).split())
 
 
 def check_positive(value: Any, *names: str) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float16, Int32
 
+from jaxquant.fields import check_fields
 from pallas_kernels import kv, layout
 
 ROPE = ("pre", "post")
@@ -48,10 +49,7 @@ class KVFormat:
     channels: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("bits", "window", "sinks", "group", "channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
+        check_fields(self)
         if self.bits not in layout.BITS:
             raise ValueError(f"bits must be one of {layout.BITS}, got {self.bits}")
         if self.rope not in ROPE:

@@ -4,10 +4,19 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxquant.activations import Activations
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, shown
 from jaxquant.rounding import LDLQ, Nearest
 
 GroupSize = int | Literal["channel", "tensor"]
+
+
+# What each part must have, if it is there, and what it is then called.
+_PARTS = {
+    "input": ("a transform of inputs (Rotation, ...)", ("apply", "size", "shapes")),
+    "output": ("a transform of outputs (Rotation, ...)", ("apply", "size", "shapes")),
+    "estimator": ("an estimator (StraightThrough, ...)", ("check", "grid", "value")),
+    "input_estimator": ("a learned range (LSQRange, PACT)", ("check", "served")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +42,16 @@ class Method:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "activations", Activations.of(self.activations))
-        if not hasattr(self.rounder, "needs_gram") or not hasattr(self.format, "tile"):
+        rounds = hasattr(self.rounder, "needs_output") and hasattr(self.rounder, "needs_gram")
+        if not rounds or not all(hasattr(self.format, name) for name in ("tile", "encode")):
             raise ValueError(
                 f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
-                f"{self.rounder!r} and {self.format!r}"
+                f"{shown(self.rounder)} and {shown(self.format)}"
             )
+        for name, (kind, needed) in _PARTS.items():
+            part = getattr(self, name)
+            if part is not None and not all(hasattr(part, method) for method in needed):
+                raise ValueError(f"{name} must be {kind} or None, got {shown(part)}")
 
     @property
     def needs_gram(self) -> bool:
@@ -78,6 +92,8 @@ class Keep:
     """Leave a leaf as it is."""
 
     name: str = "keep"
+
+    __post_init__ = check_fields
 
 
 KEEP = Keep()

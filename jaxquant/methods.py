@@ -21,6 +21,7 @@ from jaxquant.codebooks import (
     TrellisBudget,
     Vector,
 )
+from jaxquant.fields import shown
 from jaxquant.method import KEEP, GroupSize, Keep, Method, scalar_rounder
 from jaxquant.outlier_methods import awq, duquant, flatquant, inputs, quarot, smoothquant
 from jaxquant.rounding import LDLQ, Beam, Nearest, TwoSided, Waterfill
@@ -290,8 +291,10 @@ def named_method(name: str, **options: Any) -> Method:
     3
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
-    given = {k: v for k, v in options.items() if v is not None}
+        raise ValueError(f"unknown method {shown(name)}; known: {', '.join(sorted(METHODS))}")
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if v is not None
+    }
     form = {"activations": given.pop("activations")} if "activations" in given else {}
     own = inspect.signature(METHODS[name]).parameters
     if "activation_bits" in given and "activation_bits" not in own:

@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxquant.activations import Activations
 from jaxquant.codebooks import Dense, Integer
+from jaxquant.fields import shown
 from jaxquant.method import GroupSize, Method, scalar_rounder
 from jaxquant.rounding import Clipped
 from jaxquant.transforms import ActivationAware, Chain, Greedy, Kronecker, Rotation, Smooth, Zigzag
@@ -16,6 +17,8 @@ def weights(bits: int, group_size: GroupSize, symmetric: bool, clip: float, dtyp
 
 def inputs(bits: int, symmetric: bool, clip: float, static: bool = False) -> Activations | None:
     """Integers per token, or of a known range; from 16 bits on floats."""
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise ValueError(f"activation_bits must be int, got {shown(bits)}")
     per: Any = "tensor" if static else "token"
     return None if bits >= 16 else Activations(bits, symmetric, clip, per)
 

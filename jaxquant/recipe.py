@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.fields import shown
 from jaxquant.methods import KEEP, Keep, Method, named_method
 from jaxquant.paths import matches, path_leaves
 from jaxquant.serialize import from_json, to_json
@@ -57,13 +58,19 @@ class Recipe:
 
 def _rule(value: Any) -> tuple[str, Method | Keep]:
     if not isinstance(value, dict) or not {"pattern", "method"} <= set(value):
-        raise ValueError(f'a rule is {{"pattern": ..., "method": ...}}, got {value!r}')
+        raise ValueError(f'a rule is {{"pattern": ..., "method": ...}}, got {shown(value)}')
+    if not isinstance(value["pattern"], str):
+        raise ValueError(f"the pattern of a rule is a text, got {shown(value['pattern'])}")
     options = {k: v for k, v in value.items() if k not in ("pattern", "method")}
     method = value["method"]
     if isinstance(method, dict):
+        if options:
+            raise ValueError(f"a method with a type takes no {shown(min(options))} beside it")
         return value["pattern"], from_json(method)
     if not isinstance(method, str):
-        raise ValueError(f"a method is a name or an object with a type, got {method!r}")
+        raise ValueError(f"a method is a name or an object with a type, got {shown(method)}")
+    if "name" in options or (method == "keep" and options):
+        raise ValueError(f"method {shown(method)} has no option {shown(min(options))}")
     return value["pattern"], KEEP if method == "keep" else named_method(method, **options)
 
 

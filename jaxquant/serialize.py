@@ -1,14 +1,17 @@
 """Frozen dataclasses of the house to and from plain JSON values."""
 
 import dataclasses
+import difflib
 from typing import Any
 
 from jaxquant import codebooks, rounding, transforms
 from jaxquant.activations import Activations
+from jaxquant.fields import shown
 from jaxquant.methods import Keep, Method
 from jaxquant.tensor import View
 from jaxquant.training import clipping, estimators, latent, ranges
 
+DEEPEST = 20
 _PARTS = [vars(m)[name] for m in (codebooks, rounding, transforms) for name in m.__all__]
 _TRAINED = (
     estimators.AbsMean, estimators.LSQ, estimators.StraightThrough, estimators.StretchedElastic,
@@ -35,20 +38,30 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Any, depth: int = 0) -> Any:
     """Inverse of `to_json`; lists come back as tuples.
 
     Raises:
-      ValueError: a type or field this version does not know.
+      ValueError: a type or field this version does not know, a value that its field does not take,
+        or values more than `DEEPEST` deep in one another.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"values lie more than {DEEPEST} deep in one another")
     if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
+        return tuple(from_json(v, depth + 1) for v in value)
     if not isinstance(value, dict):
         return value
     name = value.get("type")
-    if name not in _TYPES:
-        raise ValueError(f"unknown type {name!r}; this version knows {', '.join(sorted(_TYPES))}")
+    if not isinstance(name, str) or name not in _TYPES:
+        near = difflib.get_close_matches(str(name)[:40], sorted(_TYPES), 3, 0.0)
+        raise ValueError(f"unknown type {shown(name)}; nearest: {', '.join(near)}")
+    given = {k: from_json(v, depth + 1) for k, v in value.items() if k != "type"}
+    fields = [f.name for f in dataclasses.fields(_TYPES[name])]
+    if unknown := sorted(given.keys() - set(fields)):
+        raise ValueError(f"{name} has no {shown(unknown[0])}; it has {', '.join(fields) or 'none'}")
     try:
-        return _TYPES[name](**{k: from_json(v) for k, v in value.items() if k != "type"})
+        return _TYPES[name](**given)
     except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxquant import activations
 from jaxquant.activations import Activations
 from jaxquant.contraction import Contraction
+from jaxquant.fields import check_fields
 from jaxquant.standin import StandIn, arguments, is_standin, note, once
 from pallas_kernels import dispatch as kernels
 
@@ -89,6 +90,8 @@ class View:
     k: tuple[int, ...]
     n: tuple[int, ...]
     order: tuple[int, ...]
+
+    __post_init__ = check_fields
 
 
 class QTensor(StandIn):

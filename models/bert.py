@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from models.outside import checked
+from models.schemas import BertFile
+
 # Of `jaxquant.fold`: outputs make their input from values alone. No other input's factors can be
 # folded: norms feed the residual stream too, and GELU lets no factor through.
 FOLDS = {"layers/attn/o/kernel": ("layers/attn/v/kernel", "layers/attn/v/bias")}
@@ -35,11 +38,12 @@ class BertConfig:
     norm_eps: float = 1e-12
     pad_id: int = 0
 
-    def __post_init__(self):
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model must be a multiple of n_heads, got {self.d_model}, {self.n_heads}"
-            )
+    @property
+    def weights(self) -> int:
+        """How many there are at least: those of all matrices."""
+        layer = self.d_model * (4 * self.d_model + 2 * self.d_ff)
+        tables = self.vocab_size + self.max_position + self.n_types
+        return self.n_layers * layer + tables * self.d_model
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "BertConfig":
@@ -48,27 +52,18 @@ class BertConfig:
         Raises:
           ValueError: another architecture, an option that is not supported, or a key is missing.
         """
-        for key, want in (
-            ("model_type", "bert"),
-            ("hidden_act", "gelu"),
-            ("position_embedding_type", "absolute"),
-        ):
-            if hf.get(key, want) != want:
-                raise ValueError(f"{key} must be {want}, got {hf[key]!r}")
-        try:
-            return cls(
-                vocab_size=hf["vocab_size"],
-                d_model=hf["hidden_size"],
-                d_ff=hf["intermediate_size"],
-                n_layers=hf["num_hidden_layers"],
-                n_heads=hf["num_attention_heads"],
-                max_position=hf["max_position_embeddings"],
-                n_types=hf["type_vocab_size"],
-                norm_eps=hf["layer_norm_eps"],
-                pad_id=hf["pad_token_id"],
-            )
-        except KeyError as error:
-            raise ValueError(f"config.json lacks {error}") from None
+        file = checked(BertFile, hf, "config.json")
+        return cls(
+            vocab_size=file.vocab_size,
+            d_model=file.hidden_size,
+            d_ff=file.intermediate_size,
+            n_layers=file.num_hidden_layers,
+            n_heads=file.num_attention_heads,
+            max_position=file.max_position_embeddings,
+            n_types=file.type_vocab_size,
+            norm_eps=file.layer_norm_eps,
+            pad_id=file.pad_token_id,
+        )
 
 
 class Attention(nn.Module):

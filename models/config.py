@@ -1,12 +1,29 @@
 """The architecture of a Llama-like model, and its readers for Hugging Face and GGUF metadata."""
 
 import dataclasses
-import functools
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, Self
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ACTIVATIONS = ("silu", "relu2")
+from pydantic import model_validator
+
+from jaxquant.fields import shown
+from models.outside import Schema, checked
+from models.schemas import (
+    ArchFields,
+    Epsilon,
+    Factor,
+    HFConfig,
+    Rope,
+    Size,
+    Theta,
+    TokenId,
+    TokenizerFields,
+    check_heads,
+    check_ids,
+)
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF calls Mistral "llama"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +34,9 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position: int
+
+    def __post_init__(self):
+        checked(_Llama3, vars(self), "rope_scaling")
 
 
 # A float divides every frequency (linear); a tuple divides each by its own factor, which is how
@@ -50,19 +70,26 @@ class LlamaConfig:
     bos_id: int | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim")
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads}, {self.n_kv_heads}"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
+        checked(_Fields, vars(self), "LlamaConfig")
+        scaling = self.rope_scaling
+        numbers = scaling if isinstance(scaling, tuple) else (scaling,)
+        if scaling is not None and not isinstance(scaling, Llama3Scaling):
+            plain = (isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+            if not (all(plain) and all(0 < n < math.inf for n in numbers)):
+                raise ValueError(f"rope_scaling must be positive numbers, got {shown(scaling)}")
+            if isinstance(scaling, tuple) and len(scaling) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope_scaling must be one factor, or {self.head_dim // 2} for the pairs of a "
+                    f"head, got {len(scaling)}"
+                )
+
+    @property
+    def weights(self) -> int:
+        """How many there are at least: those of all matrices."""
+        inner, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        layer = self.d_model * (2 * inner + 2 * keys + 3 * self.d_ff)
+        tables = 1 if self.tie_embeddings else 2
+        return self.n_layers * layer + tables * self.vocab_size * self.d_model
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values; `from_json` is its inverse."""
@@ -75,14 +102,15 @@ class LlamaConfig:
         Raises:
           ValueError: a key is unknown or missing, or a value is out of range.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"not a LlamaConfig in JSON form: {shown(data)}")
         data = dict(data)
-        scaling = data.get("rope_scaling")
+        for name in ("rope_scaling", "eos_ids"):
+            if isinstance(data.get(name), list):
+                data[name] = tuple(data[name])
         try:
-            if isinstance(scaling, Mapping):
+            if isinstance(scaling := data.get("rope_scaling"), Mapping):
                 data["rope_scaling"] = Llama3Scaling(**scaling)
-            elif isinstance(scaling, list):
-                data["rope_scaling"] = tuple(scaling)
-            data["eos_ids"] = tuple(data.get("eos_ids", ()))
             return cls(**data)
         except TypeError as error:
             raise ValueError(f"not a LlamaConfig in JSON form: {error}") from None
@@ -94,30 +122,28 @@ class LlamaConfig:
         Raises:
           ValueError: the family or one of its options is not supported, or a key is missing.
         """
-        family = hf.get("model_type")
-        _check_hf(hf, family)
-        get = functools.partial(_need, hf, "config.json")
-        bias = family == "qwen2" or bool(hf.get("attention_bias", False))
-        heads = get("num_attention_heads")
+        file = checked(HFConfig, hf, "config.json")
+        heads, kv_heads, head_dim = file.sizes
+        qwen2 = file.model_type == "qwen2"
         return cls(
-            vocab_size=get("vocab_size"),
-            d_model=get("hidden_size"),
-            d_ff=get("intermediate_size"),
-            n_layers=get("num_hidden_layers"),
+            vocab_size=file.vocab_size,
+            d_model=file.hidden_size,
+            d_ff=file.intermediate_size,
+            n_layers=file.num_hidden_layers,
             n_heads=heads,
-            n_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or get("hidden_size") // heads,
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=float(_hf_rope(hf).get("rope_theta", hf.get("rope_theta", 10000.0))),
-            rope_scaling=_hf_scaling(_hf_rope(hf)),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qk_norm=family == "qwen3",
-            qkv_bias=bias,
-            o_bias=bias and family != "qwen2",
-            mlp_bias=bool(hf.get("mlp_bias", False)),
-            max_position=hf.get("max_position_embeddings", 2048),
-            eos_ids=_ids(hf.get("eos_token_id")),
-            bos_id=next(iter(_ids(hf.get("bos_token_id"))), None),
+            n_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_eps=file.rms_norm_eps,
+            rope_theta=float(file.theta),
+            rope_scaling=_scaling(file.rope, file.max_position_embeddings),
+            tie_embeddings=file.tie_word_embeddings,
+            qk_norm=file.model_type == "qwen3",
+            qkv_bias=qwen2 or file.attention_bias,
+            o_bias=file.attention_bias and not qwen2,
+            mlp_bias=file.mlp_bias,
+            max_position=file.max_position_embeddings,
+            eos_ids=tuple(dict.fromkeys(file.eos_token_id)),
+            bos_id=next(iter(file.bos_token_id), None),
         )
 
     @classmethod
@@ -129,113 +155,100 @@ class LlamaConfig:
           ValueError: the architecture or one of its options is not supported, or a key is missing.
         """
         arch = fields.get("general.architecture")
-        _check_gguf(fields, arch)
-        opt = _Arch(fields, arch).get
-        get = functools.partial(_need, _Arch(fields, arch), "the GGUF metadata")
-        heads = get("attention.head_count")
-        vocab = opt("vocab_size") or len(
-            _need(fields, "the GGUF metadata", "tokenizer.ggml.tokens")
-        )
-        head_dim = opt("attention.key_length") or get("embedding_length") // heads
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if opt(key, head_dim) != head_dim:
-                raise ValueError(f"{arch}.{key} must equal head_dim {head_dim}, got {opt(key)}")
-        linear = opt("rope.scaling.type", "none") == "linear"
-        ends = [fields.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot")]
+        if arch not in ARCHITECTURES:
+            raise ValueError(
+                f"general.architecture must be one of {ARCHITECTURES}; got {shown(arch)}"
+            )
+        own = checked(ArchFields, _below(fields, f"{arch}."), GGUF, f"{arch}.")
+        words = tokenizer_fields(fields)
+        ends = (words.eos_token_id, words.eot_token_id)
         return cls(
-            vocab_size=vocab,
-            d_model=get("embedding_length"),
-            d_ff=get("feed_forward_length"),
-            n_layers=get("block_count"),
-            n_heads=heads,
-            n_kv_heads=opt("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            norm_eps=get("attention.layer_norm_rms_epsilon"),
-            rope_theta=opt("rope.freq_base", 10000.0),
-            rope_scaling=float(get("rope.scaling.factor")) if linear else None,
+            vocab_size=own.vocab_size or len(words.tokens),
+            d_model=own.embedding_length,
+            d_ff=own.feed_forward_length,
+            n_layers=own.block_count,
+            n_heads=own.heads,
+            n_kv_heads=own.kv_heads or own.heads,
+            head_dim=own.head_dim,
+            norm_eps=own.norm_eps,
+            rope_theta=own.theta,
+            rope_scaling=own.rope_factor,
             qk_norm=arch == "qwen3",
-            max_position=get("context_length"),
-            eos_ids=_ids([i for i in ends if i is not None]),
-            bos_id=fields.get("tokenizer.ggml.bos_token_id"),
+            max_position=own.context_length,
+            eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+            bos_id=words.bos_token_id,
         )
 
 
-class _Arch(NamedTuple):
-    """GGUF metadata of one architecture, whose keys begin with its name."""
-
-    fields: Mapping[str, Any]
-    arch: str
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.fields.get(f"{self.arch}.{key}", default)
+GGUF = "the GGUF metadata"
 
 
-def _need(data: Any, where: str, key: str) -> Any:
-    value = data.get(key)
-    if value is None:
-        raise ValueError(f"{where} lacks {key!r}")
-    return value
+def tokenizer_fields(fields: Mapping[str, Any]) -> TokenizerFields:
+    """What GGUF metadata says of the tokenizer."""
+    prefix = "tokenizer.ggml."
+    return checked(TokenizerFields, _below(fields, prefix), GGUF, prefix)
 
 
-def _ids(value) -> tuple[int, ...]:
-    """Token ids from None, one id or a list; in order, without repeats."""
-    if value is None:
-        return ()
-    return tuple(dict.fromkeys(value if isinstance(value, list) else [value]))
+def _below(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
 
 
-def _hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Transformers 5 writes `rope_parameters`; earlier versions write `rope_scaling` or null."""
-    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-
-
-def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+def _scaling(rope: Rope, max_position: int) -> RopeScaling:
+    if rope.kind == "default":
         return None
-    get = functools.partial(_need, rope, f"rope_scaling of type {kind!r}")
-    if kind == "linear":
-        return float(get("factor"))
-    if kind == "llama3":
-        return Llama3Scaling(
-            float(get("factor")),
-            float(get("low_freq_factor")),
-            float(get("high_freq_factor")),
-            get("original_max_position_embeddings"),
-        )
-    raise ValueError(f"rope_scaling type must be default, linear or llama3, got {kind!r}")
+    if rope.kind == "linear":
+        return float(rope.factor)
+    trained = rope.original_max_position_embeddings or max_position
+    return Llama3Scaling(
+        float(rope.factor), float(rope.low_freq_factor), float(rope.high_freq_factor), trained
+    )
 
 
-def _check_hf(hf: Mapping[str, Any], family) -> None:
-    if family not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}; got {family!r}")
-    if hf.get("quantization_config"):
-        raise ValueError("the checkpoint is quantized already; load the original float weights")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act must be silu, got {hf['hidden_act']!r}")
-    if _hf_rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1) != 1:
-        raise ValueError("partial_rotary_factor must be 1: all of head_dim is rotated here")
-    # Qwen names a window but uses it only on request; Mistral's window is used if it is there.
-    used = hf.get("use_sliding_window", False) if family.startswith("qwen") else family == "mistral"
-    _check_window(hf.get("sliding_window") if used else None, hf.get("max_position_embeddings", 0))
+class _Llama3(Schema):
+    """Fields of `Llama3Scaling`."""
+
+    factor: Factor
+    low_freq_factor: Factor
+    high_freq_factor: Factor
+    original_max_position: Size
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not low < high:
+            raise ValueError(
+                f"low_freq_factor must be below high_freq_factor, got {low} and {high}"
+            )
+        return self
 
 
-def _check_gguf(fields: Mapping[str, Any], arch) -> None:
-    supported = [f for f in FAMILIES if f != "mistral"]  # GGUF calls Mistral "llama"
-    if arch not in supported:
-        raise ValueError(f"general.architecture must be one of {supported}; got {arch!r}")
-    opt = _Arch(fields, arch).get
-    if opt("expert_count"):
-        raise ValueError(f"mixture-of-experts models are not supported ({arch}.expert_count)")
-    scaling = opt("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise ValueError(f"rope.scaling.type must be none or linear, got {scaling!r}")
-    _check_window(opt("attention.sliding_window"), opt("context_length", 0))
+class _Fields(Schema):
+    """Fields of `LlamaConfig`, whoever made it; `rope_scaling` apart."""
 
+    vocab_size: Size
+    d_model: Size
+    d_ff: Size
+    n_layers: Size
+    n_heads: Size
+    n_kv_heads: Size
+    head_dim: Size
+    norm_eps: Epsilon
+    rope_theta: Theta
+    tie_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    sub_norms: bool
+    activation: Literal["silu", "relu2"]
+    max_position: Size
+    eos_ids: tuple[TokenId, ...]
+    bos_id: TokenId | None
 
-def _check_window(window: int | None, max_position: int) -> None:
-    if window and window < max_position:
-        raise ValueError(
-            f"sliding-window attention is not supported (window {window} < {max_position} "
-            f"positions); lower max_position_embeddings to {window} to use full attention"
-        )
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        check_heads(("n_heads", "n_kv_heads", "head_dim"), self.n_heads, self.n_kv_heads,
+                    self.head_dim)  # fmt: skip
+        bos = [] if self.bos_id is None else [self.bos_id]
+        check_ids(self.vocab_size, eos_ids=list(self.eos_ids), bos_id=bos)
+        return self

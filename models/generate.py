@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxquant.kv_cache import KVFormat
 from models.cache import AnyCache, init_cache
 from models.config import LlamaConfig
+from models.llama import check_tokens
 
 SMALLEST_BUCKET = 32
 
@@ -127,8 +128,7 @@ def _check(config: LlamaConfig, prompt_ids, max_tokens, temperature, key) -> Non
     length = len(prompt_ids)
     if length == 0:
         raise ValueError("the prompt is empty; give at least one token, such as config.bos_id")
-    if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
-        raise ValueError(f"prompt ids must lie in [0, {config.vocab_size})")
+    check_tokens(prompt_ids, config.vocab_size)
     if max_tokens < 0:
         raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
     if length + max_tokens > config.max_position:

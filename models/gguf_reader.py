@@ -1,7 +1,6 @@
 """GGUF files: configuration, tokenizer and weights, dequantized tensor by tensor.
 
-Source: the format as the `gguf` library of llama.cpp reads it; quantized blocks are expanded by
-`gguf.quants.dequantize`, whatever mixture of types the file has.
+Quantized blocks are expanded by `gguf.quants.dequantize`, whatever mixture of types the file has.
 """
 
 import dataclasses
@@ -11,9 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 
+from models.gguf_file import Tensor, open_gguf
 from models.llama import Llama, LlamaConfig
 from models.tokenizer import Tokenizer
-from models.weights import assemble, tensor_names
+from models.weights import assemble, check_room, tensor_names
 
 _LAYER = {
     "layers/attn/q/kernel": "attn_q.weight",
@@ -55,10 +55,13 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     Raises:
       ValueError: not a GGUF file, truncated, unsupported, or with wrong tensors; one line.
     """
-    fields, tensors = _open(Path(path))
-    config = _complete(LlamaConfig.from_gguf(fields), tensors)
+    fields, tensors, nbytes = open_gguf(Path(path))
+    config = LlamaConfig.from_gguf(fields)
+    check_room(config, nbytes, str(path))
+    config = _complete(config, tensors)
     # Before the weights, so that its large temporaries do not come on top of them.
     tokenizer = Tokenizer.from_gguf(fields)
+    tokenizer.check_rows(config.vocab_size)
     llama = Llama(config)
     names = tensor_names(llama, TENSORS)
     turned = _turned_heads(fields["general.architecture"], config, names)
@@ -67,40 +70,20 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
         value = _dequantize(tensors[name])
         return _half_split(value, turned[name]) if name in turned else value
 
-    params = assemble(llama, names, set(tensors) - {ROPE_FACTORS}, read, dtype)
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name != ROPE_FACTORS}
+    params = assemble(llama, names, shapes, read, dtype)
     return config, params, tokenizer
 
 
-class _Reader(gguf.GGUFReader):
-    """The library slices a np.memmap a quarter of a million times to read a vocabulary; slices of
-    a plain array over the same mapped file take a third of the time and half of the memory."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, np.asarray(value) if name == "data" else value)
-
-
-def _open(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
-    """Metadata as plain values, and the memory-mapped tensors by name."""
-    try:
-        reader = _Reader(path)
-        fields = {key: field.contents() for key, field in reader.fields.items()}
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        # The library checks little: a cut file shows as whatever numpy says of the empty rest.
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a complete GGUF file ({reason})") from None
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _complete(config: LlamaConfig, tensors: dict[str, gguf.ReaderTensor]) -> LlamaConfig:
+def _complete(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
     """Set what GGUF tells by the presence of a tensor."""
     scaling = config.rope_scaling
     if ROPE_FACTORS in tensors:
-        factors = _dequantize(tensors[ROPE_FACTORS]) * (scaling or 1.0)
-        if factors.shape != (config.head_dim // 2,) or not np.all(factors > 0):
+        factors = _dequantize(tensors[ROPE_FACTORS])
+        usable = np.isfinite(factors) & (factors > 0)
+        if factors.shape != (config.head_dim // 2,) or not usable.all():
             raise ValueError(f"{ROPE_FACTORS} should be {config.head_dim // 2} positive numbers")
-        scaling = tuple(factors.tolist())
+        scaling = tuple((factors * (scaling or 1.0)).tolist())
     return dataclasses.replace(
         config,
         rope_scaling=scaling,
@@ -111,12 +94,14 @@ def _complete(config: LlamaConfig, tensors: dict[str, gguf.ReaderTensor]) -> Lla
     )
 
 
-def _dequantize(tensor: gguf.ReaderTensor) -> np.ndarray:
+def _dequantize(tensor: Tensor) -> np.ndarray:
     try:
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(all="ignore"):  # what is not finite is found when it is used
+            return gguf.quants.dequantize(tensor.data, tensor.kind)
     except NotImplementedError:
-        kind = tensor.tensor_type.name
-        raise ValueError(f"tensor {tensor.name} has type {kind}, which gguf cannot read") from None
+        raise ValueError(
+            f"tensor {tensor.name} has type {tensor.kind.name}, which gguf cannot read"
+        ) from None
 
 
 def _turned_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:

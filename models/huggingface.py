@@ -1,19 +1,20 @@
 """Hugging Face folders: config.json, safetensors (single or sharded), tokenizer.json."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import Llama3Scaling
 from models.llama import Llama, LlamaConfig
+from models.outside import as_list, checked, read_json
+from models.safetensors_reader import Tensors
+from models.schemas import Generation, Index
 from models.tokenizer import Tokenizer
-from models.weights import assemble, tensor_names
+from models.weights import assemble, check_room, tensor_names
 
 _BOTH = (("kernel", "weight"), ("bias", "bias"))
 _LAYER = {
@@ -51,14 +52,14 @@ def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     folder = Path(folder)
     config = LlamaConfig.from_hf(_hf_json(folder))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-    with contextlib.ExitStack() as stack:
-        tensors = _locate(folder)
-        shards = {path: stack.enter_context(open_tensors(path)) for path in set(tensors.values())}
-        _check_index(tensors, shards)
-        used = {n for n in tensors if not _ignored(n, config)}
-        read = lambda name: shards[tensors[name]].get_tensor(name)
-        llama = Llama(config)
-        params = assemble(llama, tensor_names(llama, TENSORS), used, read, dtype)
+    tokenizer.check_rows(config.vocab_size)
+    tensors = _locate(folder)
+    shards = set(tensors.values())
+    check_room(config, sum(file.nbytes for file in shards), str(folder / "config.json"))
+    shapes = {n: file.shapes[n] for n, file in tensors.items() if not _ignored(n, config)}
+    read = lambda name: tensors[name].read(name)
+    llama = Llama(config)
+    params = assemble(llama, tensor_names(llama, TENSORS), shapes, read, dtype)
     return config, params, tokenizer
 
 
@@ -88,51 +89,23 @@ def _hf_json(folder: Path) -> dict[str, Any]:
     hf = read_json(folder / "config.json")
     extra = folder / "generation_config.json"
     if extra.exists():
-        as_list = lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]
-        found = (hf.get("eos_token_id"), read_json(extra).get("eos_token_id"))
-        hf["eos_token_id"] = [i for ids in found for i in as_list(ids)]
+        more = checked(Generation, read_json(extra), extra.name).eos_token_id
+        hf["eos_token_id"] = [*as_list(hf.get("eos_token_id")), *more]
     return hf
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError if there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} should hold a JSON object, holds a {type(data).__name__}")
-    return data
-
-
-def _locate(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX} lacks a weight_map")
-        return {name: folder / shard for name, shard in weight_map.items()}
-    with open_tensors(folder / SINGLE) as file:
-        return dict.fromkeys(file.keys(), folder / SINGLE)
-
-
-def open_tensors(path: Path):
-    """A memory-mapped safetensors file. Raises ValueError if it is missing or not complete."""
-    try:
-        return safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
-
-
-def _check_index(tensors: dict[str, Path], shards: dict[Path, Any]) -> None:
-    held = {path: set(file.keys()) for path, file in shards.items()}
-    for name, path in tensors.items():
-        if name not in held[path]:
-            raise ValueError(f"{INDEX} promises tensor {name} in {path.name}, which lacks it")
+def _locate(folder: Path) -> dict[str, Tensors]:
+    """The file that holds each tensor."""
+    index = folder / INDEX
+    if not index.exists():
+        single = Tensors(folder / SINGLE)
+        return dict.fromkeys(single.shapes, single)
+    weight_map = checked(Index, read_json(index), str(index)).weight_map
+    shards = {name: Tensors(folder / name) for name in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard].shapes:
+            raise ValueError(f"{INDEX} promises tensor {name!r:.80} in {shard}, which lacks it")
+    return {name: shards[shard] for name, shard in weight_map.items()}
 
 
 def _ignored(name: str, config: LlamaConfig) -> bool:

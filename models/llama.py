@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 import jaxquant as jq
@@ -38,6 +39,7 @@ __all__ = [
     "LlamaConfig",
     "apply",
     "blockwise",
+    "check_tokens",
     "init_cache",
     "whole",
 ]
@@ -198,6 +200,22 @@ def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
     rest = {name: value for name, value in params.items() if name != "layers"}
     cache = None if cache is None else cache.apart()
     return model.apply({"params": rest}, tokens, cache, in_turn)
+
+
+def check_tokens(tokens: Any, vocab_size: int) -> None:
+    """Raise ValueError for ids without a row in the embedding, which JAX would make NaN of, or,
+    where they are negative, another token. Traced ids pass: nobody knows them yet."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"token ids must be integers, got {ids.dtype}")
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        wrong = ids.max() if ids.min() >= 0 else ids.min()
+        raise ValueError(
+            f"token ids must lie in [0, {vocab_size}), the embedding's rows, got {wrong}; "
+            f"encode the text with the tokenizer that belongs to this model"
+        )
 
 
 def _after(h, kept):

@@ -22,9 +22,11 @@ from jaxquant.trainer import next_token_loss
 from jaxquant.transforms import Channels
 from models import registry
 from models.config import LlamaConfig
-from models.llama import Llama, blockwise, folds, residual, untied, whole
+from models.llama import Llama, blockwise, check_tokens, folds, residual, untied, whole
+from models.outside import checked
 from models.prefix import after_prefix, exact_prefix
 from models.registry import Model
+from models.schemas import LanguageModel
 from models.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of one calibration sequence
@@ -45,16 +47,17 @@ def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
     if not checkpoint.is_checkpoint(spec):
         return registry.load(spec)
     params, _, metadata = checkpoint.load(spec)
-    try:
-        config = LlamaConfig.from_json(metadata["config"])
-        tokenizer = Tokenizer.from_json(metadata["tokenizer"])
-    except KeyError as error:
-        raise ValueError(f"{spec} is a checkpoint of no language model: it lacks {error}") from None
+    kept = checked(
+        LanguageModel, metadata, f"{spec} is a checkpoint of no language model: its metadata"
+    )
+    config = LlamaConfig.from_json(kept.config)
+    tokenizer = Tokenizer.from_json(kept.tokenizer, f"the tokenizer of {spec}")
+    tokenizer.check_rows(config.vocab_size)
     if widen:
         params = jax.tree.map(
             lambda w: w if _packed(w) else w.astype(jnp.float32), params, is_leaf=_packed
         )
-    return Model(str(spec), config, params, tokenizer, prefix=metadata.get("prefix", 0))
+    return Model(str(spec), config, params, tokenizer, prefix=kept.prefix)
 
 
 def beginning(model: Model) -> list[int]:
@@ -160,7 +163,11 @@ def calibrate_on(
 
     The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
     what is kept, twice, beside the parameters.
+
+    Raises:
+      ValueError: an id without a row in the embedding; before any compute.
     """
+    check_tokens(sequences, model.config.vocab_size)
     llama, prefix = Llama(model.config, model.dtype, remat=True), model.prefix
 
     def forward(params: Any, tokens: jax.Array, *cache: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from models.cache import AnyCache, Rounding
 from models.config import LlamaConfig
 from models.gguf_reader import read_gguf
 from models.huggingface import read_hf
-from models.llama import Llama, apply
+from models.llama import Llama, apply, check_tokens
 from models.prefix import exact_prefix
 from models.tokenizer import Tokenizer
 
@@ -74,9 +74,11 @@ def _functions(config: LlamaConfig, dtype: Any, prefix: int) -> tuple[Callable, 
     model = Llama(config, dtype)
 
     def apply_fn(params, tokens):
+        check_tokens(tokens, config.vocab_size)
         return apply(model, params, tokens)
 
     def apply_cached(params, tokens, cache):
+        check_tokens(tokens, config.vocab_size)
         return apply(model, params, tokens, cache)
 
     return exact_prefix(model, prefix) if prefix else (apply_fn, apply_cached)
@@ -136,12 +138,19 @@ def load(spec: str | Path, dtype: Any = jnp.float32) -> Model:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating-point, got {dtype}")
     path = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
-    if not path.exists():
-        raise ValueError(f"no model {str(spec)!r}: not a path, and not one of {sorted(NAMED)}")
+    if not _exists(path):
+        raise ValueError(f"no model {str(spec)!r:.200}: not a path, and not one of {sorted(NAMED)}")
     for reader in READERS:
         if reader.recognises(path):
             return Model(str(spec), *reader.read(path, dtype), dtype)
     raise ValueError(f"{path} is neither a .gguf file nor a folder with config.json")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name of a file, or behind a folder that is closed
+        return False
 
 
 def packaged(model: Packaged) -> Path:

@@ -1,8 +1,8 @@
 """What the command `quantize` was asked for, as a job."""
 
 import dataclasses
-import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jaxquant as jq
@@ -12,6 +12,7 @@ from jaxquant.learned_rotation import ROTATING
 from models import pipeline
 from models.effort import EFFORTS, Effort
 from models.job import GENERATED, Job
+from models.outside import parse_json, read_bytes
 from models.text import read_text
 
 MOST = 8  # bits
@@ -141,13 +142,7 @@ def _named(name: str, preset: Effort, options: dict[str, Any], weighting: str) -
 
 
 def _recipe_file(path: str) -> jq.Recipe:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return jq.Recipe.from_json(json.load(file))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return jq.Recipe.from_json(parse_json(read_bytes(Path(path)), path))
 
 
 def _choices(name: str, target: float, made: Callable[[float], jq.Method]) -> tuple[jq.Method, ...]:
@@ -178,6 +173,6 @@ def setting(text: str) -> tuple[str, Any]:
     if not (name and equals):
         raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        return name, parse_json(value, name)
+    except ValueError:
         return name, value

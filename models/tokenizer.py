@@ -5,9 +5,10 @@ control characters the text has. What the file itself makes impossible stays so:
 changes the text (Qwen2's tokenizer.json applies NFC; SentencePiece reads U+2581 as a space).
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from jaxquant.fields import shown
+from models.config import tokenizer_fields
+from models.outside import checked, parse_json, read_bytes
+from models.schemas import Pieces, TokenizerFields, TokenizerFile, Words
+
 # llama.cpp's token types (gguf.TokenType).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_LONGEST = 512  # characters of a piece that is cut in every way for its merges
 
 _CASED_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -34,23 +41,37 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._lost = _lost_characters(backend)
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError("the tokenizer has no tokens")
+        self._rows = 1 + max(ids)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read a `tokenizer.json`. Raises ValueError if it is missing or malformed."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-        return cls.from_json(text)
+        return cls.from_json(read_bytes(Path(path)), str(path))
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
+    def from_json(cls, text: str | bytes, where: str = "tokenizer.json") -> "Tokenizer":
         """The inverse of `to_json`. Raises ValueError if the text is not a tokenizer.json."""
-        try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"not the contents of a tokenizer.json: {error}") from None
+        if not isinstance(text, str | bytes):
+            raise ValueError(f"{where} should be a text, got {shown(text)}")
+        file = checked(TokenizerFile, parse_json(text, where), where)
+        pieces = isinstance(file.model.get("vocab"), list)
+        checked(Pieces if pieces else Words, file.model, where, "model.")
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        with _one_line(f"{where} is not the contents of a tokenizer.json"):
+            backend = tokenizers.Tokenizer.from_str(text)
+            made = cls(backend)
+        for token in file.added_tokens:  # the library numbers them anew where these do not fit
+            got = backend.token_to_id(token.content)
+            if got != token.id:
+                raise ValueError(
+                    f"{where}: added_tokens give {shown(token.content)} the id {token.id}, but "
+                    f"{got} is the one that follows from the vocabulary; the ids must be its next"
+                )
+        return made
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
@@ -59,20 +80,17 @@ class Tokenizer:
         Raises:
           ValueError: the tokenizer's kind or its pre-tokenizer is not supported, or metadata lacks.
         """
-        kind = fields.get("tokenizer.ggml.model")
-        builders = {"gpt2": _byte_level, "llama": _sentence_piece}
-        if kind not in builders:
-            raise ValueError(f"tokenizer.ggml.model must be gpt2 or llama, got {kind!r}")
-        backend = builders[kind](fields)
-        tokens = fields["tokenizer.ggml.tokens"]
-        _add_tokens(backend, fields, tokens)
-        bos = fields.get("tokenizer.ggml.bos_token_id")
-        if bos is not None and fields.get("tokenizer.ggml.add_bos_token", kind == "llama"):
-            pair = (tokens[bos], bos)
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{tokens[bos]} $A", special_tokens=[pair]
-            )
-        return cls(backend)
+        own = tokenizer_fields(fields)
+        with _one_line("the GGUF metadata make no tokenizer"):
+            backend = _byte_level(own) if own.model == "gpt2" else _sentence_piece(own)
+            _add_tokens(backend, own)
+            bos, tokens = own.bos_token_id, own.tokens
+            added = own.model == "llama" if own.add_bos_token is None else own.add_bos_token
+            if bos is not None and added:
+                backend.post_processor = processors.TemplateProcessing(
+                    single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+                )
+            return cls(backend)
 
     def to_json(self) -> str:
         """The contents of a `tokenizer.json`."""
@@ -80,8 +98,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """Rows that an embedding needs: one more than the largest id, of special tokens too."""
+        return self._rows
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ValueError unless every token has one of so many rows of an embedding.
+
+        Fewer tokens than rows are fine: embeddings are padded.
+        """
+        if self._rows > rows:
+            vocab = self._backend.get_vocab(with_added_tokens=True)
+            outside = sorted((i, token) for token, i in vocab.items() if i >= rows)
+            i, token = outside[0]
+            more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+            raise ValueError(
+                f"the tokenizer has token {shown(token)} with id {i}{more}, but the embedding has "
+                f"{rows} rows (vocab_size); give the tokenizer that belongs to these weights, or "
+                f"remove the tokens that were added to it"
+            )
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of text. A special token's string in the text becomes that token.
@@ -99,31 +133,52 @@ class Tokenizer:
             raise ValueError(f"text is not valid Unicode at character {error.start}") from None
         if lost := self._lost.intersection(text):
             raise ValueError(f"the vocabulary has no token for {sorted(lost)[:5]}; remove them")
-        return self._backend.encode(text, add_special_tokens=special).ids
+        with _one_line("the tokenizer cannot encode the text"):
+            return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 show as U+FFFD.
 
         Added tokens stand for themselves and split the rest into runs, as they do in `encode`: each
         run has its own prefix space (SentencePiece), which the library would strip only once.
+
+        Raises:
+          ValueError: an id is negative, or none that the vocabulary could have.
         """
         parts = []
-        for added, run in itertools.groupby(map(int, ids), key=self._added.__contains__):
+        whole = [int(i) for i in ids]
+        if wrong := [i for i in whole if not 0 <= i < 2**32]:
+            raise ValueError(f"token ids must not be negative, and below 2**32, got {wrong[0]}")
+        for added, run in itertools.groupby(whole, key=self._added.__contains__):
             if added:
                 parts += [self._added[i] for i in run]
             else:
-                parts.append(self._backend.decode(list(run), skip_special_tokens=False))
+                with _one_line("the tokenizer cannot decode the ids"):
+                    parts.append(self._backend.decode(list(run), skip_special_tokens=False))
         return "".join(parts)
 
 
-def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Of the Rust library's errors: bare Exception, and where it panics what is not even one."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except BaseException as error:
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _byte_level(own: TokenizerFields) -> tokenizers.Tokenizer:
     """BPE over bytes, each written as a printable character (GPT-2)."""
-    tokens = _field(fields, "tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in _field(fields, "merges")]
-    pre = fields.get("tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in own.merges]
+    pre = own.pre
     if pre not in _PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre must be one of {list(_PRE_TOKENIZERS)}, got {pre!r}")
-    vocab = {token: i for i, token in enumerate(tokens)}
+        known = list(_PRE_TOKENIZERS)
+        raise ValueError(f"tokenizer.ggml.pre must be one of {known}, got {shown(pre)}")
+    vocab = {token: i for i, token in enumerate(own.tokens)}
     model = _bpe(vocab, merges, ignore_merges=pre == "llama-bpe")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
@@ -153,16 +208,15 @@ _PRE_TOKENIZERS = {
 }
 
 
-def _sentence_piece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _sentence_piece(own: TokenizerFields) -> tokenizers.Tokenizer:
     """BPE over characters with a byte fallback; the best-scored piece is merged first."""
-    tokens, scores = _field(fields, "tokens"), _field(fields, "scores")
-    types = fields.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = _merges_from_scores(vocab, scores, types)
-    unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    types = own.token_type or [_NORMAL] * len(own.tokens)
+    vocab = {token: i for i, token in enumerate(own.tokens)}
+    merges = _merges_from_scores(vocab, own.scores, types)
+    unknown = own.tokens[own.unknown_token_id]
     model = _bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
-    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = own.add_space_prefix
     spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
     backend.normalizer = normalizers.Sequence(spaces)
     undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -175,6 +229,11 @@ def _merges_from_scores(
 ) -> list[tuple[str, str]]:
     """Every split of every normal piece into two normal pieces, best piece first."""
     normal = {token: i for token, i in vocab.items() if types[i] == _NORMAL}
+    if longest := max((token for token in normal if len(token) > _LONGEST), default=None, key=len):
+        raise ValueError(
+            f"tokenizer.ggml.tokens: a piece has at most {_LONGEST} characters, "
+            f"got one of {len(longest)}"
+        )
     merges = []
     for token, i in normal.items():
         cuts = ((token[:c], token[c:]) for c in range(1, len(token)))
@@ -184,24 +243,16 @@ def _merges_from_scores(
 
 
 def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options) -> BPE:
-    try:
+    with _one_line("the GGUF vocabulary and merges disagree"):
         return BPE(vocab, merges, **options)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the GGUF vocabulary and merges disagree: {error}") from None
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, fields: Mapping[str, Any], tokens: list[str]):
+def _add_tokens(backend: tokenizers.Tokenizer, own: TokenizerFields) -> None:
     """Control and user-defined tokens are found in the text before anything else."""
-    types = fields.get("tokenizer.ggml.token_type") or []
+    types = own.token_type or []
     for kind, special in (((_CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
-        group = [t for t, type_ in zip(tokens, types, strict=False) if type_ in kind]
+        group = [t for t, type_ in zip(own.tokens, types, strict=False) if type_ in kind]
         backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in group])
-
-
-def _field(fields: Mapping[str, Any], key: str):
-    if not fields.get(f"tokenizer.ggml.{key}"):
-        raise ValueError(f"the GGUF metadata lacks tokenizer.ggml.{key}")
-    return fields[f"tokenizer.ggml.{key}"]
 
 
 def _lost_characters(backend: tokenizers.Tokenizer) -> frozenset[str]:

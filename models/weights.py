@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+
+from jaxquant.fields import shown
+
+SMALL = 2**20  # weights
 
 
 @functools.cache
@@ -34,7 +38,7 @@ def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, li
 def assemble(
     model: nn.Module,
     names: Mapping[str, list[str]],
-    present: Iterable[str],
+    present: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     dtype: Any,
 ) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def assemble(
 
     Args:
       names: what `tensor_names` gives.
-      present: every tensor in the file that ought to be used.
+      present: shape of every tensor in the file that ought to be used.
       read: name to array; matrices are [out, in], as files have them.
       dtype: floating dtype of the result.
     Returns:
@@ -50,34 +54,59 @@ def assemble(
     Raises:
       ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; named.
     """
-    _check_names({n for group in names.values() for n in group}, set(present))
     shapes = param_shapes(model)
+    _check_names({n for group in names.values() for n in group}, set(present))
+    _check_shapes(shapes, names, present)  # before anything is allocated
     params = {}
     # The largest first: its temporaries come while little else is in memory.
     for path in sorted(names, key=lambda path: -math.prod(shapes[path])):
         stack = np.empty(shapes[path], dtype)
         slots = stack if path.startswith("layers/") else stack[None]
         for slot, name in zip(slots, names[path], strict=True):
-            _fill(slot, read(name), name, transpose=path.endswith("/kernel"))
+            value = read(name)
+            _fill(slot, value.T if path.endswith("/kernel") else value, name)
         params[path] = jnp.asarray(stack)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _fill(slot: np.ndarray, value: np.ndarray, name: str, transpose: bool) -> None:
-    expected = slot.shape[::-1] if transpose else slot.shape
-    if value.shape != expected:
-        raise ValueError(f"tensor {name} should be {list(expected)}, is {list(value.shape)}")
+def _fill(slot: np.ndarray, value: np.ndarray, name: str) -> None:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"tensor {name} should be floating-point, is {value.dtype}")
-    with np.errstate(over="ignore"):  # reported just below
-        slot[...] = value.T if transpose else value
+    with np.errstate(over="ignore", invalid="ignore"):  # reported just below
+        slot[...] = value
     if not np.isfinite(slot).all():
         raise ValueError(f"tensor {name} has NaN or infinite values in {slot.dtype}")
+
+
+def check_room(config: Any, nbytes: int, where: str) -> None:
+    """Raise ValueError if so many bytes, at a bit for a weight, cannot hold the configuration's
+    weights; before anything is built of its sizes. A small model's tensors are named instead."""
+    if config.weights > 8 * nbytes + SMALL:
+        raise ValueError(
+            f"{where} describes at least {config.weights:,} weights ({config.n_layers} layers of "
+            f"width {config.d_model}), which {nbytes:,} bytes of weight files cannot hold"
+        )
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, list[str]],
+    present: Mapping[str, tuple[int, ...]],
+) -> None:
+    for path, group in names.items():
+        shape = shapes[path][1:] if path.startswith("layers/") else shapes[path]
+        expected = shape[::-1] if path.endswith("/kernel") else shape
+        for name in group:
+            if present[name] != expected:
+                raise ValueError(
+                    f"tensor {name} should be {list(expected)}, is {list(present[name])}"
+                )
 
 
 def _check_names(wanted: set[str], present: set[str]) -> None:
     for kind, names in (("missing", wanted - present), ("unknown", present - wanted)):
         if names:
-            shown = ", ".join(sorted(names)[:5])
+            listed = ", ".join(name if name.isprintable() and len(name) < 80 else shown(name)
+                               for name in sorted(names)[:5])  # fmt: skip
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{kind} tensors for this architecture: {shown}{more}")
+            raise ValueError(f"{kind} tensors for this architecture: {listed}{more}")

@@ -235,7 +235,7 @@ def test_a_rounded_sequence_is_what_the_codes_give_back():
     "change, message",
     [
         ({"bits": 5}, r"bits must be one of \(2, 3, 4, 8\), got 5"),
-        ({"bits": 4.0}, "bits must be an integer, got 4.0"),
+        ({"bits": 4.0}, "bits must be int, got 4.0"),
         ({"rope": "during"}, "rope must be one of"),
         ({"group": 0}, "group must be a positive multiple of 8 tokens"),
         ({"group": 20}, "multiple of 8 tokens, which fill whole words at 4 bits, got 20"),
@@ -244,7 +244,7 @@ def test_a_rounded_sequence_is_what_the_codes_give_back():
         ({"window": -32}, "window must be 0 or a multiple of the group, 32, got -32"),
         ({"window": 48}, "window must be 0 or a multiple of the group, 32, got 48"),
         ({"sinks": -1}, "sinks must not be negative, got -1"),
-        ({"sinks": True}, "sinks must be an integer, got True"),
+        ({"sinks": True}, "sinks must be int, got True"),
     ],
 )
 def test_bad_formats(change, message):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxquant import activations
 from jaxquant.activations import Activations
+from jaxquant.fields import check_fields
 from jaxquant.training.estimators import chance, grid_of, randomness, spread
 from jaxquant.training.kurtosis import watched
 
@@ -37,6 +38,8 @@ class Drawing:
     signs: bool = False
     relative: bool = False
     shared: bool = False
+
+    __post_init__ = check_fields
 
     def values(self, key: Array, shape: tuple[int, ...], axes: int = 0) -> Float[Array, "..."]:
         """Numbers of unit variance. The key may be typed, or its data.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from jaxquant.fields import check_fields
 from jaxquant.transforms.channels import Channels
 
 
@@ -23,6 +24,7 @@ class Chain:
     parts: tuple[Any, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.parts or not all(hasattr(part, "apply") for part in self.parts):
             raise ValueError(f"a chain is of transforms, one or more; got {self.parts!r}")
         if any(part.searched for part in self.parts[1:]):

@@ -117,6 +117,7 @@ class Smooth(Factors):
     joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.alpha is not None and not (
             isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
         ):

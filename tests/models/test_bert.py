@@ -129,7 +129,7 @@ def test_factors_fold_into_values(folder):
     [
         ({"model_type": "roberta"}, "model_type must be bert, got 'roberta'"),
         ({"hidden_act": "relu"}, "hidden_act must be gelu"),
-        ({"num_attention_heads": 5}, "d_model must be a multiple of n_heads, got 24, 5"),
+        ({"num_attention_heads": 5}, "hidden_size must be a multiple of .*, got 24 and 5"),
     ],
 )
 def test_unsupported_configurations(change, message):

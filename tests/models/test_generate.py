@@ -97,8 +97,8 @@ def test_sampled_frequencies_are_softmax(tiny):
     ("change", "message"),
     [
         ({"prompt_ids": []}, "the prompt is empty"),
-        ({"prompt_ids": [0, 261]}, r"prompt ids must lie in \[0, 261\)"),
-        ({"prompt_ids": [-1]}, r"prompt ids must lie in \[0, 261\)"),
+        ({"prompt_ids": [0, 261]}, r"token ids must lie in \[0, 261\)"),
+        ({"prompt_ids": [-1]}, r"token ids must lie in \[0, 261\)"),
         ({"max_tokens": -1}, "max_tokens must not be negative, got -1"),
         ({"max_tokens": 254}, r"prompt \(3\) and max_tokens \(254\) exceed the model's 256"),
         ({"temperature": -1.0}, "temperature must be finite and not negative"),

@@ -145,14 +145,17 @@ def test_config_json_round_trip(scaling):
     [
         ({"model_type": "gpt2"}, "model_type must be one of llama, mistral.*got 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling type .* got 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type must be .* got 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "type 'llama3' lacks 'factor'"),
         ({"quantization_config": {"bits": 4}}, "quantized already"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
-        ({"num_key_value_heads": 3}, "n_heads must be a multiple of n_kv_heads, got 4, 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads must be a multiple of .*, got 4 and 3",
+        ),
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"num_hidden_layers": 0}, "n_layers must be a positive integer, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be greater .* got 0"),
         ({"model_type": "mistral", "sliding_window": 64}, "window 64 < 256"),
         (
             {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True},

@@ -90,7 +90,8 @@ def test_llama3_takes_whole_words_before_merging():
     """ignore_merges: a word in the vocabulary is one token, even if no merges lead to it."""
     fields = byte_fields("llama-bpe")
     tokens = [*fields["tokenizer.ggml.tokens"], "xyz"]
-    fields |= byte_fields("llama-bpe", tokens=tokens)
+    types = [*fields["tokenizer.ggml.token_type"], 1]
+    fields |= byte_fields("llama-bpe", tokens=tokens, token_type=types)
     assert Tokenizer.from_gguf(fields).encode("xyz") == [len(tokens) - 1]
 
 
@@ -131,11 +132,11 @@ def test_lone_surrogates_are_an_error():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "tokenizer.ggml.model must be gpt2 or llama, got None"),
+        ({}, "lacks 'tokenizer.ggml.model'"),
         (byte_fields(model="bert"), "must be gpt2 or llama, got 'bert'"),
         (byte_fields("chameleon"), "tokenizer.ggml.pre must be one of .* got 'chameleon'"),
         (byte_fields(merges=None), "lacks tokenizer.ggml.merges"),
-        (byte_fields(tokens=[]), "lacks tokenizer.ggml.tokens"),
+        (byte_fields(tokens=[]), "tokenizer.ggml.tokens must have at least 1 item, got"),
         (byte_fields(merges=["q zz"]), "vocabulary and merges disagree"),
         (piece_fields(scores=None), "lacks tokenizer.ggml.scores"),
     ],

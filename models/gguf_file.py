@@ -1,0 +1,151 @@
+"""The header of a GGUF file: metadata, and where tensors lie.
+
+Every count and length is judged by the bytes that are left before anything is looped over or
+allocated: the reader of the `gguf` library believes them.
+
+Source: the format's specification (ggml, docs/gguf.md), versions 2 and 3; block sizes and names of
+types are those of the `gguf` library.
+"""
+
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+from jaxquant.fields import shown
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+DEEPEST = 4  # arrays in arrays
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+            12: "d"}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `data` is uint8 [*shape but the last, bytes of a row]."""
+
+    name: str
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+class _Cursor:
+    """Reads on from a place in a buffer, never past its end."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at = data, 0
+
+    def check(self, count: int, least: int, what: str) -> None:
+        """Raise unless `count` things of `least` bytes may follow."""
+        left = len(self.data) - self.at
+        if count * least > left:
+            raise ValueError(f"{what} of {count} need more than the {left} bytes that are left")
+
+    def number(self, kind: str) -> Any:
+        size = struct.calcsize("<" + kind)
+        self.check(1, size, "a number")
+        (value,) = struct.unpack_from("<" + kind, self.data, self.at)
+        self.at += size
+        return value
+
+    def text(self) -> str:
+        size = self.number("Q")
+        self.check(size, 1, "bytes of a text")
+        self.at += size
+        return str(self.data[self.at - size : self.at], "utf-8")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            return self.array(depth)
+        if kind not in _SCALARS:
+            raise ValueError(f"there is no type {kind} of values")
+        return self.number(_SCALARS[kind])
+
+    def array(self, depth: int) -> list[Any]:
+        if depth == DEEPEST:
+            raise ValueError(f"arrays lie more than {DEEPEST} deep in one another")
+        kind, count = self.number("I"), self.number("Q")
+        if kind in _SCALARS:
+            one = "<" + _SCALARS[kind]
+            self.check(count, struct.calcsize(one), "elements of an array")
+            self.at += count * struct.calcsize(one)
+            begin = self.at - count * struct.calcsize(one)
+            return np.frombuffer(self.data, one, count, begin).tolist() if count else []
+        self.check(count, 8 if kind == _STRING else 12, "elements of an array")
+        return [self.value(kind, depth + 1) for _ in range(count)]
+
+
+def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """Metadata as plain values, the memory-mapped tensors by name, and bytes of the file.
+
+    Raises:
+      ValueError: it cannot be read, or is no complete GGUF file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        return *_read(_Cursor(memoryview(data))), size
+    except ValueError as error:  # of wrong UTF-8 too
+        raise ValueError(f"{path} is not a complete GGUF file ({error})") from None
+
+
+def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if bytes(cursor.data[:4]) != MAGIC:
+        raise ValueError("it does not begin with the magic GGUF")
+    cursor.at = 4
+    version, tensors, pairs = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in VERSIONS:
+        raise ValueError(f"its version {version} is none of {VERSIONS}, little-endian")
+    cursor.check(pairs, 8 + 4 + 1, "metadata pairs")
+    fields: dict[str, Any] = {}
+    for _ in range(pairs):
+        key = cursor.text()
+        if key in fields:
+            raise ValueError(f"the key {shown(key)} comes twice")
+        fields[key] = cursor.value(cursor.number("I"))
+    cursor.check(tensors, 8 + 4 + 4 + 8, "tensors")
+    heads = [_head(cursor) for _ in range(tensors)]
+    start = _aligned(cursor.at, fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
+    found = {head[0]: _tensor(cursor.data, start, *head) for head in heads}
+    if len(found) < len(heads):
+        raise ValueError("two tensors have one name")
+    return fields, found
+
+
+def _head(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name, rank = cursor.text(), cursor.number("I")
+    if not 1 <= rank <= 4:
+        raise ValueError(f"tensor {shown(name)} has {rank} dimensions, not 1 to 4")
+    dims = tuple(cursor.number("Q") for _ in range(rank))
+    return name, dims[::-1], cursor.number("I"), cursor.number("Q")
+
+
+def _tensor(data: memoryview, start: int, name: str, shape: tuple, kind: int, at: int) -> Tensor:
+    if kind not in gguf.GGML_QUANT_SIZES:
+        raise ValueError(f"tensor {shown(name)} has an unknown type, {kind}")
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    if min(shape) < 1 or shape[-1] % block:
+        raise ValueError(f"tensor {shown(name)} of {list(shape)} is not of blocks of {block}")
+    row = shape[-1] // block * nbytes
+    end = start + at + math.prod(shape[:-1]) * row
+    if end > len(data):
+        raise ValueError(f"tensor {shown(name)} ends at byte {end}, the file at {len(data)}")
+    values = np.frombuffer(data, np.uint8, end - start - at, start + at)
+    return Tensor(name, gguf.GGMLQuantizationType(kind), shape, values.reshape(*shape[:-1], row))
+
+
+def _aligned(at: int, alignment: Any) -> int:
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment must be a power of two, got {shown(alignment)}")
+    return -(-at // alignment) * alignment

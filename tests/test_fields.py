@@ -1,0 +1,146 @@
+"""Every part of a recipe refuses values that its fields do not take; computes nothing."""
+
+import dataclasses
+import math
+from typing import get_args
+
+import pytest
+
+import jaxquant as jq
+from jaxquant import serialize
+from jaxquant.fields import check_fields
+from jaxquant.kv_cache import KVFormat
+from jaxquant.trainer import Healing
+from jaxquant.training.descent import QAT
+from jaxquant.training.forward import ZeroQAT
+from jaxquant.training.zeroth import Zeroth
+
+NAN, INF = math.nan, math.inf
+ODD = [None, "x", {}, [], (None,), object(), b"", 1j]
+BAD = {
+    int: [*ODD, True, 4.0, NAN, INF, 2**63, -(2**63), 10**400],
+    float: [*ODD, True, NAN, INF, -INF, 10**400],
+    bool: [*ODD, 0, 1, "false", 1.0],
+    str: [None, 1, [], {}, b"x"],
+}
+FORMAT, ROUNDER = jq.rtn().format, jq.rtn().rounder
+GIVEN = {
+    "Chain": {"parts": (jq.Rotation(),)},
+    "View": {"k": (1,), "n": (1,), "order": (-2, -1)},
+    "Clipped": {"rounder": ROUNDER},
+    "Method": {"name": "m", "rounder": ROUNDER, "format": FORMAT},
+    "Latent": {"format": FORMAT, "estimator": None},
+}
+PARTS = {
+    c.__name__: c for c in (*serialize._TYPES.values(), KVFormat, Healing, QAT, Zeroth, ZeroQAT)
+}
+
+
+def kinds(annotation):
+    """The plain types that a field takes."""
+    return {t for t in (annotation, *get_args(annotation)) if t in (*BAD, type(None))}
+
+
+CASES = [
+    (name, field.name) for name, part in PARTS.items() for field in dataclasses.fields(part)
+    if kinds(field.type) - {type(None)}
+]  # fmt: skip
+
+
+def test_the_table_is_of_many_fields():
+    assert len(CASES) > 90 and ("Rotation", "block") in CASES and ("Method", "name") in CASES
+
+
+@pytest.mark.parametrize(("part", "field"), CASES)
+def test_a_field_takes_its_type_alone(part, field):
+    found = next(f for f in dataclasses.fields(PARTS[part]) if f.name == field)
+    taken = kinds(found.type)
+    wrong = [v for v in BAD[next(iter(taken - {type(None)}))]
+             if not (v is None and type(None) in taken)
+             and not (isinstance(v, list | tuple) and "tuple" in str(found.type))]  # fmt: skip
+    for value in wrong:
+        with pytest.raises(ValueError, match=field) as caught:
+            PARTS[part](**GIVEN.get(part, {}) | {field: value})
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_unions_and_tuples():
+    for block in (INF, NAN, 4.0, True, "4", 2**40):
+        with pytest.raises(ValueError, match="block must be int .*or None"):
+            jq.Rotation(block=block)
+    for rates in (2, [2.0], (True,), ("2",), [[2]]):
+        with pytest.raises(ValueError, match="rates must be a tuple of int"):
+            jq.Trellis(rates=rates)
+    assert jq.Trellis(rates=[2, 3]) == jq.Trellis(rates=(2, 3))
+    assert hash(jq.LDLQ(scales=[1.0])) == hash(jq.LDLQ(scales=(1.0,)))
+    for group_size in (True, 64.0, None, "row", 0, 2**40):
+        with pytest.raises(ValueError, match="group_size"):
+            jq.Integer(group_size=group_size)
+
+
+def test_what_the_checks_do_not_follow_is_left():
+    @dataclasses.dataclass(frozen=True)
+    class Foreign:
+        part: object
+        rest: dict
+        __post_init__ = check_fields
+
+    assert Foreign(3, []).rest == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounder": jq.Rotation()},
+        {"format": jq.View((1,), (1,), (-2, -1))} if hasattr(jq, "View") else {"format": 3},
+        {"input": 3},
+        {"input": jq.Integer()},
+        {"output": "rotation"},
+        {"estimator": jq.Rotation()},
+        {"input_estimator": 4},
+        {"activations": 4},
+    ],
+)
+def test_a_method_takes_parts_of_their_kind(change):
+    with pytest.raises(ValueError, match="must be|a method is") as caught:
+        dataclasses.replace(jq.rtn(), **change)
+    assert "\n" not in str(caught.value)
+
+
+DEEP = "x"
+for _ in range(500):
+    DEEP = {"type": "Chain", "parts": [DEEP]}
+NESTED = ["x"]
+for _ in range(500):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"pattern": 3, "method": "rtn"}, "the pattern of a rule is a text, got 3"),
+        ({"pattern": ["*"], "method": "keep"}, "the pattern of a rule is a text"),
+        ({"pattern": "*", "method": "keep", "bits": 4}, "'keep' has no option 'bits'"),
+        ({"pattern": "*", "method": "rtn", "name": "x"}, "'rtn' has no option"),
+        ({"pattern": "*", "method": {"type": "Keep"}, "bits": 4}, "takes no 'bits' beside it"),
+        ({"pattern": "*", "method": {"type": ["Keep"]}}, "unknown type"),
+        ({"pattern": "*", "method": {"type": {}}}, "unknown type"),
+        ({"pattern": "*", "method": {"type": "Keep", "surprise": 1}}, "Keep has no 'surprise'"),
+        ({"pattern": "*", "method": {"type": "Rotation"}}, "expected a method or KEEP"),
+        ({"pattern": "*", "method": {"type": "Integer", "bits": NAN}}, "bits must be int, got nan"),
+        ({"pattern": "*", "method": {"type": "Chain", "parts": 3}}, "parts must be a tuple"),
+        ({"pattern": "*", "method": DEEP}, "deep in one another"),
+        ({"pattern": "*", "method": "gptq", "group_size": NESTED}, "group_size must be"),
+        ({"pattern": "*", "method": "gptq", "damping": {"a": 1}}, "damping must be float"),
+        ({"pattern": "*", "method": "rtn", "activation_bits": "8"}, "bits must be int, got '8'"),
+        ({"pattern": "*", "method": "rtn", "activations": {}}, "activations"),
+        ({"pattern": "*", "method": "x" * 10**6}, "unknown method"),
+        ({"pattern": "*", "method": "rtn", "bits": 10**400}, "an integer of 1329 bits"),
+        ({"pattern": "*"}, "a rule is"),
+        (NESTED, "a rule is"),
+    ],
+)
+def test_recipes_from_hostile_json(rule, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        jq.Recipe.from_json([rule])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
