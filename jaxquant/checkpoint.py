@@ -1,21 +1,21 @@
 """Checkpoints: one self-describing directory, arrays by Orbax, the rest in one JSON file."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxquant.activations import Activations
 from jaxquant.paths import path_leaves
+from jaxquant.publish import aside, publish, restore
 from jaxquant.recipe import Recipe
 from jaxquant.serialize import from_json, to_json
 from jaxquant.standin import is_standin
@@ -42,24 +42,43 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     """The path, if a checkpoint may be written there.
 
     Raises:
-      ValueError: it exists and is not an empty directory, and `overwrite` is off; or the folder
-        it would be made in is none, or not writable.
+      ValueError: it exists and is not an empty directory, and `overwrite` is off; it holds
+        anything but a checkpoint; or the folder it would be made in is none, or not writable.
     """
     path = Path(directory).resolve()  # through a link, to what it names
-    if path.is_dir() and overwrite and any(path.iterdir()) and not is_checkpoint(path):
-        raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty and not (overwrite and path.is_dir()):
+    restore(path)
+    held = set(os.listdir(path)) if path.is_dir() else set()
+    if held and overwrite:
+        if not is_checkpoint(path) or not (path / ARRAYS).is_dir():
+            raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
+        if others := sorted(held - {DESCRIPTION, ARRAYS}):
+            raise ValueError(
+                f"{path} holds a checkpoint and {_some(others)}, which would be lost; it will "
+                f"not be overwritten: move what is not of the checkpoint, or write elsewhere"
+            )
+    elif held or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not empty; pass overwrite (--overwrite) or another")
-    parent = next(p for p in path.parents if p.exists())
+    parent = next((p for p in path.parents if p.exists()), path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write {path}: {parent} is not a writable directory")
     return path
 
 
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(map(repr, names[:3])) + (f" and {more} more" if more > 0 else "")
+
+
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether the directory holds a jaxquant checkpoint."""
-    return (Path(directory) / DESCRIPTION).is_file()
+    """Whether the directory holds a jaxquant checkpoint.
+
+    One that a killed overwrite has left aside is put back first.
+    """
+    path = Path(directory)
+    if not os.path.lexists(path):
+        restore(path.absolute())
+    return (path / DESCRIPTION).is_file()
 
 
 def save(
@@ -70,45 +89,64 @@ def save(
     metadata: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write nested dicts of arrays and `QTensor`s; aside first, then renamed into place.
+    """Write nested dicts of arrays and `QTensor`s; aside first, then put in place in one step.
+
+    A kill at any moment leaves what was there before, or the new checkpoint; what it leaves
+    aside goes with the next `save` to the same place.
 
     Args:
       directory: made by this call; may exist if empty, or a checkpoint and `overwrite`.
       metadata: JSON values to give back on load (a model's configuration, its tokenizer).
     Raises:
-      ValueError: the target is taken, or the tree holds other containers than dicts.
+      ValueError: the target is taken, also by another process while this one wrote; the tree
+        holds other containers than dicts; or the metadata is not JSON.
       OSError: the disk is full or not writable; nothing is left behind.
     """
     target = check_target(directory, overwrite)
+    empty = _empty_dicts(params)
     leaves, arrays = _flatten(params)
-    made = [p for p in target.parents if not p.exists()]
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    description = {
+        "format": "jaxquant",
+        "version": VERSION,
+        "recipe": None if recipe is None else recipe.to_json(),
+        "metadata": _as_json(metadata or {}),
+        "leaves": leaves,
+        "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
+        **({"empty": empty} if empty else {}),
+    }
     try:
-        aside.mkdir(parents=True)
-        _check_space(aside, sum(a.nbytes for a in arrays.values()))
-        # In a thread that is waited for, come what may: Orbax, interrupted half-way, leaves its
-        # own threads writing, and the folder would come back after it is removed below.
-        with ThreadPoolExecutor(1) as waited:
-            waited.submit(_write, aside / ARRAYS, arrays).result()
-        description = {
-            "format": "jaxquant",
-            "version": VERSION,
-            "recipe": None if recipe is None else recipe.to_json(),
-            "metadata": metadata or {},
-            "leaves": leaves,
-            "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
-            "files": _digests(aside / ARRAYS),
-        }
-        description["sha256"] = _sha256_of(description)
-        (aside / DESCRIPTION).write_text(json.dumps(description))
-        _swap(aside, target)
-    except Exception as error:
+        with aside(target) as new:
+            _fill(new, description, arrays)
+            if os.path.lexists(target):
+                check_target(target, overwrite)  # as it is by now
+            publish(new, target, replace=overwrite)
+    except FileExistsError:
+        raise ValueError(f"{target} was made by another process meanwhile; it stays") from None
+    except OSError as error:
         raise OSError(f"could not write {target}: {_line(error)}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:  # innermost first; those that now hold something stay
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+
+
+def _as_json(metadata: dict[str, Any]) -> Any:
+    """The values as they will be read."""
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata must be JSON values: {_line(error)}") from None
+
+
+def _fill(folder: Path, description: dict[str, Any], arrays: dict[str, Any]) -> None:
+    folder.mkdir()
+    _check_space(folder, sum(a.nbytes for a in arrays.values()))
+    try:
+        # In a thread that is waited for, come what may: Orbax, interrupted half-way, leaves its
+        # own threads writing, and the folder would come back after it is removed.
+        with ThreadPoolExecutor(1) as waited:
+            waited.submit(_write, folder / ARRAYS, arrays).result()
+    except Exception as error:
+        raise OSError(_line(error)) from error
+    description["files"] = _digests(folder / ARRAYS)
+    description["sha256"] = _sha256_of(description)
+    (folder / DESCRIPTION).write_text(json.dumps(description))
 
 
 def _write(directory: Path, arrays: dict[str, Any]) -> None:
@@ -122,20 +160,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"No space left: {needed:,} bytes are needed, {free:,} are free")
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put `new` at `target`; what was there goes only once the new one is in its place."""
-    old = new.with_suffix(".old")
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(directory: str | Path) -> Checkpoint:
@@ -153,15 +177,18 @@ def load(directory: str | Path) -> Checkpoint:
             state = "differs from what was saved" if name in found else "is missing"
             raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            arrays = reader.restore(path / ARRAYS, args=ocp.args.StandardRestore(
-                {name: jax.ShapeDtypeStruct(tuple(d["shape"]), d["dtype"])
-                 for name, d in description["arrays"].items()}
-            ))  # fmt: skip
+        arrays = _read(path / ARRAYS, description["arrays"])
+        params = _unflatten(description["leaves"], arrays, description.get("empty", []))
     except Exception as error:
         raise ValueError(f"{path} is damaged: {_line(error)}") from error
-    params = _unflatten(description["leaves"], arrays)
-    return Checkpoint(params, stored_recipe(path), description["metadata"])
+    return Checkpoint(params, _recipe_of(path, description), description["metadata"])
+
+
+def _read(directory: Path, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(directory, args=ocp.args.StandardRestore(
+            {name: jax.ShapeDtypeStruct(tuple(d["shape"]), d["dtype"]) for name, d in said.items()}
+        ))  # fmt: skip
 
 
 def stored_recipe(directory: str | Path) -> Recipe | None:
@@ -170,8 +197,25 @@ def stored_recipe(directory: str | Path) -> Recipe | None:
     Raises:
       ValueError: no checkpoint, one of a newer version, or a damaged one.
     """
-    recipe = _description(Path(directory).absolute())["recipe"]
-    return None if recipe is None else Recipe.from_json(recipe)
+    path = Path(directory).absolute()
+    return _recipe_of(path, _description(path))
+
+
+def stored_metadata(directory: str | Path) -> dict[str, Any]:
+    """What `save` was given as metadata; arrays are not read.
+
+    Raises:
+      ValueError: no checkpoint, one of a newer version, or a damaged one.
+    """
+    return _description(Path(directory).absolute())["metadata"]
+
+
+def _recipe_of(path: Path, description: dict[str, Any]) -> Recipe | None:
+    recipe = description["recipe"]
+    try:
+        return None if recipe is None else Recipe.from_json(recipe)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path / DESCRIPTION} is damaged: recipe: {_line(error)}") from error
 
 
 def nbytes(directory: str | Path) -> int:
@@ -180,21 +224,31 @@ def nbytes(directory: str | Path) -> int:
 
 
 def _description(path: Path) -> dict[str, Any]:
+    """The JSON file's values, as they were saved."""
     if not is_checkpoint(path):
         raise ValueError(f"{path} is not a jaxquant checkpoint: it has no {DESCRIPTION}")
+    file = path / DESCRIPTION
     try:
-        value = json.loads((path / DESCRIPTION).read_text())
+        value = json.loads(file.read_text())
         version = int(value["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / DESCRIPTION} is damaged: {_line(error)}") from error
+        said = value.pop("sha256", None)
+        found = _sha256_of(value)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {_line(error)}") from error
     if version > VERSION:
         raise ValueError(
             f"{path} has format version {version}, this jaxquant reads up to {VERSION}; upgrade it"
         )
-    if value.pop("sha256", None) != _sha256_of(value):
-        raise ValueError(f"{path / DESCRIPTION} is damaged: it differs from what was saved")
+    if said != found:
+        raise ValueError(f"{file} is damaged: it differs from what was saved")
     if lacks := {"recipe", "metadata", "leaves", "arrays", "files"} - set(value):
-        raise ValueError(f"{path / DESCRIPTION} is damaged: it lacks {', '.join(sorted(lacks))}")
+        raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(lacks))}")
+    for name, kind in (("metadata", dict), ("leaves", list), ("arrays", dict), ("files", dict)):
+        if not isinstance(value[name], kind):
+            raise ValueError(
+                f"{file} is damaged: {name} is expected to be a {kind.__name__}, got "
+                f"{type(value[name]).__name__}"
+            )
     return value
 
 
@@ -204,7 +258,6 @@ def _sha256_of(description: dict[str, Any]) -> str:
 
 def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(description of every leaf, all arrays by name)."""
-    _only_dicts(params)
     leaves: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
     for path, leaf in path_leaves(params):
@@ -214,10 +267,11 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             if hasattr(leaf.format, "to_disk"):  # closer than what a product reads
                 kept = leaf.format.to_disk(kept, leaf.stored_rows)
                 static["kept"] = True
-            named = {f"{path}:{part}": a for part, a in kept.items()}
+            named = {f"{_stored(path)}:{part}": a for part, a in kept.items()}
             leaves.append({"path": path, "parts": list(kept), **static})
         else:
-            named = {path: leaf}
+            _check_leaf(path, leaf)
+            named = {_stored(path): leaf}
             leaves.append({"path": path})
         arrays.update(named)
     if empty := [name for name, a in arrays.items() if a.size == 0]:
@@ -227,30 +281,67 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return leaves, arrays
 
 
-def _only_dicts(tree: Any) -> None:
-    if is_standin(tree) or hasattr(tree, "dtype"):
-        return
+def _stored(path: str) -> str:
+    """A leaf's name on disk. ":" divides it from a part's, so within a path "%3A" stands for it."""
+    return path.replace("%", "%25").replace(":", "%3A")
+
+
+def _array(arrays: dict[str, Any], path: str, part: str = "") -> Any:
+    """By its name on disk, or, as earlier versions named it, by its path alone."""
+    name = f"{_stored(path)}{part}"
+    return arrays[name] if name in arrays else arrays[f"{path}{part}"]
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    if is_standin(leaf):
+        raise ValueError(
+            f"{path!r} is a {type(leaf).__name__}; a checkpoint holds arrays and QTensors: "
+            f"jaxquant.freeze makes them"
+        )
+    numbers = isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind not in "OSUmM"
+    if not numbers or leaf.dtype.names:
+        raise ValueError(
+            f"{path!r} is an array of {leaf.dtype}; a checkpoint holds numbers (of a random key "
+            f"keep jax.random.key_data)"
+        )
+
+
+def _empty_dicts(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
+    """The paths of dicts that hold nothing; raises ValueError where there is no dict of names."""
     if not isinstance(tree, dict):
         raise ValueError(
-            f"a checkpoint holds nested dicts of arrays, got {type(tree).__name__}; "
-            f"convert first (nnx.to_pure_dict, for one)"
+            f"a checkpoint holds nested dicts of arrays, got {type(tree).__name__}"
+            f"{' at ' + repr('/'.join(path)) if path else ''}; convert first "
+            f"(nnx.to_pure_dict, for one)"
         )
+    found = []
     for key, value in tree.items():
         if not isinstance(key, str) or "/" in key:
             raise ValueError(f'keys must be strings without "/", got {key!r}')
-        _only_dicts(value)
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"keys must be text that UTF-8 can encode, got {key!r}") from None
+        inner = (*path, key)
+        if isinstance(value, dict) and not value:
+            found.append("/".join(inner))
+        elif not (is_standin(value) or hasattr(value, "dtype")):
+            found += _empty_dicts(value, inner)
+    return found
 
 
-def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(
+    leaves: list[dict[str, Any]], arrays: dict[str, Any], empty: list[str]
+) -> dict[str, Any]:
     tree: dict[str, Any] = {}
+    for path in empty:
+        _node(tree, path.split("/"))
     for leaf in leaves:
         path = leaf["path"]
         *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
+        node = _node(tree, parents)
         if "parts" in leaf:
-            data = {part: arrays[f"{path}:{part}"] for part in leaf["parts"]}
+            data = {part: _array(arrays, path, f":{part}") for part in leaf["parts"]}
             static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
             # Once a text.
             static["activations"] = Activations.of(static.get("activations"))
@@ -259,7 +350,13 @@ def _unflatten(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> dict[str
                 w = dataclasses.replace(w, data=w.format.from_disk(data, w.stored_rows))
             node[last] = w
         else:
-            node[last] = arrays[path]
+            node[last] = _array(arrays, path)
+    return tree
+
+
+def _node(tree: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    for name in names:
+        tree = tree.setdefault(name, {})
     return tree
 
 

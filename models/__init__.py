@@ -1,9 +1,18 @@
-"""Real models to quantize: a Llama in Flax linen, readers, tokenizer, generation."""
+"""Real models to quantize: a Llama in Flax linen, readers, tokenizer, generation.
 
-from models.generate import generate
-from models.llama import Llama, LlamaConfig, blockwise, init_cache
-from models.registry import Model, load
-from models.tokenizer import Tokenizer
+Names are imported when they are first asked for: a command must heed signals before that.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.generate import generate
+    from models.llama import Llama, LlamaConfig, blockwise, init_cache
+    from models.registry import Model, load
+    from models.tokenizer import Tokenizer
 
 __all__ = [
     "Llama",
@@ -15,3 +24,24 @@ __all__ = [
     "init_cache",
     "load",
 ]
+_MODULES = {
+    "generate": ["generate"],
+    "llama": ["Llama", "LlamaConfig", "blockwise", "init_cache"],
+    "registry": ["Model", "load"],
+    "tokenizer": ["Tokenizer"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """A module that looks names up in its own table first, before what is set on it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        # `generate` is the function, though importing the module of that name sets that here.
+        home = _HOME.get(name)
+        if home is None:
+            return super().__getattribute__(name)
+        return getattr(importlib.import_module(f"models.{home}"), name)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,8 +1,12 @@
 """The command `jaxquant`: quantize, eval, generate, inspect."""
 
+from models import interrupts
+
+if __name__ == "__main__":
+    interrupts.arm()  # before anything heavy is imported
+
 import dataclasses
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -269,26 +273,42 @@ def _sizes(params: Any) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: exit status 0, 1 (failed) or 2 (bad usage); an error is one line."""
+    """Entry point: exit status 0, 1 (failed), 2 (bad usage) or 130 (told to stop).
+
+    An error is one line. Without arguments they, and the process, are the command's own.
+    """
     warnings.showwarning = lambda message, *_, **__: stderr.print(f"warning: {message}")
+    own = args is None
     # A job told to stop cleans up after itself, as one interrupted from the keyboard does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        sys.exit(cli.main(args, prog_name="jaxquant", standalone_mode=False) or 0)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; no output was written (a quantization goes on if repeated)", 130)
-    except Exception as error:  # a user gets a line whatever happens; JAXQUANT_DEBUG=1 says where
-        if os.environ.get("JAXQUANT_DEBUG"):
-            raise
-        expected = isinstance(error, ValueError | OSError) and str(error)
-        _fail(str(error) if expected else f"{type(error).__name__}: {error}", 1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with interrupts.working(own):
+        try:
+            sys.exit(cli.main(args, prog_name="jaxquant", standalone_mode=False) or 0)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except (KeyboardInterrupt, interrupts.Interrupted):
+            _interrupted(own)
+        except click.Abort as error:  # what click makes of an EOFError, too
+            if isinstance(error.__cause__, EOFError):
+                _fail(f"unexpected end of a file: {error.__cause__}", 1)
+            _interrupted(own)
+        except Exception as error:  # a user gets a line whatever it is; JAXQUANT_DEBUG=1 says where
+            if os.environ.get("JAXQUANT_DEBUG"):
+                raise
+            expected = isinstance(error, ValueError | OSError) and str(error)
+            _fail(str(error) if expected else f"{type(error).__name__}: {error}", 1)
+
+
+def _interrupted(own: bool) -> None:
+    if own:
+        interrupts.leave()  # threads that are still at work would be waited for
+    _fail(interrupts.message(), interrupts.STATUS)
 
 
 def _fail(message: str, status: int) -> None:
     line = " ".join(message.split())
     click.echo(f"error: {line}", err=True)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

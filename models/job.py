@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, MutableMapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -128,12 +127,6 @@ def digest_of(source: Model) -> str:
 def hash_of(text: str) -> str:
     """Of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def folder_of(out: str | Path) -> Path:
-    """Where a job that writes to `out` keeps its work, until it is done."""
-    out = Path(out).absolute()
-    return out.with_name(f"{out.name}.partial")
 
 
 class Data(NamedTuple):

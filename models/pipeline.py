@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -360,14 +360,22 @@ def sites_of(model: Model) -> dict[str, jq.Site]:
 
 
 def save(
-    directory: str | Path, model: Model, recipe: jq.Recipe | None, overwrite: bool = False
+    directory: str | Path,
+    model: Model,
+    recipe: jq.Recipe | None,
+    overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32."""
+    """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32.
+
+    `about`: more JSON values for its metadata.
+    """
     params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
     metadata = {
         "config": model.config.to_json(),
         "tokenizer": model.tokenizer.to_json(),
         "prefix": model.prefix,
+        **(about or {}),
     }
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
 

@@ -1,17 +1,14 @@
 """Training from scratch on a text: BitNet b1.58, or the same transformer of floats.
 
 Everything that decides a run is a `Run`; the step number says which rows a batch has (Grain) and
-where the schedules are, so that what Orbax keeps of a killed run (parameters, optimizer state and
+where the schedules are, so that what is kept of a killed run (parameters, optimizer state and
 step) is all it takes to go on to the same bits.
 """
 
 import dataclasses
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -19,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -27,6 +23,7 @@ from tokenizers.models import BPE
 import jaxquant as jq
 from jaxquant.evaluate import chunk
 from jaxquant.paths import matches, replace_leaves
+from jaxquant.resume import Finished
 from jaxquant.trainer import next_token_loss
 from jaxquant.training import stability
 from jaxquant.training.schedules import decay_until_half, two_stage
@@ -42,6 +39,7 @@ SIZES = {"1m": (128, 344, 5, 4), "4m": (224, 608, 6, 7), "12m": (384, 1024, 7, 6
 A48 = {"attn/[qkv]/kernel": "int4,mean", "mlp/[gu]*/kernel": "int4,mean",
        "attn/o/kernel": "int8,top=0.5"}  # fmt: skip
 HELD_OUT = 16  # rows kept apart to judge on
+STATE = "state"  # what the last one is kept as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +151,12 @@ class Progress(NamedTuple):
     validation: float | None
 
 
+def fingerprint(run: Run, data: Texts) -> dict[str, Any]:
+    """Plain values that differ where results may."""
+    digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
+    return {**dataclasses.asdict(run), "text": digest, "jax": jax.__version__}
+
+
 def texts(run: Run, text: str) -> Texts:
     """A tokenizer trained on the text, and its rows.
 
@@ -227,21 +231,20 @@ def _apply(config: LlamaConfig) -> Callable:
 def train(
     run: Run,
     data: Texts,
-    folder: str | Path | None = None,
+    kept: Finished | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Any, float]:
     """The trained parameters, latent still, and their loss on the rows held out.
 
     Args:
-      folder: where the run so far is kept, and gone on from; another run's is an error.
+      kept: where the run so far is kept, and gone on from: a `Folder` of its `fingerprint`.
     Raises:
-      ValueError: the folder holds another run; the loss is no number.
+      ValueError: the loss is no number.
     """
     config = run.config(data.tokenizer.vocab_size)
-    state, kept = begin(run, config), None
-    if folder is not None:
-        kept = _Kept(Path(folder), run, data)
-        state = kept.last(state)
+    state = begin(run, config)
+    if kept is not None:
+        state = _last(kept, state)
         state = turned(run, config, state, range(state.step))
     step, judge = _step(run, config), jax.jit(partial(_loss, config))
     rows = _rows(run, data.training)
@@ -262,7 +265,7 @@ def train(
         if last or state.step % run.validate_every == 0:
             seen = held_out()
         if kept is not None and (last or state.step % run.save_every == 0):
-            kept.save(state)
+            kept[STATE] = _arrays(state)
         if progress is not None:
             progress(Progress(state.step, float(loss), float(norm), float(flips), seen))
     return state.params, held_out()
@@ -282,11 +285,6 @@ def _with_a48(params: Any) -> Any:
         if form is not None and isinstance(w, jq.QTensor):
             leaves[path] = dataclasses.replace(w, activations=jq.Activations.of(form))
     return replace_leaves(params, leaves)
-
-
-def forget(folder: Path) -> None:
-    """The run is over; nothing of it is needed."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rows(run: Run, rows: np.ndarray) -> grain.MapDataset:
@@ -320,41 +318,18 @@ def _step(run: Run, config: LlamaConfig) -> Callable:
     return step
 
 
-class _Kept:
-    """A run's folder: what it is, and its last state (Orbax)."""
-
-    def __init__(self, folder: Path, run: Run, data: Texts) -> None:
-        self.folder = folder.absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
-        text = json.dumps({**dataclasses.asdict(run), "text": digest, "jax": jax.__version__})
-        mark = self.folder / "run.json"
-        if mark.exists() and mark.read_text() != text:
-            raise ValueError(
-                f"{self.folder} holds another run ({mark.read_text()}), this one is {text}; "
-                f"give another folder, or remove it"
-            )
-        mark.write_text(text)
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
-
-    def last(self, start: State) -> State:
-        """The last state, or the start."""
-        step = self.manager.latest_step()
-        if step is None:
-            return start
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(start))
-        flat = self.manager.restore(step, args=ocp.args.StandardRestore(shapes))
-        leaves = [flat[str(i)] for i in range(len(flat))]
-        return State(step, *jax.tree.unflatten(jax.tree.structure(start[1:]), leaves))
-
-    def save(self, state: State) -> None:
-        self.manager.save(state.step, args=ocp.args.StandardSave(_flat(state)))
-        self.manager.wait_until_finished()
+def _last(kept: Finished, start: State) -> State:
+    """The last state that was kept, or the start."""
+    if STATE not in kept:
+        return start
+    arrays = kept[STATE]
+    leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(jax.tree.leaves(start[1:])))]
+    return State(int(arrays["step"]), *jax.tree.unflatten(jax.tree.structure(start[1:]), leaves))
 
 
-def _flat(state: State) -> dict[str, Any]:
-    return {str(i): a for i, a in enumerate(jax.tree.leaves(state[1:]))}
+def _arrays(state: State) -> dict[str, Any]:
+    leaves = {str(i): a for i, a in enumerate(jax.tree.leaves(state[1:]))}
+    return {"step": np.int64(state.step), **leaves}
 
 
 def exported(run: Run, params: Any, data: Texts) -> Model:

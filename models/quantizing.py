@@ -15,6 +15,7 @@ from jaxquant.resume import Folder
 from models import job, pipeline, rotation
 from models.console import SEED, Rows, Steps, bar, emit, line, usage
 from models.effort import EFFORTS
+from models.output import Output
 from models.request import job_of, with_texts
 
 
@@ -99,8 +100,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the directory --out."""
     with usage():
-        checkpoint.check_target(out, overwrite)
+        output = Output(out, overwrite)
         work = job_of(**options)
+    output.hold()
     start = time.monotonic()
     work = with_texts(work)
     source = dataclasses.replace(pipeline.load_any(model), prefix=prefix)
@@ -111,9 +113,7 @@ def quantize(
     else:
         pipeline.choices(source, work.choices, work.healing is not None).check(work.target_bits)
     data = job.data(work, source)
-    folder = Folder(job.folder_of(out), work.fingerprint(source))
-    if len(folder):
-        click.echo(f"going on from {folder.path}", err=True)
+    folder = output.begin(work.fingerprint(source))
     if work.rotate:
         with bar("rotating", work.rotating.steps if work.rotating else 0) as step:
             source = rotation.rotated(work, source, data, folder, Steps(step))
@@ -137,8 +137,7 @@ def quantize(
         total = BLOCKS.steps * source.config.n_layers + whole
         with bar("healing", total) as step:
             result = job.healed(work, work.healing, source, result, data, folder, Steps(step))
-    pipeline.save(out, result, recipe, overwrite)
-    folder.remove()
+    output.publish(result, recipe)
     report = {
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),

@@ -2,20 +2,20 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 import jaxquant as jq
 from jaxquant import checkpoint
-from jaxquant.resume import Folder
 from jaxquant.training.qat import How
 from models import finetuning, pipeline, pretraining
 from models.console import SEED, Steps, bar, emit, line, usage
 from models.finetuning import HOWS, Tuning
 from models.generate import generate
-from models.job import folder_of
 from models.metrics import Metrics
+from models.output import Output
 from models.pretraining import SIZES, Run
 from models.registry import Model
 from models.request import setting
@@ -58,11 +58,13 @@ def train_bitnet(
     Ternary weights, int8 activations. A killed run goes on where it stopped, to the same bits.
     """
     with usage():
-        checkpoint.check_target(out, overwrite)
+        output = Output(out, overwrite)
+        check_metrics(metrics, output)
         run = Run(quantized=not floats, a48=0.05 * a48, **options)
+    output.hold()
     start = time.monotonic()
     data = pretraining.texts(run, read_text(text, calibration=True))
-    folder = folder_of(out)
+    folder = output.begin(pretraining.fingerprint(run, data), refuse=True)
     with bar("training", run.steps) as step, Metrics.to(metrics) as written:
 
         def tell(done: pretraining.Progress) -> None:
@@ -76,8 +78,7 @@ def train_bitnet(
 
         params, held_out = pretraining.train(run, data, folder, tell)
     model = pretraining.exported(run, params, data)
-    pipeline.save(out, model, run.recipe, overwrite)
-    pretraining.forget(folder)
+    output.publish(model, run.recipe)
     prompt = data.tokenizer.encode("The ")
     ids = generate(jq.quantized(model.apply_cached), model.params, model.config, prompt, 48)
     line("The " + data.tokenizer.decode(ids))
@@ -131,9 +132,11 @@ def finetune(
     A killed run goes on where it stopped, to the same bits.
     """
     with usage():
-        checkpoint.check_target(out, overwrite)
+        output = Output(out, overwrite)
+        check_metrics(metrics, output)
         packed = checkpoint.is_checkpoint(model)
         tuning = _tuning(packed, metrics is not None, **options)
+    output.hold()
     source = pipeline.load_any(model)
     of = _teacher(teacher, source, packed)
     with usage():
@@ -143,9 +146,7 @@ def finetune(
     if text is not None:
         tuning = dataclasses.replace(tuning, text=read_text(text, calibration=True))
     start = time.monotonic()
-    folder = Folder(folder_of(out), tuning.fingerprint(source, of), refuse=True)
-    if len(folder):
-        line(f"going on from {folder.path}")
+    folder = output.begin(tuning.fingerprint(source, of), refuse=True)
     data = finetuning.sequences(tuning, source, of, folder)
     total = tuning.updates(source.config.n_layers)
     with bar("training", total) as step, Metrics.to(metrics) as written:
@@ -157,8 +158,7 @@ def finetune(
 
         result = finetuning.tuned(tuning, source, of, data, folder, tell)
     recipe = checkpoint.stored_recipe(model) if packed else tuning.recipe
-    pipeline.save(out, result, recipe, overwrite)
-    folder.remove()
+    output.publish(result, recipe)
     report = {
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),
@@ -167,6 +167,13 @@ def finetune(
         "seconds": time.monotonic() - start,
     }
     emit(report, as_json)
+
+
+def check_metrics(metrics: str | None, output: Output) -> None:
+    """Raise ValueError if they are to be written where the model is."""
+    taken = (Path(output.out).resolve(), output.path)
+    if metrics is not None and Path(metrics).resolve() in taken:
+        raise ValueError(f"--metrics {metrics} is where the model will be written; give another")
 
 
 def _tuning(

@@ -1,0 +1,5 @@
+"""`python -m models` is the command `jaxquant`."""
+
+from models.entry import main
+
+main()

@@ -1,0 +1,103 @@
+"""SIGINT and SIGTERM: a command that is told to stop says so in one line and ends with status 130.
+
+This module imports nothing heavy, so that a command can heed signals before it imports the rest.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+STATUS = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds that a command has to clean up. Python hears of a signal between two of its own
+# instructions only, which native code may put off, and code it calls may swallow the exception.
+GRACE = 5.0
+
+
+class Interrupted(BaseException):
+    """The command is to stop. No KeyboardInterrupt, which click and others take for their own."""
+
+
+_about: Callable[[], str] = lambda: "no output was written"
+_grace = 0.0
+_watching = False
+_saying = threading.Lock()
+
+
+def about(text: Callable[[], str]) -> None:
+    """What the line says of the output, asked for when it is written."""
+    global _about
+    _about = text
+
+
+def message() -> str:
+    """What a command that was interrupted says."""
+    return f"interrupted; {_about()}"
+
+
+def leave(*_: object) -> None:
+    """Say so, and end the process at once."""
+    if _saying.acquire(blocking=False):
+        with contextlib.suppress(Exception):
+            os.write(2, f"error: {' '.join(message().split())}\n".encode())
+    else:  # another thread just does
+        time.sleep(0.5)
+    os._exit(STATUS)
+
+
+def arm() -> None:
+    """For a process that is the command: from now on a signal ends it, without any traceback."""
+    global _watching
+    for number in SIGNALS:  # also where the parent ignored them: it is a request to this process
+        signal.signal(number, leave)
+    if not _watching:
+        heard, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(heard,), daemon=True).start()
+        _watching = True
+
+
+@contextlib.contextmanager
+def working(own: bool) -> Iterator[None]:
+    """While it lasts a signal raises `Interrupted`.
+
+    Args:
+      own: whether the process is the command. Then a second signal ends it at once, and so does
+        the first where it has not ended after `GRACE`; and it heeds signals until its end.
+    """
+    global _grace
+    if own:
+        arm()
+    _grace, before = GRACE, {number: signal.getsignal(number) for number in SIGNALS}
+    told = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if own and told:
+            leave()
+        told = True
+        raise Interrupted
+
+    try:
+        for number in SIGNALS:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _grace = 0.0 if not told else GRACE
+
+
+def _watch(heard: int) -> None:
+    """A thread: signals reach it while the main thread is in native code."""
+    while (got := os.read(heard, 1)) and got[0] not in SIGNALS:
+        pass
+    if _grace:
+        select.select([heard], [], [], _grace)
+    leave()
