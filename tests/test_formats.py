@@ -12,6 +12,7 @@ from jaxquant.codebooks.integer import spread
 from jaxquant.serialize import from_json, to_json
 from pallas_kernels import layout
 
+from .kernels.operands import assert_rows_hold
 from .test_dispatch import draw
 
 # One row at a time, a scale per group: LDLQ may visit the rows in any order.
@@ -88,6 +89,15 @@ def test_products_and_look_ups_agree_with_the_decoded_matrix(format):
     np.testing.assert_allclose(format.matmul_transposed(g, data, 48), g @ w.T, atol=1e-4)
     np.testing.assert_allclose(format.columns(data, i, 48), w[:, i], atol=1e-6)
     np.testing.assert_allclose(format.rows(data, i, 48), w[i], atol=1e-6)
+
+
+@all_formats
+def test_a_row_that_is_not_finite_is_nan_and_no_other(format):
+    """Of products and of cotangents."""
+    data, x, g = format.encode(draw(48, 32)), draw(5, 48, seed=1), draw(5, 32, seed=2)
+    assert_rows_hold(lambda x: format.matmul(x, data), x)
+    assert_rows_hold(lambda x: format.matmul(x, data, "int8"), x)
+    assert_rows_hold(lambda g: format.matmul_transposed(g, data, 48), g)
 
 
 @all_formats
