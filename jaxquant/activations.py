@@ -4,6 +4,9 @@ Integers are exact: with x ~ s (q - z) for codes q, a scale s and an integer zer
 row, x @ w = s (q @ w - z 1 @ w), and the products of codes are the kernels'. Up to 7 bits q - z
 fits the kernels' int8 and goes in as it is; at 8 a row of ones goes along with the codes, and gives
 the sums of w's columns that the zero points ask for, exactly and out of the same call.
+
+A row with NaN or an infinity has codes of 0 and a scale of NaN, hence NaN for all its results:
+`pallas_kernels.activations` has the rule, for the forms that kernels round themselves too.
 """
 
 import contextlib
@@ -163,7 +166,8 @@ class Activations:
 
     def codes(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Codes:
         """Codes, scales and zero points of rows; `data` hold "scale" and "zero" if static."""
-        x = whole = x.astype(jnp.float32)
+        x, factor = forms.finite_rows(x.astype(jnp.float32))
+        whole = x
         if self.top < 1:
             x = _largest(x, self.top)
         if self.static:
@@ -178,11 +182,11 @@ class Activations:
         if self.mean or self.top < 1:
             scale = jax.lax.stop_gradient(scale)
             code = nearest_codes(jax.lax.stop_gradient(x) / scale, zero, self.limits)
-            return Codes(through(whole / scale, code), scale, zero)
+            return Codes(through(whole / scale, code), scale * factor, zero)
         steps, of = x / scale, zero
         if self.static:  # a learned zero point is no whole number: a part of what is rounded
             steps, of = steps + zero, jnp.zeros(())
-        return Codes(nearest_codes(steps, of, self.limits), scale, zero)
+        return Codes(nearest_codes(steps, of, self.limits), scale * factor, zero)
 
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
         """What x is after rounding, in float32.
@@ -334,7 +338,9 @@ def _largest(x: Float[Array, "m k"], share: float) -> Float[Array, "m k"]:
 
 
 def _float8(x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+    x, factor = forms.finite_rows(x)
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / _E4M3)
     # A cast does not saturate: past 464 it gives NaN.
-    return jnp.clip(x / scale, -_E4M3, _E4M3).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+    code = jnp.clip(x / scale, -_E4M3, _E4M3).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return code * scale * factor

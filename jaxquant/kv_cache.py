@@ -243,7 +243,13 @@ def _unturned(keys: Array, angles: Array, form: KVFormat) -> Array:
 
 
 def _rounded(x: Array, valid: Array, bits: int, axis: int) -> tuple[Array, Array, Array]:
-    """Codes by the range of what is valid along an axis; scale and offset, float16, of size 1."""
+    """Codes by the range of what is valid along an axis; scale and offset, float16, of size 1.
+
+    Both are NaN where something valid is NaN or infinite.
+    """
+    # By a test of its own: compiled for a CPU, minima and maxima of many numbers may pass over NaN.
+    finite = jnp.all(jnp.isfinite(x) | ~valid, axis, keepdims=True)
+    x = jnp.where(jnp.isfinite(x), x, 0.0)
     any_valid = jnp.any(valid, axis, keepdims=True)
     least = jnp.min(jnp.where(valid, x, jnp.inf), axis, keepdims=True)
     most = jnp.max(jnp.where(valid, x, -jnp.inf), axis, keepdims=True)
@@ -254,4 +260,5 @@ def _rounded(x: Array, valid: Array, bits: int, axis: int) -> tuple[Array, Array
     step = scale.astype(jnp.float32)
     offset = half(least - low * step)
     steps = (x - offset.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0)
+    scale, offset = (jnp.where(finite, a, jnp.float16(jnp.nan)) for a in (scale, offset))
     return jnp.clip(jnp.round(steps), low, high).astype(jnp.int32), scale, offset

@@ -2,7 +2,8 @@
 
 Each op is x @ w for the w that packed arrays decode to, and `..._transposed` g @ w.T. Arrays come
 by position, static values by keyword. Weights meet x in x's dtype, sums and results are float32.
-With `activations` other than "float", x is first rounded as that says, and all is float32.
+With `activations` other than "float", x is first rounded as that says, and all is float32. A row of
+x or of g that is not finite gives NaN, as `pallas_kernels.activations` says.
 """
 
 from collections.abc import Mapping
@@ -131,7 +132,7 @@ def _matmul(parts: Any, x: Array, *arrays: Any, activations: str = "float", **st
 
 
 def _transposed(parts: Any, g: Array, *arrays: Any, k: int, **static: Any) -> Array:
-    g, arrays = _tied(g, arrays)
+    g, arrays = _tied(forms.rounded(g, "float"), arrays)
     return decoded.matmul_transposed(g, *parts(*arrays, **static), k)
 
 

@@ -11,12 +11,15 @@ import jaxquant as jq
 from jaxquant.activations import product
 from pallas_kernels import dispatch
 
+from .kernels.operands import assert_rows_hold
 from .test_dispatch import draw
 
 FORMS = [
     jq.Activations(bits, symmetric, clip)
     for bits, symmetric, clip in itertools.product((8, 4, 2), (True, False), (1.0, 0.9))
 ]
+MORE = ["float", "int8/256", "float8", "int8,static", "int8,asymmetric,static", "int4,mean"]
+MORE += ["int8,top=0.5"]
 K = 1536
 exact = lambda a: np.asarray(a, np.float64)
 
@@ -59,6 +62,27 @@ def test_rounding(form):
     assert not np.any(big[2])
     if form.bits == 8 and form.clip == 1:
         np.testing.assert_allclose(big[1, 1229], 3069, rtol=4e-3)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("form", [*FORMS, *map(jq.Activations.of, MORE)], ids=str)
+def test_a_row_that_is_not_finite_is_nan_and_no_other(form, kernels):
+    """By products and by `rounded`, of few rows and of many: a maximum may pass over NaN."""
+    w, x = jq.Integer(4, 16), draw(100, 64)
+    weights, data = (
+        w.encode(draw(64, 48, seed=1)),
+        {"scale": jnp.array([0.02]), "zero": jnp.ones(1)},
+    )
+
+    @jax.jit
+    def run(x):
+        with dispatch.using(kernels):
+            return product(form, x, data, lambda x, kind: w.matmul(x, weights, kind))
+
+    for m in (1, 9, 100):
+        assert_rows_hold(run, x[:m])
+        if form is not None and form.by_row:
+            assert_rows_hold(lambda x: form.rounded(x, {}), x[:m])
 
 
 def test_half_of_the_grid_is_lost_without_a_zero_point():

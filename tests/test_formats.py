@@ -12,6 +12,7 @@ from jaxquant.codebooks.integer import spread
 from jaxquant.serialize import from_json, to_json
 from pallas_kernels import layout
 
+from .kernels.operands import assert_rows_hold
 from .test_dispatch import draw
 
 # One row at a time, a scale per group: LDLQ may visit the rows in any order.
@@ -98,6 +99,15 @@ def test_empty_products_and_look_ups_are_empty(format):
     assert format.matmul_transposed(jnp.zeros((0, 32)), data, 48).shape == (0, 48)
     assert format.columns(data, none, 48).shape == (48, 0)
     assert format.rows(data, none, 48).shape == (0, 32)
+
+
+@all_formats
+def test_a_row_that_is_not_finite_is_nan_and_no_other(format):
+    """Of products and of cotangents."""
+    data, x, g = format.encode(draw(48, 32)), draw(5, 48, seed=1), draw(5, 32, seed=2)
+    assert_rows_hold(lambda x: format.matmul(x, data), x)
+    assert_rows_hold(lambda x: format.matmul(x, data, "int8"), x)
+    assert_rows_hold(lambda g: format.matmul_transposed(g, data, 48), g)
 
 
 @all_formats

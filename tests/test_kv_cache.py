@@ -75,11 +75,27 @@ def test_what_is_not_there_enters_no_range():
     assert jnp.all(jnp.isfinite(kv.decode_keys(*nothing, 2)))
 
 
-def test_a_value_that_is_no_number_stays_visible():
-    keys = draw(32, 64).at[5, 7].set(jnp.nan)
-    known = kv.decode_keys(*kv_cache.quantize_keys(keys, jnp.ones(32, bool), KVFormat(4)), 4)
-    assert jnp.isnan(known[:, 7]).any()
-    assert jnp.isfinite(jnp.delete(known, 7, axis=1)).all()
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("tokens", [32, 640])
+def test_what_is_not_finite_stays_visible(value, tokens):
+    """Its whole range is no number, and all others are as without it."""
+    form, there = KVFormat(4), jnp.ones(tokens, bool)
+    x = draw(3, tokens, 64)
+    keys = jax.jit(lambda x: kv.decode_keys(*kv_cache.quantize_keys(x, there, form), 4))
+    values = jax.jit(lambda x: kv.decode_values(*kv_cache.quantize_values(x, form), 4))
+    for known, spoilt in ((keys, np.s_[1, :32, 7]), (values, np.s_[1, 5, :32])):
+        clean, wrong = (np.array(known(a)) for a in (x, x.at[1, 5, 7].set(value)))
+        assert np.isnan(wrong[spoilt]).all()
+        wrong[spoilt] = clean[spoilt]
+        np.testing.assert_array_equal(wrong, clean)
+
+
+def test_what_is_not_there_may_be_no_number():
+    keys, there = draw(32, 64), jnp.arange(32) != 5
+    codes = lambda keys: kv_cache.quantize_keys(keys, there, KVFormat(4))
+    jax.tree.map(
+        np.testing.assert_array_equal, codes(keys.at[5].set(0)), codes(keys.at[5].set(jnp.nan))
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)

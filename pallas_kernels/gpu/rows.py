@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 
     Attributes:
       codes: float16 or int8.
-      unit: float32 [m, 1]; x is unit times the sum over parts.
+      unit: float32 [m, 1]; x is unit times the sum over parts. NaN where a row is not finite.
       scale: float32 [parts m, runs], further factors of runs of channels; None if all are 1.
     """
 
@@ -54,13 +54,14 @@ def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Row
         return (
             Rows(q, jnp.ones_like(s[:, :1]), s) if activations == "int8/256" else Rows(q, s, None)
         )
-    count, x = parts(x.dtype, activations), x.astype(jnp.float32)
+    count = parts(x.dtype, activations)
+    x, factor = forms.finite_rows(x.astype(jnp.float32))
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     exponent = jnp.clip(_exponent(largest), -100, 127)  # a row of zeros has one too
     x = x * _power(TOP - exponent)
     first = x.astype(jnp.float16)
     rest = [(x - first.astype(jnp.float32)).astype(jnp.float16)][: count - 1]
-    return Rows(jnp.concatenate([first, *rest]), _power(exponent - TOP), None)
+    return Rows(jnp.concatenate([first, *rest]), _power(exponent - TOP) * factor, None)
 
 
 def _exponent(x: Float32[Array, "..."]) -> Int32[Array, "..."]:

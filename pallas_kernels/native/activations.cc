@@ -33,6 +33,17 @@ std::vector<Rows> rows(int64_t m, const Multiply* kernels) {
 
 namespace {
 
+// Whether no number is NaN or infinite.
+bool all_finite(const float* x, int64_t count) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  return most < 0x7f800000;
+}
+
 // Numbers of row r of a segment as they stand among those of `count` rows: as(number) at
 // [code, row]. The sum is that of the numbers.
 template <class T, class As>
@@ -97,18 +108,26 @@ Prepared::Prepared(const float* x, int64_t m, int64_t k, const std::vector<Segme
       per_unit_(integers && unit.planes ? unit.planes : unit.codes),
       data_(m * units_ * per_unit_),
       sums_(m * segments_),
-      scales_(m * segments_, 1.0f) {
+      scales_(m * segments_, 1.0f),
+      finite_(m, true) {
   const bool rounds = activations == kInt8Rows || activations == kInt8Blocks;
   parallel(rows.size(), [&](int64_t i) {
     const Rows& some = rows[i];
-    std::vector<float> q(rounds ? k : 0);
+    std::vector<float> q(k);
     const int64_t size = activations == kInt8Rows ? k : kBlock;
     std::vector<float> scale((k + size - 1) / size);
     for (int r = 0; r < some.count; ++r) {
       const float* row = x + (some.first + r) * k;
+      char& sound = finite_[some.first + r];
       if (rounds) {
-        for (int64_t b = 0; b * size < k; ++b)
+        for (int64_t b = 0; b * size < k; ++b) {
           scale[b] = kernels.quantize(row + b * size, std::min(size, k - b * size), &q[b * size]);
+          sound &= scale[b] == scale[b];
+        }
+        row = q.data();
+      } else if (!all_finite(row, k)) {
+        sound = false;
+        std::fill(q.begin(), q.end(), 0.0f);
         row = q.data();
       }
       for (int64_t s = 0; s < segments_; ++s) {

@@ -53,11 +53,15 @@ class Prepared {
   const float* scales(const Rows& r, int64_t segment) const {
     return scales_.data() + r.first * segments_ + segment * r.count;
   }
+  // A row with NaN or an infinity stands as zeros here, which integers can hold: it is the driver
+  // that gives it a result of NaN.
+  bool finite(int64_t row) const { return finite_[row]; }
 
  private:
   int64_t units_, segments_, per_unit_;  // numbers of 32 bits in a unit of one row
   std::vector<int32_t> data_, sums_;
   std::vector<float> scales_;
+  std::vector<char> finite_;  // by row
 };
 
 }  // namespace jaxquant

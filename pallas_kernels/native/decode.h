@@ -31,8 +31,13 @@ TARGET float quantize(const float* x, int64_t count, float* q) {
   }
   float absmax;
   std::memcpy(&absmax, &most, sizeof absmax);
+  if (most >= 0x7f800000) {  // infinite, or NaN
+    std::memset(q, 0, count * sizeof(float));
+    return __builtin_nanf("");
+  }
   // As `activations.quantize` does it: its codes are to be met to the last bit.
-  const float scale = absmax > 0 ? absmax * (1.0f / 127) : 1.0f;
+  float scale = absmax * (1.0f / 127);
+  if (scale < 0x1p-126f) scale = 1.0f;
   const float inverse = 1.0f / scale;
   for (int64_t i = 0; i < count; ++i) {
     float v = x[i] * inverse;

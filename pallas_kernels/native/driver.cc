@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -233,6 +234,10 @@ void copy(const Job& job, const Columns& block, int64_t columns, const float* su
   for (int64_t r = 0; r < job.shape.m; ++r) {
     float* y = task.y + r * task.n + block.first;
     const float* from = sums + r * columns;
+    if (!job.x.finite(r)) {
+      std::fill_n(y, block.count, std::numeric_limits<float>::quiet_NaN());
+      continue;
+    }
     if (width == 1) {
       std::memcpy(y, from, block.count * sizeof(float));
       continue;

@@ -99,7 +99,8 @@ struct Kernels {
   // With `onto`, added to what is there.
   void (*scaled)(const Product& p, int64_t column, int64_t width, float* to, bool onto);
   void (*widen)(const void* from, ScaleType type, int64_t count, float* to);
-  // q = round(x / s), s = absmax / 127 (1 where all is 0), as int8 or as floats of such values.
+  // q = round(x / s), s = absmax / 127, or 1 where that is no normal number; and where x is not
+  // finite, q = 0 and s is NaN.
   float (*quantize)(const float* x, int64_t count, float* q);
   void (*zeros)(const uint32_t* words, int bits, int64_t first, int64_t count, int32_t* twice);
   void (*trellis)(const TrellisTiles&);

@@ -51,9 +51,18 @@ TARGET void multiply_runs(const Product& a) {
     tile_run<K, C, R, V, T>(a, run, std::make_integer_sequence<int, 16 / C>());
 }
 
+// Of a block of rows that are all zero; but a scale that is no number shows.
+template <int R>
+INLINE void add_zeros(const Product& a) {
+  for (int r = 0; r < R; ++r)
+    for (int64_t c = 0; c < a.columns; ++c)
+      a.y[r * a.y_stride + c] += a.scale[c] * a.xscale[r] * 0.0f;
+}
+
 template <int C, int R, class V, class T>
 TARGET void multiply_tiles(const Product& a) {
   switch (a.rate) {
+    case 0: return add_zeros<R>(a);
     case 1: return multiply_runs<1, C, R, V, T>(a);
     case 2: return multiply_runs<2, C, R, V, T>(a);
     case 3: return multiply_runs<3, C, R, V, T>(a);

@@ -64,29 +64,31 @@ def split(x: Float[Array, "m k"], activations: str, unit: str) -> tuple[Num[Arra
     """Planes of x, and the float32 scale [m, blocks] of their sum.
 
     Digits of "float" are those of codes of 16 bits (15 in float8): the error is at most half a
-    step, absmax / 65024 (32768). bfloat16 planes of float32 keep 16 bits of every entry.
+    step, absmax / 65024 (32768). bfloat16 planes of float32 keep 16 bits of every entry. A row that
+    is not finite has planes of zeros, and the scale NaN.
 
     >>> planes, scale = split(jnp.array([[1.0, -0.5]]), "float", "int8")
     >>> planes[:, 0].tolist(), round(float(1 / scale[0, 0]))
     ([[127, -63], [0, -128]], 32512)
     """
     planes, base, largest = _DIGITS[activations.partition("/")[0], unit]
-    one = jnp.ones((len(x), 1), jnp.float32)
     if activations != "float":
         q, scale = forms.quantize(x, activations)
         return _digits(q.astype(jnp.int32), planes, base).astype(unit), scale
+    x, factor = forms.finite_rows(x)
     if unit == BFLOAT16:
         if x.dtype == jnp.bfloat16:
-            return x[None], one
+            return x[None], factor
         x = x.astype(jnp.float32)
         # Not a cast down and up, which XLA may leave out.
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return jnp.stack([high, x - high]).astype(jnp.bfloat16), one
+        return jnp.stack([high, x - high]).astype(jnp.bfloat16), factor
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(absmax > 0, absmax / largest, 1.0)
+    scale = absmax / largest
+    scale = jnp.where(scale >= forms.LEAST, scale, 1.0)
     code = jnp.clip(jnp.round(x / scale), -largest, largest).astype(jnp.int32)
-    return _digits(code, planes, base).astype(unit), scale
+    return _digits(code, planes, base).astype(unit), scale * factor
 
 
 def _digits(code: Array, planes: int, base: int) -> Array:

@@ -227,10 +227,11 @@ def _after(rows: Num[Array, "r k"], total: Float[Array, "m n"]) -> Num[Array, "r
     """The rows, but not before the total is there.
 
     The compiler's scheduler would run ahead with matrix products, whose sums the vector unit has
-    no time for, and store them away: spills. The sign of a square is zero, which it cannot know.
+    no time for, and store them away: spills. No square is negative, which it cannot know. (The sign
+    of one may be set where it is NaN.)
     """
-    square = total[:8, :128]
-    zero = jax.lax.shift_right_logical(pltpu.bitcast(square * square, jnp.int32), 31)
+    some = total[:8, :128]
+    zero = (some * some < 0).astype(jnp.int32)
     words = rows if rows.dtype == jnp.int32 else pltpu.bitcast(rows, jnp.int32)
     r, c = words.shape
     zero = jnp.tile(zero, (-(-r // 8), c // 128))[:r]

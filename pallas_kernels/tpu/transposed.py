@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import activations as forms
 from pallas_kernels import layout
 from pallas_kernels.tpu import planes, unpack
 from pallas_kernels.tpu.blocks import DEPTH, LANES
@@ -37,6 +38,7 @@ def packed_matmul_transposed(
 
     Scaled g is taken to 16 bits (to 8, as the reference does, if it is bfloat16).
     """
+    g, factor = forms.finite_rows(g)
     m, n = g.shape
     groups = scale.shape[0]
     group = group_size if groups > 1 else 1 << 20
@@ -80,7 +82,7 @@ def packed_matmul_transposed(
     )(padded, codes, scales, place % size // (size // parts))
     if decoder.order:
         y = jnp.take(y.reshape(m, -1, block), jnp.argsort(place[0]), axis=-1).reshape(m, -1)
-    y = y[:, :k]
+    y = y[:, :k] * factor
     if zero is None:
         return y
     z = layout.unpack(zero.T, bits, n).T * scale

@@ -62,6 +62,34 @@ def operands(case, k, n, seed=0):
     return f"{format.storage}_matmul", arrays, static
 
 
+# --- rows that are not finite ---------------------------------------------------------------
+
+SPOILT = ({0: np.nan, 2: -np.inf, 9: np.nan, 97: np.inf}, {0: np.inf})  # rows, where there are such
+
+
+def spoilt(x, rows):
+    """x with an entry of each of these rows replaced."""
+    for row, value in rows.items():
+        if row < len(x):
+            x = x.at[row, (7 * row + 3) % x.shape[1]].set(value)
+    return x
+
+
+def assert_only_nan(y, clean, rows):
+    """These rows are NaN, and the others what they are without them, bit for bit."""
+    y, clean = np.asarray(y), np.asarray(clean)
+    rows = [row for row in rows if row < len(y)]
+    assert np.isfinite(clean).all() and np.isnan(y[rows]).all()
+    np.testing.assert_array_equal(np.delete(y, rows, 0), np.delete(clean, rows, 0))
+
+
+def assert_rows_hold(run, x, clean=None):
+    """The contract of every product: a row with NaN or an infinity gives NaN, others their own."""
+    clean = run(x) if clean is None else clean
+    for rows in SPOILT:
+        assert_only_nan(run(spoilt(x, rows)), clean, rows)
+
+
 # What is timed on a device: case and form of activations.
 TIMED = [
     ("packed 8 bits", "float"), ("packed 4 bits", "float"), ("packed 2 bits", "float"),

@@ -15,6 +15,8 @@ import pytest
 from pallas_kernels import activations as forms
 from pallas_kernels import cpu, layout, lookup, native, reference
 
+from .operands import SPOILT, assert_only_nan, spoilt
+
 REASON = native.load()
 SETS = range(len(native.instruction_sets()))
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU's kernels")
@@ -139,16 +141,21 @@ def exact(op, x, arrays, static, form):
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name, most, rng):
     x, op, arrays, static = case(name, max(ROWS), rng)
-    call = lambda x, form: cpu.shared(
-        op, whole(x) if form == "codes" else x, [arrays], activations=form, most=most, **static
-    )[0]
-    run = jax.jit(lambda x: {form: [call(x[:m], form) for m in ROWS] for form in forms.FORMS})
-    for form, found in run(x).items():
-        want = exact(op, whole(x) if form == "codes" else x, arrays, static, form)
+    call = lambda x, form: cpu.shared(op, x, [arrays], activations=form, most=most, **static)[0]
+    run = jax.jit(
+        lambda inputs: {form: [call(x[:m], form) for m in ROWS] for form, x in inputs.items()}
+    )
+    inputs = {form: whole(x) if form == "codes" else x for form in forms.FORMS}
+    clean = run(inputs)
+    for form, found in clean.items():
+        want = exact(op, inputs[form], arrays, static, form)
         for m, y in zip(ROWS, found, strict=True):
             assert y.shape == want[:m].shape and y.dtype == jnp.float32
             nmse, worst = errors(y, want[:m])
             assert nmse < budget(name, form)[0] and worst < budget(name, form)[1], (form, m)
+    for rows in SPOILT:
+        wrong = run({form: spoilt(x, rows) for form, x in inputs.items()})
+        jax.tree.map(lambda y, clean, rows=rows: assert_only_nan(y, clean, rows), wrong, clean)
 
 
 @needs_native
@@ -205,11 +212,15 @@ def test_it_is_a_function_like_any_other(rng):
 
 
 @needs_native
-def test_strange_activations_do_no_harm(rng):
+@pytest.mark.parametrize("most", SETS, ids=native.instruction_sets())
+def test_strange_activations_do_no_harm(most, rng):
+    """Rows of zeros, of huge entries, and of entries whose scale has no reciprocal."""
     _, op, arrays, static = case("4 bits", 1, rng)
-    x = jnp.zeros((3, 332)).at[1].set(1e30).at[2, 3].set(jnp.nan)
-    (y,) = cpu.shared(op, x, [arrays], activations="int8", **static)
-    assert not np.asarray(y[0]).any() and np.isfinite(y[1]).all()
+    x = jnp.zeros((3, 332)).at[1].set(1e30).at[2, ::2].set(1e-37)
+    for form in ("int8", "int8/256"):
+        (y,) = cpu.shared(op, x, [arrays], activations=form, most=most, **static)
+        assert not np.asarray(y[::2]).any() and np.isfinite(y[1]).all()
+        assert not np.asarray(forms.rounded(x, form)[::2]).any()
 
 
 def shapes(arrays):

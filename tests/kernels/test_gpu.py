@@ -12,6 +12,8 @@ from pallas_kernels import layout, lookup, reference
 from pallas_kernels.gpu import KERNELS, adapter, lanes
 from tests.kernels.lowering import lowered_text
 
+from .operands import assert_rows_hold
+
 ROWS = (1, 3, 8, 16, 64, 200)
 # Mean squared error over mean square, and largest error over root mean square, against float32
 # products of the same x: of exact weights in float32 sums, and of weights rounded to float16.
@@ -134,7 +136,9 @@ def errors(op, draw, m, k, n, dtype, activations, seed=0):
     assert kernel.serves(x, *arrays, **static, activations=activations) == ""
     with adapter.interpreted():
         call = partial(kernel.call, **static, activations=activations)
-        y = jax.jit(call, compiler_options=QUICK)(x, *arrays)
+        run = jax.jit(call, compiler_options=QUICK)
+        y = run(x, *arrays)
+        assert_rows_hold(lambda x: run(x, *arrays), x, y)
     assert y.shape == (m, n) and y.dtype == jnp.float32
     exact = jax.jit(forms.rounded, static_argnums=1)(x, activations).astype(jnp.float32)
     expected = jax.jit(partial(getattr(reference, op), **static), compiler_options=QUICK)

@@ -1,5 +1,8 @@
 """Ops whatever serves them: what they reject, derivatives, batches, overrides."""
 
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ import jaxquant as jq
 import pallas_kernels as pk
 from pallas_kernels import activations, dispatch, layout, reference
 
-from .operands import CASES, draw, operands
+from .operands import CASES, assert_only_nan, assert_rows_hold, draw, operands
 
 every_op = pytest.mark.parametrize("case", CASES)
 K, N = 384, 48
@@ -40,6 +43,39 @@ def test_integer_activations_round_x_and_no_more(case):
 
 
 FORMS = ("float", "int8", "int8/256")
+
+
+@every_op
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_row_that_is_not_finite_is_nan_and_no_other(case, kernels):
+    """Few rows and many, which take other ways; and of cotangents. `test_cpu` has more of them."""
+    op, arrays, static = operands(case, K, N)
+    x, g = draw(100, K, seed=1), draw(9, N, seed=2)
+    inputs = {"codes": jnp.clip(jnp.round(40 * x), -127, 127)}
+    product = lambda x, form: dispatch.product(op, x, *arrays, **static, activations=form)
+
+    with dispatch.using(kernels):
+        for m, form in itertools.product((1, 100), activations.FORMS):
+            run = partial(product, form=form)
+            assert_rows_hold(run, inputs.get(form, x)[:m])
+        assert_rows_hold(lambda g: jax.vjp(partial(product, form="float"), x[:9])[1](g)[0], g)
+
+
+@every_op
+@pytest.mark.parametrize("form", ["float", "int8"])
+def test_a_scale_that_is_no_number_spoils_its_weights_and_no_others(case, form):
+    op, arrays, static = operands(case, K, N)
+    x = draw(100, K, seed=1)
+    run = lambda m, *a: dispatch.product(op, x[:m], *a, **static, activations=form)
+    clean = {m: run(m, *arrays) for m in (1, 100)}
+    for i, a in enumerate(arrays):
+        if a is None or a.dtype == jnp.int32:
+            continue
+        wrong = [*arrays[:i], a.at[(-1,) * a.ndim].set(jnp.nan), *arrays[i + 1 :]]
+        w = reference.weights(op.removesuffix("_matmul"), *wrong, **static, k=K)
+        columns = np.flatnonzero(np.isnan(w).any(0))
+        for m, y in clean.items():
+            assert_only_nan(run(m, *wrong).T, y.T, columns)
 
 
 @every_op

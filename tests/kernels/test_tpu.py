@@ -5,6 +5,7 @@ of a row's largest entry, 15 in float8, and one entry is 20 times the others; in
 exact; the transposed product of bfloat16 rounds what it scales to bfloat16.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from pallas_kernels import activations as forms
 from pallas_kernels import e8p, layout, lookup, reference, tables
 from pallas_kernels.tpu import KERNELS, lattice
 from pallas_kernels.tpu.blocks import Blocks
+
+from .operands import assert_only_nan, assert_rows_hold
 
 NMSE = {"exact": 1e-11, "16 bits": 1e-6, "bfloat16": 1e-5}
 MAX = {"exact": 1e-5, "16 bits": 3e-3, "bfloat16": 1e-2}
@@ -29,6 +32,8 @@ PACKED = [
     (8, 1, 20, 30, 20, "int8", "int8", "float32", "float32", True),
     (4, 3, 300, 130, 300, "codes", "int8", "float32", "float32", True),
     (2, 8, 520, 130, 64, "codes", "float8_e4m3fn", "float32", "float32", False),
+    (4, 9, 1100, 300, 64, "int8/256", "bfloat16", "float32", "float32", True),
+    (4, 100, 520, 130, 128, "float", "bfloat16", "bfloat16", "float32", False),
 ]
 
 
@@ -61,6 +66,14 @@ def close(y, exact, kind):
     assert np.max(error) <= MAX[kind] * np.max(np.abs(exact))
 
 
+def product(op, x, *arrays, **options):
+    """What a kernel gives; and the contract of rows that are not finite."""
+    run = jax.jit(lambda x: KERNELS[op].call(x, *arrays, **options, **INTERPRETED))
+    y = run(x)
+    assert_rows_hold(run, x, y)
+    return y
+
+
 def times(x, w, activations):
     x = forms.rounded(x, activations)
     return np.asarray(x, np.float64) @ np.asarray(w, np.float64)
@@ -79,8 +92,8 @@ def test_packed_matmul(case):
         arrays = (jnp.clip(jnp.round(40 * arrays[0]), -127, 127), *arrays[1:])
     kernel = KERNELS["packed_matmul"]
     assert kernel.serves(*arrays, **statics) == ""
-    options = {"unit": unit, "blocks": blocks(m), **INTERPRETED}
-    y = kernel.call(*arrays, **statics, activations=activations, **options)
+    options = {"unit": unit, "blocks": blocks(m)}
+    y = product("packed_matmul", *arrays, **statics, activations=activations, **options)
     w = reference.dequantize(*arrays[1:], **statics, k=k, dtype=jnp.float32)
     close(y, times(arrays[0], w, activations), kind(activations))
 
@@ -98,12 +111,25 @@ def test_a_wrong_variant_fails():
         close(y, times(x, w, "float"), "16 bits")
 
 
+@pytest.mark.parametrize("bits, unit", [(4, "int8"), (3, "bfloat16")])
+def test_a_scale_that_is_no_number_spoils_its_column_alone(bits, unit):
+    """Sums that are no numbers order the kernel's products too (`product._after`)."""
+    arrays = made(np.random.default_rng(), bits, 3, 2048, 384, 256, "float32", "float32", False)
+    x, codes, scale, zero = arrays
+    options = {"bits": bits, "group_size": 256, "unit": unit, "blocks": Blocks(8, 1024, 384)}
+    call = jax.jit(
+        lambda scale: KERNELS["packed_matmul"].call(x, codes, scale, zero, **options, **INTERPRETED)
+    )
+    for wrong in (jnp.nan, -jnp.nan):
+        assert_only_nan(call(scale.at[1, 5].set(wrong)).T, call(scale).T, [5])
+
+
 def test_ternary_matmul():
     rng = np.random.default_rng()
     codes = layout.pack(jnp.array(rng.integers(-1, 2, (600, 130))), 2)
     x, scale = jnp.array(rng.normal(size=(3, 600)), jnp.float32), jnp.full((1, 1), 0.3)
-    y = KERNELS["ternary_matmul"].call(
-        x, codes, scale, group_size=600, activations="int8", blocks=blocks(3), **INTERPRETED
+    y = product(
+        "ternary_matmul", x, codes, scale, group_size=600, activations="int8", blocks=blocks(3)
     )
     w = 0.3 * layout.unpack(codes, 2, 600)
     close(y, times(x, w, "int8"), "exact")
@@ -119,7 +145,7 @@ def test_packed_matmul_transposed(case):
     _, codes, scale, zero = made(np.random.default_rng(), bits, m, k, n, group, x, scale, zero)
     g = jnp.array(np.random.default_rng().normal(size=(m, n)), x)
     statics = {"bits": bits, "group_size": group, "k": k}
-    y = KERNELS["packed_matmul_transposed"].call(g, codes, scale, zero, **statics, **INTERPRETED)
+    y = product("packed_matmul_transposed", g, codes, scale, zero, **statics)
     w = reference.dequantize(codes, scale, zero, **statics, dtype=jnp.float32)
     exact = np.asarray(g, np.float64) @ np.asarray(w, np.float64).T
     close(y, exact, "16 bits" if x == "float32" else "bfloat16")
@@ -135,7 +161,7 @@ def test_codebook_matmul(bits, m, k, whole):
     statics = {"table": tuple(values.tolist()), "bits": bits, "group_size": 128}
     kernel = KERNELS["codebook_matmul"]
     assert kernel.serves(x, codes, scale, **statics) == ""
-    y = kernel.call(x, codes, scale, **statics, blocks=blocks(m), **INTERPRETED)
+    y = product("codebook_matmul", x, codes, scale, **statics, blocks=blocks(m))
     close(y, times(x, tables.dequantize(codes, scale, **statics, k=k), "float"), "16 bits")
 
 
@@ -147,13 +173,14 @@ def test_e8p_matmul(m, k, activations):
     words, scale = lookup.pack(code, 16), jnp.full((1, 1), 0.7, jnp.float16)
     x = jnp.array(rng.normal(size=(m, k)), jnp.float32)
     w = np.asarray(e8p.decode(code[:, 0]), np.float64).reshape(k, -1) * float(scale[0, 0])
-    options = {"activations": activations, "blocks": blocks(m), **INTERPRETED}
-    y = KERNELS["e8p_matmul"].call(x, words, None, scale, bits=2, **options)
+    options = {"activations": activations, "blocks": blocks(m)}
+    y = product("e8p_matmul", x, words, None, scale, bits=2, **options)
     close(y, times(x, w, activations), kind(activations))
     integers = lattice.transcode(words, k)
     y = KERNELS["packed_matmul"].call(
-        x, integers, scale.astype(jnp.float32) / 2, None, bits=4, group_size=k, **options
-    )
+        x, integers, scale.astype(jnp.float32) / 2, None, bits=4, group_size=k, **options,
+        **INTERPRETED,
+    )  # fmt: skip
     close(y + lattice.offset(x, scale, activations), times(x, w, activations), kind(activations))
 
 

@@ -14,6 +14,8 @@ from pallas_kernels import activations
 from pallas_kernels import trellis as codes_
 from pallas_kernels.tpu import KERNELS, trellis
 
+from .operands import assert_rows_hold
+
 NMSE = {"int8": 1e-11, "float": 1e-6}
 MAX = {"int8": 1e-5, "float": 3e-3}
 # m, k, n, blocks of rows with a scale, activations, x: every m; k and n ragged.
@@ -40,9 +42,8 @@ def operands(m, k, n, blocks, form, dtype, seed=0):
     return (jnp.asarray(x, dtype), jnp.asarray(words), jnp.asarray(scale, jnp.float32)), static
 
 
-def product(arrays, static):
-    run = lambda *a: trellis.trellis_matmul(*a, **static, interpret=True)
-    return np.asarray(jax.jit(run)(*arrays), np.float64)
+def kernel(words, scale, static):
+    return jax.jit(lambda x: trellis.trellis_matmul(x, words, scale, **static, interpret=True))
 
 
 def exact(arrays, static):
@@ -62,7 +63,10 @@ def errors(got, want):
 def test_the_kernel_is_its_reference(case):
     arrays, static = operands(*case)
     assert KERNELS["trellis_matmul"].serves(*arrays, **static) == ""
-    got, want = product(arrays, static), exact(arrays, static)
+    x, *weights = arrays
+    run = kernel(*weights, static)
+    got, want = np.asarray(run(x), np.float64), exact(arrays, static)
+    assert_rows_hold(run, x)
     assert got.shape == want.shape
     nmse, largest = errors(got, want)
     assert nmse < NMSE[case[4]] and largest < MAX[case[4]]
