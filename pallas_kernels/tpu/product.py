@@ -4,6 +4,7 @@ The unit multiplies slices of k exactly; scales meet the sums, not the weights, 
 the vector unit an operation for every weight.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,13 +57,11 @@ class _Shape(NamedTuple):
     """Statics of a kernel's body."""
 
     decoder: Decoder
-    group: int  # rows of w that share scales
-    groups: int
+    grouped: bool  # a column has a scale for every group of rows
     planes: int
     parts: int
     radix: int
     size: int  # rows of w in a product
-    block: int  # rows of w in a step
     steps: int  # along k
     blocked: bool  # a row has a scale for every 256 channels
 
@@ -90,9 +89,9 @@ def product(
       blocks: by closed form if None.
     """
     (m, k), n = x.shape, words[0].shape[1]
-    groups = scale.shape[0]
+    groups, blocked = scale.shape[0], activations == "int8/256"
     group = group if groups > 1 else 1 << 20
-    size, parts = sliced(BLOCK if activations == "int8/256" and group > BLOCK else group, decoder)
+    size, parts = sliced(math.gcd(group, BLOCK) if blocked and group > BLOCK else group, decoder)
     count = planes.count(x.dtype, activations, unit)
     blocks = blocks or choose(m, k, n, stacked=count * parts)
     grid = blocks.steps(m, k, n)
@@ -100,20 +99,23 @@ def product(
     rows = planes.stack(
         rows, tile=blocks.m, k=grid[2] * blocks.k, size=size, parts=parts, order=decoder.order
     )
-    row_scale = jnp.pad(row_scale.T[..., None], ((0, 0), (0, -m % blocks.m), (0, 0)))
+    runs, slices = blocks.k // BLOCK if blocked else 1, blocks.k // size
+    row_scale = row_scale.T[..., None]
+    more = grid[2] * runs - len(row_scale) if blocked else 0
+    row_scale = jnp.pad(row_scale, ((0, more), (0, -m % blocks.m), (0, 0)))
     shape = _Shape(
-        decoder, group, groups, count, parts, planes.radix(activations, unit), size, blocks.k,
-        grid[2], activations == "int8/256",
-    )  # fmt: skip
+        decoder, groups > 1, count, parts, planes.radix(activations, unit), size, grid[2], blocked
+    )
     stacked = blocks.m * count * parts
-    scale = _readable(jnp.broadcast_to(scale, (groups, n)))
+    scale = jnp.broadcast_to(scale.astype(jnp.float32), (groups, n))
+    scale, per = by_slice(scale, group, size, slices, grid[2])
     call = pl.pallas_call(
         partial(_body, shape=shape),
         grid=grid,
         in_specs=[
             pl.BlockSpec((stacked, blocks.k), lambda i, j, s: (i, s)),
-            pl.BlockSpec((len(row_scale), blocks.m, 1), lambda i, j, s: (0, i, 0)),
-            pl.BlockSpec((groups, blocks.n), lambda i, j, s: (0, j)),
+            pl.BlockSpec((runs, blocks.m, 1), lambda i, j, s: (s * blocked, i, 0)),
+            pl.BlockSpec((per, 1, blocks.n), lambda i, j, s: (s * (groups > 1), 0, j)),
             *[
                 pl.BlockSpec((blocks.k * bits // 32, blocks.n), lambda i, j, s: (s, j))
                 for bits in decoder.bits
@@ -137,17 +139,29 @@ def product(
     return call(rows, row_scale, scale, *words, *tables)
 
 
-def _readable(scale: Array) -> Array:
-    """float16, which the vector unit cannot convert, as float32."""
-    return scale.astype(jnp.float32)
-
-
 def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
     """Rows of w in a product, and the groups that share them."""
     if group % decoder.slice:
         return decoder.slice, decoder.slice // group
     sizes = (size for size in (512, 256) if size <= decoder.longest and group % size == 0)
     return next(sizes, decoder.slice), 1
+
+
+def by_slice(
+    scale: Float[Array, "g n"], group: int, size: int, slices: int, steps: int
+) -> tuple[Float[Array, "s 1 n"], int]:
+    """The scales of each step's slices of w, a slice's groups one after the other; how many a step.
+
+    So a step knows where each lies when it is compiled: the compiler takes no index into a tile, of
+    8 rows and 128 columns, that is not known then. A row is a tile of its own, for a block of fewer
+    than 8 may not be cut out of tiles of 8. Past the last group all are zero. One group, of all
+    rows, stays as it is, for all steps.
+    """
+    if len(scale) == 1:
+        return scale[:, None], 1
+    rows = jnp.repeat(scale, max(1, group // size), axis=0)
+    per = slices * max(1, size // group)
+    return jnp.pad(rows, ((0, max(0, per * steps - len(rows))), (0, 0)))[: per * steps, None], per
 
 
 def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
@@ -172,15 +186,15 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
             sums = _sums(rows, weights, shape)
             for part in range(shape.parts):
                 scaled = sums[part]
-                if shape.groups > 1:
-                    scaled = scaled * s_ref[pl.ds(_group(step, j, part, shape), 1), columns]
+                if shape.grouped:
+                    scaled = scaled * s_ref[j * shape.parts + part, :, columns]
                 if shape.blocked:
-                    scaled = scaled * r_ref[_channels(step, j, r_ref.shape[0], shape)]
+                    scaled = scaled * r_ref[j * shape.size // BLOCK]
                 total = total + scaled
             history.append(total)
         last = 1.0 if shape.blocked else r_ref[0]
-        if shape.groups == 1:
-            last = last * s_ref[:, columns]
+        if not shape.grouped:
+            last = last * s_ref[0, :, columns]
         _add(o_ref, columns, total, last, step, shape.steps)
 
 
@@ -206,21 +220,6 @@ def _sums(rows: Array, weights: Sequence[Array], shape: _Shape) -> Array:
         value = value.astype(jnp.float32)
         total = total + (value if weight == 1 else value * weight)
     return total
-
-
-def _group(step, j: int, part: int, shape: _Shape) -> Any:
-    """The group of a part of slice j; past the last, where x is zero, the last."""
-    if shape.steps == 1:
-        return min(j * shape.size // shape.group + part, shape.groups - 1)
-    row = (step * shape.block + j * shape.size) // shape.group + part
-    return jnp.minimum(row, shape.groups - 1)
-
-
-def _channels(step, j: int, count: int, shape: _Shape) -> Any:
-    """The run of 256 channels that slice j is in."""
-    if shape.steps == 1:
-        return min(j * shape.size // BLOCK, count - 1)
-    return jnp.minimum((step * shape.block + j * shape.size) // BLOCK, count - 1)
 
 
 def _after(rows: Num[Array, "r k"], total: Float[Array, "m n"]) -> Num[Array, "r k"]:

@@ -15,7 +15,7 @@ from pallas_kernels import activations as forms
 from pallas_kernels import layout
 from pallas_kernels.tpu import planes, unpack
 from pallas_kernels.tpu.blocks import DEPTH, LANES
-from pallas_kernels.tpu.product import Decoder, sliced
+from pallas_kernels.tpu.product import Decoder, by_slice, sliced
 
 _NT = (((1,), (1,)), ((), ()))
 ROWS = 128  # of g at a time
@@ -49,22 +49,21 @@ def packed_matmul_transposed(
     scale = jnp.broadcast_to(scale.astype(jnp.float32), (groups, n))
     padding = grid[2] * columns - n
     padded = jnp.pad(g, ((0, grid[0] * rows - m), (0, padding)))
-    # Few, and what lies past them may be infinite.
-    scales = jnp.pad(scale, ((0, 0), (0, padding)))
     decoder = unpack.decoder(bits, planes.BFLOAT16, "")
     size, parts = sliced(group, decoder._replace(longest=256))
+    # Few, and what lies past them may be infinite.
+    scales = jnp.pad(scale, ((0, 0), (0, padding)))
+    scales, per = by_slice(scales, group, size, block // size, grid[1])
     place = jnp.arange(block, dtype=jnp.int32)[None]
     place = decoder.order(place) if decoder.order else place
-    body = partial(
-        _body, decoder=decoder, group=group, groups=groups, steps=grid[2], size=size, parts=parts
-    )
+    body = partial(_body, decoder=decoder, grouped=groups > 1, size=size, parts=parts)
     y = pl.pallas_call(
         body,
         grid=grid,
         in_specs=[
             pl.BlockSpec((rows, columns), lambda i, j, s: (i, s)),
             pl.BlockSpec((block * bits // 32, columns), lambda i, j, s: (j, s)),
-            pl.BlockSpec((groups, columns), lambda i, j, s: (0, s)),
+            pl.BlockSpec((per, 1, columns), lambda i, j, s: (j * (groups > 1), 0, s)),
             pl.BlockSpec((1, block), lambda i, j, s: (0, 0)),
         ],
         out_specs=pl.BlockSpec((rows, block), lambda i, j, s: (i, j)),
@@ -91,10 +90,9 @@ def packed_matmul_transposed(
 
 
 def _body(
-    g_ref, w_ref, s_ref, owner_ref, o_ref, *, decoder: Decoder, group: int, groups: int,
-    steps: int, size: int, parts: int,
+    g_ref, w_ref, s_ref, owner_ref, o_ref, *, decoder: Decoder, grouped: bool, size: int,
+    parts: int,
 ):  # fmt: skip
-    first = pl.program_id(1) * o_ref.shape[1]
     step = pl.program_id(2)
     bits, factor = decoder.bits[0], decoder.weights[0]
     for at in range(0, o_ref.shape[1], size):
@@ -102,8 +100,8 @@ def _body(
         (w,) = decoder.planes([w_ref[at * bits // 32 : (at + size) * bits // 32]], [])
         total = jnp.zeros((o_ref.shape[0], size), jnp.float32)
         for i in range(parts):
-            row = jnp.minimum((first + at) // group + i, groups - 1)
-            scaled = g_ref[...].astype(jnp.float32) * (s_ref[pl.ds(row, 1), :] * factor)
+            scale = s_ref[at // size * parts + i if grouped else 0]
+            scaled = g_ref[...].astype(jnp.float32) * (scale * factor)
             product = _product(scaled, w, g_ref.dtype)
             total = jnp.where(owner_ref[:, part] == i, product, total) if parts > 1 else product
 

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from tests.aot import llo
 
 # A chip's smallest slice, as libtpu names it.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-
+_RESULT = "compiled: "  # begins the lines that say what came of a job
 
 # Of a process that compiles for TPUs without one.
 ENVIRONMENT = {
@@ -73,38 +74,63 @@ def missing() -> str:
 
 
 def compiled(jobs: Sequence[Job], timeout: float = 300) -> list[Compiled]:
-    """Compile all jobs in one process.
+    """Compile all jobs; `timeout` seconds are for all of them."""
+    return list(stream(jobs, timeout))
 
-    Raises:
-      RuntimeError: the process died or took more than `timeout` seconds.
+
+def stream(jobs: Sequence[Job], timeout: float = 300, schedules: bool = True) -> Iterator[Compiled]:
+    """What comes of each job, as soon as it is there.
+
+    Args:
+      jobs: compiled one after the other, in a process of their own; in a new one after one that
+        ended it.
+      timeout: seconds that a process may take, until it is ended.
+      schedules: of the kernels, which libtpu has to write to files.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder) / "dump"
-        dump.mkdir()
-        environment = os.environ | ENVIRONMENT | {
-            "LIBTPU_INIT_ARGS": llo.FLAGS.format(dump),
-            # A kernel from the cache would leave no dump.
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }  # fmt: skip
-        (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
+    left = list(jobs)
+    while left:
+        with tempfile.TemporaryDirectory() as folder:
+            for done in _process(left, Path(folder), timeout, schedules):
+                left.pop(0)
+                yield done
+
+
+def _process(
+    jobs: Sequence[Job], folder: Path, timeout: float, schedules: bool
+) -> Iterator[Compiled]:
+    """What one process makes of the jobs, up to the one that ends it."""
+    environment = os.environ | ENVIRONMENT | {
+        # A kernel from the cache would leave no dump, and was not compiled by this compiler.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }  # fmt: skip
+    if schedules:
+        environment["LIBTPU_INIT_ARGS"] = llo.FLAGS.format(folder / "dump")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with (folder / "errors").open("w+") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tests.aot.compiler", str(folder)],
+            env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=errors,
+            text=True,
+        )  # fmt: skip
+        watch = threading.Timer(timeout, child.kill)
+        watch.start()
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.aot.compiler", folder],
-                env=environment,
-                cwd=Path(__file__).parents[2],
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"compiling {len(jobs)} jobs took over {timeout} s") from error
-        results = Path(folder) / "results.json"
-        if done.returncode or not results.exists():
-            raise RuntimeError(f"the compiling process died:\n{done.stderr[-4000:]}")
-        return [
-            Compiled(**{**r, "kernels": {k: llo.Schedule(*s) for k, s in r["kernels"].items()}})
-            for r in json.loads(results.read_text())
-        ]
+            count = 0
+            for line in filter(lambda line: line.startswith(_RESULT), child.stdout):
+                r = json.loads(line.removeprefix(_RESULT))
+                kernels = {k: llo.Schedule(*s) for k, s in r["kernels"].items()}
+                count += 1
+                yield Compiled(**{**r, "kernels": kernels})
+            if count < len(jobs):
+                late = not watch.is_alive()
+                errors.seek(0)
+                said = f"{timeout} s were over" if late else errors.read()[-2000:]
+                yield Compiled(f"the compiling process ended: {said}")
+        finally:
+            watch.cancel()
+            child.kill()
+            child.wait()
+            child.stdout.close()
 
 
 def _compile(job: Job, dump: Path) -> Compiled:
@@ -129,14 +155,13 @@ def _compile(job: Job, dump: Path) -> Compiled:
 
 
 def _main(folder: Path) -> None:
-    """Do the jobs of folder/jobs.json."""
-    results = []
+    """Do the jobs of folder/jobs.json; a line of JSON says what came of each."""
+    dump = folder / "dump"
     for job in json.loads((folder / "jobs.json").read_text()):
-        done = _compile(Job(*job), folder / "dump")
-        results.append({**done._asdict(), "kernels": dict(done.kernels)})
-        shutil.rmtree(folder / "dump")  # hundreds of files of each kernel
-        (folder / "dump").mkdir()
-    (folder / "results.json").write_text(json.dumps(results))
+        dump.mkdir()
+        done = _compile(Job(*job), dump)
+        print(_RESULT + json.dumps({**done._asdict(), "kernels": dict(done.kernels)}), flush=True)
+        shutil.rmtree(dump)  # hundreds of files of each kernel
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ PACKED = [
     (2, 8, 520, 130, 64, "codes", "float8_e4m3fn", "float32", "float32", False),
     (4, 9, 1100, 300, 64, "int8/256", "bfloat16", "float32", "float32", True),
     (4, 100, 520, 130, 128, "float", "bfloat16", "bfloat16", "float32", False),
+    # Groups that slices of 256 channels with a scale do not share evenly; groups across steps.
+    (4, 3, 1100, 130, 384, "int8/256", "int8", "float32", "float32", False),
+    (2, 3, 2400, 130, 1152, "float", "int8", "float32", "float32", False),
 ]
 
 
@@ -139,6 +142,7 @@ def test_ternary_matmul():
     (2, 3, 520, 130, 128, "float32", "float32", False),
     (3, 8, 520, 130, 64, "float32", "float32", True),
     (8, 200, 600, 600, 600, "bfloat16", "float32", False),
+    (4, 3, 2100, 130, 384, "float32", "float32", False),  # three steps, groups across them
 ], ids=str)  # fmt: skip
 def test_packed_matmul_transposed(case):
     bits, m, k, n, group, x, scale, zero = case

@@ -1,0 +1,56 @@
+"""The TPU's compiler takes no index into a tile that it does not know: no kernel has one.
+
+A tile is of the last two axes of what lies in vector memory. The shape is one at which such loads
+were refused: several groups, several steps along k, and a last run of 128 columns in a block.
+"""
+
+import jax
+import pytest
+from jax.extend.core import Var
+
+from tests.aot import real
+
+K, N = 7168, 2560
+# Format of the weight, activations, whether the derivative by x is meant.
+CASES = [
+    ("2 bits", "float", False), ("3 bits", "float", False), ("4 bits, zero points", "float", False),
+    ("8 bits", "int8", False), ("4 bits", "int8/256", False), ("ternary", "float", False),
+    ("NF4", "float", False), ("trellis, a scale a group", "float", False), ("E8P", "float", False),
+    ("4 bits", "float", True), ("3 bits", "float", True),
+]  # fmt: skip
+
+
+def equations(value):
+    """Of a jaxpr and all inside it."""
+    value = getattr(value, "jaxpr", value)
+    for eqn in getattr(value, "eqns", ()):
+        yield eqn
+        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "jaxpr"))
+        for part in inner:
+            yield from equations(part)
+
+
+def dynamic(fn, *args):
+    """Loads and stores in the kernels of fn whose place in a tile is not known, and all."""
+    found, count = [], 0
+    for eqn in equations(jax.make_jaxpr(fn)(*args)):
+        if eqn.primitive.name not in ("get", "swap") or "smem" in str(eqn.invars[0].aval):
+            continue
+        count += 1
+        left = eqn.invars[1 if eqn.primitive.name == "get" else 2 :]
+        for indexer in jax.tree.unflatten(eqn.params["tree"], left):
+            inside = jax.tree.leaves(indexer.indices[-2:])
+            found += [eqn] if any(isinstance(i, Var) for i in inside) else []
+    return found, count
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("m", [8, 128])
+def test_no_index_into_a_tile_is_dynamic(case, m):
+    format, activations, backward = case
+    fn, args = real.product(
+        K, N, m, format, activations=activations, backward=backward,
+        kernels="auto" if backward else "tpu",
+    )  # fmt: skip
+    found, count = dynamic(fn, *args)
+    assert count > 10 and found == []
