@@ -7,6 +7,7 @@ STEP = 1 << 21  # weights of a step: its fixed cost, some 200 cycles, must be sm
 LANES = 128
 DEPTH = 512  # of which a block of k is a multiple: whole tiles of words at any number of bits
 WIDTH = 1024  # columns of a step at most
+ROWS = 1 << 21  # bytes of x in a step at most: of 16 MiB, two blocks, beside words
 
 
 class Blocks(NamedTuple):
@@ -21,20 +22,28 @@ class Blocks(NamedTuple):
         return -(-m // self.m), -(-n // self.n), -(-k // self.k)
 
 
-def choose(m: int, k: int, n: int, *, stacked: int) -> Blocks:
+def choose(m: int, k: int, n: int, *, stacked: int, size: int = 0) -> Blocks:
     """Blocks of x [m, k] times w [k, n], where the matrix unit sees `stacked` rows for one of x.
 
-    Beside the words, of which two blocks are on their way, on-chip memory holds little: the 2M
-    weights of a step are 512 KiB at 2 bits, and 2 MiB at 8.
+    On-chip memory holds two blocks of everything, one of them on its way: the 2M weights of a step
+    are 512 KiB at 2 bits, and 2 MiB at 8. Of a narrow w they would be so many rows that x, not w,
+    fills the memory, and a step has fewer.
+
+    Args:
+      size: bytes that an entry of x takes there, as operands and scales; 0: one for each of
+        `stacked`.
 
     >>> choose(1, 4096, 4096, stacked=2), choose(200, 11008, 576, stacked=2)
     (Blocks(m=8, k=2048, n=1024), Blocks(m=128, k=4096, n=384))
+    >>> choose(8, 16384, 128, stacked=2), choose(128, 16384, 128, stacked=2)
+    (Blocks(m=8, k=16384, n=128), Blocks(m=128, k=8192, n=128))
     """
     rows = min(max(8, STACKED // stacked // 8 * 8), -(-m // 8) * 8)
     columns = _columns(n)
+    most = min(STEP // columns, ROWS // (rows * (size or stacked)))
     # Steps of equal depth: the last would else be mostly empty.
     depth = -(-k // DEPTH)
-    steps = -(-depth // max(1, STEP // columns // DEPTH))
+    steps = -(-depth // max(1, most // DEPTH))
     return Blocks(rows, -(-depth // steps) * DEPTH, columns)
 
 

@@ -93,7 +93,9 @@ def product(
     group = group if groups > 1 else 1 << 20
     size, parts = sliced(math.gcd(group, BLOCK) if blocked and group > BLOCK else group, decoder)
     count = planes.count(x.dtype, activations, unit)
-    blocks = blocks or choose(m, k, n, stacked=count * parts)
+    # A scale has a row of lanes of its own: 512 bytes for 256 channels.
+    bytes_ = count * parts * jnp.dtype(unit).itemsize + 2 * blocked
+    blocks = blocks or choose(m, k, n, stacked=count * parts, size=bytes_)
     grid = blocks.steps(m, k, n)
     rows, row_scale = planes.split(x, activations, unit)
     rows = planes.stack(

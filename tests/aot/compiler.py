@@ -7,6 +7,7 @@ process does many jobs: importing JAX and libtpu takes longer than compiling a k
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,9 +17,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.aot import llo
+from tests.kernels.lowering import equations
 
 # A chip's smallest slice, as libtpu names it.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -58,12 +60,14 @@ class Compiled(NamedTuple):
       argument_bytes: of all arguments, as the device holds them.
       hlo: the compiled module.
       kernels: schedules of the Pallas kernels in it, by name.
+      steps: of the grid of the one Pallas kernel that was traced; 0 if there were more, or none.
     """
 
     error: str
     argument_bytes: int = 0
     hlo: str = ""
     kernels: Mapping[str, llo.Schedule] = MappingProxyType({})
+    steps: int = 0
 
 
 def missing() -> str:
@@ -73,9 +77,9 @@ def missing() -> str:
     return ""
 
 
-def compiled(jobs: Sequence[Job], timeout: float = 300) -> list[Compiled]:
-    """Compile all jobs; `timeout` seconds are for all of them."""
-    return list(stream(jobs, timeout))
+def compiled(jobs: Sequence[Job], timeout: float = 300, schedules: bool = True) -> list[Compiled]:
+    """What comes of all jobs; as `stream`."""
+    return list(stream(jobs, timeout, schedules))
 
 
 def stream(jobs: Sequence[Job], timeout: float = 300, schedules: bool = True) -> Iterator[Compiled]:
@@ -93,6 +97,11 @@ def stream(jobs: Sequence[Job], timeout: float = 300, schedules: bool = True) ->
             for done in _process(left, Path(folder), timeout, schedules):
                 left.pop(0)
                 yield done
+
+
+def kernel(done: Compiled) -> llo.Schedule:
+    """The schedule of the one kernel of ours."""
+    return next(s for name, s in done.kernels.items() if "_matmul" in name)
 
 
 def _process(
@@ -147,11 +156,21 @@ def _compile(job: Job, dump: Path) -> Compiled:
         function, avals = getattr(importlib.import_module(module), name)(**job.arguments)
         there = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            done = jax.jit(function).lower(*jax.tree.map(there, avals)).compile()
+            traced = jax.jit(function).trace(*jax.tree.map(there, avals))
+            done = traced.lower().compile()
     except Exception as error:
         return Compiled(f"{type(error).__name__}: {error}"[:2000])
     bytes_ = done.memory_analysis().argument_size_in_bytes
-    return Compiled("", bytes_, done.as_text(), llo.schedules(dump))
+    return Compiled("", bytes_, done.as_text(), llo.schedules(dump), _steps(traced.jaxpr))
+
+
+def _steps(jaxpr: Any) -> int:
+    grids = [
+        eqn.params["grid_mapping"].grid
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "pallas_call"
+    ]
+    return math.prod(grids[0]) if len(grids) == 1 else 0
 
 
 def _main(folder: Path) -> None:

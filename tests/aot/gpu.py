@@ -130,7 +130,7 @@ def _child(chip: str, folder: str, names: list[str]) -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from tests.aot.gpu_cases import CASES
+    from tests.aot.gpu_cases import CASES, WIDTHS
 
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=_DEVICES[chip], topology="1x1x1"
@@ -138,7 +138,7 @@ def _child(chip: str, folder: str, names: list[str]) -> None:
     mesh = Mesh(np.array(topology.devices), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
     for name in names:
-        case, before = CASES[name], set(Path(folder).glob("*.ptx"))
+        case, before = (CASES | WIDTHS)[name], set(Path(folder).glob("*.ptx"))
         try:
             args = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), case.args

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import layout
 from pallas_kernels.gpu import KERNELS, contraction, packed, tiles
+from tests.aot import real
 
 K, N = 16384, 4096  # the loop must be a loop
 
@@ -107,4 +108,28 @@ CASES = {
     "additive 1 x 16 bits, M 8": ADDITIVE(
         8, (array(K // 16, N), HALF(1, 1 << 16, 8), HALF(1, N)), bits=16, depth=128
     ),
+}
+
+
+def user(k: int, n: int, m: int, format: str, kernel: str, **options) -> Case:
+    """A product as a user asks for it, of which no more is judged than that it compiles."""
+    function, args = real.product(k=k, n=n, m=m, format=format, kernels="cuda", **options)
+    return Case(function, args, kernel, 0, float("inf"))
+
+
+# Widths of real models, that no tile divides among them.
+WIDTHS = {
+    f"{k} x {n}, M {m}, {format}": user(k, n, m, format, kernel)
+    for k, n, m, format, kernel in (
+        (7168, 2560, 1, "2 bits", "packed_matmul_2"),
+        (4544, 4544, 8, "2 bits", "packed_matmul_2"),
+        (576, 5120, 128, "4 bits", "packed_matmul_4"),
+        (5376, 896, 1, "4 bits, zero points", "packed_matmul_4"),
+        (2880, 2304, 128, "3 bits", "packed_matmul_3"),
+        (896, 576, 8, "8 bits", "packed_matmul_8"),
+        (5120, 4544, 1, "ternary", "packed_matmul_2"),
+        (2304, 2880, 8, "NF4", "codebook_matmul_4"),
+        (4544, 576, 1, "E8P", "e8p_matmul"),
+        (53248, 16384, 8, "4 bits", "packed_matmul_4"),
+    )
 }

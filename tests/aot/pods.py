@@ -1,9 +1,9 @@
 """A decoder layer on a whole pod: packed weights split by columns or rows, and in pieces over data.
 
-    python -m tests.aot.pods v5e:16x16 16 16
+    python -m tests.aot.pods v5e:16x16 16 16 70B
 
-compiles it for a topology, its devices in a mesh (data, model), and prints as JSON the bytes that a
-device holds, the packed bytes of its share, and every collective: its kind, dtype and shape.
+compiles a model's for a topology, its devices in a mesh (data, model), and prints as JSON the bytes
+that a device holds, the packed bytes of its share, and every collective: its kind, dtype and shape.
 """
 
 import json
@@ -26,15 +26,34 @@ from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import product
 from tests.aot.compiler import ENVIRONMENT
 
-D, FF, HEADS, KV_HEADS, HEAD, TOKENS = 8192, 28672, 64, 16, 128, 8
+TOKENS, HEAD = 8, 128
 BITS, GROUP = 2, 128
-# Weight -> rows, columns, and which of the two the axis "model" splits; "data" splits the other.
-WEIGHTS = {
-    "q": (D, HEADS * HEAD, "columns"), "k": (D, KV_HEADS * HEAD, "columns"),
-    "v": (D, KV_HEADS * HEAD, "columns"), "o": (HEADS * HEAD, D, "rows"),
-    "gate": (D, FF, "columns"), "up": (D, FF, "columns"), "down": (FF, D, "rows"),
-}  # fmt: skip
 STATIC = {"bits": BITS, "group_size": GROUP}
+
+
+class Model(NamedTuple):
+    """Sizes of a layer."""
+
+    d: int
+    ff: int
+    heads: int
+    kv_heads: int
+
+    def weights(self) -> dict[str, tuple[int, int, str]]:
+        """Rows, columns, and which of the two the axis "model" splits; "data" splits the other."""
+        inner, keys = self.heads * HEAD, self.kv_heads * HEAD
+        return {
+            "q": (self.d, inner, "columns"), "k": (self.d, keys, "columns"),
+            "v": (self.d, keys, "columns"), "o": (inner, self.d, "rows"),
+            "gate": (self.d, self.ff, "columns"), "up": (self.d, self.ff, "columns"),
+            "down": (self.ff, self.d, "rows"),
+        }  # fmt: skip
+
+
+MODELS = {
+    "70B": Model(8192, 28672, 64, 16),
+    "Qwen3-4B": Model(2560, 9728, 32, 8),
+}
 # name = dtype[shape]{layout} kind(...
 _COLLECTIVE = re.compile(
     r"= \(?(\w+)\[([\d,]*)\][^=]*? (all-gather|all-reduce|all-to-all|reduce-scatter|"
@@ -42,16 +61,16 @@ _COLLECTIVE = re.compile(
 )
 
 
-def spec(name: str) -> P:
+def spec(split: str) -> P:
     """How the words of a weight are split, and its scales."""
-    return P("data", "model") if WEIGHTS[name][2] == "columns" else P("model", "data")
+    return P("data", "model") if split == "columns" else P("model", "data")
 
 
-def layer(x, weights):
-    """One device's part of the layer: x [tokens, D] of its own, the weights gathered packed."""
+def layer(x, weights, specs):
+    """One device's part of the layer: x [tokens, d] of its own, the weights gathered packed."""
 
     def matmul(name, x):
-        words, scale = shard.gathered(weights[name], (spec(name),) * 2, "data")
+        words, scale = shard.gathered(weights[name], specs[name], "data")
         return product("packed_matmul", x, words, scale, None, **STATIC).astype(jnp.bfloat16)
 
     heads = lambda y: y.reshape(1, y.shape[0], -1, HEAD)
@@ -82,10 +101,10 @@ class Pod(NamedTuple):
     collectives: list[tuple[str, str, list[int]]]
 
 
-def compiled(topology: str, data: int, model: int, timeout: float = 240) -> Pod:
+def compiled(topology: str, data: int, model: int, name: str, timeout: float = 240) -> Pod:
     """Compile in a process of its own; RuntimeError with what it said if it fails."""
     environment = os.environ | ENVIRONMENT
-    command = [sys.executable, "-m", "tests.aot.pods", topology, str(data), str(model)]
+    command = [sys.executable, "-m", "tests.aot.pods", topology, str(data), str(model), name]
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
         timeout=timeout,
@@ -95,7 +114,7 @@ def compiled(topology: str, data: int, model: int, timeout: float = 240) -> Pod:
     return Pod(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def _compile(topology: str, data: int, model: int) -> Pod:
+def _compile(topology: str, data: int, model: int, of: Model) -> Pod:
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -103,18 +122,19 @@ def _compile(topology: str, data: int, model: int) -> Pod:
     there = lambda shape, dtype, split: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, split)
     )
+    specs = {name: (spec(split),) * 2 for name, (_, _, split) in of.weights().items()}
     weights = {
         name: (
-            there((layout.words(k, BITS), n), jnp.int32, spec(name)),
-            there((k // GROUP, n), jnp.bfloat16, spec(name)),
+            there((layout.words(k, BITS), n), jnp.int32, spec(split)),
+            there((k // GROUP, n), jnp.bfloat16, spec(split)),
         )
-        for name, (k, n, _) in WEIGHTS.items()
+        for name, (k, n, split) in of.weights().items()
     }
     step = jax.shard_map(
-        layer, mesh=mesh, in_specs=(P("data"), {name: (spec(name),) * 2 for name in WEIGHTS}),
-        out_specs=P("data"), check_vma=False,
+        partial(layer, specs=specs), mesh=mesh, in_specs=(P("data"), specs), out_specs=P("data"),
+        check_vma=False,
     )  # fmt: skip
-    x = there((TOKENS * data, D), jnp.bfloat16, P("data"))
+    x = there((TOKENS * data, of.d), jnp.bfloat16, P("data"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         done = jax.jit(step).lower(x, weights).compile()
     packed = sum(a.size * a.dtype.itemsize for pair in weights.values() for a in pair)
@@ -127,4 +147,5 @@ def _compile(topology: str, data: int, model: int) -> Pod:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    sizes = int(sys.argv[2]), int(sys.argv[3])
+    print(json.dumps(_compile(sys.argv[1], *sizes, MODELS[sys.argv[4]])))

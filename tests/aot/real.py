@@ -36,6 +36,7 @@ FORMATS = {
     },
     "4 bits, zero points": lambda k, group: jq.rtn(4, group),
     "2 bits, a scale a column": lambda k, group: jq.rtn(2, -1, symmetric=True),
+    "4 bits, a scale a column": lambda k, group: jq.rtn(4, -1, symmetric=True),
     "ternary": lambda k, group: jq.ternary(group),
     "ternary, one scale": lambda k, group: _plain("ternary", jq.Ternary(group_size="tensor")),
     "NF4": lambda k, group: jq.normal_float(4, group),
@@ -50,39 +51,56 @@ def group_of(k: int) -> int:
     return next(size for size in (128, 64, 32, 16) if k % size == 0)
 
 
-def product(
-    k: int, n: int, m: int, format: str, *, group: int | None = None, activations: str = "float",
-    layers: int = 0, backward: bool = False, kernels: str = "auto", dtype: str = "bfloat16",
-) -> tuple[Any, tuple]:  # fmt: skip
-    """x [m, k] times a quantized weight [k, n]: the function, and the shapes of its arguments.
+def product(backward: bool = False, kernels: str = "auto", **statics: Any) -> tuple[Any, tuple]:
+    """A product with a quantized weight: the function, and the shapes of its arguments.
 
     Args:
-      format: one of `FORMATS`.
-      group: rows that share scales; by default the largest usual one.
-      activations: that the weight asks for.
-      layers: of a stack of weights, square, over which the product is scanned; 0: no stack.
       backward: the derivative by x instead.
       kernels: as of `jq.quantized`.
-      dtype: of x.
+      statics: of `parts`.
     """
-    method = FORMATS[format](k, group or group_of(k))
-    weight = jax.eval_shape(
-        partial(_quantized, method=method, activations=activations, layers=layers),
-        jax.ShapeDtypeStruct((k, n), jnp.float32),
-    )
-    x = jax.ShapeDtypeStruct((m, k), dtype)
-
-    def fn(weight: Any, x: Any) -> Any:
-        if layers:
-            return jax.lax.scan(lambda x, w: ((x @ w).astype(x.dtype), None), x, weight)[0]
-        return x @ weight
-
+    fn, weight, x = parts(**statics)
     run = jq.quantized(fn, kernels=kernels)
     if backward:
         return jax.grad(lambda x, weight: jnp.sum(run(weight, x) ** 2)), (x, weight)
     return run, (weight, x)
 
 
-def _quantized(w: Any, *, method: jq.Method, activations: str, layers: int) -> Any:
-    w = jq.quantize({"w": jnp.stack([w] * layers) if layers else w}, method)["w"]
+def served(**statics: Any) -> bool:
+    """Whether `jq.explain` promises a TPU's kernel for a product."""
+    fn, weight, x = parts(**statics)
+    return "tpu kernel" in str(jq.explain(fn, weight, x, platform="tpu"))
+
+
+def parts(
+    k: int, n: int, m: int, format: str, *, group: int | None = None, activations: str = "float",
+    layers: int = 0, experts: int = 0, dtype: str = "bfloat16",
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """The product of x [m, k] and a weight [k, n] as a function, the weight's shapes and x's.
+
+    Args:
+      format: one of `FORMATS`.
+      group: rows that share scales; by default the largest usual one.
+      activations: that the weight asks for.
+      layers: of a stack of weights, square, over which the product is scanned; 0: no stack.
+      experts: of a stack of weights, each with an x of its own; 0: no stack.
+      dtype: of x.
+    """
+    method = FORMATS[format](k, group or group_of(k))
+    weight = jax.eval_shape(
+        partial(_quantized, method=method, activations=activations, count=layers or experts),
+        jax.ShapeDtypeStruct((k, n), jnp.float32),
+    )
+    x = jax.ShapeDtypeStruct((experts, m, k) if experts else (m, k), dtype)
+    one = lambda weight, x: x @ weight
+    if experts:
+        return jax.vmap(one), weight, x
+    if layers:
+        through = lambda x, w: (one(w, x).astype(x.dtype), None)
+        return lambda weight, x: jax.lax.scan(through, x, weight)[0], weight, x
+    return one, weight, x
+
+
+def _quantized(w: Any, *, method: jq.Method, activations: str, count: int) -> Any:
+    w = jq.quantize({"w": jnp.stack([w] * count) if count else w}, method)["w"]
     return w if activations == "float" else jq.with_activations({"w": w}, activations)["w"]

@@ -7,20 +7,20 @@ import json
 import sys
 from pathlib import Path
 
-from tests.aot import compiler, gpu, tpu
+from tests.aot import compiler, gpu, rates
 
 ROOT = Path(__file__).parents[2]
 ISSUED = 128  # instructions of single threads that a multiprocessor issues in a cycle
 KEYS = (
-    "kernel", "chip", "weights_per_cycle", "needed", "ratio", "instructions_per_weight",
-    "registers", "spills", "error",
+    "kernel", "chip", "weights_per_cycle", "needed", "ratio", "worst", "worst_ratio",
+    "worst_shape", "instructions_per_weight", "registers", "spills", "error",
 )  # fmt: skip
 
 
 def main() -> None:
     rows = []
     for name, found, missing in (
-        ("TPU", tpu.main, compiler.missing),
+        ("TPU", rates.main, compiler.missing),
         ("GPU", gpu.main, gpu.missing),
     ):
         if reason := missing():
@@ -29,11 +29,11 @@ def main() -> None:
         rows += [{key: row[key] for key in KEYS if key in row} for row in found()]
     write(ROOT / "build" / "kernels.json", rows)
     if "--keep" in sys.argv:
-        rates: dict[str, dict[str, int]] = {}
+        kept: dict[str, dict[str, float]] = {}
         for row in rows:
             rate = row.get("weights_per_cycle") or ISSUED / row["instructions_per_weight"]
-            rates.setdefault(row["kernel"], {})[row["chip"]] = round(rate, 1)
-        write(ROOT / "pallas_kernels" / "rates.json", rates)
+            kept.setdefault(row["kernel"], {})[row["chip"]] = round(rate, 1)
+        write(ROOT / "pallas_kernels" / "rates.json", kept)
 
 
 def write(path: Path, value: object) -> None:

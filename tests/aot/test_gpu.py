@@ -3,7 +3,7 @@
 import pytest
 
 from tests.aot import gpu
-from tests.aot.gpu_cases import CASES
+from tests.aot.gpu_cases import CASES, WIDTHS
 
 pytestmark = [
     pytest.mark.kernels,
@@ -28,6 +28,12 @@ def test_machine_code(name, rows):
     assert row["multiplies"] <= ({"IMMA", "IGMMA"} if integer else {"HMMA", "HGMMA"})
     assert row["multiplies"]
     assert row["instructions_per_weight"] <= case.ceiling
+
+
+@pytest.mark.parametrize("chip", gpu.CHIPS)
+def test_widths_of_real_models_compile(chip):
+    found = gpu.compiled(chip, list(WIDTHS))
+    assert {name: ptx for name, ptx in found.items() if ptx.startswith("error: ")} == {}
 
 
 def test_counts_a_worse_loop():

@@ -51,7 +51,7 @@ def test_others_compile():
     for job, d in zip(jobs, done, strict=True):
         assert "tpu_custom_call" in d.hlo
         if job.arguments["m"] == tpu.M:
-            assert tpu.kernel(d).spills == 0, job
+            assert compiler.kernel(d).spills == 0, job
 
 
 def test_an_error_is_told():

@@ -1,16 +1,16 @@
-"""Static rates of the TPU kernels: `python -m tests.aot.tpu` prints and returns the table.
+"""Rates of the bodies of TPU kernels, to judge; `tests.aot.rates` has those at real shapes.
 
 A rate is the slope of the VLIW bundles between two lengths of k, of the real pallas_call in one
 step of its grid: the body as it runs, scales, sums and all, without the fixed cost of a step (some
-200 bundles, beside at least 1M weights). Bundles are issue cycles; memory and stalls are not in it.
-M is 8, what a unit's registers hold at least: 1 to 8 rows cost the same.
+200 bundles). Bundles are issue cycles; memory and stalls are not in it. M is 8, what a unit's
+registers hold at least: 1 to 8 rows cost the same.
 """
 
 from collections.abc import Sequence
 
 from pallas_kernels import chips
-from tests.aot import cases, llo
-from tests.aot.compiler import TOPOLOGIES, Compiled, Job, compiled
+from tests.aot import cases
+from tests.aot.compiler import TOPOLOGIES, Compiled, Job, compiled, kernel
 
 M = 8
 LENGTHS = (1024, 2048)
@@ -64,26 +64,3 @@ def _row(name: str, chip: str, short: Compiled, long: Compiled) -> dict:
         "slots": second.slots,
         "argument_bytes": long.argument_bytes,
     }
-
-
-def kernel(done: Compiled) -> llo.Schedule:
-    """The schedule of the one kernel of ours."""
-    return next(s for name, s in done.kernels.items() if "_matmul" in name)
-
-
-def main() -> list[dict]:
-    """Print the table."""
-    found = rows()
-    head = f"{'kernel':34}{'chip':7}{'weights/cycle':>14}{'needed':>8}{'ratio':>7}{'spills':>8}"
-    print(f"{head}  busiest")
-    for r in found:
-        busiest = max(r["slots"], key=r["slots"].get)
-        print(
-            f"{r['kernel']:34}{r['chip']:7}{r['weights_per_cycle']:14}{r['needed']:8}"
-            f"{r['ratio']:7.2f}{r['spills']:8}  {busiest} {r['slots'][busiest]:.2f}"
-        )
-    return found
-
-
-if __name__ == "__main__":
-    main()

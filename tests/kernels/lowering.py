@@ -18,3 +18,13 @@ def lowered_text(fn, *args, platform):
         AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     ):
         return lower()
+
+
+def equations(jaxpr):
+    """The equations of a jaxpr and of all inside it, kernels too."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in getattr(jaxpr, "eqns", ()):
+        yield eqn
+        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "jaxpr"))
+        for part in inner:
+            yield from equations(part)

@@ -9,6 +9,7 @@ import pytest
 from jax.extend.core import Var
 
 from tests.aot import real
+from tests.kernels.lowering import equations
 
 K, N = 7168, 2560
 # Format of the weight, activations, whether the derivative by x is meant.
@@ -18,16 +19,6 @@ CASES = [
     ("NF4", "float", False), ("trellis, a scale a group", "float", False), ("E8P", "float", False),
     ("4 bits", "float", True), ("3 bits", "float", True),
 ]  # fmt: skip
-
-
-def equations(value):
-    """Of a jaxpr and all inside it."""
-    value = getattr(value, "jaxpr", value)
-    for eqn in getattr(value, "eqns", ()):
-        yield eqn
-        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "jaxpr"))
-        for part in inner:
-            yield from equations(part)
 
 
 def dynamic(fn, *args):
