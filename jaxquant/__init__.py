@@ -73,6 +73,7 @@ from jaxquant.residual import Residual, rotate_residual
 from jaxquant.roofline import Roofline, roofline
 from jaxquant.shares import shares
 from jaxquant.sites import Site, sites
+from jaxquant.size import Size, size
 from jaxquant.tensor import QTensor
 from jaxquant.training.clipping import LearnedClipping
 from jaxquant.training.descent import QAT
@@ -140,6 +141,7 @@ __all__ = [
     "Rotation",
     "Scaling",
     "Site",
+    "Size",
     "Smooth",
     "Stats",
     "StraightThrough",
@@ -206,6 +208,7 @@ __all__ = [
     "rtn",
     "shares",
     "sites",
+    "size",
     "smoothquant",
     "ste",
     "stretched_elastic",

@@ -8,12 +8,13 @@ One `jax.grad` collects every layer (`observe`), and batches are merged.
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.observe import Seen, arrays_only, holders, planted, total, zeros
@@ -33,7 +34,7 @@ class Probe(NamedTuple):
       output: sum of g g^T.
       magnitude: sum of a |x|.
       low, high: the largest of -x and of x, or 0. (Of a product that a function forms several
-        times the sum of all these, so not less.)
+        times, with several inputs or in a loop, the sum of all these, so not less.)
       extreme, typical: rows of x, those with the largest entries and some at random.
     """
 
@@ -55,12 +56,14 @@ class Kept:
       gram, output: whether second moments are kept, of the input and of the output's gradient.
       weighting: of rows, see `calibrate`.
       sample: rows kept of either kind.
+      alike: whether all products with the matrix that a function forms read one input.
     """
 
     gram: bool
     output: bool
     weighting: Weighting
     sample: int
+    alike: bool = True
 
     def zeros(self, k: int, n: int) -> Probe:
         """Nothing seen yet."""
@@ -73,29 +76,32 @@ class Kept:
         """Of one product."""
         x = seen.rows
         left = x * self._weights(seen)[:, None]
+        x = x * jnp.sign(seen.weight)[:, None]
+        # Parts of the outputs of one product, each by its share, make up what the product saw.
+        share = jnp.max(seen.weight, initial=0.0) if self.alike else 1.0
         # Exact: a GPU's default would round the rows to ten bits, and H would be no moment.
         second = partial(jnp.einsum, "tk,tl->kl", precision="highest")
         top = lambda a: jnp.maximum(jnp.max(a, axis=0, initial=0.0), 0.0)
         one = Probe(
             second(left, x) if self.gram else None,
-            jnp.float32(len(x)),
+            jnp.sum(seen.counted),
             second(seen.output, seen.output) if self.output else None,
             jnp.sum(jnp.sign(x) * left, axis=0),
-            top(-x),
-            top(x),
+            share * top(-x),
+            share * top(x),
         )
         if not self.sample:
             return one
         rows = jnp.pad(x, ((0, self.sample), (0, 0)))
-        return one._replace(**{name: _best(rows, name, self.sample) for name in _SCORES})
+        return one._replace(**{name: share * _best(rows, name, self.sample) for name in _SCORES})
 
     def _weights(self, seen: Seen) -> Float[Array, " m"]:
         """a, of every row."""
         if self.weighting == "gradient":
             return seen.energy
         if self.weighting == "uniform":
-            return jnp.ones(len(seen.rows))
-        return 1 / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
+            return seen.weight
+        return seen.weight / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
 
     def merged(self, a: Probe, b: Probe) -> Probe:
         """Of two sets of products; leading axes are allowed."""
@@ -195,7 +201,8 @@ def seen(x: Float[Array, "t k"], n: int) -> Stats:
     """
     count, k = x.shape
     kept = Kept(gram=True, output=False, weighting="uniform", sample=count)
-    probe = kept.of(Seen(x, jnp.ones(count), jnp.zeros((count, n))))
+    ones = jnp.ones(count)
+    probe = kept.of(Seen(x, ones, jnp.zeros((count, n)), ones, ones))
     return Stats({"w": Site("w", (k, n), (0,))}, {"w": probe}, {"w": "w"})
 
 
@@ -214,6 +221,10 @@ def calibrate(
     resume: tuple[int, dict[str, Probe]] | None = None,
 ) -> Stats:
     """What the inputs of every weight that `fn` contracts are like: second moments, sizes, rows.
+
+    Matrices that are looked up (experts, by the tokens that a router sent them) have statistics of
+    their own tokens; slices of a weight (w[:, 128:]) add up to those of the whole. Of a weight that
+    is multiplied over different axes, the first product says which input is meant.
 
     Memory beside `params`: twice what is kept (running sums and one batch's), 4 k^2 bytes per
     distinct input and layer for its second moment, plus one backward pass of `fn` (use
@@ -244,7 +255,8 @@ def calibrate(
     Raises:
       ValueError: no batches, or gradient weighting without a loss.
     Warns:
-      naming the weights whose statistics are all zero.
+      naming the weights whose statistics are all zero, and of a stack (experts, say) the matrices
+      whose are; the weights that are multiplied in two ways (w after w.T).
     Source:
       Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
       output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
@@ -277,14 +289,39 @@ def calibrate(
             progress(i + 1)
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
-    empty = [p for p, probe in sums.items() if not bool(jnp.any(probe.magnitude))]
-    if empty:
-        warnings.warn(
-            f"the statistics of {', '.join(empty)} are zero: no gradient reached the output of "
-            f"the matmul, or its input was zero throughout",
-            stacklevel=2,
-        )
+    for text in _doubts(found, sums, plan.holder):
+        warnings.warn(text, stacklevel=2)
     return Stats(found, sums, dict(plan.holder))
+
+
+def _doubts(
+    found: Mapping[str, Site], sums: Mapping[str, Probe], holder: Iterable[tuple[str, str]]
+) -> Iterator[str]:
+    """What feedback would not know of."""
+    for path, site in found.items():
+        if site.contracted and site.also:
+            others = " and ".join(str(list(axes)) for axes in site.also)
+            yield (
+                f"{path} is multiplied in two ways: over its axes {list(site.contracted)} first, "
+                f"over {others} elsewhere; its statistics are those of the first way only"
+            )
+    for path, probe in sums.items():
+        unseen = np.asarray(jnp.sum(probe.magnitude, axis=-1) == 0)
+        if not unseen.any():
+            continue
+        names = ", ".join(p for p, h in holder if h == path)
+        if unseen.all() and np.all(probe.rows == 0):
+            why = "no gradient reached the output of the matmul"
+            yield f"the statistics of {names} are zero: {why}"
+        elif unseen.all():
+            yield f"the statistics of {names} are zero: the input was zero throughout"
+        else:
+            places = [str([*map(int, place)]) for place in np.argwhere(unseen)]
+            some = ", ".join(places[:8]) + ", ..." * (len(places) > 8)
+            yield (
+                f"{names}: no input reached {len(places)} of {unseen.size} matrices, {some}; "
+                f"feedback knows nothing of them"
+            )
 
 
 def _args(batch: Any) -> tuple[Any, ...]:
@@ -318,7 +355,8 @@ class _Plan:
     def kept(self, path: str) -> Kept:
         """What is kept at a weight."""
         output = any(matches(path, glob) for glob in self.output)
-        return Kept(self.gram, output, self.weighting, self.sample)
+        alike = dict(self.held)[path].covered is not None
+        return Kept(self.gram, output, self.weighting, self.sample, alike)
 
     def probes(self) -> dict[str, Probe]:
         """Zeros, by holder."""

@@ -9,7 +9,7 @@ inside `lax.scan` included; where a function multiplies by one weight several ti
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -22,21 +22,29 @@ from jaxtyping import Array, Float
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.sites import Site, sites
-from jaxquant.standin import StandIn, is_standin, run
+from jaxquant.standin import Pick, StandIn, is_standin, run
 
 
 class Seen(NamedTuple):
     """What one product with one matrix saw.
 
+    Where matrices are looked up, a row of which other ones took is here too, as zeros. Of a product
+    with a part of the matrix, what the part leaves out of rows and outputs is zero.
+
     Attributes:
       rows: its input.
       energy: |g|^2 of every row, g the gradient at the output.
       output: g.
+      weight: of every row: 1; 0 where it is another matrix's; less than 1 where the product has
+        some of the outputs only.
+      counted: what the row adds to the number of rows: that, times the share of inputs it has.
     """
 
     rows: Float[Array, "m k"]
     energy: Float[Array, " m"]
     output: Float[Array, "m n"]
+    weight: Float[Array, " m"]
+    counted: Float[Array, " m"]
 
 
 class Summary(Protocol):
@@ -59,6 +67,12 @@ class Observed(StandIn):
     # Stored axes, from the end, that are summed over.
     contracted: tuple[int, ...] = eqx.field(static=True)
     summary: Summary = eqx.field(static=True)
+    sizes: tuple[int, ...] = eqx.field(static=True)  # of the core axes of the whole weight
+    covered: float | None = eqx.field(static=True, default=None)  # as of its `Site`
+    # Of looked-up matrices [*batch], which of the probe's each is; None: the probe's are these.
+    which: Array | None = None
+    # By core axis, where a part of the weight lies in the whole, [*batch, size]; None: it is whole.
+    places: tuple[Array | None, ...] = ()
 
     def stored_shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
@@ -76,8 +90,41 @@ class Observed(StandIn):
         return dataclasses.replace(self, array=self.array.astype(dtype))
 
     def at_leading(self, fn: Any) -> "Observed":
-        array, probe = jax.tree.map(fn, (self.array, self.probe))
-        return dataclasses.replace(self, array=array, probe=probe)
+        array, places = jax.tree.map(fn, (self.array, self.places))
+        if self.which is not None:
+            return dataclasses.replace(self, array=array, places=places, which=fn(self.which))
+        return dataclasses.replace(
+            self, array=array, places=places, probe=jax.tree.map(fn, self.probe)
+        )
+
+    def picked(self, pick: Pick) -> "StandIn | None":
+        if pick.indices is None or self.which is not None:
+            return super().picked(pick)
+        # The probe stays whole, so that what a matrix saw is summed up once.
+        batch = self.stored_shape()[: self.leading()]
+        which = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
+        probe = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), self.probe)
+        return dataclasses.replace(self, which=which, probe=probe).picked(pick)
+
+    def narrowed(self, cuts: Mapping[int, Any]) -> "Observed":
+        leading, array, places = (
+            self.leading(),
+            self.array,
+            list(self.places or (None,) * self.core),
+        )
+        for axis, cut in cuts.items():
+            place, whole = places[axis - leading], array.shape
+            if place is None:
+                place = jnp.broadcast_to(jnp.arange(whole[axis]), (*whole[:leading], whole[axis]))
+            places[axis - leading] = cut(place, leading)
+            array = cut(array, axis)
+        return dataclasses.replace(self, array=array, places=tuple(places))
+
+    def separate(self) -> "Observed":
+        if self.which is None:
+            return self
+        probe = jax.tree.map(lambda a: a[self.which], self.probe)
+        return dataclasses.replace(self, probe=probe, which=None)
 
     def leading(self) -> int:
         return self.array.ndim - self.core
@@ -91,13 +138,15 @@ def _(x: Any, w: Observed, **params: Any) -> Array:
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
 def _(w: Observed, x: Any, **params: Any) -> Array:
+    if isinstance(x, Observed) and w.which is not None and x.which is None:
+        return _observe(w.materialise(), x, params, weight_left=False)  # as in `sites`
     x = x.materialise() if is_standin(x) else x
     return _observe(x, w, params, weight_left=True)
 
 
 def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool) -> Array:
     """The plain dot, with the rule that fills the probe in the backward pass."""
-    axes, leading = w.axes(), w.leading()
+    axes, leading, shape = w.axes(), w.leading(), w.stored_shape()
     c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=weight_left)
     inner = {a for a in c.contracted(axes) if a >= leading}
 
@@ -105,22 +154,98 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
         operands = (dense, x) if weight_left else (x, dense)
         return jax.lax.dot_general_p.bind(*operands, **params)
 
-    def summary(x: Array, g: Array) -> Any:
+    def summary(x: Array, g: Array, probe: Any, which: Array | None, places: Any) -> Any:
         rows, paired = c.rows(x, axes, leading, inner)
         missing = [i for i, has in enumerate(paired) if not has]
         rows = jnp.expand_dims(rows, missing).astype(jnp.float32)
+        output = c.output_rows(g, axes, leading)
+        part = _Part.of(w, inner)
+        seen = part.seen(rows, output, places)
         of: Callable[[Seen], Any] = w.summary.of
-        sizes = w.stored_shape()[:leading]
-        seen = Seen(rows, c.energy(g, axes, leading), c.output_rows(g, axes, leading))
-        for size in reversed(sizes):
-            of = _mapped(of, size)
-        found = of(seen)
-        return jax.tree.map(lambda a, like: a.astype(like.dtype), found, w.probe)
+        if which is not None:
+            found = _by_owner(of, seen, which, len(jax.tree.leaves(probe)[0]))
+        else:
+            for size in reversed(shape[:leading]):
+                of = _mapped(of, size)
+            found = of(seen)
+        return jax.tree.map(lambda a, like: a.astype(like.dtype), found, probe)
 
-    ndim = len(w.stored_shape())
-    if {a - ndim for a in inner} != set(w.contracted):  # the other way round: not this one's
+    if {a - len(shape) for a in inner} != set(w.contracted):  # the other way round: not this one's
         return dot(x, w.materialise())
-    return _observed_dot(dot, summary, x, w.materialise(), w.probe)
+    return _observed_dot(dot, summary, x, w.materialise(), w.probe, w.which, w.places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Where the part of a weight that a product has lies in its matrix [k, n].
+
+    Attributes:
+      axes: core axes that make up k and those that make up n.
+      sizes: of all core axes of the part; whole: of the weight.
+      covered: of its `Site`.
+    """
+
+    axes: tuple[tuple[int, ...], tuple[int, ...]]
+    sizes: tuple[int, ...]
+    whole: tuple[int, ...]
+    covered: float | None
+
+    @staticmethod
+    def of(w: Observed, contracted: set[int]) -> "_Part":
+        leading = w.leading()
+        k = tuple(sorted(a - leading for a in contracted))
+        n = tuple(a for a in range(w.core) if a not in k)
+        return _Part((k, n), w.stored_shape()[leading:], w.sizes, w.covered)
+
+    def seen(self, rows: Array, output: Array, places: Sequence[Array | None]) -> Seen:
+        """Rows and outputs of the whole matrix, with zeros where the part has none."""
+        energy = jnp.sum(jnp.square(output), axis=-1)
+        inputs, outputs = (
+            math.prod(self.sizes[a] / self.whole[a] for a in axes) for axes in self.axes
+        )
+        weight = outputs if self.covered is None else outputs / self.covered
+        count = outputs * inputs if self.covered is None else weight
+        rows, output = (
+            self._spread(a, axes, places) for a, axes in zip((rows, output), self.axes, strict=True)
+        )
+        ones = jnp.ones(rows.shape[:-1])
+        return Seen(rows, energy, output, weight * ones, count * ones)
+
+    def _spread(
+        self, a: Float[Array, "*lead m part"], axes: tuple[int, ...], places: Sequence[Array | None]
+    ) -> Float[Array, "*lead m whole"]:
+        if not any(places[axis] is not None for axis in axes if places):
+            return a
+        at = jnp.zeros((1,), jnp.int32)
+        for axis in axes:
+            place = places[axis]
+            place = jnp.arange(self.sizes[axis]) if place is None else place
+            at = at[..., :, None] * self.whole[axis] + place[..., None, :]
+            at = at.reshape(*at.shape[:-2], -1)
+        lead = jnp.broadcast_shapes(at.shape[:-1], a.shape[:-2])
+        at = jnp.broadcast_to(at, (*lead, at.shape[-1]))
+        a = jnp.broadcast_to(a, (*lead, *a.shape[-2:]))
+        one = lambda a, at: jnp.zeros((len(a), self._size(axes))).at[:, at].add(a)
+        for _ in lead:
+            one = jax.vmap(one)
+        return one(a, at)
+
+    def _size(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.whole[axis] for axis in axes)
+
+
+def _by_owner(of: Callable[[Seen], Any], seen: Seen, which: Array, count: int) -> Any:
+    """`of` for each of so many matrices, of the rows that looked it up."""
+    m = seen.weight.shape[-1]
+    full = lambda a: jnp.broadcast_to(a, (*which.shape, *a.shape[which.ndim :]))
+    flat = Seen(*(full(a).reshape(-1, *a.shape[which.ndim + 1 :]) for a in seen))
+    owner = jnp.repeat(which.reshape(-1), m)
+
+    def one(i: Array) -> Any:
+        mine = owner == i
+        return of(Seen(*(jnp.where(mine[(...,) + (None,) * (a.ndim - 1)], a, 0) for a in flat)))
+
+    return jax.lax.map(one, jnp.arange(count))
 
 
 def _mapped(of: Callable[[Seen], Any], size: int) -> Callable[[Seen], Any]:
@@ -135,18 +260,20 @@ def _mapped(of: Callable[[Seen], Any], size: int) -> Callable[[Seen], Any]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _observed_dot(dot: Callable, summary: Callable, x: Array, w: Array, probe: Any) -> Array:
+def _observed_dot(
+    dot: Callable, summary: Callable, x: Array, w: Array, probe: Any, which: Any, places: Any
+) -> Array:
     return dot(x, w)
 
 
-def _forward(dot: Callable, summary: Callable, x: Array, w: Array, probe: Any) -> Any:
-    return dot(x, w), (x, w)
+def _forward(dot: Callable, summary: Callable, x: Array, w: Array, *other: Any) -> Any:
+    return dot(x, w), (x, w, *other)
 
 
 def _backward(dot: Callable, summary: Callable, residuals: Any, g: Array) -> Any:
-    x, w = residuals
+    x, w, *other = residuals
     _, pull = jax.vjp(dot, x, w)
-    return *pull(g), summary(x, g)
+    return *pull(g), summary(x, g, *other), None, None
 
 
 _observed_dot.defvjp(_forward, _backward)
@@ -300,6 +427,8 @@ def planted(
             core=len(keep),
             contracted=tuple(order.index(a) - len(order) for a in site.contracted),
             summary=summary(path),
+            sizes=tuple(site.shape[a] for a in keep),
+            covered=site.covered,
         )
     return replace_leaves(params, new)
 

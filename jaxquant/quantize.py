@@ -34,7 +34,8 @@ class Done:
     Attributes:
       path: of the leaf, and of a matrix in a stack its index: "layers/up/kernel[3]".
       index, total: which of how many matrices.
-      loss: share of the output's energy that the error took, tr(E^T H E) / tr(W^T H W).
+      loss: share of the output's energy that the error took, tr(E^T H E) / tr(W^T H W); NaN where
+        feedback knew of no input.
       damping: fraction of mean(diag H) that was added; 0 without feedback.
       dead: input channels that calibration never saw active.
       seconds: it took; 0 if an earlier run had done it.
@@ -224,6 +225,8 @@ class _Job:
             start, before = time.monotonic(), name in self.finished
             one = jax.tree.map(lambda a, i=i: a[i], moments)
             data, report = self._one(i, name, matrices[i], one, method, abstract)
+            # Of an input that calibration never saw, nobody knows what is lost.
+            report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
             parts.append(data)
             reports.append(report)
             if not abstract:
@@ -309,10 +312,12 @@ class _Job:
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), moments)
 
     def _warn(self, reports: list[Report]) -> None:
-        path, (*batch, k, _) = self.entry.path, self.entry.matrix
-        if sum(int(r.dead) for r in reports) == k * math.prod(batch):
+        path, k = self.entry.path, self.entry.matrix[-2]
+        starved = [name for name, r in zip(self._names(), reports, strict=True) if int(r.dead) == k]
+        if starved:
+            named = path if len(starved) == len(reports) else ", ".join(starved)
             warnings.warn(
-                f"{path}: the statistics are zero throughout; rounded to nearest", stacklevel=4
+                f"{named}: the statistics are zero throughout; rounded to nearest", stacklevel=4
             )
         wanted = getattr(self.method.rounder, "damping", 0.0)
         damping = max(float(r.damping) for r in reports)

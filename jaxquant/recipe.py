@@ -144,26 +144,42 @@ def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | No
     """The plan of a recipe for a tree of arrays (or shapes).
 
     A bare method means every floating leaf of rank >= 2 that the function contracts (with no
-    sites: every floating leaf of rank >= 2).
+    sites: every floating leaf of rank >= 2, but for those [layers, n] that stand beside stacks
+    [layers, k, n] in the tree: biases and norms).
 
     Raises:
       ValueError: a pattern that matches nothing, a leaf no pattern matches, a method for a leaf
         that cannot be quantized, a group size that does not divide.
+    Warns:
+      what a bare method leaves floating, and why.
     """
     leaves = path_leaves(params)
     if not isinstance(recipe, Method | Recipe):
         raise ValueError(f"expected a Recipe or a method, such as gptq(bits=4), got {recipe!r}")
     _check_sites(leaves, found)
     if isinstance(recipe, Method):
-        chosen = [(p, w, recipe if _contracted(p, w, found) else KEEP) for p, w in leaves]
+        stacks = {_stack_of(p, w) for p, w in leaves if is_weight(w) and len(w.shape) > 2}
+        use = lambda p, w: recipe if _contracted(p, w, found, stacks) else KEEP
+        chosen = [(p, w, use(p, w)) for p, w in leaves]
         if all(m is KEEP for _, _, m in chosen):
-            raise ValueError(
-                "nothing to quantize: the function contracts no floating leaf of rank >= 2 directly"
-            )
-        _warn_of_kept(leaves, found)
+            raise ValueError(_nothing(leaves, found))
+        _warn_of_kept(chosen, found)
     else:
         chosen = _match(recipe, leaves)
     return Plan(tuple(_entry(p, w, m, (found or {}).get(p)) for p, w, m in chosen))
+
+
+def _nothing(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> str:
+    """Why a bare method has nothing to do, and what came."""
+    some = "; ".join(f"{p}: {_describe(w)}" for p, w in leaves[:4])
+    more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
+    came = f"the tree holds {some}{more}" if leaves else "the tree holds no leaves"
+    if any(is_standin(w) for _, w in leaves):
+        came += " (already quantized: pass jaxquant.dequantize(params), or the floating tree)"
+    what = "floating array of rank >= 2"
+    if found is None or not any(is_weight(w) for _, w in leaves):
+        return f"nothing to quantize: expected a {what}, but {came}"
+    return f"nothing to quantize: the function multiplies by no {what} directly; {came}"
 
 
 def _check_sites(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> None:
@@ -178,20 +194,46 @@ def _check_sites(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None
             )
 
 
-def _warn_of_kept(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> None:
-    """A weight that only a reshape (say) separates from its matmul would be missed in silence."""
-    sites = [(found or {}).get(p) for p, _ in leaves]
-    lost = [s.path for s in sites if s is not None and s.otherwise and not s.contracted]
-    if lost:
+def _warn_of_kept(chosen: list[tuple[str, Any, Any]], found: Mapping[str, Site] | None) -> None:
+    """What a bare method leaves floating, though it could be quantized, is not left in silence."""
+    sizes = [w.size for _, w, _ in chosen if is_standin(w) or _floating(w)]
+    kept: dict[str, list[tuple[str, int]]] = {}
+    for path, w, method in sorted(chosen, key=lambda one: -getattr(one[1], "size", 0)):
+        if method is KEEP and is_weight(w):
+            why = _why_kept((found or {}).get(path))
+            kept.setdefault(why, []).append((path, w.size))
+    if kept:
+        texts = [f"{named(which, sum(sizes))}: {why}" for why, which in kept.items()]
         warnings.warn(
-            f"kept as they are: {', '.join(lost)}. The function uses them by an operation that is "
-            f"not followed (a reshape, a convolution, ...); name them in a Recipe to quantize them",
+            f"kept as they are, with their shares of all weights: {'; '.join(texts)}. Name them "
+            f"in a Recipe to quantize them, or to keep them without this warning",
             stacklevel=4,
         )
 
 
-def _contracted(path: str, w: Any, found: Mapping[str, Site] | None) -> bool:
-    return is_weight(w) and (found is None or bool(found[path].contracted))
+def _why_kept(site: Site | None) -> str:
+    if site is None:
+        return "without statistics they look like one vector for each layer of a stack"
+    if site.otherwise:
+        return "the function uses them by an operation that is not followed (a reshape, ...)"
+    if site.gathered is not None:
+        return "the function only looks their rows up"
+    return "the function multiplies nothing by them"
+
+
+def _contracted(path: str, w: Any, found: Mapping[str, Site] | None, stacks: set) -> bool:
+    if found is not None:
+        return is_weight(w) and bool(found[path].contracted)
+    return is_weight(w) and not (len(w.shape) == 2 and _stack_of(path, w) in stacks)
+
+
+def _stack_of(path: str, w: Any) -> tuple[str, int]:
+    """What the leaves of one stack of layers have in common: place in the tree, and length."""
+    return path.rpartition("/")[0].partition("/")[0], w.shape[0]
+
+
+def _floating(w: Any) -> bool:
+    return hasattr(w, "dtype") and jnp.issubdtype(w.dtype, jnp.floating)
 
 
 def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
@@ -240,6 +282,15 @@ def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry
             parts = {**parts, name: side.shapes(size)}
     per = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(parts))
     return dataclasses.replace(entry, bytes=per * math.prod(entry.matrix[:-2]))
+
+
+def named(floating: Sequence[tuple[str, int]], weights: int) -> str:
+    """Paths and the shares of so many weights that they hold: "table (13.5%), bias (0.2%)"."""
+    parts = [f"{path} ({size / max(1, weights):.1%})" for path, size in floating[:6]]
+    rest = sum(size for _, size in floating[6:])
+    if rest:
+        parts.append(f"{len(floating) - 6} more ({rest / max(1, weights):.1%})")
+    return ", ".join(parts)
 
 
 def leaf_bytes(w: Any) -> int:

@@ -1,7 +1,8 @@
 """Sites: how a function uses each of its weights, read off an abstract trace."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import quax
 
+from jaxquant import picking
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.standin import StandIn, is_standin, run
+from jaxquant.standin import Pick, StandIn, is_standin, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +24,15 @@ class Site:
       path: of the weight in the parameter tree.
       shape: of the weight.
       contracted: its axes summed over by its (first) matmul; () if it is in none.
-      batch: its axes that are batch axes: scanned, mapped, or paired in the matmul.
+      batch: its axes that are batch axes: scanned, mapped, or paired in the matmul; and leading
+        ones along which matrices are looked up or sliced ("the experts that a router chose").
       gathered: axis along which it is looked up, or None.
       input: identifier of the input arrays of its matmuls, in order: weights that read the very
         same ones share it. "" if none.
       otherwise: whether some primitive without a rule uses it (a reshape, a convolution, ...).
+      also: axes that other matmuls sum over (w.T after w), of which statistics know nothing.
+      covered: where all its matmuls read one input and some use a part of it: how much of its
+        outputs they have together, as a share; else None.
     """
 
     path: str
@@ -36,6 +42,8 @@ class Site:
     gathered: int | None = None
     input: str = ""
     otherwise: bool = False
+    also: tuple[tuple[int, ...], ...] = ()
+    covered: float | None = None
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -89,12 +97,28 @@ def _abstract(w: Any) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
+    """One use. Axes are of the leaf, counted from its end.
+
+    Attributes:
+      kind: "dot" | "gather" | "other".
+      axes: contracted, or looked up.
+      batch: paired with axes of the input, or looked up before.
+      input: identifier of what it multiplies.
+      sizes: of the axes that had not been dropped before.
+      parts: axes that were sliced or looked up before, and what tells that part from others.
+    """
+
     path: str
-    kind: str  # "dot" | "gather" | "other"
+    kind: str
     axes: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     input: str = ""
-    visible: tuple[int, ...] = ()
+    sizes: dict[int, int] = dataclasses.field(default_factory=dict)
+    parts: tuple[tuple[int, str], ...] = ()
+
+    def input_of(self, axes: set[int]) -> str:
+        """`input`, with the parts along these axes."""
+        return self.input + "".join(f"@{a}:{name}" for a, name in self.parts if a in axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,8 +144,11 @@ class _Tracked(StandIn):
 
     array: Any
     path: str = eqx.field(static=True)
-    leaf: tuple[int, ...] = eqx.field(static=True)
+    leaf: tuple[int | None, ...] = eqx.field(static=True)  # None: an axis that was added
     log: _Log = eqx.field(static=True)
+    # Axes of the leaf along which matrices were looked up; as in `_Use`.
+    looked_up: tuple[int, ...] = eqx.field(static=True, default=())
+    parts: tuple[tuple[int, str], ...] = eqx.field(static=True, default=())
 
     @property
     def order(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -134,7 +161,8 @@ class _Tracked(StandIn):
         return jax.core.ShapedArray(self.array.shape, self.array.dtype)
 
     def materialise(self) -> Any:
-        self.log.uses.append(_Use(self.path, "other"))
+        if not self.looked_up:  # else it is a table, and that use of it is known
+            self.log.uses.append(_Use(self.path, "other"))
         return self.array
 
     def reordered(self, order: tuple[int, ...]) -> "_Tracked":
@@ -150,18 +178,46 @@ class _Tracked(StandIn):
     def leading(self) -> int:
         return len(self.array.shape)
 
-    def leaf_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        """Axes of this value as axes of the leaf, counted from its end."""
+    def picked(self, pick: Pick) -> "_Tracked | None":
+        """Where axes are dropped that do not come first, only if a matrix is left."""
+        dropped = set(range(self.ndim)) - set(pick.source)
+        first = pick.indices is None and dropped == set(range(len(dropped)))
+        left = self.leaf_axes(a for a in range(self.ndim) if a not in {*dropped, *pick.looked_up})
+        if dropped and not first and len({*left} - {*self.looked_up, None}) < 2:
+            return None
+        return dataclasses.replace(
+            self,
+            array=jnp.transpose(pick.take(self.array), pick.axes),
+            leaf=self.leaf_axes(pick.source),
+            looked_up=(*self.looked_up, *self.own(pick.looked_up)),
+            parts=(*self.parts, *self._parts(pick)),
+        )
+
+    def _parts(self, pick: Pick) -> list[tuple[int, str]]:
+        if pick.indices is not None:
+            name = self.log.input_id(pick.indices)
+            return [(axis, name) for axis in self.own(pick.looked_up)]
+        return [(own, name) for axis, name in pick.names for own in self.own((axis,))]
+
+    def leaf_axes(self, axes: Iterable[int | None]) -> tuple[int | None, ...]:
+        """Axes of this value as axes of the leaf, from its end; None: it has no such axis."""
         kept = self.leaf[len(self.leaf) - self.array.ndim :]  # scan and vmap strip leading axes
-        return tuple(kept[a] for a in axes)
+        return tuple(None if a is None else kept[a] for a in axes)
+
+    def own(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """`leaf_axes` without those that were added."""
+        return tuple(a for a in self.leaf_axes(axes) if a is not None)
 
 
 def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:
-    axes = w.leaf_axes(tuple(a for _, a in c.contract))
-    batch = w.leaf_axes(tuple(a for _, a in c.batch))
+    axes, batch = (w.own(a for _, a in pairs) for pairs in (c.contract, c.batch))
+    named = zip(w.leaf_axes(range(w.ndim)), w.shape, strict=True)
+    sizes = {a: size for a, size in named if a is not None}
+    if w.looked_up and not set(sizes) - {*axes, *batch, *w.looked_up}:
+        return  # vectors of a table, and no matrices
+    axes = tuple(a for a in axes if a not in w.looked_up)
     input_id = w.log.input_id(x) + str([a for a, _ in c.contract])
-    visible = w.leaf_axes(tuple(range(w.ndim)))
-    w.log.uses.append(_Use(w.path, "dot", axes, batch, input_id, visible))
+    w.log.uses.append(_Use(w.path, "dot", axes, (*batch, *w.looked_up), input_id, sizes, w.parts))
 
 
 @quax.register(jax.lax.dot_general_p)
@@ -173,6 +229,10 @@ def _(x: Any, w: _Tracked, **params: Any) -> Any:
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
 def _(w: _Tracked, x: Any, **params: Any) -> Any:
+    if isinstance(x, _Tracked) and w.looked_up and not x.looked_up:  # rows of a table meet a weight
+        c = Contraction.of(params["dimension_numbers"], w.ndim, x.ndim, weight_left=False)
+        _log_dot(x, w, c)
+        return jax.lax.dot_general_p.bind(w.materialise(), x.array, **params)
     x = x.materialise() if is_standin(x) else x
     _log_dot(w, x, Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True))
     return jax.lax.dot_general_p.bind(w.array, x, **params)
@@ -181,29 +241,58 @@ def _(w: _Tracked, x: Any, **params: Any) -> Any:
 @quax.register(jax.lax.gather_p)
 def _(w: _Tracked, ids: Any, **params: Any) -> Any:
     cut = tuple(i for i, d in enumerate(w.shape) if params["slice_sizes"][i] != d)
-    w.log.uses.append(_Use(w.path, "gather", w.leaf_axes(cut)))
-    return jax.lax.gather_p.bind(w.array, ids, **params)
+    w.log.uses.append(_Use(w.path, "gather", w.own(cut)))
+    found = picking.looked_up(w, ids, params)
+    return found if found is not None else jax.lax.gather_p.bind(w.array, ids, **params)
 
 
 def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
-    ndim = len(w.shape)
-    front = lambda axes: tuple(sorted(ndim + a for a in axes))
+    shape = tuple(w.shape)
+    front = lambda axes: tuple(sorted(len(shape) + a for a in axes))
     dots = [u for u in uses if u.kind == "dot"]
     gathers = [u for u in uses if u.kind == "gather" and len(u.axes) == 1]
     found = Site(
         path,
-        tuple(w.shape),
-        gathered=ndim + gathers[0].axes[0] if gathers else None,
+        shape,
+        gathered=len(shape) + gathers[0].axes[0] if gathers else None,
         otherwise=any(u.kind == "other" for u in uses),
     )
     if not dots:
         return found
     first = dots[0]
-    # Axes the matmul never saw were sliced away before it: by scan, vmap, or indexing.
-    sliced = set(range(-ndim, 0)) - set(first.visible)
+    alike = [u for u in dots if set(u.axes) == set(first.axes)]
+    batch = _batch(alike, shape)
     return dataclasses.replace(
         found,
         contracted=front(first.axes),
-        batch=front({*first.batch, *sliced}),
-        input=" ".join(u.input for u in dots),
+        batch=front(batch),
+        input=" ".join(u.input_of({*u.axes, *batch}) for u in dots),
+        also=tuple(dict.fromkeys(front(u.axes) for u in dots if u not in alike)),
+        covered=_covered(alike, {*range(-len(shape), 0)} - batch - {*first.axes}, shape),
     )
+
+
+def _batch(dots: list[_Use], shape: tuple[int, ...]) -> set[int]:
+    """Batch axes of a weight, of all matmuls that sum over the same axes."""
+    every = set(range(-len(shape), 0))
+    batch: set[int] = set()
+    for i, use in enumerate(dots):
+        # Axes the matmul never saw were dropped before it: by scan, vmap, or indexing.
+        new = {*use.batch, *(every - set(use.sizes))}
+        if i == 0 or every - batch - new - {*use.axes}:
+            batch |= new
+    for axis in sorted(every - batch):  # leading ones that are sliced are too, if a matrix is left
+        before = set(range(-len(shape), axis))
+        sliced = any(u.sizes.get(axis, shape[axis]) != shape[axis] for u in dots)
+        left = every - batch - {axis, *dots[0].axes}
+        if axis not in dots[0].axes and sliced and before <= batch and left:
+            batch.add(axis)
+    return batch
+
+
+def _covered(dots: list[_Use], output: set[int], shape: tuple[int, ...]) -> float | None:
+    """`Site.covered`."""
+    share = lambda u, axes: math.prod(u.sizes.get(a, shape[a]) / shape[a] for a in axes)
+    partial = any(share(u, {*output, *u.axes}) != 1 for u in dots)
+    alike = len({u.input_of({*u.axes}) for u in dots}) == 1
+    return sum(share(u, output) for u in dots) if partial and alike else None

@@ -6,7 +6,7 @@ once, by renaming axes. What a stand-in does in a matmul is its own file's busin
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +75,28 @@ def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
     return seen[place][0]
 
 
+class Pick(NamedTuple):
+    """A choice along leading stored axes: a slice, a look-up, the dropping of axes of size 1.
+
+    Attributes:
+      take: makes it, of any array that has these leading axes.
+      axes: of every axis of the result, its stored axis after `take`.
+      source: of every axis of the result, the axis of the stand-in that it comes from; None: new.
+      names: axes of the stand-in along which it is a slice, and which.
+      indices: what it looks up, if it is a look-up, or None.
+      looked_up: axes of the stand-in along which it does.
+      fills: whether it gives NaN where an index is out of range, and not the nearest.
+    """
+
+    take: Callable[[jax.Array], jax.Array]
+    axes: tuple[int, ...]
+    source: tuple[int | None, ...]
+    names: tuple[tuple[int, str], ...] = ()
+    indices: Any = None
+    looked_up: tuple[int, ...] = ()
+    fills: bool = False
+
+
 class StandIn(quax.ArrayValue):
     """A weight seen through `order`: its axis i is axis `order[i]` of what is stored.
 
@@ -109,6 +131,22 @@ class StandIn(quax.ArrayValue):
     @abc.abstractmethod
     def leading(self) -> int:
         """How many leading stored axes are plain batch axes of every stored array."""
+
+    def picked(self, pick: Pick) -> "StandIn | None":
+        """Some of the matrices of a stack; None: there is no rule for it."""
+        ndim = len(pick.axes)
+        return self.at_leading(pick.take).reordered(tuple(a - ndim for a in pick.axes))
+
+    def narrowed(self, cuts: Mapping[int, Any]) -> "StandIn | None":
+        """Cuts along axes that are not leading, by stored axis; None: there is no rule for it.
+
+        A cut takes an array and the axis of it that it is made along.
+        """
+        return None
+
+    def separate(self) -> "StandIn":
+        """The same, with all leading axes in every stored array: what a scan takes apart."""
+        return self
 
     def axes(self) -> tuple[int, ...]:
         """Stored axis, counted from the front, of every axis."""
@@ -175,51 +213,6 @@ quax.register(jax.lax.copy_p)(_unchanged)
 quax.register(jax.lax.stop_gradient_p)(_unchanged)
 
 
-@quax.register(jax.lax.squeeze_p)
-def _(w: StandIn, *, dimensions: tuple[int, ...], **params: Any) -> Any:
-    """Dropping leading batch axes keeps the stand-in: `w[i]` is slice, then squeeze."""
-    dropped = sorted(dimensions)
-    if dropped == list(range(len(dropped))) and _leading_identity(w, len(dropped)):
-        return w.at_leading(lambda a: jax.lax.squeeze(a, dropped))
-    return jax.lax.squeeze_p.bind(w.materialise(), dimensions=dimensions, **params)
-
-
-@quax.register(jax.lax.slice_p)
-def _(w: StandIn, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
-    shape = w.view_shape()
-    steps = strides or (1,) * len(shape)
-    cuts = [slice(*cut) for cut in zip(start_indices, limit_indices, steps, strict=True)]
-    partial = [i for i, c in enumerate(cuts) if c != slice(0, shape[i], 1)]
-    count = max(partial, default=-1) + 1
-    if _leading_identity(w, count):
-        return w.at_leading(lambda a: a[tuple(cuts[:count])])
-    return jax.lax.slice_p.bind(
-        w.materialise(), start_indices=start_indices, limit_indices=limit_indices, strides=strides
-    )
-
-
-@quax.register(jax.lax.dynamic_slice_p)
-def _(w: StandIn, *starts: ArrayLike, slice_sizes: tuple[int, ...]) -> Any:
-    shape = w.view_shape()
-    cut = max((i + 1 for i, s in enumerate(slice_sizes) if s != shape[i]), default=0)
-    if not _leading_identity(w, cut):
-        return jax.lax.dynamic_slice_p.bind(w.materialise(), *starts, slice_sizes=slice_sizes)
-
-    def cut_out(a: jax.Array) -> jax.Array:
-        rest = a.ndim - cut
-        zero = jnp.zeros((), jnp.asarray(starts[0]).dtype) if starts else 0
-        return jax.lax.dynamic_slice(
-            a, (*starts[:cut], *(zero,) * rest), (*slice_sizes[:cut], *a.shape[cut:])
-        )
-
-    return w.at_leading(cut_out)
-
-
-def _leading_identity(w: StandIn, count: int) -> bool:
-    """Whether the first `count` axes are stored leading batch axes, in place."""
-    return count <= w.leading() and w.axes()[:count] == tuple(range(count))
-
-
 # --- primitives that call functions: stand-ins pass through ---------------------------------
 
 
@@ -245,8 +238,13 @@ def _(*args: StandIn | ArrayLike, jaxpr: Any, policy: Any, prevent_cse: Any, **_
 def _(*args: StandIn | ArrayLike, **params: Any) -> Any:
     """quax's own rule, after materialising what scan would slice along a packed axis."""
     consts, carry, xs = quax._compat.unpack_scan_args(args, params)
-    safe = [w.materialise() if is_standin(w) and not _leading_identity(w, 1) else w for w in xs]
+    safe = [_scannable(w) if is_standin(w) else w for w in xs]
     return quax._primitives.scan_quax(*consts, *carry, *safe, **params)
+
+
+def _scannable(w: StandIn) -> Any:
+    first_is_batch = w.leading() > 0 and w.axes()[0] == 0
+    return w.separate() if first_is_batch else w.materialise()
 
 
 def _custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, **params):  # type: ignore[no-untyped-def]

@@ -13,11 +13,11 @@ import quax
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
-from jaxquant import activations
+from jaxquant import activations, picking
 from jaxquant.activations import Activations
 from jaxquant.contraction import Contraction
 from jaxquant.fields import check_fields
-from jaxquant.standin import StandIn, arguments, is_standin, note, once
+from jaxquant.standin import Pick, StandIn, arguments, is_standin, note, once
 from pallas_kernels import dispatch as kernels
 
 
@@ -235,6 +235,11 @@ class QTensor(StandIn):
         data = {name: fn(a) for name, a in self.data.items()}
         return dataclasses.replace(self, data=data, shared="")
 
+    def picked(self, pick: Pick) -> "StandIn | None":
+        # Where an index is out of range the matrix is NaN, by its scales: codes cannot say it.
+        floats = any(jnp.issubdtype(a.dtype, jnp.inexact) for a in part(self.data).values())
+        return super().picked(pick) if floats or not pick.fills else None
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantize(), dtype)
 
@@ -349,8 +354,12 @@ def _plain(a: Array, b: Array, params: dict[str, Any]) -> Array:
 
 
 @quax.register(jax.lax.gather_p)
-def _(w: QTensor, ids: Any, **params: Any) -> Array:
+def _(w: QTensor, ids: Any, **params: Any) -> Any:
     dn, fills = params["dimension_numbers"], params["mode"] == GatherScatterMode.FILL_OR_DROP
+    matrices = picking.looked_up(w, ids, params)
+    if matrices is not None:
+        note("look-up", "takes matrices of the stack, packed")
+        return matrices
     taken = _take_axis(w, dn, params["slice_sizes"], fills)
     if taken is None:
         return jax.lax.gather_p.bind(w.materialise(), ids, **params)

@@ -235,6 +235,7 @@ def inspect(
     click.echo(
         f"{sizes['bytes']:,} bytes; {sizes['bits_per_weight']:.3f} bits per weight over the {over}"
     )
+    click.echo(str(jq.size(params)))
 
 
 def _inspect_outliers(model: str, text: str, tokens: int, plot: str | None, as_json: bool) -> None:
@@ -269,7 +270,12 @@ def _row(path: str, w: Any) -> dict[str, Any]:
 
 def _sizes(params: Any) -> dict[str, Any]:
     total = sum(w.nbytes for _, w in jq.path_leaves(params))
-    return {"bits_per_weight": jq.bits_per_weight(params), "bytes": total}
+    whole = jq.size(params).bits_per_weight
+    return {
+        "bits_per_weight": jq.bits_per_weight(params),
+        "bits_over_all_weights": whole,
+        "bytes": total,
+    }
 
 
 def main(args: list[str] | None = None) -> None:

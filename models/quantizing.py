@@ -141,9 +141,11 @@ def quantize(
     report = {
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),
+        "bits_over_all_weights": jq.size(result.params).bits_per_weight,
         "bytes": checkpoint.nbytes(out),
         "seconds": time.monotonic() - start,
     }
+    line(str(jq.size(result.params)))
     emit(report, as_json)
 
 

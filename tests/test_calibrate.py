@@ -171,7 +171,8 @@ def test_only_the_very_same_inputs_are_shared():
 @pytest.mark.parametrize("n", [32, 16])
 def test_a_weight_used_both_ways_has_the_gram_of_the_first(n):
     w, x = draw(32, n), draw(5, 32)
-    stats = jq.calibrate(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w": w}, [x])
+    with pytest.warns(UserWarning, match="w is multiplied in two ways"):
+        stats = jq.calibrate(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w": w}, [x])
     np.testing.assert_allclose(stats.gram("w"), x.T @ x / 5, rtol=1e-5, atol=1e-5)
 
 
