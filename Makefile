@@ -96,7 +96,7 @@ test-memory: venv ## the native kernels' tests under AddressSanitizer (5 minutes
 	CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		$(BIN)/python -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_attention.py \
-		tests/kernels/test_kv_attention.py
+		tests/kernels/test_kv_attention.py tests/kernels/test_streams.py
 
 test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run

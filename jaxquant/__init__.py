@@ -10,6 +10,7 @@ from jaxquant.codebooks import (
     NVFP4,
     Additive,
     Dense,
+    DualScale,
     EntropyCoded,
     Float8,
     Integer,
@@ -86,6 +87,7 @@ from jaxquant.training.qat import qat, qat_blocks
 from jaxquant.training.ranges import PACT, LSQRange
 from jaxquant.training.thaw import freeze, labels, latent, thaw, trained
 from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
+from jaxquant.transcoding import transcoded
 from jaxquant.transforms import (
     ActivationAware,
     Chain,
@@ -118,6 +120,7 @@ __all__ = [
     "Dense",
     "Done",
     "Drawing",
+    "DualScale",
     "EntropyCoded",
     "Explanation",
     "Float8",
@@ -215,6 +218,7 @@ __all__ = [
     "ternary",
     "thaw",
     "trained",
+    "transcoded",
     "trellis",
     "unstack",
     "unstack_stats",

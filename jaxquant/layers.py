@@ -82,7 +82,8 @@ def _stacked(*leaves: Any) -> Any:
         name = names.pop() if len(names) == 1 else ""
         rename = lambda w: dataclasses.replace(w, shared=name) if hasattr(w, "shared") else w
         leaves = tuple(map(rename, leaves))
-    forms = {jax.tree.structure(leaf) for leaf in leaves}
+    # Integers that do not fit their words (`DualScale`) are more in one layer than in another.
+    forms = {(jax.tree.structure(w), *(a.shape for a in jax.tree.leaves(w))) for w in leaves}
     if is_standin(leaves[0]) and len(forms) == 1:
         return jax.tree.map(lambda *a: jnp.stack(a), *leaves)
     return jnp.stack([leaf.dequantize() if is_standin(leaf) else leaf for leaf in leaves])

@@ -21,7 +21,7 @@ import jaxquant as jq
 from jaxquant.evaluate import check_sizes, evaluate
 from jaxquant.kv_cache import ROPE, KVFormat
 from models import outliers, pipeline
-from models.console import SEED, bar, emit, stderr, usage
+from models.console import SEED, bar, emit, line, stderr, usage
 from models.generate import generate as generate_ids
 from models.quantizing import quantize
 from models.registry import Model
@@ -55,6 +55,14 @@ def _loaded(model: str, activations: str | None, widen: bool = True) -> Model:
     if activations is None:
         return source
     return dataclasses.replace(source, params=jq.with_activations(source.params, activations))
+
+
+def _serving(source: Model) -> Model:
+    """The model with entropy-coded weights in words; says on stderr what they take."""
+    params, said = pipeline.serving(source.params)
+    if said:
+        line(said)
+    return dataclasses.replace(source, params=params)
 
 
 def kv_options(command: Callable) -> Callable:
@@ -124,20 +132,22 @@ def evaluate_command(
             raise ValueError("--strict and --no-strict are for --kv-bits; give both")
     content = read_text(text)
     student = _loaded(model, activations, widen=False)
+    sizes = _sizes(student.params)  # as stored
+    student = _serving(student)
     pieces = pipeline.pieces(student, content, ctx, chunks)
     teacher = None
     if against is not None:
         other = pipeline.load_any(against)
         if other.tokenizer.encode(content[:10_000]) != student.tokenizer.encode(content[:10_000]):
             raise ValueError(f"{against} and {model} have different tokenizers; KL is undefined")
-        teacher = (jq.quantized(other.apply_fn), other.params)
+        teacher = (jq.quantized(other.apply_fn), _serving(other).params)
     logits = jq.quantized(
         student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
     )
     with bar("evaluating", len(pieces)) as step:
         result = evaluate(logits, student.params, pieces, against=teacher, progress=step)
     report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-    emit({**report, **_sizes(student.params), **_kv_sizes(kv, student)}, as_json)
+    emit({**report, **sizes, **_kv_sizes(kv, student)}, as_json)
 
 
 @cli.command()
@@ -162,7 +172,7 @@ def generate(
     """Continue a prompt with MODEL."""
     with usage():
         kv = _kv_format(kv_cache)
-    source = _loaded(model, activations)
+    source = _serving(_loaded(model, activations))
     ids = pipeline.beginning(source) + source.tokenizer.encode(prompt)
     new = generate_ids(
         jq.quantized(source.apply_cached),
@@ -240,7 +250,7 @@ def inspect(
 
 def _inspect_outliers(model: str, text: str, tokens: int, plot: str | None, as_json: bool) -> None:
     content = read_text(text)
-    source = pipeline.load_any(model)
+    source = _serving(pipeline.load_any(model))
     found = outliers.outliers_of(source, pipeline.pieces(source, content, tokens, 1)[0])
     if plot is not None:
         outliers.plot(found, plot)
@@ -311,8 +321,8 @@ def _interrupted(own: bool) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    line = " ".join(message.split())
-    click.echo(f"error: {line}", err=True)
+    text = " ".join(message.split())
+    click.echo(f"error: {text}", err=True)
     sys.exit(status)
 
 

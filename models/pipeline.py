@@ -60,6 +60,23 @@ def load_any(spec: str | os.PathLike[str], widen: bool = True) -> Model:
     return Model(str(spec), config, params, tokenizer, prefix=kept.prefix)
 
 
+def serving(params: Any) -> tuple[Any, str]:
+    """Parameters as products take them, entropy-coded weights in words (`jaxquant.transcoded`).
+
+    Returns:
+      The parameters; and a line that says what these weights take, or "" where there are none.
+    """
+    before, new = dict(jq.path_leaves(params)), jq.transcoded(params)
+    pairs = [(before[path], w) for path, w in jq.path_leaves(new) if w is not before[path]]
+    if not pairs:
+        return new, ""
+    disk, memory = (sum(w.nbytes for w in side) / 1e6 for side in zip(*pairs, strict=True))
+    words = " and ".join(f"{bits}-bit" for bits in sorted({w.format.bits for _, w in pairs}))
+    return new, (
+        f"entropy-coded: {disk:.1f} MB on disk, {memory:.1f} MB in memory as {words} words"
+    )
+
+
 def beginning(model: Model) -> list[int]:
     """The token that every text begins with, [bos], or [] for a model trained without."""
     first = model.tokenizer.encode("", special=True)[:1]

@@ -4,6 +4,7 @@ from pallas_kernels.hadamard import transform as hadamard_transform
 from pallas_kernels.ops import (
     additive_matmul,
     codebook_matmul,
+    dual_scale_matmul,
     e8p_matmul,
     packed_matmul,
     ternary_matmul,
@@ -13,6 +14,7 @@ from pallas_kernels.ops import (
 __all__ = [
     "additive_matmul",
     "codebook_matmul",
+    "dual_scale_matmul",
     "e8p_matmul",
     "hadamard_transform",
     "packed_matmul",

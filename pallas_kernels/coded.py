@@ -47,10 +47,17 @@ class Coded(NamedTuple):
     values: Int16[Array, "k n"]
 
 
+def scales(
+    base: Int32[Array, ""], steps: Int32[Array, " k"], widths: Int32[Array, " n"]
+) -> tuple[Float[Array, " k"], Float[Array, " n"]]:
+    """Steps of the rows and widths of the columns in float32, of their logarithms in `Coded`."""
+    return jnp.exp2(base / FINE + steps / 4).astype(jnp.float32), jnp.exp2(widths / 4)
+
+
 def weights(coded: Coded) -> Float[Array, "k n"]:
     """The matrix, in float32."""
-    step = jnp.exp2(coded.base / FINE + coded.steps / 4).astype(jnp.float32)
-    return step[:, None] * jnp.exp2(coded.widths / 4) * coded.values
+    step, width = scales(coded.base, coded.steps, coded.widths)
+    return step[:, None] * width * coded.values
 
 
 def index(levels: Int[Array, "..."], columns: Int[Array, "..."]) -> Int32[Array, "..."]:

@@ -172,6 +172,21 @@ def _additive(
     )  # fmt: skip
 
 
+def _dual_scale(
+    x: Array,
+    matrices: Sequence[Matrix],
+    *,
+    bits: int,
+    activations: str = "float",
+    most: int = _BEST,
+) -> tuple[Array, ...]:
+    return _call(
+        "jaxquant_dual_scale", x, (), [a for matrix in matrices for a in matrix],
+        [codes.shape[-1] for codes, *_ in matrices],
+        bits=np.int32(bits), activations=activations, most=np.int32(most),
+    )  # fmt: skip
+
+
 _CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "packed_matmul": _packed,
     "ternary_matmul": _ternary,
@@ -181,6 +196,7 @@ _CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "e8p_matmul": _e8p,
     "trellis_matmul": _trellis,
     "additive_matmul": _additive,
+    "dual_scale_matmul": _dual_scale,
 }
 
 
@@ -202,6 +218,8 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
         return f"additive codes of more than {_MOST_GROUP} rows have no native kernel"
     if trellis.CODES.get(static.get("code", ""), 1) == 4:
         return f"the trellis code {static['code']!r} has no native kernel"
+    if op == "dual_scale_matmul" and {str(a.dtype) for a in matrix[1:3]} != {"float32"}:
+        return "steps and scales that are not float32 have no native kernel"
     stored = [str(a.dtype) for a in matrix if a is not None and a.dtype != jnp.int32]
     odd = [dtype for dtype in stored if dtype not in _FLOATS]
     return f"scales of dtype {odd[0]} have no native kernel" if odd else ""

@@ -212,6 +212,53 @@ def additive_matmul(
     return product("additive_matmul", x, codes, codebooks, scale, **static)
 
 
+def dual_scale_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    scale: Float[Array, "1 n"],
+    step: Float[Array, " k"],
+    ranges: Int32[Array, "2 n"],
+    escapes: Int32[Array, " e"],
+    *,
+    bits: int,
+    activations: str = "float",
+) -> Float[Array, "m n"]:
+    """x @ w for integers with a scale per row and per column: w = step * scale * (code + escape).
+
+    Args:
+      codes: int32, packed along k (`layout.pack`).
+      scale: of every column, float32.
+      step: of every row, float32.
+      ranges: where the escapes of every column begin and end.
+      escapes: what codes lack, column by column (`pallas_kernels.dual_scale`).
+      bits: of a code, 2, 3, 4 or 8.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import layout
+    >>> codes, ranges = layout.pack(jnp.array([[1], [-2]]), 4), jnp.zeros((2, 1), jnp.int32)
+    >>> parts = jnp.array([[0.5]]), jnp.array([1.0, 4.0]), ranges, jnp.zeros(1, jnp.int32)
+    >>> dual_scale_matmul(jnp.ones((1, 2)), codes, *parts, bits=4).tolist()
+    [[-3.5]]
+    """
+    _, k = checks.rows(x, activations)
+    checks.bits(bits)
+    n = checks.words(codes, layout.words(k, bits))
+    checks.scales(scale, 1, n)
+    if step.shape != (k,) or step.dtype != jnp.float32 or scale.shape != (1, n):
+        raise ValueError(
+            f"step must be float32 [{k}] and scale [1, {n}], got {step.dtype} {list(step.shape)} "
+            f"and {list(scale.shape)}"
+        )
+    integers = {ranges.dtype, escapes.dtype} == {codes.dtype}
+    if ranges.shape != (2, n) or escapes.ndim != 1 or not integers:
+        raise ValueError(
+            f"ranges must be int32 [2, {n}] and escapes int32 [e], got {ranges.dtype} "
+            f"{list(ranges.shape)} and {escapes.dtype} {list(escapes.shape)}"
+        )
+    arrays = codes, scale, step, ranges, escapes
+    return product("dual_scale_matmul", x, *arrays, bits=bits, activations=activations)
+
+
 def _check_grouped(
     x: Array, codes: Array, scale: Array, bits: int, group_size: int, activations: str, pad: bool
 ) -> None:

@@ -40,6 +40,8 @@ def _names(op: str, form: str, static: dict[str, Any]) -> list[str]:
     """What the tables of the TPU and of the GPU call it, the nearest first."""
     bits, other = static.get("bits", 2), "A16" if form == "A8" else "A8"
     integers = ", int8" if form == "A8" else ""
+    if op == "dual_scale_matmul":  # x with the steps in it meets packed codes
+        return _names("packed_matmul", "A16", static)
     if op == "packed_matmul":
         tpu = [f"packed_matmul {bits} bits {f} g128" for f in (form, other)]
         return [*tpu, f"packed {bits} bits{integers}", f"packed {bits} bits, M 8"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import decoded, e8p, layout, lookup, tables, trellis
+from pallas_kernels import decoded, dual_scale, e8p, layout, lookup, tables, trellis
 
 # --- what packed arrays decode to -----------------------------------------------------------
 
@@ -121,6 +121,14 @@ def _additive(codes: Array, codebooks: Array, scale: Array, *, bits: int, group:
     return data, decode, {"codes": 1, "scale": 1}
 
 
+def _dual_scale(
+    codes: Array, scale: Array, step: Array, ranges: Array, escapes: Array, *, bits: int
+) -> tuple:
+    data = {"codes": codes, "scale": scale, "step": step, "ranges": ranges, "escapes": escapes}
+    decode = lambda d, k: dual_scale.dequantize(**d, bits=bits, k=k)
+    return data, decode, dict.fromkeys(("codes", "scale", "ranges"), 1)
+
+
 def _by_columns(data: Mapping[str, Array], scale: Array) -> dict[str, int]:
     """All split along columns; a scale of the whole matrix and its zero point do not."""
     return dict.fromkeys(data, 1) if scale.shape[-1] > 1 else {"codes": 1}
@@ -146,7 +154,7 @@ def _tied(x: Array, arrays: tuple) -> tuple[Array, tuple]:
 # Name of a storage -> what the arrays of the op are, as above.
 STORAGES = {
     "packed": _packed, "ternary": _ternary, "codebook": _codebook, "e8p": _e8p,
-    "trellis": _trellis, "additive": _additive,
+    "trellis": _trellis, "additive": _additive, "dual_scale": _dual_scale,
 }  # fmt: skip
 # Name of an op -> its reference; of the storage "packed": packed_matmul, packed_matmul_transposed.
 OPS = {

@@ -40,13 +40,22 @@ class Branches(NamedTuple):
     cost: Float[Array, "p c 2 2"]
 
 
+def generators(states: int) -> tuple[int, int]:
+    """G and F of the machine of so many states.
+
+    >>> generators(8)
+    (2, 5)
+    """
+    return _GENERATORS[states]
+
+
 def advance(state: Int[Array, "..."], k: Int[Array, "..."], states: int) -> Int[Array, "..."]:
     """The state after code k.
 
     >>> int(advance(jnp.int32(3), jnp.int32(1), 8))
     6
     """
-    g, f = _GENERATORS[states]
+    g, f = generators(states)
     return (state >> 1) ^ (k & 1) * g ^ (state & 1) * f
 
 
@@ -109,7 +118,7 @@ def search(branches: Branches, states: int) -> Int32[Array, "p c"]:
 def _before(states: int) -> tuple[np.ndarray, np.ndarray]:
     """Of every state: the states before it, by the parity that leads here; their quantizer."""
     s, parity = np.divmod(np.arange(2 * states, dtype=np.int32), 2)
-    g, f = _GENERATORS[states]
+    g, f = generators(states)
     before = np.zeros((states, 2), np.int32)
     before[(s >> 1) ^ parity * g ^ (s & 1) * f, parity] = s
     return before, before[:, 0] & 1

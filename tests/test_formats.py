@@ -49,6 +49,8 @@ FORMATS = [
     jq.Trellis((2,), L=10, code="hyb"),
     jq.Trellis((1,), L=10, code="vpu"),
     jq.EntropyCoded(4, states=4, lanes=4),
+    jq.DualScale(4),
+    jq.DualScale(8),
     jq.Additive(2, 4, 4),
     jq.Additive(1, 9, 3),
     jq.Vector(4, 4, 4),

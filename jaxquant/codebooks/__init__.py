@@ -2,6 +2,7 @@
 
 from jaxquant.codebooks.additive import Additive
 from jaxquant.codebooks.dense import Dense
+from jaxquant.codebooks.dual_scale import DualScale
 from jaxquant.codebooks.entropy_coded import EntropyCoded
 from jaxquant.codebooks.float8 import Float8
 from jaxquant.codebooks.integer import Grid, Integer
@@ -19,6 +20,7 @@ __all__ = [
     "NVFP4",
     "Additive",
     "Dense",
+    "DualScale",
     "EntropyCoded",
     "Float8",
     "Grid",

@@ -253,7 +253,7 @@ class EntropyCoded:
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""
-        return "coded (XLA): decodes the whole stream for every product; to serve, dequantize once"
+        return "coded (XLA): decodes the whole stream for every product; jaxquant.transcoded, once"
 
 
 class _Search(NamedTuple):

@@ -1,5 +1,6 @@
 """Kernels for NVIDIA GPUs (sm_80, sm_90) in Pallas-Triton, by op."""
 
+from pallas_kernels import dual_scale
 from pallas_kernels.gpu import additive, codebook, e8p, packed, trellis
 from pallas_kernels.kernel import Kernel
 
@@ -8,3 +9,4 @@ KERNELS: dict[str, Kernel] = {
     for module in (packed, codebook, e8p, trellis, additive)
     for name, kernel in module.KERNELS.items()
 }
+KERNELS["dual_scale_matmul"] = dual_scale.over(KERNELS["packed_matmul"])

@@ -27,6 +27,7 @@ TARGETS = (
     "jaxquant_e8p",
     "jaxquant_trellis",
     "jaxquant_additive",
+    "jaxquant_dual_scale",
     "jaxquant_attention",
     "jaxquant_kv_attention",
 )  # the handlers in the *.cc files, and their names in JAX

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <map>
 #include <optional>
 
 #include "operand.h"
@@ -249,6 +249,25 @@ void copy(const Job& job, const Columns& block, int64_t columns, const float* su
   }
 }
 
+// What escapes add; of a word that says nonsense, nothing.
+void add_escapes(const Shape& shape, const Columns& block) {
+  const Task& task = *block.task;
+  const Escapes& e = *task.escapes;
+  for (int64_t r = 0; r < shape.m; ++r) {
+    const float* x = task.x + r * shape.k;
+    float* y = task.y + r * task.n;
+    for (int64_t c = block.first; c < block.first + block.count; ++c) {
+      const int64_t end = std::min<int64_t>(e.ranges[task.n + c], e.count);
+      float sum = 0;
+      for (int64_t i = std::max(e.ranges[c], 0); i < end; ++i) {
+        const int64_t row = e.words[i] & 0xFFFF;
+        if (row < shape.k) sum += x[row] * static_cast<float>(e.words[i] >> 16);
+      }
+      y[c] += e.scale[c] * sum;
+    }
+  }
+}
+
 }  // namespace
 
 void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
@@ -273,9 +292,12 @@ void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
   const auto pieces = segments(shape.k, shape.group_size, unit.codes, shape.activations,
                                shape.longest);
   const auto few = rows(shape.m, by_rows);
-  const Prepared prepared(x, shape.m, shape.k, pieces, few, unit, shape.activations, integers,
-                          kernels, share);
-  const Job job{kernels, shape, pieces, few, prepared, integers, unpacked};
+  std::map<const float*, Prepared> prepared;
+  for (const Task& task : tasks) {
+    const float* own = task.x ? task.x : x;
+    prepared.try_emplace(own, own, shape.m, shape.k, pieces, few, unit, shape.activations,
+                         integers, kernels, share);
+  }
   const auto blocks = cut(shape, tasks, kernels.lanes, threads);
   share(blocks.size(), [&](int64_t i) {
     thread_local std::vector<float> sums_room;
@@ -285,8 +307,11 @@ void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
     const int64_t columns = up(block.count, align);
     float* sums = scratch(sums_room, shape.m * columns);
     std::fill_n(sums, shape.m * columns, 0.0f);
+    const Prepared& own = prepared.at(task.x ? task.x : x);
+    const Job job{kernels, shape, pieces, few, own, integers, unpacked};
     add_products(job, block, columns, sums);
     copy(job, block, columns, sums);
+    if (task.escapes) add_escapes(shape, block);
   });
 }
 

@@ -50,12 +50,22 @@ class Operand {
   const uint32_t* rows = nullptr;
 };
 
-// One product y = x @ (sum of operands), all with the segments of one x.
+// Integers beside those of the words: of a row, its number in the low 16 bits, and a value in the
+// high. ranges [2, n]: where those of a column begin and end.
+struct Escapes {
+  const int32_t *words, *ranges;
+  int64_t count;
+  const float* scale;  // [n]
+};
+
+// One product y = x @ (sum of operands), all with the segments of one x; or of an x of its own.
 struct Task {
   std::vector<const Operand*> operands;
   float* y;  // [m, n]
   int64_t n;
   int64_t interleaved = 1;  // columns that a tile of the words has side by side
+  const float* x = nullptr;
+  const Escapes* escapes = nullptr;  // with an x of its own, in floats
 };
 
 // y of all tasks. group_size: rows that share scales; longest: rows of a segment at most;

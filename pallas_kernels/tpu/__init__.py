@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import chips
+from pallas_kernels import chips, dual_scale
 from pallas_kernels.kernel import Kernel
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -124,3 +124,4 @@ KERNELS = {
     "additive_matmul": Kernel(_none, _additive),
     "hadamard": Kernel(_none, _hadamard),
 }
+KERNELS["dual_scale_matmul"] = dual_scale.over(KERNELS["packed_matmul"])

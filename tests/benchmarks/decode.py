@@ -2,8 +2,16 @@
 
 Run: make bench. One process, the variants in turn, medians, ratios to float32. "int8": the inputs
 of packed matrices as integers, a scale per token.
+
+    python -m tests.benchmarks.decode --coded DIR
+
+adds an entropy-coded checkpoint of the model (`jaxquant quantize smollm2-135m --method
+entropy_coded --bits 2 --out DIR`) as `generate` serves it, the time to read it, and whether its
+tokens are those of the dequantized model.
 """
 
+import argparse
+import itertools
 import statistics
 import time
 
@@ -43,10 +51,35 @@ def variants():
         yield f"packed {bits}-bit, apart, int8", model, jq.with_activations(apart, "int8")
 
 
+def coded(directory):
+    """Of an entropy-coded checkpoint, ready to serve."""
+    model = pipeline.load_any(directory)
+    start = time.perf_counter()
+    params, said = pipeline.serving(model.params)
+    took = time.perf_counter() - start
+    changed = [w for _, w in jq.path_leaves(params) if isinstance(w, jq.QTensor)]
+    weights = sum(w.size for w in changed)
+    print(f"{said}; read in {took:.2f} s, {weights / took / 1e6:.0f} million weights a second")
+    apart = jq.unstack(params, "layers")
+    yield "entropy-coded, in words", model, params
+    yield "entropy-coded, apart", model, apart
+    run = lambda p: generate(jq.quantized(model.apply_cached), p, model.config, [1] * 8, TOKENS)
+    want = run(jq.dequantize(params))
+    same = [run(p) == want for p in (params, apart)]
+    print(f"tokens equal to the dequantized model's: {same}")
+
+
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--coded", help="an entropy-coded checkpoint")
+    parser.add_argument("--only", default="", help="rows whose name begins with this")
+    options = parser.parse_args()
     print("weights                       bits  prefill 512  ratio  decode/token  ratio")
     first = None
-    for name, model, params in variants():
+    more = coded(options.coded) if options.coded else ()
+    for name, model, params in itertools.chain(variants(), more):
+        if not name.startswith((options.only, "entropy-coded")):
+            continue
         forward = jax.jit(jq.quantized(model.apply_fn))
         cached = jq.quantized(model.apply_cached)
         prompt = jnp.ones((1, 512), jnp.int32)

@@ -31,6 +31,8 @@ CASES = {
     "trellis, rates by block": (jq.Trellis((3, 0, 1, 2), L=8), 64),
     "additive 2x8": (jq.Additive(2, 8, 8), 8),
     "additive 1x9": (jq.Additive(1, 9, 3), 3),
+    "dual scale, 4 bits": (jq.DualScale(4), 1),
+    "dual scale, 8 bits": (jq.DualScale(8), 1),
 }
 
 
@@ -40,7 +42,7 @@ def random_data(format, k, n, seed=0):
     rng = np.random.default_rng(seed)
 
     def fill(name, a):
-        if name in ("codes", "residual", "zero"):
+        if name in ("codes", "residual", "zero", "ranges", "escapes"):
             words = rng.integers(-(1 << 31), 1 << 31, a.shape, np.int64).astype(np.int32)
             if name == "codes" and isinstance(format, jq.Ternary):  # 10 stands for no code
                 words = words & ~((words >> 1 & 0x55555555 & ~words) << 1)
@@ -51,7 +53,16 @@ def random_data(format, k, n, seed=0):
             return jnp.asarray(rng.uniform(0.5, 1.5, a.shape) / 64, a.dtype)
         raise ValueError(f"no random {name} of {a.dtype}")
 
-    return {name: fill(name, a) for name, a in shapes.items()}
+    data = {name: fill(name, a) for name, a in shapes.items()}
+    return data | _escapes(rng, k, n) if isinstance(format, jq.DualScale) else data
+
+
+def _escapes(rng, k, n):
+    """Some in every other column, and some that are nobody's."""
+    ends = np.cumsum(rng.integers(0, 4, n) * (np.arange(n) % 2))
+    ranges = np.stack([np.concatenate([[0], ends[:-1]]), ends])
+    words = rng.integers(-300, 300, ends[-1] + 3) << 16 | rng.integers(0, k, ends[-1] + 3)
+    return {"ranges": jnp.asarray(ranges, jnp.int32), "escapes": jnp.asarray(words, jnp.int32)}
 
 
 def operands(case, k, n, seed=0):

@@ -80,6 +80,21 @@ def additive(rng, k, n, books, bits, group):
     return "additive_matmul", arrays, {"bits": bits, "group": group}
 
 
+def dual_scale(rng, k, n, bits):
+    """A quarter of the columns have escapes, of which some are in one row."""
+    ends = np.cumsum(rng.integers(0, 9, n) * (rng.random(n) < 0.25))
+    ranges = np.stack([np.concatenate([[0], ends[:-1]]), ends])
+    escapes = rng.integers(-99, 99, ends[-1] + 2) << 16 | rng.integers(0, k, ends[-1] + 2)
+    words = layout.pack(integers(rng, bits, k, n), bits)
+    arrays = (
+        words,
+        floats(rng, 1, n),
+        floats(rng, k),
+        *(jnp.asarray(a, jnp.int32) for a in (ranges, escapes)),
+    )
+    return "dual_scale_matmul", arrays, {"bits": bits}
+
+
 # Name -> k, and what makes (op, arrays, static) of it: ragged k and n where the format has them.
 CASES = {
     "2 bits": (300, lambda rng, k: packed(rng, k, 75, 2, 64)),
@@ -105,6 +120,8 @@ CASES = {
     "trellis mcg": (64, lambda rng, k: tiles(rng, k, 32, (3,), 12, "mcg")),
     "trellis hyb": (64, lambda rng, k: tiles(rng, k, 32, (2,), 12, "hyb")),
     "additive 2x8": (272, lambda rng, k: additive(rng, k, 75, 2, 8, 8)),
+    "dual scale 4": (332, lambda rng, k: dual_scale(rng, k, 75, 4)),
+    "dual scale 8": (130, lambda rng, k: dual_scale(rng, k, 144, 8)),
     "additive 1x12": (108, lambda rng, k: additive(rng, k, 33, 1, 12, 6)),
 }
 
@@ -192,6 +209,20 @@ def test_matrices_that_share_an_input_are_one_call(rng):
     for y, arrays in zip(run(x), matrices, strict=True):
         assert errors(y, exact(op, x, arrays, static, "float"))[0] < 1e-11
     assert run.lower(x).as_text().count("@jaxquant_packed") == 1
+
+
+@needs_native
+def test_matrices_with_steps_of_their_own_share_a_call(rng):
+    """x is another for each of them, and prepared for each."""
+    found = [dual_scale(rng, 128, n, 4) for n in (64, 20, 300)]
+    op, static = found[0][0], found[0][2]
+    matrices = [arrays for _, arrays, _ in found]
+    for m in (1, 2, 30):
+        x = jnp.asarray(rng.standard_normal((m, 128)), jnp.float32)
+        for form in ("float", "int8"):
+            ys = cpu.shared(op, x, matrices, activations=form, **static)
+            for y, arrays in zip(ys, matrices, strict=True):
+                assert errors(y, exact(op, x, arrays, static, form))[0] < 1e-11
 
 
 @needs_native
