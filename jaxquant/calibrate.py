@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.magnitude import shifted, unit
 from jaxquant.observe import Seen, arrays_only, holders, planted, total, zeros
 from jaxquant.paths import matches
 from jaxquant.sites import Site, sites
@@ -196,13 +197,18 @@ class Stats:
 def seen(x: Float[Array, "t k"], n: int) -> Stats:
     """Statistics of a matrix "w" [k, n] that meets these rows, all of them kept.
 
+    The second moment is that of rows over a power of two, so that no square leaves float32.
+
     >>> seen(jnp.ones((3, 2)), 5).gram("w").tolist()
-    [[1.0, 1.0], [1.0, 1.0]]
+    [[0.25, 0.25], [0.25, 0.25]]
     """
     count, k = x.shape
+    x, e = unit(x)
     kept = Kept(gram=True, output=False, weighting="uniform", sample=count)
     ones = jnp.ones(count)
     probe = kept.of(Seen(x, ones, jnp.zeros((count, n)), ones, ones))
+    sized = ("magnitude", "low", "high", "extreme", "typical")
+    probe = probe._replace(**{name: shifted(getattr(probe, name), e) for name in sized})
     return Stats({"w": Site("w", (k, n), (0,))}, {"w": probe}, {"w": "w"})
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.activations import Activations
 from jaxquant.calibrate import Probe, Stats
+from jaxquant.magnitude import exponent, ratios, shifted, unit
 from jaxquant.methods import Method
 from jaxquant.recipe import Entry
 from jaxquant.sites import Site
@@ -102,15 +103,16 @@ class Inputs:
     def _fitted(self, leader: str, i: int, key: Array) -> dict[str, Array]:
         members = self.members[leader]
         side, form = members[0].method.input, members[0].method.activations
-        channels = self._channels(members, i)
+        channels, of_weights, of_inputs = _unit(self._channels(members, i))
         arrays: dict[str, Array] = {}
         if side is not None and side.searched:
-            arrays = self._searched(members, channels, i, key)
+            arrays = self._searched(members, channels, of_weights, i, key)
         elif side is not None:
             arrays = _fit(side, channels, key)
         out = {f"input.{name}": a for name, a in arrays.items()}
         if form is not None and form.static:
             known = _static_scale(form, channels, side, arrays)
+            known["scale"] = shifted(known["scale"], of_inputs)
             out |= {f"activations.{name}": a for name, a in known.items()}
         return out
 
@@ -130,9 +132,12 @@ class Inputs:
         return Channels(weights, gram, probe.magnitude / count, probe.low, probe.high, sample)
 
     def _searched(
-        self, members: list[Member], channels: Channels, i: int, key: Array
+        self, members: list[Member], channels: Channels, e: Array, i: int, key: Array
     ) -> dict[str, Array]:
-        """The best of the transform's candidates; the first of equal ones."""
+        """The best of the transform's candidates; the first of equal ones.
+
+        The weights are 2**e times those of the channels.
+        """
         method = members[0].method
         ends = np.cumsum([m.entry.matrix[-1] for m in members])[:-1]
         best: dict[str, Array] = {}
@@ -141,7 +146,7 @@ class Inputs:
             rounded = _tried(arrays, channels, method)
             cost = None
             if self.inspect is not None:
-                parts = jnp.split(rounded, ends, axis=1)
+                parts = jnp.split(shifted(rounded, e), ends, axis=1)
                 named = {m.entry.path: w for m, w in zip(members, parts, strict=True)}
                 cost = self.inspect(named, i)
             if cost is None:
@@ -149,6 +154,18 @@ class Inputs:
             if least is None or cost < least:
                 best, least = arrays, cost
         return best
+
+
+@jax.jit
+def _unit(channels: Channels) -> tuple[Channels, Array, Array]:
+    """The channels over powers of two, and the exponents of the weights' and of the vectors'."""
+    weights, of_weights = unit(channels.weights)
+    known = (channels.low, channels.high, channels.sample)
+    largest = [jnp.max(jnp.abs(a), initial=0) for a in known if a is not None]
+    of_vectors = exponent(jnp.stack([jnp.float32(0), *largest]))
+    low, high, sample = (None if a is None else shifted(a, -of_vectors) for a in known)
+    gram, magnitude = ratios(channels.gram), ratios(channels.magnitude)
+    return Channels(weights, gram, magnitude, low, high, sample), of_weights, of_vectors
 
 
 def _static(method: Method) -> bool:

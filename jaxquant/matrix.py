@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxquant.magnitude import unit
 from jaxquant.methods import Method
 from jaxquant.rounding import Moments
 from jaxquant.rounding.moments import feedback_energies, living
@@ -52,10 +53,13 @@ def round_matrix(
 
     `known`: the arrays of the input transform, if they have been fitted (`inputs`).
     """
+    w, moments, e, _ = _unit(w, moments, method)
     w, moments, arrays = _transformed(w, moments, keys, method, known)
     codes, found = method.rounder(w, method.format, moments, keys.own)
     error = w - method.format.dequantize(codes, w.shape[0])
     loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
+    if e is not None:
+        codes = method.format.scaled(codes, e)
     return codes | arrays, Report(loss, found["damping"], found["dead"])
 
 
@@ -68,23 +72,46 @@ def block_importance(
     method: Method,
     block: int,
     known: dict[str, Array] | None = None,
-) -> Float[Array, "k/block"]:
-    """Loss per unit of relative distortion in each block of (transformed) rows.
+) -> tuple[Float[Array, "k/block"], Int[Array, ""]]:
+    """(x, e): loss per unit of relative distortion in each block of (transformed) rows is x 2**e.
 
     With error feedback the loss is sum_j D_j |n_j|^2 for the noise n_j that rounding row j adds.
     """
+    w, moments, own, others = _unit(w, moments, method)
     w, moments, _ = _transformed(w, moments, keys, method, known)
     gram, _ = living(moments.input)
     d, _ = feedback_energies(gram, method.rounder.damping)
     blocks = lambda a: a.reshape(-1, block).sum(1)
-    return blocks(d) * blocks(jnp.mean(w**2, 1)) / block
+    e = others if own is None else others + 2 * own
+    return blocks(d) * blocks(jnp.mean(w**2, 1)) / block, e
+
+
+def _unit(
+    w: Float[Array, "k n"], moments: Moments, method: Method
+) -> tuple[Array, Moments, Array | None, Array]:
+    """W 2**-e, the moments up to powers of two; e, and the sum of the exponents of these.
+
+    So squares and their sums stay within float32, whatever the magnitudes. A format whose scales
+    float16 stores sees W as it is: where they lie in its range decides the codes; e is None then.
+    """
+    w, exponents = w.astype(jnp.float32), jnp.int32(0)
+    parts = {}
+    for side, gram in moments._asdict().items():
+        if gram is not None:
+            gram, e = unit(gram)
+            exponents += e
+        parts[side] = gram
+    if not method.format.wide:
+        return w, Moments(**parts), None, exponents
+    w, e = unit(w)
+    return w, Moments(**parts), e, exponents
 
 
 def _transformed(
     w: Array, moments: Moments, keys: Keys, method: Method, known: dict[str, Array] | None
 ) -> tuple[Array, Moments, dict[str, Array]]:
     """W and its moments after the method's changes of variables, and the arrays of these."""
-    channels = Channels(w.astype(jnp.float32).T, moments.input)
+    channels = Channels(w.T, moments.input)
     channels, rows = _side(method.input, "input", channels, keys.input, known)
     gram, w = channels.gram, channels.weights.T
     output_key = jax.random.fold_in(keys.own, 1)

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from jaxquant.activations import Activations
 from jaxquant.fields import check_fields, shown
 from jaxquant.rounding import LDLQ, Nearest
@@ -76,6 +79,18 @@ class Method:
         search = getattr(self.input, "searched", False) and self.activations is not None
         search = search or (self.activations is not None and self.activations.mse)
         return search or getattr(self.input, "needs_sample", False)
+
+    def magnitudes(self, w: Float[Array, "k n"]) -> Float[Array, "s t"]:
+        """How large the entries of the stored matrix will be, about.
+
+        A transform mixes channels: each then stands for all that it is mixed with.
+        """
+        k, n = self.stored(*w.shape)
+        if self.input is not None:
+            w = jnp.max(jnp.abs(w), 0, keepdims=True)
+        if self.output is not None:
+            w = jnp.max(jnp.abs(w), 1, keepdims=True)
+        return jnp.broadcast_to(w, (k, n))
 
     def stored(self, k: int, n: int) -> tuple[int, int]:
         """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""

@@ -217,8 +217,10 @@ class _Job:
         # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's type.
         abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
         if not abstract:
-            _check_values(w, entry.path, method, moments)
+            _check_values(w, entry.path, moments)
         matrices = entry.matrices(w)
+        if not abstract:
+            self._check_range(matrices)
         method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
@@ -248,6 +250,16 @@ class _Job:
             activations=method.activations,
         )
 
+    def _check_range(self, matrices: Array) -> None:
+        """ValueError where the format cannot hold such weights; a warning where it loses some."""
+        for name, w in zip(self._names(), matrices, strict=True):
+            try:
+                found = self.method.format.check(self.method.magnitudes(w))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if found:
+                warnings.warn(f"{name}: {found}", stacklevel=5)
+
     def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
         """The method, its format's rates (if it has any to give) chosen for these matrices."""
         format = self.method.format
@@ -258,7 +270,8 @@ class _Job:
         for i, w in enumerate(() if abstract else matrices):
             one = jax.tree.map(lambda a, i=i: a[i], moments)
             keys, known = self._keys(i), part(self._known(i), "input.") or None
-            importance += block_importance(w, one, keys, self.method, format.block, known)
+            one, e = block_importance(w, one, keys, self.method, format.block, known)
+            importance += np.ldexp(np.asarray(one, np.float64), int(e))
         return dataclasses.replace(self.method, format=format.planned(importance))
 
     def _one(
@@ -329,7 +342,7 @@ class _Job:
             )
 
 
-def _check_values(w: Array, path: str, method: Method, moments: Moments) -> None:
+def _check_values(w: Array, path: str, moments: Moments) -> None:
     mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
     if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
         raise ValueError(
@@ -340,10 +353,6 @@ def _check_values(w: Array, path: str, method: Method, moments: Moments) -> None
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
     if not all(bool(jnp.all(jnp.isfinite(m))) for m in moments if m is not None):
         raise ValueError(f"{path}: statistics are not finite; check the calibration data")
-    try:
-        method.format.check(w)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def bits_per_weight(params: Any) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.calibrate import Stats
+from jaxquant.magnitude import ratios, unit
 from jaxquant.methods import entropy_coded
 from jaxquant.paths import matches, path_leaves
 from jaxquant.recipe import layout_of
@@ -62,11 +63,12 @@ def shares(params: Any, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str
 @jax.jit
 def _log4(w: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:
     """Log to base 4 of the loss per weight at 0 bits of a fine code."""
-    h, g = living(moments.input)[0], living(moments.output)[0]
+    w, of_w = unit(w)  # whose squares might leave float32
+    (h, of_h), g = unit(living(moments.input)[0]), ratios(living(moments.output)[0])
     g = believed(g, ROUNDER.correlation) / jnp.trace(g)
     mean_log = lambda a: jnp.mean(jnp.log2(jnp.maximum(a, _TINY)))
     rows, columns = (mean_log(jnp.mean(w**2, axis)) for axis in (1, 0))
     energy = rows + columns - jnp.log2(jnp.mean(w**2) + _TINY)
     left = mean_log(feedback_energies(h, ROUNDER.damping)[0])
     right = mean_log(feedback_energies(g, ROUNDER.output_damping)[0])
-    return (left + right + energy) / 2
+    return (left + right + energy + of_h + 2 * of_w) / 2

@@ -17,6 +17,7 @@ from jaxquant import activations, picking
 from jaxquant.activations import Activations
 from jaxquant.contraction import Contraction
 from jaxquant.fields import check_fields
+from jaxquant.magnitude import shifted, unit
 from jaxquant.standin import Pick, StandIn, arguments, is_standin, note, once
 from pallas_kernels import dispatch as kernels
 
@@ -185,11 +186,14 @@ class QTensor(StandIn):
     def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """The matrix in float32."""
         w = self._stored(data)
+        if self.input is None and self.output is None:
+            return w
+        w, e = unit(w)  # sums of small numbers would lose what float32 has no normal numbers for
         if self.input is not None:
             w = self.input.transposed(w.T, part(data, "input."), self.rows_k).T
-        if self.output is None:
-            return w
-        return self.output.transposed(w, part(data, "output."), math.prod(self.view.n))
+        if self.output is not None:
+            w = self.output.transposed(w, part(data, "output."), math.prod(self.view.n))
+        return shifted(w, e)
 
     def transformed(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m s"]:
         """x as the format's matrix takes it."""

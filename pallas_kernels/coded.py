@@ -51,7 +51,10 @@ def scales(
     base: Int32[Array, ""], steps: Int32[Array, " k"], widths: Int32[Array, " n"]
 ) -> tuple[Float[Array, " k"], Float[Array, " n"]]:
     """Steps of the rows and widths of the columns in float32, of their logarithms in `Coded`."""
-    return jnp.exp2(base / FINE + steps / 4).astype(jnp.float32), jnp.exp2(widths / 4)
+    octave = base / FINE + steps / 4
+    whole = jnp.floor(octave)  # apart, so that a unit twice as large gives exactly twice as much
+    step = jnp.ldexp(jnp.exp2(octave - whole), whole.astype(jnp.int32))
+    return step.astype(jnp.float32), jnp.exp2(widths / 4)
 
 
 def weights(coded: Coded) -> Float[Array, "k n"]:
@@ -149,6 +152,12 @@ def _symbols(codes: _Codes, shape: Array) -> tuple[Array, Array]:
     rest = (codes.code - jnp.asarray(student.BASE)[symbol]) * plain
     turns = lambda a, b: jnp.stack([a, b], 1).astype(jnp.uint16).reshape(-1, symbol.shape[1])
     return turns(at(student.below()), rest), turns(at(student.frequencies()), plain)
+
+
+def scaled(words: UInt16[Array, " size"], octaves: Int32[Array, ""]) -> UInt16[Array, " size"]:
+    """The stream of the same matrix, 2**octaves times as large."""
+    high = (words[1].astype(jnp.int32) + octaves) & 0xFFFF
+    return words.at[1].set(high.astype(jnp.uint16))
 
 
 @partial(jax.jit, static_argnames=("k", "n", "lanes", "states", "chain"))

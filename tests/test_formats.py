@@ -138,6 +138,81 @@ def test_no_quantizer_beats_shannon(format):
 
 
 @all_formats
+def test_weights_of_any_magnitude_have_the_same_codes(format):
+    """quantize(c W) is c quantize(W), bit for bit for powers of two; or one clear error."""
+    w = draw(48, 32)
+    method = jq.Method("test", jq.rtn().rounder, format)
+    want = jq.quantize_array(w, method)
+    error = np.linalg.norm(want.dequantize() - w)
+    for c in (2.0**-99, 2.0**5, 2.0**66, 1e-30, 1e30):
+        if not format.wide and not 1e-2 < c < 1e2:
+            with pytest.raises(ValueError, match=r"^w: weights up to .* outside the range of fl"):
+                jq.quantize_array(w * c, method)
+            continue
+        got = jq.quantize_array(w * c, method)
+        if np.frexp(c)[0] == 0.5:
+            np.testing.assert_array_equal(got.data["codes"][2:], want.data["codes"][2:])
+            np.testing.assert_array_equal(got.dequantize(), c * want.dequantize())
+        lost = np.linalg.norm(np.asarray(got.dequantize(), np.float64) / c - w)
+        np.testing.assert_allclose(lost, error, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        jq.Integer(3, 16, mse=True, scale_dtype="float32"),
+        jq.Ternary(group_size=16, scale_dtype="bfloat16"),
+        jq.NVFP4(),
+        jq.E8P(3),
+        jq.Trellis((3, 0, 1), L=8),
+        jq.EntropyCoded(4, states=4, lanes=4),
+    ],
+    ids=str,
+)
+def test_so_they_have_by_encoding_alone(format):
+    encoded = jax.jit(lambda w: format.dequantize(format.encode(w), 48))
+    w = draw(48, 32)
+    np.testing.assert_array_equal(encoded(w * 2.0**66), encoded(w) * 2.0**66)
+    np.testing.assert_array_equal(encoded(w * 2.0**-99), encoded(w) * 2.0**-99)
+
+
+SCALED = [
+    f for f in FORMATS if getattr(f, "group_size", "tensor") != "tensor" and "MXFP4" not in str(f)
+]
+
+
+@pytest.mark.parametrize("format", [*SCALED, jq.Additive(2, 4, 4)], ids=str)
+def test_a_column_far_below_the_others_is_kept_or_told_of(format):
+    """Groups are judged one by one: a matrix is not refused for one of them, nor that one lost."""
+    w = draw(48, 32).at[:, 7].multiply(1e-8)
+    method = jq.Method("test", jq.rtn().rounder, format)
+    narrow = not format.wide or isinstance(format, jq.NVFP4) or getattr(format, "double_quant", 0)
+    if narrow:
+        with pytest.warns(UserWarning, match="^w: .* groups of weights, those up to .*e-08, need"):
+            got = jq.quantize_array(w, method)
+    else:
+        got = jq.quantize_array(w, method)
+    loss = jnp.sum((got.dequantize() - w) ** 2, 0) / jnp.sum(w**2, 0)
+    assert jnp.all(jnp.isfinite(loss)) and float(jnp.max(jnp.delete(loss, 7))) < 0.8
+    if not narrow:
+        assert loss[7] < 0.8
+
+
+def test_subnormal_scales_serve_while_they_are_fine_enough():
+    """Eight bits take 2**-17; below that the whole matrix is refused, by name."""
+    w, method = draw(64, 32), jq.rtn(8, 64, symmetric=True)
+
+    def loss(w):
+        error = jq.quantize_array(w, method).dequantize() - w
+        return float(jnp.sum(error**2) / jnp.sum(w**2))
+
+    np.testing.assert_allclose(loss(w * 1e-3), loss(w), rtol=0.5)
+    with pytest.raises(ValueError, match=r'w: weights up to .* use scale_dtype="bfloat16"'):
+        loss(w * 1e-4)
+    assert jnp.any(jq.quantize_array(w * 1e-4, jq.rtn(8, scale_dtype="bfloat16")).dequantize() != 0)
+
+
+@all_formats
 def test_json_round_trip(format):
     assert from_json(to_json(format)) == format
     assert hash(from_json(to_json(format))) == hash(format)

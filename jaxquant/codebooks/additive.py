@@ -6,13 +6,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.codebooks.kmeans import residual_kmeans
 from jaxquant.codebooks.learned import Learned
-from jaxquant.codebooks.scales import as_stored, check_half, through
+from jaxquant.codebooks.scales import RESCALE, as_stored, check_scales, through
 from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields, check_positive
+from jaxquant.magnitude import exponent, shifted
 from pallas_kernels import lookup
 
 
@@ -49,6 +51,7 @@ class Additive(Served, Learned):
     group: int = 8
 
     storage: ClassVar[str] = "additive"
+    wide: ClassVar[bool] = False  # type: ignore[misc]
     trained: ClassVar[tuple[str, ...]] = ("codebooks", "scale")  # what healing may train
 
     def __post_init__(self) -> None:
@@ -69,9 +72,11 @@ class Additive(Served, Learned):
                 f"k = {k}; choose a group that does"
             )
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Raise ValueError if the scales of these weights leave the range of float16."""
-        check_half(float(jnp.sqrt(jnp.max(jnp.mean(jnp.square(w), 0)))))
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of float16; ValueError outside of it."""
+        e = exponent(w, 0)
+        rms = np.asarray(jnp.sqrt(jnp.mean(shifted(w, -e) ** 2, 0)), np.float64)
+        return check_scales(np.ldexp(rms, np.asarray(e[0])), 1.0, self.bits, "float16", RESCALE)
 
     # --- codes ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float
 
+from jaxquant.codebooks.scales import check_wide, rescaled
 from pallas_kernels import activations as forms
 from pallas_kernels import decoded
 
@@ -14,6 +15,7 @@ class Decoding:
     """Base of a format that says `spans` and `decode`; see `pallas_kernels.decoded` for both."""
 
     codes_ndim: ClassVar[int] = 2
+    wide: bool = True  # whether `scaled` can hold what comes of any power of two
 
     @property
     def spans(self) -> Mapping[str, int]:
@@ -24,8 +26,17 @@ class Decoding:
         """One matrix, or the columns of it that a part of the data holds."""
         raise NotImplementedError
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Any finite weights will do."""
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of the format, in words; "" if nothing.
+
+        Raises:
+          ValueError: they are outside the range.
+        """
+        return check_wide(w)
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        """The data of a matrix 2**e times as large; exact within the range of its scales."""
+        return rescaled(data, e, "scale")
 
     def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
         decode = self.decode

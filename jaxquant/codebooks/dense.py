@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.codebooks.scales import rescaled
 from pallas_kernels import activations as forms
 
 
@@ -19,9 +20,15 @@ class Dense:
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
     codes_ndim: ClassVar[int] = 2
+    wide: ClassVar[bool] = True
 
-    def check(self, w: Float[Array, "k n"]) -> None:
+    def check(self, w: Float[Array, "k n"]) -> str:
         """Any weights will do."""
+        return ""
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        """The data of a matrix 2**e times as large."""
+        return rescaled(data, e, "codes")
 
     def check_shape(self, k: int, n: int) -> None:
         """Any shape will do."""

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int16
 
+from jaxquant.codebooks.scales import check_wide
 from jaxquant.fields import check_fields, check_positive
+from jaxquant.magnitude import unit
 from pallas_kernels import activations as forms
 from pallas_kernels import coded, student, tcq
 from pallas_kernels.coded import Coded
@@ -71,6 +73,7 @@ class EntropyCoded:
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
     codes_ndim: ClassVar[int] = 2
+    wide: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,8 +83,14 @@ class EntropyCoded:
             raise ValueError(f"states must be one of {tcq.STATES}, got {self.states}")
         check_positive(self, "chain", "lanes")
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Any finite weights will do."""
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """Nothing is lost of weights within the range of float32; ValueError outside of it."""
+        return check_wide(w)
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        """The data of a matrix 2**e times as large."""
+        words = data["codes"].reshape(-1)
+        return {"codes": coded.scaled(words, e).reshape(data["codes"].shape)}
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
@@ -178,6 +187,10 @@ class EntropyCoded:
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """All rows with one step, as fine as the bytes allow."""
+        w, e = unit(w)
+        return self.scaled(self._encode(w), e)
+
+    def _encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         k, n = w.shape
         self.check_shape(k, n)
         columns, shape = profile(w)

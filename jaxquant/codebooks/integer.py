@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxquant.codebooks.scales import as_stored, check_grouping, rows_per_group
+from jaxquant.codebooks.scales import (
+    as_stored,
+    check_grouping,
+    check_scales,
+    grouped,
+    rows_per_group,
+)
 from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
+from jaxquant.magnitude import exponent, shifted, sizes
 from pallas_kernels import layout
 
 
@@ -62,15 +69,15 @@ class Integer(Served):
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip must be in (0, 1], got {self.clip}")
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Raise ValueError if the scales of these weights leave the range of their dtype."""
-        info, largest = jnp.finfo(self.scale_dtype), float(jnp.max(jnp.abs(w)))
-        scale = largest / self.limits[1]
-        if largest > 0 and not float(info.tiny) <= scale <= float(info.max):
-            raise ValueError(
-                f"weights up to {largest:.2g} need scales outside the range of {self.scale_dtype}; "
-                f'use scale_dtype="float32" or rescale the weights'
-            )
+    @property
+    def wide(self) -> bool:  # type: ignore[override]
+        """Whether scales of any magnitude can be stored."""
+        return self.scale_dtype != "float16"
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        groups = grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor")
+        return check_scales(sizes(groups, 1), self.limits[1], self.bits, self.scale_dtype)
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
@@ -113,10 +120,12 @@ class Integer(Served):
     def _search(self, w: Array, low: Array, high: Array, axes: tuple[int, ...]) -> Grid:
         """Shrink the range in 2 % steps to 0.3 of it; keep each group's least squared error."""
 
+        e = exponent(w, axes)  # whose squares may leave the range of float32
+
         def error(shrink: Array) -> tuple[Grid, Array]:
             grid = self._grid(low * shrink, high * shrink)
             _, value = self.round(w, grid)
-            return grid, jnp.atleast_1d(jnp.sum((w - value) ** 2, axes))
+            return grid, jnp.atleast_1d(jnp.sum(shifted(w - value, -e) ** 2, axes))
 
         def better(best: tuple, shrink: Array) -> tuple[tuple, None]:
             new = error(shrink)

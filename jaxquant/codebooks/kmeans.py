@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jaxquant.magnitude import exponent, shifted
 from pallas_kernels import lookup
 
 ROUNDS = 32  # in which the first centroids are drawn
@@ -52,11 +53,13 @@ def start(
     def draw(i: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
         far, table = state
         luck = jax.random.gumbel(jax.random.fold_in(key, i), far.shape)
-        new = vectors[jax.lax.top_k(jnp.log(jnp.maximum(far, 1e-30)) + luck, share)[1]]
+        chance = jnp.log(jnp.maximum(shifted(far, -e), 1e-30)) + luck
+        new = vectors[jax.lax.top_k(chance, share)[1]]
         table = jax.lax.dynamic_update_slice_in_dim(table, new, i * share, 0)
         return jnp.minimum(far, assign(vectors, weights, new)[1]), table
 
     zero = jnp.sum(weights * vectors**2, 1)  # distances to the first centroid, the origin
+    e = exponent(zero)
     table = jnp.zeros((rounds * share, vectors.shape[1]), vectors.dtype)
     return jax.lax.fori_loop(0, rounds, draw, (zero, table))[1][:size]
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
+from jaxquant.magnitude import shifted, unit
 from pallas_kernels import e8p, lookup
 
 _CHUNK = 1 << 15  # octets rounded at a time
@@ -64,8 +65,9 @@ class E8P(Served):
 
     def grids(self, w: Float[Array, "k n"]) -> LatticeGrid:
         """The scale of a matrix; never zero."""
-        rms = jnp.sqrt(jnp.mean(w.astype(jnp.float32) ** 2))
-        return LatticeGrid(jnp.maximum(rms / e8p.OPT_SCALE[self.bits], 1e-30).reshape(1, 1))
+        w, e = unit(w)
+        scale = jnp.sqrt(jnp.mean(w**2)) / e8p.OPT_SCALE[self.bits]
+        return LatticeGrid(shifted(jnp.where(scale > 0, scale, 1e-30), e).reshape(1, 1))
 
     def rescaled(self, grid: LatticeGrid, factor: Array) -> LatticeGrid:
         """The grid with its scale times a factor."""

@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.codebooks.scales import as_stored
+from jaxquant.codebooks.scales import (
+    RESCALE,
+    as_stored,
+    check_scales,
+    check_wide,
+    lost,
+    rescaled,
+)
 from jaxquant.codebooks.table import Scales, Table
 from jaxquant.fields import check_fields
+from jaxquant.magnitude import shifted
 
 # Codes are sign, two bits of exponent, one of significand.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -58,6 +66,14 @@ class MXFP4(Microscaling):
     group_size: ClassVar[int] = 32
     scale_dtype: ClassVar[str] = "float8_e8m0fnu"
 
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        return check_scales(self.groups(w), 4.0, self.bits, self.scale_dtype, RESCALE)
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        scale = as_stored(shifted(data["scale"], e), self.scale_dtype)
+        return data | {"scale": scale.astype(self.scale_dtype)}
+
     def wanted(self, absmax: Float[Array, "g n"]) -> Float[Array, "g n"]:
         exponent = jax.lax.bitcast_convert_type(absmax, jnp.int32) & 0x7F800000
         return jax.lax.bitcast_convert_type(exponent, jnp.float32) / 4
@@ -84,6 +100,15 @@ class NVFP4(Microscaling):
     group_size: ClassVar[int] = 16
     scale_dtype: ClassVar[str] = "float32"
     block_dtype: ClassVar[str] = "float8_e4m3fn"
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        groups, info = self.groups(w), jnp.finfo(self.block_dtype)
+        least = groups.max() * float(info.tiny) / float(info.max)
+        return check_wide(w) or lost(groups, least, self.block_dtype, "use another format")
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        return rescaled(data, e, "matrix_scale")
 
     def fit(self, w: Float[Array, "g n"]) -> Scales:
         raise ValueError("NVFP4 has a scale of the whole matrix: use LDLQ(act_order=True)")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.codebooks.scales import as_stored, through
+from jaxquant.codebooks.scales import as_stored, lost, rescaled, through
 from jaxquant.codebooks.table import Scales, Table, search
 
 # As published (bitsandbytes): float32 of an offset rounded to 0.9677083.
@@ -82,6 +82,17 @@ class NormalFloat(Table):
         code = jnp.searchsorted(between, (scale - mean) / top).astype(jnp.uint8)
         parts = {"code": code, "top": top, "mean": jnp.broadcast_to(mean, (len(scale), 1))}
         return Scales(_combined(code, top, mean), parts)
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        found = super().check(w)
+        if found or not self.double_quant:
+            return found
+        groups = self.groups(w)  # of a scale's 8 bits as many say how far it is from the mean
+        return lost(groups, groups.mean() / 512, "8-bit codes", "use double_quant=False")
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        return rescaled(data, e, *(("block_scale", "mean") if self.double_quant else ("scale",)))
 
     def pack_scales(self, grid: Scales) -> dict[str, Array]:
         if not self.double_quant:

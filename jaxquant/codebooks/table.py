@@ -13,9 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxquant.codebooks.scales import SCALE_DTYPES, as_stored, check_grouping, rows_per_group
+from jaxquant.codebooks.scales import (
+    SCALE_DTYPES,
+    as_stored,
+    check_grouping,
+    check_scales,
+    grouped,
+    rows_per_group,
+)
 from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
+from jaxquant.magnitude import sizes
 from pallas_kernels import layout, tables
 
 
@@ -65,14 +73,18 @@ class Table(Served):
         """Raise ValueError if a matrix [k, n] cannot be stored."""
         self.rows_per_group(k)
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Raise ValueError if the scales of these weights leave the range of their dtype."""
-        info, largest = jnp.finfo(self.scale_dtype), float(jnp.max(jnp.abs(w)))
-        if largest > 0 and not float(info.tiny) <= largest / self.largest <= float(info.max):
-            raise ValueError(
-                f"weights up to {largest:.2g} need scales outside the range of {self.scale_dtype}; "
-                f"rescale the weights, or use float32 scales where the format has the choice"
-            )
+    @property
+    def wide(self) -> bool:  # type: ignore[override]
+        """Whether scales of any magnitude can be stored."""
+        return self.scale_dtype != "float16"
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        return check_scales(self.groups(w), self.largest, self.bits, self.scale_dtype)
+
+    def groups(self, w: Float[Array, "k n"]) -> Float[np.ndarray, "g n"]:
+        """The largest magnitude in each group."""
+        return sizes(grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor"), 1)
 
     # --- codes ------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class Ternary(Integer):
         axes = (-1, -2) if self.group_size == "tensor" else (-2,)
 
         def improve(_: int, scale: Array) -> Array:
-            c = jnp.clip(jnp.round(w / jnp.maximum(scale, 1e-30)), -1, 1)
+            c = jnp.clip(jnp.round(w / jnp.where(scale > 0, scale, 1.0)), -1, 1)
             return jnp.sum(w * c, axes, keepdims=True) / jnp.maximum(
                 jnp.sum(c * c, axes, keepdims=True), 1
             )

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxquant.codebooks.scales import check_wide, rescaled
 from jaxquant.codebooks.served import Served
 from jaxquant.fields import check_fields
+from jaxquant.magnitude import exponent, shifted
 from pallas_kernels import trellis, viterbi
 
 SIDE = trellis.SIDE
@@ -83,8 +85,9 @@ class Trellis(Served):
     def grids(self, w: Float[Array, "k n"]) -> TrellisGrid:
         """The best scale for the rms of each block, and its rate."""
         blocks = w.astype(jnp.float32).reshape(len(self.rates), -1)
-        rms = jnp.maximum(jnp.sqrt(jnp.mean(blocks**2, 1)), 1e-30)
-        scale = rms * jnp.asarray([_SCALE[rate] for rate in self.rates])
+        e = exponent(blocks, 1)
+        rms = shifted(jnp.sqrt(jnp.mean(shifted(blocks, -e) ** 2, 1)), e[:, 0])
+        scale = jnp.where(rms > 0, rms, 1e-30) * jnp.asarray([_SCALE[r] for r in self.rates])
         return TrellisGrid(scale[:, None], jnp.asarray(np.searchsorted(self._distinct, self.rates)))
 
     def rescaled(self, grid: TrellisGrid, factor: Array) -> TrellisGrid:
@@ -180,6 +183,7 @@ class TrellisBudget:
     code: str = "mul1"
 
     tile: ClassVar[tuple[int, int]] = (SIDE, SIDE)
+    wide: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -188,8 +192,13 @@ class TrellisBudget:
         if self.block < SIDE or self.block % SIDE:
             raise ValueError(f"block must be a multiple of {SIDE}, got {self.block}")
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Any finite weights will do."""
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """Nothing is lost of weights within the range of float32; ValueError outside of it."""
+        return check_wide(w)
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        """The data of a matrix 2**e times as large."""
+        return rescaled(data, e, "scale")
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class Vector(Learned, Decoding):
     residual_bits: int = 8
     outliers: float = 0.0
 
+    wide: ClassVar[bool] = False  # type: ignore[misc]
+
     def __post_init__(self) -> None:
         check_fields(self)
         lookup.digit(self.bits)
@@ -78,9 +80,9 @@ class Vector(Learned, Decoding):
                 f"choose a length that does"
             )
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Raise ValueError if these weights leave the range of float16."""
-        check_half(float(jnp.max(jnp.abs(w))))
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """Nothing is lost of weights within the range of float16; ValueError outside of it."""
+        return check_half(w)
 
     # --- codes ------------------------------------------------------------------------------
 

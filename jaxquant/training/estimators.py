@@ -29,7 +29,6 @@ from jaxquant.fields import check_fields
 from jaxquant.straight import through
 
 Learned = dict[str, Array]
-_TINY = 1e-5  # the least scale of BitNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +101,10 @@ class StraightThrough:
 
 @dataclasses.dataclass(frozen=True)
 class AbsMean(StraightThrough):
-    """BitNet b1.58's ternary weights: a scale per matrix, the mean magnitude (1e-5 at least).
+    """BitNet b1.58's ternary weights: a scale per matrix, the mean magnitude.
 
-    Derivatives go straight through for all weights, however large.
+    Derivatives go straight through for all weights, however large. We differ: the scale may be less
+    than 1e-5, so that codes do not depend on the units of the weights.
 
     Attributes:
       axis: inside `shard_map`, the mesh axis over which matrices are split, if any.
@@ -124,7 +124,7 @@ class AbsMean(StraightThrough):
         mean = jnp.mean(jnp.abs(w), keepdims=True)
         if self.axis:
             mean = jax.lax.pmean(mean, self.axis)
-        scale = as_stored(jnp.maximum(mean, _TINY), format.scale_dtype)
+        scale = as_stored(mean, format.scale_dtype)
         return Grid(scale, jnp.zeros(scale.shape, jnp.int32))
 
 

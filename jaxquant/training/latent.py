@@ -82,9 +82,9 @@ class Latent:
     codes_ndim: ClassVar[int] = 2
     tile: ClassVar[tuple[int, int]] = (1, 1)
 
-    def check(self, w: Float[Array, "k n"]) -> None:
-        """Raise ValueError unless the format takes such weights."""
-        self.format.check(w)
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What such weights lose to the format's range; ValueError unless it takes them."""
+        return self.format.check(w)
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.fields import check_fields, check_positive
+from jaxquant.magnitude import ratios
 from jaxquant.transforms.channels import Channels
 
 _RANGE = 64.0  # factors lie within this of their geometric mean, either way
@@ -98,7 +99,8 @@ class Smooth(Factors):
     """SmoothQuant: inputs lend their size to the weights, channel by channel.
 
     Factors are 1/s, s = max|x|^alpha / max|w|^(1 - alpha), the maxima over all tokens and over all
-    weights that read this input; 1 for a channel that is dead.
+    weights that read this input, both over the power of two above the largest, so that factors do
+    not depend on the units of either; 1 for a channel that is dead.
 
     Attributes:
       alpha: 0 to 1; None: searched for, in steps of 1/20 (see `jaxquant.inputs`).
@@ -108,7 +110,7 @@ class Smooth(Factors):
     >>> known = Channels.of(jnp.array([[1.0, 4.0]]), jnp.array([[16.0, 1.0]]))
     >>> arrays = Smooth(0.5).fit(known, jax.random.key(0))
     >>> Smooth(0.5).apply(jnp.array([16.0, 1.0]), arrays).tolist()
-    [4.0, 2.0]
+    [8.0, 4.0]
     """
 
     alpha: float | None = 0.5
@@ -141,7 +143,7 @@ class Smooth(Factors):
         return self._arrays(channels, 0.5 if self.alpha is None else self.alpha)
 
     def _arrays(self, channels: Channels, alpha: float) -> dict[str, Array]:
-        x, w = channels.largest, jnp.max(jnp.abs(channels.weights), axis=0)
+        x, w = ratios(channels.largest), ratios(jnp.max(jnp.abs(channels.weights), axis=0))
         s = jnp.maximum(x, _TINY) ** alpha / jnp.maximum(w, _TINY) ** (1 - alpha)
         factors = jnp.where((x > 0) & (w > 0), 1 / s, 1.0)
         return {"factors": jnp.clip(factors, _LEAST, _MOST).astype(jnp.float16)}
@@ -190,9 +192,9 @@ class ActivationAware(Factors):
     def _arrays(self, channels: Channels, r: float) -> dict[str, Array]:
         if channels.magnitude is None:
             raise ValueError("the sizes of the channels are unknown: calibrate for them")
-        s = channels.magnitude**r
+        s = ratios(channels.magnitude) ** r
         if self.duo:
-            s = s / (self._weights(channels.weights) ** (1 - r) + 1e-4)
+            s = s / (self._weights(ratios(channels.weights)) ** (1 - r) + 1e-4)
         s = jnp.maximum(s, 1e-4)
         s = s / jnp.sqrt(jnp.max(s) * jnp.min(s))
         return {"factors": jnp.clip(1 / s, _LEAST, _MOST).astype(jnp.float16)}
