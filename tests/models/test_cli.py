@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -209,9 +210,10 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
         data = bytearray(file.read_bytes())
         data[-1] ^= 16
         file.write_bytes(data)
-    with pytest.warns(UserWarning, match="is damaged .* is done again") as told:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         status, _, err = run(*quick)
-    assert (status, len(told)) == (0, 3)
+    assert (status, " ".join(err.split()).count("is done again")) == (0, 3)
     assert err.count("(done before)") == 18
     whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "o"))
     for a, b in zip(whole, cut, strict=True):
