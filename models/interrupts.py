@@ -47,7 +47,9 @@ def leave(*_: object) -> None:
     """Say so, and end the process at once."""
     if _saying.acquire(blocking=False):
         with contextlib.suppress(Exception):
-            os.write(2, f"error: {' '.join(message().split())}\n".encode())
+            # A progress bar may stand on a terminal's line, and have hidden the cursor.
+            begin = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
+            os.write(2, f"{begin}error: {' '.join(message().split())}\n".encode())
     else:  # another thread just does
         time.sleep(0.5)
     os._exit(STATUS)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant as jq
 from jaxquant.resume import Folder
 
 RUN = {"seed": 1}
@@ -143,3 +144,23 @@ def test_removed_it_is_gone_at_once(folder):
     folder.remove()
     assert not folder.path.exists()
     assert json.dumps(dict(Folder(folder.path, RUN))) == "{}"
+
+
+def test_what_another_method_gave_is_not_taken(tmp_path):
+    """Nor what other weights gave, though they share a folder."""
+    w = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    runs = {
+        "rtn": lambda **o: jq.quantize({"w": w}, jq.rtn(2, 8), **o),
+        "mse": lambda **o: jq.quantize({"w": w}, jq.rtn(2, 8, mse=True), **o),
+        "weights": lambda **o: jq.quantize({"w": 2 * w}, jq.rtn(2, 8), **o),
+    }
+    with Folder(tmp_path / "p", {}) as kept:
+        for name, run in runs.items():
+            seen = []
+            got, want = run(finished=kept, progress=seen.append)["w"], run()["w"]
+            assert seen[0].seconds > 0, name
+            for key, a in want.data.items():
+                np.testing.assert_array_equal(got.data[key], a)
+            again = run(finished=kept, progress=seen.append)["w"]
+            assert seen[1].seconds == 0
+            np.testing.assert_array_equal(again.data["codes"], want.data["codes"])
