@@ -286,10 +286,14 @@ def _stored(path: str) -> str:
     return path.replace("%", "%25").replace(":", "%3A")
 
 
-def _array(arrays: dict[str, Any], path: str, part: str = "") -> Any:
-    """By its name on disk, or, as earlier versions named it, by its path alone."""
+def _taken(arrays: dict[str, Any], path: str, part: str = "") -> Any:
+    """By its name on disk, or, as earlier versions named it, by its path alone; each one once."""
     name = f"{_stored(path)}{part}"
-    return arrays[name] if name in arrays else arrays[f"{path}{part}"]
+    name = name if name in arrays else f"{path}{part}"
+    if arrays[name] is None:
+        raise ValueError(f"{name!r} is of two leaves")
+    array, arrays[name] = arrays[name], None
+    return array
 
 
 def _check_leaf(path: str, leaf: Any) -> None:
@@ -341,7 +345,7 @@ def _unflatten(
         *parents, last = path.split("/")
         node = _node(tree, parents)
         if "parts" in leaf:
-            data = {part: _array(arrays, path, f":{part}") for part in leaf["parts"]}
+            data = {part: _taken(arrays, path, f":{part}") for part in leaf["parts"]}
             static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
             # Once a text.
             static["activations"] = Activations.of(static.get("activations"))
@@ -350,7 +354,7 @@ def _unflatten(
                 w = dataclasses.replace(w, data=w.format.from_disk(data, w.stored_rows))
             node[last] = w
         else:
-            node[last] = _array(arrays, path)
+            node[last] = _taken(arrays, path)
     return tree
 
 

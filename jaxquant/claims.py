@@ -115,8 +115,7 @@ def claim(path: str | Path, *, share: bool = True) -> Claim:
             info = os.fstat(descriptor)
             if _locked(path, descriptor):
                 if _is(path / LOCK, info):
-                    _sign(descriptor)
-                    return Claim(path, descriptor, made)
+                    return _signed(Claim(path, descriptor, made), descriptor)
                 os.close(descriptor)  # removed by the one who held it
                 continue
             holder = _holder(descriptor)
@@ -189,14 +188,19 @@ def _is(path: Path, info: os.stat_result) -> bool:
         return False
 
 
-def _sign(descriptor: int) -> None:
+def _signed(held: Claim, descriptor: int) -> Claim:
     """Who holds it; in place, so that at every moment the file begins as ours do."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     who = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
     data = OURS + json.dumps(who).encode() + b"\n"
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, data)
-    os.ftruncate(descriptor, len(data))
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, data)
+        os.ftruncate(descriptor, len(data))
+    except OSError as error:
+        held.end()
+        raise OSError(f"could not write {held.path / LOCK}: {error.strerror}") from error
+    return held
 
 
 def _holder(descriptor: int) -> str:

@@ -1,6 +1,7 @@
 """The driver: params, recipe, statistics -> params."""
 
 import dataclasses
+import hashlib
 import math
 import time
 import warnings
@@ -25,6 +26,8 @@ from jaxquant.rounding import Moments
 from jaxquant.sites import Site, is_weight
 from jaxquant.standin import is_standin
 from jaxquant.tensor import QTensor, part
+
+MARK = "report.of"  # the digest among what is finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,8 @@ def quantize(
         products' error; see `inputs.Inspection`.
       transforms: arrays of input transforms that are known already: from `learn`, `learn_blocks`.
       progress: called with `Done` after each matrix.
-      finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on.
+      finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on,
+        and a digest of its weights, second moments, method and key: of others it is not taken.
         What is in it is not done again, what is done is put in it. A mapping that lives on disk
         (`resume.Folder`) makes a long run resumable.
     Raises:
@@ -101,7 +105,7 @@ def quantize(
     new = {}
     for entry, method in todo:
         moments = _moments(entry.path, method, stats)
-        job = _Job(entry, method, draw, inputs, finished if finished is not None else {})
+        job = _Job(entry, method, draw, inputs, finished)
         new[entry.path] = job.run(leaves[entry.path], moments, report)
     return replace_leaves(params, new)
 
@@ -208,7 +212,7 @@ class _Job:
     method: Method
     draw: Draw
     inputs: Inputs
-    finished: Finished
+    finished: Finished | None
 
     def run(self, w: Array, moments: Moments, progress: _Progress) -> QTensor:
         entry, method = self.entry, self.method
@@ -224,9 +228,8 @@ class _Job:
         method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
-            start, before = time.monotonic(), name in self.finished
-            one = jax.tree.map(lambda a, i=i: a[i], moments)
-            data, report = self._one(i, name, matrices[i], one, method, abstract)
+            start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
+            data, report, before = self._one(i, name, matrices[i], one, method, abstract)
             # Of an input that calibration never saw, nobody knows what is lost.
             report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
             parts.append(data)
@@ -276,19 +279,33 @@ class _Job:
 
     def _one(
         self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
-    ) -> tuple:
-        if name in self.finished:
-            stored = {key: jnp.asarray(a) for key, a in self.finished[name].items()}
-            return stored, Report(*(stored.pop(f"report.{f}") for f in Report._fields))
+    ) -> tuple[dict[str, Array], Report, bool]:
+        """Arrays, report, and whether these were finished before."""
+        finished = None if abstract else self.finished
+        mark = b"" if finished is None else self._mark(w, moments, method)
+        kept = dict(finished.get(name, {})) if finished is not None else {}
+        if kept and np.asarray(kept.pop(MARK, ())).tobytes() == mark:
+            stored = {key: jnp.asarray(a) for key, a in kept.items()}
+            return stored, Report(*(stored.pop(f"report.{f}") for f in Report._fields)), True
         known = self._known(i)
         side = part(known, "input.") or None
         data, report = round_matrix(w, moments, self._keys(i), method, side)
         data |= {key: a for key, a in known.items() if key.startswith("activations.")}
         if not abstract:
             data, report = jax.block_until_ready((data, report))
+        if finished is not None:
             reports = {f"report.{field}": a for field, a in report._asdict().items()}
-            self.finished[name] = {**data, **reports}
-        return data, report
+            if taken := sorted(data.keys() & {*reports, MARK}):
+                raise ValueError(f"{name}: the format names an array {taken[0]!r}, which is taken")
+            finished[name] = {**data, **reports, MARK: np.frombuffer(mark, np.uint8)}
+        return data, report, False
+
+    def _mark(self, w: Array, moments: Moments, method: Method) -> bytes:
+        """A digest of what decides the result: what is finished of another matrix is not taken."""
+        digest = hashlib.blake2b(f"{method}{self.draw.name}".encode(), digest_size=16)
+        for a in (w, *jax.tree.leaves(moments)):
+            digest.update(np.asarray(a).tobytes())
+        return digest.digest()
 
     def _known(self, i: int) -> dict[str, Array]:
         """Arrays that the weights of this input share."""

@@ -6,8 +6,8 @@ Names are imported when they are first asked for: a command must heed signals be
 import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as of `typing`, which takes a while to import
 if TYPE_CHECKING:
     from models.generate import generate
     from models.llama import Llama, LlamaConfig, blockwise, init_cache
@@ -36,7 +36,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 class _Package(ModuleType):
     """A module that looks names up in its own table first, before what is set on it."""
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> object:
         # `generate` is the function, though importing the module of that name sets that here.
         home = _HOME.get(name)
         if home is None:

@@ -7,16 +7,17 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 STATUS = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds that a command has to clean up. Python hears of a signal between two of its own
 # instructions only, which native code may put off, and code it calls may swallow the exception.
 GRACE = 5.0
+AGAIN = 0.05  # seconds until a signal whose exception was lost is sent again
 
 
 class Interrupted(BaseException):
@@ -26,6 +27,8 @@ class Interrupted(BaseException):
 _about: Callable[[], str] = lambda: "no output was written"
 _grace = 0.0
 _watching = False
+_again = False  # the next signal is one that was lost
+_lost = False  # whether one was
 _saying = threading.Lock()
 
 
@@ -44,7 +47,9 @@ def leave(*_: object) -> None:
     """Say so, and end the process at once."""
     if _saying.acquire(blocking=False):
         with contextlib.suppress(Exception):
-            os.write(2, f"error: {' '.join(message().split())}\n".encode())
+            # A progress bar may stand on a terminal's line, and have hidden the cursor.
+            begin = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
+            os.write(2, f"{begin}error: {' '.join(message().split())}\n".encode())
     else:  # another thread just does
         time.sleep(0.5)
     os._exit(STATUS)
@@ -74,14 +79,16 @@ def working(own: bool) -> Iterator[None]:
     global _grace
     if own:
         arm()
+        sys.unraisablehook = _unraisable
     _grace, before = GRACE, {number: signal.getsignal(number) for number in SIGNALS}
     told = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: object) -> None:
         nonlocal told
-        if own and told:
+        global _again
+        if own and told and not _again:
             leave()
-        told = True
+        told, _again = True, False
         raise Interrupted
 
     try:
@@ -91,13 +98,29 @@ def working(own: bool) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _grace = 0.0 if not told else GRACE
+        _grace = GRACE if told else 0.0
+
+
+def _unraisable(problem: "sys.UnraisableHookArgs") -> None:
+    """What is raised in a callback of the garbage collector, say, is lost; here that is noted."""
+    global _lost
+    if isinstance(problem.exc_value, Interrupted):
+        _lost = True
+    else:
+        sys.__unraisablehook__(problem)
 
 
 def _watch(heard: int) -> None:
     """A thread: signals reach it while the main thread is in native code."""
-    while (got := os.read(heard, 1)) and got[0] not in SIGNALS:
-        pass
-    if _grace:
-        select.select([heard], [], [], _grace)
+    global _lost, _again
+    main, count, end = threading.main_thread().ident, 0, float("inf")
+    while time.monotonic() < end:
+        if select.select([heard], [], [], AGAIN if count else None)[0]:
+            count += os.read(heard, 1)[0] in SIGNALS
+            if count > 1 or (count and not _grace):
+                break
+            end = min(end, time.monotonic() + _grace) if count else end
+        elif _lost:
+            _lost, _again, count = False, True, 0
+            signal.pthread_kill(main, signal.SIGINT)
     leave()

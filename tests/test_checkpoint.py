@@ -73,6 +73,64 @@ def test_taken_places_are_refused(saved):
     with pytest.raises(ValueError, match="holds nested dicts"):
         checkpoint.save(path.parent / "n", [jnp.ones(3)])
     assert sorted(p.name for p in path.parent.iterdir()) == ["c", "mine"]
+    for name in ("thesis.txt", ".hidden", "d", "e"):
+        (path / name).write_text("precious")
+    with pytest.raises(ValueError, match=r"'\.hidden', 'd', 'e' and 1 more, which would be lost"):
+        checkpoint.save(path, params, overwrite=True)
+    assert (path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_folder_with_a_file_of_that_name_is_no_checkpoint(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / checkpoint.DESCRIPTION).write_text("{}")
+    with pytest.raises(ValueError, match="not a jaxquant checkpoint; it will not be overwritten"):
+        checkpoint.save(tmp_path / "c", {"a": jnp.ones(2)}, overwrite=True)
+
+
+def test_every_name_comes_back(tmp_path):
+    """A leaf may be called what a part of a packed one is; and whatever else a name may be."""
+    w = jq.quantize_array(draw(48, 32), jq.rtn(bits=4, group_size=16))
+    names = [
+        "",
+        ".",
+        "..",
+        "a.b",
+        ":",
+        "%",
+        "%3A",
+        "0",
+        "A",
+        "a",
+        "a\n",
+        "ü",
+        "a" * 300,
+        "zarr.json",
+    ]
+    tree = {
+        "w": w, "w:codes": jnp.ones(3), "w%3Acodes": jnp.zeros(4), "w:scales": w,
+        "in": {"w": w, "w:codes": w, "": jnp.ones(2)}, "none": {"of": {}},
+        **{name: jnp.full(2, i) for i, name in enumerate(names)},
+    }  # fmt: skip
+    checkpoint.save(tmp_path / "c", tree)
+    back = checkpoint.load(tmp_path / "c").params
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_names_of_earlier_versions(tmp_path, monkeypatch):
+    """They wrote a path as it is, and one array over the other where two had one name."""
+    w = jq.quantize_array(draw(48, 32), jq.rtn(group_size=16))
+    tree = {"v:codes": jnp.ones(3), "100%": jnp.ones(2), "w": w}
+    monkeypatch.setattr(checkpoint, "_stored", lambda path: path)
+    checkpoint.save(tmp_path / "c", tree)
+    checkpoint.save(tmp_path / "d", {"w": w, "w:codes": w.data["codes"]})
+    monkeypatch.undo()
+    back = checkpoint.load(tmp_path / "c").params
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    np.testing.assert_array_equal(back["v:codes"], tree["v:codes"])
+    with pytest.raises(ValueError, match="is damaged: 'w:codes' is of two leaves"):
+        checkpoint.load(tmp_path / "d")
 
 
 def test_damage_is_named(saved):
@@ -188,10 +246,66 @@ def test_what_cannot_be_stored_is_said_before_writing(tmp_path):
         checkpoint.save(tmp_path / "c", {"a": jnp.zeros((0, 3))})
     with pytest.raises(ValueError, match="no arrays"):
         checkpoint.save(tmp_path / "c", {})
+    for tree, message in (
+        ({"a": {"b": jax.random.key(0)}}, "'a/b' is an array of key"),
+        ({"a": np.array(["x"])}, "'a' is an array of <U1"),
+        ({"a": np.array([None])}, "'a' is an array of object"),
+        ({"a": {"b": [jnp.ones(2)]}}, "got list at 'a/b'"),
+        ({"a": None}, "got NoneType at 'a'"),
+        ({"a/b": jnp.ones(2)}, 'without "/"'),
+        ({"\ud800": jnp.ones(2)}, "UTF-8"),
+        (jq.quantize_array(draw(48, 32), jq.rtn(group_size=16)), "got QTensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save(tmp_path / "c", tree)
+    for metadata in ({"a": object()}, {("a", 1): 2}):
+        with pytest.raises(ValueError, match="metadata must be JSON values"):
+            checkpoint.save(tmp_path / "c", {"a": jnp.ones(2)}, metadata=metadata)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="not a writable directory"):
         checkpoint.check_target(tmp_path / "file" / "c")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_metadata_comes_back_as_json(tmp_path):
+    """Names are text in JSON, which sorts otherwise than numbers."""
+    checkpoint.save(tmp_path / "c", {"a": jnp.ones(2)}, metadata={2: (1, 2), 10: "x"})
+    assert checkpoint.load(tmp_path / "c").metadata == {"2": [1, 2], "10": "x"}
+    assert checkpoint.stored_metadata(tmp_path / "c") == {"2": [1, 2], "10": "x"}
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "3", "null", "{}", '"x"', '{"version": "x"}', '{"version": 1e999}', '{"version": []}',
+    DEEP, f'{{"version": 1, "a": {DEEP}}}', '{"version": NaN}', "\xff",
+])  # fmt: skip
+def test_a_description_of_nonsense(saved, text):
+    path, _ = saved
+    (path / checkpoint.DESCRIPTION).write_text(text, encoding="latin-1")
+    for ask in (checkpoint.load, checkpoint.stored_recipe, checkpoint.stored_metadata):
+        with pytest.raises(ValueError, match="is damaged"):
+            ask(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("files", []), ("files", {"a": 3}), ("arrays", []), ("arrays", {"b": 3}), ("arrays", {}),
+    ("arrays", {"b": {"shape": [2**62], "dtype": "int8"}}), ("metadata", None), ("leaves", {}),
+    ("arrays", {"b": {"shape": "x", "dtype": "int8"}}), ("leaves", [3]), ("leaves", [{}]),
+    ("leaves", [{"path": 3}]), ("leaves", [{"path": "b", "parts": 3}]), ("recipe", 3),
+    ("leaves", [{"path": "b", "parts": [], "format": {"type": "Zzz"}}]), ("recipe", [3]),
+    ("leaves", [{"path": "b"}, {"path": "b/c"}]), ("recipe", [{"pattern": "*", "method": {}}]),
+    ("recipe", [{"pattern": "*", "method": {"type": []}}]), ("empty", 3), ("empty", ["b", 3]),
+])  # fmt: skip
+def test_a_description_of_wrong_types_though_its_digest_is_right(saved, field, value):
+    path, _ = saved
+    file = path / checkpoint.DESCRIPTION
+    wrong = json.loads(file.read_text()) | {field: value}
+    del wrong["sha256"]
+    file.write_text(json.dumps(wrong | {"sha256": checkpoint._sha256_of(wrong)}))
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load(path)
 
 
 def test_others_may_read_it(saved):

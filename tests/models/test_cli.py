@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint
+from jaxquant import checkpoint, claims
+from jaxquant.resume import Folder
 from models import load, pipeline, self_text
 from models.cli import main
 from models.generate import _run
+from models.output import Output
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -98,6 +102,122 @@ def test_a_job_told_to_stop_leaves_no_output_and_goes_on(tiny, run, tmp_path, mo
     assert "going on from" in err
     assert err.count("(done before)") == 21
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.fixture
+def quick(tiny, tmp_path):
+    """The quickest command that writes tmp_path / "o"."""
+    return ("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
+
+
+def test_two_runs_on_one_output(quick, run, tmp_path):
+    """The later one stops at once, whatever it was asked for, and touches nothing."""
+    with Folder(tmp_path / "o.partial", {"seed": 1}) as kept:
+        kept["a"] = {"x": np.ones(3)}
+        message = "o.partial is in use by another run of this process"
+        fails(run(*quick), 1, message)
+        assert list(kept) == ["a"]
+    holds = f"import runpy, time; c = runpy.run_path({claims.__file__!r})['claim']; "
+    holds += f"h = c({str(tmp_path / 'o.partial')!r}); print(1, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        message = f"o.partial is in use by process {other.pid} on"
+        for command in (
+            quick,
+            ("train-bitnet", "--out", tmp_path / "o"),
+            ("finetune", quick[1], "--steps", 1, "--text", "builtin", "--out", tmp_path / "o"),
+        ):
+            fails(run(*command), 1, message)
+        other.kill()
+    assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]
+    status, _, err = run(*quick)
+    assert status == 0
+    assert "kept another run, of other" in err
+
+
+def test_an_output_that_another_run_has_written_meanwhile(
+    packed, quick, run, tmp_path, monkeypatch
+):
+    """It began when there was none; then it is not overwritten, and its own work stays."""
+    publish = Output.publish
+
+    def late(self, *rest):
+        shutil.copytree(packed, tmp_path / "o")
+        publish(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "publish", late)
+        fails(run(*quick), 1, "exists and is not empty; pass overwrite")
+    assert checkpoint.load(tmp_path / "o").recipe == checkpoint.load(packed).recipe
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
+    status, _, err = run(*quick, "--overwrite")
+    assert (status, err.count("(done before)")) == (0, 21)
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_killed_when_its_output_was_in_place(quick, run, tmp_path, monkeypatch, overwrite):
+    """The same command ends what it began; another one leaves the output alone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "remove", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        fails(run(*quick), 130, f"interrupted; the output is in {tmp_path / 'o'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
+    first = jax.tree.leaves(checkpoint.load(tmp_path / "o").params)
+    if not overwrite:
+        fails(run(*quick, "--seed", 7), 1, "exists and is not empty")
+        assert [p.name for p in tmp_path.iterdir()] == ["o"]
+        return
+    assert run(*quick)[0] == 0
+    for a, b in zip(first, jax.tree.leaves(checkpoint.load(tmp_path / "o").params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_folders_of_the_user_are_not_touched(quick, packed, run, tmp_path):
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / "run.json").write_text("{}")
+    fails(run(*quick), 1, "its files were not made by jaxquant; nothing in it was touched")
+    assert (tmp_path / "o.partial" / "run.json").read_text() == "{}"
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "thesis.txt").write_text("precious")
+    fails(run(*quick, "--overwrite"), 2, "not a jaxquant checkpoint; it will not be overwritten")
+    shutil.copytree(packed, tmp_path / "o", dirs_exist_ok=True)
+    fails(run(*quick, "--overwrite"), 2, "'thesis.txt', which would be lost")
+    shutil.rmtree(tmp_path / "o.partial")
+    (tmp_path / "o.partial").write_text("precious")
+    (tmp_path / "o" / "thesis.txt").unlink()
+    fails(
+        run(*quick, "--overwrite"), 1, "o.partial is needed to work in, but it is not a directory"
+    )
+    assert (tmp_path / "o.partial").read_text() == "precious"
+
+
+def test_what_a_run_leaves_when_it_was_just_over_goes(packed, quick, run, tmp_path):
+    shutil.copytree(packed, tmp_path / "o")
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / claims.LOCK).write_bytes(claims.OURS)
+    fails(run(*quick), 2, "exists and is not empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
+    """To the very arrays of a run without damage; a line says so."""
+    assert run(*quick[:-1], tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digests", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        fails(run(*quick), 130, f"the same command goes on from {tmp_path / 'o.partial'}")
+    for file in list((tmp_path / "o.partial").glob("*.bin"))[:3]:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 16
+        file.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = run(*quick)
+    assert (status, " ".join(err.split()).count("is done again")) == (0, 3)
+    assert err.count("(done before)") == 18
+    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "o"))
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 KILLED = """
