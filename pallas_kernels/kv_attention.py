@@ -90,10 +90,13 @@ class _Sums(NamedTuple):
 
     def add(self, scores: Array, values: Array, visible: Array) -> "_Sums":
         scores = jnp.where(visible, scores, -jnp.inf)
+        # A weight of zero does not hide NaN, such as a place may hold that is not in use.
+        used = jnp.any(jnp.atleast_2d(visible), axis=0)[:, None]
+        values = jnp.where(used, values.astype(jnp.float32), 0.0)
         most = jnp.maximum(self.most, jnp.max(scores, axis=-1, keepdims=True))
         weights, before = jnp.exp(scores - most), jnp.exp(self.most - most)
         total = self.total * before + jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = jnp.einsum("bkrs,bksd->bkrd", weights, values.astype(jnp.float32))
+        mixed = jnp.einsum("bkrs,bksd->bkrd", weights, values)
         return _Sums(most, total, self.mixed * before + mixed)
 
 

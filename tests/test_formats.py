@@ -103,7 +103,7 @@ def test_empty_products_and_look_ups_are_empty(format):
     assert format.rows(data, none, 48).shape == (0, 32)
 
 
-@all_formats
+@pytest.mark.parametrize("format", [*FORMATS, jq.Dense()], ids=str)
 def test_a_row_that_is_not_finite_is_nan_and_no_other(format):
     """Of products and of cotangents."""
     data, x, g = format.encode(draw(48, 32)), draw(5, 48, seed=1), draw(5, 32, seed=2)

@@ -52,6 +52,7 @@ class Decoding:
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
+        x = forms.rounded(x, "float")
         return decoded.matmul_transposed(x, data, self.decode, self.spans, k)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:

@@ -49,6 +49,7 @@ class Dense:
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
+        x = forms.rounded(x, "float")
         return jnp.dot(x, data["codes"].T.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:

@@ -251,6 +251,7 @@ class EntropyCoded:
     def matmul_transposed(
         self, g: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
+        g = forms.rounded(g, "float")
         w = self.dequantize(data, k).astype(g.dtype)
         return jnp.dot(g, w.T, preferred_element_type=jnp.float32)
 

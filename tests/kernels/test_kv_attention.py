@@ -131,8 +131,8 @@ def test_the_kernel_is_its_reference(case):
             assert error(kernel(*arrays_of(*arguments)), want) < 3e-5, (before, tokens)
 
 
-@needs_native
-def test_what_is_hidden_is_not_read():
+@pytest.mark.parametrize("attend", [kv_attention, by_reference])
+def test_what_is_hidden_is_not_read(attend):
     arguments = draw(CASES[0], 100, 1)
     past = arguments[3]
     slots = lambda a, first: a.at[:, :, :, first:].set(jnp.nan)
@@ -143,8 +143,18 @@ def test_what_is_hidden_is_not_read():
         ring_v=slots(past.ring_v, 36),
     )
     again = [spoilt if a is past else a for a in arguments]
-    np.testing.assert_array_equal(kv_attention(*again), kv_attention(*arguments))
-    assert jnp.isnan(kv_attention(*again[:5], again[5] + 1, again[6])).all()
+    np.testing.assert_array_equal(attend(*again), attend(*arguments))
+    assert jnp.isnan(attend(*again[:5], again[5] + 1, again[6])).all()
+
+
+@pytest.mark.parametrize("attend", [kv_attention, by_reference])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_query_that_is_not_finite_is_nan_and_no_other(attend, value):
+    q, *rest = draw(CASES[0], 96, 5)
+    clean, wrong = attend(q, *rest), np.array(attend(q.at[1, 2, 4, 7].set(value), *rest))
+    assert np.isnan(wrong[1, 2, 4]).all()
+    wrong[1, 2, 4] = clean[1, 2, 4]
+    np.testing.assert_array_equal(wrong, clean)
 
 
 @needs_native
