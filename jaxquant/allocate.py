@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Stats
 from jaxquant.methods import KEEP, Method
 from jaxquant.opened import added_bytes
@@ -110,6 +111,7 @@ def allocate(
     >>> sorted(o.method.format.bits for o in best.chosen), round(best.highest, 3)
     ([3, 3], 4.312)
     """
+    check_arguments(allocate, locals())
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     choices = Choices.of(params, methods, stats.sites, paths=paths, healed=healed)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Weighting, calibrate
 from jaxquant.dispatch import quantized
 from jaxquant.methods import Method
@@ -49,6 +50,7 @@ def quantize_blocks(
     >>> q["w"].shape
     (3, 32, 32)
     """
+    check_arguments(quantize_blocks, locals())
     states = list(hidden)
     run = jax.jit(quantized(block))
     done = []

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments, described
 from jaxquant.magnitude import shifted, unit
 from jaxquant.observe import Seen, arrays_only, holders, planted, total, zeros
 from jaxquant.paths import matches
@@ -169,6 +170,8 @@ class Stats:
         Raises:
           ValueError: calibration did not keep it, and how it would.
         """
+        if name not in Probe._fields:
+            raise ValueError(f"expected one of {', '.join(Probe._fields)}, got {name!r}")
         found = getattr(self.of(path), name)
         if found is None:
             what, option = {
@@ -259,7 +262,8 @@ def calibrate(
     Returns:
       `Stats`.
     Raises:
-      ValueError: no batches, or gradient weighting without a loss.
+      ValueError: no batches, or gradient weighting without a loss; a glob of `output` that matches
+        nothing; a loss that is no scalar.
     Warns:
       naming the weights whose statistics are all zero, and of a stack (experts, say) the matrices
       whose are; the weights that are multiplied in two ways (w after w.T).
@@ -273,6 +277,7 @@ def calibrate(
     >>> bool(jnp.allclose(s.gram("w"), x.T @ x / 2))
     True
     """
+    check_arguments(calibrate, locals())
     weighting = weighting or ("gradient" if loss is not None else "uniform")
     if weighting not in (known := get_args(Weighting)):
         raise ValueError(f"weighting must be one of {', '.join(known)}, got {weighting!r}")
@@ -280,11 +285,14 @@ def calibrate(
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
     if output and weighting != "gradient":
         raise ValueError('output= needs weighting="gradient", and a loss')
+    if sample < 0:
+        raise ValueError(f"sample is a number of rows, 0 or more, got {sample}")
     params, fn = arrays_only(params, fn)
     sums, plan = None, None
     for i, batch in enumerate(batches):
         if sums is None:
             found = sites(fn, params, *_args(batch))
+            _check_globs(found, output)
             plan = _Plan.of(found, weighting, gram, tuple(output), sample)
             sums = plan.probes() if resume is None else jax.tree.map(jnp.asarray, resume[1])
         if resume is None or i >= resume[0]:
@@ -327,6 +335,16 @@ def _doubts(
             yield (
                 f"{names}: no input reached {len(places)} of {unseen.size} matrices, {some}; "
                 f"feedback knows nothing of them"
+            )
+
+
+def _check_globs(found: Mapping[str, Site], globs: Sequence[str]) -> None:
+    paths = [path for path, site in found.items() if site.contracted]
+    for glob in globs:
+        if not any(matches(path, glob) for path in paths):
+            raise ValueError(
+                f"output: {glob!r} matches no weight that the function multiplies by; these are "
+                f"{', '.join(paths[:6]) or 'none'}{', ...' * (len(paths) > 6)}"
             )
 
 
@@ -381,7 +399,12 @@ def _step(
 
     def scalar(probes: dict) -> Array:
         out = run(fn, planted(params, plan.held, probes, plan.kept), *_args(batch))
-        return total(out) if loss is None else loss(out, batch)
+        if loss is None:
+            return total(out)
+        value = jnp.asarray(loss(out, batch))
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"loss must return a floating scalar, got {described(value)}")
+        return value
 
     # A probe's value is never read, so the running sums serve, and no zeros take memory.
     return plan.merged(sums, jax.grad(scalar)(sums))

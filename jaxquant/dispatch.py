@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import quax
 
+from jaxquant.arguments import check_arguments
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.standin import StandIn, is_standin, listening, run
 from pallas_kernels import dispatch as table
@@ -39,6 +40,7 @@ def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[...,
     >>> y.shape
     (2, 4)
     """
+    check_arguments(quantized, locals())
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -91,6 +93,9 @@ def explain(
         the weights lies on several devices, the program is one that the compiler splits.
       platform: "cpu", "tpu" or "cuda", whose kernels are meant; default: this machine's.
     """
+    check_arguments(explain, locals())
+    if platform not in (None, "cpu", "tpu", "cuda"):
+        raise ValueError(f"platform must be cpu, tpu or cuda, got {platform!r}")
     log = _Log([])
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}

@@ -2,11 +2,13 @@
 
 import dataclasses
 import zlib
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+
+from jaxquant.arguments import described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Draw:
     def of(key: Array | None) -> "Draw":
         if key is None:
             return Draw(jax.random.key(0), "default")
-        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        data = _data(key)
         traced = isinstance(data, jax.core.Tracer)
         return Draw(key, "" if traced else np.asarray(data).tobytes().hex())
 
@@ -31,3 +33,13 @@ class Draw:
     def of_input(self, leader: str, i: int) -> Array:
         """For the transform that weights share with the leader of their input."""
         return self.of_matrix(f"input of {leader}", i)
+
+
+def _data(key: Any) -> Array:
+    """The numbers of a key; ValueError if it is none."""
+    try:
+        return jax.random.key_data(key)
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"expected a key, such as jax.random.key(0), got {described(key)}"
+        ) from None

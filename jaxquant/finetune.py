@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, Values, close_tree, open_tree, trained
 from jaxquant.paths import common_stack_size, path_leaves
@@ -65,6 +66,7 @@ def heal(
     >>> far({"w": better["w"].dequantize()}) < far({"w": q["w"].dequantize()})
     True
     """
+    check_arguments(heal, locals())
     opened = open_tree(params, also)
     trainer = Trainer(partial(_loss, fn), healing)
     change = trainer.fit_sequences(
@@ -107,6 +109,7 @@ def recode(
     >>> far(better["w"]) < far(q)
     True
     """
+    check_arguments(recode, locals())
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
     if not any(can_recode(w) for _, w in path_leaves(params)):
@@ -166,6 +169,7 @@ def heal_blocks(
     >>> heal_blocks(block, q, {"w": w}, x)["w"].shape
     (2, 32, 32)
     """
+    check_arguments(heal_blocks, locals())
     blocks = common_stack_size(params, teacher)
     trainer, plain = Trainer(partial(_block_loss, block), healing), jax.jit(block)
     of_block = lambda tree, i: jax.tree.map(lambda a: a[i], tree)

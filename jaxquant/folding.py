@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Probe, Stats
 from jaxquant.draw import Draw
 from jaxquant.inputs import Inputs, Inspection, Member
@@ -68,6 +69,7 @@ def fold(
     >>> dict(folded.recipe.rules)["w"].input is None
     True
     """
+    check_arguments(fold, locals())
     entries = resolve(recipe, params, stats.sites).entries
     todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
     left: dict[str, Any] = {e.path: e.method for e in entries}

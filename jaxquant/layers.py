@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Stats
 from jaxquant.paths import stack_size
 from jaxquant.sites import Site
@@ -29,6 +30,7 @@ def unstack(params: Any, name: str) -> Any:
     >>> {k: v["w"].shape for k, v in unstack({"a": {"w": jnp.ones((2, 3, 4))}}, "a")["a"].items()}
     {'0': (3, 4), '1': (3, 4)}
     """
+    check_arguments(unstack, locals())
     stack = _entry(params, name)
     layer = lambda i: jax.tree.map(lambda leaf: _cut(leaf, i), stack, is_leaf=is_standin)
     return {**params, name: {str(i): layer(i) for i in range(stack_size(stack))}}
@@ -46,6 +48,7 @@ def restack(params: Any, name: str) -> Any:
     >>> restack(jq.quantize(apart, mixed), "a")["a"]["w"].shape
     (2, 64, 4)
     """
+    check_arguments(restack, locals())
     layers = layers_of(params, name)
     return {**params, name: jax.tree.map(_stacked, *layers, is_leaf=is_standin)}
 
@@ -91,6 +94,7 @@ def _stacked(*leaves: Any) -> Any:
 
 def unstack_stats(stats: Stats, name: str) -> Stats:
     """What calibration saw, of the tree that `unstack` makes."""
+    check_arguments(unstack_stats, locals())
     prefix = f"{name}/"
     count = {s.shape[0] for p, s in stats.sites.items() if p.startswith(prefix)}
     if len(count) != 1:

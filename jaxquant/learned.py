@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Stats
 from jaxquant.codebooks import Dense
 from jaxquant.codebooks.integer import Integer, spread
@@ -68,6 +69,7 @@ def learn(
     Source:
       Sun et al. 2024, arXiv:2410.09426, learn by blocks only.
     """
+    check_arguments(learn, locals())
     weights = _Weights.of(params, recipe, stats, transforms)
     opened = weights.opened(params, Draw.of(key))
 
@@ -109,6 +111,7 @@ def learn_blocks(
     Source:
       Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block what floats before it give.
     """
+    check_arguments(learn_blocks, locals())
     weights = _Weights.of(params, recipe, stats, None, f"{name}/")
     run = lambda change, opened, h: quantized(block)(weights.rounded(opened, change), h)
     loss = lambda change, opened, h, after: relative_error(run(change, opened, h), after)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Stats
 from jaxquant.cayley import Cayley
 from jaxquant.codebooks import Dense
@@ -94,6 +95,7 @@ def learn_rotation(
     >>> bool(jnp.allclose(r @ r.T, jnp.eye(8), atol=1e-6))
     True
     """
+    check_arguments(learn_rotation, locals())
     start = jnp.asarray(start, jnp.float32)
     turned = rotate_residual(params, residual, start)
     seen = stats if isinstance(stats, Stats) else None

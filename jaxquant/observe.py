@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import quax
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.sites import Site, sites
@@ -327,6 +328,7 @@ def observe(
     >>> [(path, seen.weights, float(seen.summary)) for path, seen in found.items()]
     [('k', ('k', 'q'), 3.0)]
     """
+    check_arguments(observe, locals())
     packed = [path for path, leaf in path_leaves(params) if is_standin(leaf)]
     if packed:
         raise ValueError(

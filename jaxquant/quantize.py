@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.activations import Activations
+from jaxquant.arguments import check_arguments, differentiated
 from jaxquant.calibrate import Stats, seen
 from jaxquant.draw import Draw
 from jaxquant.inputs import Inputs, Inspection, Member
@@ -72,7 +73,8 @@ def quantize(
       params: tree of floating arrays.
       recipe: a `Recipe`, or one method for every weight the function contracts.
       stats: `calibrate`'s result; or `sites`' result; or None (the last axis is the output).
-      key: randomness of methods that need it (rotations, k-means); default `jax.random.key(0)`.
+      key: randomness of methods that need it (rotations, k-means), a `jax.random.key`, no number;
+        default `jax.random.key(0)`.
       inspect: what judges the candidates of a transform that is searched for, in place of the
         products' error; see `inputs.Inspection`.
       transforms: arrays of input transforms that are known already: from `learn`, `learn_blocks`.
@@ -92,6 +94,8 @@ def quantize(
     >>> q["w"].bits_per_weight, q["b"].shape
     (4.3125, (8,))
     """
+    check_arguments(quantize, locals())
+    _check_not_differentiated(params)
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
     todo = [Member(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
@@ -135,10 +139,12 @@ def quantize_array(
     >>> jq.quantize_array(jnp.ones((64, 32)), jq.rtn(bits=2, group_size=32)).bits_per_weight
     2.5625
     """
+    check_arguments(quantize_array, locals())
     if not isinstance(method, Method):
         raise ValueError(f"expected a method, such as gptq(bits=4), got {method!r}")
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
+    _check_not_differentiated(w)
     stats = None
     if inputs is not None:
         if inputs.ndim != 2 or inputs.shape[1] != w.shape[0]:
@@ -158,6 +164,14 @@ def quantize_array(
     shared = Inputs.of([Member(entry, method)], None, {"w": w}, stats)
     job = _Job(entry, method, Draw.of(key), shared, {})
     return job.run(w, moments, _Progress(1, None))
+
+
+def _check_not_differentiated(params: Any) -> None:
+    if any(differentiated(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "quantizing has no gradient: train with jaxquant.qat or jaxquant.latent, which round "
+            "in every step, or differentiate jaxquant.quantized(fn) in its other arguments"
+        )
 
 
 def _check_statistics(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> None:
@@ -409,6 +423,7 @@ def with_activations(params: Any, activations: Activations | str | None) -> Any:
     >>> str(q["w"].activations)
     'int8'
     """
+    check_arguments(with_activations, locals())
     form = Activations.of(activations)
 
     def change(w: Any) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments, described
 from jaxquant.fields import shown
 from jaxquant.methods import KEEP, Keep, Method, named_method
 from jaxquant.paths import matches, path_leaves
@@ -33,8 +34,14 @@ class Recipe:
     rules: tuple[tuple[str, Method | Keep], ...]
 
     def __init__(self, rules: Sequence[tuple[str, Method | Keep]]) -> None:
+        if not isinstance(rules, Sequence) or isinstance(rules, str):
+            raise ValueError(
+                f"a recipe is a sequence of rules (path glob, method or KEEP), got "
+                f"{described(rules)}"
+            )
         for rule in rules:
-            if len(rule) != 2 or not isinstance(rule[0], str):
+            pair = isinstance(rule, Sequence) and len(rule) == 2
+            if not pair or not isinstance(rule[0], str):
                 raise ValueError(f"a rule is (path glob, method or KEEP), got {rule!r}")
             if not isinstance(rule[1], Method | Keep):
                 raise ValueError(f"rule {rule[0]!r}: expected a method or KEEP, got {rule[1]!r}")
@@ -153,6 +160,7 @@ def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | No
     Warns:
       what a bare method leaves floating, and why.
     """
+    check_arguments(resolve, locals())
     leaves = path_leaves(params)
     if not isinstance(recipe, Method | Recipe):
         raise ValueError(f"expected a Recipe or a method, such as gptq(bits=4), got {recipe!r}")

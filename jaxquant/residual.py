@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.paths import matches, path_leaves, replace_leaves
 
 
@@ -48,6 +49,7 @@ def rotate_residual(params: Any, residual: Residual, rotation: Float[Array, "d d
     >>> bool(jnp.allclose(fn(turned, x), fn(p, x), atol=1e-5)), turned["gain"].tolist()
     (True, [1.0, 1.0, 1.0, 1.0])
     """
+    check_arguments(rotate_residual, locals())
     d = len(rotation)
     if rotation.shape != (d, d) or not jnp.allclose(rotation @ rotation.T, jnp.eye(d), atol=1e-4):
         raise ValueError("the rotation must be a square matrix with orthonormal rows")

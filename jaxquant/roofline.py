@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxquant.activations import kernel_form
+from jaxquant.arguments import check_arguments
 from jaxquant.paths import path_leaves
 from jaxquant.tensor import QTensor, part
 from pallas_kernels import chips, rates
@@ -75,6 +76,7 @@ def roofline(params: Any, chip: str, tokens: int = 1) -> Roofline:
     >>> print(roofline(q, "v5e").bounds[0].bound, roofline(q, "v5e", 4096).bounds[0].bound)
     memory multiplying
     """
+    check_arguments(roofline, locals())
     if chip not in chips.CHIPS:
         raise ValueError(f"chip must be one of {', '.join(chips.CHIPS)}, got {chip!r}")
     weights = [(p, w) for p, w in path_leaves(params) if w.ndim > 1]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Stats
 from jaxquant.magnitude import ratios, unit
 from jaxquant.methods import entropy_coded
@@ -44,6 +45,7 @@ def shares(params: Any, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str
     >>> {path: round(bits, 2) for path, bits in shares(params, stats).items()}
     {'a': -2.0, 'b': 2.0}
     """
+    check_arguments(shares, locals())
     named = lambda path: any(matches(path, glob) for glob in paths)
     found = [(p, w) for p, w in path_leaves(params) if p in stats.holder and named(p)]
     if not found:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import quax
 
 from jaxquant import picking
+from jaxquant.arguments import check_arguments
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.standin import Pick, StandIn, is_standin, run
@@ -68,6 +69,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dic
     >>> s["w"].contracted, s["w"].output
     ((0,), (1,))
     """
+    check_arguments(sites, locals())
     log = _Log([], [])
     leaves = {p: w for p, w in path_leaves(params) if is_weight(w)}
     tracked = replace_leaves(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.dispatch import quantized
 from jaxquant.opened import Opened, check_globs
 from jaxquant.paths import common_stack_size, path_leaves, replace_leaves
@@ -81,6 +82,7 @@ def qat(
     >>> far(jq.freeze(better)) < far(jq.freeze(p))
     True
     """
+    check_arguments(qat, locals())
     opened = open_latent(params, how)
     trainer = Trainer(partial(_loss, fn), how, how.rule())
     change = trainer.fit_sequences(
@@ -133,6 +135,7 @@ def qat_blocks(
       Block-AP of EfficientQAT (Chen et al. 2024, arXiv:2407.11062). We differ: the error is
       relative, since a few tokens' outputs are thousands of times as large as others'.
     """
+    check_arguments(qat_blocks, locals())
     blocks = common_stack_size(params, teacher)
     trainer = Trainer(partial(_block_loss, block), how, how.rule())
     plain = jax.jit(quantized(block))

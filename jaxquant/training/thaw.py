@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.calibrate import Stats
 from jaxquant.codebooks import Integer
 from jaxquant.codebooks.table import Table
@@ -54,6 +55,7 @@ def latent(
     >>> sorted(g["w"].data), g["b"].shape
     (['codes', 'scale'], (64,))
     """
+    check_arguments(latent, locals())
     return thaw(quantize(params, recipe, stats, **options), recipe, floats=params)
 
 
@@ -70,6 +72,7 @@ def thaw(params: Any, recipe: Recipe | Method, *, floats: Any = None) -> Any:
       ValueError: nothing in it is quantized where the recipe has a method, or a pattern of it
         matches nothing; a format that the estimator cannot train.
     """
+    check_arguments(thaw, locals())
     rules = [("*", recipe)] if isinstance(recipe, Method) else list(recipe.rules)
     leaves = path_leaves(params)
     for pattern, _ in rules:
@@ -196,6 +199,7 @@ def labels(params: Any, also: Sequence[str] = ("*",)) -> Any:
     >>> labels(jq.latent({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.lsq(bits=4)))["w"].data
     {'codes': 'weight', 'scale': 'scale'}
     """
+    check_arguments(labels, locals())
 
     def of_weight(w: QTensor) -> QTensor:
         found: dict[str, Any] = {
@@ -233,6 +237,7 @@ def trained(params: Any, *kinds: str, also: Sequence[str] = ("*",)) -> Any:
     >>> train["v"] is None, rest["w"].data["codes"] is None
     (True, True)
     """
+    check_arguments(trained, locals())
     wanted = kinds or tuple(name for name in LABELS if name != FROZEN)
     if unknown := set(wanted) - set(LABELS):
         raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.arguments import check_arguments
 from jaxquant.fields import check_fields, check_positive
 from jaxquant.paths import path_leaves, replace_leaves
 from jaxquant.tensor import QTensor
@@ -93,6 +94,7 @@ def zo_value_and_grad(
     >>> g["w"].round(0).tolist()
     [2.0, -4.0]
     """
+    check_arguments(zo_value_and_grad, locals())
 
     def run(params: Any, *args: Any, key: Array) -> tuple[Array, Any]:
         value, slope = estimate(loss, params, key, how, *args)
@@ -124,6 +126,7 @@ def zo_step(
     >>> float(loss(p)) < 0.01
     True
     """
+    check_arguments(zo_step, locals())
 
     def step(params: Any, key: Array, rate: Any, *args: Any) -> tuple[Any, Array, Slope]:
         value, slope = estimate(loss, params, key, how, *args)
