@@ -26,7 +26,7 @@ LONGEST = 500  # characters of an error
 
 
 def judge(cases: dict[str, list[Case]], seed: int, number: int, place: Path) -> dict[str, Any]:
-    """Make and read one input; what was found, or {} ."""
+    """Make and read one input; what was found, or {}."""
     rng = random.Random(f"{seed} {number}")
     reader = sorted(cases)[number % len(cases)]
     case = rng.choice(cases[reader])
@@ -54,7 +54,9 @@ def _read(case: Case, target: Path) -> dict[str, Any]:
         text = str(error)
         if type(error) is ValueError and text and len(text) <= LONGEST + len(str(target)):
             return {} if "\n" not in text else {"error": "more than a line", "text": text[:300]}
-        return {"error": f"{type(error).__name__} of {len(text)}", "text": text[:300]}
+        plain = type(error) is ValueError
+        name = f"a line of {len(text)}" if plain else type(error).__name__
+        return {"error": name, "text": text[:300]}
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{Path(where.filename).name}:{where.lineno}"

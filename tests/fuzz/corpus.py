@@ -208,13 +208,16 @@ def _partial(place: Path, write: bool) -> list[Case]:
         for i in range(4):
             made[f"matrix {i}"] = {"codes": rng.integers(0, 99, (5, 7), np.int32),
                                    "scale": rng.normal(size=4).astype(np.float32)}  # fmt: skip
+        made.close()
     return [_case(folder, _names(folder), _resumed)]
 
 
 def _resumed(folder: Path) -> Any:
     """What is there to go on with: any of it may be missing, for it is made again."""
     kept = Folder(folder, RUN)
-    return {name: {k: v.tobytes() for k, v in kept[name].items()} for name in kept}
+    found = {name: {k: v.tobytes() for k, v in kept[name].items()} for name in kept}
+    kept.close()
+    return found
 
 
 def _recipes(place: Path, write: bool) -> list[Case]:
