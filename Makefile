@@ -18,7 +18,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-kernels kernels \
-	test-memory test-gpu test-device demo bench bench-llama curve clean
+	fuzz test-memory test-gpu test-device demo bench bench-llama curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -100,6 +100,10 @@ test-memory: venv ## the native kernels' tests under AddressSanitizer (5 minutes
 
 test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run
+
+SECONDS ?= 60
+fuzz: venv       ## mutated files to every reader for SECONDS=60; an input again: python -m tests.fuzz --only NUMBER
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 test-gpu:        ## one case of each fast test on a GPU, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(ONE_CASE)

@@ -64,7 +64,7 @@ def _wanted(wanted: Any, got: Any = None) -> str:
     if origin in (Union, types.UnionType):
         return _either([_wanted(one, got) for one in args])
     if origin is Literal:
-        return _either([f'"{one}"' for one in args])
+        return f"one of {args}"
     if origin is tuple:
         return f"a tuple of {_wanted(args[0])}"
     if wanted is int and isinstance(got, int) and not isinstance(got, bool):

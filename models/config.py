@@ -249,6 +249,5 @@ class _Fields(Schema):
     def _together(self) -> Self:
         check_heads(("n_heads", "n_kv_heads", "head_dim"), self.n_heads, self.n_kv_heads,
                     self.head_dim)  # fmt: skip
-        bos = [] if self.bos_id is None else [self.bos_id]
-        check_ids(self.vocab_size, eos_ids=list(self.eos_ids), bos_id=bos)
+        check_ids(self.vocab_size, bos_id=[] if self.bos_id is None else [self.bos_id])
         return self

@@ -150,7 +150,8 @@ class Index(Schema):
     @model_validator(mode="after")
     def _inside(self) -> Self:
         for shard in set(self.weight_map.values()):
-            if shard in ("", ".", "..") or set(shard) & set("/\\\0") or len(shard) > 255:
+            plain = shard.isprintable() and not set(shard) & set("/\\") and len(shard) <= 255
+            if not plain or shard in ("", ".", ".."):
                 raise ValueError(
                     f"weight_map must name files of its own folder, got {shown(shard)}"
                 )

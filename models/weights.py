@@ -20,7 +20,8 @@ SMALL = 2**20  # weights
 def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its path, such as "layers/attn/q/kernel"; computes nothing."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tree = jax.eval_shape(model.init, key, tokens)["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
@@ -65,7 +66,7 @@ def assemble(
         for slot, name in zip(slots, names[path], strict=True):
             value = read(name)
             _fill(slot, value.T if path.endswith("/kernel") else value, name)
-        params[path] = jnp.asarray(stack)
+        params[path] = jax.device_put(stack)
     return traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -43,8 +43,11 @@ def random_tensors():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("bert"))
+
+
+def write(at):
     """An encoder with random weights, its words the numbers from 4 to 49."""
-    at = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(4, HF["vocab_size"]))]
     vocab = {word: i for i, word in enumerate(words)}
     ends = {name: {"id": name, "ids": [vocab[name]], "tokens": [name]} for name in words[2:4]}
