@@ -383,7 +383,10 @@ def _check_values(w: Array, path: str, moments: Moments) -> None:
     if not bool(jnp.all(jnp.isfinite(w))):
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
     if not all(bool(jnp.all(jnp.isfinite(m))) for m in moments if m is not None):
-        raise ValueError(f"{path}: statistics are not finite; check the calibration data")
+        raise ValueError(
+            f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
+            f"squares float32 cannot hold)"
+        )
 
 
 def bits_per_weight(params: Any) -> float:

@@ -145,7 +145,10 @@ class QTensor(StandIn):
         for _ in batch:
             matrix = jax.vmap(matrix)
         w = matrix(self.data).reshape(*batch, *self.view.k, *self.outputs)
-        return jnp.transpose(w, self.axes()).astype(self.logical_dtype)
+        w = jnp.transpose(w, self.axes())
+        if self.logical_dtype == "float16":  # whose largest number may have been rounded up
+            w = jnp.clip(w, -65504.0, 65504.0)
+        return w.astype(self.logical_dtype)
 
     def materialise(self) -> Array:
         """Fallback of every primitive without a rule: correct, slower, and reported."""

@@ -7,6 +7,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.methods import METHODS
+from jaxquant.rounding import Nearest
 
 from .test_dispatch import draw
 
@@ -74,3 +75,56 @@ def check_inputs(got, want, c):
     for name, a in want.data.items():
         factor = c if name == "activations.scale" else 1
         np.testing.assert_array_equal(got.data[name], a * jnp.asarray(factor, a.dtype))
+
+
+LATENT = [
+    jq.bitnet(None),
+    jq.zeroqat(2, scale_dtype="float32"),
+    jq.lsq(2, scale_dtype="bfloat16"),
+    jq.Method("made", Nearest(), jq.E8P(2)),
+]
+
+
+@pytest.mark.parametrize("method", LATENT, ids=lambda m: m.name)
+def test_nor_do_they_of_weights_that_train(method):
+    """BitNet's least scale, 1e-5, would make zeros of small weights."""
+    w = draw(64, 16)
+    frozen = lambda c: jq.freeze(jq.latent({"w": w * c}, method))["w"].dequantize()
+    want = frozen(1.0)
+    assert jnp.any(want != 0)
+    for c in (2.0**-80, 2.0**66):
+        np.testing.assert_array_equal(frozen(c), c * want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_half_precision(dtype):
+    """As large and as small as the dtype goes; and nothing finite becomes infinite."""
+    w, info = draw(64, 32), jnp.finfo(dtype)
+    w = (w / jnp.max(jnp.abs(w))).astype(dtype)
+    for method in (jq.rtn(), jq.float8(), jq.quip_sharp(4)):
+        for c in (min(float(info.max), 1e30), 1.0, max(float(info.tiny), 1e-30)):
+            scaled = (w.astype(jnp.float32) * c).astype(dtype)
+            if not (method.format.wide or 1e-5 < c < 1e6):
+                with pytest.raises(ValueError, match="outside the range of float16"):
+                    jq.quantize_array(scaled, method, jnp.eye(64))
+                continue
+            q = jq.quantize_array(scaled, method, jnp.eye(64))
+            error = q.dequantize().astype(jnp.float32) - scaled.astype(jnp.float32)
+            assert jnp.max(jnp.abs(error)) < 0.3 * jnp.max(jnp.abs(scaled)), (method.name, c)
+
+
+def test_what_is_encoded_directly_is_judged_too():
+    for format in (jq.Integer(4), jq.Float8(scale_dtype="float16"), jq.Additive(1, 4, 8)):
+        for c in (1e-20, 1e20):
+            with pytest.raises(ValueError, match="outside the range of float16"):
+                format.encode(draw(64, 8) * c)
+
+
+def test_bits_are_shared_out_by_magnitudes_that_have_no_squares():
+    w = jax.random.normal(jax.random.key(0), (32, 32))
+    fn = lambda p, x: jnp.concatenate([x @ p["a"], x @ p["b"]], -1)
+    for c in (1.0, 1e-25, 1e18):
+        params = {"a": c * w, "b": 16 * c * w}
+        stats = jq.calibrate(fn, params, [jnp.eye(32)], loss=lambda y, x: jnp.sum(y), output=["*"])
+        found = jq.shares(params, stats)
+        np.testing.assert_allclose([found["a"], found["b"]], [-2, 2], atol=1e-4)

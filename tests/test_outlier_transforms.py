@@ -33,14 +33,21 @@ def known(k=48):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 def test_smoothing_shares_sizes_out(alpha):
-    """max|x| / s = (max|x| max|w|)^(1 - alpha): at 1/2, inputs and weights are alike."""
+    """max|x| / s = (max|x| max|w|)^(1 - alpha): at 1/2, inputs and weights are alike.
+
+    All but for a factor that all channels have in common, and the weights its inverse.
+    """
     side, channels = jq.Smooth(alpha), known()
     arrays = side.fit(channels, KEY)
     after = channels.through(side, arrays)
     w = jnp.max(jnp.abs(after.weights), 0)
     together = channels.largest * jnp.max(jnp.abs(channels.weights), 0)
-    np.testing.assert_allclose(after.largest, together ** (1 - alpha), rtol=2e-3)
-    np.testing.assert_allclose(w, together**alpha, rtol=2e-3)
+    common = after.largest[0] / together[0] ** (1 - alpha)
+    np.testing.assert_allclose(after.largest, common * together ** (1 - alpha), rtol=4e-3)
+    np.testing.assert_allclose(w * common, together**alpha, rtol=4e-3)
+    sized = channels._replace(low=3e20 * channels.low, high=3e20 * channels.high)
+    same = side.fit(sized, KEY)["factors"] / arrays["factors"]
+    np.testing.assert_allclose(same, same[0], rtol=2e-3)
 
 
 def test_smoothing_leaves_dead_channels_alone():

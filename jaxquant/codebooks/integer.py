@@ -11,6 +11,7 @@ from jaxquant.codebooks.scales import (
     as_stored,
     check_grouping,
     check_scales,
+    check_values,
     grouped,
     rows_per_group,
 )
@@ -159,7 +160,8 @@ class Integer(Served):
         return data
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round a matrix to nearest and pack it."""
+        """Round a matrix to nearest and pack it; ValueError where scales cannot be stored."""
+        check_values(self, w)
         grid = self.grids(w)
         rows = spread(grid, self.rows_per_group(w.shape[0]), w.shape[0])
         return self.pack(self.round(w, rows)[0], grid)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from jaxquant.codebooks.scales import check_values
 from pallas_kernels import lookup
 
 BEAM = 5  # partial sums kept where codes are chosen anew
@@ -58,7 +59,12 @@ class Learned:
         return self.search(target, row, None, 1)
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Learn codebooks with equal weights, round to nearest, pack."""
+        """Learn codebooks with equal weights, round to nearest, pack.
+
+        Raises:
+          ValueError: what is stored would leave the range of float16.
+        """
+        check_values(self, w)
         grid = self.grids(w)
         return self.pack(self.rounded(w, grid, 1), grid)
 

@@ -77,6 +77,12 @@ def lost(groups: Float[np.ndarray, "..."], least: float, dtype: str, remedy: str
     )
 
 
+def check_values(format: Any, w: Float[Array, "k n"]) -> None:
+    """The format's `check` of weights whose values are known, and not traced."""
+    if not isinstance(jnp.isfinite(w), jax.core.Tracer):
+        format.check(w)
+
+
 def check_wide(w: Float[Array, "..."]) -> str:
     """As `check_scales`, of a matrix with a scale in float32."""
     _check_range(sizes(w), LEAST, MOST, "scales", "float32", RESCALE)

@@ -18,6 +18,7 @@ from jaxquant.codebooks.scales import (
     as_stored,
     check_grouping,
     check_scales,
+    check_values,
     grouped,
     rows_per_group,
 )
@@ -145,7 +146,8 @@ class Table(Served):
         return scale if scale.dtype.name in SCALE_DTYPES else scale.astype(jnp.float32)
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round a matrix to nearest and pack it."""
+        """Round a matrix to nearest and pack it; ValueError where scales cannot be stored."""
+        check_values(self, w)
         k = w.shape[0]
         grid = self.grids(w)
         rows = grid._replace(scale=grid.scale[jnp.arange(k) // self.rows_per_group(k)])
