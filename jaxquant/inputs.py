@@ -151,8 +151,12 @@ class Inputs:
                 cost = self.inspect(named, i)
             if cost is None:
                 cost = _cost(arrays, channels, rounded, method)
-            if least is None or cost < least:
+            if least is None:
                 best, least = arrays, cost
+                continue
+            better = cost < least  # traced, perhaps
+            best = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), arrays, best)
+            least = jnp.where(better, cost, least)
         return best
 
 

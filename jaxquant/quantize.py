@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxquant.activations import Activations
 from jaxquant.arguments import check_arguments, differentiated
@@ -85,9 +85,14 @@ def quantize(
         (`resume.Folder`) makes a long run resumable.
     Raises:
       ValueError: the recipe does not resolve, weights are not finite, or a method needs
-        statistics that are missing. Before any compute, but for the check of the weights.
+        statistics that are missing. Before any compute, but for the check of the weights. And if
+        the result for a matrix is not finite.
     Warns:
       where the damping had to be raised.
+
+    Under `jax.jit` and `jax.vmap` there are no values to look at: weights or statistics that are
+    not finite give NaN, and so do rates planned from values (`trellis`), which need a call outside.
+    `jax.eval_shape` gives the shapes of all.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = jq.quantize({"w": jnp.ones((64, 32)), "b": jnp.zeros(8)}, jq.rtn(bits=4))
@@ -305,8 +310,12 @@ class _Job:
         side = part(known, "input.") or None
         data, report = round_matrix(w, moments, self._keys(i), method, side)
         data |= {key: a for key, a in known.items() if key.startswith("activations.")}
-        if not abstract:
-            data, report = jax.block_until_ready((data, report))
+        if abstract:
+            # What was planned without values is no result, and nobody has looked at the weights.
+            planned = method is not self.method
+            return _nan_unless(~planned & _finite((w, moments, known)), data), report, False
+        data, report = jax.block_until_ready((data, report))
+        self._check_result(name, data, report)
         if finished is not None:
             reports = {f"report.{field}": a for field, a in report._asdict().items()}
             if taken := sorted(data.keys() & {*reports, MARK}):
@@ -320,6 +329,18 @@ class _Job:
         for a in (w, *jax.tree.leaves(moments)):
             digest.update(np.asarray(a).tobytes())
         return digest.digest()
+
+    def _check_result(self, name: str, data: dict[str, Array], report: Report) -> None:
+        """ValueError if the matrix holds NaN or infinity; the loss tells, and where it may not."""
+        stored = self.method.stored(*self.entry.matrix[-2:])[0]
+        if bool(_finite((data, report.loss))):
+            return
+        decoded = self.method.format.dequantize(part(data), stored)
+        if not bool(_finite((data, decoded))):
+            raise ValueError(
+                f"{name}: {self.method.name} made a matrix of finite weights into one that is not "
+                f"finite (NaN or infinity); use another method or more bits, or rescale the weights"
+            )
 
     def _known(self, i: int) -> dict[str, Array]:
         """Arrays that the weights of this input share."""
@@ -387,6 +408,19 @@ def _check_values(w: Array, path: str, moments: Moments) -> None:
             f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
             f"squares float32 cannot hold)"
         )
+
+
+@jax.jit
+def _finite(arrays: Any) -> Bool[Array, ""]:
+    """Whether all floating numbers of a tree are finite."""
+    floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in floats]))
+
+
+def _nan_unless(sound: Bool[Array, ""], data: dict[str, Array]) -> dict[str, Array]:
+    """The data, or NaN for floating numbers and zeros for codes: then all weights are NaN."""
+    nothing = lambda a: jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0
+    return {name: jnp.where(sound, a, jnp.asarray(nothing(a), a.dtype)) for name, a in data.items()}
 
 
 def bits_per_weight(params: Any) -> float:

@@ -259,6 +259,14 @@ HARD = {
     "dead channel": lambda w, h: (w, h.at[5].set(0).at[:, 5].set(0)),
     "rank 3": lambda w, h: (w, draw(3, K).T @ draw(3, K)),
     "tiny": lambda w, h: (w * 1e-8, h * 1e-6),
+    "a fifth of the columns zero": lambda w, h: (w.at[:, ::5].set(0), h),
+    "half of the columns vanishing": lambda w, h: (w.at[:, ::2].multiply(1e-20), h),
+    "most columns and rows zero": lambda w, h: (w.at[:, 20:].set(0).at[50:].set(0), h),
+    "one column": lambda w, h: (jnp.where(jnp.arange(N) == 3, w, 0), h),
+    "one row": lambda w, h: (jnp.where(jnp.arange(K)[:, None] == 3, w, 0), h),
+    "one weight": lambda w, h: ((0 * w).at[3, 4].set(1), h),
+    "a giant beyond all values": lambda w, h: (w.at[3, 4].set(1e9), h),
+    "scales all over": lambda w, h: (w * jnp.logspace(-15, 0, N), h),
 }
 
 
@@ -268,6 +276,53 @@ def test_hard_matrices(name):
     q = jq.quantize_array(w, WATERFILL, h).dequantize()
     assert bool(jnp.isfinite(q).all())
     assert float(jnp.sum((w - q) * (h @ (w - q)))) <= 0.05 * float(jnp.sum(w * (h @ w)))
+    zero = jnp.all(w == 0, axis=0)
+    assert float(jnp.abs(jnp.where(zero, q, 0)).max()) <= 1e-6 * float(jnp.abs(w).max())
+
+
+@pytest.mark.parametrize("bits", [1.5, 4])
+def test_zero_and_vanishing_columns_round_to_nearest(bits):
+    """They decode to nothing, and leave their bits to the others."""
+    k, n = 70, 50
+    format, w = EntropyCoded(bits, states=4, lanes=2), draw(k, n)
+    encode = jax.jit(format.encode)
+    losses = []
+    for faint in (0.0, 1e-20, 1e-8):
+        for count in (0, 10, 25, 40):
+            given = w.at[:, :count].multiply(faint)
+            q = format.dequantize(encode(given), k)
+            assert float(jnp.abs(q[:, :count]).max(initial=0)) < 1e-6
+            losses.append(float(jnp.sum((given - q) ** 2) / jnp.sum(given**2)))
+    assert all(a > b for a, b in itertools.pairwise(losses[:4]))
+    np.testing.assert_allclose(losses[4:8], losses[:4], rtol=0.05)
+    np.testing.assert_allclose(losses[8:], losses[:4], rtol=0.05)
+
+
+def test_a_stream_that_does_not_tell_what_was_meant_is_never_returned(monkeypatch):
+    write = coded.write
+
+    def spoilt(what, size, lanes):
+        words, used = write(what, size, lanes)
+        return words.at[size // 2].set(words[size // 2] ^ 4), used
+
+    monkeypatch.setattr(coded, "write", spoilt)
+    format = EntropyCoded(4, states=4, lanes=2, chain=20)  # of no other test: traced anew
+    w = draw(40, 30)
+    with pytest.raises(ValueError, match=r"a matrix \[40, 30\] could not be coded"):
+        format.encode(w)
+    assert bool(jnp.isnan(format.dequantize(jax.jit(format.encode)(w), 40)).all())
+    nearest = jq.Method("nearest", Nearest(), format)
+    with pytest.raises(ValueError, match=r"layer/w: nearest made a matrix .* not finite"):
+        jq.quantize({"layer": {"w": w}}, nearest)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_no_number_has_no_stream(bad):
+    format = EntropyCoded(4, states=4, lanes=2)
+    w = draw(70, 50).at[5, 7].set(bad)
+    with pytest.raises(ValueError, match="expected finite weights"):
+        format.encode(w)
+    assert bool(jnp.isnan(format.dequantize(jax.jit(format.encode)(w), 70)).all())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int16
+from jaxtyping import Array, Bool, Float, Int, Int16, UInt16
 
 from jaxquant.codebooks.scales import check_wide
 from jaxquant.fields import check_fields, check_positive
@@ -17,6 +17,8 @@ from pallas_kernels.coded import Coded
 
 WORD = 16  # bits
 SLOPE = 0.41  # squared steps that a bit is worth: the best for the codes of `tcq`
+FAINT = 120  # quarter octaves below the others: the scale of columns that are not worth a bit
+_AUDIBLE = 64  # quarter octaves below the loudest column, as far as others are worth bits
 _TINY = 1e-30
 
 
@@ -151,29 +153,42 @@ class EntropyCoded:
         best = offsets[jnp.argmin(jax.lax.map(bits, offsets), axis=0)]
         return trial._replace(levels=trial.levels + best)
 
-    def fill(self, trial: Trial, start: Array, k: int, n: int, trials: int) -> dict[str, Array]:
-        """The data of the finest trial that fits.
+    def fill(
+        self, trial: Trial, start: Array, least: Array, share: Array, k: int, n: int, trials: int
+    ) -> dict[str, Array]:
+        """The data of the finest trial that fits, decoded and compared.
+
+        Where none fits, or what is decoded is not what was meant, or there are no finite numbers to
+        begin with, the stream is one that decodes to NaN.
 
         Args:
           trial: what is coded with a unit of steps 2**x; its size falls as x grows, nearly evenly.
           start: x to begin with.
+          least: x below which nothing becomes finer.
+          share: of the columns that are worth bits.
           trials: after these no better one is sought.
         """
         size = n * self.words(k)
-        slope = min(max(self.bits / 2, 0.35), 1.0) * k * n / WORD  # words of an octave, about
-        goal = size * (1 - 2e-4) - 2
+        octave = min(max(self.bits / 2, 0.35), 1.0) * k * n / WORD
+        slope, goal = octave * share, size * (1 - 2e-4) - 2  # words of an octave, about
 
         def one(state: _Search) -> _Search:
-            words, used = coded.write(trial(state.x), size, self.lanes)
+            tried = trial(state.x)
+            words, used = coded.write(tried, size, self.lanes)
             here, fits = jnp.stack([state.x, used.astype(jnp.float32)]), used <= size
+            better = fits & (here[0] <= state.short[0])
             long = jnp.where(fits, state.long, here)
-            short = jnp.where(fits & (here[0] <= state.short[0]), here, state.short)
-            best = jnp.where(fits & (here[0] <= state.short[0]), words, state.words)
-            newton = here[0] + (here[1] - goal) / slope
+            short = jnp.where(better, here, state.short)
+            kept = lambda a, b: jax.tree.map(lambda a, b: jnp.where(better, a, b), a, b)
+            best = kept(words, state.words), kept(tried, state.coded)
+            # Twice as far each time where a third trial is still too long: one must fit.
+            far = jnp.where(fits, 1.0, jnp.exp2(jnp.maximum(state.tries - 1, 0)))
+            newton = here[0] + far * (here[1] - goal) / slope
             part = (long[1] - goal) / jnp.maximum(long[1] - short[1], 1)
             between = long[0] + jnp.clip(part, 0.02, 0.98) * (short[0] - long[0])
             both = jnp.isfinite(long[0]) & jnp.isfinite(short[0])
-            return _Search(jnp.where(both, between, newton), long, short, best, state.tries + 1)
+            x = jnp.maximum(jnp.where(both, between, newton), least)
+            return _Search(x, long, short, *best, state.tries + 1)
 
         def going(state: _Search) -> Array:
             full = state.short[1] >= size * (1 - 5e-4) - 4
@@ -181,12 +196,26 @@ class EntropyCoded:
             return (~full & (state.tries < trials)) | (none & (state.tries < 4 * trials))
 
         long, short = (jnp.array([s, 0], jnp.float32) for s in (-jnp.inf, jnp.inf))
-        first = _Search(start, long, short, jnp.zeros(size, jnp.uint16), jnp.int32(0))
-        words = jax.lax.while_loop(going, one, first).words
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(trial, start))
+        first = _Search(start, long, short, jnp.zeros(size, jnp.uint16), nothing, jnp.int32(0))
+        found = jax.lax.while_loop(going, one, first)
+        right = jnp.isfinite(start) & self._tells(found.words, found.coded)
+        words = jnp.where(right, found.words, 0)  # the stream of zeros decodes to NaN
         return {"codes": words.reshape(self.words(k), n)}
 
+    def _tells(self, words: UInt16[Array, " size"], meant: Coded) -> Bool[Array, ""]:
+        """Whether a stream decodes to just what was meant."""
+        got, whole = self._read(words, *meant.values.shape)
+        equal = jax.tree.map(lambda a, b: jnp.all(a == b), got, meant)
+        return whole & jnp.all(jnp.stack(jax.tree.leaves(equal)))
+
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """All rows with one step, as fine as the bytes allow."""
+        """All rows with one step, as fine as the bytes allow.
+
+        Raises:
+          ValueError: a stream could not be made; not where the weights are traced, which then give
+            one that decodes to NaN.
+        """
         w, e = unit(w)
         return self.scaled(self._encode(w), e)
 
@@ -194,13 +223,17 @@ class EntropyCoded:
         k, n = w.shape
         self.check_shape(k, n)
         columns, shape = profile(w)
+        heard = columns > -FAINT
+        w, share = jnp.where(heard, w, 0 * w), jnp.mean(heard)
         chains = coded.laid(columns, self.chain)
-        ones, none = jnp.ones(k), jnp.zeros(k, jnp.int32)
+        ones, widths = jnp.ones(k), jnp.where(heard, 0, -FAINT)
 
         def trial(x: Array) -> Coded:
             base = jnp.round(x * coded.FINE).astype(jnp.int32)
-            step = jnp.exp2(base / coded.FINE) * ones
-            rows = Row(step, levels(w / step[:, None], columns, shape), SLOPE * ones, 0 * ones)
+            steps = coarse_enough(jnp.zeros(k, jnp.int32), w, base)
+            step = jnp.exp2(base / coded.FINE) * octaves(steps)
+            level = levels(w / step[:, None], columns, shape)
+            rows = Row(step, level, SLOPE * octaves(-2 * steps), 0 * ones)
 
             def row(one: tuple) -> Array:
                 target, of = one
@@ -209,15 +242,23 @@ class EntropyCoded:
                 return values.reshape(-1)[:n]
 
             values = jax.lax.map(row, (w, rows), batch_size=32)
-            return self.finished(Coded(base, shape, none, rows.level, 0 * columns, columns, values))
+            return self.finished(Coded(base, shape, steps, level, widths, columns, values))
 
-        start = self.first_step(jnp.mean(w**2, 1), ones, n)
-        return self.fill(trial, start, k, n, trials=6)
+        start = self.first_step(jnp.mean(w**2, 1) / share, ones, share, n)
+        data = self.fill(trial, start, finest(w), share, k, n, trials=6)
+        if not isinstance(data["codes"], jax.core.Tracer) and not bool(jnp.any(data["codes"])):
+            raise ValueError(
+                f"a matrix [{k}, {n}] could not be coded in {self.bits} bits per weight: expected "
+                f"finite weights; or use more bits"
+            )
+        return data
 
-    def first_step(self, energy: Float[Array, " k"], weight: Float[Array, " k"], n: int) -> Array:
+    def first_step(
+        self, energy: Float[Array, " k"], weight: Float[Array, " k"], share: Array, n: int
+    ) -> Array:
         """log2 of the unit that reverse water-filling of rows of this energy asks for."""
         k = len(energy)
-        left = (WORD * n * self.words(k) - self.side_bits(k, n)) / (k * n)
+        left = (WORD * n * self.words(k) - self.side_bits(k, n)) / (k * n) / share
         log = jnp.log2(jnp.maximum(energy * weight, _TINY)) / 2
 
         def half(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -235,11 +276,11 @@ class EntropyCoded:
         words = data["codes"]
         if words.ndim > 2:
             return jax.vmap(lambda words: self.dequantize({"codes": words}, k))(words)
-        got, whole = coded.read(
-            words.reshape(-1), k, words.shape[1],
-            lanes=self.lanes, states=self.states, chain=self.chain,
-        )  # fmt: skip
+        got, whole = self._read(words.reshape(-1), k, words.shape[1])
         return jnp.where(whole, coded.weights(got), jnp.nan)
+
+    def _read(self, words: UInt16[Array, " size"], k: int, n: int) -> tuple[Coded, Bool[Array, ""]]:
+        return coded.read(words, k, n, lanes=self.lanes, states=self.states, chain=self.chain)
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -271,12 +312,13 @@ class EntropyCoded:
 
 
 class _Search(NamedTuple):
-    """Of `fill`: the next trial; (x, words) of the finest too long and short enough; its stream."""
+    """Of `fill`: the next trial; (x, words) of the finest too long and short enough; the latter."""
 
     x: Array
     long: Array
     short: Array
     words: Array
+    coded: Coded
     tries: Array
 
 
@@ -294,23 +336,63 @@ def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
     return jnp.round(4 * jnp.log2(jnp.maximum(x, _TINY))).astype(jnp.int32)
 
 
+def coarse_enough(
+    steps: Int[Array, " k"], t: Float[Array, "k n"], base: Int[Array, ""]
+) -> Int[Array, " k"]:
+    """The steps, quarter octaves above the base, but where targets need larger ones.
+
+    Values have an end, and feedback, which moves targets, is left as much again.
+    """
+    least = 4 * (_least_steps(t) - base / coded.FINE)
+    return jnp.maximum(steps, jnp.ceil(least).astype(jnp.int32))
+
+
+def finest(w: Float[Array, "k n"]) -> Array:
+    """log2 of a unit of steps so small that all rows but those of zeros need larger ones."""
+    least = _least_steps(w)
+    return jnp.min(jnp.where(jnp.any(w != 0, axis=1), least, jnp.max(least)))
+
+
+def _least_steps(t: Float[Array, "k n"]) -> Float[Array, " k"]:
+    """log2 of the steps of rows in which the largest of a row is half the largest value."""
+    peak = jnp.max(jnp.abs(t), axis=1)
+    return jnp.log2(jnp.maximum(peak, _TINY) / student.LARGEST)
+
+
 def levels(
     t: Float[Array, "k n"], columns: Int[Array, " n"], shape: Int[Array, ""]
 ) -> Int[Array, " k"]:
-    """Scales of rows of targets, in steps, quarter octaves."""
-    spread = jnp.mean(jnp.abs(t) / octaves(columns), axis=1) / jnp.asarray(student.MEANS)[shape]
-    return jnp.maximum(quarters(spread), -2 * student.UNIT)  # of a row of zeros, say
+    """Scales of rows of targets, in steps, quarter octaves; large enough to reach all of a row."""
+    heard = columns > -FAINT
+    size = jnp.where(heard, jnp.abs(t) / octaves(columns), 0.0)
+    spread = jnp.mean(size, axis=1) / jnp.mean(heard) / jnp.asarray(student.MEANS)[shape]
+    reach = jnp.ceil(4 * jnp.log2(jnp.maximum(jnp.max(size, axis=1) / student.REACH, _TINY)))
+    level = jnp.maximum(quarters(spread), reach.astype(jnp.int32))
+    return jnp.maximum(level, -2 * student.UNIT)  # of a row of zeros, say
 
 
 def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
-    """Scales of the columns, quarter octaves about 0, and the shape of what is left."""
+    """Scales of the columns, quarter octaves about 0, and the shape of what is left.
+
+    Columns far below the loudest, those of zeros among them, have the scale -`FAINT`, and no part
+    in anything else; nor have rows of zeros.
+    """
     size = jnp.maximum(jnp.abs(w), _TINY)
-    column = jnp.ones(w.shape[1])
+    column, heard = jnp.ones(w.shape[1]), jnp.ones(w.shape[1], bool)
+    there = jnp.max(size, axis=1, keepdims=True) > _TINY
+    there = there | ~jnp.any(there)
     for _ in range(3):
-        row = jnp.mean(size / column, axis=1, keepdims=True)
-        column = jnp.mean(size / row, axis=0)
+        row = _mean(size / column, heard, axis=1, keepdims=True)
+        column = _mean(size / row, there, axis=0)
+        columns = quarters(column)
+        heard = columns > jnp.max(columns) - _AUDIBLE
     left = size / row / column
-    peak = jnp.mean(left) / jnp.sqrt(jnp.mean(left**2))
+    peak = _mean(left, heard & there) / jnp.sqrt(_mean(left**2, heard & there))
     shape = jnp.argmin(jnp.abs(peak - jnp.asarray(student.PEAKS))).astype(jnp.int32)
-    columns = quarters(column)
-    return columns - jnp.round(jnp.mean(columns)).astype(jnp.int32), shape
+    middle = jnp.round(_mean(columns, heard)).astype(jnp.int32)
+    return jnp.where(heard, columns - middle, -FAINT), shape
+
+
+def _mean(a: Array, some: Bool[Array, "..."], **axes: Any) -> Array:
+    """The mean over some rows or columns."""
+    return jnp.mean(jnp.where(some, a, 0), **axes) / jnp.mean(some)

@@ -25,12 +25,15 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.codebooks.entropy_coded import (
+    FAINT,
     SLOPE,
     EntropyCoded,
     Row,
+    coarse_enough,
+    finest,
     levels,
     octaves,
     profile,
@@ -104,17 +107,22 @@ class Waterfill:
             g = believed(living(moments.output)[0], self.correlation)
             outputs = _Outputs.of(g, self.output_damping, format)
         w = w / octaves(outputs.widths)
-        energy = jnp.mean(w**2, axis=1)
+        columns, shape = profile(w)
+        heard = columns > -FAINT
+        w, share = jnp.where(heard, w, 0 * w), jnp.mean(heard)
+        outputs = outputs.among(heard, format.chain)
+        energy = jnp.mean(w**2, axis=1) / share
         energy = jnp.maximum(energy, 1e-6 * jnp.mean(energy) + 1e-30)
         place = jnp.argsort(order)
 
         def trial(x: Array) -> Coded:
-            coded = _trial(w, gram, energy, x, outputs, format, self.block_size)
+            coded = _trial(w, gram, energy, x, outputs, columns, shape, format, self.block_size)
             return coded._replace(
                 steps=coded.steps[place], levels=coded.levels[place], values=coded.values[place]
             )
 
-        data = format.fill(trial, format.first_step(energy, weight, n), k, n, self.trials)
+        start = format.first_step(energy, weight, share, n)
+        data = format.fill(trial, start, finest(w), share, k, n, self.trials)
         return data, {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
 
 
@@ -147,11 +155,20 @@ class _Outputs(NamedTuple):
         earlier = jnp.arange(len(g)) // length < jnp.arange(count)[:, None]
         return _Outputs(widths, jnp.where(earlier[..., None], v, 0.0))
 
+    def among(self, heard: Bool[Array, " n"], chain: int) -> "_Outputs":
+        """With columns that are not worth bits so narrow that nothing in them counts."""
+        widths = jnp.where(heard, self.widths, -FAINT)
+        if self.v is None:
+            return _Outputs(widths, None)
+        own = laid(heard, chain).T
+        felt = own.reshape(-1)[:, None] & own[:, None, :]
+        return _Outputs(widths, jnp.where(felt, self.v, 0.0))
+
 
 @partial(jax.jit, static_argnames=("format", "size"))
 def _trial(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], energy: Float[Array, " k"], x: Array,
-    outputs: _Outputs, format: EntropyCoded, size: int,
+    outputs: _Outputs, columns: Int[Array, " n"], shape: Array, format: EntropyCoded, size: int,
 ) -> Coded:  # fmt: skip
     """What is coded when the unit of steps is 2**x, rows in visiting order."""
     base = jnp.round(x * FINE).astype(jnp.int32)
@@ -160,8 +177,7 @@ def _trial(
     u, d = c / jnp.diagonal(c), jnp.diagonal(c) ** 2
     inner = solve_triangular(u, r[:, None] * w, unit_diagonal=True) / d[:, None]
     target = w - solve_triangular(u, inner, trans=1, unit_diagonal=True)
-    steps = quarters(d**-0.5)
-    columns, shape = profile(w)
+    steps = coarse_enough(quarters(d**-0.5), target, base)
     step = jnp.exp2(base / FINE) * octaves(steps)
     row = Row(
         step=step,
@@ -207,7 +223,7 @@ def _diagonals(
 ) -> tuple[Array, Array]:  # fmt: skip
     """Values and errors of a block of rows. `fed` is U^T E of the rows above it."""
     rows, count, _ = target.shape
-    chain = jnp.arange(count)
+    chain, heard = jnp.arange(count), (columns > -FAINT).T
     u = jnp.where(jnp.arange(rows)[:, None] < jnp.arange(rows), u, 0.0)
 
     def step(a: Array, state: tuple) -> tuple:
@@ -219,7 +235,7 @@ def _diagonals(
             known = (fed + error)[i].reshape(count, -1)
             wanted += jnp.einsum("cm,cmp->cp", known, v)
         value, w = format.searched(wanted.T, columns, shape, jax.tree.map(lambda x: x[i], row))
-        e = jnp.where(there[:, None], target[i, chain] - w.T, 0.0)
+        e = jnp.where(there[:, None] & heard, target[i, chain] - w.T, 0.0)
         # A diagonal that has left the block has zeros to add, and old values to keep.
         error = error.at[i, chain].add(e)
         fed = fed + u[i].T[:, :, None] * e
