@@ -7,6 +7,9 @@ differentiable in x and in its float arrays, and checks its arguments: a ValueEr
 that is wrong.
 """
 
+import math
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import checks, layout, trellis
@@ -102,6 +105,8 @@ def codebook_matmul(
     _check_grouped(x, codes, scale, bits, group_size, activations, pad)
     if not isinstance(table, str) and len(table) != 1 << bits:
         raise ValueError(f"table must have {1 << bits} values for {bits} bits, got {len(table)}")
+    if not isinstance(table, str) and not all(map(math.isfinite, table)):
+        raise ValueError(f"table must have finite values, got {table}")
     static = {"bits": bits, "group_size": group_size, "activations": activations}
     return product("codebook_matmul", x, codes, scale, table=table, **static)
 

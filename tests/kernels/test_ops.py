@@ -177,6 +177,13 @@ def packed(**changes):
             "table must have 16 values",
         ),
         (
+            lambda: pk.codebook_matmul(
+                draw(2, 64), jnp.zeros((4, 4), jnp.int32), jnp.ones((1, 4)),
+                table=(0.0, 1.0, np.nan, 2.0), bits=2, group_size=64,
+            ),
+            "table must have finite values",
+        ),
+        (
             lambda: pk.e8p_matmul(
                 draw(2, 60), jnp.zeros((4, 4), jnp.int32), None, jnp.ones((1, 1)), bits=2
             ),
