@@ -1,10 +1,12 @@
 """Blocks of a product, by closed form: what one step of the grid holds and multiplies."""
 
+import math
 from typing import NamedTuple
 
 STACKED = 256  # rows for the matrix unit at a time, planes and parts of x counted
 STEP = 1 << 21  # weights of a step: its fixed cost, some 200 cycles, must be small beside them
 LANES = 128
+TILE = 32  # rows of 8-bit operands in a tile
 DEPTH = 512  # of which a block of k is a multiple: whole tiles of words at any number of bits
 WIDTH = 1024  # columns of a step at most
 ROWS = 1 << 21  # bytes of x in a step at most: of 16 MiB, two blocks, beside words
@@ -37,14 +39,28 @@ def choose(m: int, k: int, n: int, *, stacked: int, size: int = 0) -> Blocks:
     (Blocks(m=8, k=2048, n=1024), Blocks(m=128, k=4096, n=384))
     >>> choose(8, 16384, 128, stacked=2), choose(128, 16384, 128, stacked=2)
     (Blocks(m=8, k=16384, n=128), Blocks(m=128, k=8192, n=128))
+    >>> choose(80, 4096, 4096, stacked=3).m, choose(64, 4096, 4096, stacked=3).m
+    (64, 64)
     """
-    rows = min(max(8, STACKED // stacked // 8 * 8), -(-m // 8) * 8)
+    rows = min(whole(STACKED // stacked, stacked), -(-m // 8) * 8)
     columns = _columns(n)
     most = min(STEP // columns, ROWS // (rows * (size or stacked)))
     # Steps of equal depth: the last would else be mostly empty.
     depth = -(-k // DEPTH)
     steps = -(-depth // max(1, most // DEPTH))
     return Blocks(rows, -(-depth // steps) * DEPTH, columns)
+
+
+def whole(rows: int, stacked: int) -> int:
+    """The most rows of x, up to so many, of which a block can be one of several.
+
+    The compiler wants whole tiles of a block, unless it is all there is: 32 rows of 8-bit operands.
+
+    >>> whole(85, 3), whole(128, 2), whole(2, 96)
+    (64, 128, 8)
+    """
+    unit = max(8, TILE // math.gcd(TILE, stacked))
+    return max(1, rows // unit) * unit
 
 
 def _columns(n: int) -> int:

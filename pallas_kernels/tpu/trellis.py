@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import trellis
 from pallas_kernels.tpu import planes
+from pallas_kernels.tpu.blocks import whole
 
 LANES = 128
 ROWS = 8 * trellis.SIDE  # of w that a register of words covers
@@ -41,8 +42,7 @@ def choose(m: int, k: int, groups: int, planes: int) -> Blocks:
     >>> choose(16, 4096, 1, 2), choose(200, 11008, 86, 2)
     (Blocks(m=16, k=1024, slice=512), Blocks(m=32, k=1024, slice=128))
     """
-    tiles = -(-m * planes // STACKED)
-    rows = -(-m // tiles // 8) * 8
+    rows = min(whole(STACKED // planes, planes), -(-m // 8) * 8)
     if groups == 1:
         steps = -(-k // STEP)
         return Blocks(rows, -(-k // steps // ROWS) * ROWS, 4 * ROWS)

@@ -10,7 +10,6 @@ pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(bool(compiler.missing()), reason=compiler.missing() or "-"),
 ]
-WIDTH = {"s32": 4, "bf16": 2}
 # Widths of 2560 do not fill whole tiles of scales: 3 % of padding.
 PADDING = {"70B": 1.01, "Qwen3-4B": 1.03}
 

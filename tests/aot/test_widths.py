@@ -45,6 +45,13 @@ OTHERS = [
 ]
 
 
+# Rows of three planes, and of two in several blocks that do not divide: once no whole tiles.
+TILES = {
+    "v5p": [{"k": 2880, "n": 576, "m": 72, "format": "trellis"}],
+    "tpu7x": [{"k": 2048, "n": 576, "m": 128, "format": format} for format in ("2 bits", "3 bits")],
+}
+
+
 def sample(chip):
     """What is compiled for a chip: arguments of `real.product`."""
     rng, at = random.Random(SEED), CHIPS.index(chip)
@@ -54,7 +61,7 @@ def sample(chip):
          "m": m, "format": format}
         for i, (format, m) in rng.sample(once, len(once)) if (i + SEED) % len(CHIPS) == at
     ]  # fmt: skip
-    found += OTHERS[at :: len(CHIPS)]
+    found += OTHERS[at :: len(CHIPS)] + TILES.get(chip, [])
     rng = random.Random(f"{SEED} {chip}")
     columns = rng.sample(real.WIDTHS, len(real.WIDTHS))
     formats = rng.sample(FORMATS, len(FORMATS))

@@ -1,13 +1,15 @@
-"""The TPU's compiler takes no index into a tile that it does not know: no kernel has one.
+"""What the TPU's compiler asks of tiles, of the last two axes of what lies in vector memory.
 
-A tile is of the last two axes of what lies in vector memory. The shape is one at which such loads
-were refused: several groups, several steps along k, and a last run of 128 columns in a block.
+It takes no index into one that it does not know, and no block that cuts one. The shape is one at
+which such loads were refused: several groups, several steps along k, and a last run of 128 columns
+in a block.
 """
 
 import jax
 import pytest
 from jax.extend.core import Var
 
+from pallas_kernels.tpu import blocks, trellis
 from tests.aot import real
 from tests.kernels.lowering import equations
 
@@ -45,3 +47,14 @@ def test_no_index_into_a_tile_is_dynamic(case, m):
     )  # fmt: skip
     found, count = dynamic(fn, *args)
     assert count > 10 and found == []
+
+
+@pytest.mark.parametrize("stacked", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96])
+def test_blocks_of_rows_are_whole_tiles_or_all(stacked):
+    """Three planes are a float8 unit's; 80 rows of them were refused."""
+    for m in range(1, 600):
+        rows = blocks.choose(m, 4096, 4096, stacked=stacked).m
+        assert rows % 8 == 0 and (rows * stacked % 32 == 0 or rows >= m), m
+        if stacked < 3:
+            rows = trellis.choose(m, 4096, 1, stacked).m
+            assert rows % 8 == 0 and (rows * stacked % 32 == 0 or rows >= m), m
