@@ -1,6 +1,7 @@
 """Wrong types for the arguments of public functions: one clear line each."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
