@@ -32,6 +32,15 @@ _NAMES = {
     collections.abc.Sequence: "a sequence",
     collections.abc.Iterable: "an iterable",
     type(None): "None",
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+}
+_CLASSES = {
+    "Method": "a method, such as gptq(bits=4)",
+    "Stats": "the result of calibrate",
+    "Recipe": "a Recipe",
 }
 _KEY = "a key (such as jax.random.key(0), no number)"
 
@@ -48,13 +57,13 @@ def check_arguments(fn: Callable[..., Any], given: Mapping[str, Any]) -> None:
     ...     return x * by
     >>> scaled([1.0, 2.0], 3.0)
     Traceback (most recent call last):
-    ValueError: scaled: x must be an array, got [1.0, 2.0] (list)
+    ValueError: scaled: x: expected an array, got [1.0, 2.0] (list)
     """
     for name, wanted in _annotations(fn).items():
         if name in given and not _fits(given[name], wanted):
             texts = [_named(kind, name) for kind in _kinds(wanted)]
             raise ValueError(
-                f"{fn.__name__}: {name} must be {' or '.join(dict.fromkeys(texts))}, got "
+                f"{fn.__name__}: {name}: expected {' or '.join(dict.fromkeys(texts))}, got "
                 f"{described(given[name])}"
             )
 
@@ -96,7 +105,9 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 def _fits_one(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind) or kind
-    if kind is Any or origin is typing.Literal or isinstance(kind, typing.TypeVar):
+    if origin is typing.Literal:  # which one is the function's own business
+        return isinstance(value, tuple({type(one) for one in typing.get_args(kind)}))
+    if kind is Any or isinstance(kind, typing.TypeVar):
         return True
     if _array_kind(kind):
         return _is_array(value)
@@ -135,7 +146,10 @@ def _named(kind: Any, name: str) -> str:
     if _array_kind(kind):
         return _KEY if name == "key" else "an array"
     origin = typing.get_origin(kind) or kind
-    text = _NAMES.get(origin, getattr(origin, "__name__", str(origin)))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    class_name = getattr(origin, "__name__", str(origin))
+    text = _NAMES.get(origin, _CLASSES.get(class_name, f"a {class_name}"))
     of = (typing.get_args(kind) or (Any,))[-1]
     if origin in (collections.abc.Sequence, collections.abc.Mapping) and inspect.isclass(of):
         return f"{text} of {of.__name__}"

@@ -285,7 +285,7 @@ def calibrate(
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
     if output and weighting != "gradient":
         raise ValueError('output= needs weighting="gradient", and a loss')
-    if sample < 0:
+    if (sample := int(sample)) < 0:
         raise ValueError(f"sample is a number of rows, 0 or more, got {sample}")
     params, fn = arrays_only(params, fn)
     sums, plan = None, None

@@ -14,7 +14,7 @@ from jaxquant import picking
 from jaxquant.arguments import check_arguments
 from jaxquant.contraction import Contraction
 from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.standin import Pick, StandIn, is_standin, run
+from jaxquant.standin import Pick, StandIn, is_standin, run, watching_vmap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dic
     ((0,), (1,))
     """
     check_arguments(sites, locals())
-    log = _Log([], [])
+    log = _Log([], [], {})
     leaves = {p: w for p, w in path_leaves(params) if is_weight(w)}
     tracked = replace_leaves(
         params,
@@ -79,8 +79,10 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dic
             for p, w in leaves.items()
         },
     )
-    eqx.filter_eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
-    return {p: _summary(p, w, [u for u in log.uses if u.path == p]) for p, w in leaves.items()}
+    with watching_vmap(_log_vmap):
+        eqx.filter_eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
+    uses = lambda path: [u for u in log.uses if u.path == path]
+    return {p: _summary(p, w, uses(p), log.mapped.get(p, set())) for p, w in leaves.items()}
 
 
 def is_weight(leaf: Any) -> bool:
@@ -129,6 +131,7 @@ class _Log:
 
     uses: list
     inputs: list
+    mapped: dict[str, set[int]]  # axes of leaves along which `jax.vmap` maps
 
     def input_id(self, x: Any) -> str:
         for i, seen in enumerate(self.inputs):
@@ -211,6 +214,11 @@ class _Tracked(StandIn):
         return tuple(a for a in self.leaf_axes(axes) if a is not None)
 
 
+def _log_vmap(w: StandIn, axis: int) -> None:
+    if isinstance(w, _Tracked):
+        w.log.mapped.setdefault(w.path, set()).update(w.own((axis,)))
+
+
 def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:
     axes, batch = (w.own(a for _, a in pairs) for pairs in (c.contract, c.batch))
     named = zip(w.leaf_axes(range(w.ndim)), w.shape, strict=True)
@@ -248,7 +256,7 @@ def _(w: _Tracked, ids: Any, **params: Any) -> Any:
     return found if found is not None else jax.lax.gather_p.bind(w.array, ids, **params)
 
 
-def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
+def _summary(path: str, w: Any, uses: list[_Use], mapped: set[int]) -> Site:
     shape = tuple(w.shape)
     front = lambda axes: tuple(sorted(len(shape) + a for a in axes))
     dots = [u for u in uses if u.kind == "dot"]
@@ -263,7 +271,7 @@ def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
         return found
     first = dots[0]
     alike = [u for u in dots if set(u.axes) == set(first.axes)]
-    batch = _batch(alike, shape)
+    batch = _batch(alike, shape, mapped)
     return dataclasses.replace(
         found,
         contracted=front(first.axes),
@@ -274,15 +282,16 @@ def _summary(path: str, w: Any, uses: list[_Use]) -> Site:
     )
 
 
-def _batch(dots: list[_Use], shape: tuple[int, ...]) -> set[int]:
+def _batch(dots: list[_Use], shape: tuple[int, ...], mapped: set[int]) -> set[int]:
     """Batch axes of a weight, of all matmuls that sum over the same axes."""
     every = set(range(-len(shape), 0))
     batch: set[int] = set()
     for i, use in enumerate(dots):
         # Axes the matmul never saw were dropped before it: by scan, vmap, or indexing.
         new = {*use.batch, *(every - set(use.sizes))}
-        if i == 0 or every - batch - new - {*use.axes}:
-            batch |= new
+        for axes in (new, mapped - {*use.axes}):
+            if (i == 0 and axes is new) or every - batch - axes - {*use.axes}:
+                batch |= axes
     for axis in sorted(every - batch):  # leading ones that are sliced are too, if a matrix is left
         before = set(range(-len(shape), axis))
         sliced = any(u.sizes.get(axis, shape[axis]) != shape[axis] for u in dots)

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax._src import core as jax_core
+from jax._src import source_info_util
 from jax._src.ad_checkpoint import remat_p  # jax.extend does not export it
+from jax._src.interpreters import batching
 from jax.extend import core as jex_core
 from jaxtyping import ArrayLike
 from quax._compat import jit_p
@@ -148,6 +150,10 @@ class StandIn(quax.ArrayValue):
         """The same, with all leading axes in every stored array: what a scan takes apart."""
         return self
 
+    def local(self) -> "StandIn":
+        """The same, its shape that of the part that is on one device, inside `shard_map`."""
+        return self
+
     def axes(self) -> tuple[int, ...]:
         """Stored axis, counted from the front, of every axis."""
         ndim = len(self.stored_shape())
@@ -174,6 +180,8 @@ def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     is_value = lambda x: isinstance(x, quax.Value)
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_value)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        leaves = [leaf.local() if is_standin(leaf) else leaf for leaf in leaves]
     trees = []
 
     def flat(leaves: list[Any]) -> list[Any]:
@@ -211,6 +219,40 @@ def _unchanged(w: StandIn, **_: Any) -> StandIn:
 
 quax.register(jax.lax.copy_p)(_unchanged)
 quax.register(jax.lax.stop_gradient_p)(_unchanged)
+if hasattr(jax_core, "pvary_p"):  # inside `shard_map`; its arrays vary as they are split
+    quax.register(jax_core.pvary_p)(_unchanged)
+
+
+@contextlib.contextmanager
+def watching_vmap(tell: Callable[[StandIn, int], None]) -> Iterator[None]:
+    """Inside, `tell` hears of each stand-in that enters a `jax.vmap`, and along which axis.
+
+    No primitive shows that: vmap(in_axes=(0, None)) of a matmul is one that has a free axis more.
+    """
+    handlers = getattr(batching, "to_elt_handlers", None)
+    if handlers is None:  # another JAX, where nobody hears
+        yield
+        return
+
+    def entered(to_elt: Any, _: Any, x: Any, axis: Any) -> Any:
+        if not isinstance(axis, int):
+            return x
+        value, at = x, axis % x.ndim
+        while isinstance(value, batching.BatchTracer):
+            at += at >= value.batch_dim if value.batch_dim is not None else 0
+            value = value.val
+        inner = value.value if isinstance(value, _QuaxTracer) else None
+        if isinstance(inner, StandIn):
+            tell(inner, at)
+        return batching.BatchTracer(to_elt.args[0], x, axis % x.ndim, source_info_util.current())
+
+    kinds = (_QuaxTracer, batching.BatchTracer)
+    handlers.update(dict.fromkeys(kinds, entered))
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            handlers.pop(kind, None)
 
 
 # --- primitives that call functions: stand-ins pass through ---------------------------------

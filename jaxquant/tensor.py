@@ -1,6 +1,7 @@
 """`QTensor`: packed codes that stand for a weight, and what a matmul or look-up does with them."""
 
 import dataclasses
+import functools
 import math
 from functools import partial
 from typing import Any, Protocol
@@ -247,6 +248,27 @@ class QTensor(StandIn):
         floats = any(jnp.issubdtype(a.dtype, jnp.inexact) for a in part(self.data).values())
         return super().picked(pick) if floats or not pick.fills else None
 
+    def local(self) -> "QTensor":
+        if not hasattr(self.format, "encode"):  # it trains; see `training.latent`
+            return self
+        held, rows = self.data["codes"].shape[self.leading()], self.stored_rows
+        n = self.format.outputs(part(self.data))
+        shapes = _packed_shapes(self.format, rows, n)
+        parts = shapes["codes"][0] / held
+        if parts == 1 or self.format.codes_ndim != 2:
+            return self
+        first = self.view.k[0] / parts
+        rest = {name: a.shape[self.leading() :] for name, a in part(self.data).items()}
+        whole = first.is_integer() and (rows / parts).is_integer() and self.input is None
+        if not whole or _packed_shapes(self.format, int(rows / parts), n) != rest:
+            raise ValueError(
+                f"the rows of a weight {list(self.view.k)} by {list(self.view.n)} are split over "
+                f"devices where its codes cannot be: expected {self.format} without an input "
+                f"transform, whole groups and words on every device; split it along its outputs"
+            )
+        view = dataclasses.replace(self.view, k=(int(first), *self.view.k[1:]))
+        return dataclasses.replace(self, view=view, shared="")
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantize(), dtype)
 
@@ -257,6 +279,17 @@ class QTensor(StandIn):
             f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
             f"{self.bits_per_weight:.3f} bits per weight)"
         )
+
+
+@functools.cache
+def _packed_shapes(format: Any, k: int, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the packed arrays of a matrix [k, n]; {"codes": (0,)} where there is none."""
+    try:
+        format.check_shape(k, n)
+    except ValueError:
+        return {"codes": (0,)}
+    parts = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
+    return {name: a.shape for name, a in parts.items()}
 
 
 def part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:

@@ -216,6 +216,31 @@ def test_a_weight_both_ways_says_which_way_counts():
     np.testing.assert_allclose(stats.gram("w"), Y.T @ Y / 20, rtol=1e-5, atol=1e-5)
 
 
+# --- vmap outside -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (0, 1)], ids=str)
+def test_vmap_outside_after_calibrating_through_vmap(axes):
+    one = lambda p, x: jnp.tanh(x @ p["up"])
+    x = {0: draw(8, 5, 32), None: draw(5, 32), 1: draw(5, 8, 32)}[axes[1]]
+    params, many = {"up": EXPERTS}, jax.vmap(one, axes)
+    stats = jq.calibrate(lambda p, x: many(p, x), params, [x])
+    assert stats.sites["up"].batch == (0,)
+    q = jq.quantize(params, jq.gptq(4, 16), stats)
+    want = many(jq.dequantize(q), x)
+    for run in (jax.vmap(jq.quantized(one), axes), jq.quantized(many)):
+        np.testing.assert_allclose(run(q, x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_of_vmap_and_of_columns():
+    one = lambda p, x: x @ p["up"]
+    twice = jax.vmap(jax.vmap(one, (0, None)), (0, None))
+    found = jq.sites(twice, {"up": EXPERTS.reshape(2, 4, 32, 16)}, X)
+    assert found["up"].batch == (0, 1)
+    columns = jax.vmap(one, ({"up": 1}, None), 1)  # one matrix, though columns are mapped over
+    assert jq.sites(columns, {"up": EXPERTS[0]}, X)["up"].batch == ()
+
+
 # --- what stays floating ------------------------------------------------------------------------
 
 

@@ -59,6 +59,26 @@ y = jax.shard_map(
     jq.quantized(fn), mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P(None, "d")
 )(q, x)
 """,
+    "rows, shard_map": """
+w4 = jax.random.normal(jax.random.key(0), (256, 64))
+x4 = jax.random.normal(jax.random.key(1), (8, 256))
+parts = lambda p, x: jax.lax.psum(x @ p["w"], "d")
+run = jax.shard_map(
+    jq.quantized(parts), mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=P()
+)
+for rule in (jq.rtn(4, 32), jq.rtn(8, 16, symmetric=True), jq.ternary(32), jq.mxfp4()):
+    q4 = {"w": jq.quantize_array(w4, rule)}
+    y, want = run(q4, x4), x4 @ q4["w"].dequantize()
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+turned = {"w": jq.quantize_array(w4, jq.Method("m", jq.rtn().rounder, jq.rtn(4, 16).format,
+                                               input=jq.Rotation()))}
+try:
+    jax.shard_map(jq.quantized(parts), mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=P())(
+        turned, x4)
+    raise SystemExit("accepted")
+except ValueError as error:
+    assert "the rows of a weight [256] by [64] are split" in str(error), error
+""",
     "quantize split columns": """
 rule = jq.gptq(4, 16)
 gram = x.T @ x
