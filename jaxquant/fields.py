@@ -7,6 +7,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 LARGEST = 2**32 - 1  # of whole numbers: seeds take as much, no size or count does
+LONGEST = 200  # characters of a text: all are names
 _MOST = sys.float_info.max
 
 
@@ -40,8 +41,10 @@ def check_fields(value: Any) -> None:
 
 def _fits(got: Any, wanted: Any) -> bool:
     whole = isinstance(got, int) and not isinstance(got, bool)
-    if wanted is bool or wanted is str:
-        return isinstance(got, wanted)
+    if wanted is bool:
+        return isinstance(got, bool)
+    if wanted is str:
+        return isinstance(got, str) and len(got) <= LONGEST
     if wanted is int:
         return whole and abs(got) <= LARGEST
     if wanted is float:  # NaN is not below anything
@@ -69,6 +72,8 @@ def _wanted(wanted: Any, got: Any = None) -> str:
         return f"a tuple of {_wanted(args[0])}"
     if wanted is int and isinstance(got, int) and not isinstance(got, bool):
         return f"int of at most {LARGEST}"
+    if wanted is str and isinstance(got, str):
+        return f"str of at most {LONGEST} characters"
     if wanted is float and isinstance(got, int | float) and not isinstance(got, bool):
         return "a finite float"
     return "None" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))

@@ -68,6 +68,10 @@ def _expected(error: Any) -> str:
         if len(others) < 2:
             return "must be " + " or ".join([*others, last])
         return f"must be one of {', '.join([*others, last])}"
+    for bound, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
+        if bound in error.get("ctx", ()):
+            value = error["ctx"][bound]
+            return f"must be {word} {f'{value:g}' if isinstance(value, float) else value}"
     return re.sub(r"^\w+ should ", "must ", error["msg"]).split(" after validation")[0]
 
 

@@ -24,7 +24,7 @@ BAD = {
     int: [*ODD, True, 4.0, NAN, INF, 2**63, -(2**63), 10**400],
     float: [*ODD, True, NAN, INF, -INF, 10**400],
     bool: [*ODD, 0, 1, "false", 1.0],
-    str: [None, 1, [], {}, b"x"],
+    str: [None, 1, [], {}, b"x", "x" * 10_000],
 }
 FORMAT, ROUNDER = jq.rtn().format, jq.rtn().rounder
 GIVEN = {

@@ -155,7 +155,7 @@ def test_config_json_round_trip(scaling):
             "num_attention_heads must be a multiple of .*, got 4 and 3",
         ),
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be greater .* got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
         ({"model_type": "mistral", "sliding_window": 64}, "window 64 < 256"),
         (
             {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True},

@@ -397,12 +397,12 @@ def changed(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["model"]["vocab"].update(A=2**31), "model.vocab.A must be less than"),
-        (lambda d: d["model"]["vocab"].update(A=-1), "model.vocab.A must be greater than"),
+        (lambda d: d["model"]["vocab"].update(A=2**31), "model.vocab.A must be below"),
+        (lambda d: d["model"]["vocab"].update(A=-1), "model.vocab.A must be at least"),
         (lambda d: d["model"]["vocab"].update(A="1"), "model.vocab.A must be a valid integer"),
         (lambda d: d["model"]["vocab"].update(A=1), "vocab gives the id 1 to two tokens"),
         (lambda d: d["model"].update(vocab=3), "model.vocab must be a valid dictionary"),
-        (lambda d: d["added_tokens"][0].update(id=2**31), "added_tokens.0.id must be less than"),
+        (lambda d: d["added_tokens"][0].update(id=2**31), "added_tokens.0.id must be below"),
         (lambda d: d["added_tokens"][0].update(id=1000), "the id 1000, but 256 is the one"),
         (lambda d: d["added_tokens"][0].update(content=7), "added_tokens.0.content must be"),
         (lambda d: d.update(added_tokens={}), "added_tokens must be a valid list"),
