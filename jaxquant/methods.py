@@ -205,8 +205,9 @@ def entropy_coded(
 ) -> Method:
     """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
 
-    The least loss at given bits, and the slowest product: the stream is decoded for every one.
-    See `Waterfill` and `EntropyCoded`.
+    The least loss at given bits. A product decodes the whole stream: to serve the weights, make
+    words of them once, as the commands do (`jaxquant.transcoded`). See `Waterfill` and
+    `EntropyCoded`.
 
     Args:
       two_sided: outputs get widths by what the loss gradient says they matter, and errors are fed

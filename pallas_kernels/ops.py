@@ -249,7 +249,7 @@ def dual_scale_matmul(
     checks.bits(bits)
     n = checks.words(codes, layout.words(k, bits))
     checks.scales(scale, 1, n)
-    if step.shape != (k,) or step.dtype != jnp.float32 or scale.shape != (1, n):
+    if step.shape != (k,) or step.dtype.name != "float32" or scale.shape != (1, n):
         raise ValueError(
             f"step must be float32 [{k}] and scale [1, {n}], got {step.dtype} {list(step.shape)} "
             f"and {list(scale.shape)}"

@@ -9,6 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import checkpoint
+from jaxquant.layers import layers_of
 from pallas_kernels import coded, dual_scale, layout, native
 
 from .test_dispatch import draw
@@ -109,9 +110,16 @@ def test_stacks_transforms_and_shared_inputs():
         same(t[name].dequantize(), q[name].dequantize())
     got = jax.jit(jq.quantized(fn))(t, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
-    use = [u.why for u in jq.explain(fn, t, x, platform="cpu").uses]
-    assert native.load() or any("one call for 2" in why for why in use)
     apart = jq.unstack({"layers": t}, "layers")
+
+    def in_turn(params, x):
+        for p in layers_of(params, "layers"):
+            x = jnp.tanh(x @ p["q"] + x @ p["k"])
+        return x
+
+    np.testing.assert_allclose(jq.quantized(in_turn)(apart, x), got, atol=1e-4)
+    use = [u.why for u in jq.explain(in_turn, apart, x, platform="cpu").uses]
+    assert native.load() or all("one call for 2" in why for why in use)
     whole = jq.restack(jq.transcoded(apart), "layers")["layers"]
     for name in "qk":
         same(whole[name].dequantize(), q[name].dequantize())

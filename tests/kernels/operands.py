@@ -61,7 +61,7 @@ def _escapes(rng, k, n):
     """Some in every other column, and some that are nobody's."""
     ends = np.cumsum(rng.integers(0, 4, n) * (np.arange(n) % 2))
     ranges = np.stack([np.concatenate([[0], ends[:-1]]), ends])
-    words = rng.integers(-300, 300, ends[-1] + 3) << 16 | rng.integers(0, k, ends[-1] + 3)
+    words = rng.integers(-300, 300, 4 * n) << 16 | rng.integers(0, k, 4 * n)
     return {"ranges": jnp.asarray(ranges, jnp.int32), "escapes": jnp.asarray(words, jnp.int32)}
 
 
