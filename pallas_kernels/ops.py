@@ -9,7 +9,6 @@ that is wrong.
 
 import math
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import checks, layout, trellis
