@@ -18,7 +18,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-kernels kernels \
-	fuzz test-memory test-gpu test-device demo bench bench-llama curve clean
+	fuzz kills test-memory test-gpu test-device demo bench bench-llama curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -102,6 +102,9 @@ test-device:     ## the hardware suite on an accelerator, by a PYTHON that has J
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run
 
 SECONDS ?= 60
+kills: venv      ## kill -9 at 40 random moments of a quantization, then the same again (20 minutes)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m tests.benchmarks.kills
+
 fuzz: venv       ## mutated files to every reader for SECONDS=60; an input again: python -m tests.fuzz --only NUMBER
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
@@ -112,7 +115,7 @@ demo: venv $(VENV)/.model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings
-	@for f in $(filter-out %/rate_quality.py %/llama_cpp.py,$(wildcard tests/benchmarks/*.py)); do \
+	@for f in $(filter-out %/rate_quality.py %/llama_cpp.py %/kills.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
 # llama.cpp uses AMX where the processor has it without asking Linux for it, and is killed (0.3.36);

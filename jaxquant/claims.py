@@ -158,8 +158,8 @@ def _opened(path: Path) -> int | None:
     try:
         if not is_ours(path):
             raise ValueError(
-                f"{path} is needed to work in, but its files were not made by jaxquant; nothing "
-                f"in it was touched: move it, or write elsewhere"
+                f"{path} is needed to work in, but this version of jaxquant did not make its "
+                f"files; nothing in it was touched: move it, or write elsewhere"
             )
         return os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:

@@ -21,7 +21,7 @@ import jaxquant as jq
 from jaxquant.evaluate import check_sizes, evaluate
 from jaxquant.kv_cache import ROPE, KVFormat
 from models import outliers, pipeline
-from models.console import SEED, bar, emit, line, stderr, usage
+from models.console import SEED, bar, emit, line, usage
 from models.generate import generate as generate_ids
 from models.quantizing import quantize
 from models.registry import Model
@@ -293,7 +293,7 @@ def main(args: list[str] | None = None) -> None:
 
     An error is one line. Without arguments they, and the process, are the command's own.
     """
-    warnings.showwarning = lambda message, *_, **__: stderr.print(f"warning: {message}")
+    warnings.showwarning = lambda message, *_, **__: line(f"warning: {message}")
     own = args is None
     # A job told to stop cleans up after itself, as one interrupted from the keyboard does.
     with interrupts.working(own):

@@ -91,6 +91,21 @@ def test_any_exception_is_one_line(run, monkeypatch):
     fails(run("inspect", "x"), 1, "RuntimeError: first second")
 
 
+def test_a_warning_is_printed_as_it_is(run, monkeypatch):
+    """Names of leaves and files may look like markup of the console."""
+
+    def warned(*_, **__):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("/tmp/[red]/a[/b]/" + "long" * 60, stacklevel=1)
+        raise ValueError("then")
+
+    monkeypatch.setattr(pipeline, "load_any", warned)
+    result = run("inspect", "x")
+    fails(result, 1, "then")
+    assert "warning: /tmp/[red]/a[/b]/" + "long" * 60 in result[2].splitlines()
+
+
 def test_a_job_told_to_stop_leaves_no_output_and_goes_on(tiny, run, tmp_path, monkeypatch):
     command = ("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
     with monkeypatch.context() as patch:
@@ -176,7 +191,7 @@ def test_killed_when_its_output_was_in_place(quick, run, tmp_path, monkeypatch, 
 def test_folders_of_the_user_are_not_touched(quick, packed, run, tmp_path):
     (tmp_path / "o.partial").mkdir()
     (tmp_path / "o.partial" / "run.json").write_text("{}")
-    fails(run(*quick), 1, "its files were not made by jaxquant; nothing in it was touched")
+    fails(run(*quick), 1, "jaxquant did not make its files; nothing in it was touched")
     assert (tmp_path / "o.partial" / "run.json").read_text() == "{}"
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.txt").write_text("precious")

@@ -196,6 +196,16 @@ def test_bad_input(tiny, packed, run, tmp_path, options, status, message):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("place", ["o", "o.partial"])
+def test_metrics_are_not_written_where_the_model_is(tiny, packed, run, tmp_path, place):
+    command = tune(tiny, packed, "--steps", 2, "--metrics", tmp_path / place)
+    message = "is where the model will be written"
+    fails(run(*command, "--out", tmp_path / "o"), 2, message)
+    command = ("train-bitnet", "--metrics", tmp_path / place, "--out", tmp_path / "o")
+    fails(run(*command), 2, message)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_text_shorter_than_a_sequence(tiny, packed, run, tmp_path):
     (tmp_path / "t.txt").write_text("short")
     command = ("finetune", packed, "--text", tmp_path / "t.txt", "--steps", 2)
