@@ -88,12 +88,12 @@ def shown(value: Any) -> str:
     """A value for the line of an error, however large or deep it is.
 
     >>> shown([1, "a" * 99])
-    "[1, 'aaaaaaaaaaaa...aaaaaaaaaaaaa']"
+    "[1, 'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa']"
     """
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
     short = reprlib.Repr()
-    short.maxother = 120  # a dataclass of the house
+    short.maxstring, short.maxother = 60, 120  # a path; a dataclass of the house
     return " ".join(short.repr(value).split())
 
 

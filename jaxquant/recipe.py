@@ -249,7 +249,9 @@ def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any
     for pattern, _ in recipe.rules:
         if not any(matches(path, pattern) for path in paths):
             near = difflib.get_close_matches(pattern.replace("*", ""), paths, 3, 0.0)
-            raise ValueError(f"pattern {pattern!r} matches no leaf; nearest: {', '.join(near)}")
+            raise ValueError(
+                f"pattern {shown(pattern)} matches no leaf; nearest: {', '.join(near)}"
+            )
     chosen = []
     for path, w in leaves:
         method = next((m for g, m in recipe.rules if matches(path, g)), None)

@@ -1,5 +1,6 @@
 """What is done to the bytes of a file: blindly, or by the structure of JSON, GGUF, safetensors."""
 
+import copy
 import json
 import math
 import random
@@ -91,13 +92,13 @@ def of_json(rng: random.Random, data: bytes) -> bytes:
 
 
 def _changed(rng: random.Random, value: object) -> object:
-    places = list(_places(value))
+    places, new = list(_places(value)), copy.deepcopy(rng.choice(VALUES))
     if not places:
-        return rng.choice(VALUES)
+        return new
     holder, key = rng.choice(places)
     how = rng.random()
     if how < 0.6:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = new
     elif how < 0.75:
         del holder[key]
     elif how < 0.9:  # the value of another place
@@ -106,7 +107,7 @@ def _changed(rng: random.Random, value: object) -> object:
     elif isinstance(holder, dict):
         holder[rng.choice(["", "type", "x", "\ud800", key + "_"])] = holder.pop(key)
     else:
-        holder.insert(key, rng.choice(VALUES))
+        holder.insert(key, new)
     return value
 
 

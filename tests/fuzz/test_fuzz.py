@@ -4,9 +4,12 @@ It runs in a process of its own, for this one has computed with JAX and cannot b
 """
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.fuzz import mutations
 
 ROOT = Path(__file__).parents[2]
 FAULTS = """
@@ -65,3 +68,12 @@ def test_it_sees_every_kind_of_fault():
         "h": "silent change",
         "i": "JSONDecodeError",
     }
+
+
+def test_an_input_is_its_number():
+    """Whatever ran before it: nothing of one input is left in the next."""
+    data = json.dumps({"a": [1, {"b": {}}], "c": "x"}).encode()
+    made = lambda n: mutations.of_json(random.Random(n), data)
+    first = [made(n) for n in range(300)]
+    assert [made(n) for n in reversed(range(300))] == first[::-1]
+    assert len(set(first)) > 100
