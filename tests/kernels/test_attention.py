@@ -94,6 +94,21 @@ def test_large_scores_do_not_overflow_and_none_visible_is_no_number():
     assert bool(jnp.isnan(op.attention(q, k, v, jnp.array([-1]))).all())
 
 
+@pytest.mark.parametrize("attend", [op.attention, op.reference])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_seen_where_it_is_and_nowhere_else(attend, value):
+    """A query; and an entry of a value that all queries see, in its channel of its heads."""
+    q, k, v, _ = draw((2, 3, 6, 2, 20, 16))
+    positions = jnp.array([5, 7, 9])
+    clean = attend(q, k, v, positions)
+    by_query = np.array(attend(q.at[1, 2, 4, 7].set(value), k, v, positions))
+    by_value = np.array(attend(q, k, v.at[0, 1, 3, 7].set(value), positions))
+    for wrong, place in ((by_query, np.s_[1, 2, 4]), (by_value, np.s_[0, :, 3:, 7])):
+        assert not np.isfinite(wrong[place]).any()
+        wrong[place] = clean[place]
+        np.testing.assert_array_equal(wrong, clean)
+
+
 def test_derivatives_and_batches_are_the_references():
     q, k, v, positions = draw((2, 2, 6, 3, 20, 16))
     loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a, positions)))
