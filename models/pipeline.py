@@ -386,8 +386,12 @@ def save(
     """Checkpoint of a quantized model; kept matrices are stored in float16, vectors in float32.
 
     `about`: more JSON values for its metadata.
+
+    Raises:
+      ValueError: a weight, packed or not, that training or rounding left not finite; named.
     """
     params = _as_stored(model.params, lambda w, dtype: w.astype(dtype))
+    _check_finite(params)
     metadata = {
         "config": model.config.to_json(),
         "tokenizer": model.tokenizer.to_json(),
@@ -395,6 +399,16 @@ def save(
         **(about or {}),
     }
     checkpoint.save(directory, params, recipe=recipe, metadata=metadata, overwrite=overwrite)
+
+
+def _check_finite(params: Any) -> None:
+    for path, w in jq.path_leaves(params):
+        floats = [a for a in jax.tree.leaves(w) if jnp.issubdtype(a.dtype, jnp.floating)]
+        if not all(bool(jnp.all(jnp.isfinite(a.astype(jnp.float32)))) for a in floats):
+            raise ValueError(
+                f"{path}: values that are not finite (NaN or infinity) are not saved; use another "
+                f"method, more bits, or a smaller learning rate"
+            )
 
 
 def _packed(w: Any) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.paths import replace_leaves
 from models import generate, load, pipeline
 from models.inspection import Inspector
 from models.llama import folds, residual
@@ -147,3 +148,18 @@ def test_every_method_is_saved_and_served(method, tiny, stats, tmp_path):
     np.testing.assert_array_equal(fn(back.params, TOKENS), want)
     layer = back.params["layers"]["mlp"]["down"]["kernel"]
     assert layer.activations == method.activations
+
+
+def test_what_is_not_finite_is_not_saved(tiny, tmp_path):
+    """Scales of packed weights, say after healing that diverged, and weights that are kept."""
+    recipe = pipeline.recipe_of(jq.rtn(4, 8))
+    made = pipeline.quantized_model(tiny, recipe, None)
+    leaves = dict(jq.path_leaves(made.params))
+    packed = next(path for path, w in leaves.items() if isinstance(w, jq.QTensor))
+    kept = next(path for path, w in leaves.items() if not isinstance(w, jq.QTensor))
+    for path in (packed, kept):
+        nan = lambda a: jnp.full_like(a, jnp.nan) if a.dtype.kind == "f" else a
+        bad = replace_leaves(made.params, {path: jax.tree.map(nan, leaves[path])})
+        with pytest.raises(ValueError, match=f"{path}: values that are not finite"):
+            pipeline.save(tmp_path / "q", dataclasses.replace(made, params=bad), recipe)
+        assert not (tmp_path / "q").exists()
