@@ -21,7 +21,8 @@ def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[...,
     Runs by multiple dispatch on JAX primitives (quax): every matmul or look-up that meets a
     `QTensor` is served from its packed codes; a primitive without a rule dequantizes it (see
     `explain`). Compose with `jax.jit`, `jax.grad`, `jax.vmap` outside or inside, and with
-    `jax.shard_map` outside, the weights split along their outputs. Reverse mode outside, any
+    `jax.shard_map` outside, the weights split along their outputs, or along their inputs where
+    every device has whole groups and words. Reverse mode outside, any
     mode inside. Kernels serve programs for one device, whatever else the machine has, and inside
     `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so references serve
     the programs that it splits over several devices.

@@ -128,7 +128,8 @@ def _layer(site: Site, path: str, i: int) -> Site:
         shape=site.shape[1:],
         contracted=less(site.contracted),
         batch=less(site.batch),
-        gathered=None if site.gathered is None else site.gathered - 1,
+        gathered=site.gathered - 1 if site.gathered else None,  # along the first, layers are
+        also=tuple(map(less, site.also)),
         input=site.input and f"{site.input} {i}",
     )
 

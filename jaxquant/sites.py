@@ -251,8 +251,9 @@ def _(w: _Tracked, x: Any, **params: Any) -> Any:
 @quax.register(jax.lax.gather_p)
 def _(w: _Tracked, ids: Any, **params: Any) -> Any:
     cut = tuple(i for i, d in enumerate(w.shape) if params["slice_sizes"][i] != d)
-    w.log.uses.append(_Use(w.path, "gather", w.own(cut)))
     found = picking.looked_up(w, ids, params)
+    single = len(cut) == 1 or found is not None
+    w.log.uses.append(_Use(w.path, "gather" if single else "other", w.own(cut)))
     return found if found is not None else jax.lax.gather_p.bind(w.array, ids, **params)
 
 

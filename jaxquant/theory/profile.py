@@ -67,8 +67,10 @@ class Largest:
         return Extremes(one, one, one, some, some, some, all_, all_, all_, all_)
 
     def of(self, seen: Seen) -> Extremes:
-        """Of one input."""
-        return self.of_matrix(seen.rows)
+        """Of one input; the zeros that stand for rows of other experts do not count."""
+        found, rows = self.of_matrix(seen.rows), jnp.sum(seen.counted)
+        more = len(seen.rows) / jnp.maximum(rows, 1)
+        return found._replace(rows=rows, mean=more * found.mean, share=more * found.share)
 
     def of_matrix(self, x: Float[Array, "t k"]) -> Extremes:
         """Of a matrix itself."""
