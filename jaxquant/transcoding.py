@@ -37,7 +37,7 @@ def transcoded(params: Any, *, threads: int | None = None) -> Any:
       ValueError: a stream is damaged, which names its weight; or inside of `jit`.
 
     >>> import jaxquant as jq
-    >>> method = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(4, states=1, lanes=4))
+    >>> method = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(2, states=1, lanes=4))
     >>> q = {"w": jq.quantize_array(jax.random.normal(jax.random.key(0), (64, 32)), method)}
     >>> t = transcoded(q)
     >>> t["w"].format, bool((t["w"].dequantize() == q["w"].dequantize()).all())

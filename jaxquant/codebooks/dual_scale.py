@@ -21,9 +21,9 @@ class DualScale(Served):
     Attributes:
       bits: of a code, 4 or 8.
 
-    >>> data = DualScale().encode(jnp.array([[7.0, 0.0], [-1.0, 3.0]]))
+    >>> data = DualScale().encode(jnp.array([[7.0, 0.0], [-1.0, 14.0]]))
     >>> DualScale().dequantize(data, 2).tolist()
-    [[7.0, 0.0], [-1.0, 3.0]]
+    [[7.0, 0.0], [-1.0, 14.0]]
     """
 
     bits: Literal[4, 8] = 4
