@@ -72,7 +72,7 @@ def roofline(params: Any, chip: str, tokens: int = 1) -> Roofline:
       ValueError: no such chip.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> q = {"w": jq.quantize_array(jnp.ones((4096, 4096)), jq.rtn(2, 128, symmetric=True))}
+    >>> q = {"w": jq.quantize_array(jnp.ones((4096, 4096)), jq.rtn(4, 128, symmetric=True))}
     >>> print(roofline(q, "v5e").bounds[0].bound, roofline(q, "v5e", 4096).bounds[0].bound)
     memory multiplying
     """

@@ -4,7 +4,8 @@ do not spill, and their schedules keep up with the memory."""
 import pytest
 
 from pallas_kernels import chips, layout
-from tests.aot import cases, compiler, tpu
+from pallas_kernels.rates import weights_per_cycle
+from tests.aot import cases, compiler, rates, tpu
 
 pytestmark = [
     pytest.mark.kernels,
@@ -26,6 +27,14 @@ def test_rate(rows, name, chip):
     row, case = rows[name, chip], cases.CASES[name]
     assert row["ratio"] >= case.floor[chip]
     assert row["spills"] == 0 or chip in case.spilling
+
+
+def test_rates_at_real_shapes():
+    """What `pallas_kernels.rates` says is the median over them; one shape is far below it."""
+    (row,) = rates.rows(["packed_matmul 4 bits A16 g128"], on=("v5e",))
+    said = weights_per_cycle("packed_matmul", "v5e", bits=4, group_size=128)
+    assert row.median == pytest.approx(said, rel=0.02)
+    assert row.worst[0] < 0.5 * row.median and row.worst[1] == (576, 576)
 
 
 @pytest.mark.parametrize("chip", compiler.TOPOLOGIES)
