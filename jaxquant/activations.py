@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.fields import check_fields, shown
 from jaxquant.straight import nearest_codes, through
 from pallas_kernels import activations as forms
 
@@ -254,7 +254,7 @@ def _parse(text: str) -> Activations | None:
         raise ValueError(
             f'activations must be "float", "float8" or "intB", B from 2 to 8, then if wanted '
             f'",asymmetric", ",clip=0.9", ",static", ",mse", ",mean", ",top=0.5"; or "int8/256"; '
-            f"got {text!r}"
+            f"got {shown(text)}"
         ) from None
     return Activations(**options)
 

@@ -137,6 +137,7 @@ for _ in range(500):
         ({"pattern": "*", "method": "gptq", "damping": {"a": 1}}, "damping must be float"),
         ({"pattern": "*", "method": "rtn", "activation_bits": "8"}, "bits must be int, got '8'"),
         ({"pattern": "*", "method": "rtn", "activations": {}}, "activations"),
+        ({"pattern": "*", "method": "rtn", "activations": "x" * 10**5}, "activations must be"),
         ({"pattern": "*", "method": "x" * 10**6}, "unknown method"),
         ({"pattern": "*", "method": "rtn", "bits": 10**400}, "an integer of 1329 bits"),
         ({"pattern": "*"}, "a rule is"),
