@@ -92,11 +92,12 @@ def explain(
       params: tree with `QTensor` leaves (or their shapes, from `jax.eval_shape`).
       *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them or of
         the weights lies on several devices, the program is one that the compiler splits.
-      platform: "cpu", "tpu" or "cuda", whose kernels are meant; default: this machine's.
+      platform: "cpu", "tpu" or "cuda", whose kernels are meant, or "rocm", for which there are
+        none; default: this machine's.
     """
     check_arguments(explain, locals())
-    if platform not in (None, "cpu", "tpu", "cuda"):
-        raise ValueError(f"platform must be cpu, tpu or cuda, got {platform!r}")
+    if platform not in (None, *table.BACKENDS, "rocm"):
+        raise ValueError(f"platform must be cpu, tpu, cuda or rocm, got {platform!r}")
     log = _Log([])
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}

@@ -94,6 +94,8 @@ def columns(
     >>> columns(data, jnp.array([2, 0]), lambda data, k: data["codes"], {"codes": 1}, 1).tolist()
     [[3, 1]]
     """
+    if 0 in (k, len(ids)):
+        return jnp.zeros((k, len(ids)), jnp.float32)
     unit = math.lcm(*spans.values())
 
     def take(a: Array, span: int) -> Array:

@@ -42,7 +42,7 @@ def dynamic(fn, *args):
 def test_no_index_into_a_tile_is_dynamic(case, m):
     format, activations, backward = case
     fn, args = real.product(
-        K, N, m, format, activations=activations, backward=backward,
+        k=K, n=N, m=m, format=format, activations=activations, backward=backward,
         kernels="auto" if backward else "tpu",
     )  # fmt: skip
     found, count = dynamic(fn, *args)
