@@ -62,7 +62,7 @@ def far(transforms):
 
 def learned_whole(**options):
     stats = jq.calibrate(head, WHOLE, [*HIDDEN])
-    healing = jq.Healing(steps=30, learning_rate=0.003, validate_every=5)
+    healing = jq.Healing(steps=60, learning_rate=0.003, validate_every=5)
     given = {"validation": HIDDEN[-1:]} | options
     return jq.learn(head, WHOLE, KEPT, stats, HIDDEN[:-1], healing, **given)
 

@@ -337,7 +337,7 @@ def test_double_quantization_refuses_split_outputs():
         (lambda: NormalFloat(scale_dtype="int8"), "scale_dtype must be one of"),
         (lambda: NormalFloat(group_size=0), "group_size must be positive"),
         (lambda: NormalFloat(double_quant=1), "double_quant must be bool"),
-        (lambda: Float8("e3m4"), r"variant must be "e4m3" or "e5m2", got 'e3m4'"),
+        (lambda: Float8("e3m4"), r"variant must be one of \('e4m3', 'e5m2'\), got 'e3m4'"),
         (lambda: MXFP4(pad="no"), "pad must be bool"),
         (
             lambda: MXFP4().check_shape(48, 8),

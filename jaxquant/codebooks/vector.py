@@ -144,7 +144,8 @@ class Vector(Learned, Decoding):
         if self.outliers:  # one table after the other, and codes that count on
             codes = codes + grid.kind[:, None, None] * np.asarray(self._sizes)[:, None]
             tables = [t.reshape(-1, self.length) for t in tables]
-        return lookup.total(jnp.moveaxis(codes, 1, 0), tables).reshape(len(codes), codes.shape[2] * self.length)
+        w = lookup.total(jnp.moveaxis(codes, 1, 0), tables)
+        return w.reshape(len(codes), codes.shape[2] * self.length)
 
     # --- storage ----------------------------------------------------------------------------
 
