@@ -65,7 +65,7 @@ def fold(
     >>> stats = jq.calibrate(fn, p, [jnp.array([[16.0, 1.0]])])
     >>> folded = fold(p, jq.smoothquant(), stats, {"w": ["gain"]})
     >>> folded.params["gain"].tolist(), folded.params["w"].ravel().tolist()
-    ([0.25, 2.0], [4.0, 2.0])
+    ([0.5, 4.0], [2.0, 1.0])
     >>> dict(folded.recipe.rules)["w"].input is None
     True
     """

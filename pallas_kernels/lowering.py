@@ -17,6 +17,14 @@ _chosen = core.Primitive("jaxquant_kernel_or_reference")
 _chosen.multiple_results = True
 
 
+class _Branch:
+    """A function that has been traced; JAX would take a bare jaxpr apart on its own."""
+
+    def __init__(self, jaxpr: core.ClosedJaxpr) -> None:
+        self.jaxpr, self.run = jaxpr.jaxpr, core.jaxpr_as_fun(jaxpr)
+        self.out_avals = list(jaxpr.out_avals)
+
+
 def by_lowering(
     kernels: Mapping[str, Callable[..., Any]], reference: Callable[..., Any], *args: Any
 ) -> Any:
@@ -44,7 +52,7 @@ def by_lowering(
         out, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(tree, leaves)))
         return out
 
-    traced = lambda fn: jax.make_jaxpr(partial(flat, fn))(*leaves)
+    traced = lambda fn: _Branch(jax.make_jaxpr(partial(flat, fn))(*leaves))
     branches = tuple((platform, traced(fn)) for platform, fn in kernels.items())
     out = _chosen.bind(*leaves, branches=branches, reference=traced(reference))
     return jax.tree.unflatten(out_tree, out)
@@ -52,7 +60,7 @@ def by_lowering(
 
 @_chosen.def_abstract_eval
 def _(*_: Any, branches: tuple, reference: Any) -> list[Any]:
-    return list(reference.out_avals)
+    return reference.out_avals
 
 
 @_chosen.def_impl
@@ -61,13 +69,12 @@ def _(*args: Any, branches: tuple, reference: Any) -> list[Any]:
     split = any(len(a.sharding.device_set) > 1 for a in args if isinstance(a, jax.Array))
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     chosen = reference if split else dict(branches).get(platform, reference)
-    return core.jaxpr_as_fun(chosen)(*args)
+    return chosen.run(*args)
 
 
 def _lowered(platform: str, ctx: Any, *args: Any, branches: tuple, reference: Any) -> Any:
     kernel = dict(branches).get(platform) if is_whole(ctx.module_context.axis_context) else None
-    fn = core.jaxpr_as_fun(reference if kernel is None else kernel)
-    return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
+    return mlir.lower_fun((kernel or reference).run, multiple_results=True)(ctx, *args)
 
 
 def is_whole(axis_context: Any) -> bool:
@@ -93,8 +100,8 @@ mlir.register_lowering(_chosen, partial(_lowered, ""))
 
 
 def _batched(args: Any, dims: Any, *, branches: tuple, reference: Any) -> tuple[list, list]:
-    mapped = lambda jaxpr: jax.vmap(core.jaxpr_as_fun(jaxpr), in_axes=tuple(dims))
-    fns = {platform: mapped(jaxpr) for platform, jaxpr in branches}
+    mapped = lambda branch: jax.vmap(branch.run, in_axes=tuple(dims))
+    fns = {platform: mapped(branch) for platform, branch in branches}
     out = by_lowering(fns, mapped(reference), *args)
     return out, [0] * len(out)
 
