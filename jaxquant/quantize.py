@@ -313,7 +313,8 @@ class _Job:
         if abstract:
             # What was planned without values is no result, and nobody has looked at the weights.
             planned = method is not self.method
-            return _nan_unless(~planned & _finite((w, moments, known)), data), report, False
+            sound = jnp.logical_and(not planned, _finite((w, moments, known)))
+            return _nan_unless(sound, data), report, False
         data, report = jax.block_until_ready((data, report))
         self._check_result(name, data, report)
         if finished is not None:
