@@ -145,8 +145,6 @@ def quantize_array(
     2.5625
     """
     check_arguments(quantize_array, locals())
-    if not isinstance(method, Method):
-        raise ValueError(f"expected a method, such as gptq(bits=4), got {method!r}")
     if w.ndim != 2:
         raise ValueError(f"expected a matrix [k, n], got shape {w.shape}")
     _check_not_differentiated(w)

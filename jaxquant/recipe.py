@@ -162,8 +162,6 @@ def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | No
     """
     check_arguments(resolve, locals())
     leaves = path_leaves(params)
-    if not isinstance(recipe, Method | Recipe):
-        raise ValueError(f"expected a Recipe or a method, such as gptq(bits=4), got {recipe!r}")
     _check_sites(leaves, found)
     if isinstance(recipe, Method):
         stacks = {_stack_of(p, w) for p, w in leaves if is_weight(w) and len(w.shape) > 2}

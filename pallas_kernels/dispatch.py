@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import activations, reference
 from pallas_kernels.kernel import Kernel
-from pallas_kernels.lowering import by_lowering
+from pallas_kernels.lowering import by_lowering, default_platform
 
 BACKENDS = {
     "cpu": "pallas_kernels.cpu",
@@ -80,12 +80,6 @@ def listening() -> Iterator[list[str]]:
         yield heard
     finally:
         _heard.reset(token)
-
-
-def default_platform() -> str:
-    """The name by which `BACKENDS` knows JAX's default backend."""
-    backend = jax.default_backend()
-    return "cuda" if backend == "gpu" else backend
 
 
 def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"]:

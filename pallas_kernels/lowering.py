@@ -4,7 +4,6 @@ Only then are both facts known that decide: the platform, and whether the compil
 program over devices, which it cannot do with a kernel. `lax.platform_dependent` knows the first.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -67,8 +66,7 @@ def _(*_: Any, branches: tuple, reference: Any) -> list[Any]:
 def _(*args: Any, branches: tuple, reference: Any) -> list[Any]:
     """Outside of jit (`jax.disable_jit`): arrays say where they lie."""
     split = any(len(a.sharding.device_set) > 1 for a in args if isinstance(a, jax.Array))
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    chosen = reference if split else dict(branches).get(platform, reference)
+    chosen = reference if split else dict(branches).get(default_platform(), reference)
     return chosen.run(*args)
 
 
@@ -109,6 +107,12 @@ def _batched(args: Any, dims: Any, *, branches: tuple, reference: Any) -> tuple[
 batching.primitive_batchers[_chosen] = _batched
 
 
+def default_platform() -> str:
+    """The name by which kernels know JAX's default backend."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
 def devices_of(*trees: Any) -> int:
     """Devices of a program of these arrays, as far as can be told: the most that one lies on.
 
@@ -116,7 +120,6 @@ def devices_of(*trees: Any) -> int:
     >>> devices_of({"x": jnp.ones(3)}, jax.ShapeDtypeStruct((2,), jnp.float32))
     1
     """
-    meshes = [jax.sharding.get_abstract_mesh()]
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(trees)]
     counts = [len(s.device_set) for s in shardings if s is not None]
-    return max([1, *counts, *(math.prod(m.axis_sizes) for m in meshes if not m.empty)])
+    return max([jax.sharding.get_abstract_mesh().size, 1, *counts])
