@@ -4,7 +4,8 @@
 
 The integer v is a code of `bits` bits (`layout`) plus, if that is not all of it, an escape: a word
 with the row in its low 16 bits, and in its high 16 what is left of v. Escapes stand column by
-column; `ranges` says of each column where its own begin and end. Others are nobody's.
+column; `ranges` says where the escapes of each column begin and end. Escapes outside every range
+belong to no column and count for nothing.
 
 A product is one of x with the steps in it, by the kernels of packed codes, and a sum over escapes.
 """
@@ -47,7 +48,7 @@ def dequantize(
 
 
 def _escaped(ranges: Array, escapes: Array) -> tuple[Array, Array, Array]:
-    """Row, value and column of every escape; column n of those that are nobody's."""
+    """Row, value and column of every escape; the column is n for those that belong to none."""
     at, n = jnp.arange(escapes.shape[0]), ranges.shape[1]
     # The last column that begins here or before: those without escapes come before one with some.
     column = jnp.searchsorted(ranges[0], at, side="right", method="compare_all") - 1
