@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
+from jaxquant.storage import checkpoint
 from models import pipeline
 from models.console import bar
 from models.generate import generate

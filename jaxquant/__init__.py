@@ -1,10 +1,24 @@
 """jaxquant: a functional quantization stack for JAX."""
 
-from jaxquant.activations import Activations, exact_activations
-from jaxquant.allocate import Allocation, Choices, Option, allocate
-from jaxquant.blockwise import quantize_blocks
-from jaxquant.calibrate import Stats, calibrate
-from jaxquant.codebooks import (
+from jaxquant.calibration.calibrate import Stats, calibrate
+from jaxquant.calibration.observe import Observation, observe
+from jaxquant.core.activations import Activations, exact_activations
+from jaxquant.core.dispatch import Explanation, explain, quantized
+from jaxquant.core.paths import path_leaves
+from jaxquant.core.sites import Site, sites
+from jaxquant.core.tensor import QTensor
+from jaxquant.estimators.input_ranges import PACT, LSQRange
+from jaxquant.estimators.kurtosis import flattened
+from jaxquant.estimators.latent import Drawing, Latent
+from jaxquant.estimators.learned_clipping import LearnedClipping
+from jaxquant.estimators.surrogates import (
+    LSQ,
+    AbsMean,
+    StraightThrough,
+    StretchedElastic,
+    randomness,
+)
+from jaxquant.formats import (
     E8P,
     MXFP4,
     NVFP4,
@@ -21,14 +35,9 @@ from jaxquant.codebooks import (
     TrellisBudget,
     Vector,
 )
-from jaxquant.dispatch import Explanation, explain, quantized
-from jaxquant.finetune import Healing, heal, heal_blocks, recode
-from jaxquant.folding import fold
-from jaxquant.kv_cache import KVFormat
-from jaxquant.layers import restack, unstack, unstack_stats
-from jaxquant.learned import learn, learn_blocks
-from jaxquant.learned_rotation import learn_rotation
-from jaxquant.methods import (
+from jaxquant.formats.kv_cache import KVFormat
+from jaxquant.formats.transcoding import transcoded
+from jaxquant.methods.registry import (
     KEEP,
     METHODS,
     Method,
@@ -58,10 +67,12 @@ from jaxquant.methods import (
     vptq,
     zeroqat,
 )
-from jaxquant.observe import Observation, observe
-from jaxquant.opened import decoded, rejoined
-from jaxquant.paths import path_leaves
-from jaxquant.quantize import (
+from jaxquant.ptq.allocate import Allocation, Choices, Option, allocate
+from jaxquant.ptq.bit_shares import shares
+from jaxquant.ptq.blockwise import quantize_blocks
+from jaxquant.ptq.folding import fold
+from jaxquant.ptq.layer_stacks import restack, unstack, unstack_stats
+from jaxquant.ptq.quantize import (
     Done,
     bits_per_weight,
     dequantize,
@@ -69,25 +80,16 @@ from jaxquant.quantize import (
     quantize_array,
     with_activations,
 )
-from jaxquant.recipe import Plan, Recipe, resolve
-from jaxquant.residual import Residual, rotate_residual
-from jaxquant.roofline import Roofline, roofline
-from jaxquant.shares import shares
-from jaxquant.sites import Site, sites
-from jaxquant.size import Size, size
-from jaxquant.tensor import QTensor
-from jaxquant.training.clipping import LearnedClipping
+from jaxquant.ptq.residual_rotation import Residual, rotate_residual
+from jaxquant.recipes.recipe import Plan, Recipe, resolve
+from jaxquant.recipes.size import Size, size
+from jaxquant.theory.roofline import Roofline, roofline
 from jaxquant.training.descent import QAT
-from jaxquant.training.estimators import LSQ, AbsMean, StraightThrough, StretchedElastic, randomness
-from jaxquant.training.forward import ZeroQAT
-from jaxquant.training.kurtosis import flattened
-from jaxquant.training.latent import Drawing, Latent
+from jaxquant.training.latent import freeze, labels, latent, thaw, trained
 from jaxquant.training.optimizers import optimizer, relative
 from jaxquant.training.qat import qat, qat_blocks
-from jaxquant.training.ranges import PACT, LSQRange
-from jaxquant.training.thaw import freeze, labels, latent, thaw, trained
+from jaxquant.training.zeroqat import ZeroQAT
 from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
-from jaxquant.transcoding import transcoded
 from jaxquant.transforms import (
     ActivationAware,
     Chain,
@@ -98,6 +100,10 @@ from jaxquant.transforms import (
     Smooth,
     Zigzag,
 )
+from jaxquant.tuning.heal import Healing, heal, heal_blocks, recode
+from jaxquant.tuning.learned_rotation import learn_rotation
+from jaxquant.tuning.learned_transforms import learn, learn_blocks
+from jaxquant.tuning.trainable import decoded, rejoined
 
 __version__ = "0.1.0"
 

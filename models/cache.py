@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant import kv_cache
-from jaxquant.kv_cache import KVFormat
+from jaxquant.formats import kv_cache
+from jaxquant.formats.kv_cache import KVFormat
 from models.config import LlamaConfig
 from models.rope import frequencies
 from pallas_kernels.attention import attention

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import jaxquant as jq
 from jaxquant.evaluate import check_sizes, evaluate
-from jaxquant.kv_cache import ROPE, KVFormat
+from jaxquant.formats.kv_cache import ROPE, KVFormat
 from models import outliers, pipeline
 from models.console import SEED, bar, emit, line, usage
 from models.generate import generate as generate_ids

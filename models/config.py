@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 from models.outside import Schema, checked
 from models.schemas import (
     ArchFields,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import jaxquant as jq
-from jaxquant.trainer import Progress as Update
+from jaxquant.tuning.trainer import Progress as Update
 
 stderr = Console(stderr=True)
 SEED = click.IntRange(0, 2**32 - 1)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.finetune import CODES
-from jaxquant.layers import is_apart, layers_of
-from jaxquant.recoding import can_recode
-from jaxquant.resume import Folder
+from jaxquant.durable.store import Folder
+from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from jaxquant.rounding import Nearest
-from jaxquant.trainer import relative_error
 from jaxquant.training.qat import How
+from jaxquant.tuning.heal import CODES
+from jaxquant.tuning.recoding import can_recode
+from jaxquant.tuning.trainer import relative_error
 from models import pipeline
 from models.job import HELD_OUT, digest_of, hash_of, split, written
 from models.llama import blockwise, whole

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.kv_cache import KVFormat
+from jaxquant.formats.kv_cache import KVFormat
 from models.cache import AnyCache, init_cache
 from models.config import LlamaConfig
 from models.llama import check_tokens

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 DEEPEST = 4  # arrays in arrays

@@ -1,7 +1,8 @@
 """What a module's output loses by rounding some of its weights: AWQ's judge of scales.
 
 Queries, keys and values are judged by all of attention, gate and up by the whole MLP, on the hidden
-states of the model as it was. Other weights are judged by their own products (`jaxquant.inputs`).
+states of the model as it was. Other weights are judged by their own products (see
+`ptq.shared_transforms`).
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.paths import path_leaves, replace_leaves
+from jaxquant.core.paths import path_leaves, replace_leaves
 from models.llama import blockwise, parts
 from models.registry import Model
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.calibrate import Probe
-from jaxquant.learned import Transforms
-from jaxquant.resume import Folder
-from jaxquant.serialize import to_json
+from jaxquant.calibration.calibrate import Probe
+from jaxquant.durable.store import Folder
+from jaxquant.recipes.serialize import to_json
+from jaxquant.tuning.learned_transforms import Transforms
 from models import pipeline, self_text
 from models.inspection import Inspector
 from models.registry import Model

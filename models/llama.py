@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 import jaxquant as jq
-from jaxquant.layers import is_apart, layers_of, restack
+from jaxquant.ptq.layer_stacks import is_apart, layers_of, restack
 from models.cache import AnyCache, Cache, init_cache
 from models.config import LlamaConfig
 from models.rope import rotate, rotation_angles

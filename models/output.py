@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 import jaxquant as jq
-from jaxquant import checkpoint
-from jaxquant.claims import claim
-from jaxquant.resume import Folder, digest
+from jaxquant.durable.claims import claim
+from jaxquant.durable.store import Folder, digest
+from jaxquant.storage import checkpoint
 from models import interrupts, pipeline
 from models.console import line
 from models.registry import Model

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 
 S = TypeVar("S", bound="Schema")
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant import checkpoint
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant.folding import Folded
-from jaxquant.layers import is_apart, layers_of
-from jaxquant.learned import Transforms
+from jaxquant.ptq.folding import Folded
+from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from jaxquant.rounding import Clipped, Nearest
-from jaxquant.trainer import next_token_loss
+from jaxquant.storage import checkpoint
 from jaxquant.transforms import Channels
+from jaxquant.tuning.learned_transforms import Transforms
+from jaxquant.tuning.trainer import next_token_loss
 from models import registry
 from models.config import LlamaConfig
 from models.llama import Llama, blockwise, check_tokens, folds, residual, untied, whole

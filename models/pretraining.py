@@ -21,12 +21,12 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 import jaxquant as jq
+from jaxquant.core.paths import matches, replace_leaves
+from jaxquant.durable.store import Finished
 from jaxquant.evaluate import chunk
-from jaxquant.paths import matches, replace_leaves
-from jaxquant.resume import Finished
-from jaxquant.trainer import next_token_loss
 from jaxquant.training import stability
 from jaxquant.training.schedules import decay_until_half, two_stage
+from jaxquant.tuning.trainer import next_token_loss
 from models.config import LlamaConfig
 from models.llama import Llama
 from models.pipeline import LAYERS

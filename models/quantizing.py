@@ -7,11 +7,11 @@ from typing import Any, get_args
 import click
 
 import jaxquant as jq
-from jaxquant import checkpoint
-from jaxquant.calibrate import Weighting
-from jaxquant.finetune import BLOCKS
-from jaxquant.paths import matches
-from jaxquant.resume import Folder
+from jaxquant.calibration.calibrate import Weighting
+from jaxquant.core.paths import matches
+from jaxquant.durable.store import Folder
+from jaxquant.storage import checkpoint
+from jaxquant.tuning.heal import BLOCKS
 from models import job, pipeline, rotation
 from models.console import SEED, Rows, Steps, bar, emit, line, usage
 from models.effort import EFFORTS

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.kv_cache import KVFormat
+from jaxquant.formats.kv_cache import KVFormat
 from models.cache import AnyCache, Rounding
 from models.config import LlamaConfig
 from models.gguf_reader import read_gguf

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jaxquant as jq
-from jaxquant.finetune import CODES
-from jaxquant.learned import END_TO_END
-from jaxquant.learned_rotation import ROTATING
+from jaxquant.tuning.heal import CODES
+from jaxquant.tuning.learned_rotation import ROTATING
+from jaxquant.tuning.learned_transforms import END_TO_END
 from models import pipeline
 from models.effort import EFFORTS, Effort
 from models.job import GENERATED, Job

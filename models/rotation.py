@@ -6,7 +6,7 @@ from typing import Any
 import click
 import jax
 
-from jaxquant.resume import Folder
+from jaxquant.durable.store import Folder
 from models import pipeline
 from models.job import CALIBRATION, Data, Job, calibrated
 from models.registry import Model

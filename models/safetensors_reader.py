@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 from models.outside import Schema, checked, parse_json
 
 DTYPES: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 from models.outside import Schema, as_list, first_repeat
 
 MOST = 2**31 - 1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxquant.layers import is_apart, layers_of
+from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from models.config import LlamaConfig
 from models.llama import Block, blockwise
 from models.rope import rotate, rotation_angles

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 from models.config import tokenizer_fields
 from models.outside import checked, parse_json, read_bytes
 from models.schemas import Pieces, TokenizerFields, TokenizerFile, Words

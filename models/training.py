@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import jaxquant as jq
-from jaxquant import checkpoint
+from jaxquant.storage import checkpoint
 from jaxquant.training.qat import How
 from models import finetuning, pipeline, pretraining
 from models.console import SEED, Steps, bar, emit, line, usage

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxquant.fields import shown
+from jaxquant.core.fields import shown
 
 SMALL = 2**20  # weights
 

@@ -49,9 +49,7 @@ def made() -> tuple[Any, list[Any], Any]:
     scale = np.exp(0.5 * rng.normal(size=K))
     batches = [jnp.asarray(rng.normal(size=(TOKENS, K)) * scale, jnp.float32) for _ in range(2)]
     loss = lambda y, x: jnp.mean(jnp.square(y - x))
-    stats = jq.calibrate(
-        function, params, batches, loss=loss, output=list(params), sample=64
-    )
+    stats = jq.calibrate(function, params, batches, loss=loss, output=list(params), sample=64)
     return params, batches, stats
 
 
@@ -77,7 +75,11 @@ def calls() -> dict[str, Callable[[], Any]]:
     recipes = {
         "mixed": [("down", jq.KEEP), ("*", jq.gptq(bits=3, group_size=32))],
         "rotated": [("down", jq.rtn(bits=8, group_size=128)), ("*", jq.quarot(bits=4))],
-        "searched": [("gate", jq.awq(bits=4)), ("up", jq.awq(bits=4)), ("*", jq.normal_float(double_quant=True))],
+        "searched": [
+            ("gate", jq.awq(bits=4)),
+            ("up", jq.awq(bits=4)),
+            ("*", jq.normal_float(double_quant=True)),
+        ],
     }
     latent = lambda: jq.latent(params, jq.lsq(bits=2, group_size=32), stats)
     inputs = np.asarray(batches[0]).reshape(-1, 8, K)[:8]
@@ -103,7 +105,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 def _stored(tree: Any) -> Any:
     """A checkpoint's arrays as Orbax alone reads them."""
-    from jaxquant import checkpoint
+    from jaxquant.storage import checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "saved", tree)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxquant import checkpoint, publish
+from jaxquant.durable import publish
+from jaxquant.storage import checkpoint
 from tests.killed import child
 
 OLD, NEW = ({"w": np.full((3, 4), value, np.float32)} for value in (1, 2))

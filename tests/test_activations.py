@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.activations import product
+from jaxquant.core.activations import product
 from pallas_kernels import dispatch
 
 from .kernels.operands import assert_rows_hold

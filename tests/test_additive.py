@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxquant.codebooks import kmeans
-from jaxquant.codebooks.additive import Additive
-from jaxquant.codebooks.vector import Vector
+from jaxquant.formats import kmeans
+from jaxquant.formats.additive import Additive
+from jaxquant.formats.vector import Vector
 from jaxquant.rounding import beam as stages
 from jaxquant.rounding.beam import Beam
 from jaxquant.rounding.ldlq import LDLQ

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.allocate import Option, _cheapest
+from jaxquant.ptq.allocate import Option, _cheapest
 
 from .test_dispatch import draw
 

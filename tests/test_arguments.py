@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
-from jaxquant.arguments import check_arguments
+from jaxquant.core.arguments import check_arguments
 
 from .test_dispatch import draw
 

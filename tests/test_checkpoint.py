@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint
+from jaxquant.storage import checkpoint
 
 from .test_dispatch import draw
 from .test_formats import FORMATS

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from jaxquant import claims
-from jaxquant.claims import Taken, claim
-from jaxquant.resume import Folder
+from jaxquant.durable import claims
+from jaxquant.durable.claims import Taken, claim
+from jaxquant.durable.store import Folder
 
 HOLDS = """
 import runpy, sys, time

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.codebooks.lattice import E8P
+from jaxquant.formats.e8p import E8P
 from pallas_kernels import decoded, e8p
 
 from .test_dispatch import draw

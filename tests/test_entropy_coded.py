@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 import jaxquant as jq
-from jaxquant.codebooks.entropy_coded import EntropyCoded
+from jaxquant.formats.entropy_coded import EntropyCoded
 from jaxquant.rounding import Moments, Nearest
 from jaxquant.rounding.waterfill import Waterfill
 from pallas_kernels import coded, rans, student, tcq

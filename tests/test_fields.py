@@ -7,16 +7,16 @@ from typing import get_args
 import pytest
 
 import jaxquant as jq
-from jaxquant import serialize
-from jaxquant.codebooks import Trellis
-from jaxquant.fields import check_fields
-from jaxquant.kv_cache import KVFormat
+from jaxquant.core.fields import check_fields
+from jaxquant.core.tensor import View
+from jaxquant.formats import Trellis
+from jaxquant.formats.kv_cache import KVFormat
+from jaxquant.recipes import serialize
 from jaxquant.rounding import LDLQ
-from jaxquant.tensor import View
-from jaxquant.trainer import Healing
 from jaxquant.training.descent import QAT
-from jaxquant.training.forward import ZeroQAT
+from jaxquant.training.zeroqat import ZeroQAT
 from jaxquant.training.zeroth import Zeroth
+from jaxquant.tuning.trainer import Healing
 
 NAN, INF = math.nan, math.inf
 ODD = [None, "x", {}, [], (None,), object(), b"", 1j]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.finetune import Healing, heal, heal_blocks, recode
-from jaxquant.opened import at_start, close_tree, open_tree, trained
-from jaxquant.resume import Folder
-from jaxquant.trainer import divergence
+from jaxquant.durable.store import Folder
+from jaxquant.tuning.heal import Healing, heal, heal_blocks, recode
+from jaxquant.tuning.trainable import at_start, close_tree, open_tree, trained
+from jaxquant.tuning.trainer import divergence
 
 from .test_dispatch import draw
 

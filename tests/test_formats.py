@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.codebooks.integer import spread
-from jaxquant.serialize import from_json, to_json
+from jaxquant.formats.integer import spread
+from jaxquant.recipes.serialize import from_json, to_json
 from pallas_kernels import layout
 
 from .kernels.operands import assert_rows_hold

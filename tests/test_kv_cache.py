@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import kv_cache
-from jaxquant.kv_cache import KVFormat
+from jaxquant.formats import kv_cache
+from jaxquant.formats.kv_cache import KVFormat
 from pallas_kernels import kv, layout
 from pallas_kernels.kv_attention import kv_attention
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.finetune import Healing, heal, heal_blocks
-from jaxquant.layers import layers_of
+from jaxquant.ptq.layer_stacks import layers_of
+from jaxquant.tuning.heal import Healing, heal, heal_blocks
 from models import load, pipeline
 from models.llama import init_cache
 from tests.models.tiny_llama import BASE, random_tensors, write_folder

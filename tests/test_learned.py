@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.trainer import divergence
+from jaxquant.tuning.trainer import divergence
 
 from .test_dispatch import draw
 from .test_outlier_transforms import outlying

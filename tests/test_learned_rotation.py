@@ -7,10 +7,10 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant.cayley import Cayley
-from jaxquant.learned_rotation import _loss, _Stream
-from jaxquant.opened import Opened
-from jaxquant.trainer import Trainer, divergence
+from jaxquant.tuning.cayley import Cayley
+from jaxquant.tuning.learned_rotation import _loss, _Stream
+from jaxquant.tuning.trainable import Opened
+from jaxquant.tuning.trainer import Trainer, divergence
 
 from .test_dispatch import draw
 

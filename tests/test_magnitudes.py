@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.methods import METHODS
+from jaxquant.methods.registry import METHODS
 from jaxquant.rounding import Nearest
 
 from .test_dispatch import draw

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.layers import layers_of
+from jaxquant.ptq.layer_stacks import layers_of
 from pallas_kernels import native
 from tests.kernels.lowering import lowered_text
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.resume import Folder
+from jaxquant.durable.store import Folder
 
 RUN = {"seed": 1}
 KEPT = {"x": np.arange(6, dtype=np.int16).reshape(2, 3), "y": np.float32(2.5)}

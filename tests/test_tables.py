@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from jaxquant.codebooks.float8 import Float8
-from jaxquant.codebooks.microscaling import E2M1, MXFP4, NVFP4
-from jaxquant.codebooks.normal_float import NF4, NormalFloat, dynamic_map, normal_quantiles
-from jaxquant.codebooks.table import Scales, search
+from jaxquant.formats.float8 import Float8
+from jaxquant.formats.microscaling import E2M1, MXFP4, NVFP4
+from jaxquant.formats.normal_float import NF4, NormalFloat, dynamic_map, normal_quantiles
+from jaxquant.formats.table import Scales, search
 from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
 from pallas_kernels import tables

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint
-from jaxquant.layers import layers_of
+from jaxquant.ptq.layer_stacks import layers_of
+from jaxquant.storage import checkpoint
 from pallas_kernels import coded, dual_scale, layout, native
 
 from .test_dispatch import draw

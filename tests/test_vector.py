@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.codebooks.vector import Vector
+from jaxquant.formats.vector import Vector
 
 from .layer import relative_loss
 from .test_additive import bits, encoded, layer, rounded

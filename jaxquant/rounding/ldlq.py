@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields, check_positive
+from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.rounding.moments import Moments, living, unit_upper
 
 

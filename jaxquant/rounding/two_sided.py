@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields, check_positive
+from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.rounding.moments import Moments, living, unit_upper
 
 

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxquant.codebooks.entropy_coded import (
+from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.formats.entropy_coded import (
     FAINT,
     SLOPE,
     EntropyCoded,
@@ -39,7 +40,6 @@ from jaxquant.codebooks.entropy_coded import (
     profile,
     quarters,
 )
-from jaxquant.fields import check_fields, check_positive
 from jaxquant.rounding.moments import (
     Moments,
     believed,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.observe import Observation, observe
+from jaxquant.calibration.observe import Observation, observe
 from jaxquant.theory.profile import ABSOLUTE, MASSIVE, Largest, Profile, profile_of
 
 SINK = 0.05  # share of the attention that makes a key a sink; of 512 keys an even one has 0.003

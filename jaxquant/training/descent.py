@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxquant.opened import Opened
-from jaxquant.trainer import Healing, Loss, Rule
+from jaxquant.estimators.kurtosis import flattened
 from jaxquant.training import stability
-from jaxquant.training.kurtosis import flattened
+from jaxquant.training.latent import OTHER, RANGE, SCALE, WEIGHT, trained
 from jaxquant.training.optimizers import optimizer, relative
-from jaxquant.training.thaw import OTHER, RANGE, SCALE, WEIGHT, trained
+from jaxquant.tuning.trainable import Opened
+from jaxquant.tuning.trainer import Healing, Loss, Rule
 
 
 @dataclasses.dataclass(frozen=True)

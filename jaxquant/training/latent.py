@@ -1,233 +1,265 @@
-"""`Latent`: the format of a weight that trains, floats that are rounded anew in every product.
-
-The forward pass is the one that serves: the matrix is packed, and the kernel of its format takes
-the rounded rows. So what `freeze` stores gives what training saw, bit for bit, in integers where
-these are used. The backward pass has the rounded rows and the packed matrix; from them derivatives
-go on through the estimators.
-"""
+"""Latent weights into a tree and out of it: `latent`, `thaw`, `freeze`; and what trains there."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant import activations
-from jaxquant.activations import Activations
-from jaxquant.fields import check_fields
-from jaxquant.training.estimators import chance, grid_of, randomness, spread
-from jaxquant.training.kurtosis import watched
+from jaxquant.calibration.calibrate import Stats
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.sites import Site
+from jaxquant.core.tensor import QTensor, part, sides
+from jaxquant.estimators.latent import Latent, batched
+from jaxquant.estimators.surrogates import StraightThrough, grid_of, spread
+from jaxquant.formats import Integer
+from jaxquant.formats.table import Table
+from jaxquant.methods.method import Method
+from jaxquant.ptq.quantize import quantize
+from jaxquant.recipes.recipe import Recipe
 
-KEY, EPSILON = "key", "epsilon"  # of a weight that is moved at random where it is used
+ACTIVATIONS = "activations."
+# What a label says of an array.
+WEIGHT, SCALE, RANGE, OTHER, FROZEN = LABELS = ("weight", "scale", "range", "other", "frozen")
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How random directions are drawn: normal or of signs; `relative`: times the weights' steps.
+def latent(
+    params: Any,
+    recipe: Recipe | Method,
+    stats: Stats | Mapping[str, Site] | None = None,
+    **options: Any,
+) -> Any:
+    """The tree with latent weights where the recipe says so: `quantize`, then `thaw`.
 
-    `shared`: one number for all of an array, of a stack one for each layer's: so few numbers that a
-    handful of losses say where to go, though no further than they reach.
+    `jq.quantized(loss)` of it has derivatives, by `jax.grad`, in the weights as in the scales that
+    the method learns. Training starts at what the method's rounder makes of the weights, GPTQ's
+    codes as well as the nearest ones.
 
-    >>> Drawing(signs=True).values(jax.random.key_data(jax.random.key(0)), (3,)).tolist()
-    [...1.0, ...1.0, ...1.0]
+    Args:
+      params: tree of floating arrays.
+      recipe: of methods made for training (`ste`, `lsq`, `bitnet`, ...) or of any others, whose
+        weights are then trained straight through.
+      stats, options: as `quantize` takes them.
+    Raises:
+      ValueError: as `quantize`; a format that the estimator cannot train.
+
+    >>> import jaxquant as jq
+    >>> p = jq.latent({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.lsq(bits=4))
+    >>> loss = lambda p, x: jnp.sum((x @ p["w"] + p["b"]) ** 2)
+    >>> g = jax.grad(jq.quantized(loss))(p, jnp.ones((1, 64)))
+    >>> sorted(g["w"].data), g["b"].shape
+    (['codes', 'scale'], (64,))
     """
-
-    signs: bool = False
-    relative: bool = False
-    shared: bool = False
-
-    __post_init__ = check_fields
-
-    def values(self, key: Array, shape: tuple[int, ...], axes: int = 0) -> Float[Array, "..."]:
-        """Numbers of unit variance. The key may be typed, or its data.
-
-        Args:
-          axes: leading ones, along which a number is not shared.
-        """
-        if self.shared:
-            shape = shape[:axes] + (1,) * (len(shape) - axes)
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        key = key if typed else jax.random.wrap_key_data(key)
-        draw = jax.random.rademacher if self.signs else jax.random.normal
-        return draw(key, shape).astype(jnp.float32)
-
-    def of(self, key: Array, latent: "Latent", data: dict[str, Array]) -> Float[Array, "k n"]:
-        """The direction of a weight."""
-        z = self.values(key, data["codes"].shape)
-        return z * latent.step(data) if self.relative else z
+    check_arguments(latent, locals())
+    return thaw(quantize(params, recipe, stats, **options), recipe, floats=params)
 
 
-NORMAL = Drawing()
+def thaw(params: Any, recipe: Recipe | Method, *, floats: Any = None) -> Any:
+    """The tree with quantized weights as latent ones, which begin at their codes.
 
-
-@dataclasses.dataclass(frozen=True)
-class Latent:
-    """Floats [k, n] as "codes", and what the estimator learns.
-
-    Attributes:
-      format: that they are rounded to, and `freeze` stores.
-      estimator: of the weights (`StraightThrough`, `LSQ`, ...).
-      inputs: of the ranges of activations (`LSQRange`, `PACT`), or None: nothing is learned there.
-      drawing: of a weight that holds a key: how it is moved.
+    Args:
+      params: from `quantize`, or a checkpoint.
+      recipe: how they train: methods' estimators, by path. What it keeps stays frozen, and formats
+        are those of the tree.
+      floats: the tree that it was made of. A weight begins as its float, moved no further than into
+        the bounds of its code; without floats as what its code means.
+    Raises:
+      ValueError: nothing in it is quantized where the recipe has a method, or a pattern of it
+        matches nothing; a format that the estimator cannot train.
     """
-
-    format: Any
-    estimator: Any
-    inputs: Any = None
-    drawing: Drawing = NORMAL
-
-    codes_ndim: ClassVar[int] = 2
-    tile: ClassVar[tuple[int, int]] = (1, 1)
-
-    def check(self, w: Float[Array, "k n"]) -> str:
-        """What such weights lose to the format's range; ValueError unless it takes them."""
-        return self.format.check(w)
-
-    def check_shape(self, k: int, n: int) -> None:
-        """Raise ValueError if a matrix [k, n] cannot be stored."""
-        self.format.check_shape(k, n)
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """n."""
-        return data["codes"].shape[-1]
-
-    def value(self, data: dict[str, Array]) -> Float[Array, "k n"]:
-        """The rounded matrix, differentiable in all arrays."""
-        packed, data = self.packed(data), self.moved(data)
-        return self.estimator.value(data["codes"], _learned(data), self.format, packed)
-
-    def moved(self, data: dict[str, Array]) -> dict[str, Array]:
-        """The data, the weight at its random place if it holds a key."""
-        if KEY not in data:
-            return data
-        data = dict(data)
-        key, epsilon = data.pop(KEY), data.pop(EPSILON)
-        z = self.drawing.of(key, self, data)
-        return data | {"codes": data["codes"] + (epsilon * z).astype(data["codes"].dtype)}
-
-    def step(self, data: dict[str, Array]) -> Float[Array, "k n"]:
-        """The scale of every weight."""
-        grid = grid_of(
-            self.format, self.estimator.packed(data["codes"], _learned(data), self.format)
-        )
-        return spread(grid, self.format, data["codes"].shape).scale
-
-    def packed(self, data: dict[str, Array]) -> dict[str, Array]:
-        """What the format stores of the rounded matrix."""
-        return _packed(self, jax.lax.stop_gradient(data), chance())
-
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        """Rounded weights; leading batch axes allowed."""
-        return batched(self.value, data["codes"].ndim - 2)(data)
-
-    def product(
-        self,
-        form: Activations | None,
-        x: Float[Array, "m k"],
-        data: dict[str, Array],
-        of_inputs: dict[str, Array],
-    ) -> Float[Array, "m n"]:
-        """x @ w, x rounded as `form` says by the arrays of the activations."""
-        if self.inputs is not None and form is not None:
-            rounded = self.inputs.value(x, of_inputs, form)
-            of_inputs = self.inputs.served(of_inputs, form)
-        else:
-            rounded = x.astype(jnp.float32) if form is None else form.straight(x, of_inputs)
-        fixed = jax.lax.stop_gradient((x, self.packed(data), of_inputs))
-        return watched(_product((self.format, form), rounded, self.value(data), *fixed))
-
-    def matmul(
-        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
-    ) -> Float[Array, "m n"]:
-        """x @ w, x in the form that kernels round themselves."""
-        return self.product(Activations.of(activations), x, data, {})
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        """x @ w.T."""
-        packed = jax.lax.stop_gradient(self.packed(data))
-        x = x.astype(jnp.float32)
-        return _product_transposed(self.format, k, x, self.value(data), packed)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return self.value(data)[:, ids]
-
-    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        return self.value(data)[ids]
-
-    def kernel(self) -> str:
-        """What serves a matmul."""
-        return f"rounded anew, then {self.format.kernel()}"
+    check_arguments(thaw, locals())
+    rules = [("*", recipe)] if isinstance(recipe, Method) else list(recipe.rules)
+    leaves = path_leaves(params)
+    for pattern, _ in rules:
+        if not any(matches(path, pattern) for path, _ in leaves):
+            raise ValueError(f"pattern {pattern!r} matches no leaf of the tree")
+    before = {} if floats is None else dict(path_leaves(floats))
+    new = {}
+    for path, w in leaves:
+        method = next((m for glob, m in rules if matches(path, glob)), None)
+        if isinstance(w, QTensor) and isinstance(method, Method):
+            try:
+                new[path] = _thawed(w, method, before.get(path))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    if not new:
+        raise ValueError("nothing to train: the recipe has a method for no quantized weight")
+    return replace_leaves(params, new)
 
 
-@partial(jax.jit, static_argnums=0)
-def _packed(latent: Latent, data: dict[str, Array], key: Array | None) -> dict[str, Array]:
-    """Walled off, so that it is the same arithmetic in whatever program, and alone: sums (of a
-    mean, say) would else be of another order."""
-    data = jax.lax.optimization_barrier(data)
-    data = latent.moved(data)
-    with randomness(key):  # given, for what is compiled once may not look for it
-        packed = latent.estimator.packed(data["codes"], _learned(data), latent.format)
-    return jax.lax.optimization_barrier(packed)
+def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
+    if isinstance(w.format, Latent):
+        raise ValueError("the weight is latent already")
+    estimator = method.estimator or StraightThrough()
+    estimator.check(w.format)
+    inputs = method.input_estimator
+    if inputs is not None:
+        inputs.check(w.activations)
+    data, axes = part(w.data), w.leading()
+    values = w.stored()
+    if leaf is not None:
+        near = partial(_near, w.format)
+        values = batched(near, axes)(_as_stored(w, leaf), values, data)
+    start = batched(lambda v, data: estimator.start(v, w.format, data), axes)
+    codes = {"codes": values} | start(values, data)
+    ranges = part(w.data, ACTIVATIONS)
+    if inputs is not None:
+        ranges = batched(lambda d: inputs.start(d, w.activations), axes)(ranges)
+    others = {n: a for n, a in sides(w.data).items() if not n.startswith(ACTIVATIONS)}
+    return dataclasses.replace(
+        w,
+        data=codes | {ACTIVATIONS + n: a for n, a in ranges.items()} | others,
+        format=Latent(w.format, estimator, inputs),
+        shared="",
+    )
 
 
-def batched(fn: Callable, axes: int) -> Callable:
-    """fn over so many leading axes."""
-    for _ in range(axes):
-        fn = jax.vmap(fn)
-    return fn
+def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
+    """A weight's floats, as the format's matrix has them."""
+    if leaf.shape != w.shape:
+        raise ValueError(f"floats of shape {list(leaf.shape)} for a weight {list(w.shape)}")
+    back = tuple(sorted(range(leaf.ndim), key=w.axes().__getitem__))
+    batch = w.stored_shape()[: w.leading()]
+    k, n = math.prod(w.view.k), math.prod(w.view.n)
+    matrices = jnp.transpose(leaf.astype(jnp.float32), back).reshape(*batch, k, n)
+
+    def one(m: Float[Array, "k n"], data: dict[str, Array]) -> Float[Array, "s t"]:
+        if w.input is not None:
+            m = w.input.inverse(m.T, part(data, "input.")).T
+        return m if w.output is None else w.output.inverse(m, part(data, "output."))
+
+    return batched(one, len(batch))(matrices, w.data)
 
 
-def _learned(data: dict[str, Array]) -> dict[str, Array]:
-    return {name: a for name, a in data.items() if name != "codes"}
+def _near(
+    format: Any, w: Float[Array, "k n"], value: Float[Array, "k n"], data: dict[str, Array]
+) -> Float[Array, "k n"]:
+    """w where its code is the stored one; else the code's value, or as near to w as it stays."""
+    if not isinstance(format, Integer | Table):
+        return w
+    rows = spread(grid_of(format, data), format, w.shape)
+    same = lambda a: format.round(a, rows)[1] == value
+    nearer = value + jnp.clip(w - value, -0.45 * rows.scale, 0.45 * rows.scale)
+    return jnp.where(same(w), w, jnp.where(same(nearer), nearer, value))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(
-    how: tuple[Any, Activations | None],
-    rounded: Float[Array, "m k"],
-    value: Float[Array, "k n"],
-    x: Float[Array, "m k"],
-    packed: dict[str, Array],
-    of_inputs: dict[str, Array],
-) -> Float[Array, "m n"]:
-    """The kernel's product of x and the packed matrix, as one of the rounded rows and values."""
-    format, form = how
-    times = lambda x, form: format.matmul(x, packed, form)
-    return activations.product(form, x, of_inputs, times)
+def freeze(params: Any) -> Any:
+    """The tree with latent weights as quantized ones: packed, and what they give is the same.
+
+    Raises:
+      ValueError: a latent weight, or a scale, that is no finite number, or a scale not above zero.
+
+    >>> import jaxquant as jq
+    >>> frozen = jq.freeze(jq.latent({"w": jnp.eye(64)}, jq.lsq(bits=4)))
+    >>> frozen["w"].format
+    Integer(bits=4, group_size=64, symmetric=True, mse=False, scale_dtype='float16', ...)
+    """
+    return replace_leaves(
+        params, {path: _frozen(path, w) for path, w in path_leaves(params) if is_latent(w)}
+    )
 
 
-def _forward(how: tuple, rounded: Array, value: Array, *fixed: Any) -> tuple[Array, tuple]:
-    return _product(how, rounded, value, *fixed), (rounded, *fixed)
+def _frozen(path: str, w: QTensor) -> QTensor:
+    form, format = w.activations, w.format
+    for name, a in part(w.data).items():
+        if isinstance(jnp.isfinite(a), jax.core.Tracer):
+            continue
+        if not bool(jnp.all(jnp.isfinite(a))):
+            raise ValueError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
+        if name == "scale" and not bool(jnp.all(a > 0)):
+            raise ValueError(f"{path}: {int(jnp.sum(a <= 0))} scales are not above zero")
+    axes = w.leading()
+    data = batched(format.packed, axes)(part(w.data))
+    ranges = part(w.data, ACTIVATIONS)
+    if format.inputs is not None:
+        ranges = batched(lambda d: format.inputs.served(d, form), axes)(ranges)
+    others = {n: a for n, a in sides(w.data).items() if not n.startswith(ACTIVATIONS)}
+    data |= {ACTIVATIONS + n: a for n, a in ranges.items()} | others
+    return dataclasses.replace(w, data=data, format=format.format, activations=form)
 
 
-def _backward(how: tuple, kept: tuple, g: Array) -> tuple:
-    rounded, x, packed, _ = kept
-    back = how[0].matmul_transposed(g, packed, rounded.shape[-1])
-    return back, rounded.T @ g, jnp.zeros_like(x), None, None
+def is_latent(w: Any) -> bool:
+    """Whether this is a weight that trains."""
+    return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
 
-_product.defvjp(_forward, _backward)
+def labels(params: Any, also: Sequence[str] = ("*",)) -> Any:
+    """What every array of a tree is to training, a tree of names for `optax.multi_transform`.
+
+    "weight" (latent), "scale" (learned scales and zero points of weights), "range" (learned, of
+    inputs), "other" (floating leaves that are not quantized and match a glob of `also`) or "frozen"
+    (the rest).
+
+    >>> import jaxquant as jq
+    >>> labels(jq.latent({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.lsq(bits=4)))["w"].data
+    {'codes': 'weight', 'scale': 'scale'}
+    """
+    check_arguments(labels, locals())
+
+    def of_weight(w: QTensor) -> QTensor:
+        found: dict[str, Any] = {
+            name: a if a is None else _label(w.format, name) for name, a in w.data.items()
+        }
+        return dataclasses.replace(w, data=found)
+
+    def one(path: str, w: Any) -> Any:
+        if isinstance(w, QTensor):
+            return of_weight(w)
+        known = any(matches(path, glob) for glob in also)
+        return OTHER if known and jnp.issubdtype(jnp.result_type(w), jnp.inexact) else FROZEN
+
+    return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product_transposed(
-    format: Any, k: int, x: Float[Array, "m n"], value: Float[Array, "k n"], packed: dict
-) -> Float[Array, "m k"]:
-    return format.matmul_transposed(x, packed, k)
+def _label(format: Any, name: str) -> str:
+    if not isinstance(format, Latent):
+        return FROZEN
+    if name.startswith(ACTIVATIONS):
+        return FROZEN if format.inputs is None else RANGE
+    if "." in name:
+        return FROZEN
+    return WEIGHT if name == "codes" else SCALE
 
 
-def _transposed_forward(format: Any, k: int, x: Array, value: Array, packed: dict) -> tuple:
-    return format.matmul_transposed(x, packed, k), (x, packed)
+def trained(params: Any, *kinds: str, also: Sequence[str] = ("*",)) -> Any:
+    """A tree of booleans for `equinox.partition`: what has one of the `labels` (default: any but
+    "frozen"). Trees with packed weights in them are split so before `jax.grad`, which takes floats.
+
+    >>> import equinox as eqx, jaxquant as jq
+    >>> params = {"w": jnp.eye(64), "v": jnp.eye(64)}
+    >>> p = jq.latent(params, jq.Recipe([("w", jq.lsq()), ("*", jq.KEEP)]))
+    >>> train, rest = eqx.partition(p, jq.trained(p, "weight", "scale"))
+    >>> train["v"] is None, rest["w"].data["codes"] is None
+    (True, True)
+    """
+    check_arguments(trained, locals())
+    wanted = kinds or tuple(name for name in LABELS if name != FROZEN)
+    if unknown := set(wanted) - set(LABELS):
+        raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
+    return jax.tree.map(lambda label: label in wanted, labels(params, also))
 
 
-def _transposed_backward(format: Any, k: int, kept: tuple, g: Array) -> tuple:
-    x, packed = kept
-    return format.matmul(g, packed), g.T @ x, None
+UNITS = ("zero", "high", "low")  # numbers whose size says nothing: codes, logits
 
 
-_product_transposed.defvjp(_transposed_forward, _transposed_backward)
+def unit(name: str, a: Array, data: Mapping[str, Array]) -> Array:
+    """What a small change of an array is to be measured by: its size, but where that says nothing.
+
+    A zero point, in codes, and the logits of a range are measured by 1, an offset by its scale.
+
+    Args:
+      name: of the array in `data`, a latent weight's; "" for a leaf of its own.
+
+    >>> unit("zero", jnp.zeros(2), {}).tolist(), unit("", jnp.array([-3.0]), {}).tolist()
+    ([1.0, 1.0], [3.0])
+    """
+    if name.removeprefix(ACTIVATIONS) in UNITS:
+        return jnp.ones_like(a)
+    if name == f"{ACTIVATIONS}offset":
+        return jnp.abs(data[f"{ACTIVATIONS}scale"])
+    return jnp.abs(a)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxquant.standin import is_standin
-from jaxquant.training.thaw import LABELS, labels, unit
+from jaxquant.core.standin import is_standin
+from jaxquant.training.latent import LABELS, labels, unit
 
 
 def optimizer(params: Any, **of: optax.GradientTransformation) -> optax.GradientTransformation:

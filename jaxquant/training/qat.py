@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.arguments import check_arguments
-from jaxquant.dispatch import quantized
-from jaxquant.opened import Opened, check_globs
-from jaxquant.paths import common_stack_size, path_leaves, replace_leaves
-from jaxquant.quantize import dequantize
-from jaxquant.resume import Finished
-from jaxquant.tensor import QTensor
-from jaxquant.trainer import Progress, Trainer, divergence, next_token_loss, relative_error
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.dispatch import quantized
+from jaxquant.core.paths import common_stack_size, path_leaves, replace_leaves
+from jaxquant.core.tensor import QTensor
+from jaxquant.durable.store import Finished
+from jaxquant.ptq.quantize import dequantize
 from jaxquant.training.descent import QAT
-from jaxquant.training.forward import ZeroQAT
-from jaxquant.training.thaw import freeze
+from jaxquant.training.latent import freeze
+from jaxquant.training.zeroqat import ZeroQAT
+from jaxquant.tuning.trainable import Opened, check_globs
+from jaxquant.tuning.trainer import Progress, Trainer, divergence, next_token_loss, relative_error
 
 How = QAT | ZeroQAT
 END_TO_END, BLOCKS = QAT(), QAT(steps=20, learning_rate=3e-3)

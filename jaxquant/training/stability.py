@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxquant.codebooks import Integer
-from jaxquant.codebooks.table import Table, search
-from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.tensor import QTensor, part
-from jaxquant.training.estimators import grid_of, spread
-from jaxquant.training.latent import Latent, batched
-from jaxquant.training.thaw import is_latent
+from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.tensor import QTensor, part
+from jaxquant.estimators.latent import Latent, batched
+from jaxquant.estimators.surrogates import grid_of, spread
+from jaxquant.formats import Integer
+from jaxquant.formats.table import Table, search
+from jaxquant.training.latent import is_latent
 
 
 def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:

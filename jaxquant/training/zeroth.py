@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.arguments import check_arguments
-from jaxquant.fields import check_fields, check_positive
-from jaxquant.paths import path_leaves, replace_leaves
-from jaxquant.tensor import QTensor
-from jaxquant.training.latent import EPSILON, KEY, NORMAL, Drawing
-from jaxquant.training.thaw import FROZEN, LABELS, WEIGHT, labels, unit
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.tensor import QTensor
+from jaxquant.estimators.latent import EPSILON, KEY, NORMAL, Drawing
+from jaxquant.training.latent import FROZEN, LABELS, WEIGHT, labels, unit
 
 
 class Slope(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.core.fields import check_fields
 from jaxquant.transforms.channels import Channels
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields, check_positive
+from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.transforms.channels import Channels
 
 # Blocks and their products are small: what float32 keeps is worth more than the time.

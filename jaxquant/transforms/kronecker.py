@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.core.fields import check_fields
 from jaxquant.transforms.channels import Channels
 from jaxquant.transforms.scaling import Smooth
 from pallas_kernels import hadamard

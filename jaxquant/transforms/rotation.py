@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields
+from jaxquant.core.fields import check_fields
 from jaxquant.transforms.channels import Channels
 from pallas_kernels import hadamard
 

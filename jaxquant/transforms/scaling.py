@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.fields import check_fields, check_positive
-from jaxquant.magnitude import ratios
+from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.core.magnitude import ratios
 from jaxquant.transforms.channels import Channels
 
 _RANGE = 64.0  # factors lie within this of their geometric mean, either way
@@ -103,7 +103,7 @@ class Smooth(Factors):
     not depend on the units of either; 1 for a channel that is dead.
 
     Attributes:
-      alpha: 0 to 1; None: searched for, in steps of 1/20 (see `jaxquant.inputs`).
+      alpha: 0 to 1; None: searched for, in steps of 1/20 (see `jaxquant.ptq.shared_transforms`).
 
     Source: Xiao et al. 2022, arXiv:2211.10438.
 
@@ -154,8 +154,8 @@ class ActivationAware(Factors):
     """AWQ: channels whose inputs are large get the finer codes, by a search for how much.
 
     Factors are 1/s, s = a^r over the geometric mean of its extremes, a = mean |x| and r = 0, .05,
-    ..., .95 (see `jaxquant.inputs`); with `duo` s = a^r / (w^(1 - r) + 1e-4), w the mean of |w|
-    over its group's largest.
+    ..., .95 (see `ptq.shared_transforms`); with `duo` s = a^r / (w^(1 - r) + 1e-4), w the mean of
+    |w| over its group's largest.
 
     Attributes:
       duo: AutoAWQ's and llm-compressor's s.

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.core.paths import matches
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant.paths import matches
 from jaxquant.rounding import Clipped
 from models import pipeline
 from models.bert import FOLDS

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.trainer import next_token_loss
+from jaxquant.tuning.trainer import next_token_loss
 from models import pretraining
 from models.generate import generate
 from models.pretraining import SIZES, Run

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxquant import checkpoint
+from jaxquant.storage import checkpoint
 from models import cli
 from tests.killed import child
 from tests.models.tiny_llama import BASE, random_tensors, write_folder

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from jaxquant.evaluate import evaluate
-from jaxquant.kv_cache import KVFormat
+from jaxquant.formats.kv_cache import KVFormat
 from models import init_cache, pipeline
 from models.generate import _run, generate
 from models.text import BUILTIN, read_text

@@ -11,7 +11,7 @@ import time
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant.learned import END_TO_END
+from jaxquant.tuning.learned_transforms import END_TO_END
 from models import pipeline
 from models.text import BUILTIN, read_text
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
+from jaxquant.durable.store import Folder
 from jaxquant.evaluate import evaluate
-from jaxquant.resume import Folder
 from models import finetuning, pipeline
 from models.console import Steps
 from models.finetuning import HOWS, Tuning

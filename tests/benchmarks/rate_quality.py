@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.codebooks import entropy_coded
+from jaxquant.core.paths import replace_leaves
+from jaxquant.core.standin import is_standin
+from jaxquant.durable.store import Folder
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant.paths import replace_leaves
-from jaxquant.resume import Folder
-from jaxquant.standin import is_standin
+from jaxquant.formats import entropy_coded
 from models import pipeline
 from models.pipeline import LAYERS
 from models.text import BUILTIN, read_text

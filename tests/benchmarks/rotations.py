@@ -16,7 +16,7 @@ import jax
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant.learned_rotation import ROTATING
+from jaxquant.tuning.learned_rotation import ROTATING
 from models import pipeline
 from models.text import BUILTIN, read_text
 

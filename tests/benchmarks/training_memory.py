@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.trainer import next_token_loss
+from jaxquant.tuning.trainer import next_token_loss
 from models import pipeline
 from models.config import LlamaConfig
 from models.llama import Llama

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.tensor import View
+from jaxquant.core.tensor import View
 from models.config import LlamaConfig
 from models.llama import Cache, Llama, apply, init_cache
 from tests.kernels.operands import random_data

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant import checkpoint
-from jaxquant.resume import Folder
+from jaxquant.durable.store import Folder
+from jaxquant.storage import checkpoint
 from models.bert import BertConfig
 from models.config import LlamaConfig
 from models.encoder import load_encoder

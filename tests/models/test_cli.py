@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint, claims
-from jaxquant.resume import Folder
+from jaxquant.durable import claims
+from jaxquant.durable.store import Folder
+from jaxquant.storage import checkpoint
 from models import load, pipeline, self_text
 from models.cli import main
 from models.generate import _run

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import kv_cache
 from jaxquant.evaluate import evaluate
-from jaxquant.kv_cache import KVFormat
+from jaxquant.formats import kv_cache
+from jaxquant.formats.kv_cache import KVFormat
 from models import generate, init_cache, load, pipeline
 from models.cache import Rounding
 from models.generate import _run

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint
+from jaxquant.storage import checkpoint
 from models import load, pipeline
 from models.cli import main
 from tests.models.tiny_llama import BASE, FAMILIES, VOCAB, D, random_tensors, write_folder

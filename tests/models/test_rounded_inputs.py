@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.paths import replace_leaves
+from jaxquant.core.paths import replace_leaves
 from models import generate, load, pipeline
 from models.inspection import Inspector
 from models.llama import folds, residual

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint
+from jaxquant.storage import checkpoint
 from models import load, pipeline, pretraining
 from models.cli import main
 from tests.models.test_cli import KILLED, fails

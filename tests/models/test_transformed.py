@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.codebooks.dense import Dense
-from jaxquant.paths import matches, replace_leaves
-from jaxquant.recipe import layout_of
+from jaxquant.core.paths import matches, replace_leaves
+from jaxquant.formats.dense import Dense
+from jaxquant.recipes.recipe import layout_of
 from jaxquant.transforms import Channels
 from models import load, pipeline
 from tests.models.tiny_llama import BASE, random_tensors, write_folder

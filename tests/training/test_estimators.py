@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.estimators.surrogates import scaled_gradient, stepped, steps
 from jaxquant.rounding import Nearest
-from jaxquant.training.estimators import scaled_gradient, stepped, steps
 
 from ..test_dispatch import draw
 

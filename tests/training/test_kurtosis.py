@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant.training.kurtosis import kurtosis
+from jaxquant.estimators.kurtosis import kurtosis
 
 from ..test_dispatch import draw
 

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant import checkpoint
 from jaxquant.rounding import LDLQ, Nearest
+from jaxquant.storage import checkpoint
 
 from ..networks import NETWORKS
 from ..test_dispatch import draw, stack

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.trainer import divergence
+from jaxquant.tuning.trainer import divergence
 
 from ..test_dispatch import draw
 

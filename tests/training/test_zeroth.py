@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.training.latent import Drawing
+from jaxquant.estimators.latent import Drawing
 from jaxquant.training.zeroth import (
     Zeroth,
     estimate,

@@ -1,0 +1,1 @@
+"""Statistics of every matmul's input, as cotangents of probes."""

@@ -1,0 +1,410 @@
+"""Calibration: what every matmul's input was like, as cotangents of probes.
+
+Second moments are x^T diag(a) x with a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient
+at output token t, or a_t = k / |x_t|^2; beside them stand the size of every channel, and if asked
+for some of the rows.
+One `jax.grad` collects every layer (`observe`), and batches are merged.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxquant.calibration.observe import Seen, arrays_only, holders, planted, total, zeros
+from jaxquant.core.arguments import check_arguments, described
+from jaxquant.core.magnitude import shifted, unit
+from jaxquant.core.paths import matches
+from jaxquant.core.sites import Site, sites
+from jaxquant.core.standin import run
+
+Weighting = Literal["uniform", "gradient", "energy"]
+
+
+class Probe(NamedTuple):
+    """What a matmul's backward rule hands back; None for what was not asked for.
+
+    Attributes:
+      gram: sum of a x x^T.
+      rows: how many rows x had.
+      output: sum of g g^T.
+      magnitude: sum of a |x|.
+      low, high: the largest of -x and of x, or 0. (Of a product that a function forms several
+        times, with several inputs or in a loop, the sum of all these, so not less.)
+      extreme, typical: rows of x, those with the largest entries and some at random.
+    """
+
+    gram: Float[Array, "*batch k k"] | None
+    rows: Float[Array, "*batch"]
+    output: Float[Array, "*batch n n"] | None
+    magnitude: Float[Array, "*batch k"]
+    low: Float[Array, "*batch k"]
+    high: Float[Array, "*batch k"]
+    extreme: Float[Array, "*batch t k"] | None = None
+    typical: Float[Array, "*batch t k"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The summary that calibration makes of a product.
+
+    Attributes:
+      gram, output: whether second moments are kept, of the input and of the output's gradient.
+      weighting: of rows, see `calibrate`.
+      sample: rows kept of either kind.
+      alike: whether all products with the matrix that a function forms read one input.
+    """
+
+    gram: bool
+    output: bool
+    weighting: Weighting
+    sample: int
+    alike: bool = True
+
+    def zeros(self, k: int, n: int) -> Probe:
+        """Nothing seen yet."""
+        rows = (jnp.zeros((self.sample, k)),) * 2 if self.sample else (None, None)
+        square = lambda size, kept: jnp.zeros((size, size)) if kept else None
+        channels = (jnp.zeros(k),) * 3
+        return Probe(square(k, self.gram), jnp.zeros(()), square(n, self.output), *channels, *rows)
+
+    def of(self, seen: Seen) -> Probe:
+        """Of one product."""
+        x = seen.rows
+        left = x * self._weights(seen)[:, None]
+        x = x * jnp.sign(seen.weight)[:, None]
+        # Parts of the outputs of one product, each by its share, make up what the product saw.
+        share = jnp.max(seen.weight, initial=0.0) if self.alike else 1.0
+        # Exact: a GPU's default would round the rows to ten bits, and H would be no moment.
+        second = partial(jnp.einsum, "tk,tl->kl", precision="highest")
+        top = lambda a: jnp.maximum(jnp.max(a, axis=0, initial=0.0), 0.0)
+        one = Probe(
+            second(left, x) if self.gram else None,
+            jnp.sum(seen.counted),
+            second(seen.output, seen.output) if self.output else None,
+            jnp.sum(jnp.sign(x) * left, axis=0),
+            share * top(-x),
+            share * top(x),
+        )
+        if not self.sample:
+            return one
+        rows = jnp.pad(x, ((0, self.sample), (0, 0)))
+        return one._replace(**{name: share * _best(rows, name, self.sample) for name in _SCORES})
+
+    def _weights(self, seen: Seen) -> Float[Array, " m"]:
+        """a, of every row."""
+        if self.weighting == "gradient":
+            return seen.energy
+        if self.weighting == "uniform":
+            return seen.weight
+        return seen.weight / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
+
+    def merged(self, a: Probe, b: Probe) -> Probe:
+        """Of two sets of products; leading axes are allowed."""
+        added = jax.tree.map(jnp.add, a, b)
+        largest = {
+            name: jnp.maximum(getattr(a, name), getattr(b, name)) for name in ("low", "high")
+        }
+        if not self.sample:
+            return added._replace(**largest)
+        both = {name: jnp.concatenate([getattr(a, name), getattr(b, name)], -2) for name in _SCORES}
+        rows = {name: _best(r, name, self.sample) for name, r in both.items()}
+        return added._replace(**largest, **rows)
+
+
+# Of rows, what decides which are kept: their largest entry; a hash of their content, 0 for no row.
+_SCORES: dict[str, Callable[[Array], Array]] = {
+    "extreme": lambda x: jnp.max(jnp.abs(x), axis=-1),
+    "typical": lambda x: jnp.abs(jnp.sin(1e4 * jnp.sum(x, axis=-1))),
+}
+
+
+def _best(rows: Float[Array, "... m k"], name: str, count: int) -> Float[Array, "... t k"]:
+    _, index = jax.lax.top_k(_SCORES[name](rows), count)
+    return jnp.take_along_axis(rows, index[..., None], axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What calibration saw.
+
+    Attributes:
+      sites: how each weight is used, by path.
+      sums: what is kept, float32 with leading axes [*batch], by the path that holds it.
+      holder: path of a weight -> path that holds its sums (weights that share an input and a
+        weighting share them).
+    """
+
+    sites: dict[str, Site]
+    sums: dict[str, Probe]
+    holder: dict[str, str]
+
+    def gram(self, path: str) -> Float[Array, "... k k"]:
+        """Mean of a x x^T at this weight.
+
+        Raises:
+          ValueError: the weight is in no matmul that calibration saw.
+        """
+        return self._mean(self.kept(path, "gram"), path)
+
+    def output_gram(self, path: str) -> Float[Array, "... n n"]:
+        """Mean of g g^T, g the gradient at this weight's output.
+
+        Raises:
+          ValueError: calibration was not asked for it.
+        """
+        return self._mean(self.kept(path, "output"), path)
+
+    def _mean(self, sums: Array, path: str) -> Array:
+        return sums / jnp.maximum(self.of(path).rows, 1)[..., None, None]
+
+    def kept(self, path: str, name: str) -> Array:
+        """One of the sums of this weight's input, by its name in `Probe`.
+
+        Raises:
+          ValueError: calibration did not keep it, and how it would.
+        """
+        if name not in Probe._fields:
+            raise ValueError(f"expected one of {', '.join(Probe._fields)}, got {name!r}")
+        found = getattr(self.of(path), name)
+        if found is None:
+            what, option = {
+                "gram": ("second moment", "calibrate with gram=True"),
+                "output": ("output-side statistics", f"pass output=[{path!r}] to calibrate"),
+            }.get(name, ("rows of the input", "calibrate with sample=256"))
+            raise ValueError(f"no {what} for {path!r}: {option}")
+        return found
+
+    def of(self, path: str) -> Probe:
+        """All that is kept of this weight's input.
+
+        Raises:
+          ValueError: the weight is in no matmul that calibration saw.
+        """
+        if path not in self.holder:
+            raise ValueError(f"no statistics for {path!r}: calibration saw it in no matmul")
+        return self.sums[self.holder[path]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.sums))
+
+
+def seen(x: Float[Array, "t k"], n: int) -> Stats:
+    """Statistics of a matrix "w" [k, n] that meets these rows, all of them kept.
+
+    The second moment is that of rows over a power of two, so that no square leaves float32.
+
+    >>> seen(jnp.ones((3, 2)), 5).gram("w").tolist()
+    [[0.25, 0.25], [0.25, 0.25]]
+    """
+    count, k = x.shape
+    x, e = unit(x)
+    kept = Kept(gram=True, output=False, weighting="uniform", sample=count)
+    ones = jnp.ones(count)
+    probe = kept.of(Seen(x, ones, jnp.zeros((count, n)), ones, ones))
+    sized = ("magnitude", "low", "high", "extreme", "typical")
+    probe = probe._replace(**{name: shifted(getattr(probe, name), e) for name in sized})
+    return Stats({"w": Site("w", (k, n), (0,))}, {"w": probe}, {"w": "w"})
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Array] | None = None,
+    weighting: Weighting | None = None,
+    gram: bool = True,
+    output: Sequence[str] = (),
+    sample: int = 0,
+    progress: Callable[[int], None] | None = None,
+    save: Callable[[int, dict[str, Probe]], None] | None = None,
+    resume: tuple[int, dict[str, Probe]] | None = None,
+) -> Stats:
+    """What the inputs of every weight that `fn` contracts are like: second moments, sizes, rows.
+
+    Matrices that are looked up (experts, by the tokens that a router sent them) have statistics of
+    their own tokens; slices of a weight (w[:, 128:]) add up to those of the whole. Of a weight that
+    is multiplied over different axes, the first product says which input is meant.
+
+    Memory beside `params`: twice what is kept (running sums and one batch's), 4 k^2 bytes per
+    distinct input and layer for its second moment, plus one backward pass of `fn` (use
+    `jax.checkpoint` inside `fn` to bound it). For bounded memory go block by block:
+    `quantize_blocks`.
+
+    Args:
+      fn: fn(params, batch), or fn(params, *batch) where a batch is a tuple. Statistics come by
+        the backward pass: what no gradient reaches (an argmax, a rounding after it) gives none.
+      params: floating parameter tree.
+      batches: inputs of fn, consumed once; each new shape compiles once.
+      loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
+      weighting: "gradient" weights each token by the squared norm of the loss gradient at the
+        matmul's output; "energy" by one over its mean square, so that a sink is one token of
+        many; "uniform" does not. Of second moments and mean sizes: `low` and `high` are bounds.
+        Default: "gradient" if a loss is given.
+      gram: whether second moments are kept; methods that only scale or rotate need none.
+      output: globs of paths ("layers/*kernel") for whose weights the second moments of the loss
+        gradient at the output are collected too, 4 n^2 bytes more each (so not for a head over a
+        vocabulary), for two-sided feedback; needs gradient weighting.
+      sample: rows of every input to keep, those with the largest entries, and as many at random;
+        for transforms that are searched for on activations (`Greedy`, a searched `Smooth`).
+      progress: called with the number of batches done.
+      save: called with the number of batches done and the sums so far, which it must copy.
+      resume: what `save` was given; these batches are passed over, and the sums go on from there.
+    Returns:
+      `Stats`.
+    Raises:
+      ValueError: no batches, or gradient weighting without a loss; a glob of `output` that matches
+        nothing; a loss that is no scalar.
+    Warns:
+      naming the weights whose statistics are all zero, and of a stack (experts, say) the matrices
+      whose are; the weights that are multiplied in two ways (w after w.T).
+    Source:
+      Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
+      output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.arange(6.0).reshape(2, 3)
+    >>> s = calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, [x])
+    >>> bool(jnp.allclose(s.gram("w"), x.T @ x / 2))
+    True
+    """
+    check_arguments(calibrate, locals())
+    weighting = weighting or ("gradient" if loss is not None else "uniform")
+    if weighting not in (known := get_args(Weighting)):
+        raise ValueError(f"weighting must be one of {', '.join(known)}, got {weighting!r}")
+    if weighting == "gradient" and loss is None:
+        raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
+    if output and weighting != "gradient":
+        raise ValueError('output= needs weighting="gradient", and a loss')
+    if (sample := int(sample)) < 0:
+        raise ValueError(f"sample is a number of rows, 0 or more, got {sample}")
+    params, fn = arrays_only(params, fn)
+    sums, plan = None, None
+    for i, batch in enumerate(batches):
+        if sums is None:
+            found = sites(fn, params, *_args(batch))
+            _check_globs(found, output)
+            plan = _Plan.of(found, weighting, gram, tuple(output), sample)
+            sums = plan.probes() if resume is None else jax.tree.map(jnp.asarray, resume[1])
+        if resume is None or i >= resume[0]:
+            sums = jax.block_until_ready(_step(sums, params, batch, fn, loss, plan))
+            if save is not None:
+                save(i + 1, sums)
+        if progress is not None:
+            progress(i + 1)
+    if sums is None or plan is None:
+        raise ValueError("calibration needs at least one batch, got none")
+    for text in _doubts(found, sums, plan.holder):
+        warnings.warn(text, stacklevel=2)
+    return Stats(found, sums, dict(plan.holder))
+
+
+def _doubts(
+    found: Mapping[str, Site], sums: Mapping[str, Probe], holder: Iterable[tuple[str, str]]
+) -> Iterator[str]:
+    """What feedback would not know of."""
+    for path, site in found.items():
+        if site.contracted and site.also:
+            others = " and ".join(str(list(axes)) for axes in site.also)
+            yield (
+                f"{path} is multiplied in two ways: over its axes {list(site.contracted)} first, "
+                f"over {others} elsewhere; its statistics are those of the first way only"
+            )
+    for path, probe in sums.items():
+        unseen = np.asarray(jnp.sum(probe.magnitude, axis=-1) == 0)
+        if not unseen.any():
+            continue
+        names = ", ".join(p for p, h in holder if h == path)
+        if unseen.all() and np.all(probe.rows == 0):
+            why = "no gradient reached the output of the matmul"
+            yield f"the statistics of {names} are zero: {why}"
+        elif unseen.all():
+            yield f"the statistics of {names} are zero: the input was zero throughout"
+        else:
+            places = [str([*map(int, place)]) for place in np.argwhere(unseen)]
+            some = ", ".join(places[:8]) + ", ..." * (len(places) > 8)
+            yield (
+                f"{names}: no input reached {len(places)} of {unseen.size} matrices, {some}; "
+                f"feedback knows nothing of them"
+            )
+
+
+def _check_globs(found: Mapping[str, Site], globs: Sequence[str]) -> None:
+    paths = [path for path, site in found.items() if site.contracted]
+    for glob in globs:
+        if not any(matches(path, glob) for path in paths):
+            raise ValueError(
+                f"output: {glob!r} matches no weight that the function multiplies by; these are "
+                f"{', '.join(paths[:6]) or 'none'}{', ...' * (len(paths) > 6)}"
+            )
+
+
+def _args(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which weights carry a probe. Hashed by value: equal plans share a compiled step."""
+
+    held: tuple[tuple[str, Site], ...]
+    holder: tuple[tuple[str, str], ...]
+    weighting: Weighting
+    gram: bool
+    output: tuple[str, ...]  # globs of paths
+    sample: int
+
+    @staticmethod
+    def of(
+        found: dict[str, Site],
+        weighting: Weighting,
+        gram: bool,
+        output: tuple[str, ...],
+        sample: int,
+    ) -> "_Plan":
+        # Weighted by their own output gradients, grams of one input differ.
+        holder = holders(found, shared=weighting != "gradient")
+        held = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
+        return _Plan(held, tuple(holder.items()), weighting, gram, output, sample)
+
+    def kept(self, path: str) -> Kept:
+        """What is kept at a weight."""
+        output = any(matches(path, glob) for glob in self.output)
+        alike = dict(self.held)[path].covered is not None
+        return Kept(self.gram, output, self.weighting, self.sample, alike)
+
+    def probes(self) -> dict[str, Probe]:
+        """Zeros, by holder."""
+        return {p: zeros(site, self.kept(p)) for p, site in self.held}
+
+    def merged(self, a: dict[str, Probe], b: dict[str, Probe]) -> dict[str, Probe]:
+        """Of two sets of batches."""
+        return {p: self.kept(p).merged(a[p], b[p]) for p, _ in self.held}
+
+
+@partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
+def _step(
+    sums: dict, params: Any, batch: Any, fn: Callable, loss: Callable | None, plan: _Plan
+) -> dict:
+    """The sums, this batch's merged into them."""
+
+    def scalar(probes: dict) -> Array:
+        out = run(fn, planted(params, plan.held, probes, plan.kept), *_args(batch))
+        if loss is None:
+            return total(out)
+        value = jnp.asarray(loss(out, batch))
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"loss must return a floating scalar, got {described(value)}")
+        return value
+
+    # A probe's value is never read, so the running sums serve, and no zeros take memory.
+    return plan.merged(sums, jax.grad(scalar)(sums))

@@ -1,0 +1,346 @@
+"""Activation formats: how the input of a product is rounded before it meets packed weights.
+
+Integers are exact: with x ~ s (q - z) for codes q, a scale s and an integer zero point z of each
+row, x @ w = s (q @ w - z 1 @ w), and the products of codes are the kernels'. Up to 7 bits q - z
+fits the kernels' int8 and goes in as it is; at 8 a row of ones goes along with the codes, and gives
+the sums of w's columns that the zero points ask for, exactly and out of the same call.
+
+A row with NaN or an infinity has codes of 0 and a scale of NaN, hence NaN for all its results:
+`pallas_kernels.activations` has the rule, for the forms that kernels round themselves too.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.core.fields import check_fields, shown
+from jaxquant.core.straight_through import nearest_codes, through
+from pallas_kernels import activations as forms
+
+_E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
+
+
+class Codes(NamedTuple):
+    """x ~ scale (code - zero), of integers in float32."""
+
+    code: Float[Array, "m k"]
+    scale: Float[Array, "m 1"]
+    zero: Float[Array, "m 1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """A form of activations.
+
+    Attributes:
+      bits: of a code, 2 to 8.
+      symmetric: codes -q ... q, q = 2^(bits - 1) - 1; else 2^bits - 1 steps between the least and
+        the largest entry, zero among them, with a whole zero point (254 steps at 8 bits).
+      clip: of the range, what is kept; entries past it go to its end.
+      per: what has a scale of its own: each "token" (row), each "block" of 256 channels of a row,
+        or the "tensor": one scale for all, known from calibration.
+      floating: e4m3 (8 bits) with a scale per token, and no codes.
+      mse: of the "tensor", the range of least squared error on rows kept in calibration, and not
+        the whole one.
+      mean: of tokens, the scale from the mean magnitude and not the largest: mean|x| / sqrt(q), and
+        one code more below, -q - 1 (BitNet a4.8, arXiv:2411.04965, at 4 bits).
+      top: of every token, the share of entries that stay, the largest; the others are 0 (there, at
+        8 bits, 0.5). Derivatives of both go straight through, masked or not.
+
+    >>> str(Activations(4, symmetric=False, clip=0.9))
+    'int4,asymmetric,clip=0.9'
+    >>> Activations.of("int8/256")
+    Activations(bits=8, symmetric=True, clip=1.0, per='block', floating=False, ...)
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    clip: float = 1.0
+    per: Literal["token", "block", "tensor"] = "token"
+    floating: bool = False
+    mse: bool = False
+    mean: bool = False
+    top: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"activations have 2 to 8 bits, got {self.bits}")
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip must be in (0, 1], got {self.clip}")
+        if self.per not in ("token", "block", "tensor"):
+            raise ValueError(f'per must be "token", "block" or "tensor", got {self.per!r}')
+        plain = self.bits == 8 and self.symmetric and self.clip == 1
+        if not 0 < self.top <= 1:
+            raise ValueError(f"top must be in (0, 1], got {self.top}")
+        if (self.mean or self.top < 1) and not (self.symmetric and self.clip == 1 and self.by_row):
+            raise ValueError("mean and top are of symmetric codes with a scale per token")
+        if self.per == "block" and not plain:
+            raise ValueError("blocks of 256 channels have symmetric int8 codes, not clipped")
+        if self.mse and not self.static:
+            raise ValueError("mse searches the range of a static scale; add static")
+        if self.floating and not (plain and self.per == "token"):
+            raise ValueError("float8 activations are e4m3 with a scale per token, and no more")
+
+    @staticmethod
+    def of(text: "str | Activations | None") -> "Activations | None":
+        """From what `str` makes of it; None for "float": as they are.
+
+        Raises:
+          ValueError: another text, saying what is known.
+        """
+        if text is None or isinstance(text, Activations):
+            return text
+        return _parse(text) if isinstance(text, str) else _parse(repr(text))
+
+    def __str__(self) -> str:
+        if self.floating:
+            return "float8"
+        words = [f"int{self.bits}" + ("/256" if self.per == "block" else "")]
+        words += [] if self.symmetric else ["asymmetric"]
+        words += [f"clip={self.clip:g}"] if self.clip < 1 else []
+        words += ["static"] if self.static else []
+        words += ["mean"] if self.mean else []
+        words += [f"top={self.top:g}"] if self.top < 1 else []
+        return ",".join([*words, *(["mse"] if self.mse else [])])
+
+    @property
+    def by_row(self) -> bool:
+        """Whether tokens have scales of their own, of all their channels."""
+        return self.per == "token" and not self.floating
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale is known beforehand."""
+        return self.per == "tensor"
+
+    @property
+    def kernel(self) -> str | None:
+        """The form under which kernels round themselves; None if codes are made here."""
+        if self.bits != 8 or not self.symmetric or self.clip < 1 or self.static or self.floating:
+            return None
+        if self.mean or self.top < 1:
+            return None
+        return "int8" if self.per == "token" else "int8/256"
+
+    def describe(self) -> str:
+        """The arithmetic of a product, for `explain`."""
+        if self.floating:
+            return "e4m3 activations, float product"
+        sums = "" if self.symmetric else ", zero points by row sums"
+        return f"{self} activations, integer product{sums}"
+
+    # --- scales and codes ------------------------------------------------------------------------
+
+    def range(self, low: Array, high: Array) -> tuple[Array, Array]:
+        """Scale and zero point for entries from low to high; a range of zeros has scale 1.
+
+        >>> Activations(4, symmetric=False).range(jnp.array([-1.0]), jnp.array([2.0]))
+        (Array([0.2], dtype=float32), Array([-3.], dtype=float32))
+        """
+        low, high = (self.clip * a.astype(jnp.float32) for a in (low, high))
+        bottom, top = self.limits
+        if self.symmetric:
+            scale = jnp.maximum(-low, high) / top
+            scale = jnp.where(scale == 0, 1.0, scale)
+            return scale, jnp.zeros_like(scale)
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+        scale = (high - low) / (top - bottom)
+        empty, scale = scale == 0, jnp.where(scale == 0, 1.0, scale)
+        zero = jnp.clip(jax.lax.stop_gradient(jnp.round(bottom - low / scale)), bottom, top)
+        return scale, jnp.where(empty, 0.0, zero)  # so that zeros give zeros exactly
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The first and the last code."""
+        top = (1 << (self.bits - 1)) - 1
+        balanced = not self.mean and (self.symmetric or self.bits == 8)
+        return (-top if balanced else -top - 1), top
+
+    def codes(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Codes:
+        """Codes, scales and zero points of rows; `data` hold "scale" and "zero" if static."""
+        x, factor = forms.finite_rows(x.astype(jnp.float32))
+        whole = x
+        if self.top < 1:
+            x = _largest(x, self.top)
+        if self.static:
+            scale, zero = (data[name].reshape(1, 1) for name in ("scale", "zero"))
+        elif self.mean:
+            scale = jnp.mean(jnp.abs(x), axis=1, keepdims=True) / self.limits[1] ** 0.5
+            scale = jnp.where(scale == 0, 1.0, scale)
+            zero = jnp.zeros_like(scale)
+        else:
+            low, high = (f(x, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+            scale, zero = self.range(low, high)
+        if self.mean or self.top < 1:
+            scale = jax.lax.stop_gradient(scale)
+            code = nearest_codes(jax.lax.stop_gradient(x) / scale, zero, self.limits)
+            return Codes(through(whole / scale, code), scale * factor, zero)
+        steps, of = x / scale, zero
+        if self.static:  # a learned zero point is no whole number: a part of what is rounded
+            steps, of = steps + zero, jnp.zeros(())
+        return Codes(nearest_codes(steps, of, self.limits), scale * factor, zero)
+
+    def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
+        """What x is after rounding, in float32.
+
+        >>> Activations(2).rounded(jnp.array([[3.0, -1.0, 0.0], [0.0, 0.0, 0.0]]), {}).tolist()
+        [[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+        """
+        if self.floating:
+            return _float8(x.astype(jnp.float32))
+        if self.kernel is not None:
+            return forms.rounded(x, self.kernel)
+        code, scale, zero = self.codes(x, data)
+        return (code - zero) * scale
+
+    def straight(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
+        """`rounded`, with the derivatives that `product` has."""
+        value = self.rounded(x, data)
+        fixed = self.kernel is not None or self.floating
+        return through(x.astype(jnp.float32), value) if fixed else value
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Arrays that a weight holds for it."""
+        one = jax.ShapeDtypeStruct((1,), jnp.float32)
+        return {"scale": one, "zero": one} if self.static else {}
+
+
+def kernel_form(form: Activations | None) -> str:
+    """How kernels take the rows: one of `pallas_kernels.activations.FORMS`.
+
+    >>> [kernel_form(Activations.of(t)) for t in ("float", "int8", "int4", "float8")]
+    ['float', 'int8', 'codes', 'float']
+    """
+    if form is None or form.floating:
+        return "float"
+    return form.kernel or "codes"
+
+
+_WORDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "asymmetric": lambda _: {"symmetric": False},
+    "static": lambda _: {"per": "tensor"},
+    "mse": lambda _: {"mse": True},
+    "clip": lambda value: {"clip": float(value)},
+    "mean": lambda _: {"mean": True},
+    "top": lambda value: {"top": float(value)},
+}
+
+
+@functools.lru_cache
+def _parse(text: str) -> Activations | None:
+    if text == "float":
+        return None
+    if text == "float8":
+        return Activations(floating=True)
+    name, *words = text.split(",")
+    options: dict[str, Any] = {}
+    try:
+        kind, slash, block = name.partition("/")
+        if not kind.startswith("int") or block != "256" * bool(slash):
+            raise ValueError
+        options = {"bits": int(kind[3:])} | ({"per": "block"} if slash else {})
+        for word in words:
+            key, _, value = word.partition("=")
+            options |= _WORDS[key](value)
+    except (ValueError, KeyError):
+        raise ValueError(
+            f'activations must be "float", "float8" or "intB", B from 2 to 8, then if wanted '
+            f'",asymmetric", ",clip=0.9", ",static", ",mse", ",mean", ",top=0.5"; or "int8/256"; '
+            f"got {shown(text)}"
+        ) from None
+    return Activations(**options)
+
+
+# --- where nothing is rounded --------------------------------------------------------------------
+
+_exact: ContextVar[bool] = ContextVar("jaxquant_exact_activations", default=False)
+
+
+@contextlib.contextmanager
+def exact_activations() -> Iterator[None]:
+    """Products traced inside take their inputs as they are, whatever form the weights ask for.
+
+    For tokens that are too large to be rounded, and too few to matter: the first ones, whose keys
+    and values all others see (the idea of Liu et al. 2024, arXiv:2403.01241). It acts while a
+    function is traced, so it belongs inside the function.
+
+    >>> import jaxquant as jq
+    >>> w = jq.with_activations(jq.quantize_array(jnp.eye(4), jq.rtn(8, 4)), "int2")
+    >>> def fn(w, x):
+    ...     with jq.exact_activations():
+    ...         return x @ w
+    >>> jq.quantized(fn)(w, jnp.array([[1.0, 0.25, 0.0, 0.0]])).round(2).tolist()
+    [[1.0, 0.25, 0.0, 0.0]]
+    """
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def in_force(form: Activations | None) -> Activations | None:
+    """The form that products traced now are to take."""
+    return None if _exact.get() else form
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+def product(
+    form: Activations | None,
+    x: Float[Array, "m k"],
+    data: dict[str, Array],
+    times: Callable[[Float[Array, "m k"], str], Any],
+) -> Any:
+    """What `times` gives for the rounded x: an array [m, n], or several.
+
+    Args:
+      form: None: x as it is.
+      data: its arrays, if it has any.
+      times: (rows, how kernels are to take them) -> products, linear in rows but for its rounding.
+
+    Rounding passes derivatives on as they are; scales and clipping have their own, but where the
+    kernels round: these act as if nothing was rounded.
+
+    >>> w = jnp.array([[2.0], [1.0]])
+    >>> y = product(Activations(4), jnp.array([[7.0, 1.4]]), {}, lambda x, form: x @ w)
+    >>> y.tolist()
+    [[15.0]]
+    """
+    if form is None:
+        return times(x, "float")
+    if form.kernel is not None:
+        return times(x, form.kernel)
+    if form.floating:
+        return times(through(x, form.rounded(x, data)), "float")
+    code, scale, zero = form.codes(x, data)
+    if form.symmetric or (form.bits < 8 and not form.static):
+        y = times(code - zero, "codes")
+        return jax.tree.map(lambda y: y * scale, y)
+    y = times(jnp.concatenate([code, jnp.ones_like(code[:1])]), "codes")
+    return jax.tree.map(lambda y: scale * (y[:-1] - zero * y[-1:]), y)
+
+
+def _largest(x: Float[Array, "m k"], share: float) -> Float[Array, "m k"]:
+    """The largest entries of every row, the others 0; of equals as many more."""
+    size = jnp.abs(x)
+    kept = max(1, round(share * x.shape[1]))
+    return jnp.where(size >= jax.lax.top_k(size, kept)[0][:, -1:], x, 0.0)
+
+
+def _float8(x: Float[Array, "m k"]) -> Float[Array, "m k"]:
+    x, factor = forms.finite_rows(x)
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / _E4M3)
+    # A cast does not saturate: past 464 it gives NaN.
+    code = jnp.clip(x / scale, -_E4M3, _E4M3).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return code * scale * factor

@@ -1,0 +1,310 @@
+"""Sites: how a function uses each of its weights, read off an abstract trace."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import quax
+
+from jaxquant.core import indexing
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.contraction import Contraction
+from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.standin import Pick, StandIn, is_standin, run, watching_vmap
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """How one weight is used.
+
+    Attributes:
+      path: of the weight in the parameter tree.
+      shape: of the weight.
+      contracted: its axes summed over by its (first) matmul; () if it is in none.
+      batch: its axes that are batch axes: scanned, mapped, or paired in the matmul; and leading
+        ones along which matrices are looked up or sliced ("the experts that a router chose").
+      gathered: axis along which it is looked up, or None.
+      input: identifier of the input arrays of its matmuls, in order: weights that read the very
+        same ones share it. "" if none.
+      otherwise: whether some primitive without a rule uses it (a reshape, a convolution, ...).
+      also: axes that other matmuls sum over (w.T after w), of which statistics know nothing.
+      covered: where all its matmuls read one input and some use a part of it: how much of its
+        outputs they have together, as a share; else None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    contracted: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    gathered: int | None = None
+    input: str = ""
+    otherwise: bool = False
+    also: tuple[tuple[int, ...], ...] = ()
+    covered: float | None = None
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Axes that are neither contracted nor batch."""
+        used = {*self.contracted, *self.batch}
+        return tuple(a for a in range(len(self.shape)) if a not in used)
+
+    @property
+    def turn(self) -> int:
+        """Of a contracted weight: which input, in the order of use, is its first."""
+        return int(self.input.split("[")[0].removeprefix("input"))
+
+
+def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Site]:
+    """How `fn(params, *args)` uses each floating leaf of rank >= 2 of `params`, by path.
+
+    Abstract: nothing is computed; arrays and `jax.ShapeDtypeStruct` serve alike, and what is
+    neither (a flag, an activation function in the tree) is passed on as it is.
+
+    >>> import jax.numpy as jnp
+    >>> s = sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
+    >>> s["w"].contracted, s["w"].output
+    ((0,), (1,))
+    """
+    check_arguments(sites, locals())
+    log = _Log([], [], {})
+    leaves = {p: w for p, w in path_leaves(params) if is_weight(w)}
+    tracked = replace_leaves(
+        params,
+        {
+            p: _Tracked(array=_abstract(w), path=p, leaf=tuple(range(-len(w.shape), 0)), log=log)
+            for p, w in leaves.items()
+        },
+    )
+    with watching_vmap(_log_vmap):
+        eqx.filter_eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
+    uses = lambda path: [u for u in log.uses if u.path == path]
+    return {p: _summary(p, w, uses(p), log.mapped.get(p, set())) for p, w in leaves.items()}
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a leaf may be quantized: floating, rank 2 or more, not yet a stand-in."""
+    return (
+        not is_standin(leaf)
+        and hasattr(leaf, "dtype")
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+        and len(leaf.shape) >= 2
+    )
+
+
+def _abstract(w: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(w.shape, w.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """One use. Axes are of the leaf, counted from its end.
+
+    Attributes:
+      kind: "dot" | "gather" | "other".
+      axes: contracted, or looked up.
+      batch: paired with axes of the input, or looked up before.
+      input: identifier of what it multiplies.
+      sizes: of the axes that had not been dropped before.
+      parts: axes that were sliced or looked up before, and what tells that part from others.
+    """
+
+    path: str
+    kind: str
+    axes: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    input: str = ""
+    sizes: dict[int, int] = dataclasses.field(default_factory=dict)
+    parts: tuple[tuple[int, str], ...] = ()
+
+    def input_of(self, axes: set[int]) -> str:
+        """`input`, with the parts along these axes."""
+        return self.input + "".join(f"@{a}:{name}" for a, name in self.parts if a in axes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Log:
+    """Uses, in order. Inputs are kept alive so that their identities stay unique."""
+
+    uses: list
+    inputs: list
+    mapped: dict[str, set[int]]  # axes of leaves along which `jax.vmap` maps
+
+    def input_id(self, x: Any) -> str:
+        for i, seen in enumerate(self.inputs):
+            if seen is x:
+                return f"input{i}"
+        self.inputs.append(x)
+        return f"input{len(self.inputs) - 1}"
+
+
+class _Tracked(StandIn):
+    """A dense weight that remembers which axes of the leaf (from its end) its own are.
+
+    It is stored as it is seen, unlike the others: any of its axes may come first, to be scanned.
+    """
+
+    array: Any
+    path: str = eqx.field(static=True)
+    leaf: tuple[int | None, ...] = eqx.field(static=True)  # None: an axis that was added
+    log: _Log = eqx.field(static=True)
+    # Axes of the leaf along which matrices were looked up; as in `_Use`.
+    looked_up: tuple[int, ...] = eqx.field(static=True, default=())
+    parts: tuple[tuple[int, str], ...] = eqx.field(static=True, default=())
+
+    @property
+    def order(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(range(-self.array.ndim, 0))
+
+    def stored_shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def aval(self) -> Any:
+        return jax.core.ShapedArray(self.array.shape, self.array.dtype)
+
+    def materialise(self) -> Any:
+        if not self.looked_up:  # else it is a table, and that use of it is known
+            self.log.uses.append(_Use(self.path, "other"))
+        return self.array
+
+    def reordered(self, order: tuple[int, ...]) -> "_Tracked":
+        array = jnp.transpose(self.array, order)
+        return dataclasses.replace(self, array=array, leaf=self.leaf_axes(order))
+
+    def cast(self, dtype: Any) -> "_Tracked":
+        return dataclasses.replace(self, array=self.array.astype(dtype))
+
+    def at_leading(self, fn: Any) -> "_Tracked":
+        return dataclasses.replace(self, array=fn(self.array))
+
+    def leading(self) -> int:
+        return len(self.array.shape)
+
+    def picked(self, pick: Pick) -> "_Tracked | None":
+        """Where axes are dropped that do not come first, only if a matrix is left."""
+        dropped = set(range(self.ndim)) - set(pick.source)
+        first = pick.indices is None and dropped == set(range(len(dropped)))
+        left = self.leaf_axes(a for a in range(self.ndim) if a not in {*dropped, *pick.looked_up})
+        if dropped and not first and len({*left} - {*self.looked_up, None}) < 2:
+            return None
+        return dataclasses.replace(
+            self,
+            array=jnp.transpose(pick.take(self.array), pick.axes),
+            leaf=self.leaf_axes(pick.source),
+            looked_up=(*self.looked_up, *self.own(pick.looked_up)),
+            parts=(*self.parts, *self._parts(pick)),
+        )
+
+    def _parts(self, pick: Pick) -> list[tuple[int, str]]:
+        if pick.indices is not None:
+            name = self.log.input_id(pick.indices)
+            return [(axis, name) for axis in self.own(pick.looked_up)]
+        return [(own, name) for axis, name in pick.names for own in self.own((axis,))]
+
+    def leaf_axes(self, axes: Iterable[int | None]) -> tuple[int | None, ...]:
+        """Axes of this value as axes of the leaf, from its end; None: it has no such axis."""
+        kept = self.leaf[len(self.leaf) - self.array.ndim :]  # scan and vmap strip leading axes
+        return tuple(None if a is None else kept[a] for a in axes)
+
+    def own(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """`leaf_axes` without those that were added."""
+        return tuple(a for a in self.leaf_axes(axes) if a is not None)
+
+
+def _log_vmap(w: StandIn, axis: int) -> None:
+    if isinstance(w, _Tracked):
+        w.log.mapped.setdefault(w.path, set()).update(w.own((axis,)))
+
+
+def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:
+    axes, batch = (w.own(a for _, a in pairs) for pairs in (c.contract, c.batch))
+    named = zip(w.leaf_axes(range(w.ndim)), w.shape, strict=True)
+    sizes = {a: size for a, size in named if a is not None}
+    if w.looked_up and not set(sizes) - {*axes, *batch, *w.looked_up}:
+        return  # vectors of a table, and no matrices
+    axes = tuple(a for a in axes if a not in w.looked_up)
+    input_id = w.log.input_id(x) + str([a for a, _ in c.contract])
+    w.log.uses.append(_Use(w.path, "dot", axes, (*batch, *w.looked_up), input_id, sizes, w.parts))
+
+
+@quax.register(jax.lax.dot_general_p)
+def _(x: Any, w: _Tracked, **params: Any) -> Any:
+    x = x.materialise() if is_standin(x) else x
+    _log_dot(w, x, Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False))
+    return jax.lax.dot_general_p.bind(x, w.array, **params)
+
+
+@quax.register(jax.lax.dot_general_p, precedence=1)
+def _(w: _Tracked, x: Any, **params: Any) -> Any:
+    if isinstance(x, _Tracked) and w.looked_up and not x.looked_up:  # rows of a table meet a weight
+        c = Contraction.of(params["dimension_numbers"], w.ndim, x.ndim, weight_left=False)
+        _log_dot(x, w, c)
+        return jax.lax.dot_general_p.bind(w.materialise(), x.array, **params)
+    x = x.materialise() if is_standin(x) else x
+    _log_dot(w, x, Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True))
+    return jax.lax.dot_general_p.bind(w.array, x, **params)
+
+
+@quax.register(jax.lax.gather_p)
+def _(w: _Tracked, ids: Any, **params: Any) -> Any:
+    cut = tuple(i for i, d in enumerate(w.shape) if params["slice_sizes"][i] != d)
+    found = indexing.looked_up(w, ids, params)
+    single = len(cut) == 1 or found is not None
+    w.log.uses.append(_Use(w.path, "gather" if single else "other", w.own(cut)))
+    return found if found is not None else jax.lax.gather_p.bind(w.array, ids, **params)
+
+
+def _summary(path: str, w: Any, uses: list[_Use], mapped: set[int]) -> Site:
+    shape = tuple(w.shape)
+    front = lambda axes: tuple(sorted(len(shape) + a for a in axes))
+    dots = [u for u in uses if u.kind == "dot"]
+    gathers = [u for u in uses if u.kind == "gather" and len(u.axes) == 1]
+    found = Site(
+        path,
+        shape,
+        gathered=len(shape) + gathers[0].axes[0] if gathers else None,
+        otherwise=any(u.kind == "other" for u in uses),
+    )
+    if not dots:
+        return found
+    first = dots[0]
+    alike = [u for u in dots if set(u.axes) == set(first.axes)]
+    batch = _batch(alike, shape, mapped)
+    return dataclasses.replace(
+        found,
+        contracted=front(first.axes),
+        batch=front(batch),
+        input=" ".join(u.input_of({*u.axes, *batch}) for u in dots),
+        also=tuple(dict.fromkeys(front(u.axes) for u in dots if u not in alike)),
+        covered=_covered(alike, {*range(-len(shape), 0)} - batch - {*first.axes}, shape),
+    )
+
+
+def _batch(dots: list[_Use], shape: tuple[int, ...], mapped: set[int]) -> set[int]:
+    """Batch axes of a weight, of all matmuls that sum over the same axes."""
+    every = set(range(-len(shape), 0))
+    batch: set[int] = set()
+    for i, use in enumerate(dots):
+        # Axes the matmul never saw were dropped before it: by scan, vmap, or indexing.
+        new = {*use.batch, *(every - set(use.sizes))}
+        for axes in (new, mapped - {*use.axes}):
+            if (i == 0 and axes is new) or every - batch - axes - {*use.axes}:
+                batch |= axes
+    for axis in sorted(every - batch):  # leading ones that are sliced are too, if a matrix is left
+        before = set(range(-len(shape), axis))
+        sliced = any(u.sizes.get(axis, shape[axis]) != shape[axis] for u in dots)
+        left = every - batch - {axis, *dots[0].axes}
+        if axis not in dots[0].axes and sliced and before <= batch and left:
+            batch.add(axis)
+    return batch
+
+
+def _covered(dots: list[_Use], output: set[int], shape: tuple[int, ...]) -> float | None:
+    """`Site.covered`."""
+    share = lambda u, axes: math.prod(u.sizes.get(a, shape[a]) / shape[a] for a in axes)
+    partial = any(share(u, {*output, *u.axes}) != 1 for u in dots)
+    alike = len({u.input_of({*u.axes}) for u in dots}) == 1
+    return sum(share(u, output) for u in dots) if partial and alike else None

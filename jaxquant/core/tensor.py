@@ -1,0 +1,440 @@
+"""`QTensor`: packed codes that stand for a weight, and what a matmul or look-up does with them."""
+
+import dataclasses
+import functools
+import math
+from functools import partial
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import quax
+from jax.lax import GatherScatterMode
+from jaxtyping import Array, Float
+
+from jaxquant.core import activations, indexing
+from jaxquant.core.activations import Activations
+from jaxquant.core.contraction import Contraction
+from jaxquant.core.fields import check_fields
+from jaxquant.core.magnitude import shifted, unit
+from jaxquant.core.standin import Pick, StandIn, arguments, is_standin, note, once
+from pallas_kernels import dispatch as kernels
+
+
+class Format(Protocol):
+    """What a `QTensor` asks of its format; `data` are the packed arrays of one [k, n] matrix.
+
+    `tile` are the rows and columns that one code covers, `codes_ndim` the axes of
+    `data["codes"]`.
+    """
+
+    tile: tuple[int, int]
+    codes_ndim: int
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """n."""
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        """Float32 weights; leading batch axes allowed."""
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        """x @ w in float32, x in the form that `activations` says."""
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        """x @ w.T in float32."""
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        """Columns `ids` of w, in float32."""
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        """Rows `ids` of w, in float32."""
+
+
+class Side(Protocol):
+    """A change of variables on one side of the stored matrix (see `transforms`); arrays in data.
+
+    `fitted`: its arrays depend on the weight.
+    """
+
+    fitted: bool
+
+    def size(self, n: int) -> int:
+        """Channels stored for n channels."""
+
+    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A."""
+
+    def transposed(
+        self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
+    ) -> Float[Array, "... n"]:
+        """y A^T."""
+
+    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A^-T: what weights become where the vectors they meet become x A."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How the stored [*batch, k, n] is the weight: its contracted and its output axes.
+
+    Attributes:
+      k: sizes of the contracted axes that make up k, slowest first.
+      n: sizes of the output axes that make up n.
+      order: axis i of the weight is axis order[i] of [*batch, *k, *n], counted from the end.
+    """
+
+    k: tuple[int, ...]
+    n: tuple[int, ...]
+    order: tuple[int, ...]
+
+    __post_init__ = check_fields
+
+
+class QTensor(StandIn):
+    """A quantized weight: a JAX pytree of packed arrays that acts as an array in any function.
+
+    Attributes:
+      data: the format's packed arrays, each with the same leading batch axes; those of the
+        transforms have names that begin with "input." and "output.".
+      format: codebook and storage (static, hashable).
+      view: which axes of the weight are contracted, batch and output (static).
+      logical_dtype: dtype of the weight it stands for (static).
+      method: name of the method that made it (static).
+      input, output: transforms A and B, the weight being A W B^T for the W of the format, or None.
+      shared: weights with the same name here read one input in the function they were made for,
+        through equal transforms, arrays included: it is transformed once, and the products are one
+        call where the platform has that; "" if it is not known.
+      activations: how the (transformed) input is rounded before it meets the codes, `Activations`;
+        None: not at all. Its arrays, if it has any, are named "activations.".
+    """
+
+    data: dict[str, Array]
+    format: Any = eqx.field(static=True)
+    view: View = eqx.field(static=True)
+    logical_dtype: str = eqx.field(static=True)
+    method: str = eqx.field(static=True, default="")
+    input: Any = eqx.field(static=True, default=None)
+    output: Any = eqx.field(static=True, default=None)
+    shared: str = eqx.field(static=True, default="")
+    activations: Activations | None = eqx.field(static=True, default=None)
+
+    @property
+    def order(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Axis order of the view."""
+        return self.view.order
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array held: codes, scales, zero points, codebooks."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.data))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * nbytes / number of weights."""
+        return 8 * self.nbytes / self.size
+
+    def dequantize(self) -> Array:
+        """The weight as a plain array of `shape` and `dtype`."""
+        batch = self.data["codes"].shape[: self.leading()]
+        matrix = self.matrix
+        for _ in batch:
+            matrix = jax.vmap(matrix)
+        w = matrix(self.data).reshape(*batch, *self.view.k, *self.outputs)
+        w = jnp.transpose(w, self.axes())
+        if self.logical_dtype == "float16":  # whose largest number may have been rounded up
+            w = jnp.clip(w, -65504.0, 65504.0)
+        return w.astype(self.logical_dtype)
+
+    def materialise(self) -> Array:
+        """Fallback of every primitive without a rule: correct, slower, and reported."""
+        note("materialised", "no rule for this use; dequantized, then plain JAX")
+        return self.dequantize()
+
+    @property
+    def rows_k(self) -> int:
+        """Length of the contracted axis."""
+        return math.prod(self.view.k)
+
+    @property
+    def stored_rows(self) -> int:
+        """Length of that axis after the input transform."""
+        return self.rows_k if self.input is None else self.input.size(self.rows_k)
+
+    def leading(self) -> int:
+        return self.data["codes"].ndim - self.format.codes_ndim
+
+    def stored_shape(self) -> tuple[int, ...]:
+        return (*self.data["codes"].shape[: self.leading()], *self.view.k, *self.outputs)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Sizes of the output axes; inside `shard_map`, where they are split, the local ones."""
+        local = len(self.view.n) == 1 and self.output is None
+        return (self.format.outputs(self.data),) if local else self.view.n
+
+    # --- one matrix [k, n], as its data describe it ------------------------------------------
+
+    def stored(self) -> Float[Array, "... s t"]:
+        """The format's own matrices, before the transforms are undone."""
+        return self._stored(self.data)
+
+    def _stored(self, data: dict[str, Array]) -> Float[Array, "... s t"]:
+        return self.format.dequantize(part(data), self.stored_rows)
+
+    def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
+        """The matrix in float32."""
+        w = self._stored(data)
+        if self.input is None and self.output is None:
+            return w
+        w, e = unit(w)  # sums of small numbers would lose what float32 has no normal numbers for
+        if self.input is not None:
+            w = self.input.transposed(w.T, part(data, "input."), self.rows_k).T
+        if self.output is not None:
+            w = self.output.transposed(w, part(data, "output."), math.prod(self.view.n))
+        return shifted(w, e)
+
+    def transformed(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m s"]:
+        """x as the format's matrix takes it."""
+        return x if self.input is None else self.input.apply(x, part(data, "input."))
+
+    def finished(self, y: Float[Array, "m t"], data: dict[str, Array]) -> Float[Array, "m n"]:
+        """A product of the format's matrix, its output transform undone."""
+        if self.output is None:
+            return y
+        return self.output.transposed(y, part(data, "output."), math.prod(self.view.n))
+
+    def siblings(self) -> "list[QTensor]":
+        """The arguments of the running function that read this one's input: it, and others."""
+        alike = lambda w: (w.format, w.input, w.activations, w.leading(), w.logical_dtype)
+        named = [w for w in arguments() if isinstance(w, QTensor) and w.shared == self.shared]
+        mine = alike(self)
+        known = [w for w in named if alike(w) == mine]
+        return known if any(map(self.same, known)) else [self]
+
+    def same(self, other: "QTensor") -> bool:
+        """Whether it holds the very arrays of this one."""
+        return all(other.data.get(name) is a for name, a in self.data.items())
+
+    def matmul_transposed(self, g: Float[Array, "m n"], data: dict[str, Array]) -> Array:
+        """g @ w.T."""
+        k = self.rows_k
+        if self.output is not None:
+            g = self.output.apply(g, part(data, "output."))
+        y = self.format.matmul_transposed(g, part(data), self.stored_rows)
+        return y if self.input is None else self.input.transposed(y, part(data, "input."), k)
+
+    def aval(self) -> jax.core.ShapedArray:
+        return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
+
+    def reordered(self, order: tuple[int, ...]) -> "QTensor":
+        return dataclasses.replace(self, view=dataclasses.replace(self.view, order=order))
+
+    def cast(self, dtype: Any) -> "QTensor":
+        return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
+
+    def at_leading(self, fn: Any) -> "QTensor":
+        # Which of a stack it is now nobody else knows, so its transform is its own.
+        data = {name: fn(a) for name, a in self.data.items()}
+        return dataclasses.replace(self, data=data, shared="")
+
+    def picked(self, pick: Pick) -> "StandIn | None":
+        # Where an index is out of range the matrix is NaN, by its scales: codes cannot say it.
+        floats = any(jnp.issubdtype(a.dtype, jnp.inexact) for a in part(self.data).values())
+        return super().picked(pick) if floats or not pick.fills else None
+
+    def local(self) -> "QTensor":
+        if not hasattr(self.format, "encode"):  # it trains; see `training.latent`
+            return self
+        held, rows = self.data["codes"].shape[self.leading()], self.stored_rows
+        n = self.format.outputs(part(self.data))
+        shapes = _packed_shapes(self.format, rows, n)
+        parts = shapes["codes"][0] / held
+        if parts == 1 or self.format.codes_ndim != 2:
+            return self
+        first = self.view.k[0] / parts
+        rest = {name: a.shape[self.leading() :] for name, a in part(self.data).items()}
+        whole = first.is_integer() and (rows / parts).is_integer() and self.input is None
+        if not whole or _packed_shapes(self.format, int(rows / parts), n) != rest:
+            raise ValueError(
+                f"the rows of a weight {list(self.view.k)} by {list(self.view.n)} are split over "
+                f"devices where its codes cannot be: expected {self.format} without an input "
+                f"transform, whole groups and words on every device; split it along its outputs"
+            )
+        view = dataclasses.replace(self.view, k=(int(first), *self.view.k[1:]))
+        return dataclasses.replace(self, view=view, shared="")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.dequantize(), dtype)
+
+    def __repr__(self) -> str:
+        if not all(hasattr(a, "dtype") for a in self.data.values()):
+            return f"QTensor({self.data}, {self.format})"  # a tree of shardings, say
+        return (
+            f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
+            f"{self.bits_per_weight:.3f} bits per weight)"
+        )
+
+
+@functools.cache
+def _packed_shapes(format: Any, k: int, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the packed arrays of a matrix [k, n]; {"codes": (0,)} where there is none."""
+    try:
+        format.check_shape(k, n)
+    except ValueError:
+        return {"codes": (0,)}
+    parts = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
+    return {name: a.shape for name, a in parts.items()}
+
+
+def part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:
+    """The entries whose names begin with the prefix, without it; or, without one, the format's."""
+    if prefix:
+        return {name[len(prefix) :]: a for name, a in data.items() if name.startswith(prefix)}
+    return {name: a for name, a in data.items() if "." not in name}
+
+
+def sides(data: dict[str, Array]) -> dict[str, Array]:
+    """The entries of the transforms, under their whole names."""
+    return {name: a for name, a in data.items() if "." in name}
+
+
+# --- matmul ---------------------------------------------------------------------------------
+
+
+def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
+    """x . w as the traced dot_general states it; None where w is not laid out for it."""
+    batch = w.leading()
+    split = batch + len(w.view.k)
+    core_k, core_n = set(range(batch, split)), set(range(split, len(w.stored_shape())))
+    touched = c.contracted(w.axes()) | c.batched(w.axes())
+    if core_k <= c.contracted(w.axes()) and not core_n & touched:
+        rule, forward = "packed matmul", True
+    elif core_n <= c.contracted(w.axes()) and not core_k & touched:
+        rule, forward = "packed matmul, transposed", False
+    else:
+        return None
+    rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
+    # Only where no batch axis is mapped over is an input the same for every weight.
+    inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # of x, as k
+    key = (w.shared, w.input, rows.dtype, inner) if w.shared and not batch else None
+    # A format whose products are served by an op has `matmuls`.
+    family = w.siblings() if key and hasattr(w.format, "matmuls") else [w]
+
+    form = activations.in_force(w.activations)
+
+    def matmul(rows: Array, data: dict[str, Array]) -> Array:
+        if not forward:
+            return w.matmul_transposed(rows, data)
+        rows = once(key, x, lambda: w.transformed(rows, data))
+        if hasattr(w.format, "product"):  # it rounds rows itself, as training needs it
+            of_inputs = part(data, "activations.")
+            return w.finished(w.format.product(form, rows, part(data), of_inputs), data)
+        meet = partial(activations.product, form, rows, part(data, "activations."))
+        if len(family) == 1:
+            return w.finished(meet(lambda x, form: w.format.matmul(x, part(data), form)), data)
+        several = [part(other.data) for other in family]
+
+        def products() -> tuple:
+            with kernels.listening() as heard:
+                return meet(lambda x, form: w.format.matmuls(x, several, form)), heard
+
+        ys, heard = once((*key, w.format, form), x, products)
+        served.extend(heard)
+        return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], data)
+
+    with kernels.listening() as served:
+        y = c.apply(
+            matmul,
+            rows,
+            w.data,
+            axes=w.axes(),
+            leading=batch,
+            contracted=core_k if forward else core_n,
+            out_shape=w.outputs if forward else w.view.k,
+        )
+    rounds = [form.describe()] if forward and form is not None else []
+    note(rule, "; ".join([w.format.kernel(), *rounds, *served]))
+    return y
+
+
+@quax.register(jax.lax.dot_general_p)
+def _(x: Any, w: QTensor, **params: Any) -> Array:
+    if is_standin(x):
+        x = x.materialise()
+    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False)
+    y = _product(x, w, c)
+    return _finish(y, x, w, params) if y is not None else _plain(x, w.materialise(), params)
+
+
+@quax.register(jax.lax.dot_general_p, precedence=1)
+def _(w: QTensor, x: Any, **params: Any) -> Array:
+    if is_standin(x):
+        x = x.materialise()
+    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True)
+    y = _product(x, w, c)
+    return _finish(y, x, w, params) if y is not None else _plain(w.materialise(), x, params)
+
+
+def _finish(y: Array, x: Array, w: QTensor, params: dict[str, Any]) -> Array:
+    dtype = params.get("preferred_element_type") or jnp.promote_types(x.dtype, w.dtype)
+    return y.astype(dtype)
+
+
+def _plain(a: Array, b: Array, params: dict[str, Any]) -> Array:
+    return jax.lax.dot_general_p.bind(a, b, **params)
+
+
+# --- look-up --------------------------------------------------------------------------------
+
+
+@quax.register(jax.lax.gather_p)
+def _(w: QTensor, ids: Any, **params: Any) -> Any:
+    dn, fills = params["dimension_numbers"], params["mode"] == GatherScatterMode.FILL_OR_DROP
+    matrices = indexing.looked_up(w, ids, params)
+    if matrices is not None:
+        note("look-up", "takes matrices of the stack, packed")
+        return matrices
+    taken = _take_axis(w, dn, params["slice_sizes"], fills)
+    if taken is None:
+        return jax.lax.gather_p.bind(w.materialise(), ids, **params)
+    axis, kind = taken
+    note("look-up", f"unpacks only the {kind} it takes")
+    index = ids[..., dn.start_index_map.index(axis)]
+    size = w.shape[axis]
+    flat = jnp.clip(index.reshape(-1), 0, size - 1)
+    if kind == "columns":
+        rows = jnp.swapaxes(w.format.columns(w.data, flat, w.rows_k), 0, 1)
+    else:
+        rows = w.format.rows(w.data, flat, w.rows_k)
+    rest = [1 if i == axis else d for i, d in enumerate(w.shape)]
+    if dn.collapsed_slice_dims:
+        rest.pop(axis)
+    out = rows.reshape(*index.shape, *rest).astype(w.dtype)
+    if fills:
+        valid = (index >= 0) & (index < size)
+        fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+        out = jnp.where(valid.reshape(*index.shape, *(1 for _ in rest)), out, fill)
+    return jnp.moveaxis(out, range(index.ndim, out.ndim), dn.offset_dims)
+
+
+def _take_axis(w: QTensor, dn: Any, sizes: tuple[int, ...], fills: bool) -> tuple[int, str] | None:
+    """(axis, "columns" | "rows") if the gather takes whole slices along one core axis.
+
+    It may name the other axes too (`vmap` of w[i] does), where only one start is possible.
+    """
+    if w.input is not None or w.output is not None:
+        return None
+    if w.leading() or len(w.view.k) != 1 or len(w.view.n) != 1 or dn.operand_batching_dims:
+        return None
+    cut = [i for i, d in enumerate(w.shape) if sizes[i] != d]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in dn.start_index_map:
+        return None
+    if dn.collapsed_slice_dims not in ((), tuple(cut)) or (fills and len(dn.start_index_map) > 1):
+        return None
+    return cut[0], "columns" if w.axes()[cut[0]] == 1 else "rows"

@@ -1,0 +1,1 @@
+"""Files that survive kills: claimed folders, atomic publication, the store of a long run."""

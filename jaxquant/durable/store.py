@@ -1,0 +1,279 @@
+"""Resuming: a folder that keeps what a long run has done, so that a killed one goes on."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.durable.claims import Claim, Taken, claim
+
+RUN = "run.json"
+FILE = re.compile(r"[0-9a-f]{24}\.bin|(run|[0-9a-f]{24})\.aside")  # what a folder keeps, and makes
+HEX = 64  # characters of a SHA-256
+Arrays = Mapping[str, Any]
+Finished = MutableMapping[str, Arrays]  # what a long run has done; on disk, a `Folder`
+
+
+class Folder(MutableMapping[str, Arrays]):
+    """Dicts of arrays by name, one file each; a file is there whole or not at all.
+
+    Arrays come back bit for bit. Each file carries its SHA-256: of one that is damaged a warning
+    tells, and it counts as not there. Of another run (by `run`, plain JSON values that say all that
+    decides the results) nothing is kept; or with `refuse` it is an error, and all of it stays.
+
+    The folder is held until `close`, `remove` or the end of the process, and no other process can
+    work in it. Files in it that are not its own are never touched.
+
+    Attributes:
+      replaced: in what the run that was kept here differed from this one; () if there was none.
+
+    Raises:
+      ValueError: another process works in the folder, or another run of this process; its files
+        were not made by jaxquant; or, with `refuse`, it keeps another run.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with Folder(place, {"seed": 1}) as kept:
+    ...         kept["a"] = {"x": np.arange(3)}
+    ...     with Folder(place, {"seed": 1}) as again:
+    ...         found = again["a"]["x"].tolist(), list(again)
+    ...     with Folder(place, {"seed": 2}) as other:
+    ...         (*found, len(other), other.replaced)
+    ([0, 1, 2], ['a'], 0, ('seed',))
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any], *, refuse: bool = False) -> None:
+        self.path = Path(path)
+        self.replaced: tuple[str, ...] = ()
+        text = json.dumps(run, sort_keys=True)
+        held = _held(self.path, text)
+        self.close = weakref.finalize(self, _leave, held)
+        self._claim = held
+        try:
+            self._begin(text, refuse)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, text: str, refuse: bool) -> None:
+        mark = self.path / RUN
+        kept = mark.read_bytes() if mark.is_file() else None
+        if kept != text.encode():
+            if kept is not None and len(self):
+                self.replaced = _differences(kept, json.loads(text))
+            if refuse and self.replaced:
+                raise ValueError(
+                    f"{self.path} holds another run, of other {', '.join(self.replaced)}. It was "
+                    f"not touched: go on with the options it began with, remove it, or write "
+                    f"elsewhere"
+                )
+            self._forget()
+            with _aside(mark) as file:
+                file.write(text.encode())
+        for left in self.path.glob("*.aside"):
+            if FILE.fullmatch(left.name):
+                left.unlink()
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __setitem__(self, name: str, arrays: Arrays) -> None:
+        flat = {key: np.asarray(a) for key, a in arrays.items()}
+        kinds = {key: [a.dtype.name, list(a.shape)] for key, a in flat.items()}
+        head = json.dumps({"name": name, "arrays": kinds}).encode()
+        _write(self._file(name), head + b"\n", flat)
+
+    def __getitem__(self, name: str) -> dict[str, np.ndarray]:
+        with self._sound(self._file(name), name) as found:
+            if found is None:
+                raise KeyError(name)
+            return found.read()
+
+    def __contains__(self, name: object) -> bool:
+        with self._sound(self._file(str(name)), name) as found:
+            return found is not None
+
+    def __delitem__(self, name: str) -> None:
+        try:
+            self._file(name).unlink()
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self._files():
+            with self._sound(path) as found:
+                if found is not None:
+                    yield found.name
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the run is."""
+        return digest(self.path)
+
+    def remove(self) -> None:
+        """The run is over; nothing of it is needed, and the folder is let go of.
+
+        A folder with files that are not its own stays, with these.
+        """
+        self._forget()
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / RUN).unlink()
+        self._claim.end()
+        self.close()
+
+    def _files(self) -> list[Path]:
+        return sorted(p for p in self.path.glob("*.bin") if FILE.fullmatch(p.name))
+
+    def _forget(self) -> None:
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.bin"
+
+    @contextlib.contextmanager
+    def _sound(self, path: Path, name: object = None) -> Iterator["_File | None"]:
+        """What a file holds, if it is there and as it was written; else it is removed."""
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            try:
+                found = _opened(file, name)
+            except _Damaged as error:
+                warnings.warn(
+                    f"{path} is damaged ({error}); {name or 'what it held'} is done again",
+                    stacklevel=4,
+                )
+                path.unlink()
+                found = None
+            yield found
+
+
+class _Damaged(Exception):
+    """A file is not as it was written."""
+
+
+class _File(NamedTuple):
+    """An open file of a folder, at the first byte of its arrays."""
+
+    file: BufferedReader
+    name: str
+    arrays: dict[str, tuple[np.dtype, list[int]]]
+
+    def read(self) -> dict[str, np.ndarray]:
+        out = {}
+        for key, (kind, shape) in self.arrays.items():
+            data = self.file.read(math.prod(shape) * kind.itemsize)
+            out[key] = np.frombuffer(data, kind).reshape(shape)
+        return out
+
+
+def _opened(file: BufferedReader, name: object) -> _File:
+    """Looked at before anything of its size is allocated."""
+    said = file.readline(HEX + 1)
+    if hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n" != said:
+        raise _Damaged("its bytes are not those that were written")
+    size = file.tell()
+    file.seek(HEX + 1)
+    try:
+        head = json.loads(file.readline())
+        arrays = {key: _kind(*kind) for key, kind in head["arrays"].items()}
+        held = head["name"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Damaged(f"its head says {type(error).__name__}: {error}") from None
+    if not isinstance(held, str) or name not in (None, held):
+        raise _Damaged(f"it holds {held!r}")
+    needed = sum(math.prod(shape) * kind.itemsize for kind, shape in arrays.values())
+    if needed != size - file.tell():
+        raise _Damaged(f"its arrays take {needed} bytes, it has {size - file.tell()}")
+    return _File(file, held, arrays)
+
+
+def _kind(dtype: Any, shape: Any) -> tuple[np.dtype, list[int]]:
+    kind = jnp.dtype(dtype)
+    if not isinstance(dtype, str) or kind.hasobject or not kind.itemsize:
+        raise ValueError(f"{dtype!r} is not a dtype of numbers")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{shape!r} is not a shape")
+    return kind, shape
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of what run a folder keeps; "" if it keeps none."""
+    mark = folder / RUN
+    return hashlib.sha256(mark.read_bytes()).hexdigest() if mark.is_file() else ""
+
+
+def _held(path: Path, run: str) -> Claim:
+    held = claim(path)
+    if held.runs and held.run != run:
+        held.close()
+        raise Taken(f"{path} is in use by another run of this process: close that one's folder")
+    held.run = run
+    held.runs += 1
+    held.scraps.add(RUN)
+    return held
+
+
+def _leave(held: Claim) -> None:
+    held.runs -= 1
+    held.close()
+
+
+def _differences(kept: bytes, run: dict[str, Any]) -> tuple[str, ...]:
+    """Names of what a run that was kept differs in."""
+    try:
+        other = json.loads(kept)
+        names = tuple(sorted(n for n in other.keys() | run if other.get(n) != run.get(n)))
+    except (ValueError, AttributeError, RecursionError):
+        names = ()
+    return names or (f"text in {RUN}, which is damaged",)
+
+
+def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray]) -> None:
+    """The digest of the rest, a line, then the rest."""
+    with _aside(path) as file:
+        total = hashlib.sha256(head)
+        file.write(b"0" * HEX + b"\n" + head)
+        for a in arrays.values():
+            data = np.ascontiguousarray(a).tobytes()
+            total.update(data)
+            file.write(data)
+        file.seek(0)
+        file.write(total.hexdigest().encode())
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[BufferedWriter]:
+    """Aside, to the disk, then renamed: a kill at any moment leaves the old file or the new."""
+    aside = path.with_suffix(".aside")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)

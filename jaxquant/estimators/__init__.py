@@ -1,0 +1,1 @@
+"""Rounded values of weights that train, their surrogate gradients, and learned ranges."""

@@ -1,0 +1,34 @@
+"""Formats: a codebook and its storage."""
+
+from jaxquant.formats.additive import Additive
+from jaxquant.formats.dense import Dense
+from jaxquant.formats.dual_scale import DualScale
+from jaxquant.formats.e8p import E8P
+from jaxquant.formats.entropy_coded import EntropyCoded
+from jaxquant.formats.float8 import Float8
+from jaxquant.formats.integer import Grid, Integer
+from jaxquant.formats.microscaling import MXFP4, NVFP4
+from jaxquant.formats.normal_float import NormalFloat
+from jaxquant.formats.stretched import Stretched
+from jaxquant.formats.ternary import Ternary
+from jaxquant.formats.trellis import Trellis, TrellisBudget
+from jaxquant.formats.vector import Vector
+
+__all__ = [
+    "E8P",
+    "MXFP4",
+    "NVFP4",
+    "Additive",
+    "Dense",
+    "DualScale",
+    "EntropyCoded",
+    "Float8",
+    "Grid",
+    "Integer",
+    "NormalFloat",
+    "Stretched",
+    "Ternary",
+    "Trellis",
+    "TrellisBudget",
+    "Vector",
+]

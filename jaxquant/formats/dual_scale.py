@@ -1,0 +1,89 @@
+"""Integers with a scale for each row and column: entropy-coded weights as products take them."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int16
+
+from jaxquant.core.fields import check_fields
+from jaxquant.formats.op_format import Served
+from pallas_kernels import dual_scale, layout
+
+
+@dataclasses.dataclass(frozen=True)
+class DualScale(Served):
+    """w = step_i scale_j v_ij, the integers v in words of a few bits, and escapes for those beyond.
+
+    `jaxquant.transcoded` makes it of entropy-coded weights; the values are the very same.
+
+    Attributes:
+      bits: of a code, 4 or 8.
+
+    >>> data = DualScale().encode(jnp.array([[7.0, 0.0], [-1.0, 14.0]]))
+    >>> DualScale().dequantize(data, 2).tolist()
+    [[7.0, 0.0], [-1.0, 14.0]]
+    """
+
+    bits: Literal[4, 8] = 4
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)
+    storage: ClassVar[str] = "dual_scale"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        if k > dual_scale.MOST_ROWS:
+            raise ValueError(f"a matrix of {k} rows has more than {dual_scale.MOST_ROWS}")
+
+    def bytes_of(self, values: Int16[np.ndarray, "... k n"]) -> int:
+        """What codes and escapes of these integers take."""
+        *batch, k, n = values.shape
+        most = 1 << (self.bits - 1)
+        escapes = np.count_nonzero((values < -most) | (values >= most))
+        return 4 * (int(np.prod(batch)) * layout.words(k, self.bits) * n + escapes)
+
+    def pack(
+        self,
+        values: Int16[np.ndarray, "k n"],
+        step: Float32[np.ndarray, " k"],
+        scale: Float32[np.ndarray, " n"],
+    ) -> dict[str, Any]:
+        """Storage of a matrix's integers and scales, on the host, where escapes are counted."""
+        codes, ranges, escapes = dual_scale.split(values, self.bits)
+        data = self._stored(codes, step, scale)
+        # Checkpoints hold no empty arrays.
+        return data | {"ranges": ranges, "escapes": np.resize(escapes, max(1, len(escapes)))}
+
+    def _stored(self, codes: Any, step: Any, scale: Any) -> dict[str, Any]:
+        return {"codes": layout.pack(codes, self.bits), "scale": scale[None], "step": step}
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Round to nearest with a scale for each column; every integer fits its bits."""
+        self.check_shape(*w.shape)
+        top = (1 << self.bits - 1) - 1
+        absmax = jnp.max(jnp.abs(w), axis=0)
+        scale = jnp.where(absmax > 0, absmax / top, 1.0).astype(jnp.float32)
+        codes = jnp.clip(jnp.round(w / scale), -top, top).astype(jnp.int32)
+        data = self._stored(codes, jnp.ones(w.shape[0], jnp.float32), scale)
+        none = jnp.zeros((2, w.shape[1]), jnp.int32)
+        return data | {"ranges": none, "escapes": jnp.zeros(1, jnp.int32)}
+
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        names = ("codes", "scale", "step", "ranges", "escapes")
+        return tuple(data[name] for name in names), {"bits": self.bits}
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return self.decode(data, k)[:, ids]
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        return self.decode(data, k)[ids]
+
+    def kernel(self) -> str:
+        """The op that serves a matmul."""
+        return f"dual_scale_matmul, {self.bits}-bit words"

@@ -1,0 +1,398 @@
+"""Entropy coding: trellis-coded weights in one stream of a fixed number of bytes per matrix."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int16, UInt16
+
+from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.core.magnitude import unit
+from jaxquant.formats.scales import check_wide
+from pallas_kernels import activations as forms
+from pallas_kernels import coded, student, tcq
+from pallas_kernels.coded import Coded
+
+WORD = 16  # bits
+SLOPE = 0.41  # squared steps that a bit is worth: the best for the codes of `tcq`
+FAINT = 120  # quarter octaves below the others: the scale of columns that are not worth a bit
+_AUDIBLE = 64  # quarter octaves below the loudest column, as far as others are worth bits
+_TINY = 1e-30
+
+
+class Row(NamedTuple):
+    """What a row, or a chain of one, is rounded with (with a leading axis: many of them).
+
+    Attributes:
+      step: of its values.
+      level: scale of the source over the step, quarter octaves.
+      price: of a bit, in squared steps.
+      prior: of the energy of values, in squared steps; what `price` has been charged for already.
+    """
+
+    step: Float[Array, "..."]
+    level: Int[Array, "..."]
+    price: Float[Array, "..."]
+    prior: Float[Array, "..."]
+
+
+Trial = Callable[[Float[Array, ""]], Coded]
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyCoded:
+    """A step per row, trellis-coded values, arithmetic coding: each matrix in just `bits` a weight.
+
+    The rounder makes the steps as fine as the bytes allow. A weight costs what it is worth: rows
+    that matter little, or are small, take few bits or none, and outliers many.
+
+    A stream cannot be cut: to split a weight along its outputs (`shard_map`), split it before.
+    One that is damaged decodes to NaN.
+
+    Attributes:
+      bits: per weight, everything counted; rounded down to whole words of 16 bits per column.
+      states: of the trellis, 1 (none) or 4 to 256. More are nearer to Shannon's bound, and only
+        encoding takes longer.
+      chain: weights of a row that share a trellis, at most. Each start of one costs a little; but
+        what an error does to the outputs is made up for by other chains only.
+      lanes: rows decoded at a time; each takes 16 bits of the stream.
+
+    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC), with another
+    code, and the rate in bytes.
+
+    >>> f = EntropyCoded(bits=3, lanes=4)
+    >>> data = f.encode(jnp.linspace(-1, 1, 64 * 96).reshape(64, 96))
+    >>> data["codes"].shape, data["codes"].dtype.name
+    ((12, 96), 'uint16')
+    """
+
+    bits: float = 2.0
+    states: int = 64
+    chain: int = 256
+    lanes: int = 32
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)
+    codes_ndim: ClassVar[int] = 2
+    wide: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.bits <= 12:
+            raise ValueError(f"bits must be above 0, at most 12, got {self.bits}")
+        if self.states not in tcq.STATES:
+            raise ValueError(f"states must be one of {tcq.STATES}, got {self.states}")
+        check_positive(self, "chain", "lanes")
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """Nothing is lost of weights within the range of float32; ValueError outside of it."""
+        return check_wide(w)
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        """The data of a matrix 2**e times as large."""
+        words = data["codes"].reshape(-1)
+        return {"codes": coded.scaled(words, e).reshape(data["codes"].shape)}
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        side, whole = self.side_bits(k, n), WORD * n * self.words(k)
+        if whole < 2 * side:
+            raise ValueError(
+                f"a matrix [{k}, {n}] of {self.bits} bits per weight has {whole} bits, too few "
+                f"where about {side} tell of its rows and lanes; use more bits or fewer lanes"
+            )
+
+    def words(self, k: int) -> int:
+        """Words of 16 bits for a column of k weights."""
+        return int(self.bits * k / WORD)
+
+    def side_bits(self, k: int, n: int) -> int:
+        """About what is not codes: header, states of the lanes, steps and scales."""
+        return WORD * (coded.HEADER + self.lanes) + 7 * k + 5 * n
+
+    # --- codes ------------------------------------------------------------------------------
+
+    def rows_per_group(self, k: int) -> int:
+        """Every row has its own step."""
+        return 1
+
+    def grids(self, w: Float[Array, "k n"]) -> Any:
+        raise ValueError(
+            "EntropyCoded shares out a number of bytes: use the rounder Waterfill, or Nearest"
+        )
+
+    def searched(
+        self, t: Float[Array, "p c"], columns: Int[Array, "p c"], shape: Int[Array, ""], rows: Row
+    ) -> tuple[Int16[Array, "p c"], Float[Array, "p c"]]:
+        """Values of c chains, least in distortion plus rate, and the weights that they mean.
+
+        Args:
+          t: targets, over the widths of their columns.
+          columns: scales of the columns over their widths, quarter octaves.
+          shape: of the source, an index into `student.SHAPES`.
+          rows: of each chain.
+        """
+        source = coded.index(rows.level, columns)
+        branches = tcq.branches(t / rows.step, source, shape, rows.price, rows.prior)
+        v = tcq.search(branches, self.states)
+        return v.astype(jnp.int16), v * rows.step
+
+    def finished(self, trial: Coded) -> Coded:
+        """The same values with the levels that make them shortest."""
+        values = trial.values.astype(jnp.int32)
+        q = values & 1
+        symbol = student.symbol((values + q) >> 1)
+        prices = jnp.asarray(student.prices())[trial.shape]
+
+        def bits(offset: Array) -> Array:
+            source = coded.index((trial.levels + offset)[:, None], trial.columns)
+            return jnp.sum(prices[source, q, symbol], axis=1)
+
+        offsets = jnp.arange(-4, 5)
+        best = offsets[jnp.argmin(jax.lax.map(bits, offsets), axis=0)]
+        return trial._replace(levels=trial.levels + best)
+
+    def fill(
+        self, trial: Trial, start: Array, least: Array, share: Array, k: int, n: int, trials: int
+    ) -> dict[str, Array]:
+        """The data of the finest trial that fits, decoded and compared.
+
+        Where none fits, or what is decoded is not what was meant, or there are no finite numbers to
+        begin with, the stream is one that decodes to NaN.
+
+        Args:
+          trial: what is coded with a unit of steps 2**x; its size falls as x grows, nearly evenly.
+          start: x to begin with.
+          least: x below which nothing becomes finer.
+          share: of the columns that are worth bits.
+          trials: after these no better one is sought.
+        """
+        size = n * self.words(k)
+        octave = min(max(self.bits / 2, 0.35), 1.0) * k * n / WORD
+        slope, goal = octave * share, size * (1 - 2e-4) - 2  # words of an octave, about
+
+        def one(state: _Search) -> _Search:
+            tried = trial(state.x)
+            words, used = coded.write(tried, size, self.lanes)
+            here, fits = jnp.stack([state.x, used.astype(jnp.float32)]), used <= size
+            better = fits & (here[0] <= state.short[0])
+            long = jnp.where(fits, state.long, here)
+            short = jnp.where(better, here, state.short)
+            kept = lambda a, b: jax.tree.map(lambda a, b: jnp.where(better, a, b), a, b)
+            best = kept(words, state.words), kept(tried, state.coded)
+            # Twice as far each time where a third trial is still too long: one must fit.
+            far = jnp.where(fits, 1.0, jnp.exp2(jnp.maximum(state.tries - 1, 0)))
+            newton = here[0] + far * (here[1] - goal) / slope
+            part = (long[1] - goal) / jnp.maximum(long[1] - short[1], 1)
+            between = long[0] + jnp.clip(part, 0.02, 0.98) * (short[0] - long[0])
+            both = jnp.isfinite(long[0]) & jnp.isfinite(short[0])
+            x = jnp.maximum(jnp.where(both, between, newton), least)
+            return _Search(x, long, short, *best, state.tries + 1)
+
+        def going(state: _Search) -> Array:
+            full = state.short[1] >= size * (1 - 5e-4) - 4
+            none = ~jnp.isfinite(state.short[0])
+            return (~full & (state.tries < trials)) | (none & (state.tries < 4 * trials))
+
+        long, short = (jnp.array([s, 0], jnp.float32) for s in (-jnp.inf, jnp.inf))
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(trial, start))
+        first = _Search(start, long, short, jnp.zeros(size, jnp.uint16), nothing, jnp.int32(0))
+        found = jax.lax.while_loop(going, one, first)
+        right = jnp.isfinite(start) & self._tells(found.words, found.coded)
+        words = jnp.where(right, found.words, 0)  # the stream of zeros decodes to NaN
+        return {"codes": words.reshape(self.words(k), n)}
+
+    def _tells(self, words: UInt16[Array, " size"], meant: Coded) -> Bool[Array, ""]:
+        """Whether a stream decodes to just what was meant."""
+        got, whole = self._read(words, *meant.values.shape)
+        equal = jax.tree.map(lambda a, b: jnp.all(a == b), got, meant)
+        return whole & jnp.all(jnp.stack(jax.tree.leaves(equal)))
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """All rows with one step, as fine as the bytes allow.
+
+        Raises:
+          ValueError: a stream could not be made; not where the weights are traced, which then give
+            one that decodes to NaN.
+        """
+        w, e = unit(w)
+        return self.scaled(self._encode(w), e)
+
+    def _encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        k, n = w.shape
+        self.check_shape(k, n)
+        columns, shape = profile(w)
+        heard = columns > -FAINT
+        w, share = jnp.where(heard, w, 0 * w), jnp.mean(heard)
+        chains = coded.laid(columns, self.chain)
+        ones, widths = jnp.ones(k), jnp.where(heard, 0, -FAINT)
+
+        def trial(x: Array) -> Coded:
+            base = jnp.round(x * coded.FINE).astype(jnp.int32)
+            steps = coarse_enough(jnp.zeros(k, jnp.int32), w, base)
+            step = jnp.exp2(base / coded.FINE) * octaves(steps)
+            level = levels(w / step[:, None], columns, shape)
+            rows = Row(step, level, SLOPE * octaves(-2 * steps), 0 * ones)
+
+            def row(one: tuple) -> Array:
+                target, of = one
+                each = jax.tree.map(lambda a: jnp.full(chains.shape[1], a), of)
+                values, _ = self.searched(coded.laid(target, self.chain), chains, shape, each)
+                return values.reshape(-1)[:n]
+
+            values = jax.lax.map(row, (w, rows), batch_size=32)
+            return self.finished(Coded(base, shape, steps, level, widths, columns, values))
+
+        start = self.first_step(jnp.mean(w**2, 1) / share, ones, share, n)
+        data = self.fill(trial, start, finest(w), share, k, n, trials=6)
+        if not isinstance(data["codes"], jax.core.Tracer) and not bool(jnp.any(data["codes"])):
+            raise ValueError(
+                f"a matrix [{k}, {n}] could not be coded in {self.bits} bits per weight: expected "
+                f"finite weights; or use more bits"
+            )
+        return data
+
+    def first_step(
+        self, energy: Float[Array, " k"], weight: Float[Array, " k"], share: Array, n: int
+    ) -> Array:
+        """log2 of the unit that reverse water-filling of rows of this energy asks for."""
+        k = len(energy)
+        left = (WORD * n * self.words(k) - self.side_bits(k, n)) / (k * n) / share
+        log = jnp.log2(jnp.maximum(energy * weight, _TINY)) / 2
+
+        def half(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            long = jnp.mean(jnp.maximum(log - middle, 0)) > left
+            return jnp.where(long, middle, low), jnp.where(long, high, middle)
+
+        ends = jnp.min(log) - self.bits, jnp.max(log)
+        return jax.lax.fori_loop(0, 30, half, ends)[1] + 0.9
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        words = data["codes"]
+        if words.ndim > 2:
+            return jax.vmap(lambda words: self.dequantize({"codes": words}, k))(words)
+        got, whole = self._read(words.reshape(-1), k, words.shape[1])
+        return jnp.where(whole, coded.weights(got), jnp.nan)
+
+    def _read(self, words: UInt16[Array, " size"], k: int, n: int) -> tuple[Coded, Bool[Array, ""]]:
+        return coded.read(words, k, n, lanes=self.lanes, states=self.states, chain=self.chain)
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        x = forms.rounded(x, activations)
+        w = self.dequantize(data, x.shape[-1]).astype(x.dtype)
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        g = forms.rounded(g, "float")
+        w = self.dequantize(data, k).astype(g.dtype)
+        return jnp.dot(g, w.T, preferred_element_type=jnp.float32)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return self.dequantize(data, k)[:, ids]
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        return self.dequantize(data, k)[ids]
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return data["codes"].shape[-1]
+
+    def kernel(self) -> str:
+        """Which implementation of the kernel table serves a matmul."""
+        return "coded (XLA): decodes the whole stream for every product; jaxquant.transcoded, once"
+
+
+class _Search(NamedTuple):
+    """Of `fill`: the next trial; (x, words) of the finest too long and short enough; the latter."""
+
+    x: Array
+    long: Array
+    short: Array
+    words: Array
+    coded: Coded
+    tries: Array
+
+
+def octaves(quarters: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2**(quarters / 4)."""
+    return jnp.exp2(quarters / 4)
+
+
+def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The power of 2**(1/4) nearest to x >= 0.
+
+    >>> quarters(jnp.array([1.0, 2.0, 0.6])).tolist()
+    [0, 4, -3]
+    """
+    return jnp.round(4 * jnp.log2(jnp.maximum(x, _TINY))).astype(jnp.int32)
+
+
+def coarse_enough(
+    steps: Int[Array, " k"], t: Float[Array, "k n"], base: Int[Array, ""]
+) -> Int[Array, " k"]:
+    """The steps, quarter octaves above the base, but where targets need larger ones.
+
+    Values have an end, and feedback, which moves targets, is left as much again.
+    """
+    least = 4 * (_least_steps(t) - base / coded.FINE)
+    return jnp.maximum(steps, jnp.ceil(least).astype(jnp.int32))
+
+
+def finest(w: Float[Array, "k n"]) -> Array:
+    """log2 of a unit of steps so small that all rows but those of zeros need larger ones."""
+    least = _least_steps(w)
+    return jnp.min(jnp.where(jnp.any(w != 0, axis=1), least, jnp.max(least)))
+
+
+def _least_steps(t: Float[Array, "k n"]) -> Float[Array, " k"]:
+    """log2 of the steps of rows in which the largest of a row is half the largest value."""
+    peak = jnp.max(jnp.abs(t), axis=1)
+    return jnp.log2(jnp.maximum(peak, _TINY) / student.LARGEST)
+
+
+def levels(
+    t: Float[Array, "k n"], columns: Int[Array, " n"], shape: Int[Array, ""]
+) -> Int[Array, " k"]:
+    """Scales of rows of targets, in steps, quarter octaves; large enough to reach all of a row."""
+    heard = columns > -FAINT
+    size = jnp.where(heard, jnp.abs(t) / octaves(columns), 0.0)
+    spread = jnp.mean(size, axis=1) / jnp.mean(heard) / jnp.asarray(student.MEANS)[shape]
+    reach = jnp.ceil(4 * jnp.log2(jnp.maximum(jnp.max(size, axis=1) / student.REACH, _TINY)))
+    level = jnp.maximum(quarters(spread), reach.astype(jnp.int32))
+    return jnp.maximum(level, -2 * student.UNIT)  # of a row of zeros, say
+
+
+def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
+    """Scales of the columns, quarter octaves about 0, and the shape of what is left.
+
+    Columns far below the loudest, those of zeros among them, have the scale -`FAINT`, and no part
+    in anything else; nor have rows of zeros.
+    """
+    size = jnp.maximum(jnp.abs(w), _TINY)
+    column, heard = jnp.ones(w.shape[1]), jnp.ones(w.shape[1], bool)
+    there = jnp.max(size, axis=1, keepdims=True) > _TINY
+    there = there | ~jnp.any(there)
+    for _ in range(3):
+        row = _mean(size / column, heard, axis=1, keepdims=True)
+        column = _mean(size / row, there, axis=0)
+        columns = quarters(column)
+        heard = columns > jnp.max(columns) - _AUDIBLE
+    left = size / row / column
+    peak = _mean(left, heard & there) / jnp.sqrt(_mean(left**2, heard & there))
+    shape = jnp.argmin(jnp.abs(peak - jnp.asarray(student.PEAKS))).astype(jnp.int32)
+    middle = jnp.round(_mean(columns, heard)).astype(jnp.int32)
+    return jnp.where(heard, columns - middle, -FAINT), shape
+
+
+def _mean(a: Array, some: Bool[Array, "..."], **axes: Any) -> Array:
+    """The mean over some rows or columns."""
+    return jnp.mean(jnp.where(some, a, 0), **axes) / jnp.mean(some)

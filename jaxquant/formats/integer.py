@@ -1,0 +1,203 @@
+"""Uniform integers: codes of 2, 3, 4 or 8 bits, a scale (and a zero point) per group."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxquant.core.fields import check_fields
+from jaxquant.core.magnitude import exponent, shifted, sizes
+from jaxquant.formats.op_format import Served
+from jaxquant.formats.scales import (
+    as_stored,
+    check_grouping,
+    check_scales,
+    check_values,
+    grouped,
+    rows_per_group,
+)
+from pallas_kernels import layout
+
+
+class Grid(NamedTuple):
+    """Scales and zero points of a matrix or of one group: value = scale * (code - zero)."""
+
+    scale: Float[Array, "... n"]
+    zero: Int[Array, "... n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer(Served):
+    """Packed integers, w = scale * (code - zero).
+
+    Attributes:
+      bits: 2, 3, 4 or 8.
+      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
+        per matrix.
+      symmetric: no zero point; else min-max of each group, zero included, with a zero point of
+        `bits` bits.
+      mse: search the clipping range of each group for the least squared error.
+      clip: of the range, what is kept; weights past it go to its end.
+      scale_dtype: storage of the scales; codes are chosen with the stored scale.
+      pad: allow a group size that does not divide k (the last group is short).
+
+    >>> import jax.numpy as jnp
+    >>> f = Integer(bits=4, group_size=2, symmetric=False)
+    >>> data = f.encode(jnp.array([[0.0], [1.5], [-3.0], [0.0]]))
+    >>> f.dequantize(data, 4).ravel().round(2).tolist()
+    [0.0, 1.5, -3.0, 0.0]
+    """
+
+    bits: int = 4
+    group_size: int | Literal["channel", "tensor"] = 64
+    symmetric: bool = False
+    mse: bool = False
+    scale_dtype: str = "float16"
+    pad: bool = False
+    clip: float = 1.0
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
+    storage: ClassVar[str] = "packed"
+    trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.bits not in layout.BITS:
+            raise ValueError(f"bits must be one of {layout.BITS}, got {self.bits}")
+        check_grouping(self.group_size, self.scale_dtype)
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip must be in (0, 1], got {self.clip}")
+
+    @property
+    def wide(self) -> bool:  # type: ignore[override]
+        """Whether scales of any magnitude can be stored."""
+        return self.scale_dtype != "float16"
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        groups = grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor")
+        return check_scales(sizes(groups, 1), self.limits[1], self.bits, self.scale_dtype)
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        self.rows_per_group(k)
+
+    # --- codes ------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+    def rows_per_group(self, k: int) -> int:
+        """Rows that share a scale in a matrix of k rows.
+
+        Raises:
+          ValueError: the group size does not divide k and `pad` is off.
+        """
+        return rows_per_group(self.group_size, self.pad, k)
+
+    def fit(self, w: Float[Array, "g n"]) -> Grid:
+        """Scale and zero point [n] of one group of rows ([1] if one serves the matrix)."""
+        axes = (-1, -2) if self.group_size == "tensor" else (-2,)
+        low = jnp.minimum(w.min(axes), 0.0) * self.clip
+        high = jnp.maximum(w.max(axes), 0.0) * self.clip
+        low, high = (jnp.atleast_1d(a) for a in (low, high))
+        if not self.mse:
+            return self._grid(low, high)
+        return self._search(w, low, high, axes)
+
+    def _grid(self, low: Array, high: Array) -> Grid:
+        bottom, top = self.limits
+        if self.symmetric:
+            scale = jnp.maximum(-low, high) / top
+            return Grid(as_stored(scale, self.scale_dtype), jnp.zeros(scale.shape, jnp.int32))
+        scale = as_stored((high - low) / (top - bottom), self.scale_dtype)
+        zero = jnp.clip(jnp.round(bottom - low / scale), bottom, top)
+        return Grid(scale, zero.astype(jnp.int32))
+
+    def _search(self, w: Array, low: Array, high: Array, axes: tuple[int, ...]) -> Grid:
+        """Shrink the range in 2 % steps to 0.3 of it; keep each group's least squared error."""
+
+        e = exponent(w, axes)  # whose squares may leave the range of float32
+
+        def error(shrink: Array) -> tuple[Grid, Array]:
+            grid = self._grid(low * shrink, high * shrink)
+            _, value = self.round(w, grid)
+            return grid, jnp.atleast_1d(jnp.sum(shifted(w - value, -e) ** 2, axes))
+
+        def better(best: tuple, shrink: Array) -> tuple[tuple, None]:
+            new = error(shrink)
+            take = new[1] < best[1]
+            return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best), None
+
+        start = error(jnp.float32(1))
+        best, _ = jax.lax.scan(better, start, 1 - 0.02 * jnp.arange(1, 36, dtype=jnp.float32))
+        return best[0]
+
+    def round(self, w: Float[Array, "... n"], grid: Grid) -> tuple[Array, Array]:
+        """Nearest codes (int8) and their values; the grid broadcasts against w."""
+        bottom, top = self.limits
+        code = jnp.clip(jnp.round(w / grid.scale) + grid.zero, bottom, top).astype(jnp.int32)
+        return code.astype(jnp.int8), grid.scale * (code - grid.zero)
+
+    def rescaled(self, grid: Grid, factor: Array) -> Grid:
+        """The grid with its scale times a factor, as storage will give it back."""
+        return grid._replace(scale=as_stored(grid.scale * factor, self.scale_dtype))
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def pack(self, codes: Int[Array, "k n"], grid: Grid) -> dict[str, Array]:
+        """Storage of codes [k, n] (or one row a block, [k, 1, n]), a grid [groups, n] or [1, 1]."""
+        data = {
+            "codes": layout.pack(codes.reshape(-1, codes.shape[-1]), self.bits),
+            "scale": grid.scale.astype(self.scale_dtype),
+        }
+        if not self.symmetric:
+            data["zero"] = layout.pack(grid.zero.T, self.bits).T
+        return data
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Round a matrix to nearest and pack it; ValueError where scales cannot be stored."""
+        check_values(self, w)
+        grid = self.grids(w)
+        rows = spread(grid, self.rows_per_group(w.shape[0]), w.shape[0])
+        return self.pack(self.round(w, rows)[0], grid)
+
+    def grids(self, w: Float[Array, "k n"]) -> Grid:
+        """The grid [groups, n] of every group of rows."""
+        k, n = w.shape
+        g = self.rows_per_group(k)
+        # Rows that only fill the last group are copies of the last row: they change no range.
+        w = jnp.pad(w, ((0, -k % g), (0, 0)), mode="edge")
+        return jax.vmap(self.fit)(w.reshape(-1, g, n))
+
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        arrays = (data["codes"], data["scale"], data.get("zero"))
+        return arrays, {"bits": self.bits, "group_size": self.rows_per_group(k)}
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        codes = layout.unpack_rows(data["codes"], self.bits, ids)
+        grid = self.stored_grid(data)
+        group = ids // self.rows_per_group(k)
+        row = jax.tree.map(lambda a: a[jnp.minimum(group, a.shape[0] - 1)], grid)
+        return row.scale * (codes - row.zero)
+
+    def stored_grid(self, data: dict[str, Array]) -> Grid:
+        scale = data["scale"].astype(jnp.float32)
+        if self.symmetric:
+            return Grid(scale, jnp.zeros(scale.shape, jnp.int32))
+        return Grid(scale, layout.unpack(data["zero"].T, self.bits, scale.shape[-1]).T)
+
+    def kernel(self) -> str:
+        """The op that serves a matmul."""
+        return f"packed_matmul, {self.bits}-bit words"
+
+
+def spread(grid: Grid, rows: int, k: int) -> Grid:
+    """[groups, n] -> [k, n]: each group's grid at each of its rows."""
+    if grid.scale.shape[0] == 1:
+        return grid
+    return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0)[:k], grid)

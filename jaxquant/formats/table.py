@@ -1,0 +1,207 @@
+"""Tables: scalar codes whose value is a scale times an entry of a fixed table.
+
+A format says its table and how scales are stored; the rest is here. Rounders see no difference
+from `Integer`: a row of the grid, and the nearest value to a target.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxquant.core.fields import check_fields
+from jaxquant.core.magnitude import sizes
+from jaxquant.formats.op_format import Served
+from jaxquant.formats.scales import (
+    SCALE_DTYPES,
+    as_stored,
+    check_grouping,
+    check_scales,
+    check_values,
+    grouped,
+    rows_per_group,
+)
+from pallas_kernels import layout, tables
+
+
+class Scales(NamedTuple):
+    """Scales of a matrix or of one group, as storage gives them back.
+
+    `parts` are the scales' own codes and scales where they have such, spread over the groups.
+    """
+
+    scale: Float[Array, "... n"]
+    parts: dict[str, Array]
+
+
+class Table(Served):
+    """What table formats share: w = scale * table[code], one scale per group of rows.
+
+    Attributes:
+      bits: of a code, 2, 3, 4 or 8.
+      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
+        per matrix.
+      scale_dtype: storage of the scales; codes are chosen with the stored scale.
+      pad: allow a group size that does not divide k (the last group is short).
+      table: values in order of their codes, or the name of the float8 dtype the codes are.
+      largest: of the table's magnitudes; a group's greatest weight lands there.
+    """
+
+    bits: int
+    group_size: int | Literal["channel", "tensor"]
+    scale_dtype: str
+    pad: bool
+    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
+    storage: ClassVar[str] = "codebook"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_grouping(self.group_size, self.scale_dtype)
+
+    @property
+    def table(self) -> tuple[float, ...] | str:
+        raise NotImplementedError
+
+    @property
+    def largest(self) -> float:
+        return float(np.abs(search(self.table)[0]).max())
+
+    def check_shape(self, k: int, n: int) -> None:
+        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        self.rows_per_group(k)
+
+    @property
+    def wide(self) -> bool:  # type: ignore[override]
+        """Whether scales of any magnitude can be stored."""
+        return self.scale_dtype != "float16"
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of their scales; ValueError outside of it."""
+        return check_scales(self.groups(w), self.largest, self.bits, self.scale_dtype)
+
+    def groups(self, w: Float[Array, "k n"]) -> Float[np.ndarray, "g n"]:
+        """The largest magnitude in each group."""
+        return sizes(grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor"), 1)
+
+    # --- codes ------------------------------------------------------------------------------
+
+    def rows_per_group(self, k: int) -> int:
+        """Rows that share a scale in a matrix of k rows; ValueError if pad is needed."""
+        return rows_per_group(self.group_size, self.pad, k)
+
+    def grids(self, w: Float[Array, "k n"]) -> Scales:
+        """The scales [groups, n] of every group of rows ([1, 1] if one serves the matrix)."""
+        k, n = w.shape
+        g = self.rows_per_group(k)
+        w = jnp.pad(jnp.abs(w), ((0, -k % g), (0, 0)))
+        absmax = jnp.max(w.reshape(-1, g, n), 1)
+        if self.group_size == "tensor":
+            absmax = jnp.max(absmax, 1, keepdims=True)
+        return self.stored(self.wanted(absmax))
+
+    def fit(self, w: Float[Array, "g n"]) -> Scales:
+        """The scales [n] of one group of rows."""
+        return jax.tree.map(lambda a: a[0], self.grids(w))
+
+    def rescaled(self, grid: Scales, factor: Array) -> Scales:
+        """The grid with its scale times a factor, as storage will give it back."""
+        return self.stored(grid.scale * factor)
+
+    def wanted(self, absmax: Float[Array, "g n"]) -> Float[Array, "g n"]:
+        """The scales that groups of these magnitudes ask for, before storage."""
+        return absmax / self.largest
+
+    def stored(self, scale: Float[Array, "g n"]) -> Scales:
+        """Scales as storage will give them back."""
+        return Scales(as_stored(scale, self.scale_dtype), {})
+
+    def round(self, w: Float[Array, "... n"], grid: Scales) -> tuple[Array, Array]:
+        """Nearest codes (int8) and their values; the grid broadcasts against w."""
+        values, codes, between = search(self.table)
+        i = jnp.searchsorted(between, w / grid.scale, method="compare_all")
+        return jnp.asarray(codes)[i], grid.scale * jnp.asarray(values)[i]
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def pack(self, codes: Int[Array, "..."], grid: Scales) -> dict[str, Array]:
+        """Storage of codes [k, n] (or one row a block, [k, 1, n]) and a grid [groups, n]."""
+        codes = codes.reshape(-1, codes.shape[-1])
+        return {"codes": layout.pack(codes, self.bits), **self.pack_scales(grid)}
+
+    def pack_scales(self, grid: Scales) -> dict[str, Array]:
+        """What storage holds of the scales."""
+        return {"scale": grid.scale.astype(self.scale_dtype)}
+
+    def opened(self, data: dict[str, Array]) -> dict[str, Array]:
+        """Packed data of which every array either splits by columns or serves all of them."""
+        return data
+
+    def scales(self, data: dict[str, Array]) -> Float[Array, "... g n"]:
+        """Scales of opened data, of a dtype that the op takes."""
+        scale = data["scale"]
+        return scale if scale.dtype.name in SCALE_DTYPES else scale.astype(jnp.float32)
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Round a matrix to nearest and pack it; ValueError where scales cannot be stored."""
+        check_values(self, w)
+        k = w.shape[0]
+        grid = self.grids(w)
+        rows = grid._replace(scale=grid.scale[jnp.arange(k) // self.rows_per_group(k)])
+        return self.pack(self.round(w, rows)[0], grid)
+
+    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+        arrays = (data["codes"], self.scales(self.opened(data)))
+        group_size = self.rows_per_group(k)
+        return arrays, {"table": self.table, "bits": self.bits, "group_size": group_size}
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        x, (data,) = _tied(x, data)
+        return super().matmul(x, data, activations)
+
+    def matmuls(
+        self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
+    ) -> tuple[Float[Array, "m n"], ...]:
+        return super().matmuls(*_tied(x, *several), activations)
+
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        g, (data,) = _tied(g, data)
+        return super().matmul_transposed(g, data, k)
+
+    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
+        codes = layout.unpack_rows(data["codes"], self.bits, ids)
+        scale = self.scales(self.opened(data))[ids // self.rows_per_group(k)]
+        return scale.astype(jnp.float32) * tables.values(codes, self.table)
+
+    def kernel(self) -> str:
+        """The op that serves a matmul."""
+        return f"codebook_matmul, {self.bits}-bit words"
+
+
+def _tied(x: Array, *several: dict[str, Array]) -> tuple[Array, list[dict[str, Array]]]:
+    """Scales tied to x: opened ones are then not lifted out of a decoding loop."""
+    scales = [{name: a for name, a in data.items() if name != "codes"} for data in several]
+    x, scales = jax.lax.optimization_barrier((x, scales))
+    return x, [data | new for data, new in zip(several, scales, strict=True)]
+
+
+@lru_cache
+def search(table: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ascending values, their codes (int8), and the bounds between: a tie goes to the even code.
+
+    >>> [a.tolist() for a in search((0.0, 1.0, 3.0, -1.0))]
+    [[-1.0, 0.0, 1.0, 3.0], [3, 0, 1, 2], [-0.5000000596046448, 0.5, 1.9999998807907104]]
+    """
+    values, codes = np.unique(np.asarray(table, np.float32), return_index=True)
+    between = (values[:-1] + values[1:]) / 2
+    # The index is the number of bounds strictly below; one bit less lets a tie rise.
+    rises = codes[:-1] % 2 == 1
+    between = np.where(rises, np.nextafter(between, np.float32(-np.inf)), between)
+    return values, codes.astype(np.int8), between

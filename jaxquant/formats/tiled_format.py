@@ -1,0 +1,63 @@
+"""What formats without an op of their own share: products and look-ups by decoding tiles."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxquant.formats.scales import check_wide, rescaled
+from pallas_kernels import activations as forms
+from pallas_kernels import decoded
+
+
+class Decoding:
+    """Base of a format that says `spans` and `decode`; see `pallas_kernels.decoded` for both."""
+
+    codes_ndim: ClassVar[int] = 2
+    wide: bool = True  # whether `scaled` can hold what comes of any power of two
+
+    @property
+    def spans(self) -> Mapping[str, int]:
+        """Columns that one entry along the last axis of each array covers."""
+        raise NotImplementedError
+
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        """One matrix, or the columns of it that a part of the data holds."""
+        raise NotImplementedError
+
+    def check(self, w: Float[Array, "k n"]) -> str:
+        """What these weights lose to the range of the format, in words; "" if nothing.
+
+        Raises:
+          ValueError: they are outside the range.
+        """
+        return check_wide(w)
+
+    def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
+        """The data of a matrix 2**e times as large; exact within the range of its scales."""
+        return rescaled(data, e, "scale")
+
+    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+        decode = self.decode
+        for _ in data["codes"].shape[: -self.codes_ndim]:
+            decode = jax.vmap(decode, (0, None))
+        return decode(data, k)
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        return decoded.matmul(forms.rounded(x, activations), data, self.decode, self.spans)
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        x = forms.rounded(x, "float")
+        return decoded.matmul_transposed(x, data, self.decode, self.spans, k)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        return decoded.columns(data, ids, self.decode, self.spans, k)
+
+    def outputs(self, data: dict[str, Array]) -> int:
+        """Columns that the packed arrays hold."""
+        return decoded.outputs(data, self.spans)

@@ -1,0 +1,1 @@
+"""Named compositions of a transform, a rounder and a format."""

@@ -1,0 +1,1 @@
+"""Post-training quantization: statistics in, packed weights out."""

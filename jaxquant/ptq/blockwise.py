@@ -1,0 +1,63 @@
+"""Quantize a stack of blocks one at a time: memory of one block's statistics."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.calibration.calibrate import Weighting, calibrate
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.dispatch import quantized
+from jaxquant.core.paths import stack_size
+from jaxquant.methods.registry import Method
+from jaxquant.ptq.quantize import Done, quantize
+from jaxquant.recipes.recipe import Recipe
+
+
+def quantize_blocks(
+    block: Callable[[Any, Any], Any],
+    params: Any,
+    hidden: Iterable[Any],
+    recipe: Recipe | Method,
+    *,
+    loss: Callable[[Any, Any], jax.Array] | None = None,
+    weighting: Weighting | None = None,
+    progress: Callable[[int, Done], None] | None = None,
+) -> tuple[Any, list[Any]]:
+    """Quantize stacked blocks in order, each calibrated on what the quantized ones before give.
+
+    Memory beside params: the hidden states of all batches, and one block's grams, twice, in
+    place of all blocks' (see `calibrate`).
+
+    Args:
+      block: block(params of one block, h) -> h.
+      params: tree whose leaves carry a leading axis over blocks.
+      hidden: inputs of the first block, one per batch, all of one shape.
+      recipe: for one block's tree: paths as in `params`, shapes without the leading axis.
+      loss: loss(block output, block input) -> scalar for gradient weighting; see `calibrate`.
+      weighting: see `calibrate`.
+      progress: called with the block's index and each leaf's `Done`.
+    Returns:
+      (the stacked tree with `QTensor` leaves, the last block's outputs).
+    Raises:
+      ValueError: no batches, or leaves that disagree on the number of blocks.
+
+    >>> import jaxquant as jq
+    >>> x = jnp.ones((2, 32))
+    >>> q, _ = quantize_blocks(lambda p, h: jnp.tanh(h @ p["w"]), {"w": jnp.ones((3, 32, 32))},
+    ...                        [x], jq.gptq(group_size=32))
+    >>> q["w"].shape
+    (3, 32, 32)
+    """
+    check_arguments(quantize_blocks, locals())
+    states = list(hidden)
+    run = jax.jit(quantized(block))
+    done = []
+    for i in range(stack_size(params)):
+        one = jax.tree.map(lambda a, i=i: a[i], params)
+        stats = calibrate(block, one, states, loss=loss, weighting=weighting)
+        report = None if progress is None else lambda d, i=i: progress(i, d)
+        done.append(quantize(one, recipe, stats, progress=report))
+        states = [run(done[-1], h) for h in states]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done), states

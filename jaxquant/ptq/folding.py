@@ -1,0 +1,189 @@
+"""Folding: factors of an input go into what makes that input, and cost nothing at run time.
+
+A norm's gain, and the columns of a matrix that nothing but a product of elements separates from the
+input, take a factor for every channel exactly.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxquant.calibration.calibrate import Probe, Stats
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.keys import Draw
+from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.durable.store import Finished
+from jaxquant.methods.registry import Method
+from jaxquant.ptq.shared_transforms import Inputs, Inspection, Member
+from jaxquant.recipes.recipe import Entry, Recipe, resolve
+from jaxquant.transforms import Chain
+from jaxquant.transforms.scaling import Factors
+
+# Glob of weights -> paths of the leaves whose last axis makes their input's channels; those that
+# are not in a tree (a bias) are passed over.
+Folds = Mapping[str, Sequence[str]]
+
+
+class Folded(NamedTuple):
+    """The same function, its factors folded, and what is left to do to it."""
+
+    params: Any
+    recipe: Recipe
+    stats: Stats
+
+
+def fold(
+    params: Any,
+    recipe: Recipe | Method,
+    stats: Stats,
+    folds: Folds,
+    *,
+    key: Array | None = None,
+    inspect: Inspection | None = None,
+    finished: Finished | None = None,
+) -> Folded:
+    """Fits the factors with which transforms of a recipe begin, and folds those that can be.
+
+    The function of the tree stays what it was, weights not yet rounded. What is not folded stays in
+    the recipe: factors of inputs that `folds` does not name, or that others read too.
+
+    Args:
+      params, recipe, stats, key, inspect: as in `quantize`, which is to have the result.
+      folds: {glob of weights: leaves that make their input}; see `Folds`.
+      finished: factors by input and layer: what is in it is not searched for again; as in
+        `quantize`, to which the same may be given.
+    Raises:
+      ValueError: a leaf's last axis has not as many channels as the input; what `resolve` raises.
+
+    >>> import jaxquant as jq
+    >>> fn = lambda p, x: (x * p["gain"]) @ p["w"]
+    >>> p = {"gain": jnp.ones(2), "w": jnp.array([[1.0], [4.0]])}
+    >>> stats = jq.calibrate(fn, p, [jnp.array([[16.0, 1.0]])])
+    >>> folded = fold(p, jq.smoothquant(), stats, {"w": ["gain"]})
+    >>> folded.params["gain"].tolist(), folded.params["w"].ravel().tolist()
+    ([0.5, 4.0], [2.0, 1.0])
+    >>> dict(folded.recipe.rules)["w"].input is None
+    True
+    """
+    check_arguments(fold, locals())
+    entries = resolve(recipe, params, stats.sites).entries
+    todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
+    left: dict[str, Any] = {e.path: e.method for e in entries}
+    leaves = dict(path_leaves(params))
+    inputs = Inputs.of(todo, stats.sites, leaves, stats, inspect)
+    new: dict[str, Array] = {}
+    sums = dict(stats.sums)
+    for leader, members in inputs.members.items():
+        targets = _targets(leader, members, stats, folds, leaves)
+        if not targets:
+            continue
+        factors = _factors(inputs, leader, members, key, {} if finished is None else finished)
+        for name in targets:
+            new[name] = _scaled(new.get(name, leaves[name]), factors, name)
+        for entry, _ in members:
+            path = entry.path
+            new[path] = _unscaled(new.get(path, leaves[path]), factors, entry)
+            left[path] = dataclasses.replace(left[path], input=_rest(left[path].input))
+        for path in {stats.holder[m.entry.path] for m in members}:
+            sums[path] = _seen(sums[path], factors)
+        for name in set(targets) & set(stats.holder):
+            sums[stats.holder[name]] = _pushed(sums[stats.holder[name]], factors)
+    return Folded(
+        replace_leaves(params, new),
+        Recipe(tuple(left.items())),
+        dataclasses.replace(stats, sums=sums),
+    )
+
+
+def _targets(
+    leader: str,
+    members: list[Member],
+    stats: Stats,
+    folds: Folds,
+    leaves: Mapping[str, Array],
+) -> list[str]:
+    """The leaves that take the factors of these weights' input; none where it cannot be."""
+    if not isinstance(_first(members[0].method.input), Factors):
+        return []
+    paths = {m.entry.path for m in members}
+    site = stats.sites[leader]
+    readers = {p for p, s in stats.sites.items() if s.input and s.input == site.input}
+    if readers - paths or site.gathered is not None or site.otherwise:
+        return []
+    for glob, targets in folds.items():
+        if all(matches(path, glob) for path in paths):
+            return [name for name in targets if name in leaves]
+    return []
+
+
+def _first(side: Any) -> Any:
+    return side.parts[0] if isinstance(side, Chain) else side
+
+
+def _rest(side: Any) -> Any:
+    """What is left of a transform without its first part."""
+    if not isinstance(side, Chain):
+        return None
+    return side.parts[1] if len(side.parts) == 2 else Chain(side.parts[1:])
+
+
+def _factors(
+    inputs: Inputs, leader: str, members: list[Member], key: Array | None, finished: Finished
+) -> Array:
+    """Those of every matrix of the stack, float32 [*batch, k]."""
+    *batch, k, _ = members[0].entry.matrix
+    draw, found = Draw.of(key), []
+    prefix = "input.0." if isinstance(members[0].method.input, Chain) else "input."
+    for i in range(math.prod(batch)):
+        name = f"factors of {leader}[{i}]"
+        if name not in finished:
+            arrays = inputs.arrays(leader, i, draw.of_input(leader, i)) or {}
+            finished[name] = {"factors": arrays[f"{prefix}factors"].astype(jnp.float32)}
+        found.append(jnp.asarray(finished[name]["factors"]))
+    return jnp.stack(found).reshape(*batch, k)
+
+
+def _scaled(leaf: Array, factors: Array, name: str) -> Array:
+    """What makes the input, its channels times the factors."""
+    batch, k = factors.shape[:-1], factors.shape[-1]
+    if leaf.shape[-1] != k or leaf.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"{name} has shape {list(leaf.shape)}; to fold factors into, it must be "
+            f"[{', '.join(map(str, batch))}{', ' if batch else ''}..., {k}]"
+        )
+    inner = (1,) * (leaf.ndim - factors.ndim)
+    return (leaf * factors.reshape(*batch, *inner, k)).astype(leaf.dtype)
+
+
+def _unscaled(w: Array, factors: Array, entry: Entry) -> Array:
+    """A weight that reads the input, its rows over the factors."""
+    _, order = entry.form
+    turned = jnp.transpose(w, order)
+    rows = turned.reshape(*entry.matrix) / factors[..., None]
+    back = [order.index(axis) for axis in range(len(order))]
+    return jnp.transpose(rows.reshape(turned.shape), back).astype(w.dtype)
+
+
+def _seen(probe: Probe, factors: Array) -> Probe:
+    """What is known of the input, after the factors."""
+    each = factors[..., None, :]
+    scaled = lambda a, by: None if a is None else a * by
+    return probe._replace(
+        gram=scaled(probe.gram, factors[..., :, None] * each),
+        magnitude=probe.magnitude * factors,
+        low=probe.low * factors,
+        high=probe.high * factors,
+        extreme=scaled(probe.extreme, each),
+        typical=scaled(probe.typical, each),
+    )
+
+
+def _pushed(probe: Probe, factors: Array) -> Probe:
+    """What is known of the gradient at the output that now has the factors."""
+    if probe.output is None:
+        return probe
+    return probe._replace(output=probe.output / factors[..., :, None] / factors[..., None, :])

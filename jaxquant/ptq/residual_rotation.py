@@ -1,0 +1,83 @@
+"""A rotation of the residual stream, folded into every weight that reads it or writes to it.
+
+An RMS norm without a gain commutes with rotations, so with Q orthonormal a model of x Q whose
+weights are Q^T W where they read and W Q where they write is the same function (SliceGPT, Ashkboos
+et al. 2024, arXiv:2401.15024; QuaRot, arXiv:2404.00456). Nothing is left to do at run time.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.paths import matches, path_leaves, replace_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """What a model does with its residual stream, of d channels.
+
+    Attributes:
+      writes: globs of leaves whose last axis is added to the stream (or makes it, an embedding).
+      reads: {path of an RMS norm's gain [..., d]: globs of matrices [..., d, n] that read what it
+        makes}. Nothing else may.
+    """
+
+    writes: Sequence[str]
+    reads: Mapping[str, Sequence[str]]
+
+
+def rotate_residual(params: Any, residual: Residual, rotation: Float[Array, "d d"]) -> Any:
+    """The same function, its residual stream rotated; gains are ones afterwards.
+
+    Args:
+      params: tree of floats; stacks of layers carry their axis first.
+      residual: which leaves touch the stream. rotation: orthonormal.
+    Raises:
+      ValueError: a glob that matches nothing, a leaf of another shape, or a rotation that is none.
+
+    >>> from pallas_kernels import hadamard
+    >>> p = {"in": jnp.eye(4), "gain": jnp.arange(1.0, 5), "out": jnp.ones((4, 2))}
+    >>> norm = lambda h: h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True))
+    >>> fn = lambda p, x: (norm(x @ p["in"]) * p["gain"]) @ p["out"]
+    >>> stream, turn = Residual(["in"], {"gain": ["out"]}), hadamard.transform(p["in"])
+    >>> turned = rotate_residual(p, stream, turn)
+    >>> x = jnp.array([[1.0, -2.0, 0.5, 3.0]])
+    >>> bool(jnp.allclose(fn(turned, x), fn(p, x), atol=1e-5)), turned["gain"].tolist()
+    (True, [1.0, 1.0, 1.0, 1.0])
+    """
+    check_arguments(rotate_residual, locals())
+    d = len(rotation)
+    if rotation.shape != (d, d) or not jnp.allclose(rotation @ rotation.T, jnp.eye(d), atol=1e-4):
+        raise ValueError("the rotation must be a square matrix with orthonormal rows")
+    leaves = dict(path_leaves(params))
+    new = dict(leaves)
+    exact = lambda a, b: jnp.matmul(a, b, precision="highest")
+    for path in _named(leaves, residual.writes):
+        _check(path, leaves[path].shape[-1], d)
+        new[path] = exact(leaves[path], rotation)
+    for gain, globs in residual.reads.items():
+        (gain,) = _named(leaves, [gain])
+        _check(gain, leaves[gain].shape[-1], d)
+        for path in _named(leaves, globs):
+            _check(path, leaves[path].shape[-2], d)
+            new[path] = exact(rotation.T, leaves[gain][..., :, None] * new[path])
+        new[gain] = jnp.ones_like(leaves[gain])
+    changed = {p: new[p].astype(leaves[p].dtype) for p in new if new[p] is not leaves[p]}
+    return replace_leaves(params, changed)
+
+
+def _named(leaves: Mapping[str, Array], globs: Sequence[str]) -> list[str]:
+    found = [[path for path in leaves if matches(path, glob)] for glob in globs]
+    for glob, paths in zip(globs, found, strict=True):
+        if not paths:
+            raise ValueError(f"{glob!r} matches no leaf of the tree")
+    return list(dict.fromkeys(path for paths in found for path in paths))
+
+
+def _check(path: str, size: int, d: int) -> None:
+    if size != d:
+        raise ValueError(f"{path}: expected {d} channels of the residual stream, got {size}")

@@ -1,0 +1,248 @@
+"""Inputs: transforms that several weights share, fitted once to all that read an input.
+
+A transform with candidates is searched for: each is tried on all of these weights, rounded to
+nearest, and the one that costs least is kept. What it costs is the error of the weights' products,
+of a sample of inputs rounded as the method says, or, where these stay floats, by their second
+moment; or what the user's own inspection of the weights says.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxquant.calibration.calibrate import Probe, Stats
+from jaxquant.core.activations import Activations
+from jaxquant.core.magnitude import exponent, ratios, shifted, unit
+from jaxquant.core.sites import Site
+from jaxquant.methods.registry import Method
+from jaxquant.recipes.recipe import Entry
+from jaxquant.transforms import Channels
+
+# What a function loses if these matrices [k, n], by path, take the place of the index-th of each
+# leaf's; None: no opinion.
+Inspection = Callable[[dict[str, Array], int], Array | float | None]
+
+
+class Member(NamedTuple):
+    """A weight to quantize."""
+
+    entry: Entry
+    method: Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Which weights share an input and its transform, and the arrays of that.
+
+    Attributes:
+      leader: of every path, the first one whose weight reads the same input through the same
+        transform.
+      members: of every leader, all of them.
+      leaves: the weights, by path.
+      stats: of the inputs; or None.
+      inspect: for searches; or None.
+      found: arrays so far, by leader and index in the stack.
+    """
+
+    leader: dict[str, str]
+    members: dict[str, list[Member]]
+    leaves: Mapping[str, Array]
+    stats: Stats | None
+    inspect: Inspection | None
+    found: dict[tuple[str, int], dict[str, Array]] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        todo: list[Member],
+        sites: Mapping[str, Site] | None,
+        leaves: Mapping[str, Array],
+        stats: Stats | None,
+        inspect: Inspection | None = None,
+        known: Mapping[tuple[str, int], dict[str, Array]] | None = None,
+    ) -> "Inputs":
+        """Of all weights to quantize; without sites, none shares anything.
+
+        `known`: what `found` is to begin with.
+        """
+        first: dict[Any, str] = {}
+        leader: dict[str, str] = {}
+        members: dict[str, list[Member]] = {}
+        for member in todo:
+            (entry, method), path = member, member.entry.path
+            site = (sites or {}).get(path)
+            key: Any = path
+            if site is not None and site.input and not getattr(method.input, "fitted", False):
+                form = method.activations if _static(method) else None
+                key = (site.input, entry.matrix[:-1], method.input, form)
+            leader[path] = first.setdefault(key, path)
+            members.setdefault(leader[path], []).append(member)
+        if wrong := {path for path, _ in known or {}} - set(members):
+            raise ValueError(f"transforms of {', '.join(sorted(wrong))}, which lead no input here")
+        return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
+
+    def arrays(self, path: str, i: int, key: Array) -> dict[str, Array] | None:
+        """Arrays of the transform ("input.") and of activations ("activations.") of matrix i.
+
+        None where there is nothing that the weights have in common.
+        """
+        first = self.members[self.leader[path]][0].method
+        joint = first.input is not None and first.input.joint
+        if not joint and not _static(first):
+            return None
+        place = (self.leader[path], i)
+        if place not in self.found:
+            self.found[place] = self._fitted(self.leader[path], i, key)
+        return self.found[place]
+
+    def _fitted(self, leader: str, i: int, key: Array) -> dict[str, Array]:
+        members = self.members[leader]
+        side, form = members[0].method.input, members[0].method.activations
+        channels, of_weights, of_inputs = _unit(self._channels(members, i))
+        arrays: dict[str, Array] = {}
+        if side is not None and side.searched:
+            arrays = self._searched(members, channels, of_weights, i, key)
+        elif side is not None:
+            arrays = _fit(side, channels, key)
+        out = {f"input.{name}": a for name, a in arrays.items()}
+        if form is not None and form.static:
+            known = _static_scale(form, channels, side, arrays)
+            known["scale"] = shifted(known["scale"], of_inputs)
+            out |= {f"activations.{name}": a for name, a in known.items()}
+        return out
+
+    def _channels(self, members: list[Member], i: int) -> Channels:
+        """The weights that read the input, side by side, and what is known of it."""
+        matrix = lambda m: m.entry.matrices(self.leaves[m.entry.path])[i].astype(jnp.float32)
+        weights = jnp.concatenate([matrix(m).T for m in members])
+        path = members[0].entry.path
+        if self.stats is None:
+            return Channels(weights)
+        probe = _of_matrix(self.stats.of(path), i)
+        count = jnp.maximum(probe.rows, 1)
+        sample = None
+        if probe.extreme is not None and probe.typical is not None:
+            sample = jnp.concatenate([probe.extreme, probe.typical])
+        gram = None if probe.gram is None else probe.gram / count
+        return Channels(weights, gram, probe.magnitude / count, probe.low, probe.high, sample)
+
+    def _searched(
+        self, members: list[Member], channels: Channels, e: Array, i: int, key: Array
+    ) -> dict[str, Array]:
+        """The best of the transform's candidates; the first of equal ones.
+
+        The weights are 2**e times those of the channels.
+        """
+        method = members[0].method
+        ends = np.cumsum([m.entry.matrix[-1] for m in members])[:-1]
+        best: dict[str, Array] = {}
+        least: Any = None
+        for arrays in method.input.candidates(channels, key):
+            rounded = _tried(arrays, channels, method)
+            cost = None
+            if self.inspect is not None:
+                parts = jnp.split(shifted(rounded, e), ends, axis=1)
+                named = {m.entry.path: w for m, w in zip(members, parts, strict=True)}
+                cost = self.inspect(named, i)
+            if cost is None:
+                cost = _cost(arrays, channels, rounded, method)
+            if least is None:
+                best, least = arrays, cost
+                continue
+            better = cost < least  # traced, perhaps
+            best = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), arrays, best)
+            least = jnp.where(better, cost, least)
+        return best
+
+
+@jax.jit
+def _unit(channels: Channels) -> tuple[Channels, Array, Array]:
+    """The channels over powers of two, and the exponents of the weights' and of the vectors'."""
+    weights, of_weights = unit(channels.weights)
+    known = (channels.low, channels.high, channels.sample)
+    largest = [jnp.max(jnp.abs(a), initial=0) for a in known if a is not None]
+    of_vectors = exponent(jnp.stack([jnp.float32(0), *largest]))
+    low, high, sample = (None if a is None else shifted(a, -of_vectors) for a in known)
+    gram, magnitude = ratios(channels.gram), ratios(channels.magnitude)
+    return Channels(weights, gram, magnitude, low, high, sample), of_weights, of_vectors
+
+
+def _static(method: Method) -> bool:
+    return method.activations is not None and method.activations.static
+
+
+def _static_scale(
+    form: Activations, channels: Channels, side: Any, arrays: dict[str, Array]
+) -> dict[str, Array]:
+    """Scale and zero point for what the transform makes of all inputs seen."""
+    after = channels if side is None else channels.through(side, arrays)
+    if after.low is None or after.high is None:
+        raise ValueError(
+            f"a static scale after {side} is read off rows of the input: calibrate with sample=256"
+        )
+    ends = -jnp.max(after.low)[None], jnp.max(after.high)[None]
+    if not form.mse:
+        return dict(zip(("scale", "zero"), form.range(*ends), strict=True))
+    x = channels.rows
+    x = x[len(x) // 2 :]  # those taken at random
+    return _least_error(form, x if side is None else side.apply(x, arrays), *ends)
+
+
+@partial(jax.jit, static_argnums=0)
+def _least_error(form: Activations, x: Array, low: Array, high: Array) -> dict[str, Array]:
+    """Of parts of the range, down to a hundredth, the one that rows lose least in."""
+
+    def tried(part: Array) -> tuple[Array, dict[str, Array]]:
+        known = dict(zip(("scale", "zero"), form.range(part * low, part * high), strict=True))
+        return jnp.sum((form.rounded(x, known) - x) ** 2), known
+
+    errors, every = jax.lax.map(tried, jnp.geomspace(1, 0.01, 60))
+    return jax.tree.map(lambda a: a[jnp.argmin(errors)], every)
+
+
+@partial(jax.jit, static_argnums=0)
+def _fit(side: Any, channels: Channels, key: Array) -> dict[str, Array]:
+    return side.fit(channels, key)
+
+
+def _of_matrix(probe: Probe, i: int) -> Probe:
+    """What is kept of matrix i of a stack."""
+
+    def one(name: str, a: Array | None) -> Array | None:
+        rank = {"rows": 0, "magnitude": 1, "low": 1, "high": 1}.get(name, 2)
+        return None if a is None else jnp.asarray(a).reshape(-1, *a.shape[a.ndim - rank :])[i]
+
+    kept: Any = {name: one(name, a) for name, a in probe._asdict().items()}
+    return Probe(**kept)
+
+
+@partial(jax.jit, static_argnames="method")
+def _tried(arrays: dict[str, Array], channels: Channels, method: Method) -> Float[Array, "k n"]:
+    """The weights as they come out of rounding with these arrays, the transform undone."""
+    k = channels.weights.shape[1]
+    w = method.input.inverse(channels.weights, arrays).T
+    rounded = method.format.dequantize(method.format.encode(w), w.shape[0])
+    return method.input.transposed(rounded.T, arrays, k).T
+
+
+@partial(jax.jit, static_argnames="method")
+def _cost(
+    arrays: dict[str, Array], channels: Channels, rounded: Float[Array, "k n"], method: Method
+) -> Float[Array, ""]:
+    """The squared error of products with these weights, inputs rounded too."""
+    w, form = channels.weights.T, method.activations
+    if form is None:
+        error = rounded - w
+        gram = jnp.eye(len(w)) if channels.gram is None else channels.gram
+        return jnp.sum(error * (gram @ error))
+    side, x = method.input, channels.rows
+    x = x[len(x) // 2 :]  # those taken at random
+    k = x.shape[1]
+    met = side.inverse(rounded.T, arrays).T
+    known = _static_scale(form, channels, side, arrays) if form.static else {}
+    return jnp.sum((form.rounded(side.apply(x, arrays), known) @ met - x[:, :k] @ w) ** 2)

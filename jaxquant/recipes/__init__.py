@@ -1,0 +1,1 @@
+"""Which method for which weight, and how both are written as JSON."""

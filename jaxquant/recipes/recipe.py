@@ -1,0 +1,326 @@
+"""Recipes: which method for which weight, resolved to a plan before any compute."""
+
+import dataclasses
+import difflib
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.core.arguments import check_arguments, described
+from jaxquant.core.fields import shown
+from jaxquant.core.paths import matches, path_leaves
+from jaxquant.core.sites import Site, is_weight
+from jaxquant.core.standin import is_standin
+from jaxquant.core.tensor import View
+from jaxquant.methods.registry import KEEP, Keep, Method, named_method
+from jaxquant.recipes.serialize import from_json, to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Ordered rules (path glob, method or KEEP); `*` crosses "/"; the first match wins.
+
+    >>> from jaxquant.methods.registry import rtn
+    >>> r = Recipe([("*kernel", rtn(bits=4)), ("*", KEEP)])
+    >>> Recipe.from_json(r.to_json()) == r
+    True
+    """
+
+    rules: tuple[tuple[str, Method | Keep], ...]
+
+    def __init__(self, rules: Sequence[tuple[str, Method | Keep]]) -> None:
+        if not isinstance(rules, Sequence) or isinstance(rules, str):
+            raise ValueError(
+                f"a recipe is a sequence of rules (path glob, method or KEEP), got "
+                f"{described(rules)}"
+            )
+        for rule in rules:
+            pair = isinstance(rule, Sequence) and len(rule) == 2
+            if not pair or not isinstance(rule[0], str):
+                raise ValueError(f"a rule is (path glob, method or KEEP), got {rule!r}")
+            if not isinstance(rule[1], Method | Keep):
+                raise ValueError(f"rule {rule[0]!r}: expected a method or KEEP, got {rule[1]!r}")
+        object.__setattr__(self, "rules", tuple((p, m) for p, m in rules))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """[{"pattern": glob, "method": ...}]."""
+        return [{"pattern": p, "method": to_json(m)} for p, m in self.rules]
+
+    @staticmethod
+    def from_json(value: Any) -> "Recipe":
+        """From `to_json`, or the short form {"pattern": glob, "method": "gptq", "bits": 3}.
+
+        Raises:
+          ValueError: another structure, an unknown method or option.
+        """
+        if not isinstance(value, list):
+            raise ValueError(f"a recipe is a list of rules, got {type(value).__name__}")
+        return Recipe([_rule(v) for v in value])
+
+
+def _rule(value: Any) -> tuple[str, Method | Keep]:
+    if not isinstance(value, dict) or not {"pattern", "method"} <= set(value):
+        raise ValueError(f'a rule is {{"pattern": ..., "method": ...}}, got {shown(value)}')
+    if not isinstance(value["pattern"], str):
+        raise ValueError(f"the pattern of a rule is a text, got {shown(value['pattern'])}")
+    options = {k: v for k, v in value.items() if k not in ("pattern", "method")}
+    method = value["method"]
+    if isinstance(method, dict):
+        if options:
+            raise ValueError(f"a method with a type takes no {shown(min(options))} beside it")
+        return value["pattern"], from_json(method)
+    if not isinstance(method, str):
+        raise ValueError(f"a method is a name or an object with a type, got {shown(method)}")
+    if "name" in options or (method == "keep" and options):
+        raise ValueError(f"method {shown(method)} has no option {shown(min(options))}")
+    return value["pattern"], KEEP if method == "keep" else named_method(method, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What will happen to one leaf. `view` and `order` are None for a kept leaf.
+
+    Attributes:
+      order: axes of the leaf in the order [*batch, *contracted, *output].
+      bytes, size: of the result, and its number of weights.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    method: Method | Keep
+    view: View | None
+    order: tuple[int, ...] | None
+    bytes: int
+    size: int
+
+    @property
+    def form(self) -> tuple[View, tuple[int, ...]]:
+        """View and order of a leaf that is not kept."""
+        if self.view is None or self.order is None:
+            raise ValueError(f"{self.path!r} is kept; it has no matrix form")
+        return self.view, self.order
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """[*batch, k, n] of the leaf."""
+        view, order = self.form
+        batch = [self.shape[a] for a in order[: len(order) - len(view.k) - len(view.n)]]
+        return (*batch, math.prod(view.k), math.prod(view.n))
+
+    def matrices(self, w: Array) -> Float[Array, "m k n"]:
+        """The leaf's matrices, one after another."""
+        return jnp.transpose(w, self.form[1]).reshape(-1, *self.matrix[-2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every leaf's entry; printing it shows bytes and bits before any compute."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the leaves to be quantized; 0 if there are none."""
+        chosen = [e for e in self.entries if isinstance(e.method, Method)]
+        return 8 * sum(e.bytes for e in chosen) / max(1, sum(e.size for e in chosen))
+
+    @property
+    def matrices(self) -> int:
+        """Matrices to be quantized, those of a stack counted one by one."""
+        chosen = [e for e in self.entries if isinstance(e.method, Method)]
+        return sum(math.prod(e.matrix[:-2]) for e in chosen)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{e.path:40} {e.shape!s:20} {e.method.name:8} {8 * e.bytes / max(1, e.size):7.3f} bits"
+            f" {e.bytes:12,d} bytes"
+            for e in self.entries
+        ]
+        total = sum(e.bytes for e in self.entries)
+        return "\n".join(
+            [*lines, f"{self.bits_per_weight:.3f} bits per quantized weight, {total:,d} bytes"]
+        )
+
+
+def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | None = None) -> Plan:
+    """The plan of a recipe for a tree of arrays (or shapes).
+
+    A bare method means every floating leaf of rank >= 2 that the function contracts (with no
+    sites: every floating leaf of rank >= 2, but for those [layers, n] that stand beside stacks
+    [layers, k, n] in the tree: biases and norms).
+
+    Raises:
+      ValueError: a pattern that matches nothing, a leaf no pattern matches, a method for a leaf
+        that cannot be quantized, a group size that does not divide.
+    Warns:
+      what a bare method leaves floating, and why.
+    """
+    check_arguments(resolve, locals())
+    leaves = path_leaves(params)
+    _check_sites(leaves, found)
+    if isinstance(recipe, Method):
+        stacks = {_stack_of(p, w) for p, w in leaves if is_weight(w) and len(w.shape) > 2}
+        use = lambda p, w: recipe if _contracted(p, w, found, stacks) else KEEP
+        chosen = [(p, w, use(p, w)) for p, w in leaves]
+        if all(m is KEEP for _, _, m in chosen):
+            raise ValueError(_nothing(leaves, found))
+        _warn_of_kept(chosen, found)
+    else:
+        chosen = _match(recipe, leaves)
+    return Plan(tuple(_entry(p, w, m, (found or {}).get(p)) for p, w, m in chosen))
+
+
+def _nothing(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> str:
+    """Why a bare method has nothing to do, and what came."""
+    some = "; ".join(f"{p}: {_describe(w)}" for p, w in leaves[:4])
+    more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
+    came = f"the tree holds {some}{more}" if leaves else "the tree holds no leaves"
+    if any(is_standin(w) for _, w in leaves):
+        came += " (already quantized: pass jaxquant.dequantize(params), or the floating tree)"
+    what = "floating array of rank >= 2"
+    if found is None or not any(is_weight(w) for _, w in leaves):
+        return f"nothing to quantize: expected a {what}, but {came}"
+    return f"nothing to quantize: the function multiplies by no {what} directly; {came}"
+
+
+def _check_sites(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> None:
+    for path, w in leaves:
+        if found is None or not is_weight(w):
+            continue
+        if path not in found or found[path].shape != tuple(w.shape):
+            known = f"of shape {found[path].shape}" if path in found else "unknown"
+            raise ValueError(
+                f"the statistics (or sites) are of another tree: {path!r} is {_describe(w)} here, "
+                f"{known} there"
+            )
+
+
+def _warn_of_kept(chosen: list[tuple[str, Any, Any]], found: Mapping[str, Site] | None) -> None:
+    """What a bare method leaves floating, though it could be quantized, is not left in silence."""
+    sizes = [w.size for _, w, _ in chosen if is_standin(w) or _floating(w)]
+    kept: dict[str, list[tuple[str, int]]] = {}
+    for path, w, method in sorted(chosen, key=lambda one: -getattr(one[1], "size", 0)):
+        if method is KEEP and is_weight(w):
+            why = _why_kept((found or {}).get(path))
+            kept.setdefault(why, []).append((path, w.size))
+    if kept:
+        texts = [f"{named(which, sum(sizes))}: {why}" for why, which in kept.items()]
+        warnings.warn(
+            f"kept as they are, with their shares of all weights: {'; '.join(texts)}. Name them "
+            f"in a Recipe to quantize them, or to keep them without this warning",
+            stacklevel=4,
+        )
+
+
+def _why_kept(site: Site | None) -> str:
+    if site is None:
+        return "without statistics they look like one vector for each layer of a stack"
+    if site.otherwise:
+        return "the function uses them by an operation that is not followed (a reshape, ...)"
+    if site.gathered is not None:
+        return "the function only looks their rows up"
+    return "the function multiplies nothing by them"
+
+
+def _contracted(path: str, w: Any, found: Mapping[str, Site] | None, stacks: set) -> bool:
+    if found is not None:
+        return is_weight(w) and bool(found[path].contracted)
+    return is_weight(w) and not (len(w.shape) == 2 and _stack_of(path, w) in stacks)
+
+
+def _stack_of(path: str, w: Any) -> tuple[str, int]:
+    """What the leaves of one stack of layers have in common: place in the tree, and length."""
+    return path.rpartition("/")[0].partition("/")[0], w.shape[0]
+
+
+def _floating(w: Any) -> bool:
+    return hasattr(w, "dtype") and jnp.issubdtype(w.dtype, jnp.floating)
+
+
+def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
+    paths = [p for p, _ in leaves]
+    for pattern, _ in recipe.rules:
+        if not any(matches(path, pattern) for path in paths):
+            near = difflib.get_close_matches(pattern.replace("*", ""), paths, 3, 0.0)
+            raise ValueError(
+                f"pattern {shown(pattern)} matches no leaf; nearest: {', '.join(near)}"
+            )
+    chosen = []
+    for path, w in leaves:
+        method = next((m for g, m in recipe.rules if matches(path, g)), None)
+        if method is None:
+            raise ValueError(f'no pattern matches {path!r}; end the recipe with ("*", KEEP)')
+        if isinstance(method, Method) and not is_weight(w):
+            raise ValueError(
+                f"{path!r} cannot be quantized: expected a floating array of rank >= 2, got "
+                f"{_describe(w)}; put a KEEP rule before the one that matches it"
+            )
+        chosen.append((path, w, method))
+    return chosen
+
+
+def _describe(w: Any) -> str:
+    plain = is_standin(w) or not hasattr(w, "dtype")
+    return repr(w) if plain else f"{w.dtype}{list(w.shape)}"
+
+
+def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry:
+    if not hasattr(w, "dtype"):  # a number, a function: kept, and no array
+        return Entry(path, (), KEEP, None, None, 0, 0)
+    shape = tuple(w.shape)
+    if isinstance(method, Keep):
+        return Entry(path, shape, method, None, None, leaf_bytes(w), math.prod(shape))
+    view, order = layout_of(shape, site)
+    entry = Entry(path, shape, method, view, order, 0, math.prod(shape))
+    if entry.size == 0:
+        raise ValueError(f"{path}: an empty array, {_describe(w)}, cannot be quantized")
+    k, n = entry.matrix[-2:]
+    try:
+        rows, columns = method.stored(k, n)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    parts = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((rows, columns), "float32"))
+    for name, side, size in (("input", method.input, k), ("output", method.output, n)):
+        if side is not None:
+            parts = {**parts, name: side.shapes(size)}
+    per = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(parts))
+    return dataclasses.replace(entry, bytes=per * math.prod(entry.matrix[:-2]))
+
+
+def named(floating: Sequence[tuple[str, int]], weights: int) -> str:
+    """Paths and the shares of so many weights that they hold: "table (13.5%), bias (0.2%)"."""
+    parts = [f"{path} ({size / max(1, weights):.1%})" for path, size in floating[:6]]
+    rest = sum(size for _, size in floating[6:])
+    if rest:
+        parts.append(f"{len(floating) - 6} more ({rest / max(1, weights):.1%})")
+    return ", ".join(parts)
+
+
+def leaf_bytes(w: Any) -> int:
+    """Bytes of an array, a stand-in, or the shape of either."""
+    return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize
+
+
+def layout_of(shape: tuple[int, ...], site: Site | None) -> tuple[View, tuple[int, ...]]:
+    """The view of a leaf, and its axes in the order [*batch, *contracted, *output].
+
+    Without a site, or for a weight only looked up: the last axis is the output, the one before
+    is contracted, the others are batch; of a looked-up table the rows are the outputs.
+    """
+    ndim = len(shape)
+    if site is not None and site.contracted:
+        batch, k, n = site.batch, site.contracted, site.output
+    elif site is not None and site.gathered is not None:
+        n = (site.gathered,)
+        k = tuple(a for a in range(ndim) if a != site.gathered)
+        batch = ()
+    else:
+        batch, k, n = tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,)
+    order = (*batch, *k, *n)
+    back = tuple(order.index(a) - ndim for a in range(ndim))
+    return View(tuple(shape[a] for a in k), tuple(shape[a] for a in n), back), order

@@ -1,0 +1,73 @@
+"""`size`: what a tree of weights takes, quantized or not, and what of it stayed floating."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxquant.core.paths import path_leaves
+from jaxquant.core.standin import is_standin
+from jaxquant.recipes.recipe import leaf_bytes, named
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Bytes and weights of a whole tree: of every floating array, and of what is quantized.
+
+    Attributes:
+      bytes: of all of them.
+      weights: their number.
+      quantized: how many of these are quantized.
+      floating: path and number of weights of every array that is not, the largest first.
+    """
+
+    bytes: int
+    weights: int
+    quantized: int
+    floating: tuple[tuple[str, int], ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all weights; 0 if there are none."""
+        return 8 * self.bytes / max(1, self.weights)
+
+    @property
+    def share(self) -> float:
+        """Of the weights that are quantized, from 0 to 1."""
+        return self.quantized / max(1, self.weights)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.bits_per_weight:.3f} bits per weight over all weights, "
+            f"{self.share:.1%} of them quantized"
+        )
+        return f"{text}; floating: {named(self.floating, self.weights)}" if self.floating else text
+
+
+def size(params: Any) -> Size:
+    """The size of a whole tree, as `bits_per_weight` tells that of its quantized leaves.
+
+    Args:
+      params: tree of arrays and `QTensor` leaves, or their shapes; what is neither a floating array
+        nor quantized counts for nothing.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> tree = {"w": jnp.ones((64, 32)), "table": jnp.ones((10, 32))}
+    >>> found = size(jq.quantize(tree, jq.Recipe([("w", jq.rtn(4)), ("*", jq.KEEP)])))
+    >>> found.bytes, found.weights, round(found.share, 3), found.floating
+    (2384, 2368, 0.865, (('table', 320),))
+    >>> print(found)
+    8.054 bits per weight over all weights, 86.5% of them quantized; floating: table (13.5%)
+    """
+    leaves = [(path, w) for path, w in path_leaves(params) if _is_weights(w)]
+    floating = [(path, w.size) for path, w in leaves if not is_standin(w)]
+    return Size(
+        sum(leaf_bytes(w) for _, w in leaves),
+        sum(w.size for _, w in leaves),
+        sum(w.size for _, w in leaves if is_standin(w)),
+        tuple(sorted(floating, key=lambda one: -one[1])),
+    )
+
+
+def _is_weights(leaf: Any) -> bool:
+    return is_standin(leaf) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))

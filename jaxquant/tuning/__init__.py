@@ -1,0 +1,1 @@
+"""What trains after rounding: healing, recoding, learned transforms and rotations."""

@@ -1,0 +1,270 @@
+"""A learned rotation of the residual stream: the one whose rounded model is most like the floats.
+
+In the loop the stream stays as it is. What reads it turns its input, rounds it there, and writers
+turn their outputs back, which is the function that `rotate_residual` folds: so neither embedding
+nor head is multiplied in a step, nor any weight that is not rounded.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxquant.calibration.calibrate import Stats
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.dispatch import quantized
+from jaxquant.core.keys import Draw
+from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.sites import Site
+from jaxquant.core.tensor import QTensor, part
+from jaxquant.durable.store import Finished
+from jaxquant.formats import Dense
+from jaxquant.methods.registry import Method
+from jaxquant.ptq.residual_rotation import Residual, rotate_residual
+from jaxquant.ptq.shared_transforms import Inputs, Member
+from jaxquant.recipes.recipe import Recipe, resolve
+from jaxquant.transforms import Channels
+from jaxquant.tuning.cayley import Cayley
+from jaxquant.tuning.learned_transforms import each, nearest
+from jaxquant.tuning.trainable import Opened, Values
+from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence
+from pallas_kernels import activations as forms
+
+ROTATING = Healing(steps=100, learning_rate=0.002, batch_size=2, validate_every=10)
+_STREAM, _ROTATION = "residual", "rotation"  # names of what trains
+
+
+def learn_rotation(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    residual: Residual,
+    recipe: Recipe | Method,
+    sequences: np.ndarray,
+    healing: Healing = ROTATING,
+    *,
+    start: Float[Array, "d d"],
+    stats: Stats | Mapping[str, Site] | None = None,
+    round_weights: bool = True,
+    key: Array | None = None,
+    validation: np.ndarray | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Float[Array, "d d"]:
+    """The R for `rotate_residual` with which fn of rounded products is most like fn of floats.
+
+    Inputs are rounded as the recipe's methods say, behind their transforms; weights to nearest,
+    whatever the method's rounder; derivatives go straight through. What is brought down is the mean
+    KL from the float model's predictions, by `Cayley`, which keeps R orthonormal.
+
+    Args:
+      fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
+      params: tree of floats, not rotated. residual: which leaves touch the stream.
+      recipe, key: as `quantize` will have them for the rotated tree. What reads the stream needs
+        no rotation of its own then; what does not (after an attention, or an activation) may.
+      sequences: inputs [N, ...].
+      healing: its learning rate is an angle, see `Cayley`.
+      start: orthonormal [d, d], to begin with: a random Hadamard matrix, say.
+      stats: `sites`, or where transforms are fitted to inputs `calibrate`'s result, of the tree
+        rotated by `start`; they stay as fitted to that.
+      round_weights: False: weights stay floats, as SpinQuant has it where error feedback follows.
+      validation: held-out inputs; the rotation with the least loss on them is what comes back,
+        `start` among them. None: the last one.
+      progress: called after every update.
+      finished: where training so far is kept, and gone on from; as in `quantize`.
+    Returns:
+      R, orthonormal to 1e-6.
+    Raises:
+      ValueError: nothing is rounded that a rotation changes; static scales or transforms of outputs
+        in the loop; what `rotate_residual`, `resolve` and `heal` raise.
+    Source:
+      SpinQuant, Liu et al. 2024, arXiv:2405.16406. We differ: KL from the float model and not
+      cross-entropy of the text; no rotation of the heads' values is learned (R2).
+
+    >>> import jaxquant as jq
+    >>> p = {"in": jnp.eye(8) * 4, "gain": jnp.arange(1.0, 9), "out": jnp.eye(8)}
+    >>> fn = lambda p, x: (x @ p["in"] / jnp.linalg.norm(x @ p["in"])) * p["gain"] @ p["out"]
+    >>> x = np.random.default_rng(0).normal(size=(4, 1, 8)).astype(np.float32)
+    >>> recipe = Recipe([("out", jq.rtn(4, "channel")), ("*", jq.KEEP)])
+    >>> stream = Residual(["in"], {"gain": ["out"]})
+    >>> r = learn_rotation(fn, p, stream, recipe, x, Healing(2), start=jnp.eye(8))
+    >>> bool(jnp.allclose(r @ r.T, jnp.eye(8), atol=1e-6))
+    True
+    """
+    check_arguments(learn_rotation, locals())
+    start = jnp.asarray(start, jnp.float32)
+    turned = rotate_residual(params, residual, start)
+    seen = stats if isinstance(stats, Stats) else None
+    known = stats.sites if isinstance(stats, Stats) else stats
+    entries = resolve(recipe, turned, known).entries
+    todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
+    stream = _Stream.of(todo, residual, len(start), round_weights)
+    for entry, method in todo:
+        _check(entry.path, method, round_weights, seen)
+    inputs = Inputs.of(todo, known, dict(path_leaves(turned)), seen)
+    fitted = {m.entry.path: _fitted(m, inputs, Draw.of(key)) for m in todo}
+    del turned, inputs
+    folded = rotate_residual(params, residual, jnp.eye(len(start)))  # gains are ones
+    opened = Opened((folded, fitted), {_STREAM: {_ROTATION: start}})
+    trainer = Trainer(partial(_loss, fn, stream), healing, Cayley(healing))
+    change = trainer.fit_sequences(
+        opened, sequences, validation, name="rotation", progress=progress, finished=finished
+    )
+    return change[_STREAM][_ROTATION]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stream:
+    """Which weights are rounded, and which of them read the stream or write to it."""
+
+    members: list[Member]
+    reads: set[str]
+    writes: set[str]
+    round_weights: bool
+
+    @staticmethod
+    def of(members: list[Member], residual: Residual, d: int, round_weights: bool) -> "_Stream":
+        """Checked; see `learn_rotation`."""
+        readers = [glob for globs in residual.reads.values() for glob in globs]
+        named = lambda m, globs: any(matches(m.entry.path, glob) for glob in globs)
+        reads = [m for m in members if named(m, readers)]
+        writes = [m for m in members if named(m, residual.writes)]
+        stored = [m.method.format for m in (*reads, *writes)]
+        weights = round_weights and any(not isinstance(format, Dense) for format in stored)
+        if not weights and all(m.method.activations is None for m in reads):
+            raise ValueError(
+                "nothing to learn: no input that comes off the residual stream is rounded, nor, in "
+                "the loop, any weight of it; name a form of activations (--activation-bits 4)"
+            )
+        for wanted, axis, ms in (("reads", -2, reads), ("writes to", -1, writes)):
+            for entry, _ in ms:
+                if entry.matrix[axis] != d:
+                    raise ValueError(
+                        f"{entry.path} {wanted} the residual stream of {d} channels, but as a "
+                        f"matrix it is {list(entry.matrix[-2:])}"
+                    )
+        paths = lambda ms: {m.entry.path for m in ms}
+        return _Stream(members, paths(reads), paths(writes), round_weights)
+
+    def rounded(self, params: Any, fitted: dict[str, dict[str, Array]], r: Array) -> Any:
+        """The tree with turned and rounded weights, their inputs to be rounded."""
+        leaves = dict(path_leaves(params))
+        new = {}
+        for member in self.members:
+            path = member.entry.path
+            new[path] = self._weight(member, leaves[path], fitted[path], r)
+        return replace_leaves(params, new)
+
+    def _weight(
+        self, member: Member, leaf: Array, own: dict[str, Array], r: Float[Array, "d d"]
+    ) -> QTensor:
+        entry, method = member
+        reads, writes = entry.path in self.reads, entry.path in self.writes
+        format = method.format if self.round_weights else Dense()
+        floats = isinstance(format, Dense)
+        back = reads and floats and method.input is None
+        side = _Turn(method.input) if reads else method.input
+
+        def one(w: Float[Array, "k n"], own: dict[str, Array]) -> dict[str, Array]:
+            arrays = {**own, "turn": r} if reads else own
+            if side is not None and not back:
+                w = side.inverse(w.T, arrays).T
+            if writes and not floats:
+                w = w @ r
+            data = {"codes": nearest(w, format)} | {f"input.{n}": a for n, a in arrays.items()}
+            data |= {"turn": r} if back else {}
+            return data | ({"output.turn": r} if writes and not floats else {})
+
+        data, batch = each(one, entry.matrices(leaf), own), entry.matrix[:-2]
+        return QTensor(
+            {name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()},
+            _Back() if back else Dense(),
+            entry.form[0],
+            leaf.dtype.name,
+            method.name,
+            side,
+            _Turn() if writes and not floats else None,
+            activations=method.activations,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """The map x -> x R, R orthonormal, then another: of arrays "turn", and the other's."""
+
+    then: Any = None
+
+    fitted: ClassVar[bool] = False
+
+    def size(self, n: int) -> int:
+        """Channels after it."""
+        return n if self.then is None else self.then.size(n)
+
+    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A, for row vectors x."""
+        x = x @ arrays["turn"].astype(x.dtype)
+        return x if self.then is None else self.then.apply(x, arrays)
+
+    def transposed(
+        self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
+    ) -> Float[Array, "... n"]:
+        """y A^T."""
+        y = y if self.then is None else self.then.transposed(y, arrays, n)
+        return y @ arrays["turn"].T.astype(y.dtype)
+
+    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
+        """x A^-T: what weights become where the vectors they meet become x A."""
+        x = x @ arrays["turn"].astype(x.dtype)
+        return x if self.then is None else self.then.inverse(x, arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Back(Dense):
+    """Floats that are not turned: rows, once rounded, turn back. R^T W would take a product more
+    than all tokens together do."""
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        x = forms.rounded(x, activations)
+        return super().matmul(x @ data["turn"].T.astype(x.dtype), data)
+
+
+def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) -> None:
+    if method.activations is not None and method.activations.static:
+        raise ValueError(
+            f"{path}: static scales are known only once the rotation is: learn it with a scale per "
+            f"token (static=false), then quantize with any"
+        )
+    if round_weights and method.output is not None:
+        raise ValueError(f"{path}: weights that are rounded behind a transform of their outputs")
+    needs = (getattr(method.input, f"needs_{kind}", False) for kind in ("channels", "sample"))
+    if any(needs) and stats is None:
+        raise ValueError(
+            f"{path}: {method.input} is fitted to inputs; pass the statistics of the tree rotated "
+            f"by `start`, calibrate(fn, rotate_residual(params, residual, start), batches)"
+        )
+
+
+def _fitted(member: Member, inputs: Inputs, draw: Draw) -> dict[str, Array]:
+    """Arrays of the weight's own transform, for all matrices of a stack."""
+    (entry, method), found = member, []
+    if method.input is None:
+        return {}
+    leader = inputs.leader[entry.path]
+    for i, w in enumerate(entry.matrices(inputs.leaves[entry.path])):
+        drawn = draw.of_input(leader, i)
+        known = inputs.arrays(entry.path, i, drawn)
+        own = method.input.fit(Channels(w.T), drawn) if known is None else part(known, "input.")
+        found.append(own)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *found)
+
+
+def _loss(fn: Callable, stream: _Stream, change: Values, opened: Opened, x: Array) -> Array:
+    params, fitted = opened.params
+    student = quantized(fn)(stream.rounded(params, fitted, change[_STREAM][_ROTATION]), x)
+    return jnp.mean(divergence(student, jax.lax.stop_gradient(fn(params, x))))

@@ -1,0 +1,272 @@
+"""Learned transforms: until rounded weights and inputs give what floats gave.
+
+Block by block, which is cheap, or end to end from there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxquant.calibration.calibrate import Stats
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.dispatch import quantized
+from jaxquant.core.keys import Draw
+from jaxquant.core.paths import path_leaves, replace_leaves, stack_size
+from jaxquant.core.straight_through import nearest_codes, through
+from jaxquant.core.tensor import QTensor, part
+from jaxquant.durable.store import Finished
+from jaxquant.formats import Dense
+from jaxquant.formats.integer import Integer, spread
+from jaxquant.methods.registry import Method
+from jaxquant.ptq.shared_transforms import Inputs, Member
+from jaxquant.recipes.recipe import Recipe, resolve
+from jaxquant.tuning.trainable import Opened, Values
+from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence, relative_error
+
+Transforms = Mapping[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
+END_TO_END = Healing(steps=60, learning_rate=3e-3, validate_every=20)
+BLOCKS = Healing(steps=30, learning_rate=5e-3, validate_every=10)
+
+
+def learn(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    recipe: Recipe | Method,
+    stats: Stats,
+    sequences: np.ndarray,
+    healing: Healing = END_TO_END,
+    *,
+    transforms: Transforms | None = None,
+    validation: np.ndarray | None = None,
+    key: Array | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Transforms:
+    """Arrays for the transforms of a recipe that can be learned (`Kronecker`), end to end.
+
+    In every step weights are transformed, rounded to nearest and multiplied by rounded inputs, with
+    straight-through derivatives; what is brought down is the KL of fn to itself on floats.
+
+    Args:
+      fn: fn(params, x [batch, ...]) -> logits [..., vocabulary].
+      params: tree of floats. recipe, stats, key: as `quantize` will have them.
+      sequences: inputs [N, ...].
+      transforms: to begin with, from `learn_blocks`; None: as fitted.
+      validation: held-out inputs; what does best on them is what comes back.
+      progress: called after every update.
+      finished: where learning so far is kept; as in `quantize`.
+    Returns:
+      what `quantize` takes as `transforms`.
+    Raises:
+      ValueError: no transform of the recipe can be learned; fewer sequences than a batch.
+    Source:
+      Sun et al. 2024, arXiv:2410.09426, learn by blocks only.
+    """
+    check_arguments(learn, locals())
+    weights = _Weights.of(params, recipe, stats, transforms)
+    opened = weights.opened(params, Draw.of(key))
+
+    def loss(change: Values, opened: Opened, x: Array) -> Array:
+        wanted = jax.lax.stop_gradient(fn(opened.params[0], x))
+        return jnp.mean(divergence(quantized(fn)(weights.rounded(opened, change), x), wanted))
+
+    change = Trainer(loss, healing).fit_sequences(
+        opened, sequences, validation, name="learning", progress=progress, finished=finished
+    )
+    return weights.found(opened, change)
+
+
+def learn_blocks(
+    block: Callable[[Any, Array], Array],
+    params: Any,
+    name: str,
+    recipe: Recipe | Method,
+    stats: Stats,
+    hidden: Float[np.ndarray, "N ..."],
+    healing: Healing = BLOCKS,
+    *,
+    key: Array | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Transforms:
+    """As `learn`, one of stacked blocks after another, each to give what it gave on floats.
+
+    What is brought down is the squared error of a block's outputs, relative to each one's energy.
+    A block is fed what the rounded blocks before it give.
+
+    Args:
+      block: block(params of one block, h [batch, ...]) -> h.
+      params: tree of floats, `params[name]` the blocks, stacked.
+      recipe, stats, key, progress, finished: as in `learn`.
+      hidden: inputs of the first block. The last eighth of them is held out.
+    Raises:
+      ValueError: no transform of the blocks can be learned; one input only.
+    Source:
+      Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block what floats before it give.
+    """
+    check_arguments(learn_blocks, locals())
+    weights = _Weights.of(params, recipe, stats, None, f"{name}/")
+    run = lambda change, opened, h: quantized(block)(weights.rounded(opened, change), h)
+    loss = lambda change, opened, h, after: relative_error(run(change, opened, h), after)
+    trainer, after_rounding, plain = Trainer(loss, healing), jax.jit(run), jax.jit(block)
+    of_block = lambda i: jax.tree.map(lambda a: a[i], params[name])
+    found: dict[tuple[str, int], dict[str, Array]] = {}
+
+    def closed(i: int, opened: Opened, change: Values) -> Callable[[Array], Array]:
+        found.update(weights.found(opened, change, i))
+        return partial(after_rounding, change, opened)
+
+    trainer.fit_blocks(
+        stack_size(params[name]), hidden, lambda i: weights.opened(of_block(i), Draw.of(key), i),
+        lambda i: partial(plain, of_block(i)), closed,
+        name="learning", progress=progress, finished=finished,
+    )  # fmt: skip
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Weights:
+    """How weights are rounded: which, by which methods, sharing which transforms.
+
+    Attributes:
+      prefix: of the paths of those that are looked at; "" for all.
+    """
+
+    inputs: Inputs
+    prefix: str
+
+    @staticmethod
+    def of(
+        params: Any,
+        recipe: Recipe | Method,
+        stats: Stats,
+        known: Transforms | None,
+        prefix: str = "",
+    ) -> "_Weights":
+        entries = resolve(recipe, params, stats.sites).entries
+        todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
+        leaves = dict(path_leaves(params))
+        weights = _Weights(Inputs.of(todo, stats.sites, leaves, stats, known=known), prefix)
+        if not weights.learning:
+            raise ValueError(
+                "nothing to learn: no transform of the recipe can be learned (Kronecker)"
+            )
+        return weights
+
+    @property
+    def members(self) -> list[Member]:
+        every = [m for group in self.inputs.members.values() for m in group]
+        return [m for m in every if m.entry.path.startswith(self.prefix)]
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """The transforms that are learned, by leader."""
+        sides = {self.inputs.leader[m.entry.path]: m.method.input for m in self.members}
+        return {leader: side for leader, side in sides.items() if hasattr(side, "learned")}
+
+    def _places(self, member: Member, i: int | None) -> range:
+        """Which matrices of a weight: all, or those of block i."""
+        batch = member.entry.matrix[:-2]
+        if i is None:
+            return range(math.prod(batch))
+        each = math.prod(batch[1:])
+        return range(i * each, (i + 1) * each)
+
+    def opened(self, tree: Any, draw: Draw, i: int | None = None) -> Opened:
+        """A tree of floats, all or block i; its matrices; transforms as fitted; zeros to learn."""
+        fitted: dict[str, Any] = {}
+        matrices = {}
+        for member in self.members:
+            path, places = member.entry.path, self._places(member, i)
+            leader = self.inputs.leader[path]
+            every = member.entry.matrices(self.inputs.leaves[path])
+            matrices[path] = every[places.start : places.stop]
+            if member.method.input is not None and leader not in fitted:
+                found = [self._fitted(member, leader, j, draw) for j in places]
+                fitted[leader] = jax.tree.map(lambda *a: jnp.stack(a), *found)
+        latent = lambda leader, side: jax.vmap(side.latent)(fitted[leader])
+        start = {leader: latent(leader, side) for leader, side in self.learning.items()}
+        return Opened((tree, matrices, fitted), start)
+
+    def _fitted(self, member: Member, leader: str, j: int, draw: Draw) -> dict[str, Array]:
+        known = self.inputs.arrays(leader, j, draw.of_input(leader, j))
+        if known is None:
+            raise ValueError(
+                f"{member.entry.path}: beside learned transforms stand such that all weights of an "
+                f"input share, or none; {member.method.input} is the weight's own"
+            )
+        return part(known, "input.")
+
+    def arrays(self, opened: Opened, change: Values) -> dict[str, dict[str, Array]]:
+        """By leader, the transforms after the change, stacked."""
+        fitted = opened.params[2]
+        return {
+            leader: each(side.learned, fitted[leader], change[leader])
+            for leader, side in self.learning.items()
+        }
+
+    def found(self, opened: Opened, change: Values, i: int | None = None) -> Transforms:
+        """The transforms after the change, by place."""
+        out = {}
+        for leader, arrays in self.arrays(opened, change).items():
+            for at, j in enumerate(self._places(self.inputs.members[leader][0], i)):
+                out[leader, j] = {f"input.{name}": a[at] for name, a in arrays.items()}
+        return out
+
+    def rounded(self, opened: Opened, change: Values) -> Any:
+        """The tree with rounded weights, inputs to be rounded."""
+        tree, matrices, fitted = opened.params
+        arrays = fitted | self.arrays(opened, change)
+        inside = lambda path: path.removeprefix(self.prefix)
+        shapes = {path: w.shape for path, w in path_leaves(tree)}
+        new = {}
+        for entry, method in self.members:
+            own = arrays.get(self.inputs.leader[entry.path], {})
+            codes = each(partial(_rounded, method), matrices[entry.path], own)
+            data = {"codes": codes} | {f"input.{n}": a for n, a in own.items()}
+            view, order = entry.form
+            batch = entry.matrix[:-2][len(order) - len(shapes[inside(entry.path)]) :]
+            new[inside(entry.path)] = QTensor(
+                {n: a.reshape(*batch, *a.shape[1:]) for n, a in data.items()},
+                Dense(), view, codes.dtype.name, method.name, method.input,
+                activations=method.activations,
+            )  # fmt: skip
+        return replace_leaves(tree, new)
+
+
+def each(fn: Callable, *stacked: Any) -> Any:
+    """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU.
+
+    >>> each(lambda a, b: a + b["x"], jnp.ones(2), {"x": jnp.arange(2.0)}).tolist()
+    [1.0, 2.0]
+    """
+    return jax.lax.map(lambda one: fn(*one), stacked)
+
+
+def _rounded(
+    method: Method, w: Float[Array, "k n"], arrays: dict[str, Array]
+) -> Float[Array, "s n"]:
+    if method.input is not None:
+        w = method.input.inverse(w.T, arrays).T
+    return nearest(w, method.format)
+
+
+def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
+    """w rounded to nearest, with a straight-through derivative: of integers also in the scales.
+
+    >>> jax.grad(lambda w: jnp.sum(nearest(w, Integer(2, 4))))(jnp.ones((4, 1))).shape
+    (4, 1)
+    """
+    if not isinstance(format, Integer):
+        value = format.dequantize(format.encode(w), w.shape[0])
+        return through(w, value)
+    grid = spread(format.grids(w), format.rows_per_group(w.shape[0]), w.shape[0])
+    zero = jax.lax.stop_gradient(grid.zero)
+    return grid.scale * (nearest_codes(w / grid.scale, zero, format.limits) - zero)

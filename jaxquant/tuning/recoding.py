@@ -1,0 +1,99 @@
+"""Training codes: gradients move weights that stand behind them, and the codes follow.
+
+Behind every weight stands a float that begins as what its code means. The loss is taken, and its
+gradient, at what the codes mean (straight through); Adam's step, without its momentum and of a
+length in proportion to the matrix, goes to the floats. Then the codes that lie farthest behind are
+chosen anew, a small share of them at a time: so few that the gradients still say what all of them
+together will do.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.tensor import QTensor, part
+from jaxquant.tuning.trainable import Opened, Values, as_dense
+from jaxquant.tuning.trainer import Healing, Loss
+
+DECAY = 0.95  # of the mean square of gradients
+_TINY = 1e-12
+
+
+class _Slots(NamedTuple):
+    """By path: the floats behind the codes, mean squares of their gradients; updates so far."""
+
+    behind: dict[str, Array]
+    square: dict[str, Array]
+    steps: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A training rule (`trainer.Rule`): of all codes the best `share` changes in an update.
+
+    Source: the V-step of PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, with the floats
+    kept from step to step as its code does, and codes that lie farthest behind rather than those
+    that moved most.
+    """
+
+    healing: Healing
+    share: float
+
+    def init(self, opened: Opened) -> tuple[Values, Any]:
+        """The data of every format that can choose codes anew, and what stands behind them."""
+        found = {p: w for p, w in path_leaves(opened.params) if can_recode(w)}
+        behind = {p: w.stored() for p, w in found.items()}
+        slots = _Slots(behind, jax.tree.map(jnp.zeros_like, behind), jnp.int32(0))
+        return {p: _codes(w) for p, w in found.items()}, slots
+
+    def update(
+        self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: Any
+    ) -> tuple[Values, _Slots, dict[str, Array]]:
+        weights = {p: w for p, w in path_leaves(with_codes(opened, change)) if p in change}
+
+        def of(dense: dict[str, Array]) -> Array:
+            new = {p: as_dense(weights[p], d) for p, d in dense.items()}
+            return loss({}, Opened(replace_leaves(opened.params, new), {}), *batch)
+
+        value, slope = jax.value_and_grad(of)({p: w.stored() for p, w in weights.items()})
+        steps = slots.steps + 1
+        square = jax.tree.map(lambda s, g: DECAY * s + (1 - DECAY) * g**2, slots.square, slope)
+        rate = self.healing.schedule()(steps)
+
+        def moved(behind: Array, s: Array, g: Array) -> Array:
+            step = g / (jnp.sqrt(s / (1 - DECAY**steps)) + _TINY)
+            size = lambda a: jnp.sqrt(jnp.mean(a**2, axis=(-2, -1), keepdims=True))
+            return behind - rate * size(behind) / (size(step) + _TINY) * step
+
+        behind = jax.tree.map(moved, slots.behind, square, slope)
+        data = {p: self._recoded(w, behind[p]) for p, w in weights.items()}
+        return data, _Slots(behind, square, steps), {"loss": value}
+
+    def _recoded(self, w: QTensor, target: Array) -> dict[str, Array]:
+        one = partial(w.format.recoded, share=self.share)
+        for _ in range(w.leading()):
+            one = jax.vmap(one)
+        new = one(part(w.data), target)
+        return {name: new[name] for name in _codes(w)}
+
+
+def _codes(w: QTensor) -> dict[str, Array]:
+    """Arrays that hold codes: what neither the format trains nor a transform has."""
+    return {name: a for name, a in part(w.data).items() if name not in w.format.trained}
+
+
+def can_recode(w: Any) -> bool:
+    """Whether this is a weight whose format can choose codes anew."""
+    return isinstance(w, QTensor) and hasattr(w.format, "recoded")
+
+
+def with_codes(opened: Opened, change: Values) -> Any:
+    """The tree with these codes."""
+    leaves = dict(path_leaves(opened.params))
+    put = lambda w, codes: dataclasses.replace(w, data={**w.data, **codes})
+    return replace_leaves(opened.params, {p: put(leaves[p], codes) for p, codes in change.items()})

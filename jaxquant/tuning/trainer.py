@@ -1,0 +1,345 @@
+"""Training what an opened tree leaves to train: resumable, and judged on held-out data."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.durable.store import Finished
+from jaxquant.tuning.trainable import Opened, Values, at_start
+
+MARK, DONE = "start", "done"  # beside a kept state: what it began with, whether it has ended
+Loss = Callable[..., Array]  # loss(change, opened, *batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Healing:
+    """How to train: Adam with a warm-up of a tenth of the steps, then a cosine to zero.
+
+    Attributes:
+      steps: updates.
+      learning_rate: at its highest; of relative changes.
+      batch_size: sequences of one update.
+      validate_every: updates between two looks at the held-out loss; the best state is kept.
+      save_every: updates between two copies to go on from.
+      seed: of the order of the sequences.
+    """
+
+    steps: int = 200
+    learning_rate: float = 2e-3
+    batch_size: int = 1
+    validate_every: int = 50
+    save_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("steps", "batch_size", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "learning_rate")
+
+    def schedule(self) -> optax.Schedule:
+        """The rate of an update."""
+        warm = max(1, self.steps // 10)
+        return optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, warm, max(self.steps, warm + 1)
+        )
+
+    def batch(self, step: int, count: int) -> np.ndarray:
+        """Indices of the sequences of an update: epochs in orders of their own, by the seed."""
+        per = max(1, count // self.batch_size)
+        epoch, place = divmod(step, per)
+        order = np.random.default_rng((self.seed, epoch)).permutation(count)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class _State(NamedTuple):
+    """Training so far: enough to go on exactly as if it had not stopped."""
+
+    step: int
+    change: Values
+    slots: Any
+    best: Values | None
+    best_loss: float
+
+    def stored(self, mark: np.ndarray, done: bool) -> dict[str, np.ndarray]:
+        """Copies by name, since slots are given away; with a mark of what training began with."""
+        leaves = {str(i): np.array(a) for i, a in enumerate(jax.tree.leaves(self))}
+        return leaves | {MARK: mark, DONE: np.array(done)}
+
+    def restored(self, arrays: Mapping[str, Any]) -> "_State":
+        """The state stored, of this one's structure."""
+        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 2)]
+        state = jax.tree.unflatten(jax.tree.structure(self), leaves)
+        return state._replace(step=int(state.step), best_loss=float(state.best_loss))
+
+
+def _copied(change: Values) -> Values:
+    """Of its own memory: an update writes over what it is given."""
+    return jax.tree.map(jnp.copy, change)
+
+
+def _mark(healing: Healing, tree: Any) -> np.ndarray:
+    """A digest of settings, structure and all leaves of what training begins with, the first batch
+    among it: with others it is another training.
+    """
+    digest = hashlib.blake2b(f"{healing}{jax.tree.structure(tree)}".encode(), digest_size=16)
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+class Progress(NamedTuple):
+    """After an update: of what, the training loss, the held-out one where it was looked at.
+
+    `measured`: all that the rule measures, the loss among it.
+    """
+
+    name: str
+    step: int
+    loss: float
+    validation: float | None
+    measured: Mapping[str, float] = {}
+
+
+class Rule(Protocol):
+    """What trains, and how: `change` is all that `loss` asks beside the opened tree."""
+
+    def init(self, opened: Opened) -> tuple[Values, Any]:
+        """The change to begin with, and what the rule keeps."""
+
+    def update(
+        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
+    ) -> tuple[Values, Any, dict[str, Array]]:
+        """Both after an update, and numbers to tell of it: "loss", before it, and any others."""
+
+
+class Adam:
+    """Relative changes of the continuous values by Adam (Kingma and Ba 2014, arXiv:1412.6980)."""
+
+    def __init__(self, healing: Healing) -> None:
+        self.optimizer = optax.adam(healing.schedule())
+
+    def init(self, opened: Opened) -> tuple[Values, Any]:
+        zero = at_start(opened)
+        return zero, self.optimizer.init(zero)
+
+    def update(
+        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
+    ) -> tuple[Values, Any, dict[str, Array]]:
+        value, slope = jax.value_and_grad(loss)(change, opened, *batch)
+        step, slots = self.optimizer.update(slope, slots, change)
+        return optax.apply_updates(change, step), slots, {"loss": value}
+
+
+def relative_error(y: Array, wanted: Array) -> Array:
+    """Mean over vectors of the squared error of each, relative to its energy.
+
+    >>> float(relative_error(jnp.array([[3.0, 0.0]]), jnp.array([[2.0, 0.0]])))
+    0.25
+    """
+    y, wanted = y.astype(jnp.float32), wanted.astype(jnp.float32)  # squares leave float16 soon
+    energy = lambda a: jnp.sum(a**2, axis=-1)
+    return jnp.mean(energy(y - wanted) / (energy(wanted) + 1e-12))
+
+
+def divergence(logits: Array, target: Array) -> Array:
+    """KL(softmax(target) || softmax(logits)) over the last axis, nats.
+
+    >>> f"{divergence(jnp.zeros(2), jnp.array([0.0, -99.0])):.4f}"
+    '0.6931'
+    """
+    log_p = jax.nn.log_softmax(target.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Array:
+    """Mean cross-entropy of the next token, nats.
+
+    The last position is masked, not sliced off: a slice would copy the logits, 100 MB of 512 tokens
+    of 49,152.
+
+    >>> f"{next_token_loss(jnp.zeros((1, 3, 2)), jnp.array([[0, 1, 0]])):.4f}"
+    '0.6931'
+    """
+    following = jnp.roll(tokens, -1, axis=1)[..., None]
+    nll = (
+        jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following, axis=-1)[..., 0]
+    )
+    return jnp.mean(nll[:, :-1])
+
+
+def _kept(finished: Finished | None, mark: np.ndarray, name: str) -> Mapping[str, Any] | None:
+    """What is kept of this training, if any; what is kept of an earlier one that ended is not."""
+    kept = None if finished is None or name not in finished else finished[name]
+    if kept is None or np.array_equal(kept[MARK], mark):
+        return kept
+    if not kept[DONE]:
+        raise ValueError(
+            f"what is kept of {name}, up to step {int(kept['0'])}, is another training: it began "
+            f"with other weights, another recipe or other settings. It was not touched: go on as "
+            f"it began, or keep this one elsewhere"
+        )
+    return None
+
+
+def _finite(measured: dict[str, float], name: str, step: int, healing: Healing) -> dict[str, float]:
+    for what, value in measured.items():
+        if not np.isfinite(value):
+            raise ValueError(
+                f"{name}, step {step}: the {what} is {value}; lower the learning rate "
+                f"({healing.learning_rate:g}) or look at the sequences of this step. What was kept "
+                f"before stays"
+            )
+    return measured
+
+
+class Trainer:
+    """Updates of one loss on one schedule, compiled once for all trees of one form."""
+
+    def __init__(self, loss: Loss, healing: Healing, rule: Rule | None = None) -> None:
+        self.healing = healing
+        self.rule = rule or Adam(healing)
+        self.measure = jax.jit(loss)
+        self.update = jax.jit(partial(self.rule.update, loss), donate_argnums=(0, 1))
+
+    def fit(
+        self,
+        opened: Opened,
+        batch: Callable[[np.ndarray], tuple],
+        count: int,
+        held_out: Sequence[tuple] = (),
+        *,
+        name: str,
+        progress: Callable[[Progress], None] | None = None,
+        finished: Finished | None = None,
+    ) -> Values:
+        """The changes that serve best: on `held_out`, or, without any, the last.
+
+        Args:
+          batch: of indices below `count`, what the loss takes after the opened tree.
+          name: of the state among what is finished.
+        Raises:
+          ValueError: fewer sequences than a batch; what is finished is another training; a loss or
+            a gradient that is no finite number.
+        """
+        healing = self.healing
+        if count < healing.batch_size:
+            raise ValueError(
+                f"expected at least batch_size = {healing.batch_size} sequences, got {count}"
+            )
+
+        def judged(change: Values) -> float:
+            each = [float(self.measure(change, opened, *one)) for one in held_out]
+            return float(np.mean(each)) if each else float("inf")
+
+        start, slots = self.rule.init(opened)
+        mark = np.zeros(0, np.uint8)
+        if finished is not None:  # hashing reads every weight
+            first = batch(healing.batch(0, count)), [one[-1] for one in held_out]
+            mark = _mark(healing, (opened, first))
+        best = start if held_out else None  # of what is not judged no second copy is kept
+        state = _State(0, _copied(start), slots, best, float("inf"))
+        if kept := _kept(finished, mark, name):
+            state = state.restored(kept)
+        else:
+            state = state._replace(best_loss=judged(start))
+        while state.step < healing.steps:
+            now = batch(healing.batch(state.step, count))
+            change, slots, seen = self.update(state.change, state.slots, opened, *now)
+            state = state._replace(step=state.step + 1, change=change, slots=slots)
+            measured = _finite({k: float(a) for k, a in seen.items()}, name, state.step, healing)
+            last, held = state.step == healing.steps, None
+            if held_out and (last or state.step % healing.validate_every == 0):
+                held = judged(change)
+                if held < state.best_loss:
+                    state = state._replace(best=_copied(change), best_loss=held)
+            if finished is not None and (last or state.step % healing.save_every == 0):
+                finished[name] = state.stored(mark, last)
+            if progress is not None:
+                progress(Progress(name, state.step, measured["loss"], held, measured))
+        return state.change if state.best is None else state.best
+
+    def fit_sequences(
+        self,
+        opened: Opened,
+        sequences: np.ndarray,
+        validation: np.ndarray | None,
+        *before: Any,
+        **options: Any,
+    ) -> Values:
+        """`fit` of a loss (change, opened, *before, x) on rows x of arrays.
+
+        Args:
+          validation: the held-out rows; None: none are.
+          before: the same for all of them.
+          options: name, progress and finished, as `fit` takes them.
+        """
+        held_out = () if validation is None else validation
+        return self.fit(
+            opened,
+            lambda ids: (*before, jnp.asarray(sequences[ids])),
+            len(sequences),
+            [(*before, jnp.asarray(v)[None]) for v in held_out],
+            **options,
+        )
+
+    def fit_examples(
+        self, opened: Opened, inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
+    ) -> Values:
+        """`fit` of a loss (change, opened, inputs, outputs), the last eighth of both held out.
+
+        Args:
+          inputs, outputs: with a leading axis along which those of a batch are joined.
+          options: name, progress and finished, as `fit` takes them.
+        """
+        examples, kept = list(zip(inputs, outputs, strict=True)), max(1, len(inputs) // 8)
+        training = examples[:-kept]
+
+        def batch(ids: np.ndarray) -> tuple:
+            return tuple(map(jnp.concatenate, zip(*(training[j] for j in ids), strict=True)))
+
+        return self.fit(opened, batch, len(training), examples[-kept:], **options)
+
+    def fit_blocks(
+        self,
+        blocks: int,
+        hidden: Float[np.ndarray, "N ..."],
+        opened: Callable[[int], Opened],
+        wanted: Callable[[int], Callable[[Array], Array]],
+        closed: Callable[[int, Opened, Values], Callable[[Array], Array]],
+        *,
+        name: str,
+        **options: Any,
+    ) -> None:
+        """`fit_examples` of one block after another, each fed what those before it give.
+
+        Args:
+          hidden: inputs of the first block. The last eighth of them is held out.
+          opened: of a block's index, the opened tree.
+          wanted: of it, what the block's outputs are to be, as a function of inputs that went
+            through those of the blocks before it.
+          closed: takes the changes found; of them, what the block gives from now on.
+          name: "NAME of block 3" is what progress and what is finished are called.
+          options: progress and finished, as `fit` takes them.
+        Raises:
+          ValueError: one input only.
+        """
+        if len(hidden) < 2:
+            raise ValueError("expected two inputs or more, one of them to be held out, got one")
+        ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
+        for i in range(blocks):
+            after = list(map(wanted(i), theirs))
+            block = opened(i)
+            change = self.fit_examples(block, ours, after, name=f"{name} of block {i}", **options)
+            ours, theirs = list(map(closed(i, block, change), ours)), after
