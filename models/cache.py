@@ -16,7 +16,7 @@ from jaxquant.formats.kv_cache import KVFormat
 from models.config import LlamaConfig
 from models.rope import frequencies
 from pallas_kernels.attention import attention
-from pallas_kernels.kv import Past, retired
+from pallas_kernels.codecs.kv_layout import Past, retired
 from pallas_kernels.kv_attention import kv_attention
 
 
@@ -78,7 +78,7 @@ class PackedCache:
     it is, as in KIVI.
 
     Attributes:
-      past: the arrays; see `pallas_kernels.kv.Past`.
+      past: the arrays; see `pallas_kernels.codecs.kv_layout.Past`.
       length: int32 scalar, tokens seen so far.
       form: how keys and values are kept.
       size: the most tokens.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import Llama3Scaling, LlamaConfig
-from pallas_kernels.kv import turned
+from pallas_kernels.codecs.kv_layout import turned
 
 
 def frequencies(config: LlamaConfig) -> np.ndarray:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import layout, lookup
+from pallas_kernels.codecs import layout, lookup
 
 FLOATS = ("float32", "bfloat16", "float16")
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.kernel import Kernel
 
 MOST_ROWS = 1 << 16

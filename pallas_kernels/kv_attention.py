@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.kv import Past, decode_keys, decode_values, retired, turned
+from pallas_kernels.codecs.kv_layout import Past, decode_keys, decode_values, retired, turned
 
 RUN = 256  # tokens that the reference decodes at a time
 

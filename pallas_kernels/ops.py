@@ -11,7 +11,8 @@ import math
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import checks, layout, trellis
+from pallas_kernels import checks
+from pallas_kernels.codecs import layout, trellis
 from pallas_kernels.dispatch import product
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import decoded, dual_scale, e8p, layout, lookup, tables, trellis
+from pallas_kernels import dual_scale, tiled_product
+from pallas_kernels.codecs import e8p, layout, lookup, tables, trellis
 
 # --- what packed arrays decode to -----------------------------------------------------------
 
@@ -136,12 +137,12 @@ def _by_columns(data: Mapping[str, Array], scale: Array) -> dict[str, int]:
 
 def _matmul(parts: Any, x: Array, *arrays: Any, activations: str = "float", **static: Any) -> Array:
     x, arrays = _tied(forms.rounded(x, activations), arrays)
-    return decoded.matmul(x, *parts(*arrays, **static))
+    return tiled_product.matmul(x, *parts(*arrays, **static))
 
 
 def _transposed(parts: Any, g: Array, *arrays: Any, k: int, **static: Any) -> Array:
     g, arrays = _tied(forms.rounded(g, "float"), arrays)
-    return decoded.matmul_transposed(g, *parts(*arrays, **static), k)
+    return tiled_product.matmul_transposed(g, *parts(*arrays, **static), k)
 
 
 def _tied(x: Array, arrays: tuple) -> tuple[Array, tuple]:
@@ -178,4 +179,4 @@ def columns(
 ) -> Float[Array, "k i"]:
     """Columns `ids` of that matrix, of which only the entries that hold them are decoded."""
     data, decode, spans = STORAGES[storage](*arrays, **static)
-    return decoded.columns(data, ids, decode, spans, k)
+    return tiled_product.columns(data, ids, decode, spans, k)

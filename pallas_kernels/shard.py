@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from pallas_kernels import layout, lookup, trellis
+from pallas_kernels.codecs import layout, lookup, trellis
 from pallas_kernels.dispatch import product
 
 # What the rows of each array of an op are: words of codes, groups, or the same for all rows.

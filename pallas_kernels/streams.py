@@ -1,4 +1,4 @@
-"""Entropy-coded streams read on the host: natively where a compiler is, else by `coded.read`."""
+"""Entropy-coded streams read on the host: natively where a compiler is, else by JAX."""
 
 import ctypes
 import functools
@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt16
 
-from pallas_kernels import coded, native, student, tcq
-from pallas_kernels.coded import Coded
+from pallas_kernels.codecs import entropy_stream, student_t, trellis_coded
+from pallas_kernels.codecs.entropy_stream import Coded
+from pallas_kernels.cpu import native
 
 
 class Stream(NamedTuple):
-    """A stream, and what is known of its matrix [k, n] beforehand; see `coded.read`."""
+    """A stream, and what is known of its matrix [k, n] beforehand; see `entropy_stream.read`."""
 
     words: UInt16[np.ndarray, " size"]
     k: int
@@ -35,7 +36,7 @@ def read(streams: list[Stream], threads: int) -> list[tuple[Coded, bool]]:
     >>> values = np.array([[2, 0, -4, 0]], np.int16)
     >>> row = np.arange(4) % 2
     >>> one = Coded(np.int32(0), np.int32(1), row[:1], row[:1], row * 0, row, values)
-    >>> words, _ = coded.write(one, 30, 1)
+    >>> words, _ = entropy_stream.write(one, 30, 1)
     >>> [(got, whole)] = read([Stream(np.asarray(words), 1, 4, lanes=1, states=1, chain=4)], 2)
     >>> whole, got.values.tolist()
     (True, [[2, 0, -4, 0]])
@@ -47,7 +48,7 @@ def read(streams: list[Stream], threads: int) -> list[tuple[Coded, bool]]:
 
 def _plain(s: Stream) -> tuple[Coded, bool]:
     words = jnp.asarray(s.words)
-    got, whole = coded.read(words, s.k, s.n, lanes=s.lanes, states=s.states, chain=s.chain)
+    got, whole = entropy_stream.read(words, s.k, s.n, lanes=s.lanes, states=s.states, chain=s.chain)
     return jax.tree.map(np.asarray, got), bool(whole)
 
 
@@ -78,19 +79,21 @@ def _reader() -> ctypes._CFuncPtr:
 
 
 def _native(s: Stream) -> tuple[Coded, bool]:
-    """`coded.read`, bit for bit."""
+    """`entropy_stream.read`, bit for bit."""
     words = np.ascontiguousarray(s.words, np.uint16)
-    if words.size < coded.HEADER:
+    if words.size < entropy_stream.HEADER:
         return _plain(s)
-    shape = int(np.clip(words[2].astype(np.int16), 0, len(student.SHAPES) - 1))
-    below = np.ascontiguousarray(student.below()[shape])
+    shape = int(np.clip(words[2].astype(np.int16), 0, len(student_t.SHAPES) - 1))
+    below = np.ascontiguousarray(student_t.below()[shape])
     of = lambda count: np.empty(count, np.int32)
     base, steps, levels, widths, columns = (of(count) for count in (1, s.k, s.k, s.n, s.n))
     values = np.empty((s.k, s.n), np.int16)
     at = lambda *arrays: (a.ctypes.data for a in arrays)
-    count, _ = coded.chains(s.n, s.chain)
-    sizes = student.CLASSES, student.SYMBOLS, student.UNIT
-    tables = _Tables(*at(below, student.BASE, student.BITS), *sizes, *tcq.generators(s.states))
+    count, _ = entropy_stream.chains(s.n, s.chain)
+    sizes = student_t.CLASSES, student_t.SYMBOLS, student_t.UNIT
+    tables = _Tables(
+        *at(below, student_t.BASE, student_t.BITS), *sizes, *trellis_coded.generators(s.states)
+    )
     stream = _Stream(
         *at(words), words.size, s.k, s.n, s.lanes, count,
         *at(base, steps, levels, widths, columns, values),

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels import native, trellis
+from pallas_kernels.codecs import trellis
+from pallas_kernels.cpu import native
 
 BATCH_BYTES = 1 << 28  # of the JAX version: temporary memory of the sequences searched at a time
 _FAR = 1e30  # the cost of a node that no path may start from

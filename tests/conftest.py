@@ -5,7 +5,7 @@ from collections import defaultdict
 import jax
 import pytest
 
-from pallas_kernels import decoded, dispatch
+from pallas_kernels import dispatch
 
 
 def pytest_configure(config):

@@ -15,7 +15,7 @@ from jaxquant.rounding import beam as stages
 from jaxquant.rounding.beam import Beam
 from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
-from pallas_kernels import lookup
+from pallas_kernels.codecs import lookup
 
 from .layer import made_layer, relative_loss
 from .test_dispatch import draw

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxquant.formats.e8p import E8P
-from pallas_kernels import decoded, e8p
+from pallas_kernels import tiled_product
+from pallas_kernels.codecs import e8p
 
 from .test_dispatch import draw
 
@@ -303,9 +304,9 @@ def test_entries_that_cover_several_columns(tiles_of):
 
     @jax.jit
     def everything(x, g, data):
-        columns = decoded.columns(data, ids, decode, spans, 8)
-        product = decoded.matmul(x, data, decode, spans)
-        return columns, product, decoded.matmul_transposed(g, data, decode, spans, 8)
+        columns = tiled_product.columns(data, ids, decode, spans, 8)
+        product = tiled_product.matmul(x, data, decode, spans)
+        return columns, product, tiled_product.matmul_transposed(g, data, decode, spans, 8)
 
     columns, product, transposed = everything(x, x @ w, data)
     np.testing.assert_array_equal(columns, w[:, ids])

@@ -14,7 +14,7 @@ import jaxquant as jq
 from jaxquant.formats.entropy_coded import EntropyCoded
 from jaxquant.rounding import Moments, Nearest
 from jaxquant.rounding.waterfill import Waterfill
-from pallas_kernels import coded, rans, student, tcq
+from pallas_kernels.codecs import entropy_stream, rans, student_t, trellis_coded
 
 from .test_dispatch import draw
 
@@ -50,14 +50,14 @@ def rotated_bound(w, h, bits):
 # --- tables and trellis ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", range(len(student.SHAPES)))
-@pytest.mark.parametrize("index", [1, 14, student.UNIT, 33, 50])
+@pytest.mark.parametrize("shape", range(len(student_t.SHAPES)))
+@pytest.mark.parametrize("index", [1, 14, student_t.UNIT, 33, 50])
 @pytest.mark.parametrize("q", [0, 1])
 def test_frequencies_are_those_of_the_source(shape, index, q):
     """Each code's probability, to what a slot for everything that can happen takes away."""
-    row = student.frequencies()[shape, index, q]
-    edges = np.append(2.0 * student.BASE - q - 1, 2 * student.LARGEST - q + 1)
-    source = stats.t(student.SHAPES[shape], scale=2 ** ((index - student.UNIT) / 4))
+    row = student_t.frequencies()[shape, index, q]
+    edges = np.append(2.0 * student_t.BASE - q - 1, 2 * student_t.LARGEST - q + 1)
+    source = stats.t(student_t.SHAPES[shape], scale=2 ** ((index - student_t.UNIT) / 4))
     share = np.diff(source.cdf(edges))
     assert row.sum() == rans.SLOTS
     assert np.abs(row / rans.SLOTS - share).max() < 0.005
@@ -69,8 +69,10 @@ def test_frequencies_are_those_of_the_source(shape, index, q):
 
 def test_tables_never_change():
     """Streams written today must be read by every later version."""
-    assert zlib.crc32(student.frequencies().astype("<i4").tobytes()) == 2246190621
-    assert zlib.crc32(np.stack([student.BASE, student.BITS]).astype("<i4").tobytes()) == 1690317735
+    assert zlib.crc32(student_t.frequencies().astype("<i4").tobytes()) == 2246190621
+    assert (
+        zlib.crc32(np.stack([student_t.BASE, student_t.BITS]).astype("<i4").tobytes()) == 1690317735
+    )
 
 
 @pytest.mark.parametrize("states", [4, 8, 16])
@@ -78,7 +80,9 @@ def test_search_finds_the_cheapest_path(states):
     rng = np.random.default_rng(states)
     code = rng.integers(-3, 3, (6, 2, 2, 2)) * 2 + np.arange(2)  # of either parity
     cost = rng.random((6, 2, 2, 2)).astype(np.float32)
-    got = np.asarray(tcq.search(tcq.Branches(jnp.asarray(code), jnp.asarray(cost)), states))
+    got = np.asarray(
+        trellis_coded.search(trellis_coded.Branches(jnp.asarray(code), jnp.asarray(cost)), states)
+    )
     for chain in range(2):
         best = (np.inf, None)
         for path in itertools.product((0, 1), repeat=6):
@@ -87,15 +91,15 @@ def test_search_finds_the_cheapest_path(states):
                 q = state & 1
                 total += cost[t, chain, q, parity]
                 values.append(2 * code[t, chain, q, parity] - q)
-                state = int(tcq.advance(state, int(code[t, chain, q, parity]), states))
+                state = int(trellis_coded.advance(state, int(code[t, chain, q, parity]), states))
             best = min(best, (total, values))
         assert got[:, chain].tolist() == best[1]
 
 
-@pytest.mark.parametrize("states", tcq.STATES[1:])
+@pytest.mark.parametrize("states", trellis_coded.STATES[1:])
 def test_every_state_is_reached_by_both_parities(states):
     s, parity = jnp.divmod(jnp.arange(2 * states), 2)
-    after = np.asarray(tcq.advance(s, parity, states))
+    after = np.asarray(trellis_coded.advance(s, parity, states))
     for state in range(states):
         assert set(np.asarray(parity)[after == state]) == {0, 1}
         assert len(set(np.asarray(s)[after == state] & 1)) == 1
@@ -111,18 +115,20 @@ def test_storage_is_exact(k, n, lanes, chain):
     wild = lambda *size: rng.integers(-300, 300, size).astype(np.int32)
     codes = np.round(rng.standard_t(1, (k, n)) * 4).astype(np.int32)
     codes[0, 0] = -student.LARGEST
-    count, _ = coded.chains(n, chain)
+    count, _ = entropy_stream.chains(n, chain)
     state, values = np.zeros((count, k), np.int32), np.zeros((k, n), np.int16)
     for j in range(n):
         values[:, j] = 2 * codes[:, j] - (state[j % count] & 1)
-        state[j % count] = tcq.advance(state[j % count], codes[:, j], 8)
-    level = np.full(k, student.CLASSES - student.UNIT, np.int32)  # where every symbol is possible
+        state[j % count] = trellis_coded.advance(state[j % count], codes[:, j], 8)
+    level = np.full(
+        k, student_t.CLASSES - student_t.UNIT, np.int32
+    )  # where every symbol is possible
     columns = wild(n) // 300
-    original = coded.Coded(
+    original = entropy_stream.Coded(
         jnp.int32(-123457), jnp.int32(1), wild(k), level, wild(n) // 9, columns, values
     )
-    words, used = coded.write(jax.tree.map(jnp.asarray, original), 4000, lanes)
-    got, whole = coded.read(words[: int(used)], k, n, lanes=lanes, states=8, chain=chain)
+    words, used = entropy_stream.write(jax.tree.map(jnp.asarray, original), 4000, lanes)
+    got, whole = entropy_stream.read(words[: int(used)], k, n, lanes=lanes, states=8, chain=chain)
     assert bool(whole)
     jax.tree.map(np.testing.assert_array_equal, got, original)
 
@@ -299,7 +305,7 @@ def test_zero_and_vanishing_columns_round_to_nearest(bits):
 
 
 def test_a_stream_that_does_not_tell_what_was_meant_is_never_returned(monkeypatch):
-    write = coded.write
+    write = entropy_stream.write
 
     def spoilt(what, size, lanes):
         words, used = write(what, size, lanes)

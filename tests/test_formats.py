@@ -10,7 +10,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.formats.integer import spread
 from jaxquant.recipes.serialize import from_json, to_json
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 
 from .kernels.operands import assert_rows_hold
 from .test_dispatch import draw

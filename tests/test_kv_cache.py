@@ -9,7 +9,7 @@ import pytest
 
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
-from pallas_kernels import kv, layout
+from pallas_kernels.codecs import kv_layout, layout
 from pallas_kernels.kv_attention import kv_attention
 
 BITS = (2, 3, 4, 8)
@@ -35,18 +35,18 @@ def test_what_is_on_the_grid_comes_back(bits):
     keys = jnp.asarray(0.25 * codes - 7, jnp.float32)
     packed = kv_cache.quantize_keys(keys, jnp.ones(32, bool), form)
     assert packed[0].shape == (3, bits, 64)  # 32 codes of b bits are b words
-    np.testing.assert_array_equal(kv.decode_keys(*packed, bits), keys)
+    np.testing.assert_array_equal(kv_layout.decode_keys(*packed, bits), keys)
     values = keys.swapaxes(1, 2)[:, :, :32]
     packed = kv_cache.quantize_values(values, form)
-    np.testing.assert_array_equal(kv.decode_values(*packed, bits), values)
+    np.testing.assert_array_equal(kv_layout.decode_values(*packed, bits), values)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_errors_are_at_most_half_a_step(bits):
     form = KVFormat(bits)
     x = 3 * draw(2, 64, 64) + 5 * draw(64)
-    keys = kv.decode_keys(*kv_cache.quantize_keys(x, jnp.ones(64, bool), form), bits)
-    values = kv.decode_values(*kv_cache.quantize_values(x, form), bits)
+    keys = kv_layout.decode_keys(*kv_cache.quantize_keys(x, jnp.ones(64, bool), form), bits)
+    values = kv_layout.decode_values(*kv_cache.quantize_values(x, form), bits)
     by_channel = np.asarray(x).reshape(2, 2, 32, 64)
     by_token = np.asarray(x).reshape(2, 64, 2, 32)
     for known, grouped, axis in ((keys, by_channel, 2), (values, by_token, 3)):
@@ -64,7 +64,7 @@ def test_what_is_not_there_enters_no_range():
     spoilt = jnp.where(valid[:, None], keys, 100.0)
 
     def known(keys, valid):
-        return kv.decode_keys(*kv_cache.quantize_keys(keys, valid, form), 2)[valid_rows]
+        return kv_layout.decode_keys(*kv_cache.quantize_keys(keys, valid, form), 2)[valid_rows]
 
     valid_rows = np.flatnonzero(valid)
     clean = known(keys, valid)
@@ -72,7 +72,7 @@ def test_what_is_not_there_enters_no_range():
     errors = [jnp.abs(k - keys[valid_rows]).max() for k in (clean, known(spoilt, valid | True))]
     assert errors[1] > 2 * errors[0]  # the twin
     nothing = kv_cache.quantize_keys(keys, valid & False, form)
-    assert jnp.all(jnp.isfinite(kv.decode_keys(*nothing, 2)))
+    assert jnp.all(jnp.isfinite(kv_layout.decode_keys(*nothing, 2)))
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
@@ -81,8 +81,8 @@ def test_what_is_not_finite_stays_visible(value, tokens):
     """Its whole range is no number, and all others are as without it."""
     form, there = KVFormat(4), jnp.ones(tokens, bool)
     x = draw(3, tokens, 64)
-    keys = jax.jit(lambda x: kv.decode_keys(*kv_cache.quantize_keys(x, there, form), 4))
-    values = jax.jit(lambda x: kv.decode_values(*kv_cache.quantize_values(x, form), 4))
+    keys = jax.jit(lambda x: kv_layout.decode_keys(*kv_cache.quantize_keys(x, there, form), 4))
+    values = jax.jit(lambda x: kv_layout.decode_values(*kv_cache.quantize_values(x, form), 4))
     for known, spoilt in ((keys, np.s_[1, :32, 7]), (values, np.s_[1, 5, :32])):
         clean, wrong = (np.array(known(a)) for a in (x, x.at[1, 5, 7].set(value)))
         assert np.isnan(wrong[spoilt]).all()
@@ -238,9 +238,9 @@ def test_a_rounded_sequence_is_what_the_codes_give_back():
     np.testing.assert_array_equal(keys[:, :, :3], k[:, :, :3])
     np.testing.assert_array_equal(values[:, :, :3], v[:, :, :3])
     angles = jnp.arange(40)[:, None] * FREQUENCIES
-    stored = kv.turned(kv.decode_keys(*(a[0] for a in past[4:7]), 4), angles)
+    stored = kv_layout.turned(kv_layout.decode_keys(*(a[0] for a in past[4:7]), 4), angles)
     np.testing.assert_allclose(keys[:, :, 3:], stored[:, :, 3:], atol=1e-5)
-    stored = kv.decode_values(*(a[0] for a in past[7:]), 4)
+    stored = kv_layout.decode_values(*(a[0] for a in past[7:]), 4)
     np.testing.assert_array_equal(values[:, :, 3:], stored[:, :, 3:])
     short = kv_cache.rounded_keys(k[:, :, :37], form, FREQUENCIES)  # a last group of five
     assert short.shape[2] == 37

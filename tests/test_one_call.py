@@ -10,7 +10,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.ptq.layer_stacks import layers_of
-from pallas_kernels import native
+from pallas_kernels.cpu import native
 from tests.kernels.lowering import lowered_text
 
 REASON = native.load()

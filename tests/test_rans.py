@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import rans
+from pallas_kernels.codecs import rans
 
 ROWS = 6  # distributions of a test
 

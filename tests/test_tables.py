@@ -16,7 +16,7 @@ from jaxquant.formats.normal_float import NF4, NormalFloat, dynamic_map, normal_
 from jaxquant.formats.table import Scales, search
 from jaxquant.rounding.ldlq import LDLQ
 from jaxquant.rounding.moments import Moments
-from pallas_kernels import tables
+from pallas_kernels.codecs import tables
 
 from .test_dispatch import draw
 

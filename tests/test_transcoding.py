@@ -10,7 +10,9 @@ import pytest
 import jaxquant as jq
 from jaxquant.ptq.layer_stacks import layers_of
 from jaxquant.storage import checkpoint
-from pallas_kernels import coded, dual_scale, layout, native
+from pallas_kernels import dual_scale
+from pallas_kernels.codecs import entropy_stream, layout
+from pallas_kernels.cpu import native
 
 from .test_dispatch import draw
 
@@ -175,8 +177,10 @@ def test_ranges_of_any_part_of_the_columns_serve():
 
 def test_scales_are_those_of_the_stream(matrix):
     """The twin: steps from the stream's logarithms by another function are not the same bits."""
-    got, _ = coded.read(matrix.data["codes"].reshape(-1), K, N, lanes=4, states=8, chain=24)
-    step, _ = coded.scales(got.base, got.steps, got.widths)
+    got, _ = entropy_stream.read(
+        matrix.data["codes"].reshape(-1), K, N, lanes=4, states=8, chain=24
+    )
+    step, _ = entropy_stream.scales(got.base, got.steps, got.widths)
     same(jq.transcoded(matrix).data["step"], step)
     codes = layout.unpack(jq.transcoded(matrix).data["codes"], 4, K)
     assert int(jnp.sum(codes != got.values)) > 0  # some are beyond four bits

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import trellis, woven
+from pallas_kernels.codecs import trellis, wide_trellis
 
 TRELLISES = [
     (16, 1, 1), (16, 2, 1), (12, 3, 1), (12, 5, 1), (16, 8, 1), (4, 4, 1), (12, 2, 2), (12, 3, 2),
@@ -101,7 +101,9 @@ def stream_bits(words, step, is_woven):
 
 @pytest.mark.parametrize("V, woven_at", [(1, set()), (2, set()), (4, {1, 2, 4})])
 def test_which_streams_are_woven(V, woven_at):
-    assert {K for K in range(1, 9) if woven.fits(K, V)} == woven_at | ({8} if V == 4 else set())
+    assert {K for K in range(1, 9) if wide_trellis.fits(K, V)} == woven_at | (
+        {8} if V == 4 else set()
+    )
 
 
 @pytest.mark.parametrize("V", [1, 2, 4])
@@ -123,7 +125,7 @@ def test_states_are_windows_of_the_stream(L, K, V):
     words = random_words(3, K)
     got = np.asarray(jax.jit(lambda w: trellis.states(w, L, K, V))(words))
     for stream, states in zip(words, got, strict=True):
-        bits = stream_bits(stream, K * V, woven.fits(K, V)) * 2
+        bits = stream_bits(stream, K * V, wide_trellis.fits(K, V)) * 2
         want = [int(bits[t * K * V : t * K * V + L], 2) for t in range(256 // V)]
         assert states.tolist() == want
     np.testing.assert_array_equal(jax.jit(lambda s: trellis.pack(s, L, K, V))(got), words)

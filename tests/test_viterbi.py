@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import native, trellis, viterbi
+from pallas_kernels import viterbi
+from pallas_kernels.codecs import trellis
+from pallas_kernels.cpu import native
 
 ON_CPU = jax.default_backend() == "cpu"
 needs_native = pytest.mark.skipif(

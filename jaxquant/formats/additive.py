@@ -15,7 +15,7 @@ from jaxquant.formats.codebook_format import Learned
 from jaxquant.formats.kmeans import residual_kmeans
 from jaxquant.formats.op_format import Served
 from jaxquant.formats.scales import RESCALE, as_stored, check_scales, through
-from pallas_kernels import lookup
+from pallas_kernels.codecs import lookup
 
 
 class Codebooks(NamedTuple):

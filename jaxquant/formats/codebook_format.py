@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.formats.scales import check_values
-from pallas_kernels import lookup
+from pallas_kernels.codecs import lookup
 
 BEAM = 5  # partial sums kept where codes are chosen anew
 

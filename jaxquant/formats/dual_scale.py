@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Float32, Int16
 
 from jaxquant.core.fields import check_fields
 from jaxquant.formats.op_format import Served
-from pallas_kernels import dual_scale, layout
+from pallas_kernels import dual_scale
+from pallas_kernels.codecs import layout
 
 
 @dataclasses.dataclass(frozen=True)

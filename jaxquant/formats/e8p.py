@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Int32
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.formats.op_format import Served
-from pallas_kernels import e8p, lookup
+from pallas_kernels.codecs import e8p, lookup
 
 _CHUNK = 1 << 15  # octets rounded at a time
 
@@ -32,7 +32,7 @@ class E8P(Served):
     Attributes:
       bits: 2, 3 or 4. At 4 bits a trellis or even a scalar code does better on Gaussian weights.
 
-    Source: Tseng et al. 2024, arXiv:2402.04396; see `pallas_kernels.e8p`.
+    Source: Tseng et al. 2024, arXiv:2402.04396; see `pallas_kernels.codecs.e8p`.
 
     >>> f = E8P()
     >>> data = f.encode(jnp.array([[0.7]] * 7 + [[-1.1]]))

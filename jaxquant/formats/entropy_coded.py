@@ -12,8 +12,8 @@ from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.magnitude import unit
 from jaxquant.formats.scales import check_wide
 from pallas_kernels import activations as forms
-from pallas_kernels import coded, student, tcq
-from pallas_kernels.coded import Coded
+from pallas_kernels.codecs import entropy_stream, student_t, trellis_coded
+from pallas_kernels.codecs.entropy_stream import Coded
 
 WORD = 16  # bits
 SLOPE = 0.41  # squared steps that a bit is worth: the best for the codes of `tcq`
@@ -81,8 +81,8 @@ class EntropyCoded:
         check_fields(self)
         if not 0 < self.bits <= 12:
             raise ValueError(f"bits must be above 0, at most 12, got {self.bits}")
-        if self.states not in tcq.STATES:
-            raise ValueError(f"states must be one of {tcq.STATES}, got {self.states}")
+        if self.states not in trellis_coded.STATES:
+            raise ValueError(f"states must be one of {trellis_coded.STATES}, got {self.states}")
         check_positive(self, "chain", "lanes")
 
     def check(self, w: Float[Array, "k n"]) -> str:
@@ -92,7 +92,7 @@ class EntropyCoded:
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
         """The data of a matrix 2**e times as large."""
         words = data["codes"].reshape(-1)
-        return {"codes": coded.scaled(words, e).reshape(data["codes"].shape)}
+        return {"codes": entropy_stream.scaled(words, e).reshape(data["codes"].shape)}
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
@@ -109,7 +109,7 @@ class EntropyCoded:
 
     def side_bits(self, k: int, n: int) -> int:
         """About what is not codes: header, states of the lanes, steps and scales."""
-        return WORD * (coded.HEADER + self.lanes) + 7 * k + 5 * n
+        return WORD * (entropy_stream.HEADER + self.lanes) + 7 * k + 5 * n
 
     # --- codes ------------------------------------------------------------------------------
 
@@ -130,23 +130,23 @@ class EntropyCoded:
         Args:
           t: targets, over the widths of their columns.
           columns: scales of the columns over their widths, quarter octaves.
-          shape: of the source, an index into `student.SHAPES`.
+          shape: of the source, an index into `student_t.SHAPES`.
           rows: of each chain.
         """
-        source = coded.index(rows.level, columns)
-        branches = tcq.branches(t / rows.step, source, shape, rows.price, rows.prior)
-        v = tcq.search(branches, self.states)
+        source = entropy_stream.index(rows.level, columns)
+        branches = trellis_coded.branches(t / rows.step, source, shape, rows.price, rows.prior)
+        v = trellis_coded.search(branches, self.states)
         return v.astype(jnp.int16), v * rows.step
 
     def finished(self, trial: Coded) -> Coded:
         """The same values with the levels that make them shortest."""
         values = trial.values.astype(jnp.int32)
         q = values & 1
-        symbol = student.symbol((values + q) >> 1)
-        prices = jnp.asarray(student.prices())[trial.shape]
+        symbol = student_t.symbol((values + q) >> 1)
+        prices = jnp.asarray(student_t.prices())[trial.shape]
 
         def bits(offset: Array) -> Array:
-            source = coded.index((trial.levels + offset)[:, None], trial.columns)
+            source = entropy_stream.index((trial.levels + offset)[:, None], trial.columns)
             return jnp.sum(prices[source, q, symbol], axis=1)
 
         offsets = jnp.arange(-4, 5)
@@ -174,7 +174,7 @@ class EntropyCoded:
 
         def one(state: _Search) -> _Search:
             tried = trial(state.x)
-            words, used = coded.write(tried, size, self.lanes)
+            words, used = entropy_stream.write(tried, size, self.lanes)
             here, fits = jnp.stack([state.x, used.astype(jnp.float32)]), used <= size
             better = fits & (here[0] <= state.short[0])
             long = jnp.where(fits, state.long, here)
@@ -225,20 +225,22 @@ class EntropyCoded:
         columns, shape = profile(w)
         heard = columns > -FAINT
         w, share = jnp.where(heard, w, 0 * w), jnp.mean(heard)
-        chains = coded.laid(columns, self.chain)
+        chains = entropy_stream.laid(columns, self.chain)
         ones, widths = jnp.ones(k), jnp.where(heard, 0, -FAINT)
 
         def trial(x: Array) -> Coded:
-            base = jnp.round(x * coded.FINE).astype(jnp.int32)
+            base = jnp.round(x * entropy_stream.FINE).astype(jnp.int32)
             steps = coarse_enough(jnp.zeros(k, jnp.int32), w, base)
-            step = jnp.exp2(base / coded.FINE) * octaves(steps)
+            step = jnp.exp2(base / entropy_stream.FINE) * octaves(steps)
             level = levels(w / step[:, None], columns, shape)
             rows = Row(step, level, SLOPE * octaves(-2 * steps), 0 * ones)
 
             def row(one: tuple) -> Array:
                 target, of = one
                 each = jax.tree.map(lambda a: jnp.full(chains.shape[1], a), of)
-                values, _ = self.searched(coded.laid(target, self.chain), chains, shape, each)
+                values, _ = self.searched(
+                    entropy_stream.laid(target, self.chain), chains, shape, each
+                )
                 return values.reshape(-1)[:n]
 
             values = jax.lax.map(row, (w, rows), batch_size=32)
@@ -277,10 +279,12 @@ class EntropyCoded:
         if words.ndim > 2:
             return jax.vmap(lambda words: self.dequantize({"codes": words}, k))(words)
         got, whole = self._read(words.reshape(-1), k, words.shape[1])
-        return jnp.where(whole, coded.weights(got), jnp.nan)
+        return jnp.where(whole, entropy_stream.weights(got), jnp.nan)
 
     def _read(self, words: UInt16[Array, " size"], k: int, n: int) -> tuple[Coded, Bool[Array, ""]]:
-        return coded.read(words, k, n, lanes=self.lanes, states=self.states, chain=self.chain)
+        return entropy_stream.read(
+            words, k, n, lanes=self.lanes, states=self.states, chain=self.chain
+        )
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -343,7 +347,7 @@ def coarse_enough(
 
     Values have an end, and feedback, which moves targets, is left as much again.
     """
-    least = 4 * (_least_steps(t) - base / coded.FINE)
+    least = 4 * (_least_steps(t) - base / entropy_stream.FINE)
     return jnp.maximum(steps, jnp.ceil(least).astype(jnp.int32))
 
 
@@ -356,7 +360,7 @@ def finest(w: Float[Array, "k n"]) -> Array:
 def _least_steps(t: Float[Array, "k n"]) -> Float[Array, " k"]:
     """log2 of the steps of rows in which the largest of a row is half the largest value."""
     peak = jnp.max(jnp.abs(t), axis=1)
-    return jnp.log2(jnp.maximum(peak, _TINY) / student.LARGEST)
+    return jnp.log2(jnp.maximum(peak, _TINY) / student_t.LARGEST)
 
 
 def levels(
@@ -365,10 +369,10 @@ def levels(
     """Scales of rows of targets, in steps, quarter octaves; large enough to reach all of a row."""
     heard = columns > -FAINT
     size = jnp.where(heard, jnp.abs(t) / octaves(columns), 0.0)
-    spread = jnp.mean(size, axis=1) / jnp.mean(heard) / jnp.asarray(student.MEANS)[shape]
-    reach = jnp.ceil(4 * jnp.log2(jnp.maximum(jnp.max(size, axis=1) / student.REACH, _TINY)))
+    spread = jnp.mean(size, axis=1) / jnp.mean(heard) / jnp.asarray(student_t.MEANS)[shape]
+    reach = jnp.ceil(4 * jnp.log2(jnp.maximum(jnp.max(size, axis=1) / student_t.REACH, _TINY)))
     level = jnp.maximum(quarters(spread), reach.astype(jnp.int32))
-    return jnp.maximum(level, -2 * student.UNIT)  # of a row of zeros, say
+    return jnp.maximum(level, -2 * student_t.UNIT)  # of a row of zeros, say
 
 
 def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
@@ -388,7 +392,7 @@ def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
         heard = columns > jnp.max(columns) - _AUDIBLE
     left = size / row / column
     peak = _mean(left, heard & there) / jnp.sqrt(_mean(left**2, heard & there))
-    shape = jnp.argmin(jnp.abs(peak - jnp.asarray(student.PEAKS))).astype(jnp.int32)
+    shape = jnp.argmin(jnp.abs(peak - jnp.asarray(student_t.PEAKS))).astype(jnp.int32)
     middle = jnp.round(_mean(columns, heard)).astype(jnp.int32)
     return jnp.where(heard, columns - middle, -FAINT), shape
 

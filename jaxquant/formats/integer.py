@@ -18,7 +18,7 @@ from jaxquant.formats.scales import (
     grouped,
     rows_per_group,
 )
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 
 
 class Grid(NamedTuple):

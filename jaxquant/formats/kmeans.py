@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxquant.core.magnitude import exponent, shifted
-from pallas_kernels import lookup
+from pallas_kernels.codecs import lookup
 
 ROUNDS = 32  # in which the first centroids are drawn
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float16, Int32
 
 from jaxquant.core.fields import check_fields
-from pallas_kernels import kv, layout
+from pallas_kernels.codecs import kv_layout, layout
 
 ROPE = ("pre", "post")
 _LARGEST = float(jnp.finfo(jnp.float16).max)
@@ -93,7 +93,7 @@ class KVFormat:
 
 def empty(
     form: KVFormat, shape: tuple[int, int, int], head_dim: int, size: int, dtype: Any
-) -> kv.Past:
+) -> kv_layout.Past:
     """A cache of no tokens, with room for `size`.
 
     Args:
@@ -113,13 +113,15 @@ def empty(
     per_group = jnp.zeros((*shape, slots // form.group, head_dim), jnp.float16)
     per_token = jnp.zeros((*shape, head_dim // form.channels, slots), jnp.float16)
     sink, ring = exact(form.sinks), exact(form.window + form.group)
-    return kv.Past(sink, sink, ring, ring, codes, per_group, per_group, codes, per_token, per_token)
+    return kv_layout.Past(
+        sink, sink, ring, ring, codes, per_group, per_group, codes, per_token, per_token
+    )
 
 
 def quantize_keys(
     keys: Float[Array, "*b t hd"], valid: Bool[Array, " t"], form: KVFormat
 ) -> tuple[Int32[Array, "*b w hd"], Float16[Array, "*b g hd"], Float16[Array, "*b g hd"]]:
-    """Codes, scales and offsets of whole groups of keys; see `pallas_kernels.kv.decode_keys`.
+    """Codes, scales and offsets of whole groups of keys; see `kv_layout.decode_keys`.
 
     Args:
       valid: which tokens there are and not kept elsewhere: others enter no range.
@@ -134,7 +136,7 @@ def quantize_keys(
 def quantize_values(
     values: Float[Array, "*b t hd"], form: KVFormat
 ) -> tuple[Int32[Array, "*b w hd"], Float16[Array, "*b c t"], Float16[Array, "*b c t"]]:
-    """Codes, scales and offsets of values; see `pallas_kernels.kv.decode_values`."""
+    """Codes, scales and offsets of values; see `pallas_kernels.codecs.kv_layout.decode_values`."""
     *batch, tokens, hd = values.shape
     runs = values.astype(jnp.float32).reshape(*batch, tokens, -1, form.channels)
     codes, scale, offset = _rounded(runs, jnp.ones(form.channels, bool), form.bits, axis=-1)
@@ -156,8 +158,8 @@ def rounded_keys(
     padding = [(0, 0)] * (keys.ndim - 2) + [(0, len(positions) - tokens), (0, 0)]
     padded = _unturned(jnp.pad(keys, padding), angles, form)
     there = (positions >= form.sinks) & (positions < tokens)
-    known = kv.decode_keys(*quantize_keys(padded, there, form), form.bits)
-    known = kv.turned(known, angles) if form.rope == "pre" else known
+    known = kv_layout.decode_keys(*quantize_keys(padded, there, form), form.bits)
+    known = kv_layout.turned(known, angles) if form.rope == "pre" else known
     sink = jnp.arange(tokens)[:, None] < form.sinks
     return jnp.where(sink, keys, known[..., :tokens, :].astype(keys.dtype))
 
@@ -166,20 +168,20 @@ def rounded_values(values: Float[Array, "*b t hd"], form: KVFormat) -> Float[Arr
     """Values of positions 0 ... t - 1 as the cache would give them back; as `rounded_keys`."""
     tokens = values.shape[-2]
     padding = [(0, 0)] * (values.ndim - 2) + [(0, -tokens % form.group), (0, 0)]
-    known = kv.decode_values(*quantize_values(jnp.pad(values, padding), form), form.bits)
+    known = kv_layout.decode_values(*quantize_values(jnp.pad(values, padding), form), form.bits)
     sink = jnp.arange(tokens)[:, None] < form.sinks
     return jnp.where(sink, values, known[..., :tokens, :].astype(values.dtype))
 
 
 def store(
-    past: kv.Past,
+    past: kv_layout.Past,
     k: Float[Array, "L b kv t hd"],
     v: Float[Array, "L b kv t hd"],
     start: Int32[Array, ""],
     stop: Int32[Array, ""],
     form: KVFormat,
     frequencies: Float[Array, " half"],
-) -> kv.Past:
+) -> kv_layout.Past:
     """The cache with the tokens at positions start ... stop - 1 of all layers, group by group.
 
     Each goes into the ring (or, one of the first, to the sinks); when a group is full, that which
@@ -202,7 +204,7 @@ def store(
         rows = jnp.where(is_new[:, None], rows, old)
         return jax.lax.dynamic_update_slice_in_dim(held, rows, at, axis=-2)
 
-    def chunk(i: Array, past: kv.Past) -> kv.Past:
+    def chunk(i: Array, past: kv_layout.Past) -> kv_layout.Past:
         positions = i * form.group + jnp.arange(form.group)
         at = i % chunks * form.group
         past = past._replace(
@@ -218,7 +220,9 @@ def store(
     return jax.lax.fori_loop(start // form.group, -(-stop // form.group), chunk, past)
 
 
-def _retire(past: kv.Past, group: Array, form: KVFormat, frequencies: Array) -> kv.Past:
+def _retire(
+    past: kv_layout.Past, group: Array, form: KVFormat, frequencies: Array
+) -> kv_layout.Past:
     """Group number `group` from the ring to the codes."""
     size, first = form.group, group * form.group
     at = first % past.ring_k.shape[-2]
@@ -233,13 +237,13 @@ def _retire(past: kv.Past, group: Array, form: KVFormat, frequencies: Array) -> 
     def put(a: Array, new: Array, axis: int) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(a, new, group * new.shape[axis], axis)
 
-    return kv.Past(*past[:4], *map(put, past[4:], coded, (3, 3, 3, 3, 4, 4)))
+    return kv_layout.Past(*past[:4], *map(put, past[4:], coded, (3, 3, 3, 3, 4, 4)))
 
 
 def _unturned(keys: Array, angles: Array, form: KVFormat) -> Array:
     """Keys as they are rounded, float32."""
     keys = keys.astype(jnp.float32)
-    return kv.turned(keys, -angles) if form.rope == "pre" else keys
+    return kv_layout.turned(keys, -angles) if form.rope == "pre" else keys
 
 
 def _rounded(x: Array, valid: Array, bits: int, axis: int) -> tuple[Array, Array, Array]:

@@ -25,7 +25,7 @@ from jaxquant.formats.scales import (
     grouped,
     rows_per_group,
 )
-from pallas_kernels import layout, tables
+from pallas_kernels.codecs import layout, tables
 
 
 class Scales(NamedTuple):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.formats.integer import Grid, Integer
 from jaxquant.formats.scales import as_stored
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 
 
 @dataclasses.dataclass(frozen=True)

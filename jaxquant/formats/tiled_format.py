@@ -8,11 +8,11 @@ from jaxtyping import Array, Float
 
 from jaxquant.formats.scales import check_wide, rescaled
 from pallas_kernels import activations as forms
-from pallas_kernels import decoded
+from pallas_kernels import tiled_product
 
 
 class Decoding:
-    """Base of a format that says `spans` and `decode`; see `pallas_kernels.decoded` for both."""
+    """Base of a format that says `spans` and `decode`; see `tiled_product` for both."""
 
     codes_ndim: ClassVar[int] = 2
     wide: bool = True  # whether `scaled` can hold what comes of any power of two
@@ -47,17 +47,17 @@ class Decoding:
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        return decoded.matmul(forms.rounded(x, activations), data, self.decode, self.spans)
+        return tiled_product.matmul(forms.rounded(x, activations), data, self.decode, self.spans)
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
         x = forms.rounded(x, "float")
-        return decoded.matmul_transposed(x, data, self.decode, self.spans, k)
+        return tiled_product.matmul_transposed(x, data, self.decode, self.spans, k)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return decoded.columns(data, ids, self.decode, self.spans, k)
+        return tiled_product.columns(data, ids, self.decode, self.spans, k)
 
     def outputs(self, data: dict[str, Array]) -> int:
         """Columns that the packed arrays hold."""
-        return decoded.outputs(data, self.spans)
+        return tiled_product.outputs(data, self.spans)

@@ -13,7 +13,8 @@ from jaxtyping import Array
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor, sides
 from jaxquant.formats import DualScale, EntropyCoded
-from pallas_kernels import coded, dual_scale, streams
+from pallas_kernels import dual_scale, streams
+from pallas_kernels.codecs import entropy_stream
 from pallas_kernels.streams import Stream
 
 FORMATS = tuple(DualScale(bits) for bits in (4, 8))
@@ -85,7 +86,7 @@ def _streams(w: QTensor) -> list[Stream]:
     return [Stream(one.reshape(-1), *size, f.lanes, f.states, f.chain) for one in stack]
 
 
-def _check(path: str, w: QTensor, found: list[tuple[coded.Coded, bool]]) -> None:
+def _check(path: str, w: QTensor, found: list[tuple[entropy_stream.Coded, bool]]) -> None:
     batch = w.data["codes"].shape[: w.leading()]
     for index, (_, whole) in zip(np.ndindex(*batch), found, strict=True):
         if not whole:
@@ -96,7 +97,7 @@ def _check(path: str, w: QTensor, found: list[tuple[coded.Coded, bool]]) -> None
             )
 
 
-def _transcoded(w: QTensor, matrices: list[coded.Coded]) -> QTensor:
+def _transcoded(w: QTensor, matrices: list[entropy_stream.Coded]) -> QTensor:
     values = np.stack([one.values for one in matrices])
     format = min(FORMATS, key=lambda f: f.bytes_of(values))
     parts = []
@@ -115,4 +116,4 @@ def _transcoded(w: QTensor, matrices: list[coded.Coded]) -> QTensor:
     return dataclasses.replace(w, format=format, data=data | sides(w.data))
 
 
-_scales = jax.jit(coded.scales)
+_scales = jax.jit(entropy_stream.scales)

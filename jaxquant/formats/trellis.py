@@ -12,7 +12,8 @@ from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted
 from jaxquant.formats.op_format import Served
 from jaxquant.formats.scales import check_wide, rescaled
-from pallas_kernels import trellis, viterbi
+from pallas_kernels import viterbi
+from pallas_kernels.codecs import trellis
 
 SIDE = trellis.SIDE
 # Best scale for Gaussian weights, in units of their rms, by rate; and the distortion it gives
@@ -36,7 +37,7 @@ class Trellis(Served):
       rates: bits per weight, 0 to 8, of equal blocks of rows, first to last; one serves all.
       L: bits of a state. A quarter of the distortion's gap to Shannon's bound goes from 12 to 16,
         for 16 times the search.
-      code: what a state stands for, one of `pallas_kernels.trellis.CODES`.
+      code: what a state stands for, one of `pallas_kernels.codecs.trellis.CODES`.
 
     Source: Tseng et al. 2024, arXiv:2406.11235. Rates that differ by block are ours.
 

@@ -14,7 +14,7 @@ from jaxquant.formats.codebook_format import Learned
 from jaxquant.formats.kmeans import residual_kmeans
 from jaxquant.formats.scales import check_half, through
 from jaxquant.formats.tiled_format import Decoding
-from pallas_kernels import lookup
+from pallas_kernels.codecs import lookup
 
 
 class VectorGrid(NamedTuple):

@@ -48,7 +48,7 @@ from jaxquant.rounding.moments import (
     living,
     upper,
 )
-from pallas_kernels.coded import FINE, Coded, chains, laid
+from pallas_kernels.codecs.entropy_stream import FINE, Coded, chains, laid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What bounds a quantized model on an accelerator: its memory, unpacking, or multiplying.
 
-From published bandwidths and peaks (`pallas_kernels.chips`) and the static rates of the kernels
-(`pallas_kernels.rates`): a model of the least time, not a measurement. Contention, the latency of
-loads and everything that is not a product of weights come on top.
+From published bandwidths and peaks (`pallas_kernels.cost.chips`) and the static rates of the
+kernels (`pallas_kernels.cost.rates`): a model of the least time, not a measurement. Contention, the
+latency of loads and everything that is not a product of weights come on top.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxquant.core.activations import kernel_form
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves
 from jaxquant.core.tensor import QTensor, part
-from pallas_kernels import chips, rates
+from pallas_kernels.cost import chips, rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def roofline(params: Any, chip: str, tokens: int = 1) -> Roofline:
     Args:
       params: tree with `QTensor` leaves (or their shapes); plain leaves of two and more axes count
         as bfloat16 matrices.
-      chip: one of `pallas_kernels.chips.CHIPS`.
+      chip: one of `pallas_kernels.cost.chips.CHIPS`.
       tokens: rows of activations.
     Raises:
       ValueError: no such chip.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.gpu import adapter
 
 EXACT = 11  # low bits of a float16 that are linear in the number

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.gpu import adapter, contraction, lanes, rows, tiles
 from pallas_kernels.kernel import Kernel
 

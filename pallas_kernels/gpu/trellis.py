@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import trellis
+from pallas_kernels.codecs import trellis
 from pallas_kernels.gpu import adapter, contraction, rows, tiles
 from pallas_kernels.kernel import Kernel
 

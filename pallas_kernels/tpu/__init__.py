@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import chips, dual_scale
+from pallas_kernels import dual_scale
+from pallas_kernels.cost import chips
 from pallas_kernels.kernel import Kernel
 
 _FLOATS = ("float32", "bfloat16", "float16")

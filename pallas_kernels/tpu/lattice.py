@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import e8p, layout
+from pallas_kernels.codecs import e8p, layout
 from pallas_kernels.tpu import planes, unpack
 from pallas_kernels.tpu.blocks import LANES, Blocks
 from pallas_kernels.tpu.product import Decoder, product

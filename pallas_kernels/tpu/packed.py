@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.tpu import planes, unpack
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.tpu.product import product

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.tpu import planes, unpack
 from pallas_kernels.tpu.blocks import DEPTH, LANES
 from pallas_kernels.tpu.product import Decoder, by_slice, sliced

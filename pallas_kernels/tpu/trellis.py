@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import trellis
+from pallas_kernels.codecs import trellis
 from pallas_kernels.tpu import planes
 from pallas_kernels.tpu.blocks import whole
 

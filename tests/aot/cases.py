@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.tpu import blocks, lattice, packed, table, transposed, trellis
 
 NF4 = tuple(np.round(np.sinh(np.linspace(-1.8, 1.8, 16)) / np.sinh(1.8), 4).tolist())

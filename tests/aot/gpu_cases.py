@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 from pallas_kernels.gpu import KERNELS, contraction, packed, tiles
 from tests.aot import real
 

@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import layout, shard
+from pallas_kernels import shard
 from pallas_kernels.attention import attention
+from pallas_kernels.codecs import layout
 from pallas_kernels.dispatch import product
 from tests.aot.compiler import ENVIRONMENT
 

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pallas_kernels import chips
+from pallas_kernels.cost import chips
 from tests.aot import compiler
 
 # Rows and columns of layers, small and large, wide and narrow.

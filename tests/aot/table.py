@@ -1,7 +1,7 @@
 """What the compilers make of every kernel: `make kernels` prints it, writes build/kernels.json.
 
 With --keep, rates go to pallas_kernels/rates.json too, of a TPU the medians, where
-`pallas_kernels.rates` finds them.
+`pallas_kernels.cost.rates` finds them.
 """
 
 import json

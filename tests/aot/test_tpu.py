@@ -3,8 +3,9 @@ do not spill, and their schedules keep up with the memory."""
 
 import pytest
 
-from pallas_kernels import chips, layout
-from pallas_kernels.rates import weights_per_cycle
+from pallas_kernels.codecs import layout
+from pallas_kernels.cost import chips
+from pallas_kernels.cost.rates import weights_per_cycle
 from tests.aot import cases, compiler, rates, tpu
 
 pytestmark = [
@@ -30,7 +31,7 @@ def test_rate(rows, name, chip):
 
 
 def test_rates_at_real_shapes():
-    """What `pallas_kernels.rates` says is the median over them; one shape is far below it."""
+    """What `pallas_kernels.cost.rates` says is the median over them; one shape is far below it."""
     (row,) = rates.rows(["packed_matmul 4 bits A16 g128"], on=("v5e",))
     said = weights_per_cycle("packed_matmul", "v5e", bits=4, group_size=128)
     assert row.median == pytest.approx(said, rel=0.02)

@@ -8,7 +8,7 @@ registers hold at least: 1 to 8 rows cost the same.
 
 from collections.abc import Sequence
 
-from pallas_kernels import chips
+from pallas_kernels.cost import chips
 from tests.aot import cases
 from tests.aot.compiler import TOPOLOGIES, Compiled, Job, compiled, kernel
 

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cpu, layout, lookup, native
+from pallas_kernels import cpu
+from pallas_kernels.codecs import layout, lookup
+from pallas_kernels.cpu import native
 
 SHAPES = ((4096, 11008), (4096, 4096), (1536, 576), (576, 1536))
 NF4 = tuple(float(v) for v in np.linspace(-1, 1, 16) ** 3)  # any sixteen values

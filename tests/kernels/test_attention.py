@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention as op
-from pallas_kernels import cpu, dispatch, native
+from pallas_kernels import cpu, dispatch
+from pallas_kernels.cpu import native
 from tests.kernels.lowering import lowered_text
 
 REASON = native.load()

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import activations as forms
-from pallas_kernels import cpu, layout, lookup, native, reference
+from pallas_kernels import cpu, reference
+from pallas_kernels.codecs import layout, lookup
+from pallas_kernels.cpu import native
 
 from .operands import SPOILT, assert_only_nan, spoilt
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import activations as forms
-from pallas_kernels import layout, lookup, reference
+from pallas_kernels import reference
+from pallas_kernels.codecs import layout, lookup
 from pallas_kernels.gpu import KERNELS, adapter, lanes
 from tests.kernels.lowering import lowered_text
 

@@ -13,7 +13,9 @@ import pytest
 
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
-from pallas_kernels import cpu, dispatch, kv, native
+from pallas_kernels import cpu, dispatch
+from pallas_kernels.codecs import kv_layout
+from pallas_kernels.cpu import native
 from pallas_kernels.kv_attention import kv_attention, reference
 from tests.kernels.lowering import lowered_text
 
@@ -64,10 +66,10 @@ def written_out(q, k, v, past, layer, start, radians):
     start = int(start)
     b, t, heads, hd = q.shape
     bits, group = (past.key_bits, past.value_bits), past.group
-    keys = f(kv.decode_keys(*(a[layer] for a in past[4:7]), bits[0]))
-    values = f(kv.decode_values(*(a[layer] for a in past[7:]), bits[1]))
+    keys = f(kv_layout.decode_keys(*(a[layer] for a in past[4:7]), bits[0]))
+    values = f(kv_layout.decode_values(*(a[layer] for a in past[7:]), bits[1]))
     if radians is not None:
-        keys = f(kv.turned(keys, np.arange(past.slots)[:, None] * radians))
+        keys = f(kv_layout.turned(keys, np.arange(past.slots)[:, None] * radians))
     left = max(0, start - past.window) // group * group
     pairs = []
     for at in range(start):
@@ -186,7 +188,7 @@ def test_what_serves():
         odd = ((1, 2, 2, 48), dtype, KVFormat(4, channels=16))
         assert "to be turned, no multiple of 32" in why(odd, 1)
         assert "scales for 8 channels" in why((sizes, dtype, KVFormat(4, channels=8)), 1)
-    call = lambda *a: kv_attention(*a[:3], kv.Past(*a[6:]), *a[3:6])
+    call = lambda *a: kv_attention(*a[:3], kv_layout.Past(*a[6:]), *a[3:6])
     text = lowered_text(call, *arrays_of(*draw(CASES[0], 0, 1)), platform="cpu")
     assert ("jaxquant_kv_attention" in text) == (not REASON)
 

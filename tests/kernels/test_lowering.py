@@ -6,7 +6,7 @@ import pytest
 import jaxquant as jq
 from models.config import LlamaConfig
 from models.llama import Llama, apply
-from pallas_kernels import native
+from pallas_kernels.cpu import native
 from tests.device.decode import random_params
 from tests.kernels.lowering import lowered_text
 

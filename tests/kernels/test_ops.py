@@ -10,7 +10,8 @@ import pytest
 
 import jaxquant as jq
 import pallas_kernels as pk
-from pallas_kernels import activations, dispatch, layout, reference
+from pallas_kernels import activations, dispatch, reference
+from pallas_kernels.codecs import layout
 
 from .operands import CASES, assert_only_nan, assert_rows_hold, draw, operands
 

@@ -1,11 +1,13 @@
-"""Entropy-coded streams read natively: what `coded.read` reads, of noise too, and no more."""
+"""Entropy-coded streams read natively: what JAX reads, of noise too, and no more."""
 
 import jax
 import numpy as np
 import pytest
 
 import jaxquant as jq
-from pallas_kernels import coded, native, streams
+from pallas_kernels import streams
+from pallas_kernels.codecs import entropy_stream
+from pallas_kernels.cpu import native
 
 from .operands import draw
 
@@ -39,7 +41,7 @@ def test_a_stream_is_what_the_reference_reads(words):
     assert same(streams._native(s), streams._plain(s))
     [(got, whole)] = streams.read([s], 2)
     assert whole
-    w = coded.weights(jax.tree.map(np.asarray, got))
+    w = entropy_stream.weights(jax.tree.map(np.asarray, got))
     np.testing.assert_array_equal(
         w, jq.EntropyCoded(3, STATES, CHAIN, LANES).dequantize({"codes": words.reshape(-1, N)}, K)
     )
@@ -60,7 +62,7 @@ def hostile(words, kind, seed):
         return np.where(np.arange(words.size) < words.size // 2, words, 0).astype(np.uint16)
     if kind == "ends":
         return noise | 0x8000 if seed % 2 else noise & 0x00FF
-    header = np.arange(words.size) < coded.HEADER + 2 * LANES * (seed % 2)
+    header = np.arange(words.size) < entropy_stream.HEADER + 2 * LANES * (seed % 2)
     return np.where(header, noise, words)
 
 
@@ -78,9 +80,13 @@ def test_nothing_is_read_or_written_outside_of_the_arrays():
     rng = np.random.default_rng(0)
     for seed in range(300):
         k, n, lanes, chain = (int(rng.integers(1, most)) for most in (40, 40, 70, 50))
-        words = rng.integers(0, 1 << 16, int(rng.integers(coded.HEADER, 400))).astype(np.uint16)
+        words = rng.integers(0, 1 << 16, int(rng.integers(entropy_stream.HEADER, 400))).astype(
+            np.uint16
+        )
         if seed % 3 == 0:
-            words[: coded.HEADER] = rng.choice([0, 1, 0x7FFF, 0x8000, 0xFFFF], coded.HEADER)
+            words[: entropy_stream.HEADER] = rng.choice(
+                [0, 1, 0x7FFF, 0x8000, 0xFFFF], entropy_stream.HEADER
+            )
         states = int(rng.choice([1, 4, 8, 256]))
         got, _ = streams._native(streams.Stream(words, k, n, lanes, states, chain))
         assert got.values.shape == (k, n)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import activations as forms
-from pallas_kernels import e8p, layout, lookup, reference, tables
+from pallas_kernels import reference
+from pallas_kernels.codecs import e8p, layout, lookup, tables
 from pallas_kernels.tpu import KERNELS, lattice
 from pallas_kernels.tpu.blocks import Blocks
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import activations
-from pallas_kernels import trellis as codes_
+from pallas_kernels.codecs import trellis as codes_
 from pallas_kernels.tpu import KERNELS, trellis
 
 from .operands import assert_rows_hold

@@ -98,7 +98,7 @@ def test_flips_and_drift():
     "method", [jq.lsq(4, 16), jq.ste(2, 16), jq.bitnet(), jq.stretched_elastic(2)], ids=str
 )
 def test_codes_are_what_is_packed(method):
-    from pallas_kernels import layout
+    from pallas_kernels.codecs import layout
 
     p = jq.latent({"w": draw(64, 8)}, method)
     packed = jq.freeze(p)["w"].data["codes"]

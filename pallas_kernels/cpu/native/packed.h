@@ -1,4 +1,4 @@
-// Matrices of packed integers or of codes of a table, as pallas_kernels/layout.py lays them out.
+// Matrices of packed integers or of codes of a table, as pallas_kernels/codecs/layout.py lays them out.
 
 #pragma once
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 
 CHUNK = 1 << 22  # distances held at a time
 

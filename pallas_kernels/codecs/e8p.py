@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import lookup
+from pallas_kernels.codecs import lookup
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # The scale of a unit Gaussian that makes its mean squared error least, by bits.

@@ -19,7 +19,7 @@ import threading
 import jax
 import jaxlib
 
-from pallas_kernels.native import compiling
+from pallas_kernels.cpu.native import compiling
 
 TARGETS = (
     "jaxquant_viterbi",

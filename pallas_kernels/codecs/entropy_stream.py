@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int16, Int32, UInt16
 
-from pallas_kernels import rans, student, tcq
+from pallas_kernels.codecs import rans, student_t, trellis_coded
 
 # Base, low and high; shape; class and mean of steps and of scales of rows; classes of columns'.
 HEADER = 9
@@ -30,7 +30,7 @@ class Coded(NamedTuple):
 
     Attributes:
       base: logarithm of the unit of the steps, in 1 / FINE octaves.
-      shape: index into `student.SHAPES`.
+      shape: index into `student_t.SHAPES`.
       steps: of every row, quarter octaves above the base.
       levels: scale of every row over its step, in quarter octaves.
       widths: of every column, quarter octaves.
@@ -65,7 +65,7 @@ def weights(coded: Coded) -> Float[Array, "k n"]:
 
 def index(levels: Int[Array, "..."], columns: Int[Array, "..."]) -> Int32[Array, "..."]:
     """The class of a source, of those that can code anything."""
-    return jnp.clip(levels + columns + student.UNIT, 1, student.CLASSES - 1)
+    return jnp.clip(levels + columns + student_t.UNIT, 1, student_t.CLASSES - 1)
 
 
 def chains(n: int, chain: int) -> tuple[int, int]:
@@ -138,20 +138,20 @@ def _by_lanes(a: Array, lanes: int) -> Array:
 
 def _side(codes: Int[Array, " k"], shape: Array, lanes: int) -> _Codes:
     """Side information, in the class that codes it in the fewest bits."""
-    count = jnp.zeros(student.SYMBOLS).at[student.symbol(codes)].add(1.0)
-    best = 1 + jnp.argmin(jnp.asarray(student.prices())[shape, 1:, 0] @ count)
+    count = jnp.zeros(student_t.SYMBOLS).at[student_t.symbol(codes)].add(1.0)
+    best = 1 + jnp.argmin(jnp.asarray(student_t.prices())[shape, 1:, 0] @ count)
     codes, source = (_by_lanes(a, lanes) for a in (codes, jnp.full(len(codes), best, jnp.int32)))
     return _Codes(codes, source, jnp.zeros_like(codes))
 
 
 def _symbols(codes: _Codes, shape: Array) -> tuple[Array, Array]:
     """Starts and frequencies [2 steps, lanes] of symbols and plain bits in turn."""
-    symbol = student.symbol(codes.code)
+    symbol = student_t.symbol(codes.code)
     at = lambda table: jnp.asarray(table)[shape, codes.source, codes.q, symbol]
-    plain = rans.SLOTS >> jnp.asarray(student.BITS)[symbol]
-    rest = (codes.code - jnp.asarray(student.BASE)[symbol]) * plain
+    plain = rans.SLOTS >> jnp.asarray(student_t.BITS)[symbol]
+    rest = (codes.code - jnp.asarray(student_t.BASE)[symbol]) * plain
     turns = lambda a, b: jnp.stack([a, b], 1).astype(jnp.uint16).reshape(-1, symbol.shape[1])
-    return turns(at(student.below()), rest), turns(at(student.frequencies()), plain)
+    return turns(at(student_t.below()), rest), turns(at(student_t.frequencies()), plain)
 
 
 def scaled(words: UInt16[Array, " size"], octaves: Int32[Array, ""]) -> UInt16[Array, " size"]:
@@ -174,10 +174,10 @@ def read(
     """
     head = words[:HEADER].astype(jnp.int16).astype(jnp.int32)
     words = words[HEADER:]
-    shape = jnp.clip(head[2], 0, len(student.SHAPES) - 1)
+    shape = jnp.clip(head[2], 0, len(student_t.SHAPES) - 1)
     pull = _puller(words, shape)
     start, sides = rans.start(words, lanes), zip((k, k, n, n), (3, 5, 7, 8), strict=True)
-    classes = jnp.clip(head, 1, student.CLASSES - 1)
+    classes = jnp.clip(head, 1, student_t.CLASSES - 1)
     source = [_by_lanes(jnp.full(count, classes[i]), lanes) for count, i in sides]
     reader, side = jax.lax.scan(lambda r, c: pull(r, c, 0), start, jnp.concatenate(source))
     cut = _cutter(side.reshape(-1), lanes)
@@ -193,7 +193,7 @@ def read(
             (reader, state), (scale, chain) = carry, column
             q = state[chain] & 1
             reader, code = pull(reader, jnp.where(there, index(levels, scale), 0), q)
-            state = state.at[chain].set(tcq.advance(state[chain], code, states))
+            state = state.at[chain].set(trellis_coded.advance(state[chain], code, states))
             return (reader, state), (2 * code - q).astype(jnp.int16)
 
         start = (reader, jnp.zeros((count, lanes), jnp.int32))
@@ -222,8 +222,8 @@ def _cutter(side: Int[Array, " m"], lanes: int) -> Callable[[int], Array]:
 
 def _puller(words: Array, shape: Array) -> Callable[..., tuple[rans.Reader, Array]]:
     """One code of every lane: (reader, classes of the sources, quantizers) -> reader, codes."""
-    below = jnp.asarray(student.below())[shape]
-    least, bits = jnp.asarray(student.BASE), jnp.asarray(student.BITS)
+    below = jnp.asarray(student_t.below())[shape]
+    least, bits = jnp.asarray(student_t.BASE), jnp.asarray(student_t.BITS)
 
     def pull(reader: rans.Reader, source: Array, q: Array | int) -> tuple[rans.Reader, Array]:
         reader, symbol = rans.pull(words, reader, below[source, q])

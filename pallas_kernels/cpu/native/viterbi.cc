@@ -7,7 +7,7 @@
 // order, are the stream of bits. Sums and squares are not contracted (-ffp-contract=off), so
 // every instruction set finds the same path.
 //
-// Built and loaded by pallas_kernels/native/__init__.py.
+// Built and loaded by pallas_kernels/cpu/native/__init__.py.
 
 #include <algorithm>
 #include <cstdint>
@@ -122,7 +122,7 @@ void forward(const Search& s, Scratch& scratch, const float* x, int first, int l
   }
 }
 
-// The d of step t into its place: most significant first, or woven (pallas_kernels/woven.py).
+// The d of step t into its place: most significant first, or woven (pallas_kernels/codecs/wide_trellis.py).
 void store(const Search& s, int t, uint32_t d, uint32_t* words) {
   int bit = t * s.B;
   if (s.V == 4 && 32 % s.B == 0) {

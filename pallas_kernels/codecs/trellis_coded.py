@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import student
+from pallas_kernels.codecs import student_t
 
 # States -> G, F: Ungerboeck's parity checks h1, h0 without their lowest bit.
 _GENERATORS = {
@@ -77,11 +77,11 @@ def branches(
     q, parity, step = (jnp.arange(2).reshape(shape) for shape in ((2, 1, 1), (2, 1), (2,)))
     t, index = t[..., None, None, None], index[..., None, None, None]
     price, prior = price[:, None, None, None], prior[:, None, None, None]
-    pairs = jnp.clip(jnp.floor(((t + q) / 2 - parity) / 2), -student.LARGEST, student.LARGEST)
-    most = jnp.asarray(student.limits())[index]
+    pairs = jnp.clip(jnp.floor(((t + q) / 2 - parity) / 2), -student.LARGEST, student_t.LARGEST)
+    most = jnp.asarray(student_t.limits())[index]
     most = jnp.maximum(most - ((most ^ parity) & 1), parity)
     code = jnp.clip(parity + 2 * (pairs.astype(jnp.int32) + step), -most, most)
-    rate = jnp.asarray(student.prices())[shape, index, q, student.symbol(code)]
+    rate = jnp.asarray(student_t.prices())[shape, index, q, student_t.symbol(code)]
     v = (2 * code - q).astype(t.dtype)
     cost = (t - v) ** 2 - prior * v**2 + price * rate
     upper = cost[..., 1] < cost[..., 0]

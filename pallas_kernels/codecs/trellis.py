@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels import woven
+from pallas_kernels.codecs import wide_trellis
 
 SIDE = 16  # of a tile
 WEIGHTS = SIDE * SIDE  # of one sequence: a tile
@@ -188,8 +188,8 @@ def pack(states: Int[Array, "s steps"], L: int, K: int, V: int) -> Int32[Array, 
     check(L, K, V)
     bits = K * V
     run, per = _run(bits)
-    if woven.fits(K, V):
-        return woven.pack(states >> (L - bits), bits)
+    if wide_trellis.fits(K, V):
+        return wide_trellis.pack(states >> (L - bits), bits)
     top = (states >> (L - bits)).astype(jnp.uint32).reshape(-1, run)
     word, low = np.divmod(np.arange(run, dtype=np.uint32) * bits, 32)
     left = 32 - bits - low.astype(np.int32)  # negative: the last -left bits are the next word's
@@ -220,8 +220,8 @@ def states(words: Int32[Array, "... words"], L: int, K: int, V: int) -> Int32[Ar
     run, per = _run(bits)
     if words.shape[-1] != 8 * K:
         raise ValueError(f"256 weights of {K} bits take {8 * K} words, got {words.shape[-1]}")
-    if woven.fits(K, V):
-        return woven.states(words, L, bits)
+    if wide_trellis.fits(K, V):
+        return wide_trellis.states(words, L, bits)
     here = jax.lax.bitcast_convert_type(words, jnp.uint32)
     after = jnp.roll(here, -1, axis=-1)
     here, after = (a.reshape(*words.shape[:-1], -1, per) for a in (here, after))
@@ -301,14 +301,14 @@ def tiles(w: Float[Array, "16 n"], V: int) -> Float[Array, "t 256"]:
     Row-major; with V = 4, four rows of a column at a time, columns first.
     """
     if V == 4:
-        return woven.tiles(w)
+        return wide_trellis.tiles(w)
     return jnp.swapaxes(w.reshape(SIDE, -1, SIDE), 0, 1).reshape(-1, SIDE * SIDE)
 
 
 def untiled(weights: Float[Array, "... t 256"], V: int) -> Float[Array, "... 16 n"]:
     """Inverse of `tiles`."""
     if V == 4:
-        return woven.untiled(weights)
+        return wide_trellis.untiled(weights)
     *batch, t, _ = weights.shape
     w = jnp.swapaxes(weights.reshape(*batch, t, SIDE, SIDE), -3, -2)
     return w.reshape(*batch, SIDE, t * SIDE)

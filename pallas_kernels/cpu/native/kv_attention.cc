@@ -1,4 +1,4 @@
-// Attention of a few queries over a packed cache (pallas_kernels/kv.py): of its codes the visible
+// Attention of a few queries over a packed cache (pallas_kernels/codecs/kv_layout.py): of its codes the visible
 // are decoded, a group of tokens at a time.
 
 #include <algorithm>

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 
 
 def values(codes: Int[Array, "..."], table: tuple[float, ...] | str) -> Float[Array, "..."]:

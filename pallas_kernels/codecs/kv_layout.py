@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Int32
 
-from pallas_kernels import layout
+from pallas_kernels.codecs import layout
 
 
 class Past(NamedTuple):

@@ -1,4 +1,4 @@
-"""The CPU's kernels: C++ through `jax.ffi`, on words as they are stored (`pallas_kernels.native`).
+"""The CPU's kernels: C++ through `jax.ffi`, on words as they are stored (see `native`).
 
 Every op also takes several matrices that share x (`shared`): one call, x prepared once, and the
 threads share out the columns of all. Which instruction set runs is chosen when it runs.
@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import activations as forms
-from pallas_kernels import e8p, native, trellis
+from pallas_kernels.codecs import e8p, trellis
+from pallas_kernels.cpu import native
 from pallas_kernels.kernel import Kernel
 
 _FLOATS = ("float16", "bfloat16", "float32")

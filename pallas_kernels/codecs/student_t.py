@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
-from pallas_kernels.rans import SLOTS
+from pallas_kernels.codecs.rans import SLOTS
 
 SHAPES = (6, 24)  # degrees of freedom, even; 24 is almost a Gaussian
 # Mean of |x| at scale 1, and over the root mean square.
