@@ -17,10 +17,10 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.storage import checkpoint
-from models import pipeline
-from models.console import bar
-from models.generate import generate
-from models.text import builtin_text
+from jaxquant_models.cli.console import bar
+from jaxquant_models.readers.text import builtin_text
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.generate import generate
 
 METHODS = {
     "rtn 4 bits": jq.rtn(bits=4, group_size=64),

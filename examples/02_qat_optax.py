@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 import jaxquant as jq
-from models.text import builtin_text
+from jaxquant_models.readers.text import builtin_text
 
 train, test = (np.frombuffer(text.encode(), np.uint8) for text in builtin_text())
 

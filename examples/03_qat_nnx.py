@@ -7,7 +7,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from models.text import builtin_text
+from jaxquant_models.readers.text import builtin_text
 
 train, test = (np.frombuffer(text.encode(), np.uint8) for text in builtin_text())
 

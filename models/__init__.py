@@ -1,18 +1,17 @@
 """Real models to quantize: a Llama in Flax linen, readers, tokenizer, generation.
 
-Names are imported when they are first asked for: a command must heed signals before that.
+Installed as `jaxquant_models`. Names are imported when they are first asked for: a command must
+heed signals before that.
 """
 
 import importlib
-import sys
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-TYPE_CHECKING = False  # as of `typing`, which takes a while to import
 if TYPE_CHECKING:
-    from models.generate import generate
-    from models.llama import Llama, LlamaConfig, blockwise, init_cache
-    from models.registry import Model, load
-    from models.tokenizer import Tokenizer
+    from jaxquant_models.architectures.llama import Llama, LlamaConfig, blockwise, init_cache
+    from jaxquant_models.readers.registry import Model, load
+    from jaxquant_models.readers.tokenizer import Tokenizer
+    from jaxquant_models.runs.generate import generate
 
 __all__ = [
     "Llama",
@@ -24,24 +23,19 @@ __all__ = [
     "init_cache",
     "load",
 ]
-_MODULES = {
-    "generate": ["generate"],
-    "llama": ["Llama", "LlamaConfig", "blockwise", "init_cache"],
-    "registry": ["Model", "load"],
-    "tokenizer": ["Tokenizer"],
+_HOME = {
+    "Llama": "architectures.llama",
+    "LlamaConfig": "architectures.llama",
+    "Model": "readers.registry",
+    "Tokenizer": "readers.tokenizer",
+    "blockwise": "architectures.llama",
+    "generate": "runs.generate",
+    "init_cache": "architectures.llama",
+    "load": "readers.registry",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
-class _Package(ModuleType):
-    """A module that looks names up in its own table first, before what is set on it."""
-
-    def __getattribute__(self, name: str) -> object:
-        # `generate` is the function, though importing the module of that name sets that here.
-        home = _HOME.get(name)
-        if home is None:
-            return super().__getattribute__(name)
-        return getattr(importlib.import_module(f"models.{home}"), name)
-
-
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,5 +1,5 @@
-"""`python -m models` is the command `jaxquant`."""
+"""`python -m jaxquant_models` is the command `jaxquant`."""
 
-from models.entry import main
+from jaxquant_models.cli.entry import main
 
 main()

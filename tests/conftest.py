@@ -5,7 +5,7 @@ from collections import defaultdict
 import jax
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tiled_product
 
 
 def pytest_configure(config):
@@ -55,7 +55,7 @@ def tiles_of(monkeypatch):
     """Sets how many weights the references decode at a time; products are the references' own."""
 
     def set_tile(weights):
-        monkeypatch.setattr(decoded, "TILE_WEIGHTS", weights)
+        monkeypatch.setattr(tiled_product, "TILE_WEIGHTS", weights)
         dispatch._served.clear_cache()
 
     with dispatch.using("reference"):

@@ -114,7 +114,7 @@ def test_storage_is_exact(k, n, lanes, chain):
     rng = np.random.default_rng(k)
     wild = lambda *size: rng.integers(-300, 300, size).astype(np.int32)
     codes = np.round(rng.standard_t(1, (k, n)) * 4).astype(np.int32)
-    codes[0, 0] = -student.LARGEST
+    codes[0, 0] = -student_t.LARGEST
     count, _ = entropy_stream.chains(n, chain)
     state, values = np.zeros((count, k), np.int32), np.zeros((k, n), np.int16)
     for j in range(n):
@@ -311,7 +311,7 @@ def test_a_stream_that_does_not_tell_what_was_meant_is_never_returned(monkeypatc
         words, used = write(what, size, lanes)
         return words.at[size // 2].set(words[size // 2] ^ 4), used
 
-    monkeypatch.setattr(coded, "write", spoilt)
+    monkeypatch.setattr(entropy_stream, "write", spoilt)
     format = EntropyCoded(4, states=4, lanes=2, chain=20)  # of no other test: traced anew
     w = draw(40, 30)
     with pytest.raises(ValueError, match=r"a matrix \[40, 30\] could not be coded"):

@@ -10,8 +10,9 @@ import pytest
 import jaxquant as jq
 from jaxquant.ptq.layer_stacks import layers_of
 from jaxquant.tuning.heal import Healing, heal, heal_blocks
-from models import load, pipeline
-from models.llama import init_cache
+from jaxquant_models import load
+from jaxquant_models.architectures.llama import init_cache
+from jaxquant_models.runs import pipeline
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 from .test_dispatch import draw

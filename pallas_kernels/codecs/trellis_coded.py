@@ -70,14 +70,14 @@ def branches(
 
     Args:
       t: targets.
-      index: the class of each one's source, and `shape` that of all, as `student` has them.
+      index: the class of each one's source, and `shape` that of all, as `student_t` has them.
       price: of a bit, in squared steps.
       prior: below 1; what the energy of v has already been charged with.
     """
     q, parity, step = (jnp.arange(2).reshape(shape) for shape in ((2, 1, 1), (2, 1), (2,)))
     t, index = t[..., None, None, None], index[..., None, None, None]
     price, prior = price[:, None, None, None], prior[:, None, None, None]
-    pairs = jnp.clip(jnp.floor(((t + q) / 2 - parity) / 2), -student.LARGEST, student_t.LARGEST)
+    pairs = jnp.clip(jnp.floor(((t + q) / 2 - parity) / 2), -student_t.LARGEST, student_t.LARGEST)
     most = jnp.asarray(student_t.limits())[index]
     most = jnp.maximum(most - ((most ^ parity) & 1), parity)
     code = jnp.clip(parity + 2 * (pairs.astype(jnp.int32) + step), -most, most)

@@ -14,8 +14,8 @@ import time
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
-from models import pipeline
-from models.text import BUILTIN, read_text
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
 
 CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 4, 8, 256
 

@@ -34,12 +34,12 @@ import jaxquant as jq
 from jaxquant.core.paths import matches
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.rounding import Clipped
-from models import pipeline
-from models.bert import FOLDS
-from models.encoder import load_encoder
-from models.inspection import Inspector
-from models.llama import folds
-from models.text import BUILTIN, read_text
+from jaxquant_models.architectures.bert import FOLDS
+from jaxquant_models.architectures.llama import folds
+from jaxquant_models.readers.encoder import load_encoder
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.inspection import Inspector
 
 CONTEXT, SCORED, CALIBRATION, INSPECTED = 512, 4, 8, 4
 SENTENCES, BATCH, OTHERS = 256, 64, 4096

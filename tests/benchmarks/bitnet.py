@@ -19,10 +19,10 @@ from rich.table import Table
 
 import jaxquant as jq
 from jaxquant.tuning.trainer import next_token_loss
-from models import pretraining
-from models.generate import generate
-from models.pretraining import SIZES, Run
-from models.text import docstrings
+from jaxquant_models.readers.text import docstrings
+from jaxquant_models.runs import pretraining
+from jaxquant_models.runs.generate import generate
+from jaxquant_models.runs.pretraining import SIZES, Run
 
 
 class Way(NamedTuple):

@@ -11,7 +11,7 @@ import sys
 def load():
     import jax.numpy as jnp
 
-    from models import registry
+    from jaxquant_models.readers import registry
 
     model = registry.load("smollm2-135m")
     return model, [jnp.ones((1, 512), jnp.int32) * (i + 1) for i in range(2)]
@@ -19,7 +19,7 @@ def load():
 
 def whole():
     import jaxquant as jq
-    from models.llama import Llama
+    from jaxquant_models.architectures.llama import Llama
 
     model, batches = load()
     llama = Llama(model.config, remat=True)
@@ -28,7 +28,7 @@ def whole():
 
 def blocks():
     import jaxquant as jq
-    from models.llama import blockwise
+    from jaxquant_models.architectures.llama import blockwise
 
     model, batches = load()
     parts = blockwise(model.config)

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from models import pipeline, registry
-from models.generate import generate
+from jaxquant_models.readers import registry
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.generate import generate
 
 REPEATS, TOKENS = 5, 32
 

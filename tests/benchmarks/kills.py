@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxquant.storage import checkpoint
-from models import cli
+from jaxquant_models.cli import commands
 from tests.killed import child
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
@@ -59,7 +59,7 @@ def quiet(arguments):
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(null, stream)
-    cli.main(arguments)
+    commands.main(arguments)
 
 
 def main():

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import jaxquant as jq
 from jaxquant.evaluate import evaluate
 from jaxquant.formats.kv_cache import KVFormat
-from models import init_cache, pipeline
-from models.generate import _run, generate
-from models.text import BUILTIN, read_text
+from jaxquant_models import init_cache
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.generate import _run, generate
 
 CHUNKS, CONTEXT = 4, 512
 STEPS, REPEATS, LENGTHS, ROOM = 16, 5, (512, 4000), 4096

@@ -12,8 +12,8 @@ import time
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.tuning.learned_transforms import END_TO_END
-from models import pipeline
-from models.text import BUILTIN, read_text
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
 
 from .activations import CALIBRATION, CONTEXT, SCORED
 

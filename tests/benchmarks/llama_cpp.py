@@ -45,8 +45,9 @@ def ours():
     import jax.numpy as jnp
 
     import jaxquant as jq
-    from models import pipeline, registry
-    from models.generate import generate
+    from jaxquant_models.readers import registry
+    from jaxquant_models.runs import pipeline
+    from jaxquant_models.runs.generate import generate
 
     model = registry.load("smollm2-135m")
     config = dataclasses.replace(model.config, eos_ids=())  # all answers are of one length
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="of a venv with llama-cpp-python")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    from models import registry
+    from jaxquant_models.readers import registry
 
     source = registry.packaged(registry.NAMED["smollm2-135m"])
     with tempfile.TemporaryDirectory() as folder:

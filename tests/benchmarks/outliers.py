@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 
-from models import pipeline
-from models.outliers import outliers_of
-from models.text import BUILTIN, read_text
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.outliers import outliers_of
 
 CONTEXT = 512
 FIRST = (1116, 446)  # the tokens that WikiText-2's test text begins with

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
-from models import pipeline
-from models.llama import blockwise
-from models.text import BUILTIN, read_text
+from jaxquant_models.architectures.llama import blockwise
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
 
 CHUNKS, CONTEXT = 16, 512
 

@@ -19,10 +19,10 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.evaluate import evaluate
-from models import finetuning, pipeline
-from models.console import Steps
-from models.finetuning import HOWS, Tuning
-from models.text import BUILTIN, builtin_text, read_text
+from jaxquant_models.cli.console import Steps
+from jaxquant_models.readers.text import BUILTIN, builtin_text, read_text
+from jaxquant_models.runs import finetuning, pipeline
+from jaxquant_models.runs.finetuning import HOWS, Tuning
 
 CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 16, 16, 256
 

@@ -12,8 +12,8 @@ import time
 import jax
 
 import jaxquant as jq
-from models import pipeline
-from models.text import BUILTIN, read_text
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
 from pallas_kernels import viterbi
 
 METHODS = {

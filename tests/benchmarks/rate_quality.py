@@ -30,9 +30,9 @@ from jaxquant.core.standin import is_standin
 from jaxquant.durable.store import Folder
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.formats import entropy_coded
-from models import pipeline
-from models.pipeline import LAYERS
-from models.text import BUILTIN, read_text
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.pipeline import LAYERS
 from tests.layer import made_layer, relative_loss
 
 CHUNKS, CONTEXT, HELD_OUT = 16, 512, 8

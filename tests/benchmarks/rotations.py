@@ -17,8 +17,8 @@ import jax
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.tuning.learned_rotation import ROTATING
-from models import pipeline
-from models.text import BUILTIN, read_text
+from jaxquant_models.readers.text import BUILTIN, read_text
+from jaxquant_models.runs import pipeline
 
 CONTEXT, SCORED, TRAINING = 512, 4, slice(-136, -8)
 

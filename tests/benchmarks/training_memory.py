@@ -15,11 +15,11 @@ from rich.table import Table
 
 import jaxquant as jq
 from jaxquant.tuning.trainer import next_token_loss
-from models import pipeline
-from models.config import LlamaConfig
-from models.llama import Llama
-from models.pipeline import LAYERS
-from models.registry import Model
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Llama
+from jaxquant_models.readers.registry import Model
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.pipeline import LAYERS
 
 SMALL = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True)
 LARGE = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)

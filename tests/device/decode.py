@@ -12,8 +12,8 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.core.tensor import View
-from models.config import LlamaConfig
-from models.llama import Cache, Llama, apply, init_cache
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Cache, Llama, apply, init_cache
 from tests.kernels.operands import random_data
 
 SHAPES = {

@@ -17,16 +17,16 @@ import numpy as np
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
-from models.bert import BertConfig
-from models.config import LlamaConfig
-from models.encoder import load_encoder
-from models.gguf_reader import read_gguf
-from models.huggingface import _hf_json as hf_json
-from models.huggingface import read_hf
-from models.outside import read_json
-from models.request import _recipe_file as recipe_of_file
-from models.rope import frequencies
-from models.tokenizer import Tokenizer
+from jaxquant_models.architectures.bert import BertConfig
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.rope import frequencies
+from jaxquant_models.cli.request import _recipe_file as recipe_of_file
+from jaxquant_models.readers.encoder import load_encoder
+from jaxquant_models.readers.gguf import read_gguf
+from jaxquant_models.readers.huggingface import _hf_json as hf_json
+from jaxquant_models.readers.huggingface import read_hf
+from jaxquant_models.readers.tokenizer import Tokenizer
+from jaxquant_models.schemas.strict import read_json
 from tests.fuzz.mutations import BLIND, Mutation, of_gguf, of_json, of_safetensors
 from tests.models import test_bert, test_gguf_reader
 from tests.models.test_huggingface import shard

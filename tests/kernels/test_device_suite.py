@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from models.config import LlamaConfig
+from jaxquant_models.architectures.config import LlamaConfig
 from tests.device import decode, timing
 
 from .operands import draw

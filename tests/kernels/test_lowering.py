@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
-from models.config import LlamaConfig
-from models.llama import Llama, apply
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Llama, apply
 from pallas_kernels.cpu import native
 from tests.device.decode import random_params
 from tests.kernels.lowering import lowered_text

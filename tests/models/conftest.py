@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.cli import main
+from jaxquant_models.cli.commands import main
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxquant as jq
-from models.bert import FOLDS, BertConfig
-from models.encoder import NAMED, TENSORS, Encoder, load_encoder
-from models.registry import packaged
+from jaxquant_models.architectures.bert import FOLDS, BertConfig
+from jaxquant_models.readers.encoder import NAMED, TENSORS, Encoder, load_encoder
+from jaxquant_models.readers.registry import packaged
 
 HF = {
     "model_type": "bert", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40,

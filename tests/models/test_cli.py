@@ -17,10 +17,11 @@ import jaxquant as jq
 from jaxquant.durable import claims
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
-from models import load, pipeline, self_text
-from models.cli import main
-from models.generate import _run
-from models.output import Output
+from jaxquant_models import load
+from jaxquant_models.cli.commands import main
+from jaxquant_models.cli.output import Output
+from jaxquant_models.runs import pipeline, self_text
+from jaxquant_models.runs.generate import _run
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -238,7 +239,7 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from models.cli import main
+from jaxquant_models.cli.commands import main
 from jaxquant import resume
 count, writes = int(sys.argv[1]), 0
 before = resume.os.replace
@@ -488,7 +489,8 @@ def test_generate_on_the_real_model_stays_below_a_float_copy():
 
 
 def test_console_script_and_module():
-    code = "import sys; from models.cli import main; sys.argv=['jaxquant','--version']; main()"
+    code = "import sys; from jaxquant_models.cli.commands import main; "
+    code += "sys.argv=['jaxquant','--version']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert jq.__version__ in done.stdout

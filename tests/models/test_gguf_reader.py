@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from models import load
+from jaxquant_models import load
 from tests.models.tiny_llama import (
     BASE,
     FAMILIES,

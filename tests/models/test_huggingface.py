@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models import load
-from models.huggingface import save_hf
+from jaxquant_models import load
+from jaxquant_models.readers.huggingface import save_hf
 from tests.models.tiny_llama import (
     BASE,
     FAMILIES,

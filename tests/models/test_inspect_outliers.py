@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from jaxquant.theory.outliers import massive
-from models import load, pipeline
-from models.outliers import heat_map, outliers_of, plot
-from models.states import states
+from jaxquant_models import load
+from jaxquant_models.architectures.states import states
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.outliers import heat_map, outliers_of, plot
 from tests.models.test_cli import fails, tiny  # noqa: F401
 
 COMMAND = ("--outliers", "--tokens", 96)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
-import models
-from models import interrupts
-from models.cli import main
+import jaxquant_models
+from jaxquant_models.cli import interrupts
+from jaxquant_models.cli.commands import main
 
-ENTRIES = {"script": ["-c", "from models.entry import main; main()"], "package": ["-m", "models"],
-           "module": ["-m", "models.cli"]}  # fmt: skip
+ENTRIES = {
+    "script": ["-c", "from jaxquant_models.cli.entry import main; main()"],
+    "package": ["-m", "jaxquant_models"],
+    "module": ["-m", "jaxquant_models.cli.commands"],
+}
 SAID = "error: interrupted; no output was written\n"
 
 
@@ -53,23 +56,26 @@ def test_while_it_imports(entry, number):
 
 
 def test_nothing_heavy_is_imported_before():
-    code = "import sys, models.entry; print(*sys.modules)"
+    code = "import sys, jaxquant_models.cli.entry; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "numpy", "click", "rich", "flax"} & set(found.stdout.split())
 
 
 def test_names_of_the_package():
     """`generate` is the function, whoever has imported the module of that name before."""
-    code = "import models.generate, models; from models import generate, load, Llama; "
-    code += "assert callable(generate) and generate is models.generate"
+    code = "import jaxquant_models as m, jaxquant_models.runs.generate as g; "
+    code += (
+        "from jaxquant_models import Llama; "
+    code += "assert m.generate is g.generate and callable(m.load)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError):
-        getattr(models, "nothing")  # noqa: B009
+        getattr(jaxquant_models, "nothing")  # noqa: B009
 
 
 WORK = """
 import ctypes, gc, sys, threading, time
-from models import interrupts
+from jaxquant_models.cli import interrupts
 interrupts.GRACE = float(sys.argv[2])
 
 class Slow:
@@ -125,7 +131,8 @@ def test_a_second_one_ends_it_at_once():
 
 
 def test_what_else_is_lost_is_told():
-    code = "from models import interrupts\nclass A:\n  def __del__(self): raise OSError('gone')\n"
+    code = "from jaxquant_models.cli import interrupts\n"
+    code += "class A:\n  def __del__(self): raise OSError('gone')\n"
     code += "with interrupts.working(own=True): A()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "OSError: gone" in done.stderr
@@ -133,7 +140,10 @@ def test_what_else_is_lost_is_told():
 
 def test_called_from_python_it_leaves_handlers_as_they_were(monkeypatch):
     before = [signal.getsignal(number) for number in interrupts.SIGNALS]
-    monkeypatch.setattr("models.cli.cli.main", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        "jaxquant_models.cli.commands.cli.main",
+        lambda *_, **__: os.kill(os.getpid(), signal.SIGINT),
+    )
     with pytest.raises(SystemExit) as stop:
         main(["inspect", "x"])
     assert stop.value.code == 130
@@ -144,7 +154,7 @@ def test_the_end_of_a_file_is_no_interruption(monkeypatch, run):
     def ended(*_, **__):
         raise EOFError("expected 8 bytes")
 
-    monkeypatch.setattr("models.pipeline.load_any", ended)
+    monkeypatch.setattr("jaxquant_models.runs.pipeline.load_any", ended)
     status, _, err = run("inspect", "x")
     assert (status, err.strip().splitlines()[-1]) == (
         1, "error: unexpected end of a file: expected 8 bytes"

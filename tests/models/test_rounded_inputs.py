@@ -9,9 +9,10 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.core.paths import replace_leaves
-from models import generate, load, pipeline
-from models.inspection import Inspector
-from models.llama import folds, residual
+from jaxquant_models import load
+from jaxquant_models.architectures.llama import folds, residual
+from jaxquant_models.runs import generate, pipeline
+from jaxquant_models.runs.inspection import Inspector
 from tests.models.tiny_llama import BASE, FAMILIES, random_tensors, write_folder
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (4, 24))

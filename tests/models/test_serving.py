@@ -8,8 +8,9 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.rounding import Nearest
-from models import load, pipeline
-from models.generate import generate
+from jaxquant_models import load
+from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.generate import generate
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 METHOD = jq.Method("entropy_coded", Nearest(), jq.EntropyCoded(6, states=4, chain=16, lanes=2))

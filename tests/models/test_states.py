@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from models import load, pipeline
-from models.states import states
+from jaxquant_models import load
+from jaxquant_models.architectures.states import states
+from jaxquant_models.runs import pipeline
 from tests.models.tiny_llama import FAMILIES, LAYERS, VOCAB, forward, random_tensors, write_folder
 
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 24)

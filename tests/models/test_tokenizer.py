@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from models import Tokenizer
+from jaxquant_models import Tokenizer
 from tests.models.tiny_llama import byte_tokenizer_json
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

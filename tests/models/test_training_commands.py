@@ -13,8 +13,9 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.storage import checkpoint
-from models import load, pipeline, pretraining
-from models.cli import main
+from jaxquant_models import load
+from jaxquant_models.cli.commands import main
+from jaxquant_models.runs import pipeline, pretraining
 from tests.models.test_cli import KILLED, fails
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
@@ -271,8 +272,8 @@ def test_a_finished_run_stays_a_run_of_a48():
 def test_a_killed_bitnet_ends_as_an_uninterrupted_one(tiny, tmp_path):
     killed = """
 import os, signal, sys
-from models import pretraining
-from models.cli import main
+from jaxquant_models.runs import pretraining
+from jaxquant_models.cli.commands import main
 count, before = int(sys.argv[1]), pretraining._arrays
 def arrays(state):
     if state.step == count:

@@ -12,7 +12,8 @@ from jaxquant.core.paths import matches, replace_leaves
 from jaxquant.formats.dense import Dense
 from jaxquant.recipes.recipe import layout_of
 from jaxquant.transforms import Channels
-from models import load, pipeline
+from jaxquant_models import load
+from jaxquant_models.runs import pipeline
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 SIDES = [

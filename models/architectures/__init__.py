@@ -1,0 +1,1 @@
+"""Architectures in Flax linen, their configurations and caches."""

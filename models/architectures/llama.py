@@ -1,0 +1,328 @@
+"""Llama and its relatives (Mistral, SmolLM, Qwen2, Qwen3, BitNet b1.58) in Flax linen.
+
+Every weight is used by a plain `nn.Dense` or `nn.Embed`, so jaxquant can put a packed stand-in at
+its place in the parameter tree. The layers are stacked: their leaves carry a leading axis L, and
+`nn.scan` runs over it, so that compile time does not grow with depth. The parameter paths:
+
+    embed/embedding [V, d]                    norm/scale [d]          head/kernel [d, V] if untied
+    layers/attn/{q,k,v,o}/kernel [L, in, out] (and bias [L, out])
+    layers/attn/{q_norm,k_norm}/scale [L, head_dim]                   Qwen3
+    layers/attn/sub_norm/scale [L, heads x head_dim], layers/mlp/sub_norm/scale [L, d_ff]  BitNet
+    layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
+    layers/{attn_norm,mlp_norm}/scale [L, d]
+
+Params with the layers apart, layers/0/attn/..., serve too (`apply`), one layer after the other:
+longer to compile, and no layer's packed words are copied out of a stack before a kernel reads them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import jaxquant as jq
+from jaxquant.ptq.layer_stacks import is_apart, layers_of, restack
+from jaxquant_models.architectures.cache import AnyCache, Cache, init_cache
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.rope import rotate, rotation_angles
+from pallas_kernels.attention import attention
+
+__all__ = [
+    "Block",
+    "Blockwise",
+    "Cache",
+    "Llama",
+    "LlamaConfig",
+    "apply",
+    "blockwise",
+    "check_tokens",
+    "init_cache",
+    "whole",
+]
+
+
+class Blockwise(NamedTuple):
+    """The model cut into pure functions; see `blockwise`."""
+
+    embed: Callable[[Any, jax.Array], jax.Array]
+    block: Callable[[Any, jax.Array], jax.Array]
+    head: Callable[[Any, jax.Array], jax.Array]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, cache, layer, positions, angles):
+        c = self.config
+
+        def project(name: str, heads: int):
+            dense = nn.Dense(heads * c.head_dim, c.qkv_bias, dtype=self.dtype, name=name)
+            return dense(x).reshape(*x.shape[:2], heads, c.head_dim)
+
+        q, k, v = project("q", c.n_heads), project("k", c.n_kv_heads), project("v", c.n_kv_heads)
+        if c.qk_norm:
+            q = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="q_norm")(q)
+            k = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="k_norm")(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they are multiplied, lest a step copies all
+        if cache is None:
+            mixed, kept = attention(q, k, v, positions), None
+        else:
+            mixed, cache, kept = cache.attend(layer, q, k, v, positions, c)
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        if c.sub_norms:
+            mixed = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="sub_norm")(mixed)
+        return nn.Dense(c.d_model, c.o_bias, dtype=self.dtype, name="o")(mixed), cache, kept
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); BitNet: down(norm(relu(gate(x))^2 * up(x)))."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="gate")(x)
+        up = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="up")(x)
+        h = (nn.silu(gate) if c.activation == "silu" else jnp.square(nn.relu(gate))) * up
+        if c.sub_norms:
+            h = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="sub_norm")(h)
+        return nn.Dense(c.d_model, c.mlp_bias, dtype=self.dtype, name="down")(h)
+
+
+class Block(nn.Module):
+    """One layer, in the (carry, slice) form that `nn.scan` wants.
+
+    Carried are h and the cache, of which a layer may write its part in place; `layer` is its
+    number. The second result is what the cache is to get of all layers in the end.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry, layer, positions, angles):
+        h, cache = carry
+        norm = lambda name: nn.RMSNorm(self.config.norm_eps, dtype=self.dtype, name=name)
+        attention = Attention(self.config, self.dtype, name="attn")
+        mixed, cache, kept = attention(norm("attn_norm")(h), cache, layer, positions, angles)
+        h = h + mixed
+        h = h + MLP(self.config, self.dtype, name="mlp")(norm("mlp_norm")(h))
+        return (h, cache), kept
+
+
+class Llama(nn.Module):
+    """Tokens to logits.
+
+    `apply({"params": p}, tokens)` maps int tokens [b, t] to float32 logits [b, t, V].
+    `apply({"params": p}, tokens, cache)` returns `(logits, cache)`: the tokens stand at positions
+    cache.length .. cache.length + t - 1, which must fit in the cache (a traced length cannot be
+    checked; past the end, JAX would write over the last slots).
+
+    Attributes:
+      config: the architecture.
+      dtype: dtype of activations and matmuls; softmax, norms and logits are float32.
+      remat: recompute each block in the backward pass instead of keeping its activations; or what
+        to keep, a policy of `jax.checkpoint_policies`.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    remat: bool | Callable[..., bool] = False
+
+    def setup(self):
+        c = self.config
+        policy = self.remat if callable(self.remat) else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy) if self.remat else Block
+        self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.n_layers,
+        )(c, self.dtype)
+        self.norm = nn.RMSNorm(c.norm_eps, dtype=self.dtype)
+        if not c.tie_embeddings:
+            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, tokens, cache: AnyCache | None = None, layers: Callable | None = None):
+        """`layers`: what runs in place of the stack, of the same arguments and results."""
+        if cache is not None and tokens.shape[1] > cache.size:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit in a cache of size {cache.size}; "
+                f"make a larger one with init_cache"
+            )
+        start = 0 if cache is None else cache.length
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        angles = rotation_angles(self.config, positions)
+        numbers = jnp.arange(self.config.n_layers)
+        carry = (self.embed(tokens), cache)
+        (h, cache), kept = (layers or self.layers)(carry, numbers, positions, angles)
+        logits = self.logits(h)
+        if cache is None:
+            return logits
+        return logits, cache.advanced(tokens.shape[1], kept, self.config)
+
+    def logits(self, h):
+        """Final norm and output matrix; h [b, t, d] to float32 [b, t, V]."""
+        h = self.norm(h)
+        out = self.embed.attend(h) if self.config.tie_embeddings else self.head(h)
+        return out.astype(jnp.float32)
+
+
+def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
+    """The model on its inner "params" tree, the layers stacked or apart (`jaxquant.unstack`).
+
+    Of layers apart the returned cache is apart too; that of `init_cache` may be given.
+    """
+    if not is_apart(params, "layers"):
+        return model.apply({"params": params}, tokens, cache)
+    block = Block(model.config, model.dtype)
+
+    def in_turn(carry, _, positions, angles):
+        kept = []
+        for i, layer in enumerate(layers_of(params, "layers")):
+            carry, of_layer = block.apply({"params": layer}, carry, i, positions, angles)
+            kept.append(of_layer)
+        return carry, _after(carry[0], jax.tree.map(lambda *a: jnp.stack(a), *kept))
+
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    cache = None if cache is None else cache.apart()
+    return model.apply({"params": rest}, tokens, cache, in_turn)
+
+
+def check_tokens(tokens: Any, vocab_size: int) -> None:
+    """Raise ValueError for ids without a row in the embedding, which JAX would make NaN of, or,
+    where they are negative, another token. Traced ids pass: nobody knows them yet."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"token ids must be integers, got {ids.dtype}")
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        wrong = ids.max() if ids.min() >= 0 else ids.min()
+        raise ValueError(
+            f"token ids must lie in [0, {vocab_size}), the embedding's rows, got {wrong}; "
+            f"encode the text with the tokenizer that belongs to this model"
+        )
+
+
+def _after(h, kept):
+    """`kept`, which now depends on h.
+
+    XLA writes a cache in place only where it sees that nothing reads it later; else a step copies
+    all of it. A barrier it drops before it looks, so this is a choice that it cannot foresee.
+    """
+    never = h.ravel()[0] > jnp.inf
+    return jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), kept)
+
+
+def whole(params):
+    """The params with their layers stacked, if they are apart (`jaxquant.unstack`)."""
+    return restack(params, "layers") if is_apart(params, "layers") else params
+
+
+def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:
+    """The model as three pure functions, for calibration one block at a time.
+
+    Returns:
+      embed(params, tokens [b, t]) -> h [b, t, d];
+      block(layer_params, h) -> h, where layer_params is `params["layers"]` without the axis L;
+      head(params, h) -> logits [b, t, V] float32.
+      `params` is the inner "params" dict. Chained, they equal `Llama(config, dtype).apply`.
+    """
+    model = Llama(config, dtype)
+
+    def embed(params, tokens):
+        return model.apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
+
+    def block(layer_params, h):
+        positions = jnp.arange(h.shape[1], dtype=jnp.int32)
+        angles = rotation_angles(config, positions)
+        run = Block(config, dtype).apply
+        return run({"params": layer_params}, (h, None), None, positions, angles)[0][0]
+
+    def head(params, h):
+        return model.apply({"params": params}, h, method="logits")
+
+    return Blockwise(embed, block, head)
+
+
+def parts(config: LlamaConfig, dtype=jnp.float32) -> tuple[Callable, Callable]:
+    """What attention, and what the MLP, of a block adds: two functions of (layer_params, h)."""
+
+    def run(module, name, layer_params, h, *args):
+        norm = nn.RMSNorm(config.norm_eps, dtype=dtype)
+        x = norm.apply({"params": layer_params[f"{name}_norm"]}, h)
+        return module(config, dtype).apply({"params": layer_params[name]}, x, *args)
+
+    def attend(layer_params, h):
+        angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
+        return run(Attention, "attn", layer_params, h, None, None, positions, angles)[0]
+
+    return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)
+
+
+def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
+    """What makes the inputs of the layers' matrices, as `jaxquant.fold` wants it.
+
+    Values make the input of o too, but with fewer of them than queries one channel of theirs is
+    several of o's.
+    """
+    found = {
+        "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
+        "layers/mlp/[gu]*/kernel": ("layers/mlp_norm/scale",),
+    }
+    if config.sub_norms:
+        return found | {
+            "layers/attn/o/kernel": ("layers/attn/sub_norm/scale",),
+            "layers/mlp/down/kernel": ("layers/mlp/sub_norm/scale",),
+        }
+    found["layers/mlp/down/kernel"] = ("layers/mlp/up/kernel", "layers/mlp/up/bias")
+    if config.n_kv_heads == config.n_heads:
+        found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
+    return found
+
+
+def residual(config: LlamaConfig) -> jq.Residual:
+    """What reads and what writes the residual stream, for `jaxquant.rotate_residual`.
+
+    Raises:
+      ValueError: one embedding serves both ends, in which the stream has two bases.
+    """
+    if config.tie_embeddings:
+        raise ValueError(
+            "a tied embedding cannot be rotated: untie it first (architectures.llama.untied)"
+        )
+    biases = [
+        f"layers/{name}/bias"
+        for name, there in (("attn/o", config.o_bias), ("mlp/down", config.mlp_bias))
+        if there
+    ]
+    return jq.Residual(
+        ["embed/embedding", "layers/attn/o/kernel", "layers/mlp/down/kernel", *biases],
+        {
+            "layers/attn_norm/scale": ["layers/attn/[qkv]/kernel"],
+            "layers/mlp_norm/scale": ["layers/mlp/[gu]*/kernel"],
+            "norm/scale": ["head/kernel"],
+        },
+    )
+
+
+def untied(config: LlamaConfig, params):
+    """(config, params) with a head of its own, if the embedding serves as one."""
+    if not config.tie_embeddings:
+        return config, params
+    head = {"kernel": jnp.transpose(params["embed"]["embedding"])}
+    return dataclasses.replace(config, tie_embeddings=False), {**params, "head": head}

@@ -1,0 +1,46 @@
+"""A prefix kept exact: the first tokens of a text, whose activations are not rounded.
+
+They are the sinks: their activations are hundreds of times as large as those of others, which see
+of them but keys and values, computed once (IntactKV, Liu et al. 2024, arXiv:2403.01241;
+PrefixQuant, Chen et al. 2024, arXiv:2410.05265).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from jaxquant_models.architectures.llama import Cache, Llama, apply, init_cache
+
+
+def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
+    """The model's functions, without and with a cache, activations exact in the first tokens.
+
+    More than `length` tokens given to a cache at once are taken to begin a text.
+    """
+
+    def apply_cached(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        if tokens.shape[1] <= length:
+            return apply(model, params, tokens, cache)
+        with jq.exact_activations():
+            first, cache = apply(model, params, tokens[:, :length], cache)
+        rest, cache = apply(model, params, tokens[:, length:], cache)
+        return jnp.concatenate([first, rest], axis=1), cache
+
+    def apply_fn(params: Any, tokens: jax.Array) -> jax.Array:
+        cache = init_cache(model.config, *tokens.shape, model.dtype)
+        return apply_cached(params, tokens, cache)[0]
+
+    return apply_fn, apply_cached
+
+
+def after_prefix(
+    model: Llama, params: Any, sequence: jax.Array, length: int
+) -> tuple[jax.Array, Cache]:
+    """The tokens [1, t] after a prefix, and the cache that it leaves: what calibration runs on."""
+    cache = init_cache(model.config, 1, sequence.shape[1], model.dtype)
+    if length:
+        cache = apply(model, params, sequence[:, :length], cache)[1]
+    return sequence[:, length:], cache

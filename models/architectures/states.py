@@ -1,0 +1,95 @@
+"""What a Llama holds between its layers, and where its queries look."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxquant.ptq.layer_stacks import is_apart, layers_of
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Block, blockwise
+from jaxquant_models.architectures.rope import rotate, rotation_angles
+
+FIRST_QUERY = 64  # earlier ones have few keys to choose from
+
+
+class States(NamedTuple):
+    """Of one text.
+
+    Attributes:
+      residual: the residual stream after each layer, float32.
+      attention: what each key gets of the attention, mean over heads and queries, float32.
+    """
+
+    residual: Float[Array, "L t d"]
+    attention: Float[Array, "L t"]
+
+
+def states(
+    config: LlamaConfig, dtype: Any = jnp.float32, first_query: int = FIRST_QUERY
+) -> Callable[[Any, Int[Array, " t"]], States]:
+    """The pure function (params, tokens int [t]) -> `States`, layers stacked or apart.
+
+    One head's attention [t, t] is held at a time. Packed params: `jaxquant.quantized(states(c))`.
+
+    Args:
+      first_query: the mean is over the queries from this one on; texts must be longer.
+    """
+    embed = blockwise(config, dtype).embed
+    block = Block(config, dtype)
+
+    def of(params: Any, tokens: Array) -> States:
+        if len(tokens) <= first_query:
+            raise ValueError(f"expected more than {first_query} tokens, got {len(tokens)}")
+        positions = jnp.arange(len(tokens), dtype=jnp.int32)
+        angles = rotation_angles(config, positions)
+
+        def step(h: Array, layer: Any) -> tuple[Array, States]:
+            ((h, _), _), seen = block.apply(
+                {"params": layer}, (h, None), None, positions, angles,
+                capture_intermediates=_is_query_or_key, mutable="intermediates",
+            )  # fmt: skip
+            q, k = _heads(config, seen["intermediates"]["attn"])
+            mass = _mass(rotate(q, angles)[0], rotate(k, angles)[0], first_query)
+            return h, States(h[0].astype(jnp.float32), mass)
+
+        h = embed(params, tokens[None])
+        if not is_apart(params, "layers"):
+            return jax.lax.scan(step, h, params["layers"])[1]
+        found = []
+        for layer in layers_of(params, "layers"):
+            h, one = step(h, layer)
+            found.append(one)
+        return jax.tree.map(lambda *a: jnp.stack(a), *found)
+
+    return of
+
+
+def _is_query_or_key(module: nn.Module, _: str) -> bool:
+    return module.name in ("q", "k", "q_norm", "k_norm")
+
+
+def _heads(config: LlamaConfig, seen: dict[str, Any]) -> list[Array]:
+    """Queries and keys [1, t, heads, head_dim] as they are before they are rotated."""
+    last = "{}_norm" if config.qk_norm else "{}"
+    found = [seen[last.format(name)]["__call__"][0] for name in "qk"]
+    return [a.reshape(*a.shape[:2], -1, config.head_dim) for a in found]
+
+
+def _mass(
+    q: Float[Array, "t heads hd"], k: Float[Array, "t kv hd"], first: int
+) -> Float[Array, " t"]:
+    """Causal softmax weights, mean over heads and the queries from `first` on."""
+    q, k = q.astype(jnp.float32).swapaxes(0, 1), k.astype(jnp.float32).swapaxes(0, 1)
+    t, hd = k.shape[1:]
+    visible = jnp.arange(t) <= jnp.arange(first, t)[:, None]
+
+    def of_head(i: Array) -> Array:
+        scores = q[i, first:] @ k[i * len(k) // len(q)].T * hd**-0.5
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.mean(weights, axis=0)
+
+    return jnp.mean(jax.lax.map(of_head, jnp.arange(len(q))), axis=0)

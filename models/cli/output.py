@@ -1,0 +1,104 @@
+"""Where a command writes: held against other runs while it works, published whole at its end."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+import jaxquant as jq
+from jaxquant.durable.claims import claim
+from jaxquant.durable.store import Folder, digest
+from jaxquant.storage import checkpoint
+from jaxquant_models.cli import interrupts
+from jaxquant_models.cli.console import line
+from jaxquant_models.readers.registry import Model
+from jaxquant_models.runs import pipeline
+
+RUN = "run"  # in a checkpoint's metadata: the digest of the run that made it
+
+
+class Output:
+    """The directory `--out` of a command, and the folder beside it that keeps its work meanwhile.
+
+    Attributes:
+      out: the directory. path: the folder.
+      kept: the folder's content, once `begin` has opened it.
+
+    Raises:
+      ValueError: a checkpoint may not be written there.
+    """
+
+    def __init__(self, out: str | Path, overwrite: bool) -> None:
+        self.out = out
+        self.overwrite = overwrite
+        self.path = folder_of(out)
+        try:
+            self._check()
+        except ValueError:
+            _sweep(self.path)
+            raise
+
+    def hold(self) -> None:
+        """From now to the command's end, no other run can write there.
+
+        Raises:
+          ValueError: another one does.
+        """
+        click.get_current_context().with_resource(claim(self.path))
+        interrupts.about(self._said)
+
+    def begin(self, run: Mapping[str, Any], *, refuse: bool = False) -> Folder:
+        """The folder, for as long as the command runs.
+
+        Raises:
+          ValueError: as `Folder`; or another run has ended meanwhile, whose output is there now.
+        """
+        self.kept = Folder(self.path, run, refuse=refuse)
+        click.get_current_context().with_resource(self.kept)
+        self._check()
+        if len(self.kept):
+            line(f"going on from {self.path}")
+        elif self.kept.replaced:
+            names = ", ".join(self.kept.replaced)
+            line(f"{self.path} kept another run, of other {names}; this one begins anew")
+        return self.kept
+
+    def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
+        """Write the result; nothing of the work is needed then."""
+        overwrite = self.overwrite or self._is_result()
+        pipeline.save(self.out, model, recipe, overwrite, {RUN: self.kept.digest})
+        interrupts.about(lambda: f"the output is in {self.out}")
+        self.kept.remove()
+
+    def _check(self) -> None:
+        checkpoint.check_target(self.out, self.overwrite or self._is_result())
+
+    def _is_result(self) -> bool:
+        """Whether the run that the folder keeps has written there, killed before it could say."""
+        run = digest(self.path)
+        if not run or not checkpoint.is_checkpoint(self.out):
+            return False
+        try:
+            return checkpoint.stored_metadata(self.out).get(RUN) == run
+        except ValueError:
+            return False
+
+    def _said(self) -> str:
+        kept = self.path.is_dir() and any(self.path.glob("*.bin"))
+        more = f"; the same command goes on from {self.path}" if kept else ""
+        return f"no output was written{more}"
+
+
+def folder_of(out: str | Path) -> Path:
+    """Where a command that writes to `out` keeps its work, until it is done."""
+    out = Path(out).resolve()  # one folder, whatever links lead there
+    return out.with_name(f"{out.name}.partial")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a run that was killed just when it was over has left: an empty folder."""
+    if folder.is_dir():
+        with contextlib.suppress(ValueError, OSError):
+            claim(folder).close()

@@ -1,0 +1,1 @@
+"""Files and wheels in: models, tokenizers, texts."""

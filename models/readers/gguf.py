@@ -1,0 +1,119 @@
+"""GGUF files: configuration, tokenizer and weights, dequantized tensor by tensor.
+
+Quantized blocks are expanded by `gguf.quants.dequantize`, whatever mixture of types the file has.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from jaxquant_models.architectures.llama import Llama, LlamaConfig
+from jaxquant_models.readers.gguf_file import Tensor, open_gguf
+from jaxquant_models.readers.tokenizer import Tokenizer
+from jaxquant_models.readers.weights import assemble, check_room, tensor_names
+
+_LAYER = {
+    "layers/attn/q/kernel": "attn_q.weight",
+    "layers/attn/k/kernel": "attn_k.weight",
+    "layers/attn/v/kernel": "attn_v.weight",
+    "layers/attn/o/kernel": "attn_output.weight",
+    "layers/attn/q/bias": "attn_q.bias",
+    "layers/attn/k/bias": "attn_k.bias",
+    "layers/attn/v/bias": "attn_v.bias",
+    "layers/attn/o/bias": "attn_output.bias",
+    "layers/attn/q_norm/scale": "attn_q_norm.weight",
+    "layers/attn/k_norm/scale": "attn_k_norm.weight",
+    "layers/mlp/gate/kernel": "ffn_gate.weight",
+    "layers/mlp/up/kernel": "ffn_up.weight",
+    "layers/mlp/down/kernel": "ffn_down.weight",
+    "layers/mlp/gate/bias": "ffn_gate.bias",
+    "layers/mlp/up/bias": "ffn_up.bias",
+    "layers/mlp/down/bias": "ffn_down.bias",
+    "layers/attn_norm/scale": "attn_norm.weight",
+    "layers/mlp_norm/scale": "ffn_norm.weight",
+}
+TENSORS = {
+    "embed/embedding": "token_embd.weight",
+    "norm/scale": "output_norm.weight",
+    "head/kernel": "output.weight",
+    **{path: "blk.{}." + name for path, name in _LAYER.items()},
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any], Tokenizer]:
+    """Read a model.
+
+    Args:
+      path: a `.gguf` file of architecture llama, qwen2 or qwen3.
+      dtype: floating dtype of the parameters.
+    Returns:
+      (config, inner "params" tree of jax arrays, tokenizer).
+    Raises:
+      ValueError: not a GGUF file, truncated, unsupported, or with wrong tensors; one line.
+    """
+    fields, tensors, nbytes = open_gguf(Path(path))
+    config = LlamaConfig.from_gguf(fields)
+    check_room(config, nbytes, str(path))
+    config = _complete(config, tensors)
+    # Before the weights, so that its large temporaries do not come on top of them.
+    tokenizer = Tokenizer.from_gguf(fields)
+    tokenizer.check_rows(config.vocab_size)
+    llama = Llama(config)
+    names = tensor_names(llama, TENSORS)
+    turned = _turned_heads(fields["general.architecture"], config, names)
+
+    def read(name: str) -> np.ndarray:
+        value = _dequantize(tensors[name])
+        return _half_split(value, turned[name]) if name in turned else value
+
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name != ROPE_FACTORS}
+    params = assemble(llama, names, shapes, read, dtype)
+    return config, params, tokenizer
+
+
+def _complete(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
+    """Set what GGUF tells by the presence of a tensor."""
+    scaling = config.rope_scaling
+    if ROPE_FACTORS in tensors:
+        factors = _dequantize(tensors[ROPE_FACTORS])
+        usable = np.isfinite(factors) & (factors > 0)
+        if factors.shape != (config.head_dim // 2,) or not usable.all():
+            raise ValueError(f"{ROPE_FACTORS} should be {config.head_dim // 2} positive numbers")
+        scaling = tuple((factors * (scaling or 1.0)).tolist())
+    return dataclasses.replace(
+        config,
+        rope_scaling=scaling,
+        tie_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+    )
+
+
+def _dequantize(tensor: Tensor) -> np.ndarray:
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is found when it is used
+            return gguf.quants.dequantize(tensor.data, tensor.kind)
+    except NotImplementedError:
+        raise ValueError(
+            f"tensor {tensor.name} has type {tensor.kind.name}, which gguf cannot read"
+        ) from None
+
+
+def _turned_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:
+    """Names of the tensors whose rows llama.cpp reorders, with their number of heads."""
+    if arch != "llama":
+        return {}
+    heads = {"q": config.n_heads, "k": config.n_kv_heads}
+    paths = {f"layers/attn/{p}/{leaf}": n for p, n in heads.items() for leaf in ("kernel", "bias")}
+    return {name: n for path, n in paths.items() for name in names.get(path, [])}
+
+
+def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's row order for "llama": pairs (2i, 2i + 1) become (i, i + head_dim / 2)."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

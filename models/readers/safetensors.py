@@ -1,0 +1,76 @@
+"""Tensors of a safetensors file: shapes from its header, values from a memory map.
+
+The library checks the header; its arrays are not taken, for NumPy has no float8 of its own.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import ml_dtypes
+import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+
+from jaxquant.core.fields import shown
+from jaxquant_models.schemas.strict import Schema, checked, parse_json
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu, "BOOL": np.bool_,
+    **{f"{kind}{bits}": np.dtype(f"{name}{bits}")
+       for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+Whole = Annotated[int, Field(ge=0)]
+
+
+class _Entry(Schema):
+    """What the header says of a tensor."""
+
+    dtype: str
+    shape: list[Whole]
+    data_offsets: Annotated[list[Whole], Field(min_length=2, max_length=2)]
+
+
+class Tensors:
+    """A file's tensors by name; `shapes` says which there are."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if the file is missing or not complete."""
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = parse_json(file.read(size), str(path))
+            self.nbytes = path.stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a complete safetensors file: {reason}") from None
+        header.pop("__metadata__", None)
+        self._start = 8 + size
+        self._entries = {
+            name: checked(_Entry, entry, f"{path}, tensor {shown(name)}")
+            for name, entry in header.items()
+        }
+        self.shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, memory-mapped; float8 as `ml_dtypes` has it.
+
+        Raises:
+          ValueError: its type is of no NumPy array.
+        """
+        entry = self._entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"tensor {name} has type {entry.dtype}, which is not read here")
+        kind = np.dtype(DTYPES[entry.dtype])
+        begin, end = entry.data_offsets
+        if math.prod(entry.shape) * kind.itemsize != end - begin:
+            raise ValueError(f"tensor {name} has {end - begin} bytes, which is not its shape's")
+        raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
+        return np.asarray(raw).view(kind).reshape(entry.shape)

@@ -1,0 +1,1 @@
+"""Whole runs: quantize, train, generate, measure, resumable."""

@@ -1,0 +1,341 @@
+"""What each file from outside must hold; `schemas.strict` says in one line what does not fit.
+
+Ranges are wide: they refuse what no model means (an epsilon of 0, a base of 1e300), not what is
+merely unusual. Sizes are judged by the bytes of the weights, in `readers.weights.check_room`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from jaxquant.core.fields import shown
+from jaxquant_models.schemas.strict import Schema, as_list, first_repeat
+
+MOST = 2**31 - 1
+Size = Annotated[int, Field(ge=1, le=MOST)]
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]
+Ids = Annotated[list[TokenId], BeforeValidator(as_list)]
+Factor = Annotated[float, Field(gt=0, le=1e9)]
+Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
+Theta = Annotated[float, Field(ge=1, le=1e15)]
+Switch = Annotated[bool, BeforeValidator(lambda v: False if v is None else v)]
+
+
+def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError, with the fields' names, unless heads are such as RoPE and GQA want."""
+    if heads % kv_heads:
+        raise ValueError(f"{names[0]} must be a multiple of {names[1]}, got {heads} and {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"{names[2]} must be even (RoPE turns pairs), got {head_dim}")
+
+
+class Rope(Schema):
+    """`rope_scaling` or `rope_parameters` of a config.json."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Theta | None = None
+    partial_rotary_factor: float | None = None
+    factor: Factor | None = None
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
+    original_max_position_embeddings: Size | None = None
+
+    @property
+    def kind(self) -> str:
+        """How frequencies are scaled."""
+        return self.rope_type or self.type or "default"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        needed = {
+            "default": (),
+            "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        }
+        if self.kind not in needed:
+            raise ValueError(f"rope_type must be default, linear or llama3, got {self.kind!r:.60}")
+        for name in needed[self.kind]:
+            if getattr(self, name) is None:
+                raise ValueError(f"RoPE scaling of type {self.kind!r} lacks {name!r}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and not low < high:
+            raise ValueError(
+                f"low_freq_factor must be below high_freq_factor, got {low} and {high}"
+            )
+        if self.partial_rotary_factor not in (None, 1):
+            raise ValueError("partial_rotary_factor must be 1: all of head_dim is rotated here")
+        return self
+
+
+class HFConfig(Schema):
+    """config.json of a decoder."""
+
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Theta | None = 10000.0
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    partial_rotary_factor: float | None = None
+    tie_word_embeddings: Switch = False
+    attention_bias: Switch = False
+    mlp_bias: Switch = False
+    max_position_embeddings: Size = 2048
+    use_sliding_window: Switch = False
+    sliding_window: Size | None = None
+    quantization_config: Any = None
+    eos_token_id: Ids = Field(default_factory=list)
+    bos_token_id: Ids = Field(default_factory=list)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, heads of keys, and the channels of one."""
+        heads = self.num_attention_heads
+        width = self.head_dim or self.hidden_size // heads
+        return heads, self.num_key_value_heads or heads, width
+
+    @property
+    def rope(self) -> Rope:
+        """The one that counts: of both, `rope_scaling`, as in Transformers."""
+        given = self.rope_scaling, self.rope_parameters
+        return next((r for r in given if r is not None and r.model_fields_set), Rope())
+
+    @property
+    def theta(self) -> float | None:
+        """RoPE's base; its own place goes before the old one."""
+        own = "rope_theta" in self.rope.model_fields_set
+        return self.rope.rope_theta if own else self.rope_theta
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.quantization_config:
+            raise ValueError("the checkpoint is quantized already; load the original float weights")
+        if self.partial_rotary_factor not in (None, 1):
+            raise ValueError("partial_rotary_factor must be 1: all of head_dim is rotated here")
+        if self.theta is None:
+            raise ValueError("rope_theta must be a number, got null")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads where head_dim is not "
+                f"given, got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        check_heads(("num_attention_heads", "num_key_value_heads", "head_dim"), *self.sizes)
+        # Qwen names a window but uses it only on request; Mistral's is used if it is there.
+        qwen = self.model_type.startswith("qwen")
+        used = self.use_sliding_window if qwen else self.model_type == "mistral"
+        check_window(self.sliding_window if used else None, self.max_position_embeddings)
+        check_ids(self.vocab_size, eos_token_id=self.eos_token_id, bos_token_id=self.bos_token_id)
+        return self
+
+
+class Generation(Schema):
+    """generation_config.json."""
+
+    eos_token_id: Ids = Field(default_factory=list)
+
+
+class Index(Schema):
+    """model.safetensors.index.json: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        for shard in set(self.weight_map.values()):
+            plain = shard.isprintable() and not set(shard) & set("/\\") and len(shard) <= 255
+            if not plain or shard in ("", ".", ".."):
+                raise ValueError(
+                    f"weight_map must name files of its own folder, got {shown(shard)}"
+                )
+        return self
+
+
+class LanguageModel(Schema):
+    """Metadata of a checkpoint that holds a language model; `LlamaConfig` reads `config`."""
+
+    config: dict[str, Any]
+    tokenizer: str
+    prefix: Annotated[int, Field(ge=0, le=MOST)] = 0
+
+
+class BertFile(Schema):
+    """config.json of an encoder."""
+
+    model_type: Literal["bert"] = "bert"
+    hidden_act: Literal["gelu"] = "gelu"
+    position_embedding_type: Literal["absolute"] = "absolute"
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    max_position_embeddings: Size
+    type_vocab_size: Size
+    layer_norm_eps: Epsilon
+    pad_token_id: TokenId
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        check_ids(self.vocab_size, pad_token_id=[self.pad_token_id])
+        return self
+
+
+class SentenceFile(Schema):
+    """sentence_bert_config.json."""
+
+    max_seq_length: Annotated[int, Field(ge=3, le=MOST)] | None = None
+
+
+class ArchFields(Schema):
+    """GGUF metadata of one architecture; the names follow its own, "llama.", say."""
+
+    embedding_length: Size
+    feed_forward_length: Size
+    block_count: Size
+    context_length: Size
+    heads: Size = Field(alias="attention.head_count")
+    kv_heads: Size | None = Field(None, alias="attention.head_count_kv")
+    key_length: Size | None = Field(None, alias="attention.key_length")
+    value_length: Size | None = Field(None, alias="attention.value_length")
+    rotated: Size | None = Field(None, alias="rope.dimension_count")
+    norm_eps: Epsilon = Field(alias="attention.layer_norm_rms_epsilon")
+    theta: Theta = Field(10000.0, alias="rope.freq_base")
+    scaling: Literal["none", "linear"] = Field("linear", alias="rope.scaling.type")
+    factor: Annotated[float, Field(ge=0, le=1e9)] | None = Field(None, alias="rope.scaling.factor")
+    old_factor: Annotated[float, Field(ge=0, le=1e9)] = Field(0.0, alias="rope.scale_linear")
+    vocab_size: Size | None = None
+    window: Annotated[int, Field(ge=0)] | None = Field(None, alias="attention.sliding_window")
+    experts: Annotated[int, Field(ge=0)] = Field(0, alias="expert_count")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.key_length or self.embedding_length // self.heads
+
+    @property
+    def rope_factor(self) -> float | None:
+        """What divides every frequency; as in llama.cpp, linear unless it says otherwise."""
+        factor = self.old_factor if self.factor is None else self.factor
+        return factor if factor and self.scaling == "linear" else None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.experts:
+            raise ValueError("mixture-of-experts models are not supported (expert_count)")
+        check_window(self.window, self.context_length)
+        for name, value in (
+            ("attention.value_length", self.value_length),
+            ("rope.dimension_count", self.rotated),
+        ):
+            if value not in (None, self.head_dim):
+                raise ValueError(f"{name} must equal head_dim {self.head_dim}, got {value}")
+        if self.key_length is None and self.embedding_length % self.heads:
+            raise ValueError(
+                f"embedding_length must be a multiple of attention.head_count, "
+                f"got {self.embedding_length} and {self.heads}"
+            )
+        names = ("attention.head_count", "attention.head_count_kv", "attention.key_length")
+        check_heads(names, self.heads, self.kv_heads or self.heads, self.head_dim)
+        return self
+
+
+class TokenizerFields(Schema):
+    """GGUF metadata of the tokenizer, behind "tokenizer.ggml."."""
+
+    model: Literal["gpt2", "llama"]
+    tokens: Annotated[list[str], Field(min_length=1)]
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    token_type: list[int] | None = None
+    pre: str = "default"
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    eot_token_id: TokenId | None = None
+    unknown_token_id: TokenId = 0
+    add_bos_token: bool | None = None
+    add_space_prefix: bool = True
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        needed = {"gpt2": "merges", "llama": "scores"}[self.model]
+        if not getattr(self, needed):
+            raise ValueError(f"it lacks tokenizer.ggml.{needed}, which {self.model} needs")
+        count = len(self.tokens)
+        for name in ("scores", "token_type"):
+            values = getattr(self, name)
+            if values is not None and len(values) != count:
+                raise ValueError(
+                    f"tokenizer.ggml.{name} must have one value for each of {count} tokens, "
+                    f"got {len(values)}"
+                )
+        for merge in self.merges or ():
+            if " " not in merge:
+                raise ValueError(
+                    f"tokenizer.ggml.merges must be two pieces and a space, got {shown(merge)}"
+                )
+        ids = ("bos_token_id", "eos_token_id", "eot_token_id", "unknown_token_id")
+        given = {n: getattr(self, n) for n in ids if n in self.model_fields_set}
+        check_ids(count, **{f"tokenizer.ggml.{n}": [i] for n, i in given.items() if i is not None})
+        return self
+
+
+class AddedToken(Schema):
+    """One of the tokens that a tokenizer.json adds to its vocabulary."""
+
+    id: TokenId
+    content: Annotated[str, Field(min_length=1)]
+
+
+class Words(Schema):
+    """The model of a tokenizer.json, with ids by token."""
+
+    vocab: dict[str, TokenId]
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if len(set(self.vocab.values())) < len(self.vocab):
+            twice = first_repeat(self.vocab.values())
+            raise ValueError(f"vocab gives the id {twice} to two tokens")
+        return self
+
+
+class Pieces(Schema):
+    """The same of Unigram: tokens with their scores, in the order of ids."""
+
+    vocab: list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]
+
+
+class TokenizerFile(Schema):
+    """tokenizer.json; the library reads the rest of it."""
+
+    model: dict[str, Any]
+    added_tokens: list[AddedToken] = Field(default_factory=list)
+
+
+def check_window(window: int | None, max_position: int) -> None:
+    """Raise ValueError if attention has a window that positions can leave."""
+    if window and window < max_position:
+        raise ValueError(
+            f"sliding-window attention is not supported (window {window} < {max_position} "
+            f"positions); lower max_position_embeddings to {window} to use full attention"
+        )
+
+
+def check_ids(rows: int, **named: list[int]) -> None:
+    """Raise ValueError, with the field's name, for a token id without a row in the embedding."""
+    for name, ids in named.items():
+        if ids and max(ids) >= rows:
+            raise ValueError(f"{name} must be below the vocabulary's {rows}, got {max(ids)}")
