@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int16
@@ -11,6 +12,9 @@ from jaxquant.core.fields import check_fields
 from jaxquant.formats.op_format import Served
 from pallas_kernels import dual_scale
 from pallas_kernels.codecs import layout
+
+
+_packed = jax.jit(layout.pack, static_argnums=1)  # op by op it takes longer than to read a stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +61,9 @@ class DualScale(Served):
     ) -> dict[str, Any]:
         """Storage of a matrix's integers and scales, on the host, where escapes are counted."""
         codes, ranges, escapes = dual_scale.split(values, self.bits)
-        data = self._stored(codes, step, scale)
+        data = {"codes": _packed(codes, self.bits), "scale": scale[None], "step": step}
         # Checkpoints hold no empty arrays.
         return data | {"ranges": ranges, "escapes": np.resize(escapes, max(1, len(escapes)))}
-
-    def _stored(self, codes: Any, step: Any, scale: Any) -> dict[str, Any]:
-        return {"codes": layout.pack(codes, self.bits), "scale": scale[None], "step": step}
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Round to nearest with a scale for each column; every integer fits its bits."""
@@ -71,9 +72,13 @@ class DualScale(Served):
         absmax = jnp.max(jnp.abs(w), axis=0)
         scale = jnp.where(absmax > 0, absmax / top, 1.0).astype(jnp.float32)
         codes = jnp.clip(jnp.round(w / scale), -top, top).astype(jnp.int32)
-        data = self._stored(codes, jnp.ones(w.shape[0], jnp.float32), scale)
-        none = jnp.zeros((2, w.shape[1]), jnp.int32)
-        return data | {"ranges": none, "escapes": jnp.zeros(1, jnp.int32)}
+        return {
+            "codes": layout.pack(codes, self.bits),
+            "scale": scale[None],
+            "step": jnp.ones(w.shape[0], jnp.float32),
+            "ranges": jnp.zeros((2, w.shape[1]), jnp.int32),
+            "escapes": jnp.zeros(1, jnp.int32),
+        }
 
     def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
         names = ("codes", "scale", "step", "ranges", "escapes")
