@@ -81,7 +81,7 @@ def test_trained_signs_are_float16_and_counted():
     fn, p, x = model()
     q = made(jq.qtip(2, L=8), p, x)
     healed = heal(fn, q, p, x, Healing(steps=2))["a"]["kernel"]
-    assert healed.data["input.signs"].dtype == jnp.float16
+    assert healed.named["input.signs"].dtype == jnp.float16
     before = q["a"]["kernel"].nbytes
     assert healed.nbytes == before + 2 * 2 * (32 * 2 - 32 // 8)
 

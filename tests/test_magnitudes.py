@@ -72,9 +72,9 @@ def test_units_change_no_code(method):
 
 def check_inputs(got, want, c):
     """Only a scale that is known beforehand is that of the inputs."""
-    for name, a in want.data.items():
+    for name, a in want.named.items():
         factor = c if name == "activations.scale" else 1
-        np.testing.assert_array_equal(got.data[name], a * jnp.asarray(factor, a.dtype))
+        np.testing.assert_array_equal(got.named[name], a * jnp.asarray(factor, a.dtype))
 
 
 LATENT = [

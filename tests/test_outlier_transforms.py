@@ -62,12 +62,12 @@ def test_weights_of_one_input_are_smoothed_together():
     fn = lambda p, x: (x @ p["a"], x @ p["b"])
     stats = jq.calibrate(fn, p, [outlying(k=32)])
     q = jq.quantize(p, jq.smoothquant(), stats)
-    np.testing.assert_array_equal(q["a"].data["input.factors"], q["b"].data["input.factors"])
+    np.testing.assert_array_equal(q["a"].named["input.factors"], q["b"].named["input.factors"])
     assert q["a"].shared == q["b"].shared != ""
     both = jnp.concatenate([p["a"], p["b"]], 1)
     alone = lambda w: jq.Smooth(0.5).fit(Channels.of(w.T, outlying(k=32)), KEY)["factors"]
-    np.testing.assert_array_equal(q["a"].data["input.factors"], alone(both))
-    assert not np.allclose(q["a"].data["input.factors"], alone(p["a"]), rtol=0.1)
+    np.testing.assert_array_equal(q["a"].named["input.factors"], alone(both))
+    assert not np.allclose(q["a"].named["input.factors"], alone(p["a"]), rtol=0.1)
 
 
 def test_the_best_alpha_is_found():
@@ -146,7 +146,7 @@ def test_duquant_makes_inputs_smaller_at_every_site():
     q = jq.quantize(p, jq.duquant(block=16, steps=32), stats)
     for name, rows in (("a", x), ("b", jnp.tanh(x @ p["a"]))):
         turned = q[name].transformed(rows, q[name].data)
-        smooth = jq.Smooth(0.6).apply(rows, {"factors": q[name].data["input.0.factors"]})
+        smooth = jq.Smooth(0.6).apply(rows, {"factors": q[name].named["input.0.factors"]})
         assert jnp.max(jnp.abs(turned)) <= jnp.max(jnp.abs(smooth))
 
 
@@ -219,16 +219,16 @@ def test_static_scales_are_those_of_all_that_was_seen(form):
     w, x = draw(48, 32), outlying()
     method = jq.Method("s", jq.rtn().rounder, jq.Integer(8, -1), jq.Smooth(0.5), activations=form)
     q = jq.quantize_array(w, method, inputs=x)
-    smooth = jq.Smooth(0.5).apply(x, {"factors": q.data["input.factors"]})
+    smooth = jq.Smooth(0.5).apply(x, {"factors": q.named["input.factors"]})
     step = (
         (jnp.max(smooth) - jnp.min(smooth)) / 254 if "asym" in form else jnp.max(abs(smooth)) / 127
     )
-    np.testing.assert_allclose(q.data["activations.scale"], step, rtol=1e-5)
+    np.testing.assert_allclose(q.named["activations.scale"], step, rtol=1e-5)
     run = jq.quantized(lambda w, x: x @ w)
     rows = jnp.zeros((4, 48)).at[0].set(x[0])
     np.testing.assert_allclose(run(q, rows)[0], run(q, x[:1])[0], rtol=1e-5)  # padding is nothing
     assert not np.any(run(q, rows)[1:])
-    assert q.nbytes == sum(a.nbytes for a in q.data.values())
+    assert q.nbytes == sum(a.nbytes for a in q.named.values())
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ def test_what_another_method_gave_is_not_taken(tmp_path):
             seen = []
             got, want = run(finished=kept, progress=seen.append)["w"], run()["w"]
             assert seen[0].seconds > 0, name
-            for key, a in want.data.items():
-                np.testing.assert_array_equal(got.data[key], a)
+            for key, a in want.named.items():
+                np.testing.assert_array_equal(got.named[key], a)
             again = run(finished=kept, progress=seen.append)["w"]
             assert seen[1].seconds == 0
             np.testing.assert_array_equal(again.data["codes"], want.data["codes"])

@@ -113,7 +113,7 @@ def test_padding_costs_bytes_that_are_counted():
     w = draw(50, 64)
     q = jq.quantize_array(w, jq.Method("m", Nearest(), FINE, jq.Rotation(), None))
     assert q.data["codes"].shape == (52 // 4, 64)
-    assert q.bits_per_weight == 8 * sum(a.nbytes for a in q.data.values()) / w.size
+    assert q.bits_per_weight == 8 * sum(a.nbytes for a in q.named.values()) / w.size
     (entry,) = jq.resolve(jq.Method("m", Nearest(), FINE, jq.Rotation(), None), {"w": w}).entries
     assert entry.bytes == q.nbytes
 
@@ -136,7 +136,7 @@ def test_stacks_of_rotated_weights_run_in_a_scan():
     fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
     got = jax.jit(jq.quantized(fn))(q, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
-    signs = q["w"].data["input.signs"]
+    signs = q["w"].named["input.signs"]
     assert not np.array_equal(signs[0], signs[1])
 
 
@@ -150,7 +150,7 @@ def test_weights_that_share_an_input_share_its_transform(monkeypatch):
     method = jq.Method("m", Nearest(), FINE, jq.Rotation(), None)
     q = jq.quantize(p, method, jq.sites(fn, p, x))
     assert q["q"].shared == q["k"].shared != q["o"].shared
-    np.testing.assert_array_equal(q["q"].data["input.signs"], q["k"].data["input.signs"])
+    np.testing.assert_array_equal(q["q"].named["input.signs"], q["k"].named["input.signs"])
     one = lambda n, seed: jq.quantize_array(p[n], method, key=jax.random.key(seed))
     apart = {"q": one("q", 1), "k": one("k", 2), "o": one("o", 3)}
     calls = []
@@ -209,7 +209,7 @@ def test_randomness_is_the_key():
         jq.quantize_array(w, jq.Method("m", Nearest(), FINE, jq.Rotation()), key=jax.random.key(s))
         for s in (0, 0, 1)
     ]
-    first, again, other = (np.asarray(q.data["input.signs"]) for q in made)
+    first, again, other = (np.asarray(q.named["input.signs"]) for q in made)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 

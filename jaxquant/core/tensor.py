@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
 import jax
@@ -96,12 +97,26 @@ class View:
     __post_init__ = check_fields
 
 
+class Arrays(NamedTuple):
+    """The arrays of a weight, by what they belong to."""
+
+    data: dict[str, Array]
+    input: dict[str, Array]
+    output: dict[str, Array]
+    activations: dict[str, Array]
+
+
 class QTensor(StandIn):
     """A quantized weight: a JAX pytree of packed arrays that acts as an array in any function.
 
+    Invariants:
+      Every array has the same leading batch axes, `leading()` of them; what follows is what one
+      matrix [k, n] has in the format, and what `input`, `output` and `activations` say in `shapes`.
+      A transform that is None has no arrays; neither has a form of activations that is not static.
+      `data` holds "codes". All other fields are static, and alike for every matrix of a stack.
+
     Attributes:
-      data: the format's packed arrays, each with the same leading batch axes; those of the
-        transforms have names that begin with "input." and "output.".
+      data: the format's packed arrays.
       format: codebook and storage (static, hashable).
       view: which axes of the weight are contracted, batch and output (static).
       logical_dtype: dtype of the weight it stands for (static).
@@ -111,7 +126,8 @@ class QTensor(StandIn):
         through equal transforms, arrays included: it is transformed once, and the products are one
         call where the platform has that; "" if it is not known.
       activations: how the (transformed) input is rounded before it meets the codes, `Activations`;
-        None: not at all. Its arrays, if it has any, are named "activations.".
+        None: not at all.
+      input_data, output_data, activations_data: arrays of the transforms and of the activations.
     """
 
     data: dict[str, Array]
@@ -123,6 +139,37 @@ class QTensor(StandIn):
     output: Any = eqx.field(static=True, default=None)
     shared: str = eqx.field(static=True, default="")
     activations: Activations | None = eqx.field(static=True, default=None)
+    input_data: dict[str, Array] = eqx.field(default_factory=dict)
+    output_data: dict[str, Array] = eqx.field(default_factory=dict)
+    activations_data: dict[str, Array] = eqx.field(default_factory=dict)
+
+    @property
+    def arrays(self) -> Arrays:
+        """All of its arrays."""
+        return Arrays(self.data, self.input_data, self.output_data, self.activations_data)
+
+    def with_arrays(self, arrays: Arrays, **fields: Any) -> "QTensor":
+        """With these arrays, and other fields, in place of its own."""
+        return dataclasses.replace(
+            self,
+            data=arrays.data,
+            input_data=arrays.input,
+            output_data=arrays.output,
+            activations_data=arrays.activations,
+            **fields,
+        )
+
+    @property
+    def named(self) -> dict[str, Array]:
+        """All of its arrays in one dict, those that are not the format's as "input.signs", say.
+
+        So they are called where arrays of any kind are looked up: in checkpoints, in training.
+        """
+        return flat_names(self.arrays)
+
+    def with_named(self, named: Mapping[str, Array], **fields: Any) -> "QTensor":
+        """With the arrays of such a dict, and other fields, in place of its own."""
+        return self.with_arrays(by_kind(named), **fields)
 
     @property
     def order(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -132,7 +179,7 @@ class QTensor(StandIn):
     @property
     def nbytes(self) -> int:
         """Bytes of every array held: codes, scales, zero points, codebooks."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.data))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.arrays))
 
     @property
     def bits_per_weight(self) -> float:
@@ -145,7 +192,7 @@ class QTensor(StandIn):
         matrix = self.matrix
         for _ in batch:
             matrix = jax.vmap(matrix)
-        w = matrix(self.data).reshape(*batch, *self.view.k, *self.outputs)
+        w = matrix(self.arrays).reshape(*batch, *self.view.k, *self.outputs)
         w = jnp.transpose(w, self.axes())
         if self.logical_dtype == "float16":  # whose largest number may have been rounded up
             w = jnp.clip(w, -65504.0, 65504.0)
@@ -182,32 +229,29 @@ class QTensor(StandIn):
 
     def stored(self) -> Float[Array, "... s t"]:
         """The format's own matrices, before the transforms are undone."""
-        return self._stored(self.data)
+        return self.format.dequantize(self.data, self.stored_rows)
 
-    def _stored(self, data: dict[str, Array]) -> Float[Array, "... s t"]:
-        return self.format.dequantize(part(data), self.stored_rows)
-
-    def matrix(self, data: dict[str, Array]) -> Float[Array, "k n"]:
+    def matrix(self, arrays: Arrays) -> Float[Array, "k n"]:
         """The matrix in float32."""
-        w = self._stored(data)
+        w = self.format.dequantize(arrays.data, self.stored_rows)
         if self.input is None and self.output is None:
             return w
         w, e = unit(w)  # sums of small numbers would lose what float32 has no normal numbers for
         if self.input is not None:
-            w = self.input.transposed(w.T, part(data, "input."), self.rows_k).T
+            w = self.input.transposed(w.T, arrays.input, self.rows_k).T
         if self.output is not None:
-            w = self.output.transposed(w, part(data, "output."), math.prod(self.view.n))
+            w = self.output.transposed(w, arrays.output, math.prod(self.view.n))
         return shifted(w, e)
 
-    def transformed(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m s"]:
+    def transformed(self, x: Float[Array, "m k"], arrays: Arrays) -> Float[Array, "m s"]:
         """x as the format's matrix takes it."""
-        return x if self.input is None else self.input.apply(x, part(data, "input."))
+        return x if self.input is None else self.input.apply(x, arrays.input)
 
-    def finished(self, y: Float[Array, "m t"], data: dict[str, Array]) -> Float[Array, "m n"]:
+    def finished(self, y: Float[Array, "m t"], arrays: Arrays) -> Float[Array, "m n"]:
         """A product of the format's matrix, its output transform undone."""
         if self.output is None:
             return y
-        return self.output.transposed(y, part(data, "output."), math.prod(self.view.n))
+        return self.output.transposed(y, arrays.output, math.prod(self.view.n))
 
     def siblings(self) -> "list[QTensor]":
         """The arguments of the running function that read this one's input: it, and others."""
@@ -219,15 +263,16 @@ class QTensor(StandIn):
 
     def same(self, other: "QTensor") -> bool:
         """Whether it holds the very arrays of this one."""
-        return all(other.data.get(name) is a for name, a in self.data.items())
+        mine, others = self.named, other.named
+        return all(others.get(name) is a for name, a in mine.items())
 
-    def matmul_transposed(self, g: Float[Array, "m n"], data: dict[str, Array]) -> Array:
+    def matmul_transposed(self, g: Float[Array, "m n"], arrays: Arrays) -> Array:
         """g @ w.T."""
         k = self.rows_k
         if self.output is not None:
-            g = self.output.apply(g, part(data, "output."))
-        y = self.format.matmul_transposed(g, part(data), self.stored_rows)
-        return y if self.input is None else self.input.transposed(y, part(data, "input."), k)
+            g = self.output.apply(g, arrays.output)
+        y = self.format.matmul_transposed(g, arrays.data, self.stored_rows)
+        return y if self.input is None else self.input.transposed(y, arrays.input, k)
 
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
@@ -240,25 +285,24 @@ class QTensor(StandIn):
 
     def at_leading(self, fn: Any) -> "QTensor":
         # Which of a stack it is now nobody else knows, so its transform is its own.
-        data = {name: fn(a) for name, a in self.data.items()}
-        return dataclasses.replace(self, data=data, shared="")
+        return self.with_arrays(jax.tree.map(fn, self.arrays), shared="")
 
     def picked(self, pick: Pick) -> "StandIn | None":
         # Where an index is out of range the matrix is NaN, by its scales: codes cannot say it.
-        floats = any(jnp.issubdtype(a.dtype, jnp.inexact) for a in part(self.data).values())
+        floats = any(jnp.issubdtype(a.dtype, jnp.inexact) for a in self.data.values())
         return super().picked(pick) if floats or not pick.fills else None
 
     def local(self) -> "QTensor":
         if not hasattr(self.format, "encode"):  # it trains; see `training.latent`
             return self
         held, rows = self.data["codes"].shape[self.leading()], self.stored_rows
-        n = self.format.outputs(part(self.data))
+        n = self.format.outputs(self.data)
         shapes = _packed_shapes(self.format, rows, n)
         parts = shapes["codes"][0] / held
         if parts == 1 or self.format.codes_ndim != 2:
             return self
         first = self.view.k[0] / parts
-        rest = {name: a.shape[self.leading() :] for name, a in part(self.data).items()}
+        rest = {name: a.shape[self.leading() :] for name, a in self.data.items()}
         whole = first.is_integer() and (rows / parts).is_integer() and self.input is None
         if not whole or _packed_shapes(self.format, int(rows / parts), n) != rest:
             raise ValueError(
@@ -273,8 +317,8 @@ class QTensor(StandIn):
         return np.asarray(self.dequantize(), dtype)
 
     def __repr__(self) -> str:
-        if not all(hasattr(a, "dtype") for a in self.data.values()):
-            return f"QTensor({self.data}, {self.format})"  # a tree of shardings, say
+        if not all(hasattr(a, "dtype") for a in self.named.values()):
+            return f"QTensor({self.named}, {self.format})"  # a tree of shardings, say
         return (
             f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
             f"{self.bits_per_weight:.3f} bits per weight)"
@@ -292,16 +336,23 @@ def _packed_shapes(format: Any, k: int, n: int) -> dict[str, tuple[int, ...]]:
     return {name: a.shape for name, a in parts.items()}
 
 
-def part(data: dict[str, Array], prefix: str = "") -> dict[str, Array]:
-    """The entries whose names begin with the prefix, without it; or, without one, the format's."""
-    if prefix:
-        return {name[len(prefix) :]: a for name, a in data.items() if name.startswith(prefix)}
-    return {name: a for name, a in data.items() if "." not in name}
+def flat_names(arrays: Arrays) -> dict[str, Array]:
+    """The arrays in one dict: the format's by their names, the others' as "input.signs", say."""
+    kinds = zip(Arrays._fields[1:], arrays[1:], strict=True)
+    return arrays.data | {f"{kind}.{name}": a for kind, of in kinds for name, a in of.items()}
 
 
-def sides(data: dict[str, Array]) -> dict[str, Array]:
-    """The entries of the transforms, under their whole names."""
-    return {name: a for name, a in data.items() if "." in name}
+def by_kind(named: Mapping[str, Array]) -> Arrays:
+    """The inverse of `flat_names`.
+
+    >>> by_kind({"codes": 1, "input.0.signs": 2}).input
+    {'0.signs': 2}
+    """
+    found: dict[str, dict[str, Array]] = {kind: {} for kind in Arrays._fields}
+    for name, a in named.items():
+        kind, dot, own = name.partition(".")
+        found[kind if dot else "data"][own if dot else name] = a
+    return Arrays(**found)
 
 
 # --- matmul ---------------------------------------------------------------------------------
@@ -328,17 +379,17 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
 
     form = activations.in_force(w.activations)
 
-    def matmul(rows: Array, data: dict[str, Array]) -> Array:
+    def matmul(rows: Array, arrays: Arrays) -> Array:
         if not forward:
-            return w.matmul_transposed(rows, data)
-        rows = once(key, x, lambda: w.transformed(rows, data))
+            return w.matmul_transposed(rows, arrays)
+        rows = once(key, x, lambda: w.transformed(rows, arrays))
         if hasattr(w.format, "product"):  # it rounds rows itself, as training needs it
-            of_inputs = part(data, "activations.")
-            return w.finished(w.format.product(form, rows, part(data), of_inputs), data)
-        meet = partial(activations.product, form, rows, part(data, "activations."))
+            y = w.format.product(form, rows, arrays.data, arrays.activations)
+            return w.finished(y, arrays)
+        meet = partial(activations.product, form, rows, arrays.activations)
         if len(family) == 1:
-            return w.finished(meet(lambda x, form: w.format.matmul(x, part(data), form)), data)
-        several = [part(other.data) for other in family]
+            return w.finished(meet(lambda x, form: w.format.matmul(x, arrays.data, form)), arrays)
+        several = [other.data for other in family]
 
         def products() -> tuple:
             with kernels.listening() as heard:
@@ -346,13 +397,13 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
 
         ys, heard = once((*key, w.format, form), x, products)
         served.extend(heard)
-        return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], data)
+        return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], arrays)
 
     with kernels.listening() as served:
         y = c.apply(
             matmul,
             rows,
-            w.data,
+            w.arrays,
             axes=w.axes(),
             leading=batch,
             contracted=core_k if forward else core_n,

@@ -13,7 +13,6 @@ from jaxquant.formats.op_format import Served
 from pallas_kernels import dual_scale
 from pallas_kernels.codecs import layout
 
-
 _packed = jax.jit(layout.pack, static_argnums=1)  # op by op it takes longer than to read a stream
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant.core.tensor import QTensor, sides
+from jaxquant.core.tensor import QTensor
 from jaxquant.formats import DualScale, EntropyCoded
 from pallas_kernels import dual_scale, streams
 from pallas_kernels.codecs import entropy_stream
@@ -113,7 +113,7 @@ def _transcoded(w: QTensor, matrices: list[entropy_stream.Coded]) -> QTensor:
         return jnp.asarray(np.stack(arrays).reshape(*batch, *arrays[0].shape))
 
     data = jax.tree.map(stacked, *parts)
-    return dataclasses.replace(w, format=format, data=data | sides(w.data))
+    return dataclasses.replace(w, format=format, data=data)
 
 
 _scales = jax.jit(entropy_stream.scales)

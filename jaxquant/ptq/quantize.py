@@ -20,7 +20,7 @@ from jaxquant.core.keys import Draw
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.sites import Site, is_weight
 from jaxquant.core.standin import is_standin
-from jaxquant.core.tensor import QTensor, part
+from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.store import Finished
 from jaxquant.methods.registry import Method
 from jaxquant.ptq.round_matrix import Keys, Report, block_importance, round_matrix
@@ -246,20 +246,21 @@ class _Job:
         parts, reports = [], []
         for i, name in enumerate(self._names()):
             start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
-            data, report, before = self._one(i, name, matrices[i], one, method, abstract)
+            arrays, report, before = self._one(i, name, matrices[i], one, method, abstract)
             # Of an input that calibration never saw, nobody knows what is lost.
             report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
-            parts.append(data)
+            parts.append(arrays)
             reports.append(report)
             if not abstract:
-                bits = 8 * sum(a.nbytes for a in data.values()) / (k * n)
+                bits = 8 * sum(a.nbytes for a in jax.tree.leaves(arrays)) / (k * n)
                 seconds = 0.0 if before else time.monotonic() - start
                 progress.done(name, method.name, report, bits, seconds)
         if not abstract:
             self._warn(reports)
-        data = {name: jnp.stack([p[name] for p in parts]) for name in parts[0]}
+        stacked = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
+        arrays = jax.tree.map(stacked, *parts)
         return QTensor(
-            data={name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()},
+            data=arrays.data,
             format=method.format,
             view=entry.form[0],
             logical_dtype=jnp.dtype(w.dtype).name,
@@ -268,6 +269,9 @@ class _Job:
             output=method.output,
             shared=self._shared(),
             activations=method.activations,
+            input_data=arrays.input,
+            output_data=arrays.output,
+            activations_data=arrays.activations,
         )
 
     def _check_range(self, matrices: Array) -> None:
@@ -289,38 +293,39 @@ class _Job:
         importance = np.full(k // format.block, float(abstract))
         for i, w in enumerate(() if abstract else matrices):
             one = jax.tree.map(lambda a, i=i: a[i], moments)
-            keys, known = self._keys(i), part(self._known(i), "input.") or None
+            keys, known = self._keys(i), self._known(i).input or None
             one, e = block_importance(w, one, keys, self.method, format.block, known)
             importance += np.ldexp(np.asarray(one, np.float64), int(e))
         return dataclasses.replace(self.method, format=format.planned(importance))
 
     def _one(
         self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
-    ) -> tuple[dict[str, Array], Report, bool]:
+    ) -> tuple[Arrays, Report, bool]:
         """Arrays, report, and whether these were finished before."""
         finished = None if abstract else self.finished
         mark = b"" if finished is None else self._mark(w, moments, method)
         kept = dict(finished.get(name, {})) if finished is not None else {}
         if kept and np.asarray(kept.pop(MARK, ())).tobytes() == mark:
             stored = {key: jnp.asarray(a) for key, a in kept.items()}
-            return stored, Report(*(stored.pop(f"report.{f}") for f in Report._fields)), True
+            report = Report(*(stored.pop(f"report.{f}") for f in Report._fields))
+            return by_kind(stored), report, True
         known = self._known(i)
-        side = part(known, "input.") or None
-        data, report = round_matrix(w, moments, self._keys(i), method, side)
-        data |= {key: a for key, a in known.items() if key.startswith("activations.")}
+        arrays, report = round_matrix(w, moments, self._keys(i), method, known.input or None)
+        arrays = arrays._replace(activations=known.activations)
         if abstract:
             # What was planned without values is no result, and nobody has looked at the weights.
             planned = method is not self.method
             sound = jnp.logical_and(not planned, _finite((w, moments, known)))
-            return _nan_unless(sound, data), report, False
-        data, report = jax.block_until_ready((data, report))
-        self._check_result(name, data, report)
+            return _nan_unless(sound, arrays), report, False
+        arrays, report = jax.block_until_ready((arrays, report))
+        self._check_result(name, arrays, report)
         if finished is not None:
             reports = {f"report.{field}": a for field, a in report._asdict().items()}
-            if taken := sorted(data.keys() & {*reports, MARK}):
+            named = flat_names(arrays)
+            if taken := sorted(named.keys() & {*reports, MARK}):
                 raise ValueError(f"{name}: the format names an array {taken[0]!r}, which is taken")
-            finished[name] = {**data, **reports, MARK: np.frombuffer(mark, np.uint8)}
-        return data, report, False
+            finished[name] = {**named, **reports, MARK: np.frombuffer(mark, np.uint8)}
+        return arrays, report, False
 
     def _mark(self, w: Array, moments: Moments, method: Method) -> bytes:
         """A digest of what decides the result: what is finished of another matrix is not taken."""
@@ -329,21 +334,21 @@ class _Job:
             digest.update(np.asarray(a).tobytes())
         return digest.digest()
 
-    def _check_result(self, name: str, data: dict[str, Array], report: Report) -> None:
+    def _check_result(self, name: str, arrays: Arrays, report: Report) -> None:
         """ValueError if the matrix holds NaN or infinity; the loss tells, and where it may not."""
         stored = self.method.stored(*self.entry.matrix[-2:])[0]
-        if bool(_finite((data, report.loss))):
+        if bool(_finite((arrays, report.loss))):
             return
-        decoded = self.method.format.dequantize(part(data), stored)
-        if not bool(_finite((data, decoded))):
+        decoded = self.method.format.dequantize(arrays.data, stored)
+        if not bool(_finite((arrays, decoded))):
             raise ValueError(
                 f"{name}: {self.method.name} made a matrix of finite weights into one that is not "
                 f"finite (NaN or infinity); use another method or more bits, or rescale the weights"
             )
 
-    def _known(self, i: int) -> dict[str, Array]:
+    def _known(self, i: int) -> Arrays:
         """Arrays that the weights of this input share."""
-        return self.inputs.arrays(self.entry.path, i, self._keys(i).input) or {}
+        return by_kind(self.inputs.arrays(self.entry.path, i, self._keys(i).input) or {})
 
     def _names(self) -> Iterator[str]:
         batch = self.entry.matrix[:-2]
@@ -416,10 +421,10 @@ def _finite(arrays: Any) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in floats]))
 
 
-def _nan_unless(sound: Bool[Array, ""], data: dict[str, Array]) -> dict[str, Array]:
-    """The data, or NaN for floating numbers and zeros for codes: then all weights are NaN."""
+def _nan_unless(sound: Bool[Array, ""], arrays: Arrays) -> Arrays:
+    """The arrays, or NaN for floating numbers and zeros for codes: then all weights are NaN."""
     nothing = lambda a: jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0
-    return {name: jnp.where(sound, a, jnp.asarray(nothing(a), a.dtype)) for name, a in data.items()}
+    return jax.tree.map(lambda a: jnp.where(sound, a, jnp.asarray(nothing(a), a.dtype)), arrays)
 
 
 def bits_per_weight(params: Any) -> float:
@@ -465,8 +470,7 @@ def with_activations(params: Any, activations: Activations | str | None) -> Any:
     def change(w: Any) -> Any:
         if not isinstance(w, QTensor):
             return w
-        known = part(w.data, "activations.")
-        if form is not None and set(form.shapes()) - set(known):
+        if form is not None and set(form.shapes()) - set(w.activations_data):
             raise ValueError(
                 f"{form}: static scales come from calibration; give activations={str(form)!r} to "
                 f"the method, and statistics to quantize"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.magnitude import unit
+from jaxquant.core.tensor import Arrays
 from jaxquant.methods.registry import Method
 from jaxquant.rounding import Moments
 from jaxquant.rounding.moments import feedback_energies, living
@@ -48,19 +49,19 @@ def round_matrix(
     keys: Keys,
     method: Method,
     known: dict[str, Array] | None = None,
-) -> tuple[dict[str, Array], Report]:
-    """Packed data of a matrix, the transforms' arrays among them, and a report.
+) -> tuple[Arrays, Report]:
+    """The arrays of a matrix, and a report.
 
-    `known`: the arrays of the input transform, if they have been fitted (`inputs`).
+    `known`: the arrays of the input transform, if they have been fitted (`shared_transforms`).
     """
     w, moments, e, _ = _unit(w, moments, method)
-    w, moments, arrays = _transformed(w, moments, keys, method, known)
+    w, moments, of_input, of_output = _transformed(w, moments, keys, method, known)
     codes, found = method.rounder(w, method.format, moments, keys.own)
     error = w - method.format.dequantize(codes, w.shape[0])
     loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
     if e is not None:
         codes = method.format.scaled(codes, e)
-    return codes | arrays, Report(loss, found["damping"], found["dead"])
+    return Arrays(codes, of_input, of_output, {}), Report(loss, found["damping"], found["dead"])
 
 
 @partial(jax.jit, static_argnames=("method", "block"))
@@ -78,7 +79,7 @@ def block_importance(
     With error feedback the loss is sum_j D_j |n_j|^2 for the noise n_j that rounding row j adds.
     """
     w, moments, own, others = _unit(w, moments, method)
-    w, moments, _ = _transformed(w, moments, keys, method, known)
+    w, moments, _, _ = _transformed(w, moments, keys, method, known)
     gram, _ = living(moments.input)
     d, _ = feedback_energies(gram, method.rounder.damping)
     blocks = lambda a: a.reshape(-1, block).sum(1)
@@ -109,25 +110,24 @@ def _unit(
 
 def _transformed(
     w: Array, moments: Moments, keys: Keys, method: Method, known: dict[str, Array] | None
-) -> tuple[Array, Moments, dict[str, Array]]:
+) -> tuple[Array, Moments, dict[str, Array], dict[str, Array]]:
     """W and its moments after the method's changes of variables, and the arrays of these."""
     channels = Channels(w.T, moments.input)
-    channels, rows = _side(method.input, "input", channels, keys.input, known)
+    channels, of_input = _side(method.input, channels, keys.input, known)
     gram, w = channels.gram, channels.weights.T
     output_key = jax.random.fold_in(keys.own, 1)
-    channels, columns = _side(method.output, "output", Channels(w, moments.output), output_key)
-    return channels.weights, Moments(gram, channels.gram), rows | columns
+    channels, of_output = _side(method.output, Channels(w, moments.output), output_key)
+    return channels.weights, Moments(gram, channels.gram), of_input, of_output
 
 
 def _side(
-    side: Any, name: str, channels: Channels, key: Array, known: dict[str, Array] | None = None
+    side: Any, channels: Channels, key: Array, known: dict[str, Array] | None = None
 ) -> tuple[Channels, dict[str, Array]]:
-    """The channels after the change on one side, and its arrays, by their names in the data."""
+    """The channels after the change on one side, and its arrays."""
     if side is None:
         return channels, {}
     arrays = side.fit(channels, key) if known is None else known
-    named = {f"{name}.{part}": a for part, a in arrays.items()}
-    return channels.through(side, arrays), named
+    return channels.through(side, arrays), arrays
 
 
 def _energy(e: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:

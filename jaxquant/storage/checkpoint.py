@@ -263,9 +263,9 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
             static = {f: to_json(getattr(leaf, f)) for f in STATIC}
-            kept = leaf.data
+            kept = leaf.named
             if hasattr(leaf.format, "to_disk"):  # closer than what a product reads
-                kept = leaf.format.to_disk(kept, leaf.stored_rows)
+                kept |= leaf.format.to_disk(leaf.data, leaf.stored_rows)
                 static["kept"] = True
             named = {f"{_stored(path)}:{part}": a for part, a in kept.items()}
             leaves.append({"path": path, "parts": list(kept), **static})
@@ -345,13 +345,13 @@ def _unflatten(
         *parents, last = path.split("/")
         node = _node(tree, parents)
         if "parts" in leaf:
-            data = {part: _taken(arrays, path, f":{part}") for part in leaf["parts"]}
+            named = {part: _taken(arrays, path, f":{part}") for part in leaf["parts"]}
             static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
             # Once a text.
             static["activations"] = Activations.of(static.get("activations"))
-            w = QTensor(data=data, **static)
+            w = QTensor(data={}, **static).with_named(named)
             if "kept" in leaf:
-                w = dataclasses.replace(w, data=w.format.from_disk(data, w.stored_rows))
+                w = dataclasses.replace(w, data=w.format.from_disk(w.data, w.stored_rows))
             node[last] = w
         else:
             node[last] = _taken(arrays, path)

@@ -14,7 +14,7 @@ import jax
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves
-from jaxquant.core.tensor import QTensor, part
+from jaxquant.core.tensor import QTensor
 from pallas_kernels.cost import chips, rates
 
 
@@ -110,6 +110,6 @@ def _rate(w: QTensor, chip: str) -> float:
         static.update(found)
         return arrays
 
-    jax.eval_shape(arguments, part(w.data))  # of shapes alone
+    jax.eval_shape(arguments, w.data)  # of shapes alone
     op, form = f"{w.format.storage}_matmul", kernel_form(w.activations)
     return rates.weights_per_cycle(op, chip, form, **static)

@@ -14,7 +14,7 @@ from jaxquant.calibration.calibrate import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.sites import Site
-from jaxquant.core.tensor import QTensor, part, sides
+from jaxquant.core.tensor import Arrays, QTensor
 from jaxquant.estimators.latent import Latent, batched
 from jaxquant.estimators.surrogates import StraightThrough, grid_of, spread
 from jaxquant.formats import Integer
@@ -100,22 +100,21 @@ def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
     inputs = method.input_estimator
     if inputs is not None:
         inputs.check(w.activations)
-    data, axes = part(w.data), w.leading()
+    data, axes = w.data, w.leading()
     values = w.stored()
     if leaf is not None:
         near = partial(_near, w.format)
         values = batched(near, axes)(_as_stored(w, leaf), values, data)
     start = batched(lambda v, data: estimator.start(v, w.format, data), axes)
-    codes = {"codes": values} | start(values, data)
-    ranges = part(w.data, ACTIVATIONS)
+    ranges = w.activations_data
     if inputs is not None:
         ranges = batched(lambda d: inputs.start(d, w.activations), axes)(ranges)
-    others = {n: a for n, a in sides(w.data).items() if not n.startswith(ACTIVATIONS)}
     return dataclasses.replace(
         w,
-        data=codes | {ACTIVATIONS + n: a for n, a in ranges.items()} | others,
+        data={"codes": values} | start(values, data),
         format=Latent(w.format, estimator, inputs),
         shared="",
+        activations_data=ranges,
     )
 
 
@@ -128,12 +127,12 @@ def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
     k, n = math.prod(w.view.k), math.prod(w.view.n)
     matrices = jnp.transpose(leaf.astype(jnp.float32), back).reshape(*batch, k, n)
 
-    def one(m: Float[Array, "k n"], data: dict[str, Array]) -> Float[Array, "s t"]:
+    def one(m: Float[Array, "k n"], arrays: Arrays) -> Float[Array, "s t"]:
         if w.input is not None:
-            m = w.input.inverse(m.T, part(data, "input.")).T
-        return m if w.output is None else w.output.inverse(m, part(data, "output."))
+            m = w.input.inverse(m.T, arrays.input).T
+        return m if w.output is None else w.output.inverse(m, arrays.output)
 
-    return batched(one, len(batch))(matrices, w.data)
+    return batched(one, len(batch))(matrices, w.arrays)
 
 
 def _near(
@@ -166,7 +165,7 @@ def freeze(params: Any) -> Any:
 
 def _frozen(path: str, w: QTensor) -> QTensor:
     form, format = w.activations, w.format
-    for name, a in part(w.data).items():
+    for name, a in w.data.items():
         if isinstance(jnp.isfinite(a), jax.core.Tracer):
             continue
         if not bool(jnp.all(jnp.isfinite(a))):
@@ -174,13 +173,12 @@ def _frozen(path: str, w: QTensor) -> QTensor:
         if name == "scale" and not bool(jnp.all(a > 0)):
             raise ValueError(f"{path}: {int(jnp.sum(a <= 0))} scales are not above zero")
     axes = w.leading()
-    data = batched(format.packed, axes)(part(w.data))
-    ranges = part(w.data, ACTIVATIONS)
+    data = batched(format.packed, axes)(w.data)
+    ranges = w.activations_data
     if format.inputs is not None:
         ranges = batched(lambda d: format.inputs.served(d, form), axes)(ranges)
-    others = {n: a for n, a in sides(w.data).items() if not n.startswith(ACTIVATIONS)}
-    data |= {ACTIVATIONS + n: a for n, a in ranges.items()} | others
-    return dataclasses.replace(w, data=data, format=format.format, activations=form)
+    arrays = w.arrays._replace(data=data, activations=ranges)
+    return w.with_arrays(arrays, format=format.format)
 
 
 def is_latent(w: Any) -> bool:
@@ -203,9 +201,9 @@ def labels(params: Any, also: Sequence[str] = ("*",)) -> Any:
 
     def of_weight(w: QTensor) -> QTensor:
         found: dict[str, Any] = {
-            name: a if a is None else _label(w.format, name) for name, a in w.data.items()
+            name: a if a is None else _label(w.format, name) for name, a in w.named.items()
         }
-        return dataclasses.replace(w, data=found)
+        return w.with_named(found)
 
     def one(path: str, w: Any) -> Any:
         if isinstance(w, QTensor):

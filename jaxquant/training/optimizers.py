@@ -1,6 +1,5 @@
 """Optimizers for trees with latent weights: one for every kind of array, none for the rest."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -58,6 +57,7 @@ def relative() -> optax.GradientTransformation:
 def _times_units(update: Any, param: Any) -> Any:
     if not is_standin(update):
         return update * unit("", param, {})
-    known = {n: a for n, a in update.data.items() if isinstance(a, jax.Array)}  # the others' masked
-    new = {n: a * unit(n, param.data[n], param.data) for n, a in known.items()}
-    return dataclasses.replace(update, data={**update.data, **new})
+    named = param.named
+    known = {n: a for n, a in update.named.items() if isinstance(a, jax.Array)}  # the rest: masked
+    new = {n: a * unit(n, named[n], named) for n, a in known.items()}
+    return update.with_named(update.named | new)

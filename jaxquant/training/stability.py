@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant.core.tensor import QTensor, part
+from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.latent import Latent, batched
 from jaxquant.estimators.surrogates import grid_of, spread
 from jaxquant.formats import Integer
@@ -57,7 +57,7 @@ def _codes(w: QTensor) -> Array:
         codes = format.round(data["codes"], _grid(w.format, data))[0]
         return _places(format)[codes] if isinstance(format, Table) else codes
 
-    return batched(one, w.leading())(part(w.data))
+    return batched(one, w.leading())(w.data)
 
 
 def _places(format: Table) -> Int[Array, "codes"]:
@@ -82,7 +82,7 @@ def times_steps(updates: Any, params: Any) -> Any:
         if path in latents and of.data.get("codes") is not None:
             w = latents[path]
             mean = lambda data, w=w: jnp.mean(w.format.step(data), keepdims=True)
-            step = batched(mean, w.leading())(part(w.data))
+            step = batched(mean, w.leading())(w.data)
             new[path] = dataclasses.replace(of, data={**of.data, "codes": of.data["codes"] * step})
     return replace_leaves(updates, new)
 
@@ -129,7 +129,7 @@ def dampening(params: Any) -> Float[Array, ""]:
     total, count = jnp.zeros(()), 0
     for w in _latents(params).values():
         one = lambda data, w=w: _distance(w.format, data)
-        total += jnp.sum(batched(one, w.leading())(part(w.data)))
+        total += jnp.sum(batched(one, w.leading())(w.data))
         count += w.data["codes"].size
     return total / max(1, count)
 
@@ -202,7 +202,7 @@ def hold(
         w = latents[path]
         states[path] = _after(before, _codes(w), threshold, momentum)
         held = lambda data, kept, mean, w=w: _held(w.format, data, kept, mean)
-        codes = batched(held, w.leading())(part(w.data), states[path].frozen, states[path].mean)
+        codes = batched(held, w.leading())(w.data, states[path].frozen, states[path].mean)
         new[path] = dataclasses.replace(w, data={**w.data, "codes": codes})
     return states, replace_leaves(params, new)
 

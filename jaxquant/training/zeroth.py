@@ -200,7 +200,7 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
     batch = codes.shape[:axes]
     flat = lambda a: a.reshape(-1, *a.shape[axes:])
     keys = flat(_keys(key, batch))
-    data = {n: flat(a) for n, a in at.data.items() if "." not in n}
+    data = {n: flat(a) for n, a in at.data.items()}
 
     def body(i: Array, codes: Array) -> Array:
         one = {n: a[i] for n, a in data.items()}
@@ -212,7 +212,8 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
 
 
 def _plus(leaf: Any, name: str, key: Array, amount: Any, how: Zeroth) -> Array:
-    a, data = _at(leaf, name), getattr(leaf, "data", {})
+    a = _at(leaf, name)
+    data = leaf.named if isinstance(leaf, QTensor) else {}
     axes = leaf.leading() if isinstance(leaf, QTensor) else max(0, a.ndim - 1)
     z = how.drawing.values(key, a.shape, axes)
     if how.drawing.relative:
@@ -231,7 +232,7 @@ def _draws(params: Any, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]
 def _moving(params: Any, how: Zeroth) -> Iterator[tuple[str, str, str]]:
     """(path, name, label) of every array that moves, in the order of the tree."""
     for path, of in path_leaves(labels(params, how.others)):
-        named = of.data if isinstance(of, QTensor) else {"": of}
+        named = of.named if isinstance(of, QTensor) else {"": of}
         for name, label in sorted(named.items()):  # as flattening does: a jitted tree has it
             if label in how.kinds:
                 yield path, name, label
@@ -243,8 +244,8 @@ def _keys(key: Array, batch: tuple[int, ...]) -> Array:
 
 
 def _at(leaf: Any, name: str) -> Array:
-    return leaf.data[name] if name else leaf
+    return leaf.named[name] if name else leaf
 
 
 def _put(leaf: Any, name: str, a: Array) -> Any:
-    return dataclasses.replace(leaf, data={**leaf.data, name: a}) if name else a
+    return leaf.with_named(leaf.named | {name: a}) if name else a

@@ -21,7 +21,7 @@ from jaxquant.core.dispatch import quantized
 from jaxquant.core.keys import Draw
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.sites import Site
-from jaxquant.core.tensor import QTensor, part
+from jaxquant.core.tensor import Arrays, QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
 from jaxquant.methods.registry import Method
@@ -169,19 +169,19 @@ class _Stream:
         back = reads and floats and method.input is None
         side = _Turn(method.input) if reads else method.input
 
-        def one(w: Float[Array, "k n"], own: dict[str, Array]) -> dict[str, Array]:
+        def one(w: Float[Array, "k n"], own: dict[str, Array]) -> Arrays:
             arrays = {**own, "turn": r} if reads else own
             if side is not None and not back:
                 w = side.inverse(w.T, arrays).T
             if writes and not floats:
                 w = w @ r
-            data = {"codes": nearest(w, format)} | {f"input.{n}": a for n, a in arrays.items()}
-            data |= {"turn": r} if back else {}
-            return data | ({"output.turn": r} if writes and not floats else {})
+            data = {"codes": nearest(w, format)} | ({"turn": r} if back else {})
+            return Arrays(data, arrays, {"turn": r} if writes and not floats else {}, {})
 
-        data, batch = each(one, entry.matrices(leaf), own), entry.matrix[:-2]
+        stacked, batch = each(one, entry.matrices(leaf), own), entry.matrix[:-2]
+        arrays = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), stacked)
         return QTensor(
-            {name: a.reshape(*batch, *a.shape[1:]) for name, a in data.items()},
+            arrays.data,
             _Back() if back else Dense(),
             entry.form[0],
             leaf.dtype.name,
@@ -189,6 +189,8 @@ class _Stream:
             side,
             _Turn() if writes and not floats else None,
             activations=method.activations,
+            input_data=arrays.input,
+            output_data=arrays.output,
         )
 
 
@@ -259,7 +261,7 @@ def _fitted(member: Member, inputs: Inputs, draw: Draw) -> dict[str, Array]:
     for i, w in enumerate(entry.matrices(inputs.leaves[entry.path])):
         drawn = draw.of_input(leader, i)
         known = inputs.arrays(entry.path, i, drawn)
-        own = method.input.fit(Channels(w.T), drawn) if known is None else part(known, "input.")
+        own = method.input.fit(Channels(w.T), drawn) if known is None else by_kind(known).input
         found.append(own)
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *found)
 

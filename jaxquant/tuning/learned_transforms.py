@@ -20,7 +20,7 @@ from jaxquant.core.dispatch import quantized
 from jaxquant.core.keys import Draw
 from jaxquant.core.paths import path_leaves, replace_leaves, stack_size
 from jaxquant.core.straight_through import nearest_codes, through
-from jaxquant.core.tensor import QTensor, part
+from jaxquant.core.tensor import QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
 from jaxquant.formats.integer import Integer, spread
@@ -202,7 +202,7 @@ class _Weights:
                 f"{member.entry.path}: beside learned transforms stand such that all weights of an "
                 f"input share, or none; {member.method.input} is the weight's own"
             )
-        return part(known, "input.")
+        return by_kind(known).input
 
     def arrays(self, opened: Opened, change: Values) -> dict[str, dict[str, Array]]:
         """By leader, the transforms after the change, stacked."""
@@ -230,13 +230,13 @@ class _Weights:
         for entry, method in self.members:
             own = arrays.get(self.inputs.leader[entry.path], {})
             codes = each(partial(_rounded, method), matrices[entry.path], own)
-            data = {"codes": codes} | {f"input.{n}": a for n, a in own.items()}
             view, order = entry.form
             batch = entry.matrix[:-2][len(order) - len(shapes[inside(entry.path)]) :]
+            stacked = lambda a, batch=batch: a.reshape(*batch, *a.shape[1:])
             new[inside(entry.path)] = QTensor(
-                {n: a.reshape(*batch, *a.shape[1:]) for n, a in data.items()},
-                Dense(), view, codes.dtype.name, method.name, method.input,
-                activations=method.activations,
+                {"codes": stacked(codes)}, Dense(), view, codes.dtype.name, method.name,
+                method.input, activations=method.activations,
+                input_data=jax.tree.map(stacked, own),
             )  # fmt: skip
         return replace_leaves(tree, new)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant.core.tensor import QTensor, part
+from jaxquant.core.tensor import QTensor
 from jaxquant.tuning.trainable import Opened, Values, as_dense
 from jaxquant.tuning.trainer import Healing, Loss
 
@@ -78,13 +78,13 @@ class Codes:
         one = partial(w.format.recoded, share=self.share)
         for _ in range(w.leading()):
             one = jax.vmap(one)
-        new = one(part(w.data), target)
+        new = one(w.data, target)
         return {name: new[name] for name in _codes(w)}
 
 
 def _codes(w: QTensor) -> dict[str, Array]:
     """Arrays that hold codes: what neither the format trains nor a transform has."""
-    return {name: a for name, a in part(w.data).items() if name not in w.format.trained}
+    return {name: a for name, a in w.data.items() if name not in w.format.trained}
 
 
 def can_recode(w: Any) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
-from jaxquant.core.tensor import QTensor, sides
+from jaxquant.core.tensor import QTensor
 from jaxquant.formats.dense import Dense
 from jaxquant.transforms import Scaling
 from jaxquant.transforms.rotation import factors
@@ -71,11 +71,12 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
     if not start:
         w = as_dense(_scaled(w), w.stored())
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
-        if f"{side}.signs" in w.data:
-            signs = factors(w.data[f"{side}.signs"], math.prod(sizes))
+        held = getattr(w.arrays, side)
+        if "signs" in held:
+            signs = factors(held["signs"], math.prod(sizes))
             start[f"{side}.signs"] = signs.astype(jnp.float32)
-        if f"{side}.factors" in w.data:
-            start[f"{side}.factors"] = w.data[f"{side}.factors"].astype(jnp.float32)
+        if "factors" in held:
+            start[f"{side}.factors"] = held["factors"].astype(jnp.float32)
     return dataclasses.replace(w, shared=""), start
 
 
@@ -126,10 +127,9 @@ def rejoined(params: Any, healed: Any) -> Any:
             raise ValueError(f"{path}: expected the leaf that decoded() made, healed; got {new!r}")
         if not isinstance(w, QTensor):
             return new
-        data = new.data
-        if new.format == Dense():
-            data = w.data | sides(data)
-        return dataclasses.replace(w, data=data, input=new.input, output=new.output, shared="")
+        data = w.data if new.format == Dense() else new.data
+        arrays = new.arrays._replace(data=data)
+        return w.with_arrays(arrays, input=new.input, output=new.output, shared="")
 
     return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
 
@@ -140,15 +140,14 @@ def _scaled(w: QTensor) -> QTensor:
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
         if getattr(w, side) is None:
             new[side] = jnp.ones((*batch, math.prod(sizes)), jnp.float16)
-    data = w.data | {f"{side}.factors": ones for side, ones in new.items()}
+    arrays = w.arrays._replace(**{side: {"factors": ones} for side, ones in new.items()})
     made: dict[str, Any] = dict.fromkeys(new, Scaling())
-    return dataclasses.replace(w, data=data, **made)
+    return w.with_arrays(arrays, **made)
 
 
 def as_dense(w: QTensor, values: Array) -> QTensor:
     """The weight with these floats [*batch, k, n] in place of codes; its transforms stay."""
-    data = {"codes": values, **sides(w.data)}
-    return dataclasses.replace(w, format=Dense(), data=data, shared="")
+    return dataclasses.replace(w, format=Dense(), data={"codes": values}, shared="")
 
 
 def at_start(opened: Opened) -> Values:
@@ -166,7 +165,7 @@ def trained(opened: Opened, change: Values) -> Any:
 def _with(leaf: Any, values: dict[str, Array]) -> Any:
     if not isinstance(leaf, QTensor):
         return values[""].astype(leaf.dtype)
-    return dataclasses.replace(leaf, data={**leaf.data, **values})
+    return leaf.with_named(leaf.named | values)
 
 
 def close_tree(params: Any, opened: Opened, change: Values) -> Any:
@@ -180,13 +179,9 @@ def close_tree(params: Any, opened: Opened, change: Values) -> Any:
             new[path] = named[""].astype(leaf.dtype)
             continue
         stored = {
-            n: a.astype(jnp.float16 if "." in n else leaf.data[n].dtype) for n, a in named.items()
+            n: a.astype(leaf.data[n].dtype if n in leaf.data else jnp.float16)
+            for n, a in named.items()
         }
-        new[path] = dataclasses.replace(
-            leaf,
-            data=leaf.data | stored,
-            input=with_sides.input,
-            output=with_sides.output,
-            shared="",
-        )
+        sides = {"input": with_sides.input, "output": with_sides.output}
+        new[path] = leaf.with_named(leaf.named | stored, **sides, shared="")
     return replace_leaves(params, new)

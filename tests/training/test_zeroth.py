@@ -115,7 +115,7 @@ def test_a_step_is_the_same_jitted_or_not():
     loss = lambda p: jnp.mean(jnp.tanh(jq.quantized(lambda p: x @ p["w"])(p)) ** 2)
     step = zo_step(loss, Zeroth(0.05, kinds=("scale", "range")))
     key = jax.random.key(1)
-    scale = lambda p: p["w"].data["activations.scale"]
+    scale = lambda p: p["w"].named["activations.scale"]
     for run in (step, jax.jit(step)):
         after, _, slope = run(p, key, 0.1)
         again = moved(p, slope, 0.1, Zeroth(0.05, kinds=("scale", "range")))
