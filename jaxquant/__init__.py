@@ -5,6 +5,7 @@ from jaxquant.calibration.observe import Observation, observe
 from jaxquant.core.activations import Activations, exact_activations
 from jaxquant.core.dispatch import Explanation, explain, quantized
 from jaxquant.core.paths import path_leaves
+from jaxquant.core.protocols import Estimator, Format, GridFormat, Rounder, Transform
 from jaxquant.core.sites import Site, sites
 from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.input_ranges import PACT, LSQRange
@@ -82,6 +83,7 @@ from jaxquant.ptq.quantize import (
 )
 from jaxquant.ptq.residual_rotation import Residual, rotate_residual
 from jaxquant.recipes.recipe import Plan, Recipe, resolve
+from jaxquant.recipes.serialize import register
 from jaxquant.recipes.size import Size, size
 from jaxquant.theory.roofline import Roofline, roofline
 from jaxquant.training.descent import QAT
@@ -128,9 +130,12 @@ __all__ = [
     "Drawing",
     "DualScale",
     "EntropyCoded",
+    "Estimator",
     "Explanation",
     "Float8",
+    "Format",
     "Greedy",
+    "GridFormat",
     "Healing",
     "Integer",
     "KVFormat",
@@ -148,6 +153,7 @@ __all__ = [
     "Residual",
     "Roofline",
     "Rotation",
+    "Rounder",
     "Scaling",
     "Site",
     "Size",
@@ -157,6 +163,7 @@ __all__ = [
     "Stretched",
     "StretchedElastic",
     "Ternary",
+    "Transform",
     "Trellis",
     "TrellisBudget",
     "Vector",
@@ -208,6 +215,7 @@ __all__ = [
     "quip_sharp",
     "randomness",
     "recode",
+    "register",
     "rejoined",
     "relative",
     "resolve",

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from jaxquant.core.protocols import Moments
 from jaxquant.formats import kmeans
 from jaxquant.formats.additive import Additive
 from jaxquant.formats.vector import Vector
 from jaxquant.rounding import beam as stages
 from jaxquant.rounding.beam import Beam
 from jaxquant.rounding.ldlq import LDLQ
-from jaxquant.rounding.moments import Moments
 from pallas_kernels.codecs import lookup
 
 from .layer import made_layer, relative_loss

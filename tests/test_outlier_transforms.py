@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.core.protocols import Moments
 from jaxquant.rounding import LDLQ
-from jaxquant.rounding.moments import Moments
 from jaxquant.transforms import Channels
 from jaxquant.transforms.greedy import spreading
 from jaxquant.transforms.kronecker import nearly_square

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
+from jaxquant.core.protocols import Moments
 from jaxquant.formats.float8 import Float8
 from jaxquant.formats.microscaling import E2M1, MXFP4, NVFP4
 from jaxquant.formats.normal_float import NF4, NormalFloat, dynamic_map, normal_quantiles
 from jaxquant.formats.table import Scales, search
 from jaxquant.rounding.ldlq import LDLQ
-from jaxquant.rounding.moments import Moments
 from pallas_kernels.codecs import tables
 
 from .test_dispatch import draw

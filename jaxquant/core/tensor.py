@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,64 +20,9 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import shifted, unit
+from jaxquant.core.protocols import Format, Transform
 from jaxquant.core.standin import Pick, StandIn, arguments, is_standin, note, once
 from pallas_kernels import dispatch as kernels
-
-
-class Format(Protocol):
-    """What a `QTensor` asks of its format; `data` are the packed arrays of one [k, n] matrix.
-
-    `tile` are the rows and columns that one code covers, `codes_ndim` the axes of
-    `data["codes"]`.
-    """
-
-    tile: tuple[int, int]
-    codes_ndim: int
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """n."""
-
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        """Float32 weights; leading batch axes allowed."""
-
-    def matmul(
-        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
-    ) -> Float[Array, "m n"]:
-        """x @ w in float32, x in the form that `activations` says."""
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        """x @ w.T in float32."""
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        """Columns `ids` of w, in float32."""
-
-    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        """Rows `ids` of w, in float32."""
-
-
-class Side(Protocol):
-    """A change of variables on one side of the stored matrix (see `transforms`); arrays in data.
-
-    `fitted`: its arrays depend on the weight.
-    """
-
-    fitted: bool
-
-    def size(self, n: int) -> int:
-        """Channels stored for n channels."""
-
-    def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A."""
-
-    def transposed(
-        self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
-    ) -> Float[Array, "... n"]:
-        """y A^T."""
-
-    def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A^-T: what weights become where the vectors they meet become x A."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +76,12 @@ class QTensor(StandIn):
     """
 
     data: dict[str, Array]
-    format: Any = eqx.field(static=True)
+    format: Format = eqx.field(static=True)
     view: View = eqx.field(static=True)
     logical_dtype: str = eqx.field(static=True)
     method: str = eqx.field(static=True, default="")
-    input: Any = eqx.field(static=True, default=None)
-    output: Any = eqx.field(static=True, default=None)
+    input: Transform | None = eqx.field(static=True, default=None)
+    output: Transform | None = eqx.field(static=True, default=None)
     shared: str = eqx.field(static=True, default="")
     activations: Activations | None = eqx.field(static=True, default=None)
     input_data: dict[str, Array] = eqx.field(default_factory=dict)
@@ -293,7 +238,7 @@ class QTensor(StandIn):
         return super().picked(pick) if floats or not pick.fills else None
 
     def local(self) -> "QTensor":
-        if not hasattr(self.format, "encode"):  # it trains; see `training.latent`
+        if self.format.latent:
             return self
         held, rows = self.data["codes"].shape[self.leading()], self.stored_rows
         n = self.format.outputs(self.data)
@@ -326,7 +271,7 @@ class QTensor(StandIn):
 
 
 @functools.cache
-def _packed_shapes(format: Any, k: int, n: int) -> dict[str, tuple[int, ...]]:
+def _packed_shapes(format: Format, k: int, n: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the packed arrays of a matrix [k, n]; {"codes": (0,)} where there is none."""
     try:
         format.check_shape(k, n)
@@ -374,8 +319,8 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
     # Only where no batch axis is mapped over is an input the same for every weight.
     inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # of x, as k
     key = (w.shared, w.input, rows.dtype, inner) if w.shared and not batch else None
-    # A format whose products are served by an op has `matmuls`.
-    family = w.siblings() if key and hasattr(w.format, "matmuls") else [w]
+    # Weights whose products are served by an op may share a call.
+    family = w.siblings() if key and w.format.storage else [w]
 
     form = activations.in_force(w.activations)
 
@@ -383,7 +328,7 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
         if not forward:
             return w.matmul_transposed(rows, arrays)
         rows = once(key, x, lambda: w.transformed(rows, arrays))
-        if hasattr(w.format, "product"):  # it rounds rows itself, as training needs it
+        if w.format.latent:  # it rounds rows itself, as training needs it
             y = w.format.product(form, rows, arrays.data, arrays.activations)
             return w.finished(y, arrays)
         meet = partial(activations.product, form, rows, arrays.activations)

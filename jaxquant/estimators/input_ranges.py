@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields
+from jaxquant.core.protocols import RangeEstimator
 from jaxquant.estimators.surrogates import scaled_gradient
 
 Learned = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class LSQRange:
+class LSQRange(RangeEstimator):
     """A learned step, and an offset b where codes are asymmetric (LSQ, LSQ+).
 
     With v = (x - b) / s, inside where v is within the codes' range, of q = s code + b:
@@ -62,7 +63,7 @@ class LSQRange:
 
 
 @dataclasses.dataclass(frozen=True)
-class PACT:
+class PACT(RangeEstimator):
     """A learned bound a: inputs are clipped there and rounded below.
 
     Of x within [0, a] (`unsigned`, for what a ReLU gives) or [-a, a]: dq/dx = 1 below a, else 0;

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 from jaxquant.core import activations
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields
+from jaxquant.core.protocols import Estimator, Format, LevelFormat, RangeEstimator
 from jaxquant.estimators.kurtosis import watched
-from jaxquant.estimators.surrogates import chance, grid_of, randomness, spread
+from jaxquant.estimators.surrogates import chance, randomness, spread
 
 KEY, EPSILON = "key", "epsilon"  # of a weight that is moved at random where it is used
 
@@ -64,7 +65,7 @@ NORMAL = Drawing()
 
 
 @dataclasses.dataclass(frozen=True)
-class Latent:
+class Latent(Format):
     """Floats [k, n] as "codes", and what the estimator learns.
 
     Attributes:
@@ -74,13 +75,16 @@ class Latent:
       drawing: of a weight that holds a key: how it is moved.
     """
 
-    format: Any
-    estimator: Any
-    inputs: Any = None
+    format: Format
+    estimator: Estimator
+    inputs: RangeEstimator | None = None
     drawing: Drawing = NORMAL
 
-    codes_ndim: ClassVar[int] = 2
-    tile: ClassVar[tuple[int, int]] = (1, 1)
+    latent: ClassVar[bool] = True
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Nothing becomes latent by itself: `jaxquant.latent` and `thaw` do it."""
+        raise ValueError("a latent weight is made by jaxquant.latent or jaxquant.thaw")
 
     def check(self, w: Float[Array, "k n"]) -> str:
         """What such weights lose to the format's range; ValueError unless it takes them."""
@@ -89,10 +93,6 @@ class Latent:
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
         self.format.check_shape(k, n)
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """n."""
-        return data["codes"].shape[-1]
 
     def value(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """The rounded matrix, differentiable in all arrays."""
@@ -110,8 +110,10 @@ class Latent:
 
     def step(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """The scale of every weight."""
-        grid = grid_of(
-            self.format, self.estimator.packed(data["codes"], _learned(data), self.format)
+        if not isinstance(self.format, LevelFormat):
+            raise ValueError(f"relative directions are of formats with levels, got {self.format}")
+        grid = self.format.stored_grid(
+            self.estimator.packed(data["codes"], _learned(data), self.format)
         )
         return spread(grid, self.format, data["codes"].shape).scale
 
@@ -119,9 +121,9 @@ class Latent:
         """What the format stores of the rounded matrix."""
         return _packed(self, jax.lax.stop_gradient(data), chance())
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        """Rounded weights; leading batch axes allowed."""
-        return batched(self.value, data["codes"].ndim - 2)(data)
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        """The rounded matrix."""
+        return self.value(data)
 
     def product(
         self,

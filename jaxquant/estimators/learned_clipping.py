@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.core.protocols import Format, Grid, LevelFormat
 from jaxquant.core.straight_through import through
-from jaxquant.estimators.surrogates import LSQ, Learned, grid_of, of_groups, rounded_zero
-from jaxquant.formats import Grid, Integer
-from jaxquant.formats.scales import as_stored
+from jaxquant.estimators.surrogates import LSQ, Learned, of_groups, rounded_zero
 
 LEAST, MOST = 0.01, 1 / (1 + math.exp(-5))  # parts to begin with
 
@@ -30,15 +29,15 @@ class LearnedClipping(LSQ):
 
     scale_gradient: Literal["step", "matrix", "none"] = "none"
 
-    def check(self, format: Any) -> None:
+    def check(self, format: Format) -> None:
         """Raise ValueError unless the format is of integers with scales of their own."""
         super().check(format)
-        if not isinstance(format, Integer):
+        if not (isinstance(format, LevelFormat) and format.integral):
             raise ValueError(f"learned clipping is of integers, got {format}")
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
         """The parts that reach as far as the grid does."""
-        grid, (bottom, top) = grid_of(format, data), format.limits
+        grid, (bottom, top) = format.stored_grid(data), format.ends
         ends = {"high": grid.scale * (top - grid.zero), "low": grid.scale * (bottom - grid.zero)}
         whole = self._extremes(w, format)
         if not format.symmetric:  # as the zero point was before it was rounded
@@ -48,19 +47,19 @@ class LearnedClipping(LSQ):
         kept = {n: jnp.clip(part(n, end), LEAST, MOST) for n, end in whole.items()}
         return {name: jnp.log(p / (1 - p)) for name, p in kept.items()}
 
-    def grid(self, w: Float[Array, "k n"], learned: Learned, format: Any) -> Grid:
+    def grid(self, w: Float[Array, "k n"], learned: Learned, format: LevelFormat) -> Grid:
         """The grid of the parts, as storage gives it back."""
         whole = self._extremes(jax.lax.stop_gradient(w), format)
         ends = {name: jax.nn.sigmoid(learned[name]) * end for name, end in whole.items()}
-        bottom, top = format.limits
+        bottom, top = format.ends
         span = ends["high"] / top if format.symmetric else ends["high"] - ends["low"]
         scale = span if format.symmetric else span / (top - bottom)
         scale = jnp.where(scale == 0, 1.0, scale)  # of zeros alone
-        stored = through(scale, as_stored(jax.lax.stop_gradient(scale), format.scale_dtype))
-        zero = jnp.zeros_like(scale) if format.symmetric else bottom - ends["low"] / stored
-        return Grid(stored, rounded_zero(zero, format))
+        stored = through(scale, format.stored(jax.lax.stop_gradient(scale)).scale)
+        zero = None if format.symmetric else rounded_zero(bottom - ends["low"] / stored, format)
+        return format.make_grid(stored, zero)
 
-    def _extremes(self, w: Float[Array, "k n"], format: Any) -> dict[str, Float[Array, "g n"]]:
+    def _extremes(self, w: Float[Array, "k n"], format: LevelFormat) -> Learned:
         if format.symmetric:
             return {"high": of_groups(jnp.max, jnp.abs(w), format)}
         return {

@@ -12,27 +12,25 @@ Rounding is to nearest, halves to even, by the format itself. `start` says where
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxquant.core.fields import check_fields
+from jaxquant.core.protocols import Estimator, Format, Grid, LevelFormat
 from jaxquant.core.straight_through import through
-from jaxquant.formats import Grid, Integer, Stretched, Ternary
-from jaxquant.formats.scales import as_stored
-from jaxquant.formats.table import Scales, Table
+from jaxquant.formats import Ternary
 
 Learned = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class StraightThrough:
+class StraightThrough(Estimator):
     """Scales from the weights of the moment, which no derivative goes into; codes straight through.
 
     dL/dw = dL/dq, everywhere or (`clipped`) where w is within the range of its codes, ends included
@@ -50,25 +48,25 @@ class StraightThrough:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def check(self, format: Any) -> None:
+    def check(self, format: Format) -> None:
         """Raise ValueError unless weights in this format can train so."""
-        if self.clipped and not isinstance(format, Integer | Table):
+        if self.clipped and not isinstance(format, LevelFormat):
             raise ValueError(f"clipped derivatives are of formats with a range of codes: {format}")
-        if self.stochastic and not isinstance(format, Integer):
+        if self.stochastic and not (isinstance(format, LevelFormat) and format.integral):
             raise ValueError(f"stochastic rounding is between whole numbers: {format}")
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
         """Nothing is learned but the weights."""
         return {}
 
-    def grid(self, w: Float[Array, "k n"], format: Any) -> Any:
+    def grid(self, w: Float[Array, "k n"], format: LevelFormat) -> Grid:
         """Scales (and zero points) of a matrix."""
         return format.grids(w)
 
     def packed(self, w: Float[Array, "k n"], learned: Learned, format: Any) -> dict[str, Array]:
         """Storage of the rounded matrix."""
         w = jax.lax.stop_gradient(w.astype(jnp.float32))
-        if not isinstance(format, Integer | Table):
+        if not isinstance(format, LevelFormat):
             return format.encode(w)
         grid = self.grid(w, format)
         rows = spread(grid, format, w.shape)
@@ -91,11 +89,11 @@ class StraightThrough:
         packed = self.packed(w, learned, format) if packed is None else packed
         value = format.dequantize(packed, w.shape[0])
         w = w.astype(jnp.float32)
-        if not self.clipped:
+        if not (self.clipped and isinstance(format, LevelFormat)):
             return through(w, value)
         fixed = jax.lax.stop_gradient(w)
         rows = spread(self.grid(fixed, format), format, w.shape)
-        _, inside = steps(format, fixed / rows.scale, getattr(rows, "zero", None), None)
+        inside = format.inside(fixed / rows.scale, format.zero_of(rows))
         return through(jnp.where(inside, w, fixed), value)
 
 
@@ -114,22 +112,21 @@ class AbsMean(StraightThrough):
 
     axis: str = ""
 
-    def check(self, format: Any) -> None:
+    def check(self, format: Format) -> None:
         """Raise ValueError unless the format is ternary with one scale a matrix."""
         super().check(format)
         if not isinstance(format, Ternary) or format.group_size != "tensor":
             raise ValueError(f'expected Ternary(group_size="tensor"), got {format}')
 
-    def grid(self, w: Float[Array, "k n"], format: Any) -> Grid:
+    def grid(self, w: Float[Array, "k n"], format: LevelFormat) -> Grid:
         mean = jnp.mean(jnp.abs(w), keepdims=True)
         if self.axis:
             mean = jax.lax.pmean(mean, self.axis)
-        scale = as_stored(mean, format.scale_dtype)
-        return Grid(scale, jnp.zeros(scale.shape, jnp.int32))
+        return format.stored(mean)
 
 
 @dataclasses.dataclass(frozen=True)
-class LSQ:
+class LSQ(Estimator):
     """Learned steps: the scale of each group trains with the weights (and its zero point).
 
     With v = w / s, c the nearest level to v (code, less the zero point) and "inside" where v is
@@ -154,9 +151,6 @@ class LSQ:
     init: Literal["format", "mean", "range"] = "format"
     scale_gradient: Literal["step", "matrix", "none"] = "step"
 
-    edge: ClassVar[float | None] = None  # of the inside, if it is not that of the levels
-    beyond: ClassVar[float | None] = None  # dq/ds there, if it is not the last level
-
     def __post_init__(self) -> None:
         check_fields(self)
         for name, known in (("init", ("format", "mean", "range")),
@@ -164,62 +158,64 @@ class LSQ:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
 
-    def check(self, format: Any) -> None:
+    def check(self, format: Format) -> None:
         """Raise ValueError unless weights in this format can train so."""
-        if not isinstance(format, Integer | Table):
+        if not isinstance(format, LevelFormat):
             raise ValueError(f"learned steps are of integers and tables, got {format}")
-        if getattr(format, "double_quant", False):
+        if not format.learnable:
             raise ValueError("scales that are quantized themselves cannot be learned: use ste")
-        if self.init == "mean" and not (isinstance(format, Integer) and format.symmetric):
+        if self.init == "mean" and not (format.integral and format.symmetric):
             raise ValueError(f'init="mean" is of codes without a zero point, got {format}')
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
         """Scales and zero points to begin with, of a weight and what storage holds of it."""
-        grid = grid_of(format, data)
+        grid = format.stored_grid(data)
         learned = {"scale": grid.scale.astype(jnp.float32)}
         if self.init != "format":
             learned["scale"] = self._initial(w, format)
-        if isinstance(grid, Grid) and not format.symmetric:
-            learned["zero"] = grid.zero.astype(jnp.float32)
+        if not format.symmetric:
+            learned["zero"] = format.zero_of(grid)
         return learned
 
-    def _initial(self, w: Float[Array, "k n"], format: Any) -> Float[Array, "g n"]:
+    def _initial(self, w: Float[Array, "k n"], format: LevelFormat) -> Float[Array, "g n"]:
         if self.init == "mean":
-            return 2 * of_groups(jnp.mean, jnp.abs(w), format) / math.sqrt(_largest(format))
+            return 2 * of_groups(jnp.mean, jnp.abs(w), format) / math.sqrt(format.reach)
         largest = of_groups(jnp.max, jnp.abs(w), format)
-        return largest / (self.edge_of(format) or _largest(format))
+        return largest / self.reach(format)
 
-    def edge_of(self, format: Any) -> float | None:
-        """In steps, how far the inside reaches; None: as far as the levels."""
-        return None
+    def reach(self, format: LevelFormat) -> float:
+        """In steps, where the largest weight lies to begin with: at the last level."""
+        return format.reach
 
-    def grid(self, w: Float[Array, "k n"], learned: Learned, format: Any) -> Any:
+    def inside(self, v: Array, zero: Array, format: LevelFormat) -> Bool[Array, "..."]:
+        """Whether v = w / scale is within the range that derivatives go through."""
+        return format.inside(v, zero)
+
+    def beyond(self, v: Array, level: Array, format: LevelFormat) -> Array:
+        """dq/ds of a weight beyond the range."""
+        return level
+
+    def grid(self, w: Float[Array, "k n"], learned: Learned, format: LevelFormat) -> Grid:
         """The grid as storage gives it back, straight through to the learned arrays."""
         scale = scaled_gradient(learned["scale"], self._factor(format, w.shape))
-        fixed = jax.lax.stop_gradient(scale)
-        if isinstance(format, Table):
-            grid = format.stored(fixed)
-            return grid._replace(scale=through(scale, grid.scale))
-        stored = through(scale, as_stored(fixed, format.scale_dtype))
-        return Grid(stored, rounded_zero(learned.get("zero", jnp.zeros_like(stored)), format))
+        grid = format.stored(jax.lax.stop_gradient(scale))
+        grid = grid._replace(scale=through(scale, grid.scale))
+        if format.symmetric:
+            return grid
+        return grid._replace(zero=rounded_zero(learned["zero"], format))
 
-    def _factor(self, format: Any, shape: tuple[int, ...]) -> float:
+    def _factor(self, format: LevelFormat, shape: tuple[int, ...]) -> float:
         if self.scale_gradient == "none":
             return 1.0
         k, n = shape
         count = format.rows_per_group(k) * (n if format.group_size == "tensor" else 1)
-        return 1 / math.sqrt(
-            (k * n if self.scale_gradient == "matrix" else count) * _largest(format)
-        )
+        return 1 / math.sqrt((k * n if self.scale_gradient == "matrix" else count) * format.reach)
 
     def packed(self, w: Float[Array, "k n"], learned: Learned, format: Any) -> dict[str, Array]:
         """Storage of the rounded matrix."""
         w, learned = jax.lax.stop_gradient((w.astype(jnp.float32), learned))
         grid = self.grid(w, learned, format)
-        codes = format.round(w, spread(grid, format, w.shape))[0]
-        if isinstance(grid, Grid):
-            grid = grid._replace(zero=grid.zero.astype(jnp.int32))
-        return format.pack(codes, grid)
+        return format.pack(format.round(w, spread(grid, format, w.shape))[0], grid)
 
     def value(
         self,
@@ -231,8 +227,7 @@ class LSQ:
         """The rounded matrix."""
         w = w.astype(jnp.float32)
         rows = spread(self.grid(w, learned, format), format, w.shape)
-        zero = getattr(rows, "zero", jnp.zeros(()))
-        return stepped((format, self), w, rows.scale, zero)
+        return stepped((format, self), w, rows.scale, format.zero_of(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,22 +247,33 @@ class StretchedElastic(LSQ):
     init: Literal["format", "mean", "range"] = "range"
     released: bool = False
 
-    def check(self, format: Any) -> None:
+    def check(self, format: Format) -> None:
         """Raise ValueError unless the format is one of the two."""
-        if not isinstance(format, Stretched | Ternary):
+        if not (isinstance(format, LevelFormat) and format.stretch):
             raise ValueError(f"stretched codes are Stretched or Ternary, got {format}")
 
-    def edge_of(self, format: Any) -> float:
-        return 1.5 if isinstance(format, Ternary) else 1.0
+    def reach(self, format: LevelFormat) -> float:
+        """In steps, where the largest weight lies to begin with: at the end of the range."""
+        return format.stretch
+
+    def inside(self, v: Array, zero: Array, format: LevelFormat) -> Bool[Array, "..."]:
+        """Whether v is within 0.99 of the range."""
+        edge = 0.99 * format.stretch
+        return (v >= -edge) & (v <= edge)
+
+    def beyond(self, v: Array, level: Array, format: LevelFormat) -> Array:
+        """dq/ds of a weight beyond the range."""
+        # At 2 bits the released program has the forward's slope.
+        return jnp.sign(v) * format.stretch if self.released and format.integral else level
 
 
-def rounded_zero(zero: Float[Array, "g n"], format: Any) -> Float[Array, "g n"]:
+def rounded_zero(zero: Float[Array, "g n"], format: LevelFormat) -> Float[Array, "g n"]:
     """A zero point as a whole number within the codes, straight through."""
-    whole = jnp.clip(jnp.round(jax.lax.stop_gradient(zero)), *format.limits)
+    whole = jnp.clip(jnp.round(jax.lax.stop_gradient(zero)), *format.ends)
     return through(zero, whole)
 
 
-def of_groups(fn: Any, w: Float[Array, "k n"], format: Any) -> Float[Array, "g n"]:
+def of_groups(fn: Callable, w: Float[Array, "k n"], format: LevelFormat) -> Float[Array, "g n"]:
     """fn(w, axes) of the weights of every scale."""
     k, n = w.shape
     rows = format.rows_per_group(k)
@@ -276,29 +282,15 @@ def of_groups(fn: Any, w: Float[Array, "k n"], format: Any) -> Float[Array, "g n
     return fn(groups, axes).reshape(groups.shape[0], -1)
 
 
-def _largest(format: Any) -> float:
-    """The largest level, in steps; of codes with a zero point their number less one."""
-    if isinstance(format, Table):
-        return float(np.max(np.abs(_levels(format))))
-    bottom, top = format.limits
-    return float(top if format.symmetric else top - bottom)
-
-
-def _levels(format: Table) -> np.ndarray:
-    """All levels, or of a float8 format the ends."""
-    named = isinstance(format.table, str)
-    return np.asarray((-format.largest, format.largest) if named else format.table)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def stepped(
-    rule: tuple[Any, LSQ],
+    rule: tuple[LevelFormat, LSQ],
     w: Float[Array, "k n"],
     scale: Float[Array, "k n"],
     zero: Float[Array, "..."],
 ) -> Float[Array, "k n"]:
     """w rounded on the grid of a format, with the derivatives of `LSQ`."""
-    return rule[0].round(w, _like(rule[0], scale, zero))[1]
+    return rule[0].round(w, rule[0].make_grid(scale, zero))[1]
 
 
 def _stepped_forward(rule: tuple, w: Array, scale: Array, zero: Array) -> tuple[Array, tuple]:
@@ -308,36 +300,13 @@ def _stepped_forward(rule: tuple, w: Array, scale: Array, zero: Array) -> tuple[
 def _stepped_backward(rule: tuple, kept: tuple, g: Array) -> tuple[Array, Array, Array]:
     (format, estimator), (w, scale, zero) = rule, kept
     v = w / scale
-    level, inside = steps(format, v, zero, estimator)
-    ternary = isinstance(format, Ternary)  # at 2 bits the released program has the forward's slope
-    if isinstance(estimator, StretchedElastic) and estimator.released and ternary:
-        level = jnp.where(inside, level, jnp.sign(v) * estimator.edge_of(format))
-    slope = jnp.where(inside, level - v, level)
+    level, inside = format.level(v, zero), estimator.inside(v, zero, format)
+    slope = jnp.where(inside, level - v, estimator.beyond(v, level, format))
     d_zero = jnp.where(inside, 0.0, -scale) * g
     return g * inside, g * slope, d_zero if jnp.ndim(zero) else jnp.zeros(())
 
 
 stepped.defvjp(_stepped_forward, _stepped_backward)
-
-
-def steps(format: Any, v: Array, zero: Array | None, estimator: Any) -> tuple[Array, Array]:
-    """The nearest level to v = w / scale, and whether v is inside the range."""
-    if isinstance(format, Table):
-        level = format.round(v, Scales(jnp.ones(()), {}))[1]
-        ends = _levels(format)
-        low, high = float(ends.min()), float(ends.max())
-    else:
-        zero = jnp.zeros(()) if zero is None else zero
-        bottom, top = format.limits
-        level = jnp.clip(jnp.round(v) + zero, bottom, top) - zero
-        if not format.symmetric:
-            rounded = jnp.round(v) + zero
-            return level, (rounded >= bottom) & (rounded <= top)
-        low, high = float(bottom), float(top)
-    if isinstance(estimator, StretchedElastic):
-        high = 0.99 * estimator.edge_of(format)
-        low = -high
-    return level, (v >= low) & (v <= high)
 
 
 @jax.custom_jvp
@@ -356,7 +325,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return x, tangents[0] * factor
 
 
-def spread(grid: Any, format: Any, shape: tuple[int, ...]) -> Any:
+def spread(grid: Grid, format: LevelFormat, shape: tuple[int, ...]) -> Grid:
     """A grid [groups, n] at each of its rows [k, n]; its derivative is a sum over these."""
     k, n = shape
     rows = format.rows_per_group(k)
@@ -366,20 +335,8 @@ def spread(grid: Any, format: Any, shape: tuple[int, ...]) -> Any:
             return jnp.broadcast_to(a, (k, n))
         return jnp.broadcast_to(a[:, None], (a.shape[0], rows, n)).reshape(-1, n)[:k]
 
-    if isinstance(grid, Scales):
-        return Scales(one(grid.scale), {})
-    return jax.tree.map(one, grid)
-
-
-def _like(format: Any, scale: Array, zero: Array) -> Any:
-    return Scales(scale, {}) if isinstance(format, Table) else Grid(scale, zero)
-
-
-def grid_of(format: Any, data: dict[str, Array]) -> Any:
-    """The grid of packed data."""
-    if isinstance(format, Table):
-        return Scales(format.scales(format.opened(data)).astype(jnp.float32), {})
-    return format.stored_grid(data)
+    zero = format.zero_of(grid)
+    return format.make_grid(one(grid.scale), one(zero) if zero.ndim else None)
 
 
 # --- randomness ----------------------------------------------------------------------------------

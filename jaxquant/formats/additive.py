@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.magnitude import exponent, shifted
-from jaxquant.formats.codebook_format import Learned
+from jaxquant.formats.codebook_format import CodebookFormat
 from jaxquant.formats.kmeans import residual_kmeans
-from jaxquant.formats.op_format import Served
+from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import RESCALE, as_stored, check_scales, through
 from pallas_kernels.codecs import lookup
 
@@ -26,7 +26,7 @@ class Codebooks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Additive(Served, Learned):
+class Additive(CodebookFormat, OpFormat):
     """w = scale * (sum of one vector of each codebook), codebooks learned for each matrix.
 
     Attributes:
@@ -60,7 +60,7 @@ class Additive(Served, Learned):
         check_positive(self, "codebooks", "group")
 
     @property
-    def tile(self) -> tuple[int, int]:
+    def tile(self) -> tuple[int, int]:  # type: ignore[override]
         """Rows, columns that one code covers."""
         return self.group, 1
 

@@ -1,59 +1,58 @@
 """What formats of learned codebooks share: rounding, storage, and codes chosen anew."""
 
-from typing import Any
+import abc
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from jaxquant.core.protocols import Grid, GridFormat
 from jaxquant.formats.scales import check_values
 from pallas_kernels.codecs import lookup
 
 BEAM = 5  # partial sums kept where codes are chosen anew
 
 
-class Learned:
+class CodebookFormat(GridFormat):
     """Base of a format that learns its tables (`grids`) and looks codes up in them (`search`).
 
     A grid is its tables, and what else storage holds beside the codes. Codes are [rows, m, columns]
     of what one code covers (`tile`), m tables each.
     """
 
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Rows, columns that one code covers."""
-        raise NotImplementedError
+    recodes: ClassVar[bool] = True
 
-    def grids(self, w: Float[Array, "k n"]) -> Any:
-        """A grid for these weights."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def learn(self, w: Float[Array, "k n"], weights: Float[Array, " k"], key: Array) -> Grid:
+        """A grid whose tables are learned, the squared errors of row i weighted by weights[i]."""
 
+    @abc.abstractmethod
+    def stored(self, grid: Grid) -> Grid:
+        """The grid as storage will give it back."""
+
+    @abc.abstractmethod
     def search(
-        self, target: Float[Array, "d n"], row: Any, root: Float[Array, "d d"] | None, beam: int
+        self, target: Float[Array, "d n"], row: Grid, root: Float[Array, "d d"] | None, beam: int
     ) -> tuple[Int32[Array, "m v"], Float[Array, "d n"]]:
         """Codes of a row of them near in the metric root root^T, by beam search, and their values.
 
         None: in squared error.
         """
-        raise NotImplementedError
 
-    def rounded(self, w: Float[Array, "k n"], grid: Any, beam: int) -> Int32[Array, "g m v"]:
+    @abc.abstractmethod
+    def rounded(self, w: Float[Array, "k n"], grid: Grid, beam: int) -> Int32[Array, "g m v"]:
         """Codes of all rows of them, near in squared error."""
-        raise NotImplementedError
 
-    def values(self, codes: Int[Array, "g m v"], grid: Any) -> Float[Array, "k n"]:
+    @abc.abstractmethod
+    def values(self, codes: Int[Array, "g m v"], grid: Grid) -> Float[Array, "k n"]:
         """The matrix of these codes."""
-        raise NotImplementedError
 
-    def pack(self, codes: Int[Array, "g m v"], grid: Any) -> dict[str, Array]:
-        """Storage."""
-        raise NotImplementedError
-
-    def unpack(self, data: dict[str, Array], k: int) -> tuple[Int32[Array, "g m v"], Any]:
+    @abc.abstractmethod
+    def unpack(self, data: dict[str, Array], k: int) -> tuple[Int32[Array, "g m v"], Grid]:
         """Inverse of `pack`: codes and grid."""
-        raise NotImplementedError
 
     def round(
-        self, target: Float[Array, "d n"], row: Any
+        self, target: Float[Array, "d n"], row: Grid
     ) -> tuple[Int32[Array, "m v"], Float[Array, "d n"]]:
         """Codes near in squared error, and their values."""
         return self.search(target, row, None, 1)

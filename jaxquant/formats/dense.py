@@ -6,61 +6,38 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.core.protocols import Format
 from jaxquant.formats.scales import rescaled
 from pallas_kernels import activations as forms
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(Format):
     """Floats in place of codes: of weights that are not rounded, or frozen and so decoded once.
 
     >>> Dense().matmul(jnp.ones((1, 2)), {"codes": jnp.ones((2, 3))}).tolist()
     [[2.0, 2.0, 2.0]]
     """
 
-    tile: ClassVar[tuple[int, int]] = (1, 1)
-    codes_ndim: ClassVar[int] = 2
     wide: ClassVar[bool] = True
-
-    def check(self, w: Float[Array, "k n"]) -> str:
-        """Any weights will do."""
-        return ""
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
         """The data of a matrix 2**e times as large."""
         return rescaled(data, e, "codes")
 
-    def check_shape(self, k: int, n: int) -> None:
-        """Any shape will do."""
-
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """The weights in float32."""
         return {"codes": w.astype(jnp.float32)}
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
         return data["codes"].astype(jnp.float32)
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
+        # The codes are cast once: they may be of the dtype of x already.
         x = forms.rounded(x, activations)
         return jnp.dot(x, data["codes"].astype(x.dtype), preferred_element_type=jnp.float32)
-
-    def matmul_transposed(
-        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        x = forms.rounded(x, "float")
-        return jnp.dot(x, data["codes"].T.astype(x.dtype), preferred_element_type=jnp.float32)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return data["codes"][:, ids]
-
-    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        return data["codes"][ids]
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns of the matrix."""
-        return data["codes"].shape[-1]
 
     def kernel(self) -> str:
         """What serves a matmul."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int16
 
 from jaxquant.core.fields import check_fields
-from jaxquant.formats.op_format import Served
+from jaxquant.formats.op_format import OpFormat
 from pallas_kernels import dual_scale
 from pallas_kernels.codecs import layout
 
@@ -17,7 +17,7 @@ _packed = jax.jit(layout.pack, static_argnums=1)  # op by op it takes longer tha
 
 
 @dataclasses.dataclass(frozen=True)
-class DualScale(Served):
+class DualScale(OpFormat):
     """w = step_i scale_j v_ij, the integers v in words of a few bits, and escapes for those beyond.
 
     `jaxquant.transcoded` makes it of entropy-coded weights; the values are the very same.

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import shifted, unit
-from jaxquant.formats.op_format import Served
+from jaxquant.core.protocols import GridFormat
+from jaxquant.formats.op_format import OpFormat
 from pallas_kernels.codecs import e8p, lookup
 
 _CHUNK = 1 << 15  # octets rounded at a time
@@ -23,7 +24,7 @@ class LatticeGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class E8P(Served):
+class E8P(GridFormat, OpFormat):
     """QuIP#'s codebook at 2 bits a weight; 3 and 4 bits code the residual with a second point.
 
     The scale is rms(w) over the one best for Gaussian weights: rotate the matrix first. Stored

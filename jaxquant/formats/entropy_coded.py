@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Int16, UInt16
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.magnitude import unit
+from jaxquant.core.protocols import Format
 from jaxquant.formats.scales import check_wide
-from pallas_kernels import activations as forms
 from pallas_kernels.codecs import entropy_stream, student_t, trellis_coded
 from pallas_kernels.codecs.entropy_stream import Coded
 
@@ -42,7 +42,7 @@ Trial = Callable[[Float[Array, ""]], Coded]
 
 
 @dataclasses.dataclass(frozen=True)
-class EntropyCoded:
+class EntropyCoded(Format):
     """A step per row, trellis-coded values, arithmetic coding: each matrix in just `bits` a weight.
 
     The rounder makes the steps as fine as the bytes allow. A weight costs what it is worth: rows
@@ -73,8 +73,6 @@ class EntropyCoded:
     chain: int = 256
     lanes: int = 32
 
-    tile: ClassVar[tuple[int, int]] = (1, 1)
-    codes_ndim: ClassVar[int] = 2
     wide: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -112,15 +110,6 @@ class EntropyCoded:
         return WORD * (entropy_stream.HEADER + self.lanes) + 7 * k + 5 * n
 
     # --- codes ------------------------------------------------------------------------------
-
-    def rows_per_group(self, k: int) -> int:
-        """Every row has its own step."""
-        return 1
-
-    def grids(self, w: Float[Array, "k n"]) -> Any:
-        raise ValueError(
-            "EntropyCoded shares out a number of bytes: use the rounder Waterfill, or Nearest"
-        )
 
     def searched(
         self, t: Float[Array, "p c"], columns: Int[Array, "p c"], shape: Int[Array, ""], rows: Row
@@ -274,10 +263,8 @@ class EntropyCoded:
 
     # --- storage ----------------------------------------------------------------------------
 
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
         words = data["codes"]
-        if words.ndim > 2:
-            return jax.vmap(lambda words: self.dequantize({"codes": words}, k))(words)
         got, whole = self._read(words.reshape(-1), k, words.shape[1])
         return jnp.where(whole, entropy_stream.weights(got), jnp.nan)
 
@@ -285,30 +272,6 @@ class EntropyCoded:
         return entropy_stream.read(
             words, k, n, lanes=self.lanes, states=self.states, chain=self.chain
         )
-
-    def matmul(
-        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
-    ) -> Float[Array, "m n"]:
-        x = forms.rounded(x, activations)
-        w = self.dequantize(data, x.shape[-1]).astype(x.dtype)
-        return jnp.dot(x, w, preferred_element_type=jnp.float32)
-
-    def matmul_transposed(
-        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
-    ) -> Float[Array, "m k"]:
-        g = forms.rounded(g, "float")
-        w = self.dequantize(data, k).astype(g.dtype)
-        return jnp.dot(g, w.T, preferred_element_type=jnp.float32)
-
-    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        return self.dequantize(data, k)[:, ids]
-
-    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        return self.dequantize(data, k)[ids]
-
-    def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
-        return data["codes"].shape[-1]
 
     def kernel(self) -> str:
         """Which implementation of the kernel table serves a matmul."""

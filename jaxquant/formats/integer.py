@@ -5,11 +5,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted, sizes
-from jaxquant.formats.op_format import Served
+from jaxquant.core.protocols import LevelFormat
+from jaxquant.core.straight_through import nearest_codes
+from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import (
     as_stored,
     check_grouping,
@@ -29,7 +31,7 @@ class Grid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Integer(Served):
+class Integer(LevelFormat, OpFormat):
     """Packed integers, w = scale * (code - zero).
 
     Attributes:
@@ -58,8 +60,9 @@ class Integer(Served):
     pad: bool = False
     clip: float = 1.0
 
-    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
     storage: ClassVar[str] = "packed"
+    integral: ClassVar[bool] = True
+    fits: ClassVar[bool] = True
     trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
 
     def __post_init__(self) -> None:
@@ -156,7 +159,7 @@ class Integer(Served):
             "scale": grid.scale.astype(self.scale_dtype),
         }
         if not self.symmetric:
-            data["zero"] = layout.pack(grid.zero.T, self.bits).T
+            data["zero"] = layout.pack(grid.zero.astype(jnp.int32).T, self.bits).T
         return data
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
@@ -184,6 +187,57 @@ class Integer(Served):
         group = ids // self.rows_per_group(k)
         row = jax.tree.map(lambda a: a[jnp.minimum(group, a.shape[0] - 1)], grid)
         return row.scale * (codes - row.zero)
+
+    # --- levels -----------------------------------------------------------------------------
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last code."""
+        return self.limits
+
+    @property
+    def reach(self) -> float:
+        """The largest level, in steps; of codes with a zero point their number less one."""
+        bottom, top = self.limits
+        return float(top if self.symmetric else top - bottom)
+
+    def make_grid(self, scale: Array, zero: Array | None = None) -> Grid:
+        """Without zero points they are zeros."""
+        return Grid(scale, jnp.zeros(scale.shape, jnp.int32) if zero is None else zero)
+
+    def zero_of(self, grid: Grid) -> Array:
+        """Zero points, as floats."""
+        return grid.zero.astype(jnp.float32)
+
+    def stored(self, scale: Float[Array, "g n"]) -> Grid:
+        """The grid of these scales, as storage will give it back."""
+        return self.make_grid(as_stored(scale, self.scale_dtype))
+
+    def level(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The nearest codes to v, in steps, less the zero point."""
+        return jnp.clip(jnp.round(v) + zero, *self.limits) - zero
+
+    def inside(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether v, in steps, is within the range of codes; with zero points once rounded."""
+        if self.symmetric:
+            return super().inside(v, zero)
+        bottom, top = self.limits
+        rounded = jnp.round(v) + zero
+        return (rounded >= bottom) & (rounded <= top)
+
+    def place(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Codes are places."""
+        return codes
+
+    def value_at(self, place: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
+        """What the codes at these places mean."""
+        return grid.scale * (place - grid.zero)
+
+    def nearest(self, w: Float[Array, "k n"]) -> Float[Array, "k n"]:
+        """The matrix rounded to nearest, straight through; with derivatives in its scales too."""
+        grid = spread(self.grids(w), self.rows_per_group(w.shape[0]), w.shape[0])
+        zero = jax.lax.stop_gradient(grid.zero)
+        return grid.scale * (nearest_codes(w / grid.scale, zero, self.limits) - zero)
 
     def stored_grid(self, data: dict[str, Array]) -> Grid:
         scale = data["scale"].astype(jnp.float32)

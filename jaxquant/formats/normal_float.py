@@ -59,7 +59,12 @@ class NormalFloat(Table):
             raise ValueError(f"bits must be 2, 3 or 4, got {self.bits}")
 
     @property
-    def trained(self) -> tuple[str, ...]:
+    def learnable(self) -> bool:  # type: ignore[override]
+        """Scales that are codes themselves cannot be learned."""
+        return not self.double_quant
+
+    @property
+    def trained(self) -> tuple[str, ...]:  # type: ignore[override]
         """What healing may train."""
         return () if self.double_quant else ("scale",)
 

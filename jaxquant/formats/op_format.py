@@ -1,26 +1,18 @@
 """What formats with an op of their own share: products by the kernel table, look-ups, decoding."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
-from jaxquant.formats.tiled_format import Decoding
+from jaxquant.formats.tiled_format import TiledFormat
 from pallas_kernels import dispatch, reference
 
 
-class Served(Decoding):
-    """Base of a format that names its op's storage and says how its data are the op's arguments.
+class OpFormat(TiledFormat):
+    """Base of a format that names its op's `storage` and says how its data are the `arguments`.
 
-    Attributes:
-      storage: one of `pallas_kernels.reference.STORAGES`; its products are `{storage}_matmul`.
+    The storage is one of `pallas_kernels.reference.STORAGES`; products are `{storage}_matmul`.
     """
-
-    storage: ClassVar[str]
-
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
-        """Arrays and static values of the op, without x, for one matrix of k rows."""
-        raise NotImplementedError
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"

@@ -33,3 +33,4 @@ class Stretched(Table):
     trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
     table: ClassVar[tuple[float, ...]] = (-0.75, -0.25, 0.25, 0.75)
     largest: ClassVar[float] = 1.0
+    stretch: ClassVar[float] = 1.0

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import sizes
-from jaxquant.formats.op_format import Served
+from jaxquant.core.protocols import LevelFormat
+from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import (
     SCALE_DTYPES,
     as_stored,
@@ -38,7 +39,7 @@ class Scales(NamedTuple):
     parts: dict[str, Array]
 
 
-class Table(Served):
+class Table(LevelFormat, OpFormat):
     """What table formats share: w = scale * table[code], one scale per group of rows.
 
     Attributes:
@@ -55,7 +56,7 @@ class Table(Served):
     group_size: int | Literal["channel", "tensor"]
     scale_dtype: str
     pad: bool
-    tile: ClassVar[tuple[int, int]] = (1, 1)  # rows, columns that one code covers
+    fits: ClassVar[bool] = True
     storage: ClassVar[str] = "codebook"
 
     def __post_init__(self) -> None:
@@ -139,6 +140,42 @@ class Table(Served):
     def opened(self, data: dict[str, Array]) -> dict[str, Array]:
         """Packed data of which every array either splits by columns or serves all of them."""
         return data
+
+    def stored_grid(self, data: dict[str, Array]) -> Scales:
+        """The scales of packed data."""
+        return Scales(self.scales(self.opened(data)).astype(jnp.float32), {})
+
+    # --- levels -----------------------------------------------------------------------------
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        if isinstance(self.table, str):
+            return -self.largest, self.largest
+        return float(min(self.table)), float(max(self.table))
+
+    def make_grid(self, scale: Array, zero: Array | None = None) -> Scales:
+        """There are no zero points."""
+        return Scales(scale, {})
+
+    def level(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The nearest levels to v, in steps."""
+        return self.round(v, Scales(jnp.ones(()), {}))[1]
+
+    @property
+    def countable(self) -> bool:  # type: ignore[override]
+        """Whether levels have places: a table of numbers has, a float8 dtype has not."""
+        return not isinstance(self.table, str)
+
+    def place(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Of every code, how many levels are below its own."""
+        levels = np.asarray(self.table, np.float32)
+        places = np.searchsorted(search(tuple(levels))[0], levels)
+        return jnp.asarray(places, jnp.int8)[codes]
+
+    def value_at(self, place: Float[Array, "..."], grid: Scales) -> Float[Array, "..."]:
+        """What the codes at these places mean."""
+        return grid.scale * jnp.asarray(search(self.table)[0])[place.astype(jnp.int32)]
 
     def scales(self, data: dict[str, Array]) -> Float[Array, "... g n"]:
         """Scales of opened data, of a dtype that the op takes."""

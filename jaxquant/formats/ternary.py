@@ -29,6 +29,7 @@ class Ternary(Integer):
     symmetric: bool = True
 
     storage: ClassVar[str] = "ternary"
+    stretch: ClassVar[float] = 1.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

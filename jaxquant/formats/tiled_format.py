@@ -1,29 +1,26 @@
 """What formats without an op of their own share: products and look-ups by decoding tiles."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
-import jax
 from jaxtyping import Array, Float
 
+from jaxquant.core.protocols import Format
 from jaxquant.formats.scales import check_wide, rescaled
 from pallas_kernels import activations as forms
 from pallas_kernels import tiled_product
 
 
-class Decoding:
-    """Base of a format that says `spans` and `decode`; see `tiled_product` for both."""
+class TiledFormat(Format):
+    """Base of a format that says `spans`, and whose `decode` takes a part of the columns.
 
-    codes_ndim: ClassVar[int] = 2
-    wide: bool = True  # whether `scaled` can hold what comes of any power of two
+    See `pallas_kernels.tiled_product` for both. Its scales are float32 unless it says otherwise.
+    """
+
+    wide: bool = True
 
     @property
     def spans(self) -> Mapping[str, int]:
         """Columns that one entry along the last axis of each array covers."""
-        raise NotImplementedError
-
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        """One matrix, or the columns of it that a part of the data holds."""
         raise NotImplementedError
 
     def check(self, w: Float[Array, "k n"]) -> str:
@@ -37,12 +34,6 @@ class Decoding:
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
         """The data of a matrix 2**e times as large; exact within the range of its scales."""
         return rescaled(data, e, "scale")
-
-    def dequantize(self, data: dict[str, Array], k: int) -> Float[Array, "... k n"]:
-        decode = self.decode
-        for _ in data["codes"].shape[: -self.codes_ndim]:
-            decode = jax.vmap(decode, (0, None))
-        return decode(data, k)
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"

@@ -81,6 +81,8 @@ def _batches(params: Any, threads: int) -> Iterator[list[tuple[str, QTensor]]]:
 def _streams(w: QTensor) -> list[Stream]:
     """One for every matrix of a stack."""
     words, f = w.data["codes"], w.format
+    if not isinstance(f, EntropyCoded):
+        raise ValueError(f"expected an entropy-coded weight, got one in {f}")
     stack = np.asarray(words).reshape(-1, *words.shape[-2:])
     size = w.stored_rows, words.shape[-1]
     return [Stream(one.reshape(-1), *size, f.lanes, f.states, f.chain) for one in stack]

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted
-from jaxquant.formats.op_format import Served
+from jaxquant.core.protocols import Format, GridFormat
+from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import check_wide, rescaled
 from pallas_kernels import viterbi
 from pallas_kernels.codecs import trellis
@@ -30,7 +31,7 @@ class TrellisGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trellis(Served):
+class Trellis(GridFormat, OpFormat):
     """QTIP's trellis-coded quantization; the weights should be rotated to look Gaussian first.
 
     Attributes:
@@ -161,7 +162,7 @@ class Trellis(Served):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrellisBudget:
+class TrellisBudget(Format):
     """A `Trellis` whose blocks of rows get the rates that an average allows, where they tell most.
 
     The rows should have been sorted by their energy and rotated in these very blocks:
@@ -185,6 +186,7 @@ class TrellisBudget:
 
     tile: ClassVar[tuple[int, int]] = (SIDE, SIDE)
     wide: ClassVar[bool] = True
+    plans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -222,3 +224,6 @@ class TrellisBudget:
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """As the planned format of blocks that matter alike: the same bytes."""
         return self.planned(np.ones(len(w) // self.block)).encode(w)
+
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        return self.planned(np.ones(k // self.block)).decode(data, k)

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.formats.codebook_format import Learned
+from jaxquant.formats.codebook_format import CodebookFormat
 from jaxquant.formats.kmeans import residual_kmeans
 from jaxquant.formats.scales import check_half, through
-from jaxquant.formats.tiled_format import Decoding
+from jaxquant.formats.tiled_format import TiledFormat
 from pallas_kernels.codecs import lookup
 
 
@@ -28,7 +28,7 @@ class VectorGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector(Learned, Decoding):
+class Vector(CodebookFormat, TiledFormat):
     """w[i, j : j + length] is a vector of a codebook, plus one of a second if `residual_bits`.
 
     Codebooks are learned for each matrix, and there are no scales: transforms are for that.
@@ -68,7 +68,7 @@ class Vector(Learned, Decoding):
             raise ValueError(f"outliers must be a fraction in [0, 1), got {self.outliers}")
 
     @property
-    def tile(self) -> tuple[int, int]:
+    def tile(self) -> tuple[int, int]:  # type: ignore[override]
         """Rows, columns that one code covers."""
         return 1, self.length
 
@@ -172,7 +172,7 @@ class Vector(Learned, Decoding):
         return parts if self.residual_bits else parts[:1]
 
     @property
-    def trained(self) -> tuple[str, ...]:
+    def trained(self) -> tuple[str, ...]:  # type: ignore[override]
         """What healing may train."""
         return tuple(codebook for _, codebook, _ in self._parts)
 

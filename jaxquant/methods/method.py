@@ -1,25 +1,27 @@
 """A method: transform, rounder, format, and how inputs meet the codes."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields, shown
+from jaxquant.core.protocols import Estimator, Format, RangeEstimator, Rounder, Transform, lacking
 from jaxquant.rounding import LDLQ, Nearest
-from jaxquant.transforms import Rotation
 
 GroupSize = int | Literal["channel", "tensor"]
 
 
-# What each part must have, if it is there, and what it is then called.
-_PARTS = {
-    "input": ("a transform of inputs (Rotation, ...)", ("apply", "size", "shapes")),
-    "output": ("a transform of outputs (Rotation, ...)", ("apply", "size", "shapes")),
-    "estimator": ("an estimator (StraightThrough, ...)", ("check", "grid", "value")),
-    "input_estimator": ("a learned range (LSQRange, PACT)", ("check", "served")),
+# The kind of each part, and an example of it; only the first two must be there.
+_PARTS: dict[str, tuple[type, str]] = {
+    "rounder": (Rounder, "LDLQ"),
+    "format": (Format, "Integer"),
+    "input": (Transform, "Rotation"),
+    "output": (Transform, "Rotation"),
+    "estimator": (Estimator, "StraightThrough"),
+    "input_estimator": (RangeEstimator, "LSQRange"),
 }
 
 
@@ -35,51 +37,52 @@ class Method:
     """
 
     name: str
-    rounder: Any
-    format: Any
-    input: Any = None
-    output: Any = None
+    rounder: Rounder
+    format: Format
+    input: Transform | None = None
+    output: Transform | None = None
     activations: Activations | None = None
-    estimator: Any = None
-    input_estimator: Any = None
+    estimator: Estimator | None = None
+    input_estimator: RangeEstimator | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        object.__setattr__(self, "activations", Activations.of(self.activations))
-        rounds = hasattr(self.rounder, "needs_output") and hasattr(self.rounder, "needs_gram")
-        if not rounds or not all(hasattr(self.format, name) for name in ("tile", "encode")):
-            raise ValueError(
-                f"a method is a rounder (LDLQ, ...) and a format (Integer, ...), got "
-                f"{shown(self.rounder)} and {shown(self.format)}"
-            )
-        for name, (kind, needed) in _PARTS.items():
+        for name, (kind, example) in _PARTS.items():
             part = getattr(self, name)
-            if part is not None and not all(hasattr(part, method) for method in needed):
-                raise ValueError(f"{name} must be {kind} or None, got {shown(part)}")
+            if part is None and name not in ("rounder", "format"):
+                continue
+            if wrong := lacking(kind, part):
+                none = "" if name in ("rounder", "format") else " or None"
+                raise ValueError(
+                    f"{name} must be a {kind.__name__} ({example}, ...){none}, got "
+                    f"{shown(part)}; {wrong}"
+                )
+        object.__setattr__(self, "activations", Activations.of(self.activations))
+        check_fields(self)
 
     @property
     def needs_gram(self) -> bool:
         """Whether it reads the second moment of the inputs."""
-        search = getattr(self.input, "searched", False) and self.activations is None
-        return search or self.rounder.needs_gram or getattr(self.input, "needs_gram", False)
+        side = self.input
+        search = side is not None and side.searched and self.activations is None
+        return search or self.rounder.needs_gram or (side is not None and side.needs_gram)
 
     @property
     def needs_output(self) -> bool:
         """Whether it reads the second moment of the loss gradients at the outputs."""
-        return self.rounder.needs_output or getattr(self.output, "needs_gram", False)
+        return self.rounder.needs_output or (self.output is not None and self.output.needs_gram)
 
     @property
     def needs_channels(self) -> bool:
         """Whether it reads the sizes of the inputs' channels."""
         static = self.activations is not None and self.activations.static
-        return static or getattr(self.input, "needs_channels", False)
+        return static or (self.input is not None and self.input.needs_channels)
 
     @property
     def needs_sample(self) -> bool:
         """Whether it reads rows of the inputs."""
-        search = getattr(self.input, "searched", False) and self.activations is not None
-        search = search or (self.activations is not None and self.activations.mse)
-        return search or getattr(self.input, "needs_sample", False)
+        side, form = self.input, self.activations
+        search = form is not None and (form.mse or (side is not None and side.searched))
+        return search or (side is not None and side.needs_sample)
 
     def magnitudes(self, w: Float[Array, "k n"]) -> Float[Array, "s t"]:
         """How large the entries of the stored matrix will be, about.
@@ -92,6 +95,21 @@ class Method:
         if self.output is not None:
             w = jnp.max(jnp.abs(w), 1, keepdims=True)
         return jnp.broadcast_to(w, (k, n))
+
+    def healing_bytes(self, k: int, n: int) -> int:
+        """What healing adds to a matrix [k, n]: signs become float16, missing sides are made.
+
+        >>> from jaxquant.methods.registry import entropy_coded, qtip, rtn
+        >>> [m.healing_bytes(64, 64) for m in (rtn(), entropy_coded(), qtip())]
+        [0, 256, 240]
+        """
+        total = 0
+        for side, size in ((self.input, k), (self.output, n)):
+            if side is not None:
+                total += side.healing_bytes(size)
+            elif not self.format.trained:
+                total += 2 * size
+        return total
 
     def stored(self, k: int, n: int) -> tuple[int, int]:
         """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
@@ -118,19 +136,3 @@ KEEP = Keep()
 def scalar_rounder(feedback: bool, damping: float = 0.01) -> LDLQ | Nearest:
     """Error feedback, or nearest."""
     return LDLQ(damping) if feedback else Nearest()
-
-
-def added_bytes(method: Method, k: int, n: int) -> int:
-    """What `heal` adds to a matrix [k, n]: signs become float16, missing sides are made.
-
-    >>> from jaxquant.methods.registry import entropy_coded, qtip, rtn
-    >>> [added_bytes(m, 64, 64) for m in (rtn(), entropy_coded(), qtip())]
-    [0, 256, 240]
-    """
-    total = 0
-    for side, size in ((method.input, k), (method.output, n)):
-        if isinstance(side, Rotation):
-            total += 2 * size - -(-size // 8)
-        elif side is None and not getattr(method.format, "trained", ()):
-            total += 2 * size
-    return total

@@ -65,7 +65,7 @@ def lsq(
     form = _static(activation_bits, activation_symmetric)
     return Method(
         "lsq", Nearest(), format, activations=form, estimator=LSQ(start, scale_gradient),
-        input_estimator=form and LSQRange(),
+        input_estimator=None if form is None else LSQRange(),
     )  # fmt: skip
 
 

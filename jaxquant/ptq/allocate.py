@@ -14,7 +14,6 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves
 from jaxquant.core.sites import Site, is_weight
 from jaxquant.durable.store import Finished
-from jaxquant.methods.method import added_bytes
 from jaxquant.methods.registry import KEEP, Method
 from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.recipes.recipe import Entry, Recipe, resolve
@@ -214,7 +213,7 @@ def _with_added(entry: Entry, method: Method) -> Entry:
     """The entry with the bytes of a healed weight."""
     *batch, k, n = entry.matrix
     return dataclasses.replace(
-        entry, bytes=entry.bytes + math.prod(batch) * added_bytes(method, k, n)
+        entry, bytes=entry.bytes + math.prod(batch) * method.healing_bytes(k, n)
     )
 
 

@@ -12,12 +12,12 @@ from jaxquant.calibration.calibrate import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.magnitude import ratios, unit
 from jaxquant.core.paths import matches, path_leaves
-from jaxquant.methods.registry import entropy_coded
 from jaxquant.recipes.recipe import layout_of
-from jaxquant.rounding import Moments
+from jaxquant.rounding import Moments, Waterfill
 from jaxquant.rounding.moments import believed, feedback_energies, living
 
-ROUNDER = entropy_coded(two_sided=True).rounder  # what it believes of H and G
+CORRELATION = 0.5  # as `entropy_coded(two_sided=True)` believes of G
+ROUNDER = Waterfill(0.02, CORRELATION)
 _TINY = 1e-30
 
 
@@ -67,7 +67,7 @@ def _log4(w: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:
     """Log to base 4 of the loss per weight at 0 bits of a fine code."""
     w, of_w = unit(w)  # whose squares might leave float32
     (h, of_h), g = unit(living(moments.input)[0]), ratios(living(moments.output)[0])
-    g = believed(g, ROUNDER.correlation) / jnp.trace(g)
+    g = believed(g, CORRELATION) / jnp.trace(g)
     mean_log = lambda a: jnp.mean(jnp.log2(jnp.maximum(a, _TINY)))
     rows, columns = (mean_log(jnp.mean(w**2, axis)) for axis in (1, 0))
     energy = rows + columns - jnp.log2(jnp.mean(w**2) + _TINY)

@@ -287,7 +287,7 @@ class _Job:
     def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
         """The method, its format's rates (if it has any to give) chosen for these matrices."""
         format = self.method.format
-        if not hasattr(format, "planned"):
+        if not format.plans:
             return self.method
         k = self.method.stored(*matrices.shape[1:])[0]
         importance = np.full(k // format.block, float(abstract))
@@ -388,7 +388,7 @@ class _Job:
             warnings.warn(
                 f"{named}: the statistics are zero throughout; rounded to nearest", stacklevel=4
             )
-        wanted = getattr(self.method.rounder, "damping", 0.0)
+        wanted = self.method.rounder.damping
         damping = max(float(r.damping) for r in reports)
         if damping > 1.5 * wanted:
             warnings.warn(

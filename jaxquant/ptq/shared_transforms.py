@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from jaxquant.calibration.calibrate import Probe, Stats
 from jaxquant.core.activations import Activations
 from jaxquant.core.magnitude import exponent, ratios, shifted, unit
+from jaxquant.core.protocols import Transform
 from jaxquant.core.sites import Site
 from jaxquant.methods.registry import Method
 from jaxquant.recipes.recipe import Entry
@@ -77,7 +78,7 @@ class Inputs:
             (entry, method), path = member, member.entry.path
             site = (sites or {}).get(path)
             key: Any = path
-            if site is not None and site.input and not getattr(method.input, "fitted", False):
+            if site is not None and site.input and not (method.input and method.input.fitted):
                 form = method.activations if _static(method) else None
                 key = (site.input, entry.matrix[:-1], method.input, form)
             leader[path] = first.setdefault(key, path)
@@ -138,11 +139,11 @@ class Inputs:
 
         The weights are 2**e times those of the channels.
         """
-        method = members[0].method
+        method, side = members[0].method, _side(members[0].method)
         ends = np.cumsum([m.entry.matrix[-1] for m in members])[:-1]
         best: dict[str, Array] = {}
         least: Any = None
-        for arrays in method.input.candidates(channels, key):
+        for arrays in side.candidates(channels, key):
             rounded = _tried(arrays, channels, method)
             cost = None
             if self.inspect is not None:
@@ -172,12 +173,19 @@ def _unit(channels: Channels) -> tuple[Channels, Array, Array]:
     return Channels(weights, gram, magnitude, low, high, sample), of_weights, of_vectors
 
 
+def _side(method: Method) -> Transform:
+    """The transform of inputs of a method that has one."""
+    if method.input is None:
+        raise ValueError(f"method {method.name!r} has no transform of inputs to search for")
+    return method.input
+
+
 def _static(method: Method) -> bool:
     return method.activations is not None and method.activations.static
 
 
 def _static_scale(
-    form: Activations, channels: Channels, side: Any, arrays: dict[str, Array]
+    form: Activations, channels: Channels, side: Transform | None, arrays: dict[str, Array]
 ) -> dict[str, Array]:
     """Scale and zero point for what the transform makes of all inputs seen."""
     after = channels if side is None else channels.through(side, arrays)
@@ -206,7 +214,7 @@ def _least_error(form: Activations, x: Array, low: Array, high: Array) -> dict[s
 
 
 @partial(jax.jit, static_argnums=0)
-def _fit(side: Any, channels: Channels, key: Array) -> dict[str, Array]:
+def _fit(side: Transform, channels: Channels, key: Array) -> dict[str, Array]:
     return side.fit(channels, key)
 
 
@@ -224,10 +232,10 @@ def _of_matrix(probe: Probe, i: int) -> Probe:
 @partial(jax.jit, static_argnames="method")
 def _tried(arrays: dict[str, Array], channels: Channels, method: Method) -> Float[Array, "k n"]:
     """The weights as they come out of rounding with these arrays, the transform undone."""
-    k = channels.weights.shape[1]
-    w = method.input.inverse(channels.weights, arrays).T
+    k, side = channels.weights.shape[1], _side(method)
+    w = side.inverse(channels.weights, arrays).T
     rounded = method.format.dequantize(method.format.encode(w), w.shape[0])
-    return method.input.transposed(rounded.T, arrays, k).T
+    return side.transposed(rounded.T, arrays, k).T
 
 
 @partial(jax.jit, static_argnames="method")
@@ -240,7 +248,7 @@ def _cost(
         error = rounded - w
         gram = jnp.eye(len(w)) if channels.gram is None else channels.gram
         return jnp.sum(error * (gram @ error))
-    side, x = method.input, channels.rows
+    side, x = _side(method), channels.rows
     x = x[len(x) // 2 :]  # those taken at random
     k = x.shape[1]
     met = side.inverse(rounded.T, arrays).T

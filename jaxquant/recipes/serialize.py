@@ -7,6 +7,7 @@ from typing import Any
 from jaxquant import formats, rounding, transforms
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import shown
+from jaxquant.core.protocols import Estimator, Format, RangeEstimator, Rounder, Transform
 from jaxquant.core.tensor import View
 from jaxquant.estimators import input_ranges, latent, learned_clipping, surrogates
 from jaxquant.methods.registry import Keep, Method
@@ -21,8 +22,45 @@ _TRAINED = (
 _TYPES: dict[str, Any] = {
     t.__name__: t
     for t in (*_PARTS, *_TRAINED, Activations, Method, Keep, View)
-    if hasattr(t, "__dataclass_fields__")
+    if isinstance(t, type) and dataclasses.is_dataclass(t)
 }
+KINDS = (Format, Transform, Rounder, Estimator, RangeEstimator)
+
+
+def register(part: type) -> type:
+    """Let checkpoints and recipes name a part of one's own by its class; a decorator.
+
+    Args:
+      part: a frozen dataclass that derives from a `Format`, `Transform`, `Rounder`, `Estimator` or
+        `RangeEstimator`; its fields hold JSON values, tuples or other parts. It is known by the
+        name of the class, so whoever loads must register one of the same name first.
+    Returns:
+      the class.
+    Raises:
+      ValueError: it is no such class, or another one has its name.
+
+    >>> register(dict)
+    Traceback (most recent call last):
+    ValueError: expected a class that derives from Format, Transform, Rounder, Estimator or ...
+    """
+    if not (isinstance(part, type) and issubclass(part, KINDS)):
+        *others, last = (kind.__name__ for kind in KINDS)
+        kinds = f"{', '.join(others)} or {last}"
+        raise ValueError(f"expected a class that derives from {kinds}, got {shown(part)}")
+    options = vars(part).get("__dataclass_params__")
+    if options is None or not options.frozen:
+        raise ValueError(f"{part.__name__} must be a dataclass of its own, with frozen=True")
+    known = _TYPES.get(part.__name__, part)
+    place = lambda t: (
+        t.__module__,
+        t.__qualname__,
+    )  # a module that is loaded again has new classes
+    if place(known) != place(part):
+        raise ValueError(
+            f"the name {part.__name__!r} is taken by {known.__module__}; choose another"
+        )
+    _TYPES[part.__name__] = part
+    return part
 
 
 def to_json(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """Rounders: how codes are chosen for a given format."""
 
+from jaxquant.core.protocols import Moments
 from jaxquant.rounding.beam import Beam
 from jaxquant.rounding.clipped import Clipped
 from jaxquant.rounding.ldlq import LDLQ
-from jaxquant.rounding.moments import Moments
 from jaxquant.rounding.nearest import Nearest
 from jaxquant.rounding.two_sided import TwoSided
 from jaxquant.rounding.waterfill import Waterfill

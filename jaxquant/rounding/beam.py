@@ -21,12 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.core.protocols import Format, Grid, Moments, Rounder
+from jaxquant.formats.codebook_format import CodebookFormat
 from jaxquant.rounding.ldlq import block_rows, descend, feedback
-from jaxquant.rounding.moments import Moments, living, unit_upper, upper
+from jaxquant.rounding.moments import living, unit_upper, upper
 
 
 @dataclasses.dataclass(frozen=True)
-class Beam:
+class Beam(Rounder):
     """Codes by beam search, codebooks by least squares, against H = mean of x x^T.
 
     Attributes:
@@ -50,7 +52,6 @@ class Beam:
     block_size: int = 128
 
     needs_gram: ClassVar[bool] = True
-    needs_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,9 +60,13 @@ class Beam:
             raise ValueError(f"sweeps must not be negative, got {self.sweeps}")
 
     def __call__(
-        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array
+        self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Packed data of w, and a report: the damping used, how many channels were dead."""
+        if not isinstance(format, CodebookFormat):
+            raise ValueError(f"beam search is of formats that learn codebooks, got {format}")
+        if key is None:
+            raise ValueError("codebooks begin at random vectors: give a key")
         gram, dead = living(moments.input)
         gram = gram / jnp.mean(jnp.diagonal(gram))
         grid = format.learn(w, jnp.diagonal(gram), key)
@@ -75,7 +80,7 @@ class Beam:
 class _Searched:
     """A format as `feedback` and `descend` see it: a grid is (its own, roots [k / d, d, d])."""
 
-    format: Any
+    format: CodebookFormat
     beam: int
 
     @property
@@ -89,7 +94,11 @@ class _Searched:
 
 @partial(jax.jit, static_argnames=("format", "options"))
 def first_codes(
-    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, grid: Any, options: Beam
+    w: Float[Array, "k n"],
+    gram: Float[Array, "k k"],
+    format: CodebookFormat,
+    grid: Grid,
+    options: Beam,
 ) -> tuple[Array, Float[Array, ""]]:
     """Codes [k / d, ...] by error feedback with these tables, and the damping used.
 
@@ -109,8 +118,8 @@ def first_codes(
 
 @partial(jax.jit, static_argnames=("format", "options"))
 def swept(
-    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, codes: Array, grid: Any,
-    options: Beam,
+    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: CodebookFormat, codes: Array,
+    grid: Grid, options: Beam,
 ) -> tuple[Array, Any]:  # fmt: skip
     """Codes and grid after `sweeps` fits of the tables and descents. No step raises the loss."""
     k, d = w.shape[0], format.tile[0]
@@ -128,9 +137,9 @@ def swept(
 
 
 def fitted(
-    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: Any, codes: Array, grid: Any,
-    steps: int,
-) -> Any:  # fmt: skip
+    w: Float[Array, "k n"], gram: Float[Array, "k k"], format: CodebookFormat, codes: Array,
+    grid: Grid, steps: int,
+) -> Grid:  # fmt: skip
     """The grid with the tables of least loss for these codes, as stored; the old if no better.
 
     The loss is quadratic in the tables, and its curvature is V^T H V for the linear map V from
@@ -152,7 +161,7 @@ def fitted(
         maxiter=steps,
     )
 
-    def loss(grid: Any) -> Array:
+    def loss(grid: Grid) -> Array:
         e = w - format.values(codes, grid)
         return jnp.sum(e * (gram @ e))
 

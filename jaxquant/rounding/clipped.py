@@ -1,19 +1,18 @@
 """Clip, then round: a group of weights keeps to a bound that it is searched for."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.rounding.ldlq import LDLQ
-from jaxquant.rounding.moments import Moments
+from jaxquant.core.protocols import Format, GridFormat, Moments, Rounder
 
 
 @dataclasses.dataclass(frozen=True)
-class Clipped:
+class Clipped(Rounder):
     """AWQ's clipping before another rounder: what is rounded is the clipped matrix.
 
     Error feedback rounds the matrix as it is, in the clipped one's grids: so it makes up for what
@@ -30,7 +29,7 @@ class Clipped:
     Source: Lin et al. 2023, arXiv:2306.00978, and its released code.
     """
 
-    rounder: Any
+    rounder: Rounder
     steps: int = 10
 
     needs_gram: ClassVar[bool] = True
@@ -42,33 +41,35 @@ class Clipped:
             raise ValueError(f"steps must be at most 19, a twentieth apart; got {self.steps}")
 
     @property
-    def needs_output(self) -> bool:
+    def needs_output(self) -> bool:  # type: ignore[override]
         """Whether the rounder reads the outputs' second moment."""
         return self.rounder.needs_output
 
     @property
-    def damping(self) -> float:
+    def damping(self) -> float:  # type: ignore[override]
         """That of the rounder."""
-        return getattr(self.rounder, "damping", 0.0)
+        return self.rounder.damping
 
     def __call__(
-        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
+        self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Packed data of w [k, n] (float32), and the rounder's report.
 
         Raises:
           ValueError: a format without groups of rows; no second moment.
         """
-        if not hasattr(format, "rows_per_group"):
+        if not isinstance(format, GridFormat):
             raise ValueError(f"clipping is of groups of rows, of which {format} has none")
         if moments.input is None:
             raise ValueError("clipping needs the second moment of the inputs; calibrate for it")
         clipped = self._clipped(w, format, moments.input)
-        if isinstance(self.rounder, LDLQ):
-            return self.rounder(w, format, moments, key, ranges=clipped)
+        if self.rounder.takes_ranges:
+            return self.rounder.within(clipped, w, format, moments, key)
         return self.rounder(clipped, format, moments, key)
 
-    def _clipped(self, w: Array, format: Any, gram: Float[Array, "k k"]) -> Float[Array, "k n"]:
+    def _clipped(
+        self, w: Array, format: GridFormat, gram: Float[Array, "k k"]
+    ) -> Float[Array, "k n"]:
         k, n = w.shape
         rows = format.rows_per_group(k)
         pad = -k % rows

@@ -19,11 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.rounding.moments import Moments, living, unit_upper
+from jaxquant.core.protocols import Data, Format, Grid, GridFormat, Moments, Rounder
+from jaxquant.rounding.moments import living, row_by_row, unit_upper
 
 
 @dataclasses.dataclass(frozen=True)
-class LDLQ:
+class LDLQ(Rounder):
     """Error feedback against a second moment H = mean of x x^T.
 
     Attributes:
@@ -47,7 +48,7 @@ class LDLQ:
     scales: tuple[float, ...] = ()
 
     needs_gram: ClassVar[bool] = True
-    needs_output: ClassVar[bool] = False
+    takes_ranges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,19 +59,22 @@ class LDLQ:
             raise ValueError(f"scales must be positive, got {self.scales}")
 
     def __call__(
+        self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
+    ) -> tuple[Data, Data]:
+        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        return self.within(None, w, format, moments, key)
+
+    def within(
         self,
+        ranges: Float[Array, "k n"] | None,
         w: Float[Array, "k n"],
-        format: Any,
+        format: Format,
         moments: Moments,
         key: Array | None = None,
-        *,
-        ranges: Float[Array, "k n"] | None = None,
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w, and a report: the damping used, how many channels were dead.
-
-        `ranges`: what the grids are fixed by, in place of w.
-        """
+    ) -> tuple[Data, Data]:
+        """As a call; `ranges`: what the grids are fixed by, in place of w."""
         del key
+        format = row_by_row(format)
         k, d = w.shape[0], format.tile[0]
         if self.act_order and d > 1:
             raise ValueError(f"act_order needs a format that codes one row at a time, not {format}")
@@ -80,7 +84,7 @@ class LDLQ:
         order = order if self.act_order else jnp.arange(k)
         gram = gram[order][:, order]
         u, damping = unit_upper(gram, self.damping, d)
-        fixed = self.act_order or g >= k or d > 1 or not hasattr(format, "fit")
+        fixed = self.act_order or g >= k or d > 1 or not format.fits
         fixed = fixed or ranges is not None
         grid = format.grids(w if ranges is None else ranges) if fixed else None
         size = block_rows(self.block_size, 1 if fixed else g, d)
@@ -111,11 +115,11 @@ def block_rows(block_size: int, group: int, d: int) -> int:
 def feedback(
     w: Float[Array, "k n"],
     u: Float[Array, "k k"],
-    format: Any,
+    format: GridFormat,
     order: Array,
     g: int,
     size: int,
-    grid: Any,
+    grid: Grid,
 ) -> tuple[Array, Any, Float[Array, "k n"]]:
     """Codes [k / d, ...] of w's rows in visiting order, the grid of stored order, and W - Q.
 
@@ -178,9 +182,9 @@ def feedback(
 
 
 def _fitted(
-    format: Any, grid: Any, start: Array, t: Array, ub: Array, e: Array, i: Array, index: Array,
-    g: int,
-) -> Any:  # fmt: skip
+    format: GridFormat, grid: Grid, start: Array, t: Array, ub: Array, e: Array, i: Array,
+    index: Array, g: int,
+) -> Grid:  # fmt: skip
     """The grid with the group whose first row is i fitted to its rows as GPTQ updates them.
 
     With errors E_P so far, the group's rows, unrounded, would move to W_G - e_G where
@@ -199,8 +203,8 @@ SAMPLE = 64  # columns on which scales are compared
 
 
 def _best_scale(
-    w: Array, gram: Array, format: Any, grid: Any, scales: tuple[float, ...], fed: Any
-) -> Any:
+    w: Array, gram: Array, format: GridFormat, grid: Grid, scales: tuple[float, ...], fed: Any
+) -> Grid:
     """The grid times the scale whose feedback ends with the least loss on a sample of columns."""
     width, n = format.tile[1], w.shape[1]
     tiles = n // width
@@ -219,7 +223,7 @@ def _best_scale(
 
 @partial(jax.jit, static_argnames=("format", "g", "passes"))
 def descend(
-    w: Array, gram: Array, format: Any, order: Array, g: int, passes: int, grid: Any,
+    w: Array, gram: Array, format: GridFormat, order: Array, g: int, passes: int, grid: Grid,
     codes: Array, errors: Array,
 ) -> Array:  # fmt: skip
     """Codes after `passes` sweeps: each block of rows rounded again given all other errors.

@@ -1,20 +1,24 @@
 """Second moments as rounders use them: dead channels set apart, damped, factored."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxquant.core.protocols import Format, GridFormat
 
-class Moments(NamedTuple):
-    """What a rounder may know beside the weight; None where it was not measured.
 
-    The loss is tr(H_in E H_out E^T) for an error E [k, n], H_out = I if unknown.
+def row_by_row(format: Format) -> GridFormat:
+    """The format, if it chooses codes row by row, given a grid.
+
+    Raises:
+      ValueError: it does not, and so takes no error feedback.
     """
-
-    input: Float[Array, "k k"] | None = None
-    output: Float[Array, "n n"] | None = None
+    if not isinstance(format, GridFormat):
+        raise ValueError(
+            f"expected a format that chooses codes row by row (a GridFormat), got {format}; use "
+            f"the rounder that was made for it (Waterfill for EntropyCoded), or Nearest"
+        )
+    return format
 
 
 def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:

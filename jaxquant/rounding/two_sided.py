@@ -13,18 +13,19 @@ time (YAQA, Tseng et al. 2025, arXiv:2505.22988, who go the other way round).
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.rounding.moments import Moments, living, unit_upper
+from jaxquant.core.protocols import Format, Grid, GridFormat, Moments, Rounder
+from jaxquant.rounding.moments import living, row_by_row, unit_upper
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoSided:
+class TwoSided(Rounder):
     """Error feedback against H and G, for formats with one scale per matrix.
 
     Attributes:
@@ -44,10 +45,11 @@ class TwoSided:
         check_positive(self, "damping", "output_damping", "scale")
 
     def __call__(
-        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
+        self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Packed data of w, and a report: the damping used, how many channels were dead."""
         del key
+        format = row_by_row(format)
         k, n = w.shape
         d, c = format.tile
         if format.rows_per_group(k) < k:
@@ -72,8 +74,8 @@ def _diagonals(
     w: Float[Array, "I J d c"],
     u: Float[Array, "k k"],
     v: Float[Array, "n n"],
-    format: Any,
-    row: Any,
+    format: GridFormat,
+    row: Grid,
 ) -> Array:
     """Codes [I, ..., J] of tiles, diagonal by diagonal.
 
@@ -88,8 +90,6 @@ def _diagonals(
     u = jnp.where(above[..., None, None], u, 0)
     v = jnp.where(left[..., None, None], v, 0)
     i = jnp.arange(rows)
-    plain = lambda target, row, valid: format.round(target, row)
-    rounded = getattr(format, "round_where", plain)  # skips the tiles that a diagonal has not
     one = jax.ShapeDtypeStruct((d, rows * c), w.dtype)
     code = jax.eval_shape(format.round, one, row)[0]
 
@@ -101,7 +101,7 @@ def _diagonals(
         # (S + E) of the tiles to the left, through V.
         target = w[i, j] + mine + jnp.einsum("ijdc,jice->ide", fed + error, v[:, j])
         flat = target.swapaxes(0, 1).reshape(d, rows * c)
-        code, value = rounded(flat, row, valid)
+        code, value = format.round_where(flat, row, valid)  # of the tiles that a diagonal has
         value = value.reshape(d, rows, c).swapaxes(0, 1)
         e = jnp.where(valid[:, None, None], w[i, j] - value, 0)
         error = error.at[i, j].add(e)

@@ -20,7 +20,7 @@ the others make up for them.
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.core.protocols import Format, Moments, Rounder
 from jaxquant.formats.entropy_coded import (
     FAINT,
     SLOPE,
@@ -41,7 +42,6 @@ from jaxquant.formats.entropy_coded import (
     quarters,
 )
 from jaxquant.rounding.moments import (
-    Moments,
     believed,
     block_energies,
     feedback_energies,
@@ -52,7 +52,7 @@ from pallas_kernels.codecs.entropy_stream import FINE, Coded, chains, laid
 
 
 @dataclasses.dataclass(frozen=True)
-class Waterfill:
+class Waterfill(Rounder):
     """Steps by water-filling against H, and G where it is known, as fine as the bytes allow.
 
     Attributes:
@@ -78,7 +78,7 @@ class Waterfill:
     needs_gram: ClassVar[bool] = True
 
     @property
-    def needs_output(self) -> bool:
+    def needs_output(self) -> bool:  # type: ignore[override]
         """Whether the second moment of gradients at the outputs is used."""
         return self.correlation is not None
 
@@ -89,7 +89,7 @@ class Waterfill:
             raise ValueError(f"correlation must be from 0 to 1, or None, got {self.correlation}")
 
     def __call__(
-        self, w: Float[Array, "k n"], format: Any, moments: Moments, key: Array | None = None
+        self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Packed data of w, and a report: the damping used, how many channels were dead."""
         del key

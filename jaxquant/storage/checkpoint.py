@@ -263,9 +263,9 @@ def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
             static = {f: to_json(getattr(leaf, f)) for f in STATIC}
-            kept = leaf.named
-            if hasattr(leaf.format, "to_disk"):  # closer than what a product reads
-                kept |= leaf.format.to_disk(leaf.data, leaf.stored_rows)
+            data = leaf.format.to_disk(leaf.data, leaf.stored_rows)
+            kept = dataclasses.replace(leaf, data=data).named
+            if data is not leaf.data:  # closer than what a product reads
                 static["kept"] = True
             named = {f"{_stored(path)}:{part}": a for part, a in kept.items()}
             leaves.append({"path": path, "parts": list(kept), **static})

@@ -101,7 +101,7 @@ def _bound(path: str, w: Any, chip: str, tokens: int) -> Bound:
 
 def _rate(w: QTensor, chip: str) -> float:
     """Weights per cycle and core of the kernel that would serve it; 0 if there is none."""
-    if not hasattr(w.format, "arguments"):
+    if not w.format.storage:
         return 0.0
     static: dict[str, Any] = {}
 

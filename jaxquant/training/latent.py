@@ -13,12 +13,11 @@ from jaxtyping import Array, Float
 from jaxquant.calibration.calibrate import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.protocols import Format, LevelFormat
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor
 from jaxquant.estimators.latent import Latent, batched
-from jaxquant.estimators.surrogates import StraightThrough, grid_of, spread
-from jaxquant.formats import Integer
-from jaxquant.formats.table import Table
+from jaxquant.estimators.surrogates import StraightThrough, spread
 from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize import quantize
 from jaxquant.recipes.recipe import Recipe
@@ -136,12 +135,12 @@ def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
 
 
 def _near(
-    format: Any, w: Float[Array, "k n"], value: Float[Array, "k n"], data: dict[str, Array]
+    format: Format, w: Float[Array, "k n"], value: Float[Array, "k n"], data: dict[str, Array]
 ) -> Float[Array, "k n"]:
     """w where its code is the stored one; else the code's value, or as near to w as it stays."""
-    if not isinstance(format, Integer | Table):
+    if not isinstance(format, LevelFormat):
         return w
-    rows = spread(grid_of(format, data), format, w.shape)
+    rows = spread(format.stored_grid(data), format, w.shape)
     same = lambda a: format.round(a, rows)[1] == value
     nearer = value + jnp.clip(w - value, -0.45 * rows.scale, 0.45 * rows.scale)
     return jnp.where(same(w), w, jnp.where(same(nearer), nearer, value))
@@ -164,7 +163,7 @@ def freeze(params: Any) -> Any:
 
 
 def _frozen(path: str, w: QTensor) -> QTensor:
-    form, format = w.activations, w.format
+    form, format = w.activations, latent_format(w)
     for name, a in w.data.items():
         if isinstance(jnp.isfinite(a), jax.core.Tracer):
             continue
@@ -175,10 +174,17 @@ def _frozen(path: str, w: QTensor) -> QTensor:
     axes = w.leading()
     data = batched(format.packed, axes)(w.data)
     ranges = w.activations_data
-    if format.inputs is not None:
-        ranges = batched(lambda d: format.inputs.served(d, form), axes)(ranges)
+    if (inputs := format.inputs) is not None:
+        ranges = batched(lambda d: inputs.served(d, form), axes)(ranges)
     arrays = w.arrays._replace(data=data, activations=ranges)
     return w.with_arrays(arrays, format=format.format)
+
+
+def latent_format(w: QTensor) -> Latent:
+    """The format of a latent weight; ValueError of any other."""
+    if not isinstance(w.format, Latent):
+        raise ValueError(f"expected a latent weight, got one in {w.format}")
+    return w.format
 
 
 def is_latent(w: Any) -> bool:
@@ -214,7 +220,7 @@ def labels(params: Any, also: Sequence[str] = ("*",)) -> Any:
     return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
 
 
-def _label(format: Any, name: str) -> str:
+def _label(format: Format, name: str) -> str:
     if not isinstance(format, Latent):
         return FROZEN
     if name.startswith(ACTIVATIONS):

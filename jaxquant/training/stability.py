@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.protocols import LevelFormat
 from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.latent import Latent, batched
-from jaxquant.estimators.surrogates import grid_of, spread
-from jaxquant.formats import Integer
-from jaxquant.formats.table import Table, search
-from jaxquant.training.latent import is_latent
+from jaxquant.estimators.surrogates import spread
+from jaxquant.training.latent import is_latent, latent_format
 
 
 def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
@@ -36,34 +34,29 @@ def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
 
 def _latents(params: Any) -> dict[str, QTensor]:
     """Latent weights whose codes are numbers on a line."""
-
-    def known(format: Any) -> bool:
-        return isinstance(format, Integer) or (
-            isinstance(format, Table) and not isinstance(format.table, str)
-        )
-
+    known = lambda format: isinstance(format, LevelFormat) and format.countable
     return {p: w for p, w in path_leaves(params) if is_latent(w) and known(w.format.format)}
 
 
 def _grid(latent: Latent, data: dict[str, Array]) -> Any:
     packed = latent.packed(data)
-    return spread(grid_of(latent.format, packed), latent.format, data["codes"].shape)
+    format = _levels(latent)
+    return spread(format.stored_grid(packed), format, data["codes"].shape)
+
+
+def _levels(latent: Latent) -> LevelFormat:
+    if not isinstance(latent.format, LevelFormat):
+        raise ValueError(f"codes on a line are of formats with levels, got {latent.format}")
+    return latent.format
 
 
 def _codes(w: QTensor) -> Array:
-    format = w.format.format
+    format = _levels(latent_format(w))
 
     def one(data: dict[str, Array]) -> Array:
-        codes = format.round(data["codes"], _grid(w.format, data))[0]
-        return _places(format)[codes] if isinstance(format, Table) else codes
+        return format.place(format.round(data["codes"], _grid(latent_format(w), data))[0])
 
     return batched(one, w.leading())(w.data)
-
-
-def _places(format: Table) -> Int[Array, "codes"]:
-    """Of every code, how many levels are below its own."""
-    levels = np.asarray(format.table, np.float32)
-    return jnp.asarray(np.searchsorted(search(tuple(levels))[0], levels), jnp.int8)
 
 
 def times_steps(updates: Any, params: Any) -> Any:
@@ -136,12 +129,9 @@ def dampening(params: Any) -> Float[Array, ""]:
 
 def _distance(latent: Latent, data: dict[str, Array]) -> Float[Array, ""]:
     fixed = jax.lax.stop_gradient(data)
-    grid, w, format = _grid(latent, fixed), data["codes"].astype(jnp.float32), latent.format
+    grid, w, format = _grid(latent, fixed), data["codes"].astype(jnp.float32), _levels(latent)
     value = format.round(fixed["codes"], grid)[1]
-    if isinstance(format, Table):
-        low, high = (grid.scale * end for end in (min(format.table), max(format.table)))
-    else:
-        low, high = (grid.scale * (end - grid.zero) for end in format.limits)
+    low, high = (grid.scale * (end - format.zero_of(grid)) for end in format.ends)
     return jnp.sum((jnp.clip(w, low, high) - value) ** 2)
 
 
@@ -222,12 +212,8 @@ def _after(before: Oscillation, code: Array, threshold: Any, momentum: float) ->
 
 def _held(latent: Latent, data: dict[str, Array], frozen: Array, mean: Array) -> Array:
     """Weights, the frozen ones in the middle of their bins."""
-    grid, w, format = _grid(latent, data), data["codes"], latent.format
-    code = jnp.round(mean)
-    if isinstance(format, Table):
-        value = grid.scale * jnp.asarray(search(format.table)[0])[code.astype(jnp.int32)]
-    else:
-        value = grid.scale * (code - grid.zero)
+    grid, w = _grid(latent, data), data["codes"]
+    value = _levels(latent).value_at(jnp.round(mean), grid)
     return jnp.where(frozen, value.astype(w.dtype), w)
 
 

@@ -18,7 +18,7 @@ from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.latent import EPSILON, KEY, NORMAL, Drawing
-from jaxquant.training.latent import FROZEN, LABELS, WEIGHT, labels, unit
+from jaxquant.training.latent import FROZEN, LABELS, WEIGHT, labels, latent_format, unit
 
 
 class Slope(NamedTuple):
@@ -204,7 +204,7 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
 
     def body(i: Array, codes: Array) -> Array:
         one = {n: a[i] for n, a in data.items()}
-        z = how.drawing.of(keys[i], at.format, one)
+        z = how.drawing.of(keys[i], latent_format(at), one)
         return codes.at[i].add((amount * z).astype(codes.dtype))
 
     flat_codes = flat(codes)

@@ -1,7 +1,7 @@
 """Transforms: changes of variables on one side of a weight that leave the function as it is."""
 
+from jaxquant.core.channels import Channels
 from jaxquant.transforms.chain import Chain
-from jaxquant.transforms.channels import Channels
 from jaxquant.transforms.greedy import Greedy, Zigzag
 from jaxquant.transforms.kronecker import Kronecker
 from jaxquant.transforms.rotation import Rotation

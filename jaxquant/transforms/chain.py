@@ -3,17 +3,17 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
+from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields
-from jaxquant.transforms.channels import Channels
+from jaxquant.core.protocols import Transform
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Transform):
     """x -> x A_0 A_1 ...; its arrays are those of part i under "i.name".
 
     >>> from jaxquant.transforms import Rotation, Scaling
@@ -21,21 +21,21 @@ class Chain:
     8
     """
 
-    parts: tuple[Any, ...]
+    parts: tuple[Transform, ...]
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.parts or not all(hasattr(part, "apply") for part in self.parts):
+        if not self.parts or not all(isinstance(part, Transform) for part in self.parts):
             raise ValueError(f"a chain is of transforms, one or more; got {self.parts!r}")
         if any(part.searched for part in self.parts[1:]):
             raise ValueError("what is searched for comes first in a chain")
 
-    needs_gram = property(lambda self: any(p.needs_gram for p in self.parts))
-    needs_channels = property(lambda self: any(p.needs_channels for p in self.parts))
-    needs_sample = property(lambda self: any(p.needs_sample for p in self.parts))
-    fitted = property(lambda self: any(p.fitted for p in self.parts))
-    joint = property(lambda self: any(p.joint for p in self.parts))
-    searched = property(lambda self: self.parts[0].searched)
+    needs_gram = property(lambda self: any(p.needs_gram for p in self.parts))  # type: ignore[assignment]
+    needs_channels = property(lambda self: any(p.needs_channels for p in self.parts))  # type: ignore[assignment]
+    needs_sample = property(lambda self: any(p.needs_sample for p in self.parts))  # type: ignore[assignment]
+    fitted = property(lambda self: any(p.fitted for p in self.parts))  # type: ignore[assignment]
+    joint = property(lambda self: any(p.joint for p in self.parts))  # type: ignore[assignment]
+    searched = property(lambda self: self.parts[0].searched)  # type: ignore[assignment]
 
     def size(self, n: int) -> int:
         """Channels after it."""

@@ -14,22 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.transforms.channels import Channels
+from jaxquant.core.protocols import Transform
 
 # Blocks and their products are small: what float32 keeps is worth more than the time.
 _dot = partial(jnp.einsum, precision="highest")
 
 
-class Blocks:
+class Blocks(Transform):
     """What maps of blocks of channels share."""
 
-    needs_gram: ClassVar[bool] = False
     needs_channels: ClassVar[bool] = True
     needs_sample: ClassVar[bool] = True
-    fitted: ClassVar[bool] = False
     joint: ClassVar[bool] = True
-    searched: ClassVar[bool] = False
     block: int
 
     def __post_init__(self) -> None:

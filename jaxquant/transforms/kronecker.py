@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields
-from jaxquant.transforms.channels import Channels
+from jaxquant.core.protocols import Transform
 from jaxquant.transforms.scaling import Smooth
 from pallas_kernels import hadamard
 
@@ -18,7 +19,7 @@ _solve = jax.default_matmul_precision("highest")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Transform):
     """The map x -> L^T X R of n = n1 n2 channels, X = x * factors as [n1, n2]; invertible.
 
     Its arrays: "left" float32 [n1, n1], "right" float32 [n2, n2], "factors" float16 [n]. They begin
@@ -39,20 +40,13 @@ class Kronecker:
     alpha: float = 0.5
     orthogonal: bool = False
 
-    needs_gram: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     needs_channels: ClassVar[bool] = True
-    needs_sample: ClassVar[bool] = False
-    fitted: ClassVar[bool] = False
     joint: ClassVar[bool] = True
-    searched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         Smooth(self.alpha)
-
-    def size(self, n: int) -> int:
-        """Channels after it: as many."""
-        return n
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays that `fit` makes."""

@@ -7,20 +7,20 @@ arXiv:2307.13304; Tseng et al. 2024, arXiv:2402.04396).
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields
-from jaxquant.transforms.channels import Channels
+from jaxquant.core.protocols import Transform
 from pallas_kernels import hadamard
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation:
+class Rotation(Transform):
     """The map x -> (x * signs)[order] H of n channels; orthonormal.
 
     Its arrays: if signed, "signs", n random bits packed in bytes, or, once trained, n real factors;
@@ -55,14 +55,8 @@ class Rotation:
         """
         return hadamard.padded(n) if self.block is None else -(-n // self.block) * self.block
 
-    needs_gram: ClassVar[bool] = False
-    needs_channels: ClassVar[bool] = False
-    needs_sample: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
-    searched: ClassVar[bool] = False
-
     @property
-    def fitted(self) -> bool:
+    def fitted(self) -> bool:  # type: ignore[override]
         """Whether its arrays depend on the weight, and so cannot be shared."""
         return self.sort
 
@@ -75,12 +69,6 @@ class Rotation:
             order = jnp.argsort(-channels.energy * channels.moment, stable=True)
             arrays["order"] = order.astype(jnp.uint16)
         return arrays
-
-    def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays that `fit` makes."""
-        weights = jax.ShapeDtypeStruct((1, n), jnp.float32)
-        fit = lambda weights, key: self.fit(Channels(weights), key)
-        return jax.eval_shape(fit, weights, jax.eval_shape(jax.random.key, 0))
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
         """x A, for row vectors x."""
@@ -100,6 +88,10 @@ class Rotation:
         if self.sort:
             y = y[..., jnp.argsort(arrays["order"])]
         return y * factors(arrays["signs"], n).astype(y.dtype) if self.signed else y
+
+    def healing_bytes(self, n: int) -> int:
+        """Signs, a bit each, become float16."""
+        return 2 * n - -(-n // 8)
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
         """x A^-T, which is x A: what weights become where the vectors they meet become x A."""

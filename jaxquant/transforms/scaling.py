@@ -8,31 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.magnitude import ratios
-from jaxquant.transforms.channels import Channels
+from jaxquant.core.protocols import Transform
 
 _RANGE = 64.0  # factors lie within this of their geometric mean, either way
 _LEAST, _MOST = 2.0**-14, 65504.0  # in float16 with all its bits
 _TINY = 1e-5
 
 
-class Factors:
+class Factors(Transform):
     """Base of the maps x -> x * factors of n channels; invertible, not orthonormal.
 
     The array: "factors", n float16.
     """
-
-    needs_gram: ClassVar[bool] = False
-    needs_channels: ClassVar[bool] = False
-    needs_sample: ClassVar[bool] = False
-    fitted: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
-    searched: ClassVar[bool] = False
-
-    def size(self, n: int) -> int:
-        """Channels after it: as many."""
-        return n
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays that `fit` makes."""

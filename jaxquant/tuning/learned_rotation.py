@@ -8,7 +8,7 @@ nor head is multiplied in a step, nor any weight that is not rounded.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.keys import Draw
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.protocols import Transform
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor, by_kind
 from jaxquant.durable.store import Finished
@@ -30,7 +31,7 @@ from jaxquant.ptq.shared_transforms import Inputs, Member
 from jaxquant.recipes.recipe import Recipe, resolve
 from jaxquant.transforms import Channels
 from jaxquant.tuning.cayley import Cayley
-from jaxquant.tuning.learned_transforms import each, nearest
+from jaxquant.tuning.learned_transforms import each
 from jaxquant.tuning.trainable import Opened, Values
 from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence
 from pallas_kernels import activations as forms
@@ -175,7 +176,7 @@ class _Stream:
                 w = side.inverse(w.T, arrays).T
             if writes and not floats:
                 w = w @ r
-            data = {"codes": nearest(w, format)} | ({"turn": r} if back else {})
+            data = {"codes": format.nearest(w)} | ({"turn": r} if back else {})
             return Arrays(data, arrays, {"turn": r} if writes and not floats else {}, {})
 
         stacked, batch = each(one, entry.matrices(leaf), own), entry.matrix[:-2]
@@ -195,12 +196,14 @@ class _Stream:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Turn:
+class _Turn(Transform):
     """The map x -> x R, R orthonormal, then another: of arrays "turn", and the other's."""
 
-    then: Any = None
+    then: Transform | None = None
 
-    fitted: ClassVar[bool] = False
+    def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
+        """Its arrays are what is learned."""
+        raise ValueError("a learned rotation is not fitted to channels")
 
     def size(self, n: int) -> int:
         """Channels after it."""
@@ -244,8 +247,8 @@ def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) 
         )
     if round_weights and method.output is not None:
         raise ValueError(f"{path}: weights that are rounded behind a transform of their outputs")
-    needs = (getattr(method.input, f"needs_{kind}", False) for kind in ("channels", "sample"))
-    if any(needs) and stats is None:
+    side = method.input
+    if side is not None and (side.needs_channels or side.needs_sample) and stats is None:
         raise ValueError(
             f"{path}: {method.input} is fitted to inputs; pass the statistics of the tree rotated "
             f"by `start`, calibrate(fn, rotate_residual(params, residual, start), batches)"

@@ -19,11 +19,9 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.keys import Draw
 from jaxquant.core.paths import path_leaves, replace_leaves, stack_size
-from jaxquant.core.straight_through import nearest_codes, through
 from jaxquant.core.tensor import QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
-from jaxquant.formats.integer import Integer, spread
 from jaxquant.methods.registry import Method
 from jaxquant.ptq.shared_transforms import Inputs, Member
 from jaxquant.recipes.recipe import Recipe, resolve
@@ -169,7 +167,7 @@ class _Weights:
     def learning(self) -> dict[str, Any]:
         """The transforms that are learned, by leader."""
         sides = {self.inputs.leader[m.entry.path]: m.method.input for m in self.members}
-        return {leader: side for leader, side in sides.items() if hasattr(side, "learned")}
+        return {leader: side for leader, side in sides.items() if side and side.learns}
 
     def _places(self, member: Member, i: int | None) -> range:
         """Which matrices of a weight: all, or those of block i."""
@@ -255,18 +253,4 @@ def _rounded(
 ) -> Float[Array, "s n"]:
     if method.input is not None:
         w = method.input.inverse(w.T, arrays).T
-    return nearest(w, method.format)
-
-
-def nearest(w: Float[Array, "k n"], format: Any) -> Float[Array, "k n"]:
-    """w rounded to nearest, with a straight-through derivative: of integers also in the scales.
-
-    >>> jax.grad(lambda w: jnp.sum(nearest(w, Integer(2, 4))))(jnp.ones((4, 1))).shape
-    (4, 1)
-    """
-    if not isinstance(format, Integer):
-        value = format.dequantize(format.encode(w), w.shape[0])
-        return through(w, value)
-    grid = spread(format.grids(w), format.rows_per_group(w.shape[0]), w.shape[0])
-    zero = jax.lax.stop_gradient(grid.zero)
-    return grid.scale * (nearest_codes(w / grid.scale, zero, format.limits) - zero)
+    return method.format.nearest(w)

@@ -89,7 +89,7 @@ def _codes(w: QTensor) -> dict[str, Array]:
 
 def can_recode(w: Any) -> bool:
     """Whether this is a weight whose format can choose codes anew."""
-    return isinstance(w, QTensor) and hasattr(w.format, "recoded")
+    return isinstance(w, QTensor) and w.format.recodes
 
 
 def with_codes(opened: Opened, change: Values) -> Any:

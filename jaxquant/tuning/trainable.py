@@ -67,7 +67,7 @@ def check_globs(params: Any, also: Sequence[str]) -> None:
 
 def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
     """The weight with its codes decoded if nothing in the format is trained; its trained arrays."""
-    start = {name: w.data[name].astype(jnp.float32) for name in getattr(w.format, "trained", ())}
+    start = {name: w.data[name].astype(jnp.float32) for name in w.format.trained}
     if not start:
         w = as_dense(_scaled(w), w.stored())
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
@@ -99,7 +99,7 @@ def decoded(params: Any) -> Any:
         if not isinstance(w, QTensor):
             continue
         new[path] = dataclasses.replace(w, shared="", method="")  # names tell like from like
-        if not getattr(w.format, "trained", ()):
+        if not w.format.trained:
             with _host():
                 stored = np.asarray(jax.tree.map(np.asarray, w).stored())
             new[path] = as_dense(new[path], jnp.asarray(stored))

@@ -76,9 +76,9 @@ def job_of(
         rotate=rotate or "",
         rotating=_rotating(rotate_steps) if rotate == "learned" else None,
     )
-    if recode and not any(hasattr(m.format, "recoded") for _, m in job.rules):
+    if recode and not any(m.format.recodes for _, m in job.rules):
         raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
-    if learn and not any(hasattr(m.input, "learned") for _, m in job.rules):
+    if learn and not any(m.input is not None and m.input.learns for _, m in job.rules):
         raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
     return job
 
