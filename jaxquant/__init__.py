@@ -1,7 +1,8 @@
 """jaxquant: a functional quantization stack for JAX."""
 
-from jaxquant.calibration.calibrate import Stats, calibrate
+from jaxquant.calibration.calibrate import calibrate
 from jaxquant.calibration.observe import Observation, observe
+from jaxquant.calibration.statistics import Stats
 from jaxquant.core.activations import Activations, exact_activations
 from jaxquant.core.dispatch import Explanation, explain, quantized
 from jaxquant.core.paths import path_leaves

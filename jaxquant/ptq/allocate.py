@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant.calibration.calibrate import Stats
+from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves
 from jaxquant.core.sites import Site, is_weight

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.calibration.calibrate import Stats
+from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.magnitude import ratios, unit
 from jaxquant.core.paths import matches, path_leaves

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.calibration.calibrate import Weighting, calibrate
+from jaxquant.calibration.calibrate import calibrate
+from jaxquant.calibration.statistics import Weighting
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import stack_size

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxquant.calibration.calibrate import Probe, Stats
+from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.keys import Draw
 from jaxquant.core.paths import matches, path_leaves, replace_leaves

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibration.calibrate import Stats
+from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import stack_size
 from jaxquant.core.sites import Site

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxquant.calibration.calibrate import Stats, seen
+from jaxquant.calibration.statistics import Stats, seen
 from jaxquant.core.activations import Activations
 from jaxquant.core.arguments import check_arguments, differentiated
 from jaxquant.core.keys import Draw

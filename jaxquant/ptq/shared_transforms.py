@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.calibration.calibrate import Probe, Stats
+from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.activations import Activations
 from jaxquant.core.magnitude import exponent, ratios, shifted, unit
 from jaxquant.core.protocols import Transform

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.calibration.observe import Seen
+from jaxquant.calibration.observed import Seen
 
 CHANNEL = 10.0  # mean |x| of a channel over that of the median channel
 OUTLYING, PERSISTENT = 3.0, 0.8  # medians of |x|; share of the tokens that are above

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.calibration.calibrate import Stats
+from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.protocols import Format, LevelFormat

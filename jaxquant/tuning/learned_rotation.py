@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant.calibration.calibrate import Stats
+from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.keys import Draw

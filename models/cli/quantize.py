@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 import jaxquant as jq
-from jaxquant.calibration.calibrate import Weighting
+from jaxquant.calibration.statistics import Weighting
 from jaxquant.core.paths import matches
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.calibration.calibrate import Probe
+from jaxquant.calibration.statistics import Probe
 from jaxquant.durable.store import Folder
 from jaxquant.recipes.serialize import to_json
 from jaxquant.tuning.learned_transforms import Transforms

@@ -1,0 +1,204 @@
+"""Statistics of an input: what is kept of it, and how the statistics of batches add up."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.calibration.observed import Seen
+from jaxquant.core.magnitude import shifted, unit
+from jaxquant.core.sites import Site
+
+Weighting = Literal["uniform", "gradient", "energy"]
+
+
+class Probe(NamedTuple):
+    """What a matmul's backward rule hands back; None for what was not asked for.
+
+    Attributes:
+      gram: sum of a x x^T.
+      rows: how many rows x had.
+      output: sum of g g^T.
+      magnitude: sum of a |x|.
+      low, high: the largest of -x and of x, or 0. (Of a product that a function forms several
+        times, with several inputs or in a loop, the sum of all these, so not less.)
+      extreme, typical: rows of x, those with the largest entries and some at random.
+    """
+
+    gram: Float[Array, "*batch k k"] | None
+    rows: Float[Array, "*batch"]
+    output: Float[Array, "*batch n n"] | None
+    magnitude: Float[Array, "*batch k"]
+    low: Float[Array, "*batch k"]
+    high: Float[Array, "*batch k"]
+    extreme: Float[Array, "*batch t k"] | None = None
+    typical: Float[Array, "*batch t k"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The summary that calibration makes of a product.
+
+    Attributes:
+      gram, output: whether second moments are kept, of the input and of the output's gradient.
+      weighting: of rows, see `calibrate`.
+      sample: rows kept of either kind.
+      alike: whether all products with the matrix that a function forms read one input.
+    """
+
+    gram: bool
+    output: bool
+    weighting: Weighting
+    sample: int
+    alike: bool = True
+
+    def zeros(self, k: int, n: int) -> Probe:
+        """Nothing seen yet."""
+        rows = (jnp.zeros((self.sample, k)),) * 2 if self.sample else (None, None)
+        square = lambda size, kept: jnp.zeros((size, size)) if kept else None
+        channels = (jnp.zeros(k),) * 3
+        return Probe(square(k, self.gram), jnp.zeros(()), square(n, self.output), *channels, *rows)
+
+    def of(self, seen: Seen) -> Probe:
+        """Of one product."""
+        x = seen.rows
+        left = x * self._weights(seen)[:, None]
+        x = x * jnp.sign(seen.weight)[:, None]
+        # Parts of the outputs of one product, each by its share, make up what the product saw.
+        share = jnp.max(seen.weight, initial=0.0) if self.alike else 1.0
+        # Exact: a GPU's default would round the rows to ten bits, and H would be no moment.
+        second = partial(jnp.einsum, "tk,tl->kl", precision="highest")
+        top = lambda a: jnp.maximum(jnp.max(a, axis=0, initial=0.0), 0.0)
+        one = Probe(
+            second(left, x) if self.gram else None,
+            jnp.sum(seen.counted),
+            second(seen.output, seen.output) if self.output else None,
+            jnp.sum(jnp.sign(x) * left, axis=0),
+            share * top(-x),
+            share * top(x),
+        )
+        if not self.sample:
+            return one
+        rows = jnp.pad(x, ((0, self.sample), (0, 0)))
+        return one._replace(**{name: share * _best(rows, name, self.sample) for name in _SCORES})
+
+    def _weights(self, seen: Seen) -> Float[Array, " m"]:
+        """a, of every row."""
+        if self.weighting == "gradient":
+            return seen.energy
+        if self.weighting == "uniform":
+            return seen.weight
+        return seen.weight / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
+
+    def merged(self, a: Probe, b: Probe) -> Probe:
+        """Of two sets of products; leading axes are allowed."""
+        added = jax.tree.map(jnp.add, a, b)
+        largest = {
+            name: jnp.maximum(getattr(a, name), getattr(b, name)) for name in ("low", "high")
+        }
+        if not self.sample:
+            return added._replace(**largest)
+        both = {name: jnp.concatenate([getattr(a, name), getattr(b, name)], -2) for name in _SCORES}
+        rows = {name: _best(r, name, self.sample) for name, r in both.items()}
+        return added._replace(**largest, **rows)
+
+
+# Of rows, what decides which are kept: their largest entry; a hash of their content, 0 for no row.
+_SCORES: dict[str, Callable[[Array], Array]] = {
+    "extreme": lambda x: jnp.max(jnp.abs(x), axis=-1),
+    "typical": lambda x: jnp.abs(jnp.sin(1e4 * jnp.sum(x, axis=-1))),
+}
+
+
+def _best(rows: Float[Array, "... m k"], name: str, count: int) -> Float[Array, "... t k"]:
+    _, index = jax.lax.top_k(_SCORES[name](rows), count)
+    return jnp.take_along_axis(rows, index[..., None], axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What calibration saw.
+
+    Attributes:
+      sites: how each weight is used, by path.
+      sums: what is kept, float32 with leading axes [*batch], by the path that holds it.
+      holder: path of a weight -> path that holds its sums (weights that share an input and a
+        weighting share them).
+    """
+
+    sites: dict[str, Site]
+    sums: dict[str, Probe]
+    holder: dict[str, str]
+
+    def gram(self, path: str) -> Float[Array, "... k k"]:
+        """Mean of a x x^T at this weight.
+
+        Raises:
+          ValueError: the weight is in no matmul that calibration saw.
+        """
+        return self._mean(self.kept(path, "gram"), path)
+
+    def output_gram(self, path: str) -> Float[Array, "... n n"]:
+        """Mean of g g^T, g the gradient at this weight's output.
+
+        Raises:
+          ValueError: calibration was not asked for it.
+        """
+        return self._mean(self.kept(path, "output"), path)
+
+    def _mean(self, sums: Array, path: str) -> Array:
+        return sums / jnp.maximum(self.of(path).rows, 1)[..., None, None]
+
+    def kept(self, path: str, name: str) -> Array:
+        """One of the sums of this weight's input, by its name in `Probe`.
+
+        Raises:
+          ValueError: calibration did not keep it, and how it would.
+        """
+        if name not in Probe._fields:
+            raise ValueError(f"expected one of {', '.join(Probe._fields)}, got {name!r}")
+        found = getattr(self.of(path), name)
+        if found is None:
+            what, option = {
+                "gram": ("second moment", "calibrate with gram=True"),
+                "output": ("output-side statistics", f"pass output=[{path!r}] to calibrate"),
+            }.get(name, ("rows of the input", "calibrate with sample=256"))
+            raise ValueError(f"no {what} for {path!r}: {option}")
+        return found
+
+    def of(self, path: str) -> Probe:
+        """All that is kept of this weight's input.
+
+        Raises:
+          ValueError: the weight is in no matmul that calibration saw.
+        """
+        if path not in self.holder:
+            raise ValueError(f"no statistics for {path!r}: calibration saw it in no matmul")
+        return self.sums[self.holder[path]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.sums))
+
+
+def seen(x: Float[Array, "t k"], n: int) -> Stats:
+    """Statistics of a matrix "w" [k, n] that meets these rows, all of them kept.
+
+    The second moment is that of rows over a power of two, so that no square leaves float32.
+
+    >>> seen(jnp.ones((3, 2)), 5).gram("w").tolist()
+    [[0.25, 0.25], [0.25, 0.25]]
+    """
+    count, k = x.shape
+    x, e = unit(x)
+    kept = Kept(gram=True, output=False, weighting="uniform", sample=count)
+    ones = jnp.ones(count)
+    probe = kept.of(Seen(x, ones, jnp.zeros((count, n)), ones, ones))
+    sized = ("magnitude", "low", "high", "extreme", "typical")
+    probe = probe._replace(**{name: shifted(getattr(probe, name), e) for name in sized})
+    return Stats({"w": Site("w", (k, n), (0,))}, {"w": probe}, {"w": "w"})
