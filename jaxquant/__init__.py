@@ -9,6 +9,7 @@ from jaxquant.core.paths import path_leaves
 from jaxquant.core.protocols import Estimator, Format, GridFormat, Rounder, Transform
 from jaxquant.core.sites import Site, sites
 from jaxquant.core.tensor import QTensor
+from jaxquant.core.tree import bits_per_weight, dequantize, with_activations
 from jaxquant.estimators.input_ranges import PACT, LSQRange
 from jaxquant.estimators.kurtosis import flattened
 from jaxquant.estimators.latent import Drawing, Latent
@@ -74,14 +75,8 @@ from jaxquant.ptq.bit_shares import shares
 from jaxquant.ptq.blockwise import quantize_blocks
 from jaxquant.ptq.folding import fold
 from jaxquant.ptq.layer_stacks import restack, unstack, unstack_stats
-from jaxquant.ptq.quantize import (
-    Done,
-    bits_per_weight,
-    dequantize,
-    quantize,
-    quantize_array,
-    with_activations,
-)
+from jaxquant.ptq.leaf import Done
+from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.ptq.residual_rotation import Residual, rotate_residual
 from jaxquant.recipes.recipe import Plan, Recipe, resolve
 from jaxquant.recipes.serialize import register

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import quax
 
+from jaxquant.core import products  # noqa: F401  its rules are registered by the import
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.standin import StandIn, is_standin, listening, run

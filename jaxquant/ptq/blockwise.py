@@ -12,7 +12,8 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import stack_size
 from jaxquant.methods.registry import Method
-from jaxquant.ptq.quantize import Done, quantize
+from jaxquant.ptq.leaf import Done
+from jaxquant.ptq.quantize import quantize
 from jaxquant.recipes.recipe import Recipe
 
 

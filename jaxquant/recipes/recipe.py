@@ -17,6 +17,7 @@ from jaxquant.core.paths import matches, path_leaves
 from jaxquant.core.sites import Site, is_weight
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import View
+from jaxquant.core.tree import leaf_bytes
 from jaxquant.methods.registry import KEEP, Keep, Method, named_method
 from jaxquant.recipes.serialize import from_json, to_json
 
@@ -299,11 +300,6 @@ def named(floating: Sequence[tuple[str, int]], weights: int) -> str:
     if rest:
         parts.append(f"{len(floating) - 6} more ({rest / max(1, weights):.1%})")
     return ", ".join(parts)
-
-
-def leaf_bytes(w: Any) -> int:
-    """Bytes of an array, a stand-in, or the shape of either."""
-    return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize
 
 
 def layout_of(shape: tuple[int, ...], site: Site | None) -> tuple[View, tuple[int, ...]]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxquant.core.paths import path_leaves
 from jaxquant.core.standin import is_standin
-from jaxquant.recipes.recipe import leaf_bytes, named
+from jaxquant.core.tree import leaf_bytes
+from jaxquant.recipes.recipe import named
 
 
 @dataclasses.dataclass(frozen=True)

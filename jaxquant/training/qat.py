@@ -18,8 +18,8 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import common_stack_size, path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
+from jaxquant.core.tree import dequantize
 from jaxquant.durable.store import Finished
-from jaxquant.ptq.quantize import dequantize
 from jaxquant.training.descent import QAT
 from jaxquant.training.latent import freeze
 from jaxquant.training.zeroqat import ZeroQAT

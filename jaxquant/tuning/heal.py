@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import common_stack_size, path_leaves
+from jaxquant.core.tree import dequantize
 from jaxquant.durable.store import Finished
-from jaxquant.ptq.quantize import dequantize
 from jaxquant.tuning.recoding import Codes, can_recode, with_codes
 from jaxquant.tuning.trainable import Opened, Values, close_tree, open_tree, trained
 from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence, relative_error

@@ -1,0 +1,71 @@
+"""Functions of whole trees: bytes, plain arrays, other forms of activations."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxquant.core.activations import Activations
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.paths import path_leaves
+from jaxquant.core.sites import is_weight
+from jaxquant.core.standin import is_standin
+from jaxquant.core.tensor import QTensor
+
+
+def bits_per_weight(params: Any) -> float:
+    """Bits per weight over the quantized leaves, every byte counted.
+
+    Of a tree with none, over the leaves that could be quantized (0 if there are none of them).
+
+    >>> import jax.numpy as jnp
+    >>> bits_per_weight({"w": jnp.ones((4, 4), jnp.bfloat16), "b": jnp.ones(4)})
+    16.0
+    """
+    leaves = [w for _, w in path_leaves(params)]
+    chosen = [w for w in leaves if is_standin(w)] or [w for w in leaves if is_weight(w)]
+    size = sum(w.size for w in chosen)
+    return 8 * sum(map(leaf_bytes, chosen)) / max(1, size)
+
+
+def dequantize(params: Any) -> Any:
+    """The same tree with plain arrays."""
+    return jax.tree.map(
+        lambda w: w.dequantize() if is_standin(w) else w, params, is_leaf=is_standin
+    )
+
+
+def with_activations(params: Any, activations: Activations | str | None) -> Any:
+    """The same tree, its packed weights meeting inputs in another form; the weights are the same.
+
+    Args:
+      activations: an `Activations` or its text: "int8" (a scale per token), "int4,asymmetric", ...;
+        None or "float": inputs as they are.
+    Raises:
+      ValueError: an unknown form; or static scales, which calibration finds: name these in the
+        method, and `quantize` with statistics.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> q = with_activations({"w": jq.quantize_array(jnp.eye(64), jq.rtn())}, "int8")
+    >>> str(q["w"].activations)
+    'int8'
+    """
+    check_arguments(with_activations, locals())
+    form = Activations.of(activations)
+
+    def change(w: Any) -> Any:
+        if not isinstance(w, QTensor):
+            return w
+        if form is not None and set(form.shapes()) - set(w.activations_data):
+            raise ValueError(
+                f"{form}: static scales come from calibration; give activations={str(form)!r} to "
+                f"the method, and statistics to quantize"
+            )
+        return dataclasses.replace(w, activations=form)
+
+    return jax.tree.map(change, params, is_leaf=is_standin)
+
+
+def leaf_bytes(w: Any) -> int:
+    """Bytes of an array, a stand-in, or the shape of either."""
+    return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize

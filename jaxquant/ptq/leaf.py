@@ -1,0 +1,282 @@
+"""Quantizing one leaf: its matrices, one after another, through one compiled program."""
+
+import dataclasses
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxquant.calibration.statistics import Stats
+from jaxquant.core.keys import Draw
+from jaxquant.core.sites import Site
+from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
+from jaxquant.durable.store import Finished
+from jaxquant.methods.registry import Method
+from jaxquant.ptq.round_matrix import Keys, Report, block_importance, round_matrix
+from jaxquant.ptq.shared_transforms import Inputs
+from jaxquant.recipes.recipe import Entry
+from jaxquant.rounding import Moments
+
+MARK = "report.of"  # the digest among what is finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """Report on one quantized matrix.
+
+    Attributes:
+      path: of the leaf, and of a matrix in a stack its index: "layers/up/kernel[3]".
+      index, total: which of how many matrices.
+      loss: share of the output's energy that the error took, tr(E^T H E) / tr(W^T H W); NaN where
+        feedback knew of no input.
+      damping: fraction of mean(diag H) that was added; 0 without feedback.
+      dead: input channels that calibration never saw active.
+      seconds: it took; 0 if an earlier run had done it.
+    """
+
+    path: str
+    method: str
+    index: int
+    total: int
+    bits_per_weight: float
+    loss: float
+    damping: float
+    dead: int
+    seconds: float
+
+
+def moments_for(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:
+    """What the rounder needs to know; made here, for one leaf at a time."""
+    if not isinstance(stats, Stats):
+        return Moments()
+    return Moments(
+        stats.gram(path) if method.needs_gram else None,
+        stats.output_gram(path) if method.needs_output else None,
+    )
+
+
+class Counter:
+    """Counts matrices; tells the user's function."""
+
+    def __init__(self, total: int, tell: Callable[[Done], None] | None) -> None:
+        self.total, self.count, self.tell = total, 0, tell
+
+    def done(self, name: str, method: str, report: Report, bits: float, seconds: float) -> None:
+        self.count += 1
+        if self.tell is not None:
+            loss, damping, dead = map(float, report)
+            self.tell(
+                Done(name, method, self.count, self.total, bits, loss, damping, int(dead), seconds)
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafJob:
+    """One leaf: its matrices, one after another through one compiled program."""
+
+    entry: Entry
+    method: Method
+    draw: Draw
+    inputs: Inputs
+    finished: Finished | None
+
+    def run(self, w: Array, moments: Moments, progress: Counter) -> QTensor:
+        entry, method = self.entry, self.method
+        *batch, k, n = entry.matrix
+        moments = self._matrices(moments)
+        # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's type.
+        abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
+        if not abstract:
+            _check_values(w, entry.path, moments)
+        matrices = entry.matrices(w)
+        if not abstract:
+            self._check_range(matrices)
+        method = self._planned(matrices, moments, abstract)
+        parts, reports = [], []
+        for i, name in enumerate(self._names()):
+            start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
+            arrays, report, before = self._one(i, name, matrices[i], one, method, abstract)
+            # Of an input that calibration never saw, nobody knows what is lost.
+            report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
+            parts.append(arrays)
+            reports.append(report)
+            if not abstract:
+                bits = 8 * sum(a.nbytes for a in jax.tree.leaves(arrays)) / (k * n)
+                seconds = 0.0 if before else time.monotonic() - start
+                progress.done(name, method.name, report, bits, seconds)
+        if not abstract:
+            self._warn(reports)
+        stacked = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
+        arrays = jax.tree.map(stacked, *parts)
+        return QTensor(
+            data=arrays.data,
+            format=method.format,
+            view=entry.form[0],
+            logical_dtype=jnp.dtype(w.dtype).name,
+            method=method.name,
+            input=method.input,
+            output=method.output,
+            shared=self._shared(),
+            activations=method.activations,
+            input_data=arrays.input,
+            output_data=arrays.output,
+            activations_data=arrays.activations,
+        )
+
+    def _check_range(self, matrices: Array) -> None:
+        """ValueError where the format cannot hold such weights; a warning where it loses some."""
+        for name, w in zip(self._names(), matrices, strict=True):
+            try:
+                found = self.method.format.check(self.method.magnitudes(w))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if found:
+                warnings.warn(f"{name}: {found}", stacklevel=5)
+
+    def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
+        """The method, its format's rates (if it has any to give) chosen for these matrices."""
+        format = self.method.format
+        if not format.plans:
+            return self.method
+        k = self.method.stored(*matrices.shape[1:])[0]
+        importance = np.full(k // format.block, float(abstract))
+        for i, w in enumerate(() if abstract else matrices):
+            one = jax.tree.map(lambda a, i=i: a[i], moments)
+            keys, known = self._keys(i), self._known(i).input or None
+            one, e = block_importance(w, one, keys, self.method, format.block, known)
+            importance += np.ldexp(np.asarray(one, np.float64), int(e))
+        return dataclasses.replace(self.method, format=format.planned(importance))
+
+    def _one(
+        self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
+    ) -> tuple[Arrays, Report, bool]:
+        """Arrays, report, and whether these were finished before."""
+        finished = None if abstract else self.finished
+        mark = b"" if finished is None else self._mark(w, moments, method)
+        kept = dict(finished.get(name, {})) if finished is not None else {}
+        if kept and np.asarray(kept.pop(MARK, ())).tobytes() == mark:
+            stored = {key: jnp.asarray(a) for key, a in kept.items()}
+            report = Report(*(stored.pop(f"report.{f}") for f in Report._fields))
+            return by_kind(stored), report, True
+        known = self._known(i)
+        arrays, report = round_matrix(w, moments, self._keys(i), method, known.input or None)
+        arrays = arrays._replace(activations=known.activations)
+        if abstract:
+            # What was planned without values is no result, and nobody has looked at the weights.
+            planned = method is not self.method
+            sound = jnp.logical_and(not planned, _finite((w, moments, known)))
+            return _nan_unless(sound, arrays), report, False
+        arrays, report = jax.block_until_ready((arrays, report))
+        self._check_result(name, arrays, report)
+        if finished is not None:
+            reports = {f"report.{field}": a for field, a in report._asdict().items()}
+            named = flat_names(arrays)
+            if taken := sorted(named.keys() & {*reports, MARK}):
+                raise ValueError(f"{name}: the format names an array {taken[0]!r}, which is taken")
+            finished[name] = {**named, **reports, MARK: np.frombuffer(mark, np.uint8)}
+        return arrays, report, False
+
+    def _mark(self, w: Array, moments: Moments, method: Method) -> bytes:
+        """A digest of what decides the result: what is finished of another matrix is not taken."""
+        digest = hashlib.blake2b(f"{method}{self.draw.name}".encode(), digest_size=16)
+        for a in (w, *jax.tree.leaves(moments)):
+            digest.update(np.asarray(a).tobytes())
+        return digest.digest()
+
+    def _check_result(self, name: str, arrays: Arrays, report: Report) -> None:
+        """ValueError if the matrix holds NaN or infinity; the loss tells, and where it may not."""
+        stored = self.method.stored(*self.entry.matrix[-2:])[0]
+        if bool(_finite((arrays, report.loss))):
+            return
+        decoded = self.method.format.dequantize(arrays.data, stored)
+        if not bool(_finite((arrays, decoded))):
+            raise ValueError(
+                f"{name}: {self.method.name} made a matrix of finite weights into one that is not "
+                f"finite (NaN or infinity); use another method or more bits, or rescale the weights"
+            )
+
+    def _known(self, i: int) -> Arrays:
+        """Arrays that the weights of this input share."""
+        return by_kind(self.inputs.arrays(self.entry.path, i, self._keys(i).input) or {})
+
+    def _names(self) -> Iterator[str]:
+        batch = self.entry.matrix[:-2]
+        for index in np.ndindex(*batch):
+            yield f"{self.entry.path}[{', '.join(map(str, index))}]" if batch else self.entry.path
+
+    def _keys(self, i: int) -> Keys:
+        return Keys(self.draw.of_input(self._input, i), self.draw.of_matrix(self.entry.path, i))
+
+    @property
+    def _input(self) -> str:
+        return self.inputs.leader[self.entry.path]
+
+    def _shared(self) -> str:
+        """A name that two weights have in common only if they read one input, transformed alike."""
+        side = self.method.input
+        if side is not None and (side.fitted or not self.draw.name):
+            return ""
+        return f"{self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
+
+    def _matrices(self, moments: Moments) -> Moments:
+        """Moments with the batch axes as one; ValueError if they are of another tree."""
+        *batch, k, n = self.entry.matrix
+        for gram, size in zip(moments, (k, n), strict=True):
+            if gram is not None and gram.shape != (*batch, size, size):
+                raise ValueError(
+                    f"{self.entry.path}: statistics of shape {list(gram.shape)}, expected "
+                    f"{[*batch, size, size]}; calibrate the function that uses this tree"
+                )
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), moments)
+
+    def _warn(self, reports: list[Report]) -> None:
+        path, k = self.entry.path, self.entry.matrix[-2]
+        starved = [name for name, r in zip(self._names(), reports, strict=True) if int(r.dead) == k]
+        if starved:
+            named = path if len(starved) == len(reports) else ", ".join(starved)
+            warnings.warn(
+                f"{named}: the statistics are zero throughout; rounded to nearest", stacklevel=4
+            )
+        wanted = self.method.rounder.damping
+        damping = max(float(r.damping) for r in reports)
+        if damping > 1.5 * wanted:
+            warnings.warn(
+                f"{path}: the second moment is not positive definite; damping was raised from "
+                f"{wanted:g} to {damping:g} of its mean diagonal",
+                stacklevel=4,
+            )
+
+
+def _check_values(w: Array, path: str, moments: Moments) -> None:
+    mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
+    if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
+        raise ValueError(
+            f"{path} lies on a mesh with Explicit axes; quantize on one with Auto axes: "
+            f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
+        )
+    if not bool(jnp.all(jnp.isfinite(w))):
+        raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
+    if not all(bool(jnp.all(jnp.isfinite(m))) for m in moments if m is not None):
+        raise ValueError(
+            f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
+            f"squares float32 cannot hold)"
+        )
+
+
+@jax.jit
+def _finite(arrays: Any) -> Bool[Array, ""]:
+    """Whether all floating numbers of a tree are finite."""
+    floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in floats]))
+
+
+def _nan_unless(sound: Bool[Array, ""], arrays: Arrays) -> Arrays:
+    """The arrays, or NaN for floating numbers and zeros for codes: then all weights are NaN."""
+    nothing = lambda a: jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0
+    return jax.tree.map(lambda a: jnp.where(sound, a, jnp.asarray(nothing(a), a.dtype)), arrays)
