@@ -82,10 +82,9 @@ from jaxquant.recipes.recipe import Plan, Recipe, resolve
 from jaxquant.recipes.serialize import register
 from jaxquant.recipes.size import Size, size
 from jaxquant.theory.roofline import Roofline, roofline
-from jaxquant.training.descent import QAT
 from jaxquant.training.latent import freeze, labels, latent, thaw, trained
 from jaxquant.training.optimizers import optimizer, relative
-from jaxquant.training.qat import qat, qat_blocks
+from jaxquant.training.qat import QAT, qat, qat_blocks
 from jaxquant.training.zeroqat import ZeroQAT
 from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
 from jaxquant.transforms import (
@@ -98,10 +97,12 @@ from jaxquant.transforms import (
     Smooth,
     Zigzag,
 )
-from jaxquant.tuning.heal import Healing, heal, heal_blocks, recode
+from jaxquant.tuning.heal import heal, heal_blocks
 from jaxquant.tuning.learned_rotation import learn_rotation
 from jaxquant.tuning.learned_transforms import learn, learn_blocks
+from jaxquant.tuning.recoding import recode
 from jaxquant.tuning.trainable import decoded, rejoined
+from jaxquant.tuning.trainer import Healing
 
 __version__ = "0.1.0"
 

@@ -11,15 +11,13 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
-from jaxquant.core.paths import common_stack_size, path_leaves
+from jaxquant.core.paths import common_stack_size
 from jaxquant.core.tree import dequantize
 from jaxquant.durable.store import Finished
-from jaxquant.tuning.recoding import Codes, can_recode, with_codes
 from jaxquant.tuning.trainable import Opened, Values, close_tree, open_tree, trained
 from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence, relative_error
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
-CODES = Healing(learning_rate=0.02)
 
 
 def heal(
@@ -68,68 +66,11 @@ def heal(
     """
     check_arguments(heal, locals())
     opened = open_tree(params, also)
-    trainer = Trainer(partial(_loss, fn), healing)
+    trainer = Trainer(partial(distillation, fn), healing)
     change = trainer.fit_sequences(
         opened, sequences, validation, teacher, name="healing", progress=progress, finished=finished
     )
     return close_tree(params, opened, change)
-
-
-def recode(
-    fn: Callable[[Any, Array], Array],
-    params: Any,
-    teacher: Any,
-    sequences: np.ndarray,
-    healing: Healing = CODES,
-    *,
-    share: float = 0.03,
-    validation: np.ndarray | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    finished: Finished | None = None,
-) -> Any:
-    """As `heal`, but what trains are the codes: those of learned codebooks (`Additive`, `Vector`).
-
-    Alternate with `heal`: PV-tuning. Memory is five float32 copies of these weights.
-
-    Args:
-      fn, params, teacher, sequences, validation, progress, finished: as in `heal`.
-      healing: its learning rate is the length of a step over that of the matrix.
-      share: of the codes of a matrix, the most that change in one update (one may in any).
-    Raises:
-      ValueError: as in `heal`; no such codes; share not in (0, 1].
-    Source:
-      Malinovskii et al. 2024, arXiv:2405.14852; see `recoding` for where it differs.
-
-    >>> import jaxquant as jq
-    >>> w = jax.random.normal(jax.random.key(0), (32, 32))
-    >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
-    >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.Vector(2, 4, 0)))
-    >>> better = recode(lambda p, x: x @ p["w"], {"w": q}, {"w": w}, x, Healing(20, 0.05))
-    >>> far = lambda q: float(jnp.mean(divergence(x @ q.dequantize(), x @ w)))
-    >>> far(better["w"]) < far(q)
-    True
-    """
-    check_arguments(recode, locals())
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
-    if not any(can_recode(w) for _, w in path_leaves(params)):
-        raise ValueError("no codes to train: no leaf is packed in a learned codebook (aqlm, vptq)")
-    opened = Opened(params, {})
-
-    def loss(change: Values, opened: Opened, teacher: Any, x: Array) -> Array:
-        return _loss(fn, {}, Opened(with_codes(opened, change), {}), teacher, x)
-
-    trainer = Trainer(loss, healing, Codes(healing, share))
-    change = trainer.fit_sequences(
-        opened,
-        sequences,
-        validation,
-        teacher,
-        name="recoding",
-        progress=progress,
-        finished=finished,
-    )
-    return with_codes(opened, change)
 
 
 def heal_blocks(
@@ -191,6 +132,6 @@ def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after
     return relative_error(quantized(block)(trained(opened, change), h), after)
 
 
-def _loss(fn: Callable, change: Values, opened: Any, teacher: Any, x: Array) -> Array:
+def distillation(fn: Callable, change: Values, opened: Any, teacher: Any, x: Array) -> Array:
     student = quantized(fn)(trained(opened, change), x)
     return jnp.mean(divergence(student, jax.lax.stop_gradient(fn(teacher, x))))

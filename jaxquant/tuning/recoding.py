@@ -8,18 +8,24 @@ together will do.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
+from jaxquant.durable.store import Finished
+from jaxquant.tuning.heal import distillation
 from jaxquant.tuning.trainable import Opened, Values, as_dense
-from jaxquant.tuning.trainer import Healing, Loss
+from jaxquant.tuning.trainer import Healing, Loss, Progress, Trainer
 
+CODES = Healing(learning_rate=0.02)
 DECAY = 0.95  # of the mean square of gradients
 _TINY = 1e-12
 
@@ -97,3 +103,60 @@ def with_codes(opened: Opened, change: Values) -> Any:
     leaves = dict(path_leaves(opened.params))
     put = lambda w, codes: dataclasses.replace(w, data={**w.data, **codes})
     return replace_leaves(opened.params, {p: put(leaves[p], codes) for p, codes in change.items()})
+
+
+def recode(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    teacher: Any,
+    sequences: np.ndarray,
+    healing: Healing = CODES,
+    *,
+    share: float = 0.03,
+    validation: np.ndarray | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Any:
+    """As `heal`, but what trains are the codes: those of learned codebooks (`Additive`, `Vector`).
+
+    Alternate with `heal`: PV-tuning. Memory is five float32 copies of these weights.
+
+    Args:
+      fn, params, teacher, sequences, validation, progress, finished: as in `heal`.
+      healing: its learning rate is the length of a step over that of the matrix.
+      share: of the codes of a matrix, the most that change in one update (one may in any).
+    Raises:
+      ValueError: as in `heal`; no such codes; share not in (0, 1].
+    Source:
+      Malinovskii et al. 2024, arXiv:2405.14852; see `recoding` for where it differs.
+
+    >>> import jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (32, 32))
+    >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
+    >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.Vector(2, 4, 0)))
+    >>> better = recode(lambda p, x: x @ p["w"], {"w": q}, {"w": w}, x, Healing(20, 0.05))
+    >>> far = lambda q: float(jnp.mean(divergence(x @ q.dequantize(), x @ w)))
+    >>> far(better["w"]) < far(q)
+    True
+    """
+    check_arguments(recode, locals())
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    if not any(can_recode(w) for _, w in path_leaves(params)):
+        raise ValueError("no codes to train: no leaf is packed in a learned codebook (aqlm, vptq)")
+    opened = Opened(params, {})
+
+    def loss(change: Values, opened: Opened, teacher: Any, x: Array) -> Array:
+        return distillation(fn, {}, Opened(with_codes(opened, change), {}), teacher, x)
+
+    trainer = Trainer(loss, healing, Codes(healing, share))
+    change = trainer.fit_sequences(
+        opened,
+        sequences,
+        validation,
+        teacher,
+        name="recoding",
+        progress=progress,
+        finished=finished,
+    )
+    return with_codes(opened, change)
