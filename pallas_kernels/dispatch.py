@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import activations, reference
+from pallas_kernels.context import Setting
 from pallas_kernels.kernel import Kernel
 from pallas_kernels.lowering import by_lowering, default_platform
 
@@ -32,9 +32,9 @@ BACKENDS = {
 SMALL = 1 << 12
 KERNELS = ("auto", "reference", *BACKENDS)  # what `using` takes
 
-_using: ContextVar[str] = ContextVar("jaxquant_kernels", default="auto")
-_described: ContextVar[tuple[str, int] | None] = ContextVar("jaxquant_described", default=None)
-_heard: ContextVar[list[str] | None] = ContextVar("jaxquant_heard", default=None)
+_using = Setting[str]("kernels", "auto")
+_described = Setting[tuple[str, int] | None]("described", None)
+_heard = Setting[list[str] | None]("heard", None)
 
 
 @contextlib.contextmanager
@@ -49,11 +49,8 @@ def using(kernels: str) -> Iterator[None]:
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {KERNELS}, got {kernels!r}")
-    token = _using.set(kernels)
-    try:
+    with _using.set(kernels):
         yield
-    finally:
-        _using.reset(token)
 
 
 @contextlib.contextmanager
@@ -64,22 +61,16 @@ def describing(platform: str | None = None, devices: int = 1) -> Iterator[None]:
       platform: "cpu", "tpu" or "cuda"; by default this machine's.
       devices: over which the compiler splits the program.
     """
-    token = _described.set((platform or default_platform(), devices))
-    try:
+    with _described.set((platform or default_platform(), devices)):
         yield
-    finally:
-        _described.reset(token)
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[str]]:
     """Collect what serves each product traced inside, if somebody asks (`describing`)."""
     heard: list[str] = []
-    token = _heard.set(heard)
-    try:
+    with _heard.set(heard):
         yield heard
-    finally:
-        _heard.reset(token)
 
 
 def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"]:

@@ -16,7 +16,7 @@ from jaxquant.calibration.observed import Observed, Seen, Summary
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.sites import Site, sites
-from jaxquant.core.standin import is_standin, run
+from jaxquant.core.standin import is_array, is_standin, run
 
 
 class Observation(NamedTuple):
@@ -120,7 +120,7 @@ def _pass(
 
 def arrays_only(params: Any, fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
     """The arrays of a tree that holds other things too (an Equinox module), and fn of them."""
-    arrays, rest = eqx.partition(params, lambda leaf: hasattr(leaf, "dtype"))
+    arrays, rest = eqx.partition(params, lambda leaf: is_array(leaf))
     if not jax.tree.leaves(rest):
         return params, fn  # the very function, so that a step compiled for it serves again
     return arrays, lambda p, *args: fn(eqx.combine(p, rest), *args)

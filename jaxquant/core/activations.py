@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float
 from jaxquant.core.fields import check_fields, shown
 from jaxquant.core.straight_through import nearest_codes, through
 from pallas_kernels import activations as forms
+from pallas_kernels.context import Setting
 
 _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
@@ -261,7 +261,7 @@ def _parse(text: str) -> Activations | None:
 
 # --- where nothing is rounded --------------------------------------------------------------------
 
-_exact: ContextVar[bool] = ContextVar("jaxquant_exact_activations", default=False)
+_exact = Setting[bool]("exact activations", False)
 
 
 @contextlib.contextmanager
@@ -280,11 +280,8 @@ def exact_activations() -> Iterator[None]:
     >>> jq.quantized(fn)(w, jnp.array([[1.0, 0.25, 0.0, 0.0]])).round(2).tolist()
     [[1.0, 0.25, 0.0, 0.0]]
     """
-    token = _exact.set(True)
-    try:
+    with _exact.set(True):
         yield
-    finally:
-        _exact.reset(token)
 
 
 def in_force(form: Activations | None) -> Activations | None:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import quax
 
-from jaxquant.core import indexing
+from jaxquant.core import indexing, private
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.contraction import Contraction
 from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant.core.standin import Pick, StandIn, is_standin, run, watching_vmap
+from jaxquant.core.standin import Pick, StandIn, is_array, is_standin, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dic
             for p, w in leaves.items()
         },
     )
-    with watching_vmap(_log_vmap):
+    with private.watching_vmap(_log_vmap):
         eqx.filter_eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
     uses = lambda path: [u for u in log.uses if u.path == path]
     return {p: _summary(p, w, uses(p), log.mapped.get(p, set())) for p, w in leaves.items()}
@@ -89,7 +89,7 @@ def is_weight(leaf: Any) -> bool:
     """Whether a leaf may be quantized: floating, rank 2 or more, not yet a stand-in."""
     return (
         not is_standin(leaf)
-        and hasattr(leaf, "dtype")
+        and is_array(leaf)
         and jnp.issubdtype(leaf.dtype, jnp.floating)
         and len(leaf.shape) >= 2
     )
@@ -214,7 +214,7 @@ class _Tracked(StandIn):
         return tuple(a for a in self.leaf_axes(axes) if a is not None)
 
 
-def _log_vmap(w: StandIn, axis: int) -> None:
+def _log_vmap(w: Any, axis: int) -> None:
     if isinstance(w, _Tracked):
         w.log.mapped.setdefault(w.path, set()).update(w.own((axis,)))
 

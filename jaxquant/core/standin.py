@@ -7,23 +7,18 @@ once, by renaming axes. What a stand-in does in a matmul is its own file's busin
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jax._src import core as jax_core
-from jax._src import source_info_util
-from jax._src.ad_checkpoint import remat_p  # jax.extend does not export it
-from jax._src.interpreters import batching
-from jax.extend import core as jex_core
 from jaxtyping import ArrayLike
-from quax._compat import jit_p
-from quax._trace import _dense, _QuaxTrace, _QuaxTracer
 
-_notes: ContextVar[list | None] = ContextVar("jaxquant_notes", default=None)
+from jaxquant.core import private
+from pallas_kernels.context import Setting
+
+_notes = Setting[list | None]("notes", None)
 
 
 def note(rule: str, why: str = "") -> None:
@@ -37,11 +32,8 @@ def note(rule: str, why: str = "") -> None:
 def listening() -> Iterator[list]:
     """Collect the notes of the rules that run inside."""
     heard: list = []
-    token = _notes.set(heard)
-    try:
+    with _notes.set(heard):
         yield heard
-    finally:
-        _notes.reset(token)
 
 
 class _Run(NamedTuple):
@@ -51,7 +43,7 @@ class _Run(NamedTuple):
     done: dict[Any, tuple]
 
 
-_running: ContextVar[_Run | None] = ContextVar("jaxquant_running", default=None)
+_running = Setting[_Run | None]("running", None)
 
 
 def arguments() -> list[Any]:
@@ -70,7 +62,7 @@ def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
     if running is None or key is None:
         return compute()
     seen = running.done
-    trace = jax_core.trace_ctx.trace  # what one loop body computed is nothing to the next
+    trace = private.current_trace()  # what one loop body computed is nothing to the next
     place = (key, id(x), id(trace))
     if place not in seen:
         seen[place] = compute(), x, trace  # kept alive, so that their ids stay their own
@@ -167,6 +159,11 @@ class StandIn(quax.ArrayValue):
         return tuple(stored[a] for a in self.axes())
 
 
+def is_array(x: Any) -> bool:
+    """Whether x has a dtype: an array of any library, a stand-in, or the shape of either."""
+    return hasattr(x, "dtype")
+
+
 def is_standin(x: Any) -> bool:
     """Whether x is a stand-in; the `is_leaf` of every tree function here."""
     return isinstance(x, StandIn)
@@ -192,11 +189,8 @@ def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     # `explain` gives doubles of stand-ins, which hold them.
     values = [getattr(leaf, "inner", leaf) for leaf in leaves if is_value(leaf)]
-    token = _running.set(_Run(values, {}))
-    try:
+    with _running.set(_Run(values, {})):
         out = quax.quaxify(flat)(leaves)
-    finally:
-        _running.reset(token)
     return jax.tree.unflatten(trees[0], out)
 
 
@@ -219,89 +213,36 @@ def _unchanged(w: StandIn, **_: Any) -> StandIn:
 
 quax.register(jax.lax.copy_p)(_unchanged)
 quax.register(jax.lax.stop_gradient_p)(_unchanged)
-if hasattr(jax_core, "pvary_p"):  # inside `shard_map`; its arrays vary as they are split
-    quax.register(jax_core.pvary_p)(_unchanged)
-
-
-@contextlib.contextmanager
-def watching_vmap(tell: Callable[[StandIn, int], None]) -> Iterator[None]:
-    """Inside, `tell` hears of each stand-in that enters a `jax.vmap`, and along which axis.
-
-    No primitive shows that: vmap(in_axes=(0, None)) of a matmul is one that has a free axis more.
-    """
-    handlers = getattr(batching, "to_elt_handlers", None)
-    if handlers is None:  # another JAX, where nobody hears
-        yield
-        return
-
-    def entered(to_elt: Any, _: Any, x: Any, axis: Any) -> Any:
-        if not isinstance(axis, int):
-            return x
-        value, at = x, axis % x.ndim
-        while isinstance(value, batching.BatchTracer):
-            at += at >= value.batch_dim if value.batch_dim is not None else 0
-            value = value.val
-        inner = value.value if isinstance(value, _QuaxTracer) else None
-        if isinstance(inner, StandIn):
-            tell(inner, at)
-        return batching.BatchTracer(to_elt.args[0], x, axis % x.ndim, source_info_util.current())
-
-    kinds = (_QuaxTracer, batching.BatchTracer)
-    handlers.update(dict.fromkeys(kinds, entered))
-    try:
-        yield
-    finally:
-        for kind in kinds:
-            handlers.pop(kind, None)
+if private.pvary_p is not None:  # inside `shard_map`; its arrays vary as they are split
+    quax.register(private.pvary_p)(_unchanged)
 
 
 # --- primitives that call functions: stand-ins pass through ---------------------------------
 
 
-@quax.register(jit_p, precedence=1)
+@quax.register(private.jit_p, precedence=1)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, **_: Any) -> Any:
     """A jitted function that receives a stand-in is inlined.
 
     quax keeps a cache by the identity of the inner jaxpr; inlining needs none, and lets `sites`
     see that two matmuls inside two calls read one input.
     """
-    return quax.quaxify(jex_core.jaxpr_as_fun(jaxpr))(*args)
+    return quax.quaxify(private.as_function(jaxpr))(*args)
 
 
-@quax.register(remat_p)
+@quax.register(private.remat_p)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, policy: Any, prevent_cse: Any, **_: Any) -> Any:
     """`jax.checkpoint` of the same body, the stand-ins' arrays among its inputs."""
-    closed = jaxpr if hasattr(jaxpr, "consts") else jex_core.ClosedJaxpr(jaxpr, ())
-    body = quax.quaxify(jex_core.jaxpr_as_fun(closed))
+    body = quax.quaxify(private.as_function(jaxpr))
     return jax.checkpoint(lambda *a: body(*a), policy=policy, prevent_cse=prevent_cse)(*args)
 
 
 @quax.register(jax.lax.scan_p, precedence=1)
 def _(*args: StandIn | ArrayLike, **params: Any) -> Any:
     """quax's own rule, after materialising what scan would slice along a packed axis."""
-    consts, carry, xs = quax._compat.unpack_scan_args(args, params)
-    safe = [_scannable(w) if is_standin(w) else w for w in xs]
-    return quax._primitives.scan_quax(*consts, *carry, *safe, **params)
+    return private.scan(args, params, lambda w: _scannable(w) if is_standin(w) else w)
 
 
 def _scannable(w: StandIn) -> Any:
     first_is_batch = w.leading() > 0 and w.axes()[0] == 0
     return w.separate() if first_is_batch else w.materialise()
-
-
-def _custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, **params):  # type: ignore[no-untyped-def]
-    """What quax's trace lacks (0.4.6): without it any `jax.custom_vjp` in the user's function,
-    weights or not, is an error. Operands are made dense (a stand-in is materialised, and says
-    so) and the call goes to the outer trace, its own derivative rule intact.
-    """
-    values = [self.to_value(t) for t in tracers]
-    with jax_core.set_current_trace(self.parent_trace):
-        dense = tuple(type(v).materialise(v) for v in values)
-    params = dict(params, subfuns=(fun, fwd, bwd))
-    avals = tuple(jax.typeof(x) for x in dense)
-    out = primitive.bind_with_trace(self.parent_trace, dense, avals, params)
-    return [_QuaxTracer(self, _dense(x)) for x in out]
-
-
-if "process_custom_vjp_call" not in vars(_QuaxTrace):
-    _QuaxTrace.process_custom_vjp_call = _custom_vjp_call

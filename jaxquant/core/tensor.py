@@ -16,7 +16,7 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.core.protocols import Format, Transform
-from jaxquant.core.standin import Pick, StandIn, arguments, note
+from jaxquant.core.standin import Pick, StandIn, arguments, is_array, note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,7 @@ class QTensor(StandIn):
         return np.asarray(self.dequantize(), dtype)
 
     def __repr__(self) -> str:
-        if not all(hasattr(a, "dtype") for a in self.named.values()):
+        if not all(is_array(a) for a in self.named.values()):
             return f"QTensor({self.named}, {self.format})"  # a tree of shardings, say
         return (
             f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "

@@ -2,14 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_weight: ContextVar[float] = ContextVar("jaxquant_kurtosis", default=0.0)
+from pallas_kernels.context import Setting
+
+_weight = Setting[float]("weight of kurtosis", 0.0)
 
 
 def kurtosis(y: Float[Array, "..."]) -> Float[Array, ""]:
@@ -45,11 +46,8 @@ def flattened(weight: float) -> Iterator[None]:
     >>> bool(jnp.any(slope(0.0) != slope(0.1)))
     True
     """
-    token = _weight.set(weight)
-    try:
+    with _weight.set(weight):
         yield
-    finally:
-        _weight.reset(token)
 
 
 def watched(y: Float[Array, "m n"]) -> Float[Array, "m n"]:

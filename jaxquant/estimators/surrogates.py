@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Estimator, Format, Grid, LevelFormat
 from jaxquant.core.straight_through import through
 from jaxquant.formats import Ternary
+from pallas_kernels.context import Setting
 
 Learned = dict[str, Array]
 
@@ -341,7 +341,7 @@ def spread(grid: Grid, format: LevelFormat, shape: tuple[int, ...]) -> Grid:
 
 # --- randomness ----------------------------------------------------------------------------------
 
-_key: ContextVar[Array | None] = ContextVar("jaxquant_training_key", default=None)
+_key = Setting[Array | None]("key of rounding", None)
 
 
 def chance() -> Array | None:
@@ -365,8 +365,5 @@ def randomness(key: Array | None) -> Iterator[None]:
     >>> len({float(d) for d in draws}) > 1
     True
     """
-    token = _key.set(key)
-    try:
+    with _key.set(key):
         yield
-    finally:
-        _key.reset(token)

@@ -17,6 +17,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import stack_size
 from jaxquant.core.sites import Site
 from jaxquant.core.standin import is_standin
+from jaxquant.core.tensor import QTensor
 
 
 def unstack(params: Any, name: str) -> Any:
@@ -75,15 +76,19 @@ def is_apart(params: Any, name: str) -> bool:
 def _cut(leaf: Any, i: int) -> Any:
     """Layer i; of what a name says is shared, that layer's."""
     cut = jax.tree.map(lambda a: a[i], leaf)
-    shared = getattr(leaf, "shared", "")
+    shared = _shared(leaf)
     return dataclasses.replace(cut, shared=f"{shared} {i}") if shared else cut
 
 
+def _shared(leaf: Any) -> str:
+    return leaf.shared if isinstance(leaf, QTensor) else ""
+
+
 def _stacked(*leaves: Any) -> Any:
-    names = {getattr(leaf, "shared", "").removesuffix(f" {i}") for i, leaf in enumerate(leaves)}
+    names = {_shared(leaf).removesuffix(f" {i}") for i, leaf in enumerate(leaves)}
     if any(names):  # undoes `_cut`; what had other names before is known to share no more
         name = names.pop() if len(names) == 1 else ""
-        rename = lambda w: dataclasses.replace(w, shared=name) if hasattr(w, "shared") else w
+        rename = lambda w: dataclasses.replace(w, shared=name) if isinstance(w, QTensor) else w
         leaves = tuple(map(rename, leaves))
     # Integers that do not fit their words (`DualScale`) are more in one layer than in another.
     forms = {(jax.tree.structure(w), *(a.shape for a in jax.tree.leaves(w))) for w in leaves}

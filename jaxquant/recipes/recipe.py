@@ -15,7 +15,7 @@ from jaxquant.core.arguments import check_arguments, described
 from jaxquant.core.fields import shown
 from jaxquant.core.paths import matches, path_leaves
 from jaxquant.core.sites import Site, is_weight
-from jaxquant.core.standin import is_standin
+from jaxquant.core.standin import is_array, is_standin
 from jaxquant.core.tensor import View
 from jaxquant.core.tree import leaf_bytes
 from jaxquant.methods.registry import KEEP, Keep, Method, named_method
@@ -240,7 +240,7 @@ def _stack_of(path: str, w: Any) -> tuple[str, int]:
 
 
 def _floating(w: Any) -> bool:
-    return hasattr(w, "dtype") and jnp.issubdtype(w.dtype, jnp.floating)
+    return is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)
 
 
 def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
@@ -266,12 +266,12 @@ def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any
 
 
 def _describe(w: Any) -> str:
-    plain = is_standin(w) or not hasattr(w, "dtype")
+    plain = is_standin(w) or not is_array(w)
     return repr(w) if plain else f"{w.dtype}{list(w.shape)}"
 
 
 def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry:
-    if not hasattr(w, "dtype"):  # a number, a function: kept, and no array
+    if not is_array(w):  # a number, a function: kept, and no array
         return Entry(path, (), KEEP, None, None, 0, 0)
     shape = tuple(w.shape)
     if isinstance(method, Keep):

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.core.paths import path_leaves
-from jaxquant.core.standin import is_standin
+from jaxquant.core.standin import is_array, is_standin
 from jaxquant.core.tree import leaf_bytes
 from jaxquant.recipes.recipe import named
 
@@ -71,4 +71,4 @@ def size(params: Any) -> Size:
 
 
 def _is_weights(leaf: Any) -> bool:
-    return is_standin(leaf) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
+    return is_standin(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))

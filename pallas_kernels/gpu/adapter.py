@@ -8,7 +8,6 @@ so each piece of assembly stands here beside its twin in jnp.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import warnings
@@ -19,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-_INTERPRETED = contextvars.ContextVar("interpreted", default=False)
+from pallas_kernels.context import Setting
+
+_INTERPRETED = Setting[bool]("interpreted", False)
 
 
 @functools.cache
@@ -45,11 +46,8 @@ def _pallas() -> Any:
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Kernels traced in this context run in interpret mode, on any device."""
-    token = _INTERPRETED.set(True)
-    try:
+    with _INTERPRETED.set(True):
         yield
-    finally:
-        _INTERPRETED.reset(token)
 
 
 def launch(

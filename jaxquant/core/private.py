@@ -1,0 +1,90 @@
+"""All use of what JAX and quax keep private, in one place; another version is met here.
+
+`jax.extend` has no trace context, no `vmap` handlers and no `remat_p`; quax has no rules for
+`custom_vjp`, and its rules for `scan` and `jit` are asked for by name.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import quax
+from jax._src import core as jax_core
+from jax._src import source_info_util
+from jax._src.ad_checkpoint import remat_p
+from jax._src.interpreters import batching
+from jax.extend import core as jex_core
+from quax._compat import jit_p
+from quax._trace import _dense, _QuaxTrace, _QuaxTracer
+
+__all__ = ["jit_p", "remat_p"]
+
+# Inside `shard_map`: marks arrays as varying over a mesh axis. JAX has not always had it.
+pvary_p: Any = vars(jax_core).get("pvary_p")
+
+
+def current_trace() -> Any:
+    """The trace that primitives are bound by now."""
+    return jax_core.trace_ctx.trace
+
+
+def as_function(jaxpr: Any) -> Callable[..., Any]:
+    """A jaxpr, closed or open without constants, as a function of its inputs."""
+    closed = jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
+    return jex_core.jaxpr_as_fun(closed)
+
+
+def scan(args: tuple, params: dict[str, Any], each: Callable[[Any], Any]) -> Any:
+    """quax's rule for `lax.scan`, with `each` applied to the values that are scanned over."""
+    consts, carry, xs = quax._compat.unpack_scan_args(args, params)
+    return quax._primitives.scan_quax(*consts, *carry, *map(each, xs), **params)
+
+
+@contextlib.contextmanager
+def watching_vmap(tell: Callable[[quax.Value, int], None]) -> Iterator[None]:
+    """Inside, `tell` hears of each quax value that enters a `jax.vmap`, and along which axis.
+
+    No primitive shows that: vmap(in_axes=(0, None)) of a matmul is one that has a free axis more.
+    """
+    handlers = vars(batching).get("to_elt_handlers")
+    if handlers is None:  # another JAX, where nobody hears
+        yield
+        return
+
+    def entered(to_elt: Any, _: Any, x: Any, axis: Any) -> Any:
+        if not isinstance(axis, int):
+            return x
+        value, at = x, axis % x.ndim
+        while isinstance(value, batching.BatchTracer):
+            at += at >= value.batch_dim if value.batch_dim is not None else 0
+            value = value.val
+        if isinstance(value, _QuaxTracer):
+            tell(value.value, at)
+        return batching.BatchTracer(to_elt.args[0], x, axis % x.ndim, source_info_util.current())
+
+    kinds = (_QuaxTracer, batching.BatchTracer)
+    handlers.update(dict.fromkeys(kinds, entered))
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            handlers.pop(kind, None)
+
+
+def _custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, **params):  # type: ignore[no-untyped-def]
+    """What quax's trace lacks (0.4.6): without it any `jax.custom_vjp` in the user's function,
+    weights or not, is an error. Operands are made dense (a stand-in is materialised, and says
+    so) and the call goes to the outer trace, its own derivative rule intact.
+    """
+    values = [self.to_value(t) for t in tracers]
+    with jax_core.set_current_trace(self.parent_trace):
+        dense = tuple(type(v).materialise(v) for v in values)
+    params = dict(params, subfuns=(fun, fwd, bwd))
+    avals = tuple(jax.typeof(x) for x in dense)
+    out = primitive.bind_with_trace(self.parent_trace, dense, avals, params)
+    return [_QuaxTracer(self, _dense(x)) for x in out]
+
+
+if "process_custom_vjp_call" not in vars(_QuaxTrace):
+    _QuaxTrace.process_custom_vjp_call = _custom_vjp_call
