@@ -13,7 +13,7 @@ from jaxquant.formats import Trellis
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.recipes import serialize
 from jaxquant.rounding import LDLQ
-from jaxquant.training.descent import QAT
+from jaxquant.training.qat import QAT
 from jaxquant.training.zeroqat import ZeroQAT
 from jaxquant.training.zeroth import Zeroth
 from jaxquant.tuning.trainer import Healing

@@ -10,9 +10,10 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.durable.store import Folder
-from jaxquant.tuning.heal import Healing, heal, heal_blocks, recode
+from jaxquant.tuning.heal import heal, heal_blocks
+from jaxquant.tuning.recoding import recode
 from jaxquant.tuning.trainable import at_start, close_tree, open_tree, trained
-from jaxquant.tuning.trainer import divergence
+from jaxquant.tuning.trainer import Healing, divergence
 
 from .test_dispatch import draw
 

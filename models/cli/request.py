@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jaxquant as jq
-from jaxquant.tuning.heal import CODES
 from jaxquant.tuning.learned_rotation import ROTATING
 from jaxquant.tuning.learned_transforms import END_TO_END
+from jaxquant.tuning.recoding import CODES
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs import pipeline
 from jaxquant_models.runs.effort import EFFORTS, Effort

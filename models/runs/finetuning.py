@@ -13,8 +13,7 @@ from jaxquant.durable.store import Folder
 from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from jaxquant.rounding import Nearest
 from jaxquant.training.qat import How
-from jaxquant.tuning.heal import CODES
-from jaxquant.tuning.recoding import can_recode
+from jaxquant.tuning.recoding import CODES, can_recode
 from jaxquant.tuning.trainer import relative_error
 from jaxquant_models.architectures.llama import blockwise, whole
 from jaxquant_models.readers.registry import Model
