@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-Logits = Callable[[Any, Array], Array]
+Logits = Callable[[PyTree, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_sizes(ctx: int, chunks: int | None) -> None:
 
 def evaluate(
     logits: Logits,
-    params: Any,
+    params: PyTree,
     chunks: np.ndarray,
     *,
     against: tuple[Logits, Any] | None = None,
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def _score(
-    logits: Logits, teacher: Logits | None, params: Any, other: Any, x: Array, first: int
+    logits: Logits, teacher: Logits | None, params: PyTree, other: Any, x: Array, first: int
 ) -> Array:
     """Sums over one chunk: negative log likelihood, KL, agreements; and the vocabulary's size."""
     log_p = _log_probabilities(logits, params, x, first)
@@ -130,5 +130,5 @@ def _score(
     return jnp.stack([nll, kl, agree, vocabulary])
 
 
-def _log_probabilities(logits: Logits, params: Any, x: Array, first: int) -> Array:
+def _log_probabilities(logits: Logits, params: PyTree, x: Array, first: int) -> Array:
     return jax.nn.log_softmax(logits(params, x)[0, first:-1].astype(jnp.float32))

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.calibration.observe import arrays_only, holders, planted, total, zeros
 from jaxquant.calibration.statistics import Kept, Probe, Stats, Weighting
@@ -26,11 +26,11 @@ from jaxquant.core.standin import run
 
 
 def calibrate(
-    fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
+    fn: Callable[..., PyTree],
+    params: PyTree,
+    batches: Iterable[PyTree],
     *,
-    loss: Callable[[Any, Any], Array] | None = None,
+    loss: Callable[[PyTree, Any], Array] | None = None,
     weighting: Weighting | None = None,
     gram: bool = True,
     output: Sequence[str] = (),
@@ -158,7 +158,7 @@ def _check_globs(found: Mapping[str, Site], globs: Sequence[str]) -> None:
             )
 
 
-def _args(batch: Any) -> tuple[Any, ...]:
+def _args(batch: PyTree) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
@@ -203,7 +203,7 @@ class _Plan:
 
 @partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
 def _step(
-    sums: dict, params: Any, batch: Any, fn: Callable, loss: Callable | None, plan: _Plan
+    sums: dict, params: PyTree, batch: PyTree, fn: Callable, loss: Callable | None, plan: _Plan
 ) -> dict:
     """The sums, this batch's merged into them."""
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.observed import Observed, Seen, Summary
 from jaxquant.core.arguments import check_arguments
@@ -35,7 +35,7 @@ class Observation(NamedTuple):
 
 
 def observe(
-    fn: Callable[..., Any], params: Any, *args: Any, summary: Summary
+    fn: Callable[..., PyTree], params: PyTree, *args: Any, summary: Summary
 ) -> dict[str, Observation]:
     """A summary of every input that `fn(params, *args)` multiplies by weights, in one pass.
 
@@ -107,7 +107,7 @@ class _Counted:
 
 @partial(jax.jit, static_argnames=("fn", "held", "summary"))
 def _pass(
-    params: Any, args: Any, fn: Callable, held: tuple[tuple[str, Site], ...], summary: Summary
+    params: PyTree, args: Any, fn: Callable, held: tuple[tuple[str, Site], ...], summary: Summary
 ) -> dict[str, Any]:
     def scalar(probes: dict[str, Any]) -> Array:
         return total(run(fn, planted(params, held, probes, lambda _: summary), *args))
@@ -118,7 +118,7 @@ def _pass(
 # --- planting, which calibration shares ------------------------------------------------------
 
 
-def arrays_only(params: Any, fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+def arrays_only(params: PyTree, fn: Callable[..., PyTree]) -> tuple[Any, Callable[..., PyTree]]:
     """The arrays of a tree that holds other things too (an Equinox module), and fn of them."""
     arrays, rest = eqx.partition(params, lambda leaf: is_array(leaf))
     if not jax.tree.leaves(rest):
@@ -149,11 +149,11 @@ def zeros(site: Site, summary: Summary) -> Any:
 
 
 def planted(
-    params: Any,
+    params: PyTree,
     held: Iterable[tuple[str, Site]],
     probes: Mapping[str, Any],
     summary: Callable[[str], Summary],
-) -> Any:
+) -> PyTree:
     """params with `Observed` stand-ins, with these probes, at the paths of `held`."""
     leaves = dict(path_leaves(params))
     new = {}

@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.contraction import Contraction
 from jaxquant.core.standin import Pick, StandIn, is_standin
@@ -128,13 +128,13 @@ class Observed(StandIn):
 
 
 @quax.register(jax.lax.dot_general_p)
-def _(x: Any, w: Observed, **params: Any) -> Array:
+def _(x: Any, w: Observed, **params: PyTree) -> Array:
     x = x.materialise() if is_standin(x) else x
     return _observe(x, w, params, weight_left=False)
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
-def _(w: Observed, x: Any, **params: Any) -> Array:
+def _(w: Observed, x: Any, **params: PyTree) -> Array:
     if isinstance(x, Observed) and w.which is not None and x.which is None:
         return _observe(w.materialise(), x, params, weight_left=False)  # as in `sites`
     x = x.materialise() if is_standin(x) else x
@@ -267,7 +267,7 @@ def _forward(dot: Callable, summary: Callable, x: Array, w: Array, *other: Any) 
     return dot(x, w), (x, w, *other)
 
 
-def _backward(dot: Callable, summary: Callable, residuals: Any, g: Array) -> Any:
+def _backward(dot: Callable, summary: Callable, residuals: PyTree, g: Array) -> Any:
     x, w, *other = residuals
     _, pull = jax.vjp(dot, x, w)
     return *pull(g), summary(x, g, *other), None, None

@@ -15,6 +15,7 @@ from typing import Any, Union
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 _ABLE = {  # what values of these annotations have
     collections.abc.Callable: ("__call__",),
@@ -45,7 +46,7 @@ _CLASSES = {
 _KEY = "a key (such as jax.random.key(0), no number)"
 
 
-def check_arguments(fn: Callable[..., Any], given: Mapping[str, Any]) -> None:
+def check_arguments(fn: Callable[..., PyTree], given: Mapping[str, Any]) -> None:
     """Raise ValueError unless every argument is what its annotation says.
 
     Args:
@@ -86,7 +87,7 @@ def _class(value: Any) -> str:
 
 
 @functools.cache
-def _annotations(fn: Callable[..., Any]) -> dict[str, Any]:
+def _annotations(fn: Callable[..., PyTree]) -> dict[str, Any]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     plain = [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
     hints = typing.get_type_hints(fn)

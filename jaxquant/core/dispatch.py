@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import quax
+from jaxtyping import PyTree
 
 from jaxquant.core import products  # noqa: F401  its rules are registered by the import
 from jaxquant.core.arguments import check_arguments
@@ -16,7 +17,7 @@ from pallas_kernels import dispatch as table
 from pallas_kernels.lowering import devices_of
 
 
-def quantized(fn: Callable[..., Any], *, kernels: str = "auto") -> Callable[..., Any]:
+def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[..., PyTree]:
     """`fn` that understands stand-ins (`QTensor`) in its arguments.
 
     Runs by multiple dispatch on JAX primitives (quax): every matmul or look-up that meets a
@@ -82,7 +83,11 @@ class Explanation:
 
 
 def explain(
-    fn: Callable[..., Any], params: Any, *args: Any, platform: str | None = None, **kwargs: Any
+    fn: Callable[..., PyTree],
+    params: PyTree,
+    *args: Any,
+    platform: str | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """How each quantized weight of `params` is served in `fn(params, *args)`.
 

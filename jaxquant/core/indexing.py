@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, PyTree
 
 from jaxquant.core.standin import Pick, StandIn
 
@@ -104,7 +104,7 @@ def _(w: StandIn, *, dimensions: tuple[int, ...], **_: Any) -> Any:
 
 
 @quax.register(jax.lax.broadcast_in_dim_p)
-def _(w: StandIn, *extents: Any, shape: Any, broadcast_dimensions: Any, **params: Any) -> Any:
+def _(w: StandIn, *extents: Any, shape: Any, broadcast_dimensions: Any, **params: PyTree) -> Any:
     """New axes, along which all is the same, are stored first."""
     kept = tuple(broadcast_dimensions)
     if not extents and tuple(shape[a] for a in kept) == w.shape:
@@ -127,7 +127,7 @@ def _(w: StandIn, *extents: Any, shape: Any, broadcast_dimensions: Any, **params
 
 
 @quax.register(jax.lax.gather_p)
-def _(w: StandIn, ids: Any, **params: Any) -> Any:
+def _(w: StandIn, ids: Any, **params: PyTree) -> Any:
     found = looked_up(w, ids, params)
     return found if found is not None else jax.lax.gather_p.bind(w.materialise(), ids, **params)
 

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jaxtyping import PyTree
 
 from jaxquant.core.standin import is_standin
 
 
-def path_leaves(params: Any) -> list[tuple[str, Any]]:
+def path_leaves(params: PyTree) -> list[tuple[str, Any]]:
     """[(path, leaf)] in tree order.
 
     Keys, attribute names and indices are joined by "/". The box of a Flax NNX `Variable` or a
@@ -49,7 +50,7 @@ def _part(key: Any) -> str:
     return str(key)
 
 
-def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
+def replace_leaves(params: PyTree, new: Mapping[str, Any]) -> PyTree:
     """The same tree with the leaves at the given paths replaced."""
 
     def swap(keys: tuple[Any, ...], leaf: Any) -> Any:
@@ -58,7 +59,7 @@ def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(swap, params, is_leaf=is_standin)
 
 
-def stack_size(params: Any) -> int:
+def stack_size(params: PyTree) -> int:
     """Blocks of a tree whose leaves carry a leading axis over blocks.
 
     Raises:
@@ -77,7 +78,7 @@ def stack_size(params: Any) -> int:
     return shapes[0][0]
 
 
-def common_stack_size(params: Any, teacher: Any) -> int:
+def common_stack_size(params: PyTree, teacher: PyTree) -> int:
     """Blocks of a tree and of its teacher.
 
     Raises:

@@ -15,6 +15,7 @@ from jax._src import source_info_util
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import batching
 from jax.extend import core as jex_core
+from jaxtyping import PyTree
 from quax._compat import jit_p
 from quax._trace import _dense, _QuaxTrace, _QuaxTracer
 
@@ -29,13 +30,13 @@ def current_trace() -> Any:
     return jax_core.trace_ctx.trace
 
 
-def as_function(jaxpr: Any) -> Callable[..., Any]:
+def as_function(jaxpr: Any) -> Callable[..., PyTree]:
     """A jaxpr, closed or open without constants, as a function of its inputs."""
     closed = jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
     return jex_core.jaxpr_as_fun(closed)
 
 
-def scan(args: tuple, params: dict[str, Any], each: Callable[[Any], Any]) -> Any:
+def scan(args: tuple, params: dict[str, Any], each: Callable[[PyTree], Any]) -> Any:
     """quax's rule for `lax.scan`, with `each` applied to the values that are scanned over."""
     consts, carry, xs = quax._compat.unpack_scan_args(args, params)
     return quax._primitives.scan_quax(*consts, *carry, *map(each, xs), **params)

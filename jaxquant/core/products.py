@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax.lax import GatherScatterMode
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.core import activations, indexing
 from jaxquant.core.contraction import Contraction
@@ -73,7 +73,7 @@ def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
 
 
 @quax.register(jax.lax.dot_general_p)
-def _(x: Any, w: QTensor, **params: Any) -> Array:
+def _(x: Any, w: QTensor, **params: PyTree) -> Array:
     if is_standin(x):
         x = x.materialise()
     c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False)
@@ -82,7 +82,7 @@ def _(x: Any, w: QTensor, **params: Any) -> Array:
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
-def _(w: QTensor, x: Any, **params: Any) -> Array:
+def _(w: QTensor, x: Any, **params: PyTree) -> Array:
     if is_standin(x):
         x = x.materialise()
     c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True)
@@ -100,7 +100,7 @@ def _plain(a: Array, b: Array, params: dict[str, Any]) -> Array:
 
 
 @quax.register(jax.lax.gather_p)
-def _(w: QTensor, ids: Any, **params: Any) -> Any:
+def _(w: QTensor, ids: Any, **params: PyTree) -> Any:
     dn, fills = params["dimension_numbers"], params["mode"] == GatherScatterMode.FILL_OR_DROP
     matrices = indexing.looked_up(w, ids, params)
     if matrices is not None:

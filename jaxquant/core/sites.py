@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
+from jaxtyping import PyTree
 
 from jaxquant.core import indexing, private
 from jaxquant.core.arguments import check_arguments
@@ -58,7 +59,7 @@ class Site:
         return int(self.input.split("[")[0].removeprefix("input"))
 
 
-def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Site]:
+def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) -> dict[str, Site]:
     """How `fn(params, *args)` uses each floating leaf of rank >= 2 of `params`, by path.
 
     Abstract: nothing is computed; arrays and `jax.ShapeDtypeStruct` serve alike, and what is
@@ -231,14 +232,14 @@ def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:
 
 
 @quax.register(jax.lax.dot_general_p)
-def _(x: Any, w: _Tracked, **params: Any) -> Any:
+def _(x: Any, w: _Tracked, **params: PyTree) -> Any:
     x = x.materialise() if is_standin(x) else x
     _log_dot(w, x, Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False))
     return jax.lax.dot_general_p.bind(x, w.array, **params)
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
-def _(w: _Tracked, x: Any, **params: Any) -> Any:
+def _(w: _Tracked, x: Any, **params: PyTree) -> Any:
     if isinstance(x, _Tracked) and w.looked_up and not x.looked_up:  # rows of a table meet a weight
         c = Contraction.of(params["dimension_numbers"], w.ndim, x.ndim, weight_left=False)
         _log_dot(x, w, c)
@@ -249,7 +250,7 @@ def _(w: _Tracked, x: Any, **params: Any) -> Any:
 
 
 @quax.register(jax.lax.gather_p)
-def _(w: _Tracked, ids: Any, **params: Any) -> Any:
+def _(w: _Tracked, ids: Any, **params: PyTree) -> Any:
     cut = tuple(i for i, d in enumerate(w.shape) if params["slice_sizes"][i] != d)
     found = indexing.looked_up(w, ids, params)
     single = len(cut) == 1 or found is not None

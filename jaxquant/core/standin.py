@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, PyTree
 
 from jaxquant.core import private
 from pallas_kernels.context import Setting
@@ -169,7 +169,7 @@ def is_standin(x: Any) -> bool:
     return isinstance(x, StandIn)
 
 
-def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run(fn: Callable[..., PyTree], *args: Any, **kwargs: Any) -> PyTree:
     """fn(*args, **kwargs) with every quax value among the arguments dispatching on primitives.
 
     Trees are taken apart before, and put together inside, quax's trace: Flax NNX asks for the
@@ -238,7 +238,7 @@ def _(*args: StandIn | ArrayLike, jaxpr: Any, policy: Any, prevent_cse: Any, **_
 
 
 @quax.register(jax.lax.scan_p, precedence=1)
-def _(*args: StandIn | ArrayLike, **params: Any) -> Any:
+def _(*args: StandIn | ArrayLike, **params: PyTree) -> Any:
     """quax's own rule, after materialising what scan would slice along a packed axis."""
     return private.scan(args, params, lambda w: _scannable(w) if is_standin(w) else w)
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from jaxquant.core.activations import Activations
 from jaxquant.core.arguments import check_arguments
@@ -13,7 +14,7 @@ from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 
 
-def bits_per_weight(params: Any) -> float:
+def bits_per_weight(params: PyTree) -> float:
     """Bits per weight over the quantized leaves, every byte counted.
 
     Of a tree with none, over the leaves that could be quantized (0 if there are none of them).
@@ -28,14 +29,14 @@ def bits_per_weight(params: Any) -> float:
     return 8 * sum(map(leaf_bytes, chosen)) / max(1, size)
 
 
-def dequantize(params: Any) -> Any:
+def dequantize(params: PyTree) -> PyTree:
     """The same tree with plain arrays."""
     return jax.tree.map(
         lambda w: w.dequantize() if is_standin(w) else w, params, is_leaf=is_standin
     )
 
 
-def with_activations(params: Any, activations: Activations | str | None) -> Any:
+def with_activations(params: PyTree, activations: Activations | str | None) -> PyTree:
     """The same tree, its packed weights meeting inputs in another form; the weights are the same.
 
     Args:

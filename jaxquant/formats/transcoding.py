@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
@@ -20,7 +20,7 @@ from pallas_kernels.streams import Stream
 FORMATS = tuple(DualScale(bits) for bits in (4, 8))
 
 
-def transcoded(params: Any, *, threads: int | None = None) -> Any:
+def transcoded(params: PyTree, *, threads: int | None = None) -> PyTree:
     """The same tree with its entropy-coded weights in words of 4 or 8 bits, for products.
 
     The weights are the very same: integers of a few bits, a step for each input channel, a width
@@ -56,7 +56,7 @@ def transcoded(params: Any, *, threads: int | None = None) -> Any:
     return replace_leaves(params, new)
 
 
-def _batches(params: Any, threads: int) -> Iterator[list[tuple[str, QTensor]]]:
+def _batches(params: PyTree, threads: int) -> Iterator[list[tuple[str, QTensor]]]:
     """Entropy-coded weights, in their order, a few matrices at a time."""
     batch: list[tuple[str, QTensor]] = []
     for path, w in path_leaves(params):

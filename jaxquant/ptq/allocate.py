@@ -3,11 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -64,13 +63,13 @@ class Allocation:
 
 
 def allocate(
-    params: Any,
+    params: PyTree,
     methods: Sequence[Method],
     bits: float,
     stats: Stats,
     *,
     paths: Sequence[str] = ("*",),
-    measure: Callable[[Any], float] | None = None,
+    measure: Callable[[PyTree], float] | None = None,
     samples: int = 1,
     healed: bool = False,
     key: Array | None = None,
@@ -146,7 +145,7 @@ class Choices:
 
     @staticmethod
     def of(
-        params: Any,
+        params: PyTree,
         methods: Sequence[Method],
         found: Mapping[str, Site],
         *,
@@ -192,7 +191,7 @@ class Choices:
 
 
 def _fitting(
-    path: str, methods: Sequence[Method], params: Any, found: Mapping[str, Site], healed: bool
+    path: str, methods: Sequence[Method], params: PyTree, found: Mapping[str, Site], healed: bool
 ) -> tuple[Entry, ...]:
     """Entries of a weight by the methods that fit it; ValueError if none does."""
     entries, problem = [], ValueError("")
@@ -227,7 +226,7 @@ def _method(entry: Entry) -> Method:
 class _Table:
     """Losses, each measured once; in `finished` across runs."""
 
-    params: Any
+    params: PyTree
     stats: Stats
     key: Array | None
     samples: int
@@ -268,7 +267,7 @@ class _Table:
             losses.append(float(jnp.sum(error * (gram[i] @ error))) / n)
         return float(np.mean(losses)) * count
 
-    def unit(self, entry: Entry, measure: Callable[[Any], float] | None) -> float:
+    def unit(self, entry: Entry, measure: Callable[[PyTree], float] | None) -> float:
         """What the weight's losses are to be multiplied by."""
         if measure is None:
             return 1.0

@@ -1,12 +1,11 @@
 """Shares: how many bits above the average a matrix deserves, read off its statistics."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -21,7 +20,7 @@ ROUNDER = Waterfill(0.02, CORRELATION)
 _TINY = 1e-30
 
 
-def shares(params: Any, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str, float]:
+def shares(params: PyTree, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str, float]:
     """Bits per weight above the average, by path, at which a last bit is worth the same everywhere.
 
     A code with feedback on both sides that spends R bits a weight leaves a loss per weight of

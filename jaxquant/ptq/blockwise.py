@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxquant.calibration.calibrate import calibrate
 from jaxquant.calibration.statistics import Weighting
@@ -18,12 +19,12 @@ from jaxquant.recipes.recipe import Recipe
 
 
 def quantize_blocks(
-    block: Callable[[Any, Any], Any],
-    params: Any,
-    hidden: Iterable[Any],
+    block: Callable[[PyTree, Any], Any],
+    params: PyTree,
+    hidden: Iterable[PyTree],
     recipe: Recipe | Method,
     *,
-    loss: Callable[[Any, Any], jax.Array] | None = None,
+    loss: Callable[[PyTree, Any], jax.Array] | None = None,
     weighting: Weighting | None = None,
     progress: Callable[[int, Done], None] | None = None,
 ) -> tuple[Any, list[Any]]:

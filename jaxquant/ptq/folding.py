@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.arguments import check_arguments
@@ -31,13 +31,13 @@ Folds = Mapping[str, Sequence[str]]
 class Folded(NamedTuple):
     """The same function, its factors folded, and what is left to do to it."""
 
-    params: Any
+    params: PyTree
     recipe: Recipe
     stats: Stats
 
 
 def fold(
-    params: Any,
+    params: PyTree,
     recipe: Recipe | Method,
     stats: Stats,
     folds: Folds,

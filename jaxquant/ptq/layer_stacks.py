@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -20,7 +21,7 @@ from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 
 
-def unstack(params: Any, name: str) -> Any:
+def unstack(params: PyTree, name: str) -> PyTree:
     """The tree with the stack params[name], of L layers, as a dict of trees "0" to "L-1".
 
     Args:
@@ -37,7 +38,7 @@ def unstack(params: Any, name: str) -> Any:
     return {**params, name: {str(i): layer(i) for i in range(stack_size(stack))}}
 
 
-def restack(params: Any, name: str) -> Any:
+def restack(params: PyTree, name: str) -> PyTree:
     """Inverse of `unstack`, of a quantized tree too.
 
     A weight that is packed alike in all layers stays packed; else it is decoded. Also inside a
@@ -54,7 +55,7 @@ def restack(params: Any, name: str) -> Any:
     return {**params, name: jax.tree.map(_stacked, *layers, is_leaf=is_standin)}
 
 
-def layers_of(params: Any, name: str) -> list[Any]:
+def layers_of(params: PyTree, name: str) -> list[Any]:
     """The trees of the layers that `unstack` made, in their order ("10" after "9").
 
     Raises:
@@ -66,7 +67,7 @@ def layers_of(params: Any, name: str) -> list[Any]:
     return [layers[str(i)] for i in range(len(layers))]
 
 
-def is_apart(params: Any, name: str) -> bool:
+def is_apart(params: PyTree, name: str) -> bool:
     """Whether `unstack` has been here."""
     return isinstance(params[name], dict) and set(params[name]) == set(
         map(str, range(len(params[name])))
@@ -139,7 +140,7 @@ def _layer(site: Site, path: str, i: int) -> Site:
     )
 
 
-def _entry(params: Any, name: str) -> Any:
+def _entry(params: PyTree, name: str) -> Any:
     if not isinstance(params, dict) or name not in params:
         raise ValueError(f"expected a dict with an entry {name!r}, got {type(params).__name__}")
     return params[name]

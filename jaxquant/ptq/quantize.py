@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats, seen
 from jaxquant.core.arguments import check_arguments, differentiated
@@ -23,7 +22,7 @@ from jaxquant.rounding import Moments
 
 
 def quantize(
-    params: Any,
+    params: PyTree,
     recipe: Recipe | Method,
     stats: Stats | Mapping[str, Site] | None = None,
     *,
@@ -32,7 +31,7 @@ def quantize(
     transforms: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     progress: Callable[[Done], None] | None = None,
     finished: Finished | None = None,
-) -> Any:
+) -> PyTree:
     """The same tree with `QTensor` leaves where the recipe says so.
 
     Args:
@@ -135,7 +134,7 @@ def quantize_array(
     return job.run(w, moments, Counter(1, None))
 
 
-def _check_not_differentiated(params: Any) -> None:
+def _check_not_differentiated(params: PyTree) -> None:
     if any(differentiated(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "quantizing has no gradient: train with jaxquant.qat or jaxquant.latent, which round "

@@ -7,10 +7,9 @@ et al. 2024, arXiv:2401.15024; QuaRot, arXiv:2404.00456). Nothing is left to do 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
@@ -30,7 +29,7 @@ class Residual:
     reads: Mapping[str, Sequence[str]]
 
 
-def rotate_residual(params: Any, residual: Residual, rotation: Float[Array, "d d"]) -> Any:
+def rotate_residual(params: PyTree, residual: Residual, rotation: Float[Array, "d d"]) -> PyTree:
     """The same function, its residual stream rotated; gains are ones afterwards.
 
     Args:

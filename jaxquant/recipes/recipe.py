@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.arguments import check_arguments, described
 from jaxquant.core.fields import shown
@@ -148,7 +148,9 @@ class Plan:
         )
 
 
-def resolve(recipe: Recipe | Method, params: Any, found: Mapping[str, Site] | None = None) -> Plan:
+def resolve(
+    recipe: Recipe | Method, params: PyTree, found: Mapping[str, Site] | None = None
+) -> Plan:
     """The plan of a recipe for a tree of arrays (or shapes).
 
     A bare method means every floating leaf of rank >= 2 that the function contracts (with no

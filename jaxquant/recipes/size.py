@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxquant.core.paths import path_leaves
 from jaxquant.core.standin import is_array, is_standin
@@ -45,7 +46,7 @@ class Size:
         return f"{text}; floating: {named(self.floating, self.weights)}" if self.floating else text
 
 
-def size(params: Any) -> Size:
+def size(params: PyTree) -> Size:
     """The size of a whole tree, as `bits_per_weight` tells that of its quantized leaves.
 
     Args:

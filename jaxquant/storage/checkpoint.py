@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from jaxquant.core.activations import Activations
 from jaxquant.core.paths import path_leaves
@@ -33,7 +34,7 @@ STATIC = (
 class Checkpoint(NamedTuple):
     """What a directory holds: the tree, the recipe that made it (or None), and metadata."""
 
-    params: Any
+    params: PyTree
     recipe: Recipe | None
     metadata: dict[str, Any]
 
@@ -83,7 +84,7 @@ def is_checkpoint(directory: str | Path) -> bool:
 
 def save(
     directory: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     recipe: Recipe | None = None,
     metadata: dict[str, Any] | None = None,
@@ -256,7 +257,7 @@ def _sha256_of(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _flatten(params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _flatten(params: PyTree) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(description of every leaf, all arrays by name)."""
     leaves: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
@@ -310,7 +311,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
         )
 
 
-def _empty_dicts(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
+def _empty_dicts(tree: PyTree, path: tuple[str, ...] = ()) -> list[str]:
     """The paths of dicts that hold nothing; raises ValueError where there is no dict of names."""
     if not isinstance(tree, dict):
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.observe import Observation, observe
 from jaxquant.theory.profile import ABSOLUTE, MASSIVE, Largest, Profile, profile_of
@@ -165,8 +165,8 @@ class Outliers:
 
 
 def outliers(
-    fn: Callable[..., Any],
-    params: Any,
+    fn: Callable[..., PyTree],
+    params: PyTree,
     *args: Any,
     hidden: Float[Array, "L t d"] | None = None,
     attention: Float[Array, "L t"] | None = None,
@@ -271,7 +271,9 @@ def layer_name(layer: tuple[int, ...]) -> str:
     return ".".join(map(str, layer))
 
 
-def _grouped(found: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[tuple[Any, list[Any]]]:
+def _grouped(
+    found: Iterable[PyTree], key: Callable[[PyTree], Any]
+) -> Iterator[tuple[Any, list[Any]]]:
     groups: dict[Any, list[Any]] = {}
     for one in found:
         groups.setdefault(key(one), []).append(one)

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.arguments import check_arguments
@@ -60,7 +61,7 @@ class Roofline:
         return "\n".join(line.rstrip() for line in [*lines, total])
 
 
-def roofline(params: Any, chip: str, tokens: int = 1) -> Roofline:
+def roofline(params: PyTree, chip: str, tokens: int = 1) -> Roofline:
     """The least time that products of `tokens` rows with every weight take on a chip.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -28,11 +28,11 @@ WEIGHT, SCALE, RANGE, OTHER, FROZEN = LABELS = ("weight", "scale", "range", "oth
 
 
 def latent(
-    params: Any,
+    params: PyTree,
     recipe: Recipe | Method,
     stats: Stats | Mapping[str, Site] | None = None,
     **options: Any,
-) -> Any:
+) -> PyTree:
     """The tree with latent weights where the recipe says so: `quantize`, then `thaw`.
 
     `jq.quantized(loss)` of it has derivatives, by `jax.grad`, in the weights as in the scales that
@@ -58,7 +58,7 @@ def latent(
     return thaw(quantize(params, recipe, stats, **options), recipe, floats=params)
 
 
-def thaw(params: Any, recipe: Recipe | Method, *, floats: Any = None) -> Any:
+def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> PyTree:
     """The tree with quantized weights as latent ones, which begin at their codes.
 
     Args:
@@ -146,7 +146,7 @@ def _near(
     return jnp.where(same(w), w, jnp.where(same(nearer), nearer, value))
 
 
-def freeze(params: Any) -> Any:
+def freeze(params: PyTree) -> PyTree:
     """The tree with latent weights as quantized ones: packed, and what they give is the same.
 
     Raises:
@@ -192,7 +192,7 @@ def is_latent(w: Any) -> bool:
     return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
 
-def labels(params: Any, also: Sequence[str] = ("*",)) -> Any:
+def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
     """What every array of a tree is to training, a tree of names for `optax.multi_transform`.
 
     "weight" (latent), "scale" (learned scales and zero points of weights), "range" (learned, of
@@ -230,7 +230,7 @@ def _label(format: Format, name: str) -> str:
     return WEIGHT if name == "codes" else SCALE
 
 
-def trained(params: Any, *kinds: str, also: Sequence[str] = ("*",)) -> Any:
+def trained(params: PyTree, *kinds: str, also: Sequence[str] = ("*",)) -> PyTree:
     """A tree of booleans for `equinox.partition`: what has one of the `labels` (default: any but
     "frozen"). Trees with packed weights in them are split so before `jax.grad`, which takes floats.
 

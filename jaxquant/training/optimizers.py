@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from jaxquant.core.standin import is_standin
 from jaxquant.training.latent import LABELS, labels, unit
 
 
-def optimizer(params: Any, **of: optax.GradientTransformation) -> optax.GradientTransformation:
+def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optax.multi_transform` by the labels of `labels`; what has no optimizer neither moves nor
     holds a state.
 
@@ -46,7 +47,7 @@ def relative() -> optax.GradientTransformation:
     {'large': -0.1, 'small': -0.1}
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("relative() needs the parameters: update(updates, state, params)")
         return jax.tree.map(_times_units, updates, params, is_leaf=is_standin), state

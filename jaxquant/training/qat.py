@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
@@ -103,7 +103,7 @@ class QAT(Healing):
         """What `Trainer` asks for."""
         return Descent(self)
 
-    def trained(self, params: Any) -> Any:
+    def trained(self, params: PyTree) -> PyTree:
         """Which arrays of a tree train, a tree of booleans."""
         return trained(params, *self.rates, also=self.also)
 
@@ -154,7 +154,7 @@ class Descent:
         )
 
     def update(
-        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: Any
+        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: PyTree
     ) -> tuple[Any, _Slots, dict[str, Array]]:
         how, tree = self.how, lambda change: eqx.combine(change, opened.params)
 
@@ -196,7 +196,7 @@ How = QAT | ZeroQAT
 END_TO_END, BLOCKS = QAT(), QAT(steps=20, learning_rate=3e-3)
 
 
-def open_latent(params: Any, how: How) -> Opened:
+def open_latent(params: PyTree, how: How) -> Opened:
     """The tree apart: what stays, and what trains, in float32 whatever it is stored in.
 
     Raises:
@@ -210,16 +210,16 @@ def open_latent(params: Any, how: How) -> Opened:
 
 
 def qat(
-    fn: Callable[[Any, Array], Array],
-    params: Any,
+    fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
     sequences: np.ndarray,
     how: How = END_TO_END,
     *,
-    teacher: Any = None,
+    teacher: PyTree = None,
     validation: np.ndarray | None = None,
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
-) -> Any:
+) -> PyTree:
     """Latent weights trained end to end.
 
     Args:
@@ -257,18 +257,18 @@ def qat(
     return _stored_as(params, eqx.combine(change, opened.params))
 
 
-def _stored_as(params: Any, trained: Any) -> Any:
+def _stored_as(params: PyTree, trained: Any) -> PyTree:
     """The trained tree, its plain leaves in the dtypes that they had."""
     plain = {path: w.dtype for path, w in path_leaves(params) if not isinstance(w, QTensor)}
     new = {path: w.astype(plain[path]) for path, w in path_leaves(trained) if path in plain}
     return replace_leaves(trained, new)
 
 
-def _rounds_inputs(params: Any) -> bool:
+def _rounds_inputs(params: PyTree) -> bool:
     return any(getattr(w, "activations", None) is not None for _, w in path_leaves(params))
 
 
-def _loss(fn: Callable, change: Any, opened: Opened, teacher: Any, x: Array) -> Array:
+def _loss(fn: Callable, change: Any, opened: Opened, teacher: PyTree, x: Array) -> Array:
     logits = quantized(fn)(eqx.combine(change, opened.params), x)
     if teacher is None:
         return next_token_loss(logits, x)
@@ -276,15 +276,15 @@ def _loss(fn: Callable, change: Any, opened: Opened, teacher: Any, x: Array) -> 
 
 
 def qat_blocks(
-    block: Callable[[Any, Array], Array],
-    params: Any,
-    teacher: Any,
+    block: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    teacher: PyTree,
     hidden: Float[np.ndarray, "N ..."],
     how: How = BLOCKS,
     *,
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
-) -> Any:
+) -> PyTree:
     """Stacked blocks of latent weights trained in order, each to give what the teacher's gives.
 
     A block is fed what the rounded blocks before it make of the inputs; what is brought down is the

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.protocols import LevelFormat
@@ -20,7 +20,7 @@ from jaxquant.estimators.surrogates import spread
 from jaxquant.training.latent import is_latent, latent_format
 
 
-def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
+def codes_of(params: PyTree) -> dict[str, Int[Array, "... k n"]]:
     """The code of every latent weight in integers or tables, by path; int8 [*batch, k, n].
 
     Of a table: the place of the level, counted from below. Float8 has too many, and is left out.
@@ -32,7 +32,7 @@ def codes_of(params: Any) -> dict[str, Int[Array, "... k n"]]:
     return {path: _codes(w) for path, w in _latents(params).items()}
 
 
-def _latents(params: Any) -> dict[str, QTensor]:
+def _latents(params: PyTree) -> dict[str, QTensor]:
     """Latent weights whose codes are numbers on a line."""
     known = lambda format: isinstance(format, LevelFormat) and format.countable
     return {p: w for p, w in path_leaves(params) if is_latent(w) and known(w.format.format)}
@@ -59,7 +59,7 @@ def _codes(w: QTensor) -> Array:
     return batched(one, w.leading())(w.data)
 
 
-def times_steps(updates: Any, params: Any) -> Any:
+def times_steps(updates: PyTree, params: PyTree) -> PyTree:
     """Updates of latent weights in integers or tables, times the mean step of their matrix's grids.
 
     Not each weight's own: a group with an outlier has a step many times as large as the rest, and
@@ -106,7 +106,7 @@ def drift(before: Any, after: Any) -> dict[str, Float[Array, ""]]:
 # --- oscillation ---------------------------------------------------------------------------------
 
 
-def dampening(params: Any) -> Float[Array, ""]:
+def dampening(params: PyTree) -> Float[Array, ""]:
     """The mean squared distance of latent weights, clipped to their range, from what they round to.
 
     A term of a loss, times a factor (the paper's grows as a cosine from 0 to 0.1 over the last
@@ -154,7 +154,7 @@ class Oscillation(NamedTuple):
     frozen: Array
 
 
-def oscillations(params: Any) -> dict[str, Oscillation]:
+def oscillations(params: PyTree) -> dict[str, Oscillation]:
     """The state of `hold`, before training."""
 
     def one(code: Array) -> Oscillation:
@@ -166,7 +166,10 @@ def oscillations(params: Any) -> dict[str, Oscillation]:
 
 
 def hold(
-    state: dict[str, Oscillation], params: Any, threshold: float | Array, momentum: float = MOMENTUM
+    state: dict[str, Oscillation],
+    params: PyTree,
+    threshold: float | Array,
+    momentum: float = MOMENTUM,
 ) -> tuple[dict[str, Oscillation], Any]:
     """After a step: which codes oscillate, and the tree with those that do too often frozen.
 
@@ -227,7 +230,7 @@ class Disorder(NamedTuple):
     turns: Float[Array, "..."]
 
 
-def disorder(params: Any) -> dict[str, Disorder]:
+def disorder(params: PyTree) -> dict[str, Disorder]:
     """The state of `turned`, before training."""
     learned = {p: w for p, w in _latents(params).items() if "scale" in w.data}
     zero = lambda a: Disorder(jnp.zeros(a.shape, jnp.int8), jnp.zeros(a.shape, jnp.float32))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.estimators.latent import Drawing
 from jaxquant.training.latent import OTHER, SCALE, trained
@@ -56,7 +56,7 @@ class ZeroQAT(Healing):
         """What `Trainer` asks for."""
         return Forward(self)
 
-    def trained(self, params: Any) -> Any:
+    def trained(self, params: PyTree) -> PyTree:
         """Which arrays of a tree train, a tree of booleans."""
         return trained(params, *self.zeroth.kinds, also=self.zeroth.others)
 
@@ -78,7 +78,7 @@ class Forward:
         return opened.start, _Slots(jnp.int32(0), jnp.zeros(()))
 
     def update(
-        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: Any
+        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: PyTree
     ) -> tuple[Any, _Slots, dict[str, Array]]:
         how, tree = self.how, eqx.combine(change, opened.params)
         at = lambda tree: loss(tree, opened._replace(params=tree), *batch)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.fields import check_fields, check_positive
@@ -96,7 +96,7 @@ def zo_value_and_grad(
     """
     check_arguments(zo_value_and_grad, locals())
 
-    def run(params: Any, *args: Any, key: Array) -> tuple[Array, Any]:
+    def run(params: PyTree, *args: Any, key: Array) -> tuple[Array, Any]:
         value, slope = estimate(loss, params, key, how, *args)
         zero = jax.tree.map(jnp.zeros_like, params)
 
@@ -128,7 +128,7 @@ def zo_step(
     """
     check_arguments(zo_step, locals())
 
-    def step(params: Any, key: Array, rate: Any, *args: Any) -> tuple[Any, Array, Slope]:
+    def step(params: PyTree, key: Array, rate: Any, *args: Any) -> tuple[Any, Array, Slope]:
         value, slope = estimate(loss, params, key, how, *args)
         return moved(params, slope, rate, how), value, slope
 
@@ -136,7 +136,7 @@ def zo_step(
 
 
 def estimate(
-    loss: Callable[..., Array], params: Any, key: Array, how: Zeroth, *args: Any
+    loss: Callable[..., Array], params: PyTree, key: Array, how: Zeroth, *args: Any
 ) -> tuple[Array, Slope]:
     """The mean of the losses, and the estimate.
 
@@ -156,16 +156,16 @@ def estimate(
     return jnp.mean(values), Slope(keys, numbers)
 
 
-def moved(params: Any, slope: Slope, rate: Any, how: Zeroth) -> Any:
+def moved(params: PyTree, slope: Slope, rate: Any, how: Zeroth) -> PyTree:
     """params - rate x estimate, drawn again."""
 
-    def one(params: Any, one: Slope) -> tuple[Any, None]:
+    def one(params: PyTree, one: Slope) -> tuple[Any, None]:
         return _moved(params, params, one.keys, -rate * one.numbers / how.samples, how), None
 
     return jax.lax.scan(one, params, slope)[0]
 
 
-def perturbed(params: Any, key: Array, epsilon: Any, how: Zeroth) -> Any:
+def perturbed(params: PyTree, key: Array, epsilon: Any, how: Zeroth) -> PyTree:
     """The tree at params + epsilon z; of latent weights it holds the key, and draws in products."""
     leaves = dict(path_leaves(params))
     for place, own, amount in _draws(params, key, epsilon, how):
@@ -181,7 +181,7 @@ def perturbed(params: Any, key: Array, epsilon: Any, how: Zeroth) -> Any:
     return replace_leaves(params, leaves)
 
 
-def _moved(target: Any, params: Any, key: Array, amount: Any, how: Zeroth) -> Any:
+def _moved(target: Any, params: PyTree, key: Array, amount: Any, how: Zeroth) -> PyTree:
     """target + amount z, for the z that is drawn at params; target is of their form."""
     leaves, before = dict(path_leaves(target)), dict(path_leaves(params))
     for (path, name, label), own, size in _draws(params, key, amount, how):
@@ -221,7 +221,7 @@ def _plus(leaf: Any, name: str, key: Array, amount: Any, how: Zeroth) -> Array:
     return a + (amount * z).astype(a.dtype)
 
 
-def _draws(params: Any, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]:
+def _draws(params: PyTree, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]:
     """(place, its key, its amount) of every array that moves; 0 for those whose turn it is not."""
     turn = jax.random.randint(jax.random.fold_in(key, 0), (), 0, how.blocks)
     for i, place in enumerate(_moving(params, how)):
@@ -229,7 +229,7 @@ def _draws(params: Any, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]
         yield place, jax.random.fold_in(key, i + 1), mine
 
 
-def _moving(params: Any, how: Zeroth) -> Iterator[tuple[str, str, str]]:
+def _moving(params: PyTree, how: Zeroth) -> Iterator[tuple[str, str, str]]:
     """(path, name, label) of every array that moves, in the order of the tree."""
     for path, of in path_leaves(labels(params, how.others)):
         named = of.named if isinstance(of, QTensor) else {"": of}

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.tuning.trainable import Opened, Values
 from jaxquant.tuning.trainer import Healing, Loss
@@ -49,7 +49,7 @@ class Cayley:
 
     @_exact
     def update(
-        self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: Any
+        self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: PyTree
     ) -> tuple[Values, _Slots, dict[str, Array]]:
         value, slope = jax.value_and_grad(loss)(change, opened, *batch)
         steps = slots.steps + 1

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
@@ -21,9 +21,9 @@ END_TO_END, BLOCKS = Healing(), Healing(steps=20)
 
 
 def heal(
-    fn: Callable[[Any, Array], Array],
-    params: Any,
-    teacher: Any,
+    fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    teacher: PyTree,
     sequences: np.ndarray,
     healing: Healing = END_TO_END,
     *,
@@ -31,7 +31,7 @@ def heal(
     also: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
-) -> Any:
+) -> PyTree:
     """`params` trained so that fn(params, x) is what fn(teacher, x) is, in KL over the last axis.
 
     Trained are the scales, signs (as reals) and codebooks of quantized leaves, and the leaves
@@ -74,16 +74,16 @@ def heal(
 
 
 def heal_blocks(
-    block: Callable[[Any, Array], Array],
-    params: Any,
-    teacher: Any,
+    block: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    teacher: PyTree,
     hidden: Float[np.ndarray, "N ..."],
     healing: Healing = BLOCKS,
     *,
     also: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
-) -> Any:
+) -> PyTree:
     """Stacked blocks trained in order, each to give what the teacher's gives.
 
     A block is fed what the quantized blocks before it make of the inputs, and the squared error of
@@ -132,6 +132,6 @@ def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after
     return relative_error(quantized(block)(trained(opened, change), h), after)
 
 
-def distillation(fn: Callable, change: Values, opened: Any, teacher: Any, x: Array) -> Array:
+def distillation(fn: Callable, change: Values, opened: Any, teacher: PyTree, x: Array) -> Array:
     student = quantized(fn)(trained(opened, change), x)
     return jnp.mean(divergence(student, jax.lax.stop_gradient(fn(teacher, x))))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -41,8 +41,8 @@ _STREAM, _ROTATION = "residual", "rotation"  # names of what trains
 
 
 def learn_rotation(
-    fn: Callable[[Any, Array], Array],
-    params: Any,
+    fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
     residual: Residual,
     recipe: Recipe | Method,
     sequences: np.ndarray,
@@ -151,7 +151,7 @@ class _Stream:
         paths = lambda ms: {m.entry.path for m in ms}
         return _Stream(members, paths(reads), paths(writes), round_weights)
 
-    def rounded(self, params: Any, fitted: dict[str, dict[str, Array]], r: Array) -> Any:
+    def rounded(self, params: PyTree, fitted: dict[str, dict[str, Array]], r: Array) -> Any:
         """The tree with turned and rounded weights, their inputs to be rounded."""
         leaves = dict(path_leaves(params))
         new = {}

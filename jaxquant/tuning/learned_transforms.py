@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -34,8 +34,8 @@ BLOCKS = Healing(steps=30, learning_rate=5e-3, validate_every=10)
 
 
 def learn(
-    fn: Callable[[Any, Array], Array],
-    params: Any,
+    fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
     recipe: Recipe | Method,
     stats: Stats,
     sequences: np.ndarray,
@@ -82,8 +82,8 @@ def learn(
 
 
 def learn_blocks(
-    block: Callable[[Any, Array], Array],
-    params: Any,
+    block: Callable[[PyTree, Array], Array],
+    params: PyTree,
     name: str,
     recipe: Recipe | Method,
     stats: Stats,
@@ -142,7 +142,7 @@ class _Weights:
 
     @staticmethod
     def of(
-        params: Any,
+        params: PyTree,
         recipe: Recipe | Method,
         stats: Stats,
         known: Transforms | None,
@@ -177,7 +177,7 @@ class _Weights:
         each = math.prod(batch[1:])
         return range(i * each, (i + 1) * each)
 
-    def opened(self, tree: Any, draw: Draw, i: int | None = None) -> Opened:
+    def opened(self, tree: PyTree, draw: Draw, i: int | None = None) -> Opened:
         """A tree of floats, all or block i; its matrices; transforms as fitted; zeros to learn."""
         fitted: dict[str, Any] = {}
         matrices = {}
@@ -239,7 +239,7 @@ class _Weights:
         return replace_leaves(tree, new)
 
 
-def each(fn: Callable, *stacked: Any) -> Any:
+def each(fn: Callable, *stacked: PyTree) -> Any:
     """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU.
 
     >>> each(lambda a, b: a + b["x"], jnp.ones(2), {"x": jnp.arange(2.0)}).tolist()

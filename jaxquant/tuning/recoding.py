@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
@@ -58,7 +58,7 @@ class Codes:
         return {p: _codes(w) for p, w in found.items()}, slots
 
     def update(
-        self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: Any
+        self, loss: Loss, change: Values, slots: _Slots, opened: Opened, *batch: PyTree
     ) -> tuple[Values, _Slots, dict[str, Array]]:
         weights = {p: w for p, w in path_leaves(with_codes(opened, change)) if p in change}
 
@@ -98,7 +98,7 @@ def can_recode(w: Any) -> bool:
     return isinstance(w, QTensor) and w.format.recodes
 
 
-def with_codes(opened: Opened, change: Values) -> Any:
+def with_codes(opened: Opened, change: Values) -> PyTree:
     """The tree with these codes."""
     leaves = dict(path_leaves(opened.params))
     put = lambda w, codes: dataclasses.replace(w, data={**w.data, **codes})
@@ -106,9 +106,9 @@ def with_codes(opened: Opened, change: Values) -> Any:
 
 
 def recode(
-    fn: Callable[[Any, Array], Array],
-    params: Any,
-    teacher: Any,
+    fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    teacher: PyTree,
     sequences: np.ndarray,
     healing: Healing = CODES,
     *,
@@ -116,7 +116,7 @@ def recode(
     validation: np.ndarray | None = None,
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
-) -> Any:
+) -> PyTree:
     """As `heal`, but what trains are the codes: those of learned codebooks (`Additive`, `Vector`).
 
     Alternate with `heal`: PV-tuning. Memory is five float32 copies of these weights.
@@ -146,7 +146,7 @@ def recode(
         raise ValueError("no codes to train: no leaf is packed in a learned codebook (aqlm, vptq)")
     opened = Opened(params, {})
 
-    def loss(change: Values, opened: Opened, teacher: Any, x: Array) -> Array:
+    def loss(change: Values, opened: Opened, teacher: PyTree, x: Array) -> Array:
         return distillation(fn, {}, Opened(with_codes(opened, change), {}), teacher, x)
 
     trainer = Trainer(loss, healing, Codes(healing, share))

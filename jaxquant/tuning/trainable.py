@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
@@ -29,11 +29,11 @@ Values = dict[str, dict[str, Array]]  # path -> name of an array ("" for a plain
 class Opened(NamedTuple):
     """A tree to run with the trained values put in, and these values at the start."""
 
-    params: Any
+    params: PyTree
     start: Values
 
 
-def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
+def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
     """A quantized tree opened for training.
 
     Args:
@@ -56,7 +56,7 @@ def open_tree(params: Any, also: Sequence[str] = ()) -> Opened:
     return Opened(replace_leaves(params, leaves), start)
 
 
-def check_globs(params: Any, also: Sequence[str]) -> None:
+def check_globs(params: PyTree, also: Sequence[str]) -> None:
     """Raise ValueError unless every glob matches a leaf, and no leaf but floating ones."""
     for glob in also:
         found = [w for path, w in path_leaves(params) if matches(path, glob)]
@@ -80,7 +80,7 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
     return dataclasses.replace(w, shared=""), start
 
 
-def decoded(params: Any) -> Any:
+def decoded(params: PyTree) -> PyTree:
     """`params` with codes decoded where all that trains are factors about them.
 
     What is many programs to decode (a stream for every matrix) is so decoded once, on the host if
@@ -113,7 +113,7 @@ def _host() -> Any:
         return contextlib.nullcontext()
 
 
-def rejoined(params: Any, healed: Any) -> Any:
+def rejoined(params: PyTree, healed: PyTree) -> PyTree:
     """`params` with what healing has made of decoded(params): their codes, its factors.
 
     Raises:
@@ -155,7 +155,7 @@ def at_start(opened: Opened) -> Values:
     return jax.tree.map(jnp.zeros_like, opened.start)
 
 
-def trained(opened: Opened, change: Values) -> Any:
+def trained(opened: Opened, change: Values) -> PyTree:
     """The tree with start * (1 + change) in place; differentiable in `change`."""
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
     leaves = dict(path_leaves(opened.params))
@@ -168,7 +168,7 @@ def _with(leaf: Any, values: dict[str, Array]) -> Any:
     return leaf.with_named(leaf.named | values)
 
 
-def close_tree(params: Any, opened: Opened, change: Values) -> Any:
+def close_tree(params: PyTree, opened: Opened, change: Values) -> PyTree:
     """The quantized tree with the trained values stored: factors in float16."""
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
     leaves, scaled = dict(path_leaves(params)), dict(path_leaves(opened.params))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.durable.store import Finished
@@ -88,7 +88,7 @@ def _copied(change: Values) -> Values:
     return jax.tree.map(jnp.copy, change)
 
 
-def _mark(healing: Healing, tree: Any) -> np.ndarray:
+def _mark(healing: Healing, tree: PyTree) -> np.ndarray:
     """A digest of settings, structure and all leaves of what training begins with, the first batch
     among it: with others it is another training.
     """
@@ -118,7 +118,7 @@ class Rule(Protocol):
         """The change to begin with, and what the rule keeps."""
 
     def update(
-        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
+        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: PyTree
     ) -> tuple[Values, Any, dict[str, Array]]:
         """Both after an update, and numbers to tell of it: "loss", before it, and any others."""
 
@@ -134,7 +134,7 @@ class Adam:
         return zero, self.optimizer.init(zero)
 
     def update(
-        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: Any
+        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: PyTree
     ) -> tuple[Values, Any, dict[str, Array]]:
         value, slope = jax.value_and_grad(loss)(change, opened, *batch)
         step, slots = self.optimizer.update(slope, slots, change)
