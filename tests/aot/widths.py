@@ -3,8 +3,9 @@
     python -m tests.aot.widths [--jobs N] [--out FILE]
 
 takes hours: 13 x 13 shapes at 2 and 4 bits, for 1 and 128 rows, on v5e and tpu7x, 1352 programs.
-What came of each is a line of build/widths.jsonl; a later run goes on where the file ends. Failures
-are printed, and make the exit status 1.
+What came of each is a line of widths.jsonl beside this file, kept in the repository: a later run,
+on another machine too, goes on where the file ends. Remove it when the kernels change. Failures are
+printed, and make the exit status 1.
 """
 
 import argparse
@@ -19,8 +20,7 @@ from typing import NamedTuple
 
 from tests.aot import compiler, real
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "build" / "widths.jsonl"
+OUT = Path(__file__).with_suffix(".jsonl")
 BUILD = "tests.aot.real:product"
 BATCH = 64  # programs of a process
 
@@ -90,7 +90,7 @@ def run(left: list[Program], out: Path, jobs: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default build/widths.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: beside this file")
     options = parser.parse_args()
     if reason := compiler.missing():
         print(reason)
