@@ -6,10 +6,11 @@ them and what is kept of those before. It may keep the new ones then, or, after 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
@@ -182,7 +183,11 @@ AnyCache = Cache | PackedCache | Rounding
 
 
 def init_cache(
-    config: LlamaConfig, batch: int, size: int, dtype: Any = jnp.float32, kv: KVFormat | None = None
+    config: LlamaConfig,
+    batch: int,
+    size: int,
+    dtype: DTypeLike = jnp.float32,
+    kv: KVFormat | None = None,
 ) -> Cache | PackedCache:
     """An empty cache with room for `size` tokens in each of `batch` sequences.
 

@@ -13,8 +13,8 @@ from jaxquant.durable.store import Folder, digest
 from jaxquant.storage import checkpoint
 from jaxquant_models.cli import interrupts
 from jaxquant_models.cli.console import line
-from jaxquant_models.readers.registry import Model
-from jaxquant_models.runs import pipeline
+from jaxquant_models.readers.checkpoint import save_model
+from jaxquant_models.readers.model import Model
 
 RUN = "run"  # in a checkpoint's metadata: the digest of the run that made it
 
@@ -24,7 +24,7 @@ class Output:
 
     Attributes:
       out: the directory. path: the folder.
-      kept: the folder's content, once `begin` has opened it.
+      finished: what the folder keeps, once `begin` has opened it.
 
     Raises:
       ValueError: a checkpoint may not be written there.
@@ -47,7 +47,7 @@ class Output:
           ValueError: another one does.
         """
         click.get_current_context().with_resource(claim(self.path))
-        interrupts.about(self._said)
+        interrupts.about(self._about)
 
     def begin(self, run: Mapping[str, Any], *, refuse: bool = False) -> Folder:
         """The folder, for as long as the command runs.
@@ -55,22 +55,22 @@ class Output:
         Raises:
           ValueError: as `Folder`; or another run has ended meanwhile, whose output is there now.
         """
-        self.kept = Folder(self.path, run, refuse=refuse)
-        click.get_current_context().with_resource(self.kept)
+        self.finished = Folder(self.path, run, refuse=refuse)
+        click.get_current_context().with_resource(self.finished)
         self._check()
-        if len(self.kept):
+        if len(self.finished):
             line(f"going on from {self.path}")
-        elif self.kept.replaced:
-            names = ", ".join(self.kept.replaced)
+        elif self.finished.replaced:
+            names = ", ".join(self.finished.replaced)
             line(f"{self.path} kept another run, of other {names}; this one begins anew")
-        return self.kept
+        return self.finished
 
     def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
         """Write the result; nothing of the work is needed then."""
         overwrite = self.overwrite or self._is_result()
-        pipeline.save(self.out, model, recipe, overwrite, {RUN: self.kept.digest})
+        save_model(self.out, model, recipe, overwrite, {RUN: self.finished.digest})
         interrupts.about(lambda: f"the output is in {self.out}")
-        self.kept.remove()
+        self.finished.remove()
 
     def _check(self) -> None:
         checkpoint.check_target(self.out, self.overwrite or self._is_result())
@@ -85,7 +85,7 @@ class Output:
         except ValueError:
             return False
 
-    def _said(self) -> str:
+    def _about(self) -> str:
         kept = self.path.is_dir() and any(self.path.glob("*.bin"))
         more = f"; the same command goes on from {self.path}" if kept else ""
         return f"no output was written{more}"

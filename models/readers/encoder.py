@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxquant_models.architectures.bert import Bert, BertConfig, sentence_vectors
 from jaxquant_models.readers.huggingface import SINGLE
-from jaxquant_models.readers.registry import Packaged, packaged
+from jaxquant_models.readers.packages import Packaged, packaged
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
-from jaxquant_models.schemas.files import SentenceFile
+from jaxquant_models.schemas.files import BertConfigFile, SentenceConfig
 from jaxquant_models.schemas.strict import checked, read_json
 
 NAMED = {
@@ -99,6 +99,26 @@ def _function(config: BertConfig, dtype: Any) -> Callable:
     return apply_fn
 
 
+def bert_config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
+    """The architecture that the contents of a config.json describe.
+
+    Raises:
+      ValueError: another architecture, an option that is not supported, or a key is missing.
+    """
+    file = checked(BertConfigFile, hf, "config.json")
+    return BertConfig(
+        vocab_size=file.vocab_size,
+        d_model=file.hidden_size,
+        d_ff=file.intermediate_size,
+        n_layers=file.num_hidden_layers,
+        n_heads=file.num_attention_heads,
+        max_position=file.max_position_embeddings,
+        n_types=file.type_vocab_size,
+        norm_eps=file.layer_norm_eps,
+        pad_id=file.pad_token_id,
+    )
+
+
 def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
     """Load a sentence encoder.
 
@@ -110,12 +130,12 @@ def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
       ValueError: nothing there, not supported, damaged, or with NaN or infinite weights.
     """
     folder = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
-    config = BertConfig.from_hf(read_json(folder / "config.json"))
+    config = bert_config_from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     tokenizer.check_rows(config.vocab_size)
     cut, limit = folder / "sentence_bert_config.json", config.max_position
     if cut.exists():
-        given = checked(SentenceFile, read_json(cut), str(cut)).max_seq_length
+        given = checked(SentenceConfig, read_json(cut), str(cut)).max_seq_length
         limit = min(limit, given or limit)
     file = Tensors(folder / SINGLE)
     check_room(config, file.nbytes, str(folder / "config.json"))

@@ -10,8 +10,11 @@ from typing import Any
 import gguf
 import numpy as np
 
-from jaxquant_models.architectures.llama import Llama, LlamaConfig
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Llama
 from jaxquant_models.readers.gguf_file import Tensor, open_gguf
+from jaxquant_models.readers.gguf_metadata import config_from_gguf
+from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
 
@@ -56,11 +59,11 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
       ValueError: not a GGUF file, truncated, unsupported, or with wrong tensors; one line.
     """
     fields, tensors, nbytes = open_gguf(Path(path))
-    config = LlamaConfig.from_gguf(fields)
+    config = config_from_gguf(fields)
     check_room(config, nbytes, str(path))
     config = _complete(config, tensors)
     # Before the weights, so that its large temporaries do not come on top of them.
-    tokenizer = Tokenizer.from_gguf(fields)
+    tokenizer = tokenizer_from_gguf(fields)
     tokenizer.check_rows(config.vocab_size)
     llama = Llama(config)
     names = tensor_names(llama, TENSORS)

@@ -131,11 +131,6 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def as_list(value: Any) -> Any:
-    """None, one value or a list, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def first_repeat(values: Iterable[Any]) -> Any:
     """The first value that came before; None if each comes once."""
     seen = set()

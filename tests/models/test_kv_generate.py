@@ -16,8 +16,10 @@ from jaxquant_models import init_cache, load
 from jaxquant_models.architectures.cache import Rounding
 from jaxquant_models.architectures.llama import Llama, apply
 from jaxquant_models.readers.text import read_text
-from jaxquant_models.runs import generate, pipeline
+from jaxquant_models.runs import generate
 from jaxquant_models.runs.generate import _run
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import token_sequences
 from tests.models.tiny_llama import (
     BASE,
     FAMILIES,
@@ -161,7 +163,7 @@ def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
 
 
 def rounded_inputs(model, form):
-    params = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(8, -1)))
+    params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
     return jq.with_activations(params, form)
 
 
@@ -331,7 +333,7 @@ def real():
 @pytest.mark.slow
 def test_perplexity_where_every_token_sees_rounded_keys_and_values(real, monkeypatch):
     """The twin has keys by token. The text is an easy one: floats come to 9.19."""
-    chunks = pipeline.pieces(real, read_text("builtin"), 512, 2)
+    chunks = token_sequences(real, read_text("builtin"), 512, 2)
     perplexity = lambda fn: evaluate(fn, real.params, chunks).perplexity
     exact = perplexity(real.apply_fn)
     cost = lambda *form, **more: perplexity(real.apply_kv(KVFormat(*form, **more))) / exact

@@ -1,0 +1,24 @@
+"""Kinds of options that several commands have."""
+
+from typing import Any
+
+import click
+
+from jaxquant_models.schemas.strict import parse_json
+
+SEED = click.IntRange(0, 2**32 - 1)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of a `--set`; what is no JSON is a string.
+
+    Raises:
+      ValueError: the text has no such form.
+    """
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+    try:
+        return name, parse_json(value, name)
+    except ValueError:
+        return name, value

@@ -1,0 +1,234 @@
+"""A quantization under way: its steps in order, killed at any moment and gone on with."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+import jaxquant as jq
+from jaxquant.core.paths import matches
+from jaxquant.durable.store import Finished
+from jaxquant.evaluate import evaluate
+from jaxquant.tuning.heal import BLOCKS
+from jaxquant.tuning.learned_transforms import Transforms
+from jaxquant_models.architectures.llama import LAYER_MATRICES
+from jaxquant_models.readers.model import Model
+from jaxquant_models.runs.calibration import CALIBRATION, calibrate_model
+from jaxquant_models.runs.generated_text import GENERATED, generated_sequences
+from jaxquant_models.runs.healing import heal_model
+from jaxquant_models.runs.module_loss import ModuleLoss
+from jaxquant_models.runs.quantization import learn_transforms, plan_model, quantize_model
+from jaxquant_models.runs.quantization_request import QuantizationRequest, Texts
+from jaxquant_models.runs.reporting import Reporter, Step
+from jaxquant_models.runs.rotation import learned_rotation, random_rotation, rotate_model
+from jaxquant_models.runs.sequences import (
+    HELD_OUT,
+    context_length,
+    first_tokens,
+    split,
+    token_sequences,
+)
+
+JUDGES = 4  # sequences that scales are judged on
+MEASURED = HELD_OUT // 4  # sequences that an allocation is judged on
+MOST_GENERATED = 128  # sequences that a model writes to train on, unless a step takes more
+
+
+class Data(NamedTuple):
+    """Token sequences, each [N, length].
+
+    Attributes:
+      calibration: to calibrate on.
+      unseen: of the same text, kept apart to judge on; empty where nothing is to be judged.
+      training: to train on; None for what the model has to write first.
+      held_out: to judge training on.
+    """
+
+    calibration: np.ndarray
+    unseen: np.ndarray
+    training: np.ndarray | None = None
+    held_out: np.ndarray | None = None
+
+    @staticmethod
+    def of(request: QuantizationRequest, source: Model, texts: Texts) -> "Data":
+        """The sequences that a request needs.
+
+        Raises:
+          ValueError: a text is too short to keep a part of it apart.
+        """
+        none = np.empty((0, 0), np.int32)
+        if not request.needs_statistics and not request.training:
+            return Data(none, none)
+        cut = lambda text: token_sequences(source, text, context_length(source))
+        tokens = request.calibration_tokens
+        if request.recipe is not None and not request.training:
+            return Data(first_tokens(cut(texts.calibration), tokens), none)
+        fit, unseen = split(cut(texts.calibration))
+        calibration = first_tokens(fit, tokens)
+        if texts.heal == GENERATED:
+            return Data(calibration, unseen)
+        own = split(cut(texts.heal)) if texts.heal else (fit, unseen)
+        batch = max((how.batch_size for how in request.training), default=0)
+        if len(own[0]) < batch:
+            raise ValueError(
+                f"the text to heal on has {len(own[0])} sequences of {own[0].shape[1]} tokens, "
+                f"fewer than one step takes, {batch}: give a longer one or a smaller batch"
+            )
+        return Data(calibration, unseen, *own)
+
+
+@dataclasses.dataclass(eq=False)
+class QuantizationJob:
+    """A quantization under way.
+
+    Attributes:
+      request: what is asked for.
+      source: the model; with a head apart if its residual stream is to be rotated, which takes its
+        place then.
+      data: its sequences.
+      finished: what earlier runs of the job have done, and this one does.
+      reporter: who is told of the work.
+    """
+
+    request: QuantizationRequest
+    source: Model
+    data: Data
+    finished: Finished
+    reporter: Reporter
+
+    def run(self) -> tuple[Model, jq.Recipe]:
+        """The quantized model and the recipe that made it; goes on from what is finished."""
+        self._rotate()
+        stats = self._statistics()
+        recipe = self.request.recipe
+        if recipe is None:
+            recipe = self._allocated(stats)
+        transforms = self._learned_transforms(recipe, stats)
+        result = self._quantized(recipe, stats, transforms)
+        return self._healed(result), recipe
+
+    @property
+    def _key(self) -> jax.Array:
+        return jax.random.key(self.request.seed)
+
+    def _rotate(self) -> None:
+        """The source's residual stream is rotated from here on, if it is to be."""
+        rotating = self.request.rotating
+        if not self.request.rotation:
+            return
+        with self.reporter.stage("rotating", rotating.steps if rotating else 0) as step:
+            rotation = random_rotation(self.source, self._key)
+            if rotating is not None and self.request.recipe is not None:
+                rotation = self._learned_rotation(self.request.recipe, rotating, rotation, step)
+            self.source = rotate_model(self.source, rotation)
+
+    def _learned_rotation(
+        self, recipe: jq.Recipe, rotating: jq.Healing, start: Float[Array, "d d"], step: Step
+    ) -> Float[Array, "d d"]:
+        """The rotation learned on the sequences to train on.
+
+        Where the model has yet to write these, it is learned on the text of calibration.
+        """
+        training, held_out = self.data.training, self.data.held_out
+        if training is None or held_out is None:
+            training, held_out = self.data.calibration, self.data.unseen
+        stats = None
+        if any(m.needs_channels or m.needs_sample for _, m in self.request.rules):
+            begun, name = rotate_model(self.source, start), f"{CALIBRATION} before rotating"
+            stats = self._calibrated(begun, lambda _: None, name)
+        return learned_rotation(
+            self.source, recipe, training, rotating, start=start, stats=stats, key=self._key,
+            validation=held_out, progress=step, finished=self.finished,
+        )  # fmt: skip
+
+    def _statistics(self) -> jq.Stats | None:
+        """What is known of inputs, if anything needs it."""
+        if not self.request.needs_statistics:
+            return None
+        with self.reporter.stage("calibrating", len(self.data.calibration)) as step:
+            return self._calibrated(self.source, step, CALIBRATION)
+
+    def _calibrated(self, source: Model, step: Step, name: str) -> jq.Stats:
+        request = self.request
+        return calibrate_model(
+            source, self.data.calibration, weighting=request.weighting,
+            gram=request.needs_gram, output=request.output, sample=request.sample,
+            progress=step, finished=self.finished, name=name,
+        )  # fmt: skip
+
+    def _allocated(self, stats: jq.Stats | None) -> jq.Recipe:
+        """A method for every weight of the layers, by what each costs the model on unseen text."""
+        source, request = self.source, self.request
+        teacher = (source.apply_fn, source.params)
+        judged = self.data.unseen[:MEASURED]
+
+        def distance(params: PyTree) -> float:
+            student = jq.quantized(source.apply_fn)
+            return evaluate(student, jq.dequantize(params), judged, against=teacher).kl
+
+        kinds = sum(matches(path, LAYER_MATRICES) for path, _ in jq.path_leaves(source.params))
+        with self.reporter.stage("allocating", len(request.choices) * kinds) as step:
+            allocation = jq.allocate(
+                source.params, request.choices, request.target_bits, stats,
+                paths=[LAYER_MATRICES], measure=distance, healed=request.healing is not None,
+                key=self._key, progress=step, finished=self.finished,
+            )  # fmt: skip
+        self.reporter.tell(str(allocation))
+        return allocation.recipe
+
+    def _learned_transforms(self, recipe: jq.Recipe, stats: jq.Stats | None) -> Transforms | None:
+        """Transforms trained end to end, if they are to be."""
+        learning = self.request.learning
+        if learning is None:
+            return None
+        with self.reporter.stage("learning", learning.steps) as step:
+            training, held_out = self._training()
+            return learn_transforms(
+                self.source, recipe, stats, training, learning, validation=held_out,
+                key=self._key, inspect=self._module_loss(), progress=step, finished=self.finished,
+            )  # fmt: skip
+
+    def _quantized(
+        self, recipe: jq.Recipe, stats: jq.Stats | None, transforms: Transforms | None
+    ) -> Model:
+        """Rounded; matrices that are finished are not done again."""
+        matrices = plan_model(self.source, recipe).matrices
+        with self.reporter.stage("quantizing", matrices) as step:
+            return quantize_model(
+                self.source, recipe, stats, key=self._key, inspect=self._module_loss(),
+                transforms=transforms, progress=step, finished=self.finished,
+            )  # fmt: skip
+
+    def _healed(self, result: Model) -> Model:
+        """Trained to be like the source, if it is to be."""
+        healing, recoding = self.request.healing, self.request.recoding
+        if healing is None:
+            return result
+        steps = healing.steps + (recoding.steps if recoding else 0)
+        blocks = BLOCKS.steps * self.source.config.n_layers
+        with self.reporter.stage("healing", blocks + steps) as step:
+            training, held_out = self._training()
+            return heal_model(
+                self.source, result, training, held_out, healing, recoding,
+                progress=step, finished=self.finished,
+            )  # fmt: skip
+
+    def _module_loss(self) -> ModuleLoss | None:
+        """What judges scales that are searched for."""
+        if not self.request.needs_module_loss:
+            return None
+        return ModuleLoss(self.source, self.data.calibration[:JUDGES])
+
+    def _training(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences to train on, and those held out; the model writes them if it is to."""
+        if self.data.training is not None and self.data.held_out is not None:
+            return self.data.training, self.data.held_out
+        stages = self.request.training
+        most = max(MOST_GENERATED, *(how.batch_size for how in stages))
+        count = min(max(how.steps * how.batch_size for how in stages), most) + HELD_OUT
+        length = context_length(self.source)
+        return split(
+            generated_sequences(self.source, count, length, self.request.seed, self.finished)
+        )
