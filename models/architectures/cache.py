@@ -117,7 +117,7 @@ class PackedCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rounding:
+class FakeQuantizedCache:
     """Shows each query of a whole sequence what a packed cache would show it.
 
     It keeps everything as it is: of a sequence that comes in several calls, the keys of each are
@@ -142,7 +142,7 @@ class Rounding:
         """Tokens seen so far."""
         return 0 if self.past is None else self.past[0].shape[3]
 
-    def apart(self) -> "Rounding":
+    def apart(self) -> "FakeQuantizedCache":
         """Itself."""
         return self
 
@@ -168,7 +168,7 @@ class Rounding:
         mixed += mix(jnp.where(exact, 0, weights), kv_cache.rounded_values(v, form))
         return mixed.reshape(q.shape).astype(q.dtype), self, new
 
-    def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "Rounding":
+    def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "FakeQuantizedCache":
         """As `PackedCache.advanced`."""
         past = kept if self.past is None else tuple(map(_appended, self.past, kept))
         return dataclasses.replace(self, past=past)
@@ -179,7 +179,7 @@ def _appended(held: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.concatenate([held, new], axis=-2)
 
 
-AnyCache = Cache | PackedCache | Rounding
+AnyCache = Cache | PackedCache | FakeQuantizedCache
 
 
 def init_cache(

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import JsonValue, model_validator
 
 from jaxquant.core.fields import shown
 from jaxquant_models.schemas.fields import (
@@ -85,12 +85,12 @@ class LlamaConfig:
         tables = 1 if self.tie_embeddings else 2
         return self.n_layers * layer + tables * self.vocab_size * self.d_model
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """A dict of JSON values; `from_json` is its inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "LlamaConfig":
+    def from_json(cls, data: Mapping[str, JsonValue]) -> "LlamaConfig":
         """The inverse of `to_json`, also after a trip through JSON text.
 
         Raises:

@@ -18,7 +18,7 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     Values make the input of o too, but with fewer of them than queries one channel of theirs is
     several of o's.
     """
-    found = {
+    found: dict[str, tuple[str, ...]] = {
         "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
         "layers/mlp/[gu]*/kernel": ("layers/mlp_norm/scale",),
     }

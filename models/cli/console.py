@@ -85,7 +85,7 @@ def line(text: str) -> None:
 
 
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """A ValueError inside is the caller's: exit status 2."""
     try:
         yield

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.evaluate import check_sizes, evaluate
-from jaxquant_models.cli.console import bar, emit, line, usage
+from jaxquant_models.cli.console import bar, emit, line, usage_errors
 from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
 from jaxquant_models.cli.sizes import kv_sizes, sizes_of
 from jaxquant_models.readers import registry
@@ -45,7 +45,7 @@ def evaluate_command(
     **kv_cache: Any,
 ) -> None:
     """Perplexity of MODEL on a text."""
-    with usage():
+    with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded
         kv = kv_format(kv_cache)
         if kv is None and strict is not None:

@@ -10,7 +10,7 @@ import jaxquant as jq
 from jaxquant.storage import checkpoint
 from jaxquant.training.qat import How
 from jaxquant.tuning.trainer import Progress
-from jaxquant_models.cli.console import Bars, emit, usage
+from jaxquant_models.cli.console import Bars, emit, usage_errors
 from jaxquant_models.cli.metrics import Metrics, check_metrics
 from jaxquant_models.cli.options import SEED, setting
 from jaxquant_models.cli.output import Output
@@ -60,7 +60,7 @@ def finetune(
 
     A killed run goes on where it stopped, to the same bits.
     """
-    with usage():
+    with usage_errors():
         output = Output(out, overwrite)
         check_metrics(metrics, output)
         packed = checkpoint.is_checkpoint(model)
@@ -95,7 +95,7 @@ def _job(
     """The job on the models that are named, checked before the text is read."""
     source = registry.load(model)
     learned_from = _teacher(teacher, source, packed)
-    with usage():
+    with usage_errors():
         if text is None and not request.generated:
             raise ValueError("nothing to train on: give --text FILE, --generated N, or both")
         check(request, source, learned_from)

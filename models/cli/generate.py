@@ -6,7 +6,7 @@ import click
 import jax
 
 import jaxquant as jq
-from jaxquant_models.cli.console import emit, line, usage
+from jaxquant_models.cli.console import emit, line, usage_errors
 from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
 from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.sizes import kv_sizes
@@ -34,7 +34,7 @@ def generate(
     **kv_cache: Any,
 ) -> None:
     """Continue a prompt with MODEL."""
-    with usage():
+    with usage_errors():
         kv = kv_format(kv_cache)
     source = serving_model(load_with(activations, model), line)
     new = generate_ids(

@@ -1,23 +1,43 @@
 """The command `jaxquant inspect`."""
 
 import sys
-from typing import Any
+from typing import NamedTuple
 
 import click
-from jax.typing import ArrayLike
+import jax
 from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
 from jaxquant_models.architectures.hidden_states import FIRST_QUERY
 from jaxquant_models.cli import outlier_report
-from jaxquant_models.cli.console import emit, line, usage
+from jaxquant_models.cli.console import emit, line, usage_errors
 from jaxquant_models.cli.sizes import sizes_of
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.outliers import outliers_of
 from jaxquant_models.runs.sequences import CONTEXT, token_sequences
 from jaxquant_models.runs.serving import serving_model
+
+
+class Row(NamedTuple):
+    """What is told of a tensor."""
+
+    path: str
+    shape: list[int]
+    method: str
+    format: str
+    bits_per_weight: float
+    bytes: int
+
+    @staticmethod
+    def of(path: str, w: jq.QTensor | jax.Array) -> "Row":
+        """Of a weight, packed or not."""
+        if isinstance(w, jq.QTensor):
+            method, kind = w.method, repr(w.format)
+        else:
+            method, kind = "none", str(w.dtype)
+        return Row(path, list(w.shape), method, kind, 8 * w.nbytes / w.size, w.nbytes)
 
 
 @click.command()
@@ -46,7 +66,7 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Bytes and bits of every tensor of MODEL, or with --outliers its activations on a text."""
-    with usage():
+    with usage_errors():
         if of_outliers and text is None:
             raise ValueError("--outliers looks at activations: give --text FILE, or builtin")
         if not of_outliers and (text, tokens, plot) != (None, None, None):
@@ -62,19 +82,18 @@ def inspect(
 def _tensors(model: str, as_json: bool) -> None:
     """Bytes and bits of every tensor, as stored."""
     params = registry.load(model, widen=False).params
-    rows = [_row(p, w) for p, w in jq.path_leaves(params)]
+    rows = [Row.of(path, w) for path, w in jq.path_leaves(params)]
     sizes = sizes_of(params)
     if as_json:
-        emit({**sizes, "tensors": rows}, True)
+        emit({**sizes, "tensors": [row._asdict() for row in rows]}, True)
         return
     table = Table("path", "shape", "method", "format", "bits/weight", "bytes")
-    for r in rows:
-        shape = "x".join(map(str, r["shape"]))
-        size_text = f"{r['bytes']:,}"
-        bits_text = f"{r['bits_per_weight']:.3f}"
-        table.add_row(r["path"], shape, r["method"], r["format"], bits_text, size_text)
+    for row in rows:
+        shape = "x".join(map(str, row.shape))
+        bits = f"{row.bits_per_weight:.3f}"
+        table.add_row(row.path, shape, row.method, row.format, bits, f"{row.bytes:,}")
     _console().print(table)
-    over = "quantized matrices" if any(r["method"] != "none" for r in rows) else "matrices"
+    over = "quantized matrices" if any(row.method != "none" for row in rows) else "matrices"
     click.echo(
         f"{sizes['bytes']:,} bytes; {sizes['bits_per_weight']:.3f} bits per weight over the {over}"
     )
@@ -98,15 +117,3 @@ def _outliers(model: str, text: str, tokens: int, plot: str | None, as_json: boo
 
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
-
-
-def _row(path: str, w: jq.QTensor | ArrayLike) -> dict[str, Any]:
-    packed = isinstance(w, jq.QTensor)
-    return {
-        "path": path,
-        "shape": list(w.shape),
-        "method": w.method if packed else "none",
-        "format": repr(w.format) if packed else str(w.dtype),
-        "bits_per_weight": 8 * w.nbytes / w.size,
-        "bytes": w.nbytes,
-    }

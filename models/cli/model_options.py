@@ -8,7 +8,7 @@ import click
 
 import jaxquant as jq
 from jaxquant.formats.kv_cache import ROPE, KVFormat
-from jaxquant_models.cli.console import usage
+from jaxquant_models.cli.console import usage_errors
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 
@@ -21,7 +21,7 @@ activations_option = click.option(
 
 def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
     """The model, its inputs of packed weights rounded as the option says."""
-    with usage():
+    with usage_errors():
         jq.Activations.of(activations)
     model = registry.load(spec, widen=widen)
     if activations is None:

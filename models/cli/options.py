@@ -1,15 +1,14 @@
 """Kinds of options that several commands have."""
 
-from typing import Any
-
 import click
+from pydantic import JsonValue
 
 from jaxquant_models.schemas.strict import parse_json
 
 SEED = click.IntRange(0, 2**32 - 1)
 
 
-def setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, JsonValue]:
     """NAME=VALUE of a `--set`; what is no JSON is a string.
 
     Raises:

@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
+from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.durable.claims import claim
@@ -49,7 +49,7 @@ class Output:
         click.get_current_context().with_resource(claim(self.path))
         interrupts.about(self._about)
 
-    def begin(self, run: Mapping[str, Any], *, refuse: bool = False) -> Folder:
+    def begin(self, run: Mapping[str, JsonValue], *, refuse: bool = False) -> Folder:
         """The folder, for as long as the command runs.
 
         Raises:

@@ -9,7 +9,7 @@ import click
 import jaxquant as jq
 from jaxquant.calibration.calibrate import Weighting
 from jaxquant.storage import checkpoint
-from jaxquant_models.cli.console import Bars, emit, line, usage
+from jaxquant_models.cli.console import Bars, emit, line, usage_errors
 from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.output import Output
 from jaxquant_models.cli.presets import PRESETS
@@ -17,7 +17,7 @@ from jaxquant_models.cli.quantize_request import ROTATIONS, request_of
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.quantization import check_target, plan_model
-from jaxquant_models.runs.quantization_job import Data, QuantizationJob
+from jaxquant_models.runs.quantization_job import QuantizationJob, Sequences
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.rotation import untie_model
 
@@ -106,7 +106,7 @@ from jaxquant_models.runs.rotation import untie_model
 @click.option("--json", "as_json", is_flag=True)
 def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Quantize MODEL into the directory --out."""
-    with usage():
+    with usage_errors():
         output = Output(out, overwrite)
         request = request_of(**options)
     output.hold()
@@ -129,9 +129,9 @@ def _job(request: QuantizationRequest, model: str, output: Output) -> Quantizati
     """The job, which alone holds the model; it goes on from what the output's folder keeps."""
     texts = request.read_texts()
     source = _source(request, model)
-    data = Data.of(request, source, texts)
+    sequences = Sequences.of(request, source, texts)
     finished = output.begin(request.fingerprint(source, texts))
-    return QuantizationJob(request, source, data, finished, Bars())
+    return QuantizationJob(request, source, sequences, finished, Bars())
 
 
 def _source(request: QuantizationRequest, model: str) -> Model:

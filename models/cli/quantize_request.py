@@ -63,7 +63,8 @@ def request_of(
     steps = preset.heal_steps if heal_steps is None else heal_steps
     _check_healing(steps, learn_steps, text=heal_text, batch=heal_batch, codes=heal_codes)
     _check_rotation(rotate_residual, rotate_steps, target_bits)
-    recipe, choices = None, ()
+    recipe: jq.Recipe | None = None
+    choices: tuple[jq.Method, ...] = ()
     if recipe_file is not None:
         _check_alone(method, target_bits, given)
         recipe = recipe_of_file(recipe_file)
@@ -172,8 +173,9 @@ def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, 
 def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:
     """The method for all matrices; bits that are a whole number are an int."""
     bits = given.get("bits")
-    whole = isinstance(bits, float) and bits.is_integer()
-    return make(given | {"bits": int(bits)} if whole else given)
+    if isinstance(bits, float) and bits.is_integer():
+        given = given | {"bits": int(bits)}
+    return make(given)
 
 
 def _choices(make: Make, name: str, target: float, given: dict[str, Any]) -> tuple[jq.Method, ...]:

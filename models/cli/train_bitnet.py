@@ -7,7 +7,7 @@ import click
 
 import jaxquant as jq
 from jaxquant.storage import checkpoint
-from jaxquant_models.cli.console import Bars, emit, line, line_of, usage
+from jaxquant_models.cli.console import Bars, emit, line, line_of, usage_errors
 from jaxquant_models.cli.metrics import Metrics, check_metrics
 from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.output import Output
@@ -64,7 +64,7 @@ def train_bitnet(
 
     Ternary weights, int8 activations. A killed run goes on where it stopped, to the same bits.
     """
-    with usage():
+    with usage_errors():
         output = Output(out, overwrite)
         check_metrics(metrics, output)
         request = PretrainingRequest(quantized=not floats, a48=0.05 * a48, **options)

@@ -1,6 +1,5 @@
 """Language models in jaxquant's checkpoints: read, and written with what it takes to run them."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
+from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.storage import checkpoint
@@ -22,7 +22,7 @@ from jaxquant_models.schemas.strict import checked
 Stored = TypeVar("Stored")
 
 
-def read_checkpoint(folder: str | os.PathLike[str], dtype: DTypeLike, widen: bool) -> Model:
+def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     """The model that a checkpoint holds.
 
     Args:
@@ -52,7 +52,7 @@ def save_model(
     model: Model,
     recipe: jq.Recipe | None,
     overwrite: bool = False,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, JsonValue] | None = None,
 ) -> None:
     """Write a checkpoint; kept matrices are stored in float16, vectors in float32.
 

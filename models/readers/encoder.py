@@ -4,15 +4,17 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+from pydantic import JsonValue
 
 from jaxquant_models.architectures.bert import Bert, BertConfig, sentence_vectors
 from jaxquant_models.readers.huggingface import SINGLE
-from jaxquant_models.readers.packages import Packaged, packaged
+from jaxquant_models.readers.packages import Packaged, packaged_file
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
@@ -62,13 +64,13 @@ class Encoder:
     """
 
     config: BertConfig
-    params: dict[str, Any]
+    params: PyTree
     tokenizer: Tokenizer
     limit: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
-    def apply_fn(self) -> Callable[[Any, jax.Array], jax.Array]:
+    def apply_fn(self) -> Callable[[PyTree, jax.Array], jax.Array]:
         """(params, tokens int [b, t]) to vectors of length 1, float32 [b, d]; pure."""
         return _function(self.config, jnp.dtype(self.dtype))
 
@@ -89,7 +91,7 @@ class Encoder:
 
 
 @functools.cache
-def _function(config: BertConfig, dtype: Any) -> Callable:
+def _function(config: BertConfig, dtype: DTypeLike) -> Callable:
     """One for each architecture, so that jit compiles once."""
     model = Bert(config, dtype)
 
@@ -99,7 +101,7 @@ def _function(config: BertConfig, dtype: Any) -> Callable:
     return apply_fn
 
 
-def bert_config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
+def bert_config_from_hf(hf: Mapping[str, JsonValue]) -> BertConfig:
     """The architecture that the contents of a config.json describe.
 
     Raises:
@@ -119,7 +121,7 @@ def bert_config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     )
 
 
-def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
+def load_encoder(spec: str | Path, dtype: DTypeLike = jnp.float32) -> Encoder:
     """Load a sentence encoder.
 
     Args:
@@ -129,7 +131,7 @@ def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
     Raises:
       ValueError: nothing there, not supported, damaged, or with NaN or infinite weights.
     """
-    folder = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
+    folder = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
     config = bert_config_from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     tokenizer.check_rows(config.vocab_size)

@@ -5,10 +5,11 @@ Quantized blocks are expanded by `gguf.quants.dequantize`, whatever mixture of t
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
@@ -47,7 +48,7 @@ TENSORS = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any], Tokenizer]:
+def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
     """Read a model.
 
     Args:
@@ -67,11 +68,11 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     tokenizer.check_rows(config.vocab_size)
     llama = Llama(config)
     names = tensor_names(llama, TENSORS)
-    turned = _turned_heads(fields["general.architecture"], config, names)
+    reordered = _reordered_heads(str(fields["general.architecture"]), config, names)
 
     def read(name: str) -> np.ndarray:
         value = _dequantize(tensors[name])
-        return _half_split(value, turned[name]) if name in turned else value
+        return _half_split(value, reordered[name]) if name in reordered else value
 
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name != ROPE_FACTORS}
     params = assemble(llama, names, shapes, read, dtype)
@@ -107,7 +108,7 @@ def _dequantize(tensor: Tensor) -> np.ndarray:
         ) from None
 
 
-def _turned_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:
+def _reordered_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:
     """Names of the tensors whose rows llama.cpp reorders, with their number of heads."""
     if arch != "llama":
         return {}

@@ -1,7 +1,8 @@
 """What the metadata of a GGUF file says of the architecture and of the tokenizer."""
 
 from collections.abc import Mapping
-from typing import Any
+
+from pydantic import JsonValue
 
 from jaxquant.core.fields import shown
 from jaxquant_models.architectures.config import LlamaConfig
@@ -12,7 +13,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF calls Mistral "llama"
 GGUF = "the GGUF metadata"
 
 
-def config_from_gguf(fields: Mapping[str, Any]) -> LlamaConfig:
+def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
     """The architecture that metadata (plain values) describe.
 
     What only the tensors tell keeps its default: `readers.gguf` sets tie_embeddings, biases and
@@ -45,11 +46,11 @@ def config_from_gguf(fields: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def tokenizer_fields(fields: Mapping[str, Any]) -> GGUFTokenizer:
+def tokenizer_fields(fields: Mapping[str, JsonValue]) -> GGUFTokenizer:
     """What GGUF metadata says of the tokenizer."""
     prefix = "tokenizer.ggml."
     return checked(GGUFTokenizer, _below(fields, prefix), GGUF, prefix)
 
 
-def _below(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _below(fields: Mapping[str, JsonValue], prefix: str) -> dict[str, JsonValue]:
     return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}

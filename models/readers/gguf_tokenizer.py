@@ -1,9 +1,9 @@
 """A tokenizer built from the metadata of a GGUF file: byte-level BPE, or SentencePiece's."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import tokenizers
+from pydantic import JsonValue
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
@@ -22,7 +22,7 @@ _CASED_WORDS = (
 )
 
 
-def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
+def tokenizer_from_gguf(fields: Mapping[str, JsonValue]) -> Tokenizer:
     """The tokenizer that metadata (plain values) describe.
 
     Raises:

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
 from jaxquant_models.architectures.config import LlamaConfig
@@ -43,7 +44,7 @@ TENSORS = {
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any], Tokenizer]:
+def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
     """Read a model.
 
     Args:
@@ -68,7 +69,7 @@ def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     return config, params, tokenizer
 
 
-def save_hf(folder: str | Path, config: LlamaConfig, params: Any, tokenizer_json: str) -> None:
+def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_json: str) -> None:
     """Write a folder that `read_hf` and Transformers read; one file, each leaf in its own dtype.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from jaxquant_models.architectures.config import Llama3Scaling, LlamaConfig, RopeScaling
 from jaxquant_models.schemas.fields import as_list
@@ -10,7 +11,7 @@ from jaxquant_models.schemas.files import GenerationConfig, HFConfig, Rope
 from jaxquant_models.schemas.strict import checked, read_json
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
+def read_config_json(folder: Path) -> dict[str, JsonValue]:
     """config.json, with the stop tokens that only generation_config.json may name."""
     hf = read_json(folder / "config.json")
     extra = folder / "generation_config.json"
@@ -20,7 +21,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return hf
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
+def config_from_hf(hf: Mapping[str, JsonValue]) -> LlamaConfig:
     """The architecture that the contents of a config.json describe.
 
     Raises:
@@ -62,7 +63,7 @@ def _scaling(rope: Rope, max_position: int) -> RopeScaling:
     )
 
 
-def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+def config_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
     """The contents of a config.json: those of the family that has these switches.
 
     Raises:
@@ -97,7 +98,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     return hf
 
 
-def _scaling_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
+def _scaling_to_hf(config: LlamaConfig) -> dict[str, JsonValue] | None:
     scaling = config.rope_scaling
     if scaling is None:
         return None

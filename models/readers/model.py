@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.formats.kv_cache import KVFormat
-from jaxquant_models.architectures.cache import AnyCache, Rounding
+from jaxquant_models.architectures.cache import AnyCache, FakeQuantizedCache
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama, apply, check_tokens, stacked
 from jaxquant_models.architectures.prefix import exact_prefix
@@ -112,6 +112,6 @@ def _rounding(
     apply_cached = _functions(config, dtype, prefix)[1]
 
     def apply_fn(params, tokens):
-        return apply_cached(params, tokens, Rounding(kv, strict))[0]
+        return apply_cached(params, tokens, FakeQuantizedCache(kv, strict))[0]
 
     return apply_fn

@@ -13,7 +13,7 @@ class Packaged(NamedTuple):
     install: str
 
 
-def packaged(model: Packaged) -> Path:
+def packaged_file(model: Packaged) -> Path:
     """Where the model lies; found without importing its package, whose code wants other packages.
 
     Raises:

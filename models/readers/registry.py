@@ -15,7 +15,7 @@ from jaxquant_models.readers.checkpoint import read_checkpoint
 from jaxquant_models.readers.gguf import read_gguf
 from jaxquant_models.readers.huggingface import read_hf
 from jaxquant_models.readers.model import Model
-from jaxquant_models.readers.packages import Packaged, packaged
+from jaxquant_models.readers.packages import Packaged, packaged_file
 from jaxquant_models.readers.tokenizer import Tokenizer
 
 
@@ -57,8 +57,8 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating-point, got {dtype}")
     if _is(is_checkpoint, Path(spec)):
-        return read_checkpoint(spec, dtype, widen)
-    path = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
+        return read_checkpoint(Path(spec), dtype, widen)
+    path = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
     if not _is(Path.exists, path):
         raise ValueError(f"no model {str(spec)!r:.200}: not a path, and not one of {sorted(NAMED)}")
     for reader in READERS:

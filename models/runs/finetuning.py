@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.durable.store import Finished
@@ -98,17 +98,17 @@ class FinetuningJob:
     teacher: Model | None
     text: str
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, JsonValue]:
         """Plain values that differ where results may."""
         request = self.request
         return {
             **VERSIONS,
             "weights": digest_of_model(self.source),
-            "teacher": self.teacher and digest_of_model(self.teacher),
+            "teacher": None if self.teacher is None else digest_of_model(self.teacher),
             "end to end": repr(request.end_to_end),
             "blocks": repr(request.blocks),
             "method": repr(request.method),
-            "only": request.only,
+            "only": list(request.only),
             "text": digest_of_text(self.text),
             "generated": request.generated,
             "context": request.context,
@@ -175,9 +175,7 @@ class FinetuningJob:
         if request.recipe is not None:
             floats = params
             params = jq.quantize(params, request.recipe, self.source.sites())
-        rules: list[tuple[str, jq.Method | str]] = [
-            (glob, method) for glob in request.only or (LAYER_MATRICES,)
-        ]
+        rules = [(glob, method) for glob in request.only or (LAYER_MATRICES,)]
         return jq.thaw(params, jq.Recipe([*rules, ("*", jq.KEEP)]), floats=floats)
 
     def _blocks(

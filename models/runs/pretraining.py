@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
+from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.core.paths import matches, replace_leaves
@@ -84,7 +85,7 @@ def training_data(request: PretrainingRequest, text: str) -> TrainingData:
     return TrainingData(np.delete(rows, spread, axis=0), rows[spread], tokenizer)
 
 
-def fingerprint(request: PretrainingRequest, data: TrainingData) -> dict[str, Any]:
+def fingerprint(request: PretrainingRequest, data: TrainingData) -> dict[str, JsonValue]:
     """Plain values that differ where results may."""
     digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
     return {**dataclasses.asdict(request), "text": digest, "jax": jax.__version__}
@@ -230,7 +231,7 @@ def _last_state(finished: Finished, start: State) -> State:
     return State(int(arrays["step"]), *jax.tree.unflatten(form, kept))
 
 
-def _arrays(state: State) -> dict[str, Any]:
+def _arrays(state: State) -> dict[str, jax.Array | np.int64]:
     """A state as it is kept."""
     leaves = {str(i): a for i, a in enumerate(jax.tree.leaves(state[1:]))}
     return {"step": np.int64(state.step), **leaves}

@@ -36,7 +36,7 @@ MEASURED = HELD_OUT // 4  # sequences that an allocation is judged on
 MOST_GENERATED = 128  # sequences that a model writes to train on, unless a step takes more
 
 
-class Data(NamedTuple):
+class Sequences(NamedTuple):
     """Token sequences, each [N, length].
 
     Attributes:
@@ -52,7 +52,7 @@ class Data(NamedTuple):
     held_out: np.ndarray | None = None
 
     @staticmethod
-    def of(request: QuantizationRequest, source: Model, texts: Texts) -> "Data":
+    def of(request: QuantizationRequest, source: Model, texts: Texts) -> "Sequences":
         """The sequences that a request needs.
 
         Raises:
@@ -60,15 +60,15 @@ class Data(NamedTuple):
         """
         none = np.empty((0, 0), np.int32)
         if not request.needs_statistics and not request.training:
-            return Data(none, none)
+            return Sequences(none, none)
         cut = lambda text: token_sequences(source, text, context_length(source))
         tokens = request.calibration_tokens
         if request.recipe is not None and not request.training:
-            return Data(first_tokens(cut(texts.calibration), tokens), none)
+            return Sequences(first_tokens(cut(texts.calibration), tokens), none)
         fit, unseen = split(cut(texts.calibration))
         calibration = first_tokens(fit, tokens)
         if texts.heal == GENERATED:
-            return Data(calibration, unseen)
+            return Sequences(calibration, unseen)
         own = split(cut(texts.heal)) if texts.heal else (fit, unseen)
         batch = max((how.batch_size for how in request.training), default=0)
         if len(own[0]) < batch:
@@ -76,7 +76,7 @@ class Data(NamedTuple):
                 f"the text to heal on has {len(own[0])} sequences of {own[0].shape[1]} tokens, "
                 f"fewer than one step takes, {batch}: give a longer one or a smaller batch"
             )
-        return Data(calibration, unseen, *own)
+        return Sequences(calibration, unseen, *own)
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,14 +87,14 @@ class QuantizationJob:
       request: what is asked for.
       source: the model; with a head apart if its residual stream is to be rotated, which takes its
         place then.
-      data: its sequences.
+      sequences: its token sequences.
       finished: what earlier runs of the job have done, and this one does.
       reporter: who is told of the work.
     """
 
     request: QuantizationRequest
     source: Model
-    data: Data
+    sequences: Sequences
     finished: Finished
     reporter: Reporter
 
@@ -131,9 +131,9 @@ class QuantizationJob:
 
         Where the model has yet to write these, it is learned on the text of calibration.
         """
-        training, held_out = self.data.training, self.data.held_out
+        training, held_out = self.sequences.training, self.sequences.held_out
         if training is None or held_out is None:
-            training, held_out = self.data.calibration, self.data.unseen
+            training, held_out = self.sequences.calibration, self.sequences.unseen
         stats = None
         if any(m.needs_channels or m.needs_sample for _, m in self.request.rules):
             begun, name = rotate_model(self.source, start), f"{CALIBRATION} before rotating"
@@ -147,13 +147,13 @@ class QuantizationJob:
         """What is known of inputs, if anything needs it."""
         if not self.request.needs_statistics:
             return None
-        with self.reporter.stage("calibrating", len(self.data.calibration)) as step:
+        with self.reporter.stage("calibrating", len(self.sequences.calibration)) as step:
             return self._calibrated(self.source, step, CALIBRATION)
 
     def _calibrated(self, source: Model, step: Step, name: str) -> jq.Stats:
         request = self.request
         return calibrate_model(
-            source, self.data.calibration, weighting=request.weighting,
+            source, self.sequences.calibration, weighting=request.weighting,
             gram=request.needs_gram, output=request.output, sample=request.sample,
             progress=step, finished=self.finished, name=name,
         )  # fmt: skip
@@ -162,7 +162,7 @@ class QuantizationJob:
         """A method for every weight of the layers, by what each costs the model on unseen text."""
         source, request = self.source, self.request
         teacher = (source.apply_fn, source.params)
-        judged = self.data.unseen[:MEASURED]
+        judged = self.sequences.unseen[:MEASURED]
 
         def distance(params: PyTree) -> float:
             student = jq.quantized(source.apply_fn)
@@ -219,12 +219,12 @@ class QuantizationJob:
         """What judges scales that are searched for."""
         if not self.request.needs_module_loss:
             return None
-        return ModuleLoss(self.source, self.data.calibration[:JUDGES])
+        return ModuleLoss(self.source, self.sequences.calibration[:JUDGES])
 
     def _training(self) -> tuple[np.ndarray, np.ndarray]:
         """Sequences to train on, and those held out; the model writes them if it is to."""
-        if self.data.training is not None and self.data.held_out is not None:
-            return self.data.training, self.data.held_out
+        if self.sequences.training is not None and self.sequences.held_out is not None:
+            return self.sequences.training, self.sequences.held_out
         stages = self.request.training
         most = max(MOST_GENERATED, *(how.batch_size for how in stages))
         count = min(max(how.steps * how.batch_size for how in stages), most) + HELD_OUT

@@ -1,7 +1,9 @@
 """What a quantization of a language model is asked for: all that decides its result."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.calibration.calibrate import Weighting
@@ -110,7 +112,7 @@ class QuantizationRequest:
             self.heal_text if own else read_text(self.heal_text, calibration=True),
         )
 
-    def fingerprint(self, source: Model, texts: Texts) -> dict[str, Any]:
+    def fingerprint(self, source: Model, texts: Texts) -> dict[str, JsonValue]:
         """Plain values that differ where results may: of this, the weights, the libraries."""
         training = ("learning", "healing", "recoding", "rotating")
         return {
@@ -118,7 +120,7 @@ class QuantizationRequest:
             "encoder": viterbi.backend(),
             "weights": digest_of_model(source),
             "prefix": source.prefix,
-            "recipe": self.recipe and self.recipe.to_json(),
+            "recipe": None if self.recipe is None else self.recipe.to_json(),
             "choices": [to_json(m) for m in self.choices],
             **{name: (how := getattr(self, name)) and dataclasses.asdict(how) for name in training},
             "rotate": self.rotation,

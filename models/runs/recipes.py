@@ -20,13 +20,13 @@ def recipe_of(method: jq.Method, rotated: bool = False) -> jq.Recipe:
       rotated: for a model whose residual stream is rotated: what reads the stream needs no rotation
         of its own. Other inputs have the method's (QuaRot, SpinQuant "had") or none.
     """
-    rules: list[tuple[str, jq.Method | str]] = [(LAYER_MATRICES, method), ("*", jq.KEEP)]
+    rules = [(LAYER_MATRICES, method)]
     if rotated:
         rules[:0] = [(glob, _without_rotations(method)) for glob in RESIDUAL_READERS]
     if isinstance(method.rounder, Clipped):
         unclipped = dataclasses.replace(method, rounder=method.rounder.rounder)
         rules.insert(0, (QUERIES_AND_KEYS, unclipped))
-    return jq.Recipe(rules)
+    return jq.Recipe([*rules, ("*", jq.KEEP)])
 
 
 def _without_rotations(method: jq.Method) -> jq.Method:

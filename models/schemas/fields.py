@@ -4,12 +4,12 @@ The ranges refuse what no model means (an epsilon of 0, a base of 1e300), not wh
 unusual. The bytes of the weights bound the sizes, in `readers.weights.check_room`.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, JsonValue
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: JsonValue) -> list[JsonValue]:
     """None, one value or a list, as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 

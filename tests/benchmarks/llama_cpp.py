@@ -85,8 +85,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     from jaxquant_models.readers import registry
+    from jaxquant_models.readers.packages import packaged_file
 
-    source = registry.packaged(registry.NAMED["smollm2-135m"])
+    source = packaged_file(registry.NAMED["smollm2-135m"])
     with tempfile.TemporaryDirectory() as folder:
         made = pathlib.Path(folder) / "q4_0.gguf"
         server = subprocess.Popen(

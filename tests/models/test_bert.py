@@ -18,7 +18,7 @@ from jaxquant_models.readers.encoder import (
     bert_config_from_hf,
     load_encoder,
 )
-from jaxquant_models.readers.packages import packaged
+from jaxquant_models.readers.packages import packaged_file
 
 HF = {
     "model_type": "bert", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40,
@@ -158,7 +158,7 @@ def minilm() -> Encoder:
 @pytest.mark.model
 @pytest.mark.slow
 def test_minilm_equals_numpy(minilm):
-    at = packaged(NAMED["minilm"])
+    at = packaged_file(NAMED["minilm"])
     hf, tensors = json.loads((at / "config.json").read_text()), load_file(at / "model.safetensors")
     tokens = minilm.tokens(LEFT)
     got = jax.jit(minilm.apply_fn)(minilm.params, tokens)

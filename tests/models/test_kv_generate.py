@@ -13,7 +13,7 @@ from jaxquant.evaluate import evaluate
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models import init_cache, load
-from jaxquant_models.architectures.cache import Rounding
+from jaxquant_models.architectures.cache import FakeQuantizedCache
 from jaxquant_models.architectures.llama import Llama, apply
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs import generate
@@ -74,7 +74,7 @@ def off(a, b):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_decoding_is_the_whole_sequence_with_rounding(form, tmp_path):
     tiny = made("llama-llama3", tmp_path)  # whose angles are scaled
-    rounding = Rounding(form, strict=False)
+    rounding = FakeQuantizedCache(form, strict=False)
     want = jax.jit(lambda p, x: apply(Llama(tiny.config), p, x, rounding)[0])(tiny.params, TOKENS)
     got = stepped(tiny, tiny.params, form, [1] * 75)
     assert off(got, want) < 0.1
