@@ -26,12 +26,12 @@ def bar(title: str, total: int) -> Iterator[Step]:
 
 
 class Bars:
-    """A `runs.reporting.Reporter`: a bar for every stage, above it a line of what is worth one."""
+    """A `runs.reporting.Reporter` that draws a bar for every stage and prints lines above it."""
 
     @staticmethod
     @contextlib.contextmanager
     def stage(title: str, total: int) -> Iterator[Step]:
-        """A bar that lasts as long as the stage does."""
+        """Draw a bar as long as the stage lasts."""
         with bar(title, total) as advance:
 
             def step(done: object) -> None:
@@ -43,15 +43,15 @@ class Bars:
 
     @staticmethod
     def tell(text: str) -> None:
-        """The text on stderr."""
+        """Print the text on stderr."""
         click.echo(text, err=True)
 
 
 @functools.singledispatch
 def line_of(done: object) -> str:
-    """What a line says of a step that is done; "" where the bar says enough.
+    """The line that is printed after a step, by the kind of its report; "" if the bar is enough.
 
-    A command whose steps have reports of another kind registers what is said of them.
+    A command whose steps have reports of another kind registers a line for them.
     """
     return ""
 
@@ -80,13 +80,13 @@ def _(done: Update) -> str:
 
 
 def line(text: str) -> None:
-    """A line on stderr as it is, above the bar."""
+    """Print a line on stderr as it is, above the bar."""
     stderr.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """A ValueError inside is the caller's: exit status 2."""
+    """Turn a ValueError inside into a usage error: one line, and exit status 2."""
     try:
         yield
     except ValueError as error:
@@ -94,7 +94,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def emit(report: Mapping[str, object], as_json: bool) -> None:
-    """The report on stdout: JSON, or a line for each figure."""
+    """Print a report on stdout: as JSON, or a line for each figure."""
     if as_json:
         click.echo(json.dumps(report))
         return

@@ -66,7 +66,7 @@ def evaluate_command(
 
 
 def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:
-    """What the student is held against: a function and its parameters."""
+    """The model that the student is compared with: its function and its parameters."""
     teacher = registry.load(against)
     some = content[:10_000]
     if teacher.tokenizer.encode(some) != student.tokenizer.encode(some):

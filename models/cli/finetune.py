@@ -92,7 +92,7 @@ def finetune(
 def _job(
     request: FinetuningRequest, model: str, teacher: str | None, text: str | None, packed: bool
 ) -> FinetuningJob:
-    """The job on the models that are named, checked before the text is read."""
+    """The job on the models that are named; it is checked before the text is read."""
     source = registry.load(model)
     learned_from = _teacher(teacher, source, packed)
     with usage_errors():
@@ -114,10 +114,11 @@ def request_of(
     group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int,
     batch: int, seed: int, settings: tuple[str, ...], block_settings: tuple[str, ...],
 ) -> FinetuningRequest:  # fmt: skip
-    """The request that options come to.
+    """The request that the options amount to.
 
     Args:
-      packed: the model is a checkpoint. watch: all that is measured in training is wanted.
+      packed: whether the model is a checkpoint.
+      watch: whether everything that training can measure is to be measured.
     Raises:
       ValueError: options that do not go together, or are out of range.
     """
@@ -145,7 +146,7 @@ def request_of(
 def _training(
     how: How, steps: int, common: dict[str, Any], settings: tuple[str, ...]
 ) -> How | None:
-    """How to train so many steps, with the settings that the user made; None for no step."""
+    """How so many steps train, with the user's settings; None if there is no step."""
     fields = {"steps": steps, **common, **dict(map(setting, settings))}
     names = {f.name for f in dataclasses.fields(how)}
     if unknown := set(fields) - names:

@@ -21,7 +21,7 @@ from jaxquant_models.runs.serving import serving_model
 
 
 class Row(NamedTuple):
-    """What is told of a tensor."""
+    """What the command tells of a tensor."""
 
     path: str
     shape: list[int]
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     @staticmethod
     def of(path: str, w: jq.QTensor | jax.Array) -> "Row":
-        """Of a weight, packed or not."""
+        """The row of a weight, packed or not."""
         if isinstance(w, jq.QTensor):
             method, kind = w.method, repr(w.format)
         else:
@@ -80,7 +80,7 @@ def inspect(
 
 
 def _tensors(model: str, as_json: bool) -> None:
-    """Bytes and bits of every tensor, as stored."""
+    """Print bytes and bits of every tensor, as stored."""
     params = registry.load(model, widen=False).params
     rows = [Row.of(path, w) for path, w in jq.path_leaves(params)]
     sizes = sizes_of(params)
@@ -101,7 +101,7 @@ def _tensors(model: str, as_json: bool) -> None:
 
 
 def _outliers(model: str, text: str, tokens: int, plot: str | None, as_json: bool) -> None:
-    """Activations on the first tokens of a text."""
+    """Print the outliers of activations on the first tokens of a text."""
     content = read_text(text)
     source = serving_model(registry.load(model), line)
     found = outliers_of(source, token_sequences(source, content, tokens, 1)[0])

@@ -20,7 +20,7 @@ activations_option = click.option(
 
 
 def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
-    """The model, its inputs of packed weights rounded as the option says."""
+    """Load a model; inputs of its packed weights are rounded as the option says."""
     with usage_errors():
         jq.Activations.of(activations)
     model = registry.load(spec, widen=widen)
@@ -30,7 +30,7 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
 
 
 def kv_options(command: Callable) -> Callable:
-    """Adds what says how keys and values are kept, for `kv_format`; defaults are the format's."""
+    """Add the options that say how keys and values are kept; `kv_format` reads them."""
     default = KVFormat()
     for name, kind, text in (
         ("channels", int, f"Channels of one scale of values; default {default.channels}."),
@@ -45,7 +45,7 @@ def kv_options(command: Callable) -> Callable:
 
 
 def kv_format(options: dict[str, Any]) -> KVFormat | None:
-    """The format that the options of `kv_options` ask for, if any."""
+    """The format that the options of `kv_options` ask for; None if they ask for none."""
     given = {name.removeprefix("kv_"): v for name, v in options.items() if v is not None}
     if given and "bits" not in given:
         raise ValueError(f"--kv-{min(given)} is for --kv-bits; give both")

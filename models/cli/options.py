@@ -1,4 +1,4 @@
-"""Kinds of options that several commands have."""
+"""What the options of several commands share."""
 
 import click
 from pydantic import JsonValue
@@ -9,10 +9,10 @@ SEED = click.IntRange(0, 2**32 - 1)
 
 
 def setting(text: str) -> tuple[str, JsonValue]:
-    """NAME=VALUE of a `--set`; what is no JSON is a string.
+    """The name and the value of a `--set NAME=VALUE`; a value that is not JSON is a string.
 
     Raises:
-      ValueError: the text has no such form.
+      ValueError: the text does not have this form.
     """
     name, equals, value = text.partition("=")
     if not (name and equals):

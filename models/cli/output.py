@@ -23,8 +23,9 @@ class Output:
     """The directory `--out` of a command, and the folder beside it that keeps its work meanwhile.
 
     Attributes:
-      out: the directory. path: the folder.
-      finished: what the folder keeps, once `begin` has opened it.
+      out: the directory.
+      path: the folder.
+      finished: the contents of the folder, once `begin` has opened it.
 
     Raises:
       ValueError: a checkpoint may not be written there.
@@ -41,16 +42,16 @@ class Output:
             raise
 
     def hold(self) -> None:
-        """From now to the command's end, no other run can write there.
+        """Keep other runs from writing there until the command ends.
 
         Raises:
-          ValueError: another one does.
+          ValueError: another run writes there.
         """
         click.get_current_context().with_resource(claim(self.path))
         interrupts.about(self._about)
 
     def begin(self, run: Mapping[str, JsonValue], *, refuse: bool = False) -> Folder:
-        """The folder, for as long as the command runs.
+        """Open the folder for as long as the command runs.
 
         Raises:
           ValueError: as `Folder`; or another run has ended meanwhile, whose output is there now.
@@ -66,7 +67,7 @@ class Output:
         return self.finished
 
     def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
-        """Write the result; nothing of the work is needed then."""
+        """Write the result, and remove the folder, which is not needed any more."""
         overwrite = self.overwrite or self._is_result()
         save_model(self.out, model, recipe, overwrite, {RUN: self.finished.digest})
         interrupts.about(lambda: f"the output is in {self.out}")
@@ -76,7 +77,7 @@ class Output:
         checkpoint.check_target(self.out, self.overwrite or self._is_result())
 
     def _is_result(self) -> bool:
-        """Whether the run that the folder keeps has written there, killed before it could say."""
+        """Whether the folder's run has written there, and was killed before it could tidy up."""
         run = digest(self.path)
         if not run or not checkpoint.is_checkpoint(self.out):
             return False
@@ -98,7 +99,7 @@ def folder_of(out: str | Path) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a run that was killed just when it was over has left: an empty folder."""
+    """Remove the empty folder of a run that was killed just when it was over."""
     if folder.is_dir():
         with contextlib.suppress(ValueError, OSError):
             claim(folder).close()

@@ -6,13 +6,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What is taken where the user does not say.
+    """Values for options that the user leaves out.
 
     Attributes:
-      method: its name.
-      tokens: to calibrate on.
-      heal_steps: of training afterwards; 0: none.
-      options: of methods, by their names.
+      method: the name of the method.
+      tokens: how many tokens to calibrate on.
+      heal_steps: how many steps of training follow the rounding.
+      options: options of methods, by the name of the method.
     """
 
     method: str

@@ -126,7 +126,7 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
 
 
 def _job(request: QuantizationRequest, model: str, output: Output) -> QuantizationJob:
-    """The job, which alone holds the model; it goes on from what the output's folder keeps."""
+    """The job, which alone holds the model; it goes on from the folder of the output."""
     texts = request.read_texts()
     source = _source(request, model)
     sequences = Sequences.of(request, source, texts)
@@ -135,7 +135,7 @@ def _job(request: QuantizationRequest, model: str, output: Output) -> Quantizati
 
 
 def _source(request: QuantizationRequest, model: str) -> Model:
-    """The model that is quantized; what is planned for it is told, and any error of that comes."""
+    """The model to quantize. Its plan is printed; whatever is wrong with the plan is raised."""
     source = dataclasses.replace(registry.load(model), prefix=request.exact_prefix)
     if request.rotation:
         source = _untied(source)
@@ -148,7 +148,7 @@ def _source(request: QuantizationRequest, model: str) -> Model:
 
 
 def _untied(source: Model) -> Model:
-    """With a head apart; what that costs is told."""
+    """The model with a head apart; a line tells what that costs."""
     if not source.config.tie_embeddings:
         return source
     source = untie_model(source)

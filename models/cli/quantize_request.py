@@ -1,4 +1,4 @@
-"""From the options of `jaxquant quantize` to a request, checked once."""
+"""The options of `jaxquant quantize`, checked and turned into a request."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from jaxquant_models.runs.sequences import CONTEXT
 from jaxquant_models.schemas.strict import parse_json, read_bytes
 
 ROTATIONS = ("random", "learned")
-Make = Callable[[dict[str, Any]], jq.Method]  # a method of its options
+Make = Callable[[dict[str, Any]], jq.Method]  # makes a method of its options
 MOST_BITS = 8
 # Methods whose option `bits` is their rate, side information aside.
 RATED = (
@@ -49,7 +49,7 @@ def request_of(
     settings: tuple[str, ...] = (),
     **method_options: Any,
 ) -> QuantizationRequest:
-    """The request that options come to; those that are None are the preset's or the method's.
+    """The request that the options amount to; the preset or the method fills in what is None.
 
     Raises:
       ValueError: options that do not go together, or are out of range.
@@ -98,7 +98,7 @@ def request_of(
 def _check_healing(
     steps: int, learn_steps: int, *, text: str | None, batch: int, codes: int
 ) -> None:
-    """Raise ValueError for options of training where nothing trains."""
+    """Raise ValueError if options of training are given but nothing trains."""
     given = {"text": text is not None, "batch": batch > 1, "codes": codes > 0}
     for name in (name for name, asked in given.items() if asked and not steps):
         if name == "codes" or not learn_steps:
@@ -109,7 +109,7 @@ def _check_healing(
 def _check_rotation(
     rotate_residual: str | None, rotate_steps: int | None, target_bits: float | None
 ) -> None:
-    """Raise ValueError for what a rotation is not learned with."""
+    """Raise ValueError if the options of the rotation contradict each other."""
     if rotate_residual != "learned" and rotate_steps is not None:
         raise ValueError("--rotate-steps is for a learned rotation: --rotate-residual learned")
     if rotate_residual == "learned" and target_bits is not None:
@@ -117,7 +117,7 @@ def _check_rotation(
 
 
 def _check_trainable(request: QuantizationRequest) -> None:
-    """Raise ValueError where no method has what is to train."""
+    """Raise ValueError if no method has the part that is to be trained."""
     methods = [method for _, method in request.rules]
     if request.recoding and not any(hasattr(m.format, "recoded") for m in methods):
         raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
@@ -134,7 +134,7 @@ def _rotating(steps: int | None) -> jq.Healing:
 
 
 def _check_alone(method: str | None, target_bits: float | None, given: dict[str, Any]) -> None:
-    """Raise ValueError for what a recipe of the user's own leaves no room for."""
+    """Raise ValueError if options of methods are given beside a file of rules."""
     if method is not None:
         raise ValueError("give one of --method and --recipe")
     if given or target_bits is not None:
@@ -145,7 +145,7 @@ def recipe_of_file(path: str) -> jq.Recipe:
     """The recipe in a JSON file.
 
     Raises:
-      ValueError: the file cannot be read, or holds none.
+      ValueError: the file cannot be read, or holds no recipe.
     """
     return jq.Recipe.from_json(parse_json(read_bytes(Path(path)), path))
 
@@ -160,7 +160,7 @@ def _method_name(method: str | None, target_bits: float | None, preset: Preset) 
 
 
 def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, Any]) -> jq.Method:
-    """The method, with the preset's options where they go with what the user said."""
+    """The method, with the preset's options unless they contradict what the user said."""
     try:
         method = jq.named_method(name, **preset.options.get(name, {}) | options)
         if weighting == "gradient" or not method.needs_output:
@@ -171,7 +171,7 @@ def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, 
 
 
 def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:
-    """The method for all matrices; bits that are a whole number are an int."""
+    """The method for all matrices; a whole number of bits is given as an int."""
     bits = given.get("bits")
     if isinstance(bits, float) and bits.is_integer():
         given = given | {"bits": int(bits)}

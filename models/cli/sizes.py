@@ -8,7 +8,7 @@ from jaxquant_models.architectures.config import LlamaConfig
 
 
 def sizes_of(params: PyTree) -> dict[str, float]:
-    """Of parameters as they are: over what is quantized, over all, and the bytes of all."""
+    """Bits per quantized weight, bits over all weights, and the bytes of all parameters."""
     return {
         "bits_per_weight": jq.bits_per_weight(params),
         "bits_over_all_weights": jq.size(params).bits_per_weight,
@@ -17,7 +17,7 @@ def sizes_of(params: PyTree) -> dict[str, float]:
 
 
 def kv_sizes(kv: KVFormat | None, config: LlamaConfig) -> dict[str, float]:
-    """Of keys and values in a format; nothing where they are kept as they are."""
+    """Bits of a cached value and bytes of a token; empty if keys and values stay as they are."""
     if kv is None:
         return {}
     per_token = kv.bytes_per_token(config.n_layers, config.n_kv_heads, config.head_dim)

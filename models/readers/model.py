@@ -78,7 +78,7 @@ class Model:
         return lambda params, tokens: run(stacked(params), tokens)
 
     def sites(self) -> dict[str, jq.Site]:
-        """Where its weights are used."""
+        """Where the function uses the weights (`jaxquant.sites`)."""
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         return jq.sites(self.apply_fn, self.params, tokens)
 

@@ -71,13 +71,13 @@ def calibrate_model(
 
 
 def _arrays(count: int, sums: dict[str, Probe]) -> dict[str, jax.Array | int]:
-    """The sums of so many sequences, to be kept."""
+    """The arrays that the sums of so many sequences are kept as."""
     arrays = {f"{path}:{f}": a for path, p in sums.items() for f, a in p._asdict().items()}
     return {COUNT: count, **{name: a for name, a in arrays.items() if a is not None}}
 
 
 def _sums(finished: Finished, name: str) -> tuple[int, dict[str, Probe]] | None:
-    """What was kept, as `_arrays` was given it; None if nothing was."""
+    """The count and the sums that were kept; None if none were."""
     if name not in finished:
         return None
     arrays = dict(finished[name])

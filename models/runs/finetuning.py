@@ -1,4 +1,4 @@
-"""Quantized weights that train: what the command `finetune` does, resumable."""
+"""A finetuning under way: quantized weights that train; a killed one goes on."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,7 +32,7 @@ JUDGED = 4  # sequences that the state to keep is chosen on
 
 
 def check(request: FinetuningRequest, source: Model, teacher: Model | None) -> None:
-    """Raise ValueError where what is asked cannot be done."""
+    """Raise ValueError if the request cannot be met with these models."""
     if teacher is None and (request.blocks is not None or request.generated):
         raise ValueError("blocks, and text of its own, take a model to learn from: --teacher MODEL")
     _check_formats(request, source, teacher)
@@ -67,13 +67,13 @@ def _check_formats(request: FinetuningRequest, source: Model, teacher: Model | N
 
 
 def _forms(params: PyTree) -> set[tuple]:
-    """How layers apart are packed."""
+    """The different ways in which layers apart are packed."""
     form = lambda w: (w.format, w.input, w.output, w.activations)
     return {tuple((p, form(w)) for p, w in _packed(one)) for one in layers_of(params, "layers")}
 
 
 def _trains_codes(params: PyTree) -> bool:
-    """Whether all packed weights have codes that train; else what is continuous does (`heal`)."""
+    """Whether all packed weights have codes that train; else only what is continuous trains."""
     return all(_learnable(w) for _, w in _packed(params))
 
 
@@ -91,7 +91,14 @@ def _packed(params: PyTree) -> list[tuple[str, jq.QTensor]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FinetuningJob:
-    """A request, the models, and what the text holds, "" for none."""
+    """A finetuning under way.
+
+    Attributes:
+      request: what is asked for.
+      source: the model that trains.
+      teacher: the model that it is to be like; None: it learns the text itself.
+      text: the contents of the text to train on; "" if there is none.
+    """
 
     request: FinetuningRequest
     source: Model
@@ -99,7 +106,7 @@ class FinetuningJob:
     text: str
 
     def fingerprint(self) -> dict[str, JsonValue]:
-        """Plain values that differ where results may."""
+        """Plain values that differ wherever results may differ: the run's identity."""
         request = self.request
         return {
             **VERSIONS,
@@ -146,7 +153,7 @@ class FinetuningJob:
         progress: Callable[[Progress], None],
         finished: Finished,
     ) -> Model:
-        """The model, trained and packed again; goes on from what is finished."""
+        """Run every step that is not finished, and return the model, packed again."""
         if not _trains_codes(self.source.params):
             return self._healed(data, progress, finished)
         training, held_out = data
@@ -169,7 +176,7 @@ class FinetuningJob:
         return dataclasses.replace(self.source, params=params)
 
     def _latent(self) -> PyTree:
-        """The tree with latent weights, its layers stacked."""
+        """The tree with latent weights, its layers in a stack."""
         request, params, floats = self.request, stacked(self.source.params), None
         method = request.method or jq.Method("tuned", Nearest(), jq.Integer(), estimator=jq.LSQ())
         if request.recipe is not None:
@@ -203,10 +210,10 @@ class FinetuningJob:
         progress: Callable[[Progress], None],
         finished: Finished,
     ) -> Model:
-        """What is continuous trains, then learned codebooks' codes: the way where codes do not.
+        """The model whose codes do not train by gradients: what is continuous trains instead.
 
-        The codes of vectors and trellises are no roundings of a number, so nothing goes straight
-        through them.
+        The codes of vectors and trellises do not round single numbers, so no straight-through
+        gradient reaches them. The codes of learned codebooks are trained after that.
         """
         how = self.request.end_to_end
         if how is None or self.teacher is None:

@@ -1,4 +1,4 @@
-"""What a finetuning is asked for: all that decides its result, but for the models and the text."""
+"""The request for a finetuning: it states all that decides the result."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxquant_models.runs.recipes import recipe_of
 
 
 class Stages(NamedTuple):
-    """How a way to train does it: end to end, and block by block before."""
+    """How a method trains the whole model, and single blocks before that."""
 
     end_to_end: How
     blocks: How
@@ -37,15 +37,17 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningRequest:
-    """All that decides the result, but for the models and the text.
+    """Everything that decides the result, apart from the models and the contents of the text.
 
     Attributes:
-      end_to_end, blocks: how to train the whole, and block by block before that; None: not at all.
-      method: that floats are rounded by, and trained; of a checkpoint None, its weights train in
-        the formats they have.
-      only: globs of the weights that train; the others stay packed. (): all of the layers.
-      generated: sequences beside the text that the teacher writes (LLM-QAT, arXiv:2305.17888).
+      end_to_end: how the whole model is trained; None: it is not.
+      blocks: how single blocks are trained before that; None: they are not.
+      method: the method that rounds a model of floats, whose weights then train; None for a
+        checkpoint, whose weights train in the formats that they have.
+      only: patterns of the weights that train; the others stay packed. Empty: all of the layers.
+      generated: how many sequences the teacher writes to train on (LLM-QAT, arXiv:2305.17888).
       context: tokens of a sequence.
+      seed: what all random draws start from.
     """
 
     end_to_end: How | None
@@ -58,15 +60,15 @@ class FinetuningRequest:
 
     @property
     def stages(self) -> list[How]:
-        """All training, in its order."""
+        """All training, in the order in which it happens."""
         return [how for how in (self.blocks, self.end_to_end) if how is not None]
 
     @property
     def recipe(self) -> jq.Recipe | None:
-        """That floats are rounded by."""
+        """The recipe that rounds a model of floats."""
         return None if self.method is None else recipe_of(self.method)
 
     def steps(self, layers: int) -> int:
-        """Of all the training of a model of so many layers."""
+        """How many steps the training of a model of so many layers takes in all."""
         whole, blocks = (how.steps if how else 0 for how in (self.end_to_end, self.blocks))
         return whole + layers * blocks

@@ -12,7 +12,7 @@ VERSIONS = {"jaxquant": jq.__version__, "jax": jax.__version__}
 
 
 def digest_of_model(model: Model) -> str:
-    """SHA-256 of its weights, packed or not."""
+    """The SHA-256 of a model's weights, packed or not."""
     digest = hashlib.sha256()
     for path, w in jax.tree_util.tree_leaves_with_path(model.params):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(w).tobytes())
@@ -20,5 +20,5 @@ def digest_of_model(model: Model) -> str:
 
 
 def digest_of_text(text: str) -> str:
-    """SHA-256 of a text."""
+    """The SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

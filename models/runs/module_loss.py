@@ -24,9 +24,12 @@ class ModuleLoss:
     """The `inspect` of `jaxquant.quantize` for a Llama with its layers in a stack."""
 
     def __init__(self, model: Model, sequences: np.ndarray, relative: bool = True) -> None:
-        """By token sequences [N, t]; memory is L N t d floats for the input of every layer.
+        """Run the model on token sequences; memory is L N t d floats, the inputs of all layers.
 
-        `relative`: errors of a token's output over its energy, so that a sink is one token of many.
+        Args:
+          sequences: token ids [N, t].
+          relative: whether the error of a token's output is divided by its energy, so that a sink
+            is one token of many.
         """
         self.config, self.layers, self.relative = model.config, model.params["layers"], relative
         parts = blockwise(model.config, model.dtype)

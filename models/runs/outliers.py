@@ -12,7 +12,7 @@ from jaxquant_models.readers.model import Model
 
 
 def outliers_of(model: Model, tokens: np.ndarray) -> Outliers:
-    """Of a model on one text, token ids [t]; weights decoded, activations not rounded."""
+    """The outliers on token ids [t], with decoded weights and activations that are not rounded."""
     params = stacked(jq.dequantize(model.params))
     llama = Llama(model.config, model.dtype, remat=True)
     ids = jnp.asarray(tokens)

@@ -49,7 +49,14 @@ class TrainingData(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """After a step: the losses, the gradient's norm, the share of ternary codes that changed."""
+    """What is told after a step.
+
+    Attributes:
+      loss: the loss on the step's batch.
+      gradient: the norm of the gradient.
+      flips: the share of ternary codes that changed.
+      validation: the loss on the rows held out, if it was measured.
+    """
 
     step: int
     loss: float
@@ -59,7 +66,7 @@ class StepReport(NamedTuple):
 
 
 class State(NamedTuple):
-    """A run so far."""
+    """The state of a run after some steps."""
 
     step: int
     params: PyTree
@@ -86,7 +93,7 @@ def training_data(request: PretrainingRequest, text: str) -> TrainingData:
 
 
 def fingerprint(request: PretrainingRequest, data: TrainingData) -> dict[str, JsonValue]:
-    """Plain values that differ where results may."""
+    """Plain values that differ wherever results may differ: the run's identity."""
     digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
     return {**dataclasses.asdict(request), "text": digest, "jax": jax.__version__}
 
@@ -97,10 +104,12 @@ def train(
     progress: Callable[[StepReport], None] | None = None,
     finished: Finished | None = None,
 ) -> tuple[PyTree, float]:
-    """The trained parameters, latent still, and their loss on the rows held out.
+    """Train from scratch.
 
     Args:
-      finished: where the run so far is kept, and gone on from: a `Folder` of its `fingerprint`.
+      finished: where the last state is kept, to go on from: a `Folder` of the `fingerprint`.
+    Returns:
+      The trained parameters, latent still, and their loss on the rows held out.
     Raises:
       ValueError: the loss is no number.
     """
@@ -136,7 +145,7 @@ def packed_model(request: PretrainingRequest, params: PyTree, data: TrainingData
 
 
 def initial_state(request: PretrainingRequest, config: LlamaConfig) -> State:
-    """Parameters drawn by the seed, floats."""
+    """The state before the first step: float parameters, drawn by the seed."""
     params = jax.jit(Llama(config).init)(jax.random.key(request.seed), EXAMPLE)["params"]
     return State(0, params, request.optimizer().init(params))
 
@@ -222,7 +231,7 @@ def _step(request: PretrainingRequest, config: LlamaConfig) -> Callable[..., tup
 
 
 def _last_state(finished: Finished, start: State) -> State:
-    """The last state that was kept, or the start."""
+    """The state that was kept last, or the start."""
     if STATE not in finished:
         return start
     arrays = finished[STATE]
@@ -232,6 +241,6 @@ def _last_state(finished: Finished, start: State) -> State:
 
 
 def _arrays(state: State) -> dict[str, jax.Array | np.int64]:
-    """A state as it is kept."""
+    """The arrays that a state is kept as."""
     leaves = {str(i): a for i, a in enumerate(jax.tree.leaves(state[1:]))}
     return {"step": np.int64(state.step), **leaves}

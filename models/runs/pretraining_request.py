@@ -1,4 +1,4 @@
-"""What a training from scratch is asked for: all that decides its result, but for the text."""
+"""The request for a training from scratch: it states all that decides the result."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A quantization under way: its steps in order, killed at any moment and gone on with."""
+"""A quantization under way: its steps in order; it may be killed at any moment and goes on."""
 
 import dataclasses
 from typing import NamedTuple
@@ -31,19 +31,19 @@ from jaxquant_models.runs.sequences import (
     token_sequences,
 )
 
-JUDGES = 4  # sequences that scales are judged on
+JUDGED = 4  # sequences that scales are judged on
 MEASURED = HELD_OUT // 4  # sequences that an allocation is judged on
-MOST_GENERATED = 128  # sequences that a model writes to train on, unless a step takes more
+MOST_GENERATED = 128  # sequences that a model writes to train on, unless one step takes more
 
 
 class Sequences(NamedTuple):
-    """Token sequences, each [N, length].
+    """The token sequences of a job, each an array [N, length].
 
     Attributes:
-      calibration: to calibrate on.
-      unseen: of the same text, kept apart to judge on; empty where nothing is to be judged.
-      training: to train on; None for what the model has to write first.
-      held_out: to judge training on.
+      calibration: the sequences to calibrate on.
+      unseen: sequences of the same text to judge on; empty if nothing is to be judged.
+      training: the sequences to train on; None if the model has to write them first.
+      held_out: the sequences to judge training on; None if the model has to write them first.
     """
 
     calibration: np.ndarray
@@ -85,10 +85,10 @@ class QuantizationJob:
 
     Attributes:
       request: what is asked for.
-      source: the model; with a head apart if its residual stream is to be rotated, which takes its
-        place then.
-      sequences: its token sequences.
-      finished: what earlier runs of the job have done, and this one does.
+      source: the model to quantize. If its residual stream is to be rotated, it has a head apart,
+        and the rotated model takes its place, so that memory holds one of them.
+      sequences: the token sequences that the request needs.
+      finished: the results of steps that are over, of earlier runs of the same job too.
       reporter: who is told of the work.
     """
 
@@ -99,7 +99,7 @@ class QuantizationJob:
     reporter: Reporter
 
     def run(self) -> tuple[Model, jq.Recipe]:
-        """The quantized model and the recipe that made it; goes on from what is finished."""
+        """Run every step that is not finished, and return the model and the recipe that made it."""
         self._rotate()
         stats = self._statistics()
         recipe = self.request.recipe
@@ -114,7 +114,7 @@ class QuantizationJob:
         return jax.random.key(self.request.seed)
 
     def _rotate(self) -> None:
-        """The source's residual stream is rotated from here on, if it is to be."""
+        """Put the model with a rotated residual stream in the source's place, if asked to."""
         rotating = self.request.rotating
         if not self.request.rotation:
             return
@@ -127,9 +127,9 @@ class QuantizationJob:
     def _learned_rotation(
         self, recipe: jq.Recipe, rotating: jq.Healing, start: Float[Array, "d d"], step: Step
     ) -> Float[Array, "d d"]:
-        """The rotation learned on the sequences to train on.
+        """A rotation learned from a start, on the sequences to train on.
 
-        Where the model has yet to write these, it is learned on the text of calibration.
+        If the model has yet to write these, the rotation is learned on the text of calibration.
         """
         training, held_out = self.sequences.training, self.sequences.held_out
         if training is None or held_out is None:
@@ -144,7 +144,7 @@ class QuantizationJob:
         )  # fmt: skip
 
     def _statistics(self) -> jq.Stats | None:
-        """What is known of inputs, if anything needs it."""
+        """Statistics of the inputs of weights, if any step needs them."""
         if not self.request.needs_statistics:
             return None
         with self.reporter.stage("calibrating", len(self.sequences.calibration)) as step:
@@ -159,7 +159,7 @@ class QuantizationJob:
         )  # fmt: skip
 
     def _allocated(self, stats: jq.Stats | None) -> jq.Recipe:
-        """A method for every weight of the layers, by what each costs the model on unseen text."""
+        """The recipe that gives every weight the method at which the model loses least."""
         source, request = self.source, self.request
         teacher = (source.apply_fn, source.params)
         judged = self.sequences.unseen[:MEASURED]
@@ -179,7 +179,7 @@ class QuantizationJob:
         return allocation.recipe
 
     def _learned_transforms(self, recipe: jq.Recipe, stats: jq.Stats | None) -> Transforms | None:
-        """Transforms trained end to end, if they are to be."""
+        """Transforms of inputs trained end to end, if asked to."""
         learning = self.request.learning
         if learning is None:
             return None
@@ -193,7 +193,7 @@ class QuantizationJob:
     def _quantized(
         self, recipe: jq.Recipe, stats: jq.Stats | None, transforms: Transforms | None
     ) -> Model:
-        """Rounded; matrices that are finished are not done again."""
+        """The model with rounded weights."""
         matrices = plan_model(self.source, recipe).matrices
         with self.reporter.stage("quantizing", matrices) as step:
             return quantize_model(
@@ -202,7 +202,7 @@ class QuantizationJob:
             )  # fmt: skip
 
     def _healed(self, result: Model) -> Model:
-        """Trained to be like the source, if it is to be."""
+        """The rounded model trained to be like the source, if asked to."""
         healing, recoding = self.request.healing, self.request.recoding
         if healing is None:
             return result
@@ -216,13 +216,13 @@ class QuantizationJob:
             )  # fmt: skip
 
     def _module_loss(self) -> ModuleLoss | None:
-        """What judges scales that are searched for."""
+        """The judge of scales that are searched for, if any are."""
         if not self.request.needs_module_loss:
             return None
-        return ModuleLoss(self.source, self.sequences.calibration[:JUDGES])
+        return ModuleLoss(self.source, self.sequences.calibration[:JUDGED])
 
     def _training(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences to train on, and those held out; the model writes them if it is to."""
+        """Sequences to train on, and those held out; the model writes them if asked to."""
         if self.sequences.training is not None and self.sequences.held_out is not None:
             return self.sequences.training, self.sequences.held_out
         stages = self.request.training

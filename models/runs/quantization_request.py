@@ -1,4 +1,4 @@
-"""What a quantization of a language model is asked for: all that decides its result."""
+"""The request for a quantization of a language model: it states all that decides the result."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,8 +19,13 @@ SAMPLE = 256  # rows of every input kept to fit transforms to, and as many at ra
 
 
 class Texts(NamedTuple):
-    """What texts hold: the one to calibrate on; the one to train on, "" for the same, or
-    `GENERATED`."""
+    """The contents of the texts.
+
+    Attributes:
+      calibration: the text to calibrate on.
+      heal: the text to train on; "" stands for that of calibration, `GENERATED` for text that the
+        model writes.
+    """
 
     calibration: str
     heal: str
@@ -28,20 +33,23 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationRequest:
-    """All that decides the result, but for the model and what the texts hold.
+    """Everything that decides the result, apart from the model and the contents of the texts.
 
     Attributes:
-      recipe: or, to have methods allocated, None.
-      choices, target_bits: methods to allocate, and the average to keep.
-      exact_prefix: first tokens of a text whose activations are not rounded.
-      calibration: the text to calibrate on, a FILE or a name. calibration_tokens: how many of it.
-      weighting: of tokens, see `jaxquant.calibrate`.
-      rotation: of the residual stream, before all else: "" none, "random" or "learned".
-      rotating: how to learn it.
-      learning: how to train transforms of inputs before rounding; None: they stay as fitted.
-      healing: how to train at last; None: not at all.
-      recoding: how to train the codes of learned codebooks after that; None: not at all.
-      heal_text: to train on, a FILE or a name, "" for that of calibration; or `GENERATED`.
+      recipe: the method of every weight; None if methods are to be allocated.
+      choices: the methods that an allocation chooses from.
+      target_bits: the average that an allocation keeps to.
+      exact_prefix: how many tokens at the beginning of a text keep their activations exact.
+      calibration: the text to calibrate on, a file or a name of `readers.text`.
+      calibration_tokens: how many tokens of that text are used.
+      weighting: how tokens are weighted, as in `jaxquant.calibrate`.
+      seed: what all random draws start from.
+      rotation: how the residual stream is rotated first: "" (not at all), "random" or "learned".
+      rotating: how the rotation is learned.
+      learning: how transforms of inputs are trained before rounding; None leaves them as fitted.
+      healing: how the rounded model is trained; None leaves it as rounded.
+      recoding: how the codes of learned codebooks are trained after that; None leaves them.
+      heal_text: the text to train on, a file or a name; "" for that of calibration; or `GENERATED`.
     """
 
     recipe: jq.Recipe | None
@@ -61,50 +69,50 @@ class QuantizationRequest:
 
     @property
     def rules(self) -> list[tuple[str, jq.Method]]:
-        """Which methods weights may get."""
+        """The methods that weights may get, with the paths of these weights."""
         if self.recipe is None:
             return [(LAYER_MATRICES, m) for m in self.choices]
         return [(p, m) for p, m in self.recipe.rules if isinstance(m, jq.Method)]
 
     @property
     def training(self) -> list[jq.Healing]:
-        """All training on sequences, in its order."""
+        """All training on sequences, in the order in which it happens."""
         stages = (self.rotating, self.learning, self.healing, self.recoding)
         return [how for how in stages if how is not None]
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether there is anything to calibrate for."""
+        """Whether any step asks for statistics of inputs."""
         kinds = ("gram", "output", "channels", "sample")
         needed = any(getattr(m, f"needs_{kind}") for _, m in self.rules for kind in kinds)
         return needed or self.recipe is None
 
     @property
     def needs_gram(self) -> bool:
-        """Whether second moments are needed."""
+        """Whether any step asks for second moments of inputs."""
         return self.recipe is None or any(m.needs_gram for _, m in self.rules)
 
     @property
     def sample(self) -> int:
-        """Rows of inputs that are needed, of either kind."""
+        """How many rows of each input calibration keeps, of either kind."""
         return SAMPLE if any(m.needs_sample for _, m in self.rules) else 0
 
     @property
     def needs_module_loss(self) -> bool:
-        """Whether scales are searched for that a module's output judges."""
+        """Whether scales are searched for that the output of a module judges."""
         searched = (m for _, m in self.rules if getattr(m.input, "searched", False))
         return any(m.activations is None for m in searched)
 
     @property
     def output(self) -> tuple[str, ...]:
-        """Globs of weights whose output-side statistics are needed."""
+        """Patterns of the weights whose output-side statistics are needed."""
         return tuple(dict.fromkeys(p for p, m in self.rules if m.needs_output))
 
     def read_texts(self) -> Texts:
-        """What the texts hold.
+        """The contents of the texts that the request names.
 
         Raises:
-          ValueError: one cannot be read.
+          ValueError: a text cannot be read.
         """
         own = self.heal_text in ("", GENERATED)
         return Texts(
@@ -113,7 +121,7 @@ class QuantizationRequest:
         )
 
     def fingerprint(self, source: Model, texts: Texts) -> dict[str, JsonValue]:
-        """Plain values that differ where results may: of this, the weights, the libraries."""
+        """Plain values that differ wherever results may differ: the run's identity."""
         training = ("learning", "healing", "recoding", "rotating")
         return {
             **VERSIONS,

@@ -30,7 +30,7 @@ def recipe_of(method: jq.Method, rotated: bool = False) -> jq.Recipe:
 
 
 def _without_rotations(method: jq.Method) -> jq.Method:
-    """Without rotations of inputs, but those that sort, whose order is the format's."""
+    """The method without rotations of inputs, except for those that sort, as the format needs."""
     side = method.input
     parts = side.parts if isinstance(side, jq.Chain) else () if side is None else (side,)
     left = tuple(p for p in parts if not isinstance(p, jq.Rotation) or p.sort)

@@ -1,4 +1,4 @@
-"""How a run tells of its work, whoever shows it."""
+"""How a run tells of its work; whoever starts the run decides how that is shown."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,12 +8,12 @@ Step = Callable[[object], None]  # called after each step of a stage, with the r
 
 
 class Reporter(Protocol):
-    """What a run calls while it works."""
+    """The one whom a run tells of its work."""
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Step]:
-        """A stage of so many steps."""
+        """Open a stage of so many steps."""
         ...
 
     def tell(self, text: str) -> None:
-        """A text between stages."""
+        """Take a text that belongs between stages."""
         ...

@@ -44,7 +44,7 @@ def first_tokens(sequences: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All sequences but the last ones, and these: a quarter, at most `HELD_OUT`.
+    """Split sequences into those to train on and the last ones, a quarter but at most `HELD_OUT`.
 
     Raises:
       ValueError: there are too few.

@@ -8,10 +8,10 @@ from jaxquant_models.readers.model import Model
 
 
 def serving_model(model: Model, tell: Callable[[str], None]) -> Model:
-    """The model with parameters as products take them (`jaxquant.transcoded`).
+    """The model with parameters in the form that products read (`jaxquant.transcoded`).
 
     Args:
-      tell: is told in one line what entropy-coded weights take, where there are any.
+      tell: called with a line that says what entropy-coded weights take, if there are any.
     """
     before, params = dict(jq.path_leaves(model.params)), jq.transcoded(model.params)
     pairs = [(before[path], w) for path, w in jq.path_leaves(params) if w is not before[path]]

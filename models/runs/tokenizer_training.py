@@ -1,4 +1,4 @@
-"""A tokenizer trained on a text."""
+"""Tokenizers trained on a text."""
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
@@ -8,7 +8,7 @@ from jaxquant_models.readers.tokenizer import Tokenizer
 
 
 def trained_tokenizer(text: str, vocabulary: int) -> Tokenizer:
-    """A byte-level BPE: every text has tokens."""
+    """A byte-level BPE, which has tokens for every text."""
     backend = tokenizers.Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
