@@ -1,6 +1,5 @@
 """The command `jaxquant quantize`."""
 
-import dataclasses
 import time
 from typing import Any, get_args
 
@@ -14,12 +13,7 @@ from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.output import Output
 from jaxquant_models.cli.presets import PRESETS
 from jaxquant_models.cli.quantize_request import ROTATIONS, request_of
-from jaxquant_models.readers import registry
-from jaxquant_models.readers.model import Model
-from jaxquant_models.runs.quantization import check_target, plan_model
-from jaxquant_models.runs.quantization_job import QuantizationJob, Sequences
-from jaxquant_models.runs.quantization_request import QuantizationRequest
-from jaxquant_models.runs.rotation import untie_model
+from jaxquant_models.runs.quantization_setup import set_up
 
 
 @click.command()
@@ -111,7 +105,8 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
         request = request_of(**options)
     output.hold()
     start = time.monotonic()
-    result, recipe = _job(request, model, output).run()
+    job = set_up(request, model, output.begin, Bars())
+    result, recipe = job.run()
     output.publish(result, recipe)
     size = jq.size(result.params)
     line(str(size))
@@ -123,38 +118,3 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
         "seconds": time.monotonic() - start,
     }
     emit(report, as_json)
-
-
-def _job(request: QuantizationRequest, model: str, output: Output) -> QuantizationJob:
-    """The job, which alone holds the model; it goes on from the folder of the output."""
-    texts = request.read_texts()
-    source = _source(request, model)
-    sequences = Sequences.of(request, source, texts)
-    finished = output.begin(request.fingerprint(source, texts))
-    return QuantizationJob(request, source, sequences, finished, Bars())
-
-
-def _source(request: QuantizationRequest, model: str) -> Model:
-    """The model to quantize. Its plan is printed; whatever is wrong with the plan is raised."""
-    source = dataclasses.replace(registry.load(model), prefix=request.exact_prefix)
-    if request.rotation:
-        source = _untied(source)
-    if request.recipe is not None:
-        click.echo(str(plan_model(source, request.recipe)), err=True)
-    else:
-        healed = request.healing is not None
-        check_target(source, request.choices, request.target_bits, healed)
-    return source
-
-
-def _untied(source: Model) -> Model:
-    """The model with a head apart; a line tells what that costs."""
-    if not source.config.tie_embeddings:
-        return source
-    source = untie_model(source)
-    size = 2 * source.params["head"]["kernel"].size
-    line(
-        f"note: the embedding is the output matrix too; the two turn apart with the residual "
-        f"stream, so it is untied, which adds {size:,} bytes (float16)"
-    )
-    return source

@@ -118,10 +118,9 @@ def _check_rotation(
 
 def _check_trainable(request: QuantizationRequest) -> None:
     """Raise ValueError if no method has the part that is to be trained."""
-    methods = [method for _, method in request.rules]
-    if request.recoding and not any(hasattr(m.format, "recoded") for m in methods):
+    if request.recoding and not any(hasattr(m.format, "recoded") for _, m in request.rules):
         raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
-    if request.learning and not any(hasattr(m.input, "learned") for m in methods):
+    if request.learning and not any(hasattr(m.input, "learned") for _, m in request.rules):
         raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
 
 

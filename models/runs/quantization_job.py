@@ -16,20 +16,14 @@ from jaxquant.tuning.learned_transforms import Transforms
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.calibration import CALIBRATION, calibrate_model
-from jaxquant_models.runs.generated_text import GENERATED, generated_sequences
+from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.healing import heal_model
 from jaxquant_models.runs.module_loss import ModuleLoss
 from jaxquant_models.runs.quantization import learn_transforms, plan_model, quantize_model
-from jaxquant_models.runs.quantization_request import QuantizationRequest, Texts
+from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter, Step
 from jaxquant_models.runs.rotation import learned_rotation, random_rotation, rotate_model
-from jaxquant_models.runs.sequences import (
-    HELD_OUT,
-    context_length,
-    first_tokens,
-    split,
-    token_sequences,
-)
+from jaxquant_models.runs.sequences import HELD_OUT, context_length, split
 
 JUDGED = 4  # sequences that scales are judged on
 MEASURED = HELD_OUT // 4  # sequences that an allocation is judged on
@@ -51,32 +45,25 @@ class Sequences(NamedTuple):
     training: np.ndarray | None = None
     held_out: np.ndarray | None = None
 
-    @staticmethod
-    def of(request: QuantizationRequest, source: Model, texts: Texts) -> "Sequences":
-        """The sequences that a request needs.
 
-        Raises:
-          ValueError: a text is too short to keep a part of it apart.
-        """
-        none = np.empty((0, 0), np.int32)
-        if not request.needs_statistics and not request.training:
-            return Sequences(none, none)
-        cut = lambda text: token_sequences(source, text, context_length(source))
-        tokens = request.calibration_tokens
-        if request.recipe is not None and not request.training:
-            return Sequences(first_tokens(cut(texts.calibration), tokens), none)
-        fit, unseen = split(cut(texts.calibration))
-        calibration = first_tokens(fit, tokens)
-        if texts.heal == GENERATED:
-            return Sequences(calibration, unseen)
-        own = split(cut(texts.heal)) if texts.heal else (fit, unseen)
-        batch = max((how.batch_size for how in request.training), default=0)
-        if len(own[0]) < batch:
-            raise ValueError(
-                f"the text to heal on has {len(own[0])} sequences of {own[0].shape[1]} tokens, "
-                f"fewer than one step takes, {batch}: give a longer one or a smaller batch"
-            )
-        return Sequences(calibration, unseen, *own)
+class Needs(NamedTuple):
+    """What the methods of a request ask for.
+
+    Attributes:
+      statistics: whether they ask for any statistics of inputs.
+      gram: whether they ask for second moments of inputs.
+      channels: whether they ask for the sizes of single channels, or for a sample.
+      output: patterns of the weights whose output-side statistics they ask for.
+      sample: how many rows of each input they ask for, of either kind.
+      module_loss: whether they search for scales that the output of a module judges.
+    """
+
+    statistics: bool
+    gram: bool
+    channels: bool
+    output: tuple[str, ...]
+    sample: int
+    module_loss: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,14 +74,18 @@ class QuantizationJob:
       request: what is asked for.
       source: the model to quantize. If its residual stream is to be rotated, it has a head apart,
         and the rotated model takes its place, so that memory holds one of them.
+      needs: what the methods of the request ask for.
       sequences: the token sequences that the request needs.
+      plan: the resolved recipe; None if methods are to be allocated.
       finished: the results of steps that are over, of earlier runs of the same job too.
       reporter: who is told of the work.
     """
 
     request: QuantizationRequest
     source: Model
+    needs: Needs
     sequences: Sequences
+    plan: jq.Plan | None
     finished: Finished
     reporter: Reporter
 
@@ -135,7 +126,7 @@ class QuantizationJob:
         if training is None or held_out is None:
             training, held_out = self.sequences.calibration, self.sequences.unseen
         stats = None
-        if any(m.needs_channels or m.needs_sample for _, m in self.request.rules):
+        if self.needs.channels:
             begun, name = rotate_model(self.source, start), f"{CALIBRATION} before rotating"
             stats = self._calibrated(begun, lambda _: None, name)
         return learned_rotation(
@@ -145,16 +136,15 @@ class QuantizationJob:
 
     def _statistics(self) -> jq.Stats | None:
         """Statistics of the inputs of weights, if any step needs them."""
-        if not self.request.needs_statistics:
+        if not self.needs.statistics:
             return None
         with self.reporter.stage("calibrating", len(self.sequences.calibration)) as step:
             return self._calibrated(self.source, step, CALIBRATION)
 
     def _calibrated(self, source: Model, step: Step, name: str) -> jq.Stats:
-        request = self.request
         return calibrate_model(
-            source, self.sequences.calibration, weighting=request.weighting,
-            gram=request.needs_gram, output=request.output, sample=request.sample,
+            source, self.sequences.calibration, weighting=self.request.weighting,
+            gram=self.needs.gram, output=self.needs.output, sample=self.needs.sample,
             progress=step, finished=self.finished, name=name,
         )  # fmt: skip
 
@@ -194,8 +184,8 @@ class QuantizationJob:
         self, recipe: jq.Recipe, stats: jq.Stats | None, transforms: Transforms | None
     ) -> Model:
         """The model with rounded weights."""
-        matrices = plan_model(self.source, recipe).matrices
-        with self.reporter.stage("quantizing", matrices) as step:
+        plan = plan_model(self.source, recipe) if self.plan is None else self.plan
+        with self.reporter.stage("quantizing", plan.matrices) as step:
             return quantize_model(
                 self.source, recipe, stats, key=self._key, inspect=self._module_loss(),
                 transforms=transforms, progress=step, finished=self.finished,
@@ -217,7 +207,7 @@ class QuantizationJob:
 
     def _module_loss(self) -> ModuleLoss | None:
         """The judge of scales that are searched for, if any are."""
-        if not self.request.needs_module_loss:
+        if not self.needs.module_loss:
             return None
         return ModuleLoss(self.source, self.sequences.calibration[:JUDGED])
 
