@@ -1,7 +1,7 @@
 """A language model rounded by a recipe: what it will take, the rounding, its transforms learned."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,7 +14,6 @@ from jaxquant.ptq.shared_transforms import Inspection
 from jaxquant.tuning.learned_transforms import Transforms
 from jaxquant.tuning.trainer import Progress
 from jaxquant_models.architectures.invariances import folds
-from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers.checkpoint import as_stored
 from jaxquant_models.readers.model import Model
 
@@ -23,16 +22,6 @@ def plan_model(model: Model, recipe: jq.Recipe) -> jq.Plan:
     """The resolved recipe with the bytes that `save_model` stores; any error of it comes here."""
     shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
     return jq.resolve(recipe, as_stored(model.params, shape), model.sites())
-
-
-def check_target(
-    model: Model, methods: Sequence[jq.Method], target_bits: float, healed: bool
-) -> None:
-    """Raise ValueError if no choice among the methods keeps the layers' matrices to these bits."""
-    choices = jq.Choices.of(
-        model.params, methods, model.sites(), paths=[LAYER_MATRICES], healed=healed
-    )
-    choices.check(target_bits)
 
 
 def quantize_model(

@@ -10,12 +10,13 @@ from pydantic import JsonValue
 import jaxquant as jq
 from jaxquant.durable.store import Finished
 from jaxquant.recipes.serialize import to_json
+from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_model, digest_of_text
 from jaxquant_models.runs.generated_text import GENERATED
-from jaxquant_models.runs.quantization import check_target, plan_model
+from jaxquant_models.runs.quantization import plan_model
 from jaxquant_models.runs.quantization_job import Needs, QuantizationJob, Sequences
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter
@@ -91,8 +92,11 @@ def _untied(source: Model, reporter: Reporter) -> Model:
 def _plan(request: QuantizationRequest, source: Model, reporter: Reporter) -> jq.Plan | None:
     """The resolved recipe, told; or None, if the methods to allocate can keep to the bits."""
     if request.recipe is None:
-        healed = request.healing is not None
-        check_target(source, request.choices, request.target_bits, healed)
+        choices = jq.Choices.of(
+            source.params, request.choices, source.sites(), paths=[LAYER_MATRICES],
+            healed=request.healing is not None,
+        )  # fmt: skip
+        choices.check(request.target_bits)
         return None
     plan = plan_model(source, request.recipe)
     reporter.tell(str(plan))
