@@ -17,10 +17,16 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.storage import checkpoint
+from jaxquant_models import load
 from jaxquant_models.cli.console import bar
+from jaxquant_models.readers.checkpoint import save_model
+from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.text import builtin_text
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.generate import generate
+from jaxquant_models.runs.quantization import plan_model, quantize_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import first_tokens, token_sequences
 
 METHODS = {
     "rtn 4 bits": jq.rtn(bits=4, group_size=64),
@@ -33,12 +39,13 @@ PROMPT = "The capital of France is"
 
 
 def main() -> None:
-    model = pipeline.load_any("smollm2-135m")
+    model = load("smollm2-135m")
     calibration, evaluation = builtin_text()
     chunks = chunk(model.tokenizer.encode(evaluation), CONTEXT, CHUNKS)
     start = time.monotonic()
-    with bar("calibrating", CALIBRATION_TOKENS // CONTEXT) as step:
-        stats = pipeline.calibrate(model, calibration, CALIBRATION_TOKENS, progress=step)
+    sequences = first_tokens(token_sequences(model, calibration, CONTEXT), CALIBRATION_TOKENS)
+    with bar("calibrating", len(sequences)) as step:
+        stats = calibrate_model(model, sequences, progress=step)
     calibrated = time.monotonic() - start
 
     table = Table(
@@ -48,18 +55,18 @@ def main() -> None:
     with bar("unquantized", CHUNKS) as step:
         base = evaluate(model.apply_fn, model.params, chunks, progress=step)
     table.add_row("unquantized", "32.000", "", f"{base.perplexity:.2f}", "0", "1", "")
-    best: tuple[float, pipeline.Model | None] = (float("inf"), None)
+    best: tuple[float, Model | None] = (float("inf"), None)
     with tempfile.TemporaryDirectory() as folder:
         for name, method in METHODS.items():
-            recipe = pipeline.recipe_of(method)
+            recipe = recipe_of(method)
             start = time.monotonic()
-            with bar(f"{name}, quantizing", pipeline.plan(model, recipe).matrices) as step:
-                made = pipeline.quantized_model(model, recipe, stats, progress=step)
+            with bar(f"{name}, quantizing", plan_model(model, recipe).matrices) as step:
+                made = quantize_model(model, recipe, stats, progress=step)
             seconds = time.monotonic() - start
             seconds += calibrated if method.needs_gram else 0.0
             out = Path(folder) / name.replace(" ", "-")
-            pipeline.save(out, made, recipe)
-            loaded = pipeline.load_any(out)
+            save_model(out, made, recipe)
+            loaded = load(out)
             with bar(f"{name}, evaluating", CHUNKS) as step:
                 result = evaluate(
                     jq.quantized(loaded.apply_fn),

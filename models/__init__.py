@@ -8,8 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxquant_models.architectures.llama import Llama, LlamaConfig, blockwise, init_cache
-    from jaxquant_models.readers.registry import Model, load
+    from jaxquant_models.architectures.blocks import blockwise
+    from jaxquant_models.architectures.cache import init_cache
+    from jaxquant_models.architectures.config import LlamaConfig
+    from jaxquant_models.architectures.llama import Llama
+    from jaxquant_models.readers.model import Model
+    from jaxquant_models.readers.registry import load
     from jaxquant_models.readers.tokenizer import Tokenizer
     from jaxquant_models.runs.generate import generate
 
@@ -25,12 +29,12 @@ __all__ = [
 ]
 _HOME = {
     "Llama": "architectures.llama",
-    "LlamaConfig": "architectures.llama",
-    "Model": "readers.registry",
+    "LlamaConfig": "architectures.config",
+    "Model": "readers.model",
     "Tokenizer": "readers.tokenizer",
-    "blockwise": "architectures.llama",
+    "blockwise": "architectures.blocks",
     "generate": "runs.generate",
-    "init_cache": "architectures.llama",
+    "init_cache": "architectures.cache",
     "load": "readers.registry",
 }
 

@@ -11,8 +11,8 @@ import jaxquant as jq
 from jaxquant.ptq.layer_stacks import layers_of
 from jaxquant.tuning.heal import Healing, heal, heal_blocks
 from jaxquant_models import load
-from jaxquant_models.architectures.llama import init_cache
-from jaxquant_models.runs import pipeline
+from jaxquant_models.architectures.cache import init_cache
+from jaxquant_models.runs.healing import heal_model
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 from .test_dispatch import draw
@@ -121,7 +121,9 @@ def test_layers_that_do_not_stack_are_not_healed(tmp_path):
     rules = [("layers/0/*kernel", jq.rtn(2, 8)), ("layers/*kernel", jq.rtn(3, 8)), ("*", jq.KEEP)]
     q = jq.quantize(jq.unstack(model.params, "layers"), jq.Recipe(rules))
     with pytest.raises(ValueError, match="healed as a stack"):
-        pipeline.healed(model, dataclasses.replace(model, params=q), None, None, Healing(), print)
+        heal_model(
+            model, dataclasses.replace(model, params=q), None, None, Healing(), progress=print
+        )
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,12 @@ arXiv:1810.04805). The layers are stacked, as in `architectures.llama`. The para
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-
-from jaxquant_models.schemas.files import BertFile
-from jaxquant_models.schemas.strict import checked
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 # Of `jaxquant.fold`: outputs make their input from values alone. No other input's factors can be
 # folded: norms feed the residual stream too, and GELU lets no factor through.
@@ -45,32 +42,12 @@ class BertConfig:
         tables = self.vocab_size + self.max_position + self.n_types
         return self.n_layers * layer + tables * self.d_model
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "BertConfig":
-        """Read the contents of a Hugging Face `config.json`.
-
-        Raises:
-          ValueError: another architecture, an option that is not supported, or a key is missing.
-        """
-        file = checked(BertFile, hf, "config.json")
-        return cls(
-            vocab_size=file.vocab_size,
-            d_model=file.hidden_size,
-            d_ff=file.intermediate_size,
-            n_layers=file.num_hidden_layers,
-            n_heads=file.num_attention_heads,
-            max_position=file.max_position_embeddings,
-            n_types=file.type_vocab_size,
-            norm_eps=file.layer_norm_eps,
-            pad_id=file.pad_token_id,
-        )
-
 
 class Attention(nn.Module):
     """Every token sees every token that is none of padding."""
 
     config: BertConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, real):
@@ -85,7 +62,7 @@ class MLP(nn.Module):
     """down(gelu(up(x)))."""
 
     config: BertConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -98,7 +75,7 @@ class Block(nn.Module):
     """One layer, in the (carry, slice) form that `nn.scan` wants: norms come after the sums."""
 
     config: BertConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h, real):
@@ -119,7 +96,7 @@ class Bert(nn.Module):
     """
 
     config: BertConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens):
@@ -141,7 +118,7 @@ class Bert(nn.Module):
         return layers(c, self.dtype, name="layers")(h, tokens != c.pad_id)[0]
 
 
-def sentence_vectors(model: Bert, params: Any, tokens: jax.Array) -> jax.Array:
+def sentence_vectors(model: Bert, params: PyTree, tokens: jax.Array) -> jax.Array:
     """Mean of the hidden states of what is no padding, of length 1.
 
     Args:

@@ -6,10 +6,11 @@ them and what is kept of those before. It may keep the new ones then, or, after 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
@@ -116,7 +117,7 @@ class PackedCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rounding:
+class FakeQuantizedCache:
     """Shows each query of a whole sequence what a packed cache would show it.
 
     It keeps everything as it is: of a sequence that comes in several calls, the keys of each are
@@ -141,7 +142,7 @@ class Rounding:
         """Tokens seen so far."""
         return 0 if self.past is None else self.past[0].shape[3]
 
-    def apart(self) -> "Rounding":
+    def apart(self) -> "FakeQuantizedCache":
         """Itself."""
         return self
 
@@ -167,7 +168,7 @@ class Rounding:
         mixed += mix(jnp.where(exact, 0, weights), kv_cache.rounded_values(v, form))
         return mixed.reshape(q.shape).astype(q.dtype), self, new
 
-    def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "Rounding":
+    def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "FakeQuantizedCache":
         """As `PackedCache.advanced`."""
         past = kept if self.past is None else tuple(map(_appended, self.past, kept))
         return dataclasses.replace(self, past=past)
@@ -178,11 +179,15 @@ def _appended(held: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.concatenate([held, new], axis=-2)
 
 
-AnyCache = Cache | PackedCache | Rounding
+AnyCache = Cache | PackedCache | FakeQuantizedCache
 
 
 def init_cache(
-    config: LlamaConfig, batch: int, size: int, dtype: Any = jnp.float32, kv: KVFormat | None = None
+    config: LlamaConfig,
+    batch: int,
+    size: int,
+    dtype: DTypeLike = jnp.float32,
+    kv: KVFormat | None = None,
 ) -> Cache | PackedCache:
     """An empty cache with room for `size` tokens in each of `batch` sequences.
 

@@ -1,29 +1,23 @@
-"""The architecture of a Llama-like model, and its readers for Hugging Face and GGUF metadata."""
+"""The architecture of a Llama-like model: its sizes and switches, checked whoever made them."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import JsonValue, model_validator
 
 from jaxquant.core.fields import shown
-from jaxquant_models.schemas.files import (
-    ArchFields,
+from jaxquant_models.schemas.fields import (
     Epsilon,
     Factor,
-    HFConfig,
-    Rope,
     Size,
     Theta,
     TokenId,
-    TokenizerFields,
     check_heads,
     check_ids,
 )
 from jaxquant_models.schemas.strict import Schema, checked
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF calls Mistral "llama"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Llama3Scaling:
     original_max_position: int
 
     def __post_init__(self):
-        checked(_Llama3, vars(self), "rope_scaling")
+        checked(_ScalingFields, vars(self), "rope_scaling")
 
 
 # A float divides every frequency (linear); a tuple divides each by its own factor, which is how
@@ -70,7 +64,7 @@ class LlamaConfig:
     bos_id: int | None = None
 
     def __post_init__(self):
-        checked(_Fields, vars(self), "LlamaConfig")
+        checked(_ConfigFields, vars(self), "LlamaConfig")
         scaling = self.rope_scaling
         numbers = scaling if isinstance(scaling, tuple) else (scaling,)
         if scaling is not None and not isinstance(scaling, Llama3Scaling):
@@ -91,12 +85,12 @@ class LlamaConfig:
         tables = 1 if self.tie_embeddings else 2
         return self.n_layers * layer + tables * self.vocab_size * self.d_model
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """A dict of JSON values; `from_json` is its inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "LlamaConfig":
+    def from_json(cls, data: Mapping[str, JsonValue]) -> "LlamaConfig":
         """The inverse of `to_json`, also after a trip through JSON text.
 
         Raises:
@@ -115,96 +109,8 @@ class LlamaConfig:
         except TypeError as error:
             raise ValueError(f"not a LlamaConfig in JSON form: {error}") from None
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
-        """Read the contents of a Hugging Face `config.json`.
 
-        Raises:
-          ValueError: the family or one of its options is not supported, or a key is missing.
-        """
-        file = checked(HFConfig, hf, "config.json")
-        heads, kv_heads, head_dim = file.sizes
-        qwen2 = file.model_type == "qwen2"
-        return cls(
-            vocab_size=file.vocab_size,
-            d_model=file.hidden_size,
-            d_ff=file.intermediate_size,
-            n_layers=file.num_hidden_layers,
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            head_dim=head_dim,
-            norm_eps=file.rms_norm_eps,
-            rope_theta=float(file.theta),
-            rope_scaling=_scaling(file.rope, file.max_position_embeddings),
-            tie_embeddings=file.tie_word_embeddings,
-            qk_norm=file.model_type == "qwen3",
-            qkv_bias=qwen2 or file.attention_bias,
-            o_bias=file.attention_bias and not qwen2,
-            mlp_bias=file.mlp_bias,
-            max_position=file.max_position_embeddings,
-            eos_ids=tuple(dict.fromkeys(file.eos_token_id)),
-            bos_id=next(iter(file.bos_token_id), None),
-        )
-
-    @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
-        """Read GGUF metadata (plain values). What only the tensors tell is left at its default:
-        `readers.gguf` sets tie_embeddings, biases and per-frequency RoPE factors.
-
-        Raises:
-          ValueError: the architecture or one of its options is not supported, or a key is missing.
-        """
-        arch = fields.get("general.architecture")
-        if arch not in ARCHITECTURES:
-            raise ValueError(
-                f"general.architecture must be one of {ARCHITECTURES}; got {shown(arch)}"
-            )
-        own = checked(ArchFields, _below(fields, f"{arch}."), GGUF, f"{arch}.")
-        words = tokenizer_fields(fields)
-        ends = (words.eos_token_id, words.eot_token_id)
-        return cls(
-            vocab_size=own.vocab_size or len(words.tokens),
-            d_model=own.embedding_length,
-            d_ff=own.feed_forward_length,
-            n_layers=own.block_count,
-            n_heads=own.heads,
-            n_kv_heads=own.kv_heads or own.heads,
-            head_dim=own.head_dim,
-            norm_eps=own.norm_eps,
-            rope_theta=own.theta,
-            rope_scaling=own.rope_factor,
-            qk_norm=arch == "qwen3",
-            max_position=own.context_length,
-            eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-            bos_id=words.bos_token_id,
-        )
-
-
-GGUF = "the GGUF metadata"
-
-
-def tokenizer_fields(fields: Mapping[str, Any]) -> TokenizerFields:
-    """What GGUF metadata says of the tokenizer."""
-    prefix = "tokenizer.ggml."
-    return checked(TokenizerFields, _below(fields, prefix), GGUF, prefix)
-
-
-def _below(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-
-
-def _scaling(rope: Rope, max_position: int) -> RopeScaling:
-    if rope.kind == "default":
-        return None
-    if rope.kind == "linear":
-        return float(rope.factor)
-    trained = rope.original_max_position_embeddings or max_position
-    return Llama3Scaling(
-        float(rope.factor), float(rope.low_freq_factor), float(rope.high_freq_factor), trained
-    )
-
-
-class _Llama3(Schema):
+class _ScalingFields(Schema):
     """Fields of `Llama3Scaling`."""
 
     factor: Factor
@@ -222,7 +128,7 @@ class _Llama3(Schema):
         return self
 
 
-class _Fields(Schema):
+class _ConfigFields(Schema):
     """Fields of `LlamaConfig`, whoever made it; `rope_scaling` apart."""
 
     vocab_size: Size

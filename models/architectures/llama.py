@@ -15,49 +15,32 @@ Params with the layers apart, layers/0/attn/..., serve too (`apply`), one layer 
 longer to compile, and no layer's packed words are copied out of a stack before a kernel reads them.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import ArrayLike, DTypeLike
 
-import jaxquant as jq
 from jaxquant.ptq.layer_stacks import is_apart, layers_of, restack
-from jaxquant_models.architectures.cache import AnyCache, Cache, init_cache
+from jaxquant_models.architectures.cache import AnyCache
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.rope import rotate, rotation_angles
 from pallas_kernels.attention import attention
 
-__all__ = [
-    "Block",
-    "Blockwise",
-    "Cache",
-    "Llama",
-    "LlamaConfig",
-    "apply",
-    "blockwise",
-    "check_tokens",
-    "init_cache",
-    "whole",
-]
-
-
-class Blockwise(NamedTuple):
-    """The model cut into pure functions; see `blockwise`."""
-
-    embed: Callable[[Any, jax.Array], jax.Array]
-    block: Callable[[Any, jax.Array], jax.Array]
-    head: Callable[[Any, jax.Array], jax.Array]
+# Patterns of parameter paths.
+LAYER_MATRICES = "layers/*kernel"
+RESIDUAL_READERS = ("layers/attn/[qkv]/kernel", "layers/mlp/[gu]*/kernel")
+QUERIES_AND_KEYS = "layers/*attn/[qk]/kernel"
+NORM_SCALES = "*norm/scale"
 
 
 class Attention(nn.Module):
     """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, cache, layer, positions, angles):
@@ -87,7 +70,7 @@ class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)); BitNet: down(norm(relu(gate(x))^2 * up(x)))."""
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -108,7 +91,7 @@ class Block(nn.Module):
     """
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, carry, layer, positions, angles):
@@ -137,7 +120,7 @@ class Llama(nn.Module):
     """
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool | Callable[..., bool] = False
 
     def setup(self):
@@ -202,7 +185,7 @@ def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
     return model.apply({"params": rest}, tokens, cache, in_turn)
 
 
-def check_tokens(tokens: Any, vocab_size: int) -> None:
+def check_tokens(tokens: ArrayLike | Sequence[int], vocab_size: int) -> None:
     """Raise ValueError for ids without a row in the embedding, which JAX would make NaN of, or,
     where they are negative, another token. Traced ids pass: nobody knows them yet."""
     if isinstance(tokens, jax.core.Tracer):
@@ -228,101 +211,6 @@ def _after(h, kept):
     return jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), kept)
 
 
-def whole(params):
-    """The params with their layers stacked, if they are apart (`jaxquant.unstack`)."""
+def stacked(params):
+    """The params with their layers in a stack, also where they were apart (`jaxquant.unstack`)."""
     return restack(params, "layers") if is_apart(params, "layers") else params
-
-
-def blockwise(config: LlamaConfig, dtype=jnp.float32) -> Blockwise:
-    """The model as three pure functions, for calibration one block at a time.
-
-    Returns:
-      embed(params, tokens [b, t]) -> h [b, t, d];
-      block(layer_params, h) -> h, where layer_params is `params["layers"]` without the axis L;
-      head(params, h) -> logits [b, t, V] float32.
-      `params` is the inner "params" dict. Chained, they equal `Llama(config, dtype).apply`.
-    """
-    model = Llama(config, dtype)
-
-    def embed(params, tokens):
-        return model.apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
-
-    def block(layer_params, h):
-        positions = jnp.arange(h.shape[1], dtype=jnp.int32)
-        angles = rotation_angles(config, positions)
-        run = Block(config, dtype).apply
-        return run({"params": layer_params}, (h, None), None, positions, angles)[0][0]
-
-    def head(params, h):
-        return model.apply({"params": params}, h, method="logits")
-
-    return Blockwise(embed, block, head)
-
-
-def parts(config: LlamaConfig, dtype=jnp.float32) -> tuple[Callable, Callable]:
-    """What attention, and what the MLP, of a block adds: two functions of (layer_params, h)."""
-
-    def run(module, name, layer_params, h, *args):
-        norm = nn.RMSNorm(config.norm_eps, dtype=dtype)
-        x = norm.apply({"params": layer_params[f"{name}_norm"]}, h)
-        return module(config, dtype).apply({"params": layer_params[name]}, x, *args)
-
-    def attend(layer_params, h):
-        angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
-        return run(Attention, "attn", layer_params, h, None, None, positions, angles)[0]
-
-    return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)
-
-
-def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
-    """What makes the inputs of the layers' matrices, as `jaxquant.fold` wants it.
-
-    Values make the input of o too, but with fewer of them than queries one channel of theirs is
-    several of o's.
-    """
-    found = {
-        "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
-        "layers/mlp/[gu]*/kernel": ("layers/mlp_norm/scale",),
-    }
-    if config.sub_norms:
-        return found | {
-            "layers/attn/o/kernel": ("layers/attn/sub_norm/scale",),
-            "layers/mlp/down/kernel": ("layers/mlp/sub_norm/scale",),
-        }
-    found["layers/mlp/down/kernel"] = ("layers/mlp/up/kernel", "layers/mlp/up/bias")
-    if config.n_kv_heads == config.n_heads:
-        found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
-    return found
-
-
-def residual(config: LlamaConfig) -> jq.Residual:
-    """What reads and what writes the residual stream, for `jaxquant.rotate_residual`.
-
-    Raises:
-      ValueError: one embedding serves both ends, in which the stream has two bases.
-    """
-    if config.tie_embeddings:
-        raise ValueError(
-            "a tied embedding cannot be rotated: untie it first (architectures.llama.untied)"
-        )
-    biases = [
-        f"layers/{name}/bias"
-        for name, there in (("attn/o", config.o_bias), ("mlp/down", config.mlp_bias))
-        if there
-    ]
-    return jq.Residual(
-        ["embed/embedding", "layers/attn/o/kernel", "layers/mlp/down/kernel", *biases],
-        {
-            "layers/attn_norm/scale": ["layers/attn/[qkv]/kernel"],
-            "layers/mlp_norm/scale": ["layers/mlp/[gu]*/kernel"],
-            "norm/scale": ["head/kernel"],
-        },
-    )
-
-
-def untied(config: LlamaConfig, params):
-    """(config, params) with a head of its own, if the embedding serves as one."""
-    if not config.tie_embeddings:
-        return config, params
-    head = {"kernel": jnp.transpose(params["embed"]["embedding"])}
-    return dataclasses.replace(config, tie_embeddings=False), {**params, "head": head}

@@ -6,13 +6,14 @@ PrefixQuant, Chen et al. 2024, arXiv:2410.05265).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 import jaxquant as jq
-from jaxquant_models.architectures.llama import Cache, Llama, apply, init_cache
+from jaxquant_models.architectures.cache import Cache, init_cache
+from jaxquant_models.architectures.llama import Llama, apply
 
 
 def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
@@ -21,7 +22,7 @@ def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
     More than `length` tokens given to a cache at once are taken to begin a text.
     """
 
-    def apply_cached(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def apply_cached(params: PyTree, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         if tokens.shape[1] <= length:
             return apply(model, params, tokens, cache)
         with jq.exact_activations():
@@ -29,7 +30,7 @@ def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
         rest, cache = apply(model, params, tokens[:, length:], cache)
         return jnp.concatenate([first, rest], axis=1), cache
 
-    def apply_fn(params: Any, tokens: jax.Array) -> jax.Array:
+    def apply_fn(params: PyTree, tokens: jax.Array) -> jax.Array:
         cache = init_cache(model.config, *tokens.shape, model.dtype)
         return apply_cached(params, tokens, cache)[0]
 
@@ -37,7 +38,7 @@ def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
 
 
 def after_prefix(
-    model: Llama, params: Any, sequence: jax.Array, length: int
+    model: Llama, params: PyTree, sequence: jax.Array, length: int
 ) -> tuple[jax.Array, Cache]:
     """The tokens [1, t] after a prefix, and the cache that it leaves: what calibration runs on."""
     cache = init_cache(model.config, 1, sequence.shape[1], model.dtype)

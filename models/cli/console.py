@@ -1,9 +1,9 @@
 """What the commands show: bars and lines on stderr, reports on stdout."""
 
 import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import click
 from rich.console import Console
@@ -11,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import jaxquant as jq
 from jaxquant.tuning.trainer import Progress as Update
+from jaxquant_models.runs.reporting import Step
 
 stderr = Console(stderr=True)
-SEED = click.IntRange(0, 2**32 - 1)
 
 
 @contextlib.contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[Any], None]]:
+def bar(title: str, total: int) -> Iterator[Step]:
     """A progress bar on stderr; call what it gives once per step done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as progress:
@@ -25,51 +25,76 @@ def bar(title: str, total: int) -> Iterator[Callable[[Any], None]]:
         yield lambda _: progress.advance(task)
 
 
+class Bars:
+    """A `runs.reporting.Reporter` that draws a bar for every stage and prints lines above it."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def stage(title: str, total: int) -> Iterator[Step]:
+        """Draw a bar as long as the stage lasts."""
+        with bar(title, total) as advance:
+
+            def step(done: object) -> None:
+                advance(done)
+                if text := line_of(done):
+                    line(text)
+
+            yield step
+
+    @staticmethod
+    def tell(text: str) -> None:
+        """Print the text on stderr."""
+        click.echo(text, err=True)
+
+
+@functools.singledispatch
+def line_of(done: object) -> str:
+    """The line that is printed after a step, by the kind of its report; "" if the bar is enough.
+
+    A command whose steps have reports of another kind registers a line for them.
+    """
+    return ""
+
+
+@line_of.register
+def _(done: jq.Done) -> str:
+    took = f"{done.seconds:6.1f} s" if done.seconds else "  (done before)"
+    return (
+        f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
+        f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}"
+    )
+
+
+@line_of.register
+def _(option: jq.Option) -> str:
+    return str(option)
+
+
+@line_of.register
+def _(done: Update) -> str:
+    if done.validation is None:
+        return ""
+    return (
+        f"{done.name:20} step {done.step:5}  loss {done.loss:.5f}  held out {done.validation:.5f}"
+    )
+
+
+def line(text: str) -> None:
+    """Print a line on stderr as it is, above the bar."""
+    stderr.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """A ValueError inside is the caller's: exit status 2."""
+def usage_errors() -> Iterator[None]:
+    """Turn a ValueError inside into a usage error: one line, and exit status 2."""
     try:
         yield
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
 
-def line(text: str) -> None:
-    """A line on stderr as it is, above the bar."""
-    stderr.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class Steps:
-    """A step of the bar for every update; a line where the held-out loss was looked at."""
-
-    def __init__(self, step: Callable[[Any], None]) -> None:
-        self.step = step
-
-    def __call__(self, done: Update) -> None:
-        self.step(done)
-        if done.validation is not None:
-            line(
-                f"{done.name:20} step {done.step:5}  loss {done.loss:.5f}  "
-                f"held out {done.validation:.5f}"
-            )
-
-
-class Rows:
-    """A line on stderr for every matrix done, and a step of the bar."""
-
-    def __init__(self, step: Callable[[Any], None]) -> None:
-        self.step = step
-
-    def __call__(self, done: jq.Done) -> None:
-        self.step(done)
-        took = f"{done.seconds:6.1f} s" if done.seconds else "  (done before)"
-        line(
-            f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
-            f"{done.bits_per_weight:6.3f} bits  loss {done.loss:.5f} {took}"
-        )
-
-
-def emit(report: dict[str, Any], as_json: bool) -> None:
+def emit(report: Mapping[str, object], as_json: bool) -> None:
+    """Print a report on stdout: as JSON, or a line for each figure."""
     if as_json:
         click.echo(json.dumps(report))
         return

@@ -5,9 +5,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from jaxquant_models.cli.output import Output
+
+
+def check_metrics(metrics: str | None, output: Output) -> None:
+    """Raise ValueError if they are to be written where the model is."""
+    taken = (Path(output.out).resolve(), output.path)
+    if metrics is not None and Path(metrics).resolve() in taken:
+        raise ValueError(f"--metrics {metrics} is where the model will be written; give another")
 
 
 class Metrics:
@@ -32,7 +40,7 @@ class Metrics:
                 metrics.lines.close()
                 metrics.events.close()
 
-    def write(self, step: int, values: Mapping[str, Any], stage: str = "") -> None:
+    def write(self, step: int, values: Mapping[str, float | None], stage: str = "") -> None:
         """One step's numbers; None is left out. `stage`: of the training, where it has several."""
         if self.lines is None or self.events is None:
             return

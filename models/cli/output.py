@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
+from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.durable.claims import claim
@@ -13,8 +13,8 @@ from jaxquant.durable.store import Folder, digest
 from jaxquant.storage import checkpoint
 from jaxquant_models.cli import interrupts
 from jaxquant_models.cli.console import line
-from jaxquant_models.readers.registry import Model
-from jaxquant_models.runs import pipeline
+from jaxquant_models.readers.checkpoint import save_model
+from jaxquant_models.readers.model import Model
 
 RUN = "run"  # in a checkpoint's metadata: the digest of the run that made it
 
@@ -23,8 +23,9 @@ class Output:
     """The directory `--out` of a command, and the folder beside it that keeps its work meanwhile.
 
     Attributes:
-      out: the directory. path: the folder.
-      kept: the folder's content, once `begin` has opened it.
+      out: the directory.
+      path: the folder.
+      finished: the contents of the folder, once `begin` has opened it.
 
     Raises:
       ValueError: a checkpoint may not be written there.
@@ -41,42 +42,42 @@ class Output:
             raise
 
     def hold(self) -> None:
-        """From now to the command's end, no other run can write there.
+        """Keep other runs from writing there until the command ends.
 
         Raises:
-          ValueError: another one does.
+          ValueError: another run writes there.
         """
         click.get_current_context().with_resource(claim(self.path))
-        interrupts.about(self._said)
+        interrupts.about(self._about)
 
-    def begin(self, run: Mapping[str, Any], *, refuse: bool = False) -> Folder:
-        """The folder, for as long as the command runs.
+    def begin(self, run: Mapping[str, JsonValue], *, refuse: bool = False) -> Folder:
+        """Open the folder for as long as the command runs.
 
         Raises:
           ValueError: as `Folder`; or another run has ended meanwhile, whose output is there now.
         """
-        self.kept = Folder(self.path, run, refuse=refuse)
-        click.get_current_context().with_resource(self.kept)
+        self.finished = Folder(self.path, run, refuse=refuse)
+        click.get_current_context().with_resource(self.finished)
         self._check()
-        if len(self.kept):
+        if len(self.finished):
             line(f"going on from {self.path}")
-        elif self.kept.replaced:
-            names = ", ".join(self.kept.replaced)
+        elif self.finished.replaced:
+            names = ", ".join(self.finished.replaced)
             line(f"{self.path} kept another run, of other {names}; this one begins anew")
-        return self.kept
+        return self.finished
 
     def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
-        """Write the result; nothing of the work is needed then."""
+        """Write the result, and remove the folder, which is not needed any more."""
         overwrite = self.overwrite or self._is_result()
-        pipeline.save(self.out, model, recipe, overwrite, {RUN: self.kept.digest})
+        save_model(self.out, model, recipe, overwrite, {RUN: self.finished.digest})
         interrupts.about(lambda: f"the output is in {self.out}")
-        self.kept.remove()
+        self.finished.remove()
 
     def _check(self) -> None:
         checkpoint.check_target(self.out, self.overwrite or self._is_result())
 
     def _is_result(self) -> bool:
-        """Whether the run that the folder keeps has written there, killed before it could say."""
+        """Whether the folder's run has written there, and was killed before it could tidy up."""
         run = digest(self.path)
         if not run or not checkpoint.is_checkpoint(self.out):
             return False
@@ -85,7 +86,7 @@ class Output:
         except ValueError:
             return False
 
-    def _said(self) -> str:
+    def _about(self) -> str:
         kept = self.path.is_dir() and any(self.path.glob("*.bin"))
         more = f"; the same command goes on from {self.path}" if kept else ""
         return f"no output was written{more}"
@@ -98,7 +99,7 @@ def folder_of(out: str | Path) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a run that was killed just when it was over has left: an empty folder."""
+    """Remove the empty folder of a run that was killed just when it was over."""
     if folder.is_dir():
         with contextlib.suppress(ValueError, OSError):
             claim(folder).close()

@@ -1,6 +1,5 @@
 """The command `jaxquant quantize`."""
 
-import dataclasses
 import time
 from typing import Any, get_args
 
@@ -8,15 +7,13 @@ import click
 
 import jaxquant as jq
 from jaxquant.calibration.statistics import Weighting
-from jaxquant.core.paths import matches
-from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
-from jaxquant.tuning.heal import BLOCKS
-from jaxquant_models.cli.console import SEED, Rows, Steps, bar, emit, line, usage
+from jaxquant_models.cli.console import Bars, emit, line, usage_errors
+from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.output import Output
-from jaxquant_models.cli.request import job_of, with_texts
-from jaxquant_models.runs import job, pipeline, rotation
-from jaxquant_models.runs.effort import EFFORTS
+from jaxquant_models.cli.presets import PRESETS
+from jaxquant_models.cli.quantize_request import ROTATIONS, request_of
+from jaxquant_models.runs.quantization_setup import set_up
 
 
 @click.command()
@@ -28,14 +25,13 @@ from jaxquant_models.runs.effort import EFFORTS
 @click.option("--activation-bits", type=int, default=None, help="Of inputs, per token; 16: floats.")
 @click.option(
     "--exact-prefix",
-    "prefix",
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="First tokens of a text whose activations are not rounded: sinks.",
 )
 @click.option("--act-order/--no-act-order", default=None)
-@click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
               help="Any other option of the method, as JSON: --set two_sided=true.")  # fmt: skip
 @click.option(
     "--target-bits",
@@ -45,13 +41,14 @@ from jaxquant_models.runs.effort import EFFORTS
 )
 @click.option(
     "--effort",
-    type=click.Choice(sorted(EFFORTS)),
+    type=click.Choice(sorted(PRESETS)),
     default="default",
     show_default=True,
     help="Sets calibration, searches, healing and, for --target-bits, the method.",
 )
 @click.option(
     "--learn",
+    "learn_steps",
     type=click.IntRange(0),
     default=0,
     show_default=True,
@@ -59,14 +56,13 @@ from jaxquant_models.runs.effort import EFFORTS
 )
 @click.option(
     "--heal",
-    "steps",
+    "heal_steps",
     type=click.IntRange(0),
     default=None,
     help="Steps of training afterwards; default 0, or 200 with --effort best.",
 )
 @click.option(
     "--heal-batch",
-    "batch",
     type=click.IntRange(1),
     default=1,
     show_default=True,
@@ -74,7 +70,6 @@ from jaxquant_models.runs.effort import EFFORTS
 )
 @click.option(
     "--heal-codes",
-    "recode",
     type=click.IntRange(0),
     default=0,
     help="Steps of training the codes of aqlm and vptq after that (PV-tuning).",
@@ -84,7 +79,15 @@ from jaxquant_models.runs.effort import EFFORTS
     default=None,
     help="Text FILE, builtin or generated (by the model); default: that of calibration.",
 )
-@rotation.options
+@click.option(
+    "--rotate-residual", type=click.Choice(ROTATIONS), default=None,
+    help="Turn the residual stream, offline: what reads it needs no rotation online (QuaRot); "
+    "learned: for activations as they will be rounded (SpinQuant). Unties a tied embedding.",
+)  # fmt: skip
+@click.option(
+    "--rotate-steps", type=click.IntRange(1), default=None,
+    help="Steps of learning a rotation; default 100.",
+)  # fmt: skip
 @click.option("--recipe", "recipe_file", default=None, help="JSON file of rules.")
 @click.option("--calibration", default="builtin", show_default=True, help="Text FILE or builtin.")
 @click.option(
@@ -95,68 +98,23 @@ from jaxquant_models.runs.effort import EFFORTS
 @click.option("--out", required=True)
 @click.option("--overwrite", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
-def quantize(
-    model: str, out: str, overwrite: bool, as_json: bool, prefix: int, **options: Any
-) -> None:
+def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Quantize MODEL into the directory --out."""
-    with usage():
+    with usage_errors():
         output = Output(out, overwrite)
-        work = job_of(**options)
+        request = request_of(**options)
     output.hold()
     start = time.monotonic()
-    work = with_texts(work)
-    source = dataclasses.replace(pipeline.load_any(model), prefix=prefix)
-    if work.rotate:
-        source = rotation.untied(source, line)
-    if work.recipe is not None:
-        click.echo(str(pipeline.plan(source, work.recipe)), err=True)
-    else:
-        pipeline.choices(source, work.choices, work.healing is not None).check(work.target_bits)
-    data = job.data(work, source)
-    folder = output.begin(work.fingerprint(source))
-    if work.rotate:
-        with bar("rotating", work.rotating.steps if work.rotating else 0) as step:
-            source = rotation.rotated(work, source, data, folder, Steps(step))
-    stats = None
-    if work.needs_statistics:
-        with bar("calibrating", len(data.calibration)) as step:
-            stats = job.calibrated(work, source, data.calibration, folder, step)
-    recipe = work.recipe
-    if recipe is None:
-        recipe = _allocated(work, source, data, stats, folder)
-    transforms = None
-    if work.learning is not None:
-        with bar("learning", work.learning.steps) as step:
-            transforms = job.learned(
-                work, work.learning, recipe, source, stats, data, folder, Steps(step)
-            )
-    with bar("quantizing", pipeline.plan(source, recipe).matrices) as step:
-        result = job.quantized(work, recipe, source, stats, data, folder, Rows(step), transforms)
-    if work.healing is not None:
-        whole = work.healing.steps + (work.recoding.steps if work.recoding else 0)
-        total = BLOCKS.steps * source.config.n_layers + whole
-        with bar("healing", total) as step:
-            result = job.healed(work, work.healing, source, result, data, folder, Steps(step))
+    job = set_up(request, model, output.begin, Bars())
+    result, recipe = job.run()
     output.publish(result, recipe)
+    size = jq.size(result.params)
+    line(str(size))
     report = {
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),
-        "bits_over_all_weights": jq.size(result.params).bits_per_weight,
+        "bits_over_all_weights": size.bits_per_weight,
         "bytes": checkpoint.nbytes(out),
         "seconds": time.monotonic() - start,
     }
-    line(str(jq.size(result.params)))
     emit(report, as_json)
-
-
-def _allocated(work: job.Job, source: Any, data: job.Data, stats: Any, folder: Folder) -> jq.Recipe:
-    kinds = sum(matches(path, pipeline.LAYERS) for path, _ in jq.path_leaves(source.params))
-    with bar("allocating", len(work.choices) * kinds) as step:
-
-        def tell(option: jq.Option) -> None:
-            step(option)
-            line(str(option))
-
-        allocation = job.allocated(work, source, data.unseen, stats, folder, tell)
-    click.echo(str(allocation), err=True)
-    return allocation.recipe

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+from pydantic import JsonValue
 
 from jaxquant_models.architectures.bert import Bert, BertConfig, sentence_vectors
 from jaxquant_models.readers.huggingface import SINGLE
-from jaxquant_models.readers.registry import Packaged, packaged
+from jaxquant_models.readers.packages import Packaged, packaged_file
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
-from jaxquant_models.schemas.files import SentenceFile
+from jaxquant_models.schemas.files import BertConfigFile, SentenceConfig
 from jaxquant_models.schemas.strict import checked, read_json
 
 NAMED = {
@@ -62,13 +64,13 @@ class Encoder:
     """
 
     config: BertConfig
-    params: dict[str, Any]
+    params: PyTree
     tokenizer: Tokenizer
     limit: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
-    def apply_fn(self) -> Callable[[Any, jax.Array], jax.Array]:
+    def apply_fn(self) -> Callable[[PyTree, jax.Array], jax.Array]:
         """(params, tokens int [b, t]) to vectors of length 1, float32 [b, d]; pure."""
         return _function(self.config, jnp.dtype(self.dtype))
 
@@ -89,7 +91,7 @@ class Encoder:
 
 
 @functools.cache
-def _function(config: BertConfig, dtype: Any) -> Callable:
+def _function(config: BertConfig, dtype: DTypeLike) -> Callable:
     """One for each architecture, so that jit compiles once."""
     model = Bert(config, dtype)
 
@@ -99,7 +101,27 @@ def _function(config: BertConfig, dtype: Any) -> Callable:
     return apply_fn
 
 
-def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
+def bert_config_from_hf(hf: Mapping[str, JsonValue]) -> BertConfig:
+    """The architecture that the contents of a config.json describe.
+
+    Raises:
+      ValueError: another architecture, an option that is not supported, or a key is missing.
+    """
+    file = checked(BertConfigFile, hf, "config.json")
+    return BertConfig(
+        vocab_size=file.vocab_size,
+        d_model=file.hidden_size,
+        d_ff=file.intermediate_size,
+        n_layers=file.num_hidden_layers,
+        n_heads=file.num_attention_heads,
+        max_position=file.max_position_embeddings,
+        n_types=file.type_vocab_size,
+        norm_eps=file.layer_norm_eps,
+        pad_id=file.pad_token_id,
+    )
+
+
+def load_encoder(spec: str | Path, dtype: DTypeLike = jnp.float32) -> Encoder:
     """Load a sentence encoder.
 
     Args:
@@ -109,13 +131,13 @@ def load_encoder(spec: str | Path, dtype: Any = jnp.float32) -> Encoder:
     Raises:
       ValueError: nothing there, not supported, damaged, or with NaN or infinite weights.
     """
-    folder = packaged(NAMED[spec]) if spec in NAMED else Path(spec)
-    config = BertConfig.from_hf(read_json(folder / "config.json"))
+    folder = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
+    config = bert_config_from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     tokenizer.check_rows(config.vocab_size)
     cut, limit = folder / "sentence_bert_config.json", config.max_position
     if cut.exists():
-        given = checked(SentenceFile, read_json(cut), str(cut)).max_seq_length
+        given = checked(SentenceConfig, read_json(cut), str(cut)).max_seq_length
         limit = min(limit, given or limit)
     file = Tensors(folder / SINGLE)
     check_room(config, file.nbytes, str(folder / "config.json"))

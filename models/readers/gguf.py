@@ -5,13 +5,17 @@ Quantized blocks are expanded by `gguf.quants.dequantize`, whatever mixture of t
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
-from jaxquant_models.architectures.llama import Llama, LlamaConfig
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Llama
 from jaxquant_models.readers.gguf_file import Tensor, open_gguf
+from jaxquant_models.readers.gguf_metadata import config_from_gguf
+from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
 
@@ -44,7 +48,7 @@ TENSORS = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any], Tokenizer]:
+def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
     """Read a model.
 
     Args:
@@ -56,19 +60,19 @@ def read_gguf(path: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
       ValueError: not a GGUF file, truncated, unsupported, or with wrong tensors; one line.
     """
     fields, tensors, nbytes = open_gguf(Path(path))
-    config = LlamaConfig.from_gguf(fields)
+    config = config_from_gguf(fields)
     check_room(config, nbytes, str(path))
     config = _complete(config, tensors)
     # Before the weights, so that its large temporaries do not come on top of them.
-    tokenizer = Tokenizer.from_gguf(fields)
+    tokenizer = tokenizer_from_gguf(fields)
     tokenizer.check_rows(config.vocab_size)
     llama = Llama(config)
     names = tensor_names(llama, TENSORS)
-    turned = _turned_heads(fields["general.architecture"], config, names)
+    reordered = _reordered_heads(str(fields["general.architecture"]), config, names)
 
     def read(name: str) -> np.ndarray:
         value = _dequantize(tensors[name])
-        return _half_split(value, turned[name]) if name in turned else value
+        return _half_split(value, reordered[name]) if name in reordered else value
 
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name != ROPE_FACTORS}
     params = assemble(llama, names, shapes, read, dtype)
@@ -104,7 +108,7 @@ def _dequantize(tensor: Tensor) -> np.ndarray:
         ) from None
 
 
-def _turned_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:
+def _reordered_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:
     """Names of the tensors whose rows llama.cpp reorders, with their number of heads."""
     if arch != "llama":
         return {}

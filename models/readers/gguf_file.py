@@ -11,10 +11,11 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
+from pydantic import JsonValue
 
 from jaxquant.core.fields import shown
 
@@ -46,7 +47,7 @@ class _Cursor:
         if count * least > left:
             raise ValueError(f"{what} of {count} need more than the {left} bytes that are left")
 
-    def number(self, kind: str) -> Any:
+    def number(self, kind: str) -> int | float | bool:
         size = struct.calcsize("<" + kind)
         self.check(1, size, "a number")
         (value,) = struct.unpack_from("<" + kind, self.data, self.at)
@@ -59,7 +60,7 @@ class _Cursor:
         self.at += size
         return str(self.data[self.at - size : self.at], "utf-8")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int, depth: int = 0) -> JsonValue:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
@@ -68,7 +69,7 @@ class _Cursor:
             raise ValueError(f"there is no type {kind} of values")
         return self.number(_SCALARS[kind])
 
-    def array(self, depth: int) -> list[Any]:
+    def array(self, depth: int) -> list[JsonValue]:
         if depth == DEEPEST:
             raise ValueError(f"arrays lie more than {DEEPEST} deep in one another")
         kind, count = self.number("I"), self.number("Q")
@@ -82,7 +83,7 @@ class _Cursor:
         return [self.value(kind, depth + 1) for _ in range(count)]
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+def open_gguf(path: Path) -> tuple[dict[str, JsonValue], dict[str, Tensor], int]:
     """Metadata as plain values, the memory-mapped tensors by name, and bytes of the file.
 
     Raises:
@@ -100,7 +101,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
         raise ValueError(f"{path} is not a complete GGUF file ({error})") from None
 
 
-def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(cursor: _Cursor) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
     if bytes(cursor.data[:4]) != MAGIC:
         raise ValueError("it does not begin with the magic GGUF")
     cursor.at = 4
@@ -108,7 +109,7 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version not in VERSIONS:
         raise ValueError(f"its version {version} is none of {VERSIONS}, little-endian")
     cursor.check(pairs, 8 + 4 + 1, "metadata pairs")
-    fields: dict[str, Any] = {}
+    fields: dict[str, JsonValue] = {}
     for _ in range(pairs):
         key = cursor.text()
         if key in fields:
@@ -145,7 +146,7 @@ def _tensor(data: memoryview, start: int, name: str, shape: tuple, kind: int, at
     return Tensor(name, gguf.GGMLQuantizationType(kind), shape, values.reshape(*shape[:-1], row))
 
 
-def _aligned(at: int, alignment: Any) -> int:
+def _aligned(at: int, alignment: JsonValue) -> int:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment must be a power of two, got {shown(alignment)}")
     return -(-at // alignment) * alignment

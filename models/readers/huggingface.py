@@ -2,19 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
-from jaxquant_models.architectures.config import Llama3Scaling
-from jaxquant_models.architectures.llama import Llama, LlamaConfig
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Llama
+from jaxquant_models.readers.huggingface_config import (
+    config_from_hf,
+    config_to_hf,
+    read_config_json,
+)
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
-from jaxquant_models.schemas.files import Generation, Index
-from jaxquant_models.schemas.strict import as_list, checked, read_json
+from jaxquant_models.schemas.files import ShardIndex
+from jaxquant_models.schemas.strict import checked, read_json
 
 _BOTH = (("kernel", "weight"), ("bias", "bias"))
 _LAYER = {
@@ -38,7 +44,7 @@ TENSORS = {
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any], Tokenizer]:
+def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
     """Read a model.
 
     Args:
@@ -50,7 +56,7 @@ def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
       ValueError: a file, shard or tensor is missing, unreadable or not as expected; one line.
     """
     folder = Path(folder)
-    config = LlamaConfig.from_hf(_hf_json(folder))
+    config = config_from_hf(read_config_json(folder))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     tokenizer.check_rows(config.vocab_size)
     tensors = _locate(folder)
@@ -63,7 +69,7 @@ def read_hf(folder: str | Path, dtype: Any) -> tuple[LlamaConfig, dict[str, Any]
     return config, params, tokenizer
 
 
-def save_hf(folder: str | Path, config: LlamaConfig, params: Any, tokenizer_json: str) -> None:
+def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_json: str) -> None:
     """Write a folder that `read_hf` and Transformers read; one file, each leaf in its own dtype.
 
     Raises:
@@ -79,19 +85,9 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: Any, tokenizer_json
         for value, name in zip(leaf, names, strict=True):
             value = value.T if path.endswith("/kernel") else value
             tensors[name] = np.ascontiguousarray(value)
-    (folder / "config.json").write_text(json.dumps(_to_hf(config), indent=2))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2))
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-
-
-def _hf_json(folder: Path) -> dict[str, Any]:
-    """config.json, with the stop tokens that only generation_config.json may name."""
-    hf = read_json(folder / "config.json")
-    extra = folder / "generation_config.json"
-    if extra.exists():
-        more = checked(Generation, read_json(extra), extra.name).eos_token_id
-        hf["eos_token_id"] = [*as_list(hf.get("eos_token_id")), *more]
-    return hf
 
 
 def _locate(folder: Path) -> dict[str, Tensors]:
@@ -100,7 +96,7 @@ def _locate(folder: Path) -> dict[str, Tensors]:
     if not index.exists():
         single = Tensors(folder / SINGLE)
         return dict.fromkeys(single.shapes, single)
-    weight_map = checked(Index, read_json(index), str(index)).weight_map
+    weight_map = checked(ShardIndex, read_json(index), str(index)).weight_map
     shards = {name: Tensors(folder / name) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard].shapes:
@@ -113,51 +109,3 @@ def _ignored(name: str, config: LlamaConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (
         config.tie_embeddings and name == TENSORS["head/kernel"]
     )
-
-
-def _to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """The config.json of the family that has these switches."""
-    family = "qwen3" if config.qk_norm else "llama"
-    if config.qkv_bias and not config.o_bias:
-        family = "qwen2"
-    hf = {
-        "model_type": family,
-        "architectures": [family.capitalize() + "ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _scaling_to_hf(config),
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "max_position_embeddings": config.max_position,
-        "eos_token_id": list(config.eos_ids) or None,
-        "bos_token_id": config.bos_id,
-    }
-    if LlamaConfig.from_hf(hf) != config:
-        raise ValueError(f"no Hugging Face family has these switches together: {config}")
-    return hf
-
-
-def _scaling_to_hf(config: LlamaConfig) -> dict[str, Any] | None:
-    scaling = config.rope_scaling
-    if scaling is None:
-        return None
-    if isinstance(scaling, float):
-        return {"rope_type": "linear", "factor": scaling}
-    if isinstance(scaling, Llama3Scaling):
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        }
-    raise ValueError("per-frequency RoPE factors (from GGUF) have no Hugging Face form")

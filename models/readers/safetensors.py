@@ -5,17 +5,18 @@ The library checks the header; its arrays are not taken, for NumPy has no float8
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from jaxquant.core.fields import shown
 from jaxquant_models.schemas.strict import Schema, checked, parse_json
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, DTypeLike] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu, "BOOL": np.bool_,

@@ -8,27 +8,15 @@ changes the text (Qwen2's tokenizer.json applies NFC; SentencePiece reads U+2581
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import pre_tokenizers
 
 from jaxquant.core.fields import shown
-from jaxquant_models.architectures.config import tokenizer_fields
-from jaxquant_models.schemas.files import Pieces, TokenizerFields, TokenizerFile, Words
+from jaxquant_models.schemas.files import TokenizerFile, UnigramModel, VocabularyModel
 from jaxquant_models.schemas.strict import checked, parse_json, read_bytes
-
-# llama.cpp's token types (gguf.TokenType).
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_LONGEST = 512  # characters of a piece that is cut in every way for its merges
-
-_CASED_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class Tokenizer:
@@ -58,10 +46,10 @@ class Tokenizer:
             raise ValueError(f"{where} should be a text, got {shown(text)}")
         file = checked(TokenizerFile, parse_json(text, where), where)
         pieces = isinstance(file.model.get("vocab"), list)
-        checked(Pieces if pieces else Words, file.model, where, "model.")
+        checked(UnigramModel if pieces else VocabularyModel, file.model, where, "model.")
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        with _one_line(f"{where} is not the contents of a tokenizer.json"):
+        with one_line(f"{where} is not the contents of a tokenizer.json"):
             backend = tokenizers.Tokenizer.from_str(text)
             made = cls(backend)
         for token in file.added_tokens:  # the library numbers them anew where these do not fit
@@ -72,25 +60,6 @@ class Tokenizer:
                     f"{got} is the one that follows from the vocabulary; the ids must be its next"
                 )
         return made
-
-    @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
-        """Build from GGUF metadata (plain values).
-
-        Raises:
-          ValueError: the tokenizer's kind or its pre-tokenizer is not supported, or metadata lacks.
-        """
-        own = tokenizer_fields(fields)
-        with _one_line("the GGUF metadata make no tokenizer"):
-            backend = _byte_level(own) if own.model == "gpt2" else _sentence_piece(own)
-            _add_tokens(backend, own)
-            bos, tokens = own.bos_token_id, own.tokens
-            added = own.model == "llama" if own.add_bos_token is None else own.add_bos_token
-            if bos is not None and added:
-                backend.post_processor = processors.TemplateProcessing(
-                    single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-                )
-            return cls(backend)
 
     def to_json(self) -> str:
         """The contents of a `tokenizer.json`."""
@@ -133,7 +102,7 @@ class Tokenizer:
             raise ValueError(f"text is not valid Unicode at character {error.start}") from None
         if lost := self._lost.intersection(text):
             raise ValueError(f"the vocabulary has no token for {sorted(lost)[:5]}; remove them")
-        with _one_line("the tokenizer cannot encode the text"):
+        with one_line("the tokenizer cannot encode the text"):
             return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -153,13 +122,13 @@ class Tokenizer:
             if added:
                 parts += [self._added[i] for i in run]
             else:
-                with _one_line("the tokenizer cannot decode the ids"):
+                with one_line("the tokenizer cannot decode the ids"):
                     parts.append(self._backend.decode(list(run), skip_special_tokens=False))
         return "".join(parts)
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Of the Rust library's errors: bare Exception, and where it panics what is not even one."""
     try:
         yield
@@ -171,96 +140,12 @@ def _one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _byte_level(own: TokenizerFields) -> tokenizers.Tokenizer:
-    """BPE over bytes, each written as a printable character (GPT-2)."""
-    merges = [tuple(merge.split(" ", 1)) for merge in own.merges]
-    pre = own.pre
-    if pre not in _PRE_TOKENIZERS:
-        known = list(_PRE_TOKENIZERS)
-        raise ValueError(f"tokenizer.ggml.pre must be one of {known}, got {shown(pre)}")
-    vocab = {token: i for i, token in enumerate(own.tokens)}
-    model = _bpe(vocab, merges, ignore_merges=pre == "llama-bpe")
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([words, _bytes(use_regex=False)])
-
-
-def _bytes(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def _digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()])
-
-
-_PRE_TOKENIZERS = {
-    "smollm": _digits,
-    "gpt-2": _bytes,
-    "default": _bytes,
-    "llama-bpe": lambda: _split(_CASED_WORDS % "{1,3}"),
-    "qwen2": lambda: _split(_CASED_WORDS % ""),
-}
-
-
-def _sentence_piece(own: TokenizerFields) -> tokenizers.Tokenizer:
-    """BPE over characters with a byte fallback; the best-scored piece is merged first."""
-    types = own.token_type or [_NORMAL] * len(own.tokens)
-    vocab = {token: i for i, token in enumerate(own.tokens)}
-    merges = _merges_from_scores(vocab, own.scores, types)
-    unknown = own.tokens[own.unknown_token_id]
-    model = _bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    backend = tokenizers.Tokenizer(model)
-    prefix = own.add_space_prefix
-    spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
-    backend.normalizer = normalizers.Sequence(spaces)
-    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(undo + [decoders.Strip(" ", 1, 0)] * prefix)
-    return backend
-
-
-def _merges_from_scores(
-    vocab: dict[str, int], scores: Sequence[float], types: Sequence[int]
-) -> list[tuple[str, str]]:
-    """Every split of every normal piece into two normal pieces, best piece first."""
-    normal = {token: i for token, i in vocab.items() if types[i] == _NORMAL}
-    if longest := max((token for token in normal if len(token) > _LONGEST), default=None, key=len):
-        raise ValueError(
-            f"tokenizer.ggml.tokens: a piece has at most {_LONGEST} characters, "
-            f"got one of {len(longest)}"
-        )
-    merges = []
-    for token, i in normal.items():
-        cuts = ((token[:c], token[c:]) for c in range(1, len(token)))
-        merges += [(-scores[i], normal[a], normal[b], a, b)
-                   for a, b in cuts if a in normal and b in normal]  # fmt: skip
-    return [(a, b) for *_, a, b in sorted(merges)]
-
-
-def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options) -> BPE:
-    with _one_line("the GGUF vocabulary and merges disagree"):
-        return BPE(vocab, merges, **options)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, own: TokenizerFields) -> None:
-    """Control and user-defined tokens are found in the text before anything else."""
-    types = own.token_type or []
-    for kind, special in (((_CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
-        group = [t for t, type_ in zip(own.tokens, types, strict=False) if type_ in kind]
-        backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in group])
-
-
 def _lost_characters(backend: tokenizers.Tokenizer) -> frozenset[str]:
     """ASCII characters that a byte-level vocabulary has no token for."""
     decoder = json.loads(backend.to_str())["decoder"] or {}
     if "ByteLevel" not in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]:
         return frozenset()
-    probe = _bytes(use_regex=False)
+    probe = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return frozenset(
         c for c in map(chr, range(128))
         if backend.token_to_id(probe.pre_tokenize_str(c)[0][0]) is None

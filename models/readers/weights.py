@@ -3,15 +3,18 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jaxquant.core.fields import shown
+from jaxquant_models.architectures.bert import BertConfig
+from jaxquant_models.architectures.config import LlamaConfig
 
 SMALL = 2**20  # weights
 
@@ -41,8 +44,8 @@ def assemble(
     names: Mapping[str, list[str]],
     present: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
-    dtype: Any,
-) -> dict[str, Any]:
+    dtype: DTypeLike,
+) -> PyTree:
     """Build the parameter tree.
 
     Args:
@@ -79,7 +82,7 @@ def _fill(slot: np.ndarray, value: np.ndarray, name: str) -> None:
         raise ValueError(f"tensor {name} has NaN or infinite values in {slot.dtype}")
 
 
-def check_room(config: Any, nbytes: int, where: str) -> None:
+def check_room(config: LlamaConfig | BertConfig, nbytes: int, where: str) -> None:
     """Raise ValueError if so many bytes, at a bit for a weight, cannot hold the configuration's
     weights; before anything is built of its sizes. A small model's tensors are named instead."""
     if config.weights > 8 * nbytes + SMALL:

@@ -1,16 +1,19 @@
 """Text generation: one prefill, then the whole decode loop in one `lax.while_loop`."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models.architectures.cache import AnyCache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import check_tokens
+from jaxquant_models.readers.model import ApplyCached
 
 SMALLEST_BUCKET = 32
 
@@ -24,14 +27,14 @@ class _State(NamedTuple):
 
 
 def generate(
-    apply_cached: Callable[[Any, jax.Array, AnyCache], tuple[jax.Array, AnyCache]],
-    params: Any,
+    apply_cached: ApplyCached,
+    params: PyTree,
     config: LlamaConfig,
     prompt_ids: Sequence[int],
     max_tokens: int = 128,
     temperature: float = 0.0,
     key: jax.Array | None = None,
-    cache_dtype: Any = jnp.float32,
+    cache_dtype: DTypeLike = jnp.float32,
     kv: KVFormat | None = None,
 ) -> list[int]:
     """Continue a prompt.

@@ -1,66 +1,70 @@
-"""`--rotate-residual`: a model's residual stream turned before it is quantized."""
+"""A language model whose residual stream is rotated, offline: at random, or as learned."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import click
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
-from jaxquant.durable.store import Folder
-from jaxquant_models.readers.registry import Model
-from jaxquant_models.runs import pipeline
-from jaxquant_models.runs.job import CALIBRATION, Data, Job, calibrated
-
-KINDS = ("random", "learned")
-
-
-def options(command: Callable) -> Callable:
-    """Adds the options that say whether, and how."""
-    command = click.option(
-        "--rotate-steps", type=click.IntRange(1), default=None,
-        help="Steps of learning a rotation; default 100.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--rotate-residual", "rotate", type=click.Choice(KINDS), default=None,
-        help="Turn the residual stream, offline: what reads it needs no rotation online (QuaRot); "
-        "learned: for activations as they will be rounded (SpinQuant). Unties a tied embedding.",
-    )(command)  # fmt: skip
+import jaxquant as jq
+from jaxquant.durable.store import Finished
+from jaxquant.rounding import Nearest
+from jaxquant.transforms import Channels
+from jaxquant.tuning.trainer import Progress
+from jaxquant_models.architectures.invariances import residual, untied
+from jaxquant_models.readers.model import Model
 
 
-def untied(source: Model, tell: Callable[[str], None]) -> Model:
-    """With a head apart; what that costs is told."""
-    if not source.config.tie_embeddings:
-        return source
-    source = pipeline.untied_model(source)
-    size = 2 * source.params["head"]["kernel"].size
-    tell(
-        f"note: the embedding is the output matrix too; the two turn apart with the residual "
-        f"stream, so it is untied, which adds {size:,} bytes (float16)"
-    )
-    return source
+def untie_model(model: Model) -> Model:
+    """The same function, a head apart."""
+    config, params = untied(model.config, model.params)
+    return dataclasses.replace(model, config=config, params=params)
 
 
-def rotated(
-    job: Job, source: Model, data: Data, folder: Folder, progress: Callable[[Any], None]
-) -> Model:
-    """The same function, a head apart, its residual stream turned; learning goes on from `folder`.
+def rotate_model(model: Model, rotation: Float[Array, "d d"]) -> Model:
+    """The same function, its residual stream turned by an orthonormal matrix, a head apart."""
+    model = untie_model(model)
+    params = jq.rotate_residual(model.params, residual(model.config), rotation)
+    return dataclasses.replace(model, params=params)
 
-    Learned on what is healed on, but on the calibration's text where the model has yet to write
-    that.
+
+def random_rotation(model: Model, key: jax.Array) -> Float[Array, "d d"]:
+    """A Hadamard transform of the residual stream behind random signs.
+
+    Raises:
+      ValueError: its width has no Hadamard transform.
     """
-    key = jax.random.key(job.seed)
-    start = pipeline.random_rotation(source, key)
-    if job.rotating is None or job.recipe is None:
-        return pipeline.turned(source, start)
-    training, held_out = data.training, data.held_out
-    if training is None or held_out is None:
-        training, held_out = data.calibration, data.unseen
-    stats = None
-    if any(m.needs_channels or m.needs_sample for _, m in job.rules):
-        turned, name = pipeline.turned(source, start), f"{CALIBRATION} before rotating"
-        stats = calibrated(job, turned, data.calibration, folder, lambda _: None, name)
-    rotation = pipeline.learned_rotation(
-        source, job.recipe, training, job.rotating, start=start, stats=stats, key=key,
-        validation=held_out, progress=progress, finished=folder,
+    d, rotation = model.config.d_model, jq.Rotation()
+    if rotation.size(d) != d:
+        raise ValueError(f"{d} channels have no Hadamard transform to rotate by")
+    one = jnp.eye(d)
+    return rotation.apply(one, rotation.fit(Channels(one), key))
+
+
+def learned_rotation(
+    model: Model,
+    recipe: jq.Recipe,
+    sequences: np.ndarray,
+    healing: jq.Healing,
+    *,
+    start: Float[Array, "d d"],
+    stats: jq.Stats | None = None,
+    key: jax.Array | None = None,
+    validation: np.ndarray | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Float[Array, "d d"]:
+    """The rotation of the residual stream of a model with a head apart that suits a recipe best.
+
+    Weights are rounded in learning too, but where error feedback is to round them. Arguments are
+    those of `jaxquant.learn_rotation`.
+    """
+    rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
+    return jq.learn_rotation(
+        model.apply_training(), model.params, residual(model.config), recipe, sequences, healing,
+        start=start, stats=stats or model.sites(),
+        round_weights=all(isinstance(rounder, Nearest) for rounder in rounders), key=key,
+        validation=validation, progress=progress, finished=finished,
     )  # fmt: skip
-    return pipeline.turned(source, rotation)

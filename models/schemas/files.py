@@ -1,32 +1,24 @@
-"""What each file from outside must hold; `schemas.strict` says in one line what does not fit.
-
-Ranges are wide: they refuse what no model means (an epsilon of 0, a base of 1e300), not what is
-merely unusual. Sizes are judged by the bytes of the weights, in `readers.weights.check_room`.
-"""
+"""What each file from outside must hold; `schemas.strict` says in one line what does not fit."""
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from jaxquant.core.fields import shown
-from jaxquant_models.schemas.strict import Schema, as_list, first_repeat
-
-MOST = 2**31 - 1
-Size = Annotated[int, Field(ge=1, le=MOST)]
-TokenId = Annotated[int, Field(ge=0, lt=2**24)]
-Ids = Annotated[list[TokenId], BeforeValidator(as_list)]
-Factor = Annotated[float, Field(gt=0, le=1e9)]
-Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
-Theta = Annotated[float, Field(ge=1, le=1e15)]
-Switch = Annotated[bool, BeforeValidator(lambda v: False if v is None else v)]
-
-
-def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim: int) -> None:
-    """Raise ValueError, with the fields' names, unless heads are such as RoPE and GQA want."""
-    if heads % kv_heads:
-        raise ValueError(f"{names[0]} must be a multiple of {names[1]}, got {heads} and {kv_heads}")
-    if head_dim % 2:
-        raise ValueError(f"{names[2]} must be even (RoPE turns pairs), got {head_dim}")
+from jaxquant_models.schemas.fields import (
+    MOST,
+    Epsilon,
+    Factor,
+    Ids,
+    Size,
+    Switch,
+    Theta,
+    TokenId,
+    check_heads,
+    check_ids,
+    check_window,
+)
+from jaxquant_models.schemas.strict import Schema, first_repeat
 
 
 class Rope(Schema):
@@ -136,13 +128,13 @@ class HFConfig(Schema):
         return self
 
 
-class Generation(Schema):
+class GenerationConfig(Schema):
     """generation_config.json."""
 
     eos_token_id: Ids = Field(default_factory=list)
 
 
-class Index(Schema):
+class ShardIndex(Schema):
     """model.safetensors.index.json: which file holds which tensor."""
 
     weight_map: dict[str, str]
@@ -158,7 +150,7 @@ class Index(Schema):
         return self
 
 
-class LanguageModel(Schema):
+class CheckpointMetadata(Schema):
     """Metadata of a checkpoint that holds a language model; `LlamaConfig` reads `config`."""
 
     config: dict[str, Any]
@@ -166,7 +158,7 @@ class LanguageModel(Schema):
     prefix: Annotated[int, Field(ge=0, le=MOST)] = 0
 
 
-class BertFile(Schema):
+class BertConfigFile(Schema):
     """config.json of an encoder."""
 
     model_type: Literal["bert"] = "bert"
@@ -193,13 +185,13 @@ class BertFile(Schema):
         return self
 
 
-class SentenceFile(Schema):
+class SentenceConfig(Schema):
     """sentence_bert_config.json."""
 
     max_seq_length: Annotated[int, Field(ge=3, le=MOST)] | None = None
 
 
-class ArchFields(Schema):
+class GGUFArchitecture(Schema):
     """GGUF metadata of one architecture; the names follow its own, "llama.", say."""
 
     embedding_length: Size
@@ -252,7 +244,7 @@ class ArchFields(Schema):
         return self
 
 
-class TokenizerFields(Schema):
+class GGUFTokenizer(Schema):
     """GGUF metadata of the tokenizer, behind "tokenizer.ggml."."""
 
     model: Literal["gpt2", "llama"]
@@ -299,7 +291,7 @@ class AddedToken(Schema):
     content: Annotated[str, Field(min_length=1)]
 
 
-class Words(Schema):
+class VocabularyModel(Schema):
     """The model of a tokenizer.json, with ids by token."""
 
     vocab: dict[str, TokenId]
@@ -312,7 +304,7 @@ class Words(Schema):
         return self
 
 
-class Pieces(Schema):
+class UnigramModel(Schema):
     """The same of Unigram: tokens with their scores, in the order of ids."""
 
     vocab: list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]
@@ -323,19 +315,3 @@ class TokenizerFile(Schema):
 
     model: dict[str, Any]
     added_tokens: list[AddedToken] = Field(default_factory=list)
-
-
-def check_window(window: int | None, max_position: int) -> None:
-    """Raise ValueError if attention has a window that positions can leave."""
-    if window and window < max_position:
-        raise ValueError(
-            f"sliding-window attention is not supported (window {window} < {max_position} "
-            f"positions); lower max_position_embeddings to {window} to use full attention"
-        )
-
-
-def check_ids(rows: int, **named: list[int]) -> None:
-    """Raise ValueError, with the field's name, for a token id without a row in the embedding."""
-    for name, ids in named.items():
-        if ids and max(ids) >= rows:
-            raise ValueError(f"{name} must be below the vocabulary's {rows}, got {max(ids)}")

@@ -5,15 +5,17 @@ The line says which file, which field, what was expected, and what came.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic_core import ErrorDetails
 
 from jaxquant.core.fields import shown
 
 S = TypeVar("S", bound="Schema")
+V = TypeVar("V", bound=Hashable)
 
 
 class Schema(BaseModel):
@@ -27,7 +29,7 @@ class Schema(BaseModel):
     )
 
 
-def checked(schema: type[S], data: Any, where: str, prefix: str = "") -> S:
+def checked(schema: type[S], data: object, where: str, prefix: str = "") -> S:
     """The data as the schema has it.
 
     Args:
@@ -49,7 +51,7 @@ def checked(schema: type[S], data: Any, where: str, prefix: str = "") -> S:
         raise ValueError(_line(error.errors(include_url=False)[0], where, prefix)) from None
 
 
-def _line(error: Any, where: str, prefix: str) -> str:
+def _line(error: ErrorDetails, where: str, prefix: str) -> str:
     """Of one error of pydantic's."""
     if error["type"] == "value_error":  # a check of the schema's own, which names its fields
         return f"{where}: {error['ctx']['error']}"
@@ -61,7 +63,7 @@ def _line(error: Any, where: str, prefix: str) -> str:
     return f"{where}: {name or 'it'} {_expected(error)}, got {shown(error['input'])}"
 
 
-def _expected(error: Any) -> str:
+def _expected(error: ErrorDetails) -> str:
     """What the schema wants: must be ..."""
     if error["type"] == "literal_error":
         *others, last = (w.strip(" ',") for w in re.split(r",| or ", error["ctx"]["expected"]))
@@ -75,13 +77,13 @@ def _expected(error: Any) -> str:
     return re.sub(r"^\w+ should ", "must ", error["msg"]).split(" after validation")[0]
 
 
-def _part(part: Any) -> str:
+def _part(part: int | str) -> str:
     """Of a field's path; a key that the file chose is cut short."""
     text = str(part)
     return text if text.replace("_", "").replace(".", "").isalnum() else shown(text)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, JsonValue]:
     """The object in a JSON file. Raises ValueError if there is none."""
     data = parse_json(read_bytes(path), str(path))
     if not isinstance(data, dict):
@@ -97,7 +99,7 @@ def read_bytes(path: Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str) -> JsonValue:
     """The value that a JSON text stands for.
 
     Raises:
@@ -119,7 +121,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key = first_repeat(key for key, _ in pairs)
@@ -127,16 +129,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def as_list(value: Any) -> Any:
-    """None, one value or a list, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def first_repeat(values: Iterable[Any]) -> Any:
+def first_repeat(values: Iterable[V]) -> V | None:
     """The first value that came before; None if each comes once."""
     seen = set()
     for value in values:

@@ -14,8 +14,11 @@ import time
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
+from jaxquant_models import load
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
 
 CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 4, 8, 256
 
@@ -73,7 +76,7 @@ def main():
     parser.add_argument("--weighting", default="uniform")
     parser.add_argument("--carried", action="store_true", help="factors are not folded")
     args = parser.parse_args()
-    model = pipeline.load_any("smollm2-135m")
+    model = load("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
     scored, calibration = chunks[:SCORED], chunks[-CALIBRATION:]
 
@@ -89,15 +92,15 @@ def main():
         prefix = int("sinks exact" in name)
         source = dataclasses.replace(model, prefix=prefix)
         if prefix not in stats:
-            stats[prefix] = pipeline.calibrate_on(
+            stats[prefix] = calibrate_model(
                 source, calibration, weighting=args.weighting, sample=SAMPLE
             )
         start = time.monotonic()
-        recipe, known = pipeline.recipe_of(method), stats[prefix]
+        recipe, known = recipe_of(method), stats[prefix]
         if args.carried:
             params = jq.quantize(source.params, recipe, known)
         else:
-            params = pipeline.quantized_model(source, recipe, known).params
+            params = quantize_model(source, recipe, known).params
         took, bits = time.monotonic() - start, jq.bits_per_weight(params)
         got = perplexity(source, params)
         print(f"{name:42} {bits:6.3f} bits  {got:9.3f}  {took:4.0f} s", flush=True)

@@ -34,12 +34,14 @@ import jaxquant as jq
 from jaxquant.core.paths import matches
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.rounding import Clipped
+from jaxquant_models import load
 from jaxquant_models.architectures.bert import FOLDS
-from jaxquant_models.architectures.llama import folds
+from jaxquant_models.architectures.invariances import folds
+from jaxquant_models.architectures.llama import LAYER_MATRICES, QUERIES_AND_KEYS
 from jaxquant_models.readers.encoder import load_encoder
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
-from jaxquant_models.runs.inspection import Inspector
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.module_loss import ModuleLoss
 
 CONTEXT, SCORED, CALIBRATION, INSPECTED = 512, 4, 8, 4
 SENTENCES, BATCH, OTHERS = 256, 64, 4096
@@ -63,11 +65,11 @@ def recipe_of(row, bits, sites, damping=0.01):
     """The matrices of every layer by a row of the table, queries and keys not clipped."""
     rules, options = [], {"damping": damping} if "LDLQ" in row else {}
     for path, site in sites.items():
-        if not matches(path, pipeline.LAYERS):
+        if not matches(path, LAYER_MATRICES):
             continue
         k = math.prod(site.shape[a] for a in site.contracted)
         method = ROWS[row](bits, group_size(row, k), **options)
-        if isinstance(method.rounder, Clipped) and matches(path, pipeline.CLIPPED_NOT):
+        if isinstance(method.rounder, Clipped) and matches(path, QUERIES_AND_KEYS):
             method = dataclasses.replace(method, rounder=method.rounder.rounder)
         rules.append((path, method))
     return jq.Recipe([*rules, ("*", jq.KEEP)])
@@ -93,15 +95,15 @@ class Subject(NamedTuple):
 
 
 def smollm2(text):
-    model = pipeline.load_any("smollm2-135m")
+    model = load("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(text), CONTEXT)
     scored, calibration = chunks[:SCORED], chunks[-CALIBRATION:]
-    stats = pipeline.calibrate_on(model, calibration, weighting="uniform")
-    inspect = Inspector(model, calibration[:INSPECTED])
+    stats = calibrate_model(model, calibration, weighting="uniform")
+    inspect = ModuleLoss(model, calibration[:INSPECTED])
     fold = lambda r: jq.fold(model.params, r, stats, folds(model.config), inspect=inspect)
     ask = functools.partial(evaluate, model.apply_fn, chunks=scored, first=CONTEXT // 2 - 1)
     other = lambda params: dataclasses.replace(model, params=params)
-    fed = lambda params: pipeline.calibrate_on(other(params), calibration)
+    fed = lambda params: calibrate_model(other(params), calibration)
     figure = lambda params: ask(params).perplexity
     # On 4,096 tokens: the default, 0.01, fits them too well.
     return Subject("perplexity", model.params, stats, fold, figure, fed, damping=0.1)

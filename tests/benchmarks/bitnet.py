@@ -22,7 +22,7 @@ from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.readers.text import docstrings
 from jaxquant_models.runs import pretraining
 from jaxquant_models.runs.generate import generate
-from jaxquant_models.runs.pretraining import SIZES, Run
+from jaxquant_models.runs.pretraining_request import SIZES, PretrainingRequest
 
 
 class Way(NamedTuple):
@@ -54,7 +54,7 @@ def trained(name, run, data):
 
 def packed(run, data, params):
     """(the packed model's loss on the rows held out, its weights, its bits, text it writes)."""
-    model = pretraining.exported(run, params, data)
+    model = pretraining.packed_model(run, params, data)
     layers = [w for path, w in jq.path_leaves(model.params) if path.startswith("layers")]
     judge = jax.jit(jq.quantized(lambda p, t: next_token_loss(model.apply_fn(p, t), t)))
     loss = np.mean([judge(model.params, jnp.asarray(r)[None]) for r in data.held_out])
@@ -72,11 +72,12 @@ def main():
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
     table = Table("weights", "way", "held out", "gap", "packed", "bits", "flips/step", "s")
-    of = lambda size, way: Run(
+    of = lambda size, way: PretrainingRequest(
         size, way.quantized, options.steps, way.rate * 128 / SIZES[size][0], context=128,
         batch_size=4, vocabulary=1024, float_share=way.float_share, validate_every=200,
     )  # fmt: skip
-    data = pretraining.texts(of(options.sizes[0], WAYS["float"]), docstrings())  # the same for all
+    first = of(options.sizes[0], WAYS["float"])
+    data = pretraining.training_data(first, docstrings())  # the same for all
     for size in options.sizes:
         floats = None
         for name in options.ways:

@@ -28,7 +28,7 @@ def whole():
 
 def blocks():
     import jaxquant as jq
-    from jaxquant_models.architectures.llama import blockwise
+    from jaxquant_models.architectures.blocks import blockwise
 
     model, batches = load()
     parts = blockwise(model.config)

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from jaxquant_models.readers import registry
-from jaxquant_models.runs import pipeline
+from jaxquant_models import load
 from jaxquant_models.runs.generate import generate
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.serving import serving_model
 
 REPEATS, TOKENS = 5, 32
 
@@ -37,13 +38,13 @@ def seconds(run):
 
 
 def variants():
-    model = registry.load("smollm2-135m")
+    model = load("smollm2-135m")
     yield "float32", model, model.params
     sites = jq.sites(model.apply_fn, model.params, jnp.ones((1, 8), jnp.int32))
-    half = registry.load("smollm2-135m", jnp.bfloat16)
+    half = load("smollm2-135m", jnp.bfloat16)
     yield "bfloat16", half, half.params
     for bits in (4, 2):
-        recipe = pipeline.recipe_of(jq.rtn(bits=bits))
+        recipe = recipe_of(jq.rtn(bits=bits))
         packed = jq.quantize(model.params, recipe, sites)
         yield f"packed {bits}-bit", model, packed
         # A scan copies a layer's words out of the stack before a kernel reads them.
@@ -54,13 +55,13 @@ def variants():
 
 def coded(directory):
     """Of an entropy-coded checkpoint, ready to serve."""
-    model = pipeline.load_any(directory)
+    model = load(directory)
     start = time.perf_counter()
-    params, said = pipeline.serving(model.params)
+    params = serving_model(model, print).params
     took = time.perf_counter() - start
     changed = [w for _, w in jq.path_leaves(params) if isinstance(w, jq.QTensor)]
     weights = sum(w.size for w in changed)
-    print(f"{said}; read in {took:.2f} s, {weights / took / 1e6:.0f} million weights a second")
+    print(f"read in {took:.2f} s, {weights / took / 1e6:.0f} million weights a second")
     apart = jq.unstack(params, "layers")
     yield "entropy-coded, in words", model, params
     yield "entropy-coded, apart", model, apart

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import jaxquant as jq
 from jaxquant.evaluate import evaluate
 from jaxquant.formats.kv_cache import KVFormat
-from jaxquant_models import init_cache
+from jaxquant_models import init_cache, load
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
 from jaxquant_models.runs.generate import _run, generate
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import token_sequences
 
 CHUNKS, CONTEXT = 4, 512
 STEPS, REPEATS, LENGTHS, ROOM = 16, 5, (512, 4000), 4096
@@ -99,7 +100,7 @@ def speed(model, forms):
     """Prints how long a step takes, and over one with a float32 cache; a long generation."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     sites = jq.sites(model.apply_fn, model.params, tokens)
-    packed = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(bits=4)), sites)
+    packed = jq.quantize(model.params, recipe_of(jq.rtn(bits=4)), sites)
     apart = jq.with_activations(jq.unstack(packed, "layers"), "int8")
     cached = jq.quantized(model.apply_cached)
     decode = functools.partial(decoding, cached, apart, model.config)
@@ -128,8 +129,8 @@ def main():
     parser.add_argument("--quality", action="store_true", help="no times")
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
     args = parser.parse_args()
-    model = pipeline.load_any("smollm2-135m")
-    chunks = pipeline.pieces(model, read_text(args.text), CONTEXT, CHUNKS)
+    model = load("smollm2-135m")
+    chunks = token_sequences(model, read_text(args.text), CONTEXT, CHUNKS)
     forms = [form for form in FORMS if any(word in named(form) for word in args.only)]
     for form in forms:
         logits = model.apply_fn if form is None else model.apply_kv(form)

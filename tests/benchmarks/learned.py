@@ -12,8 +12,11 @@ import time
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.tuning.learned_transforms import END_TO_END
+from jaxquant_models import load
+from jaxquant_models.architectures.llama import NORM_SCALES
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.recipes import recipe_of
 
 from .activations import CALIBRATION, CONTEXT, SCORED
 
@@ -35,13 +38,13 @@ def main():
     parser.add_argument("--steps", type=int, default=END_TO_END.steps)
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
     args = parser.parse_args()
-    model = pipeline.load_any("smollm2-135m")
+    model = load("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
     calibration = chunks[-CALIBRATION:]
     training = chunks[-CALIBRATION - TRAINING : -CALIBRATION]
     held_out = calibration[: CALIBRATION // 2]
-    stats = pipeline.calibrate_on(model, calibration, weighting="uniform")
-    fn = pipeline.trainable(model)
+    stats = calibrate_model(model, calibration, weighting="uniform")
+    fn = model.apply_training()
     how = dataclasses.replace(END_TO_END, steps=args.steps)
     start = time.monotonic()
 
@@ -56,7 +59,7 @@ def main():
     for name, method, learns, heals in rows():
         if not any(word in name for word in args.only):
             continue
-        recipe, options = pipeline.recipe_of(method), {"validation": held_out}
+        recipe, options = recipe_of(method), {"validation": held_out}
         params = jq.quantize(model.params, recipe, stats)
         told(name, params)
         if learns:
@@ -64,7 +67,7 @@ def main():
             params = jq.quantize(model.params, recipe, stats, transforms=found)
             told(f"{name}, learned", params)
         if heals:
-            also = [pipeline.NORMS]
+            also = [NORM_SCALES]
             healed = jq.heal(fn, params, model.params, training, how, also=also, **options)
             told(f"{name}{', learned' * learns}, healed", healed)
 

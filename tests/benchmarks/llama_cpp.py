@@ -45,8 +45,8 @@ def ours():
     import jax.numpy as jnp
 
     import jaxquant as jq
+    from jaxquant_models.architectures.llama import LAYER_MATRICES
     from jaxquant_models.readers import registry
-    from jaxquant_models.runs import pipeline
     from jaxquant_models.runs.generate import generate
 
     model = registry.load("smollm2-135m")
@@ -56,7 +56,7 @@ def ours():
 
     def variant(method):
         embedding = ("embed/embedding", jq.rtn(bits=8, group_size=64, symmetric=True))
-        recipe = jq.Recipe([embedding, (pipeline.LAYERS, method), ("*", jq.KEEP)])
+        recipe = jq.Recipe([embedding, (LAYER_MATRICES, method), ("*", jq.KEEP)])
         packed = jq.quantize(model.params, recipe, sites)
         return jq.with_activations(jq.unstack(packed, "layers"), "int8")
 
@@ -85,8 +85,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     from jaxquant_models.readers import registry
+    from jaxquant_models.readers.packages import packaged_file
 
-    source = registry.packaged(registry.NAMED["smollm2-135m"])
+    source = packaged_file(registry.NAMED["smollm2-135m"])
     with tempfile.TemporaryDirectory() as folder:
         made = pathlib.Path(folder) / "q4_0.gguf"
         server = subprocess.Popen(

@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 
+from jaxquant_models import load
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
 from jaxquant_models.runs.outliers import outliers_of
+from jaxquant_models.runs.sequences import token_sequences
 
 CONTEXT = 512
 FIRST = (1116, 446)  # the tokens that WikiText-2's test text begins with
@@ -111,8 +112,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", nargs="?", default=BUILTIN)
     args = parser.parse_args()
-    model = pipeline.load_any("smollm2-135m")
-    tokens = pipeline.pieces(model, read_text(args.text), CONTEXT, 1)[0]
+    model = load("smollm2-135m")
+    tokens = token_sequences(model, read_text(args.text), CONTEXT, 1)[0]
     start = time.monotonic()
     found = outliers_of(model, tokens)
     print(f"{time.monotonic() - start:.1f} s")

@@ -11,15 +11,18 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
-from jaxquant_models.architectures.llama import blockwise
+from jaxquant_models import load
+from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
 
 CHUNKS, CONTEXT = 16, 512
 
 
 def main():
-    model = pipeline.load_any("smollm2-135m")
+    model = load("smollm2-135m")
     ids = model.tokenizer.encode(read_text(sys.argv[1] if len(sys.argv) > 1 else BUILTIN))
     scored, calibration = chunk(ids, CONTEXT, CHUNKS), chunk(ids[-CHUNKS * CONTEXT :], CONTEXT)
 
@@ -31,15 +34,15 @@ def main():
         start = time.monotonic()
         stats, methods = None, {"nearest": jq.rtn}
         if weighting:
-            stats = pipeline.calibrate_on(model, calibration, weighting=weighting)
+            stats = calibrate_model(model, calibration, weighting=weighting)
             print(f"calibration, {weighting}: {time.monotonic() - start:.0f} s", flush=True)
             natural = lambda bits: jq.gptq(bits, act_order=False)
             methods = {"gptq, act-order": jq.gptq, "gptq, natural order": natural}
         for name, method in methods.items():
             for bits in (4, 3):
                 start = time.monotonic()
-                recipe = pipeline.recipe_of(method(bits))
-                params = pipeline.quantized_model(model, recipe, stats).params
+                recipe = recipe_of(method(bits))
+                params = quantize_model(model, recipe, stats).params
                 took = time.monotonic() - start
                 print(
                     f"{name:20} {weighting or '':9} {jq.bits_per_weight(params):.3f} bits/weight  "

@@ -19,10 +19,15 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.evaluate import evaluate
-from jaxquant_models.cli.console import Steps
+from jaxquant_models import load
+from jaxquant_models.cli.console import line_of
 from jaxquant_models.readers.text import BUILTIN, builtin_text, read_text
-from jaxquant_models.runs import finetuning, pipeline
-from jaxquant_models.runs.finetuning import HOWS, Tuning
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.finetuning import FinetuningJob
+from jaxquant_models.runs.finetuning_request import METHODS, FinetuningRequest
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import token_sequences
 
 CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 16, 16, 256
 
@@ -31,8 +36,8 @@ def started(model, bits, sequences):
     """A rounded model; damped, for it is calibrated on one domain and judged on another."""
     awq = bits == 2
     method = jq.awq(2, 64, feedback=True, damping=0.1) if awq else jq.gptq(bits, 64, damping=0.1)
-    stats = pipeline.calibrate_on(model, sequences[:CALIBRATION], sample=SAMPLE if awq else 0)
-    made = pipeline.quantized_model(model, pipeline.recipe_of(method), stats)
+    stats = calibrate_model(model, sequences[:CALIBRATION], sample=SAMPLE if awq else 0)
+    made = quantize_model(model, recipe_of(method), stats)
     return dataclasses.replace(made, name=method.name)
 
 
@@ -40,43 +45,42 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("text", nargs="?", default=BUILTIN)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
-    parser.add_argument("--method", choices=HOWS, default="qat")
+    parser.add_argument("--method", choices=METHODS, default="qat")
     parser.add_argument("--generated", type=int, default=128)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--block-steps", type=int, default=100)
     parser.add_argument("--start")
     options = parser.parse_args()
-    model = pipeline.load_any("smollm2-135m")
-    scored = pipeline.pieces(model, read_text(options.text), CONTEXT, SCORED)
+    model = load("smollm2-135m")
+    scored = token_sequences(model, read_text(options.text), CONTEXT, SCORED)
     # All topics, unless it is they that are scored.
     text = builtin_text()[0] if options.text == BUILTIN else "\n".join(builtin_text())
     score = lambda params: evaluate(jq.quantized(model.apply_fn), params, scored)
     table = Table("bits", "start", "perplexity", "trained", "recovered", "steps", "passes", "s")
     floats = score(model.params)
     print(f"float {floats.perplexity:.2f}", flush=True)
-    sequences = pipeline.pieces(model, text, CONTEXT)
+    sequences = token_sequences(model, text, CONTEXT)
     for bits in options.bits:
-        start = (
-            pipeline.load_any(options.start) if options.start else started(model, bits, sequences)
-        )
+        start = load(options.start) if options.start else started(model, bits, sequences)
         before = score(start.params)
         stored = jq.bits_per_weight(start.params)
         print(f"{bits} bits: {stored:.3f}, start {before.perplexity:.2f}", flush=True)
-        whole, blocks = HOWS[options.method]
-        tuning = Tuning(
+        whole, blocks = METHODS[options.method]
+        request = FinetuningRequest(
             dataclasses.replace(whole, steps=options.steps) if options.steps else None,
             dataclasses.replace(blocks, steps=options.block_steps) if options.block_steps else None,
-            None, (), text, options.generated, CONTEXT, 0,
+            None, (), options.generated, CONTEXT, 0,
         )  # fmt: skip
+        job = FinetuningJob(request, start, model, text)
         kept = Folder(f"build/written-{options.generated}", {"jax": jax.__version__})
-        data = finetuning.sequences(tuning, start, model, kept)
+        data = job.sequences(kept)
         clock = time.monotonic()
-        show = Steps(lambda _: None)
-        result = finetuning.tuned(tuning, start, model, data, {}, show)
+        show = lambda done: print(line_of(done), flush=True) if line_of(done) else None
+        result = job.run(data, show, {})
         seconds, after = time.monotonic() - clock, score(result.params)
         logs = [-r.nll for r in (before, after, floats)]
         recovered = (logs[1] - logs[0]) / (logs[2] - logs[0])
-        passes = sum(getattr(how, "forward_passes", 0) for how in tuning.stages)
+        passes = sum(getattr(how, "forward_passes", 0) for how in request.stages)
         table.add_row(
             f"{stored:.3f}", start.name, f"{before.perplexity:.2f}", f"{after.perplexity:.2f}",
             f"{recovered:.0%}", f"{options.block_steps} + {options.steps}", str(passes),

@@ -12,8 +12,12 @@ import time
 import jax
 
 import jaxquant as jq
+from jaxquant_models import load
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import CONTEXT, first_tokens, token_sequences
 from pallas_kernels import viterbi
 
 METHODS = {
@@ -26,13 +30,15 @@ METHODS = {
 
 
 def one(name):
-    source = pipeline.load_any("smollm2-135m")
+    source = load("smollm2-135m")
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
-    stats = pipeline.calibrate(source, read_text(BUILTIN, calibration=True), 8192)
+    text = read_text(BUILTIN, calibration=True)
+    sequences = first_tokens(token_sequences(source, text, CONTEXT), 8192)
+    stats = calibrate_model(source, sequences)
     calibrated = time.monotonic()
-    recipe = pipeline.recipe_of(METHODS[name]())
-    result = jax.block_until_ready(pipeline.quantized_model(source, recipe, stats).params)
+    recipe = recipe_of(METHODS[name]())
+    result = jax.block_until_ready(quantize_model(source, recipe, stats).params)
     done = time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(

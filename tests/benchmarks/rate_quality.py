@@ -30,9 +30,13 @@ from jaxquant.core.standin import is_standin
 from jaxquant.durable.store import Folder
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.formats import entropy_coded
+from jaxquant_models import load
+from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
-from jaxquant_models.runs.pipeline import LAYERS
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.healing import heal_model
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
 from tests.layer import made_layer, relative_loss
 
 CHUNKS, CONTEXT, HELD_OUT = 16, 512, 8
@@ -58,7 +62,7 @@ GRAIN = 4  # parts of a bit: rates of few kinds are few programs to compile
 
 def by_matrix(rate, params, stats):
     """A recipe of at most this average for a tree whose layers are apart."""
-    found = jq.shares(params, stats, [LAYERS])
+    found = jq.shares(params, stats, [LAYER_MATRICES])
     rows, sizes = (
         {p: f(w) for p, w in jq.path_leaves(params) if p in found} for f in (len, np.size)
     )
@@ -140,7 +144,7 @@ class Text:
     """The model and a text's sequences: scored on, healed on, held out, calibrated on."""
 
     def __init__(self, args):
-        self.source = pipeline.load_any("smollm2-135m")
+        self.source = load("smollm2-135m")
         text = read_text(args.text)
         ids = self.source.tokenizer.encode(text)
         count = args.tokens // CONTEXT
@@ -172,13 +176,13 @@ def model(args, results):
             recipe = by_matrix(rate, tree.params, known)
         else:
             chosen = method(rate)
-            recipe = chosen if isinstance(chosen, jq.Recipe) else pipeline.recipe_of(chosen)
+            recipe = chosen if isinstance(chosen, jq.Recipe) else recipe_of(chosen)
         run = whole | {"recipe": digest(json.dumps(recipe.to_json())), "jax": jax.__version__}
         name, start = f"model {family} {rate:g}", time.monotonic()
         folder = Folder(out / f"{name}.partial", run)
         if not (results.has(name, run) and kept(out, name, run)):
             fresh = not len(folder)
-            params = pipeline.quantized_model(tree, recipe, known, finished=folder).params
+            params = quantize_model(tree, recipe, known, finished=folder).params
             took = time.monotonic() - start if fresh else None
             keep(out, name, run, params)
             results.add(name, run, family=family, rate=rate, bits=jq.bits_per_weight(params),
@@ -205,8 +209,14 @@ def heal(args, results):
                 params = jq.unstack(params, "layers")
             result = replace_leaves(params, packed["leaves"])
             result = dataclasses.replace(data.source, params=result)
-            params = pipeline.healed(
-                data.source, result, data.fit, data.held_out, healing, tell, folder
+            params = heal_model(
+                data.source,
+                result,
+                data.fit,
+                data.held_out,
+                healing,
+                progress=tell,
+                finished=folder,
             ).params
             took = time.monotonic() - start if fresh else None
             results.add(f"{name} healed", run, family=f"{family}, healed", rate=rate,
@@ -240,7 +250,7 @@ def statistics(source, calibration, run, out):
     """Statistics on the calibration sequences, kept in a file of their run's name."""
     path = out / f"statistics-{run['text']}-{run['tokens']}.pickle"
     if not path.exists():
-        stats = pipeline.calibrate_on(source, calibration, output=[pipeline.LAYERS])
+        stats = calibrate_model(source, calibration, output=[LAYER_MATRICES])
         aside = path.with_suffix(".aside")
         aside.write_bytes(pickle.dumps(stats))
         aside.replace(path)

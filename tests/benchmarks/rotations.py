@@ -17,8 +17,16 @@ import jax
 import jaxquant as jq
 from jaxquant.evaluate import chunk, evaluate
 from jaxquant.tuning.learned_rotation import ROTATING
+from jaxquant_models import load
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.rotation import (
+    learned_rotation,
+    random_rotation,
+    rotate_model,
+    untie_model,
+)
 
 CONTEXT, SCORED, TRAINING = 512, 4, slice(-136, -8)
 
@@ -27,7 +35,7 @@ def recipe(bits, had):
     """Weights of so many bits, for a model whose stream is rotated."""
     clip = 1.0 if bits == 16 else 0.8
     method = jq.quarot(bits, symmetric=False, clip=clip, feedback=False)
-    return pipeline.recipe_of(method if had else dataclasses.replace(method, input=None), True)
+    return recipe_of(method if had else dataclasses.replace(method, input=None), True)
 
 
 def main():
@@ -40,12 +48,12 @@ def main():
     parser.add_argument("--held-out", type=int, default=8)
     parser.add_argument("--had", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    model = pipeline.untied_model(pipeline.load_any("smollm2-135m"))
+    model = untie_model(load("smollm2-135m"))
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
 
     def perplexity(rotation, bits):
-        turned = pipeline.turned(model, rotation)
-        q = pipeline.quantized_model(turned, recipe(bits, args.had), None)
+        turned = rotate_model(model, rotation)
+        q = quantize_model(turned, recipe(bits, args.had), None)
         logits = jq.quantized(q.apply_fn)
         return evaluate(logits, q.params, chunks[:SCORED], first=CONTEXT // 2 - 1).perplexity
 
@@ -59,11 +67,11 @@ def main():
             took = time.monotonic() - start
             print(f"{took:6.0f} s  {update.step:4} {update.loss:.4f} {seen}", flush=True)
 
-    random = pipeline.random_rotation(model, jax.random.key(0))
+    random = random_rotation(model, jax.random.key(0))
     report("random", random)
     sequences, start = chunks[TRAINING, : args.context], time.monotonic()
     healing = dataclasses.replace(ROTATING, steps=args.steps, learning_rate=args.rate)
-    learned = pipeline.learned_rotation(
+    learned = learned_rotation(
         model, recipe(args.bits, args.had), sequences[: -args.held_out], healing, start=random,
         validation=sequences[-args.held_out :], progress=tell,
     )  # fmt: skip

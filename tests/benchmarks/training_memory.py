@@ -16,10 +16,8 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.config import LlamaConfig
-from jaxquant_models.architectures.llama import Llama
-from jaxquant_models.readers.registry import Model
-from jaxquant_models.runs import pipeline
-from jaxquant_models.runs.pipeline import LAYERS
+from jaxquant_models.architectures.llama import LAYER_MATRICES, Llama
+from jaxquant_models.readers.model import Model
 
 SMALL = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True)
 LARGE = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
@@ -32,7 +30,7 @@ def shapes(config, recipe, trained=None):
     model = Llama(config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     named = Model("", config, params, None)
-    sites = pipeline.sites_of(named)
+    sites = named.sites()
 
     def make(params):
         packed = jq.quantize(params, recipe, sites)
@@ -76,8 +74,8 @@ def descent(loss, how):
 
 def rows(config, dtype, method, batch, length, light):
     """(what, bytes) of every program."""
-    recipe = jq.Recipe([(LAYERS, method), KEEP])
-    moves = jq.Recipe([(LIGHT if light else LAYERS, method), KEEP])
+    recipe = jq.Recipe([(LAYER_MATRICES, method), KEEP])
+    moves = jq.Recipe([(LIGHT if light else LAYER_MATRICES, method), KEEP])
     packed, latent = shapes(config, recipe), shapes(config, recipe, moves)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -12,8 +12,9 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.core.tensor import View
+from jaxquant_models.architectures.cache import Cache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
-from jaxquant_models.architectures.llama import Cache, Llama, apply, init_cache
+from jaxquant_models.architectures.llama import Llama, apply
 from tests.kernels.operands import random_data
 
 SHAPES = {

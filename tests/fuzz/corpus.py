@@ -17,14 +17,13 @@ import numpy as np
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
-from jaxquant_models.architectures.bert import BertConfig
-from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.rope import frequencies
-from jaxquant_models.cli.request import _recipe_file as recipe_of_file
-from jaxquant_models.readers.encoder import load_encoder
+from jaxquant_models.cli.quantize_request import recipe_of_file
+from jaxquant_models.readers.encoder import bert_config_from_hf, load_encoder
 from jaxquant_models.readers.gguf import read_gguf
-from jaxquant_models.readers.huggingface import _hf_json as hf_json
+from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
 from jaxquant_models.readers.huggingface import read_hf
+from jaxquant_models.readers.huggingface_config import config_from_hf, read_config_json
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.schemas.strict import read_json
 from tests.fuzz.mutations import BLIND, Mutation, of_gguf, of_json, of_safetensors
@@ -136,8 +135,8 @@ def _folders(place: Path, kind: str, names: list[str], write: bool) -> list[Case
 def _configs(place: Path, write: bool) -> list[Case]:
     """Most are read alone, for a model of other sizes takes a while to trace."""
     whole = _folders(place, "config", ["config.json", "generation_config.json"], write)
-    parts = [lambda f: frequencies(LlamaConfig.from_hf(hf_json(f)))] * 3
-    parts += [lambda f: BertConfig.from_hf(read_json(f / "config.json"))]
+    parts = [lambda f: frequencies(config_from_hf(read_config_json(f)))] * 3
+    parts += [lambda f: bert_config_from_hf(read_json(f / "config.json"))]
     alone = [dataclasses.replace(c, read=read) for c, read in zip(whole, parts, strict=True)]
     return [*whole, *alone * 9]
 
@@ -154,8 +153,8 @@ def _index(place: Path, write: bool) -> list[Case]:
 def _tokenizers(place: Path, write: bool) -> list[Case]:
     made = {
         "file": byte_tokenizer_json,
-        "bytes": lambda: Tokenizer.from_gguf(byte_fields("llama-bpe")).to_json(),
-        "pieces": lambda: Tokenizer.from_gguf(piece_fields()).to_json(),
+        "bytes": lambda: tokenizer_from_gguf(byte_fields("llama-bpe")).to_json(),
+        "pieces": lambda: tokenizer_from_gguf(piece_fields()).to_json(),
     }
     for name, text in made.items():
         if write:

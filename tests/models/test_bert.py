@@ -10,9 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxquant as jq
-from jaxquant_models.architectures.bert import FOLDS, BertConfig
-from jaxquant_models.readers.encoder import NAMED, TENSORS, Encoder, load_encoder
-from jaxquant_models.readers.registry import packaged
+from jaxquant_models.architectures.bert import FOLDS
+from jaxquant_models.readers.encoder import (
+    NAMED,
+    TENSORS,
+    Encoder,
+    bert_config_from_hf,
+    load_encoder,
+)
+from jaxquant_models.readers.packages import packaged_file
 
 HF = {
     "model_type": "bert", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40,
@@ -137,9 +143,9 @@ def test_factors_fold_into_values(folder):
 )
 def test_unsupported_configurations(change, message):
     with pytest.raises(ValueError, match=message):
-        BertConfig.from_hf(HF | change)
+        bert_config_from_hf(HF | change)
     with pytest.raises(ValueError, match="lacks 'hidden_size'"):
-        BertConfig.from_hf({k: v for k, v in HF.items() if k != "hidden_size"})
+        bert_config_from_hf({k: v for k, v in HF.items() if k != "hidden_size"})
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +158,7 @@ def minilm() -> Encoder:
 @pytest.mark.model
 @pytest.mark.slow
 def test_minilm_equals_numpy(minilm):
-    at = packaged(NAMED["minilm"])
+    at = packaged_file(NAMED["minilm"])
     hf, tensors = json.loads((at / "config.json").read_text()), load_file(at / "model.safetensors")
     tokens = minilm.tokens(LEFT)
     got = jax.jit(minilm.apply_fn)(minilm.params, tokens)

@@ -20,8 +20,10 @@ from jaxquant.storage import checkpoint
 from jaxquant_models import load
 from jaxquant_models.cli.commands import main
 from jaxquant_models.cli.output import Output
-from jaxquant_models.runs import pipeline, self_text
+from jaxquant_models.readers import registry
 from jaxquant_models.runs.generate import _run
+from jaxquant_models.runs.generated_text import generated_sequences
+from jaxquant_models.runs.quantization import plan_model
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -68,7 +70,7 @@ def test_the_four_commands(tiny, packed, run):
 
 
 def test_packed_model_is_the_dequantized_one(packed):
-    model = pipeline.load_any(packed)
+    model = load(packed)
     tokens = jnp.arange(64)[None]
     got = jax.jit(jq.quantized(model.apply_fn))(model.params, tokens)
     want = model.apply_fn(jq.dequantize(model.params), tokens)
@@ -89,7 +91,7 @@ def test_any_exception_is_one_line(run, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(pipeline, "load_any", broken)
+    monkeypatch.setattr(registry, "load", broken)
     fails(run("inspect", "x"), 1, "RuntimeError: first second")
 
 
@@ -102,7 +104,7 @@ def test_a_warning_is_printed_as_it_is(run, monkeypatch):
             warnings.warn("/tmp/[red]/a[/b]/" + "long" * 60, stacklevel=1)
         raise ValueError("then")
 
-    monkeypatch.setattr(pipeline, "load_any", warned)
+    monkeypatch.setattr(registry, "load", warned)
     result = run("inspect", "x")
     fails(result, 1, "then")
     assert "warning: /tmp/[red]/a[/b]/" + "long" * 60 in result[2].splitlines()
@@ -240,16 +242,16 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from jaxquant_models.cli.commands import main
-from jaxquant import resume
+from jaxquant.durable import store
 count, writes = int(sys.argv[1]), 0
-before = resume.os.replace
+before = store.os.replace
 def replace(a, b):
     global writes
     writes += 1
     if writes == count:
         os.kill(os.getpid(), signal.SIGKILL)  # a file written, not yet in its place
     before(a, b)
-resume.os.replace = replace
+store.os.replace = replace
 main(sys.argv[2:])
 """
 
@@ -330,10 +332,10 @@ def test_a_model_writes_its_own_text_to_heal_on(tiny, run, tmp_path):
     assert status == 0, err
     assert "recoding" in err
     model = load(tiny)
-    tokens = self_text.written(model, 3, 32, jax.random.key(1))
+    tokens = generated_sequences(model, 3, 32, 1, {})
     assert tokens.shape == (3, 32)
     assert len(np.unique(tokens[:, 1:])) > 8
-    again = self_text.written(model, 3, 32, jax.random.key(1))
+    again = generated_sequences(model, 3, 32, 1, {})
     np.testing.assert_array_equal(tokens, again)
 
 
@@ -346,7 +348,7 @@ def test_bits_of_an_unquantized_model(tiny, run):
 
 
 def test_the_plan_states_the_bytes_that_are_stored(tiny, packed):
-    plan = pipeline.plan(load(tiny), checkpoint.load(packed).recipe)
+    plan = plan_model(load(tiny), checkpoint.load(packed).recipe)
     stored = checkpoint.load(packed).params
     assert {e.path: e.bytes for e in plan.entries} == {
         p: w.nbytes for p, w in jq.path_leaves(stored)

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from jaxquant.theory.outliers import massive
 from jaxquant_models import load
-from jaxquant_models.architectures.states import states
-from jaxquant_models.runs import pipeline
-from jaxquant_models.runs.outliers import heat_map, outliers_of, plot
+from jaxquant_models.architectures.hidden_states import hidden_states
+from jaxquant_models.cli.outlier_report import heat_map, plot
+from jaxquant_models.runs.outliers import outliers_of
+from jaxquant_models.runs.sequences import token_sequences
 from tests.models.test_cli import fails, tiny  # noqa: F401
 
 COMMAND = ("--outliers", "--tokens", 96)
@@ -107,7 +108,7 @@ def test_without_matplotlib(tiny, run, monkeypatch, tmp_path):
 def of_text(beginning):
     """The demo model, and tokens of which the first ones are given."""
     model = load("smollm2-135m")
-    return model, pipeline.pieces(model, beginning + topics["assert"] * 2, 128, 1)[0]
+    return model, token_sequences(model, beginning + topics["assert"] * 2, 128, 1)[0]
 
 
 @pytest.mark.model
@@ -152,6 +153,6 @@ def test_the_first_token_of_the_real_model_is_massive():
 )
 def test_whatever_the_first_token(beginning, value, giants):
     model, tokens = of_text(beginning)
-    residual = jax.jit(states(model.config))(model.params, jnp.asarray(tokens)).residual
+    residual = jax.jit(hidden_states(model.config))(model.params, jnp.asarray(tokens)).residual
     assert residual[12, 0, 507] == pytest.approx(value, rel=1e-4)
     assert {m.token for m in massive(residual)} == giants

@@ -13,11 +13,13 @@ from jaxquant.evaluate import evaluate
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models import init_cache, load
-from jaxquant_models.architectures.cache import Rounding
+from jaxquant_models.architectures.cache import FakeQuantizedCache
 from jaxquant_models.architectures.llama import Llama, apply
 from jaxquant_models.readers.text import read_text
-from jaxquant_models.runs import generate, pipeline
+from jaxquant_models.runs import generate
 from jaxquant_models.runs.generate import _run
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import token_sequences
 from tests.models.tiny_llama import (
     BASE,
     FAMILIES,
@@ -72,7 +74,7 @@ def off(a, b):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_decoding_is_the_whole_sequence_with_rounding(form, tmp_path):
     tiny = made("llama-llama3", tmp_path)  # whose angles are scaled
-    rounding = Rounding(form, strict=False)
+    rounding = FakeQuantizedCache(form, strict=False)
     want = jax.jit(lambda p, x: apply(Llama(tiny.config), p, x, rounding)[0])(tiny.params, TOKENS)
     got = stepped(tiny, tiny.params, form, [1] * 75)
     assert off(got, want) < 0.1
@@ -161,7 +163,7 @@ def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
 
 
 def rounded_inputs(model, form):
-    params = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(8, -1)))
+    params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
     return jq.with_activations(params, form)
 
 
@@ -331,7 +333,7 @@ def real():
 @pytest.mark.slow
 def test_perplexity_where_every_token_sees_rounded_keys_and_values(real, monkeypatch):
     """The twin has keys by token. The text is an easy one: floats come to 9.19."""
-    chunks = pipeline.pieces(real, read_text("builtin"), 512, 2)
+    chunks = token_sequences(real, read_text("builtin"), 512, 2)
     perplexity = lambda fn: evaluate(fn, real.params, chunks).perplexity
     exact = perplexity(real.apply_fn)
     cost = lambda *form, **more: perplexity(real.apply_kv(KVFormat(*form, **more))) / exact

@@ -12,13 +12,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxquant_models import load
-from jaxquant_models.architectures.bert import BertConfig
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.rope import frequencies
+from jaxquant_models.readers.encoder import bert_config_from_hf
 from jaxquant_models.readers.gguf_file import open_gguf
+from jaxquant_models.readers.gguf_metadata import config_from_gguf
+from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
+from jaxquant_models.readers.huggingface_config import config_from_hf
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
-from jaxquant_models.runs.pipeline import calibrate_on
+from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.schemas.strict import parse_json, read_json
 from tests.models import test_bert, test_gguf_reader
 from tests.models.test_huggingface import shard
@@ -65,16 +68,16 @@ WRONG = {
 @pytest.mark.parametrize("field", WRONG)
 def test_config_refuses_by_the_fields_name(field):
     for value in WRONG[field]:
-        one_line(lambda value=value: LlamaConfig.from_hf(BASE | {field: value}), field)
+        one_line(lambda value=value: config_from_hf(BASE | {field: value}), field)
 
 
 @pytest.mark.parametrize("field", ["factor", "low_freq_factor", "high_freq_factor"])
 def test_rope_factors(field):
     for value in (None, *NO_NUMBER, -8.0):
         rope = {"rope_scaling": LLAMA3 | {field: value}}
-        one_line(lambda rope=rope: LlamaConfig.from_hf(BASE | rope), field)
+        one_line(lambda rope=rope: config_from_hf(BASE | rope), field)
     crossed = LLAMA3 | {"low_freq_factor": 4.0}
-    one_line(lambda: LlamaConfig.from_hf(BASE | {"rope_scaling": crossed}), "must be below")
+    one_line(lambda: config_from_hf(BASE | {"rope_scaling": crossed}), "must be below")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_rope_factors(field):
 )
 def test_rope_scaling_goes_before_rope_parameters(rope, theta, scaling):
     plain = {k: v for k, v in BASE.items() if k != "rope_theta"}
-    config = LlamaConfig.from_hf(plain | rope)
+    config = config_from_hf(plain | rope)
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
     slow = frequencies(config) * (scaling or 1.0)
     np.testing.assert_allclose(slow, theta ** (-np.arange(4) / 4))
@@ -103,7 +106,7 @@ def test_rope_scaling_goes_before_rope_parameters(rope, theta, scaling):
 
 def test_llama3_takes_the_models_positions_where_it_names_none():
     rope = {k: v for k, v in LLAMA3.items() if not k.startswith("original")}
-    config = LlamaConfig.from_hf(BASE | {"rope_scaling": rope})
+    config = config_from_hf(BASE | {"rope_scaling": rope})
     assert config.rope_scaling.original_max_position == BASE["max_position_embeddings"]
 
 
@@ -124,7 +127,7 @@ def test_llama3_takes_the_models_positions_where_it_names_none():
     ],
 )
 def test_the_same_from_a_checkpoint(change):
-    good = LlamaConfig.from_hf(BASE).to_json()
+    good = config_from_hf(BASE).to_json()
     one_line(lambda: LlamaConfig.from_json(good | change), next(iter(change)))
     one_line(lambda: LlamaConfig.from_json([]), "not a LlamaConfig")
 
@@ -132,7 +135,7 @@ def test_the_same_from_a_checkpoint(change):
 @pytest.mark.parametrize("field", ["layer_norm_eps", "hidden_size", "pad_token_id", "vocab_size"])
 def test_encoders_too(field):
     for value in (None, "1", -1, [], {}, 2**40, float("nan")):
-        one_line(lambda value=value: BertConfig.from_hf(test_bert.HF | {field: value}), field)
+        one_line(lambda value=value: bert_config_from_hf(test_bert.HF | {field: value}), field)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_gguf_metadata(field, tmp_path):
     fields = fields_of(tmp_path)
     for value in (0, -1, "3", [3], True, 1e300, float("nan")):
         wrong = fields | {f"llama.{field}": value}
-        one_line(lambda wrong=wrong: LlamaConfig.from_gguf(wrong), f"llama.{field}")
+        one_line(lambda wrong=wrong: config_from_gguf(wrong), f"llama.{field}")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +352,7 @@ def test_gguf_factors_scale_without_a_type(kind, factor, old, scaling, tmp_path)
     """As in llama.cpp: linear is what a factor means, in its old place too."""
     given = {"scaling.type": kind, "scaling.factor": factor, "scale_linear": old}
     more = {f"llama.rope.{k}": v for k, v in given.items() if v is not None}
-    assert LlamaConfig.from_gguf(fields_of(tmp_path) | more).rope_scaling == scaling
+    assert config_from_gguf(fields_of(tmp_path) | more).rope_scaling == scaling
 
 
 def test_gguf_block_count(tmp_path):
@@ -385,7 +388,7 @@ def test_gguf_block_count(tmp_path):
     ],
 )  # fmt: skip
 def test_gguf_tokenizers(fields):
-    one_line(lambda: Tokenizer.from_gguf(fields), "tokenizer.ggml.")
+    one_line(lambda: tokenizer_from_gguf(fields), "tokenizer.ggml.")
 
 
 def changed(change):
@@ -460,7 +463,7 @@ def test_gguf_with_more_tokens_than_rows(tmp_path):
 def test_ids_from_a_user_are_checked_before_any_compute(tmp_path):
     model = load(write_folder(tmp_path, BASE, random_tensors(BASE)))
     for ids in ([[0, 261]], [[-1, 3]]):
-        one_line(lambda ids=ids: calibrate_on(model, np.array(ids)), r"must lie in \[0, 261\)")
+        one_line(lambda ids=ids: calibrate_model(model, np.array(ids)), r"must lie in \[0, 261\)")
         one_line(lambda ids=ids: model.apply_fn(model.params, jnp.asarray(ids)), "must lie in")
     one_line(lambda: model.apply_fn(model.params, jnp.ones((1, 2))), "must be integers")
     jax.eval_shape(model.apply_fn, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))

@@ -9,8 +9,16 @@ import pytest
 import jaxquant as jq
 from jaxquant.storage import checkpoint
 from jaxquant_models import load
+from jaxquant_models.architectures.llama import LAYER_MATRICES, RESIDUAL_READERS
 from jaxquant_models.cli.commands import main
-from jaxquant_models.runs import pipeline
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.rotation import (
+    learned_rotation,
+    random_rotation,
+    rotate_model,
+    untie_model,
+)
 from tests.models.tiny_llama import BASE, FAMILIES, VOCAB, D, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -45,7 +53,7 @@ def test_from_the_command_to_a_checkpoint_that_runs(how, tied, run, tmp_path):
     assert status == 0, err
     assert f"untied, which adds {2 * VOCAB * D:,} bytes" in " ".join(err.split())
     assert ("rotation" in err and "held out" in err) == (how[0] == "learned")
-    packed = pipeline.load_any(tmp_path / "o")
+    packed = load(tmp_path / "o")
     assert not packed.config.tie_embeddings and packed.params["head"]["kernel"].shape == (D, VOCAB)
     sides = {p: w.input for p, w in jq.path_leaves(packed.params) if isinstance(w, jq.QTensor)}
     online = [p for p, side in sides.items() if side is not None]
@@ -86,23 +94,23 @@ def test_a_rotation_being_learned_goes_on(tied, run, tmp_path, monkeypatch):
 
 def test_other_kinds_of_methods(tied):
     """Rotations of what reads the stream go; other transforms, and orders of formats, stay."""
-    side = lambda method: dict(pipeline.recipe_of(method, True).rules)[pipeline.STREAM[0]].input
+    side = lambda method: dict(recipe_of(method, True).rules)[RESIDUAL_READERS[0]].input
     assert side(jq.quarot()) is None and side(jq.quip_sharp(2)) is None
     assert side(jq.quarot(alpha=0.5)) == jq.Smooth(0.5)
     assert side(jq.smoothquant(rotate=True)) == jq.Smooth(0.5)
     for method in (jq.smoothquant(), jq.duquant(), jq.entropy_coded(2), jq.rtn(4)):
         assert side(method) == method.input
-    assert dict(pipeline.recipe_of(jq.quarot(), True).rules)[pipeline.LAYERS] == jq.quarot()
+    assert dict(recipe_of(jq.quarot(), True).rules)[LAYER_MATRICES] == jq.quarot()
 
 
 def test_transforms_fitted_to_inputs_are_learned_with(tied):
-    model = pipeline.untied_model(load(tied))
-    recipe = pipeline.recipe_of(jq.quarot(alpha=0.5), rotated=True)
-    start = pipeline.random_rotation(model, jax.random.key(0))
+    model = untie_model(load(tied))
+    recipe = recipe_of(jq.quarot(alpha=0.5), rotated=True)
+    start = random_rotation(model, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 256, (4, 24))
-    stats = pipeline.calibrate_on(pipeline.turned(model, start), tokens, weighting="uniform")
+    stats = calibrate_model(rotate_model(model, start), tokens, weighting="uniform")
     once = jq.Healing(steps=1, learning_rate=0.1)
-    got = pipeline.learned_rotation(model, recipe, tokens, once, start=start, stats=stats)
+    got = learned_rotation(model, recipe, tokens, once, start=start, stats=stats)
     assert np.max(np.abs(got - start)) > 1e-3
 
 

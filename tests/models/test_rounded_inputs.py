@@ -10,9 +10,14 @@ import pytest
 import jaxquant as jq
 from jaxquant.core.paths import replace_leaves
 from jaxquant_models import load
-from jaxquant_models.architectures.llama import folds, residual
-from jaxquant_models.runs import generate, pipeline
-from jaxquant_models.runs.inspection import Inspector
+from jaxquant_models.architectures.invariances import folds, residual
+from jaxquant_models.readers.checkpoint import save_model
+from jaxquant_models.runs import generate
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.module_loss import ModuleLoss
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.rotation import random_rotation, rotate_model
 from tests.models.tiny_llama import BASE, FAMILIES, random_tensors, write_folder
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (4, 24))
@@ -29,12 +34,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stats(tiny):
-    return pipeline.calibrate_on(tiny, TOKENS, weighting="uniform", sample=32)
+    return calibrate_model(tiny, TOKENS, weighting="uniform", sample=32)
 
 
 def rounded(model, activations):
     """Weights of 8 bits, and inputs as said."""
-    params = jq.quantize(model.params, pipeline.recipe_of(jq.rtn(8, -1)))
+    params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
     return jq.with_activations(params, activations)
 
 
@@ -47,13 +52,13 @@ def test_factors_fold_and_the_stream_turns_in_every_family(family, tmp_path):
     """Function preserved by smoothing, folded and carried, and by a rotation folded everywhere."""
     model = made(tmp_path, FAMILIES[family])
     want = model.apply_fn(model.params, TOKENS)
-    stats = pipeline.calibrate_on(model, TOKENS, weighting="uniform")
-    floats = pipeline.recipe_of(jq.smoothquant(16, activation_bits=16))
+    stats = calibrate_model(model, TOKENS, weighting="uniform")
+    floats = recipe_of(jq.smoothquant(16, activation_bits=16))
     folded = jq.fold(model.params, floats, stats, folds(model.config))
     assert near(model.apply_fn(folded.params, TOKENS), want) < 1e-5
     carried = jq.quantize(model.params, floats, stats)
     assert near(jq.quantized(model.apply_fn)(carried, TOKENS), want) < 1e-5
-    turned = pipeline.rotated(model, jax.random.key(0))
+    turned = rotate_model(model, random_rotation(model, jax.random.key(0)))
     assert near(turned.apply_fn(turned.params, TOKENS), want) < 1e-5
     assert not turned.config.tie_embeddings
     for name in ("attn_norm", "mlp_norm"):
@@ -94,8 +99,8 @@ def test_generation_after_an_exact_prefix(tiny):
 def test_statistics_leave_the_prefix_out(tiny):
     """Those of the tokens after it, as the whole text makes them."""
     model = dataclasses.replace(tiny, prefix=2)
-    got = pipeline.calibrate_on(model, TOKENS, weighting="uniform", sample=200)
-    whole = pipeline.calibrate_on(tiny, TOKENS, weighting="uniform", sample=200)
+    got = calibrate_model(model, TOKENS, weighting="uniform", sample=200)
+    whole = calibrate_model(tiny, TOKENS, weighting="uniform", sample=200)
     for path in ("layers/attn/q/kernel", "layers/mlp/down/kernel"):
         a, b = got.of(path), whole.of(path)
         assert np.all(a.rows == 4 * 22) and np.all(b.rows == 4 * 24)
@@ -104,7 +109,7 @@ def test_statistics_leave_the_prefix_out(tiny):
 
 def test_inspection_is_of_the_module(tiny, stats):
     """The float weights lose nothing, rounded ones what attention or the MLP loses by them."""
-    inspector = Inspector(tiny, TOKENS)
+    inspector = ModuleLoss(tiny, TOKENS)
     layers = tiny.params["layers"]
     of = lambda module, names, change: {
         f"layers/{module}/{n}/kernel": change(layers[module][n]["kernel"][1]) for n in names
@@ -114,11 +119,11 @@ def test_inspection_is_of_the_module(tiny, stats):
         scaled = lambda by, m=module, n=names: float(inspector(of(m, n, lambda w: w * by), 1))
         assert 0 < scaled(1.01) < scaled(1.1)
     assert inspector(of("mlp", ["down"], lambda w: w), 1) is None
-    recipe = pipeline.recipe_of(jq.awq(3, 8))
+    recipe = recipe_of(jq.awq(3, 8))
     calls, kept = [], {}
     counted = lambda *a: calls.append(a) or inspector(*a)
     searched, again = (
-        pipeline.quantized_model(tiny, recipe, stats, inspect=judge, finished=kept)
+        quantize_model(tiny, recipe, stats, inspect=judge, finished=kept)
         for judge in (counted, None)  # what is kept is not searched for again
     )
     assert calls
@@ -136,10 +141,10 @@ def test_inspection_is_of_the_module(tiny, stats):
 )  # fmt: skip
 def test_every_method_is_saved_and_served(method, tiny, stats, tmp_path):
     model = dataclasses.replace(tiny, prefix=1)
-    recipe = pipeline.recipe_of(method)
-    made = pipeline.quantized_model(model, recipe, stats)
-    pipeline.save(tmp_path / "q", made, recipe)
-    back = pipeline.load_any(tmp_path / "q")
+    recipe = recipe_of(method)
+    made = quantize_model(model, recipe, stats)
+    save_model(tmp_path / "q", made, recipe)
+    back = load(tmp_path / "q")
     assert back.prefix == 1
     fn = jax.jit(jq.quantized(model.apply_fn))
     half = lambda name: jax.tree.map(
@@ -153,8 +158,8 @@ def test_every_method_is_saved_and_served(method, tiny, stats, tmp_path):
 
 def test_what_is_not_finite_is_not_saved(tiny, tmp_path):
     """Scales of packed weights, say after healing that diverged, and weights that are kept."""
-    recipe = pipeline.recipe_of(jq.rtn(4, 8))
-    made = pipeline.quantized_model(tiny, recipe, None)
+    recipe = recipe_of(jq.rtn(4, 8))
+    made = quantize_model(tiny, recipe, None)
     leaves = dict(jq.path_leaves(made.params))
     packed = next(path for path, w in leaves.items() if isinstance(w, jq.QTensor))
     kept = next(path for path, w in leaves.items() if not isinstance(w, jq.QTensor))
@@ -162,5 +167,5 @@ def test_what_is_not_finite_is_not_saved(tiny, tmp_path):
         nan = lambda a: jnp.full_like(a, jnp.nan) if a.dtype.kind == "f" else a
         bad = replace_leaves(made.params, {path: jax.tree.map(nan, leaves[path])})
         with pytest.raises(ValueError, match=f"{path}: values that are not finite"):
-            pipeline.save(tmp_path / "q", dataclasses.replace(made, params=bad), recipe)
+            save_model(tmp_path / "q", dataclasses.replace(made, params=bad), recipe)
         assert not (tmp_path / "q").exists()

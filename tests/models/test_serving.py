@@ -9,8 +9,10 @@ import pytest
 import jaxquant as jq
 from jaxquant.rounding import Nearest
 from jaxquant_models import load
-from jaxquant_models.runs import pipeline
+from jaxquant_models.readers.checkpoint import save_model
 from jaxquant_models.runs.generate import generate
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.serving import serving_model
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 METHOD = jq.Method("entropy_coded", Nearest(), jq.EntropyCoded(6, states=4, chain=16, lanes=2))
@@ -26,33 +28,35 @@ def folder(tmp_path_factory):
     write_folder(float_model, BASE | {"max_position_embeddings": 1024}, random_tensors(BASE))
     (float_model / "tokenizer.json").write_text(byte_tokenizer_json())
     model = load(float_model)
-    recipe = pipeline.recipe_of(METHOD)
-    params = jq.quantize(model.params, recipe, pipeline.sites_of(model))
-    pipeline.save(float_model.parent / "coded", dataclasses.replace(model, params=params), recipe)
+    recipe = recipe_of(METHOD)
+    params = jq.quantize(model.params, recipe, model.sites())
+    save_model(float_model.parent / "coded", dataclasses.replace(model, params=params), recipe)
     return float_model.parent / "coded"
 
 
 def ids_of(model):
-    return pipeline.beginning(model) + model.tokenizer.encode(PROMPT)
+    return model.bos_ids + model.tokenizer.encode(PROMPT)
 
 
 def test_tokens_are_those_of_the_dequantized_model(folder):
-    model = pipeline.load_any(folder)
-    params, said = pipeline.serving(model.params)
-    assert re.fullmatch(SAID, said)
+    model = load(folder)
+    said = []
+    params = serving_model(model, said.append).params
+    assert len(said) == 1 and re.fullmatch(SAID, said[0])
     run = lambda fn, params: generate(fn, params, model.config, ids_of(model), 16)
     want = run(model.apply_cached, jq.dequantize(model.params))
     served = jq.quantized(model.apply_cached)
     assert len(want) > 4
     assert run(served, params) == want
     assert run(served, jq.unstack(params, "layers")) == want
-    assert pipeline.serving(params) == (params, "")  # done already
+    again = serving_model(dataclasses.replace(model, params=params), said.append).params
+    assert again == params and len(said) == 1  # done already
 
 
 def test_generate_serves_it_and_says_so(folder, run):
     status, out, err = run("generate", folder, "--prompt", PROMPT, "--max-tokens", 8, "--json")
     assert status == 0 and re.search(f"^{SAID}$", err, re.MULTILINE)
-    model = pipeline.load_any(folder)
+    model = load(folder)
     params = jq.dequantize(model.params)
     want = generate(model.apply_cached, params, model.config, ids_of(model), 8)
     assert json.loads(out)["text"] == model.tokenizer.decode(want)
@@ -63,7 +67,7 @@ def test_eval_reports_what_is_stored(folder, run, tmp_path):
     arguments = ("--text", tmp_path / "t", "--ctx", 64, "--chunks", 2, "--json")
     status, out, err = run("eval", folder, *arguments)
     report = json.loads(out)
-    stored = pipeline.load_any(folder, widen=False).params
+    stored = load(folder, widen=False).params
     assert status == 0 and re.search(f"^{SAID}$", err, re.MULTILINE)
     assert report["bits_per_weight"] == jq.bits_per_weight(stored)
     assert report["bytes"] == sum(w.nbytes for _, w in jq.path_leaves(stored))

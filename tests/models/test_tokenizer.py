@@ -5,6 +5,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from jaxquant_models import Tokenizer
+from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
 from tests.models.tiny_llama import byte_tokenizer_json
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -47,11 +48,11 @@ def piece_fields(**changes):
 
 
 TOKENIZERS = {
-    pre: lambda pre=pre: Tokenizer.from_gguf(byte_fields(pre))
+    pre: lambda pre=pre: tokenizer_from_gguf(byte_fields(pre))
     for pre in ("smollm", "gpt-2", "default", "llama-bpe", "qwen2")
 }
-TOKENIZERS["sentencepiece"] = lambda: Tokenizer.from_gguf(piece_fields())
-TOKENIZERS["no prefix"] = lambda: Tokenizer.from_gguf(piece_fields(add_space_prefix=False))
+TOKENIZERS["sentencepiece"] = lambda: tokenizer_from_gguf(piece_fields())
+TOKENIZERS["no prefix"] = lambda: tokenizer_from_gguf(piece_fields(add_space_prefix=False))
 TOKENIZERS["file"] = lambda: Tokenizer.from_json(byte_tokenizer_json())
 
 
@@ -82,7 +83,7 @@ def test_any_text_comes_back(name):
 )
 def test_known_splits(pre, text, expected):
     fields = byte_fields(pre)
-    ids = Tokenizer.from_gguf(fields).encode(text)
+    ids = tokenizer_from_gguf(fields).encode(text)
     assert [fields["tokenizer.ggml.tokens"][i] for i in ids] == expected
 
 
@@ -92,25 +93,25 @@ def test_llama3_takes_whole_words_before_merging():
     tokens = [*fields["tokenizer.ggml.tokens"], "xyz"]
     types = [*fields["tokenizer.ggml.token_type"], 1]
     fields |= byte_fields("llama-bpe", tokens=tokens, token_type=types)
-    assert Tokenizer.from_gguf(fields).encode("xyz") == [len(tokens) - 1]
+    assert tokenizer_from_gguf(fields).encode("xyz") == [len(tokens) - 1]
 
 
 def test_sentencepiece_merges_the_best_scored_piece_first():
     fields = piece_fields()
-    ids = Tokenizer.from_gguf(fields).encode("the the")
+    ids = tokenizer_from_gguf(fields).encode("the the")
     assert [fields["tokenizer.ggml.tokens"][i] for i in ids] == ["▁the", "▁the"]
-    assert Tokenizer.from_gguf(fields).encode("é")[-2:] == [5 + 0xC3, 5 + 0xA9]
+    assert tokenizer_from_gguf(fields).encode("é")[-2:] == [5 + 0xC3, 5 + 0xA9]
 
 
 def test_special_adds_the_beginning_token():
-    tokenizer = Tokenizer.from_gguf(piece_fields())
+    tokenizer = tokenizer_from_gguf(piece_fields())
     assert tokenizer.encode("the", special=True) == [1, *tokenizer.encode("the")]
-    plain = Tokenizer.from_gguf(byte_fields(bos_token_id=266))
+    plain = tokenizer_from_gguf(byte_fields(bos_token_id=266))
     assert plain.encode("the", special=True) == plain.encode("the")
 
 
 def test_special_strings_become_special_tokens():
-    tokenizer = Tokenizer.from_gguf(byte_fields())
+    tokenizer = tokenizer_from_gguf(byte_fields())
     assert tokenizer.encode("<s>") == [266]
     assert tokenizer.vocab_size == 256 + 10 + 4
 
@@ -118,7 +119,7 @@ def test_special_strings_become_special_tokens():
 def test_bytes_that_the_vocabulary_lacks_are_an_error():
     """As in SmolLM2, whose tokenizer would drop these characters in silence."""
     tokens = ["<hole>" if t == "Ĕ" else t for t in byte_fields()["tokenizer.ggml.tokens"]]
-    tokenizer = Tokenizer.from_gguf(byte_fields(tokens=tokens))
+    tokenizer = tokenizer_from_gguf(byte_fields(tokens=tokens))
     assert tokenizer.decode(tokenizer.encode("a\x15b")) == "a\x15b"
     with pytest.raises(ValueError, match=r"no token for \['\\x14'\]"):
         tokenizer.encode("a\x14b")
@@ -126,7 +127,7 @@ def test_bytes_that_the_vocabulary_lacks_are_an_error():
 
 def test_lone_surrogates_are_an_error():
     with pytest.raises(ValueError, match="not valid Unicode at character 1"):
-        Tokenizer.from_gguf(byte_fields()).encode("a\ud800")
+        tokenizer_from_gguf(byte_fields()).encode("a\ud800")
 
 
 @pytest.mark.parametrize(
@@ -143,4 +144,4 @@ def test_lone_surrogates_are_an_error():
 )
 def test_unsupported_metadata(fields, message):
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_gguf(fields)
+        tokenizer_from_gguf(fields)

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.evaluate import evaluate
 from jaxquant.storage import checkpoint
 from jaxquant_models import load
 from jaxquant_models.cli.commands import main
-from jaxquant_models.runs import pipeline, pretraining
+from jaxquant_models.readers.checkpoint import save_model
+from jaxquant_models.runs import pretraining
+from jaxquant_models.runs.pretraining_request import PretrainingRequest
+from jaxquant_models.runs.sequences import token_sequences
 from tests.models.test_cli import KILLED, fails
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
@@ -46,8 +50,10 @@ def tune(tiny, model, *options):
 
 
 def kl(tiny, result):
-    source, model = load(tiny), pipeline.load_any(result)
-    return pipeline.distance(source, model.params, pipeline.pieces(source, TEXT, 64, 8))
+    source, model = load(tiny), load(result)
+    teacher, sequences = (source.apply_fn, source.params), token_sequences(source, TEXT, 64, 8)
+    student = jq.quantized(source.apply_fn)
+    return evaluate(student, model.params, sequences, against=teacher).kl
 
 
 @pytest.mark.parametrize(
@@ -92,9 +98,9 @@ def test_floats_and_next_tokens(tiny, run, tmp_path):
         status, _, err = run(*command, *teacher, *more, "--out", tmp_path / name)
         assert status == 0, err
     source, score = load(tiny), {}
-    pieces = pipeline.pieces(source, TEXT, 64, 8)
+    pieces = token_sequences(source, TEXT, 64, 8)
     for name in ("own", "text"):
-        model = pipeline.load_any(tmp_path / name)
+        model = load(tmp_path / name)
         found = jq.evaluate.evaluate(jq.quantized(model.apply_fn), model.params, pieces)
         score[name] = found.perplexity
     assert score["text"] < 0.8 * score["own"]
@@ -143,14 +149,14 @@ def test_layers_apart_train_as_a_stack(tiny, run, tmp_path):
     for name, rules in recipes.items():
         params = jq.quantize(jq.unstack(source.params, "layers"), jq.Recipe(rules))
         model = dataclasses.replace(source, params=params)
-        pipeline.save(tmp_path / name, model, jq.Recipe(rules))
+        save_model(tmp_path / name, model, jq.Recipe(rules))
     command = lambda name: tune(tiny, tmp_path / name, "--teacher", tiny, "--batch", 4)
     more = ("--steps", 12, "--out", tmp_path / "o")
     fails(run(*command("unlike"), *more), 2, "layers apart train as a stack")
     status, _, err = run(*command("alike"), *more)
     assert status == 0, err
     assert kl(tiny, tmp_path / "o") < kl(tiny, tmp_path / "alike")
-    assert "0" in pipeline.load_any(tmp_path / "o").params["layers"]
+    assert "0" in load(tmp_path / "o").params["layers"]
 
 
 @pytest.mark.slow
@@ -225,7 +231,7 @@ def test_bitnet_from_scratch(tiny, run, tmp_path, more):
     assert status == 0, err
     report = json.loads(text)
     assert report["weights"] > 900_000
-    loaded = pipeline.load_any(tmp_path / "o")
+    loaded = load(tmp_path / "o")
     layers = [w for path, w in jq.path_leaves(loaded.params) if path.endswith("kernel")]
     assert all(w.format == jq.bitnet().format for w in layers)
     forms = {str(w.activations) for w in layers}
@@ -238,10 +244,12 @@ def test_bitnet_from_scratch(tiny, run, tmp_path, more):
 
 
 def test_gains_of_norms_do_not_decay():
-    run = pretraining.Run("1m", steps=10, vocabulary=300)
-    config = run.config(300)
-    params = pretraining.turned(run, config, pretraining.begin(run, config), range(1)).params
-    optimizer = run.optimizer()
+    request = PretrainingRequest("1m", steps=10, vocabulary=300)
+    config = request.config(300)
+    params = pretraining.converted(
+        request, config, pretraining.initial_state(request, config), range(1)
+    ).params
+    optimizer = request.optimizer()
     state, still = optimizer.init(params), jax.tree.map(np.zeros_like, params)
     for _ in range(3):
         updates, state = optimizer.update(still, state, params)
@@ -254,14 +262,14 @@ def test_gains_of_norms_do_not_decay():
 
 def test_a_finished_run_stays_a_run_of_a48():
     """Killed after its last step it comes back as it was."""
-    run = pretraining.Run(
+    request = PretrainingRequest(
         "1m", steps=3, context=16, batch_size=2, vocabulary=300, float_share=0.4, a48=0.1
     )
-    assert (run.ternary_from, run.a48_from) == (1, 2)
-    data = pretraining.texts(run, TEXT)
+    assert (request.ternary_from, request.a48_from) == (1, 2)
+    data = pretraining.training_data(request, TEXT)
     kept = {}
-    first, _ = pretraining.train(run, data, kept)
-    again, _ = pretraining.train(run, data, kept)
+    first, _ = pretraining.train(request, data, finished=kept)
+    again, _ = pretraining.train(request, data, finished=kept)
     forms = lambda p: {
         str(w.activations) for _, w in jq.path_leaves(p) if isinstance(w, jq.QTensor)
     }

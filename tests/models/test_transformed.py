@@ -13,7 +13,7 @@ from jaxquant.formats.dense import Dense
 from jaxquant.recipes.recipe import layout_of
 from jaxquant.transforms import Channels
 from jaxquant_models import load
-from jaxquant_models.runs import pipeline
+from jaxquant_models.architectures.llama import LAYER_MATRICES
 from tests.models.tiny_llama import BASE, random_tensors, write_folder
 
 SIDES = [
@@ -30,7 +30,7 @@ def transformed(model, sides):
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     sites = jq.sites(model.apply_fn, model.params, tokens)
     for path, w in leaves.items():
-        if not matches(path, pipeline.LAYERS):
+        if not matches(path, LAYER_MATRICES):
             continue
         view, order = layout_of(w.shape, sites[path])
         k, n = math.prod(view.k), math.prod(view.n)

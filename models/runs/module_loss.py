@@ -6,36 +6,40 @@ states of the model as it was. Other weights are judged by their own products (s
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant_models.architectures.llama import blockwise, parts
-from jaxquant_models.readers.registry import Model
+from jaxquant_models.architectures.blocks import attention_and_mlp, blockwise
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.readers.model import Model
 
-MODULES = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}  # inspected, by what
+MODULES = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}  # the weights that each judges
 
 
-class Inspector:
-    """An `inputs.Inspection` of a Llama model with its layers in a stack."""
+class ModuleLoss:
+    """The `inspect` of `jaxquant.quantize` for a Llama with its layers in a stack."""
 
     def __init__(self, model: Model, sequences: np.ndarray, relative: bool = True) -> None:
-        """By token sequences [N, t]; memory is L N t d floats for the input of every layer.
+        """Run the model on token sequences; memory is L N t d floats, the inputs of all layers.
 
-        `relative`: errors of a token's output over its energy, so that a sink is one token of many.
+        Args:
+          sequences: token ids [N, t].
+          relative: whether the error of a token's output is divided by its energy, so that a sink
+            is one token of many.
         """
         self.config, self.layers, self.relative = model.config, model.params["layers"], relative
-        cut = blockwise(model.config, model.dtype)
+        parts = blockwise(model.config, model.dtype)
 
         @jax.jit
-        def states(params: Any, tokens: jax.Array) -> jax.Array:
-            step = lambda h, layer: (cut.block(layer, h), h)
-            return jax.lax.scan(step, cut.embed(params, tokens), params["layers"])[1]
+        def layer_inputs(params: PyTree, tokens: jax.Array) -> jax.Array:
+            step = lambda h, layer: (parts.block(layer, h), h)
+            return jax.lax.scan(step, parts.embed(params, tokens), params["layers"])[1]
 
-        each = [states(model.params, jnp.asarray(s)[None]) for s in sequences]
+        each = [layer_inputs(model.params, jnp.asarray(s)[None]) for s in sequences]
         self.hidden = jnp.concatenate(each, axis=1)
 
     def __call__(self, weights: dict[str, jax.Array], index: int) -> jax.Array | None:
@@ -48,15 +52,17 @@ class Inspector:
         return None
 
     @functools.lru_cache(maxsize=1)  # noqa: B019, of a few for all candidates of one search
-    def _module(self, module: str, index: int) -> tuple[Any, jax.Array, jax.Array]:
+    def _module(self, module: str, index: int) -> tuple[PyTree, jax.Array, jax.Array]:
         """A layer, the input of one of its modules, and what that adds."""
         layer = jax.tree.map(lambda a: a[index], self.layers)
         return layer, *_run(self.config, module, layer, self.hidden[index])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(config: Any, module: str, layer: Any, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    attend, feed = parts(config)
+def _run(
+    config: LlamaConfig, module: str, layer: PyTree, h: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    attend, feed = attention_and_mlp(config)
     if module == "attn":
         return h, attend(layer, h)
     h = h + attend(layer, h)
@@ -65,16 +71,16 @@ def _run(config: Any, module: str, layer: Any, h: jax.Array) -> tuple[jax.Array,
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _error(
-    config: Any,
+    config: LlamaConfig,
     module: str,
     relative: bool,
-    layer: Any,
+    layer: PyTree,
     new: dict[str, jax.Array],
     h: jax.Array,
     want: jax.Array,
 ) -> jax.Array:
     """The mean squared error of the module's output, weights replaced."""
-    run = parts(config)[module == "mlp"]
+    run = attention_and_mlp(config)[module == "mlp"]
     shapes = dict(path_leaves(layer))
     changed = replace_leaves(layer, {p: w.reshape(shapes[p].shape) for p, w in new.items()})
     lost = jnp.sum((run(changed, h) - want) ** 2, axis=-1)

@@ -1,32 +1,32 @@
-"""Presets: how much work a quantization is worth."""
+"""Presets of `jaxquant quantize --effort`: how much work a quantization is worth."""
 
 import dataclasses
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
-    """What is taken where the user does not say.
+class Preset:
+    """Values for options that the user leaves out.
 
     Attributes:
-      method: its name.
-      tokens: to calibrate on.
-      steps: of healing; 0: none.
-      options: of methods, by their names.
+      method: the name of the method.
+      tokens: how many tokens to calibrate on.
+      heal_steps: how many steps of training follow the rounding.
+      options: options of methods, by the name of the method.
     """
 
     method: str
     tokens: int
-    steps: int
+    heal_steps: int
     options: dict[str, dict[str, Any]]
 
 
-EFFORTS = {
-    "fast": Effort(
-        "gptq",
-        4096,
-        0,
-        {
+PRESETS = {
+    "fast": Preset(
+        method="gptq",
+        tokens=4096,
+        heal_steps=0,
+        options={
             "quip_sharp": {"passes": 0},
             "trellis": {"passes": 0},
             "entropy_coded": {"states": 8},
@@ -34,12 +34,12 @@ EFFORTS = {
             "vptq": {"beam": 2, "sweeps": 1},
         },
     ),
-    "default": Effort("trellis", 8192, 0, {}),
-    "best": Effort(
-        "entropy_coded",
-        65536,
-        200,
-        {
+    "default": Preset(method="trellis", tokens=8192, heal_steps=0, options={}),
+    "best": Preset(
+        method="entropy_coded",
+        tokens=65536,
+        heal_steps=200,
+        options={
             "quip_sharp": {"passes": 8},
             "qtip": {"two_sided": True},
             "trellis": {"passes": 2},

@@ -1,22 +1,24 @@
 """What a Llama holds between its layers, and where its queries look."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxquant.ptq.layer_stacks import is_apart, layers_of
+from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.architectures.config import LlamaConfig
-from jaxquant_models.architectures.llama import Block, blockwise
+from jaxquant_models.architectures.llama import Block
 from jaxquant_models.architectures.rope import rotate, rotation_angles
 
 FIRST_QUERY = 64  # earlier ones have few keys to choose from
 
 
-class States(NamedTuple):
+class HiddenStates(NamedTuple):
     """Of one text.
 
     Attributes:
@@ -28,12 +30,13 @@ class States(NamedTuple):
     attention: Float[Array, "L t"]
 
 
-def states(
-    config: LlamaConfig, dtype: Any = jnp.float32, first_query: int = FIRST_QUERY
-) -> Callable[[Any, Int[Array, " t"]], States]:
-    """The pure function (params, tokens int [t]) -> `States`, layers stacked or apart.
+def hidden_states(
+    config: LlamaConfig, dtype: DTypeLike = jnp.float32, first_query: int = FIRST_QUERY
+) -> Callable[[PyTree, Int[Array, " t"]], HiddenStates]:
+    """The pure function (params, tokens int [t]) -> `HiddenStates`, layers stacked or apart.
 
-    One head's attention [t, t] is held at a time. Packed params: `jaxquant.quantized(states(c))`.
+    One head's attention [t, t] is held at a time. Of packed params ask
+    `jaxquant.quantized(hidden_states(config))`.
 
     Args:
       first_query: the mean is over the queries from this one on; texts must be longer.
@@ -41,20 +44,20 @@ def states(
     embed = blockwise(config, dtype).embed
     block = Block(config, dtype)
 
-    def of(params: Any, tokens: Array) -> States:
+    def of(params: PyTree, tokens: Array) -> HiddenStates:
         if len(tokens) <= first_query:
             raise ValueError(f"expected more than {first_query} tokens, got {len(tokens)}")
         positions = jnp.arange(len(tokens), dtype=jnp.int32)
         angles = rotation_angles(config, positions)
 
-        def step(h: Array, layer: Any) -> tuple[Array, States]:
+        def step(h: Array, layer: PyTree) -> tuple[Array, HiddenStates]:
             ((h, _), _), seen = block.apply(
                 {"params": layer}, (h, None), None, positions, angles,
                 capture_intermediates=_is_query_or_key, mutable="intermediates",
             )  # fmt: skip
             q, k = _heads(config, seen["intermediates"]["attn"])
             mass = _mass(rotate(q, angles)[0], rotate(k, angles)[0], first_query)
-            return h, States(h[0].astype(jnp.float32), mass)
+            return h, HiddenStates(h[0].astype(jnp.float32), mass)
 
         h = embed(params, tokens[None])
         if not is_apart(params, "layers"):
@@ -72,7 +75,7 @@ def _is_query_or_key(module: nn.Module, _: str) -> bool:
     return module.name in ("q", "k", "q_norm", "k_norm")
 
 
-def _heads(config: LlamaConfig, seen: dict[str, Any]) -> list[Array]:
+def _heads(config: LlamaConfig, seen: Mapping[str, PyTree]) -> list[Array]:
     """Queries and keys [1, t, heads, head_dim] as they are before they are rotated."""
     last = "{}_norm" if config.qk_norm else "{}"
     found = [seen[last.format(name)]["__call__"][0] for name in "qk"]

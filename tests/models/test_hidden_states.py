@@ -9,8 +9,8 @@ import pytest
 
 import jaxquant as jq
 from jaxquant_models import load
-from jaxquant_models.architectures.states import states
-from jaxquant_models.runs import pipeline
+from jaxquant_models.architectures.hidden_states import hidden_states
+from jaxquant_models.runs.quantization import quantize_model
 from tests.models.tiny_llama import FAMILIES, LAYERS, VOCAB, forward, random_tensors, write_folder
 
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 24)
@@ -18,7 +18,7 @@ FIRST = 7
 
 
 def of(model, params):
-    run = jax.jit(jq.quantized(states(model.config, first_query=FIRST)))
+    run = jax.jit(jq.quantized(hidden_states(model.config, first_query=FIRST)))
     return run(params, jnp.asarray(TOKENS))
 
 
@@ -47,11 +47,11 @@ def test_of_packed_weights(apart, tmp_path):
     if apart:
         model = dataclasses.replace(model, params=jq.unstack(model.params, "layers"))
     recipe = jq.Recipe([("layers/*kernel", jq.rtn(4, 8)), ("*", jq.KEEP)])
-    packed = pipeline.quantized_model(model, recipe, None).params
+    packed = quantize_model(model, recipe, None).params
     got, want = of(model, packed), of(model, jq.dequantize(packed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
     assert np.abs(got.residual - of(model, model.params).residual).max() > 1e-2
-    run = states(model.config, first_query=FIRST)
+    run = hidden_states(model.config, first_query=FIRST)
     assert jq.explain(run, packed, jnp.asarray(TOKENS)).materialised == ()
 
 
@@ -59,4 +59,4 @@ def test_a_short_text(tmp_path):
     hf = FAMILIES["llama"]
     model = load(write_folder(tmp_path, hf, random_tensors(hf)))
     with pytest.raises(ValueError, match="expected more than 64 tokens, got 24"):
-        states(model.config)(model.params, jnp.asarray(TOKENS))
+        hidden_states(model.config)(model.params, jnp.asarray(TOKENS))

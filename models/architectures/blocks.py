@@ -1,0 +1,65 @@
+"""A Llama cut into pure functions: block by block, and within a block."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import MLP, Attention, Block, Llama
+from jaxquant_models.architectures.rope import rotation_angles
+
+
+class Blockwise(NamedTuple):
+    """The model cut into pure functions; see `blockwise`."""
+
+    embed: Callable[[PyTree, jax.Array], jax.Array]
+    block: Callable[[PyTree, jax.Array], jax.Array]
+    head: Callable[[PyTree, jax.Array], jax.Array]
+
+
+def blockwise(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Blockwise:
+    """The model as three pure functions, for calibration one block at a time.
+
+    Returns:
+      embed(params, tokens [b, t]) -> h [b, t, d];
+      block(layer_params, h) -> h, where layer_params is `params["layers"]` without the axis L;
+      head(params, h) -> logits [b, t, V] float32.
+      `params` is the inner "params" dict. Chained, they equal `Llama(config, dtype).apply`.
+    """
+    model = Llama(config, dtype)
+
+    def embed(params, tokens):
+        return model.apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
+
+    def block(layer_params, h):
+        positions = jnp.arange(h.shape[1], dtype=jnp.int32)
+        angles = rotation_angles(config, positions)
+        run = Block(config, dtype).apply
+        return run({"params": layer_params}, (h, None), None, positions, angles)[0][0]
+
+    def head(params, h):
+        return model.apply({"params": params}, h, method="logits")
+
+    return Blockwise(embed, block, head)
+
+
+def attention_and_mlp(
+    config: LlamaConfig, dtype: DTypeLike = jnp.float32
+) -> tuple[Callable, Callable]:
+    """What attention, and what the MLP, of a block adds: two functions of (layer_params, h)."""
+
+    def run(module, name, layer_params, h, *args):
+        norm = nn.RMSNorm(config.norm_eps, dtype=dtype)
+        x = norm.apply({"params": layer_params[f"{name}_norm"]}, h)
+        return module(config, dtype).apply({"params": layer_params[name]}, x, *args)
+
+    def attend(layer_params, h):
+        angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
+        return run(Attention, "attn", layer_params, h, None, None, positions, angles)[0]
+
+    return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)

@@ -1,0 +1,74 @@
+"""The command `jaxquant eval`."""
+
+import dataclasses
+from typing import Any
+
+import click
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.evaluate import check_sizes, evaluate
+from jaxquant_models.cli.console import bar, emit, line, usage_errors
+from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
+from jaxquant_models.cli.sizes import kv_sizes, sizes_of
+from jaxquant_models.readers import registry
+from jaxquant_models.readers.model import Apply, Model
+from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.sequences import token_sequences
+from jaxquant_models.runs.serving import serving_model
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--text", required=True, help="Text FILE or builtin.")
+@click.option("--ctx", type=int, default=512, show_default=True)
+@click.option("--chunks", type=int, default=None)
+@click.option("--against", default=None, help="Teacher for KL and agreement.")
+@activations_option
+@kv_options
+@click.option(
+    "--strict/--no-strict",
+    default=None,
+    help="With --kv-bits: every token sees all keys and values rounded, but for sinks and the last "
+    "--kv-window (default); or those that would be rounded by then, decoding token by token.",
+)
+@click.option("--json", "as_json", is_flag=True)
+def evaluate_command(
+    model: str,
+    text: str,
+    ctx: int,
+    chunks: int | None,
+    against: str | None,
+    activations: str | None,
+    strict: bool | None,
+    as_json: bool,
+    **kv_cache: Any,
+) -> None:
+    """Perplexity of MODEL on a text."""
+    with usage_errors():
+        check_sizes(ctx, chunks)  # before anything is loaded
+        kv = kv_format(kv_cache)
+        if kv is None and strict is not None:
+            raise ValueError("--strict and --no-strict are for --kv-bits; give both")
+    content = read_text(text)
+    student = load_with(activations, model, widen=False)
+    sizes = sizes_of(student.params)  # as stored
+    student = serving_model(student, line)
+    sequences = token_sequences(student, content, ctx, chunks)
+    teacher = None if against is None else _teacher(against, model, student, content)
+    logits = jq.quantized(
+        student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
+    )
+    with bar("evaluating", len(sequences)) as step:
+        result = evaluate(logits, student.params, sequences, against=teacher, progress=step)
+    report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+    emit({**report, **sizes, **kv_sizes(kv, student.config)}, as_json)
+
+
+def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:
+    """The model that the student is compared with: its function and its parameters."""
+    teacher = registry.load(against)
+    some = content[:10_000]
+    if teacher.tokenizer.encode(some) != student.tokenizer.encode(some):
+        raise ValueError(f"{against} and {model} have different tokenizers; KL is undefined")
+    return jq.quantized(teacher.apply_fn), serving_model(teacher, line).params

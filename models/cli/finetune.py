@@ -1,0 +1,154 @@
+"""The command `jaxquant finetune`."""
+
+import dataclasses
+import time
+from typing import Any
+
+import click
+
+import jaxquant as jq
+from jaxquant.storage import checkpoint
+from jaxquant.training.qat import How
+from jaxquant.tuning.trainer import Progress
+from jaxquant_models.cli.console import Bars, emit, usage_errors
+from jaxquant_models.cli.metrics import Metrics, check_metrics
+from jaxquant_models.cli.options import SEED, setting
+from jaxquant_models.cli.output import Output
+from jaxquant_models.readers import registry
+from jaxquant_models.readers.model import Model
+from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.finetuning import FinetuningJob, check
+from jaxquant_models.runs.finetuning_request import METHODS, FinetuningRequest
+from jaxquant_models.runs.sequences import CONTEXT
+
+
+@click.command()
+@click.argument("model")
+@click.option("--method", type=click.Choice(sorted(METHODS)), default="qat", show_default=True,
+              help="By derivatives, or forward only, in the memory of inference.")  # fmt: skip
+@click.option("--bits", type=int, default=None, help="Of a MODEL of floats; default 4.")
+@click.option("--group-size", type=int, default=None, help="Of a MODEL of floats; default 64.")
+@click.option("--only", multiple=True, metavar="GLOB",
+              help="Weights that train, as '*attn/[qv]/kernel'; others stay packed.")  # fmt: skip
+@click.option("--text", default=None, help="To train on: text FILE or builtin.")
+@click.option("--generated", type=click.IntRange(0), default=0, show_default=True,
+              help="Sequences to train on, too, that the teacher writes.")  # fmt: skip
+@click.option("--context", type=click.IntRange(2), default=CONTEXT, show_default=True)
+@click.option("--steps", type=click.IntRange(0), required=True, help="End to end.")
+@click.option("--block-steps", type=click.IntRange(0), default=0, show_default=True,
+              help="Before that, of every layer by itself, to be like the teacher's.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
+              help="Sequences of a step.")  # fmt: skip
+@click.option("--teacher", default=None, metavar="MODEL",
+              help="Whose predictions are to be met; default: MODEL if of floats. "
+              "none: each token is to be told from those before.")  # fmt: skip
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+              help="Any field of jaxquant.QAT or ZeroQAT, end to end, as JSON: "
+              "--set learning_rate=1e-4, --set dampening=0.1.")  # fmt: skip
+@click.option("--set-blocks", "block_settings", multiple=True, metavar="NAME=VALUE",
+              help="The same, of single layers.")  # fmt: skip
+@click.option("--metrics", default=None, metavar="DIR", help="JSONL and TensorBoard's events.")
+@click.option("--seed", type=SEED, default=0)
+@click.option("--out", required=True)
+@click.option("--overwrite", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
+def finetune(
+    model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
+    metrics: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Train the rounded weights of MODEL, floats or a checkpoint, into the directory --out.
+
+    A killed run goes on where it stopped, to the same bits.
+    """
+    with usage_errors():
+        output = Output(out, overwrite)
+        check_metrics(metrics, output)
+        packed = checkpoint.is_checkpoint(model)
+        request = request_of(packed=packed, watch=metrics is not None, **options)
+    output.hold()
+    job, start = _job(request, model, teacher, text, packed), time.monotonic()
+    finished = output.begin(job.fingerprint(), refuse=True)
+    data = job.sequences(finished)
+    total = request.steps(job.source.config.n_layers)
+    with Bars.stage("training", total) as step, Metrics.to(metrics) as written:
+
+        def progress(done: Progress) -> None:
+            step(done)
+            measured = {**done.measured, "held_out": done.validation}
+            written.write(done.step, measured, done.name)
+
+        result = job.run(data, progress, finished)
+    output.publish(result, checkpoint.stored_recipe(model) if packed else request.recipe)
+    report = {
+        "out": out,
+        "bits_per_weight": jq.bits_per_weight(result.params),
+        "bytes": checkpoint.nbytes(out),
+        "forward_passes": sum(getattr(how, "forward_passes", 0) for how in request.stages),
+        "seconds": time.monotonic() - start,
+    }
+    emit(report, as_json)
+
+
+def _job(
+    request: FinetuningRequest, model: str, teacher: str | None, text: str | None, packed: bool
+) -> FinetuningJob:
+    """The job on the models that are named; it is checked before the text is read."""
+    source = registry.load(model)
+    learned_from = _teacher(teacher, source, packed)
+    with usage_errors():
+        if text is None and not request.generated:
+            raise ValueError("nothing to train on: give --text FILE, --generated N, or both")
+        check(request, source, learned_from)
+    content = "" if text is None else read_text(text, calibration=True)
+    return FinetuningJob(request, source, learned_from, content)
+
+
+def _teacher(spec: str | None, source: Model, packed: bool) -> Model | None:
+    if spec is None:
+        return None if packed else source
+    return None if spec == "none" else registry.load(spec)
+
+
+def request_of(
+    *, packed: bool, watch: bool, generated: int, method: str, bits: int | None,
+    group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int,
+    batch: int, seed: int, settings: tuple[str, ...], block_settings: tuple[str, ...],
+) -> FinetuningRequest:  # fmt: skip
+    """The request that the options amount to.
+
+    Args:
+      packed: whether the model is a checkpoint.
+      watch: whether everything that training can measure is to be measured.
+    Raises:
+      ValueError: options that do not go together, or are out of range.
+    """
+    if packed and (bits, group_size) != (None, None):
+        raise ValueError(
+            "--bits and --group-size are for a model of floats; a checkpoint trains as it is"
+        )
+    if not steps and not block_steps:
+        raise ValueError("nothing to do: give --steps, --block-steps or both")
+    common: dict[str, Any] = {"batch_size": batch, "seed": seed}
+    if watch and method == "qat":
+        common["watch"] = True
+    end_to_end, blocks = METHODS[method]
+    return FinetuningRequest(
+        end_to_end=_training(end_to_end, steps, common, settings),
+        blocks=_training(blocks, block_steps, common, block_settings),
+        method=None if packed else jq.lsq(bits or 4, group_size or 64),
+        only=only,
+        generated=generated,
+        context=context,
+        seed=seed,
+    )
+
+
+def _training(
+    how: How, steps: int, common: dict[str, Any], settings: tuple[str, ...]
+) -> How | None:
+    """How so many steps train, with the user's settings; None if there is no step."""
+    fields = {"steps": steps, **common, **dict(map(setting, settings))}
+    names = {f.name for f in dataclasses.fields(how)}
+    if unknown := set(fields) - names:
+        raise ValueError(f"unknown settings {sorted(unknown)}; there are {sorted(names)}")
+    return dataclasses.replace(how, **fields) if steps else None

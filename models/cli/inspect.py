@@ -1,0 +1,119 @@
+"""The command `jaxquant inspect`."""
+
+import sys
+from typing import NamedTuple
+
+import click
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import jaxquant as jq
+from jaxquant_models.architectures.hidden_states import FIRST_QUERY
+from jaxquant_models.cli import outlier_report
+from jaxquant_models.cli.console import emit, line, usage_errors
+from jaxquant_models.cli.sizes import sizes_of
+from jaxquant_models.readers import registry
+from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.outliers import outliers_of
+from jaxquant_models.runs.sequences import CONTEXT, token_sequences
+from jaxquant_models.runs.serving import serving_model
+
+
+class Row(NamedTuple):
+    """What the command tells of a tensor."""
+
+    path: str
+    shape: list[int]
+    method: str
+    format: str
+    bits_per_weight: float
+    bytes: int
+
+    @staticmethod
+    def of(path: str, w: jq.QTensor | jax.Array) -> "Row":
+        """The row of a weight, packed or not."""
+        if isinstance(w, jq.QTensor):
+            method, kind = w.method, repr(w.format)
+        else:
+            method, kind = "none", str(w.dtype)
+        return Row(path, list(w.shape), method, kind, 8 * w.nbytes / w.size, w.nbytes)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--outliers",
+    "of_outliers",
+    is_flag=True,
+    help="Of activations on a text instead: by channel, by token, massive, sinks.",
+)
+@click.option("--text", default=None, help="Text FILE or builtin, for --outliers.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(FIRST_QUERY + 1),
+    default=None,
+    help="How many of the text; default 512.",
+)
+@click.option("--plot", default=None, metavar="FILE", help="Heat map, .png, .svg or .pdf.")
+@click.option("--json", "as_json", is_flag=True)
+def inspect(
+    model: str,
+    of_outliers: bool,
+    text: str | None,
+    tokens: int | None,
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """Bytes and bits of every tensor of MODEL, or with --outliers its activations on a text."""
+    with usage_errors():
+        if of_outliers and text is None:
+            raise ValueError("--outliers looks at activations: give --text FILE, or builtin")
+        if not of_outliers and (text, tokens, plot) != (None, None, None):
+            raise ValueError("--text, --tokens and --plot are for --outliers; give it too")
+        if plot is not None:
+            outlier_report.check_plot(plot)
+    if text is not None:
+        _outliers(model, text, tokens or CONTEXT, plot, as_json)
+    else:
+        _tensors(model, as_json)
+
+
+def _tensors(model: str, as_json: bool) -> None:
+    """Print bytes and bits of every tensor, as stored."""
+    params = registry.load(model, widen=False).params
+    rows = [Row.of(path, w) for path, w in jq.path_leaves(params)]
+    sizes = sizes_of(params)
+    if as_json:
+        emit({**sizes, "tensors": [row._asdict() for row in rows]}, True)
+        return
+    table = Table("path", "shape", "method", "format", "bits/weight", "bytes")
+    for row in rows:
+        shape = "x".join(map(str, row.shape))
+        bits = f"{row.bits_per_weight:.3f}"
+        table.add_row(row.path, shape, row.method, row.format, bits, f"{row.bytes:,}")
+    _console().print(table)
+    over = "quantized matrices" if any(row.method != "none" for row in rows) else "matrices"
+    click.echo(
+        f"{sizes['bytes']:,} bytes; {sizes['bits_per_weight']:.3f} bits per weight over the {over}"
+    )
+    click.echo(str(jq.size(params)))
+
+
+def _outliers(model: str, text: str, tokens: int, plot: str | None, as_json: bool) -> None:
+    """Print the outliers of activations on the first tokens of a text."""
+    content = read_text(text)
+    source = serving_model(registry.load(model), line)
+    found = outliers_of(source, token_sequences(source, content, tokens, 1)[0])
+    if plot is not None:
+        outlier_report.plot(found, plot)
+    if as_json:
+        emit(found.to_json(), True)
+        return
+    for part in (outlier_report.table(found), outlier_report.heat_map(found)):
+        _console().print(part)
+    click.echo("\n" + "\n".join(found.findings()))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)

@@ -1,0 +1,54 @@
+"""Options of the commands that run a model: how inputs of products, keys and values are rounded."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import jaxquant as jq
+from jaxquant.formats.kv_cache import ROPE, KVFormat
+from jaxquant_models.cli.console import usage_errors
+from jaxquant_models.readers import registry
+from jaxquant_models.readers.model import Model
+
+activations_option = click.option(
+    "--activations", default=None, metavar="FORM",
+    help="How inputs of packed weights are rounded: float, float8, int8, int8/256, int4, "
+    "int4,asymmetric,clip=0.9, ...; default: as the checkpoint says.",
+)  # fmt: skip
+
+
+def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
+    """Load a model; inputs of its packed weights are rounded as the option says."""
+    with usage_errors():
+        jq.Activations.of(activations)
+    model = registry.load(spec, widen=widen)
+    if activations is None:
+        return model
+    return dataclasses.replace(model, params=jq.with_activations(model.params, activations))
+
+
+def kv_options(command: Callable) -> Callable:
+    """Add the options that say how keys and values are kept; `kv_format` reads them."""
+    default = KVFormat()
+    for name, kind, text in (
+        ("channels", int, f"Channels of one scale of values; default {default.channels}."),
+        ("group", int, f"Tokens of one scale of keys; default {default.group}."),
+        ("keys", click.Choice(ROPE), f"Rounded before or after RoPE; default {default.rope}."),
+        ("sinks", int, f"First tokens kept as they are; default {default.sinks}."),
+        ("window", int, f"Recent tokens kept as they are; default {default.window}."),
+        ("bits", int, "Keys and values are kept in so many bits; default: as they are."),
+    ):
+        command = click.option(f"--kv-{name}", type=kind, default=None, help=text)(command)
+    return command
+
+
+def kv_format(options: dict[str, Any]) -> KVFormat | None:
+    """The format that the options of `kv_options` ask for; None if they ask for none."""
+    given = {name.removeprefix("kv_"): v for name, v in options.items() if v is not None}
+    if given and "bits" not in given:
+        raise ValueError(f"--kv-{min(given)} is for --kv-bits; give both")
+    if "keys" in given:
+        given["rope"] = given.pop("keys")
+    return KVFormat(**given) if given else None

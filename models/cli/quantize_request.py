@@ -1,0 +1,203 @@
+"""The options of `jaxquant quantize`, checked and turned into a request."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jaxquant as jq
+from jaxquant.calibration.statistics import Weighting
+from jaxquant.tuning.learned_rotation import ROTATING
+from jaxquant.tuning.learned_transforms import END_TO_END
+from jaxquant.tuning.recoding import CODES
+from jaxquant_models.cli.options import setting
+from jaxquant_models.cli.presets import PRESETS, Preset
+from jaxquant_models.readers.text import BUILTIN
+from jaxquant_models.runs.quantization_request import QuantizationRequest
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import CONTEXT
+from jaxquant_models.schemas.strict import parse_json, read_bytes
+
+ROTATIONS = ("random", "learned")
+Make = Callable[[dict[str, Any]], jq.Method]  # makes a method of its options
+MOST_BITS = 8
+# Methods whose option `bits` is their rate, side information aside.
+RATED = (
+    "rtn", "gptq", "quip_sharp", "qtip", "trellis", "entropy_coded", "normal_float",
+)  # fmt: skip
+
+
+def request_of(
+    *,
+    method: str | None = None,
+    recipe_file: str | None = None,
+    target_bits: float | None = None,
+    effort: str = "default",
+    calibration: str = BUILTIN,
+    calibration_tokens: int | None = None,
+    weighting: Weighting = "gradient",
+    seed: int = 0,
+    exact_prefix: int = 0,
+    learn_steps: int = 0,
+    heal_steps: int | None = None,
+    heal_batch: int = 1,
+    heal_codes: int = 0,
+    heal_text: str | None = None,
+    rotate_residual: str | None = None,
+    rotate_steps: int | None = None,
+    settings: tuple[str, ...] = (),
+    **method_options: Any,
+) -> QuantizationRequest:
+    """The request that the options amount to; the preset or the method fills in what is None.
+
+    Raises:
+      ValueError: options that do not go together, or are out of range.
+    """
+    preset = PRESETS[effort]
+    given = {n: v for n, v in method_options.items() if v is not None}
+    given |= dict(map(setting, settings))
+    tokens = preset.tokens if calibration_tokens is None else calibration_tokens
+    if tokens < CONTEXT:
+        raise ValueError(f"--calibration-tokens must be at least {CONTEXT}")
+    steps = preset.heal_steps if heal_steps is None else heal_steps
+    _check_healing(steps, learn_steps, text=heal_text, batch=heal_batch, codes=heal_codes)
+    _check_rotation(rotate_residual, rotate_steps, target_bits)
+    recipe: jq.Recipe | None = None
+    choices: tuple[jq.Method, ...] = ()
+    if recipe_file is not None:
+        _check_alone(method, target_bits, given)
+        recipe = recipe_of_file(recipe_file)
+    else:
+        name = _method_name(method, target_bits, preset)
+        make = functools.partial(_method, name, preset, weighting)
+        if target_bits is None:
+            recipe = recipe_of(_one_method(make, given), rotated=rotate_residual is not None)
+        else:
+            choices = _choices(make, name, target_bits, given)
+    request = QuantizationRequest(
+        recipe=recipe,
+        choices=choices,
+        target_bits=target_bits or 0.0,
+        exact_prefix=exact_prefix,
+        calibration=calibration,
+        calibration_tokens=tokens,
+        weighting=weighting,
+        seed=seed,
+        rotation=rotate_residual or "",
+        rotating=_rotating(rotate_steps) if rotate_residual == "learned" else None,
+        learning=_training(END_TO_END, learn_steps, heal_batch),
+        healing=_training(jq.Healing(), steps, heal_batch),
+        recoding=_training(CODES, heal_codes, heal_batch),
+        heal_text=heal_text or "",
+    )
+    _check_trainable(request)
+    return request
+
+
+def _check_healing(
+    steps: int, learn_steps: int, *, text: str | None, batch: int, codes: int
+) -> None:
+    """Raise ValueError if options of training are given but nothing trains."""
+    given = {"text": text is not None, "batch": batch > 1, "codes": codes > 0}
+    for name in (name for name, asked in given.items() if asked and not steps):
+        if name == "codes" or not learn_steps:
+            also = "" if name == "codes" else " or --learn STEPS"
+            raise ValueError(f"--heal-{name} is for training; give --heal STEPS{also} too")
+
+
+def _check_rotation(
+    rotate_residual: str | None, rotate_steps: int | None, target_bits: float | None
+) -> None:
+    """Raise ValueError if the options of the rotation contradict each other."""
+    if rotate_residual != "learned" and rotate_steps is not None:
+        raise ValueError("--rotate-steps is for a learned rotation: --rotate-residual learned")
+    if rotate_residual == "learned" and target_bits is not None:
+        raise ValueError("a rotation is learned for one recipe; --target-bits takes a random one")
+
+
+def _check_trainable(request: QuantizationRequest) -> None:
+    """Raise ValueError if no method has the part that is to be trained."""
+    if request.recoding and not any(m.format.recodes for _, m in request.rules):
+        raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
+    if request.learning and not any(
+        m.input is not None and m.input.learns for _, m in request.rules
+    ):
+        raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
+
+
+def _training(how: jq.Healing, steps: int, batch: int) -> jq.Healing | None:
+    return dataclasses.replace(how, steps=steps, batch_size=batch) if steps else None
+
+
+def _rotating(steps: int | None) -> jq.Healing:
+    return ROTATING if steps is None else dataclasses.replace(ROTATING, steps=steps)
+
+
+def _check_alone(method: str | None, target_bits: float | None, given: dict[str, Any]) -> None:
+    """Raise ValueError if options of methods are given beside a file of rules."""
+    if method is not None:
+        raise ValueError("give one of --method and --recipe")
+    if given or target_bits is not None:
+        raise ValueError("--recipe states everything; leave --bits and the like out")
+
+
+def recipe_of_file(path: str) -> jq.Recipe:
+    """The recipe in a JSON file.
+
+    Raises:
+      ValueError: the file cannot be read, or holds no recipe.
+    """
+    return jq.Recipe.from_json(parse_json(read_bytes(Path(path)), path))
+
+
+def _method_name(method: str | None, target_bits: float | None, preset: Preset) -> str:
+    if method is None and target_bits is None:
+        raise ValueError("give one of --method and --recipe, or --target-bits")
+    name = preset.method if method is None else method
+    if name not in jq.METHODS:
+        jq.named_method(name)  # says which there are
+    return name
+
+
+def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, Any]) -> jq.Method:
+    """The method, with the preset's options unless they contradict what the user said."""
+    try:
+        method = jq.named_method(name, **preset.options.get(name, {}) | options)
+        if weighting == "gradient" or not method.needs_output:
+            return method
+    except ValueError:
+        pass
+    return jq.named_method(name, **options)
+
+
+def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:
+    """The method for all matrices; a whole number of bits is given as an int."""
+    bits = given.get("bits")
+    if isinstance(bits, float) and bits.is_integer():
+        given = given | {"bits": int(bits)}
+    return make(given)
+
+
+def _choices(make: Make, name: str, target: float, given: dict[str, Any]) -> tuple[jq.Method, ...]:
+    """The method at every whole number of bits, and at quarters of a bit near the target."""
+    if "bits" in given:
+        raise ValueError("give one of --bits and --target-bits")
+    if not 0 < target <= MOST_BITS:
+        raise ValueError(f"--target-bits must be above 0 and at most {MOST_BITS}, got {target}")
+    if name not in RATED:
+        raise ValueError(
+            f"{name} has no option that sets its rate alone; --target-bits shares out: "
+            f"{', '.join(RATED)}"
+        )
+    quarters = [b / 4 for b in range(1, 4 * MOST_BITS + 1) if abs(b / 4 - target) <= 1 and b % 4]
+    found, problems = [], {}
+    whole = [b for b in range(1, MOST_BITS + 1) if abs(b - target) <= 3]
+    for bits in sorted([*whole, *quarters]):
+        try:
+            found.append(make(given | {"bits": bits}))
+        except ValueError as error:  # not every method has every rate
+            problems[bits] = error
+    if not found:
+        raise problems[min(problems, key=lambda bits: abs(bits - target))]
+    return tuple(found)

@@ -1,0 +1,24 @@
+"""Bytes and bits of a model and of its cache, as reports give them."""
+
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.formats.kv_cache import KVFormat
+from jaxquant_models.architectures.config import LlamaConfig
+
+
+def sizes_of(params: PyTree) -> dict[str, float]:
+    """Bits per quantized weight, bits over all weights, and the bytes of all parameters."""
+    return {
+        "bits_per_weight": jq.bits_per_weight(params),
+        "bits_over_all_weights": jq.size(params).bits_per_weight,
+        "bytes": sum(w.nbytes for _, w in jq.path_leaves(params)),
+    }
+
+
+def kv_sizes(kv: KVFormat | None, config: LlamaConfig) -> dict[str, float]:
+    """Bits of a cached value and bytes of a token; empty if keys and values stay as they are."""
+    if kv is None:
+        return {}
+    per_token = kv.bytes_per_token(config.n_layers, config.n_kv_heads, config.head_dim)
+    return {"kv_bits_per_value": kv.bits_per_value, "kv_bytes_per_token": per_token}

@@ -1,0 +1,56 @@
+"""What the metadata of a GGUF file says of the architecture and of the tokenizer."""
+
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+from jaxquant.core.fields import shown
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.schemas.files import GGUFArchitecture, GGUFTokenizer
+from jaxquant_models.schemas.strict import checked
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF calls Mistral "llama"
+GGUF = "the GGUF metadata"
+
+
+def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
+    """The architecture that metadata (plain values) describe.
+
+    What only the tensors tell keeps its default: `readers.gguf` sets tie_embeddings, biases and
+    RoPE factors for each frequency.
+
+    Raises:
+      ValueError: the architecture or one of its options is not supported, or a key is missing.
+    """
+    arch = fields.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"general.architecture must be one of {ARCHITECTURES}; got {shown(arch)}")
+    own = checked(GGUFArchitecture, _below(fields, f"{arch}."), GGUF, f"{arch}.")
+    words = tokenizer_fields(fields)
+    ends = (words.eos_token_id, words.eot_token_id)
+    return LlamaConfig(
+        vocab_size=own.vocab_size or len(words.tokens),
+        d_model=own.embedding_length,
+        d_ff=own.feed_forward_length,
+        n_layers=own.block_count,
+        n_heads=own.heads,
+        n_kv_heads=own.kv_heads or own.heads,
+        head_dim=own.head_dim,
+        norm_eps=own.norm_eps,
+        rope_theta=own.theta,
+        rope_scaling=own.rope_factor,
+        qk_norm=arch == "qwen3",
+        max_position=own.context_length,
+        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        bos_id=words.bos_token_id,
+    )
+
+
+def tokenizer_fields(fields: Mapping[str, JsonValue]) -> GGUFTokenizer:
+    """What GGUF metadata says of the tokenizer."""
+    prefix = "tokenizer.ggml."
+    return checked(GGUFTokenizer, _below(fields, prefix), GGUF, prefix)
+
+
+def _below(fields: Mapping[str, JsonValue], prefix: str) -> dict[str, JsonValue]:
+    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}

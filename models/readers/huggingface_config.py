@@ -1,0 +1,115 @@
+"""A Hugging Face config.json: to a `LlamaConfig` and back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from jaxquant_models.architectures.config import Llama3Scaling, LlamaConfig, RopeScaling
+from jaxquant_models.schemas.fields import as_list
+from jaxquant_models.schemas.files import GenerationConfig, HFConfig, Rope
+from jaxquant_models.schemas.strict import checked, read_json
+
+
+def read_config_json(folder: Path) -> dict[str, JsonValue]:
+    """config.json, with the stop tokens that only generation_config.json may name."""
+    hf = read_json(folder / "config.json")
+    extra = folder / "generation_config.json"
+    if extra.exists():
+        more = checked(GenerationConfig, read_json(extra), extra.name).eos_token_id
+        hf["eos_token_id"] = [*as_list(hf.get("eos_token_id")), *more]
+    return hf
+
+
+def config_from_hf(hf: Mapping[str, JsonValue]) -> LlamaConfig:
+    """The architecture that the contents of a config.json describe.
+
+    Raises:
+      ValueError: the family or one of its options is not supported, or a key is missing.
+    """
+    file = checked(HFConfig, hf, "config.json")
+    heads, kv_heads, head_dim = file.sizes
+    qwen2 = file.model_type == "qwen2"
+    return LlamaConfig(
+        vocab_size=file.vocab_size,
+        d_model=file.hidden_size,
+        d_ff=file.intermediate_size,
+        n_layers=file.num_hidden_layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=file.rms_norm_eps,
+        rope_theta=float(file.theta),
+        rope_scaling=_scaling(file.rope, file.max_position_embeddings),
+        tie_embeddings=file.tie_word_embeddings,
+        qk_norm=file.model_type == "qwen3",
+        qkv_bias=qwen2 or file.attention_bias,
+        o_bias=file.attention_bias and not qwen2,
+        mlp_bias=file.mlp_bias,
+        max_position=file.max_position_embeddings,
+        eos_ids=tuple(dict.fromkeys(file.eos_token_id)),
+        bos_id=next(iter(file.bos_token_id), None),
+    )
+
+
+def _scaling(rope: Rope, max_position: int) -> RopeScaling:
+    if rope.kind == "default":
+        return None
+    if rope.kind == "linear":
+        return float(rope.factor)
+    trained = rope.original_max_position_embeddings or max_position
+    return Llama3Scaling(
+        float(rope.factor), float(rope.low_freq_factor), float(rope.high_freq_factor), trained
+    )
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
+    """The contents of a config.json: those of the family that has these switches.
+
+    Raises:
+      ValueError: the configuration has no Hugging Face form.
+    """
+    family = "qwen3" if config.qk_norm else "llama"
+    if config.qkv_bias and not config.o_bias:
+        family = "qwen2"
+    hf = {
+        "model_type": family,
+        "architectures": [family.capitalize() + "ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_to_hf(config),
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "max_position_embeddings": config.max_position,
+        "eos_token_id": list(config.eos_ids) or None,
+        "bos_token_id": config.bos_id,
+    }
+    if config_from_hf(hf) != config:
+        raise ValueError(f"no Hugging Face family has these switches together: {config}")
+    return hf
+
+
+def _scaling_to_hf(config: LlamaConfig) -> dict[str, JsonValue] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if isinstance(scaling, float):
+        return {"rope_type": "linear", "factor": scaling}
+    if isinstance(scaling, Llama3Scaling):
+        return {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    raise ValueError("per-frequency RoPE factors (from GGUF) have no Hugging Face form")

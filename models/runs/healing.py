@@ -1,0 +1,85 @@
+"""A quantized language model trained to be like the model that it was made of."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.durable.store import Finished
+from jaxquant.ptq.layer_stacks import is_apart, layers_of
+from jaxquant.tuning.trainer import Progress
+from jaxquant_models.architectures.blocks import blockwise
+from jaxquant_models.architectures.llama import NORM_SCALES
+from jaxquant_models.readers.model import Model
+
+BLOCK_SEQUENCES = 24  # to heal single blocks on
+
+
+def heal_model(
+    source: Model,
+    result: Model,
+    sequences: np.ndarray,
+    held_out: np.ndarray,
+    healing: jq.Healing,
+    recoding: jq.Healing | None = None,
+    *,
+    progress: Callable[[Progress], None],
+    finished: Finished | None = None,
+) -> Model:
+    """The quantized model trained to be like the source: block by block, then as a whole.
+
+    Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back. With
+    `recoding`, the codes of learned codebooks train at last.
+
+    Raises:
+      ValueError: layers apart that do not stack for training (`jaxquant.decoded`).
+    """
+    params = jq.decoded(result.params)
+    apart = is_apart(params, "layers")
+    if apart:
+        params = _restacked(params)
+    # One tree at a time: a decoded one is as large as the source.
+    params = {**params, "layers": _healed_layers(source, params, sequences, progress, finished)}
+    fn = source.apply_training()
+    params = jq.heal(
+        fn, params, source.params, sequences, healing,
+        validation=held_out, also=[NORM_SCALES], progress=progress, finished=finished,
+    )  # fmt: skip
+    if recoding is not None:
+        params = jq.recode(
+            fn, params, source.params, sequences, recoding,
+            validation=held_out, progress=progress, finished=finished,
+        )  # fmt: skip
+    params = jq.unstack(params, "layers") if apart else params
+    return dataclasses.replace(result, params=jq.rejoined(result.params, params))
+
+
+def _healed_layers(
+    source: Model,
+    params: PyTree,
+    sequences: np.ndarray,
+    progress: Callable[[Progress], None],
+    finished: Finished | None,
+) -> PyTree:
+    """The stack of layers, each trained by itself to be like the source's."""
+    parts = blockwise(source.config, source.dtype)
+    embed = jq.quantized(parts.embed)
+    hidden = [embed(params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_SEQUENCES]]
+    return jq.heal_blocks(
+        parts.block, params["layers"], source.params["layers"], np.stack(hidden),
+        also=[NORM_SCALES], progress=progress, finished=finished,
+    )  # fmt: skip
+
+
+def _restacked(params: PyTree) -> PyTree:
+    forms = {jax.tree.structure(layer) for layer in layers_of(params, "layers")}
+    if len(forms) > 1:
+        raise ValueError(
+            "layers apart are healed as a stack: quantize the same weights in all of them, "
+            "with the same transforms, in one format or in formats with nothing to train"
+        )
+    return jq.restack(params, "layers")

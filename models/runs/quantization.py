@@ -1,0 +1,86 @@
+"""A language model rounded by a recipe: what it will take, the rounding, its transforms learned."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+import jaxquant as jq
+from jaxquant.durable.store import Finished
+from jaxquant.ptq.folding import Folded
+from jaxquant.ptq.layer_stacks import is_apart
+from jaxquant.ptq.shared_transforms import Inspection
+from jaxquant.tuning.learned_transforms import Transforms
+from jaxquant.tuning.trainer import Progress
+from jaxquant_models.architectures.invariances import folds
+from jaxquant_models.readers.checkpoint import as_stored
+from jaxquant_models.readers.model import Model
+
+
+def plan_model(model: Model, recipe: jq.Recipe) -> jq.Plan:
+    """The resolved recipe with the bytes that `save_model` stores; any error of it comes here."""
+    shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
+    return jq.resolve(recipe, as_stored(model.params, shape), model.sites())
+
+
+def quantize_model(
+    model: Model,
+    recipe: jq.Recipe,
+    stats: jq.Stats | None,
+    *,
+    key: jax.Array | None = None,
+    inspect: Inspection | None = None,
+    transforms: Transforms | None = None,
+    progress: Callable[[jq.Done], None] | None = None,
+    finished: Finished | None = None,
+) -> Model:
+    """The model with packed parameters; what the recipe keeps is untouched (see `save_model`).
+
+    Factors of inputs are folded into what makes these, where that is exact (`invariances.folds`).
+    Arguments are those of `jaxquant.quantize`.
+    """
+    known: jq.Stats | dict[str, jq.Site] = model.sites()
+    params = model.params
+    if stats is not None:
+        params, recipe, known = _folded(model, recipe, stats, key, inspect, finished)
+    packed = jq.quantize(
+        params, recipe, known, key=key, inspect=inspect, transforms=transforms,
+        progress=progress, finished=finished,
+    )  # fmt: skip
+    return dataclasses.replace(model, params=packed)
+
+
+def learn_transforms(
+    model: Model,
+    recipe: jq.Recipe,
+    stats: jq.Stats,
+    sequences: np.ndarray,
+    healing: jq.Healing,
+    *,
+    validation: np.ndarray,
+    key: jax.Array | None = None,
+    inspect: Inspection | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> Transforms:
+    """Transforms of inputs learned end to end, for `quantize_model`; see `jaxquant.learn`."""
+    params, recipe, stats = _folded(model, recipe, stats, key, inspect, finished)
+    return jq.learn(
+        model.apply_training(), params, recipe, stats, sequences, healing,
+        validation=validation, key=key, progress=progress, finished=finished,
+    )  # fmt: skip
+
+
+def _folded(
+    model: Model,
+    recipe: jq.Recipe,
+    stats: jq.Stats,
+    key: jax.Array | None,
+    inspect: Inspection | None,
+    finished: Finished | None,
+) -> Folded:
+    if is_apart(model.params, "layers"):
+        return Folded(model.params, recipe, stats)
+    places = folds(model.config)
+    return jq.fold(model.params, recipe, stats, places, key=key, inspect=inspect, finished=finished)

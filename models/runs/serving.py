@@ -1,0 +1,22 @@
+"""A language model made ready to run: entropy-coded weights become words that products read."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jaxquant as jq
+from jaxquant_models.readers.model import Model
+
+
+def serving_model(model: Model, tell: Callable[[str], None]) -> Model:
+    """The model with parameters in the form that products read (`jaxquant.transcoded`).
+
+    Args:
+      tell: called with a line that says what entropy-coded weights take, if there are any.
+    """
+    before, params = dict(jq.path_leaves(model.params)), jq.transcoded(model.params)
+    pairs = [(before[path], w) for path, w in jq.path_leaves(params) if w is not before[path]]
+    if pairs:
+        disk, memory = (sum(w.nbytes for w in side) / 1e6 for side in zip(*pairs, strict=True))
+        words = " and ".join(f"{bits}-bit" for bits in sorted({w.format.bits for _, w in pairs}))
+        tell(f"entropy-coded: {disk:.1f} MB on disk, {memory:.1f} MB in memory as {words} words")
+    return dataclasses.replace(model, params=params)

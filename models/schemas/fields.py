@@ -1,0 +1,48 @@
+"""Kinds of numbers that several files hold, with wide ranges, and checks across fields.
+
+The ranges refuse what no model means (an epsilon of 0, a base of 1e300), not what is merely
+unusual. The bytes of the weights bound the sizes, in `readers.weights.check_room`.
+"""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, JsonValue
+
+
+def as_list(value: JsonValue) -> list[JsonValue]:
+    """None, one value or a list, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+MOST = 2**31 - 1
+Size = Annotated[int, Field(ge=1, le=MOST)]
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]
+Ids = Annotated[list[TokenId], BeforeValidator(as_list)]
+Factor = Annotated[float, Field(gt=0, le=1e9)]
+Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
+Theta = Annotated[float, Field(ge=1, le=1e15)]
+Switch = Annotated[bool, BeforeValidator(lambda v: False if v is None else v)]
+
+
+def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError, with the fields' names, unless heads are such as RoPE and GQA want."""
+    if heads % kv_heads:
+        raise ValueError(f"{names[0]} must be a multiple of {names[1]}, got {heads} and {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"{names[2]} must be even (RoPE turns pairs), got {head_dim}")
+
+
+def check_window(window: int | None, max_position: int) -> None:
+    """Raise ValueError if attention has a window that positions can leave."""
+    if window and window < max_position:
+        raise ValueError(
+            f"sliding-window attention is not supported (window {window} < {max_position} "
+            f"positions); lower max_position_embeddings to {window} to use full attention"
+        )
+
+
+def check_ids(rows: int, **named: list[int]) -> None:
+    """Raise ValueError, with the field's name, for a token id without a row in the embedding."""
+    for name, ids in named.items():
+        if ids and max(ids) >= rows:
+            raise ValueError(f"{name} must be below the vocabulary's {rows}, got {max(ids)}")
