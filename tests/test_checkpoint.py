@@ -247,7 +247,7 @@ def test_what_cannot_be_stored_is_said_before_writing(tmp_path):
     with pytest.raises(ValueError, match="no arrays"):
         checkpoint.save(tmp_path / "c", {})
     for tree, message in (
-        ({"a": {"b": jax.random.key(0)}}, "'a/b' is an array of key"),
+        ({"a": {"b": np.array(["x"])}}, "'a/b' is an array of <U1"),
         ({"a": np.array(["x"])}, "'a' is an array of <U1"),
         ({"a": np.array([None])}, "'a' is an array of object"),
         ({"a": {"b": [jnp.ones(2)]}}, "got list at 'a/b'"),
@@ -297,6 +297,8 @@ def test_a_description_of_nonsense(saved, text):
     ("leaves", [{"path": "b", "parts": [], "format": {"type": "Zzz"}}]), ("recipe", [3]),
     ("leaves", [{"path": "b"}, {"path": "b/c"}]), ("recipe", [{"pattern": "*", "method": {}}]),
     ("recipe", [{"pattern": "*", "method": {"type": []}}]), ("empty", 3), ("empty", ["b", 3]),
+    ("integer_keys", 3), ("integer_keys", [["a"]]), ("integer_keys", [["c"]]),
+    ("leaves", [{"path": "b", "key": "nope"}]), ("leaves", [{"path": "b", "key": "rbg"}]),
 ])  # fmt: skip
 def test_a_description_of_wrong_types_though_its_digest_is_right(saved, field, value):
     path, _ = saved

@@ -21,6 +21,13 @@ from jaxquant.core.tensor import QTensor
 from jaxquant.durable.publish import aside, publish, restore
 from jaxquant.recipes.recipe import Recipe
 from jaxquant.recipes.serialize import from_json, to_json
+from jaxquant.storage.containers import (
+    as_numbers,
+    from_numbers,
+    placed,
+    unsaid_by_paths,
+    with_integer_keys,
+)
 
 VERSION = 1
 DESCRIPTION = "jaxquant.json"
@@ -32,7 +39,10 @@ STATIC = (
 
 
 class Checkpoint(NamedTuple):
-    """What a directory holds: the tree, the recipe that made it (or None), and metadata."""
+    """What a directory holds: the tree, the recipe that made it (or None), and metadata.
+
+    The tree is nested dicts, with integer keys where they were, unless `load` was told otherwise.
+    """
 
     params: PyTree
     recipe: Recipe | None
@@ -90,21 +100,23 @@ def save(
     metadata: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write nested dicts of arrays and `QTensor`s; aside first, then put in place in one step.
+    """Write a tree of arrays and `QTensor`s; aside first, then put in place in one step.
 
     A kill at any moment leaves what was there before, or the new checkpoint; what it leaves
     aside goes with the next `save` to the same place.
 
     Args:
       directory: made by this call; may exist if empty, or a checkpoint and `overwrite`.
+      params: nested dicts, or a Flax NNX `State` (`nnx.state(model)`, quantized or not). Keys are
+        names or integers, leaves numbers, QTensors or random keys.
       metadata: JSON values to give back on load (a model's configuration, its tokenizer).
     Raises:
       ValueError: the target is taken, also by another process while this one wrote; the tree
-        holds other containers than dicts; or the metadata is not JSON.
+        holds other containers than mappings; or the metadata is not JSON.
       OSError: the disk is full or not writable; nothing is left behind.
     """
     target = check_target(directory, overwrite)
-    empty = _empty_dicts(params)
+    unsaid = unsaid_by_paths(params)
     leaves, arrays = _flatten(params)
     description = {
         "format": "jaxquant",
@@ -113,7 +125,7 @@ def save(
         "metadata": _as_json(metadata or {}),
         "leaves": leaves,
         "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
-        **({"empty": empty} if empty else {}),
+        **unsaid,
     }
     try:
         with aside(target) as new:
@@ -163,11 +175,25 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(f"No space left: {needed:,} bytes are needed, {free:,} are free")
 
 
-def load(directory: str | Path) -> Checkpoint:
-    """Read a checkpoint; nothing else is needed.
+def load(directory: str | Path, *, like: Any = None) -> Checkpoint:
+    """Read a checkpoint; nothing else is needed to have nested dicts.
 
+    Args:
+      like: a tree of the saved one's paths and shapes, of arrays or abstract, whose containers the
+        result takes: of the NNX state of a float model, `nnx.state(nnx.eval_shape(make))` too, the
+        `State` and the types of its `Variable`s. Where it has a float weight and a QTensor was
+        saved, the result has the QTensor; dtypes are those that were saved.
     Raises:
-      ValueError: no checkpoint, one of a newer version, or a damaged one.
+      ValueError: no checkpoint, one of a newer version, or a damaged one; or `like` has other
+        leaves.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, nnx.state(model))
+    ...     state = load(folder, like=nnx.state(model)).params
+    >>> nnx.update(model, state)
     """
     path = Path(directory).absolute()
     description = _description(path)
@@ -180,8 +206,11 @@ def load(directory: str | Path) -> Checkpoint:
     try:
         arrays = _read(path / ARRAYS, description["arrays"])
         params = _unflatten(description["leaves"], arrays, description.get("empty", []))
+        params = with_integer_keys(params, description.get("integer_keys", []))
     except Exception as error:
         raise ValueError(f"{path} is damaged: {_line(error)}") from error
+    if like is not None:
+        params = placed(like, params)
     return Checkpoint(params, _recipe_of(path, description), description["metadata"])
 
 
@@ -271,9 +300,10 @@ def _flatten(params: PyTree) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             named = {f"{_stored(path)}:{part}": a for part, a in kept.items()}
             leaves.append({"path": path, "parts": list(kept), **static})
         else:
+            leaf, said = as_numbers(leaf)
             _check_leaf(path, leaf)
             named = {_stored(path): leaf}
-            leaves.append({"path": path})
+            leaves.append({"path": path, **said})
         arrays.update(named)
     if empty := [name for name, a in arrays.items() if a.size == 0]:
         raise ValueError(f"array {empty[0]!r} is empty; Orbax stores no empty arrays, drop it")
@@ -306,33 +336,8 @@ def _check_leaf(path: str, leaf: Any) -> None:
     numbers = isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind not in "OSUmM"
     if not numbers or leaf.dtype.names:
         raise ValueError(
-            f"{path!r} is an array of {leaf.dtype}; a checkpoint holds numbers (of a random key "
-            f"keep jax.random.key_data)"
+            f"{path!r} is an array of {leaf.dtype}; a checkpoint holds numbers and random keys"
         )
-
-
-def _empty_dicts(tree: PyTree, path: tuple[str, ...] = ()) -> list[str]:
-    """The paths of dicts that hold nothing; raises ValueError where there is no dict of names."""
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"a checkpoint holds nested dicts of arrays, got {type(tree).__name__}"
-            f"{' at ' + repr('/'.join(path)) if path else ''}; convert first "
-            f"(nnx.to_pure_dict, for one)"
-        )
-    found = []
-    for key, value in tree.items():
-        if not isinstance(key, str) or "/" in key:
-            raise ValueError(f'keys must be strings without "/", got {key!r}')
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"keys must be text that UTF-8 can encode, got {key!r}") from None
-        inner = (*path, key)
-        if isinstance(value, dict) and not value:
-            found.append("/".join(inner))
-        elif not (is_standin(value) or hasattr(value, "dtype")):
-            found += _empty_dicts(value, inner)
-    return found
 
 
 def _unflatten(
@@ -355,7 +360,7 @@ def _unflatten(
                 w = dataclasses.replace(w, data=w.format.from_disk(w.data, w.stored_rows))
             node[last] = w
         else:
-            node[last] = _taken(arrays, path)
+            node[last] = from_numbers(_taken(arrays, path), leaf)
     return tree
 
 

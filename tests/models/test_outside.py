@@ -19,7 +19,7 @@ from jaxquant_models.readers.gguf_file import open_gguf
 from jaxquant_models.readers.gguf_metadata import config_from_gguf
 from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
 from jaxquant_models.readers.huggingface_config import config_from_hf
-from jaxquant_models.readers.safetensors import Tensors
+from jaxquant_models.readers.safetensors import DTYPES, Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.schemas.strict import parse_json, read_json
@@ -238,6 +238,17 @@ def test_safetensors_headers(header, tmp_path):
     one_line(lambda: Tensors(path), "x.safetensors")
     path.write_bytes(struct.pack("<Q", 2**63 - 1) + header)
     one_line(lambda: Tensors(path), "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_of_every_type(dtype, tmp_path):
+    """The oldest safetensors that pyproject.toml allows knows them all."""
+    values = np.array([1, 2]).astype(DTYPES[dtype])
+    entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, values.nbytes]}
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + values.tobytes())
+    np.testing.assert_array_equal(Tensors(path).read("x"), values)
 
 
 def test_a_tensor_of_no_numpy_type(tmp_path):
