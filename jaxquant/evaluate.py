@@ -62,7 +62,7 @@ def evaluate(
     params: PyTree,
     chunks: np.ndarray,
     *,
-    against: tuple[Logits, Any] | None = None,
+    against: tuple[Logits, PyTree] | None = None,
     first: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def _score(
-    logits: Logits, teacher: Logits | None, params: PyTree, other: Any, x: Array, first: int
+    logits: Logits, teacher: Logits | None, params: PyTree, other: PyTree, x: Array, first: int
 ) -> Array:
     """Sums over one chunk: negative log likelihood, KL, agreements; and the vocabulary's size."""
     log_p = _log_probabilities(logits, params, x, first)

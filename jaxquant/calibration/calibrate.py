@@ -10,7 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def calibrate(
     params: PyTree,
     batches: Iterable[PyTree],
     *,
-    loss: Callable[[PyTree, Any], Array] | None = None,
+    loss: Callable[[PyTree, PyTree], Array] | None = None,
     weighting: Weighting | None = None,
     gram: bool = True,
     output: Sequence[str] = (),
@@ -158,7 +158,7 @@ def _check_globs(found: Mapping[str, Site], globs: Sequence[str]) -> None:
             )
 
 
-def _args(batch: PyTree) -> tuple[Any, ...]:
+def _args(batch: PyTree) -> tuple[PyTree, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 

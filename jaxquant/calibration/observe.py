@@ -98,10 +98,10 @@ class _Counted:
 
     summary: Summary
 
-    def zeros(self, k: int, n: int) -> Any:
+    def zeros(self, k: int, n: int) -> PyTree:
         return jnp.zeros(()), self.summary.zeros(k, n)
 
-    def of(self, seen: Seen) -> Any:
+    def of(self, seen: Seen) -> PyTree:
         return jnp.ones(()), self.summary.of(seen)
 
 
@@ -118,7 +118,7 @@ def _pass(
 # --- planting, which calibration shares ------------------------------------------------------
 
 
-def arrays_only(params: PyTree, fn: Callable[..., PyTree]) -> tuple[Any, Callable[..., PyTree]]:
+def arrays_only(params: PyTree, fn: Callable[..., PyTree]) -> tuple[PyTree, Callable[..., PyTree]]:
     """The arrays of a tree that holds other things too (an Equinox module), and fn of them."""
     arrays, rest = eqx.partition(params, lambda leaf: is_array(leaf))
     if not jax.tree.leaves(rest):
@@ -140,7 +140,7 @@ def holders(found: dict[str, Site], shared: bool = True) -> dict[str, str]:
     return holder
 
 
-def zeros(site: Site, summary: Summary) -> Any:
+def zeros(site: Site, summary: Summary) -> PyTree:
     """The probe of a weight, with nothing in it."""
     size = lambda axes: math.prod(site.shape[a] for a in axes)
     batch = tuple(site.shape[a] for a in site.batch)

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.contraction import Contraction
@@ -47,10 +48,10 @@ class Seen(NamedTuple):
 class Summary(Protocol):
     """What is kept of the products with a matrix [k, n]; hashable, for it is static."""
 
-    def zeros(self, k: int, n: int) -> Any:
+    def zeros(self, k: int, n: int) -> PyTree:
         """Nothing seen yet: a pytree of float32 arrays."""
 
-    def of(self, seen: Seen) -> Any:
+    def of(self, seen: Seen) -> PyTree:
         """Of one product: a pytree like it."""
 
 
@@ -58,7 +59,7 @@ class Observed(StandIn):
     """A dense weight with a probe, stored [*batch, ...]; its matmul fills the probe."""
 
     array: Array
-    probe: Any
+    probe: PyTree
     order: tuple[int, ...] = eqx.field(static=True)
     core: int = eqx.field(static=True)  # axes that are not batch axes
     # Stored axes, from the end, that are summed over.
@@ -74,7 +75,7 @@ class Observed(StandIn):
     def stored_shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
-    def aval(self) -> Any:
+    def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.view_shape(), self.array.dtype)
 
     def materialise(self) -> Array:
@@ -83,10 +84,10 @@ class Observed(StandIn):
     def reordered(self, order: tuple[int, ...]) -> "Observed":
         return dataclasses.replace(self, order=order)
 
-    def cast(self, dtype: Any) -> "Observed":
+    def cast(self, dtype: DTypeLike) -> "Observed":
         return dataclasses.replace(self, array=self.array.astype(dtype))
 
-    def at_leading(self, fn: Any) -> "Observed":
+    def at_leading(self, fn: Callable[[Array], Array]) -> "Observed":
         array, places = jax.tree.map(fn, (self.array, self.places))
         if self.which is not None:
             return dataclasses.replace(self, array=array, places=places, which=fn(self.which))
@@ -151,7 +152,7 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
         operands = (dense, x) if weight_left else (x, dense)
         return jax.lax.dot_general_p.bind(*operands, **params)
 
-    def summary(x: Array, g: Array, probe: Any, which: Array | None, places: Any) -> Any:
+    def summary(x: Array, g: Array, probe: PyTree, which: Array | None, places: Any) -> PyTree:
         rows, paired = c.rows(x, axes, leading, inner)
         missing = [i for i, has in enumerate(paired) if not has]
         rows = jnp.expand_dims(rows, missing).astype(jnp.float32)
@@ -231,14 +232,14 @@ class _Part:
         return math.prod(self.whole[axis] for axis in axes)
 
 
-def _by_owner(of: Callable[[Seen], Any], seen: Seen, which: Array, count: int) -> Any:
+def _by_owner(of: Callable[[Seen], Any], seen: Seen, which: Array, count: int) -> PyTree:
     """`of` for each of so many matrices, of the rows that looked it up."""
     m = seen.weight.shape[-1]
     full = lambda a: jnp.broadcast_to(a, (*which.shape, *a.shape[which.ndim :]))
     flat = Seen(*(full(a).reshape(-1, *a.shape[which.ndim + 1 :]) for a in seen))
     owner = jnp.repeat(which.reshape(-1), m)
 
-    def one(i: Array) -> Any:
+    def one(i: Array) -> PyTree:
         mine = owner == i
         return of(Seen(*(jnp.where(mine[(...,) + (None,) * (a.ndim - 1)], a, 0) for a in flat)))
 
@@ -248,7 +249,7 @@ def _by_owner(of: Callable[[Seen], Any], seen: Seen, which: Array, count: int) -
 def _mapped(of: Callable[[Seen], Any], size: int) -> Callable[[Seen], Any]:
     """`of` along a leading axis, which is 1 for what is the same all along it."""
 
-    def mapped(seen: Seen) -> Any:
+    def mapped(seen: Seen) -> PyTree:
         axes: Any = Seen(*(0 if len(a) == size else None for a in seen))  # type: ignore[arg-type]
         one = Seen(*(a if axis == 0 else a[0] for a, axis in zip(seen, axes, strict=True)))
         return jax.vmap(of, in_axes=(axes,), axis_size=size)(one)
@@ -258,16 +259,16 @@ def _mapped(of: Callable[[Seen], Any], size: int) -> Callable[[Seen], Any]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _observed_dot(
-    dot: Callable, summary: Callable, x: Array, w: Array, probe: Any, which: Any, places: Any
+    dot: Callable, summary: Callable, x: Array, w: Array, probe: PyTree, which: Any, places: Any
 ) -> Array:
     return dot(x, w)
 
 
-def _forward(dot: Callable, summary: Callable, x: Array, w: Array, *other: Any) -> Any:
+def _forward(dot: Callable, summary: Callable, x: Array, w: Array, *other: PyTree) -> PyTree:
     return dot(x, w), (x, w, *other)
 
 
-def _backward(dot: Callable, summary: Callable, residuals: PyTree, g: Array) -> Any:
+def _backward(dot: Callable, summary: Callable, residuals: PyTree, g: Array) -> PyTree:
     x, w, *other = residuals
     _, pull = jax.vjp(dot, x, w)
     return *pull(g), summary(x, g, *other), None, None

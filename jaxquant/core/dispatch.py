@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import quax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxquant.core import products  # noqa: F401  its rules are registered by the import
 from jaxquant.core.arguments import check_arguments
@@ -127,10 +128,10 @@ class _Spy(quax.ArrayValue):
     path: str = eqx.field(static=True)
     log: _Log = eqx.field(static=True)
 
-    def aval(self) -> Any:
+    def aval(self) -> jax.core.ShapedArray:
         return self.inner.aval()
 
-    def materialise(self) -> Any:
+    def materialise(self) -> Array:
         self.log.uses.append(Use(self.path, "custom_vjp_call", "materialised", "custom_vjp"))
         return self.inner.dequantize()
 

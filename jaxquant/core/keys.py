@@ -2,11 +2,10 @@
 
 import dataclasses
 import zlib
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.arguments import described
 
@@ -35,7 +34,7 @@ class Draw:
         return self.of_matrix(f"input of {leader}", i)
 
 
-def _data(key: Any) -> Array:
+def _data(key: PyTree) -> Array:
     """The numbers of a key; ValueError if it is none."""
     try:
         return jax.random.key_data(key)

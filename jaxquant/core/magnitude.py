@@ -5,12 +5,10 @@ What depends on ratios alone is computed of arrays whose largest entry lies in [
 program, and the same codes, serve every magnitude.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 
 def exponent(
@@ -51,7 +49,7 @@ def unit(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array, ""]]:
     return jax.lax.optimization_barrier(shifted(x, -e)), e
 
 
-def ratios(x: Float[Array, "..."] | None) -> Any:
+def ratios(x: Float[Array, "..."] | None) -> PyTree:
     """x up to a power of two, the largest in [1/2, 1): of what is known up to a factor."""
     return None if x is None else unit(x)[0]
 

@@ -53,7 +53,7 @@ def _part(key: Any) -> str:
 def replace_leaves(params: PyTree, new: Mapping[str, Any]) -> PyTree:
     """The same tree with the leaves at the given paths replaced."""
 
-    def swap(keys: tuple[Any, ...], leaf: Any) -> Any:
+    def swap(keys: tuple[Any, ...], leaf: PyTree) -> Any:
         return new.get(path_name(keys), leaf)
 
     return jax.tree_util.tree_map_with_path(swap, params, is_leaf=is_standin)

@@ -9,7 +9,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jaxtyping import PyTree
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from jaxquant.core import indexing, private
 from jaxquant.core.arguments import check_arguments
@@ -86,7 +87,7 @@ def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) 
     return {p: _summary(p, w, uses(p), log.mapped.get(p, set())) for p, w in leaves.items()}
 
 
-def is_weight(leaf: Any) -> bool:
+def is_weight(leaf: PyTree) -> bool:
     """Whether a leaf may be quantized: floating, rank 2 or more, not yet a stand-in."""
     return (
         not is_standin(leaf)
@@ -96,7 +97,7 @@ def is_weight(leaf: Any) -> bool:
     )
 
 
-def _abstract(w: Any) -> jax.ShapeDtypeStruct:
+def _abstract(w: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(w.shape, w.dtype)
 
 
@@ -163,10 +164,10 @@ class _Tracked(StandIn):
     def stored_shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
-    def aval(self) -> Any:
+    def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.array.shape, self.array.dtype)
 
-    def materialise(self) -> Any:
+    def materialise(self) -> Array:
         if not self.looked_up:  # else it is a table, and that use of it is known
             self.log.uses.append(_Use(self.path, "other"))
         return self.array
@@ -175,10 +176,10 @@ class _Tracked(StandIn):
         array = jnp.transpose(self.array, order)
         return dataclasses.replace(self, array=array, leaf=self.leaf_axes(order))
 
-    def cast(self, dtype: Any) -> "_Tracked":
+    def cast(self, dtype: DTypeLike) -> "_Tracked":
         return dataclasses.replace(self, array=self.array.astype(dtype))
 
-    def at_leading(self, fn: Any) -> "_Tracked":
+    def at_leading(self, fn: Callable[[Array], Array]) -> "_Tracked":
         return dataclasses.replace(self, array=fn(self.array))
 
     def leading(self) -> int:
@@ -258,7 +259,7 @@ def _(w: _Tracked, ids: Any, **params: PyTree) -> Any:
     return found if found is not None else jax.lax.gather_p.bind(w.array, ids, **params)
 
 
-def _summary(path: str, w: Any, uses: list[_Use], mapped: set[int]) -> Site:
+def _summary(path: str, w: jax.Array, uses: list[_Use], mapped: set[int]) -> Site:
     shape = tuple(w.shape)
     front = lambda axes: tuple(sorted(len(shape) + a for a in axes))
     dots = [u for u in uses if u.kind == "dot"]

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
+from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, PyTree
 
 from jaxquant.core import private
@@ -115,7 +116,7 @@ class StandIn(quax.ArrayValue):
         """The same stored arrays seen through another order."""
 
     @abc.abstractmethod
-    def cast(self, dtype: Any) -> "StandIn":
+    def cast(self, dtype: DTypeLike) -> "StandIn":
         """The same value, with another dtype for what it decodes to."""
 
     @abc.abstractmethod

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
@@ -219,10 +220,10 @@ class QTensor(StandIn):
     def reordered(self, order: tuple[int, ...]) -> "QTensor":
         return dataclasses.replace(self, view=dataclasses.replace(self.view, order=order))
 
-    def cast(self, dtype: Any) -> "QTensor":
+    def cast(self, dtype: DTypeLike) -> "QTensor":
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
 
-    def at_leading(self, fn: Any) -> "QTensor":
+    def at_leading(self, fn: Callable[[Array], Array]) -> "QTensor":
         # Which of a stack it is now nobody else knows, so its transform is its own.
         return self.with_arrays(jax.tree.map(fn, self.arrays), shared="")
 
@@ -252,7 +253,7 @@ class QTensor(StandIn):
         view = dataclasses.replace(self.view, k=(int(first), *self.view.k[1:]))
         return dataclasses.replace(self, view=view, shared="")
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantize(), dtype)
 
     def __repr__(self) -> str:

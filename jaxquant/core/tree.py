@@ -1,7 +1,6 @@
 """Functions of whole trees: bytes, plain arrays, other forms of activations."""
 
 import dataclasses
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -54,7 +53,7 @@ def with_activations(params: PyTree, activations: Activations | str | None) -> P
     check_arguments(with_activations, locals())
     form = Activations.of(activations)
 
-    def change(w: Any) -> Any:
+    def change(w: PyTree) -> PyTree:
         if not isinstance(w, QTensor):
             return w
         if form is not None and set(form.shapes()) - set(w.activations_data):
@@ -67,6 +66,6 @@ def with_activations(params: PyTree, activations: Activations | str | None) -> P
     return jax.tree.map(change, params, is_leaf=is_standin)
 
 
-def leaf_bytes(w: Any) -> int:
+def leaf_bytes(w: PyTree) -> int:
     """Bytes of an array, a stand-in, or the shape of either."""
     return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.durable.claims import Claim, Taken, claim
 
@@ -209,7 +210,7 @@ def _opened(file: BufferedReader, name: object) -> _File:
     return _File(file, held, arrays)
 
 
-def _kind(dtype: Any, shape: Any) -> tuple[np.dtype, list[int]]:
+def _kind(dtype: DTypeLike, shape: Any) -> tuple[np.dtype, list[int]]:
     kind = jnp.dtype(dtype)
     if not isinstance(dtype, str) or kind.hasobject or not kind.itemsize:
         raise ValueError(f"{dtype!r} is not a dtype of numbers")

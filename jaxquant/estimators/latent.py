@@ -9,11 +9,11 @@ go on through the estimators.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core import activations
 from jaxquant.core.activations import Activations
@@ -190,7 +190,7 @@ def _learned(data: dict[str, Array]) -> dict[str, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(
-    how: tuple[Any, Activations | None],
+    how: tuple[Format, Activations | None],
     rounded: Float[Array, "m k"],
     value: Float[Array, "k n"],
     x: Float[Array, "m k"],
@@ -203,7 +203,7 @@ def _product(
     return activations.product(form, x, of_inputs, times)
 
 
-def _forward(how: tuple, rounded: Array, value: Array, *fixed: Any) -> tuple[Array, tuple]:
+def _forward(how: tuple, rounded: Array, value: Array, *fixed: PyTree) -> tuple[Array, tuple]:
     return _product(how, rounded, value, *fixed), (rounded, *fixed)
 
 
@@ -218,16 +218,16 @@ _product.defvjp(_forward, _backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product_transposed(
-    format: Any, k: int, x: Float[Array, "m n"], value: Float[Array, "k n"], packed: dict
+    format: Format, k: int, x: Float[Array, "m n"], value: Float[Array, "k n"], packed: dict
 ) -> Float[Array, "m k"]:
     return format.matmul_transposed(x, packed, k)
 
 
-def _transposed_forward(format: Any, k: int, x: Array, value: Array, packed: dict) -> tuple:
+def _transposed_forward(format: Format, k: int, x: Array, value: Array, packed: dict) -> tuple:
     return format.matmul_transposed(x, packed, k), (x, packed)
 
 
-def _transposed_backward(format: Any, k: int, kept: tuple, g: Array) -> tuple:
+def _transposed_backward(format: Format, k: int, kept: tuple, g: Array) -> tuple:
     x, packed = kept
     return format.matmul(g, packed), g.T @ x, None
 

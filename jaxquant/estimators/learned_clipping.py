@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class LearnedClipping(LSQ):
         if not (isinstance(format, LevelFormat) and format.integral):
             raise ValueError(f"learned clipping is of integers, got {format}")
 
-    def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
+    def start(self, w: Float[Array, "k n"], format: LevelFormat, data: dict[str, Array]) -> Learned:
         """The parts that reach as far as the grid does."""
         grid, (bottom, top) = format.stored_grid(data), format.ends
         ends = {"high": grid.scale * (top - grid.zero), "low": grid.scale * (bottom - grid.zero)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.magnitude import exponent, shifted
+from jaxquant.core.protocols import OpArguments
 from jaxquant.formats.codebook_format import CodebookFormat
 from jaxquant.formats.kmeans import residual_kmeans
 from jaxquant.formats.op_format import OpFormat
@@ -149,7 +150,7 @@ class Additive(CodebookFormat, OpFormat):
         groups = w.reshape(-1, self.group, w.shape[1])
         return jax.lax.map(lambda t: self.search(t, row, None, beam)[0], groups)
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         static = {"bits": self.bits, "group": self.group}
         return (data["codes"], data["codebooks"], data["scale"]), static
 

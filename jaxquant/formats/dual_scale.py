@@ -1,14 +1,15 @@
 """Integers with a scale for each row and column: entropy-coded weights as products take them."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int16
+from jaxtyping import Array, Float, Float32, Int16, PyTree
 
 from jaxquant.core.fields import check_fields
+from jaxquant.core.protocols import OpArguments
 from jaxquant.formats.op_format import OpFormat
 from pallas_kernels import dual_scale
 from pallas_kernels.codecs import layout
@@ -57,7 +58,7 @@ class DualScale(OpFormat):
         values: Int16[np.ndarray, "k n"],
         step: Float32[np.ndarray, " k"],
         scale: Float32[np.ndarray, " n"],
-    ) -> dict[str, Any]:
+    ) -> dict[str, PyTree]:
         """Storage of a matrix's integers and scales, on the host, where escapes are counted."""
         codes, ranges, escapes = dual_scale.split(values, self.bits)
         data = {"codes": _packed(codes, self.bits), "scale": scale[None], "step": step}
@@ -79,7 +80,7 @@ class DualScale(OpFormat):
             "escapes": jnp.zeros(1, jnp.int32),
         }
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         names = ("codes", "scale", "step", "ranges", "escapes")
         return tuple(data[name] for name in names), {"bits": self.bits}
 

@@ -1,7 +1,7 @@
 """E8P: eight rows of a column to a point of the lattice E8 + 1/4, one scale per matrix."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import shifted, unit
-from jaxquant.core.protocols import GridFormat
+from jaxquant.core.protocols import GridFormat, OpArguments
 from jaxquant.formats.op_format import OpFormat
 from pallas_kernels.codecs import e8p, lookup
 
@@ -100,7 +100,7 @@ class E8P(GridFormat, OpFormat):
         codes = jax.lax.map(lambda t: self.round(t, row)[0], octets, batch_size=max(1, _CHUNK // n))
         return self.pack(codes, grid)
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         return (data["codes"], data.get("residual"), data["scale"]), {"bits": self.bits}
 
     @property

@@ -1,7 +1,7 @@
 """Uniform integers: codes of 2, 3, 4 or 8 bits, a scale (and a zero point) per group."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted, sizes
-from jaxquant.core.protocols import LevelFormat
+from jaxquant.core.protocols import LevelFormat, OpArguments
 from jaxquant.core.straight_through import nearest_codes
 from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import (
@@ -177,7 +177,7 @@ class Integer(LevelFormat, OpFormat):
         w = jnp.pad(w, ((0, -k % g), (0, 0)), mode="edge")
         return jax.vmap(self.fit)(w.reshape(-1, g, n))
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         arrays = (data["codes"], data["scale"], data.get("zero"))
         return arrays, {"bits": self.bits, "group_size": self.rows_per_group(k)}
 

@@ -1,7 +1,5 @@
 """Weighted k-means: Lloyd's algorithm with a fixed number of steps and bounded memory."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -50,7 +48,7 @@ def start(
     share = min(max(1, size // ROUNDS), len(vectors))
     rounds = -(-size // share)
 
-    def draw(i: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def draw(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         far, table = state
         luck = jax.random.gumbel(jax.random.fold_in(key, i), far.shape)
         chance = jnp.log(jnp.maximum(shifted(far, -e), 1e-30)) + luck
@@ -80,7 +78,7 @@ def lloyd(
     [[0.75], [9.5]]
     """
 
-    def step(_: Any, table: Array) -> Array:
+    def step(_: Array, table: Array) -> Array:
         near, _ = assign(vectors, weights, table)
         total = lambda a: jax.ops.segment_sum(a, near, len(table))
         mass = total(weights)

@@ -8,10 +8,10 @@ have keys unlike all others: they stay as they are, and out of the ranges of the
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float16, Int32
 
 from jaxquant.core.fields import check_fields
@@ -92,7 +92,7 @@ class KVFormat:
 
 
 def empty(
-    form: KVFormat, shape: tuple[int, int, int], head_dim: int, size: int, dtype: Any
+    form: KVFormat, shape: tuple[int, int, int], head_dim: int, size: int, dtype: DTypeLike
 ) -> kv_layout.Past:
     """A cache of no tokens, with room for `size`.
 

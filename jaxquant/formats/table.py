@@ -6,7 +6,7 @@ from `Integer`: a row of the grid, and the nearest value to a target.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import sizes
-from jaxquant.core.protocols import LevelFormat
+from jaxquant.core.protocols import LevelFormat, OpArguments
 from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import (
     SCALE_DTYPES,
@@ -190,7 +190,7 @@ class Table(LevelFormat, OpFormat):
         rows = grid._replace(scale=grid.scale[jnp.arange(k) // self.rows_per_group(k)])
         return self.pack(self.round(w, rows)[0], grid)
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         arrays = (data["codes"], self.scales(self.opened(data)))
         group_size = self.rows_per_group(k)
         return arrays, {"table": self.table, "bits": self.bits, "group_size": group_size}

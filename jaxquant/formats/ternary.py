@@ -1,12 +1,13 @@
 """Ternary: codes -1, 0, 1 in 2-bit words, one scale per group."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.core.protocols import OpArguments
 from jaxquant.formats.integer import Grid, Integer
 from jaxquant.formats.scales import as_stored
 from pallas_kernels.codecs import layout
@@ -40,7 +41,7 @@ class Ternary(Integer):
     def limits(self) -> tuple[int, int]:
         return -1, 1
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         return (data["codes"], data["scale"]), {"group_size": self.rows_per_group(k)}
 
     def to_disk(self, data: dict[str, Array], k: int) -> dict[str, Array]:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +110,7 @@ def _transcoded(w: QTensor, matrices: list[entropy_stream.Coded]) -> QTensor:
         part["escapes"] = np.pad(part["escapes"], (0, longest - len(part["escapes"])))
     batch = w.data["codes"].shape[: w.leading()]
 
-    def stacked(*arrays: Any) -> Array:
+    def stacked(*arrays: PyTree) -> Array:
         return jnp.asarray(np.stack(arrays).reshape(*batch, *arrays[0].shape))
 
     data = jax.tree.map(stacked, *parts)

@@ -1,7 +1,7 @@
 """Trellis: tiles of 16 x 16 weights as paths of a bit-shift trellis, a scale per block of rows."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted
-from jaxquant.core.protocols import Format, GridFormat
+from jaxquant.core.protocols import Format, GridFormat, OpArguments
 from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import check_wide, rescaled
 from pallas_kernels import viterbi
@@ -145,7 +145,7 @@ class Trellis(GridFormat, OpFormat):
         blocks = w.astype(jnp.float32).reshape(-1, SIDE, n)
         return self.pack(jax.lax.map(lambda b: self.round(*b)[0], (blocks, rows)), grid)
 
-    def arguments(self, data: dict[str, Array], k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         static = {"rates": self.rates, "L": self.L, "code": self.code}
         return (data["codes"], data["scale"]), static
 

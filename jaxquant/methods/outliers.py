@@ -4,13 +4,14 @@ from typing import Any
 
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import shown
+from jaxquant.core.protocols import Format, Transform
 from jaxquant.formats import Dense, Integer
 from jaxquant.methods.method import GroupSize, Method, scalar_rounder
 from jaxquant.rounding import Clipped
 from jaxquant.transforms import ActivationAware, Chain, Greedy, Kronecker, Rotation, Smooth, Zigzag
 
 
-def weights(bits: int, group_size: GroupSize, symmetric: bool, clip: float, dtype: str) -> Any:
+def weights(bits: int, group_size: GroupSize, symmetric: bool, clip: float, dtype: str) -> Format:
     """Integers, or from 16 bits on the weights as they are."""
     return Dense() if bits >= 16 else Integer(bits, group_size, symmetric, False, dtype, clip=clip)
 
@@ -55,7 +56,7 @@ def smoothquant(
     >>> str(smoothquant().activations), smoothquant(4, rotate=True).format.bits
     ('int8', 4)
     """
-    side: Any = Smooth(alpha)
+    side: Transform = Smooth(alpha)
     if rotate:
         side = Chain((side, Rotation(signed=False)))
     format = weights(bits, group_size, symmetric, clip, scale_dtype)
@@ -175,7 +176,7 @@ def quarot(
     Rotation(block=None, sort=False, signed=False)
     """
     turn = Rotation(block, signed=signed)
-    side: Any = turn if alpha is None else Chain((Smooth(alpha), turn))
+    side: Transform = turn if alpha is None else Chain((Smooth(alpha), turn))
     format = weights(bits, group_size, symmetric, clip, scale_dtype)
     form = inputs(activation_bits, symmetric, activation_clip)
     return Method("quarot", scalar_rounder(feedback, damping), format, side, activations=form)

@@ -1,7 +1,6 @@
 """Quantize a stack of blocks one at a time: memory of one block's statistics."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,15 @@ from jaxquant.recipes.recipe import Recipe
 
 
 def quantize_blocks(
-    block: Callable[[PyTree, Any], Any],
+    block: Callable[[PyTree, PyTree], PyTree],
     params: PyTree,
     hidden: Iterable[PyTree],
     recipe: Recipe | Method,
     *,
-    loss: Callable[[PyTree, Any], jax.Array] | None = None,
+    loss: Callable[[PyTree, PyTree], jax.Array] | None = None,
     weighting: Weighting | None = None,
     progress: Callable[[int, Done], None] | None = None,
-) -> tuple[Any, list[Any]]:
+) -> tuple[PyTree, list[PyTree]]:
     """Quantize stacked blocks in order, each calibrated on what the quantized ones before give.
 
     Memory beside params: the hidden states of all batches, and one block's grams, twice, in

@@ -120,11 +120,11 @@ def _targets(
     return []
 
 
-def _first(side: Any) -> Any:
+def _first(side: Any) -> PyTree:
     return side.parts[0] if isinstance(side, Chain) else side
 
 
-def _rest(side: Any) -> Any:
+def _rest(side: Any) -> PyTree:
     """What is left of a transform without its first part."""
     if not isinstance(side, Chain):
         return None

@@ -6,7 +6,6 @@ for the model. What is packed is decoded by that, unless all layers are packed a
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ def restack(params: PyTree, name: str) -> PyTree:
     return {**params, name: jax.tree.map(_stacked, *layers, is_leaf=is_standin)}
 
 
-def layers_of(params: PyTree, name: str) -> list[Any]:
+def layers_of(params: PyTree, name: str) -> list[PyTree]:
     """The trees of the layers that `unstack` made, in their order ("10" after "9").
 
     Raises:
@@ -74,18 +73,18 @@ def is_apart(params: PyTree, name: str) -> bool:
     )
 
 
-def _cut(leaf: Any, i: int) -> Any:
+def _cut(leaf: PyTree, i: int) -> PyTree:
     """Layer i; of what a name says is shared, that layer's."""
     cut = jax.tree.map(lambda a: a[i], leaf)
     shared = _shared(leaf)
     return dataclasses.replace(cut, shared=f"{shared} {i}") if shared else cut
 
 
-def _shared(leaf: Any) -> str:
+def _shared(leaf: PyTree) -> str:
     return leaf.shared if isinstance(leaf, QTensor) else ""
 
 
-def _stacked(*leaves: Any) -> Any:
+def _stacked(*leaves: PyTree) -> PyTree:
     names = {_shared(leaf).removesuffix(f" {i}") for i, leaf in enumerate(leaves)}
     if any(names):  # undoes `_cut`; what had other names before is known to share no more
         name = names.pop() if len(names) == 1 else ""
@@ -107,7 +106,7 @@ def unstack_stats(stats: Stats, name: str) -> Stats:
         raise ValueError(f"expected weights of one stack at {name!r}, found layers: {count}")
     sites, sums, holder = {}, {}, {}
 
-    def named(path: str) -> list[tuple[str, Any]]:
+    def named(path: str) -> list[tuple[str, PyTree]]:
         """The names of a weight's parts, and their index."""
         if not path.startswith(prefix):
             return [(path, ...)]
@@ -140,7 +139,7 @@ def _layer(site: Site, path: str, i: int) -> Site:
     )
 
 
-def _entry(params: PyTree, name: str) -> Any:
+def _entry(params: PyTree, name: str) -> PyTree:
     if not isinstance(params, dict) or name not in params:
         raise ValueError(f"expected a dict with an entry {name!r}, got {type(params).__name__}")
     return params[name]

@@ -5,12 +5,11 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.keys import Draw
@@ -270,7 +269,7 @@ def _check_values(w: Array, path: str, moments: Moments) -> None:
 
 
 @jax.jit
-def _finite(arrays: Any) -> Bool[Array, ""]:
+def _finite(arrays: PyTree) -> Bool[Array, ""]:
     """Whether all floating numbers of a tree are finite."""
     floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in floats]))

@@ -1,13 +1,14 @@
 """One matrix: change of variables, rounding, and how much of the output was lost."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.magnitude import unit
+from jaxquant.core.protocols import Transform
 from jaxquant.core.tensor import Arrays
 from jaxquant.methods.registry import Method
 from jaxquant.rounding import Moments
@@ -121,7 +122,7 @@ def _transformed(
 
 
 def _side(
-    side: Any, channels: Channels, key: Array, known: dict[str, Array] | None = None
+    side: Transform | None, channels: Channels, key: Array, known: dict[str, Array] | None = None
 ) -> tuple[Channels, dict[str, Array]]:
     """The channels after the change on one side, and its arrays."""
     if side is None:

@@ -178,7 +178,7 @@ def resolve(
     return Plan(tuple(_entry(p, w, m, (found or {}).get(p)) for p, w, m in chosen))
 
 
-def _nothing(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> str:
+def _nothing(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None) -> str:
     """Why a bare method has nothing to do, and what came."""
     some = "; ".join(f"{p}: {_describe(w)}" for p, w in leaves[:4])
     more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
@@ -191,7 +191,7 @@ def _nothing(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) ->
     return f"nothing to quantize: the function multiplies by no {what} directly; {came}"
 
 
-def _check_sites(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None) -> None:
+def _check_sites(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None) -> None:
     for path, w in leaves:
         if found is None or not is_weight(w):
             continue
@@ -203,7 +203,9 @@ def _check_sites(leaves: list[tuple[str, Any]], found: Mapping[str, Site] | None
             )
 
 
-def _warn_of_kept(chosen: list[tuple[str, Any, Any]], found: Mapping[str, Site] | None) -> None:
+def _warn_of_kept(
+    chosen: list[tuple[str, PyTree, Method | Keep]], found: Mapping[str, Site] | None
+) -> None:
     """What a bare method leaves floating, though it could be quantized, is not left in silence."""
     sizes = [w.size for _, w, _ in chosen if is_standin(w) or _floating(w)]
     kept: dict[str, list[tuple[str, int]]] = {}
@@ -230,22 +232,24 @@ def _why_kept(site: Site | None) -> str:
     return "the function multiplies nothing by them"
 
 
-def _contracted(path: str, w: Any, found: Mapping[str, Site] | None, stacks: set) -> bool:
+def _contracted(path: str, w: PyTree, found: Mapping[str, Site] | None, stacks: set) -> bool:
     if found is not None:
         return is_weight(w) and bool(found[path].contracted)
     return is_weight(w) and not (len(w.shape) == 2 and _stack_of(path, w) in stacks)
 
 
-def _stack_of(path: str, w: Any) -> tuple[str, int]:
+def _stack_of(path: str, w: PyTree) -> tuple[str, int]:
     """What the leaves of one stack of layers have in common: place in the tree, and length."""
     return path.rpartition("/")[0].partition("/")[0], w.shape[0]
 
 
-def _floating(w: Any) -> bool:
+def _floating(w: PyTree) -> bool:
     return is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)
 
 
-def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any, Method | Keep]]:
+def _match(
+    recipe: Recipe, leaves: list[tuple[str, PyTree]]
+) -> list[tuple[str, PyTree, Method | Keep]]:
     paths = [p for p, _ in leaves]
     for pattern, _ in recipe.rules:
         if not any(matches(path, pattern) for path in paths):
@@ -267,12 +271,12 @@ def _match(recipe: Recipe, leaves: list[tuple[str, Any]]) -> list[tuple[str, Any
     return chosen
 
 
-def _describe(w: Any) -> str:
+def _describe(w: PyTree) -> str:
     plain = is_standin(w) or not is_array(w)
     return repr(w) if plain else f"{w.dtype}{list(w.shape)}"
 
 
-def _entry(path: str, w: Any, method: Method | Keep, site: Site | None) -> Entry:
+def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> Entry:
     if not is_array(w):  # a number, a function: kept, and no array
         return Entry(path, (), KEEP, None, None, 0, 0)
     shape = tuple(w.shape)

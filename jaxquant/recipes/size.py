@@ -1,7 +1,6 @@
 """`size`: what a tree of weights takes, quantized or not, and what of it stayed floating."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -71,5 +70,5 @@ def size(params: PyTree) -> Size:
     )
 
 
-def _is_weights(leaf: Any) -> bool:
+def _is_weights(leaf: PyTree) -> bool:
     return is_standin(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))

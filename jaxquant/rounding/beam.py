@@ -14,11 +14,11 @@ Steps 3 and 4 are repeated.
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Format, Grid, Moments, Rounder
@@ -87,7 +87,7 @@ class _Searched:
     def tile(self) -> tuple[int, int]:
         return self.format.tile
 
-    def round(self, target: Array, row: tuple[Any, Array]) -> tuple[Array, Array]:
+    def round(self, target: Array, row: tuple[PyTree, Array]) -> tuple[Array, Array]:
         grid, root = row
         return self.format.search(target, grid, root, self.beam)
 
@@ -120,14 +120,14 @@ def first_codes(
 def swept(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], format: CodebookFormat, codes: Array,
     grid: Grid, options: Beam,
-) -> tuple[Array, Any]:  # fmt: skip
+) -> tuple[Array, PyTree]:  # fmt: skip
     """Codes and grid after `sweeps` fits of the tables and descents. No step raises the loss."""
     k, d = w.shape[0], format.tile[0]
     search, order = _Searched(format, options.beam), jnp.arange(k)
     gram = gram + 1e-6 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(k)
     roots = jax.vmap(jnp.linalg.cholesky)(_blocks(gram, d))
 
-    def sweep(_: Any, state: tuple[Array, Any]) -> tuple[Array, Any]:
+    def sweep(_: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         codes, grid = state
         grid = fitted(w, gram, format, codes, grid, options.steps)
         errors = w - format.values(codes, grid)

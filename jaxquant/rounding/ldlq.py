@@ -10,8 +10,9 @@ with U block-unit (Tseng et al. 2024, arXiv:2402.04396).
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def feedback(
     g: int,
     size: int,
     grid: Grid,
-) -> tuple[Array, Any, Float[Array, "k n"]]:
+) -> tuple[Array, Grid, Float[Array, "k n"]]:
     """Codes [k / d, ...] of w's rows in visiting order, the grid of stored order, and W - Q.
 
     `grid` given: row i uses group order[i] // g. None: rows are in stored order, and a group's
@@ -203,7 +204,7 @@ SAMPLE = 64  # columns on which scales are compared
 
 
 def _best_scale(
-    w: Array, gram: Array, format: GridFormat, grid: Grid, scales: tuple[float, ...], fed: Any
+    w: Array, gram: Array, format: GridFormat, grid: Grid, scales: tuple[float, ...], fed: Callable
 ) -> Grid:
     """The grid times the scale whose feedback ends with the least loss on a sample of columns."""
     width, n = format.tile[1], w.shape[1]

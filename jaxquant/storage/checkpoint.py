@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.activations import Activations
 from jaxquant.core.paths import path_leaves
@@ -30,6 +30,7 @@ from jaxquant.storage.containers import (
 )
 
 VERSION = 1
+Json = dict[str, Any]  # an object
 DESCRIPTION = "jaxquant.json"
 ARRAYS = "arrays"
 # Of a QTensor.
@@ -46,7 +47,7 @@ class Checkpoint(NamedTuple):
 
     params: PyTree
     recipe: Recipe | None
-    metadata: dict[str, Any]
+    metadata: Json
 
 
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
@@ -97,7 +98,7 @@ def save(
     params: PyTree,
     *,
     recipe: Recipe | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: Json | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a tree of arrays and `QTensor`s; aside first, then put in place in one step.
@@ -139,7 +140,7 @@ def save(
         raise OSError(f"could not write {target}: {_line(error)}") from error
 
 
-def _as_json(metadata: dict[str, Any]) -> Any:
+def _as_json(metadata: Json) -> PyTree:
     """The values as they will be read."""
     try:
         return json.loads(json.dumps(metadata))
@@ -147,7 +148,7 @@ def _as_json(metadata: dict[str, Any]) -> Any:
         raise ValueError(f"metadata must be JSON values: {_line(error)}") from None
 
 
-def _fill(folder: Path, description: dict[str, Any], arrays: dict[str, Any]) -> None:
+def _fill(folder: Path, description: Json, arrays: dict[str, Array]) -> None:
     folder.mkdir()
     _check_space(folder, sum(a.nbytes for a in arrays.values()))
     try:
@@ -162,7 +163,7 @@ def _fill(folder: Path, description: dict[str, Any], arrays: dict[str, Any]) -> 
     (folder / DESCRIPTION).write_text(json.dumps(description))
 
 
-def _write(directory: Path, arrays: dict[str, Any]) -> None:
+def _write(directory: Path, arrays: dict[str, Array]) -> None:
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
         writer.save(directory, args=ocp.args.StandardSave(arrays))
 
@@ -175,7 +176,7 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(f"No space left: {needed:,} bytes are needed, {free:,} are free")
 
 
-def load(directory: str | Path, *, like: Any = None) -> Checkpoint:
+def load(directory: str | Path, *, like: PyTree = None) -> Checkpoint:
     """Read a checkpoint; nothing else is needed to have nested dicts.
 
     Args:
@@ -205,7 +206,7 @@ def load(directory: str | Path, *, like: Any = None) -> Checkpoint:
             raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
     try:
         arrays = _read(path / ARRAYS, description["arrays"])
-        params = _unflatten(description["leaves"], arrays, description.get("empty", []))
+        params = _unflatten(description["leaves"], dict(arrays), description.get("empty", []))
         params = with_integer_keys(params, description.get("integer_keys", []))
     except Exception as error:
         raise ValueError(f"{path} is damaged: {_line(error)}") from error
@@ -214,7 +215,7 @@ def load(directory: str | Path, *, like: Any = None) -> Checkpoint:
     return Checkpoint(params, _recipe_of(path, description), description["metadata"])
 
 
-def _read(directory: Path, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _read(directory: Path, said: dict[str, Json]) -> dict[str, Array]:
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         return reader.restore(directory, args=ocp.args.StandardRestore(
             {name: jax.ShapeDtypeStruct(tuple(d["shape"]), d["dtype"]) for name, d in said.items()}
@@ -231,7 +232,7 @@ def stored_recipe(directory: str | Path) -> Recipe | None:
     return _recipe_of(path, _description(path))
 
 
-def stored_metadata(directory: str | Path) -> dict[str, Any]:
+def stored_metadata(directory: str | Path) -> Json:
     """What `save` was given as metadata; arrays are not read.
 
     Raises:
@@ -240,7 +241,7 @@ def stored_metadata(directory: str | Path) -> dict[str, Any]:
     return _description(Path(directory).absolute())["metadata"]
 
 
-def _recipe_of(path: Path, description: dict[str, Any]) -> Recipe | None:
+def _recipe_of(path: Path, description: Json) -> Recipe | None:
     recipe = description["recipe"]
     try:
         return None if recipe is None else Recipe.from_json(recipe)
@@ -253,7 +254,7 @@ def nbytes(directory: str | Path) -> int:
     return sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _description(path: Path) -> Json:
     """The JSON file's values, as they were saved."""
     if not is_checkpoint(path):
         raise ValueError(f"{path} is not a jaxquant checkpoint: it has no {DESCRIPTION}")
@@ -282,14 +283,14 @@ def _description(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sha256_of(description: dict[str, Any]) -> str:
+def _sha256_of(description: Json) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _flatten(params: PyTree) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _flatten(params: PyTree) -> tuple[list[Json], dict[str, Array]]:
     """(description of every leaf, all arrays by name)."""
-    leaves: list[dict[str, Any]] = []
-    arrays: dict[str, Any] = {}
+    leaves: list[Json] = []
+    arrays: dict[str, Array] = {}
     for path, leaf in path_leaves(params):
         if isinstance(leaf, QTensor):
             static = {f: to_json(getattr(leaf, f)) for f in STATIC}
@@ -317,7 +318,7 @@ def _stored(path: str) -> str:
     return path.replace("%", "%25").replace(":", "%3A")
 
 
-def _taken(arrays: dict[str, Any], path: str, part: str = "") -> Any:
+def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> PyTree:
     """By its name on disk, or, as earlier versions named it, by its path alone; each one once."""
     name = f"{_stored(path)}{part}"
     name = name if name in arrays else f"{path}{part}"
@@ -327,7 +328,7 @@ def _taken(arrays: dict[str, Any], path: str, part: str = "") -> Any:
     return array
 
 
-def _check_leaf(path: str, leaf: Any) -> None:
+def _check_leaf(path: str, leaf: PyTree) -> None:
     if is_standin(leaf):
         raise ValueError(
             f"{path!r} is a {type(leaf).__name__}; a checkpoint holds arrays and QTensors: "
@@ -340,10 +341,8 @@ def _check_leaf(path: str, leaf: Any) -> None:
         )
 
 
-def _unflatten(
-    leaves: list[dict[str, Any]], arrays: dict[str, Any], empty: list[str]
-) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def _unflatten(leaves: list[Json], arrays: dict[str, Array | None], empty: list[str]) -> Json:
+    tree: Json = {}
     for path in empty:
         _node(tree, path.split("/"))
     for leaf in leaves:
@@ -364,7 +363,7 @@ def _unflatten(
     return tree
 
 
-def _node(tree: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def _node(tree: Json, names: list[str]) -> Json:
     for name in names:
         tree = tree.setdefault(name, {})
     return tree

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxquant.core.paths import path_leaves, path_name
 from jaxquant.core.standin import is_standin
@@ -53,7 +54,7 @@ def _visit(tree: Any, path: Keys, empty: list[str], integer_keys: list[Keys]) ->
             _visit(value, inner, empty, integer_keys)
 
 
-def _are_integers(keys: list[Any], path: Keys) -> bool:
+def _are_integers(keys: list[PyTree], path: Keys) -> bool:
     """Whether the keys of one mapping are integers; all must be, or all names."""
     integers = [type(key) is int for key in keys]
     for key, integer in zip(keys, integers, strict=True):
@@ -98,7 +99,7 @@ def with_integer_keys(tree: dict[str, Any], integer_keys: list[list[str]]) -> di
     return tree
 
 
-def placed(like: Any, tree: Any) -> Any:
+def placed(like: Any, tree: Any) -> PyTree:
     """The containers and boxes of `like` with the leaves of `tree`, path by path.
 
     Raises:
@@ -129,7 +130,7 @@ def placed(like: Any, tree: Any) -> Any:
     return jax.tree.unflatten(structure, [leaves[path] for path in paths])
 
 
-def as_numbers(leaf: Any) -> tuple[Any, dict[str, str]]:
+def as_numbers(leaf: PyTree) -> tuple[PyTree, dict[str, str]]:
     """(the array to store, what to write beside it): of random keys their data and kind.
 
     >>> as_numbers(jax.random.key(3))
@@ -140,6 +141,6 @@ def as_numbers(leaf: Any) -> tuple[Any, dict[str, str]]:
     return jax.random.key_data(leaf), {"key": str(jax.random.key_impl(leaf))}
 
 
-def from_numbers(array: Any, said: dict[str, Any]) -> Any:
+def from_numbers(array: Any, said: dict[str, Any]) -> PyTree:
     """The leaf of `as_numbers`."""
     return jax.random.wrap_key_data(array, impl=said["key"]) if "key" in said else array

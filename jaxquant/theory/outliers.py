@@ -273,8 +273,8 @@ def layer_name(layer: tuple[int, ...]) -> str:
 
 def _grouped(
     found: Iterable[PyTree], key: Callable[[PyTree], Any]
-) -> Iterator[tuple[Any, list[Any]]]:
-    groups: dict[Any, list[Any]] = {}
+) -> Iterator[tuple[PyTree, list[PyTree]]]:
+    groups: dict[Any, list[PyTree]] = {}
     for one in found:
         groups.setdefault(key(one), []).append(one)
     return iter(groups.items())

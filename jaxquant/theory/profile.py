@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.observed import Seen
 
@@ -255,6 +255,6 @@ def profile_of(
     )
 
 
-def _entries(values: Any, tokens: Any, channels: Any) -> tuple[Entry, ...]:
+def _entries(values: PyTree, tokens: Any, channels: Any) -> tuple[Entry, ...]:
     rows = zip(values, tokens, channels, strict=True)
     return tuple(Entry(float(v), int(t), int(c)) for v, t, c in rows)

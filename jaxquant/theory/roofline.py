@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.arguments import check_arguments
@@ -84,7 +84,7 @@ def roofline(params: PyTree, chip: str, tokens: int = 1) -> Roofline:
     return Roofline(chip, tokens, tuple(_bound(p, w, chip, tokens) for p, w in weights))
 
 
-def _bound(path: str, w: Any, chip: str, tokens: int) -> Bound:
+def _bound(path: str, w: PyTree, chip: str, tokens: int) -> Bound:
     of = chips.CHIPS[chip]
     size = math.prod(w.shape)
     packed = isinstance(w, QTensor)
@@ -106,7 +106,7 @@ def _rate(w: QTensor, chip: str) -> float:
         return 0.0
     static: dict[str, Any] = {}
 
-    def arguments(data: dict[str, Any]) -> tuple:
+    def arguments(data: dict[str, Array]) -> tuple:
         arrays, found = w.format.arguments(data, w.stored_rows)
         static.update(found)
         return arrays

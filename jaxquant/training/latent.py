@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ def latent(
     params: PyTree,
     recipe: Recipe | Method,
     stats: Stats | Mapping[str, Site] | None = None,
-    **options: Any,
+    **options: PyTree,
 ) -> PyTree:
     """The tree with latent weights where the recipe says so: `quantize`, then `thaw`.
 
@@ -187,7 +186,7 @@ def latent_format(w: QTensor) -> Latent:
     return w.format
 
 
-def is_latent(w: Any) -> bool:
+def is_latent(w: PyTree) -> bool:
     """Whether this is a weight that trains."""
     return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
@@ -206,12 +205,12 @@ def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
     check_arguments(labels, locals())
 
     def of_weight(w: QTensor) -> QTensor:
-        found: dict[str, Any] = {
+        found: dict[str, PyTree] = {
             name: a if a is None else _label(w.format, name) for name, a in w.named.items()
         }
         return w.with_named(found)
 
-    def one(path: str, w: Any) -> Any:
+    def one(path: str, w: PyTree) -> PyTree:
         if isinstance(w, QTensor):
             return of_weight(w)
         known = any(matches(path, glob) for glob in also)

@@ -1,7 +1,5 @@
 """Optimizers for trees with latent weights: one for every kind of array, none for the rest."""
 
-from typing import Any
-
 import jax
 import optax
 from jaxtyping import PyTree
@@ -47,7 +45,7 @@ def relative() -> optax.GradientTransformation:
     {'large': -0.1, 'small': -0.1}
     """
 
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError("relative() needs the parameters: update(updates, state, params)")
         return jax.tree.map(_times_units, updates, params, is_leaf=is_standin), state
@@ -55,7 +53,7 @@ def relative() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _times_units(update: Any, param: Any) -> Any:
+def _times_units(update: PyTree, param: PyTree) -> PyTree:
     if not is_standin(update):
         return update * unit("", param, {})
     named = param.named

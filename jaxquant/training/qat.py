@@ -7,7 +7,7 @@ The loops are those that heal (`trainer`); a loop of one's own needs no more tha
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -107,7 +107,7 @@ class QAT(Healing):
         """Which arrays of a tree train, a tree of booleans."""
         return trained(params, *self.rates, also=self.also)
 
-    def optimizer(self, train: Any) -> optax.GradientTransformation:
+    def optimizer(self, train: PyTree) -> optax.GradientTransformation:
         """For the tree of what trains."""
 
         def of(label: str, rate: float) -> optax.GradientTransformation:
@@ -133,7 +133,7 @@ class _Slots(NamedTuple):
     """What training keeps: the optimizer's state, and that of the remedies."""
 
     step: Array
-    optimizer: Any
+    optimizer: optax.GradientTransformation
     oscillations: dict[str, stability.Oscillation]
     disorder: dict[str, stability.Disorder]
 
@@ -144,7 +144,7 @@ class Descent:
     def __init__(self, how: QAT) -> None:
         self.how = how
 
-    def init(self, opened: Opened) -> tuple[Any, Any]:
+    def init(self, opened: Opened) -> tuple[PyTree, PyTree]:
         train, how, tree = opened.start, self.how, eqx.combine(opened.start, opened.params)
         return train, _Slots(
             jnp.int32(0),
@@ -154,11 +154,11 @@ class Descent:
         )
 
     def update(
-        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: PyTree
-    ) -> tuple[Any, _Slots, dict[str, Array]]:
+        self, loss: Loss, change: PyTree, slots: _Slots, opened: Opened, *batch: PyTree
+    ) -> tuple[PyTree, _Slots, dict[str, Array]]:
         how, tree = self.how, lambda change: eqx.combine(change, opened.params)
 
-        def whole(change: Any) -> tuple[Array, Array]:
+        def whole(change: PyTree) -> tuple[Array, Array]:
             with flattened(how.kurtosis):
                 value = loss(change, opened, *batch)
             if not how.dampening:
@@ -257,7 +257,7 @@ def qat(
     return _stored_as(params, eqx.combine(change, opened.params))
 
 
-def _stored_as(params: PyTree, trained: Any) -> PyTree:
+def _stored_as(params: PyTree, trained: PyTree) -> PyTree:
     """The trained tree, its plain leaves in the dtypes that they had."""
     plain = {path: w.dtype for path, w in path_leaves(params) if not isinstance(w, QTensor)}
     new = {path: w.astype(plain[path]) for path, w in path_leaves(trained) if path in plain}
@@ -268,7 +268,7 @@ def _rounds_inputs(params: PyTree) -> bool:
     return any(getattr(w, "activations", None) is not None for _, w in path_leaves(params))
 
 
-def _loss(fn: Callable, change: Any, opened: Opened, teacher: PyTree, x: Array) -> Array:
+def _loss(fn: Callable, change: PyTree, opened: Opened, teacher: PyTree, x: Array) -> Array:
     logits = quantized(fn)(eqx.combine(change, opened.params), x)
     if teacher is None:
         return next_token_loss(logits, x)
@@ -308,7 +308,7 @@ def qat_blocks(
     of_block = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
     done = []
 
-    def closed(i: int, opened: Opened, change: Any) -> Callable[[Array], Array]:
+    def closed(i: int, opened: Opened, change: PyTree) -> Callable[[Array], Array]:
         done.append(_stored_as(of_block(params, i), eqx.combine(change, opened.params)))
         served = freeze(done[-1])
         if not _rounds_inputs(served):
@@ -323,5 +323,5 @@ def qat_blocks(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 
-def _block_loss(block: Callable, change: Any, opened: Opened, h: Array, after: Array) -> Array:
+def _block_loss(block: Callable, change: PyTree, opened: Opened, h: Array, after: Array) -> Array:
     return relative_error(quantized(block)(eqx.combine(change, opened.params), h), after)

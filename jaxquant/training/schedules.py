@@ -1,9 +1,8 @@
 """BitNet's schedules: a learning rate that falls to zero in two lines, a weight decay that ends."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 
 def two_stage(first: float, second: float, steps: int, warmup: int = 0) -> optax.Schedule:
@@ -30,7 +29,7 @@ def two_stage(first: float, second: float, steps: int, warmup: int = 0) -> optax
     line = lambda peak: optax.linear_schedule(peak, 0.0, steps)
     rise = optax.linear_schedule(0.0, 1.0, warmup) if warmup else optax.constant_schedule(1.0)
 
-    def rate(t: Any) -> Any:
+    def rate(t: Array) -> Array:
         return jnp.where(t < half, line(first)(t), line(second)(t)) * rise(t)
 
     return rate

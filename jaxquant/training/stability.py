@@ -6,7 +6,7 @@ kurtosis regularization keeps outputs from growing outliers.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def _latents(params: PyTree) -> dict[str, QTensor]:
     return {p: w for p, w in path_leaves(params) if is_latent(w) and known(w.format.format)}
 
 
-def _grid(latent: Latent, data: dict[str, Array]) -> Any:
+def _grid(latent: Latent, data: dict[str, Array]) -> PyTree:
     packed = latent.packed(data)
     format = _levels(latent)
     return spread(format.stored_grid(packed), format, data["codes"].shape)
@@ -89,7 +89,7 @@ def flips(before: dict[str, Array], after: dict[str, Array]) -> dict[str, Float[
     return {path: jnp.mean(codes != after[path]) for path, codes in before.items()}
 
 
-def drift(before: Any, after: Any) -> dict[str, Float[Array, ""]]:
+def drift(before: PyTree, after: PyTree) -> dict[str, Float[Array, ""]]:
     """The mean size of log(scale after / scale before) of learned scales, by path.
 
     >>> import jaxquant as jq
@@ -170,7 +170,7 @@ def hold(
     params: PyTree,
     threshold: float | Array,
     momentum: float = MOMENTUM,
-) -> tuple[dict[str, Oscillation], Any]:
+) -> tuple[dict[str, Oscillation], PyTree]:
     """After a step: which codes oscillate, and the tree with those that do too often frozen.
 
     A code that changed against the direction of its last change counts; where the mean of that
@@ -200,7 +200,9 @@ def hold(
     return states, replace_leaves(params, new)
 
 
-def _after(before: Oscillation, code: Array, threshold: Any, momentum: float) -> Oscillation:
+def _after(
+    before: Oscillation, code: Array, threshold: float | Array, momentum: float
+) -> Oscillation:
     code = jnp.where(before.frozen, before.code, code)
     change = jnp.sign(code.astype(jnp.int32) - before.code).astype(jnp.int8)
     undone = (change != 0) & (change == -before.direction)
@@ -237,7 +239,9 @@ def disorder(params: PyTree) -> dict[str, Disorder]:
     return {path: zero(w.data["scale"]) for path, w in learned.items()}
 
 
-def turned(state: dict[str, Disorder], slope: Any, momentum: float = 0.05) -> dict[str, Disorder]:
+def turned(
+    state: dict[str, Disorder], slope: PyTree, momentum: float = 0.05
+) -> dict[str, Disorder]:
     """After a gradient: the share of steps in which each scale's changed its sign, a running mean.
 
     Gradients that agree from step to step give 0, noise gives 1/2, two terms of a loss that pull a
@@ -257,7 +261,7 @@ def turned(state: dict[str, Disorder], slope: Any, momentum: float = 0.05) -> di
     return {path: one(before, slopes[path].data["scale"]) for path, before in state.items()}
 
 
-def frozen_scales(state: dict[str, Disorder], slope: Any, threshold: float) -> Any:
+def frozen_scales(state: dict[str, Disorder], slope: PyTree, threshold: float) -> PyTree:
     """The gradient, zero for scales whose disorder passes the threshold."""
     slopes, new = dict(path_leaves(slope)), {}
     for path, seen in state.items():

@@ -1,7 +1,7 @@
 """Forward only: how latent weights train by losses alone, in the memory of inference."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -74,12 +74,12 @@ class Forward:
     def __init__(self, how: ZeroQAT) -> None:
         self.how = how
 
-    def init(self, opened: Opened) -> tuple[Any, Any]:
+    def init(self, opened: Opened) -> tuple[PyTree, PyTree]:
         return opened.start, _Slots(jnp.int32(0), jnp.zeros(()))
 
     def update(
-        self, loss: Loss, change: Any, slots: _Slots, opened: Opened, *batch: PyTree
-    ) -> tuple[Any, _Slots, dict[str, Array]]:
+        self, loss: Loss, change: PyTree, slots: _Slots, opened: Opened, *batch: PyTree
+    ) -> tuple[PyTree, _Slots, dict[str, Array]]:
         how, tree = self.how, eqx.combine(change, opened.params)
         at = lambda tree: loss(tree, opened._replace(params=tree), *batch)
         key = jax.random.fold_in(jax.random.key(how.seed), slots.step)

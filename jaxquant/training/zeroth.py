@@ -81,7 +81,7 @@ class Zeroth:
 def zo_value_and_grad(
     loss: Callable[..., Array],
     how: Zeroth = Zeroth(),
-) -> Callable[..., tuple[Array, Any]]:
+) -> Callable[..., tuple[Array, PyTree]]:
     """As `jax.value_and_grad(loss)`, from two losses a draw and no derivative.
 
     Returns:
@@ -96,11 +96,11 @@ def zo_value_and_grad(
     """
     check_arguments(zo_value_and_grad, locals())
 
-    def run(params: PyTree, *args: Any, key: Array) -> tuple[Array, Any]:
+    def run(params: PyTree, *args: Any, key: Array) -> tuple[Array, PyTree]:
         value, slope = estimate(loss, params, key, how, *args)
         zero = jax.tree.map(jnp.zeros_like, params)
 
-        def add(total: Any, one: Slope) -> tuple[Any, None]:
+        def add(total: Any, one: Slope) -> tuple[PyTree, None]:
             return _moved(total, params, one.keys, one.numbers / how.samples, how), None
 
         return value, jax.lax.scan(add, zero, slope)[0]
@@ -111,7 +111,7 @@ def zo_value_and_grad(
 def zo_step(
     loss: Callable[..., Array],
     how: Zeroth = Zeroth(),
-) -> Callable[..., tuple[Any, Array, Slope]]:
+) -> Callable[..., tuple[PyTree, Array, Slope]]:
     """A step of gradient descent along an estimate that is never stored.
 
     Returns:
@@ -128,7 +128,7 @@ def zo_step(
     """
     check_arguments(zo_step, locals())
 
-    def step(params: PyTree, key: Array, rate: Any, *args: Any) -> tuple[Any, Array, Slope]:
+    def step(params: PyTree, key: Array, rate: Any, *args: Any) -> tuple[PyTree, Array, Slope]:
         value, slope = estimate(loss, params, key, how, *args)
         return moved(params, slope, rate, how), value, slope
 
@@ -159,7 +159,7 @@ def estimate(
 def moved(params: PyTree, slope: Slope, rate: Any, how: Zeroth) -> PyTree:
     """params - rate x estimate, drawn again."""
 
-    def one(params: PyTree, one: Slope) -> tuple[Any, None]:
+    def one(params: PyTree, one: Slope) -> tuple[PyTree, None]:
         return _moved(params, params, one.keys, -rate * one.numbers / how.samples, how), None
 
     return jax.lax.scan(one, params, slope)[0]
@@ -181,7 +181,7 @@ def perturbed(params: PyTree, key: Array, epsilon: Any, how: Zeroth) -> PyTree:
     return replace_leaves(params, leaves)
 
 
-def _moved(target: Any, params: PyTree, key: Array, amount: Any, how: Zeroth) -> PyTree:
+def _moved(target: PyTree, params: PyTree, key: Array, amount: Any, how: Zeroth) -> PyTree:
     """target + amount z, for the z that is drawn at params; target is of their form."""
     leaves, before = dict(path_leaves(target)), dict(path_leaves(params))
     for (path, name, label), own, size in _draws(params, key, amount, how):
@@ -211,7 +211,7 @@ def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth)
     return jax.lax.fori_loop(0, len(flat_codes), body, flat_codes).reshape(codes.shape)
 
 
-def _plus(leaf: Any, name: str, key: Array, amount: Any, how: Zeroth) -> Array:
+def _plus(leaf: PyTree, name: str, key: Array, amount: Any, how: Zeroth) -> Array:
     a = _at(leaf, name)
     data = leaf.named if isinstance(leaf, QTensor) else {}
     axes = leaf.leading() if isinstance(leaf, QTensor) else max(0, a.ndim - 1)
@@ -243,9 +243,9 @@ def _keys(key: Array, batch: tuple[int, ...]) -> Array:
     return jax.random.key_data(jax.random.split(key, batch))
 
 
-def _at(leaf: Any, name: str) -> Array:
+def _at(leaf: PyTree, name: str) -> Array:
     return leaf.named[name] if name else leaf
 
 
-def _put(leaf: Any, name: str, a: Array) -> Any:
+def _put(leaf: PyTree, name: str, a: Array) -> PyTree:
     return leaf.with_named(leaf.named | {name: a}) if name else a

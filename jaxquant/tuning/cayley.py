@@ -1,7 +1,7 @@
 """Training rotations: Cayley's map turns a matrix by a skew gradient, and it stays orthonormal."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Cayley:
     healing: Healing
     momentum: float = MOMENTUM
 
-    def init(self, opened: Opened) -> tuple[Values, Any]:
+    def init(self, opened: Opened) -> tuple[Values, PyTree]:
         """The rotations to begin with, themselves; and no gradients yet."""
         zeros = jax.tree.map(jnp.zeros_like, opened.start)
         square = jax.tree.map(lambda _: jnp.float32(0), opened.start)

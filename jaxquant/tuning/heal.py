@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +131,6 @@ def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after
     return relative_error(quantized(block)(trained(opened, change), h), after)
 
 
-def distillation(fn: Callable, change: Values, opened: Any, teacher: PyTree, x: Array) -> Array:
+def distillation(fn: Callable, change: Values, opened: PyTree, teacher: PyTree, x: Array) -> Array:
     student = quantized(fn)(trained(opened, change), x)
     return jnp.mean(divergence(student, jax.lax.stop_gradient(fn(teacher, x))))

@@ -8,7 +8,6 @@ nor head is multiplied in a step, nor any weight that is not rounded.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +150,7 @@ class _Stream:
         paths = lambda ms: {m.entry.path for m in ms}
         return _Stream(members, paths(reads), paths(writes), round_weights)
 
-    def rounded(self, params: PyTree, fitted: dict[str, dict[str, Array]], r: Array) -> Any:
+    def rounded(self, params: PyTree, fitted: dict[str, dict[str, Array]], r: Array) -> PyTree:
         """The tree with turned and rounded weights, their inputs to be rounded."""
         leaves = dict(path_leaves(params))
         new = {}

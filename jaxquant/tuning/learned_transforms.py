@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.keys import Draw
 from jaxquant.core.paths import path_leaves, replace_leaves, stack_size
+from jaxquant.core.protocols import Transform
 from jaxquant.core.tensor import QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
@@ -164,7 +164,7 @@ class _Weights:
         return [m for m in every if m.entry.path.startswith(self.prefix)]
 
     @property
-    def learning(self) -> dict[str, Any]:
+    def learning(self) -> dict[str, Transform]:
         """The transforms that are learned, by leader."""
         sides = {self.inputs.leader[m.entry.path]: m.method.input for m in self.members}
         return {leader: side for leader, side in sides.items() if side and side.learns}
@@ -179,7 +179,7 @@ class _Weights:
 
     def opened(self, tree: PyTree, draw: Draw, i: int | None = None) -> Opened:
         """A tree of floats, all or block i; its matrices; transforms as fitted; zeros to learn."""
-        fitted: dict[str, Any] = {}
+        fitted: dict[str, PyTree] = {}
         matrices = {}
         for member in self.members:
             path, places = member.entry.path, self._places(member, i)
@@ -218,7 +218,7 @@ class _Weights:
                 out[leader, j] = {f"input.{name}": a[at] for name, a in arrays.items()}
         return out
 
-    def rounded(self, opened: Opened, change: Values) -> Any:
+    def rounded(self, opened: Opened, change: Values) -> PyTree:
         """The tree with rounded weights, inputs to be rounded."""
         tree, matrices, fitted = opened.params
         arrays = fitted | self.arrays(opened, change)
@@ -239,7 +239,7 @@ class _Weights:
         return replace_leaves(tree, new)
 
 
-def each(fn: Callable, *stacked: PyTree) -> Any:
+def each(fn: Callable, *stacked: PyTree) -> PyTree:
     """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU.
 
     >>> each(lambda a, b: a + b["x"], jnp.ones(2), {"x": jnp.arange(2.0)}).tolist()

@@ -10,7 +10,7 @@ together will do.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Codes:
     healing: Healing
     share: float
 
-    def init(self, opened: Opened) -> tuple[Values, Any]:
+    def init(self, opened: Opened) -> tuple[Values, PyTree]:
         """The data of every format that can choose codes anew, and what stands behind them."""
         found = {p: w for p, w in path_leaves(opened.params) if can_recode(w)}
         behind = {p: w.stored() for p, w in found.items()}
@@ -93,7 +93,7 @@ def _codes(w: QTensor) -> dict[str, Array]:
     return {name: a for name, a in w.data.items() if name not in w.format.trained}
 
 
-def can_recode(w: Any) -> bool:
+def can_recode(w: PyTree) -> bool:
     """Whether this is a weight whose format can choose codes anew."""
     return isinstance(w, QTensor) and w.format.recodes
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.protocols import Transform
 from jaxquant.core.tensor import QTensor
 from jaxquant.formats.dense import Dense
 from jaxquant.transforms import Scaling
@@ -106,7 +107,7 @@ def decoded(params: PyTree) -> PyTree:
     return replace_leaves(params, new)
 
 
-def _host() -> Any:
+def _host() -> PyTree:
     try:
         return jax.default_device(jax.devices("cpu")[0])
     except RuntimeError:
@@ -121,7 +122,7 @@ def rejoined(params: PyTree, healed: PyTree) -> PyTree:
     """
     found = dict(path_leaves(healed))
 
-    def one(path: str, w: Any) -> Any:
+    def one(path: str, w: PyTree) -> PyTree:
         new = found.get(path)
         if new is None or isinstance(w, QTensor) != isinstance(new, QTensor):
             raise ValueError(f"{path}: expected the leaf that decoded() made, healed; got {new!r}")
@@ -141,7 +142,7 @@ def _scaled(w: QTensor) -> QTensor:
         if getattr(w, side) is None:
             new[side] = jnp.ones((*batch, math.prod(sizes)), jnp.float16)
     arrays = w.arrays._replace(**{side: {"factors": ones} for side, ones in new.items()})
-    made: dict[str, Any] = dict.fromkeys(new, Scaling())
+    made: dict[str, Transform] = dict.fromkeys(new, Scaling())
     return w.with_arrays(arrays, **made)
 
 
@@ -162,7 +163,7 @@ def trained(opened: Opened, change: Values) -> PyTree:
     return replace_leaves(opened.params, {p: _with(leaves[p], v) for p, v in values.items()})
 
 
-def _with(leaf: Any, values: dict[str, Array]) -> Any:
+def _with(leaf: PyTree, values: dict[str, Array]) -> PyTree:
     if not isinstance(leaf, QTensor):
         return values[""].astype(leaf.dtype)
     return leaf.with_named(leaf.named | values)

@@ -67,7 +67,7 @@ class _State(NamedTuple):
 
     step: int
     change: Values
-    slots: Any
+    slots: PyTree
     best: Values | None
     best_loss: float
 
@@ -76,7 +76,7 @@ class _State(NamedTuple):
         leaves = {str(i): np.array(a) for i, a in enumerate(jax.tree.leaves(self))}
         return leaves | {MARK: mark, DONE: np.array(done)}
 
-    def restored(self, arrays: Mapping[str, Any]) -> "_State":
+    def restored(self, arrays: Mapping[str, Array]) -> "_State":
         """The state stored, of this one's structure."""
         leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 2)]
         state = jax.tree.unflatten(jax.tree.structure(self), leaves)
@@ -114,12 +114,12 @@ class Progress(NamedTuple):
 class Rule(Protocol):
     """What trains, and how: `change` is all that `loss` asks beside the opened tree."""
 
-    def init(self, opened: Opened) -> tuple[Values, Any]:
+    def init(self, opened: Opened) -> tuple[Values, PyTree]:
         """The change to begin with, and what the rule keeps."""
 
     def update(
-        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: PyTree
-    ) -> tuple[Values, Any, dict[str, Array]]:
+        self, loss: Loss, change: Values, slots: PyTree, opened: Opened, *batch: PyTree
+    ) -> tuple[Values, PyTree, dict[str, Array]]:
         """Both after an update, and numbers to tell of it: "loss", before it, and any others."""
 
 
@@ -129,13 +129,13 @@ class Adam:
     def __init__(self, healing: Healing) -> None:
         self.optimizer = optax.adam(healing.schedule())
 
-    def init(self, opened: Opened) -> tuple[Values, Any]:
+    def init(self, opened: Opened) -> tuple[Values, PyTree]:
         zero = at_start(opened)
         return zero, self.optimizer.init(zero)
 
     def update(
-        self, loss: Loss, change: Values, slots: Any, opened: Opened, *batch: PyTree
-    ) -> tuple[Values, Any, dict[str, Array]]:
+        self, loss: Loss, change: Values, slots: PyTree, opened: Opened, *batch: PyTree
+    ) -> tuple[Values, PyTree, dict[str, Array]]:
         value, slope = jax.value_and_grad(loss)(change, opened, *batch)
         step, slots = self.optimizer.update(slope, slots, change)
         return optax.apply_updates(change, step), slots, {"loss": value}
@@ -179,7 +179,7 @@ def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) ->
     return jnp.mean(nll[:, :-1])
 
 
-def _kept(finished: Finished | None, mark: np.ndarray, name: str) -> Mapping[str, Any] | None:
+def _kept(finished: Finished | None, mark: np.ndarray, name: str) -> Mapping[str, Array] | None:
     """What is kept of this training, if any; what is kept of an earlier one that ended is not."""
     kept = None if finished is None or name not in finished else finished[name]
     if kept is None or np.array_equal(kept[MARK], mark):
@@ -275,7 +275,7 @@ class Trainer:
         opened: Opened,
         sequences: np.ndarray,
         validation: np.ndarray | None,
-        *before: Any,
+        *before: PyTree,
         **options: Any,
     ) -> Values:
         """`fit` of a loss (change, opened, *before, x) on rows x of arrays.

@@ -20,7 +20,7 @@ Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 where n
 
 from typing import Any
 
-from jaxquant.core.protocols.formats import Codes, Data, Format, Grid, GridFormat
+from jaxquant.core.protocols.formats import Codes, Data, Format, Grid, GridFormat, OpArguments
 from jaxquant.core.protocols.levels import LevelFormat
 from jaxquant.core.protocols.rounders import Moments, Rounder
 from jaxquant.core.protocols.training import ActivationForm, Estimator, RangeEstimator
@@ -36,6 +36,7 @@ __all__ = [
     "GridFormat",
     "LevelFormat",
     "Moments",
+    "OpArguments",
     "RangeEstimator",
     "Rounder",
     "Transform",

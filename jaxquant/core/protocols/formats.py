@@ -13,6 +13,7 @@ from pallas_kernels import activations as forms
 
 Data = dict[str, Array]  # named arrays of one matrix
 Codes = Int[Array, "..."]
+OpArguments = tuple[tuple, dict[str, Any]]  # arrays and static values of an op, after x
 Grid = Any  # scales, tables, zero points: a pytree of the format's own
 
 
@@ -125,7 +126,7 @@ class Format(abc.ABC):
         """Rows `ids` of w."""
         return self.dequantize(data, k)[ids]
 
-    def arguments(self, data: Data, k: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, data: Data, k: int) -> OpArguments:
         """Arrays and static values that the op named by `storage` takes after x."""
         raise NotImplementedError
 
