@@ -12,9 +12,9 @@ from jaxquant.core.tensor import QTensor
 from jaxquant.core.tree import bits_per_weight, dequantize, with_activations
 from jaxquant.estimators.input_ranges import PACT, LSQRange
 from jaxquant.estimators.kurtosis import flattened
-from jaxquant.estimators.latent import Drawing, Latent
+from jaxquant.estimators.latent_format import Drawing, Latent
 from jaxquant.estimators.learned_clipping import LearnedClipping
-from jaxquant.estimators.surrogates import (
+from jaxquant.estimators.weight_estimators import (
     LSQ,
     AbsMean,
     StraightThrough,
@@ -40,43 +40,32 @@ from jaxquant.formats import (
 )
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.formats.transcoding import transcoded
-from jaxquant.methods.registry import (
-    KEEP,
-    METHODS,
-    Method,
+from jaxquant.methods.method import KEEP, Method
+from jaxquant.methods.outliers import awq, duquant, flatquant, quarot, smoothquant
+from jaxquant.methods.registry import METHODS, named_method
+from jaxquant.methods.training import bitnet, lsq, pact, ste, stretched_elastic, zeroqat
+from jaxquant.methods.weights import (
     aqlm,
-    awq,
-    bitnet,
-    duquant,
     entropy_coded,
-    flatquant,
     float8,
     gptq,
-    lsq,
     mxfp4,
-    named_method,
     normal_float,
     nvfp4,
-    pact,
     qtip,
-    quarot,
     quip_sharp,
     rtn,
-    smoothquant,
-    ste,
-    stretched_elastic,
     ternary,
     trellis,
     vptq,
-    zeroqat,
 )
 from jaxquant.ptq.allocate import Allocation, Choices, Option, allocate
 from jaxquant.ptq.bit_shares import shares
 from jaxquant.ptq.blockwise import quantize_blocks
 from jaxquant.ptq.folding import fold
 from jaxquant.ptq.layer_stacks import restack, unstack, unstack_stats
-from jaxquant.ptq.leaf import Done
 from jaxquant.ptq.quantize import quantize, quantize_array
+from jaxquant.ptq.quantize_leaf import Done
 from jaxquant.ptq.residual_rotation import Residual, rotate_residual
 from jaxquant.recipes.recipe import Plan, Recipe, resolve
 from jaxquant.recipes.serialize import register

@@ -12,7 +12,7 @@ import quax
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jaxquant.core import indexing, private
+from jaxquant.core import indexing, jax_private
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.contraction import Contraction
 from jaxquant.core.paths import path_leaves, replace_leaves
@@ -81,7 +81,7 @@ def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) 
             for p, w in leaves.items()
         },
     )
-    with private.watching_vmap(_log_vmap):
+    with jax_private.watching_vmap(_log_vmap):
         eqx.filter_eval_shape(lambda p, a, k: run(fn, p, *a, **k), tracked, args, kwargs)
     uses = lambda path: [u for u in log.uses if u.path == path]
     return {p: _summary(p, w, uses(p), log.mapped.get(p, set())) for p, w in leaves.items()}

@@ -16,7 +16,7 @@ import quax
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, PyTree
 
-from jaxquant.core import private
+from jaxquant.core import jax_private
 from pallas_kernels.context import Setting
 
 _notes = Setting[list | None]("notes", None)
@@ -63,7 +63,7 @@ def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
     if running is None or key is None:
         return compute()
     seen = running.done
-    trace = private.current_trace()  # what one loop body computed is nothing to the next
+    trace = jax_private.current_trace()  # what one loop body computed is nothing to the next
     place = (key, id(x), id(trace))
     if place not in seen:
         seen[place] = compute(), x, trace  # kept alive, so that their ids stay their own
@@ -214,34 +214,34 @@ def _unchanged(w: StandIn, **_: Any) -> StandIn:
 
 quax.register(jax.lax.copy_p)(_unchanged)
 quax.register(jax.lax.stop_gradient_p)(_unchanged)
-if private.pvary_p is not None:  # inside `shard_map`; its arrays vary as they are split
-    quax.register(private.pvary_p)(_unchanged)
+if jax_private.pvary_p is not None:  # inside `shard_map`; its arrays vary as they are split
+    quax.register(jax_private.pvary_p)(_unchanged)
 
 
 # --- primitives that call functions: stand-ins pass through ---------------------------------
 
 
-@quax.register(private.jit_p, precedence=1)
+@quax.register(jax_private.jit_p, precedence=1)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, **_: Any) -> Any:
     """A jitted function that receives a stand-in is inlined.
 
     quax keeps a cache by the identity of the inner jaxpr; inlining needs none, and lets `sites`
     see that two matmuls inside two calls read one input.
     """
-    return quax.quaxify(private.as_function(jaxpr))(*args)
+    return quax.quaxify(jax_private.as_function(jaxpr))(*args)
 
 
-@quax.register(private.remat_p)
+@quax.register(jax_private.remat_p)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, policy: Any, prevent_cse: Any, **_: Any) -> Any:
     """`jax.checkpoint` of the same body, the stand-ins' arrays among its inputs."""
-    body = quax.quaxify(private.as_function(jaxpr))
+    body = quax.quaxify(jax_private.as_function(jaxpr))
     return jax.checkpoint(lambda *a: body(*a), policy=policy, prevent_cse=prevent_cse)(*args)
 
 
 @quax.register(jax.lax.scan_p, precedence=1)
 def _(*args: StandIn | ArrayLike, **params: PyTree) -> Any:
     """quax's own rule, after materialising what scan would slice along a packed axis."""
-    return private.scan(args, params, lambda w: _scannable(w) if is_standin(w) else w)
+    return jax_private.scan(args, params, lambda w: _scannable(w) if is_standin(w) else w)
 
 
 def _scannable(w: StandIn) -> Any:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import RangeEstimator
-from jaxquant.estimators.surrogates import scaled_gradient
+from jaxquant.estimators.weight_estimators import scaled_gradient
 
 Learned = dict[str, Array]
 

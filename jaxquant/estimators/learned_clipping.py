@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.protocols import Format, Grid, LevelFormat
 from jaxquant.core.straight_through import through
-from jaxquant.estimators.surrogates import LSQ, Learned, of_groups, rounded_zero
+from jaxquant.estimators.weight_estimators import LSQ, Learned, of_groups, rounded_zero
 
 LEAST, MOST = 0.01, 1 / (1 + math.exp(-5))  # parts to begin with
 

@@ -99,7 +99,7 @@ class Method:
     def healing_bytes(self, k: int, n: int) -> int:
         """What healing adds to a matrix [k, n]: signs become float16, missing sides are made.
 
-        >>> from jaxquant.methods.registry import entropy_coded, qtip, rtn
+        >>> from jaxquant.methods.weights import entropy_coded, qtip, rtn
         >>> [m.healing_bytes(64, 64) for m in (rtn(), entropy_coded(), qtip())]
         [0, 256, 240]
         """

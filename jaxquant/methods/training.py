@@ -8,7 +8,7 @@ from typing import Literal
 from jaxquant.core.activations import Activations
 from jaxquant.estimators.input_ranges import PACT, LSQRange
 from jaxquant.estimators.learned_clipping import LearnedClipping
-from jaxquant.estimators.surrogates import LSQ, AbsMean, StraightThrough, StretchedElastic
+from jaxquant.estimators.weight_estimators import LSQ, AbsMean, StraightThrough, StretchedElastic
 from jaxquant.formats import Integer, Stretched, Ternary
 from jaxquant.methods.method import GroupSize, Method
 from jaxquant.rounding import Nearest

@@ -13,7 +13,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves
 from jaxquant.core.sites import Site, is_weight
 from jaxquant.durable.store import Finished
-from jaxquant.methods.registry import KEEP, Method
+from jaxquant.methods.method import KEEP, Method
 from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.recipes.recipe import Entry, Recipe, resolve
 

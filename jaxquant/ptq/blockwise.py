@@ -11,9 +11,9 @@ from jaxquant.calibration.statistics import Weighting
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import stack_size
-from jaxquant.methods.registry import Method
-from jaxquant.ptq.leaf import Done
+from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize import quantize
+from jaxquant.ptq.quantize_leaf import Done
 from jaxquant.recipes.recipe import Recipe
 
 

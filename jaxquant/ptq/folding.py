@@ -14,10 +14,10 @@ from jaxtyping import Array, PyTree
 
 from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.arguments import check_arguments
-from jaxquant.core.keys import Draw
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.random_keys import Draw
 from jaxquant.durable.store import Finished
-from jaxquant.methods.registry import Method
+from jaxquant.methods.method import Method
 from jaxquant.ptq.shared_transforms import Inputs, Inspection, Member
 from jaxquant.recipes.recipe import Entry, Recipe, resolve
 from jaxquant.transforms import Chain

@@ -9,13 +9,13 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats, seen
 from jaxquant.core.arguments import check_arguments, differentiated
-from jaxquant.core.keys import Draw
 from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
-from jaxquant.methods.registry import Method
-from jaxquant.ptq.leaf import Counter, Done, LeafJob, moments_for
+from jaxquant.methods.method import Method
+from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob, moments_for
 from jaxquant.ptq.shared_transforms import Inputs, Inspection, Member
 from jaxquant.recipes.recipe import Recipe, resolve
 from jaxquant.rounding import Moments

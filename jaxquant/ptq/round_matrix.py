@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxquant.core.magnitude import unit
 from jaxquant.core.protocols import Transform
 from jaxquant.core.tensor import Arrays
-from jaxquant.methods.registry import Method
+from jaxquant.methods.method import Method
 from jaxquant.rounding import Moments
 from jaxquant.rounding.moments import feedback_energies, living
 from jaxquant.transforms import Channels

@@ -21,7 +21,7 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.magnitude import exponent, ratios, shifted, unit
 from jaxquant.core.protocols import Transform
 from jaxquant.core.sites import Site
-from jaxquant.methods.registry import Method
+from jaxquant.methods.method import Method
 from jaxquant.recipes.recipe import Entry
 from jaxquant.transforms import Channels
 

@@ -18,7 +18,8 @@ from jaxquant.core.sites import Site, is_weight
 from jaxquant.core.standin import is_array, is_standin
 from jaxquant.core.tensor import View
 from jaxquant.core.tree import leaf_bytes
-from jaxquant.methods.registry import KEEP, Keep, Method, named_method
+from jaxquant.methods.method import KEEP, Keep, Method
+from jaxquant.methods.registry import named_method
 from jaxquant.recipes.serialize import from_json, to_json
 
 
@@ -26,7 +27,7 @@ from jaxquant.recipes.serialize import from_json, to_json
 class Recipe:
     """Ordered rules (path glob, method or KEEP); `*` crosses "/"; the first match wins.
 
-    >>> from jaxquant.methods.registry import rtn
+    >>> from jaxquant.methods.weights import rtn
     >>> r = Recipe([("*kernel", rtn(bits=4)), ("*", KEEP)])
     >>> Recipe.from_json(r.to_json()) == r
     True

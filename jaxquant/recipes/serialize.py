@@ -9,15 +9,17 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.fields import shown
 from jaxquant.core.protocols import Estimator, Format, RangeEstimator, Rounder, Transform
 from jaxquant.core.tensor import View
-from jaxquant.estimators import input_ranges, latent, learned_clipping, surrogates
-from jaxquant.methods.registry import Keep, Method
+from jaxquant.estimators.input_ranges import PACT, LSQRange
+from jaxquant.estimators.latent_format import Drawing, Latent
+from jaxquant.estimators.learned_clipping import LearnedClipping
+from jaxquant.estimators.weight_estimators import LSQ, AbsMean, StraightThrough, StretchedElastic
+from jaxquant.methods.method import Keep, Method
 
 DEEPEST = 20
 _PARTS = [vars(m)[name] for m in (formats, rounding, transforms) for name in m.__all__]
 _TRAINED = (
-    surrogates.AbsMean, surrogates.LSQ, surrogates.StraightThrough, surrogates.StretchedElastic,
-    learned_clipping.LearnedClipping, input_ranges.LSQRange, input_ranges.PACT, latent.Drawing,
-    latent.Latent,
+    AbsMean, LSQ, StraightThrough, StretchedElastic, LearnedClipping, LSQRange, PACT,
+    Drawing, Latent,
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     t.__name__: t

@@ -15,8 +15,8 @@ from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.protocols import Format, LevelFormat
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor
-from jaxquant.estimators.latent import Latent, batched
-from jaxquant.estimators.surrogates import StraightThrough, spread
+from jaxquant.estimators.latent_format import Latent, batched
+from jaxquant.estimators.weight_estimators import StraightThrough, spread
 from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize import quantize
 from jaxquant.recipes.recipe import Recipe

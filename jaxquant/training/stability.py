@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.protocols import LevelFormat
 from jaxquant.core.tensor import QTensor
-from jaxquant.estimators.latent import Latent, batched
-from jaxquant.estimators.surrogates import spread
+from jaxquant.estimators.latent_format import Latent, batched
+from jaxquant.estimators.weight_estimators import spread
 from jaxquant.training.latent import is_latent, latent_format
 
 

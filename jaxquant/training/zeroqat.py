@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxquant.estimators.latent import Drawing
+from jaxquant.estimators.latent_format import Drawing
 from jaxquant.training.latent import OTHER, SCALE, trained
 from jaxquant.training.zeroth import Slope, Zeroth, estimate, moved
 from jaxquant.tuning.trainable import Opened

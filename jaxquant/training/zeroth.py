@@ -17,7 +17,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
-from jaxquant.estimators.latent import EPSILON, KEY, NORMAL, Drawing
+from jaxquant.estimators.latent_format import EPSILON, KEY, NORMAL, Drawing
 from jaxquant.training.latent import FROZEN, LABELS, WEIGHT, labels, latent_format, unit
 
 

@@ -17,14 +17,14 @@ from jaxtyping import Array, Float, PyTree
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
-from jaxquant.core.keys import Draw
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.protocols import Transform
+from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
-from jaxquant.methods.registry import Method
+from jaxquant.methods.method import Method
 from jaxquant.ptq.residual_rotation import Residual, rotate_residual
 from jaxquant.ptq.shared_transforms import Inputs, Member
 from jaxquant.recipes.recipe import Recipe, resolve

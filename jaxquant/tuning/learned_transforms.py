@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, PyTree
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
-from jaxquant.core.keys import Draw
 from jaxquant.core.paths import path_leaves, replace_leaves, stack_size
 from jaxquant.core.protocols import Transform
+from jaxquant.core.random_keys import Draw
 from jaxquant.core.tensor import QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
-from jaxquant.methods.registry import Method
+from jaxquant.methods.method import Method
 from jaxquant.ptq.shared_transforms import Inputs, Member
 from jaxquant.recipes.recipe import Recipe, resolve
 from jaxquant.tuning.trainable import Opened, Values

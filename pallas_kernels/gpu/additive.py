@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu import adapter, contraction, lanes, tiles
+from pallas_kernels.gpu import contraction, lanes, tiles, triton
 from pallas_kernels.kernel import Kernel
 
 PLACES = 128  # of a step: channels, once for each codebook
@@ -37,7 +37,7 @@ def additive_matmul(
         for i in range(per * count):
             code = jax.lax.shift_right_logical(words, jnp.int32(bits * i)) & (size - 1)
             entry = (code + size * (i % count)) * pairs
-            registers += [adapter.load(refs[1].at[entry + pair]) for pair in range(pairs)]
+            registers += [triton.load(refs[1].at[entry + pair]) for pair in range(pairs)]
         return lanes.weave(registers, 2, inner)
 
     def place(row, register, lane):
@@ -71,7 +71,7 @@ def serves(x, codes, codebooks, scale, *, bits: int, group: int, activations: st
         return f"on a GPU, a group has 2, 4, 8 or 16 rows, not {group}"
     if codebooks.dtype != jnp.float16:
         return f"on a GPU, codebooks are float16, not {codebooks.dtype}"
-    return adapter.missing()
+    return triton.missing()
 
 
 KERNELS = {"additive_matmul": Kernel(additive_matmul, serves)}

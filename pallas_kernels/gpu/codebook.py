@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.codecs import layout
-from pallas_kernels.gpu import adapter, contraction, lanes, tiles
+from pallas_kernels.gpu import contraction, lanes, tiles, triton
 from pallas_kernels.kernel import Kernel
 
 
@@ -47,7 +47,7 @@ def looked_up(ref, words: Sequence[Array], bits: int) -> list[Int32[Array, "r n"
         index = jax.lax.shift_right_logical(words[word], jnp.int32(low))
         if low + width > 32:
             index |= words[word + 1] << (32 - low)
-        found.append(adapter.load(ref.at[index & ((1 << width) - 1)]))
+        found.append(triton.load(ref.at[index & ((1 << width) - 1)]))
     if width == bits:
         found = [a | b << 16 for a, b in zip(found[::2], found[1::2], strict=True)]
     return found
@@ -96,7 +96,7 @@ def serves(x, codes, scale, *, table, bits: int, group_size: int, activations="f
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
         return tiles.unfit(unit, group_size, activations)
-    return adapter.missing()
+    return triton.missing()
 
 
 KERNELS = {"codebook_matmul": Kernel(codebook_matmul, serves)}

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import activations as forms
-from pallas_kernels.gpu import adapter, rows
+from pallas_kernels.gpu import rows, triton
 
 PROGRAMS = 512  # that keep all processors of an H100 (132) or A100 (108) at work
 LEAST_STEPS = 4  # of a program, so that its pipeline of loads pays
@@ -124,7 +124,7 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
         whole = (0,) * len(shape)
         blocks.append((shape, (lambda i, j, r: (0, i)) if along else lambda i, j, r, at=whole: at))
     body = _body(weights, steps, share, block, k, made.scale is not None, stepwise)
-    out = adapter.launch(
+    out = triton.launch(
         body, name, grid=(tiles, shares, tall), inputs=inputs, blocks=blocks,
         out=(
             jax.ShapeDtypeStruct((shares, tiles * columns, tall * block), jnp.float32),
@@ -172,9 +172,9 @@ def _body(
 
     def body(x_ref, *refs) -> None:
         *refs, out_ref = refs
-        first = adapter.program(1) * share
+        first = triton.program(1) * share
         last = jnp.minimum(first + share, steps)
-        tile = adapter.program(0)
+        tile = triton.program(0)
         at = tile * columns + jnp.arange(columns)
         extra = 2 + (weights.zero is not None) + scaled_rows if stepwise else 0
         epilogue = refs[:extra]
@@ -182,7 +182,7 @@ def _body(
 
         def part(step: Array) -> Array:
             w = weights.decode(packed, step, tile)
-            x = adapter.load(x_ref.at[:, adapter.span(step * places, places)])
+            x = triton.load(x_ref.at[:, triton.span(step * places, places)])
             exact = jnp.int32 if weights.integer else jnp.float32
             return jax.lax.dot_general(
                 w, x.T, (((1,), (0,)), ((), ())), preferred_element_type=exact
@@ -195,13 +195,13 @@ def _body(
             """What the epilogue of a step needs."""
             group = step * depth // weights.group_size
             found = [
-                adapter.load(epilogue[0].at[step, :]),
-                adapter.load(epilogue[1].at[group, :]).astype(jnp.float32),
+                triton.load(epilogue[0].at[step, :]),
+                triton.load(epilogue[1].at[group, :]).astype(jnp.float32),
             ]
             if weights.zero is not None:
                 found.append(weights.zero[0](epilogue[2], group, at).astype(jnp.float32))
             if scaled_rows:
-                found.append(adapter.load(epilogue[-1].at[step * depth // forms.BLOCK, :]))
+                found.append(triton.load(epilogue[-1].at[step * depth // forms.BLOCK, :]))
             return tuple(found)
 
         def scaled(step: Array, carry: tuple) -> tuple:
@@ -209,12 +209,12 @@ def _body(
             following = read(jnp.minimum(step + 1, last - 1))  # on its way while this one computes
             y = part(step).astype(jnp.float32)
             if weights.zero is not None:
-                y = adapter.multiply_add(-(more[0] + weights.offset)[:, None], sums[None, :], y)
+                y = triton.multiply_add(-(more[0] + weights.offset)[:, None], sums[None, :], y)
             elif weights.offset:
                 y = y - sums[None, :]
             if scaled_rows:
                 y = y * more[-1][None, :]
-            return adapter.multiply_add(y, scale[:, None], total), following
+            return triton.multiply_add(y, scale[:, None], total), following
 
         start = jnp.zeros((columns, block), jnp.float32)
         if stepwise:
@@ -222,6 +222,6 @@ def _body(
         else:
             exact = jnp.int32 if weights.integer else jnp.float32
             total = jax.lax.fori_loop(first, last, plain, start.astype(exact))
-        adapter.store(out_ref.at[:, :], total.astype(jnp.float32))
+        triton.store(out_ref.at[:, :], total.astype(jnp.float32))
 
     return body

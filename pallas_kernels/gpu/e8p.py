@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.codecs import e8p
-from pallas_kernels.gpu import adapter, contraction, lanes, rows, tiles
+from pallas_kernels.gpu import contraction, lanes, rows, tiles, triton
 from pallas_kernels.kernel import Kernel
 
 DEPTH = 128
@@ -28,13 +28,13 @@ def points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
     flips = s ^ shift  # bit j to bit 4 j
     for step, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
         flips = (flips | flips << step) & mask
-    word = adapter.load(ref.at[(code >> 8) & 255])
+    word = triton.load(ref.at[(code >> 8) & 255])
     return (word ^ flips * 15) + flips - shift * 0x11111111
 
 
 def fine_points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
     """Nibbles of the points of E81B that the low 8 bits of codes name."""
-    return adapter.load(ref.at[code & 255])
+    return triton.load(ref.at[code & 255])
 
 
 def _weights(
@@ -97,7 +97,7 @@ def e8p_matmul(
 
 def serves(x, codes, residual, scale, *, bits: int, activations: str = "float") -> str:
     """ "", or why these arguments are not served."""
-    return adapter.missing()
+    return triton.missing()
 
 
 KERNELS = {"e8p_matmul": Kernel(e8p_matmul, serves)}

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from pallas_kernels.codecs import layout
-from pallas_kernels.gpu import adapter
+from pallas_kernels.gpu import triton
 
 EXACT = 11  # low bits of a float16 that are linear in the number
 
@@ -81,7 +81,7 @@ class Lanes(NamedTuple):
         """
         if self.offset and signed:
             top = sum(1 << i for i in range(self.bits - 1, self.unit * self.bits, self.bits))
-            flip = (adapter.signed(top >> 32 * i & 0xFFFFFFFF) for i in range(self.words))
+            flip = (triton.signed(top >> 32 * i & 0xFFFFFFFF) for i in range(self.words))
             words = [w ^ jnp.int32(f) for w, f in zip(words, flip, strict=True)]
         elif self.steps == 1:
             return list(words)
@@ -93,11 +93,9 @@ class Lanes(NamedTuple):
             field = ((1 << self.bits) - 1) << at
             here = _right(stream[i], down)
             inside = field & ((1 << (width - down)) - 1)
-            register = adapter.bit_and(here, inside * fill)
+            register = triton.bit_and(here, inside * fill)
             if inside != field:  # the code goes on in the lane's next word
-                register |= adapter.bit_and(
-                    stream[i + 1] << (width - down), (field ^ inside) * fill
-                )
+                register |= triton.bit_and(stream[i + 1] << (width - down), (field ^ inside) * fill)
             found.append(register)
         return found
 
@@ -114,7 +112,7 @@ class Lanes(NamedTuple):
                 word, at = divmod((lane * per + i) * width, 32)
                 move = lane * width - at
                 moved = words[word] << move if move > 0 else _right(words[word], -move)
-                mask = adapter.signed(((1 << width) - 1) << lane * width)
+                mask = triton.signed(((1 << width) - 1) << lane * width)
                 parts.append(moved & jnp.int32(mask))
             streams.append(_union(parts))
         return streams

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.codecs import layout
-from pallas_kernels.gpu import adapter, contraction, lanes, rows, tiles
+from pallas_kernels.gpu import contraction, lanes, rows, tiles, triton
 from pallas_kernels.kernel import Kernel
 
 
@@ -79,7 +79,7 @@ def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: st
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
         return tiles.unfit(unit, group_size, activations)
-    return adapter.missing()
+    return triton.missing()
 
 
 def ternary_matmul(x, codes, scale, *, group_size: int, activations: str = "float"):

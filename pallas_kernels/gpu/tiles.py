@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels.gpu import adapter
+from pallas_kernels.gpu import triton
 
 LEAST_DEPTH = {
     "float": 16,
@@ -75,6 +75,6 @@ def rows(
     if here is not None:
         here = jnp.broadcast_to(here, shape)
     if start is not None:
-        return adapter.load(ref.at[adapter.span(start, len(row)), :], here)
+        return triton.load(ref.at[triton.span(start, len(row)), :], here)
     at = (jnp.broadcast_to(t, shape) for t in (row[:, None], place))
-    return adapter.load(ref.at[tuple(at)], here)
+    return triton.load(ref.at[tuple(at)], here)

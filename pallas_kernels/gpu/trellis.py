@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.codecs import trellis
-from pallas_kernels.gpu import adapter, contraction, rows, tiles
+from pallas_kernels.gpu import contraction, rows, tiles, triton
 from pallas_kernels.kernel import Kernel
 
 DEPTH = 16
@@ -38,14 +38,14 @@ def sums(words: list[Array], after: Array, rate: int, L: int, code: str) -> list
       words: of each row, in order.
       after: the word that follows.
     """
-    factor, summand = (jnp.int32(adapter.signed(t)) for t in HASHES[code])
+    factor, summand = (jnp.int32(triton.signed(t)) for t in HASHES[code])
     found = []
     for column in range(trellis.SIDE):
         word, at = divmod(column * rate, 32)
         following = words[word + 1] if word + 1 < len(words) else after
-        window = adapter.funnel(words[word], following, at)
+        window = triton.funnel(words[word], following, at)
         state = jax.lax.shift_right_logical(window, jnp.int32(32 - L))
-        found.append(adapter.byte_sum(state * factor + summand))
+        found.append(triton.byte_sum(state * factor + summand))
     return found
 
 
@@ -123,7 +123,7 @@ def serves(
         return f"on a GPU, a trellis has one rate of {', '.join(map(str, RATES))} bits, not {rates}"
     if x.shape[1] // len(rates) % DEPTH and len(rates) > 1:
         return f"on a GPU, blocks of rows of a trellis are multiples of {DEPTH}"
-    return adapter.missing()
+    return triton.missing()
 
 
 KERNELS = {"trellis_matmul": Kernel(trellis_matmul, serves)}

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import activations as forms
 from pallas_kernels import reference
 from pallas_kernels.codecs import layout, lookup
-from pallas_kernels.gpu import KERNELS, adapter, lanes
+from pallas_kernels.gpu import KERNELS, lanes, triton
 from tests.kernels.lowering import lowered_text
 
 from .operands import assert_rows_hold
@@ -135,7 +135,7 @@ def errors(op, draw, m, k, n, dtype, activations, seed=0):
     x = x.astype(dtype)
     kernel = KERNELS[op]
     assert kernel.serves(x, *arrays, **static, activations=activations) == ""
-    with adapter.interpreted():
+    with triton.interpreted():
         call = partial(kernel.call, **static, activations=activations)
         run = jax.jit(call, compiler_options=QUICK)
         y = run(x, *arrays)
@@ -187,7 +187,7 @@ def test_rows_of_any_size(size):
     arrays, static = packed(rng, 256, 32, 2, 256, one=True)
     x = jnp.asarray(rng.normal(size=(3, 256)) * np.exp2(rng.integers(-12, 1, 256))) * size
     x = x.astype("bfloat16").at[1].set(0)
-    with adapter.interpreted():
+    with triton.interpreted():
         y = KERNELS["packed_matmul"].call(x, *arrays, **static)
     expected = reference.packed_matmul(x.astype(jnp.float32), *arrays, **static)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6 * size)

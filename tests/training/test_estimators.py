@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.estimators.surrogates import scaled_gradient, stepped
+from jaxquant.estimators.weight_estimators import scaled_gradient, stepped
 from jaxquant.rounding import Nearest
 
 from ..test_dispatch import draw

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.estimators.latent import Drawing
+from jaxquant.estimators.latent_format import Drawing
 from jaxquant.training.zeroth import (
     Zeroth,
     estimate,

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxquant.calibration.statistics import Stats
-from jaxquant.core.keys import Draw
+from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.store import Finished
-from jaxquant.methods.registry import Method
+from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.ptq.shared_transforms import Inputs
 from jaxquant.recipes.recipe import Entry

@@ -20,7 +20,7 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Estimator, Format, LevelFormat, RangeEstimator
 from jaxquant.estimators.kurtosis import watched
-from jaxquant.estimators.surrogates import chance, randomness, spread
+from jaxquant.estimators.weight_estimators import chance, randomness, spread
 
 KEY, EPSILON = "key", "epsilon"  # of a weight that is moved at random where it is used
 
