@@ -1,4 +1,11 @@
-"""jaxquant: a functional quantization stack for JAX."""
+"""jaxquant: a functional quantization stack for JAX.
+
+What trains is imported when it is first asked for: it needs Optax, and those who only quantize and
+serve do not.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxquant.calibration.calibrate import calibrate
 from jaxquant.calibration.observe import Observation, observe
@@ -71,11 +78,6 @@ from jaxquant.recipes.recipe import Plan, Recipe, resolve
 from jaxquant.recipes.serialize import register
 from jaxquant.recipes.size import Size, size
 from jaxquant.theory.roofline import Roofline, roofline
-from jaxquant.training.latent import freeze, labels, latent, thaw, trained
-from jaxquant.training.optimizers import optimizer, relative
-from jaxquant.training.qat import QAT, qat, qat_blocks
-from jaxquant.training.zeroqat import ZeroQAT
-from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
 from jaxquant.transforms import (
     ActivationAware,
     Chain,
@@ -86,12 +88,19 @@ from jaxquant.transforms import (
     Smooth,
     Zigzag,
 )
-from jaxquant.tuning.heal import heal, heal_blocks
-from jaxquant.tuning.learned_rotation import learn_rotation
-from jaxquant.tuning.learned_transforms import learn, learn_blocks
-from jaxquant.tuning.recoding import recode
-from jaxquant.tuning.trainable import decoded, rejoined
-from jaxquant.tuning.trainer import Healing
+
+if TYPE_CHECKING:
+    from jaxquant.training.latent import freeze, labels, latent, thaw, trained
+    from jaxquant.training.optimizers import optimizer, relative
+    from jaxquant.training.qat import QAT, qat, qat_blocks
+    from jaxquant.training.zeroqat import ZeroQAT
+    from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
+    from jaxquant.tuning.heal import heal, heal_blocks
+    from jaxquant.tuning.learned_rotation import learn_rotation
+    from jaxquant.tuning.learned_transforms import learn, learn_blocks
+    from jaxquant.tuning.recoding import recode
+    from jaxquant.tuning.trainable import decoded, rejoined
+    from jaxquant.tuning.trainer import Healing
 
 __version__ = "0.1.0"
 
@@ -228,3 +237,39 @@ __all__ = [
     "zo_step",
     "zo_value_and_grad",
 ]
+
+_HOME = {
+    "QAT": "training.qat",
+    "Healing": "tuning.trainer",
+    "ZeroQAT": "training.zeroqat",
+    "Zeroth": "training.zeroth",
+    "decoded": "tuning.trainable",
+    "freeze": "training.latent",
+    "heal": "tuning.heal",
+    "heal_blocks": "tuning.heal",
+    "labels": "training.latent",
+    "latent": "training.latent",
+    "learn": "tuning.learned_transforms",
+    "learn_blocks": "tuning.learned_transforms",
+    "learn_rotation": "tuning.learned_rotation",
+    "optimizer": "training.optimizers",
+    "qat": "training.qat",
+    "qat_blocks": "training.qat",
+    "recode": "tuning.recoding",
+    "rejoined": "tuning.trainable",
+    "relative": "training.optimizers",
+    "thaw": "training.latent",
+    "trained": "training.latent",
+    "zo_step": "training.zeroth",
+    "zo_value_and_grad": "training.zeroth",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

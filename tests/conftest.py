@@ -1,7 +1,8 @@
-"""Precision, programs; and options for runs on other versions, which need no more than a part."""
+"""Precision, programs, random examples; and options for runs that need no more than a part."""
 
 from collections import defaultdict
 
+import hypothesis
 import jax
 import pytest
 
@@ -11,6 +12,11 @@ from pallas_kernels import dispatch, tiled_product
 def pytest_configure(config):
     """References are exact; of float32 factors a GPU's default keeps ten bits."""
     jax.config.update("jax_default_matmul_precision", "highest")
+    # Every shape is compiled for: few of them, and the same ones in every run.
+    hypothesis.settings.register_profile(
+        "few", max_examples=10, deadline=None, derandomize=True, database=None
+    )
+    hypothesis.settings.load_profile("few")
 
 
 def pytest_addoption(parser):
@@ -24,7 +30,8 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--one-case"):
         cases = defaultdict(list)
         for item in items:
-            cases[item.path, getattr(item, "originalname", item.name)].append(item)
+            test = getattr(item, "cls", None) or getattr(item, "originalname", item.name)
+            cases[item.path, test].append(item)  # a class is one test
         kept = [found[i % len(found)] for i, found in enumerate(cases.values())]
     first, of = share(config.getoption("--share"))
     kept = kept[first - 1 :: of]

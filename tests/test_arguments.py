@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.core.arguments import check_arguments
@@ -106,7 +107,7 @@ def test_every_public_function_with_its_annotations():
         if not inspect.isfunction(fn) or "check_arguments(" not in inspect.getsource(fn):
             continue
         for parameter in inspect.signature(fn).parameters.values():
-            if parameter.annotation is Any or "VAR" in parameter.kind.name:
+            if parameter.annotation in (Any, PyTree) or "VAR" in parameter.kind.name:
                 continue
             with pytest.raises(ValueError, match=f"{name}: {parameter.name}: expected"):
                 check_arguments(fn, {parameter.name: object()})

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +37,7 @@ def test_every_format_comes_back_to_the_bit(tmp_path):
     tree["scalar"] = jnp.float32(2)
     checkpoint.save(tmp_path / "c", tree)
     back = checkpoint.load(tmp_path / "c").params
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(back, tree, strict=True)
 
 
 def test_it_describes_itself(saved):
@@ -113,9 +111,7 @@ def test_every_name_comes_back(tmp_path):
     }  # fmt: skip
     checkpoint.save(tmp_path / "c", tree)
     back = checkpoint.load(tmp_path / "c").params
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(back, tree)
 
 
 def test_names_of_earlier_versions(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
@@ -144,7 +144,6 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(st.dictionaries(names, trees, min_size=1, max_size=3).filter(jax.tree.leaves))
 def test_any_nested_mapping_comes_back(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("any") / "c"

@@ -12,7 +12,7 @@ from scipy import stats
 
 import jaxquant as jq
 from jaxquant.formats.entropy_coded import EntropyCoded
-from jaxquant.rounding import Moments, Nearest
+from jaxquant.rounding import LDLQ, Moments, Nearest
 from jaxquant.rounding.waterfill import Waterfill
 from pallas_kernels.codecs import entropy_stream, rans, student_t, trellis_coded
 
@@ -339,7 +339,7 @@ def test_what_is_no_number_has_no_stream(bad):
         (lambda: EntropyCoded(2, lanes=0), "lanes must be positive"),
         (lambda: EntropyCoded(2, chain=0), "chain must be positive"),
         (lambda: EntropyCoded(1).check_shape(16, 16), "use more bits or fewer lanes"),
-        (lambda: EntropyCoded(2).grids(draw(4, 4)), "use the rounder Waterfill"),
+        (lambda: LDLQ()(draw(4, 4), EntropyCoded(2), Moments()), "Waterfill for EntropyCoded"),
         (lambda: Waterfill(damping=0), "damping must be positive"),
         (lambda: Waterfill(correlation=2.0), "correlation must be from 0 to 1"),
         (lambda: Waterfill(trials=0), "trials must be positive"),

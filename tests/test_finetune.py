@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,8 +108,7 @@ def test_going_on_is_the_same_as_not_stopping():
             finished=kept,
         )  # fmt: skip
     assert steps == [5, 6, 7, 8]
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(again, whole)
 
 
 def test_the_best_on_held_out_data_comes_back():
@@ -142,8 +142,7 @@ def test_blocks_are_brought_nearer_one_by_one(method):
     healed = heal_blocks(block, q["a"], p["a"], x, healing, finished=kept)
     assert error(healed) < 0.97 * error(q["a"])
     again = heal_blocks(block, q["a"], p["a"], x, healing, finished=kept)
-    for a, b in zip(jax.tree.leaves(healed), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(again, healed)
 
 
 LEARNED = [m for m in METHODS if m.name in ("aqlm", "vptq")]

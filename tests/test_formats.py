@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 import jaxquant as jq
 from jaxquant.formats.integer import spread
@@ -93,6 +96,43 @@ def test_products_and_look_ups_agree_with_the_decoded_matrix(format):
     np.testing.assert_allclose(format.rows(data, i, 48), w[i], atol=1e-6)
 
 
+def stores(format, k, n):
+    """Whether it stores matrices [k, n]."""
+    try:
+        format.check_shape(k, n)
+    except ValueError:
+        return False
+    return True
+
+
+@st.composite
+def matrices(choose):
+    """(format, weights of a shape that it stores); of the formats that search for seconds none."""
+    quick = [f for f in FORMATS if not isinstance(f, jq.Additive | jq.Vector | jq.EntropyCoded)]
+    format = choose(st.sampled_from(quick))
+    k = choose(st.sampled_from([k for k in range(8, 97) if stores(format, k, 48)]))
+    n = choose(st.sampled_from([n for n in range(1, 49) if stores(format, k, n)]))
+    return format, draw(k, n, seed=choose(st.integers(0, 99)))
+
+
+@given(matrices())
+def test_any_matrix_that_it_stores_comes_back(case):
+    """Decoded, by look-ups and by products."""
+    format, w = case
+    x, i = draw(3, len(w), seed=1), jnp.array([0, len(w) - 1])
+
+    @jax.jit
+    def run(w, x):
+        data = format.encode(w)
+        decoded = format.dequantize(data, len(w))
+        return decoded, format.rows(data, i, len(w)), format.matmul(x, data)
+
+    decoded, rows, product = run(w, x)
+    chex.assert_equal_shape([decoded, w])
+    assert np.linalg.norm(decoded - w) < 0.8 * np.linalg.norm(w)
+    chex.assert_trees_all_close((rows, product), (decoded[i], x @ decoded), atol=1e-4)
+
+
 @all_formats
 def test_empty_products_and_look_ups_are_empty(format):
     data = format.encode(draw(48, 32))
@@ -116,10 +156,7 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(format):
 def test_its_shapes_are_known_beforehand_and_stacks_decode(format):
     w = draw(48, 32)
     data = format.encode(w)
-    shapes = jax.eval_shape(format.encode, w)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), data) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), shapes
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(data, jax.eval_shape(format.encode, w))
     assert data["codes"].ndim == format.codes_ndim
     two = jax.tree.map(lambda a, b: jnp.stack([a, b]), data, format.encode(-w))
     whole = jax.vmap(lambda d: format.dequantize(d, 48))(two)
@@ -218,6 +255,23 @@ def test_json_round_trip(format):
     assert hash(from_json(to_json(format))) == hash(format)
 
 
+@given(
+    st.fixed_dictionaries({
+        "bits": st.sampled_from((2, 3, 4, 8)),
+        "group_size": st.integers(1, 512) | st.sampled_from((-1, "tensor")),
+        "scale_dtype": st.sampled_from(("float16", "bfloat16", "float32")),
+        "clip": st.floats(0.5, 1.0),
+        **{name: st.booleans() for name in ("symmetric", "mse", "pad")},
+    })
+)  # fmt: skip
+def test_json_of_any_integer_format(fields):
+    try:
+        format = jq.Integer(**fields)
+    except ValueError:  # "tensor" and padding, for one
+        assume(False)
+    assert from_json(to_json(format)) == format
+
+
 def test_bits_are_the_stated_ones():
     """Asymmetric, group 64, float16 scales: b + (16 + b) / 64 at SmolLM2's shapes."""
     for bits, want in ((4, 4.3125), (3, 3.296875), (2, 2.28125)):
@@ -225,14 +279,42 @@ def test_bits_are_the_stated_ones():
         assert q.bits_per_weight == want
 
 
-@pytest.mark.parametrize("bits", layout.BITS)
-@pytest.mark.parametrize("k", [1, 7, 32, 33, 96])
-def test_packing_round_trip(bits, k):
-    rng = np.random.default_rng(k)
-    codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (2, k, 5))
-    packed = layout.pack(jnp.asarray(codes), bits)
-    assert (packed.dtype, packed.shape) == (jnp.int32, (2, layout.words(k, bits), 5))
-    np.testing.assert_array_equal(layout.unpack(packed, bits, k), codes)
+shapes_of_codes = st.tuples(st.integers(1, 3), st.integers(1, 200), st.integers(1, 6))
+
+
+@example(2, (2, 1, 5)).via("one code")
+@example(3, (2, 96, 5)).via("whole words")
+@example(3, (1, 33, 1)).via("one code more")
+@given(st.sampled_from(layout.BITS), shapes_of_codes)
+def test_packing_round_trip(bits, shape):
+    batch, k, n = shape
+    codes = np.random.default_rng(k).integers(-(1 << bits - 1), 1 << bits - 1, shape)
+    rows = np.array([k - 1, 0, k // 2])
+
+    @jax.jit
+    def run(codes):
+        packed = layout.pack(codes, bits)
+        return packed, layout.unpack(packed, bits, k), layout.unpack_rows(packed[0], bits, rows)
+
+    packed, *unpacked = run(codes)
+    chex.assert_shape(packed, (batch, layout.words(k, bits), n))
+    chex.assert_trees_all_equal(unpacked, [codes, codes[0][rows]])
+
+
+@given(shapes_of_codes)
+def test_five_ternary_codes_to_a_byte(shape):
+    batch, k, n = shape
+    codes = np.random.default_rng(k).integers(-1, 2, shape)
+
+    @jax.jit
+    def run(codes):
+        words = layout.pack(codes, 2)
+        stored = layout.pack_base3(words, k)
+        return words, stored, layout.unpack_base3(stored, k)
+
+    words, stored, again = run(codes)
+    chex.assert_shape(stored, (batch, -(-k // 5), n))
+    chex.assert_trees_all_equal(again, words)
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
@@ -251,7 +333,7 @@ def test_tiled_matmul_is_the_matmul(tiles_of):
         want = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
         tiles_of(64 * 64)
         got = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+        chex.assert_trees_all_close(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pallas_kernels import hadamard
 from pallas_kernels.hadamard_orders import CIRCULANTS, construct, constructible
@@ -135,6 +137,14 @@ def test_every_width_inverts_and_spreads(n):
     np.testing.assert_allclose(hadamard.transform_transposed(y), x, atol=5e-6)
     for spread in (y[0], z[0]):
         np.testing.assert_allclose(np.abs(spread), n**-0.5, rtol=1e-5)
+
+
+@given(st.integers(1, 3000).filter(hadamard.exists), st.integers(0, 3))
+def test_any_width_inverts(n, seed):
+    x = draw(2, n, seed=seed)
+    y = hadamard.transform(x)
+    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(hadamard.transform_transposed(y), x, atol=5e-6)
 
 
 @pytest.mark.parametrize("n, block", [(96, 12), (96, 32), (144, 36), (96, 1), (96, 96)])

@@ -145,7 +145,7 @@ def test_duquant_makes_inputs_smaller_at_every_site():
     stats = jq.calibrate(fn, p, [x], sample=64)
     q = jq.quantize(p, jq.duquant(block=16, steps=32), stats)
     for name, rows in (("a", x), ("b", jnp.tanh(x @ p["a"]))):
-        turned = q[name].transformed(rows, q[name].data)
+        turned = q[name].transformed(rows, q[name].arrays)
         smooth = jq.Smooth(0.6).apply(rows, {"factors": q[name].named["input.0.factors"]})
         assert jnp.max(jnp.abs(turned)) <= jnp.max(jnp.abs(smooth))
 

@@ -8,7 +8,8 @@ import pytest
 
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
-from pallas_kernels import native, shard
+from pallas_kernels import shard
+from pallas_kernels.cpu import native
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))

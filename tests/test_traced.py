@@ -1,5 +1,7 @@
 """What methods do where there are no values to look at: under `jax.jit`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,12 +70,11 @@ def test_stacks_are_judged_matrix_by_matrix():
     np.testing.assert_array_equal(by_vmap, q)
 
 
-class Spoils:
+@dataclasses.dataclass(frozen=True)
+class Spoils(jq.Rounder):
     """A rounder that makes the second matrix it meets into infinities."""
 
-    needs_gram = needs_output = False
-
-    def __call__(self, w, format, moments, key):
+    def __call__(self, w, format, moments, key=None):
         data = format.encode(w)
         bad = jnp.sum(w) > 0
         data["scale"] = jnp.where(bad, jnp.inf, data["scale"]).astype(data["scale"].dtype)

@@ -1,9 +1,11 @@
 """Transforms change variables and not the function; and what they do to outliers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 import jaxquant as jq
 from jaxquant.rounding import LDLQ, Nearest
@@ -47,18 +49,24 @@ def test_a_rotation_is_orthonormal(side, n):
     assert side.shapes(n) == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
-@pytest.mark.parametrize("side", SIDES, ids=str)
-def test_weights_change_as_their_inputs_do(side):
-    """(x A) . (w A^-T) = x . w, and A^T is the transpose of A; shapes are as foretold."""
-    n = 50
-    arrays = fitted(side, n)
-    x, w = draw(3, n), draw(4, n, seed=1)
-    product = side.apply(x, arrays) @ side.inverse(w, arrays).T
-    np.testing.assert_allclose(product, x @ w.T, atol=1e-4)
-    a = side.apply(jnp.eye(n), arrays)
-    y = draw(3, side.size(n), seed=2)
-    np.testing.assert_allclose(side.transposed(y, arrays, n), y @ a.T, atol=1e-5)
-    assert side.shapes(n) == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+class EverySide(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*((str(side), side) for side in SIDES))
+    def test_weights_change_as_their_inputs_do(self, side):
+        """(x A) . (w A^-T) = x . w, and A^T is the transpose of A; shapes are as foretold."""
+        n = 50
+        arrays = fitted(side, n)
+        x, w, y = draw(3, n), draw(4, n, seed=1), draw(3, side.size(n), seed=2)
+
+        @self.variant
+        def run(x, w, y, arrays):
+            product = side.apply(x, arrays) @ side.inverse(w, arrays).T
+            return product, side.transposed(y, arrays, n), side.apply(jnp.eye(n), arrays)
+
+        product, back, a = run(x, w, y, arrays)
+        np.testing.assert_allclose(product, x @ w.T, atol=1e-4)
+        np.testing.assert_allclose(back, y @ a.T, atol=1e-5)
+        chex.assert_trees_all_equal_shapes_and_dtypes(side.shapes(n), arrays)
 
 
 def test_scaling_evens_out_what_meets_the_weight():

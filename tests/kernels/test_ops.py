@@ -3,10 +3,12 @@
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 import jaxquant as jq
 import pallas_kernels as pk
@@ -31,6 +33,26 @@ def test_the_product_is_that_of_the_decoded_matrix(case, form):
     # Beside integers, native kernels take the values of a table as 16-bit integers.
     budget = 2e-4 if op == "codebook_matmul" and form == "int8" else 2e-6
     np.testing.assert_allclose(y, want, atol=budget * np.abs(want).max())
+
+
+ONE_OF_EACH_OP = {operands(case, K, N)[0]: case for case in CASES}
+
+
+class WithAndWithoutJit(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*ONE_OF_EACH_OP.items())
+    def test_products_and_cotangents(self, case):
+        """Those of the decoded matrix, whether the caller's program is compiled or not."""
+        op, arrays, static = operands(case, K, N)
+        w = reference.weights(op.removesuffix("_matmul"), *arrays, **static, k=K)
+        x, g = draw(3, K, seed=1), draw(3, N, seed=2)
+
+        @self.variant
+        def run(x, g, arrays):
+            y, back = jax.vjp(lambda x: dispatch.product(op, x, *arrays, **static), x)
+            return y, *back(g)
+
+        chex.assert_trees_all_close(run(x, g, arrays), (x @ w, g @ w.T), rtol=1e-4, atol=1e-4)
 
 
 @every_op

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,14 +182,13 @@ def test_killed_when_its_output_was_in_place(quick, run, tmp_path, monkeypatch, 
         patch.setattr(Folder, "remove", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         fails(run(*quick), 130, f"interrupted; the output is in {tmp_path / 'o'}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
-    first = jax.tree.leaves(checkpoint.load(tmp_path / "o").params)
+    first = checkpoint.load(tmp_path / "o").params
     if not overwrite:
         fails(run(*quick, "--seed", 7), 1, "exists and is not empty")
         assert [p.name for p in tmp_path.iterdir()] == ["o"]
         return
     assert run(*quick)[0] == 0
-    for a, b in zip(first, jax.tree.leaves(checkpoint.load(tmp_path / "o").params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "o").params, first)
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
@@ -234,9 +234,7 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
         status, _, err = run(*quick)
     assert (status, " ".join(err.split()).count("is done again")) == (0, 3)
     assert err.count("(done before)") == 18
-    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "o"))
-    for a, b in zip(whole, cut, strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(*(checkpoint.load(tmp_path / n).params for n in ("whole", "o")))
 
 
 KILLED = """

@@ -1,5 +1,6 @@
 """Kurtosis regularization: its derivative is that of the penalty, and it flattens outputs."""
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,7 @@ def test_its_derivative_is_that_of_the_penalty(weight):
         value, got = jax.value_and_grad(loss)(p, x)
     assert value == loss(p, x)  # the loss alone is told
     want, without = jax.grad(written_out)(p, x), jax.grad(loss)(p, x)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
     assert np.any(without["a"].data["codes"] != got["a"].data["codes"])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -214,8 +215,8 @@ def test_vmap_over_models_and_examples():
             np.testing.assert_allclose(got[i, j], run(one, x[j]), rtol=1e-5, atol=1e-5)
     slopes = jax.vmap(jax.grad(lambda p, x: jnp.sum(run(p, x))), (None, 0))(p, x)
     whole = jax.grad(lambda p: jnp.sum(jax.vmap(run, (None, 0))(p, x)))(p)
-    for many, one in zip(jax.tree.leaves(slopes), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(jnp.sum(many, 0), one, rtol=1e-4, atol=1e-5)
+    summed = jax.tree.map(lambda many: jnp.sum(many, 0), slopes)
+    chex.assert_trees_all_close(summed, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_accumulate():
@@ -224,8 +225,8 @@ def test_gradients_accumulate():
     loss = lambda p, x: jnp.mean(jq.quantized(net)(p, x) ** 2)
     parts = jax.lax.map(lambda x: jax.grad(loss)(p, x), x.reshape(4, 2, 32))
     whole = jax.grad(loss)(p, x)
-    for many, one in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(jnp.mean(many, 0), one, rtol=1e-4, atol=1e-6)
+    mean = jax.tree.map(lambda many: jnp.mean(many, 0), parts)
+    chex.assert_trees_all_close(mean, whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rounder", [Nearest(), LDLQ()], ids=str)

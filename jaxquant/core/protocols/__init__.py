@@ -54,7 +54,8 @@ def lacking(kind: type, value: Any) -> str:
         return ""
     of = type(value).__name__
     needed = sorted(getattr(kind, "__abstractmethods__", ()))
-    missing = [name for name in needed if not callable(getattr(type(value), name, None))]
+    defined = {name for one in type(value).__mro__ for name in vars(one)}
+    missing = [name for name in needed if name not in defined]
     article = "an" if of[:1].lower() in "aeiou" else "a"
     rest = f" and define {', '.join(missing)}" if missing else ""
     return f"{article} {of} is no {kind.__name__}: derive it from {kind.__name__}{rest}"

@@ -7,6 +7,7 @@ build says so, and kernels are built at first use, or not at all. Editable insta
 
 import importlib.util
 import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -34,6 +35,7 @@ def build_wheel(
     wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
 ) -> str:
     """The wheel's file name; with the kernels if they compile."""
+    shutil.rmtree("build/lib", ignore_errors=True)  # modules of an earlier build would come along
     plain = lambda: build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     made = compiling.FOLDER / f"packaged-{compiling.digest()}.so"
     try:
