@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxquant_models import load
-from jaxquant_models.runs import generate
+from jaxquant_models.runs.generate import generate
 from tests.models.tiny_llama import FAMILIES, forward, random_tensors, write_folder
 
 HF = FAMILIES["qwen3"] | {"eos_token_id": None}

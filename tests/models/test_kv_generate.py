@@ -16,8 +16,7 @@ from jaxquant_models import init_cache, load
 from jaxquant_models.architectures.cache import FakeQuantizedCache
 from jaxquant_models.architectures.llama import Llama, apply
 from jaxquant_models.readers.text import read_text
-from jaxquant_models.runs import generate
-from jaxquant_models.runs.generate import _run
+from jaxquant_models.runs.generate import _run, generate
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import token_sequences
 from tests.models.tiny_llama import (

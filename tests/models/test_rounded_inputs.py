@@ -12,8 +12,8 @@ from jaxquant.core.paths import replace_leaves
 from jaxquant_models import load
 from jaxquant_models.architectures.invariances import folds, residual
 from jaxquant_models.readers.checkpoint import save_model
-from jaxquant_models.runs import generate
 from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.generate import generate
 from jaxquant_models.runs.module_loss import ModuleLoss
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
