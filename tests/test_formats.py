@@ -15,6 +15,7 @@ from jaxquant.formats.integer import spread
 from jaxquant.recipes.serialize import from_json, to_json
 from pallas_kernels.codecs import layout
 
+from .foreign import SignLog
 from .kernels.operands import assert_rows_hold
 from .test_dispatch import draw
 
@@ -58,6 +59,7 @@ FORMATS = [
     jq.Additive(1, 9, 3),
     jq.Vector(4, 4, 4),
     jq.Vector(4, 6, 2, outliers=0.05),
+    SignLog(),
 ]
 scalar_formats = pytest.mark.parametrize("format", SCALAR, ids=str)
 all_formats = pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -12,7 +12,7 @@ To add a part of your own, outside of this package too:
   2. Put it in a `Method`, which `quantize` and recipes take like any other.
   3. Call `jaxquant.register(YourClass)` once, so that checkpoints and recipes can name it.
 
-`tests/test_foreign.py` does that with one of each kind; the contract suites take a new part by one
+`tests/foreign.py` does that with one of three kinds; the contract suites take a new part by one
 line in their tables.
 
 Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 where not stated otherwise.
