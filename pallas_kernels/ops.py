@@ -40,7 +40,7 @@ def packed_matmul(
       pad: allow a short last group.
 
     >>> import jax.numpy as jnp
-    >>> from pallas_kernels import layout
+    >>> from pallas_kernels.codecs import layout
     >>> codes = layout.pack(jnp.array([[1], [-2]]), 4)
     >>> packed_matmul(jnp.ones((1, 2)), codes, jnp.array([[0.5]]), bits=4, group_size=2).tolist()
     [[-0.5]]
@@ -66,7 +66,7 @@ def ternary_matmul(
     are stored five to a byte.
 
     >>> import jax.numpy as jnp
-    >>> from pallas_kernels import layout
+    >>> from pallas_kernels.codecs import layout
     >>> codes = layout.pack(jnp.array([[1], [-1], [0]]), 2)
     >>> x = jnp.array([[3.0, 1.0, 9.0]])
     >>> ternary_matmul(x, codes, jnp.array([[2.0]]), group_size=3).tolist()
@@ -95,7 +95,7 @@ def codebook_matmul(
       The others as for `packed_matmul`.
 
     >>> import jax.numpy as jnp
-    >>> from pallas_kernels import layout
+    >>> from pallas_kernels.codecs import layout
     >>> codes = layout.pack(jnp.array([[1], [3]]), 2)
     >>> table = (0.0, 1.0, 2.0, 5.0)
     >>> x = jnp.ones((1, 2))
@@ -239,7 +239,7 @@ def dual_scale_matmul(
       bits: of a code, 2, 3, 4 or 8.
 
     >>> import jax.numpy as jnp
-    >>> from pallas_kernels import layout
+    >>> from pallas_kernels.codecs import layout
     >>> codes, ranges = layout.pack(jnp.array([[1], [-2]]), 4), jnp.zeros((2, 1), jnp.int32)
     >>> parts = jnp.array([[0.5]]), jnp.array([1.0, 4.0]), ranges, jnp.zeros(1, jnp.int32)
     >>> dual_scale_matmul(jnp.ones((1, 2)), codes, *parts, bits=4).tolist()

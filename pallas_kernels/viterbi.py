@@ -49,7 +49,7 @@ def encode(
       ValueError: shapes that do not fit L, K, V.
 
     >>> import jax.numpy as jnp
-    >>> from pallas_kernels import trellis
+    >>> from pallas_kernels.codecs import trellis
     >>> table = jnp.asarray(trellis.values("mul1", 8, 1))
     >>> words, weights = encode(jnp.ones((1, 256)), table, L=8, K=2, V=1)
     >>> bool((weights == trellis.decode(words, 8, 2, 1, table)).all())

@@ -34,9 +34,8 @@ GIVEN = {
     "Method": {"name": "m", "rounder": ROUNDER, "format": FORMAT},
     "Latent": {"format": FORMAT, "estimator": None},
 }
-PARTS = {
-    c.__name__: c for c in (*serialize._TYPES.values(), KVFormat, Healing, QAT, Zeroth, ZeroQAT)
-}
+REGISTERED = [c for c in serialize._TYPES.values() if c.__module__.startswith("jaxquant.")]
+PARTS = {c.__name__: c for c in (*REGISTERED, KVFormat, Healing, QAT, Zeroth, ZeroQAT)}
 
 
 def kinds(annotation):

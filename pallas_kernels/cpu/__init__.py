@@ -39,7 +39,7 @@ def shared(
       static: the op's static arguments; and `most`, the number of the instruction set that may
         run at most (`native.instruction_sets`), all by default.
 
-    >>> from pallas_kernels import layout
+    >>> from pallas_kernels.codecs import layout
     >>> codes, scale = layout.pack(jnp.array([[1], [-2]]), 4), jnp.array([[0.5]])
     >>> static = {"bits": 4, "group_size": 2}
     >>> if not native.load():

@@ -217,4 +217,4 @@ def test_lowers_for_cuda(name):
     x = jnp.ones((2, 4, 256), jnp.bfloat16)
     call = partial(KERNELS[op].call, **static)
     many = lambda x, *arrays: jax.vmap(lambda x: call(x, *arrays))(x)
-    assert lowered_text(many, x, *arrays, platform="cuda").count("triton") == 1
+    assert lowered_text(many, x, *arrays, platform="cuda").count("xla.gpu.triton") == 1

@@ -37,7 +37,7 @@ def transformed(model, sides):
         batch = w.shape[: len(w.shape) - len(view.k) - len(view.n)]
 
         def one(w, key, k=k, n=n):
-            data = {}
+            fields = {}
             for axis, name, side, size in ((0, "input", sides[0], k), (1, "output", sides[1], n)):
                 if side is None:
                     continue
@@ -48,13 +48,16 @@ def transformed(model, sides):
                 turned = w.T if axis == 0 else w
                 turned = side.inverse(turned, arrays)
                 w = turned.T if axis == 0 else turned
-                data |= {f"{name}.{a}": v for a, v in arrays.items()}
-            return {"codes": w, **data}
+                fields[f"{name}_data"] = arrays
+            return {"data": {"codes": w}, **fields}
 
         matrices = jnp.transpose(w, order).reshape(-1, k, n)
-        data = jax.vmap(one)(matrices, jax.random.split(jax.random.key(len(new)), len(matrices)))
-        data = {a: v.reshape(*batch, *v.shape[1:]) for a, v in data.items()}
-        new[path] = jq.QTensor(data, Dense(), view, w.dtype.name, "", *sides)
+        fields = jax.vmap(one)(matrices, jax.random.split(jax.random.key(len(new)), len(matrices)))
+        fields = jax.tree.map(lambda a, b=batch: a.reshape(*b, *a.shape[1:]), fields)
+        new[path] = jq.QTensor(
+            format=Dense(), view=view, logical_dtype=w.dtype.name,
+            input=sides[0], output=sides[1], **fields,
+        )  # fmt: skip
     assert len(new) == 7
     return replace_leaves(model.params, new)
 
