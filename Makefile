@@ -4,6 +4,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := -m pytest -q -n 2 --dist worksteal
 FAST := $(PYTEST) -m "not slow and not model"
+SLOW := $(PYTEST) -m "slow or model"
+# XLA's older emitters compile in half the time, which is most of a fast test's; what tests by computing
+# much runs with what users have. Newer versions of JAX do not know the option.
+CHEAP = XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 $$XLA_FLAGS"
 # Of the tests on another version, a share: every N-th from the I-th on, I/N.
 SHARE ?= 1/1
 ONE_CASE = $(FAST) --one-case --share $(SHARE)
@@ -48,11 +52,12 @@ lint: venv       ## ruff, import-linter, mypy
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: venv model lint  ## lint, then every test
-	$(BIN)/python $(PYTEST)
+test: test-slow  ## lint, then every test
+test-slow: venv model lint test-fast
+	$(BIN)/python $(SLOW)
 
 test-fast: venv  ## the tests that take seconds
-	$(BIN)/python $(FAST)
+	$(CHEAP) $(BIN)/python $(FAST)
 
 # One case of each fast test on other versions of everything: NAME's Python, how it installs jaxquant.
 # They show that it runs there and is right; XLA's optimizations would double the time to compile.

@@ -1,10 +1,17 @@
-"""What the arguments of an op must be; a ValueError names the one that is not."""
+"""What the arguments of an op must be; a ValueError names the one that is not.
+
+`product` holds every product to them, whether a user calls an op or a weight's format does.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels.codecs import layout, lookup
+from pallas_kernels.codecs import layout, lookup, trellis
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -33,22 +40,19 @@ def words(codes: Int32[Array, "w n"], expected: int, name: str = "codes") -> int
     return codes.shape[1]
 
 
-def bits(value: int) -> None:
+def check_bits(value: int) -> None:
     """Raise ValueError unless codes can have so many bits."""
     if value not in layout.BITS:
         raise ValueError(f"bits must be one of {layout.BITS}, got {value}")
 
 
-def groups(k: int, group_size: int, pad: bool) -> int:
-    """Number of groups of rows."""
-    if group_size < 1:
-        raise ValueError(f"group_size must be positive, got {group_size}")
-    if k % group_size and not pad:
+def whole_groups(k: int, group_size: int, pad: bool) -> None:
+    """Raise ValueError unless groups divide the rows, or the last one may be short."""
+    if k % max(group_size, 1) and not pad:
         raise ValueError(
             f"group_size {group_size} does not divide k = {k}; use one that does, or pad=True "
             "for a short last group"
         )
-    return -(-k // group_size)
 
 
 def scales(scale: Float[Array, "g n"], g: int, n: int) -> None:
@@ -83,3 +87,154 @@ def lookup_words(groups: int, m: int, width: int) -> int:
     """Words down a column of `groups` groups of m codes of `width` bits."""
     digit = lookup.digit(width)
     return layout.words(groups * m * width // digit, digit)
+
+
+# --- ops, after whose arguments these have theirs -------------------------------------------------
+
+
+def _grouped(
+    x: Array, codes: Array, scale: Array, width: int, group_size: int, activations: str
+) -> None:
+    _, k = rows(x, activations)
+    check_bits(width)
+    n = words(codes, layout.words(k, width))
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    scales(scale, -(-k // group_size), n)
+
+
+def _packed(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero: Array | None,
+    *,
+    bits: int,
+    group_size: int,
+    activations: str,
+) -> None:
+    _grouped(x, codes, scale, bits, group_size, activations)
+    zeros(zero, scale, bits)
+
+
+def _ternary(x: Array, codes: Array, scale: Array, *, group_size: int, activations: str) -> None:
+    _grouped(x, codes, scale, 2, group_size, activations)
+
+
+def _codebook(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    *,
+    table: tuple[float, ...] | str,
+    bits: int,
+    group_size: int,
+    activations: str,
+) -> None:
+    _grouped(x, codes, scale, bits, group_size, activations)
+    if not isinstance(table, str) and len(table) != 1 << bits:
+        raise ValueError(f"table must have {1 << bits} values for {bits} bits, got {len(table)}")
+    if not isinstance(table, str) and not all(map(math.isfinite, table)):
+        raise ValueError(f"table must have finite values, got {table}")
+
+
+def _e8p(
+    x: Array, codes: Array, residual: Array | None, scale: Array, *, bits: int, activations: str
+) -> None:
+    _, k = rows(x, activations)
+    if bits not in (2, 3, 4) or (residual is None) != (bits == 2):
+        raise ValueError(f"bits must be 2, or 3 or 4 with a residual, got {bits}")
+    multiple(k, 8, "E8P codes")
+    words(codes, lookup_words(k // 8, 1, 16))
+    if residual is not None:
+        words(residual, lookup_words(k // 8, 1, 8 * (bits - 2)), "residual")
+    scales(scale, 1, 1)
+
+
+def _trellis(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    *,
+    rates: tuple[int, ...],
+    L: int,
+    code: str,
+    activations: str,
+) -> None:
+    _, k = rows(x, activations)
+    if code not in trellis.CODES:
+        raise ValueError(f"code must be one of {', '.join(trellis.CODES)}, got {code!r}")
+    for rate in set(rates) - {0}:
+        trellis.check(L, rate, trellis.CODES[code])
+    multiple(k, 16 * len(rates), "blocks of trellis tiles")
+    words(codes, sum(8 * rate * (k // 16 // len(rates)) for rate in rates))
+    scales(scale, len(rates), 1)
+
+
+def _additive(
+    x: Array,
+    codes: Array,
+    codebooks: Array,
+    scale: Array,
+    *,
+    bits: int,
+    group: int,
+    activations: str,
+) -> None:
+    _, k = rows(x, activations)
+    multiple(k, group, "additive codes")
+    if codebooks.ndim != 3 or codebooks.shape[1:] != (1 << bits, group):
+        raise ValueError(
+            f"codebooks must be [M, {1 << bits}, {group}], got {list(codebooks.shape)}"
+        )
+    n = words(codes, lookup_words(k // group, len(codebooks), bits))
+    scales(scale, 1, n)
+
+
+def _dual_scale(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    step: Array,
+    ranges: Array,
+    escapes: Array,
+    *,
+    bits: int,
+    activations: str,
+) -> None:
+    _, k = rows(x, activations)
+    check_bits(bits)
+    n = words(codes, layout.words(k, bits))
+    scales(scale, 1, n)
+    if step.shape != (k,) or step.dtype.name != "float32" or scale.shape != (1, n):
+        raise ValueError(
+            f"step must be float32 [{k}] and scale [1, {n}], got {step.dtype} {list(step.shape)} "
+            f"and {list(scale.shape)}"
+        )
+    integers = {ranges.dtype, escapes.dtype} == {codes.dtype}
+    if ranges.shape != (2, n) or escapes.ndim != 1 or not integers:
+        raise ValueError(
+            f"ranges must be int32 [2, {n}] and escapes int32 [e], got {ranges.dtype} "
+            f"{list(ranges.shape)} and {escapes.dtype} {list(escapes.shape)}"
+        )
+
+
+_PRODUCTS: dict[str, Callable[..., None]] = {
+    "packed_matmul": _packed, "ternary_matmul": _ternary, "codebook_matmul": _codebook,
+    "e8p_matmul": _e8p, "trellis_matmul": _trellis, "additive_matmul": _additive,
+    "dual_scale_matmul": _dual_scale,
+}  # fmt: skip
+
+
+def product(op: str, arrays: tuple, static: dict[str, Any]) -> None:
+    """Raise ValueError unless these are the arguments of a product.
+
+    Args:
+      op: one of `reference.OPS`; of a transposed one only the rows are looked at.
+      arrays: x and the arrays of the matrix.
+      static: the op's static arguments.
+    """
+    if op in _PRODUCTS:
+        _PRODUCTS[op](*arrays, **{"activations": "float", **static})
+    else:
+        rows(arrays[0], "float")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import activations, reference
+from pallas_kernels import activations, checks, reference
 from pallas_kernels.context import Setting
 from pallas_kernels.kernel import Kernel
 from pallas_kernels.lowering import by_lowering, default_platform
@@ -79,7 +79,11 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     Differentiable in x and in every float array (scales, codebooks); integers have no cotangent.
     The backward rule decodes the packed words again, so no float copy of a weight is kept.
     With integer activations the derivative is that of the float product at the rounded x.
+
+    Raises:
+      ValueError: an argument is not what the op takes; it is named.
     """
+    checks.product(op, arrays, static)
     static_items = tuple(sorted(static.items()))
     kernels, why = _asked()
     _tell(lambda *of: describe(op, *of, arrays, static, kernels, why))
@@ -95,6 +99,8 @@ def products(
       op: of `reference.OPS`.
       matrices: of each the op's arrays after x.
     """
+    for matrix in matrices:
+        checks.product(op, (x, *matrix), static)
     kernels, why = _asked()
     one_call = len(matrices) > 1 and kernels in ("auto", "cpu")
     if one_call:
@@ -209,28 +215,25 @@ def backend(platform: str) -> dict[str, Kernel]:
 # --- the product and its derivative ---------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
-    return _served(op, static, kernels, arrays)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     named = dict(static)
-    call = lambda f: lambda *arrays: f(*arrays, **named)
-    slow = call(reference.OPS[op])
+    slow = partial(reference.OPS[op], **named)
     if kernels == "reference" or is_empty(op, arrays):
         return slow(*arrays)
     if kernels != "auto":
         kernel, reason = choose(op, kernels, arrays, named, spare_small=False)
         if kernel is None:
             raise ValueError(f"the {kernels} kernels do not serve this {op}: {reason}")
-        return call(kernel.call)(*arrays)
+        return kernel.call(*arrays, **named)
     found = {p: choose(op, p, arrays, named)[0] for p in BACKENDS}
-    fast = {p: call(kernel.call) for p, kernel in found.items() if kernel is not None}
+    fast = {p: partial(kernel.call, **named) for p, kernel in found.items() if kernel is not None}
     if not fast:
         return slow(*arrays)
     return by_lowering(fast, slow, *arrays)
+
+
+_differentiable = jax.custom_vjp(_served, nondiff_argnums=(0, 1, 2))
+_product = jax.jit(_differentiable, static_argnums=(0, 1, 2), inline=True)  # traced once a shape
 
 
 def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array, tuple]:
@@ -273,7 +276,7 @@ def _float0(a: Array | None) -> np.ndarray | None:
     return None if a is None else np.zeros(a.shape, jax.dtypes.float0)
 
 
-_product.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

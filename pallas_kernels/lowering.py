@@ -43,18 +43,13 @@ def by_lowering(
     >>> float(by_lowering(kernels, jnp.negative, jnp.float32(2.0)))
     2.0
     """
-    leaves, tree = jax.tree.flatten(args)
-    out_tree = None
-
-    def flat(fn: Callable[..., Any], *leaves: Any) -> list[Any]:
-        nonlocal out_tree
-        out, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(tree, leaves)))
-        return out
-
-    traced = lambda fn: _Branch(jax.make_jaxpr(partial(flat, fn))(*leaves))
-    branches = tuple((platform, traced(fn)) for platform, fn in kernels.items())
-    out = _chosen.bind(*leaves, branches=branches, reference=traced(reference))
-    return jax.tree.unflatten(out_tree, out)
+    traced, shapes = jax.make_jaxpr(reference, return_shape=True)(*args)
+    branches = []
+    for platform, kernel in kernels.items():
+        branches.append((platform, _Branch(jax.make_jaxpr(kernel)(*args))))
+    leaves = jax.tree.leaves(args)
+    out = _chosen.bind(*leaves, branches=tuple(branches), reference=_Branch(traced))
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
 @_chosen.def_abstract_eval

@@ -3,16 +3,13 @@
 All are y = x @ w for a w [k, n] that stays packed: x [m, k] float32, bfloat16 or float16, y float32
 [m, n]. `activations` says in which form x meets the codes (`pallas_kernels.activations`). Each is
 served by a kernel of the platform it is lowered for, or by its `reference` (`dispatch`), is
-differentiable in x and in its float arrays, and checks its arguments: a ValueError names the one
-that is wrong.
+differentiable in x and in its float arrays, and has its arguments checked (`checks.product`): a
+ValueError names the one that is wrong.
 """
-
-import math
 
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import checks
-from pallas_kernels.codecs import layout, trellis
 from pallas_kernels.dispatch import product
 
 
@@ -45,8 +42,7 @@ def packed_matmul(
     >>> packed_matmul(jnp.ones((1, 2)), codes, jnp.array([[0.5]]), bits=4, group_size=2).tolist()
     [[-0.5]]
     """
-    _check_grouped(x, codes, scale, bits, group_size, activations, pad)
-    checks.zeros(zero, scale, bits)
+    checks.whole_groups(x.shape[-1], group_size, pad)
     static = {"bits": bits, "group_size": group_size, "activations": activations}
     return product("packed_matmul", x, codes, scale, zero, **static)
 
@@ -72,7 +68,7 @@ def ternary_matmul(
     >>> ternary_matmul(x, codes, jnp.array([[2.0]]), group_size=3).tolist()
     [[4.0]]
     """
-    _check_grouped(x, codes, scale, 2, group_size, activations, pad)
+    checks.whole_groups(x.shape[-1], group_size, pad)
     static = {"group_size": group_size, "activations": activations}
     return product("ternary_matmul", x, codes, scale, **static)
 
@@ -102,11 +98,7 @@ def codebook_matmul(
     >>> codebook_matmul(x, codes, jnp.array([[2.0]]), table=table, bits=2, group_size=2).tolist()
     [[12.0]]
     """
-    _check_grouped(x, codes, scale, bits, group_size, activations, pad)
-    if not isinstance(table, str) and len(table) != 1 << bits:
-        raise ValueError(f"table must have {1 << bits} values for {bits} bits, got {len(table)}")
-    if not isinstance(table, str) and not all(map(math.isfinite, table)):
-        raise ValueError(f"table must have finite values, got {table}")
+    checks.whole_groups(x.shape[-1], group_size, pad)
     static = {"bits": bits, "group_size": group_size, "activations": activations}
     return product("codebook_matmul", x, codes, scale, table=table, **static)
 
@@ -133,14 +125,6 @@ def e8p_matmul(
     >>> e8p_matmul(x, words, None, jnp.array([[2.0]]), bits=2).tolist()
     [[12.0]]
     """
-    _, k = checks.rows(x, activations)
-    if bits not in (2, 3, 4) or (residual is None) != (bits == 2):
-        raise ValueError(f"bits must be 2, or 3 or 4 with a residual, got {bits}")
-    checks.multiple(k, 8, "E8P codes")
-    checks.words(codes, checks.lookup_words(k // 8, 1, 16))
-    if residual is not None:
-        checks.words(residual, checks.lookup_words(k // 8, 1, 8 * (bits - 2)), "residual")
-    checks.scales(scale, 1, 1)
     return product("e8p_matmul", x, codes, residual, scale, bits=bits, activations=activations)
 
 
@@ -168,14 +152,6 @@ def trellis_matmul(
     >>> trellis_matmul(x, words, jnp.ones((1, 1)), rates=(2,), L=12, code="mul1").shape
     (1, 32)
     """
-    _, k = checks.rows(x, activations)
-    if code not in trellis.CODES:
-        raise ValueError(f"code must be one of {', '.join(trellis.CODES)}, got {code!r}")
-    for rate in set(rates) - {0}:
-        trellis.check(L, rate, trellis.CODES[code])
-    checks.multiple(k, 16 * len(rates), "blocks of trellis tiles")
-    checks.words(codes, sum(8 * rate * (k // 16 // len(rates)) for rate in rates))
-    checks.scales(scale, len(rates), 1)
     static = {"rates": rates, "L": L, "code": code, "activations": activations}
     return product("trellis_matmul", x, codes, scale, **static)
 
@@ -205,14 +181,6 @@ def additive_matmul(
     >>> additive_matmul(x, words, books, scale, bits=2, group=1).tolist()
     [[3.0]]
     """
-    _, k = checks.rows(x, activations)
-    checks.multiple(k, group, "additive codes")
-    if codebooks.ndim != 3 or codebooks.shape[1:] != (1 << bits, group):
-        raise ValueError(
-            f"codebooks must be [M, {1 << bits}, {group}], got {list(codebooks.shape)}"
-        )
-    n = checks.words(codes, checks.lookup_words(k // group, len(codebooks), bits))
-    checks.scales(scale, 1, n)
     static = {"bits": bits, "group": group, "activations": activations}
     return product("additive_matmul", x, codes, codebooks, scale, **static)
 
@@ -245,30 +213,5 @@ def dual_scale_matmul(
     >>> dual_scale_matmul(jnp.ones((1, 2)), codes, *parts, bits=4).tolist()
     [[-3.5]]
     """
-    _, k = checks.rows(x, activations)
-    checks.bits(bits)
-    n = checks.words(codes, layout.words(k, bits))
-    checks.scales(scale, 1, n)
-    if step.shape != (k,) or step.dtype.name != "float32" or scale.shape != (1, n):
-        raise ValueError(
-            f"step must be float32 [{k}] and scale [1, {n}], got {step.dtype} {list(step.shape)} "
-            f"and {list(scale.shape)}"
-        )
-    integers = {ranges.dtype, escapes.dtype} == {codes.dtype}
-    if ranges.shape != (2, n) or escapes.ndim != 1 or not integers:
-        raise ValueError(
-            f"ranges must be int32 [2, {n}] and escapes int32 [e], got {ranges.dtype} "
-            f"{list(ranges.shape)} and {escapes.dtype} {list(escapes.shape)}"
-        )
     arrays = codes, scale, step, ranges, escapes
     return product("dual_scale_matmul", x, *arrays, bits=bits, activations=activations)
-
-
-def _check_grouped(
-    x: Array, codes: Array, scale: Array, bits: int, group_size: int, activations: str, pad: bool
-) -> None:
-    """Raise ValueError unless these fit a product with a scale per group of rows."""
-    _, k = checks.rows(x, activations)
-    checks.bits(bits)
-    n = checks.words(codes, layout.words(k, bits))
-    checks.scales(scale, checks.groups(k, group_size, pad), n)

@@ -63,11 +63,11 @@ def tiles_of(monkeypatch):
 
     def set_tile(weights):
         monkeypatch.setattr(tiled_product, "TILE_WEIGHTS", weights)
-        dispatch._served.clear_cache()
+        dispatch._product.clear_cache()
 
     with dispatch.using("reference"):
         yield set_tile
-    dispatch._served.clear_cache()
+    dispatch._product.clear_cache()
 
 
 def share(text):

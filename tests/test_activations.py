@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.core.activations import product
+from jaxquant.core.activations import entered
 from pallas_kernels import dispatch
 
 from .kernels.operands import assert_rows_hold
@@ -77,7 +77,8 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(form, kernels):
     @jax.jit
     def run(x):
         with dispatch.using(kernels):
-            return product(form, x, data, lambda x, kind: w.matmul(x, weights, kind))
+            rows, kind, leave = entered(form, x, data)
+            return leave(w.matmul(rows, weights, kind))
 
     for m in (1, 9, 100):
         assert_rows_hold(run, x[:m])
@@ -229,4 +230,5 @@ def test_static_scales_are_not_made_up():
 
 def test_nothing_is_rounded_without_a_form():
     x = draw(2, 8)
-    assert product(None, x, {}, lambda x, form: (x, form)) == (x, "float")
+    rows, form, leave = entered(None, x, {})
+    assert rows is x and form == "float" and leave(x) is x

@@ -1,5 +1,8 @@
 """Quantized functions against the dequantized model, in every framework, and nothing dense."""
 
+import traceback
+from pathlib import Path
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -9,8 +12,11 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
+from pallas_kernels import cpu
 
 from .networks import NETWORKS
+
+ROOT = Path(cpu.__file__).parents[2]
 
 FORMATS = [
     jq.rtn(bits=4, group_size=16),
@@ -264,3 +270,23 @@ def test_as_an_array_and_as_a_tree_of_other_things():
     q = jq.quantize_array(draw(32, 16), FORMATS[0])
     np.testing.assert_array_equal(np.asarray(q), q.dequantize())
     assert "(4, 16)" in repr(jax.tree.map(jnp.shape, q))
+
+
+def test_from_a_function_to_its_kernel_in_nine_calls(monkeypatch):
+    """What a debugger shows of ours between `jax.jit(jq.quantized(fn))` and a kernel."""
+
+    class ArrivedError(Exception):
+        pass
+
+    def arrive(*args, **kwargs):
+        raise ArrivedError
+
+    op = "packed_matmul"
+    monkeypatch.setitem(cpu.KERNELS, op, cpu.KERNELS[op]._replace(call=arrive))
+    w = jq.quantize_array(draw(256, 64), jq.rtn(4))
+    with pytest.raises(ArrivedError) as caught:
+        jax.jit(jq.quantized(lambda w, x: x @ w))(w, draw(2, 256))
+    files = [frame.filename for frame in traceback.extract_tb(caught.tb)]
+    ours = [f for f in files if Path(f).is_relative_to(ROOT / "jaxquant")]
+    kernels = [f for f in files if Path(f).is_relative_to(ROOT / "pallas_kernels")]
+    assert 2 <= len(ours) and 2 <= len(kernels) and len(ours) + len(kernels) <= 9

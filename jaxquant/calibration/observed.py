@@ -153,9 +153,8 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
         return jax.lax.dot_general_p.bind(*operands, **params)
 
     def summary(x: Array, g: Array, probe: PyTree, which: Array | None, places: Any) -> PyTree:
-        rows, paired = c.rows(x, axes, leading, inner)
-        missing = [i for i, has in enumerate(paired) if not has]
-        rows = jnp.expand_dims(rows, missing).astype(jnp.float32)
+        missing = sorted(set(range(leading)) - c.contracted(axes) - c.batched(axes))
+        rows = jnp.expand_dims(c.rows(x, axes, leading, inner), missing).astype(jnp.float32)
         output = c.output_rows(g, axes, leading)
         part = _Part.of(w, inner)
         seen = part.seen(rows, output, places)

@@ -292,39 +292,47 @@ def in_force(form: Activations | None) -> Activations | None:
 # --- products ------------------------------------------------------------------------------------
 
 
-def product(
-    form: Activations | None,
-    x: Float[Array, "m k"],
-    data: dict[str, Array],
-    times: Callable[[Float[Array, "m k"], str], Any],
-) -> Any:
-    """What `times` gives for the rounded x: an array [m, n], or several.
+class Entered(NamedTuple):
+    """Rows as a product takes them.
+
+    Attributes:
+      rows: for a product that is linear in them, but for its own rounding.
+      form: how kernels are to take them, one of `pallas_kernels.activations.FORMS`.
+      leave: makes of the product of these rows that of the original ones.
+    """
+
+    rows: Float[Array, "r k"]
+    form: str
+    leave: Callable[[Float[Array, "r n"]], Float[Array, "m n"]]
+
+
+def entered(form: Activations | None, x: Float[Array, "m k"], data: dict[str, Array]) -> Entered:
+    """Rows of x for a product, rounded as the form says unless kernels do that themselves.
 
     Args:
-      form: None: x as it is.
-      data: its arrays, if it has any.
-      times: (rows, how kernels are to take them) -> products, linear in rows but for its rounding.
+      form: of the activations; None: x as it is.
+      x: the rows.
+      data: arrays of the form, if it has any.
 
     Rounding passes derivatives on as they are; scales and clipping have their own, but where the
     kernels round: these act as if nothing was rounded.
 
-    >>> w = jnp.array([[2.0], [1.0]])
-    >>> y = product(Activations(4), jnp.array([[7.0, 1.4]]), {}, lambda x, form: x @ w)
-    >>> y.tolist()
+    >>> rows, _, leave = entered(Activations(4), jnp.array([[7.0, 1.4]]), {})
+    >>> leave(rows @ jnp.array([[2.0], [1.0]])).tolist()
     [[15.0]]
     """
+    as_it_is = lambda y: y
     if form is None:
-        return times(x, "float")
+        return Entered(x, "float", as_it_is)
     if form.kernel is not None:
-        return times(x, form.kernel)
+        return Entered(x, form.kernel, as_it_is)
     if form.floating:
-        return times(through(x, form.rounded(x, data)), "float")
+        return Entered(through(x, form.rounded(x, data)), "float", as_it_is)
     code, scale, zero = form.codes(x, data)
     if form.symmetric or (form.bits < 8 and not form.static):
-        y = times(code - zero, "codes")
-        return jax.tree.map(lambda y: y * scale, y)
-    y = times(jnp.concatenate([code, jnp.ones_like(code[:1])]), "codes")
-    return jax.tree.map(lambda y: scale * (y[:-1] - zero * y[-1:]), y)
+        return Entered(code - zero, "codes", lambda y: y * scale)
+    rows = jnp.concatenate([code, jnp.ones_like(code[:1])])
+    return Entered(rows, "codes", lambda y: scale * (y[:-1] - zero * y[-1:]))
 
 
 def _largest(x: Float[Array, "m k"], share: float) -> Float[Array, "m k"]:

@@ -49,47 +49,40 @@ class Contraction:
         used = {x for x, _ in (*self.contract, *self.batch)}
         return [a for a in range(self.x_ndim) if a not in used]
 
-    def rows(
-        self, x: Array, axes: tuple[int, ...], leading: int, contracted: set[int]
-    ) -> tuple[Array, list[bool]]:
-        """x as [*paired leading axes, m, k]: free axes flattened to m, contracted ones to k.
-
-        Returns also, for each leading stored axis of w, whether x has an axis paired with it.
-        """
+    def rows(self, x: Array, axes: tuple[int, ...], leading: int, contracted: set[int]) -> Array:
+        """x as [*leading axes of w that it is paired with, m, k]: free axes become m."""
         x_of = {axes[w]: x for x, w in (*self.contract, *self.batch)}
-        paired = [a in x_of for a in range(leading)]
         lead = [x_of[a] for a in range(leading) if a in x_of]
         inner = [x_of[a] for a in sorted(contracted)]
         x = jnp.transpose(x, (*lead, *self.x_free(), *inner))
-        sizes = x.shape[: len(lead)]
-        k = 1
-        for size in x.shape[x.ndim - len(inner) :]:
-            k *= size
-        return x.reshape(*sizes, -1, k), paired
+        k = math.prod(x.shape[x.ndim - len(inner) :])
+        return x.reshape(*x.shape[: len(lead)], -1, k)
 
-    def apply(
+    def mapped(
+        self, matmul: Callable[[Array, Any], Array], axes: tuple[int, ...], leading: int
+    ) -> Callable[[Array, Any], Array]:
+        """`matmul([m, k], data of one matrix) -> [m, n]` for `rows` and the data of a stack.
+
+        Leading (batch) axes of w that the product keeps or sums over are mapped over with x; those
+        x knows nothing of are mapped with x broadcast.
+        """
+        paired = {axes[w] for _, w in (*self.contract, *self.batch)}
+        for a in reversed(range(leading)):
+            matmul = jax.vmap(matmul, in_axes=(0 if a in paired else None, 0))
+        return matmul
+
+    def result(
         self,
-        matmul: Callable[[Array, Any], Array],
+        y: Array,
         x: Array,
-        data: Any,
-        *,
+        out_shape: tuple[int, ...],
         axes: tuple[int, ...],
         leading: int,
         contracted: set[int],
-        out_shape: tuple[int, ...],
     ) -> Array:
-        """The product, given `matmul([m, k], data of one matrix) -> [m, n]`.
-
-        Leading (batch) axes of w that the product keeps are mapped over with x; those it sums
-        over are mapped and summed; those x knows nothing of are mapped with x broadcast.
-        """
+        """The product as the dot_general gives it, from what the mapped matmul gave for x."""
         free = [x.shape[a] for a in self.x_free()]
-        rows, paired = self.rows(x, axes, leading, contracted)
-        for has_x in reversed(paired):
-            matmul = jax.vmap(matmul, in_axes=(0 if has_x else None, 0))
-        y = matmul(rows, data)
-        sizes = y.shape[:leading]
-        y = y.reshape(*sizes, *free, *out_shape)
+        y = y.reshape(*y.shape[:leading], *free, *out_shape)
         return self._ordered(y, axes, leading, contracted)
 
     def output_labels(self, axes: tuple[int, ...]) -> list[tuple[str, int]]:

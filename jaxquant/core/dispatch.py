@@ -1,7 +1,6 @@
 """`quantized` runs a function on stand-ins; `explain` says, per weight, how each was served."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, PyTree
 from jaxquant.core import products  # noqa: F401  its rules are registered by the import
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant.core.standin import StandIn, is_standin, listening, run
+from jaxquant.core.standin import StandIn, dispatching, is_standin, listening
 from pallas_kernels import dispatch as table
 from pallas_kernels.lowering import devices_of
 
@@ -45,13 +44,7 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
     (2, 4)
     """
     check_arguments(quantized, locals())
-
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with table.using(kernels):
-            return run(fn, *args, **kwargs)
-
-    return call
+    return dispatching(fn, lambda: table.using(kernels))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a matmul or a look-up does with a `QTensor`: rules that quax dispatches to."""
 
-from functools import partial
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,93 +10,121 @@ from jax.lax import GatherScatterMode
 from jaxtyping import Array, PyTree
 
 from jaxquant.core import activations, indexing
+from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
 
 
-def _product(x: Array, w: QTensor, c: Contraction) -> Array | None:
-    """x . w as the traced dot_general states it; None where w is not laid out for it."""
-    batch = w.leading()
-    split = batch + len(w.view.k)
-    core_k, core_n = set(range(batch, split)), set(range(split, len(w.stored_shape())))
-    touched = c.contracted(w.axes()) | c.batched(w.axes())
-    if core_k <= c.contracted(w.axes()) and not core_n & touched:
-        rule, forward = "packed matmul", True
-    elif core_n <= c.contracted(w.axes()) and not core_k & touched:
-        rule, forward = "packed matmul, transposed", False
-    else:
-        return None
-    rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
-    # Only where no batch axis is mapped over is an input the same for every weight.
-    inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # of x, as k
-    key = (w.shared, w.input, rows.dtype, inner) if w.shared and not batch else None
-    # Weights whose products are served by an op may share a call.
-    family = w.siblings() if key and w.format.storage else [w]
-
-    form = activations.in_force(w.activations)
-
-    def matmul(rows: Array, arrays: Arrays) -> Array:
-        if not forward:
-            return w.matmul_transposed(rows, arrays)
-        rows = once(key, x, lambda: w.transformed(rows, arrays))
-        if w.format.latent:  # it rounds rows itself, as training needs it
-            y = w.format.product(form, rows, arrays.data, arrays.activations)
-            return w.finished(y, arrays)
-        meet = partial(activations.product, form, rows, arrays.activations)
-        if len(family) == 1:
-            return w.finished(meet(lambda x, form: w.format.matmul(x, arrays.data, form)), arrays)
-        several = [other.data for other in family]
-
-        def products() -> tuple:
-            with kernels.listening() as heard:
-                return meet(lambda x, form: w.format.matmuls(x, several, form)), heard
-
-        ys, heard = once((*key, w.format, form), x, products)
-        served.extend(heard)
-        return w.finished(ys[next(i for i, other in enumerate(family) if w.same(other))], arrays)
-
-    with kernels.listening() as served:
-        y = c.apply(
-            matmul,
-            rows,
-            w.arrays,
-            axes=w.axes(),
-            leading=batch,
-            contracted=core_k if forward else core_n,
-            out_shape=w.outputs if forward else w.view.k,
-        )
-    rounds = [form.describe()] if forward and form is not None else []
-    note(rule, "; ".join([w.format.kernel(), *rounds, *served]))
-    return y
-
-
 @quax.register(jax.lax.dot_general_p)
-def _(x: Any, w: QTensor, **params: PyTree) -> Array:
+def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree) -> Array:
+    """x . w as the traced dot_general states it, from packed codes where w is laid out for it."""
     if is_standin(x):
         x = x.materialise()
-    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=False)
-    y = _product(x, w, c)
-    return _finish(y, x, w, params) if y is not None else _plain(x, w.materialise(), params)
+    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=weight_left)
+    layout = _Layout.of(w, c)
+    if layout is None:
+        sides = (w.materialise(), x) if weight_left else (x, w.materialise())
+        return jax.lax.dot_general_p.bind(*sides, **params)
+    rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
+    form = activations.in_force(w.activations) if layout.forward else None
+    call = _SharedCall.of(x, rows, w, c) if layout.forward else None
+
+    def matmul(rows: Array, arrays: Arrays) -> Array:
+        if call is None:
+            return w.matmul_transposed(rows, arrays)
+        rows = once(call.key, x, lambda: w.transformed(rows, arrays))
+        if w.format.latent:  # it rounds rows itself, as training needs it
+            y = w.format.product(form, rows, arrays.data, arrays.activations)
+        elif len(call.family) > 1:
+            y = call.product(form, rows, arrays)
+        else:
+            rows, kernel_form, leave = activations.entered(form, rows, arrays.activations)
+            y = leave(w.format.matmul(rows, arrays.data, kernel_form))
+        return w.finished(y, arrays)
+
+    axes, leading, out = w.axes(), w.leading(), w.outputs if layout.forward else w.view.k
+    with kernels.listening() as served:
+        stacked = c.mapped(matmul, axes, leading)
+        y = stacked(c.rows(rows, axes, leading, layout.contracted), w.arrays)
+    y = c.result(y, x, out, axes, leading, layout.contracted)
+    heard = served if call is None else [*served, *call.heard]
+    rounds = [] if form is None else [form.describe()]
+    note(layout.rule, "; ".join([w.format.kernel(), *rounds, *heard]))
+    return y.astype(params.get("preferred_element_type") or rows.dtype)
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
 def _(w: QTensor, x: Any, **params: PyTree) -> Array:
-    if is_standin(x):
-        x = x.materialise()
-    c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=True)
-    y = _product(x, w, c)
-    return _finish(y, x, w, params) if y is not None else _plain(w.materialise(), x, params)
+    return _product(x, w, weight_left=True, **params)
 
 
-def _finish(y: Array, x: Array, w: QTensor, params: dict[str, Any]) -> Array:
-    dtype = params.get("preferred_element_type") or jnp.promote_types(x.dtype, w.dtype)
-    return y.astype(dtype)
+class _Layout(NamedTuple):
+    """Which of the weight's own axes are summed over: those of k, or (transposed) those of n."""
+
+    forward: bool
+    contracted: set[int]
+
+    @property
+    def rule(self) -> str:
+        return "packed matmul" if self.forward else "packed matmul, transposed"
+
+    @staticmethod
+    def of(w: QTensor, c: Contraction) -> "_Layout | None":
+        """None where the product takes some of both, or only a part of them."""
+        batch, ndim = w.leading(), len(w.stored_shape())
+        split = batch + len(w.view.k)
+        k, n = set(range(batch, split)), set(range(split, ndim))
+        summed = c.contracted(w.axes())
+        touched = summed | c.batched(w.axes())
+        if k <= summed and not n & touched:
+            return _Layout(True, k)
+        if n <= summed and not k & touched:
+            return _Layout(False, n)
+        return None
 
 
-def _plain(a: Array, b: Array, params: dict[str, Any]) -> Array:
-    return jax.lax.dot_general_p.bind(a, b, **params)
+@dataclasses.dataclass
+class _SharedCall:
+    """What products of one input share: its transform and, where an op serves them, the call.
+
+    Attributes:
+      x: the input in the user's function.
+      w: one of the weights.
+      key: names the input, its transform and the way it is read; None if nothing is shared.
+      family: the weights whose products may be one call, w among them.
+      heard: what was said to serve it.
+    """
+
+    x: Array
+    w: QTensor
+    key: tuple | None
+    family: list[QTensor]
+    heard: list[str] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def of(x: Array, rows: Array, w: QTensor, c: Contraction) -> "_SharedCall":
+        """Of a product of x, the rows being x in the dtype of the product."""
+        # Only where no batch axis is mapped over is an input the same for every weight.
+        if not w.shared or w.leading():
+            return _SharedCall(x, w, None, [w])
+        inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # of x, as k
+        key = (w.shared, w.input, rows.dtype, inner)
+        return _SharedCall(x, w, key, w.siblings() if w.format.storage else [w])
+
+    def product(self, form: Activations | None, rows: Array, arrays: Arrays) -> Array:
+        """The weight's part of the products of the family, which are made once."""
+        several = [other.data for other in self.family]
+
+        def products() -> tuple[list[Array], list[str]]:
+            with kernels.listening() as heard:
+                entered, kernel_form, leave = activations.entered(form, rows, arrays.activations)
+                ys = self.w.format.matmuls(entered, several, kernel_form)
+            return [leave(y) for y in ys], heard
+
+        ys, self.heard = once((*self.key, self.w.format, form), self.x, products)
+        return ys[next(i for i, other in enumerate(self.family) if self.w.same(other))]
 
 
 @quax.register(jax.lax.gather_p)

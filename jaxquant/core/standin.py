@@ -6,7 +6,9 @@ once, by renaming axes. What a stand-in does in a matmul is its own file's busin
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
@@ -170,29 +172,45 @@ def is_standin(x: Any) -> bool:
     return isinstance(x, StandIn)
 
 
-def run(fn: Callable[..., PyTree], *args: Any, **kwargs: Any) -> PyTree:
-    """fn(*args, **kwargs) with every quax value among the arguments dispatching on primitives.
+def dispatching(
+    fn: Callable[..., PyTree], within: Callable[[], AbstractContextManager] = nullcontext
+) -> Callable[..., PyTree]:
+    """`fn` with every quax value among its arguments dispatching on primitives.
 
     Trees are taken apart before, and put together inside, quax's trace: Flax NNX asks for the
     current trace whenever a `Variable` is rebuilt, and between the two there is none.
+
+    Args:
+      fn: a function of trees of arrays and stand-ins.
+      within: makes the context that it is traced in.
     """
     is_value = lambda x: isinstance(x, quax.Value)
-    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_value)
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        leaves = [leaf.local() if is_standin(leaf) else leaf for leaf in leaves]
-    trees = []
 
-    def flat(leaves: list[Any]) -> list[Any]:
-        a, k = jax.tree.unflatten(tree, leaves)
-        out, out_tree = jax.tree.flatten(fn(*a, **k), is_leaf=is_value)
-        trees.append(out_tree)
-        return out
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> PyTree:
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_value)
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            leaves = [leaf.local() if is_standin(leaf) else leaf for leaf in leaves]
+        trees = []
 
-    # `explain` gives doubles of stand-ins, which hold them.
-    values = [getattr(leaf, "inner", leaf) for leaf in leaves if is_value(leaf)]
-    with _running.set(_Run(values, {})):
-        out = quax.quaxify(flat)(leaves)
-    return jax.tree.unflatten(trees[0], out)
+        def flat(leaves: list[Any]) -> list[Any]:
+            a, k = jax.tree.unflatten(tree, leaves)
+            out, out_tree = jax.tree.flatten(fn(*a, **k), is_leaf=is_value)
+            trees.append(out_tree)
+            return out
+
+        # `explain` gives doubles of stand-ins, which hold them.
+        values = [getattr(leaf, "inner", leaf) for leaf in leaves if is_value(leaf)]
+        with within(), _running.set(_Run(values, {})):
+            out = quax.quaxify(flat)(leaves)
+        return jax.tree.unflatten(trees[0], out)
+
+    return call
+
+
+def run(fn: Callable[..., PyTree], *args: Any, **kwargs: Any) -> PyTree:
+    """fn(*args, **kwargs), `dispatching`."""
+    return dispatching(fn)(*args, **kwargs)
 
 
 @quax.register(jax.lax.transpose_p)

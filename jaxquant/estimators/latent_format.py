@@ -199,8 +199,8 @@ def _product(
 ) -> Float[Array, "m n"]:
     """The kernel's product of x and the packed matrix, as one of the rounded rows and values."""
     format, form = how
-    times = lambda x, form: format.matmul(x, packed, form)
-    return activations.product(form, x, of_inputs, times)
+    rows, kernel_form, leave = activations.entered(form, x, of_inputs)
+    return leave(format.matmul(rows, packed, kernel_form))
 
 
 def _forward(how: tuple, rounded: Array, value: Array, *fixed: PyTree) -> tuple[Array, tuple]:
