@@ -1,5 +1,8 @@
 """Statistics by cotangents against explicit sums, in every framework."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +183,36 @@ def test_statistics_that_no_gradient_fills_are_reported():
     w, x = draw(32, 8), draw(5, 32)
     with pytest.warns(UserWarning, match="statistics of w are zero: no gradient reached"):
         jq.calibrate(lambda p, x: jnp.argmax(x @ p["w"], -1), {"w": w}, [x])
+
+
+def test_a_stopped_calibration_goes_on_to_the_same_bits():
+    """And what is kept of other weights, other settings or another first batch is not taken."""
+    fn, rng = lambda p, x: jnp.tanh(x @ p["w"]), np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)}
+    batches = [jnp.asarray(rng.normal(size=(5, 6)), jnp.float32) for _ in range(5)]
+    calibrate = partial(jq.calibrate, fn, sample=2, save_every=2)
+
+    class StopError(Exception):
+        pass
+
+    def stopping():
+        yield from batches[:3]
+        raise StopError
+
+    whole = calibrate(params, batches)
+    kept, done = {}, []
+    with pytest.raises(StopError):
+        calibrate(params, stopping(), finished=kept)
+    assert int(kept["calibration"]["count"]) == 2
+    batches[1] = jnp.full((5, 6), jnp.nan)  # it is passed over
+    got = calibrate(params, batches, finished=kept, progress=done.append)
+    assert int(kept["calibration"]["count"]) == 5 and done == [1, 2, 3, 4, 5]
+    chex.assert_trees_all_equal(got.sums, whole.sums)
+    with pytest.raises(ValueError, match="save_every is a number of batches, 1 or more, got 0"):
+        calibrate(params, batches, save_every=0)
+    others = [
+        calibrate({"w": params["w"] + 1}, batches, finished=dict(kept)),
+        calibrate(params, batches, finished=dict(kept), gram=False),
+        calibrate(params, [batches[0] + 1, *batches[1:]], finished=dict(kept)),
+    ]
+    assert all(np.isnan(other.sums["w"].magnitude).any() for other in others)

@@ -23,6 +23,8 @@ from jaxquant.core.arguments import check_arguments, described
 from jaxquant.core.paths import matches
 from jaxquant.core.sites import Site, sites
 from jaxquant.core.standin import run
+from jaxquant.durable.states import as_arrays, as_tree, mark
+from jaxquant.durable.store import Finished
 
 
 def calibrate(
@@ -36,8 +38,9 @@ def calibrate(
     output: Sequence[str] = (),
     sample: int = 0,
     progress: Callable[[int], None] | None = None,
-    save: Callable[[int, dict[str, Probe]], None] | None = None,
-    resume: tuple[int, dict[str, Probe]] | None = None,
+    finished: Finished | None = None,
+    save_every: int = 16,
+    name: str = "calibration",
 ) -> Stats:
     """What the inputs of every weight that `fn` contracts are like: second moments, sizes, rows.
 
@@ -67,8 +70,11 @@ def calibrate(
       sample: rows of every input to keep, those with the largest entries, and as many at random;
         for transforms that are searched for on activations (`Greedy`, a searched `Smooth`).
       progress: called with the number of batches done.
-      save: called with the number of batches done and the sums so far, which it must copy.
-      resume: what `save` was given; these batches are passed over, and the sums go on from there.
+      finished: where the sums so far are kept, and gone on from: a mapping that lives on disk
+        (`durable.store.Folder`) makes a long run resumable. Batches whose sums are kept are passed
+        over. What is kept of other parameters, settings or another first batch is not taken.
+      save_every: batches between two copies to go on from, 1 or more; the last sums are kept too.
+      name: what the sums are kept as.
     Returns:
       `Stats`.
     Raises:
@@ -97,22 +103,25 @@ def calibrate(
         raise ValueError('output= needs weighting="gradient", and a loss')
     if (sample := int(sample)) < 0:
         raise ValueError(f"sample is a number of rows, 0 or more, got {sample}")
+    if save_every < 1:
+        raise ValueError(f"save_every is a number of batches, 1 or more, got {save_every}")
     params, fn = arrays_only(params, fn)
-    sums, plan = None, None
+    sums, plan, kept = None, None, _Kept(finished, name)
     for i, batch in enumerate(batches):
         if sums is None:
             found = sites(fn, params, *_args(batch))
             _check_globs(found, output)
             plan = _Plan.of(found, weighting, gram, tuple(output), sample)
-            sums = plan.probes() if resume is None else jax.tree.map(jnp.asarray, resume[1])
-        if resume is None or i >= resume[0]:
+            sums = kept.sums(plan, params, batch)
+        if i >= kept.count:
             sums = jax.block_until_ready(_step(sums, params, batch, fn, loss, plan))
-            if save is not None:
-                save(i + 1, sums)
+            if (i + 1) % save_every == 0:
+                kept.keep(i + 1, sums)
         if progress is not None:
             progress(i + 1)
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
+    kept.keep(i + 1, sums)
     for text in _doubts(found, sums, plan.holder):
         warnings.warn(text, stacklevel=2)
     return Stats(found, sums, dict(plan.holder))
@@ -199,6 +208,35 @@ class _Plan:
     def merged(self, a: dict[str, Probe], b: dict[str, Probe]) -> dict[str, Probe]:
         """Of two sets of batches."""
         return {p: self.kept(p).merged(a[p], b[p]) for p, _ in self.held}
+
+
+class _Kept:
+    """Sums as a store keeps them.
+
+    Attributes:
+      count: batches that the kept sums are of.
+    """
+
+    def __init__(self, finished: Finished | None, name: str) -> None:
+        self.finished, self.name, self.count = finished, name, 0
+
+    def sums(self, plan: _Plan, params: PyTree, batch: PyTree) -> dict[str, Probe]:
+        """Those kept of this plan, these parameters and this first batch; or zeros."""
+        if self.finished is None:
+            return plan.probes()
+        self.begun = mark(str(plan), (params, batch))
+        kept = self.finished.get(self.name, {})
+        if not kept or not np.array_equal(kept["begun"], self.begun):
+            return plan.probes()
+        self.count = int(kept["count"])
+        return as_tree(kept, jax.eval_shape(plan.probes))
+
+    def keep(self, count: int, sums: dict[str, Probe]) -> None:
+        """The sums of so many batches, if that is more than is kept."""
+        if self.finished is not None and count > self.count:
+            beside = {"begun": self.begun, "count": np.int64(count)}
+            self.finished[self.name] = as_arrays(sums) | beside
+            self.count = count
 
 
 @partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")

@@ -1,7 +1,6 @@
 """Quantizing one leaf: its matrices, one after another, through one compiled program."""
 
 import dataclasses
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from jaxquant.calibration.statistics import Stats
 from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
+from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, block_importance, round_matrix
@@ -157,9 +157,11 @@ class LeafJob:
     ) -> tuple[Arrays, Report, bool]:
         """Arrays, report, and whether these were finished before."""
         finished = None if abstract else self.finished
-        mark = b"" if finished is None else self._mark(w, moments, method)
-        kept = dict(finished.get(name, {})) if finished is not None else {}
-        if kept and np.asarray(kept.pop(MARK, ())).tobytes() == mark:
+        kept, made_of = {}, np.zeros(0, np.uint8)
+        if finished is not None:  # of another matrix, method or key nothing is taken
+            kept = dict(finished.get(name, {}))
+            made_of = mark(f"{method}{self.draw.name}", (w, moments))
+        if kept and np.array_equal(kept.pop(MARK, ()), made_of):
             stored = {key: jnp.asarray(a) for key, a in kept.items()}
             report = Report(*(stored.pop(f"report.{f}") for f in Report._fields))
             return by_kind(stored), report, True
@@ -178,15 +180,8 @@ class LeafJob:
             named = flat_names(arrays)
             if taken := sorted(named.keys() & {*reports, MARK}):
                 raise ValueError(f"{name}: the format names an array {taken[0]!r}, which is taken")
-            finished[name] = {**named, **reports, MARK: np.frombuffer(mark, np.uint8)}
+            finished[name] = {**named, **reports, MARK: made_of}
         return arrays, report, False
-
-    def _mark(self, w: Array, moments: Moments, method: Method) -> bytes:
-        """A digest of what decides the result: what is finished of another matrix is not taken."""
-        digest = hashlib.blake2b(f"{method}{self.draw.name}".encode(), digest_size=16)
-        for a in (w, *jax.tree.leaves(moments)):
-            digest.update(np.asarray(a).tobytes())
-        return digest.digest()
 
     def _check_result(self, name: str, arrays: Arrays, report: Report) -> None:
         """ValueError if the matrix holds NaN or infinity; the loss tells, and where it may not."""

@@ -1,7 +1,6 @@
 """Training what an opened tree leaves to train: resumable, and judged on held-out data."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.durable.states import as_arrays, as_tree, mark
 from jaxquant.durable.store import Finished
 from jaxquant.tuning.trainable import Opened, Values, at_start
 
@@ -71,31 +71,19 @@ class _State(NamedTuple):
     best: Values | None
     best_loss: float
 
-    def stored(self, mark: np.ndarray, done: bool) -> dict[str, np.ndarray]:
+    def stored(self, begun: np.ndarray, done: bool) -> dict[str, np.ndarray]:
         """Copies by name, since slots are given away; with a mark of what training began with."""
-        leaves = {str(i): np.array(a) for i, a in enumerate(jax.tree.leaves(self))}
-        return leaves | {MARK: mark, DONE: np.array(done)}
+        return as_arrays(self) | {MARK: begun, DONE: np.array(done)}
 
     def restored(self, arrays: Mapping[str, Array]) -> "_State":
         """The state stored, of this one's structure."""
-        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 2)]
-        state = jax.tree.unflatten(jax.tree.structure(self), leaves)
+        state = as_tree(arrays, self)
         return state._replace(step=int(state.step), best_loss=float(state.best_loss))
 
 
 def _copied(change: Values) -> Values:
     """Of its own memory: an update writes over what it is given."""
     return jax.tree.map(jnp.copy, change)
-
-
-def _mark(healing: Healing, tree: PyTree) -> np.ndarray:
-    """A digest of settings, structure and all leaves of what training begins with, the first batch
-    among it: with others it is another training.
-    """
-    digest = hashlib.blake2b(f"{healing}{jax.tree.structure(tree)}".encode(), digest_size=16)
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
 
 
 class Progress(NamedTuple):
@@ -179,10 +167,10 @@ def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) ->
     return jnp.mean(nll[:, :-1])
 
 
-def _kept(finished: Finished | None, mark: np.ndarray, name: str) -> Mapping[str, Array] | None:
+def _kept(finished: Finished | None, begun: np.ndarray, name: str) -> Mapping[str, Array] | None:
     """What is kept of this training, if any; what is kept of an earlier one that ended is not."""
     kept = None if finished is None or name not in finished else finished[name]
-    if kept is None or np.array_equal(kept[MARK], mark):
+    if kept is None or np.array_equal(kept[MARK], begun):
         return kept
     if not kept[DONE]:
         raise ValueError(
@@ -244,13 +232,13 @@ class Trainer:
             return float(np.mean(each)) if each else float("inf")
 
         start, slots = self.rule.init(opened)
-        mark = np.zeros(0, np.uint8)
+        begun = np.zeros(0, np.uint8)
         if finished is not None:  # hashing reads every weight
             first = batch(healing.batch(0, count)), [one[-1] for one in held_out]
-            mark = _mark(healing, (opened, first))
+            begun = mark(str(healing), (opened, first))
         best = start if held_out else None  # of what is not judged no second copy is kept
         state = _State(0, _copied(start), slots, best, float("inf"))
-        if kept := _kept(finished, mark, name):
+        if kept := _kept(finished, begun, name):
             state = state.restored(kept)
         else:
             state = state._replace(best_loss=judged(start))
@@ -265,7 +253,7 @@ class Trainer:
                 if held < state.best_loss:
                     state = state._replace(best=_copied(change), best_loss=held)
             if finished is not None and (last or state.step % healing.save_every == 0):
-                finished[name] = state.stored(mark, last)
+                finished[name] = state.stored(begun, last)
             if progress is not None:
                 progress(Progress(name, state.step, measured["loss"], held, measured))
         return state.change if state.best is None else state.best

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import jaxquant as jq
-from jaxquant.calibration.statistics import Probe, Weighting
+from jaxquant.calibration.statistics import Weighting
 from jaxquant.durable.store import Finished
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.cache import AnyCache
@@ -17,8 +17,6 @@ from jaxquant_models.architectures.prefix import after_prefix
 from jaxquant_models.readers.model import Model
 
 CALIBRATION = "calibration"  # what the sums so far are kept as
-COUNT = ":"  # and, among them, the number of sequences that they are of
-SAVE_EVERY = 16  # sequences between two copies of the sums
 
 
 def calibrate_model(
@@ -39,9 +37,7 @@ def calibrate_model(
     what is kept, twice, beside the parameters.
 
     Args:
-      weighting, gram, output, sample, progress: as in `jaxquant.calibrate`.
-      finished: where the sums so far are kept, every `SAVE_EVERY` sequences, and gone on from.
-      name: what they are kept as.
+      weighting, gram, output, sample, progress, finished, name: as in `jaxquant.calibrate`.
     Raises:
       ValueError: an id without a row in the embedding; before any compute.
     """
@@ -58,30 +54,9 @@ def calibrate_model(
             after_prefix(llama, model.params, tokens, model.prefix) if model.prefix else (tokens,)
         )
 
-    def save(count: int, sums: dict[str, Probe]) -> None:
-        if finished is not None and (count % SAVE_EVERY == 0 or count == len(sequences)):
-            finished[name] = _arrays(count, sums)
-
     return jq.calibrate(
         forward, model.params, (batch(s) for s in sequences),
         loss=lambda logits, batch: next_token_loss(logits, batch[0]),
         weighting=weighting, gram=gram, output=output, sample=sample, progress=progress,
-        save=save, resume=None if finished is None else _sums(finished, name),
+        finished=finished, name=name,
     )  # fmt: skip
-
-
-def _arrays(count: int, sums: dict[str, Probe]) -> dict[str, jax.Array | int]:
-    """The arrays that the sums of so many sequences are kept as."""
-    arrays = {f"{path}:{f}": a for path, p in sums.items() for f, a in p._asdict().items()}
-    return {COUNT: count, **{name: a for name, a in arrays.items() if a is not None}}
-
-
-def _sums(finished: Finished, name: str) -> tuple[int, dict[str, Probe]] | None:
-    """The count and the sums that were kept; None if none were."""
-    if name not in finished:
-        return None
-    arrays = dict(finished[name])
-    count = int(arrays.pop(COUNT))
-    paths = {key.rpartition(":")[0] for key in arrays}
-    probe = lambda path: Probe(*(arrays.get(f"{path}:{field}") for field in Probe._fields))
-    return count, {path: probe(path) for path in sorted(paths)}

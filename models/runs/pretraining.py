@@ -21,6 +21,7 @@ from pydantic import JsonValue
 
 import jaxquant as jq
 from jaxquant.core.paths import matches, replace_leaves
+from jaxquant.durable.states import as_arrays, as_tree
 from jaxquant.durable.store import Finished
 from jaxquant.evaluate import chunk
 from jaxquant.training import stability
@@ -132,7 +133,7 @@ def train(
         if last or state.step % request.validate_every == 0:
             validation = judge(state.params)
         if finished is not None and (last or state.step % request.save_every == 0):
-            finished[STATE] = _arrays(state)
+            finished[STATE] = as_arrays(state)
         if progress is not None:
             progress(StepReport(state.step, float(loss), float(norm), float(flips), validation))
     return state.params, judge(state.params)
@@ -234,13 +235,5 @@ def _last_state(finished: Finished, start: State) -> State:
     """The state that was kept last, or the start."""
     if STATE not in finished:
         return start
-    arrays = finished[STATE]
-    leaves, form = jax.tree.flatten(start[1:])
-    kept = [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
-    return State(int(arrays["step"]), *jax.tree.unflatten(form, kept))
-
-
-def _arrays(state: State) -> dict[str, jax.Array | np.int64]:
-    """The arrays that a state is kept as."""
-    leaves = {str(i): a for i, a in enumerate(jax.tree.leaves(state[1:]))}
-    return {"step": np.int64(state.step), **leaves}
+    state = as_tree(finished[STATE], start)
+    return state._replace(step=int(state.step))
