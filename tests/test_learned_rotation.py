@@ -7,7 +7,6 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant.ptq.shared_transforms import Member
 from jaxquant.tuning.cayley import Cayley
 from jaxquant.tuning.learned_rotation import _loss, _Stream
 from jaxquant.tuning.trainable import Opened
@@ -132,8 +131,7 @@ class Plain:
 
 
 def test_steps_that_do_not_turn_leave_the_manifold():
-    entries = jq.resolve(recipe(), PARAMS, sites()).entries
-    todo = [Member(e, e.method) for e in entries if isinstance(e.method, jq.Method)]
+    todo = jq.resolve(recipe(), PARAMS, sites()).weights
     stream = _Stream.of(todo, STREAM, D, True)
     folded = jq.rotate_residual(PARAMS, STREAM, START)
     opened = Opened((folded, {"up": {}, "down": {}}), {"residual": {"rotation": START}})

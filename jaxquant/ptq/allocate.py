@@ -15,7 +15,7 @@ from jaxquant.core.sites import Site, is_weight
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import KEEP, Method
 from jaxquant.ptq.quantize import quantize, quantize_array
-from jaxquant.recipes.recipe import Entry, Recipe, resolve
+from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 
 APART = 0.9  # bits between two methods of one name that are measured
 
@@ -120,7 +120,7 @@ def allocate(
         nearest = min(entries, key=lambda e: abs(8 * e.bytes / e.size - bits))
         unit, losses = table.unit(nearest, measure), table.losses(entries)
         group = [
-            Option(e.path, _method(e), e.bytes, e.size, unit * loss)
+            Option(e.path, e.method, e.bytes, e.size, unit * loss)
             for e, loss in zip(entries, losses, strict=True)
         ]
         if progress is not None:
@@ -141,7 +141,7 @@ class Choices:
       weights: of each, an entry for every method that fits it.
     """
 
-    weights: tuple[tuple[Entry, ...], ...]
+    weights: tuple[tuple[WeightEntry, ...], ...]
 
     @staticmethod
     def of(
@@ -192,7 +192,7 @@ class Choices:
 
 def _fitting(
     path: str, methods: Sequence[Method], params: PyTree, found: Mapping[str, Site], healed: bool
-) -> tuple[Entry, ...]:
+) -> tuple[WeightEntry, ...]:
     """Entries of a weight by the methods that fit it; ValueError if none does."""
     entries, problem = [], ValueError("")
     for method in methods:
@@ -201,25 +201,17 @@ def _fitting(
         except ValueError as error:
             problem = error
             continue
-        entry = next(e for e in plan.entries if e.path == path)
-        entries.append(_with_added(entry, method) if healed else entry)
+        entry = next(e for e in plan.weights if e.path == path)
+        entries.append(_with_added(entry) if healed else entry)
     if not entries:
         raise problem
     return tuple(entries)
 
 
-def _with_added(entry: Entry, method: Method) -> Entry:
+def _with_added(entry: WeightEntry) -> WeightEntry:
     """The entry with the bytes of a healed weight."""
-    *batch, k, n = entry.matrix
-    return dataclasses.replace(
-        entry, bytes=entry.bytes + math.prod(batch) * method.healing_bytes(k, n)
-    )
-
-
-def _method(entry: Entry) -> Method:
-    if not isinstance(entry.method, Method):
-        raise ValueError(f"{entry.path} is kept; it has no method")
-    return entry.method
+    added = entry.count * entry.method.healing_bytes(*entry.matrix[-2:])
+    return dataclasses.replace(entry, bytes=entry.bytes + added)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +224,11 @@ class _Table:
     samples: int
     finished: Finished
 
-    def losses(self, entries: Sequence[Entry]) -> list[float]:
+    def losses(self, entries: Sequence[WeightEntry]) -> list[float]:
         """Of a weight by these methods; log losses between two measured ones lie on a line."""
         out: dict[int, float] = {}
-        for name in {_method(e).name for e in entries}:
-            mine = sorted((e for e in entries if _method(e).name == name), key=lambda e: e.bytes)
+        for name in {e.method.name for e in entries}:
+            mine = sorted((e for e in entries if e.method.name == name), key=lambda e: e.bytes)
             anchors = mine[:1]
             for e in mine[1:]:
                 if 8 * (e.bytes - anchors[-1].bytes) / e.size > APART or e is mine[-1]:
@@ -246,14 +238,15 @@ class _Table:
             out |= {id(e): math.exp(np.interp(e.bytes, at, logs)) for e in mine}
         return [out[id(e)] for e in entries]
 
-    def loss(self, entry: Entry) -> float:
+    def loss(self, entry: WeightEntry) -> float:
         """Mean over the sampled matrices, times the number of matrices."""
         name = f"allocation: {entry.path} by {entry.method}"
         if name not in self.finished:
-            self.finished[name] = {"loss": np.float64(self._loss(entry, _method(entry)))}
+            self.finished[name] = {"loss": np.float64(self._loss(entry))}
         return float(self.finished[name]["loss"])
 
-    def _loss(self, entry: Entry, method: Method) -> float:
+    def _loss(self, entry: WeightEntry) -> float:
+        method = entry.method
         matrices = entry.matrices(dict(path_leaves(self.params))[entry.path])
         count, k, n = matrices.shape
         gram = self.stats.gram(entry.path).reshape(count, k, k)
@@ -267,13 +260,13 @@ class _Table:
             losses.append(float(jnp.sum(error * (gram[i] @ error))) / n)
         return float(np.mean(losses)) * count
 
-    def unit(self, entry: Entry, measure: Callable[[PyTree], float] | None) -> float:
+    def unit(self, entry: WeightEntry, measure: Callable[[PyTree], float] | None) -> float:
         """What the weight's losses are to be multiplied by."""
         if measure is None:
             return 1.0
         name = f"allocation: {entry.path} measured by {entry.method}"
         if name not in self.finished:
-            recipe = Recipe([(entry.path, _method(entry)), ("*", KEEP)])
+            recipe = Recipe([(entry.path, entry.method), ("*", KEEP)])
             tree = quantize(self.params, recipe, self.stats, key=self.key)
             self.finished[name] = {"loss": np.float64(measure(tree))}
         # What is measured is a difference, and may be noise about 0.

@@ -18,8 +18,8 @@ from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.random_keys import Draw
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
-from jaxquant.ptq.shared_transforms import Inputs, Inspection, Member
-from jaxquant.recipes.recipe import Entry, Recipe, resolve
+from jaxquant.ptq.shared_transforms import Inputs, Inspection
+from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 from jaxquant.transforms import Chain
 from jaxquant.transforms.scaling import Factors
 
@@ -70,11 +70,10 @@ def fold(
     True
     """
     check_arguments(fold, locals())
-    entries = resolve(recipe, params, stats.sites).entries
-    todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
-    left: dict[str, Any] = {e.path: e.method for e in entries}
+    plan = resolve(recipe, params, stats.sites)
+    left: dict[str, Any] = {e.path: e.method for e in plan.entries}
     leaves = dict(path_leaves(params))
-    inputs = Inputs.of(todo, stats.sites, leaves, stats, inspect)
+    inputs = Inputs.of(plan.weights, stats.sites, leaves, stats, inspect)
     new: dict[str, Array] = {}
     sums = dict(stats.sums)
     for leader, members in inputs.members.items():
@@ -84,11 +83,11 @@ def fold(
         factors = _factors(inputs, leader, members, key, {} if finished is None else finished)
         for name in targets:
             new[name] = _scaled(new.get(name, leaves[name]), factors, name)
-        for entry, _ in members:
+        for entry in members:
             path = entry.path
             new[path] = _unscaled(new.get(path, leaves[path]), factors, entry)
             left[path] = dataclasses.replace(left[path], input=_rest(left[path].input))
-        for path in {stats.holder[m.entry.path] for m in members}:
+        for path in {stats.holder[m.path] for m in members}:
             sums[path] = _seen(sums[path], factors)
         for name in set(targets) & set(stats.holder):
             sums[stats.holder[name]] = _pushed(sums[stats.holder[name]], factors)
@@ -101,7 +100,7 @@ def fold(
 
 def _targets(
     leader: str,
-    members: list[Member],
+    members: list[WeightEntry],
     stats: Stats,
     folds: Folds,
     leaves: Mapping[str, Array],
@@ -109,7 +108,7 @@ def _targets(
     """The leaves that take the factors of these weights' input; none where it cannot be."""
     if not isinstance(_first(members[0].method.input), Factors):
         return []
-    paths = {m.entry.path for m in members}
+    paths = {m.path for m in members}
     site = stats.sites[leader]
     readers = {p for p, s in stats.sites.items() if s.input and s.input == site.input}
     if readers - paths or site.gathered is not None or site.otherwise:
@@ -132,10 +131,10 @@ def _rest(side: Any) -> PyTree:
 
 
 def _factors(
-    inputs: Inputs, leader: str, members: list[Member], key: Array | None, finished: Finished
+    inputs: Inputs, leader: str, members: list[WeightEntry], key: Array | None, finished: Finished
 ) -> Array:
     """Those of every matrix of the stack, float32 [*batch, k]."""
-    *batch, k, _ = members[0].entry.matrix
+    *batch, k, _ = members[0].matrix
     draw, found = Draw.of(key), []
     prefix = "input.0." if isinstance(members[0].method.input, Chain) else "input."
     for i in range(math.prod(batch)):
@@ -159,9 +158,9 @@ def _scaled(leaf: Array, factors: Array, name: str) -> Array:
     return (leaf * factors.reshape(*batch, *inner, k)).astype(leaf.dtype)
 
 
-def _unscaled(w: Array, factors: Array, entry: Entry) -> Array:
+def _unscaled(w: Array, factors: Array, entry: WeightEntry) -> Array:
     """A weight that reads the input, its rows over the factors."""
-    _, order = entry.form
+    order = entry.order
     turned = jnp.transpose(w, order)
     rows = turned.reshape(*entry.matrix) / factors[..., None]
     back = [order.index(axis) for axis in range(len(order))]

@@ -1,6 +1,5 @@
 """The driver: params, recipe, statistics -> params."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -16,7 +15,7 @@ from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob, moments_for
-from jaxquant.ptq.shared_transforms import Inputs, Inspection, Member
+from jaxquant.ptq.shared_transforms import Inputs, Inspection
 from jaxquant.recipes.recipe import Recipe, resolve
 from jaxquant.rounding import Moments
 
@@ -68,18 +67,17 @@ def quantize(
     _check_not_differentiated(params)
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
-    todo = [Member(e, e.method) for e in plan.entries if isinstance(e.method, Method)]
-    for entry, method in todo:
-        _check_statistics(entry.path, method, stats)
+    for entry in plan.weights:
+        _check_statistics(entry.path, entry.method, stats)
     draw = Draw.of(key)
-    report = Counter(sum(math.prod(e.matrix[:-2]) for e, _ in todo), progress)
+    report = Counter(plan.matrices, progress)
     leaves = dict(path_leaves(params))
     known = stats if isinstance(stats, Stats) else None
-    inputs = Inputs.of(todo, found, leaves, known, inspect, transforms)
+    inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms)
     new = {}
-    for entry, method in todo:
-        moments = moments_for(entry.path, method, stats)
-        job = LeafJob(entry, method, draw, inputs, finished)
+    for entry in plan.weights:
+        moments = moments_for(entry.path, entry.method, stats)
+        job = LeafJob(entry, draw, inputs, finished)
         new[entry.path] = job.run(leaves[entry.path], moments, report)
     return replace_leaves(params, new)
 
@@ -127,10 +125,10 @@ def quantize_array(
             raise ValueError(f"method {method.name!r} needs {name}=, [{size}] squared")
         if given is not None and given.shape != (size, size):
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
-    (entry,) = resolve(method, {"w": w}).entries
+    (entry,) = resolve(method, {"w": w}).weights
     moments = Moments(gram, output_gram)
-    shared = Inputs.of([Member(entry, method)], None, {"w": w}, stats)
-    job = LeafJob(entry, method, Draw.of(key), shared, {})
+    shared = Inputs.of([entry], None, {"w": w}, stats)
+    job = LeafJob(entry, Draw.of(key), shared, {})
     return job.run(w, moments, Counter(1, None))
 
 

@@ -19,7 +19,7 @@ from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, block_importance, round_matrix
 from jaxquant.ptq.shared_transforms import Inputs
-from jaxquant.recipes.recipe import Entry
+from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.rounding import Moments
 
 MARK = "report.of"  # the digest among what is finished
@@ -79,14 +79,13 @@ class Counter:
 class LeafJob:
     """One leaf: its matrices, one after another through one compiled program."""
 
-    entry: Entry
-    method: Method
+    entry: WeightEntry
     draw: Draw
     inputs: Inputs
     finished: Finished | None
 
     def run(self, w: Array, moments: Moments, progress: Counter) -> QTensor:
-        entry, method = self.entry, self.method
+        entry = self.entry
         *batch, k, n = entry.matrix
         moments = self._matrices(moments)
         # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's type.
@@ -116,7 +115,7 @@ class LeafJob:
         return QTensor(
             data=arrays.data,
             format=method.format,
-            view=entry.form[0],
+            view=entry.view,
             logical_dtype=jnp.dtype(w.dtype).name,
             method=method.name,
             input=method.input,
@@ -132,7 +131,7 @@ class LeafJob:
         """ValueError where the format cannot hold such weights; a warning where it loses some."""
         for name, w in zip(self._names(), matrices, strict=True):
             try:
-                found = self.method.format.check(self.method.magnitudes(w))
+                found = self.entry.method.format.check(self.entry.method.magnitudes(w))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             if found:
@@ -140,17 +139,17 @@ class LeafJob:
 
     def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
         """The method, its format's rates (if it has any to give) chosen for these matrices."""
-        format = self.method.format
+        format = self.entry.method.format
         if not format.plans:
-            return self.method
-        k = self.method.stored(*matrices.shape[1:])[0]
+            return self.entry.method
+        k = self.entry.method.stored(*matrices.shape[1:])[0]
         importance = np.full(k // format.block, float(abstract))
         for i, w in enumerate(() if abstract else matrices):
             one = jax.tree.map(lambda a, i=i: a[i], moments)
             keys, known = self._keys(i), self._known(i).input or None
-            one, e = block_importance(w, one, keys, self.method, format.block, known)
+            one, e = block_importance(w, one, keys, self.entry.method, format.block, known)
             importance += np.ldexp(np.asarray(one, np.float64), int(e))
-        return dataclasses.replace(self.method, format=format.planned(importance))
+        return dataclasses.replace(self.entry.method, format=format.planned(importance))
 
     def _one(
         self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
@@ -170,7 +169,7 @@ class LeafJob:
         arrays = arrays._replace(activations=known.activations)
         if abstract:
             # What was planned without values is no result, and nobody has looked at the weights.
-            planned = method is not self.method
+            planned = method is not self.entry.method
             sound = jnp.logical_and(not planned, _finite((w, moments, known)))
             return _nan_unless(sound, arrays), report, False
         arrays, report = jax.block_until_ready((arrays, report))
@@ -185,14 +184,15 @@ class LeafJob:
 
     def _check_result(self, name: str, arrays: Arrays, report: Report) -> None:
         """ValueError if the matrix holds NaN or infinity; the loss tells, and where it may not."""
-        stored = self.method.stored(*self.entry.matrix[-2:])[0]
+        stored = self.entry.method.stored(*self.entry.matrix[-2:])[0]
         if bool(_finite((arrays, report.loss))):
             return
-        decoded = self.method.format.dequantize(arrays.data, stored)
+        decoded = self.entry.method.format.dequantize(arrays.data, stored)
         if not bool(_finite((arrays, decoded))):
             raise ValueError(
-                f"{name}: {self.method.name} made a matrix of finite weights into one that is not "
-                f"finite (NaN or infinity); use another method or more bits, or rescale the weights"
+                f"{name}: {self.entry.method.name} made a matrix of finite weights into one that "
+                f"is not finite (NaN or infinity); use another method or more bits, or rescale the "
+                f"weights"
             )
 
     def _known(self, i: int) -> Arrays:
@@ -213,7 +213,7 @@ class LeafJob:
 
     def _shared(self) -> str:
         """A name that two weights have in common only if they read one input, transformed alike."""
-        side = self.method.input
+        side = self.entry.method.input
         if side is not None and (side.fitted or not self.draw.name):
             return ""
         return f"{self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
@@ -237,7 +237,7 @@ class LeafJob:
             warnings.warn(
                 f"{named}: the statistics are zero throughout; rounded to nearest", stacklevel=4
             )
-        wanted = self.method.rounder.damping
+        wanted = self.entry.method.rounder.damping
         damping = max(float(r.damping) for r in reports)
         if damping > 1.5 * wanted:
             warnings.warn(

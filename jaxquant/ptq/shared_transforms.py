@@ -9,7 +9,7 @@ moment; or what the user's own inspection of the weights says.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,12 @@ from jaxquant.core.magnitude import exponent, ratios, shifted, unit
 from jaxquant.core.protocols import Transform
 from jaxquant.core.sites import Site
 from jaxquant.methods.method import Method
-from jaxquant.recipes.recipe import Entry
+from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.transforms import Channels
 
 # What a function loses if these matrices [k, n], by path, take the place of the index-th of each
 # leaf's; None: no opinion.
 Inspection = Callable[[dict[str, Array], int], Array | float | None]
-
-
-class Member(NamedTuple):
-    """A weight to quantize."""
-
-    entry: Entry
-    method: Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Inputs:
     """
 
     leader: dict[str, str]
-    members: dict[str, list[Member]]
+    members: dict[str, list[WeightEntry]]
     leaves: Mapping[str, Array]
     stats: Stats | None
     inspect: Inspection | None
@@ -60,7 +53,7 @@ class Inputs:
 
     @staticmethod
     def of(
-        todo: list[Member],
+        todo: list[WeightEntry],
         sites: Mapping[str, Site] | None,
         leaves: Mapping[str, Array],
         stats: Stats | None,
@@ -73,16 +66,16 @@ class Inputs:
         """
         first: dict[Any, str] = {}
         leader: dict[str, str] = {}
-        members: dict[str, list[Member]] = {}
-        for member in todo:
-            (entry, method), path = member, member.entry.path
+        members: dict[str, list[WeightEntry]] = {}
+        for entry in todo:
+            path, method = entry.path, entry.method
             site = (sites or {}).get(path)
             key: Any = path
             if site is not None and site.input and not (method.input and method.input.fitted):
                 form = method.activations if _static(method) else None
                 key = (site.input, entry.matrix[:-1], method.input, form)
             leader[path] = first.setdefault(key, path)
-            members.setdefault(leader[path], []).append(member)
+            members.setdefault(leader[path], []).append(entry)
         if wrong := {path for path, _ in known or {}} - set(members):
             raise ValueError(f"transforms of {', '.join(sorted(wrong))}, which lead no input here")
         return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
@@ -117,11 +110,11 @@ class Inputs:
             out |= {f"activations.{name}": a for name, a in known.items()}
         return out
 
-    def _channels(self, members: list[Member], i: int) -> Channels:
+    def _channels(self, members: list[WeightEntry], i: int) -> Channels:
         """The weights that read the input, side by side, and what is known of it."""
-        matrix = lambda m: m.entry.matrices(self.leaves[m.entry.path])[i].astype(jnp.float32)
+        matrix = lambda m: m.matrices(self.leaves[m.path])[i].astype(jnp.float32)
         weights = jnp.concatenate([matrix(m).T for m in members])
-        path = members[0].entry.path
+        path = members[0].path
         if self.stats is None:
             return Channels(weights)
         probe = _of_matrix(self.stats.of(path), i)
@@ -133,14 +126,14 @@ class Inputs:
         return Channels(weights, gram, probe.magnitude / count, probe.low, probe.high, sample)
 
     def _searched(
-        self, members: list[Member], channels: Channels, e: Array, i: int, key: Array
+        self, members: list[WeightEntry], channels: Channels, e: Array, i: int, key: Array
     ) -> dict[str, Array]:
         """The best of the transform's candidates; the first of equal ones.
 
         The weights are 2**e times those of the channels.
         """
         method, side = members[0].method, _side(members[0].method)
-        ends = np.cumsum([m.entry.matrix[-1] for m in members])[:-1]
+        ends = np.cumsum([m.matrix[-1] for m in members])[:-1]
         best: dict[str, Array] = {}
         least: Any = None
         for arrays in side.candidates(channels, key):
@@ -148,7 +141,7 @@ class Inputs:
             cost = None
             if self.inspect is not None:
                 parts = jnp.split(shifted(rounded, e), ends, axis=1)
-                named = {m.entry.path: w for m, w in zip(members, parts, strict=True)}
+                named = {m.path: w for m, w in zip(members, parts, strict=True)}
                 cost = self.inspect(named, i)
             if cost is None:
                 cost = _cost(arrays, channels, rounded, method)

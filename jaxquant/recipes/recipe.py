@@ -85,38 +85,49 @@ def _rule(value: Any) -> tuple[str, Method | Keep]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What will happen to one leaf. `view` and `order` are None for a kept leaf.
+    """What will happen to one leaf.
 
     Attributes:
-      order: axes of the leaf in the order [*batch, *contracted, *output].
+      method: `KEEP`, or that of a `WeightEntry`.
       bytes, size: of the result, and its number of weights.
     """
 
     path: str
     shape: tuple[int, ...]
     method: Method | Keep
-    view: View | None
-    order: tuple[int, ...] | None
     bytes: int
     size: int
 
-    @property
-    def form(self) -> tuple[View, tuple[int, ...]]:
-        """View and order of a leaf that is not kept."""
-        if self.view is None or self.order is None:
-            raise ValueError(f"{self.path!r} is kept; it has no matrix form")
-        return self.view, self.order
+
+@dataclasses.dataclass(frozen=True)
+class WeightEntry(Entry):
+    """A leaf to be quantized, as matrices.
+
+    Attributes:
+      method: by which.
+      view: how the stored matrices are the leaf.
+      order: axes of the leaf in the order [*batch, *contracted, *output].
+    """
+
+    method: Method
+    view: View
+    order: tuple[int, ...]
 
     @property
     def matrix(self) -> tuple[int, ...]:
         """[*batch, k, n] of the leaf."""
-        view, order = self.form
-        batch = [self.shape[a] for a in order[: len(order) - len(view.k) - len(view.n)]]
-        return (*batch, math.prod(view.k), math.prod(view.n))
+        core = len(self.view.k) + len(self.view.n)
+        batch = [self.shape[a] for a in self.order[: len(self.order) - core]]
+        return (*batch, math.prod(self.view.k), math.prod(self.view.n))
+
+    @property
+    def count(self) -> int:
+        """Its matrices, those of a stack counted one by one."""
+        return math.prod(self.matrix[:-2])
 
     def matrices(self, w: Array) -> Float[Array, "m k n"]:
         """The leaf's matrices, one after another."""
-        return jnp.transpose(w, self.form[1]).reshape(-1, *self.matrix[-2:])
+        return jnp.transpose(w, self.order).reshape(-1, *self.matrix[-2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +137,19 @@ class Plan:
     entries: tuple[Entry, ...]
 
     @property
+    def weights(self) -> list[WeightEntry]:
+        """The leaves to be quantized."""
+        return [e for e in self.entries if isinstance(e, WeightEntry)]
+
+    @property
     def bits_per_weight(self) -> float:
         """Over the leaves to be quantized; 0 if there are none."""
-        chosen = [e for e in self.entries if isinstance(e.method, Method)]
-        return 8 * sum(e.bytes for e in chosen) / max(1, sum(e.size for e in chosen))
+        return 8 * sum(e.bytes for e in self.weights) / max(1, sum(e.size for e in self.weights))
 
     @property
     def matrices(self) -> int:
         """Matrices to be quantized, those of a stack counted one by one."""
-        chosen = [e for e in self.entries if isinstance(e.method, Method)]
-        return sum(math.prod(e.matrix[:-2]) for e in chosen)
+        return sum(e.count for e in self.weights)
 
     def __str__(self) -> str:
         lines = [
@@ -279,12 +293,12 @@ def _describe(w: PyTree) -> str:
 
 def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> Entry:
     if not is_array(w):  # a number, a function: kept, and no array
-        return Entry(path, (), KEEP, None, None, 0, 0)
+        return Entry(path, (), KEEP, 0, 0)
     shape = tuple(w.shape)
     if isinstance(method, Keep):
-        return Entry(path, shape, method, None, None, leaf_bytes(w), math.prod(shape))
+        return Entry(path, shape, method, leaf_bytes(w), math.prod(shape))
     view, order = layout_of(shape, site)
-    entry = Entry(path, shape, method, view, order, 0, math.prod(shape))
+    entry = WeightEntry(path, shape, method, 0, math.prod(shape), view, order)
     if entry.size == 0:
         raise ValueError(f"{path}: an empty array, {_describe(w)}, cannot be quantized")
     k, n = entry.matrix[-2:]
@@ -297,7 +311,7 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
         if side is not None:
             parts = {**parts, name: side.shapes(size)}
     per = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(parts))
-    return dataclasses.replace(entry, bytes=per * math.prod(entry.matrix[:-2]))
+    return dataclasses.replace(entry, bytes=per * entry.count)
 
 
 def named(floating: Sequence[tuple[str, int]], weights: int) -> str:

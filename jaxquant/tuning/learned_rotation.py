@@ -26,8 +26,8 @@ from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
 from jaxquant.methods.method import Method
 from jaxquant.ptq.residual_rotation import Residual, rotate_residual
-from jaxquant.ptq.shared_transforms import Inputs, Member
-from jaxquant.recipes.recipe import Recipe, resolve
+from jaxquant.ptq.shared_transforms import Inputs
+from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 from jaxquant.transforms import Channels
 from jaxquant.tuning.cayley import Cayley
 from jaxquant.tuning.learned_transforms import each
@@ -100,13 +100,12 @@ def learn_rotation(
     turned = rotate_residual(params, residual, start)
     seen = stats if isinstance(stats, Stats) else None
     known = stats.sites if isinstance(stats, Stats) else stats
-    entries = resolve(recipe, turned, known).entries
-    todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
+    todo = resolve(recipe, turned, known).weights
     stream = _Stream.of(todo, residual, len(start), round_weights)
-    for entry, method in todo:
-        _check(entry.path, method, round_weights, seen)
+    for entry in todo:
+        _check(entry.path, entry.method, round_weights, seen)
     inputs = Inputs.of(todo, known, dict(path_leaves(turned)), seen)
-    fitted = {m.entry.path: _fitted(m, inputs, Draw.of(key)) for m in todo}
+    fitted = {m.path: _fitted(m, inputs, Draw.of(key)) for m in todo}
     del turned, inputs
     folded = rotate_residual(params, residual, jnp.eye(len(start)))  # gains are ones
     opened = Opened((folded, fitted), {_STREAM: {_ROTATION: start}})
@@ -121,16 +120,18 @@ def learn_rotation(
 class _Stream:
     """Which weights are rounded, and which of them read the stream or write to it."""
 
-    members: list[Member]
+    members: list[WeightEntry]
     reads: set[str]
     writes: set[str]
     round_weights: bool
 
     @staticmethod
-    def of(members: list[Member], residual: Residual, d: int, round_weights: bool) -> "_Stream":
+    def of(
+        members: list[WeightEntry], residual: Residual, d: int, round_weights: bool
+    ) -> "_Stream":
         """Checked; see `learn_rotation`."""
         readers = [glob for globs in residual.reads.values() for glob in globs]
-        named = lambda m, globs: any(matches(m.entry.path, glob) for glob in globs)
+        named = lambda m, globs: any(matches(m.path, glob) for glob in globs)
         reads = [m for m in members if named(m, readers)]
         writes = [m for m in members if named(m, residual.writes)]
         stored = [m.method.format for m in (*reads, *writes)]
@@ -141,28 +142,28 @@ class _Stream:
                 "the loop, any weight of it; name a form of activations (--activation-bits 4)"
             )
         for wanted, axis, ms in (("reads", -2, reads), ("writes to", -1, writes)):
-            for entry, _ in ms:
+            for entry in ms:
                 if entry.matrix[axis] != d:
                     raise ValueError(
                         f"{entry.path} {wanted} the residual stream of {d} channels, but as a "
                         f"matrix it is {list(entry.matrix[-2:])}"
                     )
-        paths = lambda ms: {m.entry.path for m in ms}
+        paths = lambda ms: {m.path for m in ms}
         return _Stream(members, paths(reads), paths(writes), round_weights)
 
     def rounded(self, params: PyTree, fitted: dict[str, dict[str, Array]], r: Array) -> PyTree:
         """The tree with turned and rounded weights, their inputs to be rounded."""
         leaves = dict(path_leaves(params))
         new = {}
-        for member in self.members:
-            path = member.entry.path
-            new[path] = self._weight(member, leaves[path], fitted[path], r)
+        for entry in self.members:
+            path = entry.path
+            new[path] = self._weight(entry, leaves[path], fitted[path], r)
         return replace_leaves(params, new)
 
     def _weight(
-        self, member: Member, leaf: Array, own: dict[str, Array], r: Float[Array, "d d"]
+        self, entry: WeightEntry, leaf: Array, own: dict[str, Array], r: Float[Array, "d d"]
     ) -> QTensor:
-        entry, method = member
+        method = entry.method
         reads, writes = entry.path in self.reads, entry.path in self.writes
         format = method.format if self.round_weights else Dense()
         floats = isinstance(format, Dense)
@@ -183,7 +184,7 @@ class _Stream:
         return QTensor(
             arrays.data,
             _Back() if back else Dense(),
-            entry.form[0],
+            entry.view,
             leaf.dtype.name,
             method.name,
             side,
@@ -254,9 +255,9 @@ def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) 
         )
 
 
-def _fitted(member: Member, inputs: Inputs, draw: Draw) -> dict[str, Array]:
+def _fitted(entry: WeightEntry, inputs: Inputs, draw: Draw) -> dict[str, Array]:
     """Arrays of the weight's own transform, for all matrices of a stack."""
-    (entry, method), found = member, []
+    method, found = entry.method, []
     if method.input is None:
         return {}
     leader = inputs.leader[entry.path]

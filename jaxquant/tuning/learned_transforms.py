@@ -23,8 +23,8 @@ from jaxquant.core.tensor import QTensor, by_kind
 from jaxquant.durable.store import Finished
 from jaxquant.formats import Dense
 from jaxquant.methods.method import Method
-from jaxquant.ptq.shared_transforms import Inputs, Member
-from jaxquant.recipes.recipe import Recipe, resolve
+from jaxquant.ptq.shared_transforms import Inputs
+from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 from jaxquant.tuning.trainable import Opened, Values
 from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence, relative_error
 
@@ -148,8 +148,7 @@ class _Weights:
         known: Transforms | None,
         prefix: str = "",
     ) -> "_Weights":
-        entries = resolve(recipe, params, stats.sites).entries
-        todo = [Member(e, e.method) for e in entries if isinstance(e.method, Method)]
+        todo = resolve(recipe, params, stats.sites).weights
         leaves = dict(path_leaves(params))
         weights = _Weights(Inputs.of(todo, stats.sites, leaves, stats, known=known), prefix)
         if not weights.learning:
@@ -159,19 +158,19 @@ class _Weights:
         return weights
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[WeightEntry]:
         every = [m for group in self.inputs.members.values() for m in group]
-        return [m for m in every if m.entry.path.startswith(self.prefix)]
+        return [m for m in every if m.path.startswith(self.prefix)]
 
     @property
     def learning(self) -> dict[str, Transform]:
         """The transforms that are learned, by leader."""
-        sides = {self.inputs.leader[m.entry.path]: m.method.input for m in self.members}
+        sides = {self.inputs.leader[m.path]: m.method.input for m in self.members}
         return {leader: side for leader, side in sides.items() if side and side.learns}
 
-    def _places(self, member: Member, i: int | None) -> range:
+    def _places(self, entry: WeightEntry, i: int | None) -> range:
         """Which matrices of a weight: all, or those of block i."""
-        batch = member.entry.matrix[:-2]
+        batch = entry.matrix[:-2]
         if i is None:
             return range(math.prod(batch))
         each = math.prod(batch[1:])
@@ -181,24 +180,24 @@ class _Weights:
         """A tree of floats, all or block i; its matrices; transforms as fitted; zeros to learn."""
         fitted: dict[str, PyTree] = {}
         matrices = {}
-        for member in self.members:
-            path, places = member.entry.path, self._places(member, i)
+        for entry in self.members:
+            path, places = entry.path, self._places(entry, i)
             leader = self.inputs.leader[path]
-            every = member.entry.matrices(self.inputs.leaves[path])
+            every = entry.matrices(self.inputs.leaves[path])
             matrices[path] = every[places.start : places.stop]
-            if member.method.input is not None and leader not in fitted:
-                found = [self._fitted(member, leader, j, draw) for j in places]
+            if entry.method.input is not None and leader not in fitted:
+                found = [self._fitted(entry, leader, j, draw) for j in places]
                 fitted[leader] = jax.tree.map(lambda *a: jnp.stack(a), *found)
         latent = lambda leader, side: jax.vmap(side.latent)(fitted[leader])
         start = {leader: latent(leader, side) for leader, side in self.learning.items()}
         return Opened((tree, matrices, fitted), start)
 
-    def _fitted(self, member: Member, leader: str, j: int, draw: Draw) -> dict[str, Array]:
+    def _fitted(self, entry: WeightEntry, leader: str, j: int, draw: Draw) -> dict[str, Array]:
         known = self.inputs.arrays(leader, j, draw.of_input(leader, j))
         if known is None:
             raise ValueError(
-                f"{member.entry.path}: beside learned transforms stand such that all weights of an "
-                f"input share, or none; {member.method.input} is the weight's own"
+                f"{entry.path}: beside learned transforms stand such that all weights of an "
+                f"input share, or none; {entry.method.input} is the weight's own"
             )
         return by_kind(known).input
 
@@ -225,10 +224,10 @@ class _Weights:
         inside = lambda path: path.removeprefix(self.prefix)
         shapes = {path: w.shape for path, w in path_leaves(tree)}
         new = {}
-        for entry, method in self.members:
-            own = arrays.get(self.inputs.leader[entry.path], {})
+        for entry in self.members:
+            method, own = entry.method, arrays.get(self.inputs.leader[entry.path], {})
             codes = each(partial(_rounded, method), matrices[entry.path], own)
-            view, order = entry.form
+            view, order = entry.view, entry.order
             batch = entry.matrix[:-2][len(order) - len(shapes[inside(entry.path)]) :]
             stacked = lambda a, batch=batch: a.reshape(*batch, *a.shape[1:])
             new[inside(entry.path)] = QTensor(
