@@ -4,6 +4,7 @@ Only then are both facts known that decide: the platform, and whether the compil
 program over devices, which it cannot do with a kernel. `lax.platform_dependent` knows the first.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -16,12 +17,15 @@ _chosen = core.Primitive("jaxquant_kernel_or_reference")
 _chosen.multiple_results = True
 
 
-class _Branch:
-    """A function that has been traced; JAX would take a bare jaxpr apart on its own."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Flat:
+    """A function of trees as one of their leaves."""
 
-    def __init__(self, jaxpr: core.ClosedJaxpr) -> None:
-        self.jaxpr, self.run = jaxpr.jaxpr, core.jaxpr_as_fun(jaxpr)
-        self.out_avals = list(jaxpr.out_avals)
+    fn: Callable[..., Any]
+    tree: Any
+
+    def __call__(self, *leaves: Any) -> list[Any]:
+        return jax.tree.leaves(self.fn(*jax.tree.unflatten(self.tree, leaves)))
 
 
 def by_lowering(
@@ -44,30 +48,36 @@ def by_lowering(
     2.0
     """
     traced, shapes = jax.make_jaxpr(reference, return_shape=True)(*args)
-    branches = []
-    for platform, kernel in kernels.items():
-        branches.append((platform, _Branch(jax.make_jaxpr(kernel)(*args))))
-    leaves = jax.tree.leaves(args)
-    out = _chosen.bind(*leaves, branches=tuple(branches), reference=_Branch(traced))
+    leaves, tree = jax.tree.flatten(args)
+    # Traced when lowered, and once for all products alike: jit keeps what it has traced.
+    flat = lambda fn: jax.jit(_Flat(fn, tree), inline=True)
+    out = _chosen.bind(
+        *leaves,
+        branches=tuple((platform, flat(fn)) for platform, fn in kernels.items()),
+        reference=flat(reference),
+        out_avals=tuple(traced.out_avals),
+    )
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
 @_chosen.def_abstract_eval
-def _(*_: Any, branches: tuple, reference: Any) -> list[Any]:
-    return reference.out_avals
+def _(*_: Any, out_avals: tuple, **__: Any) -> list[Any]:
+    return list(out_avals)
 
 
 @_chosen.def_impl
-def _(*args: Any, branches: tuple, reference: Any) -> list[Any]:
+def _(*args: Any, branches: tuple, reference: Callable, out_avals: tuple) -> list[Any]:
     """Outside of jit (`jax.disable_jit`): arrays say where they lie."""
     split = any(len(a.sharding.device_set) > 1 for a in args if isinstance(a, jax.Array))
     chosen = reference if split else dict(branches).get(default_platform(), reference)
-    return chosen.run(*args)
+    return chosen(*args)
 
 
-def _lowered(platform: str, ctx: Any, *args: Any, branches: tuple, reference: Any) -> Any:
+def _lowered(
+    platform: str, ctx: Any, *args: Any, branches: tuple, reference: Callable, out_avals: tuple
+) -> Any:
     kernel = dict(branches).get(platform) if is_whole(ctx.module_context.axis_context) else None
-    return mlir.lower_fun((kernel or reference).run, multiple_results=True)(ctx, *args)
+    return mlir.lower_fun(kernel or reference, multiple_results=True)(ctx, *args)
 
 
 def is_whole(axis_context: Any) -> bool:
@@ -92,9 +102,11 @@ for _platform in ("cpu", "tpu", "cuda"):
 mlir.register_lowering(_chosen, partial(_lowered, ""))
 
 
-def _batched(args: Any, dims: Any, *, branches: tuple, reference: Any) -> tuple[list, list]:
-    mapped = lambda branch: jax.vmap(branch.run, in_axes=tuple(dims))
-    fns = {platform: mapped(branch) for platform, branch in branches}
+def _batched(
+    args: Any, dims: Any, *, branches: tuple, reference: Callable, out_avals: tuple
+) -> tuple[list, list]:
+    mapped = lambda fn: jax.vmap(fn, in_axes=tuple(dims))
+    fns = {platform: mapped(fn) for platform, fn in branches}
     out = by_lowering(fns, mapped(reference), *args)
     return out, [0] * len(out)
 

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from pallas_kernels import cpu
+from pallas_kernels import cpu, lowering
 
 from .networks import NETWORKS
 
-ROOT = Path(cpu.__file__).parents[2]
+ROOT, ROOMS = Path(cpu.__file__).parents[2], ("jaxquant", "pallas_kernels")
 
 FORMATS = [
     jq.rtn(bits=4, group_size=16),
@@ -272,21 +272,38 @@ def test_as_an_array_and_as_a_tree_of_other_things():
     assert "(4, 16)" in repr(jax.tree.map(jnp.shape, q))
 
 
-def test_from_a_function_to_its_kernel_in_nine_calls(monkeypatch):
-    """What a debugger shows of ours between `jax.jit(jq.quantized(fn))` and a kernel."""
+class ArrivedError(Exception):
+    """Raised where a call is to end."""
 
-    class ArrivedError(Exception):
-        pass
+
+def ours(call):
+    """Frames of jaxquant and of pallas_kernels between a call and where it ends."""
 
     def arrive(*args, **kwargs):
         raise ArrivedError
 
-    op = "packed_matmul"
-    monkeypatch.setitem(cpu.KERNELS, op, cpu.KERNELS[op]._replace(call=arrive))
-    w = jq.quantize_array(draw(256, 64), jq.rtn(4))
     with pytest.raises(ArrivedError) as caught:
-        jax.jit(jq.quantized(lambda w, x: x @ w))(w, draw(2, 256))
-    files = [frame.filename for frame in traceback.extract_tb(caught.tb)]
-    ours = [f for f in files if Path(f).is_relative_to(ROOT / "jaxquant")]
-    kernels = [f for f in files if Path(f).is_relative_to(ROOT / "pallas_kernels")]
-    assert len(ours) >= 2 and len(kernels) >= 2 and len(ours) + len(kernels) <= 9
+        call(arrive)
+    files = [Path(frame.filename) for frame in traceback.extract_tb(caught.tb)]
+    return [sum(f.is_relative_to(ROOT / name) for f in files) for name in ROOMS]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "cpu"])
+def test_from_a_function_to_its_kernel_in_nine_calls(kernels, monkeypatch):
+    """Ours in a traceback: to the choice among kernels, and to the kernel where one is named."""
+    w, x, op = jq.quantize_array(draw(256, 64), jq.rtn(4)), draw(2, 256), "packed_matmul"
+    run = lambda: jax.jit(jq.quantized(lambda w, x: x @ w, kernels=kernels))(w, x)
+
+    def to_the_choice(arrive):
+        monkeypatch.setattr(lowering._chosen, "bind", arrive)
+        run()
+
+    def to_the_kernel(arrive):
+        monkeypatch.setitem(cpu.KERNELS, op, cpu.KERNELS[op]._replace(call=arrive))
+        run()
+
+    library, of_kernels = ours(to_the_choice if kernels == "auto" else to_the_kernel)
+    assert library >= 2 and of_kernels >= 2 and library + of_kernels <= 9
+    monkeypatch.undo()
+    if kernels == "auto":  # and from the lowering of the program to the kernel
+        assert ours(to_the_kernel) == [0, 2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,10 @@ def params():
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = {"q": (128, 128), "k": (128, 64), "v": (128, 64), "o": (64, 128)}
     return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def qk(p, x):
+    return x @ p["q"], x @ p["k"]
 
 
 X = jax.random.normal(jax.random.key(1), (3, 128))
@@ -139,6 +144,34 @@ def test_two_models_that_read_one_input_do_not_mix_their_transforms(params):
         np.testing.assert_allclose(
             y, jq.quantized(lambda q, x: x @ q["q"])(q, X), rtol=1e-5, atol=1e-4
         )
+
+
+@needs_native
+def test_trees_that_were_quantized_one_by_one_share_nothing(params):
+    """Their names are equal, and so are their inputs' shapes; in one call they would meet one x."""
+    layers = [
+        packed({n: params[n] + i for n in ("q", "k")}, METHODS["integers"], qk) for i in (0, 1)
+    ]
+    lone = [jq.quantize_array(params[n], METHODS["integers"]) for n in ("q", "k", "o")]
+    lone.append(jq.quantize_array(params["q"][:64], METHODS["integers"]))
+    assert len({w.shared for w in lone}) == 1
+
+    def alone(ws, x):
+        return [x[:, : w.shape[0]] @ w for w in ws]
+
+    def deep(layers, x):
+        for p in layers:
+            y = qk(p, x)
+            x = jnp.tanh(y[0]) + jnp.tile(y[1], 2)
+        return x
+
+    for fn, ws, count in ((deep, layers, 4), (alone, lone, 4)):
+        dense = jax.tree.map(
+            lambda w: w.dequantize(), ws, is_leaf=lambda w: isinstance(w, jq.QTensor)
+        )
+        got, want = jq.quantized(fn)(ws, X), fn(dense, X)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+        assert calls(fn, ws, X) == count
 
 
 def test_formats_without_an_op_of_their_own_are_served_one_by_one(params):

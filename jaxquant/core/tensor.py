@@ -64,7 +64,8 @@ class QTensor(StandIn):
       input, output: transforms A and B, the weight being A W B^T for the W of the format, or None.
       shared: weights with the same name here read one input in the function they were made for,
         through equal transforms, arrays included: it is transformed once, and the products are one
-        call where the platform has that; "" if it is not known.
+        call where the platform has that; "" if it is not known. It begins with the number of these
+        weights, "3 of": trees that were quantized one by one may have equal names.
       activations: how the (transformed) input is rounded before it meets the codes, `Activations`;
         None: not at all.
       input_data, output_data, activations_data: arrays of the transforms and of the activations.
@@ -195,8 +196,10 @@ class QTensor(StandIn):
 
     def siblings(self) -> "list[QTensor]":
         """The arguments of the running function that read this one's input: it, and others."""
-        alike = lambda w: (w.format, w.input, w.activations, w.leading(), w.logical_dtype)
+        alike = lambda w: (w.rows_k, w.format, w.input, w.activations, w.leading(), w.logical_dtype)
         named = [w for w in arguments() if isinstance(w, QTensor) and w.shared == self.shared]
+        if len(named) > _readers(self.shared):  # of several trees, whose inputs are not one
+            return [self]
         mine = alike(self)
         known = [w for w in named if alike(w) == mine]
         return known if any(map(self.same, known)) else [self]
@@ -274,6 +277,12 @@ def _packed_shapes(format: Format, k: int, n: int) -> dict[str, tuple[int, ...]]
         return {"codes": (0,)}
     parts = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
     return {name: a.shape for name, a in parts.items()}
+
+
+def _readers(name: str) -> float:
+    """How many weights have a name in common, as it says; without bound if it does not."""
+    count, of, _ = name.partition(" of ")
+    return int(count) if of and count.isdecimal() else math.inf
 
 
 def flat_names(arrays: Arrays) -> dict[str, Array]:

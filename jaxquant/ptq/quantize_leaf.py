@@ -216,7 +216,8 @@ class LeafJob:
         side = self.entry.method.input
         if side is not None and (side.fitted or not self.draw.name):
             return ""
-        return f"{self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
+        count = len(self.inputs.members[self._input])
+        return f"{count} of {self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
 
     def _matrices(self, moments: Moments) -> Moments:
         """Moments with the batch axes as one; ValueError if they are of another tree."""

@@ -160,7 +160,7 @@ def test_an_empty_product_is_empty(case, kernels):
     """No rows, or no columns (of words, scales and packed zero points); gradients too."""
     op, arrays, static = operands(case, K, N)
     x = draw(2, K)
-    none = [a if a is None or a.ndim == 3 or a.shape[-1] == 1 else a[..., :0] for a in arrays]
+    none = [a if a is None or a.ndim != 2 or a.shape[-1] == 1 else a[..., :0] for a in arrays]
     with dispatch.using(kernels):
         for rows, matrix, shape in ((x[:0], arrays, (0, N)), (x, none, (2, 0))):
             y = jax.vjp(lambda x, m=matrix: dispatch.product(op, x, *m, **static), rows)
