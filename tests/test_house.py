@@ -2,6 +2,8 @@
 
 import ast
 import importlib.metadata
+import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,40 @@ def test_file(file):
         if isinstance(n, ast.Import | ast.ImportFrom)
     ]
     assert not inner, f"import at the top, lines {inner}"
+
+
+def module_name(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return re.sub("^models", "jaxquant_models", name)
+
+
+MODULES = [module_name(f) for f in FILES]
+POINTER = re.compile(r"`((?:[a-z_]\w*\.)+\w+)[`(]")
+# Whose names are not ours to check; `config.n_layers` and the like speak of a value.
+FOREIGN = {"jax", "jnp", "lax", "nn", "np", "eqx", "equinox", "optax", "quax", "pltpu", "gguf"}
+FOREIGN |= {"nnx", "config", "form", "tokenizer", "jq", "tests"}
+
+
+def points_to_something(name):
+    """Whether a name of a docstring is a module of ours, or something in one."""
+    known = [m for m in MODULES if f".{m}".endswith(f".{name}")]
+    home, _, attribute = name.rpartition(".")
+    inside = [m for m in MODULES if f".{m}".endswith(f".{home}")]
+    return bool(known) or any(hasattr(import_module(m), attribute) for m in inside)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_what_docstrings_point_to_is_there(file):
+    named = {n for n in POINTER.findall(file.read_text()) if n.split(".")[0] not in FOREIGN}
+    files = {n for n in named if (ROOT / n).suffix in (".json", ".py", ".toml")}
+    wrong = sorted(n for n in named - files if not points_to_something(n))
+    assert not wrong, f"moved or renamed: {wrong}"
+
+
+def test_a_docstring_that_points_to_nothing_is_seen():
+    assert points_to_something("durable.store.Folder") and points_to_something("jaxquant.quantize")
+    assert not points_to_something("resume.Folder") and not points_to_something("thaw.unit")
 
 
 def test_public_names_are_documented():

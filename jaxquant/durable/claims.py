@@ -33,7 +33,7 @@ class Claim:
     Attributes:
       path: the directory.
       scraps: names of files in it that need not stay when nothing else does.
-      run, runs: what works in it, and how many of these; see `resume.Folder`.
+      run, runs: what works in it, and how many of these; see `durable.store.Folder`.
     """
 
     def __init__(self, path: Path, descriptor: int, made: list[Path]) -> None:

@@ -33,7 +33,8 @@ class Method:
     `activations`: how inputs are rounded before they meet the codes, an `Activations` or its text
     ("int8", "int4,asymmetric"); None or "float": not at all.
     `estimator`, `input_estimator`: how `latent` trains weights, and learned ranges of inputs
-    (`training.estimators`, `training.ranges`); None: `StraightThrough()`, and no learned ranges.
+    (`estimators.weight_estimators`, `estimators.input_ranges`); None: `StraightThrough()`, and no
+    learned ranges.
     """
 
     name: str

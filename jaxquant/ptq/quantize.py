@@ -40,13 +40,13 @@ def quantize(
       key: randomness of methods that need it (rotations, k-means), a `jax.random.key`, no number;
         default `jax.random.key(0)`.
       inspect: what judges the candidates of a transform that is searched for, in place of the
-        products' error; see `inputs.Inspection`.
+        products' error; see `shared_transforms.Inspection`.
       transforms: arrays of input transforms that are known already: from `learn`, `learn_blocks`.
       progress: called with `Done` after each matrix.
       finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on,
         and a digest of its weights, second moments, method and key: of others it is not taken.
         What is in it is not done again, what is done is put in it. A mapping that lives on disk
-        (`resume.Folder`) makes a long run resumable.
+        (`durable.store.Folder`) makes a long run resumable.
     Raises:
       ValueError: the recipe does not resolve, weights are not finite, or a method needs
         statistics that are missing. Before any compute, but for the check of the weights. And if

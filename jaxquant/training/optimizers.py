@@ -32,7 +32,7 @@ def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.Gradi
 def relative() -> optax.GradientTransformation:
     """Updates times the units of what they update, so that a learning rate is of relative changes.
 
-    A unit is the number's size; of zero points, offsets and logits another (`thaw.unit`).
+    A unit is the number's size; of zero points, offsets and logits another (`latent.unit`).
 
     After Adam, for scales: these differ from weight to weight by orders of magnitude, and an
     absolute step that suits one takes another below zero.

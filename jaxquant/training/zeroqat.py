@@ -25,9 +25,9 @@ EACH = Zeroth(
 class ZeroQAT(Healing):
     """How to train latent weights by zeroth-order gradients: see `Zeroth`.
 
-    A step costs 2 `zeroth.samples` forward passes, and holds nothing beside the parameters but one
-    number: the mean square of the slopes seen so far, by whose root steps are divided. So a step is
-    of a length known before.
+    A step costs `2 * zeroth.samples` forward passes, and holds nothing beside the parameters but
+    one number: the mean square of the slopes seen so far, by whose root steps are divided. So a
+    step is of a length known before.
 
     Attributes:
       learning_rate: at its highest, of the moves that `zeroth` makes: 0.1 is a tenth of a weight's

@@ -42,7 +42,7 @@ def parts(dtype: jnp.dtype, activations: str) -> int:
 
 
 def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Rows:
-    """The rows of x in one of `forms.FORMS`; codes that are integers as int8 or as float16.
+    """The rows of x in one of `activations.FORMS`; codes that are integers as int8 or as float16.
 
     >>> rows = make(jnp.array([[3.0, 2.0**-22]]), "float")
     >>> (rows.codes.sum(0) * rows.unit).tolist()

@@ -34,7 +34,7 @@ def packed_matmul_transposed(
     k: int,
     interpret: bool = False,
 ) -> Float[Array, "m k"]:
-    """g @ (scale * (code - zero)).T; see `reference.packed_matmul_transposed`.
+    """g @ (scale * (code - zero)).T; see the op "packed_matmul_transposed" of `reference.OPS`.
 
     Scaled g is taken to 16 bits (to 8, as the reference does, if it is bfloat16).
     """

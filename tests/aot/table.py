@@ -1,6 +1,6 @@
 """What the compilers make of every kernel: `make kernels` prints it, writes build/kernels.json.
 
-With --keep, rates go to pallas_kernels/rates.json too, of a TPU the medians, where
+With --keep, rates go to pallas_kernels/cost/rates.json too, of a TPU the medians, where
 `pallas_kernels.cost.rates` finds them.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
         for row in rows:
             rate = row.get("weights_per_cycle") or ISSUED / row["instructions_per_weight"]
             kept.setdefault(row["kernel"], {})[row["chip"]] = round(rate, 1)
-        write(ROOT / "pallas_kernels" / "rates.json", kept)
+        write(ROOT / "pallas_kernels" / "cost" / "rates.json", kept)
 
 
 def write(path: Path, value: object) -> None:
