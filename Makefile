@@ -66,6 +66,7 @@ PYTHON_jax011 := 3.12
 PYTHON_oldest := 3.11
 INSTALL_newest := pip -q install -U --upgrade-strategy eager -e '.[test]'
 INSTALL_jax011 := pip -q install -e '.[test]' 'jax==0.11.*'
+CHEAP_oldest = $(CHEAP)
 INSTALL_oldest = uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[test]'
 test-newest:     ## one case of each fast test on Python 3.13 with the newest JAX
 test-jax011:     ## one case of each fast test on Python 3.12 with JAX 0.11
@@ -75,7 +76,7 @@ test-newest test-jax011 test-oldest: test-%:
 		echo "test-$*: skipped, no Python $(PYTHON_$*) found"; \
 	else \
 		$(MAKE) --no-print-directory .venv-$*/.ready && \
-		JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python $(ONE_CASE); \
+		$(CHEAP_$*) JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python $(ONE_CASE); \
 	fi
 .venv-%/.ready: pyproject.toml
 	@echo "making .venv-$* on Python $(PYTHON_$*) (a minute or two)"
