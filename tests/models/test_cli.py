@@ -25,6 +25,7 @@ from jaxquant_models.readers import registry
 from jaxquant_models.runs.generate import _run
 from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.quantization import plan_model
+from tests.models.kills import stopped_at
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -254,19 +255,23 @@ main(sys.argv[2:])
 """
 
 
-WORK = {  # and which files are not to be put in place; one of these comes in the midst of training
-    "healed": (["--method", "gptq", "--group-size", 8, "--heal", 12], (6, 26)),
-    "learned": (["--method", "flatquant", "--learn", 22], (4,)),
-}
+def of_work(tiny, *method):
+    options = ["--calibration", tiny.parent / "text.txt", "--calibration-tokens", 1024, "--out"]
+    return ["quantize", tiny, *method, *options]
+
+
+def same_bits(folder):
+    """Of the checkpoints "whole" and "cut", beside which nothing is left."""
+    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n).params) for n in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert [p.name for p in folder.iterdir() if "partial" in p.name] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", WORK)
-def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path, work):
-    """kill -9 while calibrating, learning, rounding, healing; then the same: equal bytes."""
-    text, (method, counts) = tiny.parent / "text.txt", WORK[work]
-    options = ["quantize", tiny, *method, "--calibration", text]
-    options += ["--calibration-tokens", 1024, "--out"]
+def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
+    """kill -9 while calibrating and while healing; then the same: equal bytes."""
+    options = of_work(tiny, "--method", "gptq", "--group-size", 8, "--heal", 12)
     command = lambda count, out: [sys.executable, "-c", KILLED, str(count), *map(str, options), out]
     # Whatever XLA makes of the programs, they are the same ones; so it may be quick about it.
     quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -274,14 +279,20 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path, work):
         command(count, out), capture_output=True, check=False, env=quick
     )
     assert start(0, tmp_path / "whole").returncode == 0
-    for count in counts:
+    for count in (6, 26):
         assert start(count, tmp_path / "cut").returncode == -signal.SIGKILL
         assert not (tmp_path / "cut").exists()
     assert start(0, tmp_path / "cut").returncode == 0
-    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "cut"))
-    for a, b in zip(whole, cut, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    same_bits(tmp_path)
+
+
+def test_a_run_stopped_while_learning_goes_on_to_the_same_bits(tiny, run, tmp_path):
+    options = of_work(tiny, "--method", "flatquant", "--learn", 22)
+    assert run(*options, tmp_path / "whole")[0] == 0
+    stopped_at(4, *options, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    assert run(*options, tmp_path / "cut")[0] == 0
+    same_bits(tmp_path)
 
 
 def test_bits_shared_out_and_healed(tiny, run, tmp_path):

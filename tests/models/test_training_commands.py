@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -20,7 +16,8 @@ from jaxquant_models.readers.checkpoint import save_model
 from jaxquant_models.runs import pretraining
 from jaxquant_models.runs.pretraining_request import PretrainingRequest
 from jaxquant_models.runs.sequences import token_sequences
-from tests.models.test_cli import KILLED, fails
+from tests.models.kills import stopped_at
+from tests.models.test_cli import fails
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 TEXT = "".join(f"the {i} quick brown foxes jump over {i * i} lazy dogs. " for i in range(120))
@@ -159,23 +156,22 @@ def test_layers_apart_train_as_a_stack(tiny, run, tmp_path):
     assert "0" in load(tmp_path / "o").params["layers"]
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, tmp_path):
-    options = tune(tiny, packed, "--teacher", tiny, "--block-steps", 12, "--steps", 22, "--out")
-    command = lambda count, out: [sys.executable, "-c", KILLED, str(count), *map(str, options), out]
-    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    start = lambda count, out: subprocess.run(
-        command(count, out), capture_output=True, check=False, env=quick, text=True
-    )
-    assert start(0, tmp_path / "whole").returncode == 0
+def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, run, tmp_path):
+    options = tune(tiny, packed, "--teacher", tiny, "--block-steps", 12, "--steps")
+    assert run(*options, 22, "--out", tmp_path / "whole")[0] == 0
+    cut = (*options, 22, "--out", tmp_path / "cut")
     for count in (4, 6):
-        assert start(count, tmp_path / "cut").returncode == -signal.SIGKILL
+        stopped_at(count, *cut)
         assert not (tmp_path / "cut").exists()
-    other = [a if a != "22" else "21" for a in command(0, tmp_path / "cut")]
-    refused = subprocess.run(other, capture_output=True, check=False, env=quick, text=True)
-    assert refused.returncode == 1 and "holds another run, of other end to end" in refused.stderr
-    assert start(0, tmp_path / "cut").returncode == 0
-    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "cut"))
+    other = run(*options, 21, "--out", tmp_path / "cut")
+    fails(other, 1, "holds another run, of other end to end")
+    assert run(*cut)[0] == 0
+    same_bits(tmp_path)
+
+
+def same_bits(folder):
+    """Of the checkpoints "whole" and "cut"."""
+    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n).params) for n in ("whole", "cut"))
     for a, b in zip(whole, cut, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -276,34 +272,12 @@ def test_a_finished_run_stays_a_run_of_a48():
     assert forms(first) == forms(again) == {"int8", "int4,mean", "int8,top=0.5"}
 
 
-@pytest.mark.slow
-def test_a_killed_bitnet_ends_as_an_uninterrupted_one(tiny, tmp_path):
-    killed = """
-import os, signal, sys
-from jaxquant_models.runs import pretraining
-from jaxquant_models.cli.commands import main
-count, before = int(sys.argv[1]), pretraining._arrays
-def arrays(state):
-    if state.step == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return before(state)
-pretraining._arrays = arrays
-main(sys.argv[2:])
-"""
+def test_a_killed_bitnet_ends_as_an_uninterrupted_one(tiny, run, tmp_path):
+    """Killed at the fourth of its steps, two of which are kept."""
     options = ["train-bitnet", "--text", tiny.parent / "text.txt", *BITNET, "--save-every", 2,
-               "--float-share", 0.5]  # fmt: skip
-    command = lambda count, out, more=(): [
-        sys.executable, "-c", killed, str(count), *map(str, options), *more, "--out", str(out)
-    ]  # fmt: skip
-    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    start = lambda *args: subprocess.run(
-        command(*args), capture_output=True, check=False, env=quick, text=True
-    )
-    assert start(0, tmp_path / "whole").returncode == 0
-    assert start(4, tmp_path / "cut").returncode == -signal.SIGKILL
-    refused = start(0, tmp_path / "cut", ["--seed", "1"])
-    assert refused.returncode == 1 and "holds another run" in refused.stderr
-    assert start(0, tmp_path / "cut").returncode == 0
-    whole, cut = (jax.tree.leaves(checkpoint.load(tmp_path / n).params) for n in ("whole", "cut"))
-    for a, b in zip(whole, cut, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+               "--float-share", 0.5, "--out"]  # fmt: skip
+    assert run(*options, tmp_path / "whole")[0] == 0
+    stopped_at(3, *options, tmp_path / "cut")
+    fails(run(*options, tmp_path / "cut", "--seed", 1), 1, "holds another run")
+    assert run(*options, tmp_path / "cut")[0] == 0
+    same_bits(tmp_path)
