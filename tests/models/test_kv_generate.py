@@ -184,13 +184,18 @@ def test_generation_with_an_exact_prefix_and_a_packed_cache(tiny):
     assert got != slow(tiny.apply_kv(form, strict=False))  # the twin
 
 
-@pytest.mark.slow  # without XLA's optimizations, which slow tests keep, a code rounds otherwise
 def test_an_exact_prefix_with_rounded_keys_and_values(tiny):
-    """It decides what of activations, the format what of keys and values is rounded."""
+    """It decides what of activations, the format what of keys and values is rounded.
+
+    Two programs may round a code at a tie two ways, which moves what later tokens see, a little.
+    """
     form = KVFormat(4, window=0, sinks=5, group=8, channels=8)
     prefixed = dataclasses.replace(tiny, prefix=5)
     run = lambda model, params: jax.jit(jq.quantized(model.apply_kv(form)))(params, TOKENS)
-    np.testing.assert_allclose(run(prefixed, tiny.params), run(tiny, tiny.params), atol=1e-4)
+    difference = jnp.abs(run(prefixed, tiny.params) - run(tiny, tiny.params))
+    assert jnp.mean(difference > 1e-4) < 0.02 and difference.max() < 0.01
+    exact = jax.jit(jq.quantized(tiny.apply_fn))(tiny.params, TOKENS)  # a twin
+    assert jnp.mean(jnp.abs(run(tiny, tiny.params) - exact) > 1e-2) > 0.02
     params = rounded_inputs(tiny, "int2")
     first = jax.jit(jq.quantized(tiny.apply_fn))(jq.with_activations(params, None), TOKENS)
     got, without = run(prefixed, params), run(tiny, params)
