@@ -6,8 +6,9 @@ PYTEST := -m pytest -q -n 2 --dist worksteal
 FAST := $(PYTEST) -m "not slow and not model"
 SLOW := $(PYTEST) -m "slow or model"
 # XLA's older emitters compile in half the time, which is most of a fast test's; what tests by computing
-# much runs with what users have. Newer versions of JAX do not know the option.
-CHEAP = XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 $$XLA_FLAGS"
+# much runs with what users have. JAX 0.11 does not know the option any more, and would abort.
+CHEAP = XLA_FLAGS="$$($(1) -c 'import jax; print("--xla_cpu_use_fusion_emitters=false" \
+	" --xla_cpu_parallel_codegen_split_count=1" * (jax.__version_info__ < (0, 11)))') $$XLA_FLAGS"
 # Of the tests on another version, a share: every N-th from the I-th on, I/N.
 SHARE ?= 1/1
 ONE_CASE = $(FAST) --one-case --share $(SHARE)
@@ -21,7 +22,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/compiled
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: help venv model lint test test-fast test-newest test-jax011 test-oldest test-kernels kernels \
+.PHONY: help venv model lint test test-slow test-fast test-newest test-jax011 test-oldest test-kernels kernels \
 	fuzz kills test-memory test-gpu test-device demo bench bench-llama curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -57,7 +58,7 @@ test-slow: venv model lint test-fast
 	$(BIN)/python $(SLOW)
 
 test-fast: venv  ## the tests that take seconds
-	$(CHEAP) $(BIN)/python $(FAST)
+	$(call CHEAP,$(BIN)/python) $(BIN)/python $(FAST)
 
 # One case of each fast test on other versions of everything: NAME's Python, how it installs jaxquant.
 # They show that it runs there and is right; XLA's optimizations would double the time to compile.
@@ -66,7 +67,6 @@ PYTHON_jax011 := 3.12
 PYTHON_oldest := 3.11
 INSTALL_newest := pip -q install -U --upgrade-strategy eager -e '.[test]'
 INSTALL_jax011 := pip -q install -e '.[test]' 'jax==0.11.*'
-CHEAP_oldest = $(CHEAP)
 INSTALL_oldest = uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[test]'
 test-newest:     ## one case of each fast test on Python 3.13 with the newest JAX
 test-jax011:     ## one case of each fast test on Python 3.12 with JAX 0.11
@@ -76,7 +76,7 @@ test-newest test-jax011 test-oldest: test-%:
 		echo "test-$*: skipped, no Python $(PYTHON_$*) found"; \
 	else \
 		$(MAKE) --no-print-directory .venv-$*/.ready && \
-		$(CHEAP_$*) JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python $(ONE_CASE); \
+		$(call CHEAP,.venv-$*/bin/python) JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python $(ONE_CASE); \
 	fi
 .venv-%/.ready: pyproject.toml
 	@echo "making .venv-$* on Python $(PYTHON_$*) (a minute or two)"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -46,8 +47,9 @@ def check_bits(value: int) -> None:
         raise ValueError(f"bits must be one of {layout.BITS}, got {value}")
 
 
-def whole_groups(k: int, group_size: int, pad: bool) -> None:
+def whole_groups(x: Float[Array, "m k"], group_size: int, pad: bool) -> None:
     """Raise ValueError unless groups divide the rows, or the last one may be short."""
+    _, k = rows(x, "float")
     if k % max(group_size, 1) and not pad:
         raise ValueError(
             f"group_size {group_size} does not divide k = {k}; use one that does, or pad=True "
@@ -230,11 +232,13 @@ def product(op: str, arrays: tuple, static: dict[str, Any]) -> None:
     """Raise ValueError unless these are the arguments of a product.
 
     Args:
-      op: one of `reference.OPS`; of a transposed one only the rows are looked at.
-      arrays: x and the arrays of the matrix.
+      op: one of `reference.OPS`.
+      arrays: x (of a transposed one, g) and the arrays of the matrix.
       static: the op's static arguments.
     """
-    if op in _PRODUCTS:
-        _PRODUCTS[op](*arrays, **{"activations": "float", **static})
-    else:
-        rows(arrays[0], "float")
+    x, *matrix = arrays
+    known = {"activations": "float", **static}
+    if op not in _PRODUCTS:
+        rows(x, "float")
+        op, x = op.removesuffix("_transposed"), jax.ShapeDtypeStruct((1, known.pop("k")), "float32")
+    _PRODUCTS[op](x, *matrix, **known)

@@ -99,8 +99,6 @@ def products(
       op: of `reference.OPS`.
       matrices: of each the op's arrays after x.
     """
-    for matrix in matrices:
-        checks.product(op, (x, *matrix), static)
     kernels, why = _asked()
     one_call = len(matrices) > 1 and kernels in ("auto", "cpu")
     if one_call:
@@ -108,6 +106,8 @@ def products(
         one_call = all(kernel and kernel.together for kernel in chosen)
     if not one_call:
         return tuple(product(op, x, *matrix, **static) for matrix in matrices)
+    for matrix in matrices:
+        checks.product(op, (x, *matrix), static)
 
     def described(platform: str, devices: int) -> str:
         said = describe(op, platform, devices, (x, *matrices[0]), static, kernels, why)
@@ -279,8 +279,7 @@ def _float0(a: Array | None) -> np.ndarray | None:
 _differentiable.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _together(op: str, static: tuple, kernels: str, x: Array, matrices: tuple) -> tuple:
+def _served_together(op: str, static: tuple, kernels: str, x: Array, matrices: tuple) -> tuple:
     one_call: Any = backend("cpu")[op].together
     in_one = lambda x, matrices: tuple(one_call(x, matrices, **dict(static)))
     if kernels == "cpu":
@@ -288,6 +287,10 @@ def _together(op: str, static: tuple, kernels: str, x: Array, matrices: tuple) -
     return by_lowering(
         {"cpu": in_one}, partial(_in_turn, _served, op, static, kernels), x, matrices
     )
+
+
+_differentiable_together = jax.custom_vjp(_served_together, nondiff_argnums=(0, 1, 2))
+_together = jax.jit(_differentiable_together, static_argnums=(0, 1, 2), inline=True)
 
 
 def _in_turn(
@@ -309,4 +312,4 @@ def _together_backward(
     return jax.vjp(in_turn, *arrays)[1](g)  # the products themselves are dropped as unused
 
 
-_together.defvjp(_together_forward, _together_backward)
+_differentiable_together.defvjp(_together_forward, _together_backward)

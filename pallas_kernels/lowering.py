@@ -49,7 +49,7 @@ def by_lowering(
     """
     traced, shapes = jax.make_jaxpr(reference, return_shape=True)(*args)
     leaves, tree = jax.tree.flatten(args)
-    # Traced when lowered, and once for all products alike: jit keeps what it has traced.
+    # Traced when lowered; jit keeps what it has traced, for whoever binds the same functions again.
     flat = lambda fn: jax.jit(_Flat(fn, tree), inline=True)
     out = _chosen.bind(
         *leaves,
@@ -70,7 +70,7 @@ def _(*args: Any, branches: tuple, reference: Callable, out_avals: tuple) -> lis
     """Outside of jit (`jax.disable_jit`): arrays say where they lie."""
     split = any(len(a.sharding.device_set) > 1 for a in args if isinstance(a, jax.Array))
     chosen = reference if split else dict(branches).get(default_platform(), reference)
-    return chosen(*args)
+    return chosen.__wrapped__(*args)  # as one does outside of jit, operation by operation
 
 
 def _lowered(

@@ -42,7 +42,7 @@ def packed_matmul(
     >>> packed_matmul(jnp.ones((1, 2)), codes, jnp.array([[0.5]]), bits=4, group_size=2).tolist()
     [[-0.5]]
     """
-    checks.whole_groups(x.shape[-1], group_size, pad)
+    checks.whole_groups(x, group_size, pad)
     static = {"bits": bits, "group_size": group_size, "activations": activations}
     return product("packed_matmul", x, codes, scale, zero, **static)
 
@@ -68,7 +68,7 @@ def ternary_matmul(
     >>> ternary_matmul(x, codes, jnp.array([[2.0]]), group_size=3).tolist()
     [[4.0]]
     """
-    checks.whole_groups(x.shape[-1], group_size, pad)
+    checks.whole_groups(x, group_size, pad)
     static = {"group_size": group_size, "activations": activations}
     return product("ternary_matmul", x, codes, scale, **static)
 
@@ -98,7 +98,7 @@ def codebook_matmul(
     >>> codebook_matmul(x, codes, jnp.array([[2.0]]), table=table, bits=2, group_size=2).tolist()
     [[12.0]]
     """
-    checks.whole_groups(x.shape[-1], group_size, pad)
+    checks.whole_groups(x, group_size, pad)
     static = {"bits": bits, "group_size": group_size, "activations": activations}
     return product("codebook_matmul", x, codes, scale, table=table, **static)
 

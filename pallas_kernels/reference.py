@@ -51,6 +51,7 @@ def dequantize(
     return w.astype(dtype)
 
 
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
 def zero_points(zero: Int32[Array, "... g wn"], bits: int, n: int) -> Int[Array, "... g n"]:
     """int8 zero points, unpacked along n.
 

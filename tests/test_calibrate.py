@@ -210,6 +210,9 @@ def test_a_stopped_calibration_goes_on_to_the_same_bits():
     chex.assert_trees_all_equal(got.sums, whole.sums)
     with pytest.raises(ValueError, match="save_every is a number of batches, 1 or more, got 0"):
         calibrate(params, batches, save_every=0)
+    with pytest.raises(ValueError, match="the sums kept as 'calibration' are of 5 batches, got 2"):
+        calibrate(params, batches[:2], finished=kept)
+    assert "w" in calibrate(params, batches, finished={"calibration": {"another": 1}}).sums
     others = [
         calibrate({"w": params["w"] + 1}, batches, finished=dict(kept)),
         calibrate(params, batches, finished=dict(kept), gram=False),

@@ -272,6 +272,21 @@ def test_as_an_array_and_as_a_tree_of_other_things():
     assert "(4, 16)" in repr(jax.tree.map(jnp.shape, q))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float8_e4m3fn"])
+def test_rows_that_kernels_do_not_take_enter_as_float32(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        w = jq.quantize_array(draw(64, 32).astype("float32"), jq.rtn(4))
+        w, x = w.cast(dtype), draw(3, 64).astype(dtype)
+        for fn in (lambda w, x: x @ w, lambda w, x: (x @ w) @ w.T):
+            y = jq.quantized(fn)(w, x)
+            want = fn(w.cast("float32").dequantize(), x.astype("float32"))
+            assert y.dtype == dtype
+            tolerance = 1e-4 if dtype == "float64" else 0.3
+            assert jnp.max(jnp.abs(y.astype("float32") - want)) < tolerance * jnp.max(jnp.abs(want))
+        with pytest.raises(ValueError, match="x must be"):
+            jq.quantized(lambda w, x: x @ w)(w.cast("float32"), x.astype("complex64"))
+
+
 class ArrivedError(Exception):
     """Raised where a call is to end."""
 

@@ -174,6 +174,48 @@ def test_trees_that_were_quantized_one_by_one_share_nothing(params):
         assert calls(fn, ws, X) == count
 
 
+@pytest.mark.parametrize("kind", ["smoothquant", "awq", "flatquant"])
+def test_transforms_that_were_fitted_one_by_one_are_not_mixed(params, kind):
+    """Of weights with equal names that read one input: each its own, to the last array."""
+    rows = X * jnp.exp2(jax.random.randint(jax.random.key(2), (3, 128), -3, 4))
+    method = {"smoothquant": jq.smoothquant(), "awq": jq.awq(4), "flatquant": jq.flatquant(4)}[kind]
+    ws = [
+        jq.quantize_array(params[n], method, inputs=i * rows)
+        for n, i in (("q", 1), ("k", 3), ("v", 9))
+    ]
+    got = jq.quantized(lambda ws, x: [x @ w for w in ws])(ws, rows)
+    for y, w in zip(got, ws, strict=True):
+        want = jq.quantized(lambda w, x: x @ w)(dataclasses.replace(w, shared=""), rows)
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_static_scales_of_two_trees_are_not_mixed(params):
+    static = jq.smoothquant(alpha=0.5, static=True)
+    trees = []
+    for size in (1.0, 100.0):
+        stats = jq.calibrate(qk, {n: params[n] for n in "qk"}, [size * X], sample=8)
+        trees.append(jq.quantize({n: params[n] for n in "qk"}, static, stats))
+    a, b = trees
+    assert a["q"].shared == a["k"].shared != b["q"].shared
+    got = jq.quantized(lambda a, b, x: (x @ a["q"], x @ b["k"]))(a, b, X)
+    for y, w in zip(got, (a["q"], b["k"]), strict=True):
+        want = jq.quantized(lambda w, x: x @ w)(dataclasses.replace(w, shared=""), X)
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_what_was_compiled_once_serves_calls_outside_of_jit(params):
+    q, compiled = packed(params, METHODS["integers"]), []
+    run = lambda: jq.quantized(apart)(q, X)
+    run()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **more: compiled.append(event) if "backend_compile" in event else None
+    )
+    jax.block_until_ready([run() for _ in range(3)])
+    jax.monitoring.clear_event_listeners()
+    assert compiled == []
+
+
 def test_formats_without_an_op_of_their_own_are_served_one_by_one(params):
     q = packed(params, jq.entropy_coded(bits=2))
     assert q["q"].shared == q["k"].shared

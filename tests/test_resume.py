@@ -3,12 +3,14 @@
 import hashlib
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.durable.store import Folder
+from jaxquant.durable import states
+from jaxquant.durable.store import LAYOUT, Folder
 
 RUN = {"seed": 1}
 KEPT = {"x": np.arange(6, dtype=np.int16).reshape(2, 3), "y": np.float32(2.5)}
@@ -115,7 +117,10 @@ def test_of_another_run_nothing_is_kept_or_all(folder):
     assert (other.replaced, len(other)) == (("seed",), 0)
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", "[]", DEEP, '{"seed": 1 }', "\xff"])
+SPACED = json.dumps({"seed": 1, LAYOUT: 2}, indent=1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[]", DEEP, SPACED, "\xff"])
 def test_what_run_it_was_is_not_guessed(folder, text):
     path = folder.path
     folder.close()
@@ -144,6 +149,16 @@ def test_removed_it_is_gone_at_once(folder):
     folder.remove()
     assert not folder.path.exists()
     assert json.dumps(dict(Folder(folder.path, RUN))) == "{}"
+
+
+def test_states_with_keys_come_back():
+    state = {"key": jax.random.key(3), "a": jnp.ones((2, 0), jnp.bfloat16), "n": 7, "none": None}
+    back = states.as_tree(states.as_arrays(state), state)
+    assert jax.random.key_data(back["key"]).tolist() == [0, 3] and int(back["n"]) == 7
+    assert back["a"].shape == (2, 0) and back["a"].dtype == jnp.bfloat16
+    others = [{"key": jax.random.key(4)}, {"n": 8}, {"n": 7.0}]
+    marks = {states.mark("", state | other).tobytes() for other in ({}, *others)}
+    assert len(marks) == 4
 
 
 def test_what_another_method_gave_is_not_taken(tmp_path):

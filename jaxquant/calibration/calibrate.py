@@ -72,14 +72,15 @@ def calibrate(
       progress: called with the number of batches done.
       finished: where the sums so far are kept, and gone on from: a mapping that lives on disk
         (`durable.store.Folder`) makes a long run resumable. Batches whose sums are kept are passed
-        over. What is kept of other parameters, settings or another first batch is not taken.
+        over. What is kept of other parameters, settings or another first batch is not taken; `fn`,
+        `loss` and later batches are not looked at: with others, keep the sums as another `name`.
       save_every: batches between two copies to go on from, 1 or more; the last sums are kept too.
       name: what the sums are kept as.
     Returns:
       `Stats`.
     Raises:
-      ValueError: no batches, or gradient weighting without a loss; a glob of `output` that matches
-        nothing; a loss that is no scalar.
+      ValueError: no batches, or fewer than the kept sums are of; gradient weighting without a loss;
+        a glob of `output` that matches nothing; a loss that is no scalar.
     Warns:
       naming the weights whose statistics are all zero, and of a stack (experts, say) the matrices
       whose are; the weights that are multiplied in two ways (w after w.T).
@@ -122,6 +123,8 @@ def calibrate(
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
     kept.keep(i + 1, sums)
+    if i + 1 < kept.count:
+        raise ValueError(f"the sums kept as {name!r} are of {kept.count} batches, got {i + 1}")
     for text in _doubts(found, sums, plan.holder):
         warnings.warn(text, stacklevel=2)
     return Stats(found, sums, dict(plan.holder))
@@ -226,7 +229,7 @@ class _Kept:
             return plan.probes()
         self.begun = mark(str(plan), (params, batch))
         kept = self.finished.get(self.name, {})
-        if not kept or not np.array_equal(kept["begun"], self.begun):
+        if not kept or not np.array_equal(kept.get("begun", ()), self.begun):
             return plan.probes()
         self.count = int(kept["count"])
         return as_tree(kept, jax.eval_shape(plan.probes))

@@ -1,6 +1,7 @@
 """`quantized` runs a function on stand-ins; `explain` says, per weight, how each was served."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
     (2, 4)
     """
     check_arguments(quantized, locals())
-    return dispatching(fn, lambda: table.using(kernels))
+    return functools.wraps(fn)(dispatching(fn, lambda: table.using(kernels)))
 
 
 @dataclasses.dataclass(frozen=True)

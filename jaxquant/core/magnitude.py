@@ -5,6 +5,8 @@ What depends on ratios alone is computed of arrays whose largest entry lies in [
 program, and the same codes, serve every magnitude.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,11 @@ def sizes(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> 
     >>> sizes(jnp.array([[1.0, -2.0], [0.0, 2.0**-140]]), 1) == [2, 2.0**-140]
     array([ True,  True])
     """
-    # Of floats that are not negative the order is that of their bits, which nothing flushes to 0.
+    return np.asarray(_largest_bits(x, axis)).view(np.float32).astype(np.float64)
+
+
+@partial(jax.jit, static_argnums=1)
+def _largest_bits(x: Float[Array, "..."], axis: int | tuple[int, ...] | None) -> Int[Array, "..."]:
+    """Of floats that are not negative the order is that of their bits, which nothing flushes."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
-    return np.asarray(jnp.max(bits, axis, initial=0)).view(np.float32).astype(np.float64)
+    return jnp.max(bits, axis, initial=0)

@@ -15,6 +15,7 @@ from jaxquant.core.contraction import Contraction
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
+from pallas_kernels.checks import FLOATS
 
 
 @quax.register(jax.lax.dot_general_p)
@@ -27,7 +28,8 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     if layout is None:
         sides = (w.materialise(), x) if weight_left else (x, w.materialise())
         return jax.lax.dot_general_p.bind(*sides, **params)
-    rows = x.astype(jnp.promote_types(x.dtype, w.dtype))  # a plain dot takes mixed operands
+    dtype = jnp.promote_types(x.dtype, w.dtype)  # a plain dot takes mixed operands
+    rows = x.astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
     call = _SharedCall.of(x, rows, w, c) if layout.forward else None
 
@@ -52,12 +54,18 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]
     note(layout.rule, "; ".join([w.format.kernel(), *rounds, *heard]))
-    return y.astype(params.get("preferred_element_type") or rows.dtype)
+    return y.astype(params.get("preferred_element_type") or dtype)
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)
 def _(w: QTensor, x: Any, **params: PyTree) -> Array:
     return _product(x, w, weight_left=True, **params)
+
+
+def _dtype_of_rows(dtype: jnp.dtype) -> jnp.dtype:
+    """In which kernels and references take rows of a dtype: they multiply no float64, no float8."""
+    taken = dtype.name in FLOATS or not jnp.issubdtype(dtype, jnp.floating)
+    return dtype if taken else jnp.dtype("float32")
 
 
 class _Layout(NamedTuple):

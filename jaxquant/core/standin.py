@@ -6,7 +6,6 @@ once, by renaming axes. What a stand-in does in a matmul is its own file's busin
 
 import abc
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,7 +185,6 @@ def dispatching(
     """
     is_value = lambda x: isinstance(x, quax.Value)
 
-    @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> PyTree:
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_value)
         if jax.sharding.get_abstract_mesh().manual_axes:

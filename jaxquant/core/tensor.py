@@ -65,7 +65,8 @@ class QTensor(StandIn):
       shared: weights with the same name here read one input in the function they were made for,
         through equal transforms, arrays included: it is transformed once, and the products are one
         call where the platform has that; "" if it is not known. It begins with the number of these
-        weights, "3 of": trees that were quantized one by one may have equal names.
+        weights, "3 of", for trees that were quantized one by one may have equal names: what is of
+        more weights is of several inputs. Arrays that calibration or training made are named too.
       activations: how the (transformed) input is rounded before it meets the codes, `Activations`;
         None: not at all.
       input_data, output_data, activations_data: arrays of the transforms and of the activations.
@@ -198,7 +199,8 @@ class QTensor(StandIn):
         """The arguments of the running function that read this one's input: it, and others."""
         alike = lambda w: (w.rows_k, w.format, w.input, w.activations, w.leading(), w.logical_dtype)
         named = [w for w in arguments() if isinstance(w, QTensor) and w.shared == self.shared]
-        if len(named) > _readers(self.shared):  # of several trees, whose inputs are not one
+        different = {tuple(map(id, jax.tree.leaves(w.arrays))) for w in named}
+        if len(different) > _readers(self.shared):  # of several trees, whose inputs are not one
             return [self]
         mine = alike(self)
         known = [w for w in named if alike(w) == mine]

@@ -15,7 +15,7 @@ def as_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     >>> as_arrays({"a": jnp.ones(2), "b": 3})
     {'0': array([1., 1.], dtype=float32), '1': array(3)}
     """
-    return {str(i): np.array(a) for i, a in enumerate(jax.tree.leaves(tree))}
+    return {str(i): np.array(_data(a)) for i, a in enumerate(jax.tree.leaves(tree))}
 
 
 def as_tree(arrays: Mapping[str, Array | np.ndarray], like: PyTree) -> PyTree:
@@ -27,9 +27,15 @@ def as_tree(arrays: Mapping[str, Array | np.ndarray], like: PyTree) -> PyTree:
 
     >>> as_tree(as_arrays({"a": jnp.ones(2)}), {"a": 0})
     {'a': Array([1., 1.], dtype=float32)}
+
+    Keys (`jax.random.key`) come back as keys.
     """
     leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))])
+    found = [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
+    for i, leaf in enumerate(leaves):
+        if _is_key(leaf):
+            found[i] = jax.random.wrap_key_data(found[i], impl=jax.random.key_impl(leaf))
+    return jax.tree.unflatten(structure, found)
 
 
 def mark(text: str, tree: PyTree) -> np.ndarray:
@@ -42,8 +48,19 @@ def mark(text: str, tree: PyTree) -> np.ndarray:
       16 bytes, uint8.
     """
     digest = hashlib.blake2b(f"{text}{jax.tree.structure(tree)}".encode(), digest_size=16)
-    for leaf in jax.tree.leaves(tree):
-        a = np.asarray(leaf)
+    for leaf in map(_data, jax.tree.leaves(tree)):
+        # A device's array keeps the copy that the host once made of it: of a copy, not of a weight.
+        elsewhere = isinstance(leaf, jax.Array) and jax.default_backend() != "cpu"
+        a = np.ascontiguousarray(jnp.copy(leaf) if elsewhere else leaf)
         digest.update(f"{a.dtype}{a.shape}".encode())
-        digest.update(a.tobytes())
+        digest.update(a.reshape(-1).view(np.uint8).data)
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _is_key(leaf: Array) -> bool:
+    """Whether it is a `jax.random.key`, which NumPy cannot hold."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+
+
+def _data(leaf: Array) -> Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxquant.durable.claims import Claim, Taken, claim
 
 RUN = "run.json"
+LAYOUT = "layout of what is kept"  # changes with the arrays that jaxquant itself keeps
 FILE = re.compile(r"[0-9a-f]{24}\.bin|(run|[0-9a-f]{24})\.aside")  # what a folder keeps, and makes
 HEX = 64  # characters of a SHA-256
 Arrays = Mapping[str, Any]
@@ -57,7 +58,7 @@ class Folder(MutableMapping[str, Arrays]):
     def __init__(self, path: str | Path, run: Mapping[str, Any], *, refuse: bool = False) -> None:
         self.path = Path(path)
         self.replaced: tuple[str, ...] = ()
-        text = json.dumps(run, sort_keys=True)
+        text = json.dumps({**run, LAYOUT: 2}, sort_keys=True)
         held = _held(self.path, text)
         self.close = weakref.finalize(self, _leave, held)
         self._claim = held

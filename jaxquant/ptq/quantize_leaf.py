@@ -120,7 +120,7 @@ class LeafJob:
             method=method.name,
             input=method.input,
             output=method.output,
-            shared=self._shared(),
+            shared=self._shared(abstract),
             activations=method.activations,
             input_data=arrays.input,
             output_data=arrays.output,
@@ -211,13 +211,17 @@ class LeafJob:
     def _input(self) -> str:
         return self.inputs.leader[self.entry.path]
 
-    def _shared(self) -> str:
+    def _shared(self, abstract: bool) -> str:
         """A name that two weights have in common only if they read one input, transformed alike."""
         side = self.entry.method.input
         if side is not None and (side.fitted or not self.draw.name):
             return ""
         count = len(self.inputs.members[self._input])
-        return f"{count} of {self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
+        name = f"{count} of {self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
+        made = [self._known(i) for i in range(self.entry.count)]
+        if not jax.tree.leaves(made):  # arrays that are drawn are told by the names of the draws
+            return name
+        return "" if abstract else f"{name} {mark('', made).tobytes().hex()}"
 
     def _matrices(self, moments: Moments) -> Moments:
         """Moments with the batch axes as one; ValueError if they are of another tree."""

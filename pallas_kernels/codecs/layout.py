@@ -7,6 +7,7 @@ axis) that of GPTQ and compressed-tensors.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def words(length: int, bits: int) -> int:
     return -(-length // codes) * per
 
 
+@partial(jax.jit, static_argnums=1, inline=True)  # outside of jit it is one program, not a dozen
 def pack(codes: Int[Array, "... k n"], bits: int) -> Int32[Array, "... w n"]:
     """Pack integer codes along axis -2.
 
@@ -67,6 +69,7 @@ def pack(codes: Int[Array, "... k n"], bits: int) -> Int32[Array, "... w n"]:
     return jax.lax.bitcast_convert_type(packed, jnp.int32)
 
 
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
 def unpack(packed: Int32[Array, "... w n"], bits: int, length: int) -> Int32[Array, "... k n"]:
     """Inverse of `pack`: int32 codes [..., length, n], sign-extended.
 
