@@ -5,6 +5,8 @@ import inspect
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from pallas_kernels import lowering
+
 
 def lowered_text(fn, *args, platform):
     """The lowered text of fn(*args); on "cuda" for an H100."""
@@ -21,10 +23,13 @@ def lowered_text(fn, *args, platform):
 
 
 def equations(jaxpr):
-    """The equations of a jaxpr and of all inside it, kernels too."""
+    """The equations of a jaxpr and of all inside it, kernels too, of every platform."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for eqn in getattr(jaxpr, "eqns", ()):
         yield eqn
+        if eqn.primitive is lowering._chosen:  # whose kernels are traced when they are lowered
+            for _, kernel in eqn.params["branches"]:
+                yield from equations(jax.make_jaxpr(kernel)(*(v.aval for v in eqn.invars)))
         inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "jaxpr"))
         for part in inner:
             yield from equations(part)
