@@ -63,6 +63,11 @@ class Activations:
         (BitNet a4.8 keeps 0.5, at 8 bits). Gradients pass straight through to all entries,
         including the dropped ones.
 
+    Raises:
+      ValueError: a value is out of range, or fields do not combine: `mean` and `top` need
+        symmetric, unclipped codes with a scale per token; "block" and `floating` allow only
+        symmetric 8-bit codes without clipping; `mse` needs "tensor".
+
     >>> str(Activations(4, symmetric=False, clip=0.9))
     'int4,asymmetric,clip=0.9'
     >>> Activations.of("int8/256")
@@ -139,9 +144,7 @@ class Activations:
 
     @property
     def kernel(self) -> str | None:
-        """The form in which kernels quantize rows themselves; None if rows are rounded
-        beforehand.
-        """
+        """The form in which kernels quantize rows themselves; None if rows come rounded."""
         if self.bits != 8 or not self.symmetric or self.clip < 1 or self.static or self.floating:
             return None
         if self.mean or self.top < 1:
