@@ -18,7 +18,7 @@ class Evaluation:
     """Scores over the evaluated tokens.
 
     Attributes:
-      perplexity: exp of the mean negative log-likelihood, which is capped at 700.
+      perplexity: exp(nll), with nll capped at 700.
       tokens_scored: number of predicted tokens.
       nll: mean negative log-likelihood, in nats per token.
       kl: mean KL(teacher || model), in nats per token; None without a teacher.
@@ -129,8 +129,9 @@ def evaluate(
 def _score(
     logits: Logits, teacher: Logits | None, params: PyTree, other: PyTree, x: Array, first: int
 ) -> Array:
-    """Return sums over one chunk: negative log-likelihood, KL, agreements; then the vocabulary
-    size.
+    """Return the sums over one chunk, and the vocabulary size.
+
+    The sums are those of negative log-likelihood, KL and agreements.
     """
     log_p = _log_probabilities(logits, params, x, first)
     nll = -jnp.sum(jnp.take_along_axis(log_p, x[0, first + 1 :, None], axis=-1))

@@ -7,8 +7,7 @@ from jaxtyping import Array, Float
 
 
 class Channels(NamedTuple):
-    """Channels on one side of a weight, or of several weights that are multiplied with the same
-    vectors.
+    """Channels on one side of a weight, or of several weights that multiply the same vectors.
 
     Attributes:
       weights: [r, n], one row for every channel on the other side, of all these weights.

@@ -105,7 +105,5 @@ def common_stack_size(params: PyTree, teacher: PyTree) -> int:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Return whether a path matches a glob pattern; a path always matches itself, even if it
-    contains "[".
-    """
+    """Return whether a path equals a pattern or matches it as a glob ("[" may occur in paths)."""
     return path == pattern or fnmatch.fnmatchcase(path, pattern)

@@ -35,9 +35,7 @@ class Draw:
         return jax.random.fold_in(whole, i)
 
     def of_input(self, leader: str, i: int) -> Array:
-        """Return the key for the transform shared by all weights of an input, named by their
-        leader.
-        """
+        """Return the key for a transform that weights share with the leader of their input."""
         return self.of_matrix(f"input of {leader}", i)
 
 
