@@ -91,12 +91,12 @@ def calibrate(
         without a loss; a glob in `output` that matches nothing; a loss that is not a scalar.
 
     Warns:
-      naming weights, and matrices of a stack (such as experts), whose statistics are all zero, and
-        weights that are multiplied in two ways (w after w.T).
+      UserWarning: names weights, and matrices of a stack (such as experts), whose statistics are
+      all zero, and weights that are multiplied in two ways (w after w.T).
 
     Source:
       Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
-        output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
+      output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
 
     >>> import jax.numpy as jnp
     >>> x = jnp.arange(6.0).reshape(2, 3)

@@ -50,13 +50,13 @@ def observe(
 
     Returns:
       An `Observation` by path, in the order of use. Weights that share an input have one entry,
-        under the path of the one that comes first in the tree.
+      under the path of the one that comes first in the tree.
 
     Raises:
       ValueError: weights are packed, or nothing is contracted.
 
     Warns:
-      naming weights whose outputs no gradient reached.
+      UserWarning: names weights whose outputs no gradient reached.
 
     >>> import dataclasses
     >>> @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,12 @@ def holders(found: dict[str, Site], shared: bool = True) -> dict[str, str]:
 
 
 def zeros(site: Site, summary: Summary) -> PyTree:
-    """Return an empty probe for a weight."""
+    """Return an empty probe for a weight.
+
+    Args:
+      site: how the weight is used.
+      summary: the summary that the probe holds.
+    """
     size = lambda axes: math.prod(site.shape[a] for a in axes)
     batch = tuple(site.shape[a] for a in site.batch)
     one = summary.zeros(size(site.contracted), size(site.output))

@@ -50,10 +50,19 @@ class Summary(Protocol):
     """What to keep of the products with a matrix [k, n]; must be hashable, because it is static."""
 
     def zeros(self, k: int, n: int) -> PyTree:
-        """Return the empty summary, a pytree of float32 arrays."""
+        """Return the empty summary, a pytree of float32 arrays.
+
+        Args:
+          k: number of inputs of the matrix.
+          n: number of outputs of the matrix.
+        """
 
     def of(self, seen: Seen) -> PyTree:
-        """Return the summary of one product, with the same structure and shapes."""
+        """Return the summary of one product, with the same structure and shapes as `zeros`.
+
+        Args:
+          seen: what the product observed.
+        """
 
 
 class Observed(StandIn):

@@ -144,7 +144,7 @@ class Activations:
 
     @property
     def kernel(self) -> str | None:
-        """The form in which kernels quantize rows themselves; None if rows come rounded."""
+        """The form in which kernels quantize rows themselves; None if rows are rounded first."""
         if self.bits != 8 or not self.symmetric or self.clip < 1 or self.static or self.floating:
             return None
         if self.mean or self.top < 1:

@@ -76,6 +76,9 @@ def replace_leaves(params: PyTree, new: Mapping[str, Any]) -> PyTree:
 def stack_size(params: PyTree) -> int:
     """Return the number of blocks in a tree whose leaves have a leading axis over blocks.
 
+    Args:
+      params: the stacked tree.
+
     Raises:
       ValueError: leaves differ in the size of that axis, or have no axes.
 
@@ -93,7 +96,11 @@ def stack_size(params: PyTree) -> int:
 
 
 def common_stack_size(params: PyTree, teacher: PyTree) -> int:
-    """Return the number of blocks in a tree and in that of its teacher.
+    """Return the number of blocks in a stacked tree and in that of its teacher.
+
+    Args:
+      params: the stacked tree.
+      teacher: the teacher's stacked tree.
 
     Raises:
       ValueError: the numbers differ, or `stack_size` fails.

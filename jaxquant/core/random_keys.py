@@ -35,7 +35,12 @@ class Draw:
         return jax.random.fold_in(whole, i)
 
     def of_input(self, leader: str, i: int) -> Array:
-        """Return the key for a transform that weights share with the leader of their input."""
+        """Return the key for a transform that all weights of an input share.
+
+        Args:
+          leader: path of the weight that represents the input.
+          i: index of the matrix.
+        """
         return self.of_matrix(f"input of {leader}", i)
 
 

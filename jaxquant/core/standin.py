@@ -126,7 +126,11 @@ class StandIn(quax.ArrayValue):
 
     @abc.abstractmethod
     def reordered(self, order: tuple[int, ...]) -> "StandIn":
-        """Return the same stored arrays seen through another order."""
+        """Return the same stored arrays seen through another order.
+
+        Args:
+          order: the new order, as described for the class.
+        """
 
     @abc.abstractmethod
     def cast(self, dtype: DTypeLike) -> "StandIn":
@@ -134,7 +138,11 @@ class StandIn(quax.ArrayValue):
 
     @abc.abstractmethod
     def at_leading(self, fn: Callable[[jax.Array], jax.Array]) -> "StandIn":
-        """Apply `fn`, which changes leading axes only, to every stored array."""
+        """Apply a function to every stored array.
+
+        Args:
+          fn: a function that changes leading axes only.
+        """
 
     @abc.abstractmethod
     def leading(self) -> int:

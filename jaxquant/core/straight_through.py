@@ -9,6 +9,10 @@ from jaxtyping import Array, Float
 def through(x: Float[Array, "..."], value: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return `value` with the gradient of `x` (Bengio et al. 2013, arXiv:1308.3432).
 
+    Args:
+      x: the array that receives the gradient.
+      value: the rounded array, same shape.
+
     >>> jax.grad(lambda x: 3 * through(x, jnp.round(x)))(1.4).item()
     3.0
     """

@@ -214,11 +214,27 @@ class QTensor(StandIn):
         return shifted(w, e)
 
     def transformed(self, x: Float[Array, "m k"], arrays: Arrays) -> Float[Array, "m s"]:
-        """Apply the input transform: return x as the stored matrix expects it."""
+        """Apply the input transform.
+
+        Args:
+          x: the rows, [m, k].
+          arrays: the arrays of one matrix.
+
+        Returns:
+          The rows as the stored matrix expects them, [m, s].
+        """
         return x if self.input is None else self.input.apply(x, arrays.input)
 
     def finished(self, y: Float[Array, "m t"], arrays: Arrays) -> Float[Array, "m n"]:
-        """Undo the output transform on y, a product with the stored matrix."""
+        """Undo the output transform.
+
+        Args:
+          y: a product with the stored matrix, [m, t].
+          arrays: the arrays of that matrix.
+
+        Returns:
+          The product with the weight, [m, n].
+        """
         if self.output is None:
             return y
         return self.output.transposed(y, arrays.output, math.prod(self.view.n))

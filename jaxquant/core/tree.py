@@ -21,7 +21,7 @@ def bits_per_weight(params: PyTree) -> float:
 
     Returns:
       The average over the quantized leaves; without any, over the leaves that could be quantized (0
-        if there are none).
+      if there are none).
 
     >>> import jax.numpy as jnp
     >>> bits_per_weight({"w": jnp.ones((4, 4), jnp.bfloat16), "b": jnp.ones(4)})

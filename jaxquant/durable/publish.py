@@ -81,7 +81,11 @@ def publish(new: Path, target: Path, *, replace: bool) -> None:
 
 
 def restore(target: Path) -> None:
-    """Put the target back if a `publish` was killed after moving it away."""
+    """Put the target back if a `publish` was killed after moving it away.
+
+    Args:
+      target: the directory that `publish` was to replace.
+    """
     if os.path.lexists(target):
         return
     for left in _leftovers(target):

@@ -28,8 +28,7 @@ Finished = MutableMapping[str, Arrays]  # results of a long run; on disk, a `Fol
 
 
 class Folder(MutableMapping[str, Arrays]):
-    """A mapping on disk, from names to dicts of arrays, with one file per entry, written
-    atomically.
+    """A mapping on disk, from names to dicts of arrays; each entry is a file, written atomically.
 
     Arrays are restored bit for bit. Each file contains its SHA-256; a damaged file causes a warning
     and counts as missing. Entries of another run are deleted, or with `refuse` kept and reported as

@@ -57,6 +57,9 @@ class Checkpoint(NamedTuple):
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     """Return the resolved path if a checkpoint may be written there.
 
+    Args:
+      directory: where to write.
+      overwrite: whether an existing checkpoint may be replaced.
     Raises:
       ValueError: it exists, is not an empty directory, and `overwrite` is off; it contains anything
         but a checkpoint; or its parent is not a writable directory.

@@ -1,5 +1,4 @@
-"""Containers of a saved tree: which ones are allowed, what is stored of them, how they are
-restored.
+"""Containers of a saved tree: which are allowed, what is stored of them, how they are restored.
 
 A tree consists of nested mappings whose keys are names or integers: dicts, and Flax NNX's `State`,
 whose lists have integer keys. A leaf may be in a box (an NNX `Variable`, a linen `Partitioned`). On
@@ -27,7 +26,7 @@ def unsaid_by_paths(tree: Any) -> dict[str, Any]:
 
     Returns:
       "empty": the paths of empty mappings; "integer_keys": for every mapping whose keys are
-        integers, the keys that lead to it. Empty entries are left out.
+      integers, the keys that lead to it. Empty entries are left out.
 
     Raises:
       ValueError: a container is not a mapping, or a key is neither a name nor an integer.

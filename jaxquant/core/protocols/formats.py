@@ -146,7 +146,7 @@ class Format(abc.ABC):
         Args:
           x: the rows, [m, k].
           data: the packed arrays of w.
-          activations: the form of `pallas_kernels.activations` to which x is rounded first.
+          activations: the form of `pallas_kernels.activations` to round x to; "float": unrounded.
 
         Returns:
           The product, [m, n].
@@ -163,7 +163,7 @@ class Format(abc.ABC):
         Args:
           x: the rows, [m, k].
           several: the packed arrays of each matrix.
-          activations: the form of `pallas_kernels.activations` to which x is rounded first.
+          activations: the form of `pallas_kernels.activations` to round x to; "float": unrounded.
 
         Returns:
           One product [m, n] per matrix.
@@ -202,11 +202,29 @@ class Format(abc.ABC):
         raise NotImplementedError
 
     def columns(self, data: Data, ids: Int[Array, " i"], k: int) -> Float[Array, "k i"]:
-        """Return columns `ids` of w, [k, i]."""
+        """Return some columns of w.
+
+        Args:
+          data: the packed arrays of w.
+          ids: which columns, [i].
+          k: number of rows of w.
+
+        Returns:
+          The columns, [k, i].
+        """
         return self.dequantize(data, k)[:, ids]
 
     def rows(self, data: Data, ids: Int[Array, " i"], k: int) -> Float[Array, "i n"]:
-        """Return rows `ids` of w, [i, n]."""
+        """Return some rows of w.
+
+        Args:
+          data: the packed arrays of w.
+          ids: which rows, [i].
+          k: number of rows of w.
+
+        Returns:
+          The rows, [i, n].
+        """
         return self.dequantize(data, k)[ids]
 
     def arguments(self, data: Data, k: int) -> OpArguments:
@@ -228,11 +246,21 @@ class Format(abc.ABC):
     # --- optional abilities -----------------------------------------------------------------------
 
     def to_disk(self, data: Data, k: int) -> Data:
-        """Convert packed arrays to what a checkpoint stores; by default the same arrays."""
+        """Convert packed arrays to those that a checkpoint stores; by default the same.
+
+        Args:
+          data: the packed arrays.
+          k: number of rows of the matrix.
+        """
         return data
 
     def from_disk(self, kept: Data, k: int) -> Data:
-        """Invert `to_disk`."""
+        """Convert the arrays in a checkpoint back; the inverse of `to_disk`.
+
+        Args:
+          kept: the stored arrays.
+          k: number of rows of the matrix.
+        """
         return kept
 
     def recoded(self, data: Data, target: Float[Array, "k n"], share: float) -> Data:

@@ -53,7 +53,7 @@ class Rounder(abc.ABC):
 
         Returns:
           The packed arrays, and a report of two scalars: "damping" used, and the number of "dead"
-            channels.
+          channels.
 
         Raises:
           ValueError: it cannot round to this format, or a moment is missing.

@@ -63,7 +63,7 @@ class ActivationForm(Protocol):
 
     @property
     def kernel(self) -> str | None:
-        """The form in which kernels quantize rows themselves; None if rows come rounded."""
+        """The form in which kernels quantize rows themselves; None if rows are rounded first."""
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -73,10 +73,20 @@ class ActivationForm(Protocol):
         """Describe the arithmetic of a matmul, for `explain`."""
 
     def rounded(self, x: Float[Array, "m k"], data: Data) -> Float[Array, "m k"]:
-        """Quantize and dequantize rows; `data` holds the arrays of `shapes`."""
+        """Quantize and dequantize rows.
+
+        Args:
+          x: the rows, [m, k].
+          data: the arrays named in `shapes`.
+        """
 
     def straight(self, x: Float[Array, "m k"], data: Data) -> Float[Array, "m k"]:
-        """Return `rounded(x, data)` with the gradients that a matmul has."""
+        """Quantize and dequantize rows, with the gradients that a matmul has.
+
+        Args:
+          x: the rows, [m, k].
+          data: the arrays named in `shapes`.
+        """
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arrays that a weight stores for this format."""
