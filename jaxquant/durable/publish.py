@@ -51,7 +51,10 @@ def aside(target: Path) -> Iterator[Path]:
 
 
 def publish(new: Path, target: Path, *, replace: bool) -> None:
-    """Move a directory to its target: at all times the target is either the old or the new one.
+    """Move a directory to its target: the target is the old directory until it is the new one.
+
+    Where the system cannot exchange two directories in one step, a kill may leave no target until
+    `restore` puts the old one back.
 
     Args:
       new: a path from `aside`, where the new directory was built.

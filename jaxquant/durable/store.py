@@ -1,4 +1,4 @@
-"""Storage for resuming: a folder that keeps the results of a long run, so that it can go on."""
+"""Storage for resuming: a folder that keeps what a long run has done, in case it is killed."""
 
 import contextlib
 import hashlib

@@ -110,12 +110,12 @@ def save(
 ) -> None:
     """Write a tree of arrays and `QTensor`s atomically.
 
-    A kill at any moment leaves either what was there before or the new checkpoint. The next `save`
-    to the same place removes temporary files that it leaves.
+    A kill at any moment leaves either what was there before or the new checkpoint; the next `save`
+    to the same place removes leftover temporary files.
 
     Args:
-      directory: created by this call; it may exist if empty, or if a checkpoint and `overwrite` is
-        on.
+      directory: created by this call; it may exist if it is empty, or a checkpoint with
+        `overwrite`.
       params: nested dicts, or a Flax NNX `State` (`nnx.state(model)`, quantized or not). Keys are
         names or integers; leaves are numeric arrays, QTensors or random keys.
       recipe: the recipe that made the tree, to store with it.

@@ -27,15 +27,15 @@ class Format(abc.ABC):
       tile: number of rows and of columns of the matrix that one code covers.
       codes_ndim: number of axes of "codes" for one matrix; further axes in front are batch axes.
       storage: name of the op of `pallas_kernels` that multiplies by the packed arrays ("packed" for
-        `packed_matmul`), in which case `arguments` must be defined; "" if the format multiplies
-        itself.
+        `packed_matmul`), in which case `arguments` must be defined; "" if there is no such op and
+        the format computes products.
       wide: whether `scaled` is defined, so that matrices of any magnitude can be stored. Weights
         are then divided by a power of two before `encode` or a rounder sees them, and `scaled`
         multiplies it back.
       trained: names of the float arrays that healing may train.
       recodes: whether `recoded` is defined, so that codes can be chosen anew during training.
-      plans: whether `planned` is defined: the stored format depends on the importance of blocks of
-        rows.
+      plans: whether `planned` is defined, which chooses the format to store by the importance of
+        blocks of rows.
       block: number of rows of such a block.
       latent: whether this is the format of a weight in training: `product` also rounds the inputs,
         and `encode` is not defined.
