@@ -273,7 +273,7 @@ def _(*args: StandIn | ArrayLike, jaxpr: Any, **_: Any) -> Any:
 
 @quax.register(jax_private.remat_p)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, policy: Any, prevent_cse: Any, **_: Any) -> Any:
-    """Checkpoint the same body, with the arrays of stand-ins among its inputs."""
+    """Apply `jax.checkpoint` to the same body, with the stand-ins' arrays among its inputs."""
     body = quax.quaxify(jax_private.as_function(jaxpr))
     return jax.checkpoint(lambda *a: body(*a), policy=policy, prevent_cse=prevent_cse)(*args)
 
