@@ -35,9 +35,9 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
-      kernels: "auto" uses the kernel of the platform the program is lowered for, where one serves
-        the product; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that backend's
-        kernels only, and a product that they do not serve is a ValueError.
+      kernels: "auto" (default) uses the kernel of the platform the program is lowered for, if one
+        serves the product; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
+        backend's kernels only, and a product that they do not serve is a ValueError.
 
     Returns:
       A function of the same arguments.

@@ -1,4 +1,4 @@
-"""All uses of private names of JAX and quax, so that a new version is adapted to in one place.
+"""All uses of private names of JAX and quax, so that only this file depends on their versions.
 
 `jax.extend` has no trace context, no `vmap` handlers and no `remat_p`. quax has no rules for
 `custom_vjp`, and its rules for `scan` and `jit` have to be called by name.
@@ -44,13 +44,13 @@ def scan(args: tuple, params: dict[str, Any], each: Callable[[PyTree], Any]) -> 
 
 @contextlib.contextmanager
 def watching_vmap(tell: Callable[[quax.Value, int], None]) -> Iterator[None]:
-    """Call `tell` inside for each quax value that enters a `jax.vmap`, with the axis mapped over.
+    """Within the context, report each quax value that enters a `jax.vmap`.
 
     The primitives do not show this: vmap(in_axes=(0, None)) of a matmul is a matmul with one more
     free axis.
 
     Args:
-      tell: function of the value and the axis.
+      tell: called with the value and the axis that is mapped over.
     """
     handlers = vars(batching).get("to_elt_handlers")
     if handlers is None:  # another version of JAX: report nothing
