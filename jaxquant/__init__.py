@@ -1,7 +1,7 @@
-"""jaxquant: a functional quantization stack for JAX.
+"""jaxquant: a functional quantization library for JAX.
 
-What trains is imported when it is first asked for: it needs Optax, and those who only quantize and
-serve do not.
+Names used for training are imported on first access, because they need Optax. Quantizing and
+serving do not.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Evaluation: perplexity, KL to a teacher, top-1 agreement, one chunk in memory at a time."""
+"""Evaluation: perplexity, KL divergence from a teacher, top-1 agreement; one chunk at a time."""
 
 import dataclasses
 import math
@@ -15,14 +15,15 @@ Logits = Callable[[PyTree, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures over the scored tokens.
+    """Scores over the evaluated tokens.
 
     Attributes:
-      perplexity: exp of the mean negative log likelihood.
-      tokens_scored: how many tokens were predicted.
-      nll: mean negative log likelihood, nats per token.
-      kl: mean KL(teacher || model), nats per token; None without a teacher.
-      top1_agreement: fraction of tokens where both rank the same token first; None without.
+      perplexity: exp(nll), with nll capped at 700.
+      tokens_scored: number of predicted tokens.
+      nll: mean negative log-likelihood, in nats per token.
+      kl: mean KL(teacher || model), in nats per token; None without a teacher.
+      top1_agreement: fraction of tokens for which model and teacher rank the same token first; None
+        without a teacher.
     """
 
     perplexity: float
@@ -33,10 +34,18 @@ class Evaluation:
 
 
 def chunk(tokens: Any, ctx: int, chunks: int | None = None) -> np.ndarray:
-    """Consecutive chunks [N, ctx] of a token list; the rest is dropped.
+    """Split a token sequence into consecutive chunks; tokens that do not fill a chunk are dropped.
+
+    Args:
+      tokens: token ids, a sequence of integers.
+      ctx: tokens per chunk, at least 4.
+      chunks: largest number of chunks to return; None for all.
+
+    Returns:
+      Token ids [N, ctx], int32.
 
     Raises:
-      ValueError: ctx below 4, chunks below 1, or fewer tokens than one chunk.
+      ValueError: `ctx` is below 4, `chunks` is below 1, or there are fewer tokens than one chunk.
 
     >>> chunk(range(9), 4).tolist()
     [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -50,7 +59,7 @@ def chunk(tokens: Any, ctx: int, chunks: int | None = None) -> np.ndarray:
 
 
 def check_sizes(ctx: int, chunks: int | None) -> None:
-    """Raise ValueError if ctx is below 4 or chunks below 1."""
+    """Raise ValueError if `ctx` is below 4 or `chunks` is below 1."""
     if ctx < 4:
         raise ValueError(f"ctx must be at least 4, got {ctx}")
     if chunks is not None and chunks < 1:
@@ -66,20 +75,25 @@ def evaluate(
     first: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Score the second half of every chunk, as llama.cpp's perplexity does.
+    """Score the second half of every chunk, as llama.cpp's perplexity tool does.
 
-    Logits at positions ctx // 2 ... ctx - 2 predict the token after each.
+    The logits at positions ctx // 2 to ctx - 2 each predict the next token.
 
     Args:
-      logits: logits(params, tokens [1, ctx]) -> [1, ctx, vocabulary]; `jaxquant.quantized` if
-        params holds stand-ins.
+      logits: function logits(params, tokens [1, ctx]) -> [1, ctx, vocabulary]; wrap it in
+        `jaxquant.quantized` if `params` contains stand-ins.
+      params: parameters of the model.
       chunks: token ids [N, ctx], from `chunk`.
-      against: the teacher's (logits, params), for KL and agreement.
-      first: the first position whose logits are scored; default ctx // 2.
-      progress: called with the number of chunks done.
+      against: (logits, params) of the teacher, for KL and agreement; None for no teacher.
+      first: first position whose logits are scored. Default: ctx // 2.
+      progress: called with the number of chunks done, after each chunk.
+
+    Returns:
+      An `Evaluation`.
+
     Raises:
-      ValueError: no chunks, ids beyond the vocabulary, logits that are not finite, or a teacher
-        with another vocabulary.
+      ValueError: there are no chunks, `first` leaves nothing to score, ids are outside the
+        vocabulary, the likelihood is not finite, or the teacher has another vocabulary.
 
     >>> import jax
     >>> uniform = lambda p, x: jnp.zeros((*x.shape, 8))
@@ -115,7 +129,10 @@ def evaluate(
 def _score(
     logits: Logits, teacher: Logits | None, params: PyTree, other: PyTree, x: Array, first: int
 ) -> Array:
-    """Sums over one chunk: negative log likelihood, KL, agreements; and the vocabulary's size."""
+    """Return the sums over one chunk, and the vocabulary size.
+
+    The sums are those of negative log-likelihood, KL and agreements.
+    """
     log_p = _log_probabilities(logits, params, x, first)
     nll = -jnp.sum(jnp.take_along_axis(log_p, x[0, first + 1 :, None], axis=-1))
     vocabulary = jnp.float32(log_p.shape[-1])
@@ -124,7 +141,7 @@ def _score(
     log_t = _log_probabilities(teacher, other, x, first)
     if log_t.shape != log_p.shape:
         raise ValueError(f"the teacher has {log_t.shape[1]} tokens, the model {log_p.shape[1]}")
-    p = jnp.exp(log_t)  # 0 where a vocabulary's padding is masked by -inf
+    p = jnp.exp(log_t)  # 0 where -inf masks padding of the vocabulary
     kl = jnp.sum(jnp.where(p > 0, p * (log_t - log_p), 0.0))
     agree = jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))
     return jnp.stack([nll, kl, agree, vocabulary])

@@ -1,1 +1,1 @@
-"""Statistics of every matmul's input, as cotangents of probes."""
+"""Calibration: statistics of the inputs of every matmul, collected in a backward pass."""

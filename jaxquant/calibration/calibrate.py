@@ -1,9 +1,11 @@
-"""Calibration: what every matmul's input was like, as cotangents of probes.
+"""Calibration: statistics of the inputs of every matmul, collected in backward passes.
 
-Second moments are x^T diag(a) x with a = 1, or a_t = |g_t|^2, the squared norm of the loss gradient
-at output token t, or a_t = k / |x_t|^2; beside them stand the size of every channel, and if asked
-for some of the rows.
-One `jax.grad` collects every layer (`observe`), and batches are merged.
+The second moments are x^T diag(a) x with token weights a_t = 1, a_t = |g_t|^2 (the squared norm of
+the loss gradient at output token t) or a_t = k / |x_t|^2. The magnitude of every channel is kept
+too, and on request some of the rows.
+
+Probes attached to the weights receive the statistics as cotangents, so one `jax.grad` collects
+those of all layers (`observe`). Batches are merged.
 """
 
 import dataclasses
@@ -42,48 +44,56 @@ def calibrate(
     save_every: int = 16,
     name: str = "calibration",
 ) -> Stats:
-    """What the inputs of every weight that `fn` contracts are like: second moments, sizes, rows.
+    """Collect statistics of the inputs of every weight that `fn` contracts.
 
-    Matrices that are looked up (experts, by the tokens that a router sent them) have statistics of
-    their own tokens; slices of a weight (w[:, 128:]) add up to those of the whole. Of a weight that
-    is multiplied over different axes, the first product says which input is meant.
+    They are second moments, channel magnitudes and sample rows. Matrices that are looked up
+    (experts) get statistics of the tokens routed to them. Slices of a weight (w[:, 128:])
+    contribute to the statistics of the whole weight. If a weight is contracted over different axes,
+    the first product decides which input is meant.
 
-    Memory beside `params`: twice what is kept (running sums and one batch's), 4 k^2 bytes per
-    distinct input and layer for its second moment, plus one backward pass of `fn` (use
-    `jax.checkpoint` inside `fn` to bound it). For bounded memory go block by block:
+    Memory in addition to `params`: twice the statistics (running sums, and those of one batch),
+    with 4 k^2 bytes for each second moment, per distinct input and layer; and one backward pass of
+    `fn` (`jax.checkpoint` inside `fn` bounds it). To bound memory further, go block by block with
     `quantize_blocks`.
 
     Args:
-      fn: fn(params, batch), or fn(params, *batch) where a batch is a tuple. Statistics come by
-        the backward pass: what no gradient reaches (an argmax, a rounding after it) gives none.
-      params: floating parameter tree.
-      batches: inputs of fn, consumed once; each new shape compiles once.
+      fn: fn(params, batch), or fn(params, *batch) if batches are tuples. Statistics come from the
+        backward pass, so there are none for products that no gradient reaches (those followed by an
+        argmax, or by rounding).
+      params: parameter tree of floating arrays.
+      batches: inputs of fn; iterated over once. Each new shape is compiled once.
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
-      weighting: "gradient" weights each token by the squared norm of the loss gradient at the
-        matmul's output; "energy" by one over its mean square, so that a sink is one token of
-        many; "uniform" does not. Of second moments and mean sizes: `low` and `high` are bounds.
-        Default: "gradient" if a loss is given.
-      gram: whether second moments are kept; methods that only scale or rotate need none.
-      output: globs of paths ("layers/*kernel") for whose weights the second moments of the loss
-        gradient at the output are collected too, 4 n^2 bytes more each (so not for a head over a
-        vocabulary), for two-sided feedback; needs gradient weighting.
-      sample: rows of every input to keep, those with the largest entries, and as many at random;
-        for transforms that are searched for on activations (`Greedy`, a searched `Smooth`).
+      weighting: weights of the tokens in second moments and mean magnitudes; the bounds `low` and
+        `high` are not weighted. "gradient" uses the squared norm of the loss gradient at the
+        matmul's output. "energy" uses one over the token's mean square, so that an attention sink
+        counts as one token of many. "uniform" weights all tokens equally. Default: "gradient" if a
+        loss is given, else "uniform".
+      gram: whether to keep second moments; methods that only scale or rotate do not need them.
+      output: globs of paths ("layers/*kernel") of weights for which to keep the second moment of
+        the loss gradient at the output too, as two-sided feedback needs it. It takes another 4 n^2
+        bytes each, too much for a head over a vocabulary, and requires gradient weighting.
+      sample: number of rows of every input to keep with the largest entries, and as many at random;
+        needed by transforms that search on activations (`Greedy`, a searched `Smooth`).
       progress: called with the number of batches done.
-      finished: where the sums so far are kept, and gone on from: a mapping that lives on disk
-        (`durable.store.Folder`) makes a long run resumable. Batches whose sums are kept are passed
-        over. What is kept of other parameters, settings or another first batch is not taken; `fn`,
-        `loss` and later batches are not looked at: with others, keep the sums as another `name`.
-      save_every: batches between two copies to go on from, 1 or more; the last sums are kept too.
-      name: what the sums are kept as.
+      finished: mapping in which the running sums are stored and from which they are resumed; one
+        that lives on disk (`durable.store.Folder`) makes a long run resumable. Batches already in
+        the stored sums are skipped. Sums are ignored if they were stored with other parameters,
+        other settings or another first batch. Changes of `fn`, `loss` or later batches are not
+        detected: use another `name` for those.
+      save_every: number of batches between stored copies, 1 or more; the final sums are stored too.
+      name: name under which the sums are stored.
+
     Returns:
       `Stats`.
+
     Raises:
-      ValueError: no batches, or fewer than the kept sums are of; gradient weighting without a loss;
-        a glob of `output` that matches nothing; a loss that is no scalar.
+      ValueError: there are no batches, or fewer than the stored sums contain; gradient weighting
+        without a loss; a glob in `output` that matches nothing; a loss that is not a scalar.
+
     Warns:
-      naming the weights whose statistics are all zero, and of a stack (experts, say) the matrices
-      whose are; the weights that are multiplied in two ways (w after w.T).
+      UserWarning: names weights, and matrices of a stack (such as experts), whose statistics are
+      all zero, and weights that are multiplied in two ways (w after w.T).
+
     Source:
       Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
       output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
@@ -133,7 +143,7 @@ def calibrate(
 def _doubts(
     found: Mapping[str, Site], sums: Mapping[str, Probe], holder: Iterable[tuple[str, str]]
 ) -> Iterator[str]:
-    """What feedback would not know of."""
+    """Yield warnings about what the statistics do not cover."""
     for path, site in found.items():
         if site.contracted and site.also:
             others = " and ".join(str(list(axes)) for axes in site.also)
@@ -176,7 +186,7 @@ def _args(batch: PyTree) -> tuple[PyTree, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Which weights carry a probe. Hashed by value: equal plans share a compiled step."""
+    """Which weights have a probe. Hashed by value, so that equal plans share a compiled step."""
 
     held: tuple[tuple[str, Site], ...]
     holder: tuple[tuple[str, str], ...]
@@ -193,38 +203,38 @@ class _Plan:
         output: tuple[str, ...],
         sample: int,
     ) -> "_Plan":
-        # Weighted by their own output gradients, grams of one input differ.
+        # Gradient weights depend on a weight's own output, so moments of one input differ.
         holder = holders(found, shared=weighting != "gradient")
         held = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
         return _Plan(held, tuple(holder.items()), weighting, gram, output, sample)
 
     def kept(self, path: str) -> Kept:
-        """What is kept at a weight."""
+        """Return what to keep at a weight."""
         output = any(matches(path, glob) for glob in self.output)
         alike = dict(self.held)[path].covered is not None
         return Kept(self.gram, output, self.weighting, self.sample, alike)
 
     def probes(self) -> dict[str, Probe]:
-        """Zeros, by holder."""
+        """Return zeros, by the path of the weight that holds the statistics."""
         return {p: zeros(site, self.kept(p)) for p, site in self.held}
 
     def merged(self, a: dict[str, Probe], b: dict[str, Probe]) -> dict[str, Probe]:
-        """Of two sets of batches."""
+        """Merge the statistics of two sets of batches."""
         return {p: self.kept(p).merged(a[p], b[p]) for p, _ in self.held}
 
 
 class _Kept:
-    """Sums as a store keeps them.
+    """Running sums in a store.
 
     Attributes:
-      count: batches that the kept sums are of.
+      count: number of batches in the stored sums.
     """
 
     def __init__(self, finished: Finished | None, name: str) -> None:
         self.finished, self.name, self.count = finished, name, 0
 
     def sums(self, plan: _Plan, params: PyTree, batch: PyTree) -> dict[str, Probe]:
-        """Those kept of this plan, these parameters and this first batch; or zeros."""
+        """Return the sums stored for this plan, parameters and first batch; otherwise zeros."""
         if self.finished is None:
             return plan.probes()
         self.begun = mark(str(plan), (params, batch))
@@ -235,7 +245,7 @@ class _Kept:
         return as_tree(kept, jax.eval_shape(plan.probes))
 
     def keep(self, count: int, sums: dict[str, Probe]) -> None:
-        """The sums of so many batches, if that is more than is kept."""
+        """Store the sums of `count` batches, if that is more than what is stored."""
         if self.finished is not None and count > self.count:
             beside = {"begun": self.begun, "count": np.int64(count)}
             self.finished[self.name] = as_arrays(sums) | beside
@@ -246,7 +256,7 @@ class _Kept:
 def _step(
     sums: dict, params: PyTree, batch: PyTree, fn: Callable, loss: Callable | None, plan: _Plan
 ) -> dict:
-    """The sums, this batch's merged into them."""
+    """Merge the statistics of one batch into the sums."""
 
     def scalar(probes: dict) -> Array:
         out = run(fn, planted(params, plan.held, probes, plan.kept), *_args(batch))
@@ -257,5 +267,5 @@ def _step(
             raise ValueError(f"loss must return a floating scalar, got {described(value)}")
         return value
 
-    # A probe's value is never read, so the running sums serve, and no zeros take memory.
+    # A probe's value is never read, so the running sums can take the place of zeros.
     return plan.merged(sums, jax.grad(scalar)(sums))

@@ -1,4 +1,4 @@
-"""Observing: one backward pass over a function whose weights say what their inputs were like."""
+"""Observation of matmul inputs: one backward pass collects a summary for every weight."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ from jaxquant.core.standin import is_array, is_standin, run
 
 
 class Observation(NamedTuple):
-    """What one pass saw of one input.
+    """What one pass observed of one input.
 
     Attributes:
-      weights: paths of the weights that multiply this very input.
-      products: how many products with a matrix the summary is the sum of: 1 as a rule, 0 where no
-        gradient reached the output, more where a function multiplies by one weight several times.
-      summary: what was asked for, with leading axes over the layers (and experts) of a stack.
+      weights: paths of the weights that are multiplied with this very input.
+      products: number of products with a matrix that the summary is the sum of: usually 1; 0 if no
+        gradient reached the output; more if a function multiplies by one weight several times.
+      summary: the summary asked for, with leading axes over the layers (and experts) of a stack.
     """
 
     weights: tuple[str, ...]
@@ -37,21 +37,26 @@ class Observation(NamedTuple):
 def observe(
     fn: Callable[..., PyTree], params: PyTree, *args: Any, summary: Summary
 ) -> dict[str, Observation]:
-    """A summary of every input that `fn(params, *args)` multiplies by weights, in one pass.
+    """Summarize every input that `fn(params, *args)` multiplies by weights, in one backward pass.
 
     Args:
-      fn: Flax, Equinox, plain JAX. What no gradient of its outputs reaches is not seen.
-      params: floating parameter tree; decode packed weights (`jaxquant.dequantize`).
-      args: arrays, or trees of them.
-      summary: frozen dataclass with `zeros(k, n)` and `of(seen)`, pytrees of float32 arrays alike:
-        they travel as cotangents, so an index too is a float, exact to 2^24.
+      fn: a function from Flax, Equinox or plain JAX. Products that no gradient of its outputs
+        reaches are not observed.
+      params: parameter tree of floating arrays; decode packed weights with `jaxquant.dequantize`.
+      args: other arguments of fn: arrays, or trees of them.
+      summary: frozen dataclass with methods `zeros(k, n)` and `of(seen)`, which return pytrees of
+        float32 arrays with the same structure and shapes. Summaries travel as cotangents, so an
+        index must be a float too (exact up to 2^24).
+
     Returns:
-      `Observation` by path of a weight, in the order of use; of weights that share an input, by
-      the first of the tree.
+      An `Observation` by path, in the order of use. Weights that share an input have one entry,
+      under the path of the one that comes first in the tree.
+
     Raises:
-      ValueError: packed weights, or nothing that is contracted.
+      ValueError: weights are packed, or nothing is contracted.
+
     Warns:
-      naming the weights whose outputs no gradient reached.
+      UserWarning: names weights whose outputs no gradient reached.
 
     >>> import dataclasses
     >>> @dataclasses.dataclass(frozen=True)
@@ -94,7 +99,7 @@ def observe(
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """A summary, and how many were added."""
+    """A summary together with the number of products it is the sum of."""
 
     summary: Summary
 
@@ -115,21 +120,35 @@ def _pass(
     return jax.grad(scalar)({path: zeros(site, summary) for path, site in held})
 
 
-# --- planting, which calibration shares ------------------------------------------------------
+# --- placing probes; also used by `calibrate` ------------------------------------------------
 
 
 def arrays_only(params: PyTree, fn: Callable[..., PyTree]) -> tuple[PyTree, Callable[..., PyTree]]:
-    """The arrays of a tree that holds other things too (an Equinox module), and fn of them."""
+    """Separate arrays from the other leaves of a tree, such as an Equinox module.
+
+    Args:
+      params: parameter tree.
+      fn: a function of it.
+
+    Returns:
+      The tree of arrays, and the function of that tree.
+    """
     arrays, rest = eqx.partition(params, lambda leaf: is_array(leaf))
     if not jax.tree.leaves(rest):
-        return params, fn  # the very function, so that a step compiled for it serves again
+        return params, fn  # the same object, so that its compiled step is reused
     return arrays, lambda p, *args: fn(eqx.combine(p, rest), *args)
 
 
 def holders(found: dict[str, Site], shared: bool = True) -> dict[str, str]:
-    """Path of a contracted weight -> path of the weight that observes its input for it.
+    """Choose which weight observes the input of each contracted weight.
 
-    With `shared` that is the first that multiplies this very input, else itself.
+    Args:
+      found: the sites by path.
+      shared: if True, the first weight with the same input observes it; if False, every weight
+        observes its own.
+
+    Returns:
+      Path of a weight -> path of the weight that observes its input.
     """
     holder: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -141,7 +160,12 @@ def holders(found: dict[str, Site], shared: bool = True) -> dict[str, str]:
 
 
 def zeros(site: Site, summary: Summary) -> PyTree:
-    """The probe of a weight, with nothing in it."""
+    """Return an empty probe for a weight.
+
+    Args:
+      site: how the weight is used.
+      summary: the summary that the probe holds.
+    """
     size = lambda axes: math.prod(site.shape[a] for a in axes)
     batch = tuple(site.shape[a] for a in site.batch)
     one = summary.zeros(size(site.contracted), size(site.output))
@@ -154,7 +178,14 @@ def planted(
     probes: Mapping[str, Any],
     summary: Callable[[str], Summary],
 ) -> PyTree:
-    """params with `Observed` stand-ins, with these probes, at the paths of `held`."""
+    """Replace weights by `Observed` stand-ins.
+
+    Args:
+      params: parameter tree.
+      held: paths and sites of the weights to replace.
+      probes: their probes, by path.
+      summary: returns the summary for a path.
+    """
     leaves = dict(path_leaves(params))
     new = {}
     for path, site in held:
@@ -175,6 +206,6 @@ def planted(
 
 
 def total(outputs: Any) -> Array:
-    """A scalar whose gradient reaches all that the floating outputs depend on."""
+    """Return a scalar whose gradient reaches everything that the floating outputs depend on."""
     floating = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact)]
     return sum((jnp.sum(y, dtype=jnp.float32) for y in floating), jnp.float32(0))

@@ -1,8 +1,8 @@
-"""`Observed`: a weight whose product says, by way of a cotangent, what its input was like.
+"""`Observed`: a weight whose products report a summary of their input as a cotangent.
 
-`dot(x, w, probe)` has a backward rule whose cotangent for the probe is a summary of x and of the
-gradient at the output, whatever summary is asked for. So one `jax.grad` collects every layer, those
-inside `lax.scan` included; where a function multiplies by one weight several times, they add up.
+In the backward rule of `dot(x, w, probe)`, the cotangent for the probe is a summary of x and of the
+gradient at the output. One `jax.grad` therefore collects the summaries of all layers, including
+those inside `lax.scan`; if a function multiplies by one weight several times, they add up.
 `observe` is one such pass; calibration merges many.
 """
 
@@ -24,18 +24,19 @@ from jaxquant.core.standin import Pick, StandIn, is_standin
 
 
 class Seen(NamedTuple):
-    """What one product with one matrix saw.
+    """What one product with one matrix observed.
 
-    Where matrices are looked up, a row of which other ones took is here too, as zeros. Of a product
-    with a part of the matrix, what the part leaves out of rows and outputs is zero.
+    Where matrices are looked up, rows that went to other matrices are included as zeros. For a
+    product with a part of the matrix, entries of `rows` and `output` outside of the part are zero.
 
     Attributes:
-      rows: its input.
-      energy: |g|^2 of every row, g the gradient at the output.
-      output: g.
-      weight: of every row: 1; 0 where it is another matrix's; less than 1 where the product has
-        some of the outputs only.
-      counted: what the row adds to the number of rows: that, times the share of inputs it has.
+      rows: the input, [m, k].
+      energy: |g|^2 for every row, where g is the gradient at the output.
+      output: g, [m, n].
+      weight: for every row: 1; 0 if it went to another matrix; below 1 if the product has only some
+        of the outputs.
+      counted: what the row adds to the number of rows: `weight` times the fraction of the inputs
+        that the product has.
     """
 
     rows: Float[Array, "m k"]
@@ -46,30 +47,39 @@ class Seen(NamedTuple):
 
 
 class Summary(Protocol):
-    """What is kept of the products with a matrix [k, n]; hashable, for it is static."""
+    """What to keep of the products with a matrix [k, n]; must be hashable, because it is static."""
 
     def zeros(self, k: int, n: int) -> PyTree:
-        """Nothing seen yet: a pytree of float32 arrays."""
+        """Return the empty summary, a pytree of float32 arrays.
+
+        Args:
+          k: number of inputs of the matrix.
+          n: number of outputs of the matrix.
+        """
 
     def of(self, seen: Seen) -> PyTree:
-        """Of one product: a pytree like it."""
+        """Return the summary of one product, with the same structure and shapes as `zeros`.
+
+        Args:
+          seen: what the product observed.
+        """
 
 
 class Observed(StandIn):
-    """A dense weight with a probe, stored [*batch, ...]; its matmul fills the probe."""
+    """A dense weight with a probe that its matmuls fill, stored as [*batch, ...]."""
 
     array: Array
     probe: PyTree
     order: tuple[int, ...] = eqx.field(static=True)
-    core: int = eqx.field(static=True)  # axes that are not batch axes
-    # Stored axes, from the end, that are summed over.
+    core: int = eqx.field(static=True)  # number of axes that are not batch axes
+    # Contracted stored axes, counted from the end.
     contracted: tuple[int, ...] = eqx.field(static=True)
     summary: Summary = eqx.field(static=True)
-    sizes: tuple[int, ...] = eqx.field(static=True)  # of the core axes of the whole weight
-    covered: float | None = eqx.field(static=True, default=None)  # as of its `Site`
-    # Of looked-up matrices [*batch], which of the probe's each is; None: the probe's are these.
+    sizes: tuple[int, ...] = eqx.field(static=True)  # of the whole weight's core axes
+    covered: float | None = eqx.field(static=True, default=None)  # as in `Site`
+    # For looked-up matrices [*batch], the index of each in the probe; None: they are the probe's.
     which: Array | None = None
-    # By core axis, where a part of the weight lies in the whole, [*batch, size]; None: it is whole.
+    # For each core axis, the positions [*batch, size] of a part in the whole; None: not a part.
     places: tuple[Array | None, ...] = ()
 
     def stored_shape(self) -> tuple[int, ...]:
@@ -98,7 +108,7 @@ class Observed(StandIn):
     def picked(self, pick: Pick) -> "StandIn | None":
         if pick.indices is None or self.which is not None:
             return super().picked(pick)
-        # The probe stays whole, so that what a matrix saw is summed up once.
+        # The probe stays whole, so that all rows of a matrix are summed in one place.
         batch = self.stored_shape()[: self.leading()]
         which = jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch)
         probe = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), self.probe)
@@ -143,7 +153,7 @@ def _(w: Observed, x: Any, **params: PyTree) -> Array:
 
 
 def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool) -> Array:
-    """The plain dot, with the rule that fills the probe in the backward pass."""
+    """Compute the plain product, with a backward rule that fills the probe."""
     axes, leading, shape = w.axes(), w.leading(), w.stored_shape()
     c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=weight_left)
     inner = {a for a in c.contracted(axes) if a >= leading}
@@ -167,19 +177,20 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
             found = of(seen)
         return jax.tree.map(lambda a, like: a.astype(like.dtype), found, probe)
 
-    if {a - len(shape) for a in inner} != set(w.contracted):  # the other way round: not this one's
+    if {a - len(shape) for a in inner} != set(w.contracted):  # contracts other axes: not observed
         return dot(x, w.materialise())
     return _observed_dot(dot, summary, x, w.materialise(), w.probe, w.which, w.places)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Where the part of a weight that a product has lies in its matrix [k, n].
+    """Position of a product's part of a weight in the matrix [k, n].
 
     Attributes:
-      axes: core axes that make up k and those that make up n.
-      sizes: of all core axes of the part; whole: of the weight.
-      covered: of its `Site`.
+      axes: core axes that make up k, and those that make up n.
+      sizes: sizes of the core axes of the part.
+      whole: sizes of the core axes of the whole weight.
+      covered: as in `Site`.
     """
 
     axes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -195,7 +206,7 @@ class _Part:
         return _Part((k, n), w.stored_shape()[leading:], w.sizes, w.covered)
 
     def seen(self, rows: Array, output: Array, places: Sequence[Array | None]) -> Seen:
-        """Rows and outputs of the whole matrix, with zeros where the part has none."""
+        """Return rows and outputs for the whole matrix, with zeros outside of the part."""
         energy = jnp.sum(jnp.square(output), axis=-1)
         inputs, outputs = (
             math.prod(self.sizes[a] / self.whole[a] for a in axes) for axes in self.axes
@@ -232,7 +243,7 @@ class _Part:
 
 
 def _by_owner(of: Callable[[Seen], Any], seen: Seen, which: Array, count: int) -> PyTree:
-    """`of` for each of so many matrices, of the rows that looked it up."""
+    """Apply `of` for each of `count` matrices to the rows that looked it up."""
     m = seen.weight.shape[-1]
     full = lambda a: jnp.broadcast_to(a, (*which.shape, *a.shape[which.ndim :]))
     flat = Seen(*(full(a).reshape(-1, *a.shape[which.ndim + 1 :]) for a in seen))
@@ -246,7 +257,7 @@ def _by_owner(of: Callable[[Seen], Any], seen: Seen, which: Array, count: int) -
 
 
 def _mapped(of: Callable[[Seen], Any], size: int) -> Callable[[Seen], Any]:
-    """`of` along a leading axis, which is 1 for what is the same all along it."""
+    """Map `of` along a leading axis; fields that are constant along it have size 1 there."""
 
     def mapped(seen: Seen) -> PyTree:
         axes: Any = Seen(*(0 if len(a) == size else None for a in seen))  # type: ignore[arg-type]

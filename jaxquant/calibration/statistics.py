@@ -1,4 +1,4 @@
-"""Statistics of an input: what is kept of it, and how the statistics of batches add up."""
+"""Statistics of an input: what is kept, and how the statistics of batches are merged."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,16 +17,19 @@ Weighting = Literal["uniform", "gradient", "energy"]
 
 
 class Probe(NamedTuple):
-    """What a matmul's backward rule hands back; None for what was not asked for.
+    """Sums that a matmul's backward rule returns; None for those not asked for.
+
+    x is a row of the input, g the gradient at its output, and a the row's weight. Of a product that
+    a function forms several times, with several inputs or in a loop, `low` and `high` are sums of
+    the bounds, hence still bounds.
 
     Attributes:
       gram: sum of a x x^T.
-      rows: how many rows x had.
+      rows: number of rows x.
       output: sum of g g^T.
       magnitude: sum of a |x|.
-      low, high: the largest of -x and of x, or 0. (Of a product that a function forms several
-        times, with several inputs or in a loop, the sum of all these, so not less.)
-      extreme, typical: rows of x, those with the largest entries and some at random.
+      low, high: the largest -x and the largest x per channel, at least 0.
+      extreme, typical: rows x: those with the largest entries, and some at random.
     """
 
     gram: Float[Array, "*batch k k"] | None
@@ -44,10 +47,10 @@ class Kept:
     """The summary that calibration makes of a product.
 
     Attributes:
-      gram, output: whether second moments are kept, of the input and of the output's gradient.
-      weighting: of rows, see `calibrate`.
-      sample: rows kept of either kind.
-      alike: whether all products with the matrix that a function forms read one input.
+      gram, output: whether to keep second moments of the input, and of the gradient at the output.
+      weighting: weights of the rows, see `calibrate`.
+      sample: number of rows to keep of each kind.
+      alike: whether all products that a function forms with the matrix read one input.
     """
 
     gram: bool
@@ -57,20 +60,20 @@ class Kept:
     alike: bool = True
 
     def zeros(self, k: int, n: int) -> Probe:
-        """Nothing seen yet."""
+        """Return the empty summary."""
         rows = (jnp.zeros((self.sample, k)),) * 2 if self.sample else (None, None)
         square = lambda size, kept: jnp.zeros((size, size)) if kept else None
         channels = (jnp.zeros(k),) * 3
         return Probe(square(k, self.gram), jnp.zeros(()), square(n, self.output), *channels, *rows)
 
     def of(self, seen: Seen) -> Probe:
-        """Of one product."""
+        """Return the summary of one product."""
         x = seen.rows
         left = x * self._weights(seen)[:, None]
         x = x * jnp.sign(seen.weight)[:, None]
-        # Parts of the outputs of one product, each by its share, make up what the product saw.
+        # If a product is computed in parts, each part counts by its share of the outputs.
         share = jnp.max(seen.weight, initial=0.0) if self.alike else 1.0
-        # Exact: a GPU's default would round the rows to ten bits, and H would be no moment.
+        # A GPU's default precision rounds rows to 10 bits; H would then be no second moment.
         second = partial(jnp.einsum, "tk,tl->kl", precision="highest")
         top = lambda a: jnp.maximum(jnp.max(a, axis=0, initial=0.0), 0.0)
         one = Probe(
@@ -87,7 +90,7 @@ class Kept:
         return one._replace(**{name: share * _best(rows, name, self.sample) for name in _SCORES})
 
     def _weights(self, seen: Seen) -> Float[Array, " m"]:
-        """a, of every row."""
+        """Return the weight a of every row."""
         if self.weighting == "gradient":
             return seen.energy
         if self.weighting == "uniform":
@@ -95,7 +98,7 @@ class Kept:
         return seen.weight / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
 
     def merged(self, a: Probe, b: Probe) -> Probe:
-        """Of two sets of products; leading axes are allowed."""
+        """Merge the summaries of two sets of products; leading axes are allowed."""
         added = jax.tree.map(jnp.add, a, b)
         largest = {
             name: jnp.maximum(getattr(a, name), getattr(b, name)) for name in ("low", "high")
@@ -107,7 +110,7 @@ class Kept:
         return added._replace(**largest, **rows)
 
 
-# Of rows, what decides which are kept: their largest entry; a hash of their content, 0 for no row.
+# Scores by which rows are kept: the largest entry; a hash of the content, which is 0 for zeros.
 _SCORES: dict[str, Callable[[Array], Array]] = {
     "extreme": lambda x: jnp.max(jnp.abs(x), axis=-1),
     "typical": lambda x: jnp.abs(jnp.sin(1e4 * jnp.sum(x, axis=-1))),
@@ -121,13 +124,14 @@ def _best(rows: Float[Array, "... m k"], name: str, count: int) -> Float[Array, 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What calibration saw.
+    """The result of calibration.
 
     Attributes:
       sites: how each weight is used, by path.
-      sums: what is kept, float32 with leading axes [*batch], by the path that holds it.
-      holder: path of a weight -> path that holds its sums (weights that share an input and a
-        weighting share them).
+      sums: the statistics, float32 with leading axes [*batch], by the path of the weight that holds
+        them.
+      holder: path of a weight -> path of the weight that holds its statistics; weights that share
+        an input and a weighting share them.
     """
 
     sites: dict[str, Site]
@@ -135,15 +139,27 @@ class Stats:
     holder: dict[str, str]
 
     def gram(self, path: str) -> Float[Array, "... k k"]:
-        """Mean of a x x^T at this weight.
+        """Return the mean of a x x^T for a weight.
+
+        Args:
+          path: path of the weight.
+
+        Returns:
+          [*batch, k, k], float32.
 
         Raises:
-          ValueError: the weight is in no matmul that calibration saw.
+          ValueError: calibration saw the weight in no matmul, or kept no second moments.
         """
         return self._mean(self.kept(path, "gram"), path)
 
     def output_gram(self, path: str) -> Float[Array, "... n n"]:
-        """Mean of g g^T, g the gradient at this weight's output.
+        """Return the mean of g g^T, where g is the gradient at the output of a weight.
+
+        Args:
+          path: path of the weight.
+
+        Returns:
+          [*batch, n, n], float32.
 
         Raises:
           ValueError: calibration was not asked for it.
@@ -154,10 +170,14 @@ class Stats:
         return sums / jnp.maximum(self.of(path).rows, 1)[..., None, None]
 
     def kept(self, path: str, name: str) -> Array:
-        """One of the sums of this weight's input, by its name in `Probe`.
+        """Return one of the sums for a weight.
+
+        Args:
+          path: path of the weight.
+          name: name of the sum, a field of `Probe`.
 
         Raises:
-          ValueError: calibration did not keep it, and how it would.
+          ValueError: calibration did not keep it; the message says how to ask for it.
         """
         if name not in Probe._fields:
             raise ValueError(f"expected one of {', '.join(Probe._fields)}, got {name!r}")
@@ -171,10 +191,13 @@ class Stats:
         return found
 
     def of(self, path: str) -> Probe:
-        """All that is kept of this weight's input.
+        """Return all sums for a weight.
+
+        Args:
+          path: path of the weight.
 
         Raises:
-          ValueError: the weight is in no matmul that calibration saw.
+          ValueError: calibration saw the weight in no matmul.
         """
         if path not in self.holder:
             raise ValueError(f"no statistics for {path!r}: calibration saw it in no matmul")
@@ -182,14 +205,19 @@ class Stats:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all sums."""
+        """Number of bytes of all sums."""
         return sum(a.nbytes for a in jax.tree.leaves(self.sums))
 
 
 def seen(x: Float[Array, "t k"], n: int) -> Stats:
-    """Statistics of a matrix "w" [k, n] that meets these rows, all of them kept.
+    """Return the statistics of a matrix "w" [k, n] with these inputs, keeping all rows.
 
-    The second moment is that of rows over a power of two, so that no square leaves float32.
+    The second moment is that of the rows divided by a power of two, so that squares stay within the
+    range of float32.
+
+    Args:
+      x: the input rows, [t, k].
+      n: number of outputs.
 
     >>> seen(jnp.ones((3, 2)), 5).gram("w").tolist()
     [[0.25, 0.25], [0.25, 0.25]]

@@ -1,1 +1,1 @@
-"""Weights as replaceable values: stand-ins, what traced functions do with them, packed tensors."""
+"""Weights as replaceable values: stand-ins, packed tensors, and how traced functions use them."""

@@ -1,12 +1,13 @@
-"""Activation formats: how the input of a product is rounded before it meets packed weights.
+"""Activation formats: how the input of a matmul is quantized before it meets packed weights.
 
-Integers are exact: with x ~ s (q - z) for codes q, a scale s and an integer zero point z of each
-row, x @ w = s (q @ w - z 1 @ w), and the products of codes are the kernels'. Up to 7 bits q - z
-fits the kernels' int8 and goes in as it is; at 8 a row of ones goes along with the codes, and gives
-the sums of w's columns that the zero points ask for, exactly and out of the same call.
+Integer formats are computed exactly. A row x is approximated by s (q - z) with integer codes q, a
+scale s and an integer zero point z, so x @ w = s (q @ w - z 1 @ w), and the kernels only multiply
+codes. Below 8 bits, q - z fits the kernels' int8 and is passed directly. At 8 bits, and for static
+ranges, whose learned zero points may be fractional, a row of ones is appended to the codes: the
+same call then also returns the column sums of w that the zero points need.
 
-A row with NaN or an infinity has codes of 0 and a scale of NaN, hence NaN for all its results:
-`pallas_kernels.activations` has the rule, for the forms that kernels round themselves too.
+A row that contains NaN or an infinity gets codes 0 and scale NaN, so all its results are NaN. The
+rule is stated in `pallas_kernels.activations`, which also applies it where kernels do the rounding.
 """
 
 import contextlib
@@ -28,7 +29,13 @@ _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
 
 class Codes(NamedTuple):
-    """x ~ scale (code - zero), of integers in float32."""
+    """Quantized rows: x ~ scale * (code - zero), with integer codes stored as float32.
+
+    Attributes:
+      code: the codes, [m, k].
+      scale: one scale per row; [1, 1] if static.
+      zero: one zero point per row; [1, 1] if static, where a learned one may be fractional.
+    """
 
     code: Float[Array, "m k"]
     scale: Float[Array, "m 1"]
@@ -37,22 +44,29 @@ class Codes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """A form of activations.
+    """An activation format: how the inputs of a matmul are quantized.
 
     Attributes:
-      bits: of a code, 2 to 8.
-      symmetric: codes -q ... q, q = 2^(bits - 1) - 1; else 2^bits - 1 steps between the least and
-        the largest entry, zero among them, with a whole zero point (254 steps at 8 bits).
-      clip: of the range, what is kept; entries past it go to its end.
-      per: what has a scale of its own: each "token" (row), each "block" of 256 channels of a row,
-        or the "tensor": one scale for all, known from calibration.
-      floating: e4m3 (8 bits) with a scale per token, and no codes.
-      mse: of the "tensor", the range of least squared error on rows kept in calibration, and not
-        the whole one.
-      mean: of tokens, the scale from the mean magnitude and not the largest: mean|x| / sqrt(q), and
-        one code more below, -q - 1 (BitNet a4.8, arXiv:2411.04965, at 4 bits).
-      top: of every token, the share of entries that stay, the largest; the others are 0 (there, at
-        8 bits, 0.5). Derivatives of both go straight through, masked or not.
+      bits: number of bits per code, 2 to 8.
+      symmetric: if True, codes run from -q to q with q = 2^(bits - 1) - 1. If False, 2^bits - 1
+        steps (254 at 8 bits) cover the range from the smallest to the largest entry, extended to
+        include zero, with an integer zero point.
+      clip: fraction of the range kept, in (0, 1]; values outside are clamped.
+      per: what shares a scale: "token" (a row), "block" (256 channels of a row) or "tensor" (all
+        inputs, with a static scale found by calibration).
+      floating: use float8 e4m3 with a scale per token instead of integer codes.
+      mse: for a "tensor" scale, choose the range with the least squared error on the rows kept by
+        calibration, instead of their full range.
+      mean: set each token's scale to mean|x| / sqrt(q) instead of deriving it from the largest
+        entry, and add the code -q - 1 (BitNet a4.8, arXiv:2411.04965, which does so at 4 bits).
+      top: fraction of each token's entries kept, those of largest magnitude; the others become 0
+        (BitNet a4.8 keeps 0.5, at 8 bits). Gradients pass straight through to all entries,
+        including the dropped ones.
+
+    Raises:
+      ValueError: a value is out of range, or fields do not combine: `mean` and `top` need
+        symmetric, unclipped codes with a scale per token; "block" and `floating` allow only
+        symmetric 8-bit codes without clipping; `mse` needs "tensor".
 
     >>> str(Activations(4, symmetric=False, clip=0.9))
     'int4,asymmetric,clip=0.9'
@@ -91,10 +105,17 @@ class Activations:
 
     @staticmethod
     def of(text: "str | Activations | None") -> "Activations | None":
-        """From what `str` makes of it; None for "float": as they are.
+        """Parse the text form of a format, as `str` prints it.
+
+        Args:
+          text: a text such as "int4,asymmetric,clip=0.9"; an `Activations` or None is returned as
+            is.
+
+        Returns:
+          The format, or None for "float" (inputs are not rounded).
 
         Raises:
-          ValueError: another text, saying what is known.
+          ValueError: the text is not a known format; the message lists the accepted ones.
         """
         if text is None or isinstance(text, Activations):
             return text
@@ -113,17 +134,17 @@ class Activations:
 
     @property
     def by_row(self) -> bool:
-        """Whether tokens have scales of their own, of all their channels."""
+        """Whether each token has one scale, shared by all its channels."""
         return self.per == "token" and not self.floating
 
     @property
     def static(self) -> bool:
-        """Whether the scale is known beforehand."""
+        """Whether the scale is fixed in advance, by calibration or training."""
         return self.per == "tensor"
 
     @property
     def kernel(self) -> str | None:
-        """The form under which kernels round themselves; None if codes are made here."""
+        """The form in which kernels quantize rows themselves; None if rows are rounded first."""
         if self.bits != 8 or not self.symmetric or self.clip < 1 or self.static or self.floating:
             return None
         if self.mean or self.top < 1:
@@ -131,7 +152,7 @@ class Activations:
         return "int8" if self.per == "token" else "int8/256"
 
     def describe(self) -> str:
-        """The arithmetic of a product, for `explain`."""
+        """Describe the arithmetic of a matmul, for `explain`."""
         if self.floating:
             return "e4m3 activations, float product"
         sums = "" if self.symmetric else ", zero points by row sums"
@@ -140,7 +161,14 @@ class Activations:
     # --- scales and codes ------------------------------------------------------------------------
 
     def range(self, low: Array, high: Array) -> tuple[Array, Array]:
-        """Scale and zero point for entries from low to high; a range of zeros has scale 1.
+        """Return the scale and zero point for entries between `low` and `high`.
+
+        Args:
+          low: smallest entries, any shape.
+          high: largest entries, same shape.
+
+        Returns:
+          Scales and zero points, float32, same shape. Where all entries are 0 the scale is 1.
 
         >>> Activations(4, symmetric=False).range(jnp.array([-1.0]), jnp.array([2.0]))
         (Array([0.2], dtype=float32), Array([-3.], dtype=float32))
@@ -155,17 +183,22 @@ class Activations:
         scale = (high - low) / (top - bottom)
         empty, scale = scale == 0, jnp.where(scale == 0, 1.0, scale)
         zero = jnp.clip(jax.lax.stop_gradient(jnp.round(bottom - low / scale)), bottom, top)
-        return scale, jnp.where(empty, 0.0, zero)  # so that zeros give zeros exactly
+        return scale, jnp.where(empty, 0.0, zero)  # a range of zeros decodes to exact zeros
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The first and the last code."""
+        """The lowest and the highest code."""
         top = (1 << (self.bits - 1)) - 1
         balanced = not self.mean and (self.symmetric or self.bits == 8)
         return (-top if balanced else -top - 1), top
 
     def codes(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Codes:
-        """Codes, scales and zero points of rows; `data` hold "scale" and "zero" if static."""
+        """Quantize rows to codes, scales and zero points.
+
+        Args:
+          x: the rows, [m, k].
+          data: the arrays "scale" and "zero" of a static format; not read otherwise.
+        """
         x, factor = forms.finite_rows(x.astype(jnp.float32))
         whole = x
         if self.top < 1:
@@ -184,12 +217,19 @@ class Activations:
             code = nearest_codes(jax.lax.stop_gradient(x) / scale, zero, self.limits)
             return Codes(through(whole / scale, code), scale * factor, zero)
         steps, of = x / scale, zero
-        if self.static:  # a learned zero point is no whole number: a part of what is rounded
+        if self.static:  # add a learned, fractional zero point before rounding
             steps, of = steps + zero, jnp.zeros(())
         return Codes(nearest_codes(steps, of, self.limits), scale * factor, zero)
 
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
-        """What x is after rounding, in float32.
+        """Quantize and dequantize rows.
+
+        Args:
+          x: the rows, [m, k].
+          data: the arrays "scale" and "zero" of a static format; not read otherwise.
+
+        Returns:
+          The rounded rows, float32.
 
         >>> Activations(2).rounded(jnp.array([[3.0, -1.0, 0.0], [0.0, 0.0, 0.0]]), {}).tolist()
         [[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -202,19 +242,19 @@ class Activations:
         return (code - zero) * scale
 
     def straight(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
-        """`rounded`, with the derivatives that `product` has."""
+        """Return `rounded(x, data)` with the gradients that a matmul has."""
         value = self.rounded(x, data)
         fixed = self.kernel is not None or self.floating
         return through(x.astype(jnp.float32), value) if fixed else value
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Arrays that a weight holds for it."""
+        """Shapes of the arrays that a weight stores for this format."""
         one = jax.ShapeDtypeStruct((1,), jnp.float32)
         return {"scale": one, "zero": one} if self.static else {}
 
 
 def kernel_form(form: Activations | None) -> str:
-    """How kernels take the rows: one of `pallas_kernels.activations.FORMS`.
+    """Return the form of `pallas_kernels.activations.FORMS` in which kernels receive the rows.
 
     >>> [kernel_form(Activations.of(t)) for t in ("float", "int8", "int4", "float8")]
     ['float', 'int8', 'codes', 'float']
@@ -259,18 +299,18 @@ def _parse(text: str) -> Activations | None:
     return Activations(**options)
 
 
-# --- where nothing is rounded --------------------------------------------------------------------
+# --- rounding switched off ------------------------------------------------------------------------
 
 _exact = Setting[bool]("exact activations", False)
 
 
 @contextlib.contextmanager
 def exact_activations() -> Iterator[None]:
-    """Products traced inside take their inputs as they are, whatever form the weights ask for.
+    """Leave the inputs of matmuls traced inside unrounded, whatever format the weights ask for.
 
-    For tokens that are too large to be rounded, and too few to matter: the first ones, whose keys
-    and values all others see (the idea of Liu et al. 2024, arXiv:2403.01241). It acts while a
-    function is traced, so it belongs inside the function.
+    Use it for the few tokens that are too large to round well, typically the first ones, whose keys
+    and values every other token attends to (the idea of Liu et al. 2024, arXiv:2403.01241). It acts
+    while a function is traced, so enter it inside the function.
 
     >>> import jaxquant as jq
     >>> w = jq.with_activations(jq.quantize_array(jnp.eye(4), jq.rtn(8, 4)), "int2")
@@ -285,7 +325,7 @@ def exact_activations() -> Iterator[None]:
 
 
 def in_force(form: Activations | None) -> Activations | None:
-    """The form that products traced now are to take."""
+    """Return the format to use at this point of the trace: None in `exact_activations`."""
     return None if _exact.get() else form
 
 
@@ -293,12 +333,12 @@ def in_force(form: Activations | None) -> Activations | None:
 
 
 class Entered(NamedTuple):
-    """Rows as a product takes them.
+    """Rows prepared for a matmul.
 
     Attributes:
-      rows: for a product that is linear in them, but for its own rounding.
-      form: how kernels are to take them, one of `pallas_kernels.activations.FORMS`.
-      leave: makes of the product of these rows that of the original ones.
+      rows: the rows to multiply; the matmul must be linear in them, apart from its own rounding.
+      form: how kernels treat the rows, one of `pallas_kernels.activations.FORMS`.
+      leave: maps the product of `rows` to the product of the original rows.
     """
 
     rows: Float[Array, "r k"]
@@ -307,15 +347,15 @@ class Entered(NamedTuple):
 
 
 def entered(form: Activations | None, x: Float[Array, "m k"], data: dict[str, Array]) -> Entered:
-    """Rows of x for a product, rounded as the form says unless kernels do that themselves.
+    """Prepare the rows of x for a matmul: round them, unless the kernels do that themselves.
+
+    Rounding has straight-through gradients, while scales and clipping contribute gradients of their
+    own. Where kernels round, and for float8, gradients are those of the unrounded product.
 
     Args:
-      form: of the activations; None: x as it is.
-      x: the rows.
-      data: arrays of the form, if it has any.
-
-    Rounding passes derivatives on as they are; scales and clipping have their own, but where the
-    kernels round: these act as if nothing was rounded.
+      form: the activation format; None leaves x as it is.
+      x: the rows, [m, k].
+      data: the arrays "scale" and "zero" of a static format; not read otherwise.
 
     >>> rows, _, leave = entered(Activations(4), jnp.array([[7.0, 1.4]]), {})
     >>> leave(rows @ jnp.array([[2.0], [1.0]])).tolist()
@@ -336,7 +376,7 @@ def entered(form: Activations | None, x: Float[Array, "m k"], data: dict[str, Ar
 
 
 def _largest(x: Float[Array, "m k"], share: float) -> Float[Array, "m k"]:
-    """The largest entries of every row, the others 0; of equals as many more."""
+    """Set all but the largest entries of each row to 0; entries that tie with the last one stay."""
     size = jnp.abs(x)
     kept = max(1, round(share * x.shape[1]))
     return jnp.where(size >= jax.lax.top_k(size, kept)[0][:, -1:], x, 0.0)
@@ -346,6 +386,6 @@ def _float8(x: Float[Array, "m k"]) -> Float[Array, "m k"]:
     x, factor = forms.finite_rows(x)
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / _E4M3)
-    # A cast does not saturate: past 464 it gives NaN.
+    # The cast gives NaN above 464 instead of saturating.
     code = jnp.clip(x / scale, -_E4M3, _E4M3).astype(jnp.float8_e4m3fn).astype(jnp.float32)
     return code * scale * factor

@@ -1,8 +1,8 @@
-"""Arguments of public functions are checked against their annotations, in one place.
+"""Checks of the arguments of public functions against their annotations.
 
-So a number in the place of a key, or an array in that of statistics, is one clear line, and no
-`AttributeError` from the depths. What a value must be able to do counts, and not its class: any
-mapping serves for a `Mapping`, anything that can be called for a `Callable`.
+A number passed as a key, or an array passed as statistics, gives a one-line message instead of an
+`AttributeError` deep inside. Values are judged by what they can do rather than by class: any
+mapping is accepted for `Mapping`, anything callable for `Callable`.
 """
 
 import collections.abc
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-_ABLE = {  # what values of these annotations have
+_ABLE = {  # attributes that a value needs to match an annotation
     collections.abc.Callable: ("__call__",),
     collections.abc.Mapping: ("keys", "__getitem__"),
     collections.abc.MutableMapping: ("keys", "__getitem__", "__setitem__"),
@@ -47,11 +47,11 @@ _KEY = "a key (such as jax.random.key(0), no number)"
 
 
 def check_arguments(fn: Callable[..., PyTree], given: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every argument is what its annotation says.
+    """Raise ValueError unless every argument matches its annotation.
 
     Args:
-      fn: the function, whose first line this is.
-      given: its arguments by name, `locals()` on its first line.
+      fn: the public function; call this on its first line.
+      given: its arguments by name, that is `locals()` on the first line.
 
     >>> def scaled(x: jax.Array, by: float, name: str | None = None) -> jax.Array:
     ...     check_arguments(scaled, locals())
@@ -70,7 +70,7 @@ def check_arguments(fn: Callable[..., PyTree], given: Mapping[str, Any]) -> None
 
 
 def described(value: Any) -> str:
-    """A value as an error shows it: short, with its type."""
+    """Describe a value for an error message: short, with its type."""
     if _is_array(value):
         return f"an array {value.dtype}{list(value.shape)}"
     text = repr(value)
@@ -78,7 +78,7 @@ def described(value: Any) -> str:
 
 
 def differentiated(value: Any) -> bool:
-    """Whether the value is one that `jax.grad` (or `jax.jvp`) follows."""
+    """Return whether the value is being differentiated by `jax.grad` or `jax.jvp`."""
     return type(value).__name__ in ("JVPTracer", "LinearizeTracer")
 
 
@@ -95,7 +95,7 @@ def _annotations(fn: Callable[..., PyTree]) -> dict[str, Any]:
 
 
 def _kinds(wanted: Any) -> tuple[Any, ...]:
-    """The members of a union; else the annotation itself."""
+    """Return the members of a union; for other annotations the annotation itself."""
     union = typing.get_origin(wanted) in (Union, types.UnionType)
     return typing.get_args(wanted) if union else (wanted,)
 
@@ -106,7 +106,7 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 def _fits_one(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind) or kind
-    if origin is typing.Literal:  # which one is the function's own business
+    if origin is typing.Literal:  # the function itself checks which one
         return isinstance(value, tuple({type(one) for one in typing.get_args(kind)}))
     if kind is Any or isinstance(kind, typing.TypeVar):
         return True
@@ -125,7 +125,7 @@ def _fits_one(value: Any, kind: Any) -> bool:
 
 
 def _elements_fit(value: Any, kind: Any) -> bool:
-    """Of a sequence of strings or methods, a mapping to sites: what it holds is looked at."""
+    """Check the elements of a sequence, and the values of a mapping, against a class they name."""
     origin, of = typing.get_origin(kind), (typing.get_args(kind) or (Any,))[-1]
     of = typing.get_origin(of) or of
     if not inspect.isclass(of) or isinstance(value, str):

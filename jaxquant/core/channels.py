@@ -1,4 +1,4 @@
-"""What a transform is fitted by: the weights on its side of them, and the vectors they meet."""
+"""The data that a transform is fitted to: the weights on its side, and the vectors they meet."""
 
 from typing import Any, NamedTuple
 
@@ -7,13 +7,15 @@ from jaxtyping import Array, Float
 
 
 class Channels(NamedTuple):
-    """Channels on one side of a weight, or of several that meet the same vectors.
+    """Channels on one side of a weight, or of several weights that multiply the same vectors.
 
     Attributes:
-      weights: a row for every channel on the other side, of all these weights.
-      gram: mean of v v^T over the vectors v; None if unknown.
-      magnitude: mean |v|; low, high: the largest of -v and of v, or 0. None if unknown.
-      sample: some of the vectors, those with the largest entries among them; None if unknown.
+      weights: [r, n], one row for every channel on the other side, of all these weights.
+      gram: mean of v v^T over the vectors v, [n, n]; None if unknown.
+      magnitude: mean |v| per channel, [n]; None if unknown.
+      low, high: the largest -v and the largest v per channel, at least 0, [n]; None if unknown.
+      sample: some of the vectors, [t, n], including those with the largest entries; None if
+        unknown.
     """
 
     weights: Float[Array, "r n"]
@@ -25,7 +27,11 @@ class Channels(NamedTuple):
 
     @staticmethod
     def of(weights: Float[Array, "r n"], vectors: Float[Array, "t n"]) -> "Channels":
-        """Of weights and all vectors that they meet.
+        """Build the statistics from weights and all vectors they are multiplied with.
+
+        Args:
+          weights: [r, n].
+          vectors: [t, n].
 
         >>> Channels.of(jnp.eye(2), jnp.array([[1.0, -3.0], [2.0, 0.0]])).low.tolist()
         [0.0, 3.0]
@@ -36,21 +42,21 @@ class Channels(NamedTuple):
 
     @property
     def energy(self) -> Float[Array, " n"]:
-        """Mean squares of the weights."""
+        """Mean square of the weights, per channel."""
         return jnp.mean(self.weights**2, axis=0)
 
     @property
     def moment(self) -> Float[Array, " n"]:
-        """Mean squares of the vectors; ones if unknown."""
+        """Mean square of the vectors, per channel; ones if unknown."""
         one = jnp.ones(self.weights.shape[1])
         return one if self.gram is None else jnp.diagonal(self.gram)
 
     @property
     def largest(self) -> Float[Array, " n"]:
-        """max |v| of every channel.
+        """max |v| per channel.
 
         Raises:
-          ValueError: unknown.
+          ValueError: it is unknown.
         """
         if self.low is None or self.high is None:
             raise ValueError("the sizes of the channels are unknown: calibrate for them")
@@ -58,7 +64,7 @@ class Channels(NamedTuple):
 
     @property
     def rows(self) -> Float[Array, "t n"]:
-        """The sample.
+        """The sample of vectors.
 
         Raises:
           ValueError: there is none.
@@ -68,9 +74,14 @@ class Channels(NamedTuple):
         return self.sample
 
     def through(self, side: Any, arrays: dict[str, Array]) -> "Channels":
-        """After a change of variables: v A, and the weights that meet it.
+        """Return the channels after a change of variables: vectors v A, and weights to match.
 
-        Sizes are known of factors exactly, else of the sample alone.
+        `magnitude`, `low` and `high` are exact if the transform only multiplies channels by
+        factors. Otherwise they are taken from the sample, and unknown without one.
+
+        Args:
+          side: the transform A.
+          arrays: its arrays.
         """
         apply = lambda v: side.apply(v, arrays)
         gram = None if self.gram is None else apply(apply(self.gram).T)  # A^T H A

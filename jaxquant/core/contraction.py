@@ -1,4 +1,4 @@
-"""A traced `dot_general`, seen from the weight: which of its axes are contracted, batch, free."""
+"""A traced `dot_general` described from the weight's side: contracted, batch and free axes."""
 
 import dataclasses
 import math
@@ -12,13 +12,16 @@ from jaxtyping import Array
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """Axes of x and of the weight w that a dot_general pairs.
+    """The axes of x and of the weight w that a dot_general pairs.
+
+    In the methods, axis i of w is stored axis axes[i], and the first `leading` stored axes are
+    batch axes.
 
     Attributes:
-      contract: pairs (axis of x, axis of w) summed over.
-      batch: pairs (axis of x, axis of w) kept, in order.
+      contract: pairs (axis of x, axis of w) that are summed over.
+      batch: pairs (axis of x, axis of w) that are kept, in order.
       x_ndim, w_ndim: ranks.
-      weight_left: whether w is the left operand (its free axes then come first).
+      weight_left: whether w is the left operand, whose free axes come first in the output.
     """
 
     contract: tuple[tuple[int, int], ...]
@@ -29,7 +32,7 @@ class Contraction:
 
     @staticmethod
     def of(dimension_numbers: Any, x_ndim: int, w_ndim: int, *, weight_left: bool) -> "Contraction":
-        """From the `dimension_numbers` of `jax.lax.dot_general`."""
+        """Build it from the `dimension_numbers` of `jax.lax.dot_general`."""
         contract, batch = (
             tuple(zip(r, l, strict=True) if weight_left else zip(l, r, strict=True))
             for l, r in dimension_numbers
@@ -37,20 +40,27 @@ class Contraction:
         return Contraction(contract, batch, x_ndim, w_ndim, weight_left)
 
     def contracted(self, axes: tuple[int, ...]) -> set[int]:
-        """Stored axes summed over, where axis i of w is stored axis axes[i]."""
+        """Return the stored axes of w that are summed over."""
         return {axes[w] for _, w in self.contract}
 
     def batched(self, axes: tuple[int, ...]) -> set[int]:
-        """Stored axes that are batch axes of the product."""
+        """Return the stored axes of w that are batch axes of the product."""
         return {axes[w] for _, w in self.batch}
 
     def x_free(self) -> list[int]:
-        """Axes of x that go to the output."""
+        """Return the axes of x that go to the output."""
         used = {x for x, _ in (*self.contract, *self.batch)}
         return [a for a in range(self.x_ndim) if a not in used]
 
     def rows(self, x: Array, axes: tuple[int, ...], leading: int, contracted: set[int]) -> Array:
-        """x as [*leading axes of w that it is paired with, m, k]: free axes become m."""
+        """Return x as [*leading axes of w paired with x, m, k], its free axes merged into m.
+
+        Args:
+          x: the input of the dot_general.
+          axes: the stored axis of every axis of w.
+          leading: number of leading stored axes.
+          contracted: the stored axes that make up k.
+        """
         x_of = {axes[w]: x for x, w in (*self.contract, *self.batch)}
         lead = [x_of[a] for a in range(leading) if a in x_of]
         inner = [x_of[a] for a in sorted(contracted)]
@@ -61,10 +71,15 @@ class Contraction:
     def mapped(
         self, matmul: Callable[[Array, Any], Array], axes: tuple[int, ...], leading: int
     ) -> Callable[[Array, Any], Array]:
-        """`matmul([m, k], data of one matrix) -> [m, n]` for `rows` and the data of a stack.
+        """Map `matmul([m, k], data of one matrix) -> [m, n]` over `rows` and the data of a stack.
 
-        Leading (batch) axes of w that the product keeps or sums over are mapped over with x; those
-        x knows nothing of are mapped with x broadcast.
+        Leading (batch) axes of w that the product keeps or sums over are mapped over together with
+        x; for those that are not paired with x, x is broadcast.
+
+        Args:
+          matmul: the product with one matrix.
+          axes: the stored axis of every axis of w.
+          leading: number of leading stored axes.
         """
         paired = {axes[w] for _, w in (*self.contract, *self.batch)}
         for a in reversed(range(leading)):
@@ -80,13 +95,22 @@ class Contraction:
         leading: int,
         contracted: set[int],
     ) -> Array:
-        """The product as the dot_general gives it, from what the mapped matmul gave for x."""
+        """Arrange the result of the mapped matmul as the dot_general returns it.
+
+        Args:
+          y: the result.
+          x: the input of the dot_general.
+          out_shape: sizes of the output axes of w.
+          axes: the stored axis of every axis of w.
+          leading: number of leading stored axes.
+          contracted: the stored axes summed over by the matmul.
+        """
         free = [x.shape[a] for a in self.x_free()]
         y = y.reshape(*y.shape[:leading], *free, *out_shape)
         return self._ordered(y, axes, leading, contracted)
 
     def output_labels(self, axes: tuple[int, ...]) -> list[tuple[str, int]]:
-        """What each axis of the output is: ("x", axis of x) or ("w", stored axis of w)."""
+        """Label each axis of the output: ("x", axis of x) or ("w", stored axis of w)."""
         used = self.contracted(axes) | self.batched(axes)
         batch = [("w", axes[w]) for _, w in self.batch]
         w_free = [("w", a) for a in axes if a not in used]
@@ -94,7 +118,15 @@ class Contraction:
         return batch + (w_free + x_free if self.weight_left else x_free + w_free)
 
     def output_rows(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
-        """The output g as [*leading axes of w (1 where absent), m, n], float32: rows as `rows`."""
+        """Return the output g as float32 rows [*leading axes of w, m, n], with m as in `rows`.
+
+        Leading axes that are not in the output have size 1.
+
+        Args:
+          g: the output of the dot_general, or its gradient.
+          axes: the stored axis of every axis of w.
+          leading: number of leading stored axes.
+        """
         labels = self.output_labels(axes)
         lead = [("w", a) for a in range(leading)]
         rows = [("x", a) for a in self.x_free()]
@@ -107,13 +139,13 @@ class Contraction:
         return g.astype(jnp.float32).reshape(*shape, -1, n)
 
     def energy(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
-        """|g|^2 of every input row, [*leading axes of w (1 where absent), m], from the output g."""
+        """Return |g|^2 of every row of the output g: [*leading axes of w (1 if absent), m]."""
         return jnp.sum(jnp.square(self.output_rows(g, axes, leading)), axis=-1)
 
     def _ordered(
         self, y: Array, axes: tuple[int, ...], leading: int, contracted: set[int]
     ) -> Array:
-        """Sum the summed leading axes; put the rest in dot_general's order of output axes."""
+        """Sum over contracted leading axes; order the others as dot_general's output."""
         summed = [a for a in range(leading) if a in self.contracted(axes)]
         core = [a for a in sorted(axes) if a >= leading and a not in contracted]
         labels = [("w", a) for a in range(leading) if a not in summed]

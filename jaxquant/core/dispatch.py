@@ -1,4 +1,4 @@
-"""`quantized` runs a function on stand-ins; `explain` says, per weight, how each was served."""
+"""Run functions on quantized parameters (`quantized`) and report how (`explain`)."""
 
 import dataclasses
 import functools
@@ -19,22 +19,26 @@ from pallas_kernels.lowering import devices_of
 
 
 def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[..., PyTree]:
-    """`fn` that understands stand-ins (`QTensor`) in its arguments.
+    """Return a version of `fn` that accepts stand-ins such as `QTensor` in its arguments.
 
-    Runs by multiple dispatch on JAX primitives (quax): every matmul or look-up that meets a
-    `QTensor` is served from its packed codes; a primitive without a rule dequantizes it (see
-    `explain`). Compose with `jax.jit`, `jax.grad`, `jax.vmap` outside or inside, and with
-    `jax.shard_map` outside, the weights split along their outputs, or along their inputs where
-    every device has whole groups and words. Reverse mode outside, any
-    mode inside. Kernels serve programs for one device, whatever else the machine has, and inside
-    `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so references serve
-    the programs that it splits over several devices.
+    Calls are dispatched on JAX primitives (by quax): a matmul or look-up that meets a `QTensor`
+    works from its packed codes, and a primitive without a rule dequantizes it first (see
+    `explain`).
+
+    The result composes with `jax.jit`, `jax.grad` and `jax.vmap` inside and outside; derivatives
+    taken outside must be reverse-mode. It composes with `jax.shard_map` outside, with the weights
+    split along their outputs, or along their inputs if every device holds whole groups and words.
+
+    Kernels serve programs for a single device, however many the machine has, and programs inside
+    `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so a program that it
+    splits over several devices uses the reference implementations in plain JAX.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
-      kernels: "auto" serves each product by the kernel of the platform that the program is lowered
-        for, where it has one; "reference" by plain JAX; "cpu", "tpu" or "cuda" by that backend's
-        kernels alone, a product they do not serve being a ValueError.
+      kernels: "auto" (default) uses the kernel of the platform the program is lowered for, if one
+        serves the product; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
+        backend's kernels only, and a product that they do not serve is a ValueError.
+
     Returns:
       A function of the same arguments.
 
@@ -50,7 +54,7 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of a weight: the primitive, the rule that serves it, and why."""
+    """One use of a weight: its path, the primitive, the rule that serves it, and the reason."""
 
     path: str
     primitive: str
@@ -60,13 +64,17 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Every use of every quantized weight, in the order of the trace."""
+    """All uses of all quantized weights, in the order of the trace.
+
+    Attributes:
+      uses: one `Use` per primitive that meets a quantized weight. `str` prints them as a table.
+    """
 
     uses: tuple[Use, ...]
 
     @property
     def materialised(self) -> tuple[str, ...]:
-        """Paths of weights that some primitive made dense."""
+        """Paths of the weights that some primitive dequantizes."""
         return tuple(dict.fromkeys(u.path for u in self.uses if u.rule == "materialised"))
 
     def __str__(self) -> str:
@@ -84,17 +92,24 @@ def explain(
     platform: str | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """How each quantized weight of `params` is served in `fn(params, *args)`.
+    """Report how `fn(params, *args)` uses each quantized weight of `params`.
 
-    Abstract: nothing is computed; what is no array (a flag, say) is passed on as it is.
+    The function is only traced: nothing is computed. Values that are not arrays (a flag, say) are
+    passed on unchanged.
 
     Args:
-      fn: the user's function, as given to `quantized`.
-      params: tree with `QTensor` leaves (or their shapes, from `jax.eval_shape`).
-      *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them or of
-        the weights lies on several devices, the program is one that the compiler splits.
-      platform: "cpu", "tpu" or "cuda", whose kernels are meant, or "rocm", for which there are
-        none; default: this machine's.
+      fn: the function, as given to `quantized`.
+      params: tree with `QTensor` leaves, or their shapes from `jax.eval_shape`.
+      *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them, or a
+        weight, lies on several devices, the report is for a program that the compiler partitions.
+      platform: the platform whose kernels are considered: "cpu", "tpu", "cuda", or "rocm", which
+        has none. Default: the platform of this machine.
+
+    Returns:
+      An `Explanation`; print it for a table.
+
+    Raises:
+      ValueError: `platform` is unknown.
     """
     check_arguments(explain, locals())
     if platform not in (None, *table.BACKENDS, "rocm"):
@@ -110,13 +125,13 @@ def explain(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Log:
-    """Hashes by identity, so that every explanation traces afresh."""
+    """The uses found so far. Hashed by identity, so that every `explain` traces afresh."""
 
     uses: list
 
 
 class _Spy(quax.ArrayValue):
-    """A stand-in's double: passes every primitive on, and writes down who answered."""
+    """A wrapper around a stand-in: forwards every primitive and records which rule served it."""
 
     inner: Any
     path: str = eqx.field(static=True)

@@ -1,4 +1,4 @@
-"""Frozen dataclasses check their fields: types, and that numbers are finite."""
+"""Field checks of frozen dataclasses: types, and that numbers are finite."""
 
 import dataclasses
 import reprlib
@@ -6,17 +6,21 @@ import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-LARGEST = 2**32 - 1  # of whole numbers: seeds take as much, no size or count does
-LONGEST = 200  # characters of a text: all are names
+LARGEST = 2**32 - 1  # of integers: the range of a seed; sizes and counts are below it
+LONGEST = 200  # characters of a text; all texts are names
 _MOST = sys.float_info.max
 
 
 def check_fields(value: Any) -> None:
-    """Raise ValueError unless every field holds what its annotation says.
+    """Raise ValueError unless every field matches its annotation.
 
-    Followed are bool, int, str, float, None, literals, tuples of these, and unions: floats are
-    finite, whole numbers below 2**32 in size, and no boolean is a number. A list given for a tuple
-    becomes one. What a class or Any stands for is the dataclass's own to check.
+    Checked are bool, int, str, float, None, literals, tuples of these, and unions. Floats must be
+    finite, integers at most 2**32 - 1 in magnitude, texts at most 200 characters long, and a
+    boolean is not a number. A list in the place of a tuple is converted. Fields annotated with
+    classes or Any are left to the dataclass.
+
+    Args:
+      value: an instance of a frozen dataclass; use this function as its `__post_init__`.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Size:
@@ -47,7 +51,7 @@ def _fits(got: Any, wanted: Any) -> bool:
         return isinstance(got, str) and len(got) <= LONGEST
     if wanted is int:
         return whole and abs(got) <= LARGEST
-    if wanted is float:  # NaN is not below anything
+    if wanted is float:  # NaN fails both comparisons
         return (whole or isinstance(got, float)) and -_MOST <= got <= _MOST
     if wanted is None or wanted is type(None):
         return got is None
@@ -62,7 +66,7 @@ def _fits(got: Any, wanted: Any) -> bool:
 
 
 def _wanted(wanted: Any, got: Any = None) -> str:
-    """An annotation in words, as narrow as what came needs."""
+    """Describe an annotation, as narrowly as the value that was given requires."""
     origin, args = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         return _either([_wanted(one, got) for one in args])
@@ -85,7 +89,7 @@ def _either(words: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for the line of an error, however large or deep it is.
+    """Format a value for an error message, shortened to one line.
 
     >>> shown([1, "a" * 99])
     "[1, 'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa']"
@@ -93,12 +97,17 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
     short = reprlib.Repr()
-    short.maxstring, short.maxother = 60, 120  # a path; a dataclass of the house
+    short.maxstring, short.maxother = 60, 120  # enough for a path, and for a dataclass of ours
     return " ".join(short.repr(value).split())
 
 
 def check_positive(value: Any, *names: str) -> None:
-    """Raise ValueError unless the fields of these names are above zero."""
+    """Raise ValueError unless these fields are positive.
+
+    Args:
+      value: an object.
+      *names: names of its fields.
+    """
     for name in names:
         if not getattr(value, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(value, name)}")

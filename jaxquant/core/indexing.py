@@ -1,8 +1,8 @@
-"""What chooses a part of a stand-in: slices, look-ups, and the dropping of axes of size 1.
+"""Rules for primitives that select parts of a stand-in: slices, look-ups, dropping axes of size 1.
 
-Along leading axes it is a choice of matrices, made in every stored array, packed ones too. Along
-others it is a choice of rows or columns, which a stand-in may follow (`StandIn.narrowed`). What is
-not followed is made dense.
+Along leading axes they select matrices, which is done in every stored array, packed ones included.
+Along other axes they select rows or columns, which a stand-in may support (`StandIn.narrowed`).
+Otherwise the weight is made dense.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,13 @@ from jaxquant.core.standin import Pick, StandIn
 
 
 class Cut(NamedTuple):
-    """A slice along one axis; `start` may be traced, `step` is 1 then."""
+    """A slice along one axis.
+
+    Attributes:
+      start: first index; may be traced.
+      size: length of the slice.
+      step: stride; must be 1 if `start` is traced.
+    """
 
     start: Any
     size: int
@@ -32,13 +38,21 @@ class Cut(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What tells it apart; of a traced start, only the size."""
+        """Text that tells slices apart; it omits a traced start."""
         start = self.start if isinstance(self.start, int) else ""
         return f"{start}:{self.size}:{self.step}"
 
 
 def cut(w: StandIn, cuts: dict[int, Cut]) -> StandIn | None:
-    """w cut along some of its axes; None: there is no rule for it."""
+    """Cut a stand-in along some of its axes.
+
+    Args:
+      w: the stand-in.
+      cuts: the cuts, by axis of w.
+
+    Returns:
+      The part, or None if there is no rule for it.
+    """
     axes, leading, ndim = w.axes(), w.leading(), len(w.stored_shape())
     outer = {a: one for a, one in cuts.items() if axes[a] < leading}
     inner = {axes[a]: one for a, one in cuts.items() if axes[a] >= leading}
@@ -105,7 +119,7 @@ def _(w: StandIn, *, dimensions: tuple[int, ...], **_: Any) -> Any:
 
 @quax.register(jax.lax.broadcast_in_dim_p)
 def _(w: StandIn, *extents: Any, shape: Any, broadcast_dimensions: Any, **params: PyTree) -> Any:
-    """New axes, along which all is the same, are stored first."""
+    """Store new axes, along which all matrices are equal, first."""
     kept = tuple(broadcast_dimensions)
     if not extents and tuple(shape[a] for a in kept) == w.shape:
         new = [a for a in range(len(shape)) if a not in kept]
@@ -133,9 +147,14 @@ def _(w: StandIn, ids: Any, **params: PyTree) -> Any:
 
 
 def looked_up(w: StandIn, ids: Any, params: dict[str, Any]) -> StandIn | None:
-    """Matrices that a gather looks up along leading axes; None where it chooses otherwise.
+    """Return the matrices that a gather looks up along leading axes, or None for any other gather.
 
-    It may name other axes too, of which it takes all (`vmap` of w[i] does).
+    The gather may also name axes of which it takes everything (`vmap` of w[i] does).
+
+    Args:
+      w: the stand-in.
+      ids: the indices of the gather.
+      params: the parameters of the gather primitive.
     """
     dn, sizes, axes = params["dimension_numbers"], params["slice_sizes"], w.axes()
     batching = dn.operand_batching_dims
@@ -177,7 +196,7 @@ def looked_up(w: StandIn, ids: Any, params: dict[str, Any]) -> StandIn | None:
 def _arranged(
     w: StandIn, rank: int, offset_dims: tuple[int, ...], gone: tuple[int, ...], looked_up: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`Pick.axes` and `Pick.source` of a look-up: the axes of the indices are stored first."""
+    """Return `Pick.axes` and `Pick.source` of a look-up, whose index axes are stored first."""
     axes = w.axes()
     kept = [a for a in range(w.ndim) if a not in gone]
     stored = sorted(axes[a] for a in kept)

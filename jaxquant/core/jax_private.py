@@ -1,7 +1,7 @@
-"""All use of what JAX and quax keep private, in one place; another version is met here.
+"""All uses of private names of JAX and quax, so that only this file depends on their versions.
 
-`jax.extend` has no trace context, no `vmap` handlers and no `remat_p`; quax has no rules for
-`custom_vjp`, and its rules for `scan` and `jit` are asked for by name.
+`jax.extend` has no trace context, no `vmap` handlers and no `remat_p`. quax has no rules for
+`custom_vjp`, and its rules for `scan` and `jit` have to be called by name.
 """
 
 import contextlib
@@ -21,35 +21,39 @@ from quax._trace import _dense, _QuaxTrace, _QuaxTracer
 
 __all__ = ["jit_p", "remat_p"]
 
-# Inside `shard_map`: marks arrays as varying over a mesh axis. JAX has not always had it.
+# Marks arrays as varying over a mesh axis inside `shard_map`; absent from older versions of JAX.
 pvary_p: Any = vars(jax_core).get("pvary_p")
 
 
 def current_trace() -> Any:
-    """The trace that primitives are bound by now."""
+    """Return the trace that primitives are currently bound by."""
     return jax_core.trace_ctx.trace
 
 
 def as_function(jaxpr: Any) -> Callable[..., PyTree]:
-    """A jaxpr, closed or open without constants, as a function of its inputs."""
+    """Turn a jaxpr, closed or open without constants, into a function of its inputs."""
     closed = jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
     return jex_core.jaxpr_as_fun(closed)
 
 
 def scan(args: tuple, params: dict[str, Any], each: Callable[[PyTree], Any]) -> Any:
-    """quax's rule for `lax.scan`, with `each` applied to the values that are scanned over."""
+    """Apply quax's rule for `lax.scan`, with `each` applied to the values scanned over."""
     consts, carry, xs = quax._compat.unpack_scan_args(args, params)
     return quax._primitives.scan_quax(*consts, *carry, *map(each, xs), **params)
 
 
 @contextlib.contextmanager
 def watching_vmap(tell: Callable[[quax.Value, int], None]) -> Iterator[None]:
-    """Inside, `tell` hears of each quax value that enters a `jax.vmap`, and along which axis.
+    """Within the context, report each quax value that enters a `jax.vmap`.
 
-    No primitive shows that: vmap(in_axes=(0, None)) of a matmul is one that has a free axis more.
+    The primitives do not show this: vmap(in_axes=(0, None)) of a matmul is a matmul with one more
+    free axis.
+
+    Args:
+      tell: called with the value and the axis that is mapped over.
     """
     handlers = vars(batching).get("to_elt_handlers")
-    if handlers is None:  # another JAX, where nobody hears
+    if handlers is None:  # another version of JAX: report nothing
         yield
         return
 
@@ -74,9 +78,11 @@ def watching_vmap(tell: Callable[[quax.Value, int], None]) -> Iterator[None]:
 
 
 def _custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, **params):  # type: ignore[no-untyped-def]
-    """What quax's trace lacks (0.4.6): without it any `jax.custom_vjp` in the user's function,
-    weights or not, is an error. Operands are made dense (a stand-in is materialised, and says
-    so) and the call goes to the outer trace, its own derivative rule intact.
+    """Handle `jax.custom_vjp`, which quax's trace lacks (0.4.6).
+
+    Without it any `jax.custom_vjp` in the user's function is an error, with or without weights.
+    Operands are made dense (a stand-in is materialized, and reports it), and the call goes to the
+    outer trace with its own derivative rule.
     """
     values = [self.to_value(t) for t in tracers]
     with jax_core.set_current_trace(self.parent_trace):

@@ -1,8 +1,9 @@
-"""Magnitudes: powers of two that are taken out of arrays, and given back, without rounding.
+"""Exact scaling by powers of two, to keep intermediate results in the range of float32.
 
-Squares of float32 leave its range beyond 1e19 and below 1e-19, and their sums and products sooner.
-What depends on ratios alone is computed of arrays whose largest entry lies in [1/2, 1): so one
-program, and the same codes, serve every magnitude.
+The square of a float32 overflows above about 1e19 and underflows below about 1e-19; sums and
+products of squares do so earlier. Computations that depend on ratios alone are therefore done on
+arrays scaled so that the largest entry lies in [1/2, 1). One program then serves every magnitude,
+and gives the same codes.
 """
 
 from functools import partial
@@ -16,7 +17,15 @@ from jaxtyping import Array, Float, Int, PyTree
 def exponent(
     x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None
 ) -> Int[Array, "..."]:
-    """The e of 2**(e - 1) <= max |x| < 2**e, along axes that stay, with one entry; 0 of zeros.
+    """Return the e with 2**(e - 1) <= max |x| < 2**e, or 0 if x is zero.
+
+    Args:
+      x: the values.
+      axis: axes over which the maximum is taken; they are kept with size 1. None: all axes, giving
+        a scalar.
+
+    Returns:
+      int32 exponents.
 
     >>> exponent(jnp.array([3.0, -4.0])).tolist(), exponent(jnp.zeros(2)).tolist()
     (3, 0)
@@ -27,12 +36,16 @@ def exponent(
 
 
 def shifted(x: Float[Array, "..."], e: Int[Array, "..."] | int) -> Float[Array, "..."]:
-    """x 2**e in float32, exact wherever that is a normal number; |e| up to 252.
+    """Return x 2**e in float32, exact wherever the result is a normal number.
+
+    Args:
+      x: the values.
+      e: the exponent, |e| <= 252.
 
     >>> shifted(jnp.array([3.0]), 2).tolist(), shifted(jnp.array([2.0**120]), -150).tolist()
     ([12.0], [9.313225746154785e-10])
     """
-    first = jnp.asarray(e, jnp.int32) >> 1  # 2**e itself may have no float32
+    first = jnp.asarray(e, jnp.int32) >> 1  # 2**e itself may be out of float32's range
     return x.astype(jnp.float32) * _power(first) * _power(e - first)
 
 
@@ -41,23 +54,27 @@ def _power(e: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def unit(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array, ""]]:
-    """(x 2**-e, e): the largest |x| comes to lie in [1/2, 1).
+    """Return (x 2**-e, e) such that the largest |x| 2**-e lies in [1/2, 1).
 
     >>> unit(jnp.array([3.0, -4.0]))[0].tolist()
     [0.375, -0.5]
     """
     e = exponent(x)
-    # The barrier keeps compilers from merging this with what follows, in sums of another order.
+    # The barrier keeps compilers from fusing this with later code, which could reorder sums.
     return jax.lax.optimization_barrier(shifted(x, -e)), e
 
 
 def ratios(x: Float[Array, "..."] | None) -> PyTree:
-    """x up to a power of two, the largest in [1/2, 1): of what is known up to a factor."""
+    """Return `unit(x)[0]`, for quantities that matter only up to a factor; None if x is None."""
     return None if x is None else unit(x)[0]
 
 
 def sizes(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> np.ndarray:
-    """max |x| in float64, on the host; numbers below float32's normal ones count too.
+    """Return max |x| as float64 on the host; subnormal float32 numbers count too.
+
+    Args:
+      x: the values.
+      axis: axes over which the maximum is taken; None: all.
 
     >>> sizes(jnp.array([[1.0, -2.0], [0.0, 2.0**-140]]), 1) == [2, 2.0**-140]
     array([ True,  True])
@@ -67,6 +84,6 @@ def sizes(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> 
 
 @partial(jax.jit, static_argnums=1)
 def _largest_bits(x: Float[Array, "..."], axis: int | tuple[int, ...] | None) -> Int[Array, "..."]:
-    """Of floats that are not negative the order is that of their bits, which nothing flushes."""
+    """Compare floats of one sign by their bits, because arithmetic may flush subnormals to zero."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     return jnp.max(bits, axis, initial=0)

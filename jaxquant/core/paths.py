@@ -1,4 +1,4 @@
-"""Leaves of a parameter tree by their "/"-joined path, a stand-in counting as one leaf."""
+"""Parameter trees by path: leaves are named by "/"-joined keys, and a stand-in is one leaf."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -13,10 +13,19 @@ from jaxquant.core.standin import is_standin
 
 
 def path_leaves(params: PyTree) -> list[tuple[str, Any]]:
-    """[(path, leaf)] in tree order.
+    """List the leaves of a tree with their paths, in tree order.
 
-    Keys, attribute names and indices are joined by "/". The box of a Flax NNX `Variable` or a
-    linen `Partitioned` ("value") is not part of the path.
+    Keys, attribute names and indices are joined by "/". The box of a Flax NNX `Variable` or a linen
+    `Partitioned` ("value") is not part of the path.
+
+    Args:
+      params: parameter tree.
+
+    Returns:
+      [(path, leaf), ...].
+
+    Raises:
+      ValueError: two leaves have the same path.
 
     >>> path_leaves({"a": {"kernel": 1.0}, "b": [2.0]})
     [('a/kernel', 1.0), ('b/0', 2.0)]
@@ -32,7 +41,7 @@ def path_leaves(params: PyTree) -> list[tuple[str, Any]]:
 
 
 def path_name(keys: tuple[Any, ...]) -> str:
-    """The path of one leaf."""
+    """Return the path of one leaf, from its JAX key path."""
     parts = [_part(k) for k in keys]
     if len(parts) > 1 and parts[-1] == "value" and not isinstance(keys[-1], DictKey):
         parts = parts[:-1]
@@ -51,7 +60,12 @@ def _part(key: Any) -> str:
 
 
 def replace_leaves(params: PyTree, new: Mapping[str, Any]) -> PyTree:
-    """The same tree with the leaves at the given paths replaced."""
+    """Replace leaves of a tree.
+
+    Args:
+      params: parameter tree.
+      new: new leaves by path; all others are kept.
+    """
 
     def swap(keys: tuple[Any, ...], leaf: PyTree) -> Any:
         return new.get(path_name(keys), leaf)
@@ -60,10 +74,13 @@ def replace_leaves(params: PyTree, new: Mapping[str, Any]) -> PyTree:
 
 
 def stack_size(params: PyTree) -> int:
-    """Blocks of a tree whose leaves carry a leading axis over blocks.
+    """Return the number of blocks in a tree whose leaves have a leading axis over blocks.
+
+    Args:
+      params: the stacked tree.
 
     Raises:
-      ValueError: leaves that disagree, or have no axes.
+      ValueError: leaves differ in the size of that axis, or have no axes.
 
     >>> import jax.numpy as jnp
     >>> stack_size({"w": jnp.ones((3, 4)), "b": jnp.ones(3)})
@@ -79,10 +96,14 @@ def stack_size(params: PyTree) -> int:
 
 
 def common_stack_size(params: PyTree, teacher: PyTree) -> int:
-    """Blocks of a tree and of its teacher.
+    """Return the number of blocks in a stacked tree and in that of its teacher.
+
+    Args:
+      params: the stacked tree.
+      teacher: the teacher's stacked tree.
 
     Raises:
-      ValueError: they have different numbers; as `stack_size`.
+      ValueError: the numbers differ, or `stack_size` fails.
     """
     blocks, given = stack_size(teacher), stack_size(params)
     if given != blocks:
@@ -91,5 +112,5 @@ def common_stack_size(params: PyTree, teacher: PyTree) -> int:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """A path names itself, whatever "[" or "*" is in it."""
+    """Return whether a path equals a pattern or matches it as a glob ("[" may occur in paths)."""
     return path == pattern or fnmatch.fnmatchcase(path, pattern)

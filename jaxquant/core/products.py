@@ -1,4 +1,4 @@
-"""What a matmul or a look-up does with a `QTensor`: rules that quax dispatches to."""
+"""Rules that quax dispatches to when a matmul or a look-up meets a `QTensor`."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from pallas_kernels.checks import FLOATS
 
 @quax.register(jax.lax.dot_general_p)
 def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree) -> Array:
-    """x . w as the traced dot_general states it, from packed codes where w is laid out for it."""
+    """Compute the traced dot_general of x and w, from packed codes where the layout of w allows."""
     if is_standin(x):
         x = x.materialise()
     c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=weight_left)
@@ -28,7 +28,7 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     if layout is None:
         sides = (w.materialise(), x) if weight_left else (x, w.materialise())
         return jax.lax.dot_general_p.bind(*sides, **params)
-    dtype = jnp.promote_types(x.dtype, w.dtype)  # a plain dot takes mixed operands
+    dtype = jnp.promote_types(x.dtype, w.dtype)  # dot_general accepts operands of two dtypes
     rows = x.astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
     call = _SharedCall.of(x, rows, w, c) if layout.forward else None
@@ -37,7 +37,7 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
         if call is None:
             return w.matmul_transposed(rows, arrays)
         rows = once(call.key, x, lambda: w.transformed(rows, arrays))
-        if w.format.latent:  # it rounds rows itself, as training needs it
+        if w.format.latent:  # it rounds the rows itself, for training
             y = w.format.product(form, rows, arrays.data, arrays.activations)
         elif len(call.family) > 1:
             y = call.product(form, rows, arrays)
@@ -63,13 +63,13 @@ def _(w: QTensor, x: Any, **params: PyTree) -> Array:
 
 
 def _dtype_of_rows(dtype: jnp.dtype) -> jnp.dtype:
-    """In which kernels and references take rows of a dtype: they multiply no float64, no float8."""
+    """Return the dtype in which rows enter kernels, which multiply neither float64 nor float8."""
     taken = dtype.name in FLOATS or not jnp.issubdtype(dtype, jnp.floating)
     return dtype if taken else jnp.dtype("float32")
 
 
 class _Layout(NamedTuple):
-    """Which of the weight's own axes are summed over: those of k, or (transposed) those of n."""
+    """Which stored axes of the weight are summed over: those of k, or (transposed) those of n."""
 
     forward: bool
     contracted: set[int]
@@ -80,7 +80,7 @@ class _Layout(NamedTuple):
 
     @staticmethod
     def of(w: QTensor, c: Contraction) -> "_Layout | None":
-        """None where the product takes some of both, or only a part of them."""
+        """Return None if the product sums over some axes of both, or over only a part of either."""
         batch, ndim = w.leading(), len(w.stored_shape())
         split = batch + len(w.view.k)
         k, n = set(range(batch, split)), set(range(split, ndim))
@@ -95,14 +95,15 @@ class _Layout(NamedTuple):
 
 @dataclasses.dataclass
 class _SharedCall:
-    """What products of one input share: its transform and, where an op serves them, the call.
+    """What products of one input share: the transformed input and, if an op allows it, the call.
 
     Attributes:
       x: the input in the user's function.
       w: one of the weights.
-      key: names the input, its transform and the way it is read; None if nothing is shared.
-      family: the weights whose products may be one call, w among them.
-      heard: what was said to serve it.
+      key: identifies the input, its transform and the order in which it is read; None if nothing is
+        shared.
+      family: the weights, including w, whose products may be computed in one call.
+      heard: notes on what served the call.
     """
 
     x: Array
@@ -113,16 +114,16 @@ class _SharedCall:
 
     @staticmethod
     def of(x: Array, rows: Array, w: QTensor, c: Contraction) -> "_SharedCall":
-        """Of a product of x, the rows being x in the dtype of the product."""
-        # Only where no batch axis is mapped over is an input the same for every weight.
+        """Build it for a product of x; `rows` is x in the dtype of the product."""
+        # Weights read one and the same input only if no batch axis is mapped over.
         if not w.shared or w.leading():
             return _SharedCall(x, w, None, [w])
-        inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # of x, as k
+        inner = tuple(a for _, a in sorted((w.axes()[b], a) for a, b in c.contract))  # in k's order
         key = (w.shared, w.input, rows.dtype, inner)
         return _SharedCall(x, w, key, w.siblings() if w.format.storage else [w])
 
     def product(self, form: Activations | None, rows: Array, arrays: Arrays) -> Array:
-        """The weight's part of the products of the family, which are made once."""
+        """Return this weight's product from the family's products, which are computed once."""
         several = [other.data for other in self.family]
 
         def products() -> tuple[list[Array], list[str]]:
@@ -166,9 +167,10 @@ def _(w: QTensor, ids: Any, **params: PyTree) -> Any:
 
 
 def _take_axis(w: QTensor, dn: Any, sizes: tuple[int, ...], fills: bool) -> tuple[int, str] | None:
-    """(axis, "columns" | "rows") if the gather takes whole slices along one core axis.
+    """Return (axis, "columns" or "rows") if the gather takes slices along one core axis.
 
-    It may name the other axes too (`vmap` of w[i] does), where only one start is possible.
+    Otherwise return None. The gather may also name the other axes (`vmap` of w[i] does), along
+    which only one start is possible.
     """
     if w.input is not None or w.output is not None:
         return None

@@ -1,4 +1,4 @@
-"""Randomness of a quantization: under one key the same is drawn for the same matrix."""
+"""Random numbers of quantization: the same key gives a matrix the same numbers in every run."""
 
 import dataclasses
 import zlib
@@ -12,10 +12,15 @@ from jaxquant.core.arguments import described
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Randomness, and a name for it: under one name the same is drawn for the same thing."""
+    """A random key, and a text that identifies it.
+
+    Attributes:
+      key: a `jax.random.key`.
+      name: identifies the key, for comparison with earlier runs; "" if the key is traced.
+    """
 
     key: Array
-    name: str  # "" if the key is being traced
+    name: str  # "" if the key is traced
 
     @staticmethod
     def of(key: Array | None) -> "Draw":
@@ -30,12 +35,17 @@ class Draw:
         return jax.random.fold_in(whole, i)
 
     def of_input(self, leader: str, i: int) -> Array:
-        """For the transform that weights share with the leader of their input."""
+        """Return the key for a transform that all weights of an input share.
+
+        Args:
+          leader: path of the weight that represents the input.
+          i: index of the matrix.
+        """
         return self.of_matrix(f"input of {leader}", i)
 
 
 def _data(key: PyTree) -> Array:
-    """The numbers of a key; ValueError if it is none."""
+    """Return the numbers in a key; raise ValueError if it is not a key."""
     try:
         return jax.random.key_data(key)
     except (TypeError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""Sites: how a function uses each of its weights, read off an abstract trace."""
+"""Sites: how a function uses each of its weights, found by abstract tracing."""
 
 import dataclasses
 import math
@@ -21,21 +21,23 @@ from jaxquant.core.standin import Pick, StandIn, is_array, is_standin, run
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """How one weight is used.
+    """How one weight is used. Axes are counted from the front.
 
     Attributes:
-      path: of the weight in the parameter tree.
-      shape: of the weight.
-      contracted: its axes summed over by its (first) matmul; () if it is in none.
-      batch: its axes that are batch axes: scanned, mapped, or paired in the matmul; and leading
-        ones along which matrices are looked up or sliced ("the experts that a router chose").
+      path: path of the weight in the parameter tree.
+      shape: shape of the weight.
+      contracted: axes that its (first) matmul sums over; () if it is in no matmul.
+      batch: axes that are scanned, mapped (`vmap`) or paired with axes of the input in the matmul,
+        and leading axes along which matrices are looked up or sliced (the experts chosen by a
+        router).
       gathered: axis along which it is looked up, or None.
-      input: identifier of the input arrays of its matmuls, in order: weights that read the very
-        same ones share it. "" if none.
-      otherwise: whether some primitive without a rule uses it (a reshape, a convolution, ...).
-      also: axes that other matmuls sum over (w.T after w), of which statistics know nothing.
-      covered: where all its matmuls read one input and some use a part of it: how much of its
-        outputs they have together, as a share; else None.
+      input: identifier of the input arrays of its matmuls, in order of use; weights with equal
+        identifiers read the same arrays. "" if it is in no matmul.
+      otherwise: whether a primitive without a rule uses it (a reshape, a convolution, ...).
+      also: the axes that its other matmuls sum over (w.T after w); calibration ignores these
+        matmuls.
+      covered: if all its matmuls read one input and some use only a part of it, the fraction of its
+        outputs that they use in total; else None.
     """
 
     path: str
@@ -50,21 +52,29 @@ class Site:
 
     @property
     def output(self) -> tuple[int, ...]:
-        """Axes that are neither contracted nor batch."""
+        """Axes that are neither contracted nor batch axes."""
         used = {*self.contracted, *self.batch}
         return tuple(a for a in range(len(self.shape)) if a not in used)
 
     @property
     def turn(self) -> int:
-        """Of a contracted weight: which input, in the order of use, is its first."""
+        """Position of the first input of a contracted weight, in order of use."""
         return int(self.input.split("[")[0].removeprefix("input"))
 
 
 def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) -> dict[str, Site]:
-    """How `fn(params, *args)` uses each floating leaf of rank >= 2 of `params`, by path.
+    """Find how `fn(params, *args)` uses each floating-point leaf of `params` of rank 2 or more.
 
-    Abstract: nothing is computed; arrays and `jax.ShapeDtypeStruct` serve alike, and what is
-    neither (a flag, an activation function in the tree) is passed on as it is.
+    The function is only traced: nothing is computed. Leaves that are not arrays (a flag, an
+    activation function in the tree) are passed on unchanged.
+
+    Args:
+      fn: the function to trace.
+      params: parameter tree; arrays or `jax.ShapeDtypeStruct`.
+      *args, **kwargs: the other arguments of fn; arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A `Site` for each such leaf, by path.
 
     >>> import jax.numpy as jnp
     >>> s = sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
@@ -88,7 +98,7 @@ def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) 
 
 
 def is_weight(leaf: PyTree) -> bool:
-    """Whether a leaf may be quantized: floating, rank 2 or more, not yet a stand-in."""
+    """Return whether a leaf can be quantized: floating, rank 2 or more, not yet a stand-in."""
     return (
         not is_standin(leaf)
         and is_array(leaf)
@@ -103,15 +113,15 @@ def _abstract(w: jax.Array) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """One use. Axes are of the leaf, counted from its end.
+    """One use of a weight. Axes are those of the leaf, counted from its end.
 
     Attributes:
-      kind: "dot" | "gather" | "other".
-      axes: contracted, or looked up.
-      batch: paired with axes of the input, or looked up before.
-      input: identifier of what it multiplies.
-      sizes: of the axes that had not been dropped before.
-      parts: axes that were sliced or looked up before, and what tells that part from others.
+      kind: "dot", "gather" or "other".
+      axes: the axes contracted or looked up.
+      batch: axes paired with axes of the input, or looked up earlier.
+      input: identifier of the array it multiplies.
+      sizes: sizes of the axes that were still present.
+      parts: axes that were sliced or looked up earlier, each with a text that identifies the part.
     """
 
     path: str
@@ -123,17 +133,17 @@ class _Use:
     parts: tuple[tuple[int, str], ...] = ()
 
     def input_of(self, axes: set[int]) -> str:
-        """`input`, with the parts along these axes."""
+        """Return `input`, extended by the parts taken along these axes."""
         return self.input + "".join(f"@{a}:{name}" for a, name in self.parts if a in axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Log:
-    """Uses, in order. Inputs are kept alive so that their identities stay unique."""
+    """The uses, in order. Holds on to the inputs, so that their identities stay unique."""
 
     uses: list
     inputs: list
-    mapped: dict[str, set[int]]  # axes of leaves along which `jax.vmap` maps
+    mapped: dict[str, set[int]]  # axes of each leaf that `jax.vmap` maps over
 
     def input_id(self, x: Any) -> str:
         for i, seen in enumerate(self.inputs):
@@ -144,16 +154,17 @@ class _Log:
 
 
 class _Tracked(StandIn):
-    """A dense weight that remembers which axes of the leaf (from its end) its own are.
+    """A dense weight that tracks which axes of the leaf its own axes are.
 
-    It is stored as it is seen, unlike the others: any of its axes may come first, to be scanned.
+    Unlike other stand-ins it is stored in the order in which it is seen, so that any axis can come
+    first and be scanned.
     """
 
     array: Any
     path: str = eqx.field(static=True)
-    leaf: tuple[int | None, ...] = eqx.field(static=True)  # None: an axis that was added
+    leaf: tuple[int | None, ...] = eqx.field(static=True)  # from the end; None: an added axis
     log: _Log = eqx.field(static=True)
-    # Axes of the leaf along which matrices were looked up; as in `_Use`.
+    # Axes of the leaf along which matrices were looked up, and `parts` as in `_Use`.
     looked_up: tuple[int, ...] = eqx.field(static=True, default=())
     parts: tuple[tuple[int, str], ...] = eqx.field(static=True, default=())
 
@@ -168,7 +179,7 @@ class _Tracked(StandIn):
         return jax.core.ShapedArray(self.array.shape, self.array.dtype)
 
     def materialise(self) -> Array:
-        if not self.looked_up:  # else it is a table, and that use of it is known
+        if not self.looked_up:  # otherwise the look-up is already recorded
             self.log.uses.append(_Use(self.path, "other"))
         return self.array
 
@@ -186,7 +197,7 @@ class _Tracked(StandIn):
         return len(self.array.shape)
 
     def picked(self, pick: Pick) -> "_Tracked | None":
-        """Where axes are dropped that do not come first, only if a matrix is left."""
+        """Follow the pick if it only drops leading axes, or if it leaves a matrix."""
         dropped = set(range(self.ndim)) - set(pick.source)
         first = pick.indices is None and dropped == set(range(len(dropped)))
         left = self.leaf_axes(a for a in range(self.ndim) if a not in {*dropped, *pick.looked_up})
@@ -207,12 +218,12 @@ class _Tracked(StandIn):
         return [(own, name) for axis, name in pick.names for own in self.own((axis,))]
 
     def leaf_axes(self, axes: Iterable[int | None]) -> tuple[int | None, ...]:
-        """Axes of this value as axes of the leaf, from its end; None: it has no such axis."""
+        """Map axes of this value to axes of the leaf, from its end; None for added axes."""
         kept = self.leaf[len(self.leaf) - self.array.ndim :]  # scan and vmap strip leading axes
         return tuple(None if a is None else kept[a] for a in axes)
 
     def own(self, axes: Iterable[int]) -> tuple[int, ...]:
-        """`leaf_axes` without those that were added."""
+        """Return `leaf_axes` without the added axes."""
         return tuple(a for a in self.leaf_axes(axes) if a is not None)
 
 
@@ -226,7 +237,7 @@ def _log_dot(w: _Tracked, x: Any, c: Contraction) -> None:
     named = zip(w.leaf_axes(range(w.ndim)), w.shape, strict=True)
     sizes = {a: size for a, size in named if a is not None}
     if w.looked_up and not set(sizes) - {*axes, *batch, *w.looked_up}:
-        return  # vectors of a table, and no matrices
+        return  # vectors were looked up, not matrices
     axes = tuple(a for a in axes if a not in w.looked_up)
     input_id = w.log.input_id(x) + str([a for a, _ in c.contract])
     w.log.uses.append(_Use(w.path, "dot", axes, (*batch, *w.looked_up), input_id, sizes, w.parts))
@@ -286,16 +297,16 @@ def _summary(path: str, w: jax.Array, uses: list[_Use], mapped: set[int]) -> Sit
 
 
 def _batch(dots: list[_Use], shape: tuple[int, ...], mapped: set[int]) -> set[int]:
-    """Batch axes of a weight, of all matmuls that sum over the same axes."""
+    """Return the batch axes of a weight, from all matmuls that sum over the same axes."""
     every = set(range(-len(shape), 0))
     batch: set[int] = set()
     for i, use in enumerate(dots):
-        # Axes the matmul never saw were dropped before it: by scan, vmap, or indexing.
+        # Axes that the matmul does not see were dropped earlier, by scan, vmap or indexing.
         new = {*use.batch, *(every - set(use.sizes))}
         for axes in (new, mapped - {*use.axes}):
             if (i == 0 and axes is new) or every - batch - axes - {*use.axes}:
                 batch |= axes
-    for axis in sorted(every - batch):  # leading ones that are sliced are too, if a matrix is left
+    for axis in sorted(every - batch):  # sliced leading axes count too, if a matrix is left
         before = set(range(-len(shape), axis))
         sliced = any(u.sizes.get(axis, shape[axis]) != shape[axis] for u in dots)
         left = every - batch - {axis, *dots[0].axes}
@@ -305,7 +316,7 @@ def _batch(dots: list[_Use], shape: tuple[int, ...], mapped: set[int]) -> set[in
 
 
 def _covered(dots: list[_Use], output: set[int], shape: tuple[int, ...]) -> float | None:
-    """`Site.covered`."""
+    """Return `Site.covered`."""
     share = lambda u, axes: math.prod(u.sizes.get(a, shape[a]) / shape[a] for a in axes)
     partial = any(share(u, {*output, *u.axes}) != 1 for u in dots)
     alike = len({u.input_of({*u.axes}) for u in dots}) == 1

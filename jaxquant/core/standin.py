@@ -1,7 +1,8 @@
-"""Stand-ins: values that take a weight's place in a parameter tree, and what all of them share.
+"""Stand-ins: values that take a weight's place in a parameter tree, and what they have in common.
 
-A stand-in is a `quax.ArrayValue`; primitives that only move a weight's axes are answered here,
-once, by renaming axes. What a stand-in does in a matmul is its own file's business.
+A stand-in is a `quax.ArrayValue`. Primitives that only move the axes of a weight are handled here
+for all stand-ins, by renumbering axes. How a stand-in behaves in a matmul is defined in its own
+module.
 """
 
 import abc
@@ -24,7 +25,12 @@ _notes = Setting[list | None]("notes", None)
 
 
 def note(rule: str, why: str = "") -> None:
-    """Tell a listening `explain` which rule is serving the primitive at hand."""
+    """Report to `explain`, if it is listening, which rule serves the current primitive.
+
+    Args:
+      rule: name of the rule.
+      why: the reason.
+    """
     heard = _notes.get()
     if heard is not None:
         heard.append((rule, why))
@@ -32,14 +38,14 @@ def note(rule: str, why: str = "") -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list]:
-    """Collect the notes of the rules that run inside."""
+    """Collect the notes of the rules that run inside, as a list of (rule, why)."""
     heard: list = []
     with _notes.set(heard):
         yield heard
 
 
 class _Run(NamedTuple):
-    """One `run`: the quax values among its arguments, and what `once` has computed."""
+    """State of one `run`: the quax values among its arguments, and the results of `once`."""
 
     arguments: list[Any]
     done: dict[Any, tuple]
@@ -49,39 +55,45 @@ _running = Setting[_Run | None]("running", None)
 
 
 def arguments() -> list[Any]:
-    """The quax values among the arguments of the function that runs."""
+    """Return the quax values among the arguments of the running function."""
     running = _running.get()
     return [] if running is None else running.arguments
 
 
 def once(key: Any, x: Any, compute: Callable[[], Any]) -> Any:
-    """compute(), or what it gave before for this key and this very x within one `run`.
+    """Return compute(), or its earlier result for this key and this very x within the same `run`.
 
-    XLA would find the repetition itself if the arrays involved were the same; those of two
-    weights are two arrays, though equal.
+    XLA would merge repeated computations only if they used the same arrays; two weights hold two
+    arrays, even if these are equal.
+
+    Args:
+      key: identifies the computation; None always computes.
+      x: the input, compared by identity.
+      compute: the computation.
     """
     running = _running.get()
     if running is None or key is None:
         return compute()
     seen = running.done
-    trace = jax_private.current_trace()  # what one loop body computed is nothing to the next
+    trace = jax_private.current_trace()  # one loop body cannot use values of another
     place = (key, id(x), id(trace))
     if place not in seen:
-        seen[place] = compute(), x, trace  # kept alive, so that their ids stay their own
+        seen[place] = compute(), x, trace  # kept alive, so that their ids stay unique
     return seen[place][0]
 
 
 class Pick(NamedTuple):
-    """A choice along leading stored axes: a slice, a look-up, the dropping of axes of size 1.
+    """A selection along leading stored axes: a slice, a look-up, or dropping axes of size 1.
 
     Attributes:
-      take: makes it, of any array that has these leading axes.
-      axes: of every axis of the result, its stored axis after `take`.
-      source: of every axis of the result, the axis of the stand-in that it comes from; None: new.
-      names: axes of the stand-in along which it is a slice, and which.
-      indices: what it looks up, if it is a look-up, or None.
-      looked_up: axes of the stand-in along which it does.
-      fills: whether it gives NaN where an index is out of range, and not the nearest.
+      take: applies the selection to any array with these leading axes.
+      axes: for every axis of the result, its stored axis after `take`.
+      source: for every axis of the result, the axis of the stand-in it comes from; None for new
+        axes.
+      names: (axis, text) pairs: axes of the stand-in that are sliced, and which slice it is.
+      indices: the indices of a look-up, else None.
+      looked_up: axes of the stand-in along which matrices are looked up.
+      fills: whether an index out of range gives NaN, rather than the nearest entry.
     """
 
     take: Callable[[jax.Array], jax.Array]
@@ -94,14 +106,14 @@ class Pick(NamedTuple):
 
 
 class StandIn(quax.ArrayValue):
-    """A weight seen through `order`: its axis i is axis `order[i]` of what is stored.
+    """A weight seen through `order`: its axis i is axis `order[i]` of the stored array.
 
-    `order` counts from the end and may be longer or shorter than the value has axes: `lax.scan`
-    and `vmap` strip leading axes from the stored arrays, stacking adds some, and neither tells
-    the metadata. The last `ndim` entries count; leading axes without an entry are in place.
+    `order` counts from the end and may be longer or shorter than the number of axes: `lax.scan` and
+    `vmap` strip leading axes from the stored arrays, and stacking adds some, without updating the
+    metadata. The last `ndim` entries apply; leading axes without an entry are in place.
     """
 
-    if TYPE_CHECKING:  # a field or a property, as the class likes
+    if TYPE_CHECKING:  # may be a field or a property
 
         @property
         def order(self) -> tuple[int, ...]: ...
@@ -110,78 +122,90 @@ class StandIn(quax.ArrayValue):
 
     @abc.abstractmethod
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape in the stored order of axes."""
+        """Return the shape in the stored order of axes."""
 
     @abc.abstractmethod
     def reordered(self, order: tuple[int, ...]) -> "StandIn":
-        """The same stored arrays seen through another order."""
+        """Return the same stored arrays seen through another order.
+
+        Args:
+          order: the new order, as described for the class.
+        """
 
     @abc.abstractmethod
     def cast(self, dtype: DTypeLike) -> "StandIn":
-        """The same value, with another dtype for what it decodes to."""
+        """Return the same value with another dtype to decode to."""
 
     @abc.abstractmethod
     def at_leading(self, fn: Callable[[jax.Array], jax.Array]) -> "StandIn":
-        """Apply `fn`, which touches leading axes only, to every stored array."""
+        """Apply a function to every stored array.
+
+        Args:
+          fn: a function that changes leading axes only.
+        """
 
     @abc.abstractmethod
     def leading(self) -> int:
-        """How many leading stored axes are plain batch axes of every stored array."""
+        """Return the number of leading stored axes that are batch axes of every stored array."""
 
     def picked(self, pick: Pick) -> "StandIn | None":
-        """Some of the matrices of a stack; None: there is no rule for it."""
+        """Select matrices of a stack; return None if there is no rule for the selection."""
         ndim = len(pick.axes)
         return self.at_leading(pick.take).reordered(tuple(a - ndim for a in pick.axes))
 
     def narrowed(self, cuts: Mapping[int, Any]) -> "StandIn | None":
-        """Cuts along axes that are not leading, by stored axis; None: there is no rule for it.
+        """Cut along axes that are not leading; return None if there is no rule for it.
 
-        A cut takes an array and the axis of it that it is made along.
+        Args:
+          cuts: the cut for each stored axis, a function of an array and the axis to cut along.
         """
         return None
 
     def separate(self) -> "StandIn":
-        """The same, with all leading axes in every stored array: what a scan takes apart."""
+        """Return the same value with all leading axes in every stored array, as scan needs it."""
         return self
 
     def local(self) -> "StandIn":
-        """The same, its shape that of the part that is on one device, inside `shard_map`."""
+        """Return the same value with the shape of its part on one device, inside `shard_map`."""
         return self
 
     def axes(self) -> tuple[int, ...]:
-        """Stored axis, counted from the front, of every axis."""
+        """Return the stored axis, counted from the front, of every axis."""
         ndim = len(self.stored_shape())
-        added = range(ndim - len(self.order))  # leading axes the metadata was not told of
+        added = range(ndim - len(self.order))  # leading axes that the metadata does not know of
         kept = self.order[len(self.order) - ndim :] if len(self.order) > ndim else self.order
         return (*added, *(ndim + a for a in kept))
 
     def view_shape(self) -> tuple[int, ...]:
-        """Shape as the user's function sees it."""
+        """Return the shape that the user's function sees."""
         stored = self.stored_shape()
         return tuple(stored[a] for a in self.axes())
 
 
 def is_array(x: Any) -> bool:
-    """Whether x has a dtype: an array of any library, a stand-in, or the shape of either."""
+    """Return whether x has a dtype: an array of any library, a stand-in, or the shape of either."""
     return hasattr(x, "dtype")
 
 
 def is_standin(x: Any) -> bool:
-    """Whether x is a stand-in; the `is_leaf` of every tree function here."""
+    """Return whether x is a stand-in; used as `is_leaf` in tree functions."""
     return isinstance(x, StandIn)
 
 
 def dispatching(
     fn: Callable[..., PyTree], within: Callable[[], AbstractContextManager] = nullcontext
 ) -> Callable[..., PyTree]:
-    """`fn` with every quax value among its arguments dispatching on primitives.
+    """Return `fn` with the quax values among its arguments dispatching on primitives.
 
-    Trees are taken apart before, and put together inside, quax's trace: Flax NNX asks for the
-    current trace whenever a `Variable` is rebuilt, and between the two there is none.
+    Trees are flattened before quax's trace and rebuilt inside it: Flax NNX asks for the current
+    trace whenever it rebuilds a `Variable`, and between those two points there is none.
 
     Args:
       fn: a function of trees of arrays and stand-ins.
-      within: makes the context that it is traced in.
+      within: makes the context that the function is traced in.
+
+    Returns:
+      A function of the same arguments.
     """
     is_value = lambda x: isinstance(x, quax.Value)
 
@@ -197,7 +221,7 @@ def dispatching(
             trees.append(out_tree)
             return out
 
-        # `explain` gives doubles of stand-ins, which hold them.
+        # `explain` passes wrappers, which hold the stand-ins in `inner`.
         values = [getattr(leaf, "inner", leaf) for leaf in leaves if is_value(leaf)]
         with within(), _running.set(_Run(values, {})):
             out = quax.quaxify(flat)(leaves)
@@ -207,7 +231,7 @@ def dispatching(
 
 
 def run(fn: Callable[..., PyTree], *args: Any, **kwargs: Any) -> PyTree:
-    """fn(*args, **kwargs), `dispatching`."""
+    """Call fn(*args, **kwargs) with `dispatching`."""
     return dispatching(fn)(*args, **kwargs)
 
 
@@ -230,7 +254,7 @@ def _unchanged(w: StandIn, **_: Any) -> StandIn:
 
 quax.register(jax.lax.copy_p)(_unchanged)
 quax.register(jax.lax.stop_gradient_p)(_unchanged)
-if jax_private.pvary_p is not None:  # inside `shard_map`; its arrays vary as they are split
+if jax_private.pvary_p is not None:  # for `shard_map`, whose arrays are already marked as varying
     quax.register(jax_private.pvary_p)(_unchanged)
 
 
@@ -239,24 +263,24 @@ if jax_private.pvary_p is not None:  # inside `shard_map`; its arrays vary as th
 
 @quax.register(jax_private.jit_p, precedence=1)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, **_: Any) -> Any:
-    """A jitted function that receives a stand-in is inlined.
+    """Inline a jitted function that receives a stand-in.
 
-    quax keeps a cache by the identity of the inner jaxpr; inlining needs none, and lets `sites`
-    see that two matmuls inside two calls read one input.
+    quax caches by the identity of the inner jaxpr. Inlining needs no cache, and lets `sites` see
+    that matmuls inside two calls read the same input.
     """
     return quax.quaxify(jax_private.as_function(jaxpr))(*args)
 
 
 @quax.register(jax_private.remat_p)
 def _(*args: StandIn | ArrayLike, jaxpr: Any, policy: Any, prevent_cse: Any, **_: Any) -> Any:
-    """`jax.checkpoint` of the same body, the stand-ins' arrays among its inputs."""
+    """Apply `jax.checkpoint` to the same body, with the stand-ins' arrays among its inputs."""
     body = quax.quaxify(jax_private.as_function(jaxpr))
     return jax.checkpoint(lambda *a: body(*a), policy=policy, prevent_cse=prevent_cse)(*args)
 
 
 @quax.register(jax.lax.scan_p, precedence=1)
 def _(*args: StandIn | ArrayLike, **params: PyTree) -> Any:
-    """quax's own rule, after materialising what scan would slice along a packed axis."""
+    """Apply quax's rule, after making dense what scan would slice along a packed axis."""
     return jax_private.scan(args, params, lambda w: _scannable(w) if is_standin(w) else w)
 
 

@@ -1,4 +1,4 @@
-"""Straight through: a value with the derivative of another, which it was rounded from."""
+"""Straight-through estimators: values with the gradient of what they were rounded from."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,11 @@ from jaxtyping import Array, Float
 
 @jax.custom_jvp
 def through(x: Float[Array, "..."], value: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The value, with the derivative of x (Bengio et al. 2013, arXiv:1308.3432).
+    """Return `value` with the gradient of `x` (Bengio et al. 2013, arXiv:1308.3432).
+
+    Args:
+      x: the array that receives the gradient.
+      value: the rounded array, same shape.
 
     >>> jax.grad(lambda x: 3 * through(x, jnp.round(x)))(1.4).item()
     3.0
@@ -21,7 +25,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The nearest whole numbers, halves to even, straight through.
+    """Round to the nearest integers, halves to even, with a straight-through gradient.
 
     >>> rounded(jnp.array([0.5, 1.5, -0.6])).tolist()
     [0.0, 2.0, -1.0]
@@ -32,9 +36,15 @@ def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def nearest_codes(
     v: Float[Array, "..."], zero: Float[Array, "..."], limits: tuple[int, int]
 ) -> Float[Array, "..."]:
-    """The nearest codes, v steps from a zero point; straight through, but beyond the limits.
+    """Round to the nearest codes and clamp, with a straight-through gradient inside the limits.
 
-    An end code has half a derivative, which is `jnp.clip`'s at a tie.
+    Beyond the limits the gradient is 0. At a code equal to a limit it is one half, which is how
+    `jnp.clip` splits it at a tie.
+
+    Args:
+      v: values in steps from the zero point.
+      zero: the zero points, which are added after rounding.
+      limits: the lowest and the highest code.
 
     >>> total = lambda v: jnp.sum(nearest_codes(v, 0.0, (-2, 1)))
     >>> jax.grad(total)(jnp.array([-3.0, -2.2, 0.3, 1.4])).tolist()

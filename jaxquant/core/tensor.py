@@ -1,4 +1,4 @@
-"""`QTensor`: packed codes that stand for a weight, and what a matmul or look-up does with them."""
+"""`QTensor`: packed codes that stand in for a weight, and the arithmetic of one matrix."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ from jaxquant.core.standin import Pick, StandIn, arguments, is_array, note
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How the stored [*batch, k, n] is the weight: its contracted and its output axes.
+    """How the stored array [*batch, k, n] maps to the axes of the weight.
 
     Attributes:
-      k: sizes of the contracted axes that make up k, slowest first.
-      n: sizes of the output axes that make up n.
+      k: sizes of the contracted axes that are merged into k, slowest-varying first.
+      n: sizes of the output axes that are merged into n, slowest-varying first.
       order: axis i of the weight is axis order[i] of [*batch, *k, *n], counted from the end.
     """
 
@@ -38,7 +38,14 @@ class View:
 
 
 class Arrays(NamedTuple):
-    """The arrays of a weight, by what they belong to."""
+    """The arrays of a weight, grouped by what they belong to.
+
+    Attributes:
+      data: packed arrays of the format.
+      input: arrays of the input transform.
+      output: arrays of the output transform.
+      activations: arrays of the activation format.
+    """
 
     data: dict[str, Array]
     input: dict[str, Array]
@@ -50,26 +57,30 @@ class QTensor(StandIn):
     """A quantized weight: a JAX pytree of packed arrays that acts as an array in any function.
 
     Invariants:
-      Every array has the same leading batch axes, `leading()` of them; what follows is what one
-      matrix [k, n] has in the format, and what `input`, `output` and `activations` say in `shapes`.
-      A transform that is None has no arrays; neither has a form of activations that is not static.
-      `data` holds "codes". All other fields are static, and alike for every matrix of a stack.
+      Every array has the same leading batch axes, `leading()` of them, followed by the axes that
+        the format gives one matrix [k, n], or that `input`, `output` and `activations` state in
+        `shapes`.
+      A transform that is None has no arrays; neither has an activation format that is not static.
+      `data` contains "codes". All other fields are static, and equal for all matrices of a stack.
 
     Attributes:
       data: the format's packed arrays.
       format: codebook and storage (static, hashable).
-      view: which axes of the weight are contracted, batch and output (static).
-      logical_dtype: dtype of the weight it stands for (static).
+      view: which axes of the weight are contracted, batch and output axes (static).
+      logical_dtype: name of the dtype of the weight it stands for (static).
       method: name of the method that made it (static).
-      input, output: transforms A and B, the weight being A W B^T for the W of the format, or None.
-      shared: weights with the same name here read one input in the function they were made for,
-        through equal transforms, arrays included: it is transformed once, and the products are one
-        call where the platform has that; "" if it is not known. It begins with the number of these
-        weights, "3 of", for trees that were quantized one by one may have equal names: what is of
-        more weights is of several inputs. Arrays that calibration or training made are named too.
-      activations: how the (transformed) input is rounded before it meets the codes, `Activations`;
-        None: not at all.
-      input_data, output_data, activations_data: arrays of the transforms and of the activations.
+      input, output: transforms A and B, or None; the weight is A W B^T, where W is the matrix
+        stored in the format.
+      shared: name common to the weights that read the same input in the function they were
+        quantized for, through equal transforms (arrays included); "" if unknown. The input is then
+        transformed once, and the products are a single call on platforms that have one. The name
+        starts with the number of these weights, "3 of", because trees quantized separately may
+        contain equal names: if more weights than that carry it, their inputs are taken to differ.
+        The arrays that calibration or training produced are part of the name.
+      activations: how the (transformed) input is rounded before it meets the codes, an
+        `Activations`; None leaves it unrounded.
+      input_data, output_data, activations_data: arrays of the transforms and of the activation
+        format.
     """
 
     data: dict[str, Array]
@@ -87,11 +98,16 @@ class QTensor(StandIn):
 
     @property
     def arrays(self) -> Arrays:
-        """All of its arrays."""
+        """All arrays, grouped."""
         return Arrays(self.data, self.input_data, self.output_data, self.activations_data)
 
     def with_arrays(self, arrays: Arrays, **fields: Any) -> "QTensor":
-        """With these arrays, and other fields, in place of its own."""
+        """Return a copy with these arrays.
+
+        Args:
+          arrays: all arrays of the copy.
+          **fields: other fields to replace.
+        """
         return dataclasses.replace(
             self,
             data=arrays.data,
@@ -103,14 +119,19 @@ class QTensor(StandIn):
 
     @property
     def named(self) -> dict[str, Array]:
-        """All of its arrays in one dict, those that are not the format's as "input.signs", say.
+        """All arrays in one dict; those outside the format have a prefix, such as "input.signs".
 
-        So they are called where arrays of any kind are looked up: in checkpoints, in training.
+        Checkpoints and training refer to the arrays by these names.
         """
         return flat_names(self.arrays)
 
     def with_named(self, named: Mapping[str, Array], **fields: Any) -> "QTensor":
-        """With the arrays of such a dict, and other fields, in place of its own."""
+        """Return a copy with the arrays of a dict such as `named`.
+
+        Args:
+          named: all arrays of the copy.
+          **fields: other fields to replace.
+        """
         return self.with_arrays(by_kind(named), **fields)
 
     @property
@@ -120,7 +141,7 @@ class QTensor(StandIn):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array held: codes, scales, zero points, codebooks."""
+        """Number of bytes of all arrays: codes, scales, zero points, codebooks."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.arrays))
 
     @property
@@ -129,30 +150,30 @@ class QTensor(StandIn):
         return 8 * self.nbytes / self.size
 
     def dequantize(self) -> Array:
-        """The weight as a plain array of `shape` and `dtype`."""
+        """Return the weight as a plain array of `shape` and `dtype`."""
         batch = self.data["codes"].shape[: self.leading()]
         matrix = self.matrix
         for _ in batch:
             matrix = jax.vmap(matrix)
         w = matrix(self.arrays).reshape(*batch, *self.view.k, *self.outputs)
         w = jnp.transpose(w, self.axes())
-        if self.logical_dtype == "float16":  # whose largest number may have been rounded up
+        if self.logical_dtype == "float16":  # rounding may have gone past its largest number
             w = jnp.clip(w, -65504.0, 65504.0)
         return w.astype(self.logical_dtype)
 
     def materialise(self) -> Array:
-        """Fallback of every primitive without a rule: correct, slower, and reported."""
+        """Dequantize for a primitive without a rule: correct but slow; `explain` reports it."""
         note("materialised", "no rule for this use; dequantized, then plain JAX")
         return self.dequantize()
 
     @property
     def rows_k(self) -> int:
-        """Length of the contracted axis."""
+        """Length of the contracted axis k."""
         return math.prod(self.view.k)
 
     @property
     def stored_rows(self) -> int:
-        """Length of that axis after the input transform."""
+        """Length of the contracted axis after the input transform."""
         return self.rows_k if self.input is None else self.input.size(self.rows_k)
 
     def leading(self) -> int:
@@ -163,22 +184,29 @@ class QTensor(StandIn):
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Sizes of the output axes; inside `shard_map`, where they are split, the local ones."""
+        """Sizes of the output axes; inside `shard_map`, the sizes on one device."""
         local = len(self.view.n) == 1 and self.output is None
         return (self.format.outputs(self.data),) if local else self.view.n
 
-    # --- one matrix [k, n], as its data describe it ------------------------------------------
+    # --- one matrix [k, n], without the batch axes --------------------------------------------
 
     def stored(self) -> Float[Array, "... s t"]:
-        """The format's own matrices, before the transforms are undone."""
+        """Decode the matrices of the format, without undoing the transforms."""
         return self.format.dequantize(self.data, self.stored_rows)
 
     def matrix(self, arrays: Arrays) -> Float[Array, "k n"]:
-        """The matrix in float32."""
+        """Decode one matrix, with the transforms undone.
+
+        Args:
+          arrays: the arrays of that matrix, without batch axes.
+
+        Returns:
+          The matrix, [k, n], float32.
+        """
         w = self.format.dequantize(arrays.data, self.stored_rows)
         if self.input is None and self.output is None:
             return w
-        w, e = unit(w)  # sums of small numbers would lose what float32 has no normal numbers for
+        w, e = unit(w)  # keeps the sums of tiny entries out of float32's subnormal range
         if self.input is not None:
             w = self.input.transposed(w.T, arrays.input, self.rows_k).T
         if self.output is not None:
@@ -186,33 +214,61 @@ class QTensor(StandIn):
         return shifted(w, e)
 
     def transformed(self, x: Float[Array, "m k"], arrays: Arrays) -> Float[Array, "m s"]:
-        """x as the format's matrix takes it."""
+        """Apply the input transform.
+
+        Args:
+          x: the rows, [m, k].
+          arrays: the arrays of one matrix.
+
+        Returns:
+          The rows as the stored matrix expects them, [m, s].
+        """
         return x if self.input is None else self.input.apply(x, arrays.input)
 
     def finished(self, y: Float[Array, "m t"], arrays: Arrays) -> Float[Array, "m n"]:
-        """A product of the format's matrix, its output transform undone."""
+        """Undo the output transform.
+
+        Args:
+          y: a product with the stored matrix, [m, t].
+          arrays: the arrays of that matrix.
+
+        Returns:
+          The product with the weight, [m, n].
+        """
         if self.output is None:
             return y
         return self.output.transposed(y, arrays.output, math.prod(self.view.n))
 
     def siblings(self) -> "list[QTensor]":
-        """The arguments of the running function that read this one's input: it, and others."""
+        """Return the arguments of the running function that read this one's input, itself included.
+
+        They agree in `shared`, `rows_k`, `format`, `input`, `activations`, `logical_dtype` and the
+        number of batch axes.
+        """
         alike = lambda w: (w.rows_k, w.format, w.input, w.activations, w.leading(), w.logical_dtype)
         named = [w for w in arguments() if isinstance(w, QTensor) and w.shared == self.shared]
         different = {tuple(map(id, jax.tree.leaves(w.arrays))) for w in named}
-        if len(different) > _readers(self.shared):  # of several trees, whose inputs are not one
+        if len(different) > _readers(self.shared):  # from several trees, so with several inputs
             return [self]
         mine = alike(self)
         known = [w for w in named if alike(w) == mine]
         return known if any(map(self.same, known)) else [self]
 
     def same(self, other: "QTensor") -> bool:
-        """Whether it holds the very arrays of this one."""
+        """Return whether `other` holds the very same arrays (by identity)."""
         mine, others = self.named, other.named
         return all(others.get(name) is a for name, a in mine.items())
 
     def matmul_transposed(self, g: Float[Array, "m n"], arrays: Arrays) -> Array:
-        """g @ w.T."""
+        """Return g @ w.T for one matrix.
+
+        Args:
+          g: [m, n].
+          arrays: the arrays of that matrix, without batch axes.
+
+        Returns:
+          The product, [m, k].
+        """
         k = self.rows_k
         if self.output is not None:
             g = self.output.apply(g, arrays.output)
@@ -229,11 +285,11 @@ class QTensor(StandIn):
         return dataclasses.replace(self, logical_dtype=jnp.dtype(dtype).name)
 
     def at_leading(self, fn: Callable[[Array], Array]) -> "QTensor":
-        # Which of a stack it is now nobody else knows, so its transform is its own.
+        # The other weights no longer know which matrix of the stack this is, so nothing is shared.
         return self.with_arrays(jax.tree.map(fn, self.arrays), shared="")
 
     def picked(self, pick: Pick) -> "StandIn | None":
-        # Where an index is out of range the matrix is NaN, by its scales: codes cannot say it.
+        # A matrix looked up out of range is NaN. Only float arrays (scales) can express that.
         floats = any(jnp.issubdtype(a.dtype, jnp.inexact) for a in self.data.values())
         return super().picked(pick) if floats or not pick.fills else None
 
@@ -263,7 +319,7 @@ class QTensor(StandIn):
 
     def __repr__(self) -> str:
         if not all(is_array(a) for a in self.named.values()):
-            return f"QTensor({self.named}, {self.format})"  # a tree of shardings, say
+            return f"QTensor({self.named}, {self.format})"  # a tree of shardings, for example
         return (
             f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
             f"{self.bits_per_weight:.3f} bits per weight)"
@@ -272,7 +328,7 @@ class QTensor(StandIn):
 
 @functools.cache
 def _packed_shapes(format: Format, k: int, n: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the packed arrays of a matrix [k, n]; {"codes": (0,)} where there is none."""
+    """Return the shapes of the packed arrays of a [k, n] matrix; {"codes": (0,)} if unsupported."""
     try:
         format.check_shape(k, n)
     except ValueError:
@@ -282,19 +338,26 @@ def _packed_shapes(format: Format, k: int, n: int) -> dict[str, tuple[int, ...]]
 
 
 def _readers(name: str) -> float:
-    """How many weights have a name in common, as it says; without bound if it does not."""
+    """Return the number of weights that a `shared` name states; infinity if it states none."""
     count, of, _ = name.partition(" of ")
     return int(count) if of and count.isdecimal() else math.inf
 
 
 def flat_names(arrays: Arrays) -> dict[str, Array]:
-    """The arrays in one dict: the format's by their names, the others' as "input.signs", say."""
+    """Merge the arrays into one dict: the format's under their own names, others with a prefix.
+
+    Args:
+      arrays: the arrays of a weight.
+
+    Returns:
+      Arrays by name, such as "codes" and "input.signs".
+    """
     kinds = zip(Arrays._fields[1:], arrays[1:], strict=True)
     return arrays.data | {f"{kind}.{name}": a for kind, of in kinds for name, a in of.items()}
 
 
 def by_kind(named: Mapping[str, Array]) -> Arrays:
-    """The inverse of `flat_names`.
+    """Split a dict of arrays by the prefixes of their names; the inverse of `flat_names`.
 
     >>> by_kind({"codes": 1, "input.0.signs": 2}).input
     {'0.signs': 2}

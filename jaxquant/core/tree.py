@@ -1,4 +1,4 @@
-"""Functions of whole trees: bytes, plain arrays, other forms of activations."""
+"""Functions of whole parameter trees: size, dequantization, change of activation format."""
 
 import dataclasses
 
@@ -14,9 +14,14 @@ from jaxquant.core.tensor import QTensor
 
 
 def bits_per_weight(params: PyTree) -> float:
-    """Bits per weight over the quantized leaves, every byte counted.
+    """Return the number of bits per weight, counting all bytes of the quantized leaves.
 
-    Of a tree with none, over the leaves that could be quantized (0 if there are none of them).
+    Args:
+      params: parameter tree.
+
+    Returns:
+      The average over the quantized leaves; without any, over the leaves that could be quantized (0
+      if there are none).
 
     >>> import jax.numpy as jnp
     >>> bits_per_weight({"w": jnp.ones((4, 4), jnp.bfloat16), "b": jnp.ones(4)})
@@ -29,21 +34,33 @@ def bits_per_weight(params: PyTree) -> float:
 
 
 def dequantize(params: PyTree) -> PyTree:
-    """The same tree with plain arrays."""
+    """Replace all quantized weights, and other stand-ins, by plain arrays.
+
+    Args:
+      params: parameter tree.
+
+    Returns:
+      The same tree with plain arrays.
+    """
     return jax.tree.map(
         lambda w: w.dequantize() if is_standin(w) else w, params, is_leaf=is_standin
     )
 
 
 def with_activations(params: PyTree, activations: Activations | str | None) -> PyTree:
-    """The same tree, its packed weights meeting inputs in another form; the weights are the same.
+    """Change how the inputs of packed weights are rounded; the weights stay the same.
 
     Args:
-      activations: an `Activations` or its text: "int8" (a scale per token), "int4,asymmetric", ...;
-        None or "float": inputs as they are.
+      params: parameter tree; leaves that are not `QTensor`s are left as they are.
+      activations: an `Activations` or its text, such as "int8" (a scale per token) or
+        "int4,asymmetric"; None or "float" leaves inputs unrounded.
+
+    Returns:
+      The same tree, with other `activations` in its `QTensor`s.
+
     Raises:
-      ValueError: an unknown form; or static scales, which calibration finds: name these in the
-        method, and `quantize` with statistics.
+      ValueError: the format is unknown, or it has static scales that the weights do not hold.
+        Calibration finds those: name the format in the method, and call `quantize` with statistics.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = with_activations({"w": jq.quantize_array(jnp.eye(64), jq.rtn())}, "int8")
@@ -67,5 +84,5 @@ def with_activations(params: PyTree, activations: Activations | str | None) -> P
 
 
 def leaf_bytes(w: PyTree) -> int:
-    """Bytes of an array, a stand-in, or the shape of either."""
+    """Return the number of bytes of an array, a stand-in, or the shape of either."""
     return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize

@@ -1,1 +1,1 @@
-"""Files that survive kills: claimed folders, atomic publication, the store of a long run."""
+"""Files that survive a kill: claimed directories, atomic publication, the store of a long run."""

@@ -1,4 +1,4 @@
-"""Claims: a directory of ours that one process works in, locked against all others."""
+"""Claims: directories that one process works in, locked against all others."""
 
 import contextlib
 import json
@@ -13,27 +13,27 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; nothing keeps two runs apart there
+except ImportError:  # Windows has no flock, so nothing keeps two runs apart there
     fcntl = None  # type: ignore[assignment]
 
 LOCK = "lock"
-OURS = b"jaxquant works in this directory\n"  # what the lock file of such a directory begins with
-ATTEMPTS = 100  # at a directory that others remove just then
+OURS = b"jaxquant works in this directory\n"  # start of the lock file of our directories
+ATTEMPTS = 100  # to lock a directory that others keep removing
 
 
 class Taken(ValueError):
-    """Another run works in the directory."""
+    """Another run is working in the directory."""
 
 
 class Claim:
-    """A directory that this process holds; `claim` makes one.
+    """A directory held by this process, from `claim`.
 
-    The kernel holds the lock, so it is free as soon as the process has ended, by `kill -9` too.
+    The kernel holds the lock, so it is released when the process ends, even by `kill -9`.
 
     Attributes:
       path: the directory.
-      scraps: names of files in it that need not stay when nothing else does.
-      run, runs: what works in it, and how many of these; see `durable.store.Folder`.
+      scraps: names of files in it that can be removed if nothing else is left.
+      run, runs: what run works in it, and the number of its users; see `durable.store.Folder`.
     """
 
     def __init__(self, path: Path, descriptor: int, made: list[Path]) -> None:
@@ -56,14 +56,14 @@ class Claim:
         self.close()
 
     def close(self) -> None:
-        """Let go of the directory; one that holds nothing but scraps is removed."""
+        """Release the directory; remove it if it contains only scraps."""
         with _guard:
             self._users -= 1
             if self._users == 0:
                 self.end()
 
     def clear(self) -> None:
-        """Remove the directory with everything in it, and let go of it, whoever else shares it."""
+        """Remove the directory with its contents, and release it for all parts of this process."""
         with _guard:
             if _held.get(self._key) is self:
                 for path in self.path.iterdir():
@@ -72,39 +72,44 @@ class Claim:
                 self.end()
 
     def end(self) -> None:
-        """As `close`, whoever else shares it."""
+        """Release the directory as `close` does, for all parts of this process."""
         with _guard:
             if _held.get(self._key) is not self:
                 return
             del _held[self._key]
-            # A forked process has the descriptor too, but the directory is not its own.
+            # A forked process inherits the descriptor, but does not own the directory.
             if os.getpid() == self._process:
                 with contextlib.suppress(OSError):
                     self._remove_scraps()
             os.close(self._descriptor)
 
     def _remove_scraps(self) -> None:
-        """The lock is the last to go: what a kill leaves of this is still known as ours."""
+        """Remove scraps, the lock last: after a kill the directory is still known to be ours."""
         if not {path.name for path in self.path.iterdir()} <= self.scraps:
             return
         for name in sorted(self.scraps, key=lambda name: name == LOCK):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path, *self._made):  # innermost first; those that hold something stay
+        for folder in (self.path, *self._made):  # innermost first; rmdir fails on a non-empty one
             folder.rmdir()
 
 
-_held: dict[tuple[int, int], Claim] = {}  # by this process
+_held: dict[tuple[int, int], Claim] = {}  # claims of this process, by device and inode
 _guard = threading.RLock()
 
 
 def claim(path: str | Path, *, share: bool = True) -> Claim:
-    """Hold a directory, made by this call if there is none, until `close` or the process ends.
+    """Hold a directory until `close` or the end of the process, creating it if necessary.
 
     Args:
+      path: the directory.
       share: whether another part of this process may hold it too.
+
+    Returns:
+      The `Claim`; the same object for all parts of a process that share it.
+
     Raises:
-      Taken: another process works in it; or, without `share`, this one does.
-      ValueError: it is not a directory, or it holds files that are not ours.
+      Taken: another process works in it; or, without `share`, this process does.
+      ValueError: it is not a directory, or contains files that are not ours.
     """
     path = Path(path)
     made = [p for p in path.parents if not p.exists()]
@@ -116,7 +121,7 @@ def claim(path: str | Path, *, share: bool = True) -> Claim:
             if _locked(path, descriptor):
                 if _is(path / LOCK, info):
                     return _signed(Claim(path, descriptor, made), descriptor)
-                os.close(descriptor)  # removed by the one who held it
+                os.close(descriptor)  # its holder removed it meanwhile
                 continue
             holder = _holder(descriptor)
             os.close(descriptor)
@@ -131,7 +136,7 @@ def claim(path: str | Path, *, share: bool = True) -> Claim:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether the directory was made by `claim`, or is empty."""
+    """Return whether a directory was made by `claim` or is empty."""
     names = os.listdir(path)
     if not names:
         return True
@@ -143,12 +148,12 @@ def is_ours(path: Path) -> bool:
             begins = file.read(len(OURS))
     except FileNotFoundError:
         return False
-    # A kill between making the file and writing to it leaves it empty, and alone.
+    # A kill between creating and writing the lock file leaves it empty, and the only file.
     return begins == OURS or (not begins and names == [LOCK])
 
 
 def _opened(path: Path) -> int | None:
-    """A descriptor of the directory's lock file; None if it was removed meanwhile."""
+    """Open the lock file of a directory; return None if it was removed meanwhile."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -189,7 +194,7 @@ def _is(path: Path, info: os.stat_result) -> bool:
 
 
 def _signed(held: Claim, descriptor: int) -> Claim:
-    """Who holds it; in place, so that at every moment the file begins as ours do."""
+    """Write the holder to the lock file, in place, so that it starts with `OURS` at all times."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     who = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
     data = OURS + json.dumps(who).encode() + b"\n"
@@ -208,7 +213,7 @@ def _holder(descriptor: int) -> str:
     try:
         who: Any = json.loads(os.read(descriptor, 4096).removeprefix(OURS))
         return f"process {who['process']} on {who['host']}, since {who['since']}"
-    except (ValueError, KeyError, TypeError):  # it is just being written
+    except (ValueError, KeyError, TypeError):  # it is being written right now
         return "another process"
 
 

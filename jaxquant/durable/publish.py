@@ -1,7 +1,8 @@
-"""A directory that appears whole: made aside, then put in its place in one step.
+"""Atomic publication of a directory: it is built beside its target and then moved in one step.
 
-What it takes the place of is gone only once it is there. What a killed process leaves aside is
-known by its lock (`claims`), is no live process's, and goes, or comes back, at the next start.
+What the target held before is deleted only once the new directory is in place. Directories left
+behind by killed processes are recognized by their lock (`claims`), which no live process holds; the
+next start removes them, or restores the target from them.
 """
 
 import contextlib
@@ -18,17 +19,21 @@ from pathlib import Path
 from jaxquant.durable.claims import Claim, Taken, claim
 
 NEW, OLD = "new", "old"
-# What rename says of a place that is taken by a directory with files in it, or by a file.
+# Errors of rename if the target is a non-empty directory, or a file.
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-# What an exchange says where the system or the file system has none.
+# Errors of an exchange that the system or the file system does not support.
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV)
 
 
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[Path]:
-    """A path beside the target to make its successor at, for `publish`; gone afterwards.
+    """Yield a path beside the target at which to build its successor; it is removed afterwards.
 
-    What killed processes have left beside the target is removed before.
+    Directories left beside the target by killed processes are removed first. Move the successor to
+    the target with `publish`.
+
+    Args:
+      target: the directory to be replaced.
     """
     restore(target)
     for left in _leftovers(target):
@@ -38,7 +43,7 @@ def aside(target: Path) -> Iterator[Path]:
         yield held.path / NEW
     finally:
         old = held.path / OLD
-        if old.exists() and not os.path.lexists(target):  # the only one there is
+        if old.exists() and not os.path.lexists(target):  # the only copy
             shutil.rmtree(held.path / NEW, ignore_errors=True)
             held.close()
         else:
@@ -46,13 +51,18 @@ def aside(target: Path) -> Iterator[Path]:
 
 
 def publish(new: Path, target: Path, *, replace: bool) -> None:
-    """Put a directory in its place: at every moment the target is as it was, or the new one.
+    """Move a directory to its target: the target is the old directory until it is the new one.
+
+    Where the system cannot exchange two directories in one step, a kill may leave no target until
+    `restore` puts the old one back.
 
     Args:
-      new: as `aside` gave it.
-      replace: whether the target may be a directory with files in it.
+      new: a path from `aside`, where the new directory was built.
+      target: where to move it.
+      replace: whether the target may be a non-empty directory.
+
     Raises:
-      FileExistsError: it is one, and `replace` is off, or it is a file.
+      FileExistsError: the target is a non-empty directory and `replace` is off, or it is a file.
     """
     try:
         os.replace(new, target)
@@ -64,7 +74,7 @@ def publish(new: Path, target: Path, *, replace: bool) -> None:
             raise FileExistsError(errno.EEXIST, "it exists", str(target)) from None
     if _exchanged(new, target):
         return
-    old = new.with_name(OLD)  # a kill between the two leaves no target, until `restore`
+    old = new.with_name(OLD)  # after a kill between the two moves, `restore` is needed
     os.replace(target, old)
     try:
         os.replace(new, target)
@@ -74,7 +84,11 @@ def publish(new: Path, target: Path, *, replace: bool) -> None:
 
 
 def restore(target: Path) -> None:
-    """Put back what a killed `publish` had taken away from the target."""
+    """Put the target back if a `publish` was killed after moving it away.
+
+    Args:
+      target: the directory that `publish` was to replace.
+    """
     if os.path.lexists(target):
         return
     for left in _leftovers(target):
@@ -87,17 +101,17 @@ def restore(target: Path) -> None:
 def _place(target: Path) -> Claim:
     while True:
         path = target.with_name(f".{target.name}.saving-{secrets.token_hex(4)}")
-        # Another process may take a directory without a lock yet for a killed one's.
+        # Before it is locked, another process may take the directory for a leftover.
         with contextlib.suppress(Taken):
             return claim(path, share=False)
 
 
 def _leftovers(target: Path) -> Iterator[Claim]:
-    """What is beside the target that `_place` made and no live process holds."""
+    """Yield directories beside the target that `_place` made and no live process holds."""
     pattern = re.compile(re.escape(f".{target.name}.saving-") + "[0-9a-f]{8}")
     try:
         found = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)]
-    except OSError:  # no such place, or not ours to read
+    except OSError:  # it does not exist or is not readable
         return
     for path in found:
         if path.is_dir() and not path.is_symlink():
@@ -106,7 +120,7 @@ def _leftovers(target: Path) -> Iterator[Claim]:
 
 
 def _exchanged(a: Path, b: Path) -> bool:
-    """Whether the two have changed places, in one step; False where that cannot be done."""
+    """Swap two paths in one step; return False if that is not supported."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(a), os.fsencode(b)
     if sys.platform == "darwin":

@@ -1,4 +1,4 @@
-"""States of long work as a store keeps them: the arrays of a tree, and what the work began with."""
+"""States of long runs as a store keeps them: the arrays of a tree, and a digest of the inputs."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +10,10 @@ from jaxtyping import Array, PyTree
 
 
 def as_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-    """Copies of the leaves of a tree, by their number; the inverse of `as_tree`.
+    """Copy the leaves of a tree to NumPy arrays named by their number; the inverse of `as_tree`.
+
+    Args:
+      tree: a tree of arrays, numbers and random keys.
 
     >>> as_arrays({"a": jnp.ones(2), "b": 3})
     {'0': array([1., 1.], dtype=float32), '1': array(3)}
@@ -19,16 +22,14 @@ def as_arrays(tree: PyTree) -> dict[str, np.ndarray]:
 
 
 def as_tree(arrays: Mapping[str, Array | np.ndarray], like: PyTree) -> PyTree:
-    """The tree whose leaves were kept; `arrays` may hold others beside them.
+    """Rebuild the tree whose leaves were stored; random keys (`jax.random.key`) come back as keys.
 
     Args:
-      arrays: what `as_arrays` gave.
-      like: a tree of the same structure.
+      arrays: the result of `as_arrays`; it may contain other arrays too.
+      like: a tree of the same structure, with keys where there were keys.
 
     >>> as_tree(as_arrays({"a": jnp.ones(2)}), {"a": 0})
     {'a': Array([1., 1.], dtype=float32)}
-
-    Keys (`jax.random.key`) come back as keys.
     """
     leaves, structure = jax.tree.flatten(like)
     found = [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
@@ -39,17 +40,18 @@ def as_tree(arrays: Mapping[str, Array | np.ndarray], like: PyTree) -> PyTree:
 
 
 def mark(text: str, tree: PyTree) -> np.ndarray:
-    """A digest of what decides a result; what is kept under another mark is of other work.
+    """Return a digest of everything that determines a result, to recognize results of other inputs.
 
     Args:
-      text: settings, in words.
-      tree: arrays; all of their bytes are read.
+      text: the settings.
+      tree: the arrays; all of their bytes are read.
+
     Returns:
       16 bytes, uint8.
     """
     digest = hashlib.blake2b(f"{text}{jax.tree.structure(tree)}".encode(), digest_size=16)
     for leaf in map(_data, jax.tree.leaves(tree)):
-        # A device's array keeps the copy that the host once made of it: of a copy, not of a weight.
+        # A device array caches its host copy, so a temporary copy is read instead of the weight.
         elsewhere = isinstance(leaf, jax.Array) and jax.default_backend() != "cpu"
         a = np.ascontiguousarray(jnp.copy(leaf) if elsewhere else leaf)
         digest.update(f"{a.dtype}{a.shape}".encode())
@@ -58,7 +60,7 @@ def mark(text: str, tree: PyTree) -> np.ndarray:
 
 
 def _is_key(leaf: Array) -> bool:
-    """Whether it is a `jax.random.key`, which NumPy cannot hold."""
+    """Return whether a leaf is a `jax.random.key`, which NumPy cannot hold."""
     return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
 
 

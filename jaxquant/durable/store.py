@@ -1,4 +1,4 @@
-"""Resuming: a folder that keeps what a long run has done, so that a killed one goes on."""
+"""Storage for resuming: a folder that keeps what a long run has done, in case it is killed."""
 
 import contextlib
 import hashlib
@@ -20,29 +20,35 @@ from jax.typing import DTypeLike
 from jaxquant.durable.claims import Claim, Taken, claim
 
 RUN = "run.json"
-LAYOUT = "layout of what is kept"  # changes with the arrays that jaxquant itself keeps
-FILE = re.compile(r"[0-9a-f]{24}\.bin|(run|[0-9a-f]{24})\.aside")  # what a folder keeps, and makes
-HEX = 64  # characters of a SHA-256
+LAYOUT = "layout of what is kept"  # name of a number to raise when the stored arrays change
+FILE = re.compile(r"[0-9a-f]{24}\.bin|(run|[0-9a-f]{24})\.aside")  # our files, temporary ones too
+HEX = 64  # length of a SHA-256 in hexadecimal
 Arrays = Mapping[str, Any]
-Finished = MutableMapping[str, Arrays]  # what a long run has done; on disk, a `Folder`
+Finished = MutableMapping[str, Arrays]  # results of a long run; on disk, a `Folder`
 
 
 class Folder(MutableMapping[str, Arrays]):
-    """Dicts of arrays by name, one file each; a file is there whole or not at all.
+    """A mapping on disk, from names to dicts of arrays; each entry is a file, written atomically.
 
-    Arrays come back bit for bit. Each file carries its SHA-256: of one that is damaged a warning
-    tells, and it counts as not there. Of another run (by `run`, plain JSON values that say all that
-    decides the results) nothing is kept; or with `refuse` it is an error, and all of it stays.
+    Arrays are restored bit for bit. Each file contains its SHA-256; a damaged file causes a warning
+    and counts as missing. Entries of another run are deleted, or with `refuse` kept and reported as
+    an error.
 
-    The folder is held until `close`, `remove` or the end of the process, and no other process can
-    work in it. Files in it that are not its own are never touched.
+    The folder is held until `close`, `remove` or the end of the process; no other process can work
+    in it. Files in it that are not its own are never touched.
+
+    Args:
+      path: the folder, created if necessary.
+      run: JSON values that determine the results; another run is one with other values.
+      refuse: whether entries of another run are an error.
 
     Attributes:
-      replaced: in what the run that was kept here differed from this one; () if there was none.
+      replaced: names of the values in `run` that differed in the run stored here before; () if
+        there was none.
 
     Raises:
-      ValueError: another process works in the folder, or another run of this process; its files
-        were not made by jaxquant; or, with `refuse`, it keeps another run.
+      ValueError: another process, or another run of this process, works in the folder; its files
+        were not made by jaxquant; or, with `refuse`, it contains another run.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as place:
@@ -126,13 +132,13 @@ class Folder(MutableMapping[str, Arrays]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the run is."""
+        """SHA-256 of the description of the run."""
         return digest(self.path)
 
     def remove(self) -> None:
-        """The run is over; nothing of it is needed, and the folder is let go of.
+        """Delete the entries of a finished run, and release the folder.
 
-        A folder with files that are not its own stays, with these.
+        The folder itself remains if it contains files that are not its own.
         """
         self._forget()
         with contextlib.suppress(FileNotFoundError):
@@ -152,7 +158,7 @@ class Folder(MutableMapping[str, Arrays]):
 
     @contextlib.contextmanager
     def _sound(self, path: Path, name: object = None) -> Iterator["_File | None"]:
-        """What a file holds, if it is there and as it was written; else it is removed."""
+        """Yield the file if it exists and is intact, else None; delete a damaged one."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
@@ -172,11 +178,11 @@ class Folder(MutableMapping[str, Arrays]):
 
 
 class _Damaged(Exception):
-    """A file is not as it was written."""
+    """A file does not contain what was written."""
 
 
 class _File(NamedTuple):
-    """An open file of a folder, at the first byte of its arrays."""
+    """An open file of a folder, positioned at the first byte of its arrays."""
 
     file: BufferedReader
     name: str
@@ -191,7 +197,7 @@ class _File(NamedTuple):
 
 
 def _opened(file: BufferedReader, name: object) -> _File:
-    """Looked at before anything of its size is allocated."""
+    """Verify a file, and read its head, before memory of its size is allocated."""
     said = file.readline(HEX + 1)
     if hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n" != said:
         raise _Damaged("its bytes are not those that were written")
@@ -221,7 +227,7 @@ def _kind(dtype: DTypeLike, shape: Any) -> tuple[np.dtype, list[int]]:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of what run a folder keeps; "" if it keeps none."""
+    """Return the SHA-256 of the description of the run in a folder; "" if there is none."""
     mark = folder / RUN
     return hashlib.sha256(mark.read_bytes()).hexdigest() if mark.is_file() else ""
 
@@ -243,7 +249,7 @@ def _leave(held: Claim) -> None:
 
 
 def _differences(kept: bytes, run: dict[str, Any]) -> tuple[str, ...]:
-    """Names of what a run that was kept differs in."""
+    """Return the names of the values in which a stored run differs."""
     try:
         other = json.loads(kept)
         names = tuple(sorted(n for n in other.keys() | run if other.get(n) != run.get(n)))
@@ -253,7 +259,7 @@ def _differences(kept: bytes, run: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray]) -> None:
-    """The digest of the rest, a line, then the rest."""
+    """Write a line with the digest of the rest, then the rest."""
     with _aside(path) as file:
         total = hashlib.sha256(head)
         file.write(b"0" * HEX + b"\n" + head)
@@ -267,7 +273,7 @@ def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[BufferedWriter]:
-    """Aside, to the disk, then renamed: a kill at any moment leaves the old file or the new."""
+    """Write to a temporary file, sync and rename it: a kill leaves the old file or the new one."""
     aside = path.with_suffix(".aside")
     try:
         with aside.open("wb") as file:

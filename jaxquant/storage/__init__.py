@@ -1,1 +1,1 @@
-"""Checkpoints."""
+"""Checkpoints: saving and loading quantized parameter trees."""

@@ -1,4 +1,4 @@
-"""Checkpoints: one self-describing directory, arrays by Orbax, the rest in one JSON file."""
+"""Checkpoints: one self-describing directory, with arrays stored by Orbax and one JSON file."""
 
 import dataclasses
 import hashlib
@@ -30,19 +30,23 @@ from jaxquant.storage.containers import (
 )
 
 VERSION = 1
-Json = dict[str, Any]  # an object
+Json = dict[str, Any]  # a JSON object
 DESCRIPTION = "jaxquant.json"
 ARRAYS = "arrays"
-# Of a QTensor.
+# Fields of a QTensor stored as JSON.
 STATIC = (
     "format", "view", "logical_dtype", "method", "input", "output", "shared", "activations",
 )  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
-    """What a directory holds: the tree, the recipe that made it (or None), and metadata.
+    """The contents of a checkpoint.
 
-    The tree is nested dicts, with integer keys where they were, unless `load` was told otherwise.
+    Attributes:
+      params: the tree; nested dicts, with integer keys where there were any, unless `load` got
+        `like`.
+      recipe: the recipe that made it, or None.
+      metadata: the JSON values given to `save`.
     """
 
     params: PyTree
@@ -51,13 +55,16 @@ class Checkpoint(NamedTuple):
 
 
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
-    """The path, if a checkpoint may be written there.
+    """Return the resolved path if a checkpoint may be written there.
 
+    Args:
+      directory: where to write.
+      overwrite: whether an existing checkpoint may be replaced.
     Raises:
-      ValueError: it exists and is not an empty directory, and `overwrite` is off; it holds
-        anything but a checkpoint; or the folder it would be made in is none, or not writable.
+      ValueError: it exists, is not an empty directory, and `overwrite` is off; it contains anything
+        but a checkpoint; or its parent is not a writable directory.
     """
-    path = Path(directory).resolve()  # through a link, to what it names
+    path = Path(directory).resolve()  # follow symbolic links
     restore(path)
     held = set(os.listdir(path)) if path.is_dir() else set()
     if held and overwrite:
@@ -77,15 +84,15 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """List the first names, and how many more there are."""
     more = len(names) - 3
     return ", ".join(map(repr, names[:3])) + (f" and {more} more" if more > 0 else "")
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether the directory holds a jaxquant checkpoint.
+    """Return whether the directory holds a jaxquant checkpoint.
 
-    One that a killed overwrite has left aside is put back first.
+    If an overwrite was killed after moving a checkpoint away, that one is put back first.
     """
     path = Path(directory)
     if not os.path.lexists(path):
@@ -101,19 +108,22 @@ def save(
     metadata: Json | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a tree of arrays and `QTensor`s; aside first, then put in place in one step.
+    """Write a tree of arrays and `QTensor`s atomically.
 
-    A kill at any moment leaves what was there before, or the new checkpoint; what it leaves
-    aside goes with the next `save` to the same place.
+    A kill at any moment leaves either what was there before or the new checkpoint; the next `save`
+    to the same place removes leftover temporary files.
 
     Args:
-      directory: made by this call; may exist if empty, or a checkpoint and `overwrite`.
+      directory: created by this call; it may exist if it is empty, or a checkpoint with
+        `overwrite`.
       params: nested dicts, or a Flax NNX `State` (`nnx.state(model)`, quantized or not). Keys are
-        names or integers, leaves numbers, QTensors or random keys.
-      metadata: JSON values to give back on load (a model's configuration, its tokenizer).
+        names or integers; leaves are numeric arrays, QTensors or random keys.
+      recipe: the recipe that made the tree, to store with it.
+      metadata: JSON values to return on load (a model's configuration, its tokenizer).
+      overwrite: whether to replace an existing checkpoint.
     Raises:
-      ValueError: the target is taken, also by another process while this one wrote; the tree
-        holds other containers than mappings; or the metadata is not JSON.
+      ValueError: the target exists (perhaps written by another process meanwhile); the tree has
+        containers other than mappings; or the metadata is not JSON.
       OSError: the disk is full or not writable; nothing is left behind.
     """
     target = check_target(directory, overwrite)
@@ -132,7 +142,7 @@ def save(
         with aside(target) as new:
             _fill(new, description, arrays)
             if os.path.lexists(target):
-                check_target(target, overwrite)  # as it is by now
+                check_target(target, overwrite)  # it may have changed meanwhile
             publish(new, target, replace=overwrite)
     except FileExistsError:
         raise ValueError(f"{target} was made by another process meanwhile; it stays") from None
@@ -141,7 +151,7 @@ def save(
 
 
 def _as_json(metadata: Json) -> PyTree:
-    """The values as they will be read."""
+    """Return the values as they will be read back."""
     try:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError, RecursionError) as error:
@@ -152,8 +162,8 @@ def _fill(folder: Path, description: Json, arrays: dict[str, Array]) -> None:
     folder.mkdir()
     _check_space(folder, sum(a.nbytes for a in arrays.values()))
     try:
-        # In a thread that is waited for, come what may: Orbax, interrupted half-way, leaves its
-        # own threads writing, and the folder would come back after it is removed.
+        # In a thread that is always waited for: when Orbax is interrupted, its own threads keep
+        # writing, and would recreate the folder after it is removed.
         with ThreadPoolExecutor(1) as waited:
             waited.submit(_write, folder / ARRAYS, arrays).result()
     except Exception as error:
@@ -169,23 +179,27 @@ def _write(directory: Path, arrays: dict[str, Array]) -> None:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    """Orbax compresses, so this asks for a little more than it will take; but on a disk that fills
-    it prints tracebacks from threads of its own, which nobody can catch."""
+    """Raise OSError if the disk lacks space for the uncompressed arrays.
+
+    That is a little more than Orbax needs, but on a full disk its threads print tracebacks that
+    cannot be caught.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"No space left: {needed:,} bytes are needed, {free:,} are free")
 
 
 def load(directory: str | Path, *, like: PyTree = None) -> Checkpoint:
-    """Read a checkpoint; nothing else is needed to have nested dicts.
+    """Read a checkpoint.
 
     Args:
-      like: a tree of the saved one's paths and shapes, of arrays or abstract, whose containers the
-        result takes: of the NNX state of a float model, `nnx.state(nnx.eval_shape(make))` too, the
-        `State` and the types of its `Variable`s. Where it has a float weight and a QTensor was
-        saved, the result has the QTensor; dtypes are those that were saved.
+      directory: the checkpoint.
+      like: tree with the paths and shapes of the saved one, of arrays or abstract values, whose
+        containers the result uses; None gives nested dicts. The state of a float NNX model
+        (`nnx.state(nnx.eval_shape(make))` will do) gives a `State` with its types of `Variable`.
+        Saved QTensors replace float weights, and dtypes are the saved ones.
     Raises:
-      ValueError: no checkpoint, one of a newer version, or a damaged one; or `like` has other
+      ValueError: there is no checkpoint, it has a newer version or is damaged; or `like` has other
         leaves.
 
     >>> import tempfile, jax.numpy as jnp
@@ -198,7 +212,7 @@ def load(directory: str | Path, *, like: PyTree = None) -> Checkpoint:
     """
     path = Path(directory).absolute()
     description = _description(path)
-    # Before Orbax opens anything: what it says of a damaged file is long, and comes in threads.
+    # Checked before Orbax opens the files, because its errors are long and come from threads.
     found = _digests(path / ARRAYS)
     for name, digest in description["files"].items():
         if found.get(name) != digest:
@@ -223,20 +237,20 @@ def _read(directory: Path, said: dict[str, Json]) -> dict[str, Array]:
 
 
 def stored_recipe(directory: str | Path) -> Recipe | None:
-    """The recipe that made a checkpoint, if it says; arrays are not read.
+    """Return the recipe that made a checkpoint, or None, without reading arrays.
 
     Raises:
-      ValueError: no checkpoint, one of a newer version, or a damaged one.
+      ValueError: there is no checkpoint, or it has a newer version or is damaged.
     """
     path = Path(directory).absolute()
     return _recipe_of(path, _description(path))
 
 
 def stored_metadata(directory: str | Path) -> Json:
-    """What `save` was given as metadata; arrays are not read.
+    """Return the metadata given to `save`, without reading arrays.
 
     Raises:
-      ValueError: no checkpoint, one of a newer version, or a damaged one.
+      ValueError: there is no checkpoint, or it has a newer version or is damaged.
     """
     return _description(Path(directory).absolute())["metadata"]
 
@@ -250,12 +264,12 @@ def _recipe_of(path: Path, description: Json) -> Recipe | None:
 
 
 def nbytes(directory: str | Path) -> int:
-    """Bytes of all files of a checkpoint."""
+    """Return the total size of a checkpoint's files, in bytes."""
     return sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
 
 
 def _description(path: Path) -> Json:
-    """The JSON file's values, as they were saved."""
+    """Read and verify the JSON file."""
     if not is_checkpoint(path):
         raise ValueError(f"{path} is not a jaxquant checkpoint: it has no {DESCRIPTION}")
     file = path / DESCRIPTION
@@ -288,7 +302,7 @@ def _sha256_of(description: Json) -> str:
 
 
 def _flatten(params: PyTree) -> tuple[list[Json], dict[str, Array]]:
-    """(description of every leaf, all arrays by name)."""
+    """Return the description of every leaf, and all arrays by name."""
     leaves: list[Json] = []
     arrays: dict[str, Array] = {}
     for path, leaf in path_leaves(params):
@@ -296,7 +310,7 @@ def _flatten(params: PyTree) -> tuple[list[Json], dict[str, Array]]:
             static = {f: to_json(getattr(leaf, f)) for f in STATIC}
             data = leaf.format.to_disk(leaf.data, leaf.stored_rows)
             kept = dataclasses.replace(leaf, data=data).named
-            if data is not leaf.data:  # closer than what a product reads
+            if data is not leaf.data:  # packed more tightly than for products
                 static["kept"] = True
             named = {f"{_stored(path)}:{part}": a for part, a in kept.items()}
             leaves.append({"path": path, "parts": list(kept), **static})
@@ -314,12 +328,12 @@ def _flatten(params: PyTree) -> tuple[list[Json], dict[str, Array]]:
 
 
 def _stored(path: str) -> str:
-    """A leaf's name on disk. ":" divides it from a part's, so within a path "%3A" stands for it."""
+    """Return a leaf's name on disk; ":" precedes the name of a part, so it is escaped in paths."""
     return path.replace("%", "%25").replace(":", "%3A")
 
 
 def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> PyTree:
-    """By its name on disk, or, as earlier versions named it, by its path alone; each one once."""
+    """Take an array, once, by its name on disk or, as in earlier versions, by its bare path."""
     name = f"{_stored(path)}{part}"
     name = name if name in arrays else f"{path}{part}"
     if arrays[name] is None:
@@ -352,7 +366,7 @@ def _unflatten(leaves: list[Json], arrays: dict[str, Array | None], empty: list[
         if "parts" in leaf:
             named = {part: _taken(arrays, path, f":{part}") for part in leaf["parts"]}
             static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
-            # Once a text.
+            # Earlier versions stored a text.
             static["activations"] = Activations.of(static.get("activations"))
             w = QTensor(data={}, **static).with_named(named)
             if "kept" in leaf:
@@ -370,7 +384,7 @@ def _node(tree: Json, names: list[str]) -> Json:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by relative path."""
+    """Return the SHA-256 of every file below a folder, by relative path."""
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -381,6 +395,6 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error's message, at most 300 characters."""
+    """Return the first line of an error's message, at most 300 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

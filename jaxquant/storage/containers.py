@@ -1,8 +1,8 @@
-"""The containers of a saved tree: which are allowed, what is kept of them, how they come back.
+"""Containers of a saved tree: which are allowed, what is stored of them, how they are restored.
 
-A tree is nested mappings whose keys are names or integers: dicts, and Flax NNX's `State`, whose
-lists have integer keys. A leaf may stand in a box (an NNX `Variable`, a linen `Partitioned`).
-On disk a leaf has a path of text; boxes and classes of containers are not written.
+A tree consists of nested mappings whose keys are names or integers: dicts, and Flax NNX's `State`,
+whose lists have integer keys. A leaf may be in a box (an NNX `Variable`, a linen `Partitioned`). On
+disk each leaf has a path, a text; boxes and container classes are not stored.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,17 @@ Keys = tuple[str, ...]
 
 
 def unsaid_by_paths(tree: Any) -> dict[str, Any]:
-    """What the leaves' paths do not say, as JSON values; a part that is empty is left out.
+    """Describe, as JSON values, what the paths of the leaves do not tell.
+
+    Args:
+      tree: the tree to save.
 
     Returns:
-      "empty": the paths of mappings that hold nothing; "integer_keys": for every mapping whose keys
-      are integers, the keys that lead to it.
+      "empty": the paths of empty mappings; "integer_keys": for every mapping whose keys are
+      integers, the keys that lead to it. Empty entries are left out.
+
     Raises:
-      ValueError: a container is no mapping, or a key is neither a name nor an integer.
+      ValueError: a container is not a mapping, or a key is neither a name nor an integer.
 
     >>> unsaid_by_paths({"layers": {0: {"w": np.ones(2)}, 1: {}}})
     {'empty': ['layers/1'], 'integer_keys': [['layers']]}
@@ -55,7 +59,7 @@ def _visit(tree: Any, path: Keys, empty: list[str], integer_keys: list[Keys]) ->
 
 
 def _are_integers(keys: list[PyTree], path: Keys) -> bool:
-    """Whether the keys of one mapping are integers; all must be, or all names."""
+    """Return whether a mapping's keys are integers; raise ValueError if only some are."""
     integers = [type(key) is int for key in keys]
     for key, integer in zip(keys, integers, strict=True):
         if not integer and (not isinstance(key, str) or "/" in key):
@@ -73,7 +77,7 @@ def _are_integers(keys: list[PyTree], path: Keys) -> bool:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether it is an array or a stand-in, in a box or not."""
+    """Return whether it is an array or a stand-in, with or without a box."""
     if isinstance(value, Mapping):
         return False
     leaves, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_standin)
@@ -84,7 +88,14 @@ def _is_leaf(value: Any) -> bool:
 
 
 def with_integer_keys(tree: dict[str, Any], integer_keys: list[list[str]]) -> dict[Any, Any]:
-    """The tree, changed in place: the mappings to which these keys lead have integer keys.
+    """Convert keys to integers, in place, in the mappings listed.
+
+    Args:
+      tree: nested dicts with text keys.
+      integer_keys: for every mapping to convert, the keys that lead to it.
+
+    Returns:
+      The same tree.
 
     >>> with_integer_keys({"layers": {"0": 1.0}}, [["layers"]])
     {'layers': {0: 1.0}}
@@ -100,10 +111,14 @@ def with_integer_keys(tree: dict[str, Any], integer_keys: list[list[str]]) -> di
 
 
 def placed(like: Any, tree: Any) -> PyTree:
-    """The containers and boxes of `like` with the leaves of `tree`, path by path.
+    """Put the leaves of `tree` into the containers and boxes of `like`, path by path.
+
+    Args:
+      like: the tree that gives the containers.
+      tree: the tree that gives the leaves.
 
     Raises:
-      ValueError: they differ in a path, or in the shape of a leaf.
+      ValueError: the trees differ in a path, or in the shape of a leaf.
 
     >>> placed([0.0, {"b": 0.0}], {"0": 1.0, "1": {"b": 2.0}})
     [1.0, {'b': 2.0}]
@@ -131,7 +146,13 @@ def placed(like: Any, tree: Any) -> PyTree:
 
 
 def as_numbers(leaf: PyTree) -> tuple[PyTree, dict[str, str]]:
-    """(the array to store, what to write beside it): of random keys their data and kind.
+    """Convert a leaf to the array to store and its description; random keys become numbers.
+
+    Args:
+      leaf: an array or a random key.
+
+    Returns:
+      The array, and {"key": kind of key} for a random key, {} otherwise.
 
     >>> as_numbers(jax.random.key(3))
     (Array([0, 3], dtype=uint32), {'key': 'threefry2x32'})
@@ -142,5 +163,5 @@ def as_numbers(leaf: PyTree) -> tuple[PyTree, dict[str, str]]:
 
 
 def from_numbers(array: Any, said: dict[str, Any]) -> PyTree:
-    """The leaf of `as_numbers`."""
+    """Invert `as_numbers`: return the leaf."""
     return jax.random.wrap_key_data(array, impl=said["key"]) if "key" in said else array

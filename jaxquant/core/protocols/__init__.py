@@ -1,21 +1,21 @@
-"""What every part must offer: formats, transforms, rounders, estimators, learned ranges.
+"""Interfaces of the replaceable parts: formats, transforms, rounders, estimators, learned ranges.
 
-A part is a frozen dataclass that derives from the class here that names its kind. Abstract members
-must be defined; the others have defaults, and the capabilities among them, plain class attributes,
-say what more a part can do. Nothing else is asked of it, and nothing is probed for.
+A part is a frozen dataclass that derives from the base class of its kind. Abstract members must be
+defined; the others have defaults. Optional abilities are declared by plain class attributes, listed
+under "Capabilities". Nothing else is required, and no attribute is probed for.
 
-To add a part of your own, outside of this package too:
+To add a part of your own, in this package or outside of it:
 
-  1. Derive from `Format` (or from `GridFormat`, if codes are chosen row by row, so that every
-     rounder takes it), `Transform`, `Rounder`, `Estimator` or `RangeEstimator`, and define what is
-     abstract.
-  2. Put it in a `Method`, which `quantize` and recipes take like any other.
+  1. Derive from `Format` (or from `GridFormat` if codes are chosen row by row, so that every
+    rounder accepts the format), `Transform`, `Rounder`, `Estimator` or `RangeEstimator`, and define
+    the abstract members.
+  2. Put it in a `Method`, which `quantize` and recipes accept like any other.
   3. Call `jaxquant.register(YourClass)` once, so that checkpoints and recipes can name it.
 
-`tests/foreign.py` does that with one of three kinds; the contract suites take a new part by one
-line in their tables.
+`tests/foreign.py` does this with one part of each of three kinds. To run the contract suites on a
+new part, add one line to their tables.
 
-Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 where not stated otherwise.
+Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 unless stated otherwise.
 """
 
 from typing import Any
@@ -45,7 +45,14 @@ __all__ = [
 
 
 def lacking(kind: type, value: Any) -> str:
-    """What an object would need to be of a kind of part, in words; "" if it is one.
+    """Say what an object lacks to be a part of some kind.
+
+    Args:
+      kind: one of the base classes of this package.
+      value: the object.
+
+    Returns:
+      A message, or "" if the object is an instance of `kind`.
 
     >>> lacking(Rounder, 3)
     'an int is no Rounder: derive it from Rounder and define __call__'

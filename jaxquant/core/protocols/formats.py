@@ -1,4 +1,4 @@
-"""What a format must offer: a codebook and its storage."""
+"""Interfaces of formats: a codebook and its storage."""
 
 import abc
 from collections.abc import Sequence
@@ -11,31 +11,34 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxquant.core.straight_through import through
 from pallas_kernels import activations as forms
 
-Data = dict[str, Array]  # named arrays of one matrix
+Data = dict[str, Array]  # arrays of one matrix, by name
 Codes = Int[Array, "..."]
-OpArguments = tuple[tuple, dict[str, Any]]  # arrays and static values of an op, after x
-Grid = Any  # scales, tables, zero points: a pytree of the format's own
+OpArguments = tuple[tuple, dict[str, Any]]  # positional arrays and keyword values of an op, after x
+Grid = Any  # scales, tables, zero points: a pytree defined by the format
 
 
 class Format(abc.ABC):
-    """A codebook and its storage: how a matrix becomes packed arrays, and what these mean.
+    """A codebook and its storage: how a matrix becomes packed arrays, and how these decode.
 
-    Packed arrays are named; one is named "codes", and the last axis of it runs along the columns of
-    the matrix. A name holds no "." and is none of `report.*`.
+    Packed arrays have names. One of them is "codes", whose last axis runs along the columns of the
+    matrix. Names contain no ".", and names that begin with "report." are reserved.
 
     Capabilities:
-      tile: rows and columns of the matrix that one code covers.
-      codes_ndim: axes of "codes" for one matrix; more in front are batch axes.
-      storage: op of `pallas_kernels` that multiplies by the packed arrays, "packed" for
-        `packed_matmul`; "" if products are made here. With it comes `arguments`.
-      wide: whether `scaled` holds a matrix of any magnitude. Weights then enter `encode` and
-        rounders over a power of two, and `scaled` gives it back.
-      trained: names of float arrays that healing may train.
-      recodes: whether `recoded` chooses codes anew, for training them.
-      plans: whether `planned` turns it into another format, by how much blocks of rows matter.
-      block: rows of such a block.
-      latent: whether it is a weight that trains: `product` rounds inputs too, and `encode` is not
-        defined.
+      tile: number of rows and of columns of the matrix that one code covers.
+      codes_ndim: number of axes of "codes" for one matrix; further axes in front are batch axes.
+      storage: name of the op of `pallas_kernels` that multiplies by the packed arrays ("packed" for
+        `packed_matmul`), in which case `arguments` must be defined; "" if there is no such op and
+        the format computes products.
+      wide: whether `scaled` is defined, so that matrices of any magnitude can be stored. Weights
+        are then divided by a power of two before `encode` or a rounder sees them, and `scaled`
+        multiplies it back.
+      trained: names of the float arrays that healing may train.
+      recodes: whether `recoded` is defined, so that codes can be chosen anew during training.
+      plans: whether `planned` is defined, which chooses the format to store by the importance of
+        blocks of rows.
+      block: number of rows of such a block.
+      latent: whether this is the format of a weight in training: `product` also rounds the inputs,
+        and `encode` is not defined.
     """
 
     tile: tuple[int, int] = (1, 1)
@@ -50,7 +53,13 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, w: Float[Array, "k n"]) -> Data:
-        """Packed arrays of the matrix, rounded to nearest; traceable.
+        """Round a matrix to nearest and pack it; traceable.
+
+        Args:
+          w: the matrix, [k, n].
+
+        Returns:
+          The packed arrays by name.
 
         Raises:
           ValueError: the shape or the values cannot be stored.
@@ -58,36 +67,73 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, data: Data, k: int) -> Float[Array, "k n"]:
-        """The matrix of k rows that packed arrays stand for; traceable."""
+        """Decode the packed arrays of one matrix; traceable.
+
+        Args:
+          data: the packed arrays.
+          k: number of rows of the matrix.
+
+        Returns:
+          The matrix, [k, n], float32.
+        """
 
     def check_shape(self, k: int, n: int) -> None:  # noqa: B027  any shape will do
-        """Raise ValueError if a matrix [k, n] cannot be stored; by default any can."""
+        """Raise ValueError if a matrix [k, n] cannot be stored; the default accepts all."""
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights (concrete values) lose to the range of scales, in words; "": nothing.
+        """Describe what these weights lose to the limited range of the scales.
+
+        Args:
+          w: the matrix, [k, n]; concrete values, not traced.
+
+        Returns:
+          A description, or "" if nothing is lost.
 
         Raises:
-          ValueError: the weights are outside of the range.
+          ValueError: the weights are outside the range of the format.
         """
         return ""
 
     def scaled(self, data: Data, e: Int[Array, ""]) -> Data:
-        """Packed arrays of a matrix 2**e times as large; only of formats that are `wide`."""
+        """Multiply the encoded matrix by 2**e; only for formats that are `wide`.
+
+        Args:
+          data: the packed arrays.
+          e: the exponent, an int32 scalar.
+
+        Returns:
+          The packed arrays of the product.
+        """
         raise NotImplementedError
 
     def dequantize(self, data: Data, k: int) -> Float[Array, "*batch k n"]:
-        """The matrices; batch axes in front are allowed."""
+        """Decode one matrix or a stack of matrices.
+
+        Args:
+          data: the packed arrays, with any number of batch axes in front.
+          k: number of rows of each matrix.
+
+        Returns:
+          The matrices, [*batch, k, n], float32.
+        """
         decode = self.decode
         for _ in data["codes"].shape[: -self.codes_ndim]:
             decode = jax.vmap(decode, (0, None))
         return decode(data, k)
 
     def outputs(self, data: Data) -> int:
-        """n, of the packed arrays at hand: inside `shard_map` those of one device."""
+        """Return n for these packed arrays; inside `shard_map`, the n of one device."""
         return data["codes"].shape[-1] * self.tile[1]
 
     def nearest(self, w: Float[Array, "k n"]) -> Float[Array, "k n"]:
-        """The matrix rounded to nearest, with the derivative of w: straight through."""
+        """Round a matrix to nearest, with the straight-through gradient.
+
+        Args:
+          w: the matrix, [k, n].
+
+        Returns:
+          The decoded matrix, [k, n].
+        """
         return through(w, self.dequantize(self.encode(w), w.shape[0]))
 
     # --- products ---------------------------------------------------------------------------------
@@ -95,7 +141,16 @@ class Format(abc.ABC):
     def matmul(
         self, x: Float[Array, "m k"], data: Data, activations: str = "float"
     ) -> Float[Array, "m n"]:
-        """x @ w. `activations`: a form of `pallas_kernels.activations` that x is rounded to."""
+        """Return x @ w for one matrix.
+
+        Args:
+          x: the rows, [m, k].
+          data: the packed arrays of w.
+          activations: the form of `pallas_kernels.activations` to round x to; "float": unrounded.
+
+        Returns:
+          The product, [m, n].
+        """
         x = forms.rounded(x, activations)
         w = self.dequantize(data, x.shape[-1]).astype(x.dtype)
         return jnp.dot(x, w, preferred_element_type=jnp.float32)
@@ -103,11 +158,29 @@ class Format(abc.ABC):
     def matmuls(
         self, x: Float[Array, "m k"], several: Sequence[Data], activations: str
     ) -> tuple[Float[Array, "m n"], ...]:
-        """x @ w of several matrices that share x; in one call where the platform has one."""
+        """Return x @ w for several matrices w, in a single call on platforms that have one.
+
+        Args:
+          x: the rows, [m, k].
+          several: the packed arrays of each matrix.
+          activations: the form of `pallas_kernels.activations` to round x to; "float": unrounded.
+
+        Returns:
+          One product [m, n] per matrix.
+        """
         return tuple(self.matmul(x, data, activations) for data in several)
 
     def matmul_transposed(self, g: Float[Array, "m n"], data: Data, k: int) -> Float[Array, "m k"]:
-        """g @ w.T."""
+        """Return g @ w.T for one matrix.
+
+        Args:
+          g: the rows, [m, n].
+          data: the packed arrays of w.
+          k: number of rows of w.
+
+        Returns:
+          The product, [m, k].
+        """
         g = forms.rounded(g, "float")
         w = self.dequantize(data, k).astype(g.dtype)
         return jnp.dot(g, w.T, preferred_element_type=jnp.float32)
@@ -115,87 +188,185 @@ class Format(abc.ABC):
     def product(
         self, form: Any, x: Float[Array, "m k"], data: Data, of_inputs: Data
     ) -> Float[Array, "m n"]:
-        """x @ w, x rounded to a form of activations that has these arrays; of `latent` formats."""
+        """Return x @ w with the inputs rounded too; only for formats that are `latent`.
+
+        Args:
+          form: the activation format, or None.
+          x: the rows, [m, k].
+          data: the arrays of w.
+          of_inputs: the arrays of the activation format.
+
+        Returns:
+          The product, [m, n].
+        """
         raise NotImplementedError
 
     def columns(self, data: Data, ids: Int[Array, " i"], k: int) -> Float[Array, "k i"]:
-        """Columns `ids` of w."""
+        """Return some columns of w.
+
+        Args:
+          data: the packed arrays of w.
+          ids: which columns, [i].
+          k: number of rows of w.
+
+        Returns:
+          The columns, [k, i].
+        """
         return self.dequantize(data, k)[:, ids]
 
     def rows(self, data: Data, ids: Int[Array, " i"], k: int) -> Float[Array, "i n"]:
-        """Rows `ids` of w."""
+        """Return some rows of w.
+
+        Args:
+          data: the packed arrays of w.
+          ids: which rows, [i].
+          k: number of rows of w.
+
+        Returns:
+          The rows, [i, n].
+        """
         return self.dequantize(data, k)[ids]
 
     def arguments(self, data: Data, k: int) -> OpArguments:
-        """Arrays and static values that the op named by `storage` takes after x."""
+        """Return what the op named by `storage` takes after x.
+
+        Args:
+          data: the packed arrays of one matrix.
+          k: number of rows of the matrix.
+
+        Returns:
+          (arrays, static values by name).
+        """
         raise NotImplementedError
 
     def kernel(self) -> str:
-        """What serves a product, in words, for `explain`."""
+        """Describe what serves a matmul, for `explain`."""
         return "decoded (XLA), no kernel of its own"
 
-    # --- what some can do -------------------------------------------------------------------------
+    # --- optional abilities -----------------------------------------------------------------------
 
     def to_disk(self, data: Data, k: int) -> Data:
-        """Packed arrays as a checkpoint keeps them; by default as they are."""
+        """Convert packed arrays to those that a checkpoint stores; by default the same.
+
+        Args:
+          data: the packed arrays.
+          k: number of rows of the matrix.
+        """
         return data
 
     def from_disk(self, kept: Data, k: int) -> Data:
-        """Inverse of `to_disk`."""
+        """Convert the arrays in a checkpoint back; the inverse of `to_disk`.
+
+        Args:
+          kept: the stored arrays.
+          k: number of rows of the matrix.
+        """
         return kept
 
     def recoded(self, data: Data, target: Float[Array, "k n"], share: float) -> Data:
-        """Packed arrays with a share of the codes chosen anew, nearer to the target."""
+        """Choose some codes anew, closer to a target; only for formats that have `recodes`.
+
+        Args:
+          data: the packed arrays.
+          target: the matrix to approach, [k, n].
+          share: fraction of the codes that may change, in [0, 1].
+
+        Returns:
+          The packed arrays with the new codes.
+        """
         raise NotImplementedError
 
     def planned(self, importance: Float[Any, " blocks"]) -> "Format":
-        """The format to store, given the loss per unit of relative distortion in each block."""
+        """Return the format to store; only for formats that have `plans`.
+
+        Args:
+          importance: for each block of rows, the loss per unit of relative distortion.
+        """
         raise NotImplementedError
 
 
 class GridFormat(Format):
     """A format that chooses codes row by row (or tile by tile), given a grid.
 
-    A grid is a pytree; each of its arrays has a leading axis over the groups of rows that share an
-    entry. With this every rounder takes the format: nearest, error feedback, two-sided feedback.
+    A grid holds what decoding needs besides codes. It is a pytree, and each of its arrays has a
+    leading axis over the groups of rows that share an entry. All rounders accept such a format:
+    nearest, error feedback, two-sided feedback.
 
     Capabilities:
-      fits: whether `fit` makes the grid of one group from its rows as error feedback has moved
-        them; else grids are fixed beforehand.
+      fits: whether `fit` is defined: the entry of a group is then computed from its rows after
+        error feedback has changed them, rather than fixed beforehand.
     """
 
     fits: ClassVar[bool] = False
 
     @abc.abstractmethod
     def rows_per_group(self, k: int) -> int:
-        """Rows that share an entry of the grid in a matrix of k rows."""
+        """Return how many rows share an entry of the grid, for a matrix of k rows."""
 
     @abc.abstractmethod
     def grids(self, w: Float[Array, "k n"]) -> Grid:
-        """The grid for these weights, as storage will give it back."""
+        """Compute the grid for a matrix.
+
+        Args:
+          w: the matrix, [k, n].
+
+        Returns:
+          The grid, with the precision of its storage.
+        """
 
     @abc.abstractmethod
     def round(self, target: Float[Array, "d n"], row: Grid) -> tuple[Codes, Float[Array, "d n"]]:
-        """Codes of the d rows of a tile nearest to the target, and what they mean.
+        """Choose the codes nearest to the d rows of a tile.
 
         Args:
-          row: one entry of the grid, or one that broadcasts against the target.
+          target: the rows, [d, n].
+          row: one entry of the grid, or entries that broadcast against the target.
+
+        Returns:
+          The codes, and the values they decode to, [d, n].
         """
 
     @abc.abstractmethod
     def pack(self, codes: Codes, grid: Grid) -> Data:
-        """Packed arrays of codes [k / d, ...], as `round` gives them, and a grid."""
+        """Pack codes and a grid.
+
+        Args:
+          codes: the codes of all tiles, [k / d, ...], as returned by `round`.
+          grid: the grid.
+
+        Returns:
+          The packed arrays by name.
+        """
 
     def rescaled(self, grid: Grid, factor: Float[Array, ""]) -> Grid:
-        """The grid with its scale times a factor, as storage will give it back."""
+        """Multiply the scales of a grid by a factor.
+
+        Args:
+          grid: the grid.
+          factor: a scalar.
+
+        Returns:
+          The new grid, with the precision of its storage.
+        """
         raise NotImplementedError
 
     def fit(self, w: Float[Array, "g n"]) -> Grid:
-        """The entry of the grid for one group of rows; of formats that can `fits`."""
+        """Compute the grid's entry for one group of rows; only for formats that have `fits`.
+
+        Args:
+          w: the rows of the group, [g, n].
+        """
         raise NotImplementedError
 
     def round_where(
         self, target: Float[Array, "d n"], row: Grid, valid: Bool[Array, " t"] | None
     ) -> tuple[Codes, Float[Array, "d n"]]:
-        """As `round`, where only valid tiles count; the others may come out as anything."""
+        """Round as `round` does, where only some tiles matter.
+
+        Args:
+          target: the rows, [d, n].
+          row: entries of the grid, as for `round`.
+          valid: [t], True for the tiles that matter (None: all); the results of the others are
+            arbitrary.
+        """
         return self.round(target, row)

@@ -1,4 +1,4 @@
-"""What a format must offer whose scales can be learned: codes that are levels of one weight."""
+"""Interface of formats with learnable scales, in which each code is a level of one weight."""
 
 import abc
 from typing import ClassVar
@@ -10,18 +10,20 @@ from jaxquant.core.protocols.formats import Codes, Data, Grid, GridFormat
 
 
 class LevelFormat(GridFormat):
-    """A format whose codes are levels of one weight each: w = scale * level.
+    """A format in which each code is a level of one weight: w = scale * level.
 
-    So its scales, and where it has them its zero points, can be learned. A grid has a field
-    `scale`, and a field `zero` if there are zero points. Levels are measured in steps, w / scale.
+    This allows the scales, and the zero points if there are any, to be learned. A grid has a field
+    `scale`, and a field `zero` if there are zero points. Levels are measured in steps, that is in
+    units of w / scale.
 
     Capabilities:
       group_size, scale_dtype: as in `formats.Integer`.
-      symmetric: there are no zero points.
-      learnable: scales are numbers that training may move, and not codes themselves.
-      integral: levels are whole numbers, so that rounding can be stochastic and clipped.
-      countable: levels have places on a line, which `place` and `value_at` tell.
-      stretch: in steps, where the range of the stretched elastic estimator ends; 0: it takes none.
+      symmetric: whether the format has no zero points.
+      learnable: whether training may move the scales; False if the scales are codes themselves.
+      integral: whether levels are integers, so that rounding can be stochastic and clipped.
+      countable: whether levels have positions on a line, given by `place` and `value_at`.
+      stretch: end of the range of the stretched elastic estimator, in steps; 0 if it does not
+        apply.
     """
 
     group_size: int | str
@@ -35,42 +37,69 @@ class LevelFormat(GridFormat):
     @property
     @abc.abstractmethod
     def ends(self) -> tuple[float, float]:
-        """The lowest and the highest level; with zero points the first and the last code."""
+        """The lowest and highest level; with zero points, the lowest and highest code."""
 
     @property
     def reach(self) -> float:
-        """The largest level, in steps; of codes with a zero point their number less one."""
+        """The largest level, in steps; with zero points, the number of codes less one."""
         return max(map(abs, self.ends))
 
     @abc.abstractmethod
     def stored_grid(self, data: Data) -> Grid:
-        """The grid of packed arrays."""
+        """Return the grid of packed arrays."""
 
     @abc.abstractmethod
     def make_grid(self, scale: Array, zero: Array | None = None) -> Grid:
-        """A grid of these scales and zero points (None: there are none), whatever their shape."""
+        """Build a grid.
+
+        Args:
+          scale: the scales, of any shape.
+          zero: the zero points, same shape; None if there are none.
+        """
 
     @abc.abstractmethod
     def stored(self, scale: Float[Array, "g n"]) -> Grid:
-        """The grid of these scales, as storage will give it back."""
+        """Build a grid with the precision of its storage.
+
+        Args:
+          scale: the scales, [g, n].
+        """
 
     def zero_of(self, grid: Grid) -> Float[Array, "..."]:
-        """The zero points of a grid, as floats; a scalar 0 if it has none."""
+        """Return the zero points of a grid as floats; a scalar 0 if it has none."""
         return jnp.zeros(())
 
     @abc.abstractmethod
     def level(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The nearest levels to v, in steps, less the zero point."""
+        """Round to the nearest levels.
+
+        Args:
+          v: the values, in steps.
+          zero: the zero points, as from `zero_of`.
+
+        Returns:
+          The levels in steps, that is codes minus zero points.
+        """
 
     def inside(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Bool[Array, "..."]:
-        """Whether v, in steps, is within the range of the levels, ends included."""
+        """Return whether values lie within the range of the levels, ends included.
+
+        Args:
+          v: the values, in steps.
+          zero: the zero points, as from `zero_of`.
+        """
         low, high = self.ends
         return (v >= low) & (v <= high)
 
     @abc.abstractmethod
     def place(self, codes: Codes) -> Int[Array, "..."]:
-        """Where codes lie on the line, counted in levels."""
+        """Return the positions of codes on the line, counted in levels."""
 
     @abc.abstractmethod
     def value_at(self, place: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
-        """What the codes at these places mean."""
+        """Return the weights that the codes at these positions decode to.
+
+        Args:
+          place: the positions, as from `place`.
+          grid: the grid.
+        """

@@ -1,4 +1,4 @@
-"""What training asks of estimators, of learned ranges and of forms of activations."""
+"""Interfaces for training: weight estimators, learned input ranges, activation formats."""
 
 import abc
 from typing import Any, Protocol
@@ -10,33 +10,52 @@ from jaxquant.core.protocols.formats import Data, Format
 
 
 class Estimator(abc.ABC):
-    """What a weight that trains is after rounding, and what derivatives go through that."""
+    """How a weight in training is rounded, and how gradients pass through the rounding."""
 
     @abc.abstractmethod
     def check(self, format: Format) -> None:
-        """Raise ValueError unless weights in this format can train so."""
+        """Raise ValueError unless weights in this format can be trained this way."""
 
     @abc.abstractmethod
     def start(self, w: Float[Array, "k n"], format: Any, data: Data) -> Data:
-        """Learned arrays to begin with, of a weight and of what storage holds of it."""
+        """Return the initial learned arrays.
+
+        Args:
+          w: the weight, [k, n].
+          format: the format of the weight.
+          data: the packed arrays of the weight.
+        """
 
     @abc.abstractmethod
     def packed(self, w: Float[Array, "k n"], learned: Data, format: Any) -> Data:
-        """Storage of the rounded matrix, decoding to `value` bit for bit."""
+        """Pack the rounded weight; the result decodes to `value` bit for bit.
+
+        Args:
+          w: the weight, [k, n].
+          learned: the learned arrays.
+          format: the format of the weight.
+        """
 
     @abc.abstractmethod
     def value(
         self, w: Float[Array, "k n"], learned: Data, format: Any, packed: Data | None = None
     ) -> Float[Array, "k n"]:
-        """The rounded matrix, differentiable in both; `packed`, if it is at hand."""
+        """Return the rounded weight, differentiable in `w` and `learned`.
+
+        Args:
+          w: the weight, [k, n].
+          learned: the learned arrays.
+          format: the format of the weight.
+          packed: the result of `packed`, if it is at hand.
+        """
 
 
 class ActivationForm(Protocol):
-    """How inputs are rounded before they meet the codes; `core.activations.Activations` is one."""
+    """An activation format, such as `core.activations.Activations`."""
 
     @property
     def static(self) -> bool:
-        """Whether the scale is known beforehand, and held with the weight."""
+        """Whether the scale is fixed in advance and stored with the weight."""
 
     @property
     def symmetric(self) -> bool:
@@ -44,23 +63,33 @@ class ActivationForm(Protocol):
 
     @property
     def kernel(self) -> str | None:
-        """The form under which kernels round themselves; None if codes are made before them."""
+        """The form in which kernels quantize rows themselves; None if rows are rounded first."""
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The first and the last code."""
+        """The lowest and the highest code."""
 
     def describe(self) -> str:
-        """The arithmetic of a product, for `explain`."""
+        """Describe the arithmetic of a matmul, for `explain`."""
 
     def rounded(self, x: Float[Array, "m k"], data: Data) -> Float[Array, "m k"]:
-        """What x is after rounding."""
+        """Quantize and dequantize rows.
+
+        Args:
+          x: the rows, [m, k].
+          data: the arrays named in `shapes`.
+        """
 
     def straight(self, x: Float[Array, "m k"], data: Data) -> Float[Array, "m k"]:
-        """`rounded`, with the derivatives of a product."""
+        """Quantize and dequantize rows, with the gradients that a matmul has.
+
+        Args:
+          x: the rows, [m, k].
+          data: the arrays named in `shapes`.
+        """
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Arrays that a weight holds for it."""
+        """Shapes of the arrays that a weight stores for this format."""
 
 
 class RangeEstimator(abc.ABC):
@@ -68,16 +97,32 @@ class RangeEstimator(abc.ABC):
 
     @abc.abstractmethod
     def check(self, form: Any) -> None:
-        """Raise ValueError unless inputs in this form can train so."""
+        """Raise ValueError unless inputs in this format can be trained this way."""
 
     @abc.abstractmethod
     def start(self, known: Data, form: Any) -> Data:
-        """Learned arrays to begin with, from the calibrated scale and zero point."""
+        """Return the initial learned arrays.
+
+        Args:
+          known: the calibrated scale and zero point.
+          form: the activation format.
+        """
 
     @abc.abstractmethod
     def served(self, learned: Data, form: Any) -> Data:
-        """Scale and zero point that a frozen weight holds."""
+        """Return the scale and zero point that a frozen weight stores.
+
+        Args:
+          learned: the learned arrays.
+          form: the activation format.
+        """
 
     @abc.abstractmethod
     def value(self, x: Float[Array, "m k"], learned: Data, form: Any) -> Float[Array, "m k"]:
-        """Rounded rows, differentiable in both."""
+        """Return the rounded rows, differentiable in `x` and `learned`.
+
+        Args:
+          x: the rows, [m, k].
+          learned: the learned arrays.
+          form: the activation format.
+        """
