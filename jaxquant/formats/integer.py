@@ -1,4 +1,4 @@
-"""Uniform integers: codes of 2, 3, 4 or 8 bits, a scale (and a zero point) per group."""
+"""Uniform integers: codes of 2, 3, 4 or 8 bits, a scale and an optional zero point per group."""
 
 import dataclasses
 from typing import ClassVar, Literal, NamedTuple
