@@ -314,7 +314,7 @@ def octaves(quarters: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Return the exponent of the power of 2**(1/4) nearest to x >= 0.
+    """Return the exponent q of the power 2**(q / 4) nearest to x >= 0.
 
     >>> quarters(jnp.array([1.0, 2.0, 0.6])).tolist()
     [0, 4, -3]
@@ -325,7 +325,7 @@ def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
 def coarse_enough(
     steps: Int[Array, " k"], t: Float[Array, "k n"], base: Int[Array, ""]
 ) -> Int[Array, " k"]:
-    """Return the steps, in quarter octaves above the base, raised where targets need larger ones.
+    """Return `steps` (quarter octaves above `base`), raised where the targets t need larger ones.
 
     The largest target may take up half of the range of values. The other half is left for error
     feedback, which moves targets.
@@ -335,7 +335,7 @@ def coarse_enough(
 
 
 def finest(w: Float[Array, "k n"]) -> Array:
-    """Return log2 of the step unit below which `coarse_enough` keeps all nonzero rows."""
+    """Return log2 of the step unit below which no steps of w become finer, see `coarse_enough`."""
     least = _least_steps(w)
     return jnp.min(jnp.where(jnp.any(w != 0, axis=1), least, jnp.max(least)))
 
@@ -349,9 +349,14 @@ def _least_steps(t: Float[Array, "k n"]) -> Float[Array, " k"]:
 def levels(
     t: Float[Array, "k n"], columns: Int[Array, " n"], shape: Int[Array, ""]
 ) -> Int[Array, " k"]:
-    """Return the source scales of rows of targets, in quarter octaves, with targets in steps.
+    """Return the source scales of rows of targets, in quarter octaves.
 
     The scales are large enough for all targets of a row to have codes.
+
+    Args:
+      t: targets, in steps.
+      columns: scales of the columns, in quarter octaves; -`FAINT` for columns not worth coding.
+      shape: shape of the source distribution, an index into `student_t.SHAPES`.
     """
     heard = columns > -FAINT
     size = jnp.where(heard, jnp.abs(t) / octaves(columns), 0.0)
@@ -362,10 +367,10 @@ def levels(
 
 
 def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
-    """Return the scales of the columns, in quarter octaves about 0, and the shape of the residual.
+    """Return the scales of the columns of w, in quarter octaves about 0, and the shape of the rest.
 
-    Columns far below the largest, including zero columns, get the scale -`FAINT` and are ignored
-    otherwise, as are rows of zeros.
+    The shape indexes `student_t.SHAPES`. Columns far below the largest, including zero columns, get
+    the scale -`FAINT` and are otherwise ignored, as are rows of zeros.
     """
     size = jnp.maximum(jnp.abs(w), _TINY)
     column, heard = jnp.ones(w.shape[1]), jnp.ones(w.shape[1], bool)
