@@ -1,6 +1,7 @@
 """Entropy coding: trellis-coded weights in one stream of a fixed number of bytes per matrix.
 
-Scales and steps are powers of 2**(1/4); their logarithms are integers, in quarter octaves.
+Scales, widths and steps (over a common unit) are powers of 2**(1/4). They are stored as integer
+logarithms, in quarter octaves.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from pallas_kernels.codecs.entropy_stream import Coded
 
 WORD = 16  # bits
 SLOPE = 0.41  # price of a bit in squared steps: the best one for the codes of `trellis_coded`
-FAINT = 120  # minus the scale, in quarter octaves, given to columns that are not worth coding
+FAINT = 120  # negated scale, in quarter octaves, of columns that are not worth coding
 _AUDIBLE = 64  # columns farther below the largest, in quarter octaves, are not worth coding
 _TINY = 1e-30
 
@@ -64,8 +65,8 @@ class EntropyCoded(Format):
         little, but two-sided feedback can compensate the errors of a chain only in other chains.
       lanes: number of rows decoded at a time; each lane takes 16 bits of the stream.
 
-    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC). We differ in the
-    code, and in meeting the rate in bytes.
+    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC). We differ: the
+    code is another one, and the rate is exact in bytes.
 
     >>> f = EntropyCoded(bits=3, lanes=4)
     >>> data = f.encode(jnp.linspace(-1, 1, 64 * 96).reshape(64, 96))

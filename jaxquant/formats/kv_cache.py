@@ -29,8 +29,8 @@ class KVFormat:
     Attributes:
       bits: number of bits per code: 2, 3, 4 or 8.
       rope: "pre" or "post": whether keys are rounded before or after RoPE.
-      window: number of recent tokens that stay in floating point, a multiple of `group`. Since the
-        oldest ones are quantized a whole group at a time, up to `window + group - 1` tokens stay.
+      window: minimum number of recent tokens that stay in floating point, a multiple of `group`.
+        Between `window` and `window + group - 1` do, since tokens are quantized by whole groups.
       sinks: number of first tokens that stay in floating point for good.
       group: number of tokens that share a range of a key channel; their codes must fill whole
         words.
@@ -159,7 +159,7 @@ def quantize_values(
     `pallas_kernels.codecs.kv_layout.decode_values` is the inverse.
 
     Args:
-      values: values [..., t, head_dim]; their codes must fill whole words along t.
+      values: values [..., t, head_dim]; `form.channels` divides head_dim.
       form: format of the cache.
     Returns:
       Packed int32 codes [..., words, head_dim], and float16 scales and offsets

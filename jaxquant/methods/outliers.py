@@ -111,7 +111,7 @@ def awq(
       scale_dtype: storage dtype of the scales.
       pad: allow a group size that does not divide the number of input channels.
 
-    Source: Lin et al. 2023, arXiv:2306.00978. We differ: if `quantize` is given no inspection,
+    Source: Lin et al. 2023, arXiv:2306.00978. We differ: unless `quantize` is given `inspect`,
     scales are judged by the error of the matrix products; and inputs whose scales cannot be folded
     into the preceding layer are scaled too, at run time.
 
@@ -240,8 +240,8 @@ def flatquant(
 ) -> Method:
     """FlatQuant: transform every input by a learned Kronecker product.
 
-    To learn the transforms, call `jaxquant.learn_blocks` or `jaxquant.learn` and pass the result to
-    `quantize`. Otherwise the inputs are smoothed and Hadamard-transformed.
+    To learn the transforms, call `jaxquant.learn_blocks` or `jaxquant.learn`, and pass the result
+    to `quantize` as `transforms`. Otherwise the inputs are smoothed and Hadamard-transformed.
 
     Args:
       bits, activation_bits: bits per weight and per activation; 16 leaves that side in floating

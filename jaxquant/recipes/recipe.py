@@ -195,8 +195,8 @@ def resolve(
     """Return the plan of a recipe for a tree of arrays or shapes.
 
     A bare method applies to every floating-point leaf of rank >= 2 that the function contracts.
-    Without sites, it applies to every floating-point leaf of rank >= 2, except for leaves [layers,
-    n] that stand beside stacks [layers, k, n] in the tree, which are biases and norms.
+    Without sites, it applies to every floating-point leaf of rank >= 2, except for the biases and
+    norms of stacked layers: leaves [layers, n] that stand beside stacks [layers, k, n] in the tree.
 
     Args:
       recipe: a `Recipe`, or a bare `Method`.

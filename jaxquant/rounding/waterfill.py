@@ -3,9 +3,10 @@
 The loss is tr(E^T H E G), where H is the second moment of the inputs and G that of the loss
 gradients at the outputs. With H = U D U^T, G = V F V^T and error feedback (as in `TwoSided`), it
 equals sum_ij D_i F_j (U^T E V)_ij^2. Rows should therefore have steps proportional to D_i^-1/2, and
-columns widths proportional to F_j^-1/2. A bit is then worth the same everywhere, `SLOPE` squared
-steps, and each chain of weights is coded with the least loss plus price times bits. Within a chain,
-errors of different columns are treated as uncorrelated: V is block-unit, with a block per chain.
+columns should have widths proportional to F_j^-1/2. A bit is then worth the same everywhere,
+`SLOPE` squared steps, and each chain of weights is coded with the least loss plus price times bits.
+Within a chain, errors of different columns are treated as uncorrelated: V is block-unit, with a
+block per chain.
 
 A code also affects the bits of later rows, since it moves their targets. For Gaussian rows of
 variance s_i^2, the bits of Q are sum_i q_i^2 / (2 ln 2 s_i^2) + const. Hence, for columns that are

@@ -64,7 +64,8 @@ class Greedy(Blocks):
       steps: number of rotations tried; the product with the smallest maximum is kept, or the
         identity if none is smaller.
       shared: use one rotation for all blocks, as the released code does.
-      flat: multiply the spreading rotation by the random one from the left, which keeps it flat.
+      flat: multiply by the random rotation on the left of the spreading one, whose first row stays
+        flat.
       by_row: select the channel as the row number of the largest entry modulo the block size, and
         judge by max - min, as the released code does.
 
