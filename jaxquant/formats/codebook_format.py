@@ -86,8 +86,8 @@ class CodebookFormat(GridFormat):
         Args:
           data: packed arrays.
           target: matrix [k, n] to approximate.
-          share: fraction of the codes to replace, at most: those that reduce the squared error
-            most.
+          share: maximum fraction of the codes to replace; those that reduce the squared error most
+            are chosen.
         """
         (k, n), (rows, columns) = target.shape, self.tile
         old, grid = self.unpack(data, k)

@@ -41,8 +41,9 @@ class Vector(CodebookFormat, TiledFormat):
         vectors.
       residual_bits: the same for a second codebook, learned on the residuals of the first; 0 for
         none.
-      outliers: fraction of the rows (input channels), those of greatest weight, that have codebooks
-        of their own. One bit per row marks them.
+      outliers: fraction of the rows (input channels) that have codebooks of their own: those with
+        the largest second moment of the inputs (`Beam`), or else with the largest mean square of
+        the weights. One bit per row marks them.
 
     Source: Liu et al. 2024, arXiv:2409.17066. We differ: there are no column norms, and outlier
     rows use the same vector length and codebook sizes as the others.

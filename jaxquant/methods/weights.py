@@ -183,7 +183,8 @@ def trellis(
 
     Args:
       bits: average number of bits per weight, above 0 and at most 8.
-      block: number of input channels in a block, a multiple of 16 that divides their number.
+      block: number of input channels in a block, a multiple of 16 for which a Hadamard matrix
+        exists; channels are padded with zeros to whole blocks.
       L: number of bits of a trellis state; the default is 12 on a CPU and 16 on an accelerator.
       code: function from states to values, see `Trellis`.
       passes: sweeps of coordinate descent after error feedback, see `LDLQ`.
