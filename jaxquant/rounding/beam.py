@@ -1,7 +1,7 @@
 """Beam: alternate between codes and learned codebooks, each given the other (AQLM).
 
-Each step lowers the proxy loss. The loss of an error E = W - Q is tr(E^T H E). For a format whose
-values are linear in its tables (`Additive`, `Vector`), the steps are:
+In turn, codes and tables lower the proxy loss tr(E^T H E) of the error E = W - Q. For a format
+whose values are linear in its tables (`Additive`, `Vector`), the steps are:
 
 1. tables by k-means, with row i weighted by H_ii;
 2. codes by error feedback (`ldlq`), with blocks of rows in order of decreasing energy. The codes of

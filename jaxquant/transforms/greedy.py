@@ -64,8 +64,8 @@ class Greedy(Blocks):
       steps: number of rotations tried; the product with the smallest maximum is kept, or the
         identity if none is smaller.
       shared: use one rotation for all blocks, as the released code does.
-      flat: multiply by the random rotation on the left of the spreading one, whose first row stays
-        flat.
+      flat: put the random rotation on the left of the spreading one, so that the first row of the
+        product stays flat.
       by_row: select the channel as the row number of the largest entry modulo the block size, and
         judge by max - min, as the released code does.
 
