@@ -1,4 +1,4 @@
-"""Formats: a codebook and its storage."""
+"""Formats: how a matrix is encoded as packed codes, scales and codebooks, and decoded again."""
 
 from jaxquant.formats.additive import Additive
 from jaxquant.formats.dense import Dense

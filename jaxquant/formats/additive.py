@@ -1,4 +1,4 @@
-"""Additive codebooks (AQLM): rows in groups, each a sum of learned vectors, times a scale."""
+"""Additive codebooks (AQLM): groups of rows, each coded as a scaled sum of learned vectors."""
 
 import dataclasses
 from functools import partial
@@ -20,7 +20,12 @@ from pallas_kernels.codecs import lookup
 
 
 class Codebooks(NamedTuple):
-    """Tables of a matrix, [1, K, group] each, and its scales [1, n]."""
+    """Codebooks and scales of a matrix.
+
+    Attributes:
+      tables: M float32 arrays [1, K, group].
+      scale: float32 [1, n].
+    """
 
     tables: tuple[Float[Array, "... K d"], ...]
     scale: Float[Array, "... n"]
@@ -28,16 +33,16 @@ class Codebooks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Additive(CodebookFormat, OpFormat):
-    """w = scale * (sum of one vector of each codebook), codebooks learned for each matrix.
+    """w = scale * (sum of one vector from each codebook), with codebooks learned for each matrix.
 
     Attributes:
-      codebooks: M, vectors added for each group of rows.
-      bits: B of each code; a codebook has 2**B vectors. 2 x 8 and 1 x 16 at groups of 8 are
-        AQLM's 2-bit layouts. B up to 16, a multiple of 2 or 3.
-      group: consecutive rows that a code covers.
+      codebooks: number M of vectors added for each group of rows.
+      bits: number of bits B per code, up to 16 and a multiple of 2 or 3; a codebook has 2**B
+        vectors. AQLM's 2-bit layouts are 2 x 8 and 1 x 16 with groups of 8.
+      group: number of consecutive rows (input channels) that a code covers.
 
-    Source: Egiazarian et al. 2024, arXiv:2401.06118. The scale is the rms of an output, not its
-    norm.
+    Source: Egiazarian et al. 2024, arXiv:2401.06118. We differ: the scale is the rms of an output
+    channel, not its norm.
 
     >>> f = Additive(codebooks=1, bits=2, group=2)
     >>> data = f.encode(jnp.array([[3.0], [-3.0], [3.0], [-3.0]]))
@@ -53,7 +58,7 @@ class Additive(CodebookFormat, OpFormat):
 
     storage: ClassVar[str] = "additive"
     wide: ClassVar[bool] = False  # type: ignore[misc]
-    trained: ClassVar[tuple[str, ...]] = ("codebooks", "scale")  # what healing may train
+    trained: ClassVar[tuple[str, ...]] = ("codebooks", "scale")  # arrays that healing may train
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,7 +67,7 @@ class Additive(CodebookFormat, OpFormat):
 
     @property
     def tile(self) -> tuple[int, int]:  # type: ignore[override]
-        """Rows, columns that one code covers."""
+        """Rows and columns that one code covers."""
         return self.group, 1
 
     def check_shape(self, k: int, n: int) -> None:
@@ -74,7 +79,11 @@ class Additive(CodebookFormat, OpFormat):
             )
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of float16; ValueError outside of it."""
+        """Return a warning if float16 scales lose precision on these weights, else "".
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         e = exponent(w, 0)
         rms = np.asarray(jnp.sqrt(jnp.mean(shifted(w, -e) ** 2, 0)), np.float64)
         return check_scales(np.ldexp(rms, np.asarray(e[0])), 1.0, self.bits, "float16", RESCALE)
@@ -82,12 +91,12 @@ class Additive(CodebookFormat, OpFormat):
     # --- codes ------------------------------------------------------------------------------
 
     def rows_per_group(self, k: int) -> int:
-        """One set of codebooks and scales serves all rows."""
+        """Return k, since one set of codebooks and scales serves all rows."""
         return k
 
     @partial(jax.jit, static_argnums=0)
     def learn(self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array) -> Codebooks:
-        """Codebooks by residual k-means, the squared errors of row i weighted by weights[i]."""
+        """Learn codebooks by residual k-means; weights[i] weights the squared errors of row i."""
         scale = as_stored(jnp.sqrt(jnp.mean(w**2, 0, keepdims=True)), "float16")
         mass = jnp.broadcast_to(weights[:, None] * scale**2, w.shape)
         sizes = (1 << self.bits,) * self.codebooks
@@ -99,15 +108,15 @@ class Additive(CodebookFormat, OpFormat):
         return jnp.moveaxis(w.reshape(k // self.group, self.group, n), 1, 2).reshape(-1, self.group)
 
     def stored(self, grid: Codebooks) -> Codebooks:
-        """The grid as storage will give it back."""
+        """Return the grid rounded to float16."""
         return jax.tree.map(lambda a: through(a, "float16"), grid)
 
     def grids(self, w: Float[Array, "k n"]) -> Codebooks:
-        """Codebooks by k-means with equal weights."""
+        """Learn codebooks by k-means with equal weights."""
         return self.learn(w, jnp.ones(len(w)), jax.random.key(0))
 
     def rescaled(self, grid: Codebooks, factor: Array) -> Codebooks:
-        """The grid with its scales times a factor, as storage will give it back."""
+        """Return the grid with its scales multiplied by `factor`, rounded to float16."""
         return self.stored(grid._replace(scale=grid.scale * factor))
 
     def search(
@@ -117,7 +126,7 @@ class Additive(CodebookFormat, OpFormat):
         root: Float[Array, "d d"] | None,
         beam: int,
     ) -> tuple[Int32[Array, "m n"], Float[Array, "d n"]]:
-        """Codes near in the metric root root^T, by beam search, and their values."""
+        """Return codes near in the metric root root^T, found by beam search, and their values."""
         target, tables = target / row.scale, row.tables
         if root is not None:
             target, tables = root.T @ target, tuple(t @ root for t in tables)
@@ -125,14 +134,14 @@ class Additive(CodebookFormat, OpFormat):
         return code, lookup.total(code, row.tables).T * row.scale
 
     def values(self, codes: Int[Array, "g m n"], grid: Codebooks) -> Float[Array, "k n"]:
-        """The matrix of these codes."""
+        """Return the matrix that these codes represent."""
         q = lookup.total(jnp.moveaxis(codes, 1, 0), [t[0] for t in grid.tables])
         return jnp.swapaxes(q, 1, 2).reshape(-1, codes.shape[-1]) * grid.scale
 
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int[Array, "g m n"], grid: Codebooks) -> dict[str, Array]:
-        """Storage of the codes of g groups of rows."""
+        """Return the packed arrays for the codes of g groups of rows and a grid."""
         return {
             "codes": lookup.pack(codes, self.bits),
             "codebooks": jnp.concatenate(grid.tables).astype("float16"),
@@ -140,12 +149,12 @@ class Additive(CodebookFormat, OpFormat):
         }
 
     def unpack(self, data: dict[str, Array], k: int) -> tuple[Int32[Array, "g m n"], Codebooks]:
-        """Inverse of `pack`."""
+        """Invert `pack`."""
         codes = lookup.unpack(data["codes"], self.bits, k // self.group, self.codebooks)
         return codes, self._grid(data)
 
     def rounded(self, w: Float[Array, "k n"], grid: Codebooks, beam: int) -> Int32[Array, "g m n"]:
-        """Codes of all groups, near in squared error."""
+        """Return the codes of all groups that are nearest in squared error."""
         row = jax.tree.map(lambda a: a[0], grid)
         groups = w.reshape(-1, self.group, w.shape[1])
         return jax.lax.map(lambda t: self.search(t, row, None, beam)[0], groups)
@@ -161,11 +170,11 @@ class Additive(CodebookFormat, OpFormat):
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         codes = lookup.take(data["codes"], ids // self.group, self.bits, self.codebooks)
         grid = self._grid(data)
-        # Of every table, column ids % group.
+        # Select column ids % group of every table.
         tables = [t[0].T[ids % self.group][..., None] for t in grid.tables]
         pick = jax.vmap(lambda codes, tables: lookup.total(codes, tables)[..., 0])
         return pick(codes, tables) * grid.scale
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         return f"additive_matmul, {self.codebooks} x {self.bits}-bit codebooks"

@@ -1,4 +1,4 @@
-"""Dense: the weights themselves, for activations rounded alone, or in place of frozen codes."""
+"""Dense: the weights in floating point, for methods that round only activations, or once frozen."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,7 +13,7 @@ from pallas_kernels import activations as forms
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Format):
-    """Floats in place of codes: of weights that are not rounded, or frozen and so decoded once.
+    """Floats in place of codes, for weights that are not rounded, or frozen and decoded once.
 
     >>> Dense().matmul(jnp.ones((1, 2)), {"codes": jnp.ones((2, 3))}).tolist()
     [[2.0, 2.0, 2.0]]
@@ -22,11 +22,11 @@ class Dense(Format):
     wide: ClassVar[bool] = True
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
-        """The data of a matrix 2**e times as large."""
+        """Return the arrays of a matrix 2**e times as large."""
         return rescaled(data, e, "codes")
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """The weights in float32."""
+        """Return the weights in float32."""
         return {"codes": w.astype(jnp.float32)}
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
@@ -35,10 +35,10 @@ class Dense(Format):
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        # The codes are cast once: they may be of the dtype of x already.
+        # Cast directly to the dtype of x, which the codes may already have, not via float32.
         x = forms.rounded(x, activations)
         return jnp.dot(x, data["codes"].astype(x.dtype), preferred_element_type=jnp.float32)
 
     def kernel(self) -> str:
-        """What serves a matmul."""
+        """Return the name of what computes products."""
         return "XLA's dot of floats"

@@ -1,4 +1,4 @@
-"""Integers with a scale for each row and column: entropy-coded weights as products take them."""
+"""Integers with a scale per row and per column, into which entropy-coded weights are transcoded."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -14,17 +14,18 @@ from jaxquant.formats.op_format import OpFormat
 from pallas_kernels import dual_scale
 from pallas_kernels.codecs import layout
 
-_packed = jax.jit(layout.pack, static_argnums=1)  # op by op it takes longer than to read a stream
+_packed = jax.jit(layout.pack, static_argnums=1)  # unjitted, it is slower than reading a stream
 
 
 @dataclasses.dataclass(frozen=True)
 class DualScale(OpFormat):
-    """w = step_i scale_j v_ij, the integers v in words of a few bits, and escapes for those beyond.
+    """w = step_i scale_j v_ij, with integers v in 4- or 8-bit words and escapes for larger ones.
 
-    `jaxquant.transcoded` makes it of entropy-coded weights; the values are the very same.
+    `jaxquant.transcoded` converts entropy-coded weights to this format without changing their
+    values.
 
     Attributes:
-      bits: of a code, 4 or 8.
+      bits: number of bits per code, 4 or 8.
 
     >>> data = DualScale().encode(jnp.array([[7.0, 0.0], [-1.0, 14.0]]))
     >>> DualScale().dequantize(data, 2).tolist()
@@ -47,7 +48,7 @@ class DualScale(OpFormat):
             raise ValueError(f"a matrix of {k} rows has more than {dual_scale.MOST_ROWS}")
 
     def bytes_of(self, values: Int16[np.ndarray, "... k n"]) -> int:
-        """What codes and escapes of these integers take."""
+        """Return the number of bytes for codes and escapes of these integers [..., k, n]."""
         *batch, k, n = values.shape
         most = 1 << (self.bits - 1)
         escapes = np.count_nonzero((values < -most) | (values >= most))
@@ -59,14 +60,26 @@ class DualScale(OpFormat):
         step: Float32[np.ndarray, " k"],
         scale: Float32[np.ndarray, " n"],
     ) -> dict[str, PyTree]:
-        """Storage of a matrix's integers and scales, on the host, where escapes are counted."""
+        """Return the packed arrays of a matrix.
+
+        This runs on the host, since the number of escapes depends on the values.
+
+        Args:
+          values: integers v [k, n].
+          step: scales of the rows [k].
+          scale: scales of the columns [n].
+        """
         codes, ranges, escapes = dual_scale.split(values, self.bits)
         data = {"codes": _packed(codes, self.bits), "scale": scale[None], "step": step}
-        # Checkpoints hold no empty arrays.
+        # Checkpoints cannot hold empty arrays.
         return data | {"ranges": ranges, "escapes": np.resize(escapes, max(1, len(escapes)))}
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round to nearest with a scale for each column; every integer fits its bits."""
+        """Round to nearest with one scale per column, without escapes.
+
+        Raises:
+          ValueError: the matrix has too many rows.
+        """
         self.check_shape(*w.shape)
         top = (1 << self.bits - 1) - 1
         absmax = jnp.max(jnp.abs(w), axis=0)
@@ -91,5 +104,5 @@ class DualScale(OpFormat):
         return self.decode(data, k)[ids]
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         return f"dual_scale_matmul, {self.bits}-bit words"

@@ -1,4 +1,4 @@
-"""E8P: eight rows of a column to a point of the lattice E8 + 1/4, one scale per matrix."""
+"""E8P: eight rows of a column coded as a point of the lattice E8 + 1/4, one scale per matrix."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -14,24 +14,26 @@ from jaxquant.core.protocols import GridFormat, OpArguments
 from jaxquant.formats.op_format import OpFormat
 from pallas_kernels.codecs import e8p, lookup
 
-_CHUNK = 1 << 15  # octets rounded at a time
+_CHUNK = 1 << 15  # number of octets (eight rows of a column) rounded at a time
 
 
 class LatticeGrid(NamedTuple):
-    """The scale of a matrix, [1, 1]: value = scale * point."""
+    """The scale of a matrix, float32 [1, 1]: value = scale * point."""
 
     scale: Float[Array, "... 1"]
 
 
 @dataclasses.dataclass(frozen=True)
 class E8P(GridFormat, OpFormat):
-    """QuIP#'s codebook at 2 bits a weight; 3 and 4 bits code the residual with a second point.
+    """QuIP#'s lattice codebook at 2 bits per weight, with a residual code at 3 and 4 bits.
 
-    The scale is rms(w) over the one best for Gaussian weights: rotate the matrix first. Stored
-    are bytes packed along k: `codes` two an octet (of eight rows), `residual` one or two.
+    The scale is rms(w) over a constant that is best for Gaussian weights, so rotate the matrix
+    first. Codes are packed along k: `codes` takes two bytes per octet (eight rows of a column), and
+    `residual` one or two.
 
     Attributes:
-      bits: 2, 3 or 4. At 4 bits a trellis or even a scalar code does better on Gaussian weights.
+      bits: number of bits per weight: 2, 3 or 4. At 4 bits a trellis code or even a scalar code
+        does better on Gaussian weights.
 
     Source: Tseng et al. 2024, arXiv:2402.04396; see `pallas_kernels.codecs.e8p`.
 
@@ -46,7 +48,7 @@ class E8P(GridFormat, OpFormat):
     bits: int = 2
 
     storage: ClassVar[str] = "e8p"
-    tile: ClassVar[tuple[int, int]] = (8, 1)  # rows, columns that one code covers
+    tile: ClassVar[tuple[int, int]] = (8, 1)  # rows and columns that one code covers
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,37 +63,41 @@ class E8P(GridFormat, OpFormat):
     # --- codes ------------------------------------------------------------------------------
 
     def rows_per_group(self, k: int) -> int:
-        """One scale serves all rows."""
+        """Return k, since one scale serves all rows."""
         return k
 
     def grids(self, w: Float[Array, "k n"]) -> LatticeGrid:
-        """The scale of a matrix; never zero."""
+        """Return the scale of a matrix; it is never zero."""
         w, e = unit(w)
         scale = jnp.sqrt(jnp.mean(w**2)) / e8p.OPT_SCALE[self.bits]
         return LatticeGrid(shifted(jnp.where(scale > 0, scale, 1e-30), e).reshape(1, 1))
 
     def rescaled(self, grid: LatticeGrid, factor: Array) -> LatticeGrid:
-        """The grid with its scale times a factor."""
+        """Return the grid with its scale multiplied by `factor`."""
         return LatticeGrid(grid.scale * factor)
 
     def round(
         self, target: Float[Array, "8 n"], row: LatticeGrid
     ) -> tuple[Int32[Array, "n"], Float[Array, "8 n"]]:
-        """Nearest codes, of 8 `bits` bits, and their values."""
+        """Return the nearest codes, of 8 * `bits` bits, and their values."""
         code, point = e8p.nearest(target / row.scale, self.bits)
         return code, row.scale * point
 
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int[Array, "o n"], grid: LatticeGrid) -> dict[str, Array]:
-        """Storage of the codes of o octets."""
+        """Return the packed arrays for the codes of o octets and a grid."""
         data = {"codes": lookup.pack(codes[:, None], 16)}
         if self.bits > 2:
             data["residual"] = lookup.pack(codes[:, None] >> 16, self._fine)
         return data | {"scale": grid.scale}
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round a matrix to nearest and pack it."""
+        """Round a matrix to nearest and pack it.
+
+        Raises:
+          ValueError: 8 does not divide k.
+        """
         k, n = w.shape
         self.check_shape(k, n)
         grid = self.grids(w)
@@ -105,7 +111,7 @@ class E8P(GridFormat, OpFormat):
 
     @property
     def _fine(self) -> int:
-        """Bits of a residual's code."""
+        """The number of bits of a residual code."""
         return 8 * (self.bits - 2)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
@@ -117,5 +123,5 @@ class E8P(GridFormat, OpFormat):
         return data["scale"] * jnp.sum(jnp.where(wanted, points, 0), axis=1)
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         return f"e8p_matmul, codes of {8 * self.bits} bits"

@@ -1,4 +1,8 @@
-"""Entropy coding: trellis-coded weights in one stream of a fixed number of bytes per matrix."""
+"""Entropy coding: trellis-coded weights in one stream of a fixed number of bytes per matrix.
+
+Scales, widths and steps (over a common unit) are powers of 2**(1/4). They are stored as integer
+logarithms, in quarter octaves.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,20 +20,21 @@ from pallas_kernels.codecs import entropy_stream, student_t, trellis_coded
 from pallas_kernels.codecs.entropy_stream import Coded
 
 WORD = 16  # bits
-SLOPE = 0.41  # squared steps that a bit is worth: the best for the codes of `tcq`
-FAINT = 120  # quarter octaves below the others: the scale of columns that are not worth a bit
-_AUDIBLE = 64  # quarter octaves below the loudest column, as far as others are worth bits
+SLOPE = 0.41  # price of a bit in squared steps: the best one for the codes of `trellis_coded`
+FAINT = 120  # negated scale, in quarter octaves, of columns that are not worth coding
+_AUDIBLE = 64  # columns farther below the largest, in quarter octaves, are not worth coding
 _TINY = 1e-30
 
 
 class Row(NamedTuple):
-    """What a row, or a chain of one, is rounded with (with a leading axis: many of them).
+    """Parameters for rounding a row or one chain of it; with a leading axis, for many of them.
 
     Attributes:
-      step: of its values.
-      level: scale of the source over the step, quarter octaves.
-      price: of a bit, in squared steps.
-      prior: of the energy of values, in squared steps; what `price` has been charged for already.
+      step: step size of the values.
+      level: scale of the source distribution over the step, in quarter octaves.
+      price: price of a bit, in squared steps.
+      prior: coefficient of v**2 to subtract from the cost of a value v, in squared steps, because
+        the targets already account for it.
     """
 
     step: Float[Array, "..."]
@@ -43,24 +48,25 @@ Trial = Callable[[Float[Array, ""]], Coded]
 
 @dataclasses.dataclass(frozen=True)
 class EntropyCoded(Format):
-    """A step per row, trellis-coded values, arithmetic coding: each matrix in just `bits` a weight.
+    """Trellis-coded values with a step per row, arithmetic-coded into exactly `bits` per weight.
 
-    The rounder makes the steps as fine as the bytes allow. A weight costs what it is worth: rows
-    that matter little, or are small, take few bits or none, and outliers many.
+    The rounder makes the steps as fine as the bytes allow. Rows that matter little or are small
+    take few bits or none, and outliers take many.
 
-    A stream cannot be cut: to split a weight along its outputs (`shard_map`), split it before.
-    One that is damaged decodes to NaN.
+    A stream cannot be cut, so to shard a weight along its outputs (`shard_map`), split it before
+    quantizing. A damaged stream decodes to NaN.
 
     Attributes:
-      bits: per weight, everything counted; rounded down to whole words of 16 bits per column.
-      states: of the trellis, 1 (none) or 4 to 256. More are nearer to Shannon's bound, and only
-        encoding takes longer.
-      chain: weights of a row that share a trellis, at most. Each start of one costs a little; but
-        what an error does to the outputs is made up for by other chains only.
-      lanes: rows decoded at a time; each takes 16 bits of the stream.
+      bits: number of bits per weight, everything included, above 0 and at most 12; rounded down to
+        whole words of 16 bits per column.
+      states: number of trellis states, 1 (no trellis) or 4 to 256. More states come nearer to
+        Shannon's bound, and only encoding takes longer.
+      chain: maximum number of weights of a row that share a trellis. Each start of a chain costs a
+        little, but two-sided feedback can compensate the errors of a chain only in other chains.
+      lanes: number of rows decoded at a time; each lane takes 16 bits of the stream.
 
-    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC), with another
-    code, and the rate in bytes.
+    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC). We differ: the
+    code is another one, and the rate is exact in bytes.
 
     >>> f = EntropyCoded(bits=3, lanes=4)
     >>> data = f.encode(jnp.linspace(-1, 1, 64 * 96).reshape(64, 96))
@@ -84,11 +90,15 @@ class EntropyCoded(Format):
         check_positive(self, "chain", "lanes")
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """Nothing is lost of weights within the range of float32; ValueError outside of it."""
+        """Return ""; nothing is lost within the range of float32.
+
+        Raises:
+          ValueError: the weights are outside this range.
+        """
         return check_wide(w)
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
-        """The data of a matrix 2**e times as large."""
+        """Return the packed arrays of a matrix 2**e times as large."""
         words = data["codes"].reshape(-1)
         return {"codes": entropy_stream.scaled(words, e).reshape(data["codes"].shape)}
 
@@ -102,11 +112,11 @@ class EntropyCoded(Format):
             )
 
     def words(self, k: int) -> int:
-        """Words of 16 bits for a column of k weights."""
+        """Return the number of 16-bit words for a column of k weights."""
         return int(self.bits * k / WORD)
 
     def side_bits(self, k: int, n: int) -> int:
-        """About what is not codes: header, states of the lanes, steps and scales."""
+        """Return the approximate number of bits for the header, lane states, steps and scales."""
         return WORD * (entropy_stream.HEADER + self.lanes) + 7 * k + 5 * n
 
     # --- codes ------------------------------------------------------------------------------
@@ -114,13 +124,13 @@ class EntropyCoded(Format):
     def searched(
         self, t: Float[Array, "p c"], columns: Int[Array, "p c"], shape: Int[Array, ""], rows: Row
     ) -> tuple[Int16[Array, "p c"], Float[Array, "p c"]]:
-        """Values of c chains, least in distortion plus rate, and the weights that they mean.
+        """Return the values of c chains with the least distortion plus rate, and their weights.
 
         Args:
-          t: targets, over the widths of their columns.
-          columns: scales of the columns over their widths, quarter octaves.
-          shape: of the source, an index into `student_t.SHAPES`.
-          rows: of each chain.
+          t: targets, divided by the widths of their columns.
+          columns: scales of the columns over their widths, in quarter octaves.
+          shape: shape of the source distribution, an index into `student_t.SHAPES`.
+          rows: rounding parameters of each chain.
         """
         source = entropy_stream.index(rows.level, columns)
         branches = trellis_coded.branches(t / rows.step, source, shape, rows.price, rows.prior)
@@ -128,7 +138,7 @@ class EntropyCoded(Format):
         return v.astype(jnp.int16), v * rows.step
 
     def finished(self, trial: Coded) -> Coded:
-        """The same values with the levels that make them shortest."""
+        """Return the same values with the levels that code them in the fewest bits."""
         values = trial.values.astype(jnp.int32)
         q = values & 1
         symbol = student_t.symbol((values + q) >> 1)
@@ -145,21 +155,23 @@ class EntropyCoded(Format):
     def fill(
         self, trial: Trial, start: Array, least: Array, share: Array, k: int, n: int, trials: int
     ) -> dict[str, Array]:
-        """The data of the finest trial that fits, decoded and compared.
+        """Search the finest trial that fits, and return its stream, verified by decoding.
 
-        Where none fits, or what is decoded is not what was meant, or there are no finite numbers to
-        begin with, the stream is one that decodes to NaN.
+        The stream decodes to NaN if no trial fits, if verification fails, or if `start` is not
+        finite.
 
         Args:
-          trial: what is coded with a unit of steps 2**x; its size falls as x grows, nearly evenly.
-          start: x to begin with.
+          trial: function that rounds with a step unit of 2**x; its size falls nearly linearly with
+            x.
+          start: initial x.
           least: x below which nothing becomes finer.
-          share: of the columns that are worth bits.
-          trials: after these no better one is sought.
+          share: fraction of the columns that are worth coding.
+          k, n: shape of the matrix.
+          trials: maximum number of trials, unless none has fitted yet.
         """
         size = n * self.words(k)
         octave = min(max(self.bits / 2, 0.35), 1.0) * k * n / WORD
-        slope, goal = octave * share, size * (1 - 2e-4) - 2  # words of an octave, about
+        slope, goal = octave * share, size * (1 - 2e-4) - 2  # words saved per octave, roughly
 
         def one(state: _Search) -> _Search:
             tried = trial(state.x)
@@ -170,7 +182,7 @@ class EntropyCoded(Format):
             short = jnp.where(better, here, state.short)
             kept = lambda a, b: jax.tree.map(lambda a, b: jnp.where(better, a, b), a, b)
             best = kept(words, state.words), kept(tried, state.coded)
-            # Twice as far each time where a third trial is still too long: one must fit.
+            # From the third trial on, the distance doubles while trials are too long: one must fit.
             far = jnp.where(fits, 1.0, jnp.exp2(jnp.maximum(state.tries - 1, 0)))
             newton = here[0] + far * (here[1] - goal) / slope
             part = (long[1] - goal) / jnp.maximum(long[1] - short[1], 1)
@@ -189,21 +201,21 @@ class EntropyCoded(Format):
         first = _Search(start, long, short, jnp.zeros(size, jnp.uint16), nothing, jnp.int32(0))
         found = jax.lax.while_loop(going, one, first)
         right = jnp.isfinite(start) & self._tells(found.words, found.coded)
-        words = jnp.where(right, found.words, 0)  # the stream of zeros decodes to NaN
+        words = jnp.where(right, found.words, 0)  # a stream of zeros decodes to NaN
         return {"codes": words.reshape(self.words(k), n)}
 
     def _tells(self, words: UInt16[Array, " size"], meant: Coded) -> Bool[Array, ""]:
-        """Whether a stream decodes to just what was meant."""
+        """Return whether a stream decodes to exactly what was encoded."""
         got, whole = self._read(words, *meant.values.shape)
         equal = jax.tree.map(lambda a, b: jnp.all(a == b), got, meant)
         return whole & jnp.all(jnp.stack(jax.tree.leaves(equal)))
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """All rows with one step, as fine as the bytes allow.
+        """Encode all rows with one step, as fine as the bytes allow.
 
         Raises:
-          ValueError: a stream could not be made; not where the weights are traced, which then give
-            one that decodes to NaN.
+          ValueError: no stream could be made. If the weights are traced, the stream decodes to NaN
+            instead.
         """
         w, e = unit(w)
         return self.scaled(self._encode(w), e)
@@ -247,7 +259,7 @@ class EntropyCoded(Format):
     def first_step(
         self, energy: Float[Array, " k"], weight: Float[Array, " k"], share: Array, n: int
     ) -> Array:
-        """log2 of the unit that reverse water-filling of rows of this energy asks for."""
+        """Return log2 of the step unit that reverse water-filling gives for rows of this energy."""
         k = len(energy)
         left = (WORD * n * self.words(k) - self.side_bits(k, n)) / (k * n) / share
         log = jnp.log2(jnp.maximum(energy * weight, _TINY)) / 2
@@ -274,12 +286,20 @@ class EntropyCoded(Format):
         )
 
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
+        """Return what computes products."""
         return "coded (XLA): decodes the whole stream for every product; jaxquant.transcoded, once"
 
 
 class _Search(NamedTuple):
-    """Of `fill`: the next trial; (x, words) of the finest too long and short enough; the latter."""
+    """State of the search in `fill`.
+
+    Attributes:
+      x: next trial.
+      long, short: pairs (x, words) of the finest trial that was too long and of the finest that
+        fitted.
+      words, coded: stream and contents of the latter.
+      tries: number of trials so far.
+    """
 
     x: Array
     long: Array
@@ -290,12 +310,12 @@ class _Search(NamedTuple):
 
 
 def octaves(quarters: Int[Array, "..."]) -> Float[Array, "..."]:
-    """2**(quarters / 4)."""
+    """Return 2**(quarters / 4)."""
     return jnp.exp2(quarters / 4)
 
 
 def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """The power of 2**(1/4) nearest to x >= 0.
+    """Return the exponent q of the power 2**(q / 4) nearest to x >= 0.
 
     >>> quarters(jnp.array([1.0, 2.0, 0.6])).tolist()
     [0, 4, -3]
@@ -306,22 +326,23 @@ def quarters(x: Float[Array, "..."]) -> Int[Array, "..."]:
 def coarse_enough(
     steps: Int[Array, " k"], t: Float[Array, "k n"], base: Int[Array, ""]
 ) -> Int[Array, " k"]:
-    """The steps, quarter octaves above the base, but where targets need larger ones.
+    """Return `steps` (quarter octaves above `base`), raised where the targets t need larger ones.
 
-    Values have an end, and feedback, which moves targets, is left as much again.
+    The largest target may take up half of the range of values. The other half is left for error
+    feedback, which moves targets.
     """
     least = 4 * (_least_steps(t) - base / entropy_stream.FINE)
     return jnp.maximum(steps, jnp.ceil(least).astype(jnp.int32))
 
 
 def finest(w: Float[Array, "k n"]) -> Array:
-    """log2 of a unit of steps so small that all rows but those of zeros need larger ones."""
+    """Return log2 of the step unit below which no steps of w become finer, see `coarse_enough`."""
     least = _least_steps(w)
     return jnp.min(jnp.where(jnp.any(w != 0, axis=1), least, jnp.max(least)))
 
 
 def _least_steps(t: Float[Array, "k n"]) -> Float[Array, " k"]:
-    """log2 of the steps of rows in which the largest of a row is half the largest value."""
+    """Return log2 of the steps at which the largest target of a row is half the largest value."""
     peak = jnp.max(jnp.abs(t), axis=1)
     return jnp.log2(jnp.maximum(peak, _TINY) / student_t.LARGEST)
 
@@ -329,20 +350,28 @@ def _least_steps(t: Float[Array, "k n"]) -> Float[Array, " k"]:
 def levels(
     t: Float[Array, "k n"], columns: Int[Array, " n"], shape: Int[Array, ""]
 ) -> Int[Array, " k"]:
-    """Scales of rows of targets, in steps, quarter octaves; large enough to reach all of a row."""
+    """Return the source scales of rows of targets, in quarter octaves.
+
+    The scales are large enough for all targets of a row to have codes.
+
+    Args:
+      t: targets, in steps.
+      columns: scales of the columns, in quarter octaves; -`FAINT` for columns not worth coding.
+      shape: shape of the source distribution, an index into `student_t.SHAPES`.
+    """
     heard = columns > -FAINT
     size = jnp.where(heard, jnp.abs(t) / octaves(columns), 0.0)
     spread = jnp.mean(size, axis=1) / jnp.mean(heard) / jnp.asarray(student_t.MEANS)[shape]
     reach = jnp.ceil(4 * jnp.log2(jnp.maximum(jnp.max(size, axis=1) / student_t.REACH, _TINY)))
     level = jnp.maximum(quarters(spread), reach.astype(jnp.int32))
-    return jnp.maximum(level, -2 * student_t.UNIT)  # of a row of zeros, say
+    return jnp.maximum(level, -2 * student_t.UNIT)  # a lower bound, for rows of zeros and the like
 
 
 def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
-    """Scales of the columns, quarter octaves about 0, and the shape of what is left.
+    """Return the scales of the columns of w, in quarter octaves about 0, and the shape of the rest.
 
-    Columns far below the loudest, those of zeros among them, have the scale -`FAINT`, and no part
-    in anything else; nor have rows of zeros.
+    The shape indexes `student_t.SHAPES`. Columns far below the largest, including zero columns, get
+    the scale -`FAINT` and are otherwise ignored, as are rows of zeros.
     """
     size = jnp.maximum(jnp.abs(w), _TINY)
     column, heard = jnp.ones(w.shape[1]), jnp.ones(w.shape[1], bool)
@@ -361,5 +390,5 @@ def profile(w: Float[Array, "k n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
 
 
 def _mean(a: Array, some: Bool[Array, "..."], **axes: Any) -> Array:
-    """The mean over some rows or columns."""
+    """Return the mean over the rows or columns selected by `some`."""
     return jnp.mean(jnp.where(some, a, 0), **axes) / jnp.mean(some)

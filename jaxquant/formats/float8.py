@@ -1,4 +1,4 @@
-"""Float8: codes are the bits of e4m3 or e5m2 numbers."""
+"""Float8: codes are the bit patterns of e4m3 or e5m2 numbers."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -15,14 +15,14 @@ DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 
 @dataclasses.dataclass(frozen=True)
 class Float8(Table):
-    """8-bit floats times a scale; nearest, ties to even, saturating (never NaN, never infinite).
+    """8-bit floats times a scale: nearest, ties to even, saturating (never NaN or infinity).
 
     Attributes:
-      variant: "e4m3" (3 bits of significand, up to 448) or "e5m2" (2 bits, up to 57344).
-      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
-        per matrix.
-      scale_dtype: storage of the scales; codes are chosen with the stored scale.
-      pad: allow a group size that does not divide k (the last group is short).
+      variant: "e4m3" (3 mantissa bits, up to 448) or "e5m2" (2 mantissa bits, up to 57344).
+      group_size: consecutive rows (input channels) that share a scale; -1 or "channel" for one
+        scale per output channel, "tensor" for one per matrix.
+      scale_dtype: storage dtype of the scales; codes are chosen with the stored scale.
+      pad: allow a group size that does not divide k; the last group is then short.
 
     Source: Micikevicius et al. 2022, arXiv:2209.05433.
 
@@ -44,7 +44,7 @@ class Float8(Table):
         if self.variant not in DTYPES:
             raise ValueError(f"variant must be one of {tuple(DTYPES)}, got {self.variant!r}")
 
-    trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
+    trained: ClassVar[tuple[str, ...]] = ("scale",)  # arrays that healing may train
 
     @property
     def table(self) -> str:
@@ -55,8 +55,8 @@ class Float8(Table):
         return float(jnp.finfo(self.table).max)
 
     def round(self, w: Float[Array, "... n"], grid: Scales) -> tuple[Array, Array]:
-        """Nearest codes (int8) and their values; the grid broadcasts against w."""
-        # The cast alone would make NaN or infinity of what lies above the largest.
+        """Return the nearest codes (int8) and their values; the grid broadcasts against w."""
+        # The cast alone would turn values above the largest into NaN or infinity.
         near = through(jnp.clip(w / grid.scale, -self.largest, self.largest), self.table)
         code = jax.lax.bitcast_convert_type(near.astype(self.table), jnp.int8)
         return code, grid.scale * near

@@ -1,4 +1,4 @@
-"""Uniform integers: codes of 2, 3, 4 or 8 bits, a scale (and a zero point) per group."""
+"""Uniform integers: codes of 2, 3, 4 or 8 bits, a scale and an optional zero point per group."""
 
 import dataclasses
 from typing import ClassVar, Literal, NamedTuple
@@ -24,7 +24,12 @@ from pallas_kernels.codecs import layout
 
 
 class Grid(NamedTuple):
-    """Scales and zero points of a matrix or of one group: value = scale * (code - zero)."""
+    """Scales and zero points of a matrix or of one group: value = scale * (code - zero).
+
+    Attributes:
+      scale: float32 [..., n].
+      zero: int32 [..., n]; zeros for symmetric codes.
+    """
 
     scale: Float[Array, "... n"]
     zero: Int[Array, "... n"]
@@ -35,15 +40,16 @@ class Integer(LevelFormat, OpFormat):
     """Packed integers, w = scale * (code - zero).
 
     Attributes:
-      bits: 2, 3, 4 or 8.
-      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
-        per matrix.
-      symmetric: no zero point; else min-max of each group, zero included, with a zero point of
-        `bits` bits.
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: consecutive rows (input channels) that share a scale; -1 or "channel" for one
+        scale per output channel, "tensor" for one per matrix.
+      symmetric: whether codes have no zero point. Otherwise the scale and a zero point of `bits`
+        bits cover the min-max range of each group, extended to include zero.
       mse: search the clipping range of each group for the least squared error.
-      clip: of the range, what is kept; weights past it go to its end.
-      scale_dtype: storage of the scales; codes are chosen with the stored scale.
-      pad: allow a group size that does not divide k (the last group is short).
+      scale_dtype: storage dtype of the scales, "float16", "bfloat16" or "float32"; codes are chosen
+        with the stored scale.
+      pad: allow a group size that does not divide k; the last group is then short.
+      clip: fraction of the range kept, in (0, 1]; weights outside are clamped.
 
     >>> import jax.numpy as jnp
     >>> f = Integer(bits=4, group_size=2, symmetric=False)
@@ -63,7 +69,7 @@ class Integer(LevelFormat, OpFormat):
     storage: ClassVar[str] = "packed"
     integral: ClassVar[bool] = True
     fits: ClassVar[bool] = True
-    trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
+    trained: ClassVar[tuple[str, ...]] = ("scale",)  # arrays that healing may train
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -79,7 +85,11 @@ class Integer(LevelFormat, OpFormat):
         return self.scale_dtype != "float16"
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of their scales; ValueError outside of it."""
+        """Return a warning if scales lose precision in their dtype on these weights, else "".
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         groups = grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor")
         return check_scales(sizes(groups, 1), self.limits[1], self.bits, self.scale_dtype)
 
@@ -91,11 +101,11 @@ class Integer(LevelFormat, OpFormat):
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """The smallest and the largest code."""
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
     def rows_per_group(self, k: int) -> int:
-        """Rows that share a scale in a matrix of k rows.
+        """Return the number of rows that share a scale in a matrix of k rows.
 
         Raises:
           ValueError: the group size does not divide k and `pad` is off.
@@ -103,7 +113,7 @@ class Integer(LevelFormat, OpFormat):
         return rows_per_group(self.group_size, self.pad, k)
 
     def fit(self, w: Float[Array, "g n"]) -> Grid:
-        """Scale and zero point [n] of one group of rows ([1] if one serves the matrix)."""
+        """Return the grid of one group of rows: scale and zero point [n], or [1] for "tensor"."""
         axes = (-1, -2) if self.group_size == "tensor" else (-2,)
         low = jnp.minimum(w.min(axes), 0.0) * self.clip
         high = jnp.maximum(w.max(axes), 0.0) * self.clip
@@ -122,9 +132,9 @@ class Integer(LevelFormat, OpFormat):
         return Grid(scale, zero.astype(jnp.int32))
 
     def _search(self, w: Array, low: Array, high: Array, axes: tuple[int, ...]) -> Grid:
-        """Shrink the range in 2 % steps to 0.3 of it; keep each group's least squared error."""
+        """Search ranges from 100 % to 30 % in steps of 2 % for each group's least squared error."""
 
-        e = exponent(w, axes)  # whose squares may leave the range of float32
+        e = exponent(w, axes)  # squares of w may overflow or underflow float32
 
         def error(shrink: Array) -> tuple[Grid, Array]:
             grid = self._grid(low * shrink, high * shrink)
@@ -141,19 +151,24 @@ class Integer(LevelFormat, OpFormat):
         return best[0]
 
     def round(self, w: Float[Array, "... n"], grid: Grid) -> tuple[Array, Array]:
-        """Nearest codes (int8) and their values; the grid broadcasts against w."""
+        """Return the nearest codes (int8) and their values; the grid broadcasts against w."""
         bottom, top = self.limits
         code = jnp.clip(jnp.round(w / grid.scale) + grid.zero, bottom, top).astype(jnp.int32)
         return code.astype(jnp.int8), grid.scale * (code - grid.zero)
 
     def rescaled(self, grid: Grid, factor: Array) -> Grid:
-        """The grid with its scale times a factor, as storage will give it back."""
+        """Return the grid with its scale multiplied by `factor`, rounded to the storage dtype."""
         return grid._replace(scale=as_stored(grid.scale * factor, self.scale_dtype))
 
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int[Array, "k n"], grid: Grid) -> dict[str, Array]:
-        """Storage of codes [k, n] (or one row a block, [k, 1, n]), a grid [groups, n] or [1, 1]."""
+        """Return the packed arrays for codes and a grid.
+
+        Args:
+          codes: integers [k, n] or, one row per block, [k, 1, n].
+          grid: scales and zero points [groups, n], or [1, 1] for one scale per matrix.
+        """
         data = {
             "codes": layout.pack(codes.reshape(-1, codes.shape[-1]), self.bits),
             "scale": grid.scale.astype(self.scale_dtype),
@@ -163,17 +178,21 @@ class Integer(LevelFormat, OpFormat):
         return data
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round a matrix to nearest and pack it; ValueError where scales cannot be stored."""
+        """Round a matrix to nearest and pack it.
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         check_values(self, w)
         grid = self.grids(w)
         rows = spread(grid, self.rows_per_group(w.shape[0]), w.shape[0])
         return self.pack(self.round(w, rows)[0], grid)
 
     def grids(self, w: Float[Array, "k n"]) -> Grid:
-        """The grid [groups, n] of every group of rows."""
+        """Return the grid [groups, n] of all groups of rows."""
         k, n = w.shape
         g = self.rows_per_group(k)
-        # Rows that only fill the last group are copies of the last row: they change no range.
+        # The last group is padded with copies of the last row, which do not change its range.
         w = jnp.pad(w, ((0, -k % g), (0, 0)), mode="edge")
         return jax.vmap(self.fit)(w.reshape(-1, g, n))
 
@@ -192,33 +211,36 @@ class Integer(LevelFormat, OpFormat):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The first and the last code."""
+        """The smallest and the largest code."""
         return self.limits
 
     @property
     def reach(self) -> float:
-        """The largest level, in steps; of codes with a zero point their number less one."""
+        """The largest level in units of the scale; with zero points, the number of codes - 1."""
         bottom, top = self.limits
         return float(top if self.symmetric else top - bottom)
 
     def make_grid(self, scale: Array, zero: Array | None = None) -> Grid:
-        """Without zero points they are zeros."""
+        """Return a grid of these scales and zero points; None means zero points of 0."""
         return Grid(scale, jnp.zeros(scale.shape, jnp.int32) if zero is None else zero)
 
     def zero_of(self, grid: Grid) -> Array:
-        """Zero points, as floats."""
+        """Return the zero points as float32."""
         return grid.zero.astype(jnp.float32)
 
     def stored(self, scale: Float[Array, "g n"]) -> Grid:
-        """The grid of these scales, as storage will give it back."""
+        """Return the grid of these scales, rounded to the storage dtype."""
         return self.make_grid(as_stored(scale, self.scale_dtype))
 
     def level(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The nearest codes to v, in steps, less the zero point."""
+        """Return the nearest code to v minus the zero point, with v in units of the scale."""
         return jnp.clip(jnp.round(v) + zero, *self.limits) - zero
 
     def inside(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Bool[Array, "..."]:
-        """Whether v, in steps, is within the range of codes; with zero points once rounded."""
+        """Return whether v, in units of the scale, is within the range of the codes.
+
+        With zero points, the comparison is made after rounding.
+        """
         if self.symmetric:
             return super().inside(v, zero)
         bottom, top = self.limits
@@ -226,15 +248,18 @@ class Integer(LevelFormat, OpFormat):
         return (rounded >= bottom) & (rounded <= top)
 
     def place(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Codes are places."""
+        """Return the position of each code among the levels, which is the code itself."""
         return codes
 
     def value_at(self, place: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
-        """What the codes at these places mean."""
+        """Return the values of the codes at these positions."""
         return grid.scale * (place - grid.zero)
 
     def nearest(self, w: Float[Array, "k n"]) -> Float[Array, "k n"]:
-        """The matrix rounded to nearest, straight through; with derivatives in its scales too."""
+        """Return the matrix rounded to nearest, with straight-through derivatives.
+
+        Derivatives go through the scales too.
+        """
         grid = spread(self.grids(w), self.rows_per_group(w.shape[0]), w.shape[0])
         zero = jax.lax.stop_gradient(grid.zero)
         return grid.scale * (nearest_codes(w / grid.scale, zero, self.limits) - zero)
@@ -246,12 +271,18 @@ class Integer(LevelFormat, OpFormat):
         return Grid(scale, layout.unpack(data["zero"].T, self.bits, scale.shape[-1]).T)
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         return f"packed_matmul, {self.bits}-bit words"
 
 
 def spread(grid: Grid, rows: int, k: int) -> Grid:
-    """[groups, n] -> [k, n]: each group's grid at each of its rows."""
+    """Repeat the grid of each group for each of its rows: [groups, n] -> [k, n].
+
+    Args:
+      grid: scales and zero points [groups, n]; a grid with a single group is returned unchanged.
+      rows: number of rows per group.
+      k: number of rows of the matrix.
+    """
     if grid.scale.shape[0] == 1:
         return grid
     return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0)[:k], grid)

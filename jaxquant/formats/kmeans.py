@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int32
 from jaxquant.core.magnitude import exponent, shifted
 from pallas_kernels.codecs import lookup
 
-ROUNDS = 32  # in which the first centroids are drawn
+ROUNDS = 32  # number of rounds in which the initial centroids are drawn
 
 
 def residual_kmeans(
@@ -17,14 +17,16 @@ def residual_kmeans(
     key: Array,
     steps: int = 8,
 ) -> tuple[Float[Array, "K d"], ...]:
-    """One table of each size, each learned on what those before it leave.
+    """Learn one table of each size, each on the residuals that the previous tables leave.
 
     Args:
-      vectors: to be the sum of one row of each table.
-      weights: of their squared errors, not negative.
-      sizes: rows K of each table.
-      key: draws the first centroids.
-      steps: of Lloyd.
+      vectors: vectors [N, d], each to be approximated by the sum of one row of each table.
+      weights: weights [N, d] of the squared errors, not negative.
+      sizes: number of rows K of each table.
+      key: random key for the initial centroids.
+      steps: number of steps of Lloyd's algorithm for each table.
+    Returns:
+      The tables, each [K, d].
     """
     tables = []
     for size, k in zip(sizes, jax.random.split(key, len(sizes)), strict=True):
@@ -37,12 +39,18 @@ def residual_kmeans(
 def start(
     vectors: Float[Array, "N d"], weights: Float[Array, "N d"], size: int, key: Array
 ) -> Float[Array, "K d"]:
-    """First centroids: vectors drawn in rounds, each by its squared distance to those drawn.
+    """Draw initial centroids in rounds, with probability proportional to the squared distance.
 
-    A few rows or channels hold most of the energy; drawn by weight alone, hardly a centroid
-    would be theirs.
+    The distance is that to the centroids drawn in earlier rounds. Since a few rows or channels hold
+    most of the energy, drawing by weight alone would give them hardly any centroid.
 
-    Source: k-means++ (Arthur and Vassilvitskii 2007), a share of the centroids at a time as in
+    Args:
+      vectors: vectors [N, d].
+      weights: weights [N, d] of the squared errors.
+      size: number of centroids.
+      key: random key.
+
+    Source: k-means++ (Arthur and Vassilvitskii 2007), with a share of the centroids at a time as in
     k-means|| (Bahmani et al. 2012, arXiv:1203.6402).
     """
     share = min(max(1, size // ROUNDS), len(vectors))
@@ -56,7 +64,7 @@ def start(
         table = jax.lax.dynamic_update_slice_in_dim(table, new, i * share, 0)
         return jnp.minimum(far, assign(vectors, weights, new)[1]), table
 
-    zero = jnp.sum(weights * vectors**2, 1)  # distances to the first centroid, the origin
+    zero = jnp.sum(weights * vectors**2, 1)  # squared distances to the first centroid, the origin
     e = exponent(zero)
     table = jnp.zeros((rounds * share, vectors.shape[1]), vectors.dtype)
     return jax.lax.fori_loop(0, rounds, draw, (zero, table))[1][:size]
@@ -68,10 +76,17 @@ def lloyd(
     table: Float[Array, "K d"],
     steps: int,
 ) -> Float[Array, "K d"]:
-    """Centroids after `steps` of: assign to the nearest, take the weighted mean.
+    """Return the centroids after a number of steps of Lloyd's algorithm.
 
-    Each step lowers sum_i sum_r weights_ir (vectors_ir - table[a_i]_r)^2. A centroid that serves
-    no vector stays.
+    A step assigns each vector to its nearest centroid and replaces each centroid by the weighted
+    mean of its vectors. It lowers sum_i sum_r weights_ir (vectors_ir - table[a_i]_r)^2. A centroid
+    without vectors stays in place.
+
+    Args:
+      vectors: vectors [N, d].
+      weights: weights [N, d] of the squared errors.
+      table: initial centroids [K, d].
+      steps: number of steps.
 
     >>> x = jnp.array([[0.0], [1.0], [9.0], [10.0]])
     >>> lloyd(x, jnp.array([[1.0], [3.0], [1.0], [1.0]]), x[:2], 4).tolist()
@@ -90,7 +105,13 @@ def lloyd(
 def assign(
     vectors: Float[Array, "N d"], weights: Float[Array, "N d"], table: Float[Array, "K d"]
 ) -> tuple[Int32[Array, "N"], Float[Array, "N"]]:
-    """The nearest row of the table to each vector in the vector's own weights, and how far."""
+    """Return the index of the nearest table row to each vector, and the weighted squared distance.
+
+    Args:
+      vectors: vectors [N, d].
+      weights: weights [N, d] of the squared errors, which define each vector's metric.
+      table: table [K, d].
+    """
     # sum_r w_r (c_r^2 - 2 v_r c_r + v_r^2), the first two terms as one product.
     rows = jnp.concatenate([table**2, -2 * table], 1)
     size = max(1, min(len(vectors), lookup.CHUNK // len(table)))

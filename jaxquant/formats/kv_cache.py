@@ -1,10 +1,11 @@
-"""Quantized key-value caches: which format, and how groups of tokens are rounded.
+"""Quantized key-value caches: their format, and how groups of tokens are rounded.
 
-Keys have a scale for each channel, for theirs are a few large channels, the same for all tokens;
-values, which have none, one for each token (KIVI, arXiv:2402.02750). Keys may be rounded as they
-are before RoPE turns them (KVQuant, arXiv:2401.18079): a turned pair of channels swaps its
-outliers about, one that is not keeps its range. The first tokens take most of the attention and
-have keys unlike all others: they stay as they are, and out of the ranges of their group.
+Keys have a scale per channel, since a few of their channels are large, and the same ones for all
+tokens. Values have no such channels and get scales per token (KIVI, arXiv:2402.02750). Keys may be
+rounded before RoPE (KVQuant, arXiv:2401.18079): RoPE moves outliers between the two channels of a
+pair, whereas channels before RoPE keep their ranges. The first tokens (attention sinks) receive
+most of the attention and have keys unlike all others. They stay in floating point, and do not
+enter the range of their group.
 """
 
 import dataclasses
@@ -23,19 +24,20 @@ _LARGEST = float(jnp.finfo(jnp.float16).max)
 
 @dataclasses.dataclass(frozen=True)
 class KVFormat:
-    """How keys and values are kept; hashable, compared by value.
+    """How keys and values are stored; hashable and compared by value.
 
     Attributes:
-      bits: of a code: 2, 3, 4 or 8.
-      rope: "pre" or "post": keys are rounded before or after RoPE turns them.
-      window: recent tokens that stay as they are, a multiple of `group`. Between `window` and
-        `window + group - 1` do: the oldest leave by whole groups.
-      sinks: first tokens that stay as they are for good.
-      group: tokens of one range of a channel of keys; whole words of codes.
-      channels: channels of one range of a token's values.
+      bits: number of bits per code: 2, 3, 4 or 8.
+      rope: "pre" or "post": whether keys are rounded before or after RoPE.
+      window: minimum number of recent tokens that stay in floating point, a multiple of `group`.
+        Between `window` and `window + group - 1` do, since tokens are quantized by whole groups.
+      sinks: number of first tokens that stay in floating point for good.
+      group: number of tokens that share a range of a key channel; their codes must fill whole
+        words.
+      channels: number of channels that share a range of a token's values.
 
     Raises:
-      ValueError: a value is none of these.
+      ValueError: a field has an invalid value.
 
     >>> KVFormat(3).bits_per_value
     4.0
@@ -71,11 +73,16 @@ class KVFormat:
 
     @property
     def bits_per_value(self) -> float:
-        """Of a key or value in the codes, its share of scales and offsets included, on average."""
+        """The average number of bits per quantized key or value, including scales and offsets."""
         return self.bits + 32 * (1 / self.group + 1 / self.channels) / 2
 
     def bytes_per_token(self, layers: int, heads: int, head_dim: int) -> float:
-        """What a token's keys and values take in the codes, scales and offsets included.
+        """Return the bytes of a token's quantized keys and values, including scales and offsets.
+
+        Args:
+          layers: number of layers.
+          heads: number of key-value heads.
+          head_dim: number of channels of a head.
 
         >>> KVFormat(4).bytes_per_token(layers=30, heads=3, head_dim=64)
         7200.0
@@ -83,7 +90,7 @@ class KVFormat:
         return 2 * layers * heads * head_dim * self.bits_per_value / 8
 
     def check(self, head_dim: int) -> None:
-        """Raise ValueError unless heads of so many channels can be kept."""
+        """Raise ValueError unless `channels` divides the number of channels of a head."""
         if head_dim % self.channels:
             raise ValueError(
                 f"channels, {self.channels}, does not divide the {head_dim} of a head; give one "
@@ -94,13 +101,16 @@ class KVFormat:
 def empty(
     form: KVFormat, shape: tuple[int, int, int], head_dim: int, size: int, dtype: DTypeLike
 ) -> kv_layout.Past:
-    """A cache of no tokens, with room for `size`.
+    """Return a cache that holds no tokens, with room for `size`.
 
     Args:
-      shape: (layers, sequences, heads of keys).
-      dtype: of the tokens that stay as they are.
+      form: format of the cache.
+      shape: (layers, sequences, key heads).
+      head_dim: number of channels of a head.
+      size: number of tokens to make room for.
+      dtype: dtype of the tokens that stay in floating point.
     Raises:
-      ValueError: the format does not fit heads of `head_dim`.
+      ValueError: the format does not fit heads of `head_dim` channels.
 
     >>> past = empty(KVFormat(4), (2, 1, 3), 64, 256, jnp.float32)
     >>> past.slots, past.key_codes.shape, past.value_scale.shape
@@ -121,10 +131,18 @@ def empty(
 def quantize_keys(
     keys: Float[Array, "*b t hd"], valid: Bool[Array, " t"], form: KVFormat
 ) -> tuple[Int32[Array, "*b w hd"], Float16[Array, "*b g hd"], Float16[Array, "*b g hd"]]:
-    """Codes, scales and offsets of whole groups of keys; see `kv_layout.decode_keys`.
+    """Return codes, scales and offsets of whole groups of keys.
+
+    `kv_layout.decode_keys` is the inverse.
 
     Args:
-      valid: which tokens there are and not kept elsewhere: others enter no range.
+      keys: keys [..., t, head_dim]; `form.group` divides t.
+      valid: bool [t], false for tokens that do not exist or are stored elsewhere, which do not
+        enter the ranges.
+      form: format of the cache.
+    Returns:
+      Packed int32 codes [..., words, head_dim], and float16 scales and offsets [..., groups,
+      head_dim].
     """
     *batch, tokens, hd = keys.shape
     grouped = keys.astype(jnp.float32).reshape(*batch, -1, form.group, hd)
@@ -136,7 +154,17 @@ def quantize_keys(
 def quantize_values(
     values: Float[Array, "*b t hd"], form: KVFormat
 ) -> tuple[Int32[Array, "*b w hd"], Float16[Array, "*b c t"], Float16[Array, "*b c t"]]:
-    """Codes, scales and offsets of values; see `pallas_kernels.codecs.kv_layout.decode_values`."""
+    """Return codes, scales and offsets of values.
+
+    `pallas_kernels.codecs.kv_layout.decode_values` is the inverse.
+
+    Args:
+      values: values [..., t, head_dim]; `form.channels` divides head_dim.
+      form: format of the cache.
+    Returns:
+      Packed int32 codes [..., words, head_dim], and float16 scales and offsets
+      [..., head_dim / channels, t].
+    """
     *batch, tokens, hd = values.shape
     runs = values.astype(jnp.float32).reshape(*batch, tokens, -1, form.channels)
     codes, scale, offset = _rounded(runs, jnp.ones(form.channels, bool), form.bits, axis=-1)
@@ -148,9 +176,15 @@ def quantize_values(
 def rounded_keys(
     keys: Float[Array, "*b t hd"], form: KVFormat, frequencies: Float[Array, " half"]
 ) -> Float[Array, "*b t hd"]:
-    """Turned keys of positions 0 ... t - 1 as the cache would give them back, sinks as they are.
+    """Return keys after RoPE as the cache would give them back; sinks are unchanged.
 
-    Groups begin at position 0; the last may be short. dtype of keys.
+    Args:
+      keys: keys after RoPE [..., t, head_dim], at positions 0 ... t - 1. Groups begin at position
+        0; the last one may be short.
+      form: format of the cache.
+      frequencies: RoPE frequencies [head_dim / 2].
+    Returns:
+      Keys [..., t, head_dim], in the dtype of `keys`.
     """
     tokens = keys.shape[-2]
     positions = jnp.arange(-(-tokens // form.group) * form.group)
@@ -165,7 +199,12 @@ def rounded_keys(
 
 
 def rounded_values(values: Float[Array, "*b t hd"], form: KVFormat) -> Float[Array, "*b t hd"]:
-    """Values of positions 0 ... t - 1 as the cache would give them back; as `rounded_keys`."""
+    """Return values at positions 0 ... t - 1 as the cache would give them back; see `rounded_keys`.
+
+    Args:
+      values: values [..., t, head_dim].
+      form: format of the cache.
+    """
     tokens = values.shape[-2]
     padding = [(0, 0)] * (values.ndim - 2) + [(0, -tokens % form.group), (0, 0)]
     known = kv_layout.decode_values(*quantize_values(jnp.pad(values, padding), form), form.bits)
@@ -182,21 +221,25 @@ def store(
     form: KVFormat,
     frequencies: Float[Array, " half"],
 ) -> kv_layout.Past:
-    """The cache with the tokens at positions start ... stop - 1 of all layers, group by group.
+    """Return the cache with the tokens at positions start ... stop - 1 added in all layers.
 
-    Each goes into the ring (or, one of the first, to the sinks); when a group is full, that which
-    is a window before it leaves for the codes. Nothing else of `past` changes, so that inside a
-    loop it is written in place.
+    Each token goes into the ring buffer or, if it is one of the first, to the sinks. When a group
+    is complete, the group one window before it is quantized. Nothing else in `past` changes, so
+    inside a loop the cache is updated in place.
 
     Args:
-      k, v: of tokens from `start` on; those from `stop` on are padding and enter nothing.
-        Keys are turned.
-      start: the number of tokens that are in `past`.
+      past: the cache.
+      k, v: keys (after RoPE) and values [L, b, kv, t, head_dim] of tokens from `start` on; those
+        from `stop` on are padding and are ignored.
+      start: number of tokens in `past`.
+      stop: number of tokens after the call.
+      form: format of the cache.
+      frequencies: RoPE frequencies [head_dim / 2].
     """
-    chunks = form.window // form.group + 1  # of the ring
+    chunks = form.window // form.group + 1  # number of groups that the ring holds
 
     def put(held: Array, new: Array, at: Array, positions: Array) -> Array:
-        """The tokens of some positions to where the first of them stands."""
+        """Write the new tokens at these positions to `held`, from index `at` on."""
         is_new = (start <= positions) & (positions < stop)
         index = jnp.clip(positions - start, 0, new.shape[-2] - 1)
         old = jax.lax.dynamic_slice_in_dim(held, at, len(positions), axis=-2)
@@ -223,7 +266,7 @@ def store(
 def _retire(
     past: kv_layout.Past, group: Array, form: KVFormat, frequencies: Array
 ) -> kv_layout.Past:
-    """Group number `group` from the ring to the codes."""
+    """Quantize group number `group`, moving it from the ring to the codes."""
     size, first = form.group, group * form.group
     at = first % past.ring_k.shape[-2]
     held = lambda ring: jax.lax.dynamic_slice_in_dim(ring, at, size, axis=-2)
@@ -241,17 +284,17 @@ def _retire(
 
 
 def _unturned(keys: Array, angles: Array, form: KVFormat) -> Array:
-    """Keys as they are rounded, float32."""
+    """Return keys in float32 as they are rounded: with RoPE undone if `form.rope` is "pre"."""
     keys = keys.astype(jnp.float32)
     return kv_layout.turned(keys, -angles) if form.rope == "pre" else keys
 
 
 def _rounded(x: Array, valid: Array, bits: int, axis: int) -> tuple[Array, Array, Array]:
-    """Codes by the range of what is valid along an axis; scale and offset, float16, of size 1.
+    """Round by the range of valid entries along an axis; return codes, float16 scales and offsets.
 
-    Both are NaN where something valid is NaN or infinite.
+    Scale and offset have size 1 along the axis. Both are NaN if a valid entry is NaN or infinite.
     """
-    # By a test of its own: compiled for a CPU, minima and maxima of many numbers may pass over NaN.
+    # Tested separately: compiled for a CPU, minima and maxima of many numbers may ignore NaN.
     finite = jnp.all(jnp.isfinite(x) | ~valid, axis, keepdims=True)
     x = jnp.where(jnp.isfinite(x), x, 0.0)
     any_valid = jnp.any(valid, axis, keepdims=True)

@@ -1,4 +1,4 @@
-"""Microscaling: 4-bit floats e2m1 in short blocks along k, each with a scale of 8 bits."""
+"""Microscaling: 4-bit e2m1 floats in short blocks along k, with one 8-bit scale per block."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,13 +12,17 @@ from jaxquant.core.magnitude import shifted
 from jaxquant.formats.scales import RESCALE, as_stored, check_scales, check_wide, lost, rescaled
 from jaxquant.formats.table import Scales, Table
 
-# Codes are sign, two bits of exponent, one of significand.
+# A code holds the sign, two exponent bits and one mantissa bit.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Microscaling(Table):
-    """What formats of e2m1 in short blocks share."""
+    """Base of formats that store e2m1 floats in short blocks.
+
+    Attributes:
+      pad: allow a number of rows that the block size does not divide; the last block is then short.
+    """
 
     pad: bool = False
 
@@ -39,16 +43,16 @@ class Microscaling(Table):
 
 @dataclasses.dataclass(frozen=True)
 class MXFP4(Microscaling):
-    """e2m1 in blocks of 32 with a power-of-two scale (e8m0), 4.25 bits.
+    """e2m1 floats in blocks of 32 with a power-of-two scale (e8m0): 4.25 bits per weight.
 
-    The scale is 2^(floor(log2 max|w|) - 2), so that the largest lands in [4, 8): what lies above
-    6 saturates.
+    The scale is 2^(floor(log2 max|w|) - 2), so the largest magnitude of a block lands in [4, 8)
+    units; values above 6 saturate.
 
     Attributes:
-      pad: allow a k that 32 does not divide (the last block is short).
+      pad: allow a k that 32 does not divide; the last block is then short.
 
-    Source: OCP Microscaling Formats (MX) v1.0, 2023; scales below 2^-126 are not
-    used, since they are subnormal float32.
+    Source: OCP Microscaling Formats (MX) v1.0, 2023. We differ: scales below 2^-126 are not used,
+    since they are subnormal in float32.
 
     >>> import jax.numpy as jnp
     >>> f = MXFP4(pad=True)
@@ -60,7 +64,11 @@ class MXFP4(Microscaling):
     scale_dtype: ClassVar[str] = "float8_e8m0fnu"
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of their scales; ValueError outside of it."""
+        """Return a warning if scales lose precision in their dtype on these weights, else "".
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         return check_scales(self.groups(w), 4.0, self.bits, self.scale_dtype, RESCALE)
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
@@ -74,13 +82,13 @@ class MXFP4(Microscaling):
 
 @dataclasses.dataclass(frozen=True)
 class NVFP4(Microscaling):
-    """e2m1 in blocks of 16 with an e4m3 scale, times one float32 scale per matrix, 4.5 bits.
+    """e2m1 floats in blocks of 16 with an e4m3 scale, and a float32 scale per matrix: 4.5 bits.
 
-    The matrix scale is max|w| / (6 * 448) and a block's is max|w_block| / 6 in its units: the
-    largest weight of the matrix is exact.
+    The matrix scale is max|w| / (6 * 448). The scale of a block is max|w_block| / 6 in units of the
+    matrix scale, so the largest weight of the matrix is exact.
 
     Attributes:
-      pad: allow a k that 16 does not divide (the last block is short).
+      pad: allow a k that 16 does not divide; the last block is then short.
 
     Source: NVIDIA, Pretraining large language models with NVFP4, 2025, arXiv:2509.25149.
 
@@ -95,7 +103,11 @@ class NVFP4(Microscaling):
     block_dtype: ClassVar[str] = "float8_e4m3fn"
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of their scales; ValueError outside of it."""
+        """Return a warning if scales lose precision in their dtype on these weights, else "".
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         groups, info = self.groups(w), jnp.finfo(self.block_dtype)
         least = groups.max() * float(info.tiny) / float(info.max)
         return check_wide(w) or lost(groups, least, self.block_dtype, "use another format")

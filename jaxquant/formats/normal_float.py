@@ -1,4 +1,4 @@
-"""NormalFloat: the quantiles of a normal distribution as a table, scaled by each group's absmax."""
+"""NormalFloat: a table of normal quantiles, scaled by the largest magnitude of each group."""
 
 import dataclasses
 from functools import lru_cache
@@ -13,32 +13,34 @@ from jaxtyping import Array, Float
 from jaxquant.formats.scales import as_stored, lost, rescaled, through
 from jaxquant.formats.table import Scales, Table, search
 
-# As published (bitsandbytes): float32 of an offset rounded to 0.9677083.
+# The published values (bitsandbytes): float32, computed with the offset rounded to 0.9677083.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
-BLOCK = 256  # scales that share a scale of their own, under double quantization
+BLOCK = 256  # number of scales that share a second-level scale under double quantization
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalFloat(Table):
-    """NF4 and, by the same construction, NF3 and NF2; a scale (the absmax) per group.
+    """NF4 and, by the same construction, NF3 and NF2, scaled by each group's largest magnitude.
 
     Attributes:
-      bits: 2, 3 or 4.
-      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
-        per matrix.
-      scale_dtype: storage of the scales; codes are chosen with the stored scale.
-      double_quant: keep the scales, less their mean, as 8-bit codes of the dynamic map, with a
-        scale (and the mean) in `scale_dtype` for every 256 of them, counted output by output:
-        8 / 64 + 32 / (64 * 256) bits per weight for 32 / 64.
-      pad: allow a group size that does not divide k (the last group is short).
+      bits: number of bits per code: 2, 3 or 4.
+      group_size: consecutive rows (input channels) that share a scale; -1 or "channel" for one
+        scale per output channel, "tensor" for one per matrix.
+      scale_dtype: storage dtype of the scales; codes are chosen with the stored scale.
+      double_quant: store each scale, minus the mean over the matrix, as an 8-bit code of the
+        dynamic map. Every 256 scales, counted output by output, share a second-level scale in
+        `scale_dtype`, as does the mean. At groups of 64 this takes 8 / 64 + 32 / (64 * 256) bits
+        per weight instead of 32 / 64.
+      pad: allow a group size that does not divide k; the last group is then short.
 
-    Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314. The scales' codes are those of its
-    program (Dettmers et al. 2022, arXiv:2110.02861), where its text says float8.
+    Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314. Under double quantization, the codes of
+    the scales are those of its released code (Dettmers et al. 2022, arXiv:2110.02861); its text
+    says float8.
 
     >>> import jax.numpy as jnp
     >>> f = NormalFloat(bits=2, group_size=-1)
@@ -60,12 +62,12 @@ class NormalFloat(Table):
 
     @property
     def learnable(self) -> bool:  # type: ignore[override]
-        """Scales that are codes themselves cannot be learned."""
+        """Whether scales can be learned; scales that are themselves quantized cannot."""
         return not self.double_quant
 
     @property
     def trained(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What healing may train."""
+        """Names of the arrays that healing may train."""
         return () if self.double_quant else ("scale",)
 
     @property
@@ -89,11 +91,15 @@ class NormalFloat(Table):
         return Scales(_combined(code, top, mean), parts)
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of their scales; ValueError outside of it."""
+        """Return a warning if scales lose precision in their storage on these weights, else "".
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         found = super().check(w)
         if found or not self.double_quant:
             return found
-        groups = self.groups(w)  # of a scale's 8 bits as many say how far it is from the mean
+        groups = self.groups(w)  # codes hold the distance to the mean: far smaller scales are lost
         return lost(groups, groups.mean() / 512, "8-bit codes", "use double_quant=False")
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
@@ -118,21 +124,21 @@ class NormalFloat(Table):
 
 
 def _combined(code: Array, top: Array, mean: Array) -> Array:
-    """Scales from their codes; positive, whatever the rounding of the smallest."""
+    """Decode scales; the result is positive, however the smallest was rounded."""
     offset = jnp.asarray(dynamic_map(), jnp.float32)[code] * top
-    # One bit less: else compilers fuse product and sum in one place and not in another.
+    # Drop one mantissa bit: else compilers fuse the product and the sum in some programs only.
     offset = jax.lax.reduce_precision(offset, exponent_bits=8, mantissa_bits=22)
     return jnp.maximum(offset + mean, jnp.finfo(jnp.float32).tiny)
 
 
 def _blocks(scale: Float[Array, "g n"]) -> Float[Array, "b block"]:
-    """Blocks of consecutive scales, all groups of an output before the next output."""
+    """Return blocks of consecutive scales, with all groups of one output before the next output."""
     flat = scale.T.ravel()
     return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
 
 
 def _spread(top: Float[Array, "... b"], shape: tuple[int, ...]) -> Float[Array, "... g n"]:
-    """Each block's value at each of its scales: the inverse of `_blocks`."""
+    """Return the value of each scale's block: the inverse of `_blocks`."""
     g, n = shape[-2:]
     if top.shape[-1] != -(-g * n // BLOCK):
         raise ValueError(
@@ -144,11 +150,15 @@ def _spread(top: Float[Array, "... b"], shape: tuple[int, ...]) -> Float[Array, 
 
 @lru_cache
 def normal_quantiles(bits: int) -> tuple[float, ...]:
-    """NormalFloat values of 2^bits codes, ascending, with an exact zero; one more is positive.
+    """Return the 2**bits values of NormalFloat, ascending.
 
-    With h = 2^(bits-1) and p = 1 - (1 / (2^bits - 1) + 1 / 2^bits) / 4, the positive values are
-    the normal quantiles of h steps from p towards 1/2, the negative ones mirror h - 1 steps;
-    all are divided by the largest.
+    Zero is exact, and there is one more positive value than negative ones. With h = 2^(bits - 1)
+    and p = 1 - (1 / (2^bits - 1) + 1 / 2^bits) / 4, the positive values are the normal quantiles at
+    h equal steps from p towards 1/2. The negative values mirror those at h - 1 steps. All are
+    divided by the largest.
+
+    Args:
+      bits: number of bits per code.
 
     >>> [round(v, 4) for v in normal_quantiles(3)]
     [-1.0, -0.535, -0.2469, 0.0, 0.1833, 0.382, 0.623, 1.0]
@@ -162,10 +172,12 @@ def normal_quantiles(bits: int) -> tuple[float, ...]:
 
 @lru_cache
 def dynamic_map() -> tuple[float, ...]:
-    """The signed 8-bit dynamic map (Dettmers et al. 2022, arXiv:2110.02861), ascending.
+    """Return the 256 values of the signed 8-bit dynamic map, ascending.
 
-    For i = 0 ... 6 the middles of 2^i equal parts of [0.1, 1], times 10^(i - 6), with both
-    signs; and 0 and 1. There is no -1.
+    For i = 0 ... 6, the map holds the midpoints of 2^i equal parts of [0.1, 1], times 10^(i - 6),
+    with both signs; and 0 and 1. It does not hold -1.
+
+    Source: Dettmers et al. 2022, arXiv:2110.02861.
 
     >>> m = dynamic_map()
     >>> len(m), round(m[0], 4), m[127], m[-1]

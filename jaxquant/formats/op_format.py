@@ -1,4 +1,4 @@
-"""What formats with an op of their own share: products by the kernel table, look-ups, decoding."""
+"""Base of formats with a kernel op of their own, which computes products, look-ups and decoding."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from pallas_kernels import dispatch, reference
 
 
 class OpFormat(TiledFormat):
-    """Base of a format that names its op's `storage` and says how its data are the `arguments`.
+    """Base of a format that names its op by `storage` and maps packed arrays to its `arguments`.
 
-    The storage is one of `pallas_kernels.reference.STORAGES`; products are `{storage}_matmul`.
+    The storage is one of `pallas_kernels.reference.STORAGES`; products call `{storage}_matmul`.
     """
 
     def matmul(
@@ -25,7 +25,7 @@ class OpFormat(TiledFormat):
     def matmuls(
         self, x: Float[Array, "m k"], several: Sequence[dict[str, Array]], activations: str
     ) -> tuple[Float[Array, "m n"], ...]:
-        """x @ w of several matrices, in one call where the platform has one."""
+        """Return x @ w for several matrices, in one call where the platform supports it."""
         of_each = [self.arguments(data, x.shape[-1]) for data in several]
         (static,) = {tuple(sorted(static.items())) for _, static in of_each}
         return dispatch.products(
@@ -48,5 +48,5 @@ class OpFormat(TiledFormat):
         return reference.columns(self.storage, ids, *arrays, **static, k=k)
 
     def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
+        """Return the number of columns in the packed arrays."""
         return data["codes"].shape[-1]

@@ -1,4 +1,4 @@
-"""Scales as storage gives them back, and the groups of rows that share one."""
+"""Scales as they are after storage, and the groups of rows that share one."""
 
 from typing import Any
 
@@ -10,50 +10,58 @@ from jaxtyping import Array, Float
 from jaxquant.core.magnitude import shifted, sizes
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
-LEAST, MOST = 2.0**-110, 2.0**120  # of matrices, with room in float32 for steps and sums
+LEAST, MOST = 2.0**-110, 2.0**120  # of a matrix's largest weight, leaving float32 room for sums
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 RESCALE = "rescale the weights"
 WIDER = f'use scale_dtype="bfloat16" or "float32", or {RESCALE}'
 
 
 def as_stored(scale: Array, dtype: str) -> Array:
-    """Positive float32 scales after a round trip through `dtype`; never zero, never infinite.
+    """Return positive float32 scales after a round trip through `dtype`; never zero or infinite.
+
+    Args:
+      scale: float32 scales, clamped to the range of `dtype`.
+      dtype: name of the storage dtype.
 
     >>> as_stored(jnp.array([0.0, 0.3, 1e9]), "float8_e4m3fn").tolist()
     [0.001953125, 0.3125, 448.0]
     """
     info = jnp.finfo(dtype)
-    # A subnormal float32 would be flushed to zero, and divided by.
+    # Subnormal float32 scales would be flushed to zero, and later divided by.
     least = max(float(info.smallest_subnormal), _TINY)
     return through(jnp.clip(scale, least, float(info.max)), dtype)
 
 
 def through(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
-    """float32 values after a round trip through `dtype`.
+    """Return float32 values after a round trip through `dtype`.
+
+    Args:
+      x: float32 array.
+      dtype: name of the dtype.
 
     >>> through(jnp.array([0.3, 17.0]), "float8_e4m3fn").tolist()
     [0.3125, 16.0]
     """
-    # Without the barrier XLA may skip the trip: to its GPU compiler that is only more precision.
+    # Without the barrier, XLA's GPU compiler may remove the two casts as excess precision.
     return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def check_scales(
     groups: Float[np.ndarray, "..."], top: float, bits: int, dtype: str, remedy: str = WIDER
 ) -> str:
-    """What groups of weights lose where their scales are stored, in words; "" if nothing.
+    """Return a warning if groups of weights lose precision when their scales are stored, else "".
 
-    Below its normal numbers float16 has fewer bits: a scale is held if its rounding moves the
-    largest weight by half a step at most.
+    Subnormal float16 numbers have fewer bits. A float16 scale is accepted as long as its rounding
+    moves the largest weight of its group by at most half a step.
 
     Args:
-      groups: the largest magnitude in each; zeros need no scale.
-      top: the level that it comes to: its scale is the magnitude over this.
-      bits: of a code.
-      dtype: of the scales.
-      remedy: what to do about it.
+      groups: the largest magnitude in each group; groups of zeros need no scale.
+      top: level of the largest magnitude: the scale of a group is its magnitude over `top`.
+      bits: number of bits per code.
+      dtype: storage dtype of the scales.
+      remedy: advice to append to the message.
     Raises:
-      ValueError: a scale is too large for the dtype, or all are too small.
+      ValueError: a scale is too large for the dtype, or all scales are too small.
 
     >>> check_scales(np.array([1.0, 1e-9]), 7, 4, "float16")
     '1 of 2 groups of weights, those up to 1e-09, need scales finer than float16 holds and ...'
@@ -67,7 +75,14 @@ def check_scales(
 
 
 def lost(groups: Float[np.ndarray, "..."], least: float, dtype: str, remedy: str) -> str:
-    """In words, which groups need scales that are too small for their dtype; "" if none."""
+    """Return a warning that names the groups whose scales are too small for their dtype, else "".
+
+    Args:
+      groups: the largest magnitude in each group.
+      least: smallest magnitude whose scale can be stored.
+      dtype: storage dtype of the scales, for the message.
+      remedy: advice to append to the message.
+    """
     small = (groups > 0) & (groups < least)
     if not small.any():
         return ""
@@ -78,19 +93,36 @@ def lost(groups: Float[np.ndarray, "..."], least: float, dtype: str, remedy: str
 
 
 def check_values(format: Any, w: Float[Array, "k n"]) -> None:
-    """The format's `check` of weights whose values are known, and not traced."""
+    """Run the format's `check` unless the weights are traced, so that their values are unknown.
+
+    Args:
+      format: the format.
+      w: weight matrix [k, n].
+    """
     if not isinstance(jnp.isfinite(w), jax.core.Tracer):
         format.check(w)
 
 
 def check_wide(w: Float[Array, "..."]) -> str:
-    """As `check_scales`, of a matrix with a scale in float32."""
+    """Check a matrix with float32 scales; return "", since nothing is lost within their range.
+
+    Args:
+      w: weights.
+    Raises:
+      ValueError: the weights are outside the range of the scales.
+    """
     _check_range(sizes(w), LEAST, MOST, "scales", "float32", RESCALE)
     return ""
 
 
 def check_half(w: Float[Array, "..."]) -> str:
-    """As `check_scales`, of a matrix whose very values are kept in float16."""
+    """Check a matrix whose values are stored in float16; return "" if they are within its range.
+
+    Args:
+      w: weights.
+    Raises:
+      ValueError: the largest weight is outside the normal range of float16.
+    """
     info: Any = jnp.finfo("float16")
     _check_range(sizes(w), float(info.tiny), float(info.max), "tables", "float16", RESCALE)
     return ""
@@ -108,7 +140,12 @@ def _check_range(
 
 
 def check_grouping(group_size: int | str, scale_dtype: str) -> None:
-    """Raise ValueError unless the group size and the dtype of the scales are possible ones."""
+    """Raise ValueError unless the group size and the dtype of the scales are valid.
+
+    Args:
+      group_size: a positive integer, -1, "channel" or "tensor".
+      scale_dtype: one of `SCALE_DTYPES`.
+    """
     good = group_size in (-1, "channel", "tensor") or (
         isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
     )
@@ -122,8 +159,12 @@ def check_grouping(group_size: int | str, scale_dtype: str) -> None:
 
 
 def rows_per_group(group_size: int | str, pad: bool, k: int) -> int:
-    """Rows that share a scale in a matrix of k rows.
+    """Return the number of rows that share a scale in a matrix of k rows.
 
+    Args:
+      group_size: see `Integer`.
+      pad: whether the last group may be short.
+      k: number of rows.
     Raises:
       ValueError: the group size does not divide k and `pad` is off.
     """
@@ -139,7 +180,14 @@ def rows_per_group(group_size: int | str, pad: bool, k: int) -> int:
 
 
 def grouped(w: Float[Array, "k n"], rows: int, whole: bool = False) -> Float[Array, "g rows n"]:
-    """Groups of rows, the last one filled up with zeros; with `whole` one group holds everything.
+    """Return the groups of rows of a matrix, the last one padded with zeros.
+
+    Args:
+      w: matrix [k, n].
+      rows: number of rows per group.
+      whole: put the whole matrix in one group.
+    Returns:
+      Array [groups, rows, n], or [1, k * n, 1] if `whole`.
 
     >>> grouped(jnp.ones((5, 2)), 4).shape, grouped(jnp.ones((5, 2)), 4, whole=True).shape
     ((2, 4, 2), (1, 10, 1))
@@ -150,5 +198,11 @@ def grouped(w: Float[Array, "k n"], rows: int, whole: bool = False) -> Float[Arr
 
 
 def rescaled(data: dict[str, Array], e: Array, *names: str) -> dict[str, Array]:
-    """Packed data with these scales times 2**e, each in its own dtype."""
+    """Return packed arrays with the named scales multiplied by 2**e, each in its own dtype.
+
+    Args:
+      data: packed arrays by name.
+      e: integer exponent, a scalar.
+      names: names of the scales.
+    """
     return data | {name: shifted(data[name], e).astype(data[name].dtype) for name in names}

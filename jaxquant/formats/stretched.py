@@ -1,4 +1,4 @@
-"""Stretched codes: two bits without a zero, evenly spread about it."""
+"""Stretched codes: a 2-bit grid without zero, symmetric about it."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -8,16 +8,16 @@ from jaxquant.formats.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Stretched(Table):
-    """Codes 0 to 3 for -3/4, -1/4, 1/4 and 3/4 times a scale, which begins as the absmax.
+    """Codes 0 to 3 for -3/4, -1/4, 1/4 and 3/4 times a scale, initially the largest magnitude.
 
     Attributes:
-      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
-        per matrix.
-      scale_dtype: storage of the scales; codes are chosen with the stored scale.
-      pad: allow a group size that does not divide k (the last group is short).
+      group_size: consecutive rows (input channels) that share a scale; -1 or "channel" for one
+        scale per output channel, "tensor" for one per matrix.
+      scale_dtype: storage dtype of the scales; codes are chosen with the stored scale.
+      pad: allow a group size that does not divide k; the last group is then short.
 
-    Source: the two-bit grid of ParetoQ (Liu et al. 2025, arXiv:2502.02631). We differ: ties go to
-    the lower value, so that a weight of exactly 0 becomes -1/4, there 1/4.
+    Source: the 2-bit grid of ParetoQ (Liu et al. 2025, arXiv:2502.02631). We differ: ties round to
+    the lower value, so a weight of exactly 0 becomes -1/4 times the scale, and 1/4 there.
 
     >>> import jax.numpy as jnp
     >>> f = Stretched()
@@ -30,7 +30,7 @@ class Stretched(Table):
     pad: bool = False
 
     bits: ClassVar[int] = 2
-    trained: ClassVar[tuple[str, ...]] = ("scale",)  # what healing may train
+    trained: ClassVar[tuple[str, ...]] = ("scale",)  # arrays that healing may train
     table: ClassVar[tuple[float, ...]] = (-0.75, -0.25, 0.25, 0.75)
     largest: ClassVar[float] = 1.0
     stretch: ClassVar[float] = 1.0

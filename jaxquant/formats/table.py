@@ -1,7 +1,7 @@
 """Tables: scalar codes whose value is a scale times an entry of a fixed table.
 
-A format says its table and how scales are stored; the rest is here. Rounders see no difference
-from `Integer`: a row of the grid, and the nearest value to a target.
+A format defines its table and how scales are stored; `Table` does the rest. Rounders treat these
+formats as they treat `Integer`: given a row of the grid, they round to the nearest value.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,12 @@ from pallas_kernels.codecs import layout, tables
 
 
 class Scales(NamedTuple):
-    """Scales of a matrix or of one group, as storage gives them back.
+    """Scales of a matrix or of one group, as they are after storage.
 
-    `parts` are the scales' own codes and scales where they have such, spread over the groups.
+    Attributes:
+      scale: float32 [..., n].
+      parts: for scales that are themselves quantized, their codes and second-level scales,
+        broadcast over the groups; else empty.
     """
 
     scale: Float[Array, "... n"]
@@ -40,16 +43,18 @@ class Scales(NamedTuple):
 
 
 class Table(LevelFormat, OpFormat):
-    """What table formats share: w = scale * table[code], one scale per group of rows.
+    """Base of table formats: w = scale * table[code], with one scale per group of rows.
 
     Attributes:
-      bits: of a code, 2, 3, 4 or 8.
-      group_size: rows of k that share a scale; -1 (or "channel") one per output, "tensor" one
-        per matrix.
-      scale_dtype: storage of the scales; codes are chosen with the stored scale.
-      pad: allow a group size that does not divide k (the last group is short).
-      table: values in order of their codes, or the name of the float8 dtype the codes are.
-      largest: of the table's magnitudes; a group's greatest weight lands there.
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: consecutive rows (input channels) that share a scale; -1 or "channel" for one
+        scale per output channel, "tensor" for one per matrix.
+      scale_dtype: storage dtype of the scales; codes are chosen with the stored scale.
+      pad: allow a group size that does not divide k; the last group is then short.
+      table: values in the order of their codes, or the name of a float8 dtype whose bit patterns
+        are the codes.
+      largest: magnitude to which the largest weight of a group is mapped, by default the largest in
+        the table.
     """
 
     bits: int
@@ -81,21 +86,29 @@ class Table(LevelFormat, OpFormat):
         return self.scale_dtype != "float16"
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of their scales; ValueError outside of it."""
+        """Return a warning if scales lose precision in their dtype on these weights, else "".
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         return check_scales(self.groups(w), self.largest, self.bits, self.scale_dtype)
 
     def groups(self, w: Float[Array, "k n"]) -> Float[np.ndarray, "g n"]:
-        """The largest magnitude in each group."""
+        """Return the largest magnitude in each group."""
         return sizes(grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor"), 1)
 
     # --- codes ------------------------------------------------------------------------------
 
     def rows_per_group(self, k: int) -> int:
-        """Rows that share a scale in a matrix of k rows; ValueError if pad is needed."""
+        """Return the number of rows that share a scale in a matrix of k rows.
+
+        Raises:
+          ValueError: the group size does not divide k and `pad` is off.
+        """
         return rows_per_group(self.group_size, self.pad, k)
 
     def grids(self, w: Float[Array, "k n"]) -> Scales:
-        """The scales [groups, n] of every group of rows ([1, 1] if one serves the matrix)."""
+        """Return the scales [groups, n] of all groups of rows ([1, 1] for one scale per matrix)."""
         k, n = w.shape
         g = self.rows_per_group(k)
         w = jnp.pad(jnp.abs(w), ((0, -k % g), (0, 0)))
@@ -105,23 +118,23 @@ class Table(LevelFormat, OpFormat):
         return self.stored(self.wanted(absmax))
 
     def fit(self, w: Float[Array, "g n"]) -> Scales:
-        """The scales [n] of one group of rows."""
+        """Return the scales [n] of one group of rows."""
         return jax.tree.map(lambda a: a[0], self.grids(w))
 
     def rescaled(self, grid: Scales, factor: Array) -> Scales:
-        """The grid with its scale times a factor, as storage will give it back."""
+        """Return the grid with its scale multiplied by `factor`, rounded to the storage dtype."""
         return self.stored(grid.scale * factor)
 
     def wanted(self, absmax: Float[Array, "g n"]) -> Float[Array, "g n"]:
-        """The scales that groups of these magnitudes ask for, before storage."""
+        """Return the scales for groups with these largest magnitudes, before storage."""
         return absmax / self.largest
 
     def stored(self, scale: Float[Array, "g n"]) -> Scales:
-        """Scales as storage will give them back."""
+        """Return the grid of these scales, rounded to the storage dtype."""
         return Scales(as_stored(scale, self.scale_dtype), {})
 
     def round(self, w: Float[Array, "... n"], grid: Scales) -> tuple[Array, Array]:
-        """Nearest codes (int8) and their values; the grid broadcasts against w."""
+        """Return the nearest codes (int8) and their values; the grid broadcasts against w."""
         values, codes, between = search(self.table)
         i = jnp.searchsorted(between, w / grid.scale, method="compare_all")
         return jnp.asarray(codes)[i], grid.scale * jnp.asarray(values)[i]
@@ -129,20 +142,28 @@ class Table(LevelFormat, OpFormat):
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int[Array, "..."], grid: Scales) -> dict[str, Array]:
-        """Storage of codes [k, n] (or one row a block, [k, 1, n]) and a grid [groups, n]."""
+        """Return the packed arrays for codes and a grid.
+
+        Args:
+          codes: integers [k, n] or, one row per block, [k, 1, n].
+          grid: scales [groups, n].
+        """
         codes = codes.reshape(-1, codes.shape[-1])
         return {"codes": layout.pack(codes, self.bits), **self.pack_scales(grid)}
 
     def pack_scales(self, grid: Scales) -> dict[str, Array]:
-        """What storage holds of the scales."""
+        """Return the stored arrays of the scales."""
         return {"scale": grid.scale.astype(self.scale_dtype)}
 
     def opened(self, data: dict[str, Array]) -> dict[str, Array]:
-        """Packed data of which every array either splits by columns or serves all of them."""
+        """Return packed arrays that each either split along columns or are shared by all columns.
+
+        Formats that quantize their scales decode them here.
+        """
         return data
 
     def stored_grid(self, data: dict[str, Array]) -> Scales:
-        """The scales of packed data."""
+        """Return the grid of packed arrays."""
         return Scales(self.scales(self.opened(data)).astype(jnp.float32), {})
 
     # --- levels -----------------------------------------------------------------------------
@@ -155,35 +176,39 @@ class Table(LevelFormat, OpFormat):
         return float(min(self.table)), float(max(self.table))
 
     def make_grid(self, scale: Array, zero: Array | None = None) -> Scales:
-        """There are no zero points."""
+        """Return a grid of these scales; table formats have no zero points."""
         return Scales(scale, {})
 
     def level(self, v: Float[Array, "..."], zero: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The nearest levels to v, in steps."""
+        """Return the nearest levels to v, in units of the scale."""
         return self.round(v, Scales(jnp.ones(()), {}))[1]
 
     @property
     def countable(self) -> bool:  # type: ignore[override]
-        """Whether levels have places: a table of numbers has, a float8 dtype has not."""
+        """Whether codes have positions among the levels: tables do, float8 dtypes do not."""
         return not isinstance(self.table, str)
 
     def place(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Of every code, how many levels are below its own."""
+        """Return the position of each code: the number of levels below its own."""
         levels = np.asarray(self.table, np.float32)
         places = np.searchsorted(search(tuple(levels))[0], levels)
         return jnp.asarray(places, jnp.int8)[codes]
 
     def value_at(self, place: Float[Array, "..."], grid: Scales) -> Float[Array, "..."]:
-        """What the codes at these places mean."""
+        """Return the values of the codes at these positions."""
         return grid.scale * jnp.asarray(search(self.table)[0])[place.astype(jnp.int32)]
 
     def scales(self, data: dict[str, Array]) -> Float[Array, "... g n"]:
-        """Scales of opened data, of a dtype that the op takes."""
+        """Return the scales of opened packed arrays, in a dtype that the op accepts."""
         scale = data["scale"]
         return scale if scale.dtype.name in SCALE_DTYPES else scale.astype(jnp.float32)
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round a matrix to nearest and pack it; ValueError where scales cannot be stored."""
+        """Round a matrix to nearest and pack it.
+
+        Raises:
+          ValueError: the weights are outside the range of the scales.
+        """
         check_values(self, w)
         k = w.shape[0]
         grid = self.grids(w)
@@ -218,12 +243,12 @@ class Table(LevelFormat, OpFormat):
         return scale.astype(jnp.float32) * tables.values(codes, self.table)
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         return f"codebook_matmul, {self.bits}-bit words"
 
 
 def _tied(x: Array, *several: dict[str, Array]) -> tuple[Array, list[dict[str, Array]]]:
-    """Scales tied to x: opened ones are then not lifted out of a decoding loop."""
+    """Tie the scales to x, so that XLA does not hoist opened scales out of a decoding loop."""
     scales = [{name: a for name, a in data.items() if name != "codes"} for data in several]
     x, scales = jax.lax.optimization_barrier((x, scales))
     return x, [data | new for data, new in zip(several, scales, strict=True)]
@@ -231,14 +256,22 @@ def _tied(x: Array, *several: dict[str, Array]) -> tuple[Array, list[dict[str, A
 
 @lru_cache
 def search(table: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ascending values, their codes (int8), and the bounds between: a tie goes to the even code.
+    """Return the sorted values of a table, their codes (int8) and the bounds between them.
+
+    The bounds are such that a tie rounds to the even code.
+
+    Args:
+      table: values in the order of their codes; of equal values the first is used.
+    Returns:
+      Arrays values [m], codes [m] and bounds [m - 1], where `searchsorted(bounds, x)` is the index
+      of the value nearest to x.
 
     >>> [a.tolist() for a in search((0.0, 1.0, 3.0, -1.0))]
     [[-1.0, 0.0, 1.0, 3.0], [3, 0, 1, 2], [-0.5000000596046448, 0.5, 1.9999998807907104]]
     """
     values, codes = np.unique(np.asarray(table, np.float32), return_index=True)
     between = (values[:-1] + values[1:]) / 2
-    # The index is the number of bounds strictly below; one bit less lets a tie rise.
+    # `searchsorted` counts the bounds strictly below x: lowered by one ulp, a bound rounds ties up.
     rises = codes[:-1] % 2 == 1
     between = np.where(rises, np.nextafter(between, np.float32(-np.inf)), between)
     return values, codes.astype(np.int8), between

@@ -1,4 +1,4 @@
-"""Ternary: codes -1, 0, 1 in 2-bit words, one scale per group."""
+"""Ternary codes -1, 0 and 1 in 2-bit words, with one scale per group."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,10 +15,16 @@ from pallas_kernels.codecs import layout
 
 @dataclasses.dataclass(frozen=True)
 class Ternary(Integer):
-    """Codes {-1, 0, 1} times a scale; 2-bit words as Integer has them, on disk five codes a byte.
+    """Codes {-1, 0, 1} times a scale, in the 2-bit words of `Integer`; five codes a byte on disk.
 
-    The scale minimises the squared error by alternation (Li et al. 2016, arXiv:1605.04711,
-    solve it approximately in one step): codes given the scale, then scale <w, c> / <c, c>.
+    The scale minimizes the squared error by alternation: choose the codes for the current scale,
+    then set scale = <w, c> / <c, c>. Li et al. 2016, arXiv:1605.04711, solve this approximately in
+    one step.
+
+    Attributes:
+      bits: always 2.
+      symmetric: always True.
+      group_size, scale_dtype, pad: see `Integer`; `mse` and `clip` have no effect.
 
     >>> import jax.numpy as jnp
     >>> f = Ternary(group_size=-1)
@@ -45,15 +51,15 @@ class Ternary(Integer):
         return (data["codes"], data["scale"]), {"group_size": self.rows_per_group(k)}
 
     def to_disk(self, data: dict[str, Array], k: int) -> dict[str, Array]:
-        """What a checkpoint keeps: codes five to a byte, 1.6 bits."""
+        """Return the arrays of a checkpoint, with codes packed five to a byte (1.6 bits)."""
         return data | {"codes": layout.pack_base3(data["codes"], k)}
 
     def from_disk(self, kept: dict[str, Array], k: int) -> dict[str, Array]:
-        """Inverse of `to_disk`."""
+        """Invert `to_disk`."""
         return kept | {"codes": layout.unpack_base3(kept["codes"], k)}
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         return "ternary_matmul, 2-bit words"
 
     def fit(self, w: Float[Array, "g n"]) -> Grid:

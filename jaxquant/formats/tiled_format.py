@@ -1,4 +1,4 @@
-"""What formats without an op of their own share: products and look-ups by decoding tiles."""
+"""Base of formats without a kernel op, which compute products and look-ups by decoding tiles."""
 
 from collections.abc import Mapping
 
@@ -11,28 +11,32 @@ from pallas_kernels import tiled_product
 
 
 class TiledFormat(Format):
-    """Base of a format that says `spans`, and whose `decode` takes a part of the columns.
+    """Base of a format that defines `spans` and whose `decode` accepts a subset of the columns.
 
-    See `pallas_kernels.tiled_product` for both. Its scales are float32 unless it says otherwise.
+    See `pallas_kernels.tiled_product` for both. Scales are float32 unless a subclass says
+    otherwise.
     """
 
     wide: bool = True
 
     @property
     def spans(self) -> Mapping[str, int]:
-        """Columns that one entry along the last axis of each array covers."""
+        """The number of columns that one entry along the last axis of each array covers."""
         raise NotImplementedError
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What these weights lose to the range of the format, in words; "" if nothing.
+        """Return a warning if the format loses precision on these weights, else "".
 
         Raises:
-          ValueError: they are outside the range.
+          ValueError: the weights are outside the range of the format.
         """
         return check_wide(w)
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
-        """The data of a matrix 2**e times as large; exact within the range of its scales."""
+        """Return the packed arrays of a matrix 2**e times as large.
+
+        The result is exact within the range of the scales.
+        """
         return rescaled(data, e, "scale")
 
     def matmul(
@@ -50,5 +54,5 @@ class TiledFormat(Format):
         return tiled_product.columns(data, ids, self.decode, self.spans, k)
 
     def outputs(self, data: dict[str, Array]) -> int:
-        """Columns that the packed arrays hold."""
+        """Return the number of columns in the packed arrays."""
         return tiled_product.outputs(data, self.spans)

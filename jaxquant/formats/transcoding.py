@@ -1,4 +1,4 @@
-"""Entropy-coded weights made ready to serve: streams read once, into words that products take."""
+"""Transcoding of entropy-coded weights for serving: each stream is decoded once to words."""
 
 import dataclasses
 import os
@@ -20,21 +20,22 @@ FORMATS = tuple(DualScale(bits) for bits in (4, 8))
 
 
 def transcoded(params: PyTree, *, threads: int | None = None) -> PyTree:
-    """The same tree with its entropy-coded weights in words of 4 or 8 bits, for products.
+    """Return a tree with its entropy-coded weights as words of 4 or 8 bits, for fast products.
 
-    The weights are the very same: integers of a few bits, a step for each input channel, a width
-    for each output; integers that do not fit stand apart, and of both word sizes the one that takes
-    fewer bytes is chosen (`DualScale`). An entropy-coded weight is decoded anew in every product;
-    one in words is multiplied as other packed weights are. Transforms, forms of activations and
-    everything else in the tree stay as they are, and so do weights of more than 65,536 inputs.
+    The values do not change. Each weight becomes integers of a few bits, a step for each input
+    channel and a width for each output channel (`DualScale`). Integers that do not fit are stored
+    separately, and the word size that takes fewer bytes is chosen. An entropy-coded weight is
+    decoded anew in every product, whereas a transcoded one is multiplied like other packed weights.
+    Everything else in the tree, such as transforms and activation formats, stays as it is, and so
+    do weights with more than 65,536 input channels.
 
     Args:
-      params: a tree, of `quantize` or of a checkpoint; its arrays are concrete.
-      threads: matrices that are read at a time; default: the processors of this machine.
+      params: tree of concrete arrays and `QTensor` leaves, from `quantize` or from a checkpoint.
+      threads: number of matrices to decode at a time; None for the number of processors.
     Returns:
       A tree of the same structure above its leaves.
     Raises:
-      ValueError: a stream is damaged, which names its weight; or inside of `jit`.
+      ValueError: a stream is damaged (the message names the weight), or arrays are traced by `jit`.
 
     >>> import jaxquant as jq
     >>> method = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(2, states=1, lanes=4))
@@ -56,7 +57,7 @@ def transcoded(params: PyTree, *, threads: int | None = None) -> PyTree:
 
 
 def _batches(params: PyTree, threads: int) -> Iterator[list[tuple[str, QTensor]]]:
-    """Entropy-coded weights, in their order, a few matrices at a time."""
+    """Yield the entropy-coded weights in order, in batches of about `threads` matrices."""
     batch: list[tuple[str, QTensor]] = []
     for path, w in path_leaves(params):
         if not isinstance(w, QTensor) or not isinstance(w.format, EntropyCoded):
@@ -78,7 +79,7 @@ def _batches(params: PyTree, threads: int) -> Iterator[list[tuple[str, QTensor]]
 
 
 def _streams(w: QTensor) -> list[Stream]:
-    """One for every matrix of a stack."""
+    """Return the stream of each matrix of a stack."""
     words, f = w.data["codes"], w.format
     if not isinstance(f, EntropyCoded):
         raise ValueError(f"expected an entropy-coded weight, got one in {f}")

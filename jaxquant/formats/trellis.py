@@ -1,4 +1,4 @@
-"""Trellis: tiles of 16 x 16 weights as paths of a bit-shift trellis, a scale per block of rows."""
+"""Trellis codes: 16 x 16 tiles of weights as paths in a bit-shift trellis, with block scales."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -17,14 +17,19 @@ from pallas_kernels import viterbi
 from pallas_kernels.codecs import trellis
 
 SIDE = trellis.SIDE
-# Best scale for Gaussian weights, in units of their rms, by rate; and the distortion it gives
-# ("mul1", L = 12): `tests/benchmarks/trellis_distortion.py`.
+# Best scale for Gaussian weights in units of their rms, by rate, and the resulting distortion
+# ("mul1", L = 12), measured by `tests/benchmarks/trellis_distortion.py`.
 _SCALE = (1.0, 0.9, 1.03, 1.1, 1.15, 1.15, 1.15, 1.15, 1.15)
 DISTORTION = (1.0, 0.283, 0.0729, 0.0190, 0.00503, 0.00135, 0.00036, 0.0001, 0.00003)
 
 
 class TrellisGrid(NamedTuple):
-    """Scale [groups, 1] and index into the distinct rates [groups] of each block of rows."""
+    """The scale and the rate of each block of rows.
+
+    Attributes:
+      scale: float32 [groups, 1].
+      rate: int32 [groups], index into the sorted distinct rates.
+    """
 
     scale: Float[Array, "... 1"]
     rate: Int32[Array, "..."]
@@ -32,13 +37,14 @@ class TrellisGrid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Trellis(GridFormat, OpFormat):
-    """QTIP's trellis-coded quantization; the weights should be rotated to look Gaussian first.
+    """QTIP's trellis-coded quantization; rotate the weights first, so that they look Gaussian.
 
     Attributes:
-      rates: bits per weight, 0 to 8, of equal blocks of rows, first to last; one serves all.
-      L: bits of a state. A quarter of the distortion's gap to Shannon's bound goes from 12 to 16,
-        for 16 times the search.
-      code: what a state stands for, one of `pallas_kernels.codecs.trellis.CODES`.
+      rates: bits per weight, 0 to 8, of equal blocks of rows, first to last; a single rate serves
+        all.
+      L: number of bits of a state. Going from 12 to 16 closes a quarter of the distortion's gap to
+        Shannon's bound and makes the search 16 times as long.
+      code: function from states to values, one of `pallas_kernels.codecs.trellis.CODES`.
 
     Source: Tseng et al. 2024, arXiv:2406.11235. Rates that differ by block are ours.
 
@@ -67,7 +73,7 @@ class Trellis(GridFormat, OpFormat):
 
     @property
     def V(self) -> int:
-        """Weights of a step of the trellis."""
+        """The number of weights per step of the trellis."""
         return trellis.CODES[self.code]
 
     def check_shape(self, k: int, n: int) -> None:
@@ -79,13 +85,13 @@ class Trellis(GridFormat, OpFormat):
             )
 
     def rows_per_group(self, k: int) -> int:
-        """Rows of one block."""
+        """Return the number of rows of one block."""
         return k // len(self.rates)
 
     # --- codes ------------------------------------------------------------------------------
 
     def grids(self, w: Float[Array, "k n"]) -> TrellisGrid:
-        """The best scale for the rms of each block, and its rate."""
+        """Return the best scale for the rms of each block, and the block's rate."""
         blocks = w.astype(jnp.float32).reshape(len(self.rates), -1)
         e = exponent(blocks, 1)
         rms = shifted(jnp.sqrt(jnp.mean(shifted(blocks, -e) ** 2, 1)), e[:, 0])
@@ -93,7 +99,7 @@ class Trellis(GridFormat, OpFormat):
         return TrellisGrid(scale[:, None], jnp.asarray(np.searchsorted(self._distinct, self.rates)))
 
     def rescaled(self, grid: TrellisGrid, factor: Array) -> TrellisGrid:
-        """The grid with its scales times a factor."""
+        """Return the grid with its scales multiplied by `factor`."""
         return grid._replace(scale=grid.scale * factor)
 
     @property
@@ -103,13 +109,13 @@ class Trellis(GridFormat, OpFormat):
     def round(
         self, target: Float[Array, "16 n"], row: TrellisGrid
     ) -> tuple[Int32[Array, "words t"], Float[Array, "16 n"]]:
-        """The paths found nearest to the t = n / 16 tiles, and their values."""
+        """Return the paths found nearest to the t = n / 16 tiles, and their values."""
         return self.round_where(target, row, None)
 
     def round_where(
         self, target: Float[Array, "16 n"], row: TrellisGrid, valid: Bool[Array, "t"] | None
     ) -> tuple[Int32[Array, "words t"], Float[Array, "16 n"]]:
-        """As `round`, of the valid tiles; the others come out as zeros."""
+        """Round as `round` does, but only the valid tiles; the others become zeros."""
         tiles = trellis.tiles(target / row.scale, self.V)
         most = 8 * max(self.rates)
         table = jnp.asarray(trellis.values(self.code, self.L, self.V))
@@ -128,7 +134,7 @@ class Trellis(GridFormat, OpFormat):
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int32[Array, "b words t"], grid: TrellisGrid) -> dict[str, Array]:
-        """Storage of the words of b blocks of 16 rows; each keeps those of its rate."""
+        """Return the packed arrays for b blocks of 16 rows, each with the words of its rate."""
         per = len(codes) // len(self.rates)
         blocks = codes.reshape(len(self.rates), per, *codes.shape[1:])
         kept = [b[:, : 8 * rate] for b, rate in zip(blocks, self.rates, strict=True)]
@@ -136,7 +142,11 @@ class Trellis(GridFormat, OpFormat):
         return {"codes": jnp.concatenate(words), "scale": grid.scale}
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Round a matrix to nearest and pack it."""
+        """Round a matrix to nearest and pack it.
+
+        Raises:
+          ValueError: the shape does not fit the tiles and blocks.
+        """
         k, n = w.shape
         self.check_shape(k, n)
         grid = self.grids(w)
@@ -156,21 +166,22 @@ class Trellis(GridFormat, OpFormat):
         return self.dequantize(data, k)[ids]
 
     def kernel(self) -> str:
-        """The op that serves a matmul."""
+        """Return the name of the op that computes products."""
         rates = "/".join(map(str, self._distinct))
         return f"trellis_matmul, {self.code}, L = {self.L}, {rates} bits"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrellisBudget(Format):
-    """A `Trellis` whose blocks of rows get the rates that an average allows, where they tell most.
+    """A `Trellis` whose rates per block of rows are chosen for a given average rate.
 
-    The rows should have been sorted by their energy and rotated in these very blocks:
-    `Rotation(block, sort=True)`. Matrices of one stack share the rates.
+    Each bit goes to the block where it reduces the loss most. The rows should be sorted by energy
+    and rotated in the same blocks first: `Rotation(block, sort=True)`. All matrices of a stack
+    share rates.
 
     Attributes:
-      bits: average bits per weight.
-      block: rows of a block, a multiple of 16.
+      bits: average number of bits per weight, above 0 and at most 8.
+      block: number of rows in a block, a multiple of 16.
       L, code: see `Trellis`.
 
     Source: ours; reverse water-filling with a fixed-rate code in every block.
@@ -196,11 +207,15 @@ class TrellisBudget(Format):
             raise ValueError(f"block must be a multiple of {SIDE}, got {self.block}")
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """Nothing is lost of weights within the range of float32; ValueError outside of it."""
+        """Return ""; nothing is lost within the range of float32 scales.
+
+        Raises:
+          ValueError: the weights are outside this range.
+        """
         return check_wide(w)
 
     def scaled(self, data: dict[str, Array], e: Array) -> dict[str, Array]:
-        """The data of a matrix 2**e times as large."""
+        """Return the packed arrays of a matrix 2**e times as large."""
         return rescaled(data, e, "scale")
 
     def check_shape(self, k: int, n: int) -> None:
@@ -210,10 +225,12 @@ class TrellisBudget(Format):
         self.planned(np.ones(k // self.block)).check_shape(k, n)
 
     def planned(self, importance: Float[np.ndarray, "blocks"]) -> Trellis:
-        """Rates by greedy return: each bit goes where it takes most off the loss.
+        """Allocate rates greedily: each bit goes where it reduces the loss most.
 
         Args:
-          importance: of each block, loss per unit of relative distortion.
+          importance: loss per unit of relative distortion of each block.
+        Returns:
+          The `Trellis` with these rates.
         """
         rates = np.zeros(len(importance), int)
         gain = np.append(-np.diff(DISTORTION), 0.0)
@@ -222,7 +239,7 @@ class TrellisBudget(Format):
         return Trellis(tuple(map(int, rates)), self.L, self.code)
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """As the planned format of blocks that matter alike: the same bytes."""
+        """Encode with rates for blocks of equal importance, which take the same bytes."""
         return self.planned(np.ones(len(w) // self.block)).encode(w)
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:

@@ -1,4 +1,4 @@
-"""Learned vectors (VPTQ): consecutive outputs of an input row as one vector of a codebook."""
+"""Learned vectors (VPTQ): consecutive outputs of an input channel coded by one codebook vector."""
 
 import dataclasses
 from functools import partial
@@ -18,9 +18,11 @@ from pallas_kernels.codecs import lookup
 
 
 class VectorGrid(NamedTuple):
-    """Tables of a matrix and, with outliers, which rows have their own: kind [k], 0 or 1.
+    """Codebooks of a matrix and, with outliers, which rows have codebooks of their own.
 
-    A table is [1, K, length], or [1, 2, K, length] with outliers.
+    Attributes:
+      tables: one float32 array per stage, [1, K, length], or [1, 2, K, length] with outliers.
+      kind: int32 [k], 1 for outlier rows and else 0; a single entry without outliers.
     """
 
     tables: tuple[Float[Array, "... K d"], ...]
@@ -29,19 +31,22 @@ class VectorGrid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Vector(CodebookFormat, TiledFormat):
-    """w[i, j : j + length] is a vector of a codebook, plus one of a second if `residual_bits`.
+    """w[i, j : j + length] is a codebook vector, plus one of a second codebook if `residual_bits`.
 
-    Codebooks are learned for each matrix, and there are no scales: transforms are for that.
+    Codebooks are learned for each matrix. There are no scales; use transforms for that.
 
     Attributes:
-      length: consecutive outputs that a code covers.
-      bits: of a code, up to 16, a multiple of 2 or 3; the codebook has 2**bits vectors.
-      residual_bits: the same of a second codebook, learned on what the first leaves; 0 for none.
-      outliers: fraction of the rows (input channels), those of greatest weight, that have
-        codebooks of their own. One bit per row says which.
+      length: number of consecutive output channels that a code covers.
+      bits: number of bits per code, up to 16 and a multiple of 2 or 3; the codebook has 2**bits
+        vectors.
+      residual_bits: the same for a second codebook, learned on the residuals of the first; 0 for
+        none.
+      outliers: fraction of the rows (input channels) that have codebooks of their own: those with
+        the largest second moment of the inputs (`Beam`), or else with the largest mean square of
+        the weights. One bit per row marks them.
 
-    Source: Liu et al. 2024, arXiv:2409.17066, without its norms of columns; outlier rows keep
-    the length and sizes of the others.
+    Source: Liu et al. 2024, arXiv:2409.17066. We differ: there are no column norms, and outlier
+    rows use the same vector length and codebook sizes as the others.
 
     >>> f = Vector(length=2, bits=2, residual_bits=0)
     >>> data = f.encode(jnp.array([[3.0, -3.0, 1.0, 0.0]]))
@@ -69,7 +74,7 @@ class Vector(CodebookFormat, TiledFormat):
 
     @property
     def tile(self) -> tuple[int, int]:  # type: ignore[override]
-        """Rows, columns that one code covers."""
+        """Rows and columns that one code covers."""
         return 1, self.length
 
     def check_shape(self, k: int, n: int) -> None:
@@ -81,18 +86,22 @@ class Vector(CodebookFormat, TiledFormat):
             )
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """Nothing is lost of weights within the range of float16; ValueError outside of it."""
+        """Return ""; nothing is lost within the range of float16.
+
+        Raises:
+          ValueError: the weights are outside the range of float16.
+        """
         return check_half(w)
 
     # --- codes ------------------------------------------------------------------------------
 
     def rows_per_group(self, k: int) -> int:
-        """The codebooks serve all rows; but with outliers each row has its kind."""
+        """Return k, since all rows share codebooks, or 1 if rows can be outliers."""
         return 1 if self.outliers else k
 
     @partial(jax.jit, static_argnums=0)
     def learn(self, w: Float[Array, "k n"], weights: Float[Array, "k"], key: Array) -> VectorGrid:
-        """Codebooks by residual k-means, the squared errors of row i weighted by weights[i]."""
+        """Learn codebooks by residual k-means; weights[i] weights the squared errors of row i."""
         k, n = w.shape
         count = round(self.outliers * k)
         kind = jnp.zeros(k, jnp.int32).at[jnp.argsort(-weights)[:count]].set(1)
@@ -115,33 +124,33 @@ class Vector(CodebookFormat, TiledFormat):
         return tuple(1 << b for b in (self.bits, self.residual_bits) if b)
 
     def stored(self, grid: VectorGrid) -> VectorGrid:
-        """The grid as storage will give it back."""
+        """Return the grid with its tables rounded to float16."""
         return grid._replace(tables=tuple(through(t, "float16") for t in grid.tables))
 
     def grids(self, w: Float[Array, "k n"]) -> VectorGrid:
-        """Codebooks by k-means; the outliers are the rows of most energy."""
+        """Learn codebooks by k-means; outliers are the rows with the most energy."""
         weights = jnp.mean(w**2, 1) if self.outliers else jnp.ones(len(w))
         return self.learn(w, weights, jax.random.key(0))
 
     def rescaled(self, grid: VectorGrid, factor: Array) -> VectorGrid:
-        """The grid with its vectors times a factor, as storage will give it back."""
+        """Return the grid with its vectors multiplied by `factor`, rounded to float16."""
         return self.stored(grid._replace(tables=tuple(t * factor for t in grid.tables)))
 
     def search(
         self, target: Float[Array, "1 n"], row: VectorGrid, root: Array | None, beam: int
     ) -> tuple[Int32[Array, "m v"], Float[Array, "1 n"]]:
-        """Codes near in squared error, by beam search, and their values.
+        """Return codes near in squared error, found by beam search, and their values.
 
-        One row has no metric but a factor: `root` changes nothing.
+        For a single row the metric is only a factor, so `root` has no effect.
         """
         tables = [t[row.kind] for t in row.tables] if self.outliers else row.tables
         code = lookup.nearest(target.reshape(-1, self.length).T, tables, beam)
         return code, lookup.total(code, tables).reshape(target.shape)
 
     def values(self, codes: Int[Array, "k m v"], grid: VectorGrid) -> Float[Array, "k n"]:
-        """The matrix of these codes."""
+        """Return the matrix that these codes represent."""
         tables = [t[0] for t in grid.tables]
-        if self.outliers:  # one table after the other, and codes that count on
+        if self.outliers:  # join the two tables and offset the codes of outlier rows
             codes = codes + grid.kind[:, None, None] * np.asarray(self._sizes)[:, None]
             tables = [t.reshape(-1, self.length) for t in tables]
         w = lookup.total(jnp.moveaxis(codes, 1, 0), tables)
@@ -150,7 +159,7 @@ class Vector(CodebookFormat, TiledFormat):
     # --- storage ----------------------------------------------------------------------------
 
     def pack(self, codes: Int[Array, "k m v"], grid: VectorGrid) -> dict[str, Array]:
-        """Storage of the codes of k rows."""
+        """Return the packed arrays for the codes of k rows and a grid."""
         k = codes.shape[0]
         data = {}
         for i, (name, codebook, bits) in enumerate(self._parts):
@@ -164,7 +173,7 @@ class Vector(CodebookFormat, TiledFormat):
 
     @property
     def _parts(self) -> tuple[tuple[str, str, int], ...]:
-        """Names of the codes, names of the codebook, bits, of every stage."""
+        """For each stage, the names of its codes and of its codebook, and the number of bits."""
         parts = (
             ("codes", "codebook", self.bits),
             ("residual", "residual_codebook", self.residual_bits),
@@ -173,7 +182,7 @@ class Vector(CodebookFormat, TiledFormat):
 
     @property
     def trained(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What healing may train."""
+        """Names of the arrays that healing may train."""
         return tuple(codebook for _, codebook, _ in self._parts)
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
@@ -184,18 +193,18 @@ class Vector(CodebookFormat, TiledFormat):
         return {name: self.length for name, _, _ in self._parts}
 
     def unpack(self, data: dict[str, Array], k: int) -> tuple[Int32[Array, "k m v"], VectorGrid]:
-        """Inverse of `pack`."""
+        """Invert `pack`."""
         codes = [lookup.unpack(data[name], bits, k, 1) for name, _, bits in self._parts]
         return jnp.concatenate(codes, 1), self._grid(data, jnp.arange(k))
 
     def rounded(self, w: Float[Array, "k n"], grid: VectorGrid, beam: int) -> Int32[Array, "k m v"]:
-        """Codes of all rows, near in squared error."""
+        """Return the codes of all rows that are nearest in squared error."""
         shared = VectorGrid(tuple(t[0] for t in grid.tables), grid.kind[0])
         one = lambda t: self.search(t[0][None], shared._replace(kind=t[1]), None, beam)[0]
         return jax.lax.map(one, (w, jnp.broadcast_to(grid.kind, len(w))))
 
     def _grid(self, data: dict[str, Array], ids: Array) -> VectorGrid:
-        """The grid with the kinds of rows `ids`."""
+        """Return the grid with the kinds of rows `ids`."""
         tables = [data[codebook].astype(jnp.float32) for _, codebook, _ in self._parts]
         if not self.outliers:
             return VectorGrid(tuple(tables), jnp.zeros(1, jnp.int32))
@@ -207,5 +216,5 @@ class Vector(CodebookFormat, TiledFormat):
         return self.values(jnp.concatenate(codes, 1), self._grid(data, ids))
 
     def kernel(self) -> str:
-        """Which implementation of the kernel table serves a matmul."""
+        """Return the name of what computes products."""
         return f"decoded (XLA), vectors of {self.length}, {self._sizes} entries"

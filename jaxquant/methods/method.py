@@ -1,4 +1,4 @@
-"""A method: transform, rounder, format, and how inputs meet the codes."""
+"""Quantization methods: a transform, a rounder, a format and the rounding of inputs."""
 
 import dataclasses
 from typing import Literal
@@ -14,7 +14,7 @@ from jaxquant.rounding import LDLQ, Nearest
 GroupSize = int | Literal["channel", "tensor"]
 
 
-# The kind of each part, and an example of it; only the first two must be there.
+# The base class of each part, and an example for error messages; the first two are required.
 _PARTS: dict[str, tuple[type, str]] = {
     "rounder": (Rounder, "LDLQ"),
     "format": (Format, "Integer"),
@@ -27,14 +27,23 @@ _PARTS: dict[str, tuple[type, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What to do with a weight: the rounder that chooses codes, the format that stores them.
+    """How to quantize a weight: the rounder that chooses codes and the format that stores them.
 
-    `input` and `output` are transforms of the channels on either side (`Rotation`), or None.
-    `activations`: how inputs are rounded before they meet the codes, an `Activations` or its text
-    ("int8", "int4,asymmetric"); None or "float": not at all.
-    `estimator`, `input_estimator`: how `latent` trains weights, and learned ranges of inputs
-    (`estimators.weight_estimators`, `estimators.input_ranges`); None: `StraightThrough()`, and no
-    learned ranges.
+    Attributes:
+      name: name shown in plans, reports and error messages.
+      rounder: algorithm that chooses the codes, such as `LDLQ`.
+      format: codebook and storage layout, such as `Integer`.
+      input: invertible transform of the input channels, such as `Rotation`; None for no transform.
+      output: the same for the output channels.
+      activations: how inputs are rounded before they are multiplied by the codes, an `Activations`
+        or its text form ("int8", "int4,asymmetric"); None or "float" leaves inputs unrounded.
+      estimator: how `latent` trains the weights (`estimators.weight_estimators`); None means
+        `StraightThrough()`.
+      input_estimator: how `latent` trains the ranges of inputs (`estimators.input_ranges`); None
+        means that these ranges are not learned.
+
+    Raises:
+      ValueError: a part is of the wrong kind, or the activations are not valid.
     """
 
     name: str
@@ -62,33 +71,37 @@ class Method:
 
     @property
     def needs_gram(self) -> bool:
-        """Whether it reads the second moment of the inputs."""
+        """Whether the method reads the second moment of the inputs."""
         side = self.input
         search = side is not None and side.searched and self.activations is None
         return search or self.rounder.needs_gram or (side is not None and side.needs_gram)
 
     @property
     def needs_output(self) -> bool:
-        """Whether it reads the second moment of the loss gradients at the outputs."""
+        """Whether the method reads the second moment of the loss gradients at the outputs."""
         return self.rounder.needs_output or (self.output is not None and self.output.needs_gram)
 
     @property
     def needs_channels(self) -> bool:
-        """Whether it reads the sizes of the inputs' channels."""
+        """Whether the method reads channel statistics of the inputs (mean magnitude and range)."""
         static = self.activations is not None and self.activations.static
         return static or (self.input is not None and self.input.needs_channels)
 
     @property
     def needs_sample(self) -> bool:
-        """Whether it reads rows of the inputs."""
+        """Whether the method reads sample rows of the inputs."""
         side, form = self.input, self.activations
         search = form is not None and (form.mse or (side is not None and side.searched))
         return search or (side is not None and side.needs_sample)
 
     def magnitudes(self, w: Float[Array, "k n"]) -> Float[Array, "s t"]:
-        """How large the entries of the stored matrix will be, about.
+        """Return the approximate magnitude of each entry of the stored matrix [s, t].
 
-        A transform mixes channels: each then stands for all that it is mixed with.
+        A transform mixes channels, so every channel on a transformed side is given the maximum over
+        all channels of that side.
+
+        Args:
+          w: weight matrix [k, n], before transforms.
         """
         k, n = self.stored(*w.shape)
         if self.input is not None:
@@ -98,7 +111,14 @@ class Method:
         return jnp.broadcast_to(w, (k, n))
 
     def healing_bytes(self, k: int, n: int) -> int:
-        """What healing adds to a matrix [k, n]: signs become float16, missing sides are made.
+        """Return the number of bytes that healing adds to a matrix [k, n].
+
+        Sign vectors become float16, and a side without a transform gets float16 channel scales if
+        the format has no parameters of its own to train.
+
+        Args:
+          k: number of input channels.
+          n: number of output channels.
 
         >>> from jaxquant.methods.weights import entropy_coded, qtip, rtn
         >>> [m.healing_bytes(64, 64) for m in (rtn(), entropy_coded(), qtip())]
@@ -113,7 +133,14 @@ class Method:
         return total
 
     def stored(self, k: int, n: int) -> tuple[int, int]:
-        """Rows and columns that the format stores for a matrix [k, n]; ValueError if it cannot."""
+        """Return the shape of the matrix that the format stores for a weight [k, n].
+
+        Args:
+          k: number of input channels.
+          n: number of output channels.
+        Raises:
+          ValueError: a transform or the format does not support this shape.
+        """
         if self.input is not None:
             k = self.input.size(k)
         if self.output is not None:
@@ -124,7 +151,11 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """Leave a leaf as it is."""
+    """The rule that leaves a leaf unquantized.
+
+    Attributes:
+      name: name shown in plans.
+    """
 
     name: str = "keep"
 
@@ -135,5 +166,10 @@ KEEP = Keep()
 
 
 def scalar_rounder(feedback: bool, damping: float = 0.01) -> LDLQ | Nearest:
-    """Error feedback, or nearest."""
+    """Return `LDLQ` with the given damping if `feedback` is set, else `Nearest`.
+
+    Args:
+      feedback: whether to round with error feedback.
+      damping: see `LDLQ`; ignored without feedback.
+    """
     return LDLQ(damping) if feedback else Nearest()

@@ -1,4 +1,4 @@
-"""Named methods against outliers: of activations, and of the weights that these make matter."""
+"""Named methods that deal with outliers in activations, and with the weights that multiply them."""
 
 from typing import Any
 
@@ -12,12 +12,27 @@ from jaxquant.transforms import ActivationAware, Chain, Greedy, Kronecker, Rotat
 
 
 def weights(bits: int, group_size: GroupSize, symmetric: bool, clip: float, dtype: str) -> Format:
-    """Integers, or from 16 bits on the weights as they are."""
+    """Return the format of the weights: `Integer`, or `Dense` (unquantized) from 16 bits on.
+
+    Args:
+      bits: number of bits per code: 2, 3, 4 or 8; 16 or more leaves the weights unquantized.
+      group_size, symmetric, clip: see `Integer`.
+      dtype: storage dtype of the scales.
+    """
     return Dense() if bits >= 16 else Integer(bits, group_size, symmetric, False, dtype, clip=clip)
 
 
 def inputs(bits: int, symmetric: bool, clip: float, static: bool = False) -> Activations | None:
-    """Integers per token, or of a known range; from 16 bits on floats."""
+    """Return the activation format: integers, or None (no rounding) from 16 bits on.
+
+    Args:
+      bits: number of bits per code, 2 to 8; 16 or more leaves the activations unrounded.
+      symmetric: whether codes have no zero point.
+      clip: fraction of the range kept; values outside are clamped.
+      static: use one calibrated scale for the whole tensor instead of one scale per token.
+    Raises:
+      ValueError: `bits` is not an int, or the combination is not supported by `Activations`.
+    """
     if not isinstance(bits, int) or isinstance(bits, bool):
         raise ValueError(f"activation_bits must be int, got {shown(bits)}")
     per: Any = "tensor" if static else "token"
@@ -39,19 +54,25 @@ def smoothquant(
     damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
-    """SmoothQuant: integers on both sides, outliers shared out between them
-    (Xiao et al. 2022, arXiv:2211.10438).
-
-    We differ: all inputs are smoothed, those that no norm makes too.
+    """SmoothQuant: integer weights and activations, with outliers shared between the two.
 
     Args:
-      bits, activation_bits: 16: left as floats.
-      alpha: see `Smooth`; None: searched for.
-      rotate: a Hadamard transform after smoothing.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      static: one scale for all activations, from calibration, not one per token.
-      feedback: LDLQ in place of nearest rounding. damping: see `LDLQ`.
+      bits, activation_bits: bits per weight and per activation; 16 leaves that side in floating
+        point.
+      group_size: input channels that share a weight scale; "channel" for one scale per output
+        channel, "tensor" for one per matrix.
+      alpha: smoothing strength, 0 to 1, see `Smooth`; None searches for it.
+      rotate: apply a Hadamard transform after smoothing.
+      symmetric: whether weights and activations have no zero points.
+      clip, activation_clip: fraction of the range of weights and of activations kept, in (0, 1];
+        values outside are clamped.
+      static: use one calibrated scale for all activations of a layer instead of one per token.
+      feedback: round with `LDLQ` instead of to nearest.
+      damping: see `LDLQ`; ignored without `feedback`.
+      scale_dtype: storage dtype of the weight scales.
+
+    Source: Xiao et al. 2022, arXiv:2211.10438. We differ: all inputs are smoothed, including those
+    that do not come from a normalization layer.
 
     >>> str(smoothquant().activations), smoothquant(4, rotate=True).format.bits
     ('int8', 4)
@@ -76,17 +97,23 @@ def awq(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """AWQ: channels that matter are scaled up before rounding, by a search (Lin et al. 2023,
-    arXiv:2306.00978).
-
-    We differ: where no inspection is given (`quantize`), scales are judged by the error of the
-    products, and outputs that no scale can be folded into are scaled too, online.
+    """AWQ: scale up salient channels before rounding, by a searched amount.
 
     Args:
-      duo: see `ActivationAware`.
-      clip: search a bound for the weights of every group too, see `Clipped`.
-      feedback: LDLQ in place of nearest rounding. damping: see `LDLQ`.
-      The others: see `Integer`.
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      duo: use the scales of AutoAWQ, which depend on the weights too, see `ActivationAware`.
+      clip: also search a clipping bound for each group of weights, see `Clipped`.
+      symmetric: whether codes have no zero point.
+      feedback: round with `LDLQ` instead of to nearest.
+      damping: see `LDLQ`; ignored without `feedback`.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
+
+    Source: Lin et al. 2023, arXiv:2306.00978. We differ: unless `quantize` is given `inspect`,
+    scales are judged by the error of the matrix products; and inputs whose scales cannot be folded
+    into the preceding layer are scaled too, at run time.
 
     >>> awq().input
     ActivationAware(duo=False, group_size=128)
@@ -117,20 +144,28 @@ def duquant(
     damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
-    """DuQuant: smoothed, rotated in blocks, dealt out in zigzag, rotated again
-    (Lin et al. 2024, arXiv:2406.01721).
+    """DuQuant: smooth, rotate in blocks, permute channels in zigzag order, and rotate again.
 
     Args:
-      bits, activation_bits: 16: left as floats.
-      block: channels of a rotation; it divides those of every input.
-      alpha: of smoothing, see `Smooth`.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      permute: False: the first rotation alone.
-      shared: one rotation for all blocks, as in the released code: a rotation of its own for each
-        costs 32 block / n bits per weight of n outputs, twice.
-      steps, flat, by_row: see `Greedy`; `by_row` is the released code's.
-      feedback: LDLQ in place of nearest rounding. damping: see `LDLQ`.
+      bits, activation_bits: bits per weight and per activation; 16 leaves that side in floating
+        point.
+      group_size: input channels that share a weight scale; "channel" for one scale per output
+        channel, "tensor" for one per matrix.
+      block: number of channels in a rotation; it must divide the number of channels of every input.
+      alpha: smoothing strength, 0 to 1, see `Smooth`; None searches for it.
+      steps: number of rotations tried, see `Greedy`.
+      symmetric: whether weights and activations have no zero points.
+      clip, activation_clip: fraction of the range of weights and of activations kept, in (0, 1];
+        values outside are clamped.
+      permute: if False, stop after the first rotation.
+      shared: use one rotation for all blocks, as the released code does. A separate rotation for
+        each block costs 32 block / n bits per weight with n outputs, for each of the two rotations.
+      flat, by_row: see `Greedy`; `by_row` reproduces the released code.
+      feedback: round with `LDLQ` instead of to nearest.
+      damping: see `LDLQ`; ignored without `feedback`.
+      scale_dtype: storage dtype of the weight scales.
+
+    Source: Lin et al. 2024, arXiv:2406.01721.
 
     >>> len(duquant().input.parts), str(duquant().activations)
     (4, 'int4,asymmetric,clip=0.9')
@@ -157,20 +192,27 @@ def quarot(
     damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
-    """QuaRot: a Hadamard transform of every input, weights by error feedback
-    (Ashkboos et al. 2024, arXiv:2404.00456).
-
-    We differ: all transforms are done online; `jaxquant.rotate_residual` folds one of the residual
-    stream into the weights around it.
+    """QuaRot: a Hadamard transform of every input, and weights rounded with error feedback.
 
     Args:
-      bits, activation_bits: 16: left as floats.
-      block: channels of a transform; None: all.
-      alpha: smooth first, see `Smooth`, which the paper does not; None: do not.
-      signed: random signs before the transform.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      feedback: LDLQ (GPTQ) rather than nearest rounding. damping: see `LDLQ`.
+      bits, activation_bits: bits per weight and per activation; 16 leaves that side in floating
+        point.
+      group_size: input channels that share a weight scale; "channel" for one scale per output
+        channel, "tensor" for one per matrix.
+      block: number of channels in a Hadamard transform; None for one transform over all channels.
+      alpha: smooth with this strength before rotating, see `Smooth`, which the paper does not do;
+        None for no smoothing.
+      signed: flip channel signs at random before the Hadamard transform.
+      symmetric: whether weights and activations have no zero points.
+      clip, activation_clip: fraction of the range of weights and of activations kept, in (0, 1];
+        values outside are clamped.
+      feedback: round with `LDLQ` (GPTQ) instead of to nearest.
+      damping: see `LDLQ`; ignored without `feedback`.
+      scale_dtype: storage dtype of the weight scales.
+
+    Source: Ashkboos et al. 2024, arXiv:2404.00456. We differ: all transforms are applied at run
+    time; `jaxquant.rotate_residual` folds a rotation of the residual stream into the weights around
+    it.
 
     >>> quarot().input
     Rotation(block=None, sort=False, signed=False)
@@ -196,19 +238,26 @@ def flatquant(
     damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
-    """FlatQuant: every input through a learned Kronecker product (Sun et al. 2024,
-    arXiv:2410.09426).
+    """FlatQuant: transform every input by a learned Kronecker product.
 
-    Learn the transforms (`jaxquant.learn_blocks`, `jaxquant.learn`) and give them to `quantize`;
-    else they are Hadamard transforms of smoothed inputs.
+    To learn the transforms, call `jaxquant.learn_blocks` or `jaxquant.learn`, and pass the result
+    to `quantize` as `transforms`. Otherwise the inputs are smoothed and Hadamard-transformed.
 
     Args:
-      bits, activation_bits: 16: left as floats.
-      alpha: of smoothing, to begin with; see `Smooth`.
-      orthogonal: learn rotations alone.
-      symmetric: of weights and of activations.
-      clip, activation_clip: of the ranges of weights and of activations, what is kept.
-      feedback: LDLQ rather than nearest rounding. damping: see `LDLQ`.
+      bits, activation_bits: bits per weight and per activation; 16 leaves that side in floating
+        point.
+      group_size: input channels that share a weight scale; "channel" for one scale per output
+        channel, "tensor" for one per matrix.
+      alpha: strength of the initial smoothing, 0 to 1, see `Smooth`.
+      orthogonal: restrict the learned matrices to rotations.
+      symmetric: whether weights and activations have no zero points.
+      clip, activation_clip: fraction of the range of weights and of activations kept, in (0, 1];
+        values outside are clamped.
+      feedback: round with `LDLQ` instead of to nearest.
+      damping: see `LDLQ`; ignored without `feedback`.
+      scale_dtype: storage dtype of the weight scales.
+
+    Source: Sun et al. 2024, arXiv:2410.09426.
 
     >>> flatquant().input
     Kronecker(alpha=0.5, orthogonal=False)

@@ -1,4 +1,4 @@
-"""All methods by name."""
+"""The registry of methods by name."""
 
 import dataclasses
 import inspect
@@ -36,13 +36,17 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def named_method(name: str, **options: Any) -> Method:
-    """A method by name; options that are None are left at their defaults.
+    """Return the method of a given name.
 
-    Every method takes `activations` beside its own options, see `Method`, or `activation_bits`, a
-    whole number: symmetric codes per token where the method does not say otherwise.
+    Every method accepts `activations` in addition to its own options, see `Method`, or an integer
+    `activation_bits`. For methods without an `activation_bits` option of their own, the latter
+    means symmetric codes with one scale per token.
 
+    Args:
+      name: a key of `METHODS`, such as "gptq".
+      options: keyword arguments of the method; options that are None keep their defaults.
     Raises:
-      ValueError: unknown name, an option the method does not have, or a bad value.
+      ValueError: the name is unknown, or an option is unknown or has a bad value.
 
     >>> named_method("gptq", bits=3, group_size=None).format.bits
     3

@@ -1,6 +1,6 @@
-"""Methods made for training: a format, and the estimator that `latent` trains it by.
+"""Methods made for training: a format and the estimator with which `latent` trains it.
 
-As methods of `quantize` they round to nearest.
+When used with `quantize`, they round to nearest.
 """
 
 from typing import Literal
@@ -25,7 +25,17 @@ def ste(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Integers whose scales follow the weights, straight through. See `StraightThrough`.
+    """Integers trained with the straight-through estimator; scales are recomputed from the weights.
+
+    Args:
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      symmetric: whether codes have no zero point.
+      mse: search the clipping range of each group for the least squared error.
+      clipped, stochastic: see `StraightThrough`.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
 
     >>> ste(bits=2, clipped=True).estimator
     StraightThrough(clipped=True, stochastic=False)
@@ -46,15 +56,24 @@ def lsq(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Integers with learned scales, and zero points unless symmetric. See `LSQ`.
+    """Integers with learned scales, and learned zero points unless symmetric. See `LSQ`.
 
     Args:
-      activation_bits: of inputs, by one learned scale for all tokens (`LSQRange`), and an offset
-        unless `activation_symmetric`; None: as they are. For scales per token give the method
-        another form of activations (`named_method("lsq", activations="int8")`).
-      init: "" begins at the scales of least squared error at 2 bits, at LSQ's own at 3 and 4, at
-        those of the largest weight at 8 (and wherever there are zero points): measured on normal
-        weights, LSQ's have 1.5 times the least error at 2 bits and ten times at 8.
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      symmetric: whether codes have no zero point.
+      init: initial scales, see `LSQ`. "" selects the scales of least squared error at 2 bits, LSQ's
+        own at 3 and 4 bits, and the full min-max range at 8 bits and for 3 and 4 bits with zero
+        points. Measured on normal weights, LSQ's own scales have 1.5 times the least error at 2
+        bits and ten times at 8.
+      scale_gradient: normalization of the scale gradient, see `LSQ`.
+      activation_bits: number of bits per activation, with one learned scale for all tokens
+        (`LSQRange`); None leaves inputs unrounded. For one scale per token, set the activations of
+        the method instead (`named_method("lsq", activations="int8")`).
+      activation_symmetric: if False, an offset of the activations is learned too.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
 
     >>> lsq(bits=2).format.mse, lsq(bits=4).estimator.init, lsq(bits=8).estimator.init
     (True, 'mean', 'format')
@@ -79,9 +98,19 @@ def pact(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Inputs clipped at a learned bound (`PACT`), weights clipped straight through.
+    """PACT: inputs clipped at a learned bound, weights by the clipped straight-through estimator.
 
-    Choi et al. 2018, arXiv:1805.06085.
+    Args:
+      bits: number of bits per weight code: 2, 3, 4 or 8.
+      group_size: input channels that share a weight scale; "channel" for one scale per output
+        channel, "tensor" for one per matrix.
+      activation_bits: number of bits per activation, 2 to 8.
+      unsigned: the inputs are not negative, as after a ReLU, see `PACT`.
+      symmetric: whether weight codes have no zero point.
+      scale_dtype: storage dtype of the weight scales.
+      pad: allow a group size that does not divide the number of input channels.
+
+    Source: Choi et al. 2018, arXiv:1805.06085.
 
     >>> str(pact().activations), pact().input_estimator
     ('int4,static,mse', PACT(unsigned=False))
@@ -108,9 +137,22 @@ def stretched_elastic(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """ParetoQ: at 2 and 1.58 bits stretched codes, at 3 and 4 `lsq` from the largest weight.
+    """ParetoQ: stretched codes at 1.58 and 2 bits; at 3 and 4 bits `lsq` with `init="range"`.
 
-    See `StretchedElastic` (Liu et al. 2025, arXiv:2502.02631).
+    See `StretchedElastic` for the estimator.
+
+    Args:
+      bits: 1.58 (ternary), 2, 3 or 4.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      scale_gradient: normalization of the scale gradient, see `LSQ`.
+      released: at 1.58 bits, use the scale gradient of the released code, see `StretchedElastic`.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
+    Raises:
+      ValueError: `bits` is none of these.
+
+    Source: Liu et al. 2025, arXiv:2502.02631.
 
     >>> stretched_elastic(1.58).format.limits
     (-1, 1)
@@ -134,10 +176,20 @@ def zeroqat(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Integers whose ranges are learned parts of those of the weights of the moment.
+    """ZeroQAT: integers whose clipping ranges are learned fractions of the current weight range.
 
-    Made for training without derivatives (`zeroth`); `qat` trains it as well. See
-    `LearnedClipping` (ZeroQAT, arXiv:2509.00031; OmniQuant, arXiv:2308.13137).
+    Made for training without derivatives (`zeroth`), but `qat` can train it as well. See
+    `LearnedClipping`.
+
+    Args:
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      symmetric: whether codes have no zero point.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
+
+    Source: ZeroQAT, arXiv:2509.00031; OmniQuant, arXiv:2308.13137.
 
     >>> zeroqat(bits=2).estimator.scale_gradient
     'none'
@@ -147,10 +199,16 @@ def zeroqat(
 
 
 def bitnet(activations: Activations | str | None = "int8", *, axis: str = "") -> Method:
-    """BitNet b1.58's weights and inputs: ternary by absmean, int8 per token by absmax.
+    """BitNet b1.58: ternary weights scaled by their mean magnitude, int8 inputs scaled per token.
 
-    Scales are float32: in half precision a code in a few hundred would be another.
-    See `AbsMean` (Ma et al. 2024, arXiv:2402.17764).
+    Scales are float32, since in half precision one code in a few hundred would differ. See
+    `AbsMean`.
+
+    Args:
+      activations: how inputs are rounded, see `Method`.
+      axis: inside `shard_map`, the mesh axis over which matrices are split; "" if there is none.
+
+    Source: Ma et al. 2024, arXiv:2402.17764.
 
     >>> str(bitnet().activations)
     'int8'

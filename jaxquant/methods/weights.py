@@ -1,4 +1,4 @@
-"""Methods for weights alone: short compositions of a rounder and a format."""
+"""Weight-only methods: short compositions of a rounder and a format."""
 
 from typing import Literal
 
@@ -32,7 +32,16 @@ def rtn(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Round to nearest. See `Integer` for the arguments.
+    """Round to nearest. See `Integer`.
+
+    Args:
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      symmetric: whether codes have no zero point.
+      mse: search the clipping range of each group for the least squared error.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
 
     >>> rtn(bits=3).format.bits
     3
@@ -52,9 +61,21 @@ def gptq(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Error feedback against the input's second moment (Frantar et al. 2022, arXiv:2210.17323).
+    """GPTQ: error feedback against the second moment of the inputs. See `LDLQ` and `Integer`.
 
-    See `LDLQ` and `Integer` for the arguments.
+    Args:
+      bits: number of bits per code: 2, 3, 4 or 8.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      symmetric: whether codes have no zero point.
+      mse: search the clipping range of each group for the least squared error.
+      act_order: round the input channels in order of decreasing second moment.
+      damping: fraction of the mean of diag(H) added to the diagonal.
+      block_size: rows between two dense updates; it changes the speed, not the result.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
+
+    Source: Frantar et al. 2022, arXiv:2210.17323.
 
     >>> gptq(bits=3, act_order=False).rounder.act_order
     False
@@ -73,7 +94,14 @@ def ternary(
     scale_dtype: str = "float16",
     pad: bool = False,
 ) -> Method:
-    """Codes -1, 0, 1; with `feedback`, LDLQ against the statistics.
+    """Ternary codes -1, 0 and 1. See `Ternary`.
+
+    Args:
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      feedback: round with `LDLQ` against the second moment of the inputs instead of to nearest.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
 
     >>> ternary().format.limits
     (-1, 1)
@@ -85,10 +113,15 @@ def ternary(
 
 
 def quip_sharp(bits: int = 2, *, passes: int = 4, damping: float = 0.01) -> Method:
-    """QuIP#: rotation on both sides, E8P lattice, block feedback (Tseng et al. 2024,
-    arXiv:2402.04396).
+    """QuIP#: rotations on both sides, the E8P lattice codebook and block error feedback.
 
-    We differ: the scale is searched for on the targets that feedback makes.
+    Args:
+      bits: number of bits per weight: 2, 3 or 4, see `E8P`.
+      passes: sweeps of coordinate descent after error feedback, see `LDLQ`.
+      damping: fraction of the mean of diag(H) added to the diagonal.
+
+    Source: Tseng et al. 2024, arXiv:2402.04396. We differ: the scale is searched on the targets
+    that error feedback produces.
 
     >>> quip_sharp().format.bits
     2
@@ -107,13 +140,21 @@ def qtip(
     passes: int = 0,
     damping: float = 0.01,
 ) -> Method:
-    """QTIP: rotation on both sides, trellis, block feedback (Tseng et al. 2024, arXiv:2406.11235).
+    """QTIP: rotations on both sides, trellis-coded quantization and block error feedback.
 
     Args:
-      L: bits of a state; default 12 on a CPU, 16 where there is an accelerator.
-      two_sided: feed errors across outputs too, which needs output-side statistics (YAQA, Tseng
-        et al. 2025, arXiv:2505.22988).
-      passes: see `LDLQ`; not with `two_sided`.
+      bits: number of bits per weight, a whole number from 1 to 8, see `Trellis`.
+      L: number of bits of a trellis state; the default is 12 on a CPU and 16 on an accelerator.
+      code: function from states to values, see `Trellis`.
+      two_sided: also feed errors across output channels, which needs the second moment of the loss
+        gradients at the outputs (YAQA, Tseng et al. 2025, arXiv:2505.22988).
+      passes: sweeps of coordinate descent after error feedback, see `LDLQ`; must be 0 with
+        `two_sided`.
+      damping: fraction of the mean of diag(H) added to the diagonal.
+    Raises:
+      ValueError: both `two_sided` and `passes` are given.
+
+    Source: Tseng et al. 2024, arXiv:2406.11235.
 
     >>> qtip(bits=3).format.rates
     (3,)
@@ -135,10 +176,21 @@ def trellis(
     passes: int = 1,
     damping: float = 0.01,
 ) -> Method:
-    """Trellis with rates allocated over input channels; any average rate.
+    """Trellis codes with bit rates allocated over the input channels, at any average rate.
 
-    Channels are sorted by energy, rotated in blocks, and each block is given the whole number of
-    bits a weight that takes most off the loss. Ours; see `TrellisBudget` for the arguments.
+    Channels are sorted by energy and rotated in blocks. Each block gets a whole number of bits per
+    weight, chosen so that each bit goes where it reduces the loss most. See `TrellisBudget`.
+
+    Args:
+      bits: average number of bits per weight, above 0 and at most 8.
+      block: number of input channels in a block, a multiple of 16 for which a Hadamard matrix
+        exists; channels are padded with zeros to whole blocks.
+      L: number of bits of a trellis state; the default is 12 on a CPU and 16 on an accelerator.
+      code: function from states to values, see `Trellis`.
+      passes: sweeps of coordinate descent after error feedback, see `LDLQ`.
+      damping: fraction of the mean of diag(H) added to the diagonal.
+
+    Source: ours.
 
     >>> trellis(bits=2.25).format.bits
     2.25
@@ -155,10 +207,17 @@ def _states(L: int | None) -> int:
 def aqlm(
     codebooks: int = 2, bits: int = 8, group: int = 8, *, beam: int = 8, sweeps: int = 6
 ) -> Method:
-    """AQLM: sums of learned vectors (Egiazarian et al. 2024, arXiv:2401.06118).
+    """AQLM: sums of learned codebook vectors. See `Beam` and `Additive`.
 
-    We differ: the first codes come by error feedback, the tables by conjugate gradients. See
-    `Beam` and `Additive` for the arguments.
+    Args:
+      codebooks: number of vectors summed for each group.
+      bits: number of bits per code; each codebook has 2**bits vectors.
+      group: number of consecutive input channels that one code covers.
+      beam: beam width of the code search.
+      sweeps: number of alternations between fitting the codebooks and updating the codes.
+
+    Source: Egiazarian et al. 2024, arXiv:2401.06118. We differ: the initial codes come from error
+    feedback, and the codebooks are fitted by conjugate gradients.
 
     >>> aqlm().format.group
     8
@@ -175,10 +234,18 @@ def vptq(
     beam: int = 8,
     sweeps: int = 6,
 ) -> Method:
-    """VPTQ: learned vectors along the outputs (Liu et al. 2024, arXiv:2409.17066).
+    """VPTQ: learned codebook vectors along the output channels. See `Beam` and `Vector`.
 
-    We differ: inputs are rotated first, and codes and tables refined as in `aqlm`. See `Beam` and
-    `Vector` for the arguments.
+    Args:
+      length: number of consecutive output channels that one code covers.
+      bits: number of bits per code; the codebook has 2**bits vectors.
+      residual_bits: the same for a second, residual codebook; 0 for none.
+      outliers: fraction of the input channels that have codebooks of their own, in [0, 1).
+      beam: beam width of the code search.
+      sweeps: number of alternations between fitting the codebooks and updating the codes.
+
+    Source: Liu et al. 2024, arXiv:2409.17066. We differ: inputs are rotated first, and codes and
+    codebooks are refined as in `aqlm`.
 
     >>> vptq().format.length
     8
@@ -195,16 +262,20 @@ def entropy_coded(
     damping: float = 0.02,
     chain: int | None = None,
 ) -> Method:
-    """Water-filled feedback and a real entropy coder; any rate, kept to the byte.
+    """Water-filled error feedback with entropy coding: any rate, met to the byte.
 
-    The least loss at given bits. A product decodes the whole stream: to serve the weights, make
-    words of them once, as the commands do (`jaxquant.transcoded`). See `Waterfill` and
-    `EntropyCoded`.
+    This method has the least loss at a given number of bits. Since each matrix product decodes the
+    whole stream, convert the weights to fixed-width words once before serving, as the command-line
+    tools do (`jaxquant.transcoded`). See `Waterfill` and `EntropyCoded`.
 
     Args:
-      two_sided: outputs get widths by what the loss gradient says they matter, and errors are fed
-        on to later ones; needs output-side statistics.
-      chain: default 256, and 128 for two-sided feedback, which goes from chain to chain.
+      bits: number of bits per weight, everything included; above 0 and at most 12.
+      states: number of trellis states, see `EntropyCoded`.
+      two_sided: also choose step sizes per output channel by the second moment of the loss
+        gradients, and feed errors on to later output channels; needs output-side statistics.
+      damping: fraction of the mean of diag(H) added to the diagonal.
+      chain: maximum number of weights in a row that share a trellis. The default is 256, and 128
+        with `two_sided`, where feedback goes from chain to chain.
 
     >>> entropy_coded(bits=1.5).format.bits
     1.5
@@ -223,7 +294,18 @@ def normal_float(
     pad: bool = False,
     feedback: bool = False,
 ) -> Method:
-    """NF4, NF3, NF2 (Dettmers et al. 2023, arXiv:2305.14314); with `feedback`, LDLQ.
+    """NormalFloat: NF4, NF3 or NF2. See `NormalFloat`.
+
+    Args:
+      bits: number of bits per code: 2, 3 or 4.
+      group_size: input channels that share a scale; "channel" for one scale per output channel,
+        "tensor" for one per matrix.
+      double_quant: store the scales as 8-bit codes.
+      scale_dtype: storage dtype of the scales.
+      pad: allow a group size that does not divide the number of input channels.
+      feedback: round with `LDLQ` instead of to nearest.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314.
 
     >>> normal_float().format.bits
     4
@@ -235,7 +317,13 @@ def normal_float(
 def float8(
     variant: Literal["e4m3", "e5m2"] = "e4m3", group_size: GroupSize = -1, *, feedback: bool = False
 ) -> Method:
-    """FP8 weights, e4m3 or e5m2, a scale per output; with `feedback`, LDLQ.
+    """FP8 weights, e4m3 or e5m2. See `Float8`.
+
+    Args:
+      variant: "e4m3" or "e5m2".
+      group_size: input channels that share a scale; -1 or "channel" for one scale per output
+        channel, "tensor" for one per matrix.
+      feedback: round with `LDLQ` instead of to nearest.
 
     >>> float8("e5m2").format.variant
     'e5m2'
@@ -244,7 +332,13 @@ def float8(
 
 
 def mxfp4(*, pad: bool = False, feedback: bool = False) -> Method:
-    """MXFP4 (OCP Microscaling v1.0); with `feedback`, LDLQ.
+    """MXFP4 weights. See `MXFP4`.
+
+    Args:
+      pad: allow a number of input channels that 32 does not divide.
+      feedback: round with `LDLQ` instead of to nearest.
+
+    Source: OCP Microscaling v1.0.
 
     >>> mxfp4().name
     'mxfp4'
@@ -253,7 +347,11 @@ def mxfp4(*, pad: bool = False, feedback: bool = False) -> Method:
 
 
 def nvfp4(*, pad: bool = False, feedback: bool = False) -> Method:
-    """NVFP4; with `feedback`, LDLQ.
+    """NVFP4 weights. See `NVFP4`.
+
+    Args:
+      pad: allow a number of input channels that 16 does not divide.
+      feedback: round with `LDLQ` instead of to nearest.
 
     >>> nvfp4().name
     'nvfp4'

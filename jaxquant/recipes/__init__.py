@@ -1,1 +1,1 @@
-"""Which method for which weight, and how both are written as JSON."""
+"""Recipes, which map weights to methods, and their JSON form."""

@@ -1,4 +1,4 @@
-"""Recipes: which method for which weight, resolved to a plan before any compute."""
+"""Recipes: rules that assign a method to each weight, resolved to a plan before any computation."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,14 @@ from jaxquant.recipes.serialize import from_json, to_json
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Ordered rules (path glob, method or KEEP); `*` crosses "/"; the first match wins.
+    """An ordered list of rules (path glob, method or `KEEP`).
+
+    The first rule that matches a path applies. `*` also matches "/".
+
+    Args:
+      rules: sequence of pairs (glob, method), where the method is a `Method` or `KEEP`.
+    Raises:
+      ValueError: `rules` is not a sequence of such pairs.
 
     >>> from jaxquant.methods.weights import rtn
     >>> r = Recipe([("*kernel", rtn(bits=4)), ("*", KEEP)])
@@ -50,15 +57,21 @@ class Recipe:
         object.__setattr__(self, "rules", tuple((p, m) for p, m in rules))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """[{"pattern": glob, "method": ...}]."""
+        """Return the recipe as JSON values: [{"pattern": glob, "method": ...}]."""
         return [{"pattern": p, "method": to_json(m)} for p, m in self.rules]
 
     @staticmethod
     def from_json(value: Any) -> "Recipe":
-        """From `to_json`, or the short form {"pattern": glob, "method": "gptq", "bits": 3}.
+        """Read a recipe from the output of `to_json` or from its short form.
 
+        The short form of a rule is {"pattern": glob, "method": "gptq", "bits": 3}.
+
+        Args:
+          value: parsed JSON.
+        Returns:
+          The `Recipe`.
         Raises:
-          ValueError: another structure, an unknown method or option.
+          ValueError: the structure is different, or a method or option is unknown.
         """
         if not isinstance(value, list):
             raise ValueError(f"a recipe is a list of rules, got {type(value).__name__}")
@@ -85,11 +98,14 @@ def _rule(value: Any) -> tuple[str, Method | Keep]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What will happen to one leaf.
+    """The plan for one leaf.
 
     Attributes:
-      method: `KEEP`, or that of a `WeightEntry`.
-      bytes, size: of the result, and its number of weights.
+      path: path of the leaf.
+      shape: shape of the leaf; () for a leaf that is not an array.
+      method: `KEEP`, or the method that quantizes the leaf (`WeightEntry`).
+      bytes: size of the result in bytes.
+      size: number of weights; both are 0 for a leaf that is not an array.
     """
 
     path: str
@@ -101,11 +117,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class WeightEntry(Entry):
-    """A leaf to be quantized, as matrices.
+    """The plan for a leaf that will be quantized, as one or more matrices.
 
     Attributes:
-      method: by which.
-      view: how the stored matrices are the leaf.
+      method: method that quantizes the leaf.
+      view: how the stored matrices map back to the leaf.
       order: axes of the leaf in the order [*batch, *contracted, *output].
     """
 
@@ -115,40 +131,50 @@ class WeightEntry(Entry):
 
     @property
     def matrix(self) -> tuple[int, ...]:
-        """[*batch, k, n] of the leaf."""
+        """The shape [*batch, k, n] of the leaf as matrices."""
         core = len(self.view.k) + len(self.view.n)
         batch = [self.shape[a] for a in self.order[: len(self.order) - core]]
         return (*batch, math.prod(self.view.k), math.prod(self.view.n))
 
     @property
     def count(self) -> int:
-        """Its matrices, those of a stack counted one by one."""
+        """The number of matrices, counting each matrix of a stack."""
         return math.prod(self.matrix[:-2])
 
     def matrices(self, w: Array) -> Float[Array, "m k n"]:
-        """The leaf's matrices, one after another."""
+        """Return the matrices of the leaf, stacked along a leading axis.
+
+        Args:
+          w: the leaf, of the planned shape.
+        Returns:
+          Array [m, k, n], where m is `count`.
+        """
         return jnp.transpose(w, self.order).reshape(-1, *self.matrix[-2:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every leaf's entry; printing it shows bytes and bits before any compute."""
+    """The plan for every leaf of a tree; printing it shows bytes and bits before any computation.
+
+    Attributes:
+      entries: one `Entry` for each leaf, in tree order.
+    """
 
     entries: tuple[Entry, ...]
 
     @property
     def weights(self) -> list[WeightEntry]:
-        """The leaves to be quantized."""
+        """The entries of the leaves to be quantized."""
         return [e for e in self.entries if isinstance(e, WeightEntry)]
 
     @property
     def bits_per_weight(self) -> float:
-        """Over the leaves to be quantized; 0 if there are none."""
+        """The average bits per weight over the leaves to be quantized; 0 if there are none."""
         return 8 * sum(e.bytes for e in self.weights) / max(1, sum(e.size for e in self.weights))
 
     @property
     def matrices(self) -> int:
-        """Matrices to be quantized, those of a stack counted one by one."""
+        """The number of matrices to be quantized, counting each matrix of a stack."""
         return sum(e.count for e in self.weights)
 
     def __str__(self) -> str:
@@ -166,17 +192,24 @@ class Plan:
 def resolve(
     recipe: Recipe | Method, params: PyTree, found: Mapping[str, Site] | None = None
 ) -> Plan:
-    """The plan of a recipe for a tree of arrays (or shapes).
+    """Return the plan of a recipe for a tree of arrays or shapes.
 
-    A bare method means every floating leaf of rank >= 2 that the function contracts (with no
-    sites: every floating leaf of rank >= 2, but for those [layers, n] that stand beside stacks
-    [layers, k, n] in the tree: biases and norms).
+    A bare method applies to every floating-point leaf of rank >= 2 that the function contracts.
+    Without sites, it applies to every floating-point leaf of rank >= 2, except for the biases and
+    norms of stacked layers: leaves [layers, n] that stand beside stacks [layers, k, n] in the tree.
 
+    Args:
+      recipe: a `Recipe`, or a bare `Method`.
+      params: tree of arrays or of `jax.ShapeDtypeStruct`.
+      found: `Site` of each weight by path, which says how the function uses it; None if unknown.
+    Returns:
+      A `Plan` with an entry for each leaf.
     Raises:
-      ValueError: a pattern that matches nothing, a leaf no pattern matches, a method for a leaf
-        that cannot be quantized, a group size that does not divide.
+      ValueError: a pattern matches no leaf, a leaf is matched by no pattern, a method is assigned
+        to a leaf that cannot be quantized, a shape or group size does not fit, there is nothing to
+        quantize, or the sites belong to another tree.
     Warns:
-      what a bare method leaves floating, and why.
+      UserWarning: a bare method leaves weights in floating point; the message says why.
     """
     check_arguments(resolve, locals())
     leaves = path_leaves(params)
@@ -194,7 +227,7 @@ def resolve(
 
 
 def _nothing(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None) -> str:
-    """Why a bare method has nothing to do, and what came."""
+    """Say why a bare method has nothing to quantize, and what the tree holds."""
     some = "; ".join(f"{p}: {_describe(w)}" for p, w in leaves[:4])
     more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
     came = f"the tree holds {some}{more}" if leaves else "the tree holds no leaves"
@@ -221,7 +254,7 @@ def _check_sites(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | N
 def _warn_of_kept(
     chosen: list[tuple[str, PyTree, Method | Keep]], found: Mapping[str, Site] | None
 ) -> None:
-    """What a bare method leaves floating, though it could be quantized, is not left in silence."""
+    """Warn about weights that a bare method could quantize but leaves in floating point."""
     sizes = [w.size for _, w, _ in chosen if is_standin(w) or _floating(w)]
     kept: dict[str, list[tuple[str, int]]] = {}
     for path, w, method in sorted(chosen, key=lambda one: -getattr(one[1], "size", 0)):
@@ -254,7 +287,7 @@ def _contracted(path: str, w: PyTree, found: Mapping[str, Site] | None, stacks: 
 
 
 def _stack_of(path: str, w: PyTree) -> tuple[str, int]:
-    """What the leaves of one stack of layers have in common: place in the tree, and length."""
+    """Return the key shared by the leaves of a stack of layers: place in the tree and length."""
     return path.rpartition("/")[0].partition("/")[0], w.shape[0]
 
 
@@ -292,7 +325,7 @@ def _describe(w: PyTree) -> str:
 
 
 def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> Entry:
-    if not is_array(w):  # a number, a function: kept, and no array
+    if not is_array(w):  # not an array, such as a number or a function: kept
         return Entry(path, (), KEEP, 0, 0)
     shape = tuple(w.shape)
     if isinstance(method, Keep):
@@ -315,7 +348,12 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
 
 
 def named(floating: Sequence[tuple[str, int]], weights: int) -> str:
-    """Paths and the shares of so many weights that they hold: "table (13.5%), bias (0.2%)"."""
+    """Format paths with their shares of all weights: "table (13.5%), bias (0.2%)".
+
+    Args:
+      floating: pairs (path, number of weights); the first six are named, the others are summed.
+      weights: total number of weights that the shares refer to.
+    """
     parts = [f"{path} ({size / max(1, weights):.1%})" for path, size in floating[:6]]
     rest = sum(size for _, size in floating[6:])
     if rest:
@@ -324,10 +362,14 @@ def named(floating: Sequence[tuple[str, int]], weights: int) -> str:
 
 
 def layout_of(shape: tuple[int, ...], site: Site | None) -> tuple[View, tuple[int, ...]]:
-    """The view of a leaf, and its axes in the order [*batch, *contracted, *output].
+    """Return the view of a leaf and its axes in the order [*batch, *contracted, *output].
 
-    Without a site, or for a weight only looked up: the last axis is the output, the one before
-    is contracted, the others are batch; of a looked-up table the rows are the outputs.
+    Without a site, the last axis is the output, the one before it is contracted, and all others are
+    batch axes. For a table that is only looked up, the rows are the outputs.
+
+    Args:
+      shape: shape of the leaf.
+      site: how the function uses the leaf; None if unknown.
     """
     ndim = len(shape)
     if site is not None and site.contracted:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses of the house to and from plain JSON values."""
+"""Conversion of jaxquant's frozen dataclasses to and from plain JSON values."""
 
 import dataclasses
 import difflib
@@ -30,16 +30,17 @@ KINDS = (Format, Transform, Rounder, Estimator, RangeEstimator)
 
 
 def register(part: type) -> type:
-    """Let checkpoints and recipes name a part of one's own by its class; a decorator.
+    """Register a custom class so that checkpoints and recipes can name it; a decorator.
 
     Args:
-      part: a frozen dataclass that derives from a `Format`, `Transform`, `Rounder`, `Estimator` or
-        `RangeEstimator`; its fields hold JSON values, tuples or other parts. It is known by the
-        name of the class, so whoever loads must register one of the same name first.
+      part: a frozen dataclass that derives from `Format`, `Transform`, `Rounder`, `Estimator` or
+        `RangeEstimator`. Its fields must hold JSON values, tuples or other such dataclasses. It is
+        stored under the class name, so a program that loads it must first register a class of the
+        same name.
     Returns:
-      the class.
+      The class.
     Raises:
-      ValueError: it is no such class, or another one has its name.
+      ValueError: `part` is not such a class, or another class has the same name.
 
     >>> register(dict)
     Traceback (most recent call last):
@@ -56,7 +57,7 @@ def register(part: type) -> type:
     place = lambda t: (
         t.__module__,
         t.__qualname__,
-    )  # a module that is loaded again has new classes
+    )  # reloading a module creates new classes
     if place(known) != place(part):
         raise ValueError(
             f"the name {part.__name__!r} is taken by {known.__module__}; choose another"
@@ -66,7 +67,10 @@ def register(part: type) -> type:
 
 
 def to_json(value: Any) -> Any:
-    """A JSON value; a dataclass becomes {"type": name, field: ...}.
+    """Return a value as JSON; a dataclass becomes {"type": name, field: ...}.
+
+    Args:
+      value: a dataclass, tuple, list or plain JSON value; tuples become lists.
 
     >>> from_json(to_json(formats.Integer(bits=3))) == formats.Integer(bits=3)
     True
@@ -80,11 +84,14 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any, depth: int = 0) -> Any:
-    """Inverse of `to_json`; lists come back as tuples.
+    """Read a value written by `to_json`; lists come back as tuples.
 
+    Args:
+      value: parsed JSON.
+      depth: current nesting depth; callers leave it at 0.
     Raises:
-      ValueError: a type or field this version does not know, a value that its field does not take,
-        or values more than `DEEPEST` deep in one another.
+      ValueError: a type or field is unknown to this version, a field has a bad value, or values are
+        nested more than `DEEPEST` levels deep.
     """
     if depth > DEEPEST:
         raise ValueError(f"values lie more than {DEEPEST} deep in one another")

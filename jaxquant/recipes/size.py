@@ -1,4 +1,4 @@
-"""`size`: what a tree of weights takes, quantized or not, and what of it stayed floating."""
+"""`size`: the storage of a tree of weights, and which of them are in floating point."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from jaxquant.recipes.recipe import named
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Bytes and weights of a whole tree: of every floating array, and of what is quantized.
+    """Bytes and numbers of weights of a whole tree, both quantized and floating-point.
 
     Attributes:
-      bytes: of all of them.
-      weights: their number.
-      quantized: how many of these are quantized.
-      floating: path and number of weights of every array that is not, the largest first.
+      bytes: total size in bytes of all quantized and floating-point arrays.
+      weights: total number of weights.
+      quantized: number of weights that are quantized.
+      floating: path and number of weights of each array that is not quantized, largest first.
     """
 
     bytes: int
@@ -29,12 +29,12 @@ class Size:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all weights; 0 if there are none."""
+        """The average number of bits per weight over all weights; 0 if there are none."""
         return 8 * self.bytes / max(1, self.weights)
 
     @property
     def share(self) -> float:
-        """Of the weights that are quantized, from 0 to 1."""
+        """The fraction of weights that are quantized, from 0 to 1."""
         return self.quantized / max(1, self.weights)
 
     def __str__(self) -> str:
@@ -46,11 +46,13 @@ class Size:
 
 
 def size(params: PyTree) -> Size:
-    """The size of a whole tree, as `bits_per_weight` tells that of its quantized leaves.
+    """Return the size of a whole tree; `bits_per_weight` covers its quantized leaves only.
 
     Args:
-      params: tree of arrays and `QTensor` leaves, or their shapes; what is neither a floating array
-        nor quantized counts for nothing.
+      params: tree of arrays and `QTensor` leaves, or of their shapes. Leaves that are neither
+        floating-point arrays nor quantized are ignored.
+    Returns:
+      A `Size`.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> tree = {"w": jnp.ones((64, 32)), "table": jnp.ones((10, 32))}

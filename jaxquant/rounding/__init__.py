@@ -1,4 +1,4 @@
-"""Rounders: how codes are chosen for a given format."""
+"""Rounders: algorithms that choose the codes of a matrix for a given format."""
 
 from jaxquant.core.protocols import Moments
 from jaxquant.rounding.beam import Beam

@@ -1,12 +1,13 @@
-"""Beam: codes and learned codebooks in turn, each lowering the proxy loss given the other (AQLM).
+"""Beam: alternate between codes and learned codebooks, each given the other (AQLM).
 
-The loss of an error E = W - Q is tr(E^T H E). For a format whose values are linear in its tables
-(`Additive`, `Vector`):
+In turn, codes and tables lower the proxy loss tr(E^T H E) of the error E = W - Q. For a format
+whose values are linear in its tables (`Additive`, `Vector`), the steps are:
 
-1. tables by k-means, row i weighted by H_ii;
-2. codes by error feedback (`ldlq`), blocks of rows by falling energy; a beam search finds each
-   block's in the metric D_b of H = U D U^T, which holds what later blocks cannot repair;
-3. tables by least squares on the loss itself, with conjugate gradients, and then as stored;
+1. tables by k-means, with row i weighted by H_ii;
+2. codes by error feedback (`ldlq`), with blocks of rows in order of decreasing energy. The codes of
+   a block come from a beam search in the metric D_b of H = U D U^T, which measures the error that
+   later blocks cannot compensate;
+3. tables by least squares on the loss itself, with conjugate gradients, then rounded for storage;
 4. codes by coordinate descent: a beam search in the metric H_bb, given all other blocks.
 
 Steps 3 and 4 are repeated.
@@ -29,20 +30,21 @@ from jaxquant.rounding.moments import living, unit_upper, upper
 
 @dataclasses.dataclass(frozen=True)
 class Beam(Rounder):
-    """Codes by beam search, codebooks by least squares, against H = mean of x x^T.
+    """Codes by beam search and codebooks by least squares, against H = mean of x x^T.
 
     Attributes:
-      beam: partial sums kept while the vectors of one code are sought, codebook by codebook.
-      sweeps: of coordinate descent, each after a fit of the tables.
-      steps: of conjugate gradients in each fit.
+      beam: beam width: number of partial sums kept while the vectors of a code are chosen, codebook
+        by codebook.
+      sweeps: number of sweeps of coordinate descent, each after a fit of the tables.
+      steps: number of steps of conjugate gradients in each fit.
       damping: fraction of mean(diag H) added to the diagonal for error feedback; raised as in
         `LDLQ`.
-      block_size: rows between two dense updates; changes speed, not the result.
+      block_size: number of rows between two dense updates; it changes the speed, not the result.
 
     Source: Egiazarian et al. 2024, arXiv:2401.06118 (AQLM), which starts from k-means alone and
-    trains the tables with Adam; its beams grow from the old code, these begin afresh, and the old
-    code stays where it is better. Liu et al. 2024, arXiv:2409.17066 (VPTQ), has the k-means and
-    the feedback only, in the order of H_ii.
+    trains the tables with Adam. Its beams grow from the old code; ours start afresh, and the old
+    code stays where it is better. Liu et al. 2024, arXiv:2409.17066 (VPTQ), has only the k-means
+    and the feedback, in order of H_ii.
     """
 
     beam: int = 8
@@ -62,7 +64,19 @@ class Beam(Rounder):
     def __call__(
         self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        """Return the packed arrays of w and a report.
+
+        Args:
+          w: float32 matrix [k, n].
+          format: a format with learned codebooks (`Additive`, `Vector`).
+          moments: second moments; that of the inputs is required.
+          key: random key for the initial codebooks.
+        Returns:
+          Packed arrays, and a report with the damping used and the number of dead channels.
+        Raises:
+          ValueError: the format has no learned codebooks, or the second moment or the key is
+            missing.
+        """
         if not isinstance(format, CodebookFormat):
             raise ValueError(f"beam search is of formats that learn codebooks, got {format}")
         if key is None:
@@ -78,7 +92,7 @@ class Beam(Rounder):
 
 @dataclasses.dataclass(frozen=True)
 class _Searched:
-    """A format as `feedback` and `descend` see it: a grid is (its own, roots [k / d, d, d])."""
+    """The format for `feedback` and `descend`; its grid is (format's grid, roots [k / d, d, d])."""
 
     format: CodebookFormat
     beam: int
@@ -100,9 +114,16 @@ def first_codes(
     grid: Grid,
     options: Beam,
 ) -> tuple[Array, Float[Array, ""]]:
-    """Codes [k / d, ...] by error feedback with these tables, and the damping used.
+    """Return codes [k / d, ...] by error feedback with these tables, and the damping used.
 
-    The blocks of most energy go first, so that those after them can make up for their errors.
+    Blocks with the most energy go first, so that later blocks can compensate for their errors.
+
+    Args:
+      w: matrix [k, n].
+      gram: second moment H [k, k], without dead channels.
+      format: format with learned codebooks.
+      grid: tables of the format.
+      options: the rounder.
     """
     k, d = w.shape[0], format.tile[0]
     blocks = jnp.argsort(-jnp.diagonal(gram).reshape(-1, d).sum(1), stable=True)
@@ -110,7 +131,7 @@ def first_codes(
     gram = gram[order][:, order]
     u, damping = unit_upper(gram, options.damping, d)
     roots = _blocks(upper(gram + damping * jnp.eye(k)), d)
-    roots = jnp.zeros_like(roots).at[blocks].set(roots)  # as stored
+    roots = jnp.zeros_like(roots).at[blocks].set(roots)  # in stored order
     search, size = _Searched(format, options.beam), block_rows(options.block_size, 1, d)
     codes, _, _ = feedback(w[order], u, search, order, d, size, (grid, roots))
     return jnp.zeros_like(codes).at[blocks].set(codes), damping
@@ -121,7 +142,18 @@ def swept(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], format: CodebookFormat, codes: Array,
     grid: Grid, options: Beam,
 ) -> tuple[Array, PyTree]:  # fmt: skip
-    """Codes and grid after `sweeps` fits of the tables and descents. No step raises the loss."""
+    """Return codes and grid after `sweeps` rounds of fitting tables and coordinate descent.
+
+    No step raises the loss.
+
+    Args:
+      w: matrix [k, n].
+      gram: second moment H [k, k], without dead channels.
+      format: format with learned codebooks.
+      codes: initial codes [k / d, ...].
+      grid: initial tables.
+      options: the rounder.
+    """
     k, d = w.shape[0], format.tile[0]
     search, order = _Searched(format, options.beam), jnp.arange(k)
     gram = gram + 1e-6 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(k)
@@ -140,16 +172,25 @@ def fitted(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], format: CodebookFormat, codes: Array,
     grid: Grid, steps: int,
 ) -> Grid:  # fmt: skip
-    """The grid with the tables of least loss for these codes, as stored; the old if no better.
+    """Return the grid with the tables of least loss for these codes, rounded for storage.
 
-    The loss is quadratic in the tables, and its curvature is V^T H V for the linear map V from
-    tables to values: conjugate gradients from the old tables, preconditioned by its diagonal.
+    The old grid is returned if the new one is no better. The loss is quadratic in the tables, with
+    curvature V^T H V for the linear map V from tables to values. It is minimized by conjugate
+    gradients from the old tables, preconditioned by the diagonal of the curvature.
+
+    Args:
+      w: matrix [k, n].
+      gram: second moment H [k, k].
+      format: format with learned codebooks.
+      codes: codes [k / d, ...].
+      grid: old tables.
+      steps: maximum number of steps of conjugate gradients.
     """
     replaced = lambda tables: grid._replace(tables=tables)
     values = lambda tables: format.values(codes, replaced(tables))
     zero = jax.tree.map(jnp.zeros_like, grid.tables)
     pull = lambda e: jax.linear_transpose(values, zero)(e)[0]
-    # A column of V holds an output's scale s wherever an entry serves; V 1 is s times the tables.
+    # A column of V holds the output scale s wherever its entry is used; V 1 is s times the tables.
     spread = values(jax.tree.map(jnp.ones_like, zero)) / len(zero)
     diagonal = pull(jnp.diagonal(gram)[:, None] * spread)
     ridge = 1e-6 * jnp.mean(jnp.concatenate([a.reshape(-1) for a in diagonal]))  # unused entries
@@ -157,7 +198,7 @@ def fitted(
         lambda t: jax.tree.map(lambda a, b: a + ridge * b, pull(gram @ values(t)), t),
         pull(gram @ (w - values(grid.tables))),
         M=lambda t: jax.tree.map(lambda a, b: a / (b + ridge), t, diagonal),
-        tol=1e-5,  # beyond float32, conjugate gradients divide zero by zero
+        tol=1e-5,  # below float32 precision, conjugate gradients divide zero by zero
         maxiter=steps,
     )
 
@@ -171,6 +212,6 @@ def fitted(
 
 
 def _blocks(a: Float[Array, "k k"], d: int) -> Float[Array, "b d d"]:
-    """The blocks of d rows on the diagonal."""
+    """Return the diagonal blocks of d rows."""
     b = len(a) // d
     return jnp.einsum("aiaj->aij", a.reshape(b, d, b, d))

@@ -1,4 +1,4 @@
-"""Clip, then round: a group of weights keeps to a bound that it is searched for."""
+"""Clipping before rounding: each group of weights is clamped to a bound found by a search."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,18 +13,18 @@ from jaxquant.core.protocols import Format, GridFormat, Moments, Rounder
 
 @dataclasses.dataclass(frozen=True)
 class Clipped(Rounder):
-    """AWQ's clipping before another rounder: what is rounded is the clipped matrix.
+    """AWQ's clipping before another rounder, which rounds the clipped matrix.
 
-    Error feedback rounds the matrix as it is, in the clipped one's grids: so it makes up for what
-    is clipped too.
+    Rounders with error feedback round the original matrix instead, with grids fitted to the clipped
+    one, so that feedback compensates for the clipping error too.
 
-    Each group of rows of each output tries bounds of 1, .95, .. times its largest weight, rounded
-    to nearest, and keeps the one with the least error of its share of the output, by the second
-    moment of its inputs alone.
+    For each group of rows and each output channel, the bounds 1, 0.95, 0.9, ... times the largest
+    magnitude are tried with nearest rounding. The bound kept has the least error in the group's
+    contribution to the output, by the second moment of the group's inputs alone.
 
     Attributes:
-      rounder: of what is left.
-      steps: bounds tried, a twentieth apart.
+      rounder: rounder to apply after clipping.
+      steps: number of bounds tried, at most 19, in steps of 0.05.
 
     Source: Lin et al. 2023, arXiv:2306.00978, and its released code.
     """
@@ -42,21 +42,27 @@ class Clipped(Rounder):
 
     @property
     def needs_output(self) -> bool:  # type: ignore[override]
-        """Whether the rounder reads the outputs' second moment."""
+        """Whether the inner rounder reads the second moment of the gradients at the outputs."""
         return self.rounder.needs_output
 
     @property
     def damping(self) -> float:  # type: ignore[override]
-        """That of the rounder."""
+        """The damping of the inner rounder."""
         return self.rounder.damping
 
     def __call__(
         self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w [k, n] (float32), and the rounder's report.
+        """Return the packed arrays of w and the report of the inner rounder.
 
+        Args:
+          w: float32 matrix [k, n].
+          format: a format with groups of rows (`GridFormat`).
+          moments: second moments; that of the inputs is required.
+          key: random key, passed on to the inner rounder.
         Raises:
-          ValueError: a format without groups of rows; no second moment.
+          ValueError: the format has no groups of rows, or the second moment of the inputs is
+            missing.
         """
         if not isinstance(format, GridFormat):
             raise ValueError(f"clipping is of groups of rows, of which {format} has none")

@@ -1,11 +1,11 @@
-"""LDLQ: round rows in order, feeding each row's error to the rows still to come (GPTQ).
+"""LDLQ: round rows in order and feed each row's error to the rows still to come (GPTQ).
 
-With H = U D U^T, U unit upper triangular, and E = W - Q, the proxy loss tr(E^T H E) is
-sum_j D_j |(U^T E)_j|^2, and (U^T E)_j = E_j + sum_{i<j} U_ij E_i knows only rows before j. So
-row j is best rounded from the target T_j = W_j + sum_{i<j} U_ij E_i. This is GPTQ (Frantar et
-al. 2022, arXiv:2210.17323) without the inverse of H, and LDLQ (Chee et al. 2023,
-arXiv:2307.13304) in reversed order. A format that codes d rows together is fed in blocks of d,
-with U block-unit (Tseng et al. 2024, arXiv:2402.04396).
+With H = U D U^T, U unit upper triangular, and E = W - Q, the proxy loss tr(E^T H E) equals
+sum_j D_j |(U^T E)_j|^2, where (U^T E)_j = E_j + sum_{i<j} U_ij E_i depends only on row j and rows
+before it. So row j is best rounded from the target T_j = W_j + sum_{i<j} U_ij E_i. This is GPTQ
+(Frantar et al. 2022, arXiv:2210.17323) without the inverse of H, and LDLQ (Chee et al. 2023,
+arXiv:2307.13304) in reverse order. For a format that codes d rows together, feedback goes from
+block to block of d rows, with U block-unit (Tseng et al. 2024, arXiv:2402.04396).
 """
 
 import dataclasses
@@ -26,20 +26,23 @@ from jaxquant.rounding.moments import living, row_by_row, unit_upper
 
 @dataclasses.dataclass(frozen=True)
 class LDLQ(Rounder):
-    """Error feedback against a second moment H = mean of x x^T.
+    """Error feedback against the second moment of the inputs, H = mean of x x^T.
 
     Attributes:
-      damping: fraction of mean(diag H) added to the diagonal; raised tenfold, up to 8 times,
-        until the factorization is finite.
-      act_order: visit rows by falling diag H, with the group grids fixed beforehand from the
-        unrounded weights ("static groups"), so that groups stay contiguous in storage.
-        Otherwise rows go in order, and each group's grid is fitted to its updated weights. Only
-        for formats that code one row at a time.
-      block_size: rows between two dense updates; changes speed, not the result.
-      passes: sweeps of coordinate descent afterwards: each block of rows again, given all
-        others, kept where the loss falls.
-      scales: multiples of the format's own scale to try on a sample of columns; the one with
-        the least loss serves all. The targets that feedback makes spread wider than W.
+      damping: fraction of mean(diag H) added to the diagonal; raised tenfold, up to 8 times, until
+        the factorization is finite.
+      act_order: visit rows in order of decreasing diag H, with the grids of groups fixed beforehand
+        from the unrounded weights ("static groups"), so that groups stay contiguous in storage;
+        only for formats that code one row at a time. If False, rows are visited in order, and if
+        the format can fit grids group by group, the grid of each group is fitted to its updated
+        weights.
+      block_size: number of rows between two dense updates; it changes the speed, not the result.
+      passes: number of sweeps of coordinate descent afterwards. A sweep rounds each block of rows
+        again, given all others, and keeps the new codes where the loss falls.
+      scales: multiples of the format's own scale to try, since the targets that feedback makes
+        spread wider than W. The one with the least loss on a sample of columns is used for all.
+
+    Source: Frantar et al. 2022, arXiv:2210.17323; Chee et al. 2023, arXiv:2307.13304.
     """
 
     damping: float = 0.01
@@ -62,7 +65,19 @@ class LDLQ(Rounder):
     def __call__(
         self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[Data, Data]:
-        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        """Return the packed arrays of w and a report.
+
+        Args:
+          w: float32 matrix [k, n].
+          format: a format that chooses codes row by row (`GridFormat`).
+          moments: second moments; that of the inputs is required.
+          key: ignored.
+        Returns:
+          Packed arrays, and a report with the damping used and the number of dead channels.
+        Raises:
+          ValueError: the format does not take error feedback or `act_order`, `scales` are given
+            while grids are fitted group by group, or the second moment is missing.
+        """
         return self.within(None, w, format, moments, key)
 
     def within(
@@ -73,7 +88,7 @@ class LDLQ(Rounder):
         moments: Moments,
         key: Array | None = None,
     ) -> tuple[Data, Data]:
-        """As a call; `ranges`: what the grids are fixed by, in place of w."""
+        """Round as a call does, but fix the grids by `ranges` instead of w unless it is None."""
         del key
         format = row_by_row(format)
         k, d = w.shape[0], format.tile[0]
@@ -108,7 +123,16 @@ class LDLQ(Rounder):
 
 
 def block_rows(block_size: int, group: int, d: int) -> int:
-    """Rows of one lazy block: as many whole groups (or format blocks) as fit, at least one."""
+    """Return the number of rows between two dense updates.
+
+    It is the largest multiple of whole groups and format blocks within `block_size`, or one such
+    unit.
+
+    Args:
+      block_size: desired number of rows.
+      group: number of rows per group.
+      d: number of rows that a code covers.
+    """
     return max(1, block_size // math.lcm(group, d)) * math.lcm(group, d)
 
 
@@ -122,10 +146,20 @@ def feedback(
     size: int,
     grid: Grid,
 ) -> tuple[Array, Grid, Float[Array, "k n"]]:
-    """Codes [k / d, ...] of w's rows in visiting order, the grid of stored order, and W - Q.
+    """Round w with error feedback.
 
-    `grid` given: row i uses group order[i] // g. None: rows are in stored order, and a group's
-    grid is fitted when its first row is reached, to the rows as updated by then.
+    Args:
+      w: matrix [k, n], rows in visiting order.
+      u: unit or block-unit upper triangular factor [k, k] of the second moment.
+      format: format that chooses the codes.
+      order: stored index of each visited row.
+      g: number of rows per group.
+      size: number of rows between two dense updates.
+      grid: grid in stored order; row i uses group order[i] // g. If it is None, rows must be in
+        stored order, and the grid of a group is fitted when its first row is reached, to the rows
+        as updated by then.
+    Returns:
+      Codes [k / d, ...] in visiting order, the grid in stored order, and the errors W - Q.
     """
     k, n = w.shape
     d = format.tile[0]
@@ -144,7 +178,7 @@ def feedback(
     )[0]
 
     def step(state: tuple, start: Array, t: Array, ub: Array, block: Array, i: Array) -> tuple:
-        """Round d rows of the block at row i; e holds the block's errors so far."""
+        """Round the d rows of the block at row i; e holds the errors of the block so far."""
         e, codes, grid = state
         if not fixed:
             grid = jax.lax.cond(
@@ -165,7 +199,7 @@ def feedback(
         block = b * size
         start = jax.lax.dynamic_slice_in_dim(w, block, size, 0)
         columns = jax.lax.dynamic_slice_in_dim(u, block, size, 1)
-        t = start + columns.T @ errors  # rows not yet rounded have no error
+        t = start + columns.T @ errors  # rows not yet rounded have zero error
         ub = jax.lax.dynamic_slice_in_dim(columns, block, size, 0)
         e, codes, grid = jax.lax.fori_loop(
             0,
@@ -186,10 +220,10 @@ def _fitted(
     format: GridFormat, grid: Grid, start: Array, t: Array, ub: Array, e: Array, i: Array,
     index: Array, g: int,
 ) -> Grid:  # fmt: skip
-    """The grid with the group whose first row is i fitted to its rows as GPTQ updates them.
+    """Return the grid with the group that starts at row i fitted to its rows as GPTQ updates them.
 
-    With errors E_P so far, the group's rows, unrounded, would move to W_G - e_G where
-    U_GG^T e_G = -U_PG^T E_P: the least-squares response of the rows still free.
+    Given the errors E_P so far, the rows of the group would move, if left unrounded, to W_G - e_G
+    with U_GG^T e_G = -U_PG^T E_P: the least-squares response of the rows that are still free.
     """
     columns = jax.lax.dynamic_slice_in_dim(ub, i, g, 1)
     original = jax.lax.dynamic_slice_in_dim(start, i, g, 0)
@@ -200,13 +234,13 @@ def _fitted(
     return jax.tree.map(lambda a, b: a.at[index].set(b), grid, fitted)
 
 
-SAMPLE = 64  # columns on which scales are compared
+SAMPLE = 64  # number of columns on which scales are compared
 
 
 def _best_scale(
     w: Array, gram: Array, format: GridFormat, grid: Grid, scales: tuple[float, ...], fed: Callable
 ) -> Grid:
-    """The grid times the scale whose feedback ends with the least loss on a sample of columns."""
+    """Return the grid times the scale with the least loss after feedback on a sample of columns."""
     width, n = format.tile[1], w.shape[1]
     tiles = n // width
     chosen = np.arange(tiles)[:: max(1, tiles * width // SAMPLE)]
@@ -227,10 +261,22 @@ def descend(
     w: Array, gram: Array, format: GridFormat, order: Array, g: int, passes: int, grid: Grid,
     codes: Array, errors: Array,
 ) -> Array:  # fmt: skip
-    """Codes after `passes` sweeps: each block of rows rounded again given all other errors.
+    """Return the codes after `passes` sweeps of coordinate descent.
 
-    Given them, the loss of a block is (q - t)^T H_bb (q - t) + const with t = q + H_bb^-1 (H E)_b;
-    the code nearest to t is kept, column by column, where that falls.
+    A sweep rounds each block of rows again, given all other errors. The loss of a block is then
+    (q - t)^T H_bb (q - t) + const with t = q + H_bb^-1 (H E)_b. The code nearest to t replaces the
+    old one, column by column, where the loss falls.
+
+    Args:
+      w: matrix [k, n], rows in visiting order.
+      gram: second moment H [k, k] in the same order, positive definite.
+      format: format that chooses the codes.
+      order: stored index of each visited row.
+      g: number of rows per group.
+      passes: number of sweeps.
+      grid: grid in stored order.
+      codes: initial codes [k / d, ...] in visiting order.
+      errors: their errors W - Q [k, n].
     """
     k = w.shape[0]
     d, width = format.tile

@@ -1,4 +1,4 @@
-"""Second moments as rounders use them: dead channels set apart, damped, factored."""
+"""Second moments as rounders use them: dead channels isolated, damped and factored."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,12 @@ from jaxquant.core.protocols import Format, GridFormat
 
 
 def row_by_row(format: Format) -> GridFormat:
-    """The format, if it chooses codes row by row, given a grid.
+    """Return the format if it chooses codes row by row for a given grid.
 
+    Args:
+      format: the format.
     Raises:
-      ValueError: it does not, and so takes no error feedback.
+      ValueError: it does not, and so cannot be rounded with error feedback.
     """
     if not isinstance(format, GridFormat):
         raise ValueError(
@@ -22,12 +24,17 @@ def row_by_row(format: Format) -> GridFormat:
 
 
 def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
-    """The moment with dead channels alone and of mean energy, and which channels are dead.
+    """Return the second moment with dead channels isolated, and which channels are dead.
 
-    A dead channel multiplies nothing: alone in H, it is rounded to nearest.
+    A dead channel is one that is always zero. It keeps only a diagonal entry, the mean energy of
+    the other channels, and is therefore rounded to nearest.
 
+    Args:
+      gram: second moment [k, k]; None if it was not measured.
+    Returns:
+      The second moment [k, k], and a bool mask [k] of dead channels.
     Raises:
-      ValueError: there is no moment.
+      ValueError: `gram` is None.
     """
     if gram is None:
         raise ValueError("feedback needs the second moment of this side; calibrate for it")
@@ -39,16 +46,25 @@ def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[
 
 
 def upper(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """C, upper triangular, with C C^T = H; NaN where H is not positive definite."""
+    """Return the upper triangular C with C C^T = H; NaN if H is not positive definite.
+
+    Args:
+      gram: symmetric matrix H [k, k].
+    """
     return jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
 
 
 def unit_upper(
     gram: Float[Array, "k k"], damping: float, d: int = 1
 ) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
-    """U of H + damping mean(diag H) I = U D U^T (block-unit for d > 1), and the damping used.
+    """Return the factor U of H + damping mean(diag H) I = U D U^T, and the damping used.
 
     The damping is raised tenfold, up to 8 times, until the factorization is finite.
+
+    Args:
+      gram: second moment H [k, k].
+      damping: initial damping.
+      d: block size; for d > 1, U is block-unit upper triangular and D is block-diagonal.
 
     >>> u, _ = unit_upper(jnp.array([[2.0, 1.0], [1.0, 1.0]]), 1e-9)
     >>> u.round(3).tolist()
@@ -59,7 +75,12 @@ def unit_upper(
 
 
 def believed(g: Float[Array, "n n"], share: float) -> Float[Array, "n n"]:
-    """G with this share of what is off its diagonal."""
+    """Return G with its off-diagonal entries multiplied by `share`.
+
+    Args:
+      g: second moment G [n, n].
+      share: factor from 0 to 1.
+    """
     own = jnp.diag(jnp.diagonal(g))
     return own + share * (g - own)
 
@@ -67,7 +88,12 @@ def believed(g: Float[Array, "n n"], share: float) -> Float[Array, "n n"]:
 def feedback_energies(
     gram: Float[Array, "k k"], damping: float
 ) -> tuple[Float[Array, "k"], Float[Array, ""]]:
-    """D of H + damping mean(diag H) I = U D U^T, and the damping used."""
+    """Return diag D of H + damping mean(diag H) I = U D U^T, and the damping used.
+
+    Args:
+      gram: second moment H [k, k].
+      damping: initial damping, raised as in `unit_upper`.
+    """
     mean = jnp.mean(jnp.diagonal(gram))
     c, damp = _upper(gram / mean, damping)
     return mean * jnp.diagonal(c) ** 2, damp
@@ -76,7 +102,13 @@ def feedback_energies(
 def block_energies(
     gram: Float[Array, "k k"], damping: float, d: int
 ) -> tuple[Float[Array, "k k"], Float[Array, "k"]]:
-    """U, block-unit, and diag D of H + damping mean(diag H) I = U D U^T, blocks of d."""
+    """Return U and diag D of H + damping mean(diag H) I = U D U^T, with U block-unit.
+
+    Args:
+      gram: second moment H [k, k].
+      damping: initial damping, raised as in `unit_upper`.
+      d: block size.
+    """
     mean = jnp.mean(jnp.diagonal(gram))
     c, _ = _upper(gram / mean, damping)
     own = jnp.einsum("bibj->bij", c.reshape(-1, d, len(c) // d, d))
@@ -84,7 +116,7 @@ def block_energies(
 
 
 def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
-    """C, upper triangular, with C C^T = H + damping I, and the damping used."""
+    """Return the upper triangular C with C C^T = H + damping I, and the damping used."""
 
     def factor(damp: Array) -> Array:
         return upper(gram + damp * jnp.eye(len(gram), dtype=gram.dtype))
@@ -103,17 +135,18 @@ def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
 
 
 def _unit(c: Float[Array, "k k"], d: int) -> Float[Array, "k k"]:
-    """U of C = U S with S the blocks of d on C's diagonal."""
+    """Return U of C = U S, where S holds the diagonal blocks of C of size d."""
     if d == 1:
         return c / jnp.diagonal(c)
     return _right_divided(c.reshape(len(c), -1, d), d).reshape(c.shape)
 
 
 def _right_divided(c: Float[Array, "k b d"], d: int) -> Float[Array, "k b d"]:
-    """Each block of d columns times the inverse of its (upper triangular) diagonal block.
+    """Multiply each block of d columns by the inverse of its (upper triangular) diagonal block.
 
-    Substitution by hand: jaxlib's batched triangular solves wait for its thread pool from within
-    it, and two at once, one for each side's moment, wait forever (jaxlib 0.10.2, two cores).
+    The substitution is written out because jaxlib's batched triangular solves wait for jaxlib's
+    thread pool from within it. Two such solves at once, one for the moment of each side, wait
+    forever (jaxlib 0.10.2, two cores).
     """
     b = jnp.arange(c.shape[1])
     block = c.reshape(-1, d, *c.shape[1:])[b, :, b]  # [b, d, d]

@@ -1,4 +1,4 @@
-"""Round every weight to its nearest code."""
+"""Rounding of every weight to its nearest code."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jaxquant.core.protocols import Format, Moments, Rounder
 
 @dataclasses.dataclass(frozen=True)
 class Nearest(Rounder):
-    """Nearest rounding; needs no statistics."""
+    """Round to nearest; needs no statistics."""
 
     def __call__(
         self,
@@ -19,6 +19,14 @@ class Nearest(Rounder):
         moments: Moments | None = None,
         key: Array | None = None,
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w [k, n] (float32), and a report (empty figures)."""
+        """Return the packed arrays of w and a report.
+
+        Args:
+          w: float32 matrix [k, n].
+          format: any format with `encode`.
+          moments, key: ignored.
+        Returns:
+          Packed arrays, and a report in which the damping and the number of dead channels are 0.
+        """
         del moments, key
         return format.encode(w), {"damping": jnp.float32(0), "dead": jnp.int32(0)}

@@ -1,14 +1,16 @@
-"""Two-sided feedback: errors are fed on to the rows and to the columns still to come.
+"""Two-sided feedback: errors are fed to the rows and to the columns still to come.
 
-The loss of the whole model is, to second order and with Kronecker curvature, tr(H E G E^T): H the
-second moment of the inputs, G that of the loss gradients at the outputs. With H = U D U^T and
-G = V F V^T, both unit upper triangular, it is sum_ij D_i F_j (U^T E V)_ij^2, and (U^T E V)_ij knows
-only errors of rows up to i and columns up to j. So a tile is best rounded from
+To second order and with Kronecker curvature, the loss of the whole model is tr(H E G E^T), where H
+is the second moment of the inputs and G that of the loss gradients at the outputs. With
+H = U D U^T and G = V F V^T, both unit upper triangular, it equals sum_ij D_i F_j (U^T E V)_ij^2,
+and (U^T E V)_ij depends only on errors of rows up to i and columns up to j. So a tile is best
+rounded from
 
     T = W + (U^T E V - E)_tile,
 
-in any order in which those above and to the left come first: here along anti-diagonals, many at a
-time (YAQA, Tseng et al. 2025, arXiv:2505.22988, who go the other way round).
+in any order in which the tiles above and to the left come first. Here tiles are rounded along
+anti-diagonals, many at a time. YAQA (Tseng et al. 2025, arXiv:2505.22988) goes in the opposite
+direction.
 """
 
 import dataclasses
@@ -29,8 +31,10 @@ class TwoSided(Rounder):
     """Error feedback against H and G, for formats with one scale per matrix.
 
     Attributes:
-      damping, output_damping: fractions of the mean diagonals added to H and G.
-      scale: multiple of the format's own scale; the targets spread wider than W.
+      damping, output_damping: fractions of the mean diagonal added to the diagonals of H and G.
+      scale: multiple of the format's own scale, since the targets spread wider than W.
+
+    Source: Tseng et al. 2025, arXiv:2505.22988 (YAQA).
     """
 
     damping: float = 0.01
@@ -47,7 +51,19 @@ class TwoSided(Rounder):
     def __call__(
         self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        """Return the packed arrays of w and a report.
+
+        Args:
+          w: float32 matrix [k, n].
+          format: a format that chooses codes row by row (`GridFormat`), with one scale per matrix.
+          moments: second moments; both are required.
+          key: ignored.
+        Returns:
+          Packed arrays, and a report with the damping used for H and the number of dead input
+          channels.
+        Raises:
+          ValueError: the format does not qualify, or a second moment is missing.
+        """
         del key
         format = row_by_row(format)
         k, n = w.shape
@@ -77,10 +93,11 @@ def _diagonals(
     format: GridFormat,
     row: Grid,
 ) -> Array:
-    """Codes [I, ..., J] of tiles, diagonal by diagonal.
+    """Return the codes [I, ..., J] of the tiles, rounded anti-diagonal by anti-diagonal.
 
-    Kept: errors E, and S = U^T E, strictly from rows above, for all tiles. A diagonal's errors
-    enter S of the rows below at once, so that a target needs only S and E of its own row of tiles.
+    The state holds, for all tiles, the errors E and S = U^T E, strictly from the rows above. The
+    errors of a diagonal are added to S of the rows below at once, so that a target needs only S and
+    E of its own row of tiles.
     """
     rows, columns, d, c = w.shape
     u = u.reshape(rows, d, rows, d).transpose(0, 2, 1, 3)  # [I, I, d, d]
@@ -98,10 +115,10 @@ def _diagonals(
         j = jnp.clip(a - i, 0, columns - 1)
         valid = (a - i >= 0) & (a - i < columns)
         mine = fed[i, j]
-        # (S + E) of the tiles to the left, through V.
+        # Feedback from the tiles to the left: S + E times V.
         target = w[i, j] + mine + jnp.einsum("ijdc,jice->ide", fed + error, v[:, j])
         flat = target.swapaxes(0, 1).reshape(d, rows * c)
-        code, value = format.round_where(flat, row, valid)  # of the tiles that a diagonal has
+        code, value = format.round_where(flat, row, valid)  # only tiles on the diagonal count
         value = value.reshape(d, rows, c).swapaxes(0, 1)
         e = jnp.where(valid[:, None, None], w[i, j] - value, 0)
         error = error.at[i, j].add(e)

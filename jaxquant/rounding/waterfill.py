@@ -1,20 +1,22 @@
-"""Waterfill: bits where they count, for a format whose rows and columns have steps of their own.
+"""Waterfill: spend bits where they reduce the loss most, by step sizes per row and per column.
 
-The loss is tr(E^T H E G): H the second moment of the inputs, G that of the loss gradients at the
-outputs. With H = U D U^T, G = V F V^T and error feedback (as in `TwoSided`) it is sum_ij D_i F_j
-(U^T E V)_ij^2, so rows deserve steps in proportion to D_i^-1/2 and columns widths to F_j^-1/2. What
-a bit is worth then is the same everywhere, `SLOPE` squared steps, and a chain (`coded`) is coded so
-that its loss plus price times bits is least. Within a chain errors of columns count as if they had
-nothing in common; V is block-unit, a chain a block.
+The loss is tr(E^T H E G), where H is the second moment of the inputs and G that of the loss
+gradients at the outputs. With H = U D U^T, G = V F V^T and error feedback (as in `TwoSided`), it
+equals sum_ij D_i F_j (U^T E V)_ij^2. Rows should therefore have steps proportional to D_i^-1/2, and
+columns should have widths proportional to F_j^-1/2. A bit is then worth the same everywhere,
+`SLOPE` squared steps, and each chain of weights is coded with the least loss plus price times bits.
+Within a chain, errors of different columns are treated as uncorrelated: V is block-unit, with a
+block per chain.
 
-A code costs later rows too: their targets move. For Gaussian rows of variance s_i^2 the bits of Q
-are sum_i q_i^2 / (2 ln 2 s_i^2) + const, hence, all columns alike,
+A code also affects the bits of later rows, since it moves their targets. For Gaussian rows of
+variance s_i^2, the bits of Q are sum_i q_i^2 / (2 ln 2 s_i^2) + const. Hence, for columns that are
+all alike,
 
     tr(E^T H E) + price bits = tr((Q - T)^T (H + R) (Q - T)) + const,   T = (H + R)^-1 H W,
 
-with R = diag(price / (2 ln 2 s_i^2)). So feedback runs on T and H + R, and what is in R already,
-R_i q_i^2, is taken off row i's own price. Rows of small H_ii come first: they have few bits, and
-the others make up for them.
+with R = diag(price / (2 ln 2 s_i^2)). So feedback runs on T and H + R, and the part of the cost of
+row i that R already contains, R_i q_i^2, is subtracted from its price. Rows with small H_ii come
+first: they have few bits, and the other rows compensate for their errors.
 """
 
 import dataclasses
@@ -53,19 +55,19 @@ from pallas_kernels.codecs.entropy_stream import FINE, Coded, chains, laid
 
 @dataclasses.dataclass(frozen=True)
 class Waterfill(Rounder):
-    """Steps by water-filling against H, and G where it is known, as fine as the bytes allow.
+    """Step sizes by water-filling against H, and against G if used, as fine as the bytes allow.
 
     Attributes:
       damping: fraction of mean(diag H) added to the diagonal; raised as in `LDLQ`.
-      correlation: share of G's off-diagonal that is believed, 0 to 1. G says what outputs have in
-        common over all tokens, which is not true of each: on SmolLM2 half of it serves best.
-        None: G is not asked for, all outputs count alike.
+      correlation: factor on the off-diagonal entries of G, 0 to 1. G describes what outputs have in
+        common on average over tokens, which does not hold for each token: on SmolLM2, 1/2 works
+        best. None ignores G, so that all outputs count equally.
       output_damping: fraction of mean(diag G) added to its diagonal.
-      block_size: rows between two dense updates; changes speed, not the result.
-      trials: sizes of the steps to try, at most.
+      block_size: number of rows between two dense updates; it changes the speed, not the result.
+      trials: maximum number of step sizes to try.
 
     Source: Lifar et al. 2026, arXiv:2603.04956 (WaterSIC) for the steps of rows; feedback on both
-    sides is YAQA's (Tseng et al. 2025, arXiv:2505.22988); widths, R, the order of rows and the
+    sides is YAQA's (Tseng et al. 2025, arXiv:2505.22988). Widths, R, the order of rows and the
     search on bytes are ours.
     """
 
@@ -79,7 +81,7 @@ class Waterfill(Rounder):
 
     @property
     def needs_output(self) -> bool:  # type: ignore[override]
-        """Whether the second moment of gradients at the outputs is used."""
+        """Whether the second moment of the gradients at the outputs is used."""
         return self.correlation is not None
 
     def __post_init__(self) -> None:
@@ -91,7 +93,20 @@ class Waterfill(Rounder):
     def __call__(
         self, w: Float[Array, "k n"], format: Format, moments: Moments, key: Array | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Packed data of w, and a report: the damping used, how many channels were dead."""
+        """Return the packed arrays of w and a report.
+
+        Args:
+          w: float32 matrix [k, n].
+          format: an `EntropyCoded` format.
+          moments: second moments; that of the inputs is required, and with `correlation` also that
+            of the gradients at the outputs.
+          key: ignored.
+        Returns:
+          Packed arrays, and a report with the damping used and the number of dead channels.
+        Raises:
+          ValueError: the format is another one, the matrix cannot be stored in it, or a moment is
+            missing.
+        """
         del key
         if not isinstance(format, EntropyCoded):
             raise ValueError(f"Waterfill rounds to EntropyCoded, got {format}")
@@ -127,12 +142,13 @@ class Waterfill(Rounder):
 
 
 class _Outputs(NamedTuple):
-    """What is known of the columns.
+    """Step widths of the columns and the feedback between them.
 
     Attributes:
-      widths: quarter octaves.
-      v: of G = V F V^T, of columns over their widths: for each chain, V from all m columns, chain
-        after chain, to its own; zero but from earlier ones.
+      widths: widths of the columns, in quarter octaves.
+      v: factor V of G = V F V^T, for columns divided by their widths; None without G. Entry [c, i,
+        j] leads from column i of all m, ordered chain by chain, to column j of chain c. It is zero
+        unless column i is in an earlier chain.
     """
 
     widths: Int[Array, " n"]
@@ -140,13 +156,17 @@ class _Outputs(NamedTuple):
 
     @staticmethod
     def of(g: Float[Array, "n n"], damping: float, format: EntropyCoded) -> "_Outputs":
-        """Against G; where chains are not of one length, with more columns, alone in G."""
+        """Return widths and V for this G.
+
+        If chains differ in length, they are padded with columns that are uncorrelated with all
+        others.
+        """
         n = len(g)
         count, length = chains(n, format.chain)
         own = jnp.diagonal(g)
         more = jnp.where(jnp.arange(count * length) < n, 0.0, jnp.mean(own))
         g = jnp.pad(g, (0, count * length - n)) + jnp.diag(more)
-        order = jnp.arange(len(g)).reshape(length, count).T.reshape(-1)  # chain after chain
+        order = jnp.arange(len(g)).reshape(length, count).T.reshape(-1)  # chain by chain
         v, energies = block_energies(g[order][:, order], damping, length)
         log = jnp.log2(energies[jnp.argsort(order)][:n]) / -2
         widths = jnp.round(4 * (log - jnp.mean(log))).astype(jnp.int32)
@@ -156,7 +176,7 @@ class _Outputs(NamedTuple):
         return _Outputs(widths, jnp.where(earlier[..., None], v, 0.0))
 
     def among(self, heard: Bool[Array, " n"], chain: int) -> "_Outputs":
-        """With columns that are not worth bits so narrow that nothing in them counts."""
+        """Return the same, with columns not worth coding so narrow that they do not count."""
         widths = jnp.where(heard, self.widths, -FAINT)
         if self.v is None:
             return _Outputs(widths, None)
@@ -170,7 +190,7 @@ def _trial(
     w: Float[Array, "k n"], gram: Float[Array, "k k"], energy: Float[Array, " k"], x: Array,
     outputs: _Outputs, columns: Int[Array, " n"], shape: Array, format: EntropyCoded, size: int,
 ) -> Coded:  # fmt: skip
-    """What is coded when the unit of steps is 2**x, rows in visiting order."""
+    """Round with a step unit of 2**x, rows in visiting order, and return what is to be coded."""
     base = jnp.round(x * FINE).astype(jnp.int32)
     r = SLOPE * jnp.exp2(2 * base / FINE) / (2 * math.log(2) * energy)
     c = upper(gram + jnp.diag(r))
@@ -193,11 +213,11 @@ def _wavefront(
     target: Float[Array, "k n"], u: Float[Array, "k k"], v: Array | None,
     columns: Int[Array, " n"], shape: Array, row: Row, format: EntropyCoded, size: int,
 ) -> Int[Array, "k n"]:  # fmt: skip
-    """Values, in blocks of rows; in each, along the diagonals of rows and chains."""
+    """Return the values, rounded by blocks of rows, each along diagonals of rows and chains."""
     k, n = target.shape
     size = min(size, k)
     blocks = -(-k // size)
-    more = blocks * size - k  # rows of zeros, last and felt by none
+    more = blocks * size - k  # number of rows of zeros appended, which affect no other row
     target = laid(jnp.pad(target, ((0, more), (0, 0))), format.chain).swapaxes(1, 2)
     columns = laid(columns, format.chain)
     u = jnp.pad(u, (0, more))
@@ -221,7 +241,7 @@ def _diagonals(
     v: Float[Array, "c m p"] | None, columns: Int[Array, "p c"], shape: Array, row: Row,
     format: EntropyCoded,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Values and errors of a block of rows. `fed` is U^T E of the rows above it."""
+    """Return the values and errors of a block of rows; `fed` is U^T E from the rows above it."""
     rows, count, _ = target.shape
     chain, heard = jnp.arange(count), (columns > -FAINT).T
     u = jnp.where(jnp.arange(rows)[:, None] < jnp.arange(rows), u, 0.0)
@@ -236,7 +256,7 @@ def _diagonals(
             wanted += jnp.einsum("cm,cmp->cp", known, v)
         value, w = format.searched(wanted.T, columns, shape, jax.tree.map(lambda x: x[i], row))
         e = jnp.where(there[:, None] & heard, target[i, chain] - w.T, 0.0)
-        # A diagonal that has left the block has zeros to add, and old values to keep.
+        # Outside the block, a diagonal adds zeros and keeps the old values.
         error = error.at[i, chain].add(e)
         fed = fed + u[i].T[:, :, None] * e
         kept = jnp.where(there[:, None], value.T, values[i, chain])

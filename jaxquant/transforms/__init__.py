@@ -1,4 +1,4 @@
-"""Transforms: changes of variables on one side of a weight that leave the function as it is."""
+"""Transforms: invertible maps of the channels on one side of a weight that keep the function."""
 
 from jaxquant.core.channels import Channels
 from jaxquant.transforms.chain import Chain

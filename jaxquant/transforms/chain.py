@@ -1,4 +1,4 @@
-"""Transforms one after another, each fitted to what those before it leave."""
+"""A sequence of transforms, each fitted to the output of those before it."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,10 @@ from jaxquant.core.protocols import Transform
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Transform):
-    """x -> x A_0 A_1 ...; its arrays are those of part i under "i.name".
+    """The composition x -> x A_0 A_1 ...; the arrays of part i are named "i.name".
+
+    Attributes:
+      parts: transforms in the order in which they apply to x; only the first may be `searched`.
 
     >>> from jaxquant.transforms import Rotation, Scaling
     >>> Chain((Scaling(), Rotation(block=4))).size(6)
@@ -38,18 +41,18 @@ class Chain(Transform):
     searched = property(lambda self: self.parts[0].searched)  # type: ignore[assignment]
 
     def size(self, n: int) -> int:
-        """Channels after it."""
+        """Return the number of channels after all parts."""
         for part in self.parts:
             n = part.size(n)
         return n
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays."""
+        """Return the arrays fitted to these channels."""
         first = self.parts[0].fit(channels, jax.random.fold_in(key, 0))
         return self._fitted(first, channels, key)
 
     def candidates(self, channels: Channels, key: Array) -> Iterator[dict[str, Array]]:
-        """What there is to search, with the first part's candidates."""
+        """Yield the arrays of the chain for each candidate of the first part."""
         for first in self.parts[0].candidates(channels, jax.random.fold_in(key, 0)):
             yield self._fitted(first, channels, key)
 
@@ -62,7 +65,7 @@ class Chain(Transform):
         return arrays
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays that `fit` makes."""
+        """Return the shapes and dtypes of the arrays that `fit` makes."""
         found: dict[str, jax.ShapeDtypeStruct] = {}
         for i, part in enumerate(self.parts):
             found |= {f"{i}.{name}": a for name, a in part.shapes(n).items()}
@@ -70,7 +73,7 @@ class Chain(Transform):
         return found
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A, for row vectors x."""
+        """Return x A for row vectors x."""
         for i, part in enumerate(self.parts):
             x = part.apply(x, of_part(arrays, i))
         return x
@@ -78,7 +81,7 @@ class Chain(Transform):
     def transposed(
         self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
     ) -> Float[Array, "... n"]:
-        """y A^T."""
+        """Return y A^T for row vectors y."""
         sizes = [n]
         for part in self.parts:
             sizes.append(part.size(sizes[-1]))
@@ -87,14 +90,18 @@ class Chain(Transform):
         return y
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A^-T."""
+        """Return x A^-T for row vectors x."""
         for i, part in enumerate(self.parts):
             x = part.inverse(x, of_part(arrays, i))
         return x
 
 
 def of_part(arrays: dict[str, Array], i: int) -> dict[str, Array]:
-    """The arrays of part i.
+    """Return the arrays of part i under their own names.
+
+    Args:
+      arrays: arrays of the chain.
+      i: index of the part.
 
     >>> of_part({"0.signs": 1, "1.factors": 2}, 1)
     {'factors': 2}

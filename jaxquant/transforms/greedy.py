@@ -1,8 +1,9 @@
-"""DuQuant's parts: rotations of blocks that spread outliers, found greedily, and the zigzag order.
+"""DuQuant's transforms: greedily found block rotations that spread outliers, and the zigzag order.
 
-A rotation is a product of many; each takes the channel with the largest entry, and spreads it over
-its block. Smoothed, rotated, dealt out to other blocks and rotated again, a spike of one channel is
-spread over as many as a block squared has (Lin et al. 2024, arXiv:2406.01721).
+A block rotation is a product of many rotations. Each takes the channel with the largest entry of
+the block and spreads it over the block. After smoothing, rotating, dealing the channels out to
+other blocks and rotating again, an outlier in one channel is spread over as many channels as the
+square of the block size (Lin et al. 2024, arXiv:2406.01721).
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Transform
 
-# Blocks and their products are small: what float32 keeps is worth more than the time.
+# Blocks are small, so full float32 precision is worth its time.
 _dot = partial(jnp.einsum, precision="highest")
 
 
 class Blocks(Transform):
-    """What maps of blocks of channels share."""
+    """Base of transforms that act on blocks of channels."""
 
     needs_channels: ClassVar[bool] = True
     needs_sample: ClassVar[bool] = True
@@ -35,10 +36,10 @@ class Blocks(Transform):
         check_positive(self, "block")
 
     def size(self, n: int) -> int:
-        """Channels after it: as many.
+        """Return n, the number of channels.
 
         Raises:
-          ValueError: the block does not divide them.
+          ValueError: the block size does not divide n.
         """
         if n % self.block:
             near = [b for b in range(1, n + 1) if n % b == 0 and b <= self.block]
@@ -48,26 +49,28 @@ class Blocks(Transform):
         return n
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
-        """x A^-T, which is x A: it is orthonormal."""
+        """Return x A^-T, which equals x A since A is orthonormal."""
         return self.apply(x, arrays)  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy(Blocks):
-    """The map of every block of channels by an orthonormal matrix that makes max |x| small.
+    """An orthonormal matrix for each block of channels that makes max |x| small.
 
-    Its array: "rotation", float32 [blocks or 1, block, block].
+    The array is "rotation", float32 [blocks, block, block], or [1, block, block] if shared.
 
     Attributes:
-      block: channels of a block; it divides their number.
-      steps: rotations tried; the product with the least maximum is kept, the identity among them.
-      shared: one rotation for all blocks, as in the released code.
-      flat: the random part on the left of the spreading one, so that this stays flat.
-      by_row: take for the outlier's channel the number of its row, modulo the block, and judge by
-        max - min, as the released code does.
+      block: number of channels in a block, which must divide the number of channels.
+      steps: number of rotations tried; the product with the smallest maximum is kept, or the
+        identity if none is smaller.
+      shared: use one rotation for all blocks, as the released code does.
+      flat: put the random rotation on the left of the spreading one, so that the first row of the
+        product stays flat.
+      by_row: select the channel as the row number of the largest entry modulo the block size, and
+        judge by max - min, as the released code does.
 
-    Source: Algorithm 1 of Lin et al. 2024, arXiv:2406.01721; we draw one random part a step for all
-    blocks.
+    Source: Algorithm 1 of Lin et al. 2024, arXiv:2406.01721. We differ: each step draws one random
+    rotation for all blocks.
     """
 
     block: int = 128
@@ -83,13 +86,13 @@ class Greedy(Blocks):
             raise ValueError(f"a block to rotate has 2 channels or more, got {self.block}")
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays that `fit` makes."""
+        """Return the shapes and dtypes of the arrays that `fit` makes."""
         count = 1 if self.shared else self.size(n) // self.block
         shape = (count, self.block, self.block)
         return {"rotation": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays, by the sample of the inputs."""
+        """Return the arrays fitted to the sample of the inputs."""
         rows = channels.rows
         self.size(rows.shape[1])
         blocks = rows.reshape(len(rows), -1, self.block)
@@ -113,11 +116,11 @@ class Greedy(Blocks):
             return x, product, best, jnp.minimum(size_now, least)
 
         best = jax.lax.fori_loop(0, self.steps, step, (x, one, one, self._score(x)))[2]
-        # A product of hundreds is orthonormal to 1e-5; a step of Newton's squares that.
+        # A product of hundreds is orthonormal to 1e-5; one Newton step squares that error.
         return 1.5 * best - 0.5 * _dot("bij,bkj,bkl->bil", best, best, best)
 
     def _channel(self, x: Float[Array, "b t s"]) -> Array:
-        """Of every block, the channel of the largest entry."""
+        """Return the channel of the largest entry in each block."""
         if self.by_row:
             row, _ = jnp.divmod(jnp.argmax(jnp.abs(x).reshape(len(x), -1), axis=1), self.block)
             return row % self.block
@@ -129,13 +132,13 @@ class Greedy(Blocks):
         return jnp.max(jnp.abs(x), axis=(1, 2))
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
-        """x A, for row vectors x."""
+        """Return x A for row vectors x."""
         return self._times(x, arrays["rotation"])
 
     def transposed(
         self, y: Float[Array, "... n"], arrays: dict[str, Array], n: int
     ) -> Float[Array, "... n"]:
-        """y A^T."""
+        """Return y A^T for row vectors y."""
         return self._times(y, arrays["rotation"].swapaxes(1, 2))
 
     def _times(self, x: Float[Array, "... n"], r: Float[Array, "b s s"]) -> Float[Array, "... n"]:
@@ -149,9 +152,12 @@ class Greedy(Blocks):
 
 @dataclasses.dataclass(frozen=True)
 class Zigzag(Blocks):
-    """The order that deals channels, by falling max |x|, to the blocks there and back again.
+    """The permutation that deals channels to blocks back and forth, in order of decreasing max |x|.
 
-    Its array: "order", uint16 [n]: which channel comes to each place.
+    The array is "order", uint16 [n]: the channel that moves to each position.
+
+    Attributes:
+      block: number of channels in a block, which must divide the number of channels.
 
     >>> known = Channels.of(jnp.ones((1, 4)), jnp.array([[9.0, 1.0, 5.0, 3.0]]))
     >>> Zigzag(2).fit(known, jax.random.key(0))["order"].tolist()
@@ -162,11 +168,11 @@ class Zigzag(Blocks):
     needs_sample: ClassVar[bool] = False
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays that `fit` makes."""
+        """Return the shapes and dtypes of the arrays that `fit` makes."""
         return {"order": jax.ShapeDtypeStruct((self.size(n),), jnp.uint16)}
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays, by the sizes of the channels."""
+        """Return the arrays fitted to the largest magnitudes of the channels."""
         del key
         n = self.size(len(channels.largest))
         count = n // self.block
@@ -176,19 +182,25 @@ class Zigzag(Blocks):
         return {"order": dealt.T.reshape(n).astype(jnp.uint16)}
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
-        """x A, for row vectors x."""
+        """Return x A for row vectors x."""
         return x[..., arrays["order"]]
 
     def transposed(
         self, y: Float[Array, "... n"], arrays: dict[str, Array], n: int
     ) -> Float[Array, "... n"]:
-        """y A^T."""
+        """Return y A^T for row vectors y."""
         return y[..., jnp.argsort(arrays["order"])]
 
 
 @lru_cache
 def spreading(size: int) -> np.ndarray:
-    """Orthonormal [size, size], its first row flat: givens rotations of neighbours, ends swapped.
+    """Return an orthonormal matrix [size, size] whose first row is flat.
+
+    It is a product of Givens rotations of neighboring rows, with the first and last rows and
+    columns swapped.
+
+    Args:
+      size: number of rows and columns.
 
     >>> r = spreading(4)
     >>> r[0].round(6).tolist(), float(np.abs(r @ r.T - np.eye(4)).max()) < 1e-15
@@ -204,6 +216,6 @@ def spreading(size: int) -> np.ndarray:
 
 
 def _swapped(turn: Float[Array, "s s"], channel: Array) -> Float[Array, "s s"]:
-    """With columns, then rows, 0 and `channel` swapped."""
+    """Return the matrix with rows and columns 0 and `channel` swapped."""
     order = jnp.arange(len(turn)).at[0].set(channel).at[channel].set(0)
     return turn[order][:, order]

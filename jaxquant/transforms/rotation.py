@@ -1,9 +1,9 @@
 """Random rotation of the channels on one side of a weight: incoherence processing.
 
 For orthonormal A and B, x @ w = ((x A) @ (A^T w B^T)) B: rotating inputs and outputs changes the
-matrix that is stored and not the function. Random signs, then a Hadamard transform, make the
-entries of almost any matrix nearly Gaussian, and outliers vanish (Chee et al. 2023,
-arXiv:2307.13304; Tseng et al. 2024, arXiv:2402.04396).
+stored matrix but not the function. Random signs followed by a Hadamard transform make the entries
+of almost any matrix nearly Gaussian and remove outliers (Chee et al. 2023, arXiv:2307.13304; Tseng
+et al. 2024, arXiv:2402.04396).
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from pallas_kernels import hadamard
 
 @dataclasses.dataclass(frozen=True)
 class Rotation(Transform):
-    """The map x -> (x * signs)[order] H of n channels; orthonormal.
+    """The orthonormal map x -> (x * signs)[order] H of n channels.
 
-    Its arrays: if signed, "signs", n random bits packed in bytes, or, once trained, n real factors;
-    and, if sorted, "order", uint16.
+    The arrays are "signs" if signed: n random bits packed in bytes or, once trained, n real
+    factors; and "order", uint16 [n], if sorted.
 
     Attributes:
-      block: the Hadamard transform is block-diagonal with blocks of this size, so that blocks
-        can be sharded, and any multiple of it is a width; None: one transform over all channels.
-        Where the width has no such transform, channels are padded with zeros.
-      sort: put channels in order of falling energy first (see `fit`), so that blocks are alike
-        within and different among each other, and can be given different rates.
-      signed: random signs before the Hadamard transform.
+      block: block size of a block-diagonal Hadamard transform; None for one transform over all
+        channels. Blocks can be sharded, and any multiple of the block is a valid width. Channels
+        are padded with zeros to the next valid width.
+      sort: sort channels by decreasing energy first (see `fit`), so that channels are alike within
+        a block and differ between blocks, which can then be given different rates.
+      signed: apply random signs before the Hadamard transform.
     """
 
     block: int | None = None
@@ -48,7 +48,7 @@ class Rotation(Transform):
             )
 
     def size(self, n: int) -> int:
-        """Channels after the rotation: n, or more where n has to be padded.
+        """Return the number of channels after the rotation: n, or more if padding is needed.
 
         >>> Rotation().size(576), Rotation(block=128).size(576)
         (576, 640)
@@ -57,11 +57,14 @@ class Rotation(Transform):
 
     @property
     def fitted(self) -> bool:  # type: ignore[override]
-        """Whether its arrays depend on the weight, and so cannot be shared."""
+        """Whether the arrays depend on the weight and thus cannot be shared."""
         return self.sort
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays; a channel's energy is that of its weights times that of its vectors."""
+        """Return the arrays for these channels.
+
+        The energy of a channel is the mean square of its weights times that of its vectors.
+        """
         n, arrays = channels.weights.shape[1], {}
         if self.signed:
             arrays["signs"] = jnp.packbits(jax.random.bernoulli(key, 0.5, (n,)))
@@ -71,7 +74,7 @@ class Rotation(Transform):
         return arrays
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A, for row vectors x."""
+        """Return x A for row vectors x."""
         n = x.shape[-1]
         if self.signed:
             x = x * factors(arrays["signs"], n).astype(x.dtype)
@@ -83,23 +86,31 @@ class Rotation(Transform):
     def transposed(
         self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
     ) -> Float[Array, "... n"]:
-        """y A^T: the inverse of `apply`, while the signs are signs."""
+        """Return y A^T for row vectors y.
+
+        This is the inverse of `apply`, unless the signs have been trained.
+        """
         y = hadamard.transform_transposed(y, self.block)[..., :n]
         if self.sort:
             y = y[..., jnp.argsort(arrays["order"])]
         return y * factors(arrays["signs"], n).astype(y.dtype) if self.signed else y
 
     def healing_bytes(self, n: int) -> int:
-        """Signs, a bit each, become float16."""
+        """Return the bytes that healing adds: signs of one bit each become float16."""
         return 2 * n - -(-n // 8)
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A^-T, which is x A: what weights become where the vectors they meet become x A."""
+        """Return x A^-T, which equals x A since A is orthonormal."""
         return self.apply(x, arrays)
 
 
 def factors(signs: Array, n: int) -> Array:
-    """[..., n]: +1 or -1 of every packed bit; trained factors as they are."""
+    """Return +1 or -1 for each packed bit, [..., n]; trained factors are returned unchanged.
+
+    Args:
+      signs: uint8 array of packed bits, or trained factors of another dtype.
+      n: number of channels.
+    """
     if signs.dtype != np.uint8:
         return signs
     return 1 - 2 * jnp.unpackbits(signs, axis=-1, count=n).astype(jnp.int8)

@@ -1,4 +1,4 @@
-"""A factor per channel: what evens channels out before rounding, and what healing trains."""
+"""Channel scaling: a factor per channel, which equalizes channels before rounding or is trained."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,45 +13,45 @@ from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.magnitude import ratios
 from jaxquant.core.protocols import Transform
 
-_RANGE = 64.0  # factors lie within this of their geometric mean, either way
-_LEAST, _MOST = 2.0**-14, 65504.0  # in float16 with all its bits
+_RANGE = 64.0  # largest ratio, in either direction, of a factor to the geometric mean
+_LEAST, _MOST = 2.0**-14, 65504.0  # range of normal float16 numbers
 _TINY = 1e-5
 
 
 class Factors(Transform):
-    """Base of the maps x -> x * factors of n channels; invertible, not orthonormal.
+    """Base of the maps x -> x * factors of n channels, which are invertible but not orthonormal.
 
-    The array: "factors", n float16.
+    The array is "factors", float16 [n].
     """
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays that `fit` makes."""
+        """Return the shapes and dtypes of the arrays that `fit` makes."""
         return {"factors": jax.ShapeDtypeStruct((n,), jnp.float16)}
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
-        """x A, for row vectors x."""
+        """Return x A for row vectors x."""
         return x * arrays["factors"].astype(x.dtype)
 
     def transposed(
         self, y: Float[Array, "... n"], arrays: dict[str, Array], n: int
     ) -> Float[Array, "... n"]:
-        """y A^T: the same product."""
+        """Return y A^T for row vectors y, which is the same product."""
         return self.apply(y, arrays)
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... n"]:
-        """x A^-T: what weights become where the vectors they meet become x A."""
+        """Return x A^-T: what weights become if the vectors they multiply become x A."""
         return x / arrays["factors"].astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling(Factors):
-    """Factors by how much a channel counts.
+    """Factors that depend on the second moment of a channel.
 
     Attributes:
-      power: factors are the mean square that a channel's vectors have (inputs x on the input side,
-        loss gradients on the output side), to this power, over their geometric mean (1 for a dead
-        channel). At -1/2 all channels come to count alike, and a rounder that weighs outputs alike
-        is right to; 0: ones, to be trained.
+      power: exponent p of the factors moment^p over their geometric mean, where the moment is the
+        mean square of the channel's vectors (inputs x on the input side, loss gradients on the
+        output side); 1 for a dead channel. At -1/2 all channels matter equally, as a rounder that
+        weights outputs equally assumes. At 0 all factors are 1, to be trained.
 
     >>> known = Channels(jnp.eye(2), gram=jnp.diag(jnp.array([4.0, 1.0])))
     >>> Scaling(-0.5).fit(known, jax.random.key(0))["factors"].tolist()
@@ -65,16 +65,16 @@ class Scaling(Factors):
 
     @property
     def needs_gram(self) -> bool:  # type: ignore[override]
-        """Whether the second moment on this side decides the factors."""
+        """Whether the factors depend on the second moment on this side."""
         return self.power != 0
 
     @property
     def fitted(self) -> bool:  # type: ignore[override]
-        """Whether its arrays depend on the weight, and so cannot be shared."""
+        """Whether the arrays depend on the weight and thus cannot be shared."""
         return self.needs_gram
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays."""
+        """Return the arrays for these channels."""
         del key
         moment = channels.moment
         alive = moment > 0
@@ -86,14 +86,15 @@ class Scaling(Factors):
 
 @dataclasses.dataclass(frozen=True)
 class Smooth(Factors):
-    """SmoothQuant: inputs lend their size to the weights, channel by channel.
+    """SmoothQuant: move the range of the inputs to the weights, channel by channel.
 
-    Factors are 1/s, s = max|x|^alpha / max|w|^(1 - alpha), the maxima over all tokens and over all
-    weights that read this input, both over the power of two above the largest, so that factors do
-    not depend on the units of either; 1 for a channel that is dead.
+    Factors are 1/s with s = max|x|^alpha / max|w|^(1 - alpha), and 1 for a dead channel. The maxima
+    are over all tokens, and over all weights that read this input. Each is divided by a power of
+    two just above its largest value, so that the factors do not depend on units.
 
     Attributes:
-      alpha: 0 to 1; None: searched for, in steps of 1/20 (see `jaxquant.ptq.shared_transforms`).
+      alpha: smoothing strength, 0 to 1; None searches for it in steps of 1/20 (see
+        `jaxquant.ptq.shared_transforms`).
 
     Source: Xiao et al. 2022, arXiv:2211.10438.
 
@@ -119,16 +120,16 @@ class Smooth(Factors):
 
     @property
     def searched(self) -> bool:  # type: ignore[override]
-        """Whether the best of `candidates` is to be found."""
+        """Whether to search for the best of `candidates`."""
         return self.alpha is None
 
     def candidates(self, channels: Channels, key: Array) -> Iterator[dict[str, Array]]:
-        """Arrays of which the search keeps the best."""
+        """Return the arrays for alpha = 0, 0.05, ..., 1, of which a search keeps the best."""
         del key
         return (self._arrays(channels, i / 20) for i in range(21))
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays; where alpha is to be searched for, of 1/2."""
+        """Return the arrays for `alpha`, or for 1/2 if it is to be searched for."""
         del key
         return self._arrays(channels, 0.5 if self.alpha is None else self.alpha)
 
@@ -141,15 +142,18 @@ class Smooth(Factors):
 
 @dataclasses.dataclass(frozen=True)
 class ActivationAware(Factors):
-    """AWQ: channels whose inputs are large get the finer codes, by a search for how much.
+    """AWQ: channels with large inputs are scaled up before rounding, by a searched amount.
 
-    Factors are 1/s, s = a^r over the geometric mean of its extremes, a = mean |x| and r = 0, .05,
+    Factors are 1/s. By default s = a^r, with a = mean |x|. The search tries the powers r = 0, .05,
     ..., .95 (see `ptq.shared_transforms`); with `duo` s = a^r / (w^(1 - r) + 1e-4), w the mean of
     |w| over its group's largest.
 
+    That is, each |w| is divided by the largest in its group of input channels, and the mean is over
+    the output channels. In either case s is divided by the geometric mean of its extremes.
+
     Attributes:
-      duo: AutoAWQ's and llm-compressor's s.
-      group_size: rows that share a scale, for w.
+      duo: use the s of AutoAWQ and llm-compressor.
+      group_size: number of input channels in a group, for w.
 
     Source: Lin et al. 2023, arXiv:2306.00978; `duo` is not in the paper.
 
@@ -171,12 +175,12 @@ class ActivationAware(Factors):
         check_positive(self, "group_size")
 
     def candidates(self, channels: Channels, key: Array) -> Iterator[dict[str, Array]]:
-        """Arrays of which the search keeps the best."""
+        """Return the arrays for r = 0, 0.05, ..., 0.95, of which a search keeps the best."""
         del key
         return (self._arrays(channels, i / 20) for i in range(20))
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """The first of the candidates."""
+        """Return the first of the candidates."""
         return next(self.candidates(channels, key))
 
     def _arrays(self, channels: Channels, r: float) -> dict[str, Array]:
