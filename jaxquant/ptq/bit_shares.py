@@ -26,8 +26,8 @@ def shares(params: PyTree, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[
     At these rates one more bit reduces the loss by the same amount in every weight. A code with
     error feedback on both sides at R bits per weight leaves a loss per weight of about s 4^-R,
     where s is the geometric mean of D_i F_j sigma_ij^2 (`rounding.waterfill`). If H is weighted by
-    loss gradients, the losses of all weights add up to that of the model. The best rates are then R
-    + log4(s / mean s), with R the average over all weights and mean s the geometric mean weighted
+    loss gradients, the losses of all weights add up to that of the model. The best rates are then
+    R + log4(s / mean s), with R the average over all weights and mean s the geometric mean weighted
     by size.
 
     Args:

@@ -116,9 +116,7 @@ def _targets(
     folds: Folds,
     leaves: Mapping[str, Array],
 ) -> list[str]:
-    """Return the leaves that absorb the factors of these weights' input; none if folding is
-    impossible.
-    """
+    """Return the leaves that absorb these weights' input factors; none if that is impossible."""
     if not isinstance(_first(members[0].method.input), Factors):
         return []
     paths = {m.path for m in members}

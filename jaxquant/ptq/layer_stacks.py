@@ -83,7 +83,14 @@ def layers_of(params: PyTree, name: str) -> list[PyTree]:
 
 
 def is_apart(params: PyTree, name: str) -> bool:
-    """Return whether the entry params[name] has been split by `unstack`."""
+    """Return whether an entry has been split by `unstack`.
+
+    Args:
+      params: a dict.
+      name: key of the entry.
+    Returns:
+      True if the entry is a dict with the keys "0", "1", ...
+    """
     return isinstance(params[name], dict) and set(params[name]) == set(
         map(str, range(len(params[name])))
     )

@@ -33,6 +33,10 @@ def quantize(
 ) -> PyTree:
     """Return `params` with every weight that the recipe covers replaced by a `QTensor`.
 
+    The function may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked: non-finite
+    weights or statistics give NaN, and so do methods whose rates are planned from values
+    (`trellis`), which must be called outside. `jax.eval_shape` gives the shapes for every method.
+
     Args:
       params: tree of floating arrays.
       recipe: a `Recipe`, or one `Method`, which then applies to every weight that the function
@@ -58,12 +62,8 @@ def quantize(
         statistics that are missing, or the result for a matrix is not finite. Recipe and missing
         statistics are checked before any computation.
     Warns:
-      If the damping of a second moment had to be raised, statistics are all zero, or the format
-      loses some of the weights' range.
-
-    The function may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked: non-finite
-    weights or statistics give NaN, and so do methods whose rates are planned from values
-    (`trellis`), which must be called outside. `jax.eval_shape` gives the shapes for every method.
+      If the damping of a second moment had to be raised, statistics are all zero, the format loses
+      some of the weights' range, or a bare method leaves weights floating.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = jq.quantize({"w": jnp.ones((64, 32)), "b": jnp.zeros(8)}, jq.rtn(bits=4))

@@ -1,9 +1,9 @@
 """Rotation of the residual stream, folded into every weight that reads or writes the stream.
 
-An RMS norm without a gain commutes with rotations. For an orthonormal Q, a model whose stream is x
-Q, with weights Q^T W where it reads and W Q where it writes, is therefore the same function
-(SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024; QuaRot, arXiv:2404.00456). No work is left at run
-time.
+An RMS norm without a gain commutes with rotations. For an orthonormal Q, a model with the stream
+x Q, weights Q^T W where it is read and W Q where it is written is therefore the same function
+(SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024; QuaRot, arXiv:2404.00456). No work is left at
+run time.
 """
 
 import dataclasses

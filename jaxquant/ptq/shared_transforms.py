@@ -210,7 +210,7 @@ def _static_scale(
 
 @partial(jax.jit, static_argnums=0)
 def _least_error(form: Activations, x: Array, low: Array, high: Array) -> dict[str, Array]:
-    """Return scale and zero point of least squared error, clipping the range by up to 100 times."""
+    """Return scale and zero point of the clipped range with the least squared error."""
 
     def tried(part: Array) -> tuple[Array, dict[str, Array]]:
         known = dict(zip(("scale", "zero"), form.range(part * low, part * high), strict=True))

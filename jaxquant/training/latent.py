@@ -192,14 +192,28 @@ def _frozen(path: str, w: QTensor) -> QTensor:
 
 
 def latent_format(w: QTensor) -> Latent:
-    """Return the format of a latent weight; ValueError for any other."""
+    """Return the format of a latent weight.
+
+    Args:
+      w: a latent weight.
+    Returns:
+      Its format.
+    Raises:
+      ValueError: the weight is not latent.
+    """
     if not isinstance(w.format, Latent):
         raise ValueError(f"expected a latent weight, got one in {w.format}")
     return w.format
 
 
 def is_latent(w: PyTree) -> bool:
-    """Return whether a leaf is a latent weight."""
+    """Return whether a leaf is a latent weight.
+
+    Args:
+      w: leaf of a tree.
+    Returns:
+      True for latent weights.
+    """
     return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
 

@@ -105,12 +105,25 @@ def _codes(w: QTensor) -> dict[str, Array]:
 
 
 def can_recode(w: PyTree) -> bool:
-    """Return whether a leaf is a weight whose format can re-encode."""
+    """Return whether a leaf is a weight whose format can re-encode.
+
+    Args:
+      w: leaf of a tree.
+    Returns:
+      True for such weights.
+    """
     return isinstance(w, QTensor) and w.format.recodes
 
 
 def with_codes(opened: Opened, change: Values) -> PyTree:
-    """Return the opened tree with the codes `change` in place of its own."""
+    """Return an opened tree with other codes.
+
+    Args:
+      opened: the opened tree.
+      change: codes, by path and array name.
+    Returns:
+      The tree.
+    """
     leaves = dict(path_leaves(opened.params))
     put = lambda w, codes: dataclasses.replace(w, data={**w.data, **codes})
     return replace_leaves(opened.params, {p: put(leaves[p], codes) for p, codes in change.items()})

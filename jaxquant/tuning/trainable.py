@@ -67,7 +67,14 @@ def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
 
 
 def check_globs(params: PyTree, also: Sequence[str]) -> None:
-    """Raise ValueError unless every glob of `also` matches leaves of `params`, all floating."""
+    """Check that every glob names floating leaves.
+
+    Args:
+      params: tree of arrays and quantized weights.
+      also: globs of paths. Quantized weights that match are ignored.
+    Raises:
+      ValueError: a glob matches no leaf, or a plain leaf that is not floating.
+    """
     for glob in also:
         found = [w for path, w in path_leaves(params) if matches(path, glob)]
         plain = [w for w in found if not isinstance(w, QTensor)]
@@ -179,12 +186,25 @@ def as_dense(w: QTensor, values: Array) -> QTensor:
 
 
 def at_start(opened: Opened) -> Values:
-    """Return changes of zero, which leave the tree as it was."""
+    """Return changes of zero, which leave the tree as it was.
+
+    Args:
+      opened: the opened tree.
+    Returns:
+      Zeros, in the structure of the trained values.
+    """
     return jax.tree.map(jnp.zeros_like, opened.start)
 
 
 def trained(opened: Opened, change: Values) -> PyTree:
-    """Return the tree with start * (1 + change) substituted; differentiable in `change`."""
+    """Return the tree with start * (1 + change) in place of the trained values.
+
+    Args:
+      opened: the opened tree.
+      change: relative changes.
+    Returns:
+      The tree, differentiable in `change`.
+    """
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
     leaves = dict(path_leaves(opened.params))
     return replace_leaves(opened.params, {p: _with(leaves[p], v) for p, v in values.items()})

@@ -120,12 +120,29 @@ class Rule(Protocol):
     """A training rule; `change` holds everything the loss depends on beside the opened tree."""
 
     def init(self, opened: Opened) -> tuple[Values, PyTree]:
-        """Return the initial change and the initial state of the rule."""
+        """Return the initial change and the initial state of the rule.
+
+        Args:
+          opened: the opened tree.
+        Returns:
+          The change and the state.
+        """
 
     def update(
         self, loss: Loss, change: Values, slots: PyTree, opened: Opened, *batch: PyTree
     ) -> tuple[Values, PyTree, dict[str, Array]]:
-        """Return both after one update, and measured numbers: "loss" before it, and any others."""
+        """Make one update.
+
+        Args:
+          loss: loss(change, opened, *batch) -> scalar.
+          change: the change before the update.
+          slots: the state of the rule.
+          opened: the opened tree.
+          batch: further arguments of the loss.
+        Returns:
+          The new change, the new state, and numbers to report: "loss" before the update, and any
+          others.
+        """
 
 
 class Adam:
@@ -150,8 +167,7 @@ def relative_error(y: Array, wanted: Array) -> Array:
     """Return the mean over vectors of the squared error relative to the vector's energy.
 
     Args:
-      y: vectors along the last axis.
-      wanted: their targets, of the same shape.
+      y, wanted: vectors along the last axis, and their targets of the same shape.
     Returns:
       The mean, float32.
 
@@ -167,8 +183,7 @@ def divergence(logits: Array, target: Array) -> Array:
     """Return KL(softmax(target) || softmax(logits)) over the last axis, in nats.
 
     Args:
-      logits: [..., v] logits of the student.
-      target: [..., v] logits of the teacher.
+      logits, target: [..., v] logits of the student and of the teacher.
     Returns:
       The divergences [...].
 
@@ -203,7 +218,7 @@ def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) ->
 
 
 def _kept(finished: Finished | None, begun: np.ndarray, name: str) -> Mapping[str, Array] | None:
-    """Return the stored state of this training, or None; a training that has ended is ignored."""
+    """Return the stored state of this training, or None; other trainings that ended are ignored."""
     kept = None if finished is None or name not in finished else finished[name]
     if kept is None or np.array_equal(kept[MARK], begun):
         return kept
@@ -313,11 +328,10 @@ class Trainer:
         """Run `fit` for a loss (change, opened, *before, x) of rows x of an array.
 
         Args:
-          opened: the tree.
+          opened, options: as in `fit`; the options are `name`, `progress` and `finished`.
           sequences: training rows.
           validation: held-out rows, or None.
           before: arguments that are the same for every batch.
-          options: `name`, `progress` and `finished`, as in `fit`.
         Returns:
           The changes, as in `fit`.
         """
@@ -336,9 +350,8 @@ class Trainer:
         """Run `fit` for a loss (change, opened, inputs, outputs), with the last eighth held out.
 
         Args:
-          opened: the tree.
+          opened, options: as in `fit`; the options are `name`, `progress` and `finished`.
           inputs, outputs: examples, each with a leading axis along which a batch is concatenated.
-          options: `name`, `progress` and `finished`, as in `fit`.
         Returns:
           The changes, as in `fit`.
         """
