@@ -111,12 +111,24 @@ class Latent(Format):
         self.format.check_shape(k, n)
 
     def value(self, data: dict[str, Array]) -> Float[Array, "k n"]:
-        """Return the rounded matrix, differentiable in all arrays."""
+        """Return the rounded matrix.
+
+        Args:
+          data: arrays of the weight: "codes" and what the estimator learns.
+        Returns:
+          The matrix, differentiable in all arrays.
+        """
         packed, data = self.packed(data), self.moved(data)
         return self.estimator.value(data["codes"], _learned(data), self.format, packed)
 
     def moved(self, data: dict[str, Array]) -> dict[str, Array]:
-        """Return the arrays, with the weight perturbed if it holds a key."""
+        """Return the arrays of a weight, perturbed if it holds a key.
+
+        Args:
+          data: arrays of the weight; "key" and "epsilon" say how it is perturbed.
+        Returns:
+          The arrays without these two.
+        """
         if KEY not in data:
             return data
         data = dict(data)
@@ -125,7 +137,15 @@ class Latent(Format):
         return data | {"codes": data["codes"] + (epsilon * z).astype(data["codes"].dtype)}
 
     def step(self, data: dict[str, Array]) -> Float[Array, "k n"]:
-        """Return the scale of every weight; ValueError if the format has no levels."""
+        """Return the scale of every weight.
+
+        Args:
+          data: arrays of the weight.
+        Returns:
+          The scales.
+        Raises:
+          ValueError: the format has no levels.
+        """
         if not isinstance(self.format, LevelFormat):
             raise ValueError(f"relative directions are of formats with levels, got {self.format}")
         grid = self.format.stored_grid(
@@ -134,7 +154,13 @@ class Latent(Format):
         return spread(grid, self.format, data["codes"].shape).scale
 
     def packed(self, data: dict[str, Array]) -> dict[str, Array]:
-        """Return the packed arrays of the rounded matrix."""
+        """Return the packed arrays of the rounded matrix.
+
+        Args:
+          data: arrays of the weight.
+        Returns:
+          The arrays of `format`; no gradient passes through them.
+        """
         return _packed(self, jax.lax.stop_gradient(data), chance())
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:

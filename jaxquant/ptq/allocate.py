@@ -206,7 +206,13 @@ class Choices:
         return 8 * sum(max(e.bytes for e in entries) for entries in self.weights) / self.size
 
     def check(self, bits: float) -> None:
-        """Raise ValueError if `bits`, an average number of bits per weight, is out of reach."""
+        """Check that an average number of bits is within reach.
+
+        Args:
+          bits: average bits per weight.
+        Raises:
+          ValueError: it is not.
+        """
         if not self.lowest <= bits <= self.highest:
             raise ValueError(
                 f"{bits:g} bits per weight cannot be reached: with these methods it is "

@@ -71,7 +71,12 @@ def moments_for(path: str, method: Method, stats: Stats | Mapping[str, Site] | N
 
 
 class Counter:
-    """Counts finished matrices and reports each to the user's callback."""
+    """Counts finished matrices and reports each to the user's callback.
+
+    Args:
+      total: number of matrices.
+      tell: callback, or None.
+    """
 
     def __init__(self, total: int, tell: Callable[[Done], None] | None) -> None:
         self.total, self.count, self.tell = total, 0, tell

@@ -69,7 +69,7 @@ class Largest:
     top: int = 4
 
     def zeros(self, k: int, n: int) -> Extremes:
-        """Return the summary before anything is seen."""
+        """Return the summary before anything is seen, of a weight [k, n]."""
         one, some, all_ = (jnp.zeros(s) for s in ((), (self.top,), (k,)))
         return Extremes(one, one, one, some, some, some, all_, all_, all_, all_)
 
@@ -80,7 +80,13 @@ class Largest:
         return found._replace(rows=rows, mean=more * found.mean, share=more * found.share)
 
     def of_matrix(self, x: Float[Array, "t k"]) -> Extremes:
-        """Return the summary of a matrix."""
+        """Return the summary of a matrix.
+
+        Args:
+          x: the matrix.
+        Returns:
+          Its summary, without batch axes.
+        """
         x = x.astype(jnp.float32)
         size, k = jnp.abs(x), x.shape[1]
         flat = jnp.pad(x.reshape(-1), (0, self.top))

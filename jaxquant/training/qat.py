@@ -106,11 +106,23 @@ class QAT(Healing):
         return Descent(self)
 
     def trained(self, params: PyTree) -> PyTree:
-        """Return a tree of booleans: which arrays of `params` are trained."""
+        """Return which arrays of a tree are trained.
+
+        Args:
+          params: tree with latent weights.
+        Returns:
+          A tree of booleans, like `params`.
+        """
         return trained(params, *self.rates, also=self.also)
 
     def optimizer(self, train: PyTree) -> optax.GradientTransformation:
-        """Return the optimizer for the tree of trained arrays."""
+        """Return the optimizer of these settings.
+
+        Args:
+          train: tree of the trained arrays.
+        Returns:
+          The optimizer, with one rate per kind of array.
+        """
 
         def of(label: str, rate: float) -> optax.GradientTransformation:
             schedule = dataclasses.replace(self, learning_rate=rate).schedule()
@@ -122,12 +134,24 @@ class QAT(Healing):
         return optimizer(train, **{label: of(label, rate) for label, rate in self.rates.items()})
 
     def dampening_at(self, step: Array) -> Array:
-        """Return the factor of dampening after `step` updates."""
+        """Return the factor of dampening.
+
+        Args:
+          step: number of updates done.
+        Returns:
+          The factor, between 0 and `dampening`.
+        """
         part = jnp.clip((step / self.steps - 0.25) / 0.75, 0, 1)
         return self.dampening * (1 - jnp.cos(jnp.pi * part)) / 2
 
     def holding_at(self, step: Array) -> Array:
-        """Return the threshold of holding after `step` updates."""
+        """Return the threshold of holding.
+
+        Args:
+          step: number of updates done.
+        Returns:
+          The threshold, between `holding` and ten times that.
+        """
         return self.holding * (1 + 9 * (1 + jnp.cos(jnp.pi * step / self.steps)) / 2)
 
 
@@ -141,7 +165,11 @@ class _Slots(NamedTuple):
 
 
 class Descent:
-    """A training rule (`trainer.Rule`) that trains a tree's arrays with an Optax optimizer."""
+    """A training rule (`trainer.Rule`) that trains a tree's arrays with an Optax optimizer.
+
+    Args:
+      how: training settings.
+    """
 
     def __init__(self, how: QAT) -> None:
         self.how = how

@@ -59,7 +59,13 @@ class ZeroQAT(Healing):
         return Forward(self)
 
     def trained(self, params: PyTree) -> PyTree:
-        """Return a tree of booleans: which arrays of `params` are trained."""
+        """Return which arrays of a tree are trained.
+
+        Args:
+          params: tree with latent weights.
+        Returns:
+          A tree of booleans, like `params`.
+        """
         return trained(params, *self.zeroth.kinds, also=self.zeroth.others)
 
 
@@ -71,7 +77,11 @@ class _Slots(NamedTuple):
 
 
 class Forward:
-    """A training rule (`trainer.Rule`) that trains a tree's arrays by zeroth-order gradients."""
+    """A training rule (`trainer.Rule`) that trains a tree's arrays by zeroth-order gradients.
+
+    Args:
+      how: training settings.
+    """
 
     def __init__(self, how: ZeroQAT) -> None:
         self.how = how

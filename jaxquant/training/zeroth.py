@@ -80,7 +80,13 @@ class Zeroth:
             raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
 
     def size(self, label: str) -> float:
-        """Return the factor of the moves of one kind."""
+        """Return the factor of the moves of one kind of array.
+
+        Args:
+          label: one of `kinds`.
+        Returns:
+          The factor, 1 by default.
+        """
         return self.sizes[self.kinds.index(label)] if self.sizes else 1.0
 
 

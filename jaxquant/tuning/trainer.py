@@ -120,13 +120,7 @@ class Rule(Protocol):
     """A training rule; `change` holds everything the loss depends on beside the opened tree."""
 
     def init(self, opened: Opened) -> tuple[Values, PyTree]:
-        """Return the initial change and the initial state of the rule.
-
-        Args:
-          opened: the opened tree.
-        Returns:
-          The change and the state.
-        """
+        """Return the initial change and the initial state of the rule for an opened tree."""
 
     def update(
         self, loss: Loss, change: Values, slots: PyTree, opened: Opened, *batch: PyTree
@@ -243,7 +237,13 @@ def _finite(measured: dict[str, float], name: str, step: int, healing: Healing) 
 
 
 class Trainer:
-    """Runs the updates of one loss on one schedule, compiled once per tree structure."""
+    """Runs the updates of one loss on one schedule, compiled once per tree structure.
+
+    Args:
+      loss: loss(change, opened, *batch) -> scalar.
+      healing: training settings.
+      rule: what is trained and how. Default: `Adam`.
+    """
 
     def __init__(self, loss: Loss, healing: Healing, rule: Rule | None = None) -> None:
         self.healing = healing
