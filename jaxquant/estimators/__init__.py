@@ -1,1 +1,1 @@
-"""Rounded values of weights that train, their surrogate gradients, and learned ranges."""
+"""Estimators of weights in training: rounded values, surrogate gradients and learned ranges."""

@@ -1,8 +1,8 @@
-"""Learned ranges of inputs: one for all tokens, trained with the weights.
+"""Learned ranges of inputs: one range for all tokens, trained with the weights.
 
-Like those of weights, estimators of inputs give `value`, the rounded rows with derivatives by the
-written formula, and `served`, the scale and zero point that a frozen weight rounds its inputs by.
-Training begins at the static range that calibration found.
+As for weights, an estimator has `value`, the rounded rows with gradients by a written formula, and
+`served`, the scale and zero point with which a frozen weight rounds its inputs. Training starts at
+the static range that calibration found.
 """
 
 import dataclasses
@@ -24,30 +24,39 @@ Learned = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class LSQRange(RangeEstimator):
-    """A learned step, and an offset b where codes are asymmetric (LSQ, LSQ+).
+    """A learned step size, with an offset b if codes are asymmetric (LSQ, LSQ+).
 
-    With v = (x - b) / s, inside where v is within the codes' range, of q = s code + b:
+    With v = (x - b) / s, and "inside" where v is within the range of the codes, the derivatives of
+    q = s code + b are
 
-        dq/dx = 1 inside, else 0;  dq/ds = code - v inside, else code;  dq/db = 0 inside, else 1;
+        dq/dx = 1 inside, else 0;  dq/ds = code - v inside, else code;  dq/db = 0 inside, else 1.
 
-    ds and db times 1 / sqrt(k c), k channels and c the largest code.
+    Those for s and b are multiplied by 1 / sqrt(k c), with k channels and largest code c.
 
-    Source: Esser et al. 2020, arXiv:1902.08153; Bhalgat et al. 2020, arXiv:2004.09576.
+    Source:
+      Esser et al. 2020, arXiv:1902.08153; Bhalgat et al. 2020, arXiv:2004.09576.
     """
 
     names: ClassVar[tuple[str, ...]] = ("scale", "offset")
 
     def check(self, form: Activations | None) -> None:
-        """Raise ValueError unless inputs are rounded by one scale for all."""
+        """Raise ValueError unless the form of the inputs has one static scale for all tokens."""
         _check(form)
 
     def start(self, known: Learned, form: Activations) -> Learned:
-        """From the calibrated scale and zero point."""
+        """Return the learned arrays that correspond to the calibrated scale and zero point.
+
+        Args:
+          known: calibrated "scale" and "zero", float32 [1].
+          form: how inputs are rounded.
+        Returns:
+          "scale", and "offset" if codes are asymmetric.
+        """
         offset = {} if form.symmetric else {"offset": -known["scale"] * known["zero"]}
         return {"scale": known["scale"], **offset}
 
     def served(self, learned: Learned, form: Activations) -> Learned:
-        """What a frozen weight holds."""
+        """Return the scale and zero point that a frozen weight holds."""
         scale = learned["scale"]
         offset = learned.get("offset", jnp.zeros_like(scale))
         return {"scale": scale, "zero": -offset / scale}
@@ -55,7 +64,15 @@ class LSQRange(RangeEstimator):
     def value(
         self, x: Float[Array, "m k"], learned: Learned, form: Activations
     ) -> Float[Array, "m k"]:
-        """Rounded rows."""
+        """Return the rounded rows, differentiable in `x` and `learned`.
+
+        Args:
+          x: rows.
+          learned: learned arrays, as from `start`.
+          form: how inputs are rounded.
+        Returns:
+          The rounded rows, float32.
+        """
         factor = 1 / math.sqrt(x.shape[-1] * form.limits[1])
         scale = scaled_gradient(learned["scale"], factor)
         offset = learned.get("offset", jnp.zeros_like(scale))
@@ -64,13 +81,19 @@ class LSQRange(RangeEstimator):
 
 @dataclasses.dataclass(frozen=True)
 class PACT(RangeEstimator):
-    """A learned bound a: inputs are clipped there and rounded below.
+    """A learned bound a at which inputs are clipped before they are rounded.
 
-    Of x within [0, a] (`unsigned`, for what a ReLU gives) or [-a, a]: dq/dx = 1 below a, else 0;
-    dq/da = 1 at and above it (-1 at and below -a), else 0: what rounding adds is ignored. The paper
-    puts a penalty on a^2: give the label "range" a weight decay.
+    The range of x is [0, a] (`unsigned`, for outputs of a ReLU) or [-a, a]. Then dq/dx = 1 strictly
+    within the range (at 0 too if unsigned), else 0, and dq/da = 1 where x >= a (-1 where x <= -a,
+    if signed), else 0; the contribution of rounding is ignored. The paper penalizes a^2: for that,
+    give the label "range" a weight decay.
 
-    Source: Choi et al. 2018, arXiv:1805.06085.
+    Attributes:
+      unsigned: whether the range is [0, a], which takes asymmetric codes. Default: [-a, a], which
+        takes symmetric ones.
+
+    Source:
+      Choi et al. 2018, arXiv:1805.06085.
     """
 
     unsigned: bool = False
@@ -79,18 +102,25 @@ class PACT(RangeEstimator):
         check_fields(self)
 
     def check(self, form: Activations | None) -> None:
-        """Raise ValueError unless inputs are rounded by one scale for all, of fitting codes."""
+        """Raise ValueError unless inputs have one static scale and codes that fit `unsigned`."""
         _check(form)
         if form is not None and form.symmetric == self.unsigned:
             kind = "asymmetric" if self.unsigned else "symmetric"
             raise ValueError(f"{self} takes {kind} codes, got activations={str(form)!r}")
 
     def start(self, known: Learned, form: Activations) -> Learned:
-        """From the end of the calibrated range."""
+        """Return the bound at the end of the calibrated range.
+
+        Args:
+          known: calibrated "scale" and "zero", float32 [1].
+          form: how inputs are rounded.
+        Returns:
+          "bound".
+        """
         return {"bound": known["scale"] * (form.limits[1] - known["zero"])}
 
     def served(self, learned: Learned, form: Activations) -> Learned:
-        """What a frozen weight holds."""
+        """Return the scale and zero point that a frozen weight holds."""
         bottom, top = form.limits
         steps = top - bottom if self.unsigned else top
         zero = jnp.full_like(learned["bound"], bottom if self.unsigned else 0)
@@ -99,7 +129,15 @@ class PACT(RangeEstimator):
     def value(
         self, x: Float[Array, "m k"], learned: Learned, form: Activations
     ) -> Float[Array, "m k"]:
-        """Rounded rows."""
+        """Return the rounded rows, differentiable in `x` and `learned`.
+
+        Args:
+          x: rows.
+          learned: "bound".
+          form: how inputs are rounded.
+        Returns:
+          The rounded rows, float32.
+        """
         known = self.served(learned, form)
         x = x.astype(jnp.float32)
         return _bounded((form, self.unsigned), x, learned["bound"], known["scale"], known["zero"])

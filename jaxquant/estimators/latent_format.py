@@ -1,9 +1,9 @@
-"""`Latent`: the format of a weight that trains, floats that are rounded anew in every product.
+"""`Latent`: the format of a weight in training, floats that are rounded anew in every product.
 
-The forward pass is the one that serves: the matrix is packed, and the kernel of its format takes
-the rounded rows. So what `freeze` stores gives what training saw, bit for bit, in integers where
-these are used. The backward pass has the rounded rows and the packed matrix; from them derivatives
-go on through the estimators.
+The forward pass is that of inference: the matrix is packed and multiplied by the kernel of its
+format, with rounded rows. What `freeze` stores therefore gives the results of training bit for bit,
+in integer arithmetic where the format uses it. The backward pass uses the rounded rows and the
+packed matrix, from which gradients continue through the estimators.
 """
 
 import dataclasses
@@ -22,15 +22,19 @@ from jaxquant.core.protocols import Estimator, Format, LevelFormat, RangeEstimat
 from jaxquant.estimators.kurtosis import watched
 from jaxquant.estimators.weight_estimators import chance, randomness, spread
 
-KEY, EPSILON = "key", "epsilon"  # of a weight that is moved at random where it is used
+KEY, EPSILON = "key", "epsilon"  # arrays of a weight that is perturbed where it is used
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How random directions are drawn: normal or of signs; `relative`: times the weights' steps.
+    """How random directions are drawn.
 
-    `shared`: one number for all of an array, of a stack one for each layer's: so few numbers that a
-    handful of losses say where to go, though no further than they reach.
+    Attributes:
+      signs: draw signs instead of normal numbers.
+      relative: multiply the numbers of a weight by its quantization steps.
+      shared: draw one number for an entire array (one per layer of a stack). So few numbers remain
+        that a handful of losses determine the direction, but nothing outside their span can be
+        reached.
 
     >>> Drawing(signs=True).values(jax.random.key_data(jax.random.key(0)), (3,)).tolist()
     [...1.0, ...1.0, ...1.0]
@@ -43,10 +47,14 @@ class Drawing:
     __post_init__ = check_fields
 
     def values(self, key: Array, shape: tuple[int, ...], axes: int = 0) -> Float[Array, "..."]:
-        """Numbers of unit variance. The key may be typed, or its data.
+        """Draw numbers of zero mean and unit variance.
 
         Args:
-          axes: leading ones, along which a number is not shared.
+          key: a typed PRNG key, or key data.
+          shape: shape of the numbers.
+          axes: number of leading axes along which a shared number is drawn anew.
+        Returns:
+          The numbers, float32; if shared, with axes of size 1 after the leading ones.
         """
         if self.shared:
             shape = shape[:axes] + (1,) * (len(shape) - axes)
@@ -56,7 +64,15 @@ class Drawing:
         return draw(key, shape).astype(jnp.float32)
 
     def of(self, key: Array, latent: "Latent", data: dict[str, Array]) -> Float[Array, "k n"]:
-        """The direction of a weight."""
+        """Draw the direction of one latent matrix.
+
+        Args:
+          key: a PRNG key.
+          latent: the matrix's format.
+          data: its arrays.
+        Returns:
+          The direction.
+        """
         z = self.values(key, data["codes"].shape)
         return z * latent.step(data) if self.relative else z
 
@@ -66,13 +82,13 @@ NORMAL = Drawing()
 
 @dataclasses.dataclass(frozen=True)
 class Latent(Format):
-    """Floats [k, n] as "codes", and what the estimator learns.
+    """The format of a latent weight: floats [k, n] under the name "codes", and learned arrays.
 
     Attributes:
-      format: that they are rounded to, and `freeze` stores.
-      estimator: of the weights (`StraightThrough`, `LSQ`, ...).
-      inputs: of the ranges of activations (`LSQRange`, `PACT`), or None: nothing is learned there.
-      drawing: of a weight that holds a key: how it is moved.
+      format: the format to which the floats are rounded, and which `freeze` stores.
+      estimator: estimator of the weights (`StraightThrough`, `LSQ`, ...).
+      inputs: estimator of the activation ranges (`LSQRange`, `PACT`), or None if none are learned.
+      drawing: distribution of the perturbation of a weight that holds a key.
     """
 
     format: Format
@@ -83,24 +99,36 @@ class Latent(Format):
     latent: ClassVar[bool] = True
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Nothing becomes latent by itself: `jaxquant.latent` and `thaw` do it."""
+        """Raise ValueError: latent weights are made by `jaxquant.latent` and `thaw`."""
         raise ValueError("a latent weight is made by jaxquant.latent or jaxquant.thaw")
 
     def check(self, w: Float[Array, "k n"]) -> str:
-        """What such weights lose to the format's range; ValueError unless it takes them."""
+        """Return what such weights lose to the format's range; ValueError if they do not fit."""
         return self.format.check(w)
 
     def check_shape(self, k: int, n: int) -> None:
-        """Raise ValueError if a matrix [k, n] cannot be stored."""
+        """Raise ValueError if the format cannot store a matrix [k, n]."""
         self.format.check_shape(k, n)
 
     def value(self, data: dict[str, Array]) -> Float[Array, "k n"]:
-        """The rounded matrix, differentiable in all arrays."""
+        """Return the rounded matrix.
+
+        Args:
+          data: arrays of the weight: "codes" and what the estimator learns.
+        Returns:
+          The matrix, differentiable in all arrays.
+        """
         packed, data = self.packed(data), self.moved(data)
         return self.estimator.value(data["codes"], _learned(data), self.format, packed)
 
     def moved(self, data: dict[str, Array]) -> dict[str, Array]:
-        """The data, the weight at its random place if it holds a key."""
+        """Return the arrays of a weight, perturbed if it holds a key.
+
+        Args:
+          data: arrays of the weight; "key" and "epsilon" say how it is perturbed.
+        Returns:
+          The arrays without these two.
+        """
         if KEY not in data:
             return data
         data = dict(data)
@@ -109,7 +137,15 @@ class Latent(Format):
         return data | {"codes": data["codes"] + (epsilon * z).astype(data["codes"].dtype)}
 
     def step(self, data: dict[str, Array]) -> Float[Array, "k n"]:
-        """The scale of every weight."""
+        """Return the scale of every weight.
+
+        Args:
+          data: arrays of the weight.
+        Returns:
+          The scales.
+        Raises:
+          ValueError: the format has no levels.
+        """
         if not isinstance(self.format, LevelFormat):
             raise ValueError(f"relative directions are of formats with levels, got {self.format}")
         grid = self.format.stored_grid(
@@ -118,11 +154,17 @@ class Latent(Format):
         return spread(grid, self.format, data["codes"].shape).scale
 
     def packed(self, data: dict[str, Array]) -> dict[str, Array]:
-        """What the format stores of the rounded matrix."""
+        """Return the packed arrays of the rounded matrix.
+
+        Args:
+          data: arrays of the weight.
+        Returns:
+          The arrays of `format`; no gradient passes through them.
+        """
         return _packed(self, jax.lax.stop_gradient(data), chance())
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        """The rounded matrix."""
+        """Return the rounded matrix."""
         return self.value(data)
 
     def product(
@@ -132,7 +174,16 @@ class Latent(Format):
         data: dict[str, Array],
         of_inputs: dict[str, Array],
     ) -> Float[Array, "m n"]:
-        """x @ w, x rounded as `form` says by the arrays of the activations."""
+        """Return x @ w, with inputs rounded.
+
+        Args:
+          form: how inputs are rounded, or None.
+          x: rows.
+          data: arrays of the weight.
+          of_inputs: arrays of the activations, learned or static.
+        Returns:
+          The product, float32.
+        """
         if self.inputs is not None and form is not None:
             rounded = self.inputs.value(x, of_inputs, form)
             of_inputs = self.inputs.served(of_inputs, form)
@@ -144,13 +195,13 @@ class Latent(Format):
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        """x @ w, x in the form that kernels round themselves."""
+        """Return x @ w, with x rounded in a form that kernels handle themselves."""
         return self.product(Activations.of(activations), x, data, {})
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
-        """x @ w.T."""
+        """Return x @ w.T."""
         packed = jax.lax.stop_gradient(self.packed(data))
         x = x.astype(jnp.float32)
         return _product_transposed(self.format, k, x, self.value(data), packed)
@@ -162,23 +213,33 @@ class Latent(Format):
         return self.value(data)[ids]
 
     def kernel(self) -> str:
-        """What serves a matmul."""
+        """Return a description of what computes a matmul."""
         return f"rounded anew, then {self.format.kernel()}"
 
 
 @partial(jax.jit, static_argnums=0)
 def _packed(latent: Latent, data: dict[str, Array], key: Array | None) -> dict[str, Array]:
-    """Walled off, so that it is the same arithmetic in whatever program, and alone: sums (of a
-    mean, say) would else be of another order."""
+    """Return the packed arrays, by arithmetic that does not depend on the surrounding program.
+
+    The barriers keep XLA from fusing it with other code, which would change the order of sums (such
+    as those of a mean).
+    """
     data = jax.lax.optimization_barrier(data)
     data = latent.moved(data)
-    with randomness(key):  # given, for what is compiled once may not look for it
+    with randomness(key):  # an argument, because a compiled function cannot see the context
         packed = latent.estimator.packed(data["codes"], _learned(data), latent.format)
     return jax.lax.optimization_barrier(packed)
 
 
 def batched(fn: Callable, axes: int) -> Callable:
-    """fn over so many leading axes."""
+    """Vectorize fn over leading axes.
+
+    Args:
+      fn: function of arrays.
+      axes: number of leading axes.
+    Returns:
+      The vectorized function.
+    """
     for _ in range(axes):
         fn = jax.vmap(fn)
     return fn
@@ -197,7 +258,7 @@ def _product(
     packed: dict[str, Array],
     of_inputs: dict[str, Array],
 ) -> Float[Array, "m n"]:
-    """The kernel's product of x and the packed matrix, as one of the rounded rows and values."""
+    """Return the kernel's product; gradients treat it as that of `rounded` and `value`."""
     format, form = how
     rows, kernel_form, leave = activations.entered(form, x, of_inputs)
     return leave(format.matmul(rows, packed, kernel_form))

@@ -1,12 +1,12 @@
-"""Estimators: what a latent weight is after rounding, and what derivatives go through that.
+"""Estimators: the rounded value of a latent weight, and the gradients through the rounding.
 
-An estimator gives, of one matrix w [k, n] in float32 and its learned arrays,
+For one matrix w [k, n] in float32 and its learned arrays, an estimator gives
 
-- `value`: the rounded matrix, differentiable in both, by the written formula and not by tracing
-  the rounding;
-- `packed`: the same as its format stores it, decoding to `value` bit for bit.
+- `value`: the rounded matrix, differentiable in both by a written formula, not by tracing the
+  rounding;
+- `packed`: the rounded matrix as its format stores it, which decodes to `value` bit for bit.
 
-Rounding is to nearest, halves to even, by the format itself. `start` says where training begins.
+Formats round to nearest, ties to even. `start` gives the initial learned arrays.
 """
 
 import contextlib
@@ -31,15 +31,16 @@ Learned = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class StraightThrough(Estimator):
-    """Scales from the weights of the moment, which no derivative goes into; codes straight through.
+    """Straight-through estimator, with scales computed from the current weights.
 
-    dL/dw = dL/dq, everywhere or (`clipped`) where w is within the range of its codes, ends included
-    (Bengio et al. 2013, arXiv:1308.3432). Any format that encodes without a key will do.
+    No gradient passes through the scales. dL/dw = dL/dq everywhere, or if `clipped`, only where w
+    is within the range of its codes, ends included (Bengio et al. 2013, arXiv:1308.3432). Any
+    format that encodes without a key will do.
 
     Attributes:
-      clipped: no derivative beyond the range; for `Integer` and tables.
-      stochastic: inside `randomness(key)`, up or down by chance, so that the mean is w (within the
-        range); outside of it to nearest. For `Integer`.
+      clipped: no gradient outside the range; for `Integer` and tables.
+      stochastic: inside `randomness(key)`, round up or down at random, so that the expectation is w
+        (within the range); outside of it, round to nearest. For `Integer`.
     """
 
     clipped: bool = False
@@ -49,22 +50,22 @@ class StraightThrough(Estimator):
         check_fields(self)
 
     def check(self, format: Format) -> None:
-        """Raise ValueError unless weights in this format can train so."""
+        """Raise ValueError unless weights in this format can be trained this way."""
         if self.clipped and not isinstance(format, LevelFormat):
             raise ValueError(f"clipped derivatives are of formats with a range of codes: {format}")
         if self.stochastic and not (isinstance(format, LevelFormat) and format.integral):
             raise ValueError(f"stochastic rounding is between whole numbers: {format}")
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
-        """Nothing is learned but the weights."""
+        """Return no arrays, since only the weights are learned."""
         return {}
 
     def grid(self, w: Float[Array, "k n"], format: LevelFormat) -> Grid:
-        """Scales (and zero points) of a matrix."""
+        """Return the scales (and zero points) of a matrix."""
         return format.grids(w)
 
     def packed(self, w: Float[Array, "k n"], learned: Learned, format: Any) -> dict[str, Array]:
-        """Storage of the rounded matrix."""
+        """Return the packed arrays of the rounded matrix."""
         w = jax.lax.stop_gradient(w.astype(jnp.float32))
         if not isinstance(format, LevelFormat):
             return format.encode(w)
@@ -72,7 +73,7 @@ class StraightThrough(Estimator):
         rows = spread(grid, format, w.shape)
         key = _key.get()
         if self.stochastic and key is not None:
-            # A key of its own for every matrix, in a scan too: no name tells them apart there.
+            # The sum of its bits gives each matrix its own key, even in a scan, without names.
             bits = jax.lax.bitcast_convert_type(w, jnp.uint32)
             u = jax.random.uniform(jax.random.fold_in(key, jnp.sum(bits)), w.shape)
             w = rows.scale * jnp.floor(w / rows.scale + u)
@@ -85,7 +86,16 @@ class StraightThrough(Estimator):
         format: Any,
         packed: dict[str, Array] | None = None,
     ) -> Float[Array, "k n"]:
-        """The rounded matrix; `packed`, if it is at hand."""
+        """Return the rounded matrix.
+
+        Args:
+          w: the matrix.
+          learned: ignored.
+          format: its format.
+          packed: the result of `packed`, if already known.
+        Returns:
+          The rounded matrix, differentiable in `w`.
+        """
         packed = self.packed(w, learned, format) if packed is None else packed
         value = format.dequantize(packed, w.shape[0])
         w = w.astype(jnp.float32)
@@ -99,21 +109,22 @@ class StraightThrough(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class AbsMean(StraightThrough):
-    """BitNet b1.58's ternary weights: a scale per matrix, the mean magnitude.
+    """BitNet b1.58's ternary weights, with the mean magnitude as the scale of each matrix.
 
-    Derivatives go straight through for all weights, however large. We differ: the scale may be less
-    than 1e-5, so that codes do not depend on the units of the weights.
+    The gradient is straight-through for all weights, however large. We differ: the scale may be
+    less than 1e-5, so that codes do not depend on the units of the weights.
 
     Attributes:
-      axis: inside `shard_map`, the mesh axis over which matrices are split, if any.
+      axis: inside `shard_map`, the mesh axis over which matrices are split; "" if they are not.
 
-    Source: Ma et al. 2024, arXiv:2402.17764, and the authors' training notes.
+    Source:
+      Ma et al. 2024, arXiv:2402.17764, and the authors' training notes.
     """
 
     axis: str = ""
 
     def check(self, format: Format) -> None:
-        """Raise ValueError unless the format is ternary with one scale a matrix."""
+        """Raise ValueError unless the format is ternary with one scale per matrix."""
         super().check(format)
         if not isinstance(format, Ternary) or format.group_size != "tensor":
             raise ValueError(f'expected Ternary(group_size="tensor"), got {format}')
@@ -127,25 +138,27 @@ class AbsMean(StraightThrough):
 
 @dataclasses.dataclass(frozen=True)
 class LSQ(Estimator):
-    """Learned steps: the scale of each group trains with the weights (and its zero point).
+    """Learned step sizes: the scale (and zero point) of each group is trained with the weights.
 
-    With v = w / s, c the nearest level to v (code, less the zero point) and "inside" where v is
-    within the range of the levels, of q = s c:
+    Let v = w / s, c the level nearest to v (the code minus the zero point), and "inside" mean that
+    v is within the range of the levels. The derivatives of q = s c are
 
         dq/dw = 1 inside, else 0;   dq/ds = c - v inside, else c;   dq/dzero = 0 inside, else -s.
 
-    A zero point is kept as a float and rounded, straight through; inside is then where the rounded
-    code is one, as in EfficientQAT (Chen et al. 2024, arXiv:2407.11062). Scales meet the codes as
-    storage will give them back.
+    A zero point is kept as a float and rounded, straight through. A weight then is inside if its
+    rounded code is in range, as in EfficientQAT (Chen et al. 2024, arXiv:2407.11062). Scales are
+    used as they are stored.
 
     Attributes:
-      init: where scales begin: "format", as the format or the rounder before chose them; "mean",
-        2 mean|w| / sqrt(largest code), LSQ's own, good at 3 and 4 bits; "range", so that the
-        largest weight lies at the end of the range.
-      scale_gradient: dL/ds is multiplied by 1 / sqrt(N c), c the largest level, N the weights of a
-        "step" or of the "matrix"; "none": by 1.
+      init: initial scales. "format": as the format or the rounder chose them; "mean": 2 mean|w| /
+        sqrt(largest code), as in LSQ, good at 3 and 4 bits; "range": the largest weight lies at the
+        end of the range.
+      scale_gradient: dL/ds is multiplied by 1 / sqrt(N c), with c the largest level and N the
+        number of weights that share the scale ("step") or that the matrix has ("matrix"); "none":
+        by 1.
 
-    Source: LSQ, Esser et al. 2020, arXiv:1902.08153; LSQ+, Bhalgat et al. 2020, arXiv:2004.09576.
+    Source:
+      LSQ, Esser et al. 2020, arXiv:1902.08153; LSQ+, Bhalgat et al. 2020, arXiv:2004.09576.
     """
 
     init: Literal["format", "mean", "range"] = "format"
@@ -159,7 +172,7 @@ class LSQ(Estimator):
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
 
     def check(self, format: Format) -> None:
-        """Raise ValueError unless weights in this format can train so."""
+        """Raise ValueError unless weights in this format can be trained this way."""
         if not isinstance(format, LevelFormat):
             raise ValueError(f"learned steps are of integers and tables, got {format}")
         if not format.learnable:
@@ -168,7 +181,15 @@ class LSQ(Estimator):
             raise ValueError(f'init="mean" is of codes without a zero point, got {format}')
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
-        """Scales and zero points to begin with, of a weight and what storage holds of it."""
+        """Return initial scales and zero points.
+
+        Args:
+          w: the matrix.
+          format: its format.
+          data: its packed arrays.
+        Returns:
+          "scale", and "zero" for asymmetric codes.
+        """
         grid = format.stored_grid(data)
         learned = {"scale": grid.scale.astype(jnp.float32)}
         if self.init != "format":
@@ -184,19 +205,19 @@ class LSQ(Estimator):
         return largest / self.reach(format)
 
     def reach(self, format: LevelFormat) -> float:
-        """In steps, where the largest weight lies to begin with: at the last level."""
+        """Return the initial position of the largest weight, in steps: at the last level."""
         return format.reach
 
     def inside(self, v: Array, zero: Array, format: LevelFormat) -> Bool[Array, "..."]:
-        """Whether v = w / scale is within the range that derivatives go through."""
+        """Return whether v = w / scale is within the range through which gradients pass."""
         return format.inside(v, zero)
 
     def beyond(self, v: Array, level: Array, format: LevelFormat) -> Array:
-        """dq/ds of a weight beyond the range."""
+        """Return dq/ds of a weight outside the range."""
         return level
 
     def grid(self, w: Float[Array, "k n"], learned: Learned, format: LevelFormat) -> Grid:
-        """The grid as storage gives it back, straight through to the learned arrays."""
+        """Return the grid with scales as stored, straight-through to the learned arrays."""
         scale = scaled_gradient(learned["scale"], self._factor(format, w.shape))
         grid = format.stored(jax.lax.stop_gradient(scale))
         grid = grid._replace(scale=through(scale, grid.scale))
@@ -212,7 +233,7 @@ class LSQ(Estimator):
         return 1 / math.sqrt((k * n if self.scale_gradient == "matrix" else count) * format.reach)
 
     def packed(self, w: Float[Array, "k n"], learned: Learned, format: Any) -> dict[str, Array]:
-        """Storage of the rounded matrix."""
+        """Return the packed arrays of the rounded matrix."""
         w, learned = jax.lax.stop_gradient((w.astype(jnp.float32), learned))
         grid = self.grid(w, learned, format)
         return format.pack(format.round(w, spread(grid, format, w.shape))[0], grid)
@@ -224,7 +245,7 @@ class LSQ(Estimator):
         format: Any,
         packed: dict[str, Array] | None = None,
     ) -> Float[Array, "k n"]:
-        """The rounded matrix."""
+        """Return the rounded matrix, differentiable in `w` and `learned`."""
         w = w.astype(jnp.float32)
         rows = spread(self.grid(w, learned, format), format, w.shape)
         return stepped((format, self), w, rows.scale, format.zero_of(rows))
@@ -232,49 +253,50 @@ class LSQ(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class StretchedElastic(LSQ):
-    """ParetoQ's learned ranges at 2 bits (`Stretched`) and 1.58 (`Ternary`).
+    """ParetoQ's learned ranges for 2 bits (`Stretched`) and 1.58 bits (`Ternary`).
 
-    Inside is |w| <= 0.99 a, of a range a that begins as the largest weight; q / a is one of -3/4,
-    -1/4, 1/4, 3/4, or of -2/3, 0, 2/3, whose step is stored.
+    Inside means |w| <= 0.99 a, for a range a that starts as the largest weight. q / a is one of
+    -3/4, -1/4, 1/4, 3/4, or of -2/3, 0, 2/3; the distance between these is the stored step.
 
     Attributes:
-      released: at 1.58 bits, of weights beyond the range dq/da = 1, as the released program has it,
-        and not the 2/3 that the forward has.
+      released: at 1.58 bits, use dq/da = 1 for weights outside the range, as the released code
+        does, instead of the 2/3 of the forward pass.
 
-    Source: Liu et al. 2025, arXiv:2502.02631, and its released program.
+    Source:
+      Liu et al. 2025, arXiv:2502.02631, and its released code.
     """
 
     init: Literal["format", "mean", "range"] = "range"
     released: bool = False
 
     def check(self, format: Format) -> None:
-        """Raise ValueError unless the format is one of the two."""
+        """Raise ValueError unless the format is `Stretched` or `Ternary`."""
         if not (isinstance(format, LevelFormat) and format.stretch):
             raise ValueError(f"stretched codes are Stretched or Ternary, got {format}")
 
     def reach(self, format: LevelFormat) -> float:
-        """In steps, where the largest weight lies to begin with: at the end of the range."""
+        """Return the initial position of the largest weight, in steps: at the end of the range."""
         return format.stretch
 
     def inside(self, v: Array, zero: Array, format: LevelFormat) -> Bool[Array, "..."]:
-        """Whether v is within 0.99 of the range."""
+        """Return whether v is within 0.99 of the range."""
         edge = 0.99 * format.stretch
         return (v >= -edge) & (v <= edge)
 
     def beyond(self, v: Array, level: Array, format: LevelFormat) -> Array:
-        """dq/ds of a weight beyond the range."""
-        # At 2 bits the released program has the forward's slope.
+        """Return dq/ds of a weight outside the range."""
+        # At 2 bits the released code has the slope of the forward pass.
         return jnp.sign(v) * format.stretch if self.released and format.integral else level
 
 
 def rounded_zero(zero: Float[Array, "g n"], format: LevelFormat) -> Float[Array, "g n"]:
-    """A zero point as a whole number within the codes, straight through."""
+    """Return a zero point rounded and clamped to the codes of its format, straight-through."""
     whole = jnp.clip(jnp.round(jax.lax.stop_gradient(zero)), *format.ends)
     return through(zero, whole)
 
 
 def of_groups(fn: Callable, w: Float[Array, "k n"], format: LevelFormat) -> Float[Array, "g n"]:
-    """fn(w, axes) of the weights of every scale."""
+    """Reduce the weights that share a scale by fn(array, axes), such as `jnp.mean`."""
     k, n = w.shape
     rows = format.rows_per_group(k)
     axes = (1, 2) if format.group_size == "tensor" else (1,)
@@ -289,7 +311,7 @@ def stepped(
     scale: Float[Array, "k n"],
     zero: Float[Array, "..."],
 ) -> Float[Array, "k n"]:
-    """w rounded on the grid of a format, with the derivatives of `LSQ`."""
+    """Round w on a grid, with the gradients of `LSQ`; `rule` is the format and the estimator."""
     return rule[0].round(w, rule[0].make_grid(scale, zero))[1]
 
 
@@ -311,7 +333,7 @@ stepped.defvjp(_stepped_forward, _stepped_backward)
 
 @jax.custom_jvp
 def scaled_gradient(x: Array, factor: float) -> Array:
-    """x, its derivative multiplied by the factor.
+    """Return x unchanged, with its gradient multiplied by `factor`.
 
     >>> jax.grad(lambda x: scaled_gradient(x, 0.5) ** 2)(3.0).item()
     3.0
@@ -326,7 +348,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 def spread(grid: Grid, format: LevelFormat, shape: tuple[int, ...]) -> Grid:
-    """A grid [groups, n] at each of its rows [k, n]; its derivative is a sum over these."""
+    """Repeat a grid [groups, n] for each row of a [k, n] matrix; gradients sum over the rows."""
     k, n = shape
     rows = format.rows_per_group(k)
 
@@ -345,16 +367,19 @@ _key = Setting[Array | None]("key of rounding", None)
 
 
 def chance() -> Array | None:
-    """The key that rounding is by now, if any."""
+    """Return the key of stochastic rounding in the current context, if any."""
     return _key.get()
 
 
 @contextlib.contextmanager
 def randomness(key: Array | None) -> Iterator[None]:
-    """Weights with stochastic rounding are rounded by chance in what is traced inside.
+    """Round weights with stochastic rounding at random inside this context.
 
-    The key is an argument of the loss, another in every step; so that one loss sees one rounding,
-    recomputed or not.
+    Pass the key as an argument of the loss, a new one in every step. One evaluation of the loss
+    then sees one rounding, also where it is recomputed.
+
+    Args:
+      key: PRNG key, or None for rounding to nearest.
 
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.full((64, 2), 0.3).at[0].set(1.0)}, jq.ste(2, 64, stochastic=True))

@@ -1,1 +1,1 @@
-"""Post-training quantization: statistics in, packed weights out."""
+"""Post-training quantization: from weights and statistics to packed weights."""

@@ -1,4 +1,4 @@
-"""Allocation: which method for which weight, so that an average number of bits tells most."""
+"""Bit allocation: choosing a method for each weight under an average number of bits."""
 
 import dataclasses
 import math
@@ -17,16 +17,18 @@ from jaxquant.methods.method import KEEP, Method
 from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 
-APART = 0.9  # bits between two methods of one name that are measured
+APART = 0.9  # methods of one name are measured at least so many bits apart
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One weight by one method.
+    """One weight quantized by one method.
 
     Attributes:
-      bytes, size: of the result, and its number of weights.
-      loss: what it is expected to add; comparable between weights.
+      path: path of the weight.
+      method: the method.
+      bytes, size: bytes of the result, and number of weights.
+      loss: expected increase in loss, comparable between weights.
     """
 
     path: str
@@ -42,12 +44,13 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """The options chosen. Printing it shows them.
+    """The chosen options; printing it lists them.
 
     Attributes:
-      recipe: what to give to `quantize`.
-      chosen: an option for every weight.
-      bits_per_weight: over these weights. lowest, highest: what the methods can reach.
+      recipe: the recipe to pass to `quantize`.
+      chosen: one option per weight.
+      bits_per_weight: average over these weights.
+      lowest, highest: smallest and largest average that the methods can reach.
     """
 
     recipe: Recipe
@@ -76,28 +79,39 @@ def allocate(
     progress: Callable[[Option], None] | None = None,
     finished: Finished | None = None,
 ) -> Allocation:
-    """A method for every weight, the expected loss least among those of at most `bits` on average.
+    """Choose a method for every weight that minimizes the expected loss within a bit budget.
 
-    A weight's loss by a method is measured on matrices of its own: tr(E^T H E) / n, which says how
-    much the model's loss rises where H is weighted by loss gradients. A quadratic model misjudges
-    what few bits do, so with `measure` a weight's losses are put to scale by the model itself: all
-    of it is quantized, and nothing else, by the method nearest to `bits`, and measured.
+    The loss of a weight under a method is measured on its own matrices as tr(E^T H E) / n. If H is
+    weighted by loss gradients, this estimates the increase of the model's loss. The quadratic model
+    behind it is poor at few bits, so with `measure` the losses of each weight are rescaled by the
+    model itself: the weight alone is quantized, by the method nearest to `bits`, and `measure` is
+    applied to the resulting tree.
 
-    A stack of layers is one weight here, its matrices share a method. Of methods of one name whose
-    rates lie less than a bit apart, some are measured, and the others interpolated.
+    A stack of layers counts as one weight: its matrices share a method. Among methods of one name
+    whose rates lie less than a bit apart, some are measured and the others interpolated.
 
     Args:
-      methods: to choose from; of each weight, those that fit it.
-      bits: per weight, everything counted, of all the weights that `paths` name together.
-      paths: globs; what they do not match is kept. A bare "*" means every weight contracted.
-      measure: of a tree, how far it is from `params`: KL on some held-out text, say.
-      samples: matrices of a stack to measure on.
-      healed: the result is going to `heal`; count the bytes that this adds.
-      key: as in `quantize`.
-      progress: called with every option measured.
-      finished: losses by name; as in `quantize`.
+      params: tree of floating arrays.
+      methods: the methods to choose from; a weight considers those that fit its shape.
+      bits: largest average number of bits per weight, over all weights that `paths` selects. All
+        arrays count: codes, scales, transforms.
+      stats: result of `calibrate` for this tree, with second moments.
+      paths: globs of the weights to quantize; all other leaves are kept. The default ("*",) selects
+        every weight that the function contracts.
+      measure: function of a tree that returns its distance from `params`, for example the KL
+        divergence on held-out text. Default: no rescaling.
+      samples: number of matrices of each stack to measure on, 1 or more.
+      healed: whether the result will be passed to `heal`; if so, the bytes that healing adds are
+        counted.
+      key: PRNG key, as in `quantize`.
+      progress: called with every `Option`.
+      finished: store of measured losses. Entries are named by path and method alone, so a store
+        must not be reused with other parameters, statistics, samples or key.
+    Returns:
+      The `Allocation`.
     Raises:
-      ValueError: `bits` is out of reach; no method fits a weight; what `quantize` raises.
+      ValueError: `bits` is out of reach, a glob matches nothing, no method fits a weight, or
+        `quantize` raises.
 
     >>> import jax
     >>> from jaxquant import calibrate, rtn
@@ -135,10 +149,10 @@ def allocate(
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What methods come to for every weight, known from shapes alone.
+    """Sizes of every weight under every method that fits it, known from shapes alone.
 
     Attributes:
-      weights: of each, an entry for every method that fits it.
+      weights: for each weight, one entry per method that fits it.
     """
 
     weights: tuple[tuple[WeightEntry, ...], ...]
@@ -152,7 +166,17 @@ class Choices:
         paths: Sequence[str] = ("*",),
         healed: bool = False,
     ) -> "Choices":
-        """For a tree of arrays (or shapes) and its sites; arguments as those of `allocate`."""
+        """Build the choices for a tree of arrays (or shapes) and its sites.
+
+        Args:
+          params, methods, paths, healed: as in `allocate`.
+          found: how each weight is used, as `sites` returns it.
+        Returns:
+          The choices.
+        Raises:
+          ValueError: a glob matches nothing, nothing is left to quantize, or no method fits a
+            weight.
+        """
         leaves = path_leaves(params)
         for glob in paths:
             if not any(matches(path, glob) for path, _ in leaves):
@@ -168,21 +192,27 @@ class Choices:
 
     @property
     def size(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return sum(entries[0].size for entries in self.weights)
 
     @property
     def lowest(self) -> float:
-        """Bits per weight by the smallest methods."""
+        """The average bits per weight if every weight takes its smallest method."""
         return 8 * sum(min(e.bytes for e in entries) for entries in self.weights) / self.size
 
     @property
     def highest(self) -> float:
-        """Bits per weight by the largest."""
+        """The average bits per weight if every weight takes its largest method."""
         return 8 * sum(max(e.bytes for e in entries) for entries in self.weights) / self.size
 
     def check(self, bits: float) -> None:
-        """Raise ValueError if an average is out of reach."""
+        """Check that an average number of bits is within reach.
+
+        Args:
+          bits: average bits per weight.
+        Raises:
+          ValueError: it is not.
+        """
         if not self.lowest <= bits <= self.highest:
             raise ValueError(
                 f"{bits:g} bits per weight cannot be reached: with these methods it is "
@@ -193,7 +223,7 @@ class Choices:
 def _fitting(
     path: str, methods: Sequence[Method], params: PyTree, found: Mapping[str, Site], healed: bool
 ) -> tuple[WeightEntry, ...]:
-    """Entries of a weight by the methods that fit it; ValueError if none does."""
+    """Return the entries of a weight for the methods that fit it; ValueError if none does."""
     entries, problem = [], ValueError("")
     for method in methods:
         try:
@@ -209,14 +239,14 @@ def _fitting(
 
 
 def _with_added(entry: WeightEntry) -> WeightEntry:
-    """The entry with the bytes of a healed weight."""
+    """Return the entry with the bytes that healing adds."""
     added = entry.count * entry.method.healing_bytes(*entry.matrix[-2:])
     return dataclasses.replace(entry, bytes=entry.bytes + added)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """Losses, each measured once; in `finished` across runs."""
+    """Losses, each measured once and kept in `finished` across runs."""
 
     params: PyTree
     stats: Stats
@@ -225,7 +255,7 @@ class _Table:
     finished: Finished
 
     def losses(self, entries: Sequence[WeightEntry]) -> list[float]:
-        """Of a weight by these methods; log losses between two measured ones lie on a line."""
+        """Return the losses of one weight by these methods; log loss is interpolated over bytes."""
         out: dict[int, float] = {}
         for name in {e.method.name for e in entries}:
             mine = sorted((e for e in entries if e.method.name == name), key=lambda e: e.bytes)
@@ -239,7 +269,7 @@ class _Table:
         return [out[id(e)] for e in entries]
 
     def loss(self, entry: WeightEntry) -> float:
-        """Mean over the sampled matrices, times the number of matrices."""
+        """Return the mean loss over the sampled matrices, times the number of matrices."""
         name = f"allocation: {entry.path} by {entry.method}"
         if name not in self.finished:
             self.finished[name] = {"loss": np.float64(self._loss(entry))}
@@ -261,7 +291,7 @@ class _Table:
         return float(np.mean(losses)) * count
 
     def unit(self, entry: WeightEntry, measure: Callable[[PyTree], float] | None) -> float:
-        """What the weight's losses are to be multiplied by."""
+        """Return the factor by which to multiply the weight's losses."""
         if measure is None:
             return 1.0
         name = f"allocation: {entry.path} measured by {entry.method}"
@@ -269,15 +299,16 @@ class _Table:
             recipe = Recipe([(entry.path, entry.method), ("*", KEEP)])
             tree = quantize(self.params, recipe, self.stats, key=self.key)
             self.finished[name] = {"loss": np.float64(measure(tree))}
-        # What is measured is a difference, and may be noise about 0.
+        # The measured difference may be noise around 0.
         return max(float(self.finished[name]["loss"]), 1e-6) / max(self.loss(entry), 1e-30)
 
 
 def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Option]:
-    """An option of every group, of least loss within the budget: the best return first.
+    """Return one option per group with least loss within the budget in bytes, greedily by return.
 
-    Only options on the lower convex hull of loss over bytes are taken, each group's in order: until
-    one does not fit, the best there is for the bytes taken. Smaller ones then fill what is left.
+    Only options on the lower convex hull of loss over bytes are considered, each group's in order.
+    Until a step first does not fit, the choice is optimal for the bytes spent; smaller steps then
+    fill what is left.
     """
     hulls = [_hull(group) for group in groups]
     place = [0] * len(hulls)
@@ -295,7 +326,7 @@ def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Opt
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull, from fewest bytes on; loss falls along it."""
+    """Return the options on the lower convex hull by increasing bytes and decreasing loss."""
     hull: list[Option] = []
     for o in sorted(options, key=lambda o: (o.bytes, o.loss)):
         if hull and o.loss >= hull[-1].loss:

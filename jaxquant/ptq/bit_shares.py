@@ -1,4 +1,4 @@
-"""Shares: how many bits above the average a matrix deserves, read off its statistics."""
+"""Bit shares: bits above the average that each matrix deserves, computed from its statistics."""
 
 from collections.abc import Sequence
 
@@ -15,26 +15,32 @@ from jaxquant.recipes.recipe import layout_of
 from jaxquant.rounding import Moments, Waterfill
 from jaxquant.rounding.moments import believed, feedback_energies, living
 
-CORRELATION = 0.5  # as `entropy_coded(two_sided=True)` believes of G
+CORRELATION = 0.5  # share of the off-diagonal of G, as in `entropy_coded(two_sided=True)`
 ROUNDER = Waterfill(0.02, CORRELATION)
 _TINY = 1e-30
 
 
 def shares(params: PyTree, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[str, float]:
-    """Bits per weight above the average, by path, at which a last bit is worth the same everywhere.
+    """Return, by path, the bits per weight above the average at which the rates are optimal.
 
-    A code with feedback on both sides that spends R bits a weight leaves a loss per weight of
-    about s 4^-R, with s the geometric mean of D_i F_j sigma_ij^2 (`rounding.waterfill`). Where H is
-    weighted by loss gradients, losses of different weights add up to the model's; so the best rates
-    are R + log4(s / its mean), their average over weights R.
+    At these rates one more bit reduces the loss by the same amount in every weight. A code with
+    error feedback on both sides at R bits per weight leaves a loss per weight of about s 4^-R,
+    where s is the geometric mean of D_i F_j sigma_ij^2 (`rounding.waterfill`). If H is weighted by
+    loss gradients, the losses of all weights add up to that of the model. The best rates are then
+    R + log4(s / mean s), with R the average over all weights and mean s the geometric mean weighted
+    by size.
 
     Args:
       params: tree in which each weight is one matrix (see `unstack`).
-      stats: of the same tree, with the outputs' moments, gradients weighting the inputs'.
-      paths: globs of the weights that share.
+      stats: statistics of the same tree, with input second moments weighted by loss gradients and
+        with output second moments.
+      paths: globs of the weights that share the bits. Default: all weights with statistics.
+    Returns:
+      Bits relative to the average, by path; negative values are below it.
     Raises:
-      ValueError: no weight matches; one is a stack; a moment is missing.
-    Source: reverse water-filling (Cover and Thomas, section 10.3.3), across matrices.
+      ValueError: no weight matches, a weight is a stack, or a second moment is missing.
+    Source:
+      Reverse water-filling (Cover and Thomas, section 10.3.3), applied across matrices.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (2, 32, 32))
@@ -63,8 +69,8 @@ def shares(params: PyTree, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[
 
 @jax.jit
 def _log4(w: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:
-    """Log to base 4 of the loss per weight at 0 bits of a fine code."""
-    w, of_w = unit(w)  # whose squares might leave float32
+    """Return log4 of the loss per weight of a high-rate code, extrapolated to 0 bits."""
+    w, of_w = unit(w)  # the squares of unscaled weights may overflow float32
     (h, of_h), g = unit(living(moments.input)[0]), ratios(living(moments.output)[0])
     g = believed(g, CORRELATION) / jnp.trace(g)
     mean_log = lambda a: jnp.mean(jnp.log2(jnp.maximum(a, _TINY)))

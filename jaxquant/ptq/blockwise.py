@@ -1,4 +1,4 @@
-"""Quantize a stack of blocks one at a time: memory of one block's statistics."""
+"""Block-by-block quantization, with statistics of only one block in memory at a time."""
 
 from collections.abc import Callable, Iterable
 
@@ -27,23 +27,24 @@ def quantize_blocks(
     weighting: Weighting | None = None,
     progress: Callable[[int, Done], None] | None = None,
 ) -> tuple[PyTree, list[PyTree]]:
-    """Quantize stacked blocks in order, each calibrated on what the quantized ones before give.
+    """Quantize stacked blocks in order, each calibrated on outputs of the quantized ones before.
 
-    Memory beside params: the hidden states of all batches, and one block's grams, twice, in
-    place of all blocks' (see `calibrate`).
+    Memory beyond `params` is the hidden states of all batches and two copies of one block's second
+    moments, instead of those of all blocks (see `calibrate`).
 
     Args:
-      block: block(params of one block, h) -> h.
-      params: tree whose leaves carry a leading axis over blocks.
+      block: function block(parameters of one block, h) -> h.
+      params: tree whose leaves have a leading axis over blocks.
       hidden: inputs of the first block, one per batch, all of one shape.
-      recipe: for one block's tree: paths as in `params`, shapes without the leading axis.
-      loss: loss(block output, block input) -> scalar for gradient weighting; see `calibrate`.
-      weighting: see `calibrate`.
-      progress: called with the block's index and each leaf's `Done`.
+      recipe: recipe for the tree of one block: paths as in `params`, shapes without the leading
+        axis.
+      loss: loss(block output, block input) -> scalar, for gradient weighting; see `calibrate`.
+      weighting: weighting of the rows; see `calibrate`.
+      progress: called with the index of the block and a `Done` for each matrix.
     Returns:
-      (the stacked tree with `QTensor` leaves, the last block's outputs).
+      The stacked tree with `QTensor` leaves, and the outputs of the last quantized block by batch.
     Raises:
-      ValueError: no batches, or leaves that disagree on the number of blocks.
+      ValueError: there are no batches, or leaves disagree on the number of blocks.
 
     >>> import jaxquant as jq
     >>> x = jnp.ones((2, 32))

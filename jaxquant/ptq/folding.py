@@ -1,7 +1,7 @@
-"""Folding: factors of an input go into what makes that input, and cost nothing at run time.
+"""Folding: channel factors of an input move into whatever produces it and cost nothing at run time.
 
-A norm's gain, and the columns of a matrix that nothing but a product of elements separates from the
-input, take a factor for every channel exactly.
+A norm's gain can absorb a factor per channel exactly. So can the columns of a matrix, if only an
+elementwise product lies between that matrix and the input.
 """
 
 import dataclasses
@@ -23,13 +23,19 @@ from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 from jaxquant.transforms import Chain
 from jaxquant.transforms.scaling import Factors
 
-# Glob of weights -> paths of the leaves whose last axis makes their input's channels; those that
-# are not in a tree (a bias) are passed over.
+# Glob of weights -> paths of the leaves whose last axis produces the channels of their input.
+# Paths that are not in the tree (an absent bias) are ignored.
 Folds = Mapping[str, Sequence[str]]
 
 
 class Folded(NamedTuple):
-    """The same function, its factors folded, and what is left to do to it."""
+    """The same function with its factors folded, and what is left to quantize.
+
+    Attributes:
+      params: the tree with factors folded in.
+      recipe: the recipe without the folded transforms, one rule per leaf.
+      stats: the statistics of the new tree.
+    """
 
     params: PyTree
     recipe: Recipe
@@ -46,18 +52,23 @@ def fold(
     inspect: Inspection | None = None,
     finished: Finished | None = None,
 ) -> Folded:
-    """Fits the factors with which transforms of a recipe begin, and folds those that can be.
+    """Fit the channel factors that begin a recipe's transforms, and fold those that can be folded.
 
-    The function of the tree stays what it was, weights not yet rounded. What is not folded stays in
-    the recipe: factors of inputs that `folds` does not name, or that others read too.
+    Before rounding, the function of the tree is unchanged. Factors that cannot be folded stay in
+    the recipe: those of inputs that `folds` does not name, or that weights outside the named ones
+    read as well.
 
     Args:
-      params, recipe, stats, key, inspect: as in `quantize`, which is to have the result.
-      folds: {glob of weights: leaves that make their input}; see `Folds`.
-      finished: factors by input and layer: what is in it is not searched for again; as in
-        `quantize`, to which the same may be given.
+      params, recipe, stats, key, inspect: as in `quantize`, to which the result is to be passed.
+      folds: {glob of weights: leaves that produce their input}; see `Folds`.
+      finished: store of fitted factors, named by input and layer index alone; factors in it are not
+        fitted again, so it must not be reused with other parameters or settings. The store passed
+        to `quantize` may be used.
+    Returns:
+      The folded tree, with its recipe and statistics.
     Raises:
-      ValueError: a leaf's last axis has not as many channels as the input; what `resolve` raises.
+      ValueError: the last axis of a leaf does not have as many channels as the input, or the recipe
+        does not resolve.
 
     >>> import jaxquant as jq
     >>> fn = lambda p, x: (x * p["gain"]) @ p["w"]
@@ -105,7 +116,7 @@ def _targets(
     folds: Folds,
     leaves: Mapping[str, Array],
 ) -> list[str]:
-    """The leaves that take the factors of these weights' input; none where it cannot be."""
+    """Return the leaves that absorb these weights' input factors; none if that is impossible."""
     if not isinstance(_first(members[0].method.input), Factors):
         return []
     paths = {m.path for m in members}
@@ -124,7 +135,7 @@ def _first(side: Any) -> PyTree:
 
 
 def _rest(side: Any) -> PyTree:
-    """What is left of a transform without its first part."""
+    """Return a transform without its first part, or None if nothing is left."""
     if not isinstance(side, Chain):
         return None
     return side.parts[1] if len(side.parts) == 2 else Chain(side.parts[1:])
@@ -133,7 +144,7 @@ def _rest(side: Any) -> PyTree:
 def _factors(
     inputs: Inputs, leader: str, members: list[WeightEntry], key: Array | None, finished: Finished
 ) -> Array:
-    """Those of every matrix of the stack, float32 [*batch, k]."""
+    """Return the factors of every matrix of the stack, float32 [*batch, k]."""
     *batch, k, _ = members[0].matrix
     draw, found = Draw.of(key), []
     prefix = "input.0." if isinstance(members[0].method.input, Chain) else "input."
@@ -147,7 +158,7 @@ def _factors(
 
 
 def _scaled(leaf: Array, factors: Array, name: str) -> Array:
-    """What makes the input, its channels times the factors."""
+    """Return a leaf that produces the input, with its channels multiplied by the factors."""
     batch, k = factors.shape[:-1], factors.shape[-1]
     if leaf.shape[-1] != k or leaf.shape[: len(batch)] != batch:
         raise ValueError(
@@ -159,7 +170,7 @@ def _scaled(leaf: Array, factors: Array, name: str) -> Array:
 
 
 def _unscaled(w: Array, factors: Array, entry: WeightEntry) -> Array:
-    """A weight that reads the input, its rows over the factors."""
+    """Return a weight that reads the input, with its rows divided by the factors."""
     order = entry.order
     turned = jnp.transpose(w, order)
     rows = turned.reshape(*entry.matrix) / factors[..., None]
@@ -168,7 +179,7 @@ def _unscaled(w: Array, factors: Array, entry: WeightEntry) -> Array:
 
 
 def _seen(probe: Probe, factors: Array) -> Probe:
-    """What is known of the input, after the factors."""
+    """Return the statistics of the input after the factors."""
     each = factors[..., None, :]
     scaled = lambda a, by: None if a is None else a * by
     return probe._replace(
@@ -182,7 +193,7 @@ def _seen(probe: Probe, factors: Array) -> Probe:
 
 
 def _pushed(probe: Probe, factors: Array) -> Probe:
-    """What is known of the gradient at the output that now has the factors."""
+    """Return the statistics with the output-gradient moment of a leaf that absorbed the factors."""
     if probe.output is None:
         return probe
     return probe._replace(output=probe.output / factors[..., :, None] / factors[..., None, :])

@@ -1,8 +1,8 @@
-"""Layers of a stack as trees of their own: each may then have methods of its own.
+"""Splitting a stack of layers into separate trees, so that each layer may have its own methods.
 
-A scanned model holds the weights of its layers as one array; so they share a method, and a rate.
-`unstack` takes the stack apart, for `quantize` and all that goes by path; `restack` makes it whole
-for the model. What is packed is decoded by that, unless all layers are packed alike.
+A scanned model holds each weight of its layers as one array, so the layers share a method and a
+rate. `unstack` splits the stack for `quantize` and everything else that works by path; `restack`
+joins it again for the model. Joining decodes packed weights unless all layers are packed alike.
 """
 
 import dataclasses
@@ -21,12 +21,15 @@ from jaxquant.core.tensor import QTensor
 
 
 def unstack(params: PyTree, name: str) -> PyTree:
-    """The tree with the stack params[name], of L layers, as a dict of trees "0" to "L-1".
+    """Replace the stack params[name] of L layers by a dict of trees with keys "0" to str(L - 1).
 
     Args:
       params: a dict; the leaves of params[name] share a leading axis over layers.
+      name: key of the stack.
+    Returns:
+      The new dict; the other entries are unchanged.
     Raises:
-      ValueError: they do not; or there is no such entry.
+      ValueError: the leaves disagree on the leading axis, or there is no such entry.
 
     >>> {k: v["w"].shape for k, v in unstack({"a": {"w": jnp.ones((2, 3, 4))}}, "a")["a"].items()}
     {'0': (3, 4), '1': (3, 4)}
@@ -38,10 +41,18 @@ def unstack(params: PyTree, name: str) -> PyTree:
 
 
 def restack(params: PyTree, name: str) -> PyTree:
-    """Inverse of `unstack`, of a quantized tree too.
+    """Join the layers that `unstack` split, also after quantization.
 
-    A weight that is packed alike in all layers stays packed; else it is decoded. Also inside a
-    `quantized` function, where every packed weight is decoded.
+    A weight that is packed alike in all layers stays packed; any other packed weight is decoded.
+    Inside a `quantized` function, every packed weight is decoded.
+
+    Args:
+      params: a dict whose entry `name` holds layers "0", "1", ...
+      name: key of the stack.
+    Returns:
+      The dict with the stack in place of the layers.
+    Raises:
+      ValueError: there is no such entry, or it does not hold layers.
 
     >>> import jaxquant as jq
     >>> apart = unstack({"a": {"w": jnp.ones((2, 64, 4))}}, "a")
@@ -55,10 +66,15 @@ def restack(params: PyTree, name: str) -> PyTree:
 
 
 def layers_of(params: PyTree, name: str) -> list[PyTree]:
-    """The trees of the layers that `unstack` made, in their order ("10" after "9").
+    """Return the trees of the layers that `unstack` made, in numerical order ("10" after "9").
 
+    Args:
+      params: a dict, as `unstack` returns it.
+      name: key of the stack.
+    Returns:
+      The trees.
     Raises:
-      ValueError: the entry holds something else.
+      ValueError: there is no such entry, or it does not hold layers.
     """
     layers = _entry(params, name)
     if not is_apart(params, name):
@@ -67,14 +83,21 @@ def layers_of(params: PyTree, name: str) -> list[PyTree]:
 
 
 def is_apart(params: PyTree, name: str) -> bool:
-    """Whether `unstack` has been here."""
+    """Return whether an entry has been split by `unstack`.
+
+    Args:
+      params: a dict.
+      name: key of the entry.
+    Returns:
+      True if the entry is a dict with the keys "0", "1", ...
+    """
     return isinstance(params[name], dict) and set(params[name]) == set(
         map(str, range(len(params[name])))
     )
 
 
 def _cut(leaf: PyTree, i: int) -> PyTree:
-    """Layer i; of what a name says is shared, that layer's."""
+    """Return layer i of a leaf; the index is appended to the name of anything shared."""
     cut = jax.tree.map(lambda a: a[i], leaf)
     shared = _shared(leaf)
     return dataclasses.replace(cut, shared=f"{shared} {i}") if shared else cut
@@ -86,11 +109,11 @@ def _shared(leaf: PyTree) -> str:
 
 def _stacked(*leaves: PyTree) -> PyTree:
     names = {_shared(leaf).removesuffix(f" {i}") for i, leaf in enumerate(leaves)}
-    if any(names):  # undoes `_cut`; what had other names before is known to share no more
+    if any(names):  # undoes `_cut`; layers whose names differed share nothing after stacking
         name = names.pop() if len(names) == 1 else ""
         rename = lambda w: dataclasses.replace(w, shared=name) if isinstance(w, QTensor) else w
         leaves = tuple(map(rename, leaves))
-    # Integers that do not fit their words (`DualScale`) are more in one layer than in another.
+    # The arrays of integers that overflow their words (`DualScale`) vary in size between layers.
     forms = {(jax.tree.structure(w), *(a.shape for a in jax.tree.leaves(w))) for w in leaves}
     if is_standin(leaves[0]) and len(forms) == 1:
         return jax.tree.map(lambda *a: jnp.stack(a), *leaves)
@@ -98,7 +121,16 @@ def _stacked(*leaves: PyTree) -> PyTree:
 
 
 def unstack_stats(stats: Stats, name: str) -> Stats:
-    """What calibration saw, of the tree that `unstack` makes."""
+    """Return the statistics of the tree that `unstack` makes.
+
+    Args:
+      stats: the result of `calibrate` for the stacked tree.
+      name: key of the stack.
+    Returns:
+      The statistics, by the new paths.
+    Raises:
+      ValueError: there are no weights at `name`, or they differ in their number of layers.
+    """
     check_arguments(unstack_stats, locals())
     prefix = f"{name}/"
     count = {s.shape[0] for p, s in stats.sites.items() if p.startswith(prefix)}
@@ -107,7 +139,7 @@ def unstack_stats(stats: Stats, name: str) -> Stats:
     sites, sums, holder = {}, {}, {}
 
     def named(path: str) -> list[tuple[str, PyTree]]:
-        """The names of a weight's parts, and their index."""
+        """Return the new paths of a weight, each with its index in the stack."""
         if not path.startswith(prefix):
             return [(path, ...)]
         return [(f"{prefix}{i}/{path.removeprefix(prefix)}", i) for i in range(*count)]
@@ -125,7 +157,7 @@ def unstack_stats(stats: Stats, name: str) -> Stats:
 
 
 def _layer(site: Site, path: str, i: int) -> Site:
-    """The site of one layer's weight: the first axis is gone."""
+    """Return the site of one layer's weight, without the leading axis."""
     less = lambda axes: tuple(a - 1 for a in axes if a)
     return dataclasses.replace(
         site,
@@ -133,7 +165,7 @@ def _layer(site: Site, path: str, i: int) -> Site:
         shape=site.shape[1:],
         contracted=less(site.contracted),
         batch=less(site.batch),
-        gathered=site.gathered - 1 if site.gathered else None,  # along the first, layers are
+        gathered=site.gathered - 1 if site.gathered else None,  # axis 0 is the layer axis
         also=tuple(map(less, site.also)),
         input=site.input and f"{site.input} {i}",
     )

@@ -1,4 +1,4 @@
-"""The driver: params, recipe, statistics -> params."""
+"""The quantization driver: from parameters, recipe and statistics to quantized parameters."""
 
 from collections.abc import Callable, Mapping
 
@@ -31,32 +31,39 @@ def quantize(
     progress: Callable[[Done], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """The same tree with `QTensor` leaves where the recipe says so.
+    """Return `params` with every weight that the recipe covers replaced by a `QTensor`.
+
+    The function may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked: non-finite
+    weights or statistics give NaN, and so do methods whose rates are planned from values
+    (`trellis`), which must be called outside. `jax.eval_shape` gives the shapes for every method.
 
     Args:
       params: tree of floating arrays.
-      recipe: a `Recipe`, or one method for every weight the function contracts.
-      stats: `calibrate`'s result; or `sites`' result; or None (the last axis is the output).
-      key: randomness of methods that need it (rotations, k-means), a `jax.random.key`, no number;
-        default `jax.random.key(0)`.
-      inspect: what judges the candidates of a transform that is searched for, in place of the
-        products' error; see `shared_transforms.Inspection`.
-      transforms: arrays of input transforms that are known already: from `learn`, `learn_blocks`.
-      progress: called with `Done` after each matrix.
-      finished: by matrix, its packed arrays and those of its `Report`, "report.loss" and so on,
-        and a digest of its weights, second moments, method and key: of others it is not taken.
-        What is in it is not done again, what is done is put in it. A mapping that lives on disk
-        (`durable.store.Folder`) makes a long run resumable.
+      recipe: a `Recipe`, or one `Method`, which then applies to every weight that the function
+        contracts.
+      stats: the result of `calibrate`, which methods with error feedback or fitted transforms need,
+        or of `sites`, which gives the axis layout only. With None, the last axis of each weight is
+        taken as the output and the one before it as the input.
+      key: PRNG key for methods that draw random numbers (rotations, k-means), such as
+        `jax.random.key(1)`; an integer seed is refused. Default: `jax.random.key(0)`.
+      inspect: function that scores the candidates of a searched transform, in place of the error of
+        the products; see `shared_transforms.Inspection`.
+      transforms: arrays of input transforms that are already known, as `learn` and `learn_blocks`
+        return them. They are used as given and not fitted again.
+      progress: called with a `Done` after each matrix.
+      finished: store of finished matrices. It maps the name of each matrix to its packed arrays,
+        the fields of its `Report` ("report.loss", ...) and a digest of its weights, second moments,
+        method and key. A matrix with a matching digest is taken from the store; every other one is
+        computed and added. A mapping on disk (`durable.store.Folder`) makes a long run resumable.
+    Returns:
+      The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged.
     Raises:
-      ValueError: the recipe does not resolve, weights are not finite, or a method needs
-        statistics that are missing. Before any compute, but for the check of the weights. And if
-        the result for a matrix is not finite.
+      ValueError: the recipe does not resolve, weights or statistics are not finite, a method needs
+        statistics that are missing, or the result for a matrix is not finite. Recipe and missing
+        statistics are checked before any computation.
     Warns:
-      where the damping had to be raised.
-
-    Under `jax.jit` and `jax.vmap` there are no values to look at: weights or statistics that are
-    not finite give NaN, and so do rates planned from values (`trellis`), which need a call outside.
-    `jax.eval_shape` gives the shapes of all.
+      If the damping of a second moment had to be raised, statistics are all zero, the format loses
+      some of the weights' range, or a bare method leaves weights floating.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = jq.quantize({"w": jnp.ones((64, 32)), "b": jnp.zeros(8)}, jq.rtn(bits=4))
@@ -91,17 +98,22 @@ def quantize_array(
     inputs: Float[Array, "t k"] | None = None,
     key: Array | None = None,
 ) -> QTensor:
-    """One matrix, y = x @ w.
+    """Quantize one matrix w of a product y = x @ w.
 
     Args:
-      w: [k, n], floating.
-      method: from `rtn`, `gptq`, ...
-      gram: [k, k] mean of x x^T; required by methods with feedback. By default that of `inputs`.
-      output_gram: [n, n] mean of g g^T, g the loss gradient at y; required by two-sided ones.
-      inputs: rows x; required by methods that fit transforms or scales to activations.
-      key: randomness of methods that need it; default `jax.random.key(0)`.
+      w: matrix [k, n], floating.
+      method: the method, as made by `rtn`, `gptq`, ...
+      gram: [k, k] mean of x x^T, required by methods with error feedback. Default: computed from
+        `inputs`.
+      output_gram: [n, n] mean of g g^T, where g is the gradient of the loss at y; required by
+        two-sided methods.
+      inputs: [t, k] rows x, required by methods that fit transforms or scales to activations.
+      key: PRNG key for methods that draw random numbers. Default: `jax.random.key(0)`.
+    Returns:
+      The packed matrix.
     Raises:
-      ValueError: shapes disagree, values are not finite, the group size does not divide k.
+      ValueError: shapes disagree, values are not finite, the group size does not divide k, or
+        something that the method needs is missing.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> jq.quantize_array(jnp.ones((64, 32)), jq.rtn(bits=2, group_size=32)).bits_per_weight

@@ -1,4 +1,4 @@
-"""Quantizing one leaf: its matrices, one after another, through one compiled program."""
+"""Quantization of one leaf, whose matrices go one by one through a single compiled program."""
 
 import dataclasses
 import time
@@ -22,21 +22,23 @@ from jaxquant.ptq.shared_transforms import Inputs
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.rounding import Moments
 
-MARK = "report.of"  # the digest among what is finished
+MARK = "report.of"  # name of the digest in a stored entry
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """Report on one quantized matrix.
+    """Progress report on one quantized matrix.
 
     Attributes:
-      path: of the leaf, and of a matrix in a stack its index: "layers/up/kernel[3]".
-      index, total: which of how many matrices.
-      loss: share of the output's energy that the error took, tr(E^T H E) / tr(W^T H W); NaN where
-        feedback knew of no input.
-      damping: fraction of mean(diag H) that was added; 0 without feedback.
-      dead: input channels that calibration never saw active.
-      seconds: it took; 0 if an earlier run had done it.
+      path: path of the leaf, with the index for a matrix of a stack: "layers/up/kernel[3]".
+      method: name of the method.
+      index, total: position of the matrix, from 1, and number of matrices to quantize.
+      bits_per_weight: bits of all arrays of the matrix, per weight.
+      loss: relative loss, tr(E^T H E) / tr(W^T H W) for the error E: the share of the output's
+        energy that is lost. NaN if error feedback saw no active input channel.
+      damping: damping added to H, as a fraction of mean(diag H); 0 without error feedback.
+      dead: number of input channels that were never active in calibration.
+      seconds: time taken; 0 if the matrix came from an earlier run.
     """
 
     path: str
@@ -51,7 +53,15 @@ class Done:
 
 
 def moments_for(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:
-    """What the rounder needs to know; made here, for one leaf at a time."""
+    """Return the second moments that the method needs for one leaf, and no others.
+
+    Args:
+      path: path of the leaf.
+      method: its method.
+      stats: result of `calibrate`; with anything else the moments are empty.
+    Returns:
+      The input and output second moments, with the leaf's batch axes first.
+    """
     if not isinstance(stats, Stats):
         return Moments()
     return Moments(
@@ -61,7 +71,12 @@ def moments_for(path: str, method: Method, stats: Stats | Mapping[str, Site] | N
 
 
 class Counter:
-    """Counts matrices; tells the user's function."""
+    """Counts finished matrices and reports each to the user's callback.
+
+    Args:
+      total: number of matrices.
+      tell: callback, or None.
+    """
 
     def __init__(self, total: int, tell: Callable[[Done], None] | None) -> None:
         self.total, self.count, self.tell = total, 0, tell
@@ -77,7 +92,14 @@ class Counter:
 
 @dataclasses.dataclass(frozen=True)
 class LeafJob:
-    """One leaf: its matrices, one after another through one compiled program."""
+    """Quantizes the matrices of one leaf in turn, with one compiled program.
+
+    Attributes:
+      entry: the plan's entry for the leaf.
+      draw: source of randomness.
+      inputs: transforms shared by the weights that read the same input.
+      finished: store of finished matrices, or None; see `quantize`.
+    """
 
     entry: WeightEntry
     draw: Draw
@@ -88,7 +110,8 @@ class LeafJob:
         entry = self.entry
         *batch, k, n = entry.matrix
         moments = self._matrices(moments)
-        # Under eval_shape there are no values to judge; what is asked of jnp tells, not w's type.
+        # Under tracing there are no values to check. Tracing shows in the result of a jnp call,
+        # not in the type of w: eval_shape may close over a concrete array.
         abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
         if not abstract:
             _check_values(w, entry.path, moments)
@@ -100,7 +123,7 @@ class LeafJob:
         for i, name in enumerate(self._names()):
             start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
             arrays, report, before = self._one(i, name, matrices[i], one, method, abstract)
-            # Of an input that calibration never saw, nobody knows what is lost.
+            # If calibration saw no active channel, the loss is unknown.
             report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
             parts.append(arrays)
             reports.append(report)
@@ -128,7 +151,7 @@ class LeafJob:
         )
 
     def _check_range(self, matrices: Array) -> None:
-        """ValueError where the format cannot hold such weights; a warning where it loses some."""
+        """Raise ValueError if the format cannot hold the weights; warn if it loses some."""
         for name, w in zip(self._names(), matrices, strict=True):
             try:
                 found = self.entry.method.format.check(self.entry.method.magnitudes(w))
@@ -138,7 +161,7 @@ class LeafJob:
                 warnings.warn(f"{name}: {found}", stacklevel=5)
 
     def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
-        """The method, its format's rates (if it has any to give) chosen for these matrices."""
+        """Return the method, with the rates of its format planned for these matrices."""
         format = self.entry.method.format
         if not format.plans:
             return self.entry.method
@@ -154,10 +177,10 @@ class LeafJob:
     def _one(
         self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
     ) -> tuple[Arrays, Report, bool]:
-        """Arrays, report, and whether these were finished before."""
+        """Return the arrays of matrix i, its report, and whether both came from the store."""
         finished = None if abstract else self.finished
         kept, made_of = {}, np.zeros(0, np.uint8)
-        if finished is not None:  # of another matrix, method or key nothing is taken
+        if finished is not None:  # an entry for another matrix, method or key is ignored
             kept = dict(finished.get(name, {}))
             made_of = mark(f"{method}{self.draw.name}", (w, moments))
         if kept and np.array_equal(kept.pop(MARK, ()), made_of):
@@ -168,7 +191,7 @@ class LeafJob:
         arrays, report = round_matrix(w, moments, self._keys(i), method, known.input or None)
         arrays = arrays._replace(activations=known.activations)
         if abstract:
-            # What was planned without values is no result, and nobody has looked at the weights.
+            # Rates planned without values are not a result, and the weights were not checked.
             planned = method is not self.entry.method
             sound = jnp.logical_and(not planned, _finite((w, moments, known)))
             return _nan_unless(sound, arrays), report, False
@@ -183,7 +206,10 @@ class LeafJob:
         return arrays, report, False
 
     def _check_result(self, name: str, arrays: Arrays, report: Report) -> None:
-        """ValueError if the matrix holds NaN or infinity; the loss tells, and where it may not."""
+        """Raise ValueError if the packed matrix is not finite.
+
+        The matrix is decoded for the check only if its loss is not finite.
+        """
         stored = self.entry.method.stored(*self.entry.matrix[-2:])[0]
         if bool(_finite((arrays, report.loss))):
             return
@@ -196,7 +222,7 @@ class LeafJob:
             )
 
     def _known(self, i: int) -> Arrays:
-        """Arrays that the weights of this input share."""
+        """Return the arrays that all weights reading this input share."""
         return by_kind(self.inputs.arrays(self.entry.path, i, self._keys(i).input) or {})
 
     def _names(self) -> Iterator[str]:
@@ -212,19 +238,19 @@ class LeafJob:
         return self.inputs.leader[self.entry.path]
 
     def _shared(self, abstract: bool) -> str:
-        """A name that two weights have in common only if they read one input, transformed alike."""
+        """Return a name that weights share only if they read one input through one transform."""
         side = self.entry.method.input
         if side is not None and (side.fitted or not self.draw.name):
             return ""
         count = len(self.inputs.members[self._input])
         name = f"{count} of {self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
         made = [self._known(i) for i in range(self.entry.count)]
-        if not jax.tree.leaves(made):  # arrays that are drawn are told by the names of the draws
+        if not jax.tree.leaves(made):  # drawn arrays are identified by the name of the draw
             return name
         return "" if abstract else f"{name} {mark('', made).tobytes().hex()}"
 
     def _matrices(self, moments: Moments) -> Moments:
-        """Moments with the batch axes as one; ValueError if they are of another tree."""
+        """Return the moments with flattened batch axes; ValueError if their shapes do not fit."""
         *batch, k, n = self.entry.matrix
         for gram, size in zip(moments, (k, n), strict=True):
             if gram is not None and gram.shape != (*batch, size, size):
@@ -270,12 +296,12 @@ def _check_values(w: Array, path: str, moments: Moments) -> None:
 
 @jax.jit
 def _finite(arrays: PyTree) -> Bool[Array, ""]:
-    """Whether all floating numbers of a tree are finite."""
+    """Return whether all floating values of a tree are finite."""
     floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in floats]))
 
 
 def _nan_unless(sound: Bool[Array, ""], arrays: Arrays) -> Arrays:
-    """The arrays, or NaN for floating numbers and zeros for codes: then all weights are NaN."""
+    """Return the arrays, or if not `sound`, NaN for floats and 0 for codes, which decode to NaN."""
     nothing = lambda a: jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0
     return jax.tree.map(lambda a: jnp.where(sound, a, jnp.asarray(nothing(a), a.dtype)), arrays)

@@ -1,8 +1,9 @@
-"""A rotation of the residual stream, folded into every weight that reads it or writes to it.
+"""Rotation of the residual stream, folded into every weight that reads or writes the stream.
 
-An RMS norm without a gain commutes with rotations, so with Q orthonormal a model of x Q whose
-weights are Q^T W where they read and W Q where they write is the same function (SliceGPT, Ashkboos
-et al. 2024, arXiv:2401.15024; QuaRot, arXiv:2404.00456). Nothing is left to do at run time.
+An RMS norm without a gain commutes with rotations. For an orthonormal Q, a model with the stream
+x Q, weights Q^T W where it is read and W Q where it is written is therefore the same function
+(SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024; QuaRot, arXiv:2404.00456). No work is left at
+run time.
 """
 
 import dataclasses
@@ -17,12 +18,13 @@ from jaxquant.core.paths import matches, path_leaves, replace_leaves
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """What a model does with its residual stream, of d channels.
+    """How a model uses its residual stream of d channels.
 
     Attributes:
-      writes: globs of leaves whose last axis is added to the stream (or makes it, an embedding).
-      reads: {path of an RMS norm's gain [..., d]: globs of matrices [..., d, n] that read what it
-        makes}. Nothing else may.
+      writes: globs of the leaves whose last axis is added to the stream or creates it (an
+        embedding).
+      reads: {path of an RMS norm's gain [..., d]: globs of the matrices [..., d, n] that read the
+        norm's output}. Nothing else may read that output.
     """
 
     writes: Sequence[str]
@@ -30,13 +32,17 @@ class Residual:
 
 
 def rotate_residual(params: PyTree, residual: Residual, rotation: Float[Array, "d d"]) -> PyTree:
-    """The same function, its residual stream rotated; gains are ones afterwards.
+    """Rotate the residual stream of a model without changing its function; norm gains become ones.
 
     Args:
-      params: tree of floats; stacks of layers carry their axis first.
-      residual: which leaves touch the stream. rotation: orthonormal.
+      params: tree of floating arrays; stacks of layers have the layer axis first.
+      residual: which leaves read and write the stream.
+      rotation: orthonormal matrix [d, d].
+    Returns:
+      The rotated tree, each leaf in its own dtype.
     Raises:
-      ValueError: a glob that matches nothing, a leaf of another shape, or a rotation that is none.
+      ValueError: a glob matches nothing, a leaf has another number of channels, or `rotation` is
+        not orthonormal.
 
     >>> from pallas_kernels import hadamard
     >>> p = {"in": jnp.eye(4), "gain": jnp.arange(1.0, 5), "out": jnp.ones((4, 2))}

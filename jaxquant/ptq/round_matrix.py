@@ -1,4 +1,4 @@
-"""One matrix: change of variables, rounding, and how much of the output was lost."""
+"""Quantization of one matrix: change of variables, rounding, and the resulting loss."""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,13 +17,13 @@ from jaxquant.transforms import Channels
 
 
 class Report(NamedTuple):
-    """What rounding one matrix met, as arrays.
+    """Result of rounding one matrix, as arrays.
 
     Attributes:
-      loss: tr(H E H_out E^T) over the same of W: the relative proxy loss, undamped, with the
-        identity for a moment that is not known.
-      damping: fraction of mean(diag H) that was added; 0 without feedback.
-      dead: input channels that calibration never saw active.
+      loss: relative proxy loss tr(H E H_out E^T) / tr(H W H_out W^T) without damping; a moment that
+        is not known counts as the identity.
+      damping: damping added to H, as a fraction of mean(diag H); 0 without error feedback.
+      dead: number of input channels that were never active in calibration.
     """
 
     loss: Float[Array, ""]
@@ -32,13 +32,14 @@ class Report(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Randomness of the input transform (shared by weights that share an input) and the rest."""
+    """PRNG keys: `input` for the input transform, which weights may share; `own` for the rest."""
 
     input: Array
     own: Array
 
 
-# Feedback subtracts nearly equal sums; the ten bits that GPUs keep of float32 by default spoil it.
+# Error feedback subtracts nearly equal sums, which the 10-bit mantissa of a GPU's default float32
+# matmul precision would ruin.
 _exact = jax.default_matmul_precision("highest")
 
 
@@ -51,9 +52,17 @@ def round_matrix(
     method: Method,
     known: dict[str, Array] | None = None,
 ) -> tuple[Arrays, Report]:
-    """The arrays of a matrix, and a report.
+    """Quantize one matrix.
 
-    `known`: the arrays of the input transform, if they have been fitted (`shared_transforms`).
+    Args:
+      w: the matrix [k, n].
+      moments: its input and output second moments, each may be None.
+      keys: randomness of the input transform and of everything else.
+      method: the method (static).
+      known: arrays of the input transform if already fitted (`shared_transforms`); None fits them
+        here.
+    Returns:
+      The arrays of the packed matrix, and the report.
     """
     w, moments, e, _ = _unit(w, moments, method)
     w, moments, of_input, of_output = _transformed(w, moments, keys, method, known)
@@ -75,9 +84,16 @@ def block_importance(
     block: int,
     known: dict[str, Array] | None = None,
 ) -> tuple[Float[Array, "k/block"], Int[Array, ""]]:
-    """(x, e): loss per unit of relative distortion in each block of (transformed) rows is x 2**e.
+    """Return the loss per unit of relative distortion in each block of transformed rows.
 
-    With error feedback the loss is sum_j D_j |n_j|^2 for the noise n_j that rounding row j adds.
+    With error feedback the loss is sum_j D_j |n_j|^2, where n_j is the noise that rounding row j
+    adds.
+
+    Args:
+      w, moments, keys, method, known: as in `round_matrix`.
+      block: number of rows per block.
+    Returns:
+      (x, e): the losses are x 2**e, which may lie outside the range of float32.
     """
     w, moments, own, others = _unit(w, moments, method)
     w, moments, _, _ = _transformed(w, moments, keys, method, known)
@@ -91,10 +107,11 @@ def block_importance(
 def _unit(
     w: Float[Array, "k n"], moments: Moments, method: Method
 ) -> tuple[Array, Moments, Array | None, Array]:
-    """W 2**-e, the moments up to powers of two; e, and the sum of the exponents of these.
+    """Return W 2**-e, the moments scaled by powers of two, e, and the sum of their exponents.
 
-    So squares and their sums stay within float32, whatever the magnitudes. A format whose scales
-    float16 stores sees W as it is: where they lie in its range decides the codes; e is None then.
+    Squares and their sums then stay within the range of float32 at every magnitude. A format that
+    stores its scales in float16 sees W unscaled and e is None, because its codes depend on where
+    the scales lie in the range of float16.
     """
     w, exponents = w.astype(jnp.float32), jnp.int32(0)
     parts = {}
@@ -112,7 +129,7 @@ def _unit(
 def _transformed(
     w: Array, moments: Moments, keys: Keys, method: Method, known: dict[str, Array] | None
 ) -> tuple[Array, Moments, dict[str, Array], dict[str, Array]]:
-    """W and its moments after the method's changes of variables, and the arrays of these."""
+    """Return W and its moments after the method's transforms, and the transforms' arrays."""
     channels = Channels(w.T, moments.input)
     channels, of_input = _side(method.input, channels, keys.input, known)
     gram, w = channels.gram, channels.weights.T
@@ -124,7 +141,7 @@ def _transformed(
 def _side(
     side: Transform | None, channels: Channels, key: Array, known: dict[str, Array] | None = None
 ) -> tuple[Channels, dict[str, Array]]:
-    """The channels after the change on one side, and its arrays."""
+    """Return the channels after the transform of one side, and its arrays."""
     if side is None:
         return channels, {}
     arrays = side.fit(channels, key) if known is None else known
@@ -132,6 +149,6 @@ def _side(
 
 
 def _energy(e: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:
-    """tr(H E H_out E^T)."""
+    """Return tr(H E H_out E^T)."""
     right = e if moments.output is None else e @ moments.output
     return jnp.sum(right * (e if moments.input is None else moments.input @ e))

@@ -1,9 +1,9 @@
-"""Inputs: transforms that several weights share, fitted once to all that read an input.
+"""Input transforms shared by several weights, fitted once to all weights that read an input.
 
-A transform with candidates is searched for: each is tried on all of these weights, rounded to
-nearest, and the one that costs least is kept. What it costs is the error of the weights' products,
-of a sample of inputs rounded as the method says, or, where these stay floats, by their second
-moment; or what the user's own inspection of the weights says.
+A transform with candidates is searched for: each candidate is applied to all of these weights,
+which are rounded to nearest, and the cheapest one is kept. The cost is the error of the weights'
+products with a sample of inputs rounded as the method prescribes. If inputs stay floating, the
+second moment replaces the sample; a user's own inspection function replaces both.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ from jaxquant.methods.method import Method
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.transforms import Channels
 
-# What a function loses if these matrices [k, n], by path, take the place of the index-th of each
-# leaf's; None: no opinion.
+# Function (matrices [k, n] by path, index) -> loss if these matrices replace those at `index` in
+# their leaves, or None to fall back on the default cost.
 Inspection = Callable[[dict[str, Array], int], Array | float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Which weights share an input and its transform, and the arrays of that.
+    """The weights that share an input and its transform, and the arrays of these transforms.
 
     Attributes:
-      leader: of every path, the first one whose weight reads the same input through the same
+      leader: for every path, the first path whose weight reads the same input through the same
         transform.
-      members: of every leader, all of them.
+      members: for every leader, the entries of all weights that share its input.
       leaves: the weights, by path.
-      stats: of the inputs; or None.
-      inspect: for searches; or None.
-      found: arrays so far, by leader and index in the stack.
+      stats: statistics of the inputs, or None.
+      inspect: scoring function for searches, or None.
+      found: arrays fitted so far, by leader and index in the stack.
     """
 
     leader: dict[str, str]
@@ -60,9 +60,17 @@ class Inputs:
         inspect: Inspection | None = None,
         known: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     ) -> "Inputs":
-        """Of all weights to quantize; without sites, none shares anything.
+        """Group the weights to quantize by the input that they read.
 
-        `known`: what `found` is to begin with.
+        Args:
+          todo: entries of all weights to quantize.
+          sites: how each weight is used, by path; with None no weights share an input.
+          leaves, stats, inspect: see the class.
+          known: arrays that are already fitted, the initial value of `found`.
+        Returns:
+          The groups.
+        Raises:
+          ValueError: `known` names a path that is not the leader of an input.
         """
         first: dict[Any, str] = {}
         leader: dict[str, str] = {}
@@ -81,9 +89,15 @@ class Inputs:
         return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
 
     def arrays(self, path: str, i: int, key: Array) -> dict[str, Array] | None:
-        """Arrays of the transform ("input.") and of activations ("activations.") of matrix i.
+        """Return the shared arrays of matrix i of a weight, fitting them on the first call.
 
-        None where there is nothing that the weights have in common.
+        Args:
+          path: path of the weight.
+          i: index of the matrix in the stack.
+          key: PRNG key of the transform.
+        Returns:
+          Arrays of the transform, named "input.*", and of activations, named "activations.*"; None
+          if the weights share nothing.
         """
         first = self.members[self.leader[path]][0].method
         joint = first.input is not None and first.input.joint
@@ -111,7 +125,7 @@ class Inputs:
         return out
 
     def _channels(self, members: list[WeightEntry], i: int) -> Channels:
-        """The weights that read the input, side by side, and what is known of it."""
+        """Return the weights that read the input, concatenated, and the statistics of the input."""
         matrix = lambda m: m.matrices(self.leaves[m.path])[i].astype(jnp.float32)
         weights = jnp.concatenate([matrix(m).T for m in members])
         path = members[0].path
@@ -128,9 +142,9 @@ class Inputs:
     def _searched(
         self, members: list[WeightEntry], channels: Channels, e: Array, i: int, key: Array
     ) -> dict[str, Array]:
-        """The best of the transform's candidates; the first of equal ones.
+        """Return the arrays of the cheapest candidate of the transform; the first one of equals.
 
-        The weights are 2**e times those of the channels.
+        The weights are 2**e times those of `channels`.
         """
         method, side = members[0].method, _side(members[0].method)
         ends = np.cumsum([m.matrix[-1] for m in members])[:-1]
@@ -148,7 +162,7 @@ class Inputs:
             if least is None:
                 best, least = arrays, cost
                 continue
-            better = cost < least  # traced, perhaps
+            better = cost < least  # may be traced, hence jnp.where
             best = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), arrays, best)
             least = jnp.where(better, cost, least)
         return best
@@ -156,7 +170,7 @@ class Inputs:
 
 @jax.jit
 def _unit(channels: Channels) -> tuple[Channels, Array, Array]:
-    """The channels over powers of two, and the exponents of the weights' and of the vectors'."""
+    """Return the channels scaled by powers of two; exponents of the weights and the vectors."""
     weights, of_weights = unit(channels.weights)
     known = (channels.low, channels.high, channels.sample)
     largest = [jnp.max(jnp.abs(a), initial=0) for a in known if a is not None]
@@ -167,7 +181,7 @@ def _unit(channels: Channels) -> tuple[Channels, Array, Array]:
 
 
 def _side(method: Method) -> Transform:
-    """The transform of inputs of a method that has one."""
+    """Return the input transform of a method; ValueError if it has none."""
     if method.input is None:
         raise ValueError(f"method {method.name!r} has no transform of inputs to search for")
     return method.input
@@ -180,7 +194,7 @@ def _static(method: Method) -> bool:
 def _static_scale(
     form: Activations, channels: Channels, side: Transform | None, arrays: dict[str, Array]
 ) -> dict[str, Array]:
-    """Scale and zero point for what the transform makes of all inputs seen."""
+    """Return the scale and zero point for the transformed inputs seen in calibration."""
     after = channels if side is None else channels.through(side, arrays)
     if after.low is None or after.high is None:
         raise ValueError(
@@ -190,13 +204,13 @@ def _static_scale(
     if not form.mse:
         return dict(zip(("scale", "zero"), form.range(*ends), strict=True))
     x = channels.rows
-    x = x[len(x) // 2 :]  # those taken at random
+    x = x[len(x) // 2 :]  # the rows kept at random
     return _least_error(form, x if side is None else side.apply(x, arrays), *ends)
 
 
 @partial(jax.jit, static_argnums=0)
 def _least_error(form: Activations, x: Array, low: Array, high: Array) -> dict[str, Array]:
-    """Of parts of the range, down to a hundredth, the one that rows lose least in."""
+    """Return scale and zero point of the clipped range with the least squared error."""
 
     def tried(part: Array) -> tuple[Array, dict[str, Array]]:
         known = dict(zip(("scale", "zero"), form.range(part * low, part * high), strict=True))
@@ -212,7 +226,7 @@ def _fit(side: Transform, channels: Channels, key: Array) -> dict[str, Array]:
 
 
 def _of_matrix(probe: Probe, i: int) -> Probe:
-    """What is kept of matrix i of a stack."""
+    """Return the statistics of matrix i of a stack."""
 
     def one(name: str, a: Array | None) -> Array | None:
         rank = {"rows": 0, "magnitude": 1, "low": 1, "high": 1}.get(name, 2)
@@ -224,7 +238,7 @@ def _of_matrix(probe: Probe, i: int) -> Probe:
 
 @partial(jax.jit, static_argnames="method")
 def _tried(arrays: dict[str, Array], channels: Channels, method: Method) -> Float[Array, "k n"]:
-    """The weights as they come out of rounding with these arrays, the transform undone."""
+    """Return the weights after rounding in the transformed basis and transforming back."""
     k, side = channels.weights.shape[1], _side(method)
     w = side.inverse(channels.weights, arrays).T
     rounded = method.format.dequantize(method.format.encode(w), w.shape[0])
@@ -235,14 +249,14 @@ def _tried(arrays: dict[str, Array], channels: Channels, method: Method) -> Floa
 def _cost(
     arrays: dict[str, Array], channels: Channels, rounded: Float[Array, "k n"], method: Method
 ) -> Float[Array, ""]:
-    """The squared error of products with these weights, inputs rounded too."""
+    """Return the squared error of the products with these weights, with inputs rounded as well."""
     w, form = channels.weights.T, method.activations
     if form is None:
         error = rounded - w
         gram = jnp.eye(len(w)) if channels.gram is None else channels.gram
         return jnp.sum(error * (gram @ error))
     side, x = _side(method), channels.rows
-    x = x[len(x) // 2 :]  # those taken at random
+    x = x[len(x) // 2 :]  # the rows kept at random
     k = x.shape[1]
     met = side.inverse(rounded.T, arrays).T
     known = _static_scale(form, channels, side, arrays) if form.static else {}

@@ -1,1 +1,1 @@
-"""Measurements that say why quantization is hard, or how far it can go."""
+"""Measurements that show why quantization is hard, and how far it can go."""

@@ -1,7 +1,7 @@
-"""The outliers of a model: of what its weights multiply, its hidden states, its attention.
+"""Outliers of a model: in the inputs of its weights, its hidden states and its attention.
 
-The inputs of all weights come from one backward pass of the user's own function
-(`jaxquant.observe`); hidden states and attention are given, where the model tells them.
+The inputs of all weights come from one backward pass of the user's function (`jaxquant.observe`).
+Hidden states and attention are passed in, for models that expose them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxquant.calibration.observe import Observation, observe
 from jaxquant.theory.profile import ABSOLUTE, MASSIVE, Largest, Profile, profile_of
 
-SINK = 0.05  # share of the attention that makes a key a sink; of 512 keys an even one has 0.003
+SINK = 0.05  # least share of the attention of a sink; with even attention 512 keys get 0.003 each
 RESIDUAL = "residual"
 HEADER = (
     "site", "layer", "max", "median", "ratio", "token", "channel", "w/o first", "kinds",
@@ -25,7 +25,13 @@ HEADER = (
 
 
 class Massive(NamedTuple):
-    """A massive activation: |value| > 100 and > 1000 medians (`ratio`) of the hidden state."""
+    """A massive activation: |value| is above 100 and above 1000 medians of the hidden state.
+
+    Attributes:
+      layer, token, channel: its position.
+      value: its value.
+      ratio: |value| over the median of |x|.
+    """
 
     layer: int
     token: int
@@ -43,9 +49,16 @@ class Sink(NamedTuple):
 
 
 def massive(hidden: Float[Array, "L t d"]) -> tuple[Massive, ...]:
-    """All massive activations of the hidden states after each layer, the largest of a layer first.
+    """Return all massive activations of the hidden states, by layer and decreasing magnitude.
 
-    Source: Sun et al. 2024, arXiv:2402.17762, section 2.2.
+    Args:
+      hidden: hidden states after each layer [L, t, d].
+    Returns:
+      The activations.
+    Raises:
+      ValueError: `hidden` has another number of axes.
+    Source:
+      Sun et al. 2024, arXiv:2402.17762, section 2.2.
 
     >>> h = np.ones((2, 8, 4)); h[1, 0, 3] = -2000.0
     >>> massive(h)
@@ -63,11 +76,16 @@ def massive(hidden: Float[Array, "L t d"]) -> tuple[Massive, ...]:
 
 
 def sinks(attention: Float[Array, "L t"], share: float = SINK) -> tuple[Sink, ...]:
-    """Keys that get at least `share` of a layer's attention, the largest of a layer first.
+    """Return the keys that get at least `share` of a layer's attention, by decreasing share.
 
     Args:
-      attention: what each key gets, mean over heads and over late queries, so that what a query
-        gives its neighbours is spread over all of them.
+      attention: share of each key [L, t], averaged over heads and over late queries, so that what a
+        query gives to its neighbors is spread over all of them.
+      share: smallest share of a sink.
+    Returns:
+      The sinks, layer by layer.
+    Raises:
+      ValueError: `attention` has another number of axes.
 
     >>> sinks(np.array([[0.75, 0.125, 0.0]]))
     (Sink(layer=0, token=0, share=0.75), Sink(layer=0, token=1, share=0.125))
@@ -83,15 +101,15 @@ def sinks(attention: Float[Array, "L t"], share: float = SINK) -> tuple[Sink, ..
 
 @dataclasses.dataclass(frozen=True)
 class Outliers:
-    """What `outliers` found; `str` is a table.
+    """The result of `outliers`; `str` gives a table.
 
     Attributes:
-      inputs: of what weights multiply, by site and layer.
-      hidden: of the hidden state after each layer.
+      inputs: profiles of the weights' inputs, by site and layer.
+      hidden: profiles of the hidden state after each layer.
       massive: massive activations of the hidden states.
-      sinks: keys that much of the attention goes to.
-      texts: of the tokens, if known.
-      unseen: weights whose inputs are not among `inputs`, and why.
+      sinks: keys that get a large share of the attention.
+      texts: text of each token, if known.
+      unseen: weights whose inputs are not in `inputs`, with the reason.
     """
 
     inputs: tuple[Profile, ...]
@@ -102,7 +120,7 @@ class Outliers:
     unseen: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """The cells of the table below `HEADER`."""
+        """Yield the rows of the table, with the columns of `HEADER`."""
         for p in (*self.hidden, *self.inputs):
             value, token, channel = p.top[0]
             persistent = [f"{c.channel} ({c.ratio:.0f})" for c in p.channels if c.persistent]
@@ -114,12 +132,20 @@ class Outliers:
             )  # fmt: skip
 
     def token(self, index: int, tokens: int | None = None) -> str:
-        """A token's index, and its text where that is known (rows may be other than tokens)."""
+        """Return a token's index, followed by its text if known.
+
+        Args:
+          index: index of the token.
+          tokens: number of rows of the matrix. If it differs from the number of texts, rows are not
+            tokens and the text is left out. Default: rows are tokens.
+        Returns:
+          The name.
+        """
         known = self.texts and tokens in (None, len(self.texts))
         return f"{index} {self.texts[index]!r}" if known else str(index)
 
     def findings(self) -> Iterator[str]:
-        """Lines on massive activations, sinks, and what was not seen."""
+        """Yield lines on massive activations, attention sinks and weights that were not seen."""
         for (token, channel), group in _grouped(self.massive, lambda m: (m.token, m.channel)):
             first, last = group[0], group[-1]
             yield (
@@ -136,7 +162,12 @@ class Outliers:
         yield from (f"not seen: {line}" for line in self.unseen)
 
     def heat(self) -> tuple[list[str], list[tuple[int, ...]], np.ndarray]:
-        """(sites, layers, log10(max / median) [layers, sites]), NaN where a layer has no such."""
+        """Return the data of a heat map.
+
+        Returns:
+          Sites, layers, and log10(max / median) [layers, sites], NaN where a layer has no such
+          site.
+        """
         all_ = (*self.hidden, *self.inputs)
         names = list(dict.fromkeys(p.site for p in all_))
         layers = sorted({p.layer for p in all_}, key=lambda layer: (not layer, layer))
@@ -153,7 +184,7 @@ class Outliers:
         return "\n".join(line.rstrip() for line in (*lines, *self.findings()))
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values."""
+        """Return a dict of JSON values."""
         return {
             "inputs": [p.to_json() for p in self.inputs],
             "hidden": [p.to_json() for p in self.hidden],
@@ -173,19 +204,23 @@ def outliers(
     texts: Sequence[str] = (),
     top: int = 4,
 ) -> Outliers:
-    """The outliers in every input that `fn(params, *args)` multiplies by weights.
+    """Find the outliers in every input that `fn(params, *args)` multiplies by a weight.
 
     Args:
-      fn, params, args: as for `jaxquant.observe`. The rows of an input are its tokens; of a batch
-        all sequences are one after the other, so give one.
-      hidden: hidden states after each layer.
-      attention: what each key gets of each layer's attention, see `sinks`.
+      fn, params, args: as in `jaxquant.observe`. The rows of an input are its tokens. The sequences
+        of a batch would be concatenated, so pass a single one.
+      hidden: hidden states after each layer [L, t, d]. Default: none.
+      attention: share of each key in the attention of each layer [L, t], see `sinks`. Default:
+        none.
       texts: text of every token, to name it by.
-      top: entries and channels kept of each matrix.
+      top: number of entries and channels to keep of each matrix.
+    Returns:
+      The profiles of all inputs and hidden states, massive activations and sinks.
     Raises:
-      ValueError: packed weights, NaN or infinite activations, shapes other than these.
+      ValueError: weights are packed, activations are not finite, or `hidden` or `attention` has
+        another shape.
     Warns:
-      naming weights whose outputs no gradient reached; the report says so too.
+      If no gradient reached the outputs of some weights; the result lists them too.
     Source:
       Sun et al. 2024, arXiv:2402.17762 (massive activations, attention sinks); Lin et al. 2024,
       arXiv:2406.01721 (normal and massive outliers of inputs).
@@ -217,7 +252,7 @@ def outliers(
 
 
 def _profiles(path: str, seen: Observation) -> tuple[list[Profile], list[str]]:
-    """Of every layer of a stack; and which were not seen, or are a sum of several."""
+    """Return the profile of every layer of a stack, and the layers without one, with the reason."""
     site, place = _site(seen.weights), _numbers(path)
     found, unseen = [], []
     for index in np.ndindex(*np.shape(seen.products)):
@@ -245,7 +280,7 @@ def _stack(a: Any, name: str, ndim: int) -> np.ndarray:
     return np.asarray(a, np.float32)
 
 
-# A number that is a part of a path, or ends one: "layers/3/q", "Dense_3/kernel".
+# A number that is a part of a path, or ends a part: "layers/3/q", "Dense_3/kernel".
 _NUMBER = re.compile(r"(?:(?<=[/_])|^)\d+(?=/|$)")
 
 
@@ -254,7 +289,7 @@ def _numbers(path: str) -> tuple[int, ...]:
 
 
 def _site(weights: Sequence[str]) -> str:
-    """The paths of weights as one, "*" for its numbers.
+    """Return the paths of several weights as one, with "*" for numbers.
 
     >>> _site(["layers/3/attn/k", "layers/3/attn/q"])
     'layers/*/attn/{k,q}'
@@ -267,7 +302,13 @@ def _site(weights: Sequence[str]) -> str:
 
 
 def layer_name(layer: tuple[int, ...]) -> str:
-    """The indices of a layer, "" where there is but one."""
+    """Return the name of a layer: its indices joined by dots.
+
+    Args:
+      layer: the indices; () gives "".
+    Returns:
+      The name.
+    """
     return ".".join(map(str, layer))
 
 
@@ -281,7 +322,7 @@ def _grouped(
 
 
 def _runs(layers: Iterable[int]) -> str:
-    """Sorted numbers as runs.
+    """Return sorted numbers as ranges.
 
     >>> _runs([2, 3, 4, 9])
     '2-4, 9'

@@ -1,18 +1,20 @@
-"""Where the large entries of an activation matrix are: in some channels, some tokens, or one entry.
+"""Location of the large entries of an activation matrix: in channels, in tokens, or single entries.
 
-Three kinds, by thresholds that Gaussian activations never reach:
+There are three kinds, with thresholds that Gaussian activations never reach:
 
-- "channel" (normal outliers; SmoothQuant, AWQ): the same few channels for nearly all tokens. The
-  mean |x| of a channel is 10 times that of the median channel, and in 4 of 5 tokens |x| is above
-  3 medians. One giant entry makes such a mean, but not such a share.
-- "token" (token-specific outliers): an entry of 50 medians that is 5 times the mean of its own
-  channel, as few tokens can be (at most one in five, by Markov). The product of two Gaussians, as a
-  gated MLP makes it, comes to some 33 medians in a million entries.
-- "massive": above 100 and above 1000 medians. In a hidden state these are the massive activations
-  of Sun et al. 2024, arXiv:2402.17762, section 2.2; in the input of a down projection, where they
-  come from, the massive outliers of Lin et al. 2024 (DuQuant), arXiv:2406.01721.
+- "channel" (normal outliers; SmoothQuant, AWQ): the same few channels are large for nearly all
+  tokens. The mean |x| of such a channel is at least 10 times that of the median channel, and |x| is
+  above 3 medians in at least 4 of 5 tokens. A single giant entry can cause such a mean, but not
+  such a share.
+- "token" (token-specific outliers): an entry of at least 50 medians that is at least 5 times the
+  mean of its own channel, which at most one token in five can be, by Markov's inequality. For
+  comparison, the product of two Gaussians, as in a gated MLP, reaches some 33 medians in a million
+  entries.
+- "massive": an entry above 100 and above 1000 medians. In a hidden state these are the massive
+  activations of Sun et al. 2024, arXiv:2402.17762, section 2.2; in the input of a down projection,
+  where they originate, the massive outliers of Lin et al. 2024 (DuQuant), arXiv:2406.01721.
 
-Where more than half of the entries are 0, as behind a ReLU, the median is that of the others.
+If more than half of the entries are 0, as after a ReLU, the median is that of the others.
 """
 
 import dataclasses
@@ -32,15 +34,16 @@ MASSIVE, ABSOLUTE = 1000.0, 100.0  # medians of |x|; |x|
 
 
 class Extremes(NamedTuple):
-    """What is kept of a matrix x [t, k]; float32, indices too (exact to 2^24).
+    """Summary of a matrix x [t, k], all float32; indices are exact up to 2^24.
 
     Attributes:
-      rows: t.
-      median: of |x|.
+      rows: number of rows t.
+      median: median of |x|.
       rest: max |x| without the first token.
-      value, token, channel: the largest entries, by |x|.
-      mean, peak, at, share: of every channel the mean and the maximum of |x|, the token of the
-        maximum, and the share of the tokens with |x| above `OUTLYING` medians.
+      value, token, channel: value and position of the largest entries by |x|.
+      mean, peak: mean and maximum of |x| in every channel.
+      at: token of the maximum of every channel.
+      share: share of the tokens with |x| above `OUTLYING` medians, in every channel.
     """
 
     rows: Float[Array, "*batch"]
@@ -57,23 +60,33 @@ class Extremes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The summary for `jaxquant.observe`: the `top` largest entries, and every channel's size."""
+    """The summary for `jaxquant.observe`: the largest entries and the size of every channel.
+
+    Attributes:
+      top: number of entries to keep.
+    """
 
     top: int = 4
 
     def zeros(self, k: int, n: int) -> Extremes:
-        """Nothing seen yet."""
+        """Return the summary before anything is seen, of a weight [k, n]."""
         one, some, all_ = (jnp.zeros(s) for s in ((), (self.top,), (k,)))
         return Extremes(one, one, one, some, some, some, all_, all_, all_, all_)
 
     def of(self, seen: Seen) -> Extremes:
-        """Of one input; the zeros that stand for rows of other experts do not count."""
+        """Return the summary of one input, ignoring zeros in place of other experts' rows."""
         found, rows = self.of_matrix(seen.rows), jnp.sum(seen.counted)
         more = len(seen.rows) / jnp.maximum(rows, 1)
         return found._replace(rows=rows, mean=more * found.mean, share=more * found.share)
 
     def of_matrix(self, x: Float[Array, "t k"]) -> Extremes:
-        """Of a matrix itself."""
+        """Return the summary of a matrix.
+
+        Args:
+          x: the matrix.
+        Returns:
+          Its summary, without batch axes.
+        """
         x = x.astype(jnp.float32)
         size, k = jnp.abs(x), x.shape[1]
         flat = jnp.pad(x.reshape(-1), (0, self.top))
@@ -94,10 +107,10 @@ class Largest:
 
 
 def _median(size: Array) -> Array:
-    """Of all, or of what is not 0 if more than half is; 0 if all is.
+    """Return the median of all sizes, or of the nonzero ones if most are 0; 0 if all are.
 
-    The bits of floats that are not negative are in the floats' order, so that 31 counts find the
-    lower one of the middle two; XLA sorts on one thread, ten times as long.
+    Nonnegative floats are ordered like their bits, so 31 counts find the lower of the two middle
+    values. Sorting takes ten times as long, because XLA sorts on one thread.
     """
     bits = jax.lax.bitcast_convert_type(size, jnp.int32)
     below = lambda value: jnp.sum(bits < value)
@@ -126,8 +139,13 @@ class Entry(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """One channel: its mean |x| over that of the median channel, and the share of the tokens in
-    which it is above `OUTLYING` medians."""
+    """One channel of an activation matrix.
+
+    Attributes:
+      channel: its index.
+      ratio: its mean |x| over that of the median channel.
+      share: share of the tokens in which |x| is above `OUTLYING` medians.
+    """
 
     channel: int
     ratio: float
@@ -135,25 +153,25 @@ class Channel(NamedTuple):
 
     @property
     def persistent(self) -> bool:
-        """Whether it is a normal outlier."""
+        """Whether the channel is a normal outlier."""
         return self.ratio >= CHANNEL and self.share >= PERSISTENT
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """An activation matrix [t, k]: what a weight multiplies, or a hidden state.
+    """Profile of an activation matrix [t, k]: the input of a weight, or a hidden state.
 
     Attributes:
-      site: path of the weights, "*" for numbers in it, or "residual".
-      layer: these numbers, and the index in a stack.
-      weights: paths of the weights that multiply it; () of a hidden state.
-      tokens: t.
-      median: of |x|.
+      site: path of the weights, with "*" for numbers, or "residual".
+      layer: these numbers, followed by the index in a stack.
+      weights: paths of the weights that multiply it; () for a hidden state.
+      tokens: number of tokens t.
+      median: median of |x|.
       rest: max |x| without the first token.
       top: the largest entries.
-      channels: the channels of the largest means.
-      spikes: the largest token-specific entries by |x|, one of a channel.
-      n_spikes: how many channels have such.
+      channels: the channels with the largest means, persistent ones first.
+      spikes: the largest token-specific entries by |x|, at most one per channel.
+      n_spikes: number of channels that have such an entry.
     """
 
     site: str
@@ -169,21 +187,21 @@ class Profile:
 
     @property
     def max(self) -> float:
-        """Of |x|."""
+        """The largest |x|."""
         return abs(self.top[0].value)
 
     @property
     def ratio(self) -> float:
-        """max / median; 0 if all is 0."""
+        """The largest |x| over the median; 0 if the median is 0."""
         return self.max / self.median if self.median else 0.0
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """See `classify`."""
+        """The kinds of outliers, see `classify`."""
         return classify(self)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values."""
+        """Return a dict of JSON values."""
         named = lambda rows: [row._asdict() for row in rows]
         lists = {name: named(getattr(self, name)) for name in ("top", "channels", "spikes")}
         whole = {"max": self.max, "ratio": self.ratio, "kinds": list(self.kinds)}
@@ -191,7 +209,12 @@ class Profile:
 
 
 def classify(profile: Profile) -> tuple[str, ...]:
-    """Which of "channel", "token", "massive" (see the top of this file) a matrix has.
+    """Return the kinds of outliers of a matrix: "channel", "token", "massive" (see the module).
+
+    Args:
+      profile: profile of the matrix.
+    Returns:
+      The kinds that it has.
 
     >>> x = jax.random.normal(jax.random.key(0), (64, 32))
     >>> classify(profile(x))
@@ -214,7 +237,17 @@ def classify(profile: Profile) -> tuple[str, ...]:
 def profile(
     x: Float[Array, "t k"], site: str = "", layer: tuple[int, ...] = (), top: int = 4
 ) -> Profile:
-    """Of a matrix at hand."""
+    """Return the profile of a matrix.
+
+    Args:
+      x: activations.
+      site, layer: labels of the profile. Default: none.
+      top: number of entries and channels to keep.
+    Returns:
+      The profile.
+    Raises:
+      ValueError: entries are not finite.
+    """
     return profile_of(_of_matrix(Largest(top), x), site, layer)
 
 
@@ -224,10 +257,15 @@ _of_matrix = jax.jit(Largest.of_matrix, static_argnums=0)
 def profile_of(
     found: Extremes, site: str, layer: tuple[int, ...], weights: tuple[str, ...] = ()
 ) -> Profile:
-    """Of one matrix (no batch axes) from its summary.
+    """Return the profile of one matrix (without batch axes) from its summary.
 
+    Args:
+      found: the summary.
+      site, layer, weights: labels of the profile.
+    Returns:
+      The profile.
     Raises:
-      ValueError: NaN or infinite entries.
+      ValueError: entries are not finite.
     """
     e: Any = jax.tree.map(np.asarray, found)
     if not np.all(np.isfinite(e.peak)):
@@ -235,7 +273,7 @@ def profile_of(
     count = len(e.value)
     typical = float(_median(e.mean)) or 1.0
     alone = (e.peak >= TOKEN * e.median) & (e.peak >= ALONE * e.mean) & (e.peak > 0)
-    # A persistent channel first: the mean of another may be one giant entry's doing.
+    # Persistent channels come first: another channel's mean may be due to one giant entry.
     persistent = (e.share >= PERSISTENT) & (e.mean >= CHANNEL * typical)
     order = np.lexsort((-e.mean, ~persistent))[:count]
     spikes = np.argsort(-np.where(alone, e.peak, 0), kind="stable")[: min(count, alone.sum())]

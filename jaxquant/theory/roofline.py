@@ -1,8 +1,9 @@
-"""What bounds a quantized model on an accelerator: its memory, unpacking, or multiplying.
+"""What limits a quantized model on an accelerator: memory, unpacking or multiplication.
 
-From published bandwidths and peaks (`pallas_kernels.cost.chips`) and the static rates of the
-kernels (`pallas_kernels.cost.rates`): a model of the least time, not a measurement. Contention, the
-latency of loads and everything that is not a product of weights come on top.
+The estimate is a lower bound on time from published bandwidths and peaks
+(`pallas_kernels.cost.chips`) and the static rates of the kernels (`pallas_kernels.cost.rates`), not
+a measurement. Contention, load latency and everything that is not a product with weights come on
+top.
 """
 
 import dataclasses
@@ -21,14 +22,14 @@ from pallas_kernels.cost import chips, rates
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time of the products with one weight (all matrices of a stack together).
+    """The least time of the products with one weight (with all matrices of a stack together).
 
     Attributes:
-      path: of the weight.
-      bytes: that it takes in memory.
-      seconds: of its products with all tokens once.
-      bound: "memory", "unpacking" or "multiplying"; "no kernel" where none was measured: the
-        weight is then taken to be unpacked to bfloat16 in memory first, and read again.
+      path: path of the weight.
+      bytes: bytes of the weight in memory.
+      seconds: time of its products with all tokens.
+      bound: "memory", "unpacking" or "multiplying"; "no kernel" if there is no measured one, in
+        which case the weight is assumed to be unpacked to bfloat16 in memory first and read again.
     """
 
     path: str
@@ -39,7 +40,13 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Bounds of all weights, quantized or not, for a number of tokens at once."""
+    """Bounds of all weights, quantized or not, for a number of tokens at once.
+
+    Attributes:
+      chip: name of the chip.
+      tokens: number of tokens.
+      bounds: one bound per weight.
+    """
 
     chip: str
     tokens: int
@@ -47,7 +54,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """One pass over all weights."""
+        """The least time of one pass over all weights, in seconds."""
         return sum(b.seconds for b in self.bounds)
 
     def __str__(self) -> str:
@@ -62,15 +69,17 @@ class Roofline:
 
 
 def roofline(params: PyTree, chip: str, tokens: int = 1) -> Roofline:
-    """The least time that products of `tokens` rows with every weight take on a chip.
+    """Return the least time of the products of `tokens` rows with every weight on a chip.
 
     Args:
-      params: tree with `QTensor` leaves (or their shapes); plain leaves of two and more axes count
+      params: tree with `QTensor` leaves (or their shapes); plain leaves with two or more axes count
         as bfloat16 matrices.
       chip: one of `pallas_kernels.cost.chips.CHIPS`.
-      tokens: rows of activations.
+      tokens: number of rows of activations.
+    Returns:
+      The bounds.
     Raises:
-      ValueError: no such chip.
+      ValueError: the chip is unknown.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = {"w": jq.quantize_array(jnp.ones((4096, 4096)), jq.rtn(4, 128, symmetric=True))}
@@ -101,7 +110,7 @@ def _bound(path: str, w: PyTree, chip: str, tokens: int) -> Bound:
 
 
 def _rate(w: QTensor, chip: str) -> float:
-    """Weights per cycle and core of the kernel that would serve it; 0 if there is none."""
+    """Return the weights per cycle and core of the kernel for this weight; 0 if there is none."""
     if not w.format.storage:
         return 0.0
     static: dict[str, Any] = {}
@@ -111,6 +120,6 @@ def _rate(w: QTensor, chip: str) -> float:
         static.update(found)
         return arrays
 
-    jax.eval_shape(arguments, w.data)  # of shapes alone
+    jax.eval_shape(arguments, w.data)  # fills `static` without computing
     op, form = f"{w.format.storage}_matmul", kernel_form(w.activations)
     return rates.weights_per_cycle(op, chip, form, **static)

@@ -1,1 +1,1 @@
-"""Training while weights are low-bit: estimators, latent weights, BitNet, zeroth order."""
+"""Training with low-bit weights: latent weights, optimizers, stability, zeroth-order gradients."""

@@ -1,4 +1,4 @@
-"""Latent weights into a tree and out of it: `latent`, `thaw`, `freeze`; and what trains there."""
+"""Making weights latent for training, and packing them again: `latent`, `thaw`, `freeze`."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from jaxquant.ptq.quantize import quantize
 from jaxquant.recipes.recipe import Recipe
 
 ACTIVATIONS = "activations."
-# What a label says of an array.
+# The labels of arrays, see `labels`.
 WEIGHT, SCALE, RANGE, OTHER, FROZEN = LABELS = ("weight", "scale", "range", "other", "frozen")
 
 
@@ -32,19 +32,21 @@ def latent(
     stats: Stats | Mapping[str, Site] | None = None,
     **options: PyTree,
 ) -> PyTree:
-    """The tree with latent weights where the recipe says so: `quantize`, then `thaw`.
+    """Make the weights that a recipe covers latent: `quantize` followed by `thaw`.
 
-    `jq.quantized(loss)` of it has derivatives, by `jax.grad`, in the weights as in the scales that
-    the method learns. Training starts at what the method's rounder makes of the weights, GPTQ's
-    codes as well as the nearest ones.
+    `jax.grad` of `jq.quantized(loss)` then gives gradients for the weights and for the scales that
+    the method learns. Training starts from the codes that the method's rounder chooses, be it
+    nearest or GPTQ.
 
     Args:
       params: tree of floating arrays.
-      recipe: of methods made for training (`ste`, `lsq`, `bitnet`, ...) or of any others, whose
-        weights are then trained straight through.
-      stats, options: as `quantize` takes them.
+      recipe: recipe or method. Methods made for training (`ste`, `lsq`, `bitnet`, ...) bring their
+        estimator; the weights of all others are trained with the straight-through estimator.
+      stats, options: as in `quantize`.
+    Returns:
+      The tree, with latent weights.
     Raises:
-      ValueError: as `quantize`; a format that the estimator cannot train.
+      ValueError: as in `quantize`, or the estimator cannot train a format.
 
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.lsq(bits=4))
@@ -58,17 +60,19 @@ def latent(
 
 
 def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> PyTree:
-    """The tree with quantized weights as latent ones, which begin at their codes.
+    """Make quantized weights latent, starting from their codes.
 
     Args:
-      params: from `quantize`, or a checkpoint.
-      recipe: how they train: methods' estimators, by path. What it keeps stays frozen, and formats
-        are those of the tree.
-      floats: the tree that it was made of. A weight begins as its float, moved no further than into
-        the bounds of its code; without floats as what its code means.
+      params: tree from `quantize` or a checkpoint.
+      recipe: the estimator of each weight, by the method for its path; formats are those of the
+        tree. Weights that the recipe keeps stay frozen.
+      floats: the floating tree from which `params` was made. Each weight starts at its float, moved
+        just far enough to keep its code. Default: each weight starts at the value of its code.
+    Returns:
+      The tree, with latent weights.
     Raises:
-      ValueError: nothing in it is quantized where the recipe has a method, or a pattern of it
-        matches nothing; a format that the estimator cannot train.
+      ValueError: the recipe has a method for no quantized weight, a pattern matches nothing, or the
+        estimator cannot train a format.
     """
     check_arguments(thaw, locals())
     rules = [("*", recipe)] if isinstance(recipe, Method) else list(recipe.rules)
@@ -117,7 +121,7 @@ def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
 
 
 def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
-    """A weight's floats, as the format's matrix has them."""
+    """Return the floats of a weight as the format stores the matrix, after its transforms."""
     if leaf.shape != w.shape:
         raise ValueError(f"floats of shape {list(leaf.shape)} for a weight {list(w.shape)}")
     back = tuple(sorted(range(leaf.ndim), key=w.axes().__getitem__))
@@ -136,7 +140,11 @@ def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
 def _near(
     format: Format, w: Float[Array, "k n"], value: Float[Array, "k n"], data: dict[str, Array]
 ) -> Float[Array, "k n"]:
-    """w where its code is the stored one; else the code's value, or as near to w as it stays."""
+    """Return w where it has the stored code; elsewhere the nearest point safely in that code's bin.
+
+    The point is at most 0.45 steps from the code's value. If it has another code as well, the value
+    itself is returned.
+    """
     if not isinstance(format, LevelFormat):
         return w
     rows = spread(format.stored_grid(data), format, w.shape)
@@ -146,10 +154,14 @@ def _near(
 
 
 def freeze(params: PyTree) -> PyTree:
-    """The tree with latent weights as quantized ones: packed, and what they give is the same.
+    """Pack latent weights; the packed weights give the same results.
 
+    Args:
+      params: tree with latent weights.
+    Returns:
+      The tree, with quantized weights.
     Raises:
-      ValueError: a latent weight, or a scale, that is no finite number, or a scale not above zero.
+      ValueError: a latent weight or scale is not finite, or a scale is not positive.
 
     >>> import jaxquant as jq
     >>> frozen = jq.freeze(jq.latent({"w": jnp.eye(64)}, jq.lsq(bits=4)))
@@ -180,23 +192,43 @@ def _frozen(path: str, w: QTensor) -> QTensor:
 
 
 def latent_format(w: QTensor) -> Latent:
-    """The format of a latent weight; ValueError of any other."""
+    """Return the format of a latent weight.
+
+    Args:
+      w: a latent weight.
+    Returns:
+      Its format.
+    Raises:
+      ValueError: the weight is not latent.
+    """
     if not isinstance(w.format, Latent):
         raise ValueError(f"expected a latent weight, got one in {w.format}")
     return w.format
 
 
 def is_latent(w: PyTree) -> bool:
-    """Whether this is a weight that trains."""
+    """Return whether a leaf is a latent weight.
+
+    Args:
+      w: leaf of a tree.
+    Returns:
+      True for latent weights.
+    """
     return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
 
 def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
-    """What every array of a tree is to training, a tree of names for `optax.multi_transform`.
+    """Label every array of a tree for training; the names suit `optax.multi_transform`.
 
-    "weight" (latent), "scale" (learned scales and zero points of weights), "range" (learned, of
-    inputs), "other" (floating leaves that are not quantized and match a glob of `also`) or "frozen"
-    (the rest).
+    The labels are "weight" (latent weights), "scale" (learned scales and zero points of weights),
+    "range" (learned ranges of inputs), "other" (floating leaves that are not quantized and match
+    `also`) and "frozen" (everything else).
+
+    Args:
+      params: tree with latent weights.
+      also: globs of plain leaves to label "other". Default: all.
+    Returns:
+      A tree like `params` with a label in place of every array.
 
     >>> import jaxquant as jq
     >>> labels(jq.latent({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.lsq(bits=4)))["w"].data
@@ -230,8 +262,18 @@ def _label(format: Format, name: str) -> str:
 
 
 def trained(params: PyTree, *kinds: str, also: Sequence[str] = ("*",)) -> PyTree:
-    """A tree of booleans for `equinox.partition`: what has one of the `labels` (default: any but
-    "frozen"). Trees with packed weights in them are split so before `jax.grad`, which takes floats.
+    """Return a tree of booleans for `equinox.partition`: whether an array has one of `kinds`.
+
+    Trees with packed weights must be partitioned before `jax.grad`, which only accepts floats.
+
+    Args:
+      params: tree with latent weights.
+      kinds: labels, see `labels`. Default: all but "frozen".
+      also: as in `labels`.
+    Returns:
+      A tree like `params`.
+    Raises:
+      ValueError: a label is unknown.
 
     >>> import equinox as eqx, jaxquant as jq
     >>> params = {"w": jnp.eye(64), "v": jnp.eye(64)}
@@ -247,16 +289,21 @@ def trained(params: PyTree, *kinds: str, also: Sequence[str] = ("*",)) -> PyTree
     return jax.tree.map(lambda label: label in wanted, labels(params, also))
 
 
-UNITS = ("zero", "high", "low")  # numbers whose size says nothing: codes, logits
+UNITS = ("zero", "high", "low")  # codes and logits, whose unit is 1
 
 
 def unit(name: str, a: Array, data: Mapping[str, Array]) -> Array:
-    """What a small change of an array is to be measured by: its size, but where that says nothing.
+    """Return the unit in which to measure small changes of an array: usually its magnitude.
 
-    A zero point, in codes, and the logits of a range are measured by 1, an offset by its scale.
+    Where the magnitude says nothing, the unit is another one: 1 for a zero point, which is in
+    codes, and for the logits of a range; the scale for an offset.
 
     Args:
-      name: of the array in `data`, a latent weight's; "" for a leaf of its own.
+      name: name of the array in `data`; "" for a plain leaf.
+      a: the array.
+      data: the arrays of the latent weight.
+    Returns:
+      The unit, of the shape of `a` or broadcast to it.
 
     >>> unit("zero", jnp.zeros(2), {}).tolist(), unit("", jnp.array([-3.0]), {}).tolist()
     ([1.0, 1.0], [3.0])

@@ -1,4 +1,4 @@
-"""Optimizers for trees with latent weights: one for every kind of array, none for the rest."""
+"""Optimizers for trees with latent weights: one per kind of array."""
 
 import jax
 import optax
@@ -9,14 +9,18 @@ from jaxquant.training.latent import LABELS, labels, unit
 
 
 def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.multi_transform` by the labels of `labels`; what has no optimizer neither moves nor
-    holds a state.
+    """Combine one optimizer per label into an `optax.multi_transform`.
 
-    Scales want neither weight decay nor the learning rate of weights.
+    Arrays whose label has no optimizer do not change and have no optimizer state. Scales should get
+    neither weight decay nor the learning rate of weights.
 
     Args:
-      params: the tree, for its labels.
+      params: the tree, for its `labels`.
       of: optimizers by label: weight, scale, range, other.
+    Returns:
+      The optimizer of the whole tree.
+    Raises:
+      ValueError: a label is unknown.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(bits=4))
@@ -30,12 +34,15 @@ def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.Gradi
 
 
 def relative() -> optax.GradientTransformation:
-    """Updates times the units of what they update, so that a learning rate is of relative changes.
+    """Return a transformation that multiplies updates by the units of what they update.
 
-    A unit is the number's size; of zero points, offsets and logits another (`latent.unit`).
+    The learning rate then means relative changes. A unit is the magnitude of the number; zero
+    points, offsets and logits have others (`latent.unit`). Use it after Adam, for scales: these
+    differ between weights by orders of magnitude, so that an absolute step that suits one makes
+    another negative.
 
-    After Adam, for scales: these differ from weight to weight by orders of magnitude, and an
-    absolute step that suits one takes another below zero.
+    Returns:
+      The transformation; its update needs the parameters.
 
     >>> import jax.numpy as jnp
     >>> chain = optax.chain(optax.adam(0.1), relative())
@@ -57,6 +64,6 @@ def _times_units(update: PyTree, param: PyTree) -> PyTree:
     if not is_standin(update):
         return update * unit("", param, {})
     named = param.named
-    known = {n: a for n, a in update.named.items() if isinstance(a, jax.Array)}  # the rest: masked
+    known = {n: a for n, a in update.named.items() if isinstance(a, jax.Array)}  # others are masked
     new = {n: a * unit(n, named[n], named) for n, a in known.items()}
     return update.with_named(update.named | new)

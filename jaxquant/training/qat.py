@@ -1,6 +1,6 @@
-"""Training latent weights: end to end, or block by block first, resumable, judged on held-out data.
+"""Training of latent weights, end to end or block by block: resumable, with held-out evaluation.
 
-The loops are those that heal (`trainer`); a loop of one's own needs no more than `jax.grad` of
+The training loop is the one of healing (`trainer`). A loop of one's own needs only `jax.grad` of
 `jq.quantized(loss)` and Optax.
 """
 
@@ -42,26 +42,28 @@ from jaxquant.tuning.trainer import (
 
 @dataclasses.dataclass(frozen=True)
 class QAT(Healing):
-    """How to train latent weights: AdamW with a warm-up, then a cosine to zero.
+    """Settings for training latent weights: AdamW with warm-up, then cosine decay to zero.
 
     Attributes:
-      learning_rate: of weights, at its highest.
-      in_steps: this rate is in steps, distances of two codes, the mean of a matrix: one rate then
-        serves all layers and bits. Of integers and tables.
-      scale_rate, range_rate: of learned scales and of learned ranges of inputs, relative to their
-        size. 0: these stay.
-      also: globs of leaves that are not quantized and train too ("*norm*"). other_rate: of these.
-      weight_decay: of weights alone.
-      clip: the largest norm of a gradient, of weights, scales, ... each by itself; 0: any.
-      dampening: factor of `stability.dampening` in the loss, at the end: it grows as a cosine over
-        the last three quarters of the steps. 0: none.
-      holding: threshold of `stability.hold`, at the end: it falls as a cosine from ten times that.
-        Codes that oscillate more often are frozen. 0: none.
-      steadying: scales whose gradient turns more often than this share of the steps stay where they
-        are until it does not (`stability.frozen_scales`). 0: none.
-      kurtosis: weight of the kurtosis of outputs (`flattened`).
-      watch: measure in every step which share of codes changed, and how far scales drifted; costs
-        rounding all weights twice more.
+      learning_rate: peak learning rate of weights.
+      in_steps: whether this rate is in units of the quantization step, averaged over a matrix, so
+        that one rate suits all layers and bit widths. Applies to integers and tables.
+      scale_rate, range_rate: peak rates of learned scales and of learned input ranges, relative to
+        their magnitude; 0 freezes them.
+      also: globs of plain leaves to train as well ("*norm*").
+      other_rate: peak learning rate of these leaves.
+      weight_decay: weight decay, of latent weights only.
+      clip: largest gradient norm, applied to weights, scales, ranges and other leaves separately; 0
+        disables clipping.
+      dampening: final factor of `stability.dampening` in the loss; it rises as a cosine over the
+        last three quarters of the steps. 0 disables it.
+      holding: final threshold of `stability.hold`, which freezes codes that oscillate more often;
+        it falls as a cosine from ten times this value. 0 disables it.
+      steadying: scales whose gradient changes sign in a larger share of the steps are frozen until
+        it no longer does (`stability.frozen_scales`). 0 disables it.
+      kurtosis: weight of the kurtosis of outputs in the gradient (`flattened`).
+      watch: whether to measure in every step the share of codes that changed and the drift of
+        scales. Costs rounding all weights two more times.
     """
 
     learning_rate: float = 1e-4
@@ -94,21 +96,33 @@ class QAT(Healing):
 
     @property
     def rates(self) -> dict[str, float]:
-        """The highest rate of every kind that trains, by label."""
+        """The peak rate of every kind of array that is trained, by label."""
         every = {WEIGHT: self.learning_rate, SCALE: self.scale_rate, RANGE: self.range_rate,
                  OTHER: self.other_rate if self.also else 0.0}  # fmt: skip
         return {label: rate for label, rate in every.items() if rate}
 
     def rule(self) -> Rule:
-        """What `Trainer` asks for."""
+        """Return the rule for `Trainer`."""
         return Descent(self)
 
     def trained(self, params: PyTree) -> PyTree:
-        """Which arrays of a tree train, a tree of booleans."""
+        """Return which arrays of a tree are trained.
+
+        Args:
+          params: tree with latent weights.
+        Returns:
+          A tree of booleans, like `params`.
+        """
         return trained(params, *self.rates, also=self.also)
 
     def optimizer(self, train: PyTree) -> optax.GradientTransformation:
-        """For the tree of what trains."""
+        """Return the optimizer of these settings.
+
+        Args:
+          train: tree of the trained arrays.
+        Returns:
+          The optimizer, with one rate per kind of array.
+        """
 
         def of(label: str, rate: float) -> optax.GradientTransformation:
             schedule = dataclasses.replace(self, learning_rate=rate).schedule()
@@ -120,17 +134,29 @@ class QAT(Healing):
         return optimizer(train, **{label: of(label, rate) for label, rate in self.rates.items()})
 
     def dampening_at(self, step: Array) -> Array:
-        """The factor of dampening after so many steps."""
+        """Return the factor of dampening.
+
+        Args:
+          step: number of updates done.
+        Returns:
+          The factor, between 0 and `dampening`.
+        """
         part = jnp.clip((step / self.steps - 0.25) / 0.75, 0, 1)
         return self.dampening * (1 - jnp.cos(jnp.pi * part)) / 2
 
     def holding_at(self, step: Array) -> Array:
-        """The threshold of holding after so many steps."""
+        """Return the threshold of holding.
+
+        Args:
+          step: number of updates done.
+        Returns:
+          The threshold, between `holding` and ten times that.
+        """
         return self.holding * (1 + 9 * (1 + jnp.cos(jnp.pi * step / self.steps)) / 2)
 
 
 class _Slots(NamedTuple):
-    """What training keeps: the optimizer's state, and that of the remedies."""
+    """Training state: of the optimizer, and of the remedies against oscillation and disorder."""
 
     step: Array
     optimizer: optax.GradientTransformation
@@ -139,7 +165,11 @@ class _Slots(NamedTuple):
 
 
 class Descent:
-    """The training rule (`trainer.Rule`) of a tree's trained arrays by an Optax optimizer."""
+    """A training rule (`trainer.Rule`) that trains a tree's arrays with an Optax optimizer.
+
+    Args:
+      how: training settings.
+    """
 
     def __init__(self, how: QAT) -> None:
         self.how = how
@@ -197,10 +227,15 @@ END_TO_END, BLOCKS = QAT(), QAT(steps=20, learning_rate=3e-3)
 
 
 def open_latent(params: PyTree, how: How) -> Opened:
-    """The tree apart: what stays, and what trains, in float32 whatever it is stored in.
+    """Split a tree into fixed arrays and trained arrays, the latter in float32.
 
+    Args:
+      params: tree with latent weights.
+      how: training settings, which say what is trained.
+    Returns:
+      The opened tree.
     Raises:
-      ValueError: nothing is latent; `also` (of `ZeroQAT`: `others`) matches no floating leaf.
+      ValueError: nothing is latent, or `also` (`others` of `Zeroth`) matches no floating leaf.
     """
     check_globs(params, how.also)
     train, rest = eqx.partition(params, how.trained(params))
@@ -220,23 +255,26 @@ def qat(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """Latent weights trained end to end.
+    """Train latent weights end to end.
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
       params: tree with latent weights.
-      sequences: inputs [N, ...]; without a teacher tokens [N, t], each told from those before.
-      teacher: a tree whose predictions are to be met, in KL (the floats, say); None: the text is.
-      how: `QAT`, by derivatives, or `ZeroQAT`, forward only.
-      validation: held-out inputs; the state with the least loss on them is what comes back.
-        None: the last state does.
+      sequences: training inputs [N, ...]; without a teacher, tokens [N, t], and the loss is the
+        cross-entropy of the next token.
+      how: `QAT`, by backpropagation, or `ZeroQAT`, by forward passes only.
+      teacher: tree whose predictions are the target, in KL divergence, for example the floating
+        tree. Default: none.
+      validation: held-out inputs; the state with the least loss on them is returned. None: the last
+        state is returned.
       progress: called after every update.
-      finished: where training so far is kept, every `save_every` updates, and gone on from; as in
-        `quantize`.
+      finished: store of the training state, written every `save_every` updates. A run that was
+        interrupted resumes from it.
     Returns:
-      the trained tree, latent still; `freeze` packs it.
+      The trained tree, still latent; `freeze` packs it.
     Raises:
-      ValueError: fewer sequences than a batch; nothing to train; a loss that is no number.
+      ValueError: there are fewer sequences than a batch, nothing to train, the store holds another
+        unfinished training, or a loss is not finite.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))
@@ -258,7 +296,7 @@ def qat(
 
 
 def _stored_as(params: PyTree, trained: PyTree) -> PyTree:
-    """The trained tree, its plain leaves in the dtypes that they had."""
+    """Return the trained tree with plain leaves in their original dtypes."""
     plain = {path: w.dtype for path, w in path_leaves(params) if not isinstance(w, QTensor)}
     new = {path: w.astype(plain[path]) for path, w in path_leaves(trained) if path in plain}
     return replace_leaves(trained, new)
@@ -285,21 +323,26 @@ def qat_blocks(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """Stacked blocks of latent weights trained in order, each to give what the teacher's gives.
+    """Train stacked blocks of latent weights in order, each to match the teacher's block.
 
-    A block is fed what the rounded blocks before it make of the inputs; what is brought down is the
-    squared error of every output vector, relative to its energy. Memory is a block's.
+    The inputs of a block are the outputs of the rounded blocks before it. The loss is the squared
+    error of every output vector relative to its energy. Memory is that of one block.
 
     Args:
-      block: block(params of one block, h [batch, ...]) -> h.
-      params: tree whose leaves carry a leading axis over blocks. teacher: the same of floats.
-      hidden: inputs of the first block. The last eighth of them is held out.
+      block: block(parameters of one block, h [batch, ...]) -> h.
+      params: tree whose leaves have a leading axis over blocks.
+      teacher: the floating tree of the same structure.
+      hidden: inputs of the first block; the last eighth is held out.
       how, progress, finished: as in `qat`.
+    Returns:
+      The trained stacked tree, still latent.
     Raises:
-      ValueError: as `qat`; leaves that disagree on the number of blocks; one input only.
+      ValueError: as in `qat`; or leaves disagree on the number of blocks, or there is only one
+        input.
     Source:
       Block-AP of EfficientQAT (Chen et al. 2024, arXiv:2407.11062). We differ: the error is
-      relative, since a few tokens' outputs are thousands of times as large as others'.
+      relative, because the outputs of a few tokens are thousands of times as large as those of
+      others.
     """
     check_arguments(qat_blocks, locals())
     blocks = common_stack_size(params, teacher)
@@ -312,7 +355,7 @@ def qat_blocks(
         done.append(_stored_as(of_block(params, i), eqx.combine(change, opened.params)))
         served = freeze(done[-1])
         if not _rounds_inputs(served):
-            served = dequantize(served)  # once, not for every example
+            served = dequantize(served)  # decode once, not per example
         return partial(plain, served)
 
     trainer.fit_blocks(

@@ -1,4 +1,4 @@
-"""BitNet's schedules: a learning rate that falls to zero in two lines, a weight decay that ends."""
+"""BitNet's schedules: a two-stage learning rate and a weight decay that ends halfway."""
 
 import jax.numpy as jnp
 import optax
@@ -6,15 +6,22 @@ from jaxtyping import Array
 
 
 def two_stage(first: float, second: float, steps: int, warmup: int = 0) -> optax.Schedule:
-    """peak (1 - t / steps), the peak being `first` in the first half and `second` after it.
+    """Return the schedule peak (1 - t / steps), the peak being `first`, then `second` from halfway.
 
-    Rises from 0 over `warmup` steps. The size of a latent weight is how sure its code is: once
-    decay has ended and the rate has stepped down, codes settle.
+    It is multiplied by a linear rise from 0 over `warmup` steps. The magnitude of a latent weight
+    is the confidence in its code: once weight decay has ended and the rate has dropped, codes
+    settle.
 
-    Source: the training notes of BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764).
-
+    Args:
+      first, second: peak learning rates of the two halves.
+      steps: number of steps, 2 or more.
+      warmup: steps of warm-up, at most half of `steps`. Default: none.
+    Returns:
+      The schedule.
     Raises:
-      ValueError: fewer than two steps; a warm-up longer than half of them.
+      ValueError: `steps` or `warmup` is out of range.
+    Source:
+      The training notes of BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764).
 
     >>> rate = two_stage(1.0, 0.5, 100, warmup=10)
     >>> [round(float(rate(t)), 3) for t in (0, 5, 10, 49, 50, 100)]
@@ -36,7 +43,13 @@ def two_stage(first: float, second: float, steps: int, warmup: int = 0) -> optax
 
 
 def decay_until_half(weight_decay: float, steps: int) -> optax.Schedule:
-    """The weight decay in the first half of the steps, then none.
+    """Return a schedule that is `weight_decay` in the first half of the steps, then 0.
+
+    Args:
+      weight_decay: weight decay of the first half.
+      steps: number of steps.
+    Returns:
+      The schedule.
 
     >>> [float(decay_until_half(0.1, 100)(t)) for t in (0, 49, 50)]
     [0.1..., 0.1..., 0.0]

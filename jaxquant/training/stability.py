@@ -1,8 +1,9 @@
-"""What can go wrong while weights are rounded: codes that oscillate, scales that drift, tails.
+"""Diagnosis and remedies for failures of quantization-aware training.
 
-Watching is pure: `codes_of` a tree before and after a step says which changed. Remedies are three:
-dampening pulls weights to the middle of their bins, freezing stops codes that go to and fro, and
-kurtosis regularization keeps outputs from growing outliers.
+Codes may oscillate, scales drift, and outputs grow heavy tails. Diagnosis is pure: `codes_of` a
+tree before and after a step tells which codes changed. There are three remedies: dampening pulls
+weights to the middle of their bins, holding freezes codes that oscillate, and kurtosis
+regularization (`estimators.kurtosis`) keeps outputs from growing outliers.
 """
 
 import dataclasses
@@ -21,9 +22,15 @@ from jaxquant.training.latent import is_latent, latent_format
 
 
 def codes_of(params: PyTree) -> dict[str, Int[Array, "... k n"]]:
-    """The code of every latent weight in integers or tables, by path; int8 [*batch, k, n].
+    """Return the code of every latent weight in an integer or table format, by path.
 
-    Of a table: the place of the level, counted from below. Float8 has too many, and is left out.
+    The code of a table is the index of the level in ascending order. Float8 has too many levels and
+    is left out.
+
+    Args:
+      params: tree with latent weights.
+    Returns:
+      The codes, int8 [*batch, k, n].
 
     >>> import jaxquant as jq
     >>> codes_of(jq.latent({"w": jnp.ones((64, 1))}, jq.lsq(4, init="range")))["w"][0, 0].item()
@@ -33,7 +40,7 @@ def codes_of(params: PyTree) -> dict[str, Int[Array, "... k n"]]:
 
 
 def _latents(params: PyTree) -> dict[str, QTensor]:
-    """Latent weights whose codes are numbers on a line."""
+    """Return the latent weights whose codes are ordered levels, by path."""
     known = lambda format: isinstance(format, LevelFormat) and format.countable
     return {p: w for p, w in path_leaves(params) if is_latent(w) and known(w.format.format)}
 
@@ -60,10 +67,17 @@ def _codes(w: QTensor) -> Array:
 
 
 def times_steps(updates: PyTree, params: PyTree) -> PyTree:
-    """Updates of latent weights in integers or tables, times the mean step of their matrix's grids.
+    """Multiply updates of latent weights by the mean quantization step of their matrix.
 
-    Not each weight's own: a group with an outlier has a step many times as large as the rest, and
-    its weights, which matter no more for that, would be moved by so much more.
+    This applies to integers and tables. The step of each weight's own group is not used: a group
+    with an outlier has a step many times as large as others, and its weights, which matter no more,
+    would move that much more.
+
+    Args:
+      updates: tree of updates, like `params`.
+      params: tree with latent weights.
+    Returns:
+      The updates.
 
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4, init="range"))
@@ -81,7 +95,12 @@ def times_steps(updates: PyTree, params: PyTree) -> PyTree:
 
 
 def flips(before: dict[str, Array], after: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-    """The share of codes that changed between two calls of `codes_of`, by path.
+    """Return the share of codes that changed between two calls of `codes_of`, by path.
+
+    Args:
+      before, after: results of `codes_of`.
+    Returns:
+      The shares, by path.
 
     >>> flips({"w": jnp.array([0, 1])}, {"w": jnp.array([0, 2])})["w"].item()
     0.5
@@ -90,7 +109,12 @@ def flips(before: dict[str, Array], after: dict[str, Array]) -> dict[str, Float[
 
 
 def drift(before: PyTree, after: PyTree) -> dict[str, Float[Array, ""]]:
-    """The mean size of log(scale after / scale before) of learned scales, by path.
+    """Return the mean of |log(scale after / scale before)| of learned scales, by path.
+
+    Args:
+      before, after: trees with latent weights.
+    Returns:
+      The means, by path.
 
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4))
@@ -107,12 +131,17 @@ def drift(before: PyTree, after: PyTree) -> dict[str, Float[Array, ""]]:
 
 
 def dampening(params: PyTree) -> Float[Array, ""]:
-    """The mean squared distance of latent weights, clipped to their range, from what they round to.
+    """Return the mean squared rounding error of latent weights, clipped to their range.
 
-    A term of a loss, times a factor (the paper's grows as a cosine from 0 to 0.1 over the last
-    three quarters of training). Its derivative goes to weights alone.
+    It is a term of the loss, to be multiplied by a factor; the paper's grows as a cosine from 0 to
+    0.1 over the last three quarters of training. Its gradient reaches the weights only.
 
-    Source: Nagel et al. 2022, arXiv:2203.11086, equation 5, there a sum, in units of weights.
+    Args:
+      params: tree with latent weights.
+    Returns:
+      The mean.
+    Source:
+      Nagel et al. 2022, arXiv:2203.11086, equation 5; there it is a sum, in units of weights.
 
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(4, init="range"))
@@ -135,16 +164,18 @@ def _distance(latent: Latent, data: dict[str, Array]) -> Float[Array, ""]:
     return jnp.sum((jnp.clip(w, low, high) - value) ** 2)
 
 
-MOMENTUM = 0.001  # of the means of `hold`
+MOMENTUM = 0.001  # weight of a new step in the running means of `hold`
 
 
 class Oscillation(NamedTuple):
-    """Of the codes of one weight, whether they go to and fro.
+    """Oscillation state of the codes of one weight.
 
     Attributes:
-      code: the last. direction: of the last change, -1, 0 (none yet) or 1.
-      frequency: how often a change undid the one before, an exponential mean over steps.
-      mean: of the codes, the same. frozen: whether the code stays for good.
+      code: the current code.
+      direction: sign of its last change; 0 if there was none yet.
+      frequency: exponential mean over steps of whether a change reversed the one before.
+      mean: exponential mean of the code.
+      frozen: whether the code is frozen for good.
     """
 
     code: Int[Array, "... k n"]
@@ -155,7 +186,13 @@ class Oscillation(NamedTuple):
 
 
 def oscillations(params: PyTree) -> dict[str, Oscillation]:
-    """The state of `hold`, before training."""
+    """Return the state of `hold` before training.
+
+    Args:
+      params: tree with latent weights.
+    Returns:
+      The state, by path.
+    """
 
     def one(code: Array) -> Oscillation:
         zero = jnp.zeros(code.shape, jnp.int8)
@@ -171,19 +208,24 @@ def hold(
     threshold: float | Array,
     momentum: float = MOMENTUM,
 ) -> tuple[dict[str, Oscillation], PyTree]:
-    """After a step: which codes oscillate, and the tree with those that do too often frozen.
+    """Update the oscillation state after a step, and freeze the codes that oscillate too often.
 
-    A code that changed against the direction of its last change counts; where the mean of that
-    passes the threshold the code stays for good at its rounded mean, its latent weight in the
-    middle of the bin, whatever the optimizer does.
+    A change of a code against the direction of its last change counts as an oscillation. Once the
+    running mean of these passes the threshold, the code is frozen for good at its rounded mean: its
+    latent weight is put in the middle of the bin after every step, whatever the optimizer does.
 
     Args:
-      threshold: the paper's falls as a cosine from 0.1 to 0.01; above 2 to 3 times the momentum.
-      momentum: of the exponential means.
+      state: the state, from `oscillations` or the last call.
+      params: tree with latent weights after the step.
+      threshold: largest frequency of oscillation. The paper's falls as a cosine from 0.1 to 0.01.
+        Choose it above 2 to 3 times the momentum.
+      momentum: weight of a new step in the running means.
+    Returns:
+      The new state, and the tree with frozen codes restored.
     Raises:
-      ValueError: a threshold that one change would pass.
-
-    Source: Nagel et al. 2022, arXiv:2203.11086, algorithm 1.
+      ValueError: a single change would pass the threshold.
+    Source:
+      Nagel et al. 2022, arXiv:2203.11086, algorithm 1.
     """
     if not isinstance(threshold, jax.core.Tracer) and threshold <= momentum:
         raise ValueError(
@@ -216,7 +258,7 @@ def _after(
 
 
 def _held(latent: Latent, data: dict[str, Array], frozen: Array, mean: Array) -> Array:
-    """Weights, the frozen ones in the middle of their bins."""
+    """Return the weights, with frozen ones in the middle of their bins."""
     grid, w = _grid(latent, data), data["codes"]
     value = _levels(latent).value_at(jnp.round(mean), grid)
     return jnp.where(frozen, value.astype(w.dtype), w)
@@ -226,14 +268,25 @@ def _held(latent: Latent, data: dict[str, Array], frozen: Array, mean: Array) ->
 
 
 class Disorder(NamedTuple):
-    """Of the gradients of one weight's scales: the last signs, and how often they turn."""
+    """State of the gradients of one weight's scales.
+
+    Attributes:
+      sign: signs of the last gradient.
+      turns: running mean of whether the sign changed.
+    """
 
     sign: Int[Array, "..."]
     turns: Float[Array, "..."]
 
 
 def disorder(params: PyTree) -> dict[str, Disorder]:
-    """The state of `turned`, before training."""
+    """Return the state of `turned` before training.
+
+    Args:
+      params: tree with latent weights.
+    Returns:
+      The state of weights with learned scales, by path.
+    """
     learned = {p: w for p, w in _latents(params).items() if "scale" in w.data}
     zero = lambda a: Disorder(jnp.zeros(a.shape, jnp.int8), jnp.zeros(a.shape, jnp.float32))
     return {path: zero(w.data["scale"]) for path, w in learned.items()}
@@ -242,14 +295,22 @@ def disorder(params: PyTree) -> dict[str, Disorder]:
 def turned(
     state: dict[str, Disorder], slope: PyTree, momentum: float = 0.05
 ) -> dict[str, Disorder]:
-    """After a gradient: the share of steps in which each scale's changed its sign, a running mean.
+    """Update, after a gradient, the running share of steps in which each scale's gradient changed
+    sign.
 
-    Gradients that agree from step to step give 0, noise gives 1/2, two terms of a loss that pull a
-    scale to and fro more. Scales whose gradients are in disorder can be frozen for a while
+    The share is 0 if gradients agree from step to step and 1/2 for noise; it is larger if two terms
+    of a loss pull a scale to and fro. Scales with a large share can be frozen for a while
     (`frozen_scales`), which steadies the weights.
 
-    Source: the idea of GAQAT (Jiang et al. 2024, arXiv:2412.05551), there of two losses' gradients;
-    how it counts and thaws we could not read, so momentum and threshold are ours.
+    Args:
+      state: the state, from `disorder` or the last call.
+      slope: the gradient, a tree like the parameters.
+      momentum: weight of a new step in the running mean.
+    Returns:
+      The new state.
+    Source:
+      The idea is that of GAQAT (Jiang et al. 2024, arXiv:2412.05551), there for the gradients of
+      two losses. We could not read how it counts and unfreezes, so momentum and threshold are ours.
     """
     slopes = dict(path_leaves(slope))
 
@@ -262,7 +323,15 @@ def turned(
 
 
 def frozen_scales(state: dict[str, Disorder], slope: PyTree, threshold: float) -> PyTree:
-    """The gradient, zero for scales whose disorder passes the threshold."""
+    """Return the gradient with zeros for scales whose share of sign changes passes the threshold.
+
+    Args:
+      state: the state, from `turned`.
+      slope: the gradient.
+      threshold: largest share of sign changes.
+    Returns:
+      The gradient.
+    """
     slopes, new = dict(path_leaves(slope)), {}
     for path, seen in state.items():
         w = slopes[path]

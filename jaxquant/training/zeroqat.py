@@ -1,4 +1,4 @@
-"""Forward only: how latent weights train by losses alone, in the memory of inference."""
+"""Forward-only training: latent weights train from losses alone, in the memory of inference."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jaxquant.training.zeroth import Slope, Zeroth, estimate, moved
 from jaxquant.tuning.trainable import Opened
 from jaxquant.tuning.trainer import Healing, Loss, Rule
 
-DECAY = 0.95  # of the running mean square of the numbers
+DECAY = 0.95  # decay of the running mean square of the slopes
 EACH = Zeroth(
     epsilon=0.5, drawing=Drawing(signs=True, relative=True), kinds=(SCALE, OTHER),
     sizes=(0.04, 0.04), others=(),
@@ -23,20 +23,22 @@ EACH = Zeroth(
 
 @dataclasses.dataclass(frozen=True)
 class ZeroQAT(Healing):
-    """How to train latent weights by zeroth-order gradients: see `Zeroth`.
+    """Settings for training latent weights by zeroth-order gradients; see `Zeroth`.
 
-    A step costs `2 * zeroth.samples` forward passes, and holds nothing beside the parameters but
-    one number: the mean square of the slopes seen so far, by whose root steps are divided. So a
-    step is of a length known before.
+    A step costs `2 * zeroth.samples` forward passes. Beside the parameters it stores a single
+    number, the running mean square of the slopes. Steps are divided by its root, so the length of a
+    step is known in advance.
 
     Attributes:
-      learning_rate: at its highest, of the moves that `zeroth` makes: 0.1 is a tenth of a weight's
-        or a scale's own move, before `epsilon`.
-      zeroth: what moves, how far, how often it is looked at. Its moves are relative here: a
-        weight's to its step, any other number's to itself.
+      learning_rate: peak learning rate, in units of the moves of `zeroth` without its `epsilon`: at
+        0.1 a weight or scale changes by a tenth of its move.
+      zeroth: what moves, how far, and how many draws a step takes. Moves are relative by default:
+        for a weight, to its quantization step; for any other number, to its own magnitude.
 
-    Source: ZeroQAT, arXiv:2509.00031. We differ: it trains weights at steps of a learning rate
-    times the estimate, its clipping and smoothing by derivatives before; here any kinds move.
+    Source:
+      ZeroQAT, arXiv:2509.00031. We differ: it updates weights by a learning rate times the
+      estimate, and trains its clipping and smoothing by backpropagation beforehand; here any kind
+      of array can be trained.
     """
 
     learning_rate: float = 0.01
@@ -44,32 +46,42 @@ class ZeroQAT(Healing):
 
     @property
     def forward_passes(self) -> int:
-        """Of all the training, of one batch each; looks at held-out data aside."""
+        """The number of forward passes of the training, on one batch each, without evaluations."""
         return 2 * self.steps * self.zeroth.samples
 
     @property
     def also(self) -> tuple[str, ...]:
-        """Globs of leaves that train and are not quantized."""
+        """Globs of plain leaves that are trained."""
         return self.zeroth.others if OTHER in self.zeroth.kinds else ()
 
     def rule(self) -> Rule:
-        """What `Trainer` asks for."""
+        """Return the rule for `Trainer`."""
         return Forward(self)
 
     def trained(self, params: PyTree) -> PyTree:
-        """Which arrays of a tree train, a tree of booleans."""
+        """Return which arrays of a tree are trained.
+
+        Args:
+          params: tree with latent weights.
+        Returns:
+          A tree of booleans, like `params`.
+        """
         return trained(params, *self.zeroth.kinds, also=self.zeroth.others)
 
 
 class _Slots(NamedTuple):
-    """What training keeps: the steps done, and the running mean square of the slopes."""
+    """Training state: number of steps, and running mean square of the slopes."""
 
     step: Array
     square: Float[Array, ""]
 
 
 class Forward:
-    """The training rule (`trainer.Rule`) of a tree's arrays by zeroth-order gradients."""
+    """A training rule (`trainer.Rule`) that trains a tree's arrays by zeroth-order gradients.
+
+    Args:
+      how: training settings.
+    """
 
     def __init__(self, how: ZeroQAT) -> None:
         self.how = how

@@ -1,8 +1,9 @@
-"""Zeroth order: gradients from losses alone, so that training takes the memory of inference.
+"""Zeroth-order gradients from losses alone, so that training takes the memory of inference.
 
-Two losses at parameters +- epsilon z, z drawn at random, say how the loss falls along z; that
-number and the key of z are the gradient. Nothing is stored but these: a latent weight is moved
-where a product needs it, layer by layer, and the update draws the same z again, in place.
+Two losses at parameters +- epsilon z, with a random direction z, give the slope of the loss along
+z. That number and the key of z represent the gradient, and nothing else is stored. A latent weight
+is perturbed inside the product that uses it, layer by layer, and the update draws the same z again,
+in place.
 """
 
 import dataclasses
@@ -22,9 +23,14 @@ from jaxquant.training.latent import FROZEN, LABELS, WEIGHT, labels, latent_form
 
 
 class Slope(NamedTuple):
-    """A gradient as keys and numbers: the mean over draws of number x z(key).
+    """A gradient estimate, stored as keys and numbers: the mean over draws of number * z(key).
 
-    Those of all steps are a training's whole log: `moved` by them again, parameters come out again.
+    The slopes of all steps are a complete log of a training: applying them again by `moved`
+    reproduces its parameters.
+
+    Attributes:
+      keys: PRNG keys of the draws [q].
+      numbers: slopes of the loss along the draws.
     """
 
     keys: Array
@@ -33,28 +39,28 @@ class Slope(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Zeroth:
-    """How derivatives are estimated.
+    """Settings of a zeroth-order gradient estimate.
 
     With draws z_i of unit variance and c_i = (L(p + e z_i) - L(p - e z_i)) / 2e, the estimate is
-    the mean of c_i z_i. Its mean is the gradient of the loss smoothed by e z, roundings included;
-    the mean of its squared norm is (d + q + 1) / q times the gradient's, for d numbers that move,
-    and (d + q - 1) / q if draws are signs.
+    the mean of c_i z_i. Its expectation is the gradient of the loss smoothed by e z, rounding
+    included. Its expected squared norm is (d + q + 1) / q times that of the gradient, where d
+    numbers move, or (d + q - 1) / q if draws are signs.
 
     Attributes:
-      epsilon: e.
-      samples: q draws a step.
-      drawing: of z; `relative`: weights move by z times their step, all else by z times its
-        `unit`.
-        A rounded loss only changes where codes do: below half a step few do, and those by far, so
-        that the variance grows as step / e. The estimate is then of the gradient times squared
-        steps, which suits an update.
-      kinds: labels of what moves, see `labels`.
-      sizes: of the moves of each kind, times e; (): 1 each. As with `relative`, the estimate is
-        then of the gradient times their squares.
-      others: of the kind "other", globs of the leaves that move.
-      blocks: of the arrays that move, every n-th does in one step, which ones by chance.
+      epsilon: e, the length of a move.
+      samples: q, the number of draws per step.
+      drawing: distribution of z. With `relative`, weights move by z times their quantization step,
+        and all else by z times its `unit`. The rounded loss changes only where codes do. If moves
+        are below half a step, few codes change, but each by a whole step, and the variance grows as
+        step / e. The estimate is then of the gradient times squared steps, which suits an update.
+      kinds: labels of the arrays that move, see `labels`.
+      blocks: in one draw only every `blocks`-th of the moving arrays moves, with a random offset.
+      sizes: factors of e for each of `kinds`; () means 1 for all. As with `relative`, the estimate
+        is then of the gradient times their squares.
+      others: globs of the leaves of the kind "other" that move.
 
-    Source: MeZO, Malladi et al. 2023, arXiv:2305.17333; ZeroQAT, arXiv:2509.00031.
+    Source:
+      MeZO, Malladi et al. 2023, arXiv:2305.17333; ZeroQAT, arXiv:2509.00031.
     """
 
     epsilon: float = 1e-3
@@ -74,7 +80,13 @@ class Zeroth:
             raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
 
     def size(self, label: str) -> float:
-        """Of the moves of a kind."""
+        """Return the factor of the moves of one kind of array.
+
+        Args:
+          label: one of `kinds`.
+        Returns:
+          The factor, 1 by default.
+        """
         return self.sizes[self.kinds.index(label)] if self.sizes else 1.0
 
 
@@ -82,11 +94,15 @@ def zo_value_and_grad(
     loss: Callable[..., Array],
     how: Zeroth = Zeroth(),
 ) -> Callable[..., tuple[Array, PyTree]]:
-    """As `jax.value_and_grad(loss)`, from two losses a draw and no derivative.
+    """Return the zeroth-order counterpart of `jax.value_and_grad(loss)`.
 
+    Args:
+      loss: loss(params, *args) -> scalar.
+      how: settings of the estimate.
     Returns:
-      (params, *args, key=) -> (the mean of the losses, the estimate, a tree like params, of zeros
-      where nothing moves). It is as large as the parameters; `zo_step` needs none.
+      A function (params, *args, key=) -> (mean of the losses, estimate). The estimate is a tree
+      like `params`, with zeros where nothing moves, and takes as much memory; `zo_step` does not
+      store it.
 
     >>> loss = lambda p: jnp.sum(p["w"] ** 2)
     >>> run = zo_value_and_grad(loss, Zeroth(samples=4000, kinds=("other",)))
@@ -112,11 +128,14 @@ def zo_step(
     loss: Callable[..., Array],
     how: Zeroth = Zeroth(),
 ) -> Callable[..., tuple[PyTree, Array, Slope]]:
-    """A step of gradient descent along an estimate that is never stored.
+    """Return a step of gradient descent along an estimate that is never stored.
 
+    Args:
+      loss: loss(params, *args) -> scalar.
+      how: settings of the estimate.
     Returns:
-      (params, key, rate, *args) -> (params - rate x estimate, the mean of the losses, the estimate
-      as keys and numbers). Jitted with the parameters donated it updates them in place.
+      A function (params, key, rate, *args) -> (params - rate * estimate, mean of the losses,
+      `Slope`). Jitted with donated parameters, it updates them in place.
 
     >>> loss = lambda p: jnp.sum(p["w"] ** 2)
     >>> step = jax.jit(zo_step(loss, Zeroth(kinds=("other",))), donate_argnums=0)
@@ -138,8 +157,16 @@ def zo_step(
 def estimate(
     loss: Callable[..., Array], params: PyTree, key: Array, how: Zeroth, *args: Any
 ) -> tuple[Array, Slope]:
-    """The mean of the losses, and the estimate.
+    """Estimate the gradient of a loss from 2 * how.samples evaluations.
 
+    Args:
+      loss: loss(params, *args) -> scalar.
+      params: tree of parameters.
+      key: PRNG key of the draws.
+      how: settings of the estimate.
+      args: further arguments of the loss.
+    Returns:
+      The mean of the losses, and the estimate.
     Raises:
       ValueError: nothing in the tree moves.
     """
@@ -157,7 +184,16 @@ def estimate(
 
 
 def moved(params: PyTree, slope: Slope, rate: Any, how: Zeroth) -> PyTree:
-    """params - rate x estimate, drawn again."""
+    """Return params - rate * estimate, drawing the directions again.
+
+    Args:
+      params: tree of parameters.
+      slope: the estimate.
+      rate: learning rate.
+      how: settings with which the estimate was made.
+    Returns:
+      The new parameters.
+    """
 
     def one(params: PyTree, one: Slope) -> tuple[PyTree, None]:
         return _moved(params, params, one.keys, -rate * one.numbers / how.samples, how), None
@@ -166,7 +202,18 @@ def moved(params: PyTree, slope: Slope, rate: Any, how: Zeroth) -> PyTree:
 
 
 def perturbed(params: PyTree, key: Array, epsilon: Any, how: Zeroth) -> PyTree:
-    """The tree at params + epsilon z; of latent weights it holds the key, and draws in products."""
+    """Return the tree at params + epsilon z.
+
+    A latent weight is not changed but given the key and epsilon, from which products draw z.
+
+    Args:
+      params: tree of parameters.
+      key: PRNG key of the draw.
+      epsilon: length of the move, of either sign.
+      how: settings of the estimate.
+    Returns:
+      The perturbed tree.
+    """
     leaves = dict(path_leaves(params))
     for place, own, amount in _draws(params, key, epsilon, how):
         path, name, label = place
@@ -182,7 +229,7 @@ def perturbed(params: PyTree, key: Array, epsilon: Any, how: Zeroth) -> PyTree:
 
 
 def _moved(target: PyTree, params: PyTree, key: Array, amount: Any, how: Zeroth) -> PyTree:
-    """target + amount z, for the z that is drawn at params; target is of their form."""
+    """Return target + amount * z, with z drawn at `params`; `target` has the same structure."""
     leaves, before = dict(path_leaves(target)), dict(path_leaves(params))
     for (path, name, label), own, size in _draws(params, key, amount, how):
         leaf, at = leaves[path], before[path]
@@ -195,7 +242,10 @@ def _moved(target: PyTree, params: PyTree, key: Array, amount: Any, how: Zeroth)
 
 
 def _shifted(leaf: QTensor, at: QTensor, key: Array, amount: Array, how: Zeroth) -> Array:
-    """The codes, matrix by matrix in place: all their draws at once would be a second copy."""
+    """Return the moved codes, updated matrix by matrix in place.
+
+    Drawing for all matrices at once would take memory for a second copy.
+    """
     codes, axes = leaf.data["codes"], at.leading()
     batch = codes.shape[:axes]
     flat = lambda a: a.reshape(-1, *a.shape[axes:])
@@ -222,7 +272,7 @@ def _plus(leaf: PyTree, name: str, key: Array, amount: Any, how: Zeroth) -> Arra
 
 
 def _draws(params: PyTree, key: Array, amount: Any, how: Zeroth) -> Iterator[tuple]:
-    """(place, its key, its amount) of every array that moves; 0 for those whose turn it is not."""
+    """Yield (place, key, amount) for every array that moves; the amount is 0 out of turn."""
     turn = jax.random.randint(jax.random.fold_in(key, 0), (), 0, how.blocks)
     for i, place in enumerate(_moving(params, how)):
         mine = jnp.where(turn == i % how.blocks, amount * how.size(place[2]), 0.0)
@@ -230,16 +280,16 @@ def _draws(params: PyTree, key: Array, amount: Any, how: Zeroth) -> Iterator[tup
 
 
 def _moving(params: PyTree, how: Zeroth) -> Iterator[tuple[str, str, str]]:
-    """(path, name, label) of every array that moves, in the order of the tree."""
+    """Yield (path, name, label) of every array that moves, in the order of the tree."""
     for path, of in path_leaves(labels(params, how.others)):
         named = of.named if isinstance(of, QTensor) else {"": of}
-        for name, label in sorted(named.items()):  # as flattening does: a jitted tree has it
+        for name, label in sorted(named.items()):  # the order in which jit flattens a tree
             if label in how.kinds:
                 yield path, name, label
 
 
 def _keys(key: Array, batch: tuple[int, ...]) -> Array:
-    """Key data, one for each matrix."""
+    """Return key data, one key for each matrix."""
     return jax.random.key_data(jax.random.split(key, batch))
 
 

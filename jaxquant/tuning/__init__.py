@@ -1,1 +1,1 @@
-"""What trains after rounding: healing, recoding, learned transforms and rotations."""
+"""Training after rounding: healing, recoding, and learned transforms and rotations."""

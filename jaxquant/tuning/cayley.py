@@ -1,4 +1,4 @@
-"""Training rotations: Cayley's map turns a matrix by a skew gradient, and it stays orthonormal."""
+"""Training of rotations with the Cayley transform, under which a matrix stays orthonormal."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, PyTree
 from jaxquant.tuning.trainable import Opened, Values
 from jaxquant.tuning.trainer import Healing, Loss
 
-MOMENTUM, DECAY = 0.9, 0.95  # of skew gradients, of their mean square
+MOMENTUM, DECAY = 0.9, 0.95  # decay of the mean of skew gradients, and of their mean square
 _TINY = 1e-30
 _exact = jax.default_matmul_precision("highest")
 
 
 class _Slots(NamedTuple):
-    """Of every rotation: the mean skew gradient, the mean of its square; updates so far."""
+    """State by rotation: mean skew gradient and mean square of it; and the number of updates."""
 
     mean: Values
     square: Values
@@ -25,24 +25,35 @@ class _Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cayley:
-    """A training rule (`trainer.Rule`) of orthonormal matrices: Cayley SGD with momentum.
+    """A training rule (`trainer.Rule`) for orthonormal matrices: Cayley SGD with momentum.
 
-    The gradient G of R is worth A = (G R^T - R G^T) / 2 to a turn of R: with the mean of A over
-    updates as the direction S, R becomes `turned(R, -rate * S)`. S is of a length such that a row
-    turns by the learning rate, in radians, if all updates agree: so one rate serves all widths and
-    losses.
+    A gradient G of R is projected to the skew matrix A = (G R^T - R G^T) / 2. With S the normalized
+    running mean of A, R becomes `turned(R, -rate * S)`. S is normalized so that a row turns by
+    `rate` radians if all updates agree. One learning rate therefore suits all widths and losses.
 
-    Source: Li, Fuxin and Todorovic 2020, arXiv:2002.01113; SpinQuant, Liu et al. 2024,
-    arXiv:2405.16406, uses it without momentum. We differ: an exact solve and not five steps towards
-    it; the mean is of skew matrices, which need no transport; lengths by one mean square for the
-    whole matrix (their Cayley Adam), not by the size of the gradient.
+    Attributes:
+      healing: number of steps and learning rate, an angle in radians.
+      momentum: decay of the running mean of A.
+
+    Source:
+      Li, Fuxin and Todorovic 2020, arXiv:2002.01113; SpinQuant, Liu et al. 2024, arXiv:2405.16406,
+      uses it without momentum. We differ: the linear system is solved exactly, not by five
+      iterations; the mean is taken of skew matrices, which need no transport; and the step is
+      normalized by one mean square for the whole matrix (their Cayley Adam), not by the size of the
+      gradient.
     """
 
     healing: Healing
     momentum: float = MOMENTUM
 
     def init(self, opened: Opened) -> tuple[Values, PyTree]:
-        """The rotations to begin with, themselves; and no gradients yet."""
+        """Return the initial rotations and an empty state.
+
+        Args:
+          opened: the opened tree, whose start values are the rotations.
+        Returns:
+          The rotations, and the state.
+        """
         zeros = jax.tree.map(jnp.zeros_like, opened.start)
         square = jax.tree.map(lambda _: jnp.float32(0), opened.start)
         return opened.start, _Slots(zeros, square, jnp.int32(0))
@@ -69,7 +80,15 @@ class Cayley:
 
 @_exact
 def turned(r: Float[Array, "d d"], a: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """(I - A/2)^-1 (I + A/2) R, orthonormal for skew A; what float32 lost of that is put back.
+    """Return (I - A/2)^-1 (I + A/2) R, which is orthonormal for skew A.
+
+    One step of a Newton-Schulz iteration restores the orthonormality that float32 loses.
+
+    Args:
+      r: orthonormal matrix [d, d].
+      a: skew-symmetric matrix [d, d].
+    Returns:
+      The turned matrix.
 
     >>> a = jnp.array([[0.0, 0.2], [-0.2, 0.0]])
     >>> r = turned(jnp.eye(2), a)
@@ -78,4 +97,4 @@ def turned(r: Float[Array, "d d"], a: Float[Array, "d d"]) -> Float[Array, "d d"
     """
     one = jnp.eye(len(r), dtype=r.dtype)
     r = jnp.linalg.solve(one - a / 2, (one + a / 2) @ r)
-    return r + (r - r @ r.T @ r) / 2  # one step of Newton and Schulz towards the nearest rotation
+    return r + (r - r @ r.T @ r) / 2  # Newton-Schulz step towards the nearest rotation

@@ -1,4 +1,4 @@
-"""Healing: after rounding, train what stayed continuous, against the model as it was."""
+"""Healing: training the continuous values left after rounding against the original model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,27 +31,34 @@ def heal(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """`params` trained so that fn(params, x) is what fn(teacher, x) is, in KL over the last axis.
+    """Train a quantized tree so that fn(params, x) matches fn(teacher, x) in KL divergence.
 
-    Trained are the scales, signs (as reals) and codebooks of quantized leaves, and the leaves
-    that `also` names; codes stay. Signs become float16 vectors, and formats with nothing to train
-    (`EntropyCoded`, say) get a float16 factor for every input and output; both are counted.
+    The loss is the mean KL divergence over the last axis of the outputs. Scales, codebooks and
+    signs (as real numbers) of quantized leaves are trained, and the leaves that `also` names; codes
+    stay fixed. Signs become float16 vectors, and formats with nothing to train (such as
+    `EntropyCoded`) get a float16 factor for every input and output channel; both count towards the
+    size.
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
-      params: quantized tree. teacher: the tree it was made of.
-      sequences: inputs [N, ...].
-      validation: held-out inputs; the state with the least loss on them is what comes back.
-        None: the last state does.
-      also: globs of plain leaves to train ("*norm*").
+      params: quantized tree.
+      teacher: the floating tree from which it was made.
+      sequences: training inputs [N, ...].
+      healing: number of steps, learning rate and batch size.
+      validation: held-out inputs; the state with the least loss on them is returned. None: the last
+        state is returned.
+      also: globs of plain floating leaves to train ("*norm*").
       progress: called after every update.
-      finished: where training so far is kept, every `save_every` updates, and gone on from; as in
-        `quantize`.
+      finished: store of the training state, written every `save_every` updates. A run that was
+        interrupted resumes from it.
+    Returns:
+      The trained quantized tree.
     Raises:
-      ValueError: fewer sequences than a batch, or nothing to train.
+      ValueError: there are fewer sequences than a batch, nothing to train, the store holds another
+        unfinished training, or a loss is not finite.
     Source:
-      Tseng et al. 2024, arXiv:2402.04396, train the same on cross-entropy against the teacher's
-      probabilities; here KL, and all at once.
+      Tseng et al. 2024, arXiv:2402.04396, train the same values with cross-entropy against the
+      teacher's probabilities. We use KL, and train all layers at once.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))
@@ -83,21 +90,25 @@ def heal_blocks(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """Stacked blocks trained in order, each to give what the teacher's gives.
+    """Train stacked quantized blocks in order, each to match the outputs of the teacher's block.
 
-    A block is fed what the quantized blocks before it make of the inputs, and the squared error of
-    every output vector, relative to its energy, is brought down: a norm comes next, which would
-    undo the great size that some tokens have. A cheap start for `heal`: a block takes a fraction of
-    a model's time.
+    The inputs of a block are the outputs of the quantized blocks before it. The loss is the squared
+    error of every output vector relative to its energy, because the norm that follows would undo
+    the large size that some tokens have. Training a block takes a fraction of the time of a whole
+    model, which makes this a cheap start for `heal`.
 
     Args:
-      block: block(params of one block, h [batch, ...]) -> h.
-      params: quantized tree whose leaves carry a leading axis over blocks. teacher: as in `heal`.
-      hidden: inputs of the first block. The last eighth of them is held out.
+      block: block(parameters of one block, h [batch, ...]) -> h.
+      params: quantized tree whose leaves have a leading axis over blocks.
+      teacher: the floating tree from which it was made.
+      hidden: inputs of the first block; the last eighth is held out.
+      healing: as in `heal`, with fewer steps by default.
       also, progress, finished: as in `heal`.
+    Returns:
+      The trained stacked tree.
     Raises:
-      ValueError: as in `heal`; leaves that disagree on the number of blocks, with one another or
-        with the teacher's; one input only.
+      ValueError: as in `heal`; or leaves disagree on the number of blocks, among themselves or with
+        the teacher; or there is only one input.
     Source:
       Tseng et al. 2024, arXiv:2402.04396, and Chen et al. 2024, arXiv:2407.11062, train blocks.
 
@@ -117,7 +128,7 @@ def heal_blocks(
 
     def closed(i: int, opened: Opened, change: Values) -> Callable[[Array], Array]:
         done.append(close_tree(of_block(params, i), opened, change))
-        return partial(plain, dequantize(done[-1]))  # once, not for every example
+        return partial(plain, dequantize(done[-1]))  # decode once, not per example
 
     trainer.fit_blocks(
         blocks, hidden, lambda i: open_tree(of_block(params, i), also),

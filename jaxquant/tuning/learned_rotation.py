@@ -1,8 +1,9 @@
-"""A learned rotation of the residual stream: the one whose rounded model is most like the floats.
+"""Learning the rotation of the residual stream that makes the rounded model closest to the floats.
 
-In the loop the stream stays as it is. What reads it turns its input, rounds it there, and writers
-turn their outputs back, which is the function that `rotate_residual` folds: so neither embedding
-nor head is multiplied in a step, nor any weight that is not rounded.
+During training the stream itself is not rotated. Weights that read it rotate their inputs, which
+are rounded there, and weights that write it rotate their outputs back. This is the function that
+`rotate_residual` folds, but neither the embedding nor the head nor any other weight that is not
+rounded is multiplied by the rotation in a step.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence
 from pallas_kernels import activations as forms
 
 ROTATING = Healing(steps=100, learning_rate=0.002, batch_size=2, validate_every=10)
-_STREAM, _ROTATION = "residual", "rotation"  # names of what trains
+_STREAM, _ROTATION = "residual", "rotation"  # names of the trained value
 
 
 def learn_rotation(
@@ -55,35 +56,40 @@ def learn_rotation(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Float[Array, "d d"]:
-    """The R for `rotate_residual` with which fn of rounded products is most like fn of floats.
+    """Learn the R for `rotate_residual` that makes the rounded model closest to the floating model.
 
-    Inputs are rounded as the recipe's methods say, behind their transforms; weights to nearest,
-    whatever the method's rounder; derivatives go straight through. What is brought down is the mean
-    KL from the float model's predictions, by `Cayley`, which keeps R orthonormal.
+    Inputs are rounded as the methods of the recipe prescribe, after their transforms; weights are
+    rounded to nearest whatever the method's rounder; gradients are straight-through. The loss is
+    the mean KL divergence from the float model's predictions. It is minimized by `Cayley`, which
+    keeps R orthonormal.
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
-      params: tree of floats, not rotated. residual: which leaves touch the stream.
-      recipe, key: as `quantize` will have them for the rotated tree. What reads the stream needs
-        no rotation of its own then; what does not (after an attention, or an activation) may.
-      sequences: inputs [N, ...].
-      healing: its learning rate is an angle, see `Cayley`.
-      start: orthonormal [d, d], to begin with: a random Hadamard matrix, say.
-      stats: `sites`, or where transforms are fitted to inputs `calibrate`'s result, of the tree
-        rotated by `start`; they stay as fitted to that.
-      round_weights: False: weights stay floats, as SpinQuant has it where error feedback follows.
-      validation: held-out inputs; the rotation with the least loss on them is what comes back,
-        `start` among them. None: the last one.
+      params: tree of floats, not rotated.
+      residual: which leaves read and write the stream.
+      recipe, key: as `quantize` will get them for the rotated tree. Weights that read the stream
+        then need no rotation of their own; others (after an attention or an activation) may have
+        one.
+      sequences: training inputs [N, ...].
+      healing: training settings; the learning rate is an angle, see `Cayley`.
+      start: orthonormal matrix [d, d] to begin with, for example a random Hadamard matrix.
+      stats: result of `sites`, or if transforms are fitted to inputs, of `calibrate`, for the tree
+        rotated by `start`. The transforms stay as fitted to it.
+      round_weights: whether weights are rounded in training. SpinQuant sets False if error feedback
+        follows.
+      validation: held-out inputs; the rotation with the least loss on them is returned, `start`
+        included. None: the last rotation is returned.
       progress: called after every update.
-      finished: where training so far is kept, and gone on from; as in `quantize`.
+      finished: store of the training state, as in `heal`.
     Returns:
       R, orthonormal to 1e-6.
     Raises:
-      ValueError: nothing is rounded that a rotation changes; static scales or transforms of outputs
-        in the loop; what `rotate_residual`, `resolve` and `heal` raise.
+      ValueError: nothing is rounded that a rotation changes; static scales or output transforms are
+        in use; or `rotate_residual`, `resolve` or the training raises.
     Source:
-      SpinQuant, Liu et al. 2024, arXiv:2405.16406. We differ: KL from the float model and not
-      cross-entropy of the text; no rotation of the heads' values is learned (R2).
+      SpinQuant, Liu et al. 2024, arXiv:2405.16406. We differ: the loss is the KL divergence from
+      the float model, not the cross-entropy of the text; no rotation of the values of attention
+      heads (R2) is learned.
 
     >>> import jaxquant as jq
     >>> p = {"in": jnp.eye(8) * 4, "gain": jnp.arange(1.0, 9), "out": jnp.eye(8)}
@@ -107,7 +113,7 @@ def learn_rotation(
     inputs = Inputs.of(todo, known, dict(path_leaves(turned)), seen)
     fitted = {m.path: _fitted(m, inputs, Draw.of(key)) for m in todo}
     del turned, inputs
-    folded = rotate_residual(params, residual, jnp.eye(len(start)))  # gains are ones
+    folded = rotate_residual(params, residual, jnp.eye(len(start)))  # folds the gains only
     opened = Opened((folded, fitted), {_STREAM: {_ROTATION: start}})
     trainer = Trainer(partial(_loss, fn, stream), healing, Cayley(healing))
     change = trainer.fit_sequences(
@@ -118,7 +124,7 @@ def learn_rotation(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stream:
-    """Which weights are rounded, and which of them read the stream or write to it."""
+    """The weights that are rounded, and which of them read or write the stream."""
 
     members: list[WeightEntry]
     reads: set[str]
@@ -129,7 +135,7 @@ class _Stream:
     def of(
         members: list[WeightEntry], residual: Residual, d: int, round_weights: bool
     ) -> "_Stream":
-        """Checked; see `learn_rotation`."""
+        """Build the stream and check it; see `learn_rotation`."""
         readers = [glob for globs in residual.reads.values() for glob in globs]
         named = lambda m, globs: any(matches(m.path, glob) for glob in globs)
         reads = [m for m in members if named(m, readers)]
@@ -152,7 +158,7 @@ class _Stream:
         return _Stream(members, paths(reads), paths(writes), round_weights)
 
     def rounded(self, params: PyTree, fitted: dict[str, dict[str, Array]], r: Array) -> PyTree:
-        """The tree with turned and rounded weights, their inputs to be rounded."""
+        """Return the tree with rotated and rounded weights that round their inputs."""
         leaves = dict(path_leaves(params))
         new = {}
         for entry in self.members:
@@ -197,40 +203,42 @@ class _Stream:
 
 @dataclasses.dataclass(frozen=True)
 class _Turn(Transform):
-    """The map x -> x R, R orthonormal, then another: of arrays "turn", and the other's."""
+    """The transform x -> x R, R orthonormal in the array "turn", then another transform."""
 
     then: Transform | None = None
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
-        """Its arrays are what is learned."""
+        """Raise ValueError, since the rotation is learned and not fitted."""
         raise ValueError("a learned rotation is not fitted to channels")
 
     def size(self, n: int) -> int:
-        """Channels after it."""
+        """Return the number of channels after the transform."""
         return n if self.then is None else self.then.size(n)
 
     def apply(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A, for row vectors x."""
+        """Return x A for row vectors x."""
         x = x @ arrays["turn"].astype(x.dtype)
         return x if self.then is None else self.then.apply(x, arrays)
 
     def transposed(
         self, y: Float[Array, "... s"], arrays: dict[str, Array], n: int
     ) -> Float[Array, "... n"]:
-        """y A^T."""
+        """Return y A^T."""
         y = y if self.then is None else self.then.transposed(y, arrays, n)
         return y @ arrays["turn"].T.astype(y.dtype)
 
     def inverse(self, x: Float[Array, "... n"], arrays: dict[str, Array]) -> Float[Array, "... s"]:
-        """x A^-T: what weights become where the vectors they meet become x A."""
+        """Return x A^-T, which weights become if the vectors that they multiply become x A."""
         x = x @ arrays["turn"].astype(x.dtype)
         return x if self.then is None else self.then.inverse(x, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Back(Dense):
-    """Floats that are not turned: rows, once rounded, turn back. R^T W would take a product more
-    than all tokens together do."""
+    """Unrotated floats, whose inputs are rotated back after rounding.
+
+    Computing R^T W instead would cost more than this does for all tokens.
+    """
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -256,7 +264,7 @@ def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) 
 
 
 def _fitted(entry: WeightEntry, inputs: Inputs, draw: Draw) -> dict[str, Array]:
-    """Arrays of the weight's own transform, for all matrices of a stack."""
+    """Return the arrays of a weight's own transform for all matrices of its stack."""
     method, found = entry.method, []
     if method.input is None:
         return {}

@@ -1,6 +1,6 @@
-"""Learned transforms: until rounded weights and inputs give what floats gave.
+"""Learning input transforms so that rounded weights and inputs reproduce the floating model.
 
-Block by block, which is cheap, or end to end from there.
+Learning goes block by block, which is cheap, or end to end, which may start from there.
 """
 
 import dataclasses
@@ -47,23 +47,28 @@ def learn(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Transforms:
-    """Arrays for the transforms of a recipe that can be learned (`Kronecker`), end to end.
+    """Learn the arrays of a recipe's learnable input transforms (`Kronecker`) end to end.
 
-    In every step weights are transformed, rounded to nearest and multiplied by rounded inputs, with
-    straight-through derivatives; what is brought down is the KL of fn to itself on floats.
+    In every step, weights are transformed, rounded to nearest and multiplied by rounded inputs,
+    with straight-through gradients. The loss is the KL divergence of the output of fn from its
+    output on floats.
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary].
-      params: tree of floats. recipe, stats, key: as `quantize` will have them.
-      sequences: inputs [N, ...].
-      transforms: to begin with, from `learn_blocks`; None: as fitted.
-      validation: held-out inputs; what does best on them is what comes back.
+      params: tree of floats.
+      recipe, stats, key: as `quantize` will get them.
+      sequences: training inputs [N, ...].
+      healing: training settings.
+      transforms: arrays to start from, as `learn_blocks` returns them. None: the fitted arrays.
+      validation: held-out inputs; the arrays with the least loss on them are returned. None: the
+        last ones are returned.
       progress: called after every update.
-      finished: where learning so far is kept; as in `quantize`.
+      finished: store of the training state, as in `heal`.
     Returns:
-      what `quantize` takes as `transforms`.
+      The arrays, for the argument `transforms` of `quantize`.
     Raises:
-      ValueError: no transform of the recipe can be learned; fewer sequences than a batch.
+      ValueError: no transform of the recipe can be learned, there are fewer sequences than a batch,
+        or the training raises as in `heal`.
     Source:
       Sun et al. 2024, arXiv:2410.09426, learn by blocks only.
     """
@@ -94,20 +99,25 @@ def learn_blocks(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Transforms:
-    """As `learn`, one of stacked blocks after another, each to give what it gave on floats.
+    """Learn as `learn` does, one stacked block after another, each to match its output on floats.
 
-    What is brought down is the squared error of a block's outputs, relative to each one's energy.
-    A block is fed what the rounded blocks before it give.
+    The loss is the squared error of a block's output vectors, relative to the energy of each. The
+    inputs of a block are the outputs of the rounded blocks before it.
 
     Args:
-      block: block(params of one block, h [batch, ...]) -> h.
-      params: tree of floats, `params[name]` the blocks, stacked.
+      block: block(parameters of one block, h [batch, ...]) -> h.
+      params: tree of floats, with the stacked blocks in `params[name]`.
+      name: key of the blocks.
       recipe, stats, key, progress, finished: as in `learn`.
-      hidden: inputs of the first block. The last eighth of them is held out.
+      hidden: inputs of the first block; the last eighth is held out.
+      healing: training settings of one block.
+    Returns:
+      The arrays, as `learn` returns them.
     Raises:
-      ValueError: no transform of the blocks can be learned; one input only.
+      ValueError: no transform of the blocks can be learned, or there is only one input.
     Source:
-      Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block what floats before it give.
+      Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block the outputs of the floating
+      blocks before it.
     """
     check_arguments(learn_blocks, locals())
     weights = _Weights.of(params, recipe, stats, None, f"{name}/")
@@ -131,10 +141,11 @@ def learn_blocks(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Weights:
-    """How weights are rounded: which, by which methods, sharing which transforms.
+    """The weights to round, with their methods and the transforms that they share.
 
     Attributes:
-      prefix: of the paths of those that are looked at; "" for all.
+      inputs: the shared inputs and transforms.
+      prefix: only weights whose path has this prefix are used; "" for all.
     """
 
     inputs: Inputs
@@ -169,7 +180,7 @@ class _Weights:
         return {leader: side for leader, side in sides.items() if side and side.learns}
 
     def _places(self, entry: WeightEntry, i: int | None) -> range:
-        """Which matrices of a weight: all, or those of block i."""
+        """Return the indices of a weight's matrices: all of them, or those of block i."""
         batch = entry.matrix[:-2]
         if i is None:
             return range(math.prod(batch))
@@ -177,7 +188,7 @@ class _Weights:
         return range(i * each, (i + 1) * each)
 
     def opened(self, tree: PyTree, draw: Draw, i: int | None = None) -> Opened:
-        """A tree of floats, all or block i; its matrices; transforms as fitted; zeros to learn."""
+        """Return the tree or block i in floats, with its matrices, fitted transforms and start."""
         fitted: dict[str, PyTree] = {}
         matrices = {}
         for entry in self.members:
@@ -202,7 +213,7 @@ class _Weights:
         return by_kind(known).input
 
     def arrays(self, opened: Opened, change: Values) -> dict[str, dict[str, Array]]:
-        """By leader, the transforms after the change, stacked."""
+        """Return, by leader, the stacked transforms after the change."""
         fitted = opened.params[2]
         return {
             leader: each(side.learned, fitted[leader], change[leader])
@@ -210,7 +221,7 @@ class _Weights:
         }
 
     def found(self, opened: Opened, change: Values, i: int | None = None) -> Transforms:
-        """The transforms after the change, by place."""
+        """Return the transforms after the change, by leader and index."""
         out = {}
         for leader, arrays in self.arrays(opened, change).items():
             for at, j in enumerate(self._places(self.inputs.members[leader][0], i)):
@@ -218,7 +229,7 @@ class _Weights:
         return out
 
     def rounded(self, opened: Opened, change: Values) -> PyTree:
-        """The tree with rounded weights, inputs to be rounded."""
+        """Return the tree with rounded weights that round their inputs."""
         tree, matrices, fitted = opened.params
         arrays = fitted | self.arrays(opened, change)
         inside = lambda path: path.removeprefix(self.prefix)
@@ -239,7 +250,13 @@ class _Weights:
 
 
 def each(fn: Callable, *stacked: PyTree) -> PyTree:
-    """fn of every matrix, in turn: batches of inverses, several at once, hang XLA 0.10's CPU.
+    """Map fn over the leading axis sequentially: batched inverses can hang XLA 0.10 on the CPU.
+
+    Args:
+      fn: function of one matrix, or of one entry of every argument.
+      stacked: trees of arrays with a common leading axis.
+    Returns:
+      The stacked results.
 
     >>> each(lambda a, b: a + b["x"], jnp.ones(2), {"x": jnp.arange(2.0)}).tolist()
     [1.0, 2.0]

@@ -1,10 +1,10 @@
-"""Training codes: gradients move weights that stand behind them, and the codes follow.
+"""Training of codes: gradients move latent weights, and the codes follow them.
 
-Behind every weight stands a float that begins as what its code means. The loss is taken, and its
-gradient, at what the codes mean (straight through); Adam's step, without its momentum and of a
-length in proportion to the matrix, goes to the floats. Then the codes that lie farthest behind are
-chosen anew, a small share of them at a time: so few that the gradients still say what all of them
-together will do.
+Each weight has a latent float that starts at the value of its code. The loss and its gradient are
+taken at the values of the codes (straight-through). The latent weights take Adam's step without
+momentum, scaled to a length proportional to the matrix. The codes that lag farthest behind their
+latent weights are then re-encoded, a small share at a time, so that the gradients still predict the
+joint effect of the changes.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from jaxquant.tuning.trainable import Opened, Values, as_dense
 from jaxquant.tuning.trainer import Healing, Loss, Progress, Trainer
 
 CODES = Healing(learning_rate=0.02)
-DECAY = 0.95  # of the mean square of gradients
+DECAY = 0.95  # decay of the mean square of gradients
 _TINY = 1e-12
 
 
 class _Slots(NamedTuple):
-    """By path: the floats behind the codes, mean squares of their gradients; updates so far."""
+    """State by path: latent weights and mean squared gradients; and the number of updates."""
 
     behind: dict[str, Array]
     square: dict[str, Array]
@@ -40,18 +40,29 @@ class _Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """A training rule (`trainer.Rule`): of all codes the best `share` changes in an update.
+    """A training rule (`trainer.Rule`) that changes at most a `share` of each matrix's codes.
 
-    Source: the V-step of PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, with the floats
-    kept from step to step as its code does, and codes that lie farthest behind rather than those
-    that moved most.
+    Attributes:
+      healing: number of steps and learning rate.
+      share: largest share of the codes that an update changes; those that lag farthest behind.
+
+    Source:
+      The V-step of PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, with latent weights kept
+      from step to step as in its code. We differ: the codes that lag farthest behind are changed,
+      not those that moved most.
     """
 
     healing: Healing
     share: float
 
     def init(self, opened: Opened) -> tuple[Values, PyTree]:
-        """The data of every format that can choose codes anew, and what stands behind them."""
+        """Return the codes of every weight whose format can re-encode, and the initial state.
+
+        Args:
+          opened: the opened tree.
+        Returns:
+          The codes, and the state with latent weights at the values of the codes.
+        """
         found = {p: w for p, w in path_leaves(opened.params) if can_recode(w)}
         behind = {p: w.stored() for p, w in found.items()}
         slots = _Slots(behind, jax.tree.map(jnp.zeros_like, behind), jnp.int32(0))
@@ -89,17 +100,30 @@ class Codes:
 
 
 def _codes(w: QTensor) -> dict[str, Array]:
-    """Arrays that hold codes: what neither the format trains nor a transform has."""
+    """Return the arrays that hold codes, which are those of the format that are not trained."""
     return {name: a for name, a in w.data.items() if name not in w.format.trained}
 
 
 def can_recode(w: PyTree) -> bool:
-    """Whether this is a weight whose format can choose codes anew."""
+    """Return whether a leaf is a weight whose format can re-encode.
+
+    Args:
+      w: leaf of a tree.
+    Returns:
+      True for such weights.
+    """
     return isinstance(w, QTensor) and w.format.recodes
 
 
 def with_codes(opened: Opened, change: Values) -> PyTree:
-    """The tree with these codes."""
+    """Return an opened tree with other codes.
+
+    Args:
+      opened: the opened tree.
+      change: codes, by path and array name.
+    Returns:
+      The tree.
+    """
     leaves = dict(path_leaves(opened.params))
     put = lambda w, codes: dataclasses.replace(w, data={**w.data, **codes})
     return replace_leaves(opened.params, {p: put(leaves[p], codes) for p, codes in change.items()})
@@ -117,16 +141,21 @@ def recode(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """As `heal`, but what trains are the codes: those of learned codebooks (`Additive`, `Vector`).
+    """Train the codes of learned codebooks (`Additive`, `Vector`) against a teacher.
 
-    Alternate with `heal`: PV-tuning. Memory is five float32 copies of these weights.
+    It differs from `heal` in training the codes, and everything else stays fixed. Alternating the
+    two gives PV-tuning. Memory is five float32 copies of these weights.
 
     Args:
       fn, params, teacher, sequences, validation, progress, finished: as in `heal`.
-      healing: its learning rate is the length of a step over that of the matrix.
-      share: of the codes of a matrix, the most that change in one update (one may in any).
+      healing: training settings; the learning rate is the length of a step relative to that of the
+        matrix.
+      share: largest share of the codes of a matrix that change in one update, in (0, 1]; one code
+        may always change.
+    Returns:
+      The tree with trained codes.
     Raises:
-      ValueError: as in `heal`; no such codes; share not in (0, 1].
+      ValueError: as in `heal`; or no leaf has such codes, or `share` is not in (0, 1].
     Source:
       Malinovskii et al. 2024, arXiv:2405.14852; see `recoding` for where it differs.
 

@@ -1,9 +1,10 @@
-"""Opening a quantized tree for training: what is continuous in it becomes factors near one.
+"""Opening a quantized tree for training: continuous values are re-parameterized around their start.
 
-Codes stay. Of a format train the float arrays that it names in `trained` (scales, codebooks); of
-transforms the factors of channels, signs as real factors among them. A format that names none is
-given a `Scaling` on every side that has no transform, 16 bits a channel. Of plain leaves train
-those the user names. Each value is start * (1 + change), so that one learning rate suits them all.
+Codes stay fixed. Of a format, the float arrays that it lists in `trained` (scales, codebooks) are
+trained; of a transform, the channel factors and the signs, as real factors. A format that lists
+none gets a `Scaling` on each side that has no transform, at 16 bits per channel. Plain leaves are
+trained if the user names them. Each value is start * (1 + change), so that one learning rate suits
+all of them.
 """
 
 import contextlib
@@ -28,20 +29,28 @@ Values = dict[str, dict[str, Array]]  # path -> name of an array ("" for a plain
 
 
 class Opened(NamedTuple):
-    """A tree to run with the trained values put in, and these values at the start."""
+    """A tree in which trained values can be substituted, and the initial values.
+
+    Attributes:
+      params: the tree.
+      start: the values that are trained, at the start.
+    """
 
     params: PyTree
     start: Values
 
 
 def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
-    """A quantized tree opened for training.
+    """Open a quantized tree for training.
 
     Args:
-      params: from `quantize`.
-      also: globs of plain floating leaves to train with it ("*norm*").
+      params: tree from `quantize`.
+      also: globs of plain floating leaves to train as well ("*norm*").
+    Returns:
+      The opened tree.
     Raises:
-      ValueError: nothing in it can be trained; a glob that matches none, or integers.
+      ValueError: nothing in the tree can be trained, or a glob matches nothing or a leaf that is
+        not floating.
     """
     start: Values = {}
     check_globs(params, also)
@@ -58,7 +67,14 @@ def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
 
 
 def check_globs(params: PyTree, also: Sequence[str]) -> None:
-    """Raise ValueError unless every glob matches a leaf, and no leaf but floating ones."""
+    """Check that every glob names floating leaves.
+
+    Args:
+      params: tree of arrays and quantized weights.
+      also: globs of paths. Quantized weights that match are ignored.
+    Raises:
+      ValueError: a glob matches no leaf, or a plain leaf that is not floating.
+    """
     for glob in also:
         found = [w for path, w in path_leaves(params) if matches(path, glob)]
         plain = [w for w in found if not isinstance(w, QTensor)]
@@ -67,7 +83,7 @@ def check_globs(params: PyTree, also: Sequence[str]) -> None:
 
 
 def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
-    """The weight with its codes decoded if nothing in the format is trained; its trained arrays."""
+    """Return the weight, decoded if its format trains nothing, and its trained arrays."""
     start = {name: w.data[name].astype(jnp.float32) for name in w.format.trained}
     if not start:
         w = as_dense(_scaled(w), w.stored())
@@ -82,12 +98,17 @@ def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
 
 
 def decoded(params: PyTree) -> PyTree:
-    """`params` with codes decoded where all that trains are factors about them.
+    """Decode the codes of every weight whose format has nothing to train.
 
-    What is many programs to decode (a stream for every matrix) is so decoded once, on the host if
-    JAX has been given it as a platform; and weights packed in unlike formats may be stacked for
-    training if their transforms are alike. `heal` changes such a tree as it would `params`;
-    `rejoined` takes what it found back.
+    Codes that take many programs to decode (one stream per matrix) are then decoded once, on the
+    host if JAX has the CPU platform. Weights packed in different formats may also be stacked for
+    training if their transforms are alike. `heal` trains such a tree as it would `params`, and
+    `rejoined` carries the result back.
+
+    Args:
+      params: quantized tree.
+    Returns:
+      The tree with these weights in the format `Dense`.
 
     >>> import jaxquant as jq
     >>> coded = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(4, states=1, lanes=4))
@@ -99,7 +120,8 @@ def decoded(params: PyTree) -> PyTree:
     for path, w in path_leaves(params):
         if not isinstance(w, QTensor):
             continue
-        new[path] = dataclasses.replace(w, shared="", method="")  # names tell like from like
+        # Layers that differ in `shared` or `method` alone could not be stacked.
+        new[path] = dataclasses.replace(w, shared="", method="")
         if not w.format.trained:
             with _host():
                 stored = np.asarray(jax.tree.map(np.asarray, w).stored())
@@ -115,10 +137,15 @@ def _host() -> PyTree:
 
 
 def rejoined(params: PyTree, healed: PyTree) -> PyTree:
-    """`params` with what healing has made of decoded(params): their codes, its factors.
+    """Combine the codes of `params` with the values that healing found for decoded(params).
 
+    Args:
+      params: quantized tree.
+      healed: decoded(params) after `heal`.
+    Returns:
+      The healed tree, with packed codes.
     Raises:
-      ValueError: the trees' leaves are not those of one another.
+      ValueError: the leaves of the two trees do not correspond.
     """
     found = dict(path_leaves(healed))
 
@@ -136,7 +163,7 @@ def rejoined(params: PyTree, healed: PyTree) -> PyTree:
 
 
 def _scaled(w: QTensor) -> QTensor:
-    """With factors of one on the sides that have no transform."""
+    """Return the weight with factors of one on the sides that have no transform."""
     batch, new = w.stored_shape()[: w.leading()], {}
     for side, sizes in (("input", w.view.k), ("output", w.view.n)):
         if getattr(w, side) is None:
@@ -147,17 +174,37 @@ def _scaled(w: QTensor) -> QTensor:
 
 
 def as_dense(w: QTensor, values: Array) -> QTensor:
-    """The weight with these floats [*batch, k, n] in place of codes; its transforms stay."""
+    """Return the weight with floats in place of codes; its transforms stay.
+
+    Args:
+      w: quantized weight.
+      values: floats [*batch, k, n], as the format stores the matrix.
+    Returns:
+      The weight in the format `Dense`.
+    """
     return dataclasses.replace(w, format=Dense(), data={"codes": values}, shared="")
 
 
 def at_start(opened: Opened) -> Values:
-    """Factors of zero: the tree as it was."""
+    """Return changes of zero, which leave the tree as it was.
+
+    Args:
+      opened: the opened tree.
+    Returns:
+      Zeros, in the structure of the trained values.
+    """
     return jax.tree.map(jnp.zeros_like, opened.start)
 
 
 def trained(opened: Opened, change: Values) -> PyTree:
-    """The tree with start * (1 + change) in place; differentiable in `change`."""
+    """Return the tree with start * (1 + change) in place of the trained values.
+
+    Args:
+      opened: the opened tree.
+      change: relative changes.
+    Returns:
+      The tree, differentiable in `change`.
+    """
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
     leaves = dict(path_leaves(opened.params))
     return replace_leaves(opened.params, {p: _with(leaves[p], v) for p, v in values.items()})
@@ -170,7 +217,15 @@ def _with(leaf: PyTree, values: dict[str, Array]) -> PyTree:
 
 
 def close_tree(params: PyTree, opened: Opened, change: Values) -> PyTree:
-    """The quantized tree with the trained values stored: factors in float16."""
+    """Return the quantized tree with the trained values stored, factors in float16.
+
+    Args:
+      params: the quantized tree.
+      opened: the tree opened for training.
+      change: the changes found.
+    Returns:
+      The trained tree.
+    """
     values = jax.tree.map(lambda a, d: a * (1 + d), opened.start, change)
     leaves, scaled = dict(path_leaves(params)), dict(path_leaves(opened.params))
     new = {}

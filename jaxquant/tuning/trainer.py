@@ -1,4 +1,4 @@
-"""Training what an opened tree leaves to train: resumable, and judged on held-out data."""
+"""Training of the free values of an opened tree: resumable, and evaluated on held-out data."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +16,21 @@ from jaxquant.durable.states import as_arrays, as_tree, mark
 from jaxquant.durable.store import Finished
 from jaxquant.tuning.trainable import Opened, Values, at_start
 
-MARK, DONE = "start", "done"  # beside a kept state: what it began with, whether it has ended
+MARK, DONE = "start", "done"  # stored beside a state: digest of its start, whether it has ended
 Loss = Callable[..., Array]  # loss(change, opened, *batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Healing:
-    """How to train: Adam with a warm-up of a tenth of the steps, then a cosine to zero.
+    """Training settings: Adam, with a warm-up over a tenth of the steps, then cosine decay to zero.
 
     Attributes:
-      steps: updates.
-      learning_rate: at its highest; of relative changes.
-      batch_size: sequences of one update.
-      validate_every: updates between two looks at the held-out loss; the best state is kept.
-      save_every: updates between two copies to go on from.
-      seed: of the order of the sequences.
+      steps: number of updates.
+      learning_rate: peak learning rate, of relative changes.
+      batch_size: sequences per update.
+      validate_every: updates between evaluations of the held-out loss; the best state is kept.
+      save_every: updates between copies of the training state in the store.
+      seed: seed of the order of the sequences.
     """
 
     steps: int = 200
@@ -48,14 +48,23 @@ class Healing:
         check_positive(self, "learning_rate")
 
     def schedule(self) -> optax.Schedule:
-        """The rate of an update."""
+        """Return the learning rate as a function of the update."""
         warm = max(1, self.steps // 10)
         return optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warm, max(self.steps, warm + 1)
         )
 
     def batch(self, step: int, count: int) -> np.ndarray:
-        """Indices of the sequences of an update: epochs in orders of their own, by the seed."""
+        """Return the indices of the sequences of an update.
+
+        Every epoch has its own order, drawn from the seed.
+
+        Args:
+          step: index of the update, from 0.
+          count: number of sequences.
+        Returns:
+          At most `batch_size` indices below `count`.
+        """
         per = max(1, count // self.batch_size)
         epoch, place = divmod(step, per)
         order = np.random.default_rng((self.seed, epoch)).permutation(count)
@@ -63,7 +72,7 @@ class Healing:
 
 
 class _State(NamedTuple):
-    """Training so far: enough to go on exactly as if it had not stopped."""
+    """The state of training, enough to resume exactly where it stopped."""
 
     step: int
     change: Values
@@ -72,24 +81,32 @@ class _State(NamedTuple):
     best_loss: float
 
     def stored(self, begun: np.ndarray, done: bool) -> dict[str, np.ndarray]:
-        """Copies by name, since slots are given away; with a mark of what training began with."""
+        """Return copies of the state's arrays by name, with a digest of what training began with.
+
+        They are copies because updates donate the buffers of the state.
+        """
         return as_arrays(self) | {MARK: begun, DONE: np.array(done)}
 
     def restored(self, arrays: Mapping[str, Array]) -> "_State":
-        """The state stored, of this one's structure."""
+        """Return the stored state, in the structure of this one."""
         state = as_tree(arrays, self)
         return state._replace(step=int(state.step), best_loss=float(state.best_loss))
 
 
 def _copied(change: Values) -> Values:
-    """Of its own memory: an update writes over what it is given."""
+    """Return a copy, since an update overwrites the buffers that it is given."""
     return jax.tree.map(jnp.copy, change)
 
 
 class Progress(NamedTuple):
-    """After an update: of what, the training loss, the held-out one where it was looked at.
+    """Progress report after an update.
 
-    `measured`: all that the rule measures, the loss among it.
+    Attributes:
+      name: name of the training.
+      step: number of updates done.
+      loss: training loss before the update.
+      validation: held-out loss, or None if it was not evaluated at this step.
+      measured: every number that the rule measures, the loss included.
     """
 
     name: str
@@ -100,19 +117,30 @@ class Progress(NamedTuple):
 
 
 class Rule(Protocol):
-    """What trains, and how: `change` is all that `loss` asks beside the opened tree."""
+    """A training rule; `change` holds everything the loss depends on beside the opened tree."""
 
     def init(self, opened: Opened) -> tuple[Values, PyTree]:
-        """The change to begin with, and what the rule keeps."""
+        """Return the initial change and the initial state of the rule for an opened tree."""
 
     def update(
         self, loss: Loss, change: Values, slots: PyTree, opened: Opened, *batch: PyTree
     ) -> tuple[Values, PyTree, dict[str, Array]]:
-        """Both after an update, and numbers to tell of it: "loss", before it, and any others."""
+        """Make one update.
+
+        Args:
+          loss: loss(change, opened, *batch) -> scalar.
+          change: the change before the update.
+          slots: the state of the rule.
+          opened: the opened tree.
+          batch: further arguments of the loss.
+        Returns:
+          The new change, the new state, and numbers to report: "loss" before the update, and any
+          others.
+        """
 
 
 class Adam:
-    """Relative changes of the continuous values by Adam (Kingma and Ba 2014, arXiv:1412.6980)."""
+    """Relative changes of continuous values by Adam (Kingma and Ba 2014, arXiv:1412.6980)."""
 
     def __init__(self, healing: Healing) -> None:
         self.optimizer = optax.adam(healing.schedule())
@@ -130,18 +158,28 @@ class Adam:
 
 
 def relative_error(y: Array, wanted: Array) -> Array:
-    """Mean over vectors of the squared error of each, relative to its energy.
+    """Return the mean over vectors of the squared error relative to the vector's energy.
+
+    Args:
+      y, wanted: vectors along the last axis, and their targets of the same shape.
+    Returns:
+      The mean, float32.
 
     >>> float(relative_error(jnp.array([[3.0, 0.0]]), jnp.array([[2.0, 0.0]])))
     0.25
     """
-    y, wanted = y.astype(jnp.float32), wanted.astype(jnp.float32)  # squares leave float16 soon
+    y, wanted = y.astype(jnp.float32), wanted.astype(jnp.float32)  # squares overflow float16
     energy = lambda a: jnp.sum(a**2, axis=-1)
     return jnp.mean(energy(y - wanted) / (energy(wanted) + 1e-12))
 
 
 def divergence(logits: Array, target: Array) -> Array:
-    """KL(softmax(target) || softmax(logits)) over the last axis, nats.
+    """Return KL(softmax(target) || softmax(logits)) over the last axis, in nats.
+
+    Args:
+      logits, target: [..., v] logits of the student and of the teacher.
+    Returns:
+      The divergences [...].
 
     >>> f"{divergence(jnp.zeros(2), jnp.array([0.0, -99.0])):.4f}"
     '0.6931'
@@ -152,10 +190,16 @@ def divergence(logits: Array, target: Array) -> Array:
 
 
 def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Array:
-    """Mean cross-entropy of the next token, nats.
+    """Return the mean cross-entropy of the next token, in nats.
 
-    The last position is masked, not sliced off: a slice would copy the logits, 100 MB of 512 tokens
-    of 49,152.
+    The last position is masked instead of sliced off, because a slice would copy the logits: 100 MB
+    for 512 tokens and a vocabulary of 49,152.
+
+    Args:
+      logits: predictions at each token.
+      tokens: the tokens.
+    Returns:
+      The mean over all tokens but the first of each row.
 
     >>> f"{next_token_loss(jnp.zeros((1, 3, 2)), jnp.array([[0, 1, 0]])):.4f}"
     '0.6931'
@@ -168,7 +212,7 @@ def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) ->
 
 
 def _kept(finished: Finished | None, begun: np.ndarray, name: str) -> Mapping[str, Array] | None:
-    """What is kept of this training, if any; what is kept of an earlier one that ended is not."""
+    """Return the stored state of this training, or None; other trainings that ended are ignored."""
     kept = None if finished is None or name not in finished else finished[name]
     if kept is None or np.array_equal(kept[MARK], begun):
         return kept
@@ -193,7 +237,13 @@ def _finite(measured: dict[str, float], name: str, step: int, healing: Healing) 
 
 
 class Trainer:
-    """Updates of one loss on one schedule, compiled once for all trees of one form."""
+    """Runs the updates of one loss on one schedule, compiled once per tree structure.
+
+    Args:
+      loss: loss(change, opened, *batch) -> scalar.
+      healing: training settings.
+      rule: what is trained and how. Default: `Adam`.
+    """
 
     def __init__(self, loss: Loss, healing: Healing, rule: Rule | None = None) -> None:
         self.healing = healing
@@ -212,14 +262,23 @@ class Trainer:
         progress: Callable[[Progress], None] | None = None,
         finished: Finished | None = None,
     ) -> Values:
-        """The changes that serve best: on `held_out`, or, without any, the last.
+        """Train the values of an opened tree.
 
         Args:
-          batch: of indices below `count`, what the loss takes after the opened tree.
-          name: of the state among what is finished.
+          opened: the tree.
+          batch: function of indices below `count` that returns the arguments of the loss after the
+            opened tree.
+          count: number of training sequences.
+          held_out: arguments of the loss on held-out data, one tuple per evaluation.
+          name: name of the state in the store and in progress reports.
+          progress: called after every update.
+          finished: store of the state, written every `save_every` updates.
+        Returns:
+          The changes with the least loss on `held_out`, the initial ones included; without held-out
+          data the last ones.
         Raises:
-          ValueError: fewer sequences than a batch; what is finished is another training; a loss or
-            a gradient that is no finite number.
+          ValueError: there are fewer sequences than a batch, the store holds another unfinished
+            training, or a loss or gradient is not finite.
         """
         healing = self.healing
         if count < healing.batch_size:
@@ -236,7 +295,7 @@ class Trainer:
         if finished is not None:  # hashing reads every weight
             first = batch(healing.batch(0, count)), [one[-1] for one in held_out]
             begun = mark(str(healing), (opened, first))
-        best = start if held_out else None  # of what is not judged no second copy is kept
+        best = start if held_out else None  # without held-out data, no second copy is needed
         state = _State(0, _copied(start), slots, best, float("inf"))
         if kept := _kept(finished, begun, name):
             state = state.restored(kept)
@@ -266,12 +325,15 @@ class Trainer:
         *before: PyTree,
         **options: Any,
     ) -> Values:
-        """`fit` of a loss (change, opened, *before, x) on rows x of arrays.
+        """Run `fit` for a loss (change, opened, *before, x) of rows x of an array.
 
         Args:
-          validation: the held-out rows; None: none are.
-          before: the same for all of them.
-          options: name, progress and finished, as `fit` takes them.
+          opened, options: as in `fit`; the options are `name`, `progress` and `finished`.
+          sequences: training rows.
+          validation: held-out rows, or None.
+          before: arguments that are the same for every batch.
+        Returns:
+          The changes, as in `fit`.
         """
         held_out = () if validation is None else validation
         return self.fit(
@@ -285,11 +347,13 @@ class Trainer:
     def fit_examples(
         self, opened: Opened, inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
     ) -> Values:
-        """`fit` of a loss (change, opened, inputs, outputs), the last eighth of both held out.
+        """Run `fit` for a loss (change, opened, inputs, outputs), with the last eighth held out.
 
         Args:
-          inputs, outputs: with a leading axis along which those of a batch are joined.
-          options: name, progress and finished, as `fit` takes them.
+          opened, options: as in `fit`; the options are `name`, `progress` and `finished`.
+          inputs, outputs: examples, each with a leading axis along which a batch is concatenated.
+        Returns:
+          The changes, as in `fit`.
         """
         examples, kept = list(zip(inputs, outputs, strict=True)), max(1, len(inputs) // 8)
         training = examples[:-kept]
@@ -310,18 +374,20 @@ class Trainer:
         name: str,
         **options: Any,
     ) -> None:
-        """`fit_examples` of one block after another, each fed what those before it give.
+        """Run `fit_examples` on one block after another, each fed the outputs of those before it.
 
         Args:
-          hidden: inputs of the first block. The last eighth of them is held out.
-          opened: of a block's index, the opened tree.
-          wanted: of it, what the block's outputs are to be, as a function of inputs that went
-            through those of the blocks before it.
-          closed: takes the changes found; of them, what the block gives from now on.
-          name: "NAME of block 3" is what progress and what is finished are called.
-          options: progress and finished, as `fit` takes them.
+          blocks: number of blocks.
+          hidden: inputs of the first block; the last eighth is held out.
+          opened: function of a block's index that returns its opened tree.
+          wanted: function of a block's index that returns the target function, applied to the
+            targets of the block before (to `hidden` for the first).
+          closed: function of the index, the opened tree and the changes found that returns the
+            trained block as a function of its inputs.
+          name: the training of block 3 is called "NAME of block 3".
+          options: `progress` and `finished`, as in `fit`.
         Raises:
-          ValueError: one input only.
+          ValueError: there is only one input.
         """
         if len(hidden) < 2:
             raise ValueError("expected two inputs or more, one of them to be held out, got one")
