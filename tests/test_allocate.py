@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,6 +80,9 @@ def test_losses_are_kept_for_the_next_run():
     assert len(measured) == 4
     assert jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept) == first
     assert len(measured) == 4
+    other = jax.tree.map(lambda w: w**3, params)  # of which nothing is known
+    got = jq.allocate(other, RATES, 4, stats, measure=measure, finished=kept)
+    assert len(measured) == 8 and got == jq.allocate(other, RATES, 4, stats, measure=measure)
 
 
 def test_against_every_choice():

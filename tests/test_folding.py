@@ -118,6 +118,10 @@ def test_a_killed_search_goes_on_where_it_stopped():
     assert len(calls) == whole // 2  # that of one input of two
     for name, leaf in once.params.items():
         np.testing.assert_array_equal(again.params[name], leaf)
+    calls.clear()
+    other = {n: w + 1 for n, w in PARAMS.items()}
+    jq.fold(other, method, stats, FOLDS, inspect=judged, finished=kept)
+    assert len(calls) == whole  # of other weights nothing is taken
 
 
 def test_a_leaf_of_other_channels():

@@ -1,12 +1,16 @@
 """States of long runs as a store keeps them: the arrays of a tree, and a digest of the inputs."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from jaxquant.durable.store import Arrays, Finished
+
+BEGUN = "begun"  # beside what is kept: the mark of what it was made from
 
 
 def as_arrays(tree: PyTree) -> dict[str, np.ndarray]:
@@ -57,6 +61,41 @@ def mark(text: str, tree: PyTree) -> np.ndarray:
         digest.update(f"{a.dtype}{a.shape}".encode())
         digest.update(a.reshape(-1).view(np.uint8).data)
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+class Remembered:
+    """Results of one kind of work in a store; what was made from other inputs is made again.
+
+    Args:
+      finished: the store; None: nothing is kept, and no input is read.
+      text: settings that decide the results, in words.
+      tree: the arrays that decide them; its other leaves are not looked at.
+
+    >>> kept = {}
+    >>> for weight in (1.0, 1.0, 2.0):
+    ...     results = Remembered(kept, "squares", jnp.array(weight))
+    ...     found = results.get("w", lambda: print("computing") or {"loss": np.float64(weight**2)})
+    ...     print(float(found["loss"]))
+    computing
+    1.0
+    1.0
+    computing
+    4.0
+    """
+
+    def __init__(self, finished: Finished | None, text: str, tree: PyTree) -> None:
+        self.finished: Finished = {} if finished is None else finished
+        leaves = jax.tree.leaves(tree)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+        self.begun = np.zeros(0, np.uint8) if finished is None else mark(text, arrays)
+
+    def get(self, name: str, compute: Callable[[], Arrays]) -> dict[str, Array | np.ndarray]:
+        """Return what is kept under a name, or else compute it and keep it."""
+        found = dict(self.finished.get(name, {}))
+        if not np.array_equal(found.pop(BEGUN, ()), self.begun) or not found:
+            found = dict(compute())
+            self.finished[name] = found | {BEGUN: self.begun}
+        return found
 
 
 def _is_key(leaf: Array) -> bool:

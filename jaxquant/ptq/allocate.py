@@ -11,7 +11,9 @@ from jaxtyping import Array, PyTree
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves
+from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site, is_weight
+from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import KEEP, Method
 from jaxquant.ptq.quantize import quantize, quantize_array
@@ -105,8 +107,8 @@ def allocate(
         counted.
       key: PRNG key, as in `quantize`.
       progress: called with every `Option`.
-      finished: store of measured losses. Entries are named by path and method alone, so a store
-        must not be reused with other parameters, statistics, samples or key.
+      finished: store of measured losses. What was measured with other parameters, statistics,
+        samples or another key is measured again; `measure` is not looked at.
     Returns:
       The `Allocation`.
     Raises:
@@ -128,7 +130,10 @@ def allocate(
         raise ValueError(f"samples must be at least 1, got {samples}")
     choices = Choices.of(params, methods, stats.sites, paths=paths, healed=healed)
     choices.check(bits)
-    table = _Table(params, stats, key, samples, finished if finished is not None else {})
+    settings = f"{samples} samples, {Draw.of(key).name}"
+    table = _Table(
+        params, stats, key, samples, Remembered(finished, settings, (params, stats.sums))
+    )
     groups = []
     for entries in choices.weights:
         nearest = min(entries, key=lambda e: abs(8 * e.bytes / e.size - bits))
@@ -246,13 +251,13 @@ def _with_added(entry: WeightEntry) -> WeightEntry:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """Losses, each measured once and kept in `finished` across runs."""
+    """Losses, each measured once and kept across runs."""
 
     params: PyTree
     stats: Stats
     key: Array | None
     samples: int
-    finished: Finished
+    measured: Remembered
 
     def losses(self, entries: Sequence[WeightEntry]) -> list[float]:
         """Return the losses of one weight by these methods; log loss is interpolated over bytes."""
@@ -271,9 +276,8 @@ class _Table:
     def loss(self, entry: WeightEntry) -> float:
         """Return the mean loss over the sampled matrices, times the number of matrices."""
         name = f"allocation: {entry.path} by {entry.method}"
-        if name not in self.finished:
-            self.finished[name] = {"loss": np.float64(self._loss(entry))}
-        return float(self.finished[name]["loss"])
+        found = self.measured.get(name, lambda: {"loss": np.float64(self._loss(entry))})
+        return float(found["loss"])
 
     def _loss(self, entry: WeightEntry) -> float:
         method = entry.method
@@ -295,12 +299,15 @@ class _Table:
         if measure is None:
             return 1.0
         name = f"allocation: {entry.path} measured by {entry.method}"
-        if name not in self.finished:
+
+        def found() -> dict[str, np.float64]:
             recipe = Recipe([(entry.path, entry.method), ("*", KEEP)])
             tree = quantize(self.params, recipe, self.stats, key=self.key)
-            self.finished[name] = {"loss": np.float64(measure(tree))}
+            return {"loss": np.float64(measure(tree))}
+
         # The measured difference may be noise around 0.
-        return max(float(self.finished[name]["loss"]), 1e-6) / max(self.loss(entry), 1e-30)
+        loss = float(self.measured.get(name, found)["loss"])
+        return max(loss, 1e-6) / max(self.loss(entry), 1e-30)
 
 
 def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Option]:

@@ -16,6 +16,7 @@ from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.random_keys import Draw
+from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.shared_transforms import Inputs, Inspection
@@ -61,9 +62,8 @@ def fold(
     Args:
       params, recipe, stats, key, inspect: as in `quantize`, to which the result is to be passed.
       folds: {glob of weights: leaves that produce their input}; see `Folds`.
-      finished: store of fitted factors, named by input and layer index alone; factors in it are not
-        fitted again, so it must not be reused with other parameters or settings. The store passed
-        to `quantize` may be used.
+      finished: store of fitted factors. Factors of other parameters, statistics, methods or keys
+        are fitted again; `inspect` is not looked at. It may be the store passed to `quantize`.
     Returns:
       The folded tree, with its recipe and statistics.
     Raises:
@@ -85,13 +85,15 @@ def fold(
     left: dict[str, Any] = {e.path: e.method for e in plan.entries}
     leaves = dict(path_leaves(params))
     inputs = Inputs.of(plan.weights, stats.sites, leaves, stats, inspect)
+    settings = f"{[(e.path, str(e.method)) for e in plan.weights]} {Draw.of(key).name}"
+    fitted = Remembered(finished, settings, (params, stats.sums))
     new: dict[str, Array] = {}
     sums = dict(stats.sums)
     for leader, members in inputs.members.items():
         targets = _targets(leader, members, stats, folds, leaves)
         if not targets:
             continue
-        factors = _factors(inputs, leader, members, key, {} if finished is None else finished)
+        factors = _factors(inputs, leader, members, key, fitted)
         for name in targets:
             new[name] = _scaled(new.get(name, leaves[name]), factors, name)
         for entry in members:
@@ -142,18 +144,20 @@ def _rest(side: Any) -> PyTree:
 
 
 def _factors(
-    inputs: Inputs, leader: str, members: list[WeightEntry], key: Array | None, finished: Finished
+    inputs: Inputs, leader: str, members: list[WeightEntry], key: Array | None, fitted: Remembered
 ) -> Array:
     """Return the factors of every matrix of the stack, float32 [*batch, k]."""
     *batch, k, _ = members[0].matrix
     draw, found = Draw.of(key), []
     prefix = "input.0." if isinstance(members[0].method.input, Chain) else "input."
     for i in range(math.prod(batch)):
-        name = f"factors of {leader}[{i}]"
-        if name not in finished:
+
+        def fit(i: int = i) -> dict[str, Array]:
             arrays = inputs.arrays(leader, i, draw.of_input(leader, i)) or {}
-            finished[name] = {"factors": arrays[f"{prefix}factors"].astype(jnp.float32)}
-        found.append(jnp.asarray(finished[name]["factors"]))
+            return {"factors": arrays[f"{prefix}factors"].astype(jnp.float32)}
+
+        kept = fitted.get(f"factors of {leader}[{i}]", fit)
+        found.append(jnp.asarray(kept["factors"]))
     return jnp.stack(found).reshape(*batch, k)
 
 
