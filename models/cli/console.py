@@ -1,4 +1,4 @@
-"""What the commands show: bars and lines on stderr, reports on stdout."""
+"""Output of the commands: progress bars and messages on stderr, reports on stdout."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ stderr = Console(stderr=True)
 
 @contextlib.contextmanager
 def bar(title: str, total: int) -> Iterator[Step]:
-    """A progress bar on stderr; call what it gives once per step done."""
+    """Show a progress bar on stderr; the yielded function advances it by one step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as progress:
         task = progress.add_task(title, total=total)
@@ -26,12 +26,12 @@ def bar(title: str, total: int) -> Iterator[Step]:
 
 
 class Bars:
-    """A `runs.reporting.Reporter` that draws a bar for every stage and prints lines above it."""
+    """A `runs.reporting.Reporter` that shows a bar for every stage and prints lines above it."""
 
     @staticmethod
     @contextlib.contextmanager
     def stage(title: str, total: int) -> Iterator[Step]:
-        """Draw a bar as long as the stage lasts."""
+        """Show a bar while the stage lasts."""
         with bar(title, total) as advance:
 
             def step(done: object) -> None:
@@ -49,9 +49,10 @@ class Bars:
 
 @functools.singledispatch
 def line_of(done: object) -> str:
-    """The line that is printed after a step, by the kind of its report; "" if the bar is enough.
+    """Return the line to print after a step, or "" if the progress bar is enough.
 
-    A command whose steps have reports of another kind registers a line for them.
+    It is chosen by the type of the step's report. Commands with other types of reports register a
+    function for them.
     """
     return ""
 
@@ -80,13 +81,13 @@ def _(done: Update) -> str:
 
 
 def line(text: str) -> None:
-    """Print a line on stderr as it is, above the bar."""
+    """Print a line verbatim on stderr, above the bar."""
     stderr.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a ValueError inside into a usage error: one line, and exit status 2."""
+    """Convert a ValueError into a usage error: one line, and exit status 2."""
     try:
         yield
     except ValueError as error:
@@ -94,7 +95,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def emit(report: Mapping[str, object], as_json: bool) -> None:
-    """Print a report on stdout: as JSON, or a line for each figure."""
+    """Print a report on stdout, as JSON or as one line per value."""
     if as_json:
         click.echo(json.dumps(report))
         return

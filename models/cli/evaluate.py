@@ -66,7 +66,7 @@ def evaluate_command(
 
 
 def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:
-    """The model that the student is compared with: its function and its parameters."""
+    """Return the function and the parameters of the model to compare with."""
     teacher = registry.load(against)
     some = content[:10_000]
     if teacher.tokenizer.encode(some) != student.tokenizer.encode(some):
