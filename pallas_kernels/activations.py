@@ -22,6 +22,11 @@ LEAST = float(jnp.finfo(jnp.float32).tiny)  # smallest scale; below it the scale
 def check(activations: str) -> None:
     """Raise ValueError unless `activations` is one of `FORMS`.
 
+    Args:
+      activations: the value to check.
+    Raises:
+      ValueError: it is not one of `FORMS`.
+
     >>> check("int8")
     """
     if activations not in FORMS:
@@ -104,5 +109,11 @@ def spread(s: Float[Array, "m b"], k: int) -> Float[Array, "m k"]:
     """Return the scales repeated so that each of the k channels has its own.
 
     Scales [m, 1], one per row, are returned unchanged.
+
+    Args:
+      s: [m, b], one scale per row (b = 1) or per block of 256 channels.
+      k: number of channels.
+    Returns:
+      [m, k] or [m, 1].
     """
     return s if s.shape[-1] == 1 else jnp.repeat(s, BLOCK, axis=-1)[:, :k]

@@ -45,6 +45,11 @@ def reference(q: Array, k: Array, v: Array, positions: Array) -> Float[Array, "b
 
     All queries that share a key head form the rows of one matrix, so that XLA multiplies keys and
     values in place without copying them.
+
+    Args:
+      q, k, v, positions: as in `attention`.
+    Returns:
+      float32 [b, t, heads, hd].
     """
     b, t, heads, hd = q.shape
     kv, slots = k.shape[1:3]

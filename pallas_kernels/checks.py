@@ -39,7 +39,13 @@ def rows(x: Float[Array, "m k"], activations: str) -> tuple[int, int]:
 
 
 def words(codes: Int32[Array, "w n"], expected: int, name: str = "codes") -> int:
-    """Return n of packed int32 words [expected, n], or raise ValueError if they are not that."""
+    """Return n of packed int32 words [expected, n], or raise ValueError if they are not that.
+
+    Args:
+      codes: the words.
+      expected: number of words per column.
+      name: name of the argument in the message.
+    """
     if codes.ndim != 2 or codes.dtype != jnp.int32:
         raise ValueError(f"{name} must be int32 words [w, n], got {codes.dtype} {codes.shape}")
     if codes.shape[0] != expected:
@@ -48,13 +54,23 @@ def words(codes: Int32[Array, "w n"], expected: int, name: str = "codes") -> int
 
 
 def check_bits(value: int) -> None:
-    """Raise ValueError unless value is a number of bits that codes can have."""
+    """Raise ValueError unless value is a number of bits that codes can have.
+
+    Args:
+      value: number of bits.
+    """
     if value not in layout.BITS:
         raise ValueError(f"bits must be one of {layout.BITS}, got {value}")
 
 
 def whole_groups(x: Float[Array, "m k"], group_size: int, pad: bool) -> None:
-    """Raise ValueError if group_size does not divide k, unless pad allows a short last group."""
+    """Raise ValueError if group_size does not divide k, unless pad allows a short last group.
+
+    Args:
+      x: activations [m, k].
+      group_size: number of rows that share a scale.
+      pad: whether the last group may be short.
+    """
     _, k = rows(x, "float")
     if k % max(group_size, 1) and not pad:
         raise ValueError(
@@ -64,7 +80,12 @@ def whole_groups(x: Float[Array, "m k"], group_size: int, pad: bool) -> None:
 
 
 def scales(scale: Float[Array, "g n"], g: int, n: int) -> None:
-    """Raise ValueError unless scale is [g, n], or [g, 1] shared by all columns."""
+    """Raise ValueError unless scale is [g, n], or [g, 1] shared by all columns.
+
+    Args:
+      scale: the scales.
+      g, n: expected number of groups and of columns.
+    """
     if scale.dtype.name not in FLOATS or scale.shape not in ((g, n), (g, 1)):
         raise ValueError(
             f"scale must be [{g}, {n}] or [{g}, 1] of {', '.join(FLOATS)}, "
@@ -76,6 +97,11 @@ def zeros(zero: Int32[Array, "g wn"] | None, scale: Array, width: int) -> None:
     """Raise ValueError unless zero is None or int32 zero points packed along n.
 
     There must be one row of words for each row of scale.
+
+    Args:
+      zero: the zero points, or None.
+      scale: the scales [g, n].
+      width: number of bits per zero point.
     """
     if zero is None:
         return
@@ -89,7 +115,13 @@ def zeros(zero: Int32[Array, "g wn"] | None, scale: Array, width: int) -> None:
 
 
 def multiple(k: int, of: int, what: str) -> None:
-    """Raise ValueError unless k is a multiple of `of`, the number of rows that a code covers."""
+    """Raise ValueError unless k is a multiple of `of`, the number of rows that a code covers.
+
+    Args:
+      k: number of rows.
+      of: number of rows that a code covers.
+      what: what covers them, for the message.
+    """
     if k % of:
         raise ValueError(f"x has k = {k} channels, but {what} cover {of} rows each; pad x and w")
 

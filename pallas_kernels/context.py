@@ -43,7 +43,11 @@ class Setting(Generic[T]):
 
     @contextlib.contextmanager
     def set(self, value: T) -> Iterator[T]:
-        """Set the value inside a `with` block."""
+        """Set the value inside a `with` block.
+
+        Args:
+          value: the value in force inside the block.
+        """
         token = _values.set({**_values.get(), self.name: value})
         try:
             yield value

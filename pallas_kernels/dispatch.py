@@ -76,6 +76,9 @@ def listening() -> Iterator[list[str]]:
     """Collect a description of what runs each product traced inside the `with` block.
 
     The list stays empty unless `describing` is active.
+
+    Returns:
+      A list with one string per product, filled while tracing.
     """
     heard: list[str] = []
     with _heard.set(heard):
@@ -244,13 +247,24 @@ def choose(
 
 
 def is_empty(op: str, arrays: tuple) -> bool:
-    """Return whether the result has no rows or no columns, or is a sum over nothing."""
+    """Return whether the result has no rows or no columns, or is a sum over nothing.
+
+    Args:
+      op: name of the op.
+      arrays: the arguments of the op.
+    """
     return arrays[0].size == 0 or (op in reference.OPS and arrays[1].size == 0)
 
 
 @functools.cache
 def backend(platform: str) -> dict[str, Kernel]:
-    """Return the kernel table of a platform, importing its module on first use."""
+    """Return the kernel table of a platform, importing its module on first use.
+
+    Args:
+      platform: a key of `BACKENDS`.
+    Returns:
+      Name of an op -> its kernel.
+    """
     return importlib.import_module(BACKENDS[platform]).KERNELS
 
 

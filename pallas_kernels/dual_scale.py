@@ -96,7 +96,13 @@ def split(
 
 
 def by_packed(packed: Callable[..., Array]) -> Callable[..., Array]:
-    """Return the dual-scale product built on a packed-code product; XLA adds the escapes."""
+    """Return the dual-scale product built on a packed-code product; XLA adds the escapes.
+
+    Args:
+      packed: product with the signature of `reference.packed_matmul`.
+    Returns:
+      A function with the signature of `reference.dual_scale_matmul`.
+    """
 
     def call(
         x: Float[Array, "m k"],
@@ -120,7 +126,11 @@ def by_packed(packed: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def over(packed: Kernel) -> Kernel:
-    """Return a platform's dual-scale kernel, built on its packed-code kernel."""
+    """Return a platform's dual-scale kernel, built on its packed-code kernel.
+
+    Args:
+      packed: the platform's kernel of packed codes.
+    """
 
     def serves(x, codes, scale, step, ranges, escapes, *, bits: int, activations: str = "float"):
         return packed.serves(x, codes, scale, None, bits=bits, group_size=x.shape[1])

@@ -38,6 +38,9 @@ def _factors(n: int) -> tuple[int, tuple[int, ...]] | None:
 def exists(n: int) -> bool:
     """Return whether a width has a transform: n is a product of orders that `construct` supports.
 
+    Args:
+      n: the width.
+
     >>> exists(576), exists(6), exists(356)
     (True, False, False)
     """
@@ -46,6 +49,9 @@ def exists(n: int) -> bool:
 
 def padded(n: int) -> int:
     """Return the smallest width that is at least n and has a transform.
+
+    Args:
+      n: the width.
 
     >>> padded(576), padded(577), padded(356)
     (576, 580, 360)
@@ -58,6 +64,8 @@ def padded(n: int) -> int:
 def plan(n: int) -> tuple[int, ...]:
     """Return the orders of the Kronecker factors of a width, largest first.
 
+    Args:
+      n: the width.
     Raises:
       ValueError: n is not positive, or no Hadamard matrix of order n can be constructed.
 
@@ -81,6 +89,8 @@ def matrix(n: int) -> Int8[np.ndarray, "n n"]:
 
     It is the Kronecker product of the matrices of `plan(n)`.
 
+    Args:
+      n: the order.
     Raises:
       ValueError: n is not positive, or no Hadamard matrix of order n can be constructed.
 

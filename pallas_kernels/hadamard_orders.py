@@ -47,6 +47,9 @@ CIRCULANTS = {
 def constructible(order: int) -> bool:
     """Return whether a single construction gives a Hadamard matrix of this order.
 
+    Args:
+      order: the order of the matrix.
+
     >>> [n for n in range(4, 100, 4) if not constructible(n)]  # each is twice one that is
     [40, 56, 88, 96]
     """
@@ -57,6 +60,8 @@ def constructible(order: int) -> bool:
 def construct(order: int) -> Int8[np.ndarray, "n n"]:
     """Return the int8 Hadamard matrix of this order from a single construction, read-only.
 
+    Args:
+      order: the order of the matrix.
     Raises:
       ValueError: no construction here gives one.
     Source: Sylvester 1867; Paley 1933 ("On orthogonal matrices"); Goethals and Seidel 1967.

@@ -62,6 +62,13 @@ def reference(
 
     An online softmax runs over the new tokens, then the unquantized part of the cache, then the
     codes.
+
+    Args:
+      q, k, v, layer, start: as in `kv_attention`.
+      frequencies: as in `kv_attention`, but of length 0 instead of None.
+      *arrays: the fields of `Past`.
+    Returns:
+      float32 [b, t, heads, hd].
     """
     past = Past(*arrays)
     b, t, heads, hd = q.shape

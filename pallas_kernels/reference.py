@@ -58,6 +58,11 @@ def dequantize(
 def zero_points(zero: Int32[Array, "... g wn"], bits: int, n: int) -> Int[Array, "... g n"]:
     """Return int8 zero points [..., g, n], unpacked along n.
 
+    Args:
+      zero: int32 [..., g, words(n, bits)], packed along n.
+      bits: number of bits per zero point.
+      n: number of columns.
+
     >>> zero_points(jnp.array([[0x1E]]), 4, 2).tolist()
     [[-2, 1]]
     """

@@ -116,6 +116,13 @@ def gathered(arrays: tuple, specs: tuple, axis: str) -> tuple:
 def column_specs(op: str, size: int, axis: str, *arrays: Array | None) -> tuple[P, ...]:
     """Return how the arrays of an op are split along columns over a mesh axis of `size` devices.
 
+    Args:
+      op: name of the op.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      *arrays: the arrays of the op after x.
+    Returns:
+      The partition specification of each array.
     Raises:
       ValueError: size does not divide the columns of an array.
     """
@@ -136,6 +143,15 @@ def row_specs(
 ) -> tuple[P, ...]:
     """Return how the arrays of an op are split along rows over a mesh axis of `size` devices.
 
+    Args:
+      op: name of the op.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      *arrays: the arrays of the op after x.
+      k: number of rows of the weight.
+      **static: the static arguments of the op.
+    Returns:
+      The partition specification of each array.
     Raises:
       ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
@@ -152,7 +168,13 @@ def row_specs(
 
 
 def local_static(static: dict[str, Any], k: int, size: int) -> dict[str, Any]:
-    """Return the static arguments for one of `size` shards of k rows in total."""
+    """Return the static arguments for one of `size` shards of k rows in total.
+
+    Args:
+      static: the static arguments of the whole product.
+      k: number of rows of the whole weight.
+      size: number of shards.
+    """
     if static.get("group_size") == k:  # a single group of all rows
         return static | {"group_size": k // size}
     if len(static.get("rates", ())) > 1:

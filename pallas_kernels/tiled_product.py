@@ -129,7 +129,11 @@ def columns(
 
 
 def outputs(data: Data, spans: Mapping[str, int]) -> int:
-    """Return the number of columns n of the matrix."""
+    """Return the number of columns n of the matrix.
+
+    Args:
+      data, spans: see the module docstring.
+    """
     return data["codes"].shape[-1] * spans["codes"]
 
 

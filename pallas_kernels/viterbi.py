@@ -78,6 +78,9 @@ def encode(
 def backend(L: int = 16, K: int = 2, V: int = 1) -> str:
     """Return which implementation of `encode` runs on this machine, and why no faster one does.
 
+    Args:
+      L, K, V: as in `encode`.
+
     >>> backend().split()[0].rstrip(":") in ("native", "jax")
     True
     """
@@ -116,6 +119,9 @@ def _native(
 
 def batch_size(L: int, K: int, V: int) -> int:
     """Return how many sequences the JAX version searches at a time within BATCH_BYTES.
+
+    Args:
+      L, K, V: as in `encode`.
 
     >>> batch_size(16, 2, 1)
     36

@@ -47,6 +47,9 @@ class Cache(NamedTuple):
         """Return the cache for tokens of which those at position `end` or later are padding.
 
         None means that no further tokens are padding.
+
+        Args:
+          end: position from which tokens are padding, int32 scalar, or None.
         """
         return self._replace(end=end)
 
@@ -83,6 +86,11 @@ class Cache(NamedTuple):
 
         Keys of padding lie beyond the end, and every slot is overwritten before a later query sees
         it.
+
+        Args:
+          tokens: number of tokens, padding included.
+          kept: unused, since `attend` stores keys and values.
+          config: the architecture.
         """
         return self._replace(length=_advanced(self, tokens))
 

@@ -18,6 +18,11 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
 
     Values produce the input of o too, but if they have fewer heads than queries, one of their
     channels becomes several channels of o's input, so that o is left out.
+
+    Args:
+      config: the architecture.
+    Returns:
+      Pattern of matrices -> paths of the weights that produce their inputs.
     """
     found: dict[str, tuple[str, ...]] = {
         "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
@@ -62,7 +67,12 @@ def residual(config: LlamaConfig) -> jq.Residual:
 
 
 def untied(config: LlamaConfig, params: PyTree) -> tuple[LlamaConfig, PyTree]:
-    """Return (config, params) with an output matrix of its own if embeddings are tied."""
+    """Return (config, params) with an output matrix of its own if embeddings are tied.
+
+    Args:
+      config: the architecture.
+      params: inner "params" tree.
+    """
     if not config.tie_embeddings:
         return config, params
     head = {"kernel": jnp.transpose(params["embed"]["embedding"])}

@@ -166,7 +166,11 @@ class Llama(nn.Module):
         return logits, cache.advanced(tokens.shape[1], kept, self.config)
 
     def logits(self, h):
-        """Apply the final norm and the output matrix: h [b, t, d] -> float32 [b, t, V]."""
+        """Apply the final norm and the output matrix: h [b, t, d] -> float32 [b, t, V].
+
+        Args:
+          h: the residual stream after the last layer.
+        """
         h = self.norm(h)
         out = self.embed.attend(h) if self.config.tie_embeddings else self.head(h)
         return out.astype(jnp.float32)
@@ -235,5 +239,9 @@ def _after(h, kept):
 
 
 def stacked(params):
-    """Return the params with stacked layers, stacking them if necessary (`jaxquant.unstack`)."""
+    """Return the params with stacked layers, stacking them if necessary (`jaxquant.unstack`).
+
+    Args:
+      params: inner "params" tree.
+    """
     return restack(params, "layers") if is_apart(params, "layers") else params

@@ -13,7 +13,11 @@ from pallas_kernels.codecs.kv_layout import turned
 
 
 def frequencies(config: LlamaConfig) -> np.ndarray:
-    """Return RoPE's frequencies in radians per position, float64 [head_dim / 2]."""
+    """Return RoPE's frequencies in radians per position, float64 [head_dim / 2].
+
+    Args:
+      config: the architecture.
+    """
     half = config.head_dim // 2
     base = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
     scaling = config.rope_scaling
@@ -33,10 +37,20 @@ def _llama3(base: np.ndarray, s: Llama3Scaling) -> np.ndarray:
 
 
 def rotation_angles(config: LlamaConfig, positions):
-    """Return the angles, float32 [t, head_dim / 2], of positions int [t]."""
+    """Return the angles, float32 [t, head_dim / 2], of positions int [t].
+
+    Args:
+      config: the architecture.
+      positions: int [t].
+    """
     return positions[:, None].astype(jnp.float32) * jnp.asarray(frequencies(config), jnp.float32)
 
 
 def rotate(x, angles):
-    """Rotate each pair of x [b, t, heads, head_dim] by its angle [t, head_dim / 2]; dtype of x."""
+    """Rotate each pair of x [b, t, heads, head_dim] by its angle [t, head_dim / 2]; dtype of x.
+
+    Args:
+      x: [b, t, heads, head_dim].
+      angles: [t, head_dim / 2].
+    """
     return turned(x, angles[:, None]).astype(x.dtype)

@@ -18,7 +18,12 @@ stderr = Console(stderr=True)
 
 @contextlib.contextmanager
 def bar(title: str, total: int) -> Iterator[Step]:
-    """Show a progress bar on stderr; the yielded function advances it by one step."""
+    """Show a progress bar on stderr; the yielded function advances it by one step.
+
+    Args:
+      title: text before the bar.
+      total: number of steps.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as progress:
         task = progress.add_task(title, total=total)
@@ -31,7 +36,12 @@ class Bars:
     @staticmethod
     @contextlib.contextmanager
     def stage(title: str, total: int) -> Iterator[Step]:
-        """Show a bar while the stage lasts."""
+        """Show a bar while the stage lasts.
+
+        Args:
+          title: text before the bar.
+          total: number of steps.
+        """
         with bar(title, total) as advance:
 
             def step(done: object) -> None:
@@ -43,7 +53,11 @@ class Bars:
 
     @staticmethod
     def tell(text: str) -> None:
-        """Print the text on stderr."""
+        """Print the text on stderr.
+
+        Args:
+          text: the text.
+        """
         click.echo(text, err=True)
 
 
@@ -53,6 +67,9 @@ def line_of(done: object) -> str:
 
     It is chosen by the type of the step's report. Commands with other types of reports register a
     function for them.
+
+    Args:
+      done: the report of the step.
     """
     return ""
 
@@ -81,7 +98,11 @@ def _(done: Update) -> str:
 
 
 def line(text: str) -> None:
-    """Print a line verbatim on stderr, above the bar."""
+    """Print a line verbatim on stderr, above the bar.
+
+    Args:
+      text: the line.
+    """
     stderr.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -95,7 +116,12 @@ def usage_errors() -> Iterator[None]:
 
 
 def emit(report: Mapping[str, object], as_json: bool) -> None:
-    """Print a report on stdout, as JSON or as one line per value."""
+    """Print a report on stdout, as JSON or as one line per value.
+
+    Args:
+      report: name -> value.
+      as_json: whether to print JSON.
+    """
     if as_json:
         click.echo(json.dumps(report))
         return

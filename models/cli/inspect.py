@@ -32,7 +32,12 @@ class Row(NamedTuple):
 
     @staticmethod
     def of(path: str, w: jq.QTensor | jax.Array) -> "Row":
-        """Return the row of a weight, packed or not."""
+        """Return the row of a weight, packed or not.
+
+        Args:
+          path: path of the parameter.
+          w: the weight.
+        """
         if isinstance(w, jq.QTensor):
             method, kind = w.method, repr(w.format)
         else:

@@ -40,6 +40,9 @@ def about(text: Callable[[], str]) -> None:
     """Set the function that describes the output in the message.
 
     It is called when the message is written.
+
+    Args:
+      text: function that returns the description.
     """
     global _about
     _about = text

@@ -12,7 +12,12 @@ from jaxquant_models.cli.output import Output
 
 
 def check_metrics(metrics: str | None, output: Output) -> None:
-    """Raise ValueError if the metrics would be written where the model is."""
+    """Raise ValueError if the metrics would be written where the model is.
+
+    Args:
+      metrics: the value of `--metrics`, or None.
+      output: the output of the command.
+    """
     taken = (Path(output.out).resolve(), output.path)
     if metrics is not None and Path(metrics).resolve() in taken:
         raise ValueError(f"--metrics {metrics} is where the model will be written; give another")
@@ -31,7 +36,11 @@ class Metrics:
     @staticmethod
     @contextlib.contextmanager
     def to(folder: str | None) -> Iterator["Metrics"]:
-        """Open the metrics for a `with` block; if folder is None, nothing is written."""
+        """Open the metrics for a `with` block; if folder is None, nothing is written.
+
+        Args:
+          folder: the folder, created if it does not exist; or None.
+        """
         metrics = Metrics(None if folder is None else Path(folder))
         try:
             yield metrics

@@ -35,7 +35,11 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
 
 
 def kv_options(command: Callable) -> Callable:
-    """Add the options of the key-value cache to a command; `kv_format` reads them."""
+    """Add the options of the key-value cache to a command; `kv_format` reads them.
+
+    Args:
+      command: the function of the command.
+    """
     default = KVFormat()
     for name, kind, text in (
         ("channels", int, f"Channels of one scale of values; default {default.channels}."),
@@ -50,7 +54,13 @@ def kv_options(command: Callable) -> Callable:
 
 
 def kv_format(options: dict[str, Any]) -> KVFormat | None:
-    """Return the cache format described by the options of `kv_options`, or None."""
+    """Return the cache format described by the options of `kv_options`, or None.
+
+    Args:
+      options: option name -> value.
+    Raises:
+      ValueError: options are given without `--kv-bits`, or are out of range.
+    """
     given = {name.removeprefix("kv_"): v for name, v in options.items() if v is not None}
     if given and "bits" not in given:
         raise ValueError(f"--kv-{min(given)} is for --kv-bits; give both")

@@ -11,6 +11,8 @@ SEED = click.IntRange(0, 2**32 - 1)
 def setting(text: str) -> tuple[str, JsonValue]:
     """Return the name and value of a `--set NAME=VALUE`; a value that is not JSON is a string.
 
+    Args:
+      text: the text after `--set`.
     Raises:
       ValueError: the text does not have this form.
     """

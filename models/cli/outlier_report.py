@@ -21,7 +21,11 @@ COLOURS = np.array(
 
 
 def table(found: Outliers) -> Table:
-    """Return a table with a row for every site of every layer."""
+    """Return a table with a row for every site of every layer.
+
+    Args:
+      found: the outliers.
+    """
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in HEADER:
         out.add_column(name, no_wrap=name not in ("site", "token", "kinds", HEADER[-1]))
@@ -34,6 +38,9 @@ def heat_map(found: Outliers) -> Text:
     """Return a heat map of log10(max / median), with layers as rows and sites as columns.
 
     It is readable without colors too.
+
+    Args:
+      found: the outliers.
     """
     sites, layers, values = found.heat()
     width = max(len(layer_name(layer)) for layer in layers) + 2
@@ -61,7 +68,11 @@ def _cell(value: float, width: int) -> tuple[str, str]:
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise ValueError if no picture can be written to path, before anything is computed."""
+    """Raise ValueError if no picture can be written to path, before anything is computed.
+
+    Args:
+      path: the file, with a suffix in `SUFFIXES`.
+    """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"--plot writes {', '.join(SUFFIXES)}, got {str(path)!r}")
     if not Path(path).parent.is_dir():
@@ -71,7 +82,12 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot(found: Outliers, path: str | Path) -> None:
-    """Write the heat map as a picture; the file is written completely or not at all."""
+    """Write the heat map as a picture; the file is written completely or not at all.
+
+    Args:
+      found: the outliers.
+      path: the file.
+    """
     check_plot(path)
     figures: Any = importlib.import_module("matplotlib.figure")  # optional, and slow to import
     sites, layers, values = found.heat()

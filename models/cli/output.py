@@ -26,6 +26,10 @@ class Output:
       out: the directory.
       path: the folder.
       finished: the contents of the folder, once `begin` has opened it.
+
+    Args:
+      out: the directory.
+      overwrite: whether an existing checkpoint may be replaced.
     Raises:
       ValueError: a checkpoint may not be written there.
     """
@@ -70,7 +74,12 @@ class Output:
         return self.finished
 
     def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
-        """Write the result, and remove the folder, which is no longer needed."""
+        """Write the result, and remove the folder, which is no longer needed.
+
+        Args:
+          model: the result.
+          recipe: the recipe that made it, or None.
+        """
         overwrite = self.overwrite or self._is_result()
         save_model(self.out, model, recipe, overwrite, {RUN: self.finished.digest})
         interrupts.about(lambda: f"the output is in {self.out}")
@@ -96,7 +105,11 @@ class Output:
 
 
 def folder_of(out: str | Path) -> Path:
-    """Return the folder that holds the unfinished work of a command that writes to `out`."""
+    """Return the folder that holds the unfinished work of a command that writes to `out`.
+
+    Args:
+      out: the directory.
+    """
     out = Path(out).resolve()  # the same folder for every link to it
     return out.with_name(f"{out.name}.partial")
 

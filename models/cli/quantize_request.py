@@ -147,6 +147,8 @@ def _check_alone(method: str | None, target_bits: float | None, given: dict[str,
 def recipe_of_file(path: str) -> jq.Recipe:
     """Return the recipe in a JSON file.
 
+    Args:
+      path: the file.
     Raises:
       ValueError: the file cannot be read, or holds no recipe.
     """

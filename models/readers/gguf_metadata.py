@@ -49,7 +49,13 @@ def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
 
 
 def tokenizer_fields(fields: Mapping[str, JsonValue]) -> GGUFTokenizer:
-    """Return the checked tokenizer metadata."""
+    """Return the checked tokenizer metadata.
+
+    Args:
+      fields: the metadata, as plain values.
+    Raises:
+      ValueError: a field is missing or invalid.
+    """
     prefix = "tokenizer.ggml."
     return checked(GGUFTokenizer, _below(fields, prefix), GGUF, prefix)
 

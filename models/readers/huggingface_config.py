@@ -12,7 +12,13 @@ from jaxquant_models.schemas.strict import checked, read_json
 
 
 def read_config_json(folder: Path) -> dict[str, JsonValue]:
-    """Return config.json, extended by the stop tokens that generation_config.json may add."""
+    """Return config.json, extended by the stop tokens that generation_config.json may add.
+
+    Args:
+      folder: the Hugging Face folder.
+    Raises:
+      ValueError: a file is missing or is not a JSON object.
+    """
     hf = read_json(folder / "config.json")
     extra = folder / "generation_config.json"
     if extra.exists():

@@ -21,7 +21,13 @@ from jaxquant_models.schemas.strict import checked, parse_json, read_bytes
 
 
 class Tokenizer:
-    """A tokenizer with exact round trips; see the module docstring."""
+    """A tokenizer with exact round trips; see the module docstring.
+
+    Args:
+      backend: the tokenizer of the `tokenizers` library; its truncation and padding are turned off.
+    Raises:
+      ValueError: it has no tokens.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer):
         backend.no_truncation()
@@ -39,6 +45,8 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read a `tokenizer.json`.
 
+        Args:
+          path: the file.
         Raises:
           ValueError: the file is missing or malformed.
         """
@@ -86,6 +94,9 @@ class Tokenizer:
         """Raise ValueError unless an embedding of `rows` rows has one for every token.
 
         Fewer tokens than rows are allowed, since embeddings are often padded.
+
+        Args:
+          rows: number of rows of the embedding.
         """
         if self._rows > rows:
             vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -147,6 +158,9 @@ def one_line(what: str) -> Iterator[None]:
     """Convert the errors of the Rust library into a one-line ValueError.
 
     The library raises bare Exceptions and, on a panic, an exception that is not even an Exception.
+
+    Args:
+      what: beginning of the message.
     """
     try:
         yield

@@ -24,6 +24,9 @@ def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by path, such as "layers/attn/q/kernel".
 
     Nothing is computed or allocated.
+
+    Args:
+      model: a module whose input is int tokens [b, t].
     """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

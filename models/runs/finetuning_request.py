@@ -77,6 +77,10 @@ class FinetuningRequest:
         return None if self.method is None else recipe_of(self.method)
 
     def steps(self, layers: int) -> int:
-        """Return the total number of training steps for a model with `layers` layers."""
+        """Return the total number of training steps for a model with `layers` layers.
+
+        Args:
+          layers: number of layers.
+        """
         whole, blocks = (how.steps if how else 0 for how in (self.end_to_end, self.blocks))
         return whole + layers * blocks

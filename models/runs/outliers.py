@@ -12,7 +12,12 @@ from jaxquant_models.readers.model import Model
 
 
 def outliers_of(model: Model, tokens: np.ndarray) -> Outliers:
-    """Return the outliers on token ids [t], with dequantized weights and unrounded activations."""
+    """Return the outliers on token ids [t], with dequantized weights and unrounded activations.
+
+    Args:
+      model: the model, quantized or not.
+      tokens: token ids, int [t].
+    """
     params = stacked(jq.dequantize(model.params))
     llama = Llama(model.config, model.dtype, remat=True)
     ids = jnp.asarray(tokens)

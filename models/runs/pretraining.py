@@ -104,7 +104,12 @@ def training_data(request: PretrainingRequest, text: str) -> TrainingData:
 
 
 def fingerprint(request: PretrainingRequest, data: TrainingData) -> dict[str, JsonValue]:
-    """Return the identity of a run: plain values that differ wherever results may differ."""
+    """Return the identity of a run: plain values that differ wherever results may differ.
+
+    Args:
+      request: the request.
+      data: the rows.
+    """
     digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
     return {**dataclasses.asdict(request), "text": digest, "jax": jax.__version__}
 
@@ -154,13 +159,24 @@ def train(
 
 
 def packed_model(request: PretrainingRequest, params: PyTree, data: TrainingData) -> Model:
-    """Return the trained model with packed ternary weights; other parameters are unchanged."""
+    """Return the trained model with packed ternary weights; other parameters are unchanged.
+
+    Args:
+      request: the request.
+      params: the trained, latent parameters.
+      data: the data, for its tokenizer.
+    """
     return Model(f"bitnet-{request.size}", request.config(data.tokenizer.vocab_size),
                  jq.freeze(params), data.tokenizer)  # fmt: skip
 
 
 def initial_state(request: PretrainingRequest, config: LlamaConfig) -> State:
-    """Return the state before the first step: floating-point parameters drawn from the seed."""
+    """Return the state before the first step: floating-point parameters drawn from the seed.
+
+    Args:
+      request: the request.
+      config: the architecture.
+    """
     params = jax.jit(Llama(config).init)(jax.random.key(request.seed), EXAMPLE)["params"]
     return State(0, params, request.optimizer().init(params))
 
@@ -172,6 +188,12 @@ def converted(
 
     The numerical values stay the same, also in the optimizer, so that a saved state always has the
     form of the initial state.
+
+    Args:
+      request: the request.
+      config: the architecture.
+      state: the state.
+      steps: the steps before which changes of form are applied.
     """
     params = state.params
     if request.ternary_from in steps:

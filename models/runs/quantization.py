@@ -22,6 +22,12 @@ def plan_model(model: Model, recipe: jq.Recipe) -> jq.Plan:
     """Return the resolved recipe, with the bytes that `save_model` stores.
 
     All errors of the recipe are raised here.
+
+    Args:
+      model: the model.
+      recipe: the recipe.
+    Raises:
+      ValueError: the recipe does not fit the model.
     """
     shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
     return jq.resolve(recipe, as_stored(model.params, shape), model.sites())
@@ -42,6 +48,12 @@ def quantize_model(
 
     Input factors are folded into the preceding operations where that is exact
     (`invariances.folds`). Arguments are those of `jaxquant.quantize`.
+
+    Args:
+      model: the model.
+      recipe: the recipe.
+      stats: input statistics, or None if the recipe needs none.
+      key, inspect, transforms, progress, finished: as in `jaxquant.quantize`.
     """
     known: jq.Stats | dict[str, jq.Site] = model.sites()
     params = model.params
@@ -70,6 +82,15 @@ def learn_transforms(
     """Return input transforms learned end to end, for `quantize_model`.
 
     Arguments are those of `jaxquant.learn`.
+
+    Args:
+      model: the model.
+      recipe: the recipe.
+      stats: input statistics.
+      sequences: training token sequences, int [N, length].
+      healing: settings of the training.
+      validation: token sequences for validation, int [M, length].
+      key, inspect, progress, finished: as in `jaxquant.quantize`.
     """
     params, recipe, stats = _folded(model, recipe, stats, key, inspect, finished)
     return jq.learn(

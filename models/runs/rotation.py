@@ -18,7 +18,11 @@ from jaxquant_models.readers.model import Model
 
 
 def untie_model(model: Model) -> Model:
-    """Return the model with untied embeddings; its function is unchanged."""
+    """Return the model with untied embeddings; its function is unchanged.
+
+    Args:
+      model: the model.
+    """
     config, params = untied(model.config, model.params)
     return dataclasses.replace(model, config=config, params=params)
 
@@ -70,6 +74,16 @@ def learned_rotation(
 
     Weights are rounded during learning too, unless the recipe rounds them with error feedback. The
     embeddings of the model must be untied. Arguments are those of `jaxquant.learn_rotation`.
+
+    Args:
+      model: the model, with untied embeddings.
+      recipe: the recipe by which the rotated model is to be quantized.
+      sequences: training token sequences, int [N, length].
+      healing: settings of the training.
+      start: the initial rotation [d, d].
+      stats: input statistics, or None.
+      key, progress, finished: as in `jaxquant.learn_rotation`.
+      validation: token sequences for validation, or None.
     """
     rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
     return jq.learn_rotation(

@@ -15,6 +15,9 @@ def context_length(model: Model) -> int:
     """Return the number of tokens of a calibration or training sequence for a model.
 
     It is 512, or the model's maximum number of positions if that is smaller.
+
+    Args:
+      model: the model.
     """
     return min(CONTEXT, model.config.max_position)
 
@@ -41,7 +44,12 @@ def token_sequences(model: Model, text: str, length: int, count: int | None = No
 
 
 def first_tokens(sequences: np.ndarray, tokens: int) -> np.ndarray:
-    """Return the first sequences, with `tokens` tokens in total; warn if there are fewer."""
+    """Return the first sequences, with `tokens` tokens in total; warn if there are fewer.
+
+    Args:
+      sequences: token ids, int [N, length].
+      tokens: total number of tokens wanted; at least one sequence is returned.
+    """
     wanted = max(1, tokens // sequences.shape[1])
     if len(sequences) < wanted:
         warnings.warn(

@@ -10,7 +10,11 @@ from pydantic import BeforeValidator, Field, JsonValue
 
 
 def as_list(value: JsonValue) -> list[JsonValue]:
-    """Return None, a single value or a list as a list."""
+    """Return None, a single value or a list as a list.
+
+    Args:
+      value: a JSON value.
+    """
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -40,7 +44,12 @@ def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim
 
 
 def check_window(window: int | None, max_position: int) -> None:
-    """Raise ValueError if attention has a window smaller than the number of positions."""
+    """Raise ValueError if attention has a window smaller than the number of positions.
+
+    Args:
+      window: width of the attention window, or None for full attention.
+      max_position: maximum number of positions.
+    """
     if window and window < max_position:
         raise ValueError(
             f"sliding-window attention is not supported (window {window} < {max_position} "

@@ -87,7 +87,11 @@ def _part(part: int | str) -> str:
 
 
 def read_json(path: Path) -> dict[str, JsonValue]:
-    """Return the object in a JSON file. Raises ValueError if there is none."""
+    """Return the object in a JSON file. Raises ValueError if there is none.
+
+    Args:
+      path: the file.
+    """
     data = parse_json(read_bytes(path), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path} should hold a JSON object, holds a {type(data).__name__}")
@@ -95,7 +99,11 @@ def read_json(path: Path) -> dict[str, JsonValue]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the contents of a file. Raises ValueError if it cannot be read."""
+    """Return the contents of a file. Raises ValueError if it cannot be read.
+
+    Args:
+      path: the file.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -140,7 +148,11 @@ def _constant(name: str) -> NoReturn:
 
 
 def first_repeat(values: Iterable[V]) -> V | None:
-    """Return the first value that occurred before, or None if all are distinct."""
+    """Return the first value that occurred before, or None if all are distinct.
+
+    Args:
+      values: hashable values.
+    """
     seen = set()
     for value in values:
         if value in seen:
