@@ -322,7 +322,7 @@ def _cotangent(op: str, static: dict, kernels: str, x: Array, rest: tuple, g: Ar
         items = tuple(sorted({**static, "k": x.shape[-1]}.items()))
         allowed = kernels if kernels in ("auto", "reference") else "auto"
         return _product(backwards, items, allowed, (g, *rest))
-    named = {name: v for name, v in static.items() if name != "k"}  # op was the transposed one
+    named = {name: v for name, v in static.items() if name != "k"}  # op was the transposed product
     return _product(
         op.removesuffix("_transposed"), tuple(sorted(named.items())), kernels, (g, *rest)
     )

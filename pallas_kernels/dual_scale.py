@@ -101,7 +101,7 @@ def by_packed(packed: Callable[..., Array]) -> Callable[..., Array]:
     Args:
       packed: product with the signature of `reference.packed_matmul`.
     Returns:
-      A function with the signature of `reference.dual_scale_matmul`.
+      A function with the signature of `ops.dual_scale_matmul`.
     """
 
     def call(

@@ -128,7 +128,10 @@ def transform(
 def transform_transposed(
     x: Float[Array, "..."], block: int | None = None, axis: int = -1
 ) -> Float[Array, "..."]:
-    """Return x H^T / sqrt(n) along an axis, the inverse of `transform`; arguments as there.
+    """Return x H^T / sqrt(n) along an axis, the inverse of `transform`.
+
+    Args:
+      x, block, axis: as in `transform`.
 
     >>> transform_transposed(transform(jnp.arange(12.0))).round(4).tolist()[:4]
     [0.0, 1.0, 2.0, 3.0]

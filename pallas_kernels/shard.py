@@ -65,11 +65,17 @@ def column_parallel(
 def row_parallel(
     op: str, mesh: Mesh, axis: str, x: Float[Array, "m k"], *arrays: Array | None, **static: Any
 ) -> Float[Array, "m n"]:
-    """Return the product with the rows of the weight and the channels of x split over a mesh axis.
+    """Return the product with the rows of the weight and the channels of x split.
 
-    The partial sums are added by a psum. Arguments are those of `column_parallel`, but x is split
-    along its channels.
+    The partial sums are added by a psum.
 
+    Args:
+      op, mesh, axis: as in `column_parallel`.
+      x: activations [m, k], split along the channels.
+      *arrays: the arrays of the op after x.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [m, n], replicated.
     Raises:
       ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
@@ -83,11 +89,17 @@ def row_parallel(
 def fsdp(
     op: str, mesh: Mesh, axis: str, x: Float[Array, "m k"], *arrays: Array | None, **static: Any
 ) -> Float[Array, "m n"]:
-    """Return the product with tokens split over a mesh axis and the sharded weight gathered on use.
+    """Return the product with tokens split, all-gathering the sharded weight in packed form.
 
-    The weight is stored split by rows and all-gathered in packed form for the product. Arguments
-    are those of `column_parallel`, but x is split along its rows (tokens).
+    The weight is stored split by rows, and gathered only for the product.
 
+    Args:
+      op, mesh, axis: as in `column_parallel`.
+      x: activations [m, k], split along the rows (tokens).
+      *arrays: the arrays of the op after x.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [m, n], split along the rows (tokens).
     Raises:
       ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """

@@ -52,7 +52,7 @@ def evaluate_command(
             raise ValueError("--strict and --no-strict are for --kv-bits; give both")
     content = read_text(text)
     student = load_with(activations, model, widen=False)
-    sizes = sizes_of(student.params)  # as stored
+    sizes = sizes_of(student.params)  # sizes as stored
     student = serving_model(student, line)
     sequences = token_sequences(student, content, ctx, chunks)
     teacher = None if against is None else _teacher(against, model, student, content)

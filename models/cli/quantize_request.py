@@ -160,7 +160,7 @@ def _method_name(method: str | None, target_bits: float | None, preset: Preset) 
         raise ValueError("give one of --method and --recipe, or --target-bits")
     name = preset.method if method is None else method
     if name not in jq.METHODS:
-        jq.named_method(name)  # says which there are
+        jq.named_method(name)  # raises an error that lists the methods
     return name
 
 
@@ -200,7 +200,7 @@ def _choices(make: Make, name: str, target: float, given: dict[str, Any]) -> tup
     for bits in sorted([*whole, *quarters]):
         try:
             found.append(make(given | {"bits": bits}))
-        except ValueError as error:  # not every method has every rate
+        except ValueError as error:  # not every method supports every rate
             problems[bits] = error
     if not found:
         raise problems[min(problems, key=lambda bits: abs(bits - target))]

@@ -47,7 +47,7 @@ def quantize_model(
     """Return the model with packed parameters; those that the recipe keeps are unchanged.
 
     Input factors are folded into the preceding operations where that is exact
-    (`invariances.folds`). Arguments are those of `jaxquant.quantize`.
+    (`invariances.folds`).
 
     Args:
       model: the model.
@@ -79,9 +79,7 @@ def learn_transforms(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Transforms:
-    """Return input transforms learned end to end, for `quantize_model`.
-
-    Arguments are those of `jaxquant.learn`.
+    """Return input transforms learned end to end, for `quantize_model`; see `jaxquant.learn`.
 
     Args:
       model: the model.

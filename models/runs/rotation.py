@@ -72,8 +72,7 @@ def learned_rotation(
 ) -> Float[Array, "d d"]:
     """Return the rotation [d, d] of the residual stream that suits a recipe best.
 
-    Weights are rounded during learning too, unless the recipe rounds them with error feedback. The
-    embeddings of the model must be untied. Arguments are those of `jaxquant.learn_rotation`.
+    Weights are rounded during learning too, unless the recipe rounds them with error feedback.
 
     Args:
       model: the model, with untied embeddings.
@@ -81,9 +80,9 @@ def learned_rotation(
       sequences: training token sequences, int [N, length].
       healing: settings of the training.
       start: the initial rotation [d, d].
-      stats: input statistics, or None.
+      stats: input statistics of the model rotated by `start`; None if the recipe needs none.
       key, progress, finished: as in `jaxquant.learn_rotation`.
-      validation: token sequences for validation, or None.
+      validation: token sequences on which the best rotation is selected; None returns the last one.
     """
     rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
     return jq.learn_rotation(

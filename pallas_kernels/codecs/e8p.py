@@ -306,6 +306,8 @@ def to_quip_words(codes: Int[np.ndarray, "out octets"]) -> np.ndarray:
 
     It is the inverse of `from_quip_words`.
 
+    Args:
+      codes: int32 [out, in / 8].
     Raises:
       ValueError: out is not a multiple of 16, or in is not a multiple of 64.
     """

@@ -54,6 +54,9 @@ def scales(
     """Return the float32 steps of the rows and widths of the columns.
 
     The arguments are the logarithms in `Coded`.
+
+    Args:
+      base, steps, widths: the fields of `Coded`.
     """
     octave = base / FINE + steps / 4
     whole = jnp.floor(octave)  # split off, so that doubling the unit exactly doubles the steps
@@ -62,13 +65,21 @@ def scales(
 
 
 def weights(coded: Coded) -> Float[Array, "k n"]:
-    """Return the float32 matrix [k, n]."""
+    """Return the float32 matrix [k, n].
+
+    Args:
+      coded: the contents of a stream.
+    """
     step, width = scales(coded.base, coded.steps, coded.widths)
     return step[:, None] * width * coded.values
 
 
 def index(levels: Int[Array, "..."], columns: Int[Array, "..."]) -> Int32[Array, "..."]:
-    """Return the class of a source, among those that can code anything."""
+    """Return the class of a source, among those that can code anything.
+
+    Args:
+      levels, columns: scales relative to step and width, in quarter octaves.
+    """
     return jnp.clip(levels + columns + student_t.UNIT, 1, student_t.CLASSES - 1)
 
 
@@ -76,6 +87,10 @@ def chains(n: int, chain: int) -> tuple[int, int]:
     """Return the number and length of the chains of a row of n weights.
 
     The last chains may be shorter by one.
+
+    Args:
+      n: number of weights in a row.
+      chain: largest number of weights in a chain.
 
     >>> chains(576, 256)
     (3, 192)
@@ -86,6 +101,10 @@ def chains(n: int, chain: int) -> tuple[int, int]:
 
 def laid(a: Array, chain: int) -> Array:
     """Return [..., n] as [..., length, count] with a chain in each column, zero-padded.
+
+    Args:
+      a: [..., n].
+      chain: largest number of weights in a chain.
 
     >>> laid(jnp.arange(1, 6), 3).tolist()
     [[1, 2], [3, 4], [5, 0]]
@@ -166,7 +185,12 @@ def _symbols(codes: _Codes, shape: Array) -> tuple[Array, Array]:
 
 
 def scaled(words: UInt16[Array, " size"], octaves: Int32[Array, ""]) -> UInt16[Array, " size"]:
-    """Return the stream of the same matrix multiplied by 2**octaves."""
+    """Return the stream of the same matrix multiplied by 2**octaves.
+
+    Args:
+      words: the stream.
+      octaves: exponent of the factor.
+    """
     high = (words[1].astype(jnp.int32) + octaves) & 0xFFFF
     return words.at[1].set(high.astype(jnp.uint16))
 

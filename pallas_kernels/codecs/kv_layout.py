@@ -75,6 +75,11 @@ class Past(NamedTuple):
 def retired(length: Int32[Array, ""] | int, window: int, group: int) -> Int32[Array, ""]:
     """Return how many of `length` tokens are in the codes: the whole groups before the window.
 
+    Args:
+      length: number of tokens.
+      window: number of recent tokens that are never in the codes.
+      group: number of tokens that are quantized together.
+
     >>> [int(retired(n, 32, 32)) for n in (0, 63, 64, 95, 96)]
     [0, 0, 32, 32, 64]
     """
@@ -133,6 +138,10 @@ def _decoded(codes: Array, bits: int) -> tuple[Array, int]:
 
 def turned(x: Float[Array, "*b hd"], angles: Float[Array, "*c half"]) -> Float[Array, "*b hd"]:
     """Return x in float32 with each pair (i, i + hd / 2) rotated by its angle (RoPE).
+
+    Args:
+      x: [..., hd].
+      angles: [..., hd / 2], in radians.
 
     >>> turned(jnp.array([1.0, 0.0]), jnp.array([jnp.pi / 2])).round(3).tolist()
     [-0.0, 1.0]

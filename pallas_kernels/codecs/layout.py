@@ -20,6 +20,8 @@ BITS = (2, 3, 4, 8)
 def unit(bits: int) -> tuple[int, int]:
     """Return (codes, words) of the smallest run of whole words: (16, 1) at 2 bits, (32, 3) at 3.
 
+    Args:
+      bits: number of bits per code.
     Raises:
       ValueError: bits is not 2, 3, 4 or 8.
 
@@ -34,6 +36,10 @@ def unit(bits: int) -> tuple[int, int]:
 
 def words(length: int, bits: int) -> int:
     """Return the number of int32 words for `length` codes; the last run is zero-padded.
+
+    Args:
+      length: number of codes.
+      bits: number of bits per code.
 
     >>> words(576, 3), words(20, 2)
     (54, 2)

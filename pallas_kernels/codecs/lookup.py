@@ -191,6 +191,10 @@ def distances(x: Float[Array, "... d n"], table: Float[Array, "K d"]) -> Float[A
     """Return squared distances [..., K, n] of columns to table rows.
 
     The squared norms of the columns, which do not affect the minimum, are left out.
+
+    Args:
+      x: [..., d, n].
+      table: [K, d].
     """
     # Full precision on every device, since the nearest row depends on small differences.
     return jnp.sum(table**2, 1)[:, None] - 2 * jnp.matmul(table, x, precision="highest")
@@ -200,6 +204,11 @@ def first_least(x: Float[Array, "K n"]) -> Int32[Array, "n"]:
     """Return the argmin of every column.
 
     XLA:CPU computes a minimum many times faster than an argmin.
+
+    Args:
+      x: [K, n].
+    Returns:
+      int32 [n].
     """
     rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     least = jnp.min(x, axis=0)
@@ -210,6 +219,12 @@ def most(gain: Float[Array, "..."], share: float) -> Bool[Array, "..."]:
     """Return a mask of the greatest entries: the given share of them, but only positive ones.
 
     At least one entry is considered.
+
+    Args:
+      gain: [...].
+      share: fraction of the entries.
+    Returns:
+      bool [...].
 
     >>> most(jnp.array([3.0, -1.0, 2.0, 2.0]), 0.5).tolist()
     [True, False, True, False]

@@ -40,6 +40,10 @@ def start(words: UInt16[Array, " words"], lanes: int) -> Reader:
 
     A stream consists of the lanes' states, low words first, followed by the words that they take.
     Missing words of a truncated or corrupt stream read as zeros.
+
+    Args:
+      words: the stream, uint16.
+      lanes: number of lanes.
     """
     low, high = (
         words.at[jnp.arange(lanes) + i].get(mode="fill", fill_value=0).astype(jnp.uint32)
@@ -99,7 +103,12 @@ def _take(words: Array, reader: Reader, rest: Array, frequency: Array) -> Reader
 
 
 def intact(reader: Reader, words: UInt16[Array, " words"]) -> Bool[Array, ""]:
-    """Return whether a stream decoded to its end is one that `encode` wrote."""
+    """Return whether a stream decoded to its end is one that `encode` wrote.
+
+    Args:
+      reader: the position after the last symbol.
+      words: the stream, uint16.
+    """
     return jnp.all(reader.states == LOW) & (reader.next <= words.shape[0])
 
 

@@ -51,6 +51,9 @@ LARGEST = int(_MOST[-1])
 def symbol(k: Int[Array, "..."]) -> Int32[Array, "..."]:
     """Return the symbol of each code, for |k| <= LARGEST.
 
+    Args:
+      k: integer codes.
+
     >>> codes = jnp.arange(-LARGEST, LARGEST + 1)
     >>> plain = codes - BASE[symbol(codes)]
     >>> bool(((plain >= 0) & (plain < 1 << BITS[symbol(codes)])).all())

@@ -120,7 +120,11 @@ def hybrid(points: Float[Array, "512 2"], L: int) -> Float[Array, "states 2"]:
 
 @functools.lru_cache(maxsize=32)
 def unit(code: str, L: int, V: int) -> np.float32:
-    """Return the weight that the integer 1 stands for."""
+    """Return the weight that the integer 1 stands for.
+
+    Args:
+      code, L, V: as in `values`.
+    """
     if CODES.get(code) != V:
         raise ValueError(f"codes and their V are {CODES}, got {code!r} with V = {V}")
     check(L, 1, V)
@@ -132,6 +136,10 @@ def byte_sum(code: str, L: int) -> tuple[int, int, np.float32] | None:
     """Return (factor, term, unit) of a code whose weights are sums of bytes, else None.
 
     A weight is unit * (the sum of the four bytes of state * factor + term, minus 510).
+
+    Args:
+      code: a key of `CODES`.
+      L: number of bits of a state.
 
     >>> byte_sum("mul1", 16)[:2], byte_sum("mcg", 16)
     ((2212286765, 0), None)
@@ -333,6 +341,10 @@ def tiles(w: Float[Array, "16 n"], V: int) -> Float[Array, "t 256"]:
     """Return a block of 16 rows as tiles [n / 16, 256], each in the order of its stream.
 
     The order is row-major; for V = 4, it takes four rows at a time, column by column.
+
+    Args:
+      w: [16, n].
+      V: number of weights per step.
     """
     if V == 4:
         return wide_trellis.tiles(w)
@@ -340,7 +352,12 @@ def tiles(w: Float[Array, "16 n"], V: int) -> Float[Array, "t 256"]:
 
 
 def untiled(weights: Float[Array, "... t 256"], V: int) -> Float[Array, "... 16 n"]:
-    """Return tiles [..., t, 256] as rows [..., 16, 16 t]; the inverse of `tiles`."""
+    """Return tiles [..., t, 256] as rows [..., 16, 16 t]; the inverse of `tiles`.
+
+    Args:
+      weights: [..., t, 256].
+      V: number of weights per step.
+    """
     if V == 4:
         return wide_trellis.untiled(weights)
     *batch, t, _ = weights.shape

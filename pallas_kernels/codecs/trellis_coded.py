@@ -45,6 +45,9 @@ class Branches(NamedTuple):
 def generators(states: int) -> tuple[int, int]:
     """Return G and F of the machine with this number of states.
 
+    Args:
+      states: a number of states in `STATES`.
+
     >>> generators(8)
     (2, 5)
     """
@@ -53,6 +56,11 @@ def generators(states: int) -> tuple[int, int]:
 
 def advance(state: Int[Array, "..."], k: Int[Array, "..."], states: int) -> Int[Array, "..."]:
     """Return the state after code k.
+
+    Args:
+      state: the states.
+      k: their codes.
+      states: number of states.
 
     >>> int(advance(jnp.int32(3), jnp.int32(1), 8))
     6

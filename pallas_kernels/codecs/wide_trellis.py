@@ -18,6 +18,10 @@ _SIDE = 16  # rows and columns of a tile
 def fits(K: int, V: int) -> bool:
     """Return whether streams of K bits per weight have this layout: V = 4, and K V divides 32.
 
+    Args:
+      K: number of bits per weight.
+      V: number of weights per step.
+
     >>> fits(2, 4), fits(3, 4), fits(2, 1)
     (True, False, False)
     """
@@ -25,7 +29,12 @@ def fits(K: int, V: int) -> bool:
 
 
 def pack(symbols: Int[Array, "s steps"], bits: int) -> Int32[Array, "s words"]:
-    """Return the words of streams, given the bits that each step adds."""
+    """Return the words of streams, given the bits that each step adds.
+
+    Args:
+      symbols: [s, steps].
+      bits: number of bits per step.
+    """
     s, steps = symbols.shape
     fields = symbols.astype(jnp.uint32).reshape(s, 32 // bits, steps * bits // 32)
     words = jnp.sum(fields << _low(bits), axis=1, dtype=jnp.uint32)  # bits are disjoint
@@ -34,6 +43,13 @@ def pack(symbols: Int[Array, "s steps"], bits: int) -> Int32[Array, "s words"]:
 
 def states(words: Int32[Array, "... words"], L: int, bits: int) -> Int32[Array, "... steps"]:
     """Return the state of every step: its own bits at the top, then those of the following steps.
+
+    Args:
+      words: int32 [..., words].
+      L: number of bits of a state.
+      bits: number of bits per step.
+    Returns:
+      int32 [..., steps].
 
     >>> import jax.numpy as jnp
     >>> states(jnp.array([[0x04030201, 0x14131211]]), 16, 8)[0, :3].tolist() == [
@@ -51,13 +67,21 @@ def states(words: Int32[Array, "... words"], L: int, bits: int) -> Int32[Array, 
 
 
 def tiles(w: jax.Array) -> jax.Array:
-    """Return a block of 16 rows [16, n] as tiles [n / 16, 256] in the order of their steps."""
+    """Return a block of 16 rows [16, n] as tiles [n / 16, 256] in the order of their steps.
+
+    Args:
+      w: [16, n].
+    """
     quads = w.reshape(4, 4, -1, _SIDE)  # four rows each: (quad, row, tile, column)
     return jnp.transpose(quads, (2, 0, 3, 1)).reshape(-1, _SIDE * _SIDE)
 
 
 def untiled(weights: jax.Array) -> jax.Array:
-    """Return tiles [..., t, 256] as rows [..., 16, 16 t]; the inverse of `tiles`."""
+    """Return tiles [..., t, 256] as rows [..., 16, 16 t]; the inverse of `tiles`.
+
+    Args:
+      weights: [..., t, 256].
+    """
     *batch, t, _ = weights.shape
     quads = weights.reshape(*batch, t, 4, _SIDE, 4)  # (tile, quad, column, row)
     quads = jnp.moveaxis(quads, (-3, -1, -4, -2), (-4, -3, -2, -1))

@@ -62,6 +62,10 @@ def unit(chip: str, bits: int) -> str:
     Where the unit takes float8, every code of up to 4 bits is a float8, but codes of 8 bits require
     bfloat16.
 
+    Args:
+      chip: a key of `CHIPS`.
+      bits: number of bits per weight.
+
     >>> unit("v5e", 8), unit("tpu7x", 4), unit("tpu7x", 8)
     ('int8', 'float8_e4m3fn', 'bfloat16')
     """

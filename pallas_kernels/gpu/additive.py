@@ -24,7 +24,7 @@ def additive_matmul(
     group: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """Return the product; see `reference.additive_matmul`."""
+    """Return the product; arguments as in `ops.additive_matmul`."""
     shape, count = contraction.shape(x, activations), len(codebooks)
     pairs, size = group // 2, 1 << bits
     per = 32 // (bits * count)  # groups per word
@@ -64,7 +64,7 @@ def additive_matmul(
 
 
 def serves(x, codes, codebooks, scale, *, bits: int, group: int, activations: str = "float") -> str:
-    """Return "", or why these arguments are not supported."""
+    """Return "" if the kernel supports the arguments of `additive_matmul`, otherwise the reason."""
     held = bits * codebooks.shape[0]
     if held & (held - 1) or held > 32:
         return f"on a GPU, the codes of a group take 4, 8, 16 or 32 bits, not {held}"

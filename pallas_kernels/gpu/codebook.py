@@ -22,6 +22,10 @@ def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, 
 
     The first code of a pair is in the low half of a word.
 
+    Args:
+      table: as in `ops.codebook_matmul`.
+      bits: number of bits per code.
+
     >>> entries((0.0, 1.0, 2.0, 4.0), 2)[0].shape
     (16,)
     """
@@ -30,7 +34,7 @@ def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, 
     one = 2.0 ** -math.frexp(np.max(finite, initial=2.0**-100))[1]  # all entries below 1
     halves = (values * one).astype(np.float16).view(np.uint16).astype(np.int64)
     if 2 * bits <= 8:
-        halves = (halves[:, None] << 16 | halves[None, :]).reshape(-1)  # the first is the low one
+        halves = (halves[:, None] << 16 | halves[None, :]).reshape(-1)  # low half first
     return halves.astype(np.uint32).view(np.int32), one
 
 
@@ -43,7 +47,13 @@ def _of_bytes(dtype: str) -> Float[np.ndarray, "256"]:
 
 
 def looked_up(ref, words: Sequence[Array], bits: int) -> list[Int32[Array, "r n"]]:
-    """Return registers with pairs of the weights of each unit, in order."""
+    """Return registers with pairs of the weights of each unit, in order.
+
+    Args:
+      ref: reference to the table.
+      words: the words of each unit, in order.
+      bits: number of bits per code.
+    """
     unit, _ = layout.unit(bits)
     width = 2 * bits if 2 * bits <= 8 else bits
     found = []
@@ -68,7 +78,7 @@ def codebook_matmul(
     group_size: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """Return the product; see `reference.codebook_matmul`."""
+    """Return the product; arguments as in `ops.codebook_matmul`."""
     shape, k = contraction.shape(x, activations), x.shape[1]
     unit, words = layout.unit(bits)
     depth = tiles.depth(unit, group_size, k, activations, 64)
@@ -97,7 +107,7 @@ def codebook_matmul(
 
 
 def serves(x, codes, scale, *, table, bits: int, group_size: int, activations="float") -> str:
-    """Return "", or why these arguments are not supported."""
+    """Return "" if the kernel supports the arguments of `codebook_matmul`, otherwise the reason."""
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
         return tiles.unfit(unit, group_size, activations)

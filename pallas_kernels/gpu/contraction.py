@@ -50,6 +50,10 @@ PREFILL = Shape(64, 64, 8, 128)
 def shape(x: Float[Array, "m k"], activations: str) -> Shape:
     """Return the block shape for the number of rows that x becomes.
 
+    Args:
+      x: activations [m, k].
+      activations: how x is rounded.
+
     >>> [shape(jnp.ones((m, 1), jnp.bfloat16), "float").rows for m in (1, 16, 33, 200)]
     [8, 16, 64, 64]
     """

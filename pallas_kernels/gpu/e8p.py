@@ -20,7 +20,12 @@ _NIBBLES = lanes.Lanes(4, 2)
 
 
 def points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
-    """Return the nibbles of the points selected by the low 16 bits of codes."""
+    """Return the nibbles of the points selected by the low 16 bits of codes.
+
+    Args:
+      code: codes, in the low 16 bits.
+      ref: reference to the table.
+    """
     s = code & 255
     shift = s ^ (s >> 4)
     shift = shift ^ (shift >> 2)
@@ -33,7 +38,12 @@ def points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
 
 
 def fine_points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
-    """Return the nibbles of the E81B points selected by the low 8 bits of codes."""
+    """Return the nibbles of the E81B points selected by the low 8 bits of codes.
+
+    Args:
+      code: codes, in the low 8 bits.
+      ref: reference to the table.
+    """
     return triton.load(ref.at[code & 255])
 
 
@@ -80,7 +90,7 @@ def e8p_matmul(
     bits: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """Return the product; see `reference.e8p_matmul`. A residual is a second product."""
+    """Return the product; arguments as in `ops.e8p_matmul`. A residual is a second product."""
     shape = contraction.shape(x, activations)
     coarse = partial(_weights, table=e8p.WORDS, point=points, width=16, offset=7.5)
     weights = coarse(codes=codes, scale=scale, shape=shape, k=x.shape[1])
@@ -96,7 +106,7 @@ def e8p_matmul(
 
 
 def serves(x, codes, residual, scale, *, bits: int, activations: str = "float") -> str:
-    """Return "", or why these arguments are not supported."""
+    """Return "" if the kernel supports the arguments of `e8p_matmul`, otherwise the reason."""
     return triton.missing()
 
 

@@ -133,6 +133,10 @@ def split(register: Int32[Array, "r n"], lanes: int) -> list[Array]:
     """Return the lanes of registers as arrays [r, n], lowest lane first.
 
     Two lanes are float16, four are int8.
+
+    Args:
+      register: int32 [r, n].
+      lanes: number of lanes per word, 2 or 4.
     """
     width = 32 // lanes
     parts = [_right(register, width * lane) for lane in range(lanes)]
@@ -146,6 +150,11 @@ def weave(registers: Sequence[Array], lanes: int, inner: int = 1) -> Array:
 
     A row runs over (d, r, e, lane), where e counts `inner` registers and d the rest; see `woven`.
     Every thread keeps its data, since neighbors along a row are lanes of one register.
+
+    Args:
+      registers: int32 arrays [r, n].
+      lanes: number of lanes per word, 2 or 4.
+      inner: number of registers over which e counts.
     """
     parts = []
     for d in range(0, len(registers), inner):
@@ -162,6 +171,12 @@ def weave(registers: Sequence[Array], lanes: int, inner: int = 1) -> Array:
 
 def woven(place: Callable, rows: int, count: int, lanes: int, inner: int = 1) -> np.ndarray:
     """Return what `weave` produces: place(row, register, lane) for every entry of its rows.
+
+    Args:
+      place: function of (row, register, lane).
+      rows: number of rows r of a register array.
+      count: number of register arrays.
+      lanes, inner: as in `weave`.
 
     >>> woven(lambda row, register, lane: 10 * row + register + 5 * lane, 2, 2, 2).tolist()
     [0, 5, 10, 15, 1, 6, 11, 16]

@@ -35,6 +35,10 @@ class Rows(NamedTuple):
 def parts(dtype: jnp.dtype, activations: str) -> int:
     """Return the number of rows that one row of x becomes.
 
+    Args:
+      dtype: dtype of x.
+      activations: how x is rounded.
+
     >>> parts(jnp.dtype("float32"), "float"), parts(jnp.dtype("float32"), "int8")
     (2, 1)
     """

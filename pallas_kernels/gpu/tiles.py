@@ -38,7 +38,11 @@ def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128)
 
 
 def unfit(unit: int, group_size: int, activations: str) -> str:
-    """Return the reason why there is no `depth`."""
+    """Return the reason why there is no `depth`.
+
+    Args:
+      unit, group_size, activations: as in `depth`.
+    """
     return f"on a GPU, {max(unit, LEAST_DEPTH[activations])} must divide group_size = {group_size}"
 
 

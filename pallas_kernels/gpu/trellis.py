@@ -24,10 +24,14 @@ RATES = (2, 4, 8)  # rates at which a row of a tile is whole words
 def unit(code: str, L: int) -> float:
     """Return the weight of a byte sum that is one above the mean.
 
+    Args:
+      code: a key of `HASHES`.
+      L: number of bits of a state.
+
     >>> round(unit("mul1", 12), 5)
     0.00678
     """
-    first = sum(HASHES[code][1].to_bytes(4, "little")) - OFFSET  # of state 0
+    first = sum(HASHES[code][1].to_bytes(4, "little")) - OFFSET  # sum of state 0
     return float(trellis.values(code, L, 1)[0, 0]) / first
 
 
@@ -84,7 +88,7 @@ def trellis_matmul(
     code: str,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """Return the product; see `reference.trellis_matmul`."""
+    """Return the product; arguments as in `ops.trellis_matmul`."""
     k, rate = x.shape[1], rates[0]
     per = rate // 2  # words per row of a tile
     wanted = contraction.shape(x, activations)
@@ -119,7 +123,7 @@ def trellis_matmul(
 def serves(
     x, codes, scale, *, rates: tuple[int, ...], L: int, code: str, activations: str = "float"
 ) -> str:
-    """Return "", or why these arguments are not supported."""
+    """Return "" if the kernel supports the arguments of `trellis_matmul`, otherwise the reason."""
     if code not in HASHES:
         return f"on a GPU, trellis codes are {' and '.join(HASHES)}, not {code}"
     if len({*rates}) > 1 or rates[0] not in RATES:

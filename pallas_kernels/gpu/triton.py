@@ -101,22 +101,42 @@ def launch(
 
 
 def program(axis: int) -> Array:
-    """Return this program's index along an axis of the grid."""
+    """Return this program's index along an axis of the grid.
+
+    Args:
+      axis: index of the axis.
+    """
     return _pallas().program_id(axis)
 
 
 def span(start: Array | int, size: int) -> Any:
-    """Return a slice of `size` places whose start is known only at run time."""
+    """Return a slice of `size` places whose start is known only at run time.
+
+    Args:
+      start: the first place.
+      size: number of places.
+    """
     return _pallas().ds(start, size)
 
 
 def load(ref: Any, mask: Array | None = None) -> Array:
-    """Return the entries that a reference selects, with zeros where the mask is False."""
+    """Return the entries that a reference selects, with zeros where the mask is False.
+
+    Args:
+      ref: the reference.
+      mask: bool array of the shape of the result; None loads everything.
+    """
     return _triton().load(ref, mask=mask, other=None if mask is None else 0)
 
 
 def store(ref: Any, value: Array, mask: Array | None = None) -> None:
-    """Write the entries where the mask is True, or all without a mask."""
+    """Write the entries where the mask is True, or all without a mask.
+
+    Args:
+      ref: the reference.
+      value: the entries.
+      mask: bool array of the shape of value, or None.
+    """
     _triton().store(ref, value, mask=mask)
 
 
@@ -124,6 +144,10 @@ def bit_and(words: Int32[Array, "..."], mask: int) -> Int32[Array, "..."]:
     """Return words & mask, hidden from LLVM's optimizer.
 
     LLVM would turn shifts of several masked fields at once into separate shifts and masks.
+
+    Args:
+      words: int32 words.
+      mask: the bits of a uint32.
     """
     if _INTERPRETED.get():
         return words & jnp.int32(signed(mask))
@@ -133,7 +157,11 @@ def bit_and(words: Int32[Array, "..."], mask: int) -> Int32[Array, "..."]:
 def multiply_add(
     a: Float32[Array, "..."], b: Float32[Array, "..."], c: Float32[Array, "..."]
 ) -> Float32[Array, "..."]:
-    """Return a b + c, rounded once; XLA prevents Triton from fusing the two operations."""
+    """Return a b + c, rounded once; XLA prevents Triton from fusing the two operations.
+
+    Args:
+      a, b, c: float32 arrays that broadcast together.
+    """
     if _INTERPRETED.get():
         return a * b + c
     shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
@@ -143,7 +171,11 @@ def multiply_add(
 
 
 def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """Return the sum of the four unsigned bytes of each word."""
+    """Return the sum of the four unsigned bytes of each word.
+
+    Args:
+      words: int32 words.
+    """
     if _INTERPRETED.get():
         pairs = (words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF)
         return (pairs + (pairs >> 16)) & 0xFFFF
@@ -151,7 +183,12 @@ def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def funnel(high: Int32[Array, "..."], low: Int32[Array, "..."], by: int) -> Int32[Array, "..."]:
-    """Return the top 32 bits of the 64 bits high:low shifted left by 0 to 31."""
+    """Return the top 32 bits of the 64 bits high:low shifted left by 0 to 31.
+
+    Args:
+      high, low: int32 words.
+      by: the shift.
+    """
     if by == 0:
         return high
     if _INTERPRETED.get():
@@ -169,6 +206,9 @@ def _asm(code: str, constraints: str, *args: Array) -> Array:
 
 def signed(word: int) -> int:
     """Return the int32 with the bits of a uint32.
+
+    Args:
+      word: the uint32.
 
     >>> signed(0xFFFFFFFF)
     -1

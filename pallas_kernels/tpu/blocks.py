@@ -26,7 +26,11 @@ class Blocks(NamedTuple):
     n: int
 
     def steps(self, m: int, k: int, n: int) -> tuple[int, int, int]:
-        """Return the grid of a product [m, k] x [k, n]: numbers of steps along m, n and k."""
+        """Return the grid of a product [m, k] x [k, n]: numbers of steps along m, n and k.
+
+        Args:
+          m, k, n: shape of the product.
+        """
         return -(-m // self.m), -(-n // self.n), -(-k // self.k)
 
 
@@ -64,6 +68,10 @@ def whole(rows: int, stacked: int) -> int:
 
     The compiler requires a block to consist of whole tiles, 32 rows of 8-bit operands, unless it is
     the only one.
+
+    Args:
+      rows: upper limit of the rows of x.
+      stacked: number of rows in the matrix unit for each row of x.
 
     >>> whole(85, 3), whole(128, 2), whole(2, 96)
     (64, 128, 8)

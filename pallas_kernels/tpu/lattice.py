@@ -33,8 +33,13 @@ def e8p_matmul(
     """Return x @ (scale * points) for 2-bit codes, two octets per word.
 
     It takes half the memory of the result of `transcode`, but is several times slower, because
-    gathers limit it. Arguments are those of `ops.e8p_matmul` and the options of
-    `packed.packed_matmul`.
+    gathers limit it.
+
+    Args:
+      x, codes, scale: as in `ops.e8p_matmul`.
+      residual: None.
+      bits: 2.
+      activations, unit, blocks, interpret: as in `packed.packed_matmul`.
     """
     decoder = Decoder(
         lambda words, tables: [unpack.integers(_integers(words[0], *tables), 4, unit)],
@@ -48,7 +53,13 @@ def e8p_matmul(
 
 
 def offset(x: Float[Array, "m k"], scale: Float[Array, "1 1"], activations: str) -> Array:
-    """Return the difference [m, 1] of x @ w and x @ (scale / 2 * u)."""
+    """Return the difference [m, 1] of x @ w and x @ (scale / 2 * u).
+
+    Args:
+      x: activations [m, k].
+      scale: [1, 1].
+      activations: how x is rounded.
+    """
     total = jnp.sum(forms.rounded(x, activations).astype(jnp.float32), axis=1, keepdims=True)
     return 0.25 * scale.astype(jnp.float32) * total
 
@@ -59,6 +70,10 @@ def transcode(codes: Int32[Array, "w n"], k: int) -> Int32[Array, "w4 n"]:
 
     They are for `packed_matmul` with scale / 2, plus `offset`. They take twice the bytes of 2-bit
     codes, and have the speed of 4-bit integers.
+
+    Args:
+      codes: int32 words [w, n] of 2-bit E8P codes.
+      k: number of rows.
     """
     halves = jnp.stack([codes & 0xFFFF, codes >> 16], axis=1).reshape(-1, codes.shape[1])
     points = e8p.decode(halves[: -(-k // 8)])

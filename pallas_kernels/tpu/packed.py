@@ -51,7 +51,9 @@ def ternary_matmul(
 ) -> Float[Array, "m n"]:
     """Return x @ (scale * code) for 2-bit words of codes -1, 0 and 1.
 
-    Arguments are those of `packed_matmul`.
+    Args:
+      x, codes, scale, group_size: as in `ops.ternary_matmul`.
+      **options: activations, unit, blocks and interpret, as in `packed_matmul`.
     """
     return packed_matmul(x, codes, scale, None, bits=2, group_size=group_size, **options)
 

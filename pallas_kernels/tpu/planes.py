@@ -47,6 +47,11 @@ class Rows(NamedTuple):
 def count(dtype: jnp.dtype, activations: str, unit: str) -> int:
     """Return the number of planes of a row.
 
+    Args:
+      dtype: dtype of x.
+      activations: how x is rounded.
+      unit: dtype of the matrix unit's operands, one of `UNITS`.
+
     >>> count(jnp.dtype("float32"), "float", "int8"), count(jnp.dtype("float32"), "int8", "int8")
     (2, 1)
     """
@@ -56,7 +61,12 @@ def count(dtype: jnp.dtype, activations: str, unit: str) -> int:
 
 
 def radix(activations: str, unit: str) -> int:
-    """Return the weight of a plane relative to that of the next."""
+    """Return the weight of a plane relative to that of the next.
+
+    Args:
+      activations: how x is rounded.
+      unit: dtype of the matrix unit's operands, one of `UNITS`.
+    """
     return _DIGITS[activations.partition("/")[0], unit][1]
 
 

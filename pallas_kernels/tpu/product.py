@@ -150,7 +150,12 @@ def product(
 
 
 def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
-    """Return the number of rows of w in a product, and the number of groups that share them."""
+    """Return the number of rows of w in a product, and the number of groups that share them.
+
+    Args:
+      group: number of rows that share scales.
+      decoder: how weights are decoded from words.
+    """
     if group % decoder.slice:
         return decoder.slice, decoder.slice // group
     sizes = (size for size in (512, 256) if size <= decoder.longest and group % size == 0)
@@ -166,6 +171,13 @@ def by_slice(
     into a tile of 8 rows and 128 columns. Each row is a tile of its own, because a block of fewer
     than 8 rows may not be cut out of tiles of 8. Past the last group all scales are zero. A single
     group of all rows is returned as it is, for all steps.
+
+    Args:
+      scale: [g, n].
+      group: number of rows that share scales.
+      size: number of rows of w in a product.
+      slices: number of slices per step.
+      steps: number of steps along k.
     """
     if len(scale) == 1:
         return scale[:, None], 1

@@ -32,8 +32,11 @@ def codebook_matmul(
 ) -> Float[Array, "m n"]:
     """Return x @ (scale * table[code]) for tables of 2**bits values.
 
-    Entries are rounded to 16 bits, with an error of at most the largest entry over 65024. Arguments
-    are those of `ops.codebook_matmul` and the options of `packed.packed_matmul`.
+    Entries are rounded to 16 bits, with an error of at most the largest entry over 65024.
+
+    Args:
+      x, codes, scale, table, bits, group_size: as in `ops.codebook_matmul`; bits is 2, 3 or 4.
+      activations, unit, blocks, interpret: as in `packed.packed_matmul`.
     """
     entries, weights = integers(table)
     rows = 256 if bits == 3 else 128
@@ -50,6 +53,9 @@ def codebook_matmul(
 
 def integers(table: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
     """Return the register [8, 128] of a table, and the weights of its bytes, high byte first.
+
+    Args:
+      table: the 4, 8 or 16 values, in code order.
 
     >>> integers((0.0, 0.5, 1.0, -1.5) * 4)[1]
     (0.5,)

@@ -37,6 +37,12 @@ def packed_matmul_transposed(
     """Return g @ (scale * (code - zero)).T; see "packed_matmul_transposed" in `reference.OPS`.
 
     Scaled g is rounded to 16 bits (to 8, as in the reference, if it is bfloat16).
+
+    Args:
+      g: [m, n], float32, bfloat16 or float16.
+      codes, scale, zero, bits, group_size: as in `ops.packed_matmul`.
+      k: number of rows of w.
+      interpret: whether to run in interpret mode, on any device.
     """
     g, factor = forms.finite_rows(g)
     m, n = g.shape

@@ -76,10 +76,14 @@ def trellis_matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """Return x @ w for tiles of the code "vpu" at 2 bits; see `ops.trellis_matmul`.
+    """Return x @ w for tiles of the code "vpu" at 2 bits.
 
     "float" activations are rounded to 16 bits relative to the largest of a row, as two int8 planes.
-    `blocks` and `interpret` are for tests.
+
+    Args:
+      x, codes, scale, rates, L, code, activations: as in `ops.trellis_matmul`.
+      blocks: sizes of the blocks, for tests; None computes them.
+      interpret: whether to run in interpret mode, for tests.
     """
     (m, k), t, groups = x.shape, codes.shape[1], len(rates)
     split, row_scale = planes.split(x, activations, planes.INT8)

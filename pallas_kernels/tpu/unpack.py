@@ -16,7 +16,13 @@ _TYPES = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
 
 
 def decoder(bits: int, unit: str, name: str) -> Decoder:
-    """Return the decoder of codes of 2, 3, 4 or 8 bits."""
+    """Return the decoder of codes of 2, 3, 4 or 8 bits.
+
+    Args:
+      bits: number of bits per code.
+      unit: dtype of the matrix unit's operands, one of `planes.UNITS`.
+      name: name of the kernel.
+    """
     if bits == 3:
         give = lambda words, _: [integers(nibbles_of_3_bits(words[0]), 4, unit)]
         return Decoder(
@@ -28,7 +34,13 @@ def decoder(bits: int, unit: str, name: str) -> Decoder:
 
 
 def integers(words: Int32[Array, "w n"], bits: int, unit: str) -> Num[Array, "k n"]:
-    """Return the codes of words in the dtype of the unit."""
+    """Return the codes of words in the dtype of the unit.
+
+    Args:
+      words: int32 [w, n].
+      bits: number of bits per code, 2, 4 or 8.
+      unit: dtype of the matrix unit's operands.
+    """
     codes = pltpu.bitcast(words, _TYPES[bits])
     if unit == planes.FLOAT8 and bits == 2:
         # Through int4, whose conversion is native. The cast to int32 and back keeps the compiler
@@ -41,6 +53,9 @@ def nibbles_of_3_bits(words: Int32[Array, "w n"]) -> Int32[Array, "4*w/3 n"]:
     """Return words of eight nibbles, each twice a 3-bit code, in the order of `order_of_3_bits`.
 
     In the high bits of a nibble, a sign needs no extension.
+
+    Args:
+      words: int32 [w, n], w a multiple of 24.
     """
     chunks = [_of_24(words[i : i + 24]) for i in range(0, len(words), 24)]
     return jnp.concatenate(chunks)
@@ -53,6 +68,9 @@ def order_of_3_bits(x: Array) -> Array:
     of a run's words begins with quarter 0, the last ends with quarter 3, and the middle one has all
     but 8 bits of quarter 1. Quarter 2, half of it in the last word, goes to rows of its own, in the
     order in which the last words of the runs are arranged in registers of 8 rows.
+
+    Args:
+      x: [..., k], k a multiple of 256.
     """
     runs = x.reshape(*x.shape[:-1], -1, 8, 4, 8)
     first = jnp.concatenate([runs[..., :2, :], runs[..., 3:, :]], axis=-2)

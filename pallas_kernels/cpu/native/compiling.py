@@ -24,6 +24,9 @@ def compiler() -> list[str]:
 def digest(*more: str) -> str:
     """Return a hash of what an object depends on: sources, flags, architecture, and `more`.
 
+    Args:
+      *more: further strings on which the object depends.
+
     >>> len(digest()), digest() == digest("other")
     (16, False)
     """
@@ -64,6 +67,10 @@ def _run(command: list[str]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Return a one-line description of an error; of a compiler's output, the first error."""
+    """Return a one-line description of an error; of a compiler's output, the first error.
+
+    Args:
+      error: the error.
+    """
     lines = str(getattr(error, "stderr", None) or error).splitlines()
     return next((line for line in lines if "error" in line), (lines or [repr(error)])[0]).strip()
