@@ -35,9 +35,9 @@ def packed_matmul(
       zero: int32 zero points [groups, words], packed along n; None for symmetric quantization.
       bits: number of bits per code, 2, 3, 4 or 8.
       group_size: number of consecutive rows of w that share a scale.
-      activations: how x is rounded: "float" (the default, not at all), "int8", "int8/256" or
-        "codes".
-      pad: whether group_size may fail to divide k, so that the last group is short.
+      activations: how x is quantized: "float" (not at all, the default), "int8" (a scale per row),
+        "int8/256" (a scale per 256 channels of a row) or "codes" (x holds integers already).
+      pad: whether the last group may be short; by default, group_size must divide k.
     Returns:
       float32 [m, n].
     Raises:
@@ -71,7 +71,7 @@ def ternary_matmul(
         to a byte, `layout.unpack_base3` returns these words.
       scale: [groups, n], or [groups, 1] if all columns share the scales.
       group_size: number of consecutive rows of w that share a scale.
-      activations: how x is rounded, as in `packed_matmul`.
+      activations: how x is quantized, as in `packed_matmul`.
       pad: whether the last group may be short, as in `packed_matmul`.
     Returns:
       float32 [m, n].
@@ -111,7 +111,7 @@ def codebook_matmul(
         which case each code is the bit pattern of such a float.
       bits: number of bits per code, 2, 3, 4 or 8.
       group_size: number of consecutive rows of w that share a scale.
-      activations: how x is rounded, as in `packed_matmul`.
+      activations: how x is quantized, as in `packed_matmul`.
       pad: whether the last group may be short, as in `packed_matmul`.
     Returns:
       float32 [m, n].
@@ -152,7 +152,7 @@ def e8p_matmul(
         the same way; None if bits is 2.
       scale: [1, 1], the scale of the whole matrix.
       bits: number of bits per weight, 2, 3 or 4.
-      activations: how x is rounded, as in `packed_matmul`.
+      activations: how x is quantized, as in `packed_matmul`.
     Returns:
       float32 [m, n].
     Raises:
@@ -188,7 +188,7 @@ def trellis_matmul(
       rates: bits per weight of each block, 0 to 8; k is a multiple of 16 * b.
       L: number of bits of a trellis state, at most 16.
       code: the function from states to weights, a key of `trellis.CODES`.
-      activations: how x is rounded, as in `packed_matmul`.
+      activations: how x is quantized, as in `packed_matmul`.
     Returns:
       float32 [m, n].
     Raises:
@@ -222,7 +222,7 @@ def additive_matmul(
       scale: [1, n], the scale of each column.
       bits: number of bits per code, a multiple of 2 or 3 from 2 to 16.
       group: number of consecutive rows that a code covers, the length of a vector.
-      activations: how x is rounded, as in `packed_matmul`.
+      activations: how x is quantized, as in `packed_matmul`.
     Returns:
       float32 [m, n].
     Raises:
@@ -260,7 +260,7 @@ def dual_scale_matmul(
       escapes: int32 [e], in column order: the part of each integer that exceeds the range of its
         code (`pallas_kernels.dual_scale`).
       bits: number of bits per code, 2, 3, 4 or 8.
-      activations: how x is rounded, as in `packed_matmul`.
+      activations: how x is quantized, as in `packed_matmul`.
     Returns:
       float32 [m, n].
     Raises:

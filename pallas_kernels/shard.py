@@ -35,7 +35,7 @@ _ROWS = {
 def column_parallel(
     op: str, mesh: Mesh, axis: str, x: Float[Array, "m k"], *arrays: Array | None, **static: Any
 ) -> Float[Array, "m n"]:
-    """Return the product with the columns of the weight and the result split over a mesh axis.
+    """Return the product with the columns of weight and result split over a mesh axis.
 
     Args:
       op: name of the op, such as "packed_matmul".

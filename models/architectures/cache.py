@@ -44,12 +44,10 @@ class Cache(NamedTuple):
         return self.k[0].shape[2]
 
     def until(self, end: jax.Array | None) -> "Cache":
-        """Return the cache for tokens of which those at position `end` or later are padding.
-
-        None means that no further tokens are padding.
+        """Return a cache that treats tokens at position `end` or later as padding.
 
         Args:
-          end: position from which tokens are padding, int32 scalar, or None.
+          end: the position, int32 scalar; None if no further token is padding.
         """
         return self._replace(end=end)
 
