@@ -150,9 +150,9 @@ class FakeQuantizedCache:
 
     Attributes:
       form: the format of keys and values.
-      strict: if True, every query sees all tokens rounded, its own included, except the sinks and
-        the last `form.window` tokens up to and including its own. If False, it sees rounded only
-        the tokens that would be in the codes in token-by-token decoding.
+      strict: if True, every query sees all tokens rounded except the sinks and the last
+        `form.window` tokens up to and including its own. If False, it sees rounded only the tokens
+        that would be in the codes in token-by-token decoding.
       past: keys and values [L, b, kv, length, hd] of earlier calls, or None.
     """
 

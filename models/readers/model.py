@@ -64,9 +64,10 @@ class Model:
 
         Args:
           kv: the cache format.
-          strict: if True, every query sees all tokens rounded, its own included, except the
-            format's sinks and the last `window` tokens. If False, it sees rounded only the tokens
-            that would be in the codes in token-by-token decoding, which are up to a group fewer.
+          strict: if True, every query sees all tokens rounded except the format's sinks and the
+            last `window` tokens up to and including its own. If False, it sees rounded only the
+            tokens that would be in the codes in token-by-token decoding, which are up to a group
+            fewer.
         Raises:
           ValueError: the format does not fit the model's heads.
         """

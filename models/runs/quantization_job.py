@@ -54,7 +54,8 @@ class Needs(NamedTuple):
       gram: whether second moments of inputs are required.
       channels: whether magnitudes of single channels, or a sample, are required.
       output: patterns of the weights whose output-side statistics are required.
-      sample: number of rows of each input to keep, of either kind.
+      sample: number of rows of each input to keep, both of those with the largest entries and of
+        random ones.
       module_loss: whether scales are searched for by the error of a module's output.
     """
 

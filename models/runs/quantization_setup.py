@@ -24,7 +24,7 @@ from jaxquant_models.runs.rotation import untie_model
 from jaxquant_models.runs.sequences import context_length, first_tokens, split, token_sequences
 from pallas_kernels import viterbi
 
-SAMPLE = 256  # rows of every input kept for fitting transforms, and as many random ones
+SAMPLE = 256  # rows of every input kept to fit transforms: the largest, and as many at random
 
 
 class Texts(NamedTuple):
