@@ -1,7 +1,7 @@
-"""Real models to quantize: a Llama in Flax linen, readers, tokenizer, generation.
+"""Models to quantize: a Llama in Flax linen, file readers, tokenizer and generation.
 
-Installed as `jaxquant_models`. Names are imported when they are first asked for: a command must
-heed signals before that.
+Installed as `jaxquant_models`. Names are imported on first use, because a command must install its
+signal handlers before the heavy imports run.
 """
 
 import importlib

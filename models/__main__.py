@@ -1,4 +1,4 @@
-"""`python -m jaxquant_models` is the command `jaxquant`."""
+"""Makes `python -m jaxquant_models` run the command `jaxquant`."""
 
 from jaxquant_models.cli.entry import main
 

@@ -1,4 +1,4 @@
-"""Ground floor: arrays and static values in, arrays out. Imports nothing of jaxquant."""
+"""Quantized kernels: functions of arrays and static values, independent of the rest of jaxquant."""
 
 from pallas_kernels.hadamard import transform as hadamard_transform
 from pallas_kernels.ops import (

@@ -1,14 +1,14 @@
-"""Integer activations: rows of x as int8 codes and scales, made afresh for every product.
+"""Integer activations: the rows of x quantized to int8 anew for every product.
 
-"float" leaves x as it is. "int8" gives every row (token) one scale, absmax / 127; "int8/256" one
-for every 256 channels of a row, much as llama.cpp does, so that an outlier costs its neighbours.
-"codes" says that x holds integers in [-127, 127] already, which somebody else scales: whatever a
-format makes of activations, in 8 bits or 4, symmetric or not, its product is one of these.
+"float" leaves x unchanged. "int8" gives every row (token) one scale, absmax / 127. "int8/256" gives
+every 256 channels of a row a scale, similar to llama.cpp, so that an outlier coarsens only the
+codes of its own block. "codes" states that x already holds integers in [-127, 127], scaled
+elsewhere: every activation format, of 8 bits or 4, symmetric or not, reduces to one of these forms.
 
-One rule holds for every form and on every path: a row with an entry that is not finite, NaN or an
-infinity, gives a row of NaN, and no other row differs for it. Integers cannot hold such an entry,
-and a kernel that takes x apart cannot tell an infinity from NaN, so both are caught before x is
-rounded (`finite_rows`), and the row's scale carries the NaN to its results.
+One rule holds for every form and every implementation: a row that contains NaN or an infinity gives
+a row of NaN, and no other row is affected. Integers cannot represent such an entry, and a kernel
+that splits x into parts cannot tell an infinity from NaN, so both are detected before x is rounded
+(`finite_rows`), and the scale of the row carries the NaN to its results.
 """
 
 import jax.numpy as jnp
@@ -16,11 +16,16 @@ from jaxtyping import Array, Float, Int8
 
 FORMS = ("float", "int8", "int8/256", "codes")
 BLOCK = 256  # channels that share a scale in "int8/256"
-LEAST = float(jnp.finfo(jnp.float32).tiny)  # of a scale; that of smaller entries is 1, as of zeros
+LEAST = float(jnp.finfo(jnp.float32).tiny)  # smallest scale; below it the scale is 1, as for zeros
 
 
 def check(activations: str) -> None:
-    """Raise ValueError unless it is one of `FORMS`.
+    """Raise ValueError unless `activations` is one of `FORMS`.
+
+    Args:
+      activations: the value to check.
+    Raises:
+      ValueError: it is not one of `FORMS`.
 
     >>> check("int8")
     """
@@ -29,10 +34,14 @@ def check(activations: str) -> None:
 
 
 def finite_rows(x: Float[Array, "*b k"]) -> tuple[Float[Array, "*b k"], Float[Array, "*b 1"]]:
-    """x with zeros for rows that are not finite, and a float32 factor of each row's results.
+    """Return x with non-finite rows set to zero, and a float32 factor for each row's results.
 
-    The factor is 1, or NaN for a row that has an entry that is NaN or infinite. Maxima would not
-    tell: compiled for a CPU, one of many rows may pass over NaN.
+    Args:
+      x: [..., k], any floating dtype.
+    Returns:
+      x with each row that contains NaN or an infinity replaced by zeros; and a float32 factor
+      [..., 1], NaN for those rows and 1 for the others. Row maxima would not detect them: compiled
+      for a CPU, a maximum over one of many rows may skip NaN.
 
     >>> x, factor = finite_rows(jnp.array([[1.0, 2.0], [3.0, jnp.inf]]))
     >>> x.tolist(), factor.tolist()
@@ -45,10 +54,19 @@ def finite_rows(x: Float[Array, "*b k"]) -> tuple[Float[Array, "*b k"], Float[Ar
 def quantize(
     x: Float[Array, "m k"], activations: str
 ) -> tuple[Int8[Array, "m k"], Float[Array, "m b"]]:
-    """Codes q in [-127, 127] and float32 scales s of each row (b = 1) or run of 256 channels.
+    """Return int8 codes q and float32 scales s of each row or of each block of 256 channels.
 
-    q = x (1 / s) rounded, halves to even, s = absmax / 127, or 1 where that is no normal number: x
-    is zero, or nearly. Of "codes" they are x and ones. Where x is not finite q is 0 and s is NaN.
+    q = round(x * (1 / s)) with halves rounded to even, and s = absmax / 127, or 1 where that is not
+    a normal number because x is zero or nearly so. For "codes", q is x clamped to [-127, 127] and s
+    is 1. Where x is not finite, q is 0 and s is NaN.
+
+    Args:
+      x: [m, k], any floating dtype.
+      activations: "int8", "int8/256" or "codes".
+    Returns:
+      q [m, k] in [-127, 127], and s [m, b]: b is the number of blocks for "int8/256", otherwise 1.
+    Raises:
+      ValueError: activations is not one of `FORMS`.
 
     >>> q, s = quantize(jnp.array([[1.0, -0.5, 0.25]]), "int8")
     >>> q.tolist(), round(float(s[0, 0] * 127), 6)
@@ -62,7 +80,7 @@ def quantize(
     size = k if activations == "int8" else BLOCK
     blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % size))).reshape(m, -1, size)
     blocks, factor = finite_rows(blocks)
-    # Times reciprocals, as the native kernels do it: a division is one or not as XLA optimizes.
+    # Reciprocals, as in the native kernels: XLA may or may not turn a division into one.
     s = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) * (1 / 127)
     s = jnp.where(s >= LEAST, s, 1.0)
     q = jnp.clip(jnp.round(blocks * (1 / s)), -127, 127).astype(jnp.int8)
@@ -70,9 +88,13 @@ def quantize(
 
 
 def rounded(x: Float[Array, "m k"], activations: str) -> Float[Array, "m k"]:
-    """What x is after `quantize`, in float32; x itself for "float" and "codes".
+    """Return the dequantized result of `quantize` in float32, or x itself for "float" and "codes".
 
-    What is not finite is NaN, and so are all results of its row.
+    Non-finite entries become NaN, and so do all products of their row.
+
+    Args:
+      x: [m, k], any floating dtype.
+      activations: one of `FORMS`.
 
     >>> rounded(jnp.array([[254.0, 1.2], [jnp.inf, 1.0]]), "int8").tolist()
     [[254.0, 2.0], [nan, nan]]
@@ -84,5 +106,14 @@ def rounded(x: Float[Array, "m k"], activations: str) -> Float[Array, "m k"]:
 
 
 def spread(s: Float[Array, "m b"], k: int) -> Float[Array, "m k"]:
-    """Each scale at each of its channels."""
+    """Return the scales repeated so that each of the k channels has its own.
+
+    Scales [m, 1], one per row, are returned unchanged.
+
+    Args:
+      s: [m, b], one scale per row (b = 1) or per block of 256 channels.
+      k: number of channels.
+    Returns:
+      [m, k] or [m, 1].
+    """
     return s if s.shape[-1] == 1 else jnp.repeat(s, BLOCK, axis=-1)[:, :k]

@@ -1,4 +1,4 @@
-"""Attention over a cache of keys and values: the part of a decode step that no weight is in."""
+"""Attention over an unquantized key-value cache: the part of a decode step without weights."""
 
 import functools
 
@@ -15,20 +15,21 @@ def attention(
     v: Float[Array, "b kv S hd"],
     positions: Int32[Array, " t"],
 ) -> Float[Array, "b t heads hd"]:
-    """Causal attention of some queries over all slots, softmax in float32.
+    """Return the causal attention of a few queries over all cache slots, with a float32 softmax.
 
-    Served by a kernel that reads only the visible slots where a platform has one for so few
-    queries, else by `reference`; the derivative is the reference's.
+    A kernel that reads only the visible slots runs where a platform has one for this few queries;
+    otherwise `reference` runs. The derivative is that of the reference.
 
     Args:
-      q: the queries at `positions`; `heads` is a multiple of `kv`, whose heads they share.
-      k, v: slot s holds position s; slots after a query are masked, which hides the empty part of
-        a cache too.
-      positions: int32, none negative.
+      q: [b, t, heads, hd], the queries at `positions`; heads is a multiple of kv, and consecutive
+        query heads share a key-value head.
+      k, v: [b, kv, S, hd]; slot s holds the key and value of position s. Slots after a query's
+        position are masked, which also hides the unused part of a cache.
+      positions: int32 [t], non-negative.
     Returns:
-      dtype of q.
+      [b, t, heads, hd] in the dtype of q.
     Raises:
-      ValueError: the shapes do not fit each other.
+      ValueError: shapes or dtypes do not match each other.
 
     >>> k, v = jnp.zeros((1, 1, 4, 16)), jnp.arange(4.0)[:, None] * jnp.ones((1, 1, 4, 16))
     >>> y = attention(jnp.zeros((1, 1, 2, 16)), k, v, jnp.array([2]))  # of slots 0, 1 and 2
@@ -40,10 +41,15 @@ def attention(
 
 
 def reference(q: Array, k: Array, v: Array, positions: Array) -> Float[Array, "b t heads hd"]:
-    """What it means, in jnp.
+    """Return the attention in jnp, the definition of the op.
 
-    All queries of one head of keys are rows of one matrix, so that XLA multiplies keys and values
-    as they lie and copies neither.
+    All queries that share a key head form the rows of one matrix, so that XLA multiplies keys and
+    values in place without copying them.
+
+    Args:
+      q, k, v, positions: as in `attention`.
+    Returns:
+      float32 [b, t, heads, hd].
     """
     b, t, heads, hd = q.shape
     kv, slots = k.shape[1:3]

@@ -1,6 +1,6 @@
-"""What the arguments of an op must be; a ValueError names the one that is not.
+"""Argument checks of the ops; a ValueError names the argument that is wrong.
 
-`product` holds every product to them, whether a user calls an op or a weight's format does.
+`product` checks every product, whether it is called by a user or by the format of a weight.
 """
 
 import math
@@ -18,7 +18,13 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def rows(x: Float[Array, "m k"], activations: str) -> tuple[int, int]:
-    """(m, k) of activations that an op takes.
+    """Return (m, k) of activations that an op accepts.
+
+    Args:
+      x: activations [m, k], of a dtype in `FLOATS`.
+      activations: how x is rounded, one of `activations.FORMS`.
+    Raises:
+      ValueError: x or activations is not accepted.
 
     >>> rows(jnp.ones((2, 8)), "float")
     (2, 8)
@@ -33,7 +39,13 @@ def rows(x: Float[Array, "m k"], activations: str) -> tuple[int, int]:
 
 
 def words(codes: Int32[Array, "w n"], expected: int, name: str = "codes") -> int:
-    """n of packed words [expected, n]."""
+    """Return n of packed int32 words [expected, n], or raise ValueError if they are not that.
+
+    Args:
+      codes: the words.
+      expected: number of words per column.
+      name: name of the argument in the message.
+    """
     if codes.ndim != 2 or codes.dtype != jnp.int32:
         raise ValueError(f"{name} must be int32 words [w, n], got {codes.dtype} {codes.shape}")
     if codes.shape[0] != expected:
@@ -42,13 +54,23 @@ def words(codes: Int32[Array, "w n"], expected: int, name: str = "codes") -> int
 
 
 def check_bits(value: int) -> None:
-    """Raise ValueError unless codes can have so many bits."""
+    """Raise ValueError unless value is a number of bits that codes can have.
+
+    Args:
+      value: number of bits.
+    """
     if value not in layout.BITS:
         raise ValueError(f"bits must be one of {layout.BITS}, got {value}")
 
 
 def whole_groups(x: Float[Array, "m k"], group_size: int, pad: bool) -> None:
-    """Raise ValueError unless groups divide the rows, or the last one may be short."""
+    """Raise ValueError if group_size does not divide k, unless pad allows a short last group.
+
+    Args:
+      x: activations [m, k].
+      group_size: number of rows that share a scale.
+      pad: whether the last group may be short.
+    """
     _, k = rows(x, "float")
     if k % max(group_size, 1) and not pad:
         raise ValueError(
@@ -58,7 +80,12 @@ def whole_groups(x: Float[Array, "m k"], group_size: int, pad: bool) -> None:
 
 
 def scales(scale: Float[Array, "g n"], g: int, n: int) -> None:
-    """Raise ValueError unless scales are [g, n], or [g, 1] where one serves all columns."""
+    """Raise ValueError unless scale is [g, n], or [g, 1] shared by all columns.
+
+    Args:
+      scale: the scales.
+      g, n: expected number of groups and of columns.
+    """
     if scale.dtype.name not in FLOATS or scale.shape not in ((g, n), (g, 1)):
         raise ValueError(
             f"scale must be [{g}, {n}] or [{g}, 1] of {', '.join(FLOATS)}, "
@@ -67,7 +94,15 @@ def scales(scale: Float[Array, "g n"], g: int, n: int) -> None:
 
 
 def zeros(zero: Int32[Array, "g wn"] | None, scale: Array, width: int) -> None:
-    """Raise ValueError unless zero points are packed along n, like the scales."""
+    """Raise ValueError unless zero is None or int32 zero points packed along n.
+
+    There must be one row of words for each row of scale.
+
+    Args:
+      zero: the zero points, or None.
+      scale: the scales [g, n].
+      width: number of bits per zero point.
+    """
     if zero is None:
         return
     g, n = scale.shape
@@ -80,18 +115,24 @@ def zeros(zero: Int32[Array, "g wn"] | None, scale: Array, width: int) -> None:
 
 
 def multiple(k: int, of: int, what: str) -> None:
-    """Raise ValueError unless rows come in whole codes."""
+    """Raise ValueError unless k is a multiple of `of`, the number of rows that a code covers.
+
+    Args:
+      k: number of rows.
+      of: number of rows that a code covers.
+      what: what covers them, for the message.
+    """
     if k % of:
         raise ValueError(f"x has k = {k} channels, but {what} cover {of} rows each; pad x and w")
 
 
 def lookup_words(groups: int, m: int, width: int) -> int:
-    """Words down a column of `groups` groups of m codes of `width` bits."""
+    """Return the number of words per column for `groups` groups of m codes of `width` bits."""
     digit = lookup.digit(width)
     return layout.words(groups * m * width // digit, digit)
 
 
-# --- ops, after whose arguments these have theirs -------------------------------------------------
+# --- checks of single ops: their arguments are those of the op ------------------------------------
 
 
 def _grouped(
@@ -229,12 +270,12 @@ _PRODUCTS: dict[str, Callable[..., None]] = {
 
 
 def product(op: str, arrays: tuple, static: dict[str, Any]) -> None:
-    """Raise ValueError unless these are the arguments of a product.
+    """Raise ValueError unless these are valid arguments of a product.
 
     Args:
-      op: one of `reference.OPS`.
-      arrays: x (of a transposed one, g) and the arrays of the matrix.
-      static: the op's static arguments.
+      op: a key of `reference.OPS`.
+      arrays: x (or g, for a transposed product) and the arrays of the matrix.
+      static: the static arguments of the op.
     """
     x, *matrix = arrays
     known = {"activations": "float", **static}

@@ -1,8 +1,9 @@
-"""Hidden arguments of what is traced: all of them, in one context variable.
+"""Dynamically scoped settings for traced functions, all stored in one context variable.
 
-A function that JAX traces calls through code that is not ours, so some arguments cannot be passed
-down by hand: which kernels to use, who listens, by which key to round. Each is a `Setting` with a
-name and a default; their values lie in one mapping, which threads and tests can copy or clear.
+A function traced by JAX calls through code outside this library, so some arguments cannot be
+passed down explicitly: which kernels to use, who records them, which key to round with. Each is a
+`Setting` with a name and a default. Their values live in one mapping, which threads and tests can
+copy or clear.
 """
 
 import contextlib
@@ -16,7 +17,11 @@ _values: ContextVar[Mapping[str, Any]] = ContextVar("jaxquant", default={})  # n
 
 
 class Setting(Generic[T]):
-    """One hidden argument.
+    """One dynamically scoped setting.
+
+    Args:
+      name: its key in the shared mapping.
+      default: the value outside of any `set` block.
 
     >>> verbosity = Setting("verbosity", 0)
     >>> with verbosity.set(2):
@@ -33,12 +38,16 @@ class Setting(Generic[T]):
         self.names.add(name)
 
     def get(self) -> T:
-        """The value in force."""
+        """Return the value in force."""
         return _values.get().get(self.name, self.default)
 
     @contextlib.contextmanager
     def set(self, value: T) -> Iterator[T]:
-        """Inside, this is the value."""
+        """Set the value inside a `with` block.
+
+        Args:
+          value: the value in force inside the block.
+        """
         token = _values.set({**_values.get(), self.name: value})
         try:
             yield value

@@ -1,9 +1,10 @@
-"""The table of ops: which implementation serves a product, and its derivative rule.
+"""The dispatch table: which implementation runs each op, and the derivative rules.
 
-The choice falls when a program is lowered (`lowering.by_lowering`): one lowered for a TPU on a
-machine without one gets the TPU's kernels, and one that the compiler is to split over devices the
-reference. Whether a kernel takes these shapes and dtypes is known before. What no kernel serves the
-reference does; `describe` says why.
+The implementation is chosen when a program is lowered (`lowering.by_lowering`). A program lowered
+for a TPU on a machine that has none therefore gets the TPU kernels, and a program that the compiler
+partitions over devices gets the reference. Whether a kernel supports the given shapes and dtypes is
+decided earlier, when the program is traced. Ops that no kernel supports run in the reference, and
+`describe` gives the reason.
 """
 
 import contextlib
@@ -28,9 +29,10 @@ BACKENDS = {
     "tpu": "pallas_kernels.tpu",
     "cuda": "pallas_kernels.gpu",
 }
-# Words of codes below which an accelerator's kernel is not worth its tracing and its launch.
+# With fewer words of codes than this, an accelerator's kernel does not pay for its tracing and its
+# launch.
 SMALL = 1 << 12
-KERNELS = ("auto", "reference", *BACKENDS)  # what `using` takes
+KERNELS = ("auto", "reference", *BACKENDS)  # the values that `using` accepts
 
 _using = Setting[str]("kernels", "auto")
 _described = Setting[tuple[str, int] | None]("described", None)
@@ -39,10 +41,14 @@ _heard = Setting[list[str] | None]("heard", None)
 
 @contextlib.contextmanager
 def using(kernels: str) -> Iterator[None]:
-    """Products traced inside are served as named: "auto", "reference", or one backend alone.
+    """Select the implementation of the products traced inside the `with` block.
 
-    A backend alone, "cpu", "tpu" or "cuda", is an error where it does not serve the product; with
-    "auto" each platform's own serves what it can, the reference the rest.
+    Args:
+      kernels: "auto" runs the kernels of each platform where they support the product, and the
+        reference elsewhere; "reference" always runs the reference; "cpu", "tpu" or "cuda" runs only
+        that backend, and a product that it does not support raises a ValueError.
+    Raises:
+      ValueError: kernels is not one of `KERNELS`.
 
     >>> with using("reference"):
     ...     pass
@@ -55,11 +61,11 @@ def using(kernels: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def describing(platform: str | None = None, devices: int = 1) -> Iterator[None]:
-    """Inside, `listening` hears what serves products of a program for so many devices.
+    """Make `listening` record what would run each product of a given kind of program.
 
     Args:
-      platform: "cpu", "tpu" or "cuda"; by default this machine's.
-      devices: over which the compiler splits the program.
+      platform: "cpu", "tpu" or "cuda"; by default the platform of this machine.
+      devices: number of devices over which the compiler partitions the program.
     """
     with _described.set((platform or default_platform(), devices)):
         yield
@@ -67,21 +73,32 @@ def describing(platform: str | None = None, devices: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[str]]:
-    """Collect what serves each product traced inside, if somebody asks (`describing`)."""
+    """Collect a description of what runs each product traced inside the `with` block.
+
+    The list stays empty unless `describing` is active.
+
+    Returns:
+      A list with one string per product, filled while tracing.
+    """
     heard: list[str] = []
     with _heard.set(heard):
         yield heard
 
 
 def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"]:
-    """The product `op`, one of `reference.OPS`, of its arrays: float32.
+    """Return the product `op` of its arrays, as float32 [m, n].
 
-    Differentiable in x and in every float array (scales, codebooks); integers have no cotangent.
-    The backward rule decodes the packed words again, so no float copy of a weight is kept.
-    With integer activations the derivative is that of the float product at the rounded x.
+    It is differentiable in x and in every floating-point array (scales, codebooks); integer arrays
+    have no cotangent. The backward rule decodes the packed words again, so no floating-point copy
+    of a weight is kept. With integer activations the derivative is that of the floating-point
+    product at the rounded x.
 
+    Args:
+      op: a key of `reference.OPS`.
+      *arrays: x, followed by the arrays of the op.
+      **static: the static arguments of the op.
     Raises:
-      ValueError: an argument is not what the op takes; it is named.
+      ValueError: an argument is not what the op requires; the message names it.
     """
     checks.product(op, arrays, static)
     static_items = tuple(sorted(static.items()))
@@ -93,11 +110,17 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
 def products(
     op: str, x: Float[Array, "m k"], matrices: Sequence[tuple], **static: Any
 ) -> tuple[Float[Array, "m n"], ...]:
-    """The products of one x with several matrices: on a platform that can, in one call.
+    """Return the products of one x with several matrices, in one kernel call where possible.
 
     Args:
-      op: of `reference.OPS`.
-      matrices: of each the op's arrays after x.
+      op: a key of `reference.OPS`.
+      x: activations [m, k].
+      matrices: for each matrix, the arrays of the op after x.
+      **static: the static arguments of the op, which all matrices share.
+    Returns:
+      A tuple of float32 [m, n], one per matrix.
+    Raises:
+      ValueError: an argument is not what the op requires; the message names it.
     """
     kernels, why = _asked()
     one_call = len(matrices) > 1 and kernels in ("auto", "cpu")
@@ -118,9 +141,15 @@ def products(
 
 
 def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
-    """An op that is no product: a kernel where one serves, its derivative the reference's.
+    """Return the result of an op that is not a product, from a kernel where one supports it.
 
-    `using` one backend asks it of products only.
+    The derivative is that of the reference. `using` a single backend has no effect here; it
+    restricts products only.
+
+    Args:
+      op: name of the op in the backends' tables.
+      reference: the jnp function that defines the op.
+      *arrays: its arguments.
     """
     kernels, _ = _asked()
     if kernels == "reference":
@@ -142,17 +171,17 @@ def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def _tell(described: Callable[[str, int], str]) -> None:
-    """What serves a product, to who listens."""
+    """Append the description of a product to the list of `listening`."""
     asked, heard = _described.get(), _heard.get()
     if asked is not None and heard is not None:
         heard.append(described(*asked))
 
 
 def _asked() -> tuple[str, str]:
-    """What is to serve what is traced now, one of `KERNELS`, and why.
+    """Return what is to run the product being traced, one of `KERNELS`, and why.
 
-    The check of `shard_map` wants to know which mesh axes a result varies over, which kernels do
-    not say.
+    With its replication check on, `shard_map` needs to know which mesh axes a result varies over,
+    and kernels do not declare that.
     """
     kernels = _using.get()
     by_hand = jax.sharding.get_abstract_mesh().manual_axes
@@ -170,7 +199,17 @@ def describe(
     kernels: str,
     why: str,
 ) -> str:
-    """What serves a product in such a program: its kernel, or the reference and why."""
+    """Return what runs a product in such a program: a kernel, or the reference and the reason.
+
+    Args:
+      op: a key of `reference.OPS`.
+      platform: "cpu", "tpu" or "cuda".
+      devices: number of devices over which the compiler partitions the program.
+      arrays: the arguments of the op, arrays or their `jax.ShapeDtypeStruct`.
+      static: the static arguments of the op.
+      kernels: the selection in force, one of `KERNELS`.
+      why: the reason for that selection.
+    """
     if kernels == "reference":
         return f"reference (XLA): {why}"
     if kernels == "auto" and devices > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
@@ -183,9 +222,15 @@ def describe(
 def choose(
     op: str, platform: str, arrays: tuple, static: dict[str, Any], *, spare_small: bool = True
 ) -> tuple[Kernel | None, str]:
-    """The platform's kernel for these arrays (or their shapes), or None and the reason.
+    """Return the platform's kernel for these arrays and "", or None and the reason.
 
-    `spare_small`: none on an accelerator for fewer than `SMALL` words of codes.
+    Args:
+      op: name of the op.
+      platform: "cpu", "tpu" or "cuda".
+      arrays: the arguments of the op, arrays or their `jax.ShapeDtypeStruct`.
+      static: the static arguments of the op.
+      spare_small: whether accelerators leave products of fewer than `SMALL` words of codes to the
+        reference.
     """
     if platform not in BACKENDS:
         return None, f"there are no kernels for {platform}"
@@ -202,13 +247,24 @@ def choose(
 
 
 def is_empty(op: str, arrays: tuple) -> bool:
-    """Whether the result has no rows or no columns, or is a sum of nothing."""
+    """Return whether the result has no rows or no columns, or is a sum over nothing.
+
+    Args:
+      op: name of the op.
+      arrays: the arguments of the op.
+    """
     return arrays[0].size == 0 or (op in reference.OPS and arrays[1].size == 0)
 
 
 @functools.cache
 def backend(platform: str) -> dict[str, Kernel]:
-    """A backend's table; imported when first asked for."""
+    """Return the kernel table of a platform, importing its module on first use.
+
+    Args:
+      platform: a key of `BACKENDS`.
+    Returns:
+      Name of an op -> its kernel.
+    """
     return importlib.import_module(BACKENDS[platform]).KERNELS
 
 
@@ -233,7 +289,7 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
 
 
 _differentiable = jax.custom_vjp(_served, nondiff_argnums=(0, 1, 2))
-_product = jax.jit(_differentiable, static_argnums=(0, 1, 2), inline=True)  # traced once a shape
+_product = jax.jit(_differentiable, static_argnums=(0, 1, 2), inline=True)  # traced once per shape
 
 
 def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array, tuple]:
@@ -260,13 +316,13 @@ def _backward(op: str, static: tuple, kernels: str, arrays: tuple, g: Array) -> 
 
 
 def _cotangent(op: str, static: dict, kernels: str, x: Array, rest: tuple, g: Array) -> Array:
-    """Of x: g times the weights the other way round."""
+    """Return the cotangent of x: the product of g with the transposed weights."""
     backwards = f"{op}_transposed"
     if backwards in reference.OPS:
         items = tuple(sorted({**static, "k": x.shape[-1]}.items()))
         allowed = kernels if kernels in ("auto", "reference") else "auto"
         return _product(backwards, items, allowed, (g, *rest))
-    named = {name: v for name, v in static.items() if name != "k"}  # op was the transposed one
+    named = {name: v for name, v in static.items() if name != "k"}  # op was the transposed product
     return _product(
         op.removesuffix("_transposed"), tuple(sorted(named.items())), kernels, (g, *rest)
     )

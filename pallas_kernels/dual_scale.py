@@ -1,13 +1,13 @@
-"""Integers with a scale for each row and each column, those that do not fit their bits apart.
+"""Integers with a scale per row and per column, and escapes for those that exceed their bits.
 
     w = step_i scale_j v_ij
 
-The integer v is a code of `bits` bits (`layout`) plus, if that is not all of it, an escape: a word
-with the row in its low 16 bits, and in its high 16 what is left of v. Escapes stand column by
-column; `ranges` says where the escapes of each column begin and end. Escapes outside every range
-belong to no column and count for nothing.
+The integer v is a code of `bits` bits (`layout`) plus, if the code cannot represent it, an escape:
+a word with the row in its low 16 bits and the remainder of v in its high 16 bits. Escapes are
+stored column by column, and `ranges` gives the start and end of those of each column. Escapes
+outside every range belong to no column and are ignored.
 
-A product is one of x with the steps in it, by the kernels of packed codes, and a sum over escapes.
+A product is computed by the packed-code kernels on x times the steps, plus a sum over escapes.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,18 @@ def dequantize(
     bits: int,
     k: int,
 ) -> Float[Array, "k n"]:
-    """Float32 weights.
+    """Return the float32 weights.
+
+    Args:
+      codes: int32 words [w, n], codes packed along k (`layout.pack`).
+      scale: [1, n], the scale of each column.
+      step: [k], the scale of each row.
+      ranges: int32 [2, n], the first escape of each column and the one past its last.
+      escapes: int32 [e], column by column.
+      bits: number of bits per code, 2, 3, 4 or 8.
+      k: number of rows.
+    Returns:
+      float32 [k, n].
 
     >>> codes, ranges = layout.pack(jnp.array([[7], [-2]]), 4), jnp.array([[0], [1]])
     >>> parts = jnp.array([[0.5]]), jnp.array([1.0, 4.0]), ranges, jnp.array([3 << 16 | 0])
@@ -48,9 +59,10 @@ def dequantize(
 
 
 def _escaped(ranges: Array, escapes: Array) -> tuple[Array, Array, Array]:
-    """Row, value and column of every escape; the column is n for those that belong to none."""
+    """Return the row, value and column of every escape; column n means that it belongs to none."""
     at, n = jnp.arange(escapes.shape[0]), ranges.shape[1]
-    # The last column that begins here or before: those without escapes come before one with some.
+    # The last column that begins at or before the escape. Columns without escapes share the start
+    # of the next column that has some, and precede it.
     column = jnp.searchsorted(ranges[0], at, side="right", method="compare_all") - 1
     mine = (column >= 0) & (at < ranges[1, jnp.maximum(column, 0)])
     return escapes & 0xFFFF, escapes >> 16, jnp.where(mine, column, n)
@@ -59,7 +71,15 @@ def _escaped(ranges: Array, escapes: Array) -> tuple[Array, Array, Array]:
 def split(
     values: Int[np.ndarray, "k n"], bits: int
 ) -> tuple[Int[np.ndarray, "k n"], Int32[np.ndarray, "2 n"], Int32[np.ndarray, " e"]]:
-    """Codes that fit the bits, ranges and escapes of int16 values, on the host.
+    """Return clamped codes, and the ranges and escapes of the integers that exceed them.
+
+    Runs on the host, with NumPy.
+
+    Args:
+      values: int16 [k, n].
+      bits: number of bits per code.
+    Returns:
+      codes [k, n], ranges int32 [2, n] and escapes int32 [e].
 
     >>> codes, ranges, escapes = split(np.array([[1, 9], [-2, -9]], np.int16), 4)
     >>> codes.tolist(), ranges.tolist(), escapes.tolist()
@@ -76,7 +96,13 @@ def split(
 
 
 def by_packed(packed: Callable[..., Array]) -> Callable[..., Array]:
-    """The product, of one with packed codes; what escapes add is XLA's."""
+    """Return the dual-scale product built on a packed-code product; XLA adds the escapes.
+
+    Args:
+      packed: product with the signature of `reference.packed_matmul`.
+    Returns:
+      A function with the signature of `ops.dual_scale_matmul`.
+    """
 
     def call(
         x: Float[Array, "m k"],
@@ -100,7 +126,11 @@ def by_packed(packed: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def over(packed: Kernel) -> Kernel:
-    """The kernel that a platform has by its kernel of packed codes."""
+    """Return a platform's dual-scale kernel, built on its packed-code kernel.
+
+    Args:
+      packed: the platform's kernel of packed codes.
+    """
 
     def serves(x, codes, scale, step, ranges, escapes, *, bits: int, activations: str = "float"):
         return packed.serves(x, codes, scale, None, bits=bits, group_size=x.shape[1])

@@ -1,8 +1,8 @@
-"""Orthonormal Hadamard transforms of any width that has a Hadamard matrix.
+"""Orthonormal Hadamard transforms of any width for which a Hadamard matrix can be constructed.
 
 A width is split into factors, n = f_1 f_2 ..., each with a Hadamard matrix of its own, and
-H = H_{f_1} (x) H_{f_2} (x) ... is applied one factor at a time: n (f_1 + f_2 + ...) operations
-in place of n^2, as products with small matrices, which XLA runs well everywhere.
+H = H_{f_1} (x) H_{f_2} (x) ... is applied one factor at a time. This takes n (f_1 + f_2 + ...)
+operations instead of n^2, in products with small matrices, which XLA runs well on every platform.
 """
 
 import functools
@@ -15,16 +15,17 @@ from jaxtyping import Array, Float, Int8
 
 from pallas_kernels.hadamard_orders import construct, constructible
 
-LARGEST = 1024  # of a factor, whose matrix is a constant of the program
-# Time of one more pass over the data, in units of a factor's order. Measured on XLA:CPU, 512
-# rows: 4096 = 16 * 16 * 16 beats 64 * 64 and 8 * 8 * 8 * 8. With the list of constructible orders
-# it decides the factors of a width, hence its matrix: models stored in rotated form depend on it.
+LARGEST = 1024  # largest factor; its matrix is a constant of the program
+# Cost of one more pass over the data, in units of a factor's order. Measured with XLA:CPU and 512
+# rows, 4096 = 16 * 16 * 16 is faster than 64 * 64 and 8 * 8 * 8 * 8. This constant and the
+# constructible orders determine the factors of a width and hence its matrix, on which models
+# stored in rotated form depend.
 PASS = 32
 
 
 @functools.cache
 def _factors(n: int) -> tuple[int, tuple[int, ...]] | None:
-    """The cheapest split of n and its cost; None if there is none."""
+    """Return the cost and the factors of the cheapest split of n, or None if there is none."""
     if n == 1:
         return 0, ()
     splits = []
@@ -35,7 +36,10 @@ def _factors(n: int) -> tuple[int, tuple[int, ...]] | None:
 
 
 def exists(n: int) -> bool:
-    """Whether a width has a transform: n is a product of orders that `construct` knows.
+    """Return whether a width has a transform: n is a product of orders that `construct` supports.
+
+    Args:
+      n: the width.
 
     >>> exists(576), exists(6), exists(356)
     (True, False, False)
@@ -44,7 +48,10 @@ def exists(n: int) -> bool:
 
 
 def padded(n: int) -> int:
-    """The smallest width not below n that has a transform.
+    """Return the smallest width that is at least n and has a transform.
+
+    Args:
+      n: the width.
 
     >>> padded(576), padded(577), padded(356)
     (576, 580, 360)
@@ -55,10 +62,12 @@ def padded(n: int) -> int:
 
 
 def plan(n: int) -> tuple[int, ...]:
-    """Orders of the Kronecker factors of a width, largest first.
+    """Return the orders of the Kronecker factors of a width, largest first.
 
+    Args:
+      n: the width.
     Raises:
-      ValueError: no Hadamard matrix of this order can be made.
+      ValueError: n is not positive, or no Hadamard matrix of order n can be constructed.
 
     >>> plan(576), plan(1536), plan(18944)
     ((24, 24), (16, 12, 8), (148, 16, 8))
@@ -76,10 +85,14 @@ def plan(n: int) -> tuple[int, ...]:
 
 
 def matrix(n: int) -> Int8[np.ndarray, "n n"]:
-    """The Hadamard matrix of `transform`, H H^T = n I: the Kronecker product over `plan(n)`.
+    """Return the int8 Hadamard matrix H [n, n] of `transform`, with H H^T = n I.
 
+    It is the Kronecker product of the matrices of `plan(n)`.
+
+    Args:
+      n: the order.
     Raises:
-      ValueError: no Hadamard matrix of this order can be made.
+      ValueError: n is not positive, or no Hadamard matrix of order n can be constructed.
 
     >>> h = matrix(12).astype(int)
     >>> bool((h @ h.T == 12 * np.eye(12)).all())
@@ -91,17 +104,20 @@ def matrix(n: int) -> Int8[np.ndarray, "n n"]:
 def transform(
     x: Float[Array, "..."], block: int | None = None, axis: int = -1
 ) -> Float[Array, "..."]:
-    """x H / sqrt(n) along an axis: every row vector is multiplied by the orthonormal matrix.
+    """Return x H / sqrt(n) along an axis: every vector times the orthonormal Hadamard matrix.
 
     Args:
-      x: any floating dtype, which is kept between the factors; sums are in float32 or wider.
-      block: transform each run of this many entries by itself, H = I (x) H_block.
-      axis: the axis transformed, of n entries.
+      x: array of any floating dtype. Intermediate results between factors have this dtype; sums are
+        in float32 or wider.
+      block: if given, each run of this many entries is transformed by itself, H = I (x) H_block.
+      axis: the axis to transform, of n entries.
+    Returns:
+      An array of the shape and dtype of x.
     Raises:
       ValueError: x is not floating, block does not divide n, or no such Hadamard matrix exists.
-    Source: Tseng et al. 2024 (QuIP#), arXiv:2402.04396, who keep tables of a dozen orders and
-      one factor of 2^p. For a weight [k, n] and y = x @ w, `transform` of x along its last axis
-      and of w along axis 0 leave y as it was.
+    Source: Tseng et al. 2024 (QuIP#), arXiv:2402.04396, which uses tables of a dozen orders and one
+      factor of 2^p. For a weight [k, n] and y = x @ w, transforming x along its last axis and w
+      along axis 0 leaves y unchanged.
 
     >>> transform(jnp.array([1.0, 0.0, 0.0, 0.0])).tolist()
     [0.5, 0.5, 0.5, 0.5]
@@ -112,7 +128,10 @@ def transform(
 def transform_transposed(
     x: Float[Array, "..."], block: int | None = None, axis: int = -1
 ) -> Float[Array, "..."]:
-    """x H^T / sqrt(n) along an axis, the inverse of `transform`. Arguments are the same.
+    """Return x H^T / sqrt(n) along an axis, the inverse of `transform`.
+
+    Args:
+      x, block, axis: as in `transform`.
 
     >>> transform_transposed(transform(jnp.arange(12.0))).round(4).tolist()[:4]
     [0.0, 1.0, 2.0, 3.0]
@@ -122,7 +141,7 @@ def transform_transposed(
 
 @functools.partial(jax.jit, static_argnames=("block", "axis", "side"))
 def _apply(x: Array, block: int | None, axis: int, side: int) -> Array:
-    """Contract axis `side` of every factor's matrix with its part of the axis of x."""
+    """Contract axis `side` of every factor's matrix with the matching part of the axis of x."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected a floating array, got {x.dtype}; cast it first")
     axis = np.lib.array_utils.normalize_axis_index(axis, x.ndim)
@@ -135,10 +154,10 @@ def _apply(x: Array, block: int | None, axis: int, side: int) -> Array:
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     y = x.reshape(*before, n // block, *factors, *after)
     for f in factors:
-        # The product leaves its axis at the end: after the last factor all are in order again.
+        # The contracted axis moves to the end, so after the last factor the order is restored.
         y = lax.dot_general(
             y,
-            jnp.asarray(construct(f)).astype(x.dtype),  # int8 in the program: small
+            jnp.asarray(construct(f)).astype(x.dtype),  # a small int8 constant in the program
             (((axis + 1,), (side,)), ((), ())),
             precision=lax.Precision.HIGHEST,
             preferred_element_type=sums,

@@ -1,7 +1,7 @@
-"""Hadamard matrices made by one construction: Sylvester, Paley I and II, Goethals-Seidel.
+"""Hadamard matrices from single constructions: Sylvester, Paley I and II, Goethals-Seidel.
 
-A Hadamard matrix has entries +-1 and H H^T = order * I. Which one stands at an order is part of
-the storage of a rotated model: once released, an order's matrix does not change.
+A Hadamard matrix has entries +-1 and H H^T = order * I. The choice of matrix for an order is part
+of the storage format of rotated models: once released, the matrix of an order must not change.
 """
 
 import functools
@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int8
 
-# First rows of four circulants A, B, C, D of order t with A A^T + ... + D D^T = 4 t I: bit t - 1
-# is the first entry, 1 stands for -1. For orders 4 t that Paley does not give. All were searched
-# for here and are checked by the tests: rows constant on the orbits of a multiplier group of Z_t,
-# joined in pairs by their autocorrelation; 23 and 29 are Williamson's symmetric case; 47 and 59
-# are from Turyn-type sequences. So is 107, but its sequences are Kharaghani and Tayfeh-Rezaie's
-# of 2005 ("A Hadamard matrix of order 428", J. Combin. Designs 13).
+# For orders 4 t that Paley's constructions do not give: the first rows of four circulants A, B, C,
+# D of order t with A A^T + ... + D D^T = 4 t I. Bit t - 1 is the first entry, and a 1 bit stands
+# for -1. All were found by our own search and are checked by the tests. The rows are constant on
+# the orbits of a multiplier group of Z_t and were matched in pairs by their autocorrelation; 23 and
+# 29 are Williamson's symmetric case; 47, 59 and 107 come from Turyn-type sequences, those of 107
+# by Kharaghani and Tayfeh-Rezaie 2005 ("A Hadamard matrix of order 428", J. Combin. Designs 13).
 # fmt: off
 CIRCULANTS = {
     23: (0x14b34a, 0x33ad73, 0x20edc1, 0x380c07),
@@ -45,7 +45,10 @@ CIRCULANTS = {
 
 
 def constructible(order: int) -> bool:
-    """Whether one construction here gives a Hadamard matrix of this order.
+    """Return whether a single construction gives a Hadamard matrix of this order.
+
+    Args:
+      order: the order of the matrix.
 
     >>> [n for n in range(4, 100, 4) if not constructible(n)]  # each is twice one that is
     [40, 56, 88, 96]
@@ -55,8 +58,10 @@ def constructible(order: int) -> bool:
 
 @functools.cache
 def construct(order: int) -> Int8[np.ndarray, "n n"]:
-    """The Hadamard matrix of this order that one construction gives; read-only.
+    """Return the int8 Hadamard matrix of this order from a single construction, read-only.
 
+    Args:
+      order: the order of the matrix.
     Raises:
       ValueError: no construction here gives one.
     Source: Sylvester 1867; Paley 1933 ("On orthogonal matrices"); Goethals and Seidel 1967.
@@ -73,7 +78,7 @@ def construct(order: int) -> Int8[np.ndarray, "n n"]:
 
 
 def _construction(order: int) -> Callable[[], np.ndarray] | None:
-    """The first construction that gives this order, or None."""
+    """Return the first construction that gives this order, or None."""
     if order > 0 and order & (order - 1) == 0:
         return functools.partial(_sylvester, order)
     if order <= 0 or order % 4:
@@ -88,25 +93,28 @@ def _construction(order: int) -> Callable[[], np.ndarray] | None:
 
 
 def _sylvester(order: int) -> np.ndarray:
-    """[[1, 1], [1, -1]] to a Kronecker power: entry (i, j) is -1 to the popcount of i & j."""
+    """Return the Kronecker power of [[1, 1], [1, -1]]: entry (i, j) is (-1)^popcount(i & j)."""
     i = np.arange(order)
     return 1 - 2 * (np.bitwise_count(i[:, None] & i) % 2).astype(np.int8)
 
 
 def _paley_skew(p: int, r: int) -> np.ndarray:
-    """Paley I: order q + 1 for q = p^r = 3 mod 4; I + C with C skew."""
+    """Return Paley I, I + C with C skew, of order q + 1 for q = p^r = 3 mod 4."""
     return np.eye(p**r + 1, dtype=int) + _conference(p, r, -1)
 
 
 def _paley_symmetric(p: int, r: int) -> np.ndarray:
-    """Paley II: order 2 (q + 1) for q = p^r = 1 mod 4; C symmetric."""
+    """Return Paley II, built from a symmetric C, of order 2 (q + 1) for q = p^r = 1 mod 4."""
     c = _conference(p, r, 1)
     plus, minus = np.array([[1, 1], [1, -1]]), np.array([[1, -1], [-1, -1]])
     return np.kron(c, plus) + np.kron(np.eye(len(c), dtype=int), minus)
 
 
 def _conference(p: int, r: int, corner: int) -> np.ndarray:
-    """C of order q + 1, zero diagonal, C C^T = q I: the quadratic character of a - b, bordered."""
+    """Return C of order q + 1 with zero diagonal and C C^T = q I.
+
+    Entry (a, b) is the quadratic character of a - b; a border of +-1 is added.
+    """
     q = p**r
     digits = np.arange(q)[:, None] // p ** np.arange(r) % p
     difference = (digits[:, None] - digits) % p @ p ** np.arange(r)
@@ -117,10 +125,11 @@ def _conference(p: int, r: int, corner: int) -> np.ndarray:
 
 
 def _character(p: int, r: int) -> np.ndarray:
-    """Of each element of GF(p^r), coefficients read as digits in base p: 0, 1 (square) or -1.
+    """Return the quadratic character of each element of GF(p^r): 0, 1 (square) or -1.
 
-    The powers of x run through the field without 0 when x is primitive, which is tried for each
-    x^r = a_0 + a_1 x + ... in turn; squares are then the even powers.
+    An element is indexed by its coefficients read as digits in base p. Each x^r = a_0 + a_1 x + ...
+    is tried in turn until x is primitive, that is, its powers run through all nonzero elements; the
+    squares are then the even powers.
     """
     q = p**r
     for feedback in itertools.product(range(p), repeat=r):
@@ -139,7 +148,10 @@ def _character(p: int, r: int) -> np.ndarray:
 
 
 def _goethals_seidel(t: int) -> np.ndarray:
-    """Order 4 t of four circulants; R, which reverses the order of columns, lets them commute."""
+    """Return the matrix of order 4 t from four circulants.
+
+    R, which reverses the order of columns, makes the blocks commute as required.
+    """
     shift = (np.arange(t) - np.arange(t)[:, None]) % t
     rows = [np.array([1 - 2 * int(bit) for bit in f"{row:0{t}b}"]) for row in CIRCULANTS[t]]
     a, b, c, d = (row[shift] for row in rows)
@@ -155,7 +167,7 @@ def _goethals_seidel(t: int) -> np.ndarray:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, r) with q = p^r, p prime, or None."""
+    """Return (p, r) with q = p^r and p prime, or None."""
     if q < 2:
         return None
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)

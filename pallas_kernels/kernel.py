@@ -1,18 +1,20 @@
-"""What an implementation of an op is: a function, and a test of what it serves."""
+"""The description of a kernel: a function, and a test of the arguments it supports."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 
 class Kernel(NamedTuple):
-    """One op on one platform.
+    """The implementation of one op on one platform.
 
     Attributes:
-      call: as the op's reference: arrays by position, statics by keyword, float32 out.
-      serves: of the same arguments, arrays given as `jax.ShapeDtypeStruct`: "" if they are
-        served, else why not, in a few words.
-      together: products of one x with several matrices in one call, if the platform has that:
-        x, a sequence of the arrays of each, and the static values; a tuple of results.
+      call: function with the signature of the op's reference: arrays by position, static arguments
+        by keyword, float32 result.
+      serves: function of the same arguments, with arrays given as `jax.ShapeDtypeStruct`, that
+        returns "" if the kernel supports them and otherwise a short reason.
+      together: function that multiplies one x with several matrices in one call, or None if the
+        platform has none. It takes x, a sequence with the arrays of each matrix, and the static
+        arguments, and returns a tuple of results.
     """
 
     call: Callable

@@ -1,4 +1,4 @@
-"""Attention over a packed key-value cache: of what is in it only the visible part is decoded."""
+"""Attention over a packed key-value cache that decodes only the visible tokens."""
 
 import functools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import checks, dispatch
 from pallas_kernels.codecs.kv_layout import Past, decode_keys, decode_values, retired, turned
 
-RUN = 256  # tokens that the reference decodes at a time
+RUN = 256  # number of tokens that the reference decodes at a time
 
 
 def kv_attention(
@@ -22,23 +22,24 @@ def kv_attention(
     start: Int32[Array, ""],
     frequencies: Float[Array, " half"] | None,
 ) -> Float[Array, "b t heads hd"]:
-    """Causal attention of new tokens to each other and to a packed past, softmax in float32.
+    """Return the causal attention of new tokens to a packed cache and to each other.
 
-    Served by a kernel where a platform has one for so few queries, else by `reference`, which
-    decodes `RUN` tokens at a time. It has no derivative of reverse mode.
+    The softmax is in float32. A kernel runs where a platform has one for this few queries;
+    otherwise `reference` runs, which decodes `RUN` tokens at a time. Reverse-mode differentiation
+    is not supported.
 
     Args:
-      q: queries at positions start ... start + t - 1, turned (RoPE).
-      k, v: their own keys and values, which they see as they are; keys are turned.
-      past: the tokens before `start`, of all layers.
-      layer: which of them.
-      start: position of the first query.
-      frequencies: radians per position of each pair of channels, if keys were quantized before
-        they were turned; None if after.
+      q: [b, t, heads, hd], queries at positions start ... start + t - 1, with RoPE applied.
+      k, v: [b, kv, t, hd], the new tokens' own keys (with RoPE applied) and values, unquantized.
+      past: the cache of all layers, holding the tokens before `start`.
+      layer: index of the layer, int32 scalar.
+      start: position of the first query, int32 scalar.
+      frequencies: [hd / 2], RoPE frequencies in radians per position of each pair of channels, if
+        cached keys were quantized before RoPE; None if they were quantized after it.
     Returns:
-      dtype of q.
+      [b, t, heads, hd] in the dtype of q.
     Raises:
-      ValueError: shapes or dtypes do not fit each other.
+      ValueError: shapes or dtypes do not match each other.
     """
     _check(q, k, v, past)
     if frequencies is None:
@@ -57,7 +58,18 @@ def reference(
     frequencies: Array,
     *arrays: Array,
 ) -> Float[Array, "b t heads hd"]:
-    """What it means, in jnp: softmax sums run over the new tokens, the exact past, the codes."""
+    """Return the attention in jnp, the definition of the op.
+
+    An online softmax runs over the new tokens, then the unquantized part of the cache, then the
+    codes.
+
+    Args:
+      q, k, v, layer, start: as in `kv_attention`.
+      frequencies: as in `kv_attention`, but of length 0 instead of None.
+      *arrays: the fields of `Past`.
+    Returns:
+      float32 [b, t, heads, hd].
+    """
     past = Past(*arrays)
     b, t, heads, hd = q.shape
     kv = k.shape[1]
@@ -77,7 +89,7 @@ def reference(
 
 
 class _Sums(NamedTuple):
-    """Of a softmax over what came so far: of each row the largest score, and sums less it."""
+    """State of an online softmax: each row's largest score, and the sums relative to it."""
 
     most: Float[Array, "b kv r 1"]
     total: Float[Array, "b kv r 1"]
@@ -90,7 +102,7 @@ class _Sums(NamedTuple):
 
     def add(self, scores: Array, values: Array, visible: Array) -> "_Sums":
         scores = jnp.where(visible, scores, -jnp.inf)
-        # A weight of zero does not hide NaN, such as a place may hold that is not in use.
+        # Unused slots may hold NaN, which a weight of zero would not remove.
         used = jnp.any(jnp.atleast_2d(visible), axis=0)[:, None]
         values = jnp.where(used, values.astype(jnp.float32), 0.0)
         most = jnp.maximum(self.most, jnp.max(scores, axis=-1, keepdims=True))
@@ -105,7 +117,7 @@ def _scores(rows: Array, keys: Array) -> Array:
 
 
 def _exact(past: Past, start: Array) -> tuple[Array, Array]:
-    """Which places of the sinks and of the ring hold a token that is seen there."""
+    """Return masks of the sink and ring slots that hold a visible token."""
     size = past.ring_k.shape[3]
     position = start - 1 - (start - 1 - jnp.arange(size)) % size
     first = jnp.maximum(retired(start, past.window, past.group), past.sinks)
@@ -115,11 +127,11 @@ def _exact(past: Past, start: Array) -> tuple[Array, Array]:
 def _coded(
     past: Past, layer: Array, count: Array, frequencies: Array, rows: Array, sums: _Sums
 ) -> _Sums:
-    """Onto `sums` the first `count` tokens, less sinks, decoded a run at a time."""
+    """Return `sums` extended by the first `count` tokens except sinks, decoded run by run."""
     run = min(max(RUN // past.group, 1) * past.group, past.slots)
 
     def one(i: Array, sums: _Sums) -> _Sums:
-        first = jnp.minimum(i * run, past.slots - run)  # the last run may begin in the one before
+        first = jnp.minimum(i * run, past.slots - run)  # the last run may overlap the previous one
         cut = functools.partial(_cut, past, layer, first, run)
         keys = decode_keys(*map(cut, past[4:7], (3, 3, 3)), past.key_bits)
         values = decode_values(*map(cut, past[7:], (3, 4, 4)), past.value_bits)
@@ -132,8 +144,11 @@ def _coded(
 
 
 def _cut(past: Past, layer: Array, first: Array, run: int, a: Array, axis: int) -> Array:
-    """What belongs to the `run` tokens from `first` on, whole groups, along an axis of S tokens."""
-    per = a.shape[axis] * past.group // past.slots  # places of a group
+    """Return the entries of the `run` tokens from `first` on; `axis` holds the S tokens.
+
+    Runs consist of whole groups.
+    """
+    per = a.shape[axis] * past.group // past.slots  # entries per group
     starts, sizes = [layer, *[jnp.int32(0)] * 4], [1, *a.shape[1:]]
     starts[axis], sizes[axis] = first // past.group * per, run // past.group * per
     return jax.lax.dynamic_slice(a, starts, sizes)[0]
@@ -142,10 +157,10 @@ def _cut(past: Past, layer: Array, first: Array, run: int, a: Array, axis: int) 
 def _turned_scores(
     rows: Array, keys: Array, first: Array, group: int, frequencies: Array
 ) -> Float[Array, "b kv r s"]:
-    """Scores of keys that are turned by their positions, first, first + 1, ..., if at all.
+    """Return the scores of keys at positions first, first + 1, ..., with RoPE applied if required.
 
-    A query is turned back to where a group begins, and the keys by their places in it: so the same
-    few angles serve all groups.
+    Each query is rotated back by the first position of a group, and keys by their offsets within
+    the group, so that the same few angles serve all groups.
     """
     if frequencies.size == 0:
         return _scores(rows, keys)

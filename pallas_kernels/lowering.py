@@ -1,7 +1,8 @@
-"""One of several implementations of a function, chosen when the program is lowered.
+"""Selects one of several implementations of a function when the program is lowered.
 
-Only then are both facts known that decide: the platform, and whether the compiler is to split the
-program over devices, which it cannot do with a kernel. `lax.platform_dependent` knows the first.
+Only then are both deciding facts known: the platform, and whether the compiler will partition the
+program over devices, which it cannot do with a kernel. `lax.platform_dependent` offers only the
+first.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ _chosen.multiple_results = True
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Flat:
-    """A function of trees as one of their leaves."""
+    """A function of pytrees, as a function of their leaves."""
 
     fn: Callable[..., Any]
     tree: Any
@@ -31,16 +32,17 @@ class _Flat:
 def by_lowering(
     kernels: Mapping[str, Callable[..., Any]], reference: Callable[..., Any], *args: Any
 ) -> Any:
-    """`kernels[platform](*args)` in programs that are lowered for one device, else the reference.
+    """Return `kernels[platform](*args)` if lowered for one device, else `reference(*args)`.
 
-    A program that `shard_map` splits over all axes of its mesh counts as one for one device.
+    A program that `shard_map` splits over all axes of its mesh counts as a program for one device.
 
     Args:
-      kernels: by platform ("cpu", "tpu", "cuda"), functions with the signature of `reference`.
-      reference: what platforms without a kernel and the compiler's partitioner get.
+      kernels: platform ("cpu", "tpu" or "cuda") -> function with the signature of `reference`.
+      reference: function that runs on platforms without a kernel, and in programs that the compiler
+        partitions.
       *args: pytrees of arrays.
     Returns:
-      What `reference` returns.
+      The result of the selected function, with the structure of that of `reference`.
 
     >>> import jax.numpy as jnp
     >>> kernels = {jax.default_backend(): jnp.positive}
@@ -49,7 +51,7 @@ def by_lowering(
     """
     traced, shapes = jax.make_jaxpr(reference, return_shape=True)(*args)
     leaves, tree = jax.tree.flatten(args)
-    # Traced when lowered; jit keeps what it has traced, for whoever binds the same functions again.
+    # Functions are traced at lowering; jit caches the trace for later uses of the same function.
     flat = lambda fn: jax.jit(_Flat(fn, tree), inline=True)
     out = _chosen.bind(
         *leaves,
@@ -67,10 +69,10 @@ def _(*_: Any, out_avals: tuple, **__: Any) -> list[Any]:
 
 @_chosen.def_impl
 def _(*args: Any, branches: tuple, reference: Callable, out_avals: tuple) -> list[Any]:
-    """Outside of jit (`jax.disable_jit`): arrays say where they lie."""
+    """Run eagerly under `jax.disable_jit`, choosing by the devices that the arrays are on."""
     split = any(len(a.sharding.device_set) > 1 for a in args if isinstance(a, jax.Array))
     chosen = reference if split else dict(branches).get(default_platform(), reference)
-    return chosen.__wrapped__(*args)  # as one does outside of jit, operation by operation
+    return chosen.__wrapped__(*args)  # eager, operation by operation
 
 
 def _lowered(
@@ -81,10 +83,11 @@ def _lowered(
 
 
 def is_whole(axis_context: Any) -> bool:
-    """Whether the compiler leaves a program as it is: one device, or all axes split by hand.
+    """Return whether the compiler leaves a program unpartitioned: one device, or all axes manual.
 
     Args:
-      axis_context: of JAX's lowering: of a program's devices, of a mesh, or of `pmap`.
+      axis_context: the axis context of JAX's lowering: that of a program's devices, of a mesh, or
+        of `pmap`.
     """
     devices = getattr(axis_context, "num_devices", None)
     if devices is not None:
@@ -115,13 +118,16 @@ batching.primitive_batchers[_chosen] = _batched
 
 
 def default_platform() -> str:
-    """The name by which kernels know JAX's default backend."""
+    """Return JAX's default backend under the name that the kernel tables use."""
     backend = jax.default_backend()
     return "cuda" if backend == "gpu" else backend
 
 
 def devices_of(*trees: Any) -> int:
-    """Devices of a program of these arrays, as far as can be told: the most that one lies on.
+    """Return the number of devices of a program of these arrays: the most that any of them spans.
+
+    Args:
+      *trees: pytrees of arrays or of `jax.ShapeDtypeStruct`; leaves without a sharding are ignored.
 
     >>> import jax.numpy as jnp
     >>> devices_of({"x": jnp.ones(3)}, jax.ShapeDtypeStruct((2,), jnp.float32))

@@ -1,10 +1,11 @@
-"""Products of float rows with packed weights: arrays and static values in, arrays out.
+"""Products of floating-point activations with packed quantized weights.
 
-All are y = x @ w for a w [k, n] that stays packed: x [m, k] float32, bfloat16 or float16, y float32
-[m, n]. `activations` says in which form x meets the codes (`pallas_kernels.activations`). Each is
-served by a kernel of the platform it is lowered for, or by its `reference` (`dispatch`), is
-differentiable in x and in its float arrays, and has its arguments checked (`checks.product`): a
-ValueError names the one that is wrong.
+Every function returns y = x @ w for a weight w [k, n] that stays packed in memory. x is [m, k] in
+float32, bfloat16 or float16; y is float32 [m, n]. The `activations` argument selects how x is
+rounded before the product (`pallas_kernels.activations`). The product runs in a kernel of the
+platform that the program is lowered for, or else in its jnp `reference` (see `dispatch`). It is
+differentiable in x and in the floating-point arrays (scales, codebooks). All arguments are checked
+(`checks.product`), and a ValueError names the one that is wrong.
 """
 
 from jaxtyping import Array, Float, Int32
@@ -24,17 +25,23 @@ def packed_matmul(
     activations: str = "float",
     pad: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ w for uniform codes: w = scale * (code - zero).
+    """Return x @ w for uniformly quantized weights, w = scale * (code - zero).
 
     Args:
-      x: activations.
-      codes: int32, packed along k (`layout.pack`).
-      scale: of every group of rows and column, or [1, 1] for all; float16, bfloat16 or float32.
-      zero: zero points packed along n; None if symmetric.
-      bits: of a code, 2, 3, 4 or 8.
-      group_size: rows of k that share a scale.
-      activations: "float", "int8" or "int8/256".
-      pad: allow a short last group.
+      x: activations [m, k], float32, bfloat16 or float16.
+      codes: int32 words [w, n], signed codes packed along k (`layout.pack`).
+      scale: [groups, n], or [groups, 1] if all columns share the scales; float16, bfloat16 or
+        float32. groups = ceil(k / group_size).
+      zero: int32 zero points [groups, words], packed along n; None for symmetric quantization.
+      bits: number of bits per code, 2, 3, 4 or 8.
+      group_size: number of consecutive rows of w that share a scale.
+      activations: how x is quantized: "float" (not at all, the default), "int8" (a scale per row),
+        "int8/256" (a scale per 256 channels of a row) or "codes" (x holds integers already).
+      pad: whether the last group may be short; by default, group_size must divide k.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels.codecs import layout
@@ -56,10 +63,20 @@ def ternary_matmul(
     activations: str = "float",
     pad: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ w for codes -1, 0 and 1 in 2-bit words: w = scale * code.
+    """Return x @ w for ternary weights, w = scale * code with codes -1, 0 and 1.
 
-    Arguments as for `packed_matmul` at 2 bits. `layout.unpack_base3` makes the words of codes that
-    are stored five to a byte.
+    Args:
+      x: activations [m, k], float32, bfloat16 or float16.
+      codes: int32 words [w, n] of 2-bit codes packed along k (`layout.pack`). For codes stored five
+        to a byte, `layout.unpack_base3` returns these words.
+      scale: [groups, n], or [groups, 1] if all columns share the scales.
+      group_size: number of consecutive rows of w that share a scale.
+      activations: how x is quantized, as in `packed_matmul`.
+      pad: whether the last group may be short, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels.codecs import layout
@@ -84,11 +101,22 @@ def codebook_matmul(
     activations: str = "float",
     pad: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ w for codes that name entries of a table: w = scale * table[code].
+    """Return x @ w for scalar codebook weights, w = scale * table[code].
 
     Args:
-      table: 2**bits values, in order of their codes; or a float8 dtype, whose bits the codes are.
-      The others as for `packed_matmul`.
+      x: activations [m, k], float32, bfloat16 or float16.
+      codes: int32 words [w, n], codes packed along k (`layout.pack`).
+      scale: [groups, n], or [groups, 1] if all columns share the scales.
+      table: the 2**bits values of the codebook in code order, or the name of a float8 dtype, in
+        which case each code is the bit pattern of such a float.
+      bits: number of bits per code, 2, 3, 4 or 8.
+      group_size: number of consecutive rows of w that share a scale.
+      activations: how x is quantized, as in `packed_matmul`.
+      pad: whether the last group may be short, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels.codecs import layout
@@ -112,13 +140,23 @@ def e8p_matmul(
     bits: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """x @ w for QuIP#'s lattice codes, eight rows to a code: w = scale * point (`e8p`).
+    """Return x @ w for QuIP#'s E8P lattice codes, w = scale * point (see `e8p`).
+
+    One code covers eight consecutive rows of a column.
 
     Args:
-      codes: the low 16 bits of every octet's code, two octets a word, low half first.
-      residual: the 8 (bits - 2) bits above them, packed alike; None at 2 bits.
-      scale: one for the matrix.
-      bits: 2, 3 or 4.
+      x: activations [m, k], float32, bfloat16 or float16; k is a multiple of 8.
+      codes: int32 words [w, n] holding the low 16 bits of each code, two codes per word, the first
+        in the low half.
+      residual: int32 words [r, n] holding the remaining 8 * (bits - 2) bits of each code, packed
+        the same way; None if bits is 2.
+      scale: [1, 1], the scale of the whole matrix.
+      bits: number of bits per weight, 2, 3 or 4.
+      activations: how x is quantized, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> x, words = jnp.ones((1, 8)), jnp.zeros((1, 1), jnp.int32)
@@ -138,14 +176,23 @@ def trellis_matmul(
     code: str,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """x @ w for tiles of 16 x 16 weights that are paths of a bit-shift trellis (`trellis`).
+    """Return x @ w for trellis-coded weights, in 16 x 16 tiles (see `trellis`).
+
+    Each tile is one tail-biting path of a bit-shift trellis.
 
     Args:
-      codes: words of every tile, down its column of tiles, as `trellis.dequantize` takes them.
-      scale: of each block of rows.
-      rates: bits a weight of each block, 0 to 8.
-      L: bits of a state.
-      code: what a state stands for, one of `trellis.CODES`.
+      x: activations [m, k], float32, bfloat16 or float16.
+      codes: int32 words [w, n / 16] of every tile, stacked down each column of tiles, as
+        `trellis.dequantize` takes them.
+      scale: [b, 1], the scale of each of the b equal blocks of rows.
+      rates: bits per weight of each block, 0 to 8; k is a multiple of 16 * b.
+      L: number of bits of a trellis state, at most 16.
+      code: the function from states to weights, a key of `trellis.CODES`.
+      activations: how x is quantized, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> x, words = jnp.ones((1, 16)), jnp.zeros((16, 2), jnp.int32)
@@ -166,14 +213,20 @@ def additive_matmul(
     group: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """x @ w for sums of learned vectors (AQLM): w = scale * sum_i codebooks[i][code_i].
+    """Return x @ w for additive codebooks (AQLM), w = scale * sum_i codebooks[i][code_i].
 
     Args:
-      codes: M codes a group, packed down each column (`lookup.pack`).
-      codebooks: 2**bits vectors of `group` rows each.
-      scale: of every column.
-      bits: of a code.
-      group: rows that a code covers.
+      x: activations [m, k], float32, bfloat16 or float16; k is a multiple of group.
+      codes: int32 words [w, n], M codes per group of rows, packed down each column (`lookup.pack`).
+      codebooks: [M, 2**bits, group], M codebooks of vectors.
+      scale: [1, n], the scale of each column.
+      bits: number of bits per code, a multiple of 2 or 3 from 2 to 16.
+      group: number of consecutive rows that a code covers, the length of a vector.
+      activations: how x is quantized, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> books = jnp.array([[[0.0], [1.0], [0.0], [0.0]]])
@@ -196,15 +249,22 @@ def dual_scale_matmul(
     bits: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """x @ w for integers with a scale per row and per column: w = step * scale * (code + escape).
+    """Return x @ w for integers with row and column scales, w = step * scale * (code + escape).
 
     Args:
-      codes: int32, packed along k (`layout.pack`).
-      scale: of every column, float32.
-      step: of every row, float32.
-      ranges: where the escapes of every column begin and end.
-      escapes: what codes lack, column by column (`pallas_kernels.dual_scale`).
-      bits: of a code, 2, 3, 4 or 8.
+      x: activations [m, k], float32, bfloat16 or float16.
+      codes: int32 words [w, n], codes packed along k (`layout.pack`).
+      scale: [1, n], the scale of each column.
+      step: float32 [k], the scale of each row.
+      ranges: int32 [2, n], the first escape of each column and the one past its last.
+      escapes: int32 [e], in column order: the part of each integer that exceeds the range of its
+        code (`pallas_kernels.dual_scale`).
+      bits: number of bits per code, 2, 3, 4 or 8.
+      activations: how x is quantized, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels.codecs import layout

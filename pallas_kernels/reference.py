@@ -1,9 +1,10 @@
-"""The jnp meaning of every op: it defines correctness, and serves where nothing faster does.
+"""The jnp definition of every op, which also runs where no kernel is available.
 
-Each op is x @ w for the w that packed arrays decode to, and `..._transposed` g @ w.T. Arrays come
-by position, static values by keyword. Weights meet x in x's dtype, sums and results are float32.
-With `activations` other than "float", x is first rounded as that says, and all is float32. A row of
-x or of g that is not finite gives NaN, as `pallas_kernels.activations` says.
+Each op computes x @ w for the matrix w that packed arrays decode to; `..._transposed` computes
+g @ w.T. Arrays are positional arguments, static values keyword arguments. Weights are multiplied in
+x's dtype; sums and results are float32. If `activations` is not "float", x is first rounded
+accordingly and everything is float32. A row of x or g that is not finite gives NaN, as
+`pallas_kernels.activations` explains.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from pallas_kernels import activations as forms
 from pallas_kernels import dual_scale, tiled_product
 from pallas_kernels.codecs import e8p, layout, lookup, tables, trellis
 
-# --- what packed arrays decode to -----------------------------------------------------------
+# --- decoding of packed arrays --------------------------------------------------------------
 
 
 def dequantize(
@@ -31,16 +32,18 @@ def dequantize(
     k: int,
     dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "... k n"]:
-    """Float weights of packed codes: scale * (code - zero), in float32, then cast.
+    """Return the weights of uniform codes: scale * (code - zero), in float32, then cast.
 
     Args:
-      codes: int32 [..., words(k, bits), n], packed along k (`layout.pack`).
-      scale: [..., groups, n], or [..., 1, 1] where one scale serves the matrix.
-      zero: int32 [..., groups, words(n, bits)], packed along n; None if symmetric.
-      bits: bits of a code, 2, 3, 4 or 8.
-      group_size: rows of k that share a scale; groups = ceil(k / group_size).
-      k: rows, static (the packed axis may be padded).
-      dtype: of the result.
+      codes: int32 words [..., words(k, bits), n], packed along k (`layout.pack`).
+      scale: [..., groups, n], or [..., 1, 1] if one scale serves the matrix.
+      zero: int32 [..., groups, words(n, bits)], packed along n; None for symmetric quantization.
+      bits: number of bits per code, 2, 3, 4 or 8.
+      group_size: number of rows that share a scale; groups = ceil(k / group_size).
+      k: number of rows, given because the packed axis may be padded.
+      dtype: dtype of the result.
+    Returns:
+      [..., k, n].
 
     >>> codes = layout.pack(jnp.array([[1], [-2]]), 4)
     >>> dequantize(codes, jnp.array([[0.5]]), None, bits=4, group_size=2, k=2).ravel().tolist()
@@ -53,7 +56,12 @@ def dequantize(
 
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def zero_points(zero: Int32[Array, "... g wn"], bits: int, n: int) -> Int[Array, "... g n"]:
-    """int8 zero points, unpacked along n.
+    """Return int8 zero points [..., g, n], unpacked along n.
+
+    Args:
+      zero: int32 [..., g, words(n, bits)], packed along n.
+      bits: number of bits per zero point.
+      n: number of columns.
 
     >>> zero_points(jnp.array([[0x1E]]), 4, 2).tolist()
     [[-2, 1]]
@@ -77,8 +85,8 @@ def _integers(
 
 
 # --- ops ------------------------------------------------------------------------------------
-# Of every op: how its arrays are named, which of them split along columns (`decoded`: how many
-# columns one entry covers), and what a part of the columns decodes to.
+# Each function below returns, for one storage: the named arrays; a function that decodes them, or a
+# slice of their columns; and the number of columns that an entry of each sliceable array covers.
 
 
 def _packed(codes: Array, scale: Array, zero: Array | None, *, bits: int, group_size: int) -> tuple:
@@ -132,7 +140,10 @@ def _dual_scale(
 
 
 def _by_columns(data: Mapping[str, Array], scale: Array) -> dict[str, int]:
-    """All split along columns; a scale of the whole matrix and its zero point do not."""
+    """Return spans in which every array is split along columns.
+
+    A scale that serves the whole matrix and its zero point are not split.
+    """
     return dict.fromkeys(data, 1) if scale.shape[-1] > 1 else {"codes": 1}
 
 
@@ -147,18 +158,20 @@ def _transposed(parts: Any, g: Array, *arrays: Any, k: int, **static: Any) -> Ar
 
 
 def _tied(x: Array, arrays: tuple) -> tuple[Array, tuple]:
-    """What is stored tied to x: without it XLA lifts the decoding, which depends on nothing that
-    changes, out of a loop over tokens, and a float copy of the model appears.
+    """Return the arguments behind an optimization barrier.
+
+    Without it XLA lifts the decoding, which does not depend on any loop variable, out of a loop
+    over tokens, and a floating-point copy of the model appears in memory.
     """
     return jax.lax.optimization_barrier((x, arrays))
 
 
-# Name of a storage -> what the arrays of the op are, as above.
+# Storage name -> its function above.
 STORAGES = {
     "packed": _packed, "ternary": _ternary, "codebook": _codebook, "e8p": _e8p,
     "trellis": _trellis, "additive": _additive, "dual_scale": _dual_scale,
 }  # fmt: skip
-# Name of an op -> its reference; of the storage "packed": packed_matmul, packed_matmul_transposed.
+# Op name -> its reference. Storage "packed" has packed_matmul and packed_matmul_transposed.
 OPS = {
     f"{name}_matmul{way}": partial(f, parts)
     for name, parts in STORAGES.items()
@@ -170,7 +183,14 @@ trellis_matmul, additive_matmul = OPS["trellis_matmul"], OPS["additive_matmul"]
 
 
 def weights(storage: str, *arrays: Any, k: int, **static: Any) -> Float[Array, "k n"]:
-    """The matrix that the arrays of a storage decode to, in float32."""
+    """Return the float32 matrix that the arrays of a storage decode to.
+
+    Args:
+      storage: a key of `STORAGES`.
+      *arrays: the arrays of the op after x.
+      k: number of rows of the matrix.
+      **static: the static arguments of the op.
+    """
     data, decode, _ = STORAGES[storage](*arrays, **static)
     return decode(data, k)
 
@@ -178,6 +198,16 @@ def weights(storage: str, *arrays: Any, k: int, **static: Any) -> Float[Array, "
 def columns(
     storage: str, ids: Int[Array, "i"], *arrays: Any, k: int, **static: Any
 ) -> Float[Array, "k i"]:
-    """Columns `ids` of that matrix, of which only the entries that hold them are decoded."""
+    """Return columns `ids` of that matrix, decoding only the entries that hold them.
+
+    Args:
+      storage: a key of `STORAGES`.
+      ids: column indices [i].
+      *arrays: the arrays of the op after x.
+      k: number of rows of the matrix.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [k, i].
+    """
     data, decode, spans = STORAGES[storage](*arrays, **static)
     return tiled_product.columns(data, ids, decode, spans, k)

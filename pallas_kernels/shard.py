@@ -1,11 +1,11 @@
-"""Products over a mesh of devices: `shard_map` about an op; weights move as packed words only.
+"""Products over a mesh of devices, with weights communicated only as packed words.
 
-A kernel is not partitioned by the compiler; a function split by hand calls it on its own shard.
+The compiler does not partition kernels, so each op runs inside `shard_map` on the local shard.
 
 | | x | words | y | collective |
 |---|---|---|---|---|
-| `column_parallel` | whole | columns | columns | none |
-| `row_parallel` | channels | rows | whole | psum of y |
+| `column_parallel` | replicated | columns | columns | none |
+| `row_parallel` | channels | rows | replicated | psum of y |
 | `fsdp` | rows (tokens) | rows | rows (tokens) | all-gather of the packed words |
 """
 
@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.codecs import layout, lookup, trellis
 from pallas_kernels.dispatch import product
 
-# What the rows of each array of an op are: words of codes, groups, or the same for all rows.
+# What the first axis of each array of an op indexes: words of codes, groups, or ("all", "books")
+# nothing that rows of the weight are split by.
 _ROWS = {
     "packed_matmul": ("words", "groups", "groups"),
     "ternary_matmul": ("words", "groups"),
@@ -34,15 +35,19 @@ _ROWS = {
 def column_parallel(
     op: str, mesh: Mesh, axis: str, x: Float[Array, "m k"], *arrays: Array | None, **static: Any
 ) -> Float[Array, "m n"]:
-    """The product with the columns of the weight, and so of the result, split over a mesh axis.
+    """Return the product with the columns of weight and result split over a mesh axis.
 
     Args:
-      op: one of the ops, "packed_matmul" for one.
-      mesh: devices.
+      op: name of the op, such as "packed_matmul".
+      mesh: the device mesh.
       axis: name of the mesh axis.
-      x, arrays, static: as the op takes them.
+      x: activations [m, k], replicated.
+      *arrays: the arrays of the op after x.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [m, n], split along columns.
     Raises:
-      ValueError: the columns of an array do not divide.
+      ValueError: the size of the mesh axis does not divide the columns of an array.
 
     >>> import jax.numpy as jnp
     >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -60,12 +65,19 @@ def column_parallel(
 def row_parallel(
     op: str, mesh: Mesh, axis: str, x: Float[Array, "m k"], *arrays: Array | None, **static: Any
 ) -> Float[Array, "m n"]:
-    """The product with the rows of the weight and the channels of x split; partial sums add up.
+    """Return the product with the rows of the weight and the channels of x split.
 
-    Arguments as for `column_parallel`.
+    The partial sums are added by a psum.
 
+    Args:
+      op, mesh, axis: as in `column_parallel`.
+      x: activations [m, k], split along the channels.
+      *arrays: the arrays of the op after x.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [m, n], replicated.
     Raises:
-      ValueError: a shard would not be whole words, whole groups, or whole tiles.
+      ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
     size = mesh.shape[axis]
     specs = row_specs(op, size, axis, *arrays, k=x.shape[1], **static)
@@ -77,12 +89,19 @@ def row_parallel(
 def fsdp(
     op: str, mesh: Mesh, axis: str, x: Float[Array, "m k"], *arrays: Array | None, **static: Any
 ) -> Float[Array, "m n"]:
-    """The product with tokens split, and the weight, kept in pieces, gathered packed for its time.
+    """Return the product with tokens split, all-gathering the sharded weight in packed form.
 
-    Arguments as for `column_parallel`.
+    The weight is stored split by rows, and gathered only for the product.
 
+    Args:
+      op, mesh, axis: as in `column_parallel`.
+      x: activations [m, k], split along the rows (tokens).
+      *arrays: the arrays of the op after x.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [m, n], split along the rows (tokens).
     Raises:
-      ValueError: a piece would not be whole words, whole groups, or whole tiles.
+      ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
     specs = row_specs(op, mesh.shape[axis], axis, *arrays, k=x.shape[1], **static)
     local = lambda x, *arrays: product(op, x, *gathered(arrays, specs, axis), **static)
@@ -90,7 +109,13 @@ def fsdp(
 
 
 def gathered(arrays: tuple, specs: tuple, axis: str) -> tuple:
-    """Inside `shard_map`: the arrays that `specs` split over a mesh axis, whole again along it."""
+    """Return, inside `shard_map`, the arrays all-gathered along the axis that `specs` split.
+
+    Args:
+      arrays: local shards, or None for absent arrays.
+      specs: partition specification of each array.
+      axis: name of the mesh axis.
+    """
 
     def whole(a: Array | None, spec: P) -> Array | None:
         if a is None or axis not in spec:
@@ -101,7 +126,18 @@ def gathered(arrays: tuple, specs: tuple, axis: str) -> tuple:
 
 
 def column_specs(op: str, size: int, axis: str, *arrays: Array | None) -> tuple[P, ...]:
-    """How the arrays of an op split along columns over a mesh axis of `size` devices."""
+    """Return how the arrays of an op are split along columns over a mesh axis of `size` devices.
+
+    Args:
+      op: name of the op.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      *arrays: the arrays of the op after x.
+    Returns:
+      The partition specification of each array.
+    Raises:
+      ValueError: size does not divide the columns of an array.
+    """
     specs = []
     for a, kind in zip(arrays, _ROWS[op], strict=True):
         whole = a is None or a.shape[-1] == 1 or kind == "books"
@@ -117,7 +153,20 @@ def column_specs(op: str, size: int, axis: str, *arrays: Array | None) -> tuple[
 def row_specs(
     op: str, size: int, axis: str, *arrays: Array | None, k: int, **static: Any
 ) -> tuple[P, ...]:
-    """How the arrays of an op split along rows over a mesh axis of `size` devices."""
+    """Return how the arrays of an op are split along rows over a mesh axis of `size` devices.
+
+    Args:
+      op: name of the op.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      *arrays: the arrays of the op after x.
+      k: number of rows of the weight.
+      **static: the static arguments of the op.
+    Returns:
+      The partition specification of each array.
+    Raises:
+      ValueError: a shard would not consist of whole words, whole groups or whole tiles.
+    """
     unit = _unit(op, static, k)
     if k % (unit * size):
         raise ValueError(
@@ -131,8 +180,14 @@ def row_specs(
 
 
 def local_static(static: dict[str, Any], k: int, size: int) -> dict[str, Any]:
-    """The static values of one of `size` shards of k rows."""
-    if static.get("group_size") == k:  # one group, of all rows
+    """Return the static arguments for one of `size` shards of k rows in total.
+
+    Args:
+      static: the static arguments of the whole product.
+      k: number of rows of the whole weight.
+      size: number of shards.
+    """
+    if static.get("group_size") == k:  # a single group of all rows
         return static | {"group_size": k // size}
     if len(static.get("rates", ())) > 1:
         return static | {"rates": static["rates"][: len(static["rates"]) // size]}
@@ -140,7 +195,7 @@ def local_static(static: dict[str, Any], k: int, size: int) -> dict[str, Any]:
 
 
 def _unit(op: str, static: dict[str, Any], k: int) -> int:
-    """Rows of the smallest shard."""
+    """Return the number of rows of the smallest possible shard."""
     if op == "trellis_matmul":
         if len(set(static["rates"])) > 1:
             raise ValueError(
@@ -149,7 +204,7 @@ def _unit(op: str, static: dict[str, Any], k: int) -> int:
             )
         return k // len(static["rates"]) if len(static["rates"]) > 1 else trellis.SIDE
     if op == "e8p_matmul":
-        return 8 * layout.unit(8)[0]  # a word of residual codes has as many octets
+        return 8 * layout.unit(8)[0]  # a word of 8-bit residual codes covers this many octets
     if op == "additive_matmul":
         return static["group"] * layout.unit(lookup.digit(static["bits"]))[0]
     group = static["group_size"]
@@ -157,5 +212,5 @@ def _unit(op: str, static: dict[str, Any], k: int) -> int:
 
 
 def _mapped(fn: Any, mesh: Mesh, in_specs: tuple, out_specs: P) -> Any:
-    # Kernels say nothing of which axes their results vary over.
+    # The check is off because kernels do not declare which mesh axes their results vary over.
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,4 +1,4 @@
-"""Entropy-coded streams read on the host: natively where a compiler is, else by JAX."""
+"""Read entropy-coded streams on the host, natively where a compiler is available, else with JAX."""
 
 import ctypes
 import functools
@@ -16,7 +16,15 @@ from pallas_kernels.cpu import native
 
 
 class Stream(NamedTuple):
-    """A stream, and what is known of its matrix [k, n] beforehand; see `entropy_stream.read`."""
+    """A stream and the properties of its matrix [k, n] known in advance; see `entropy_stream.read`.
+
+    Attributes:
+      words: the stream.
+      k, n: number of rows and columns of the matrix.
+      lanes: number of interleaved range-coder states.
+      states: number of trellis states.
+      chain: largest number of weights in a chain.
+    """
 
     words: UInt16[np.ndarray, " size"]
     k: int
@@ -27,11 +35,13 @@ class Stream(NamedTuple):
 
 
 def read(streams: list[Stream], threads: int) -> list[tuple[Coded, bool]]:
-    """What every stream holds, as NumPy arrays, and whether it is whole; of noise, some matrix.
+    """Return, for every stream, its decoded contents as NumPy arrays and whether it is intact.
+
+    A corrupt stream still decodes to some matrix.
 
     Args:
-      streams: in any sizes.
-      threads: streams that are read at a time.
+      streams: the streams, of any sizes.
+      threads: number of streams read at a time.
 
     >>> values = np.array([[2, 0, -4, 0]], np.int16)
     >>> row = np.arange(4) % 2
@@ -79,7 +89,7 @@ def _reader() -> ctypes._CFuncPtr:
 
 
 def _native(s: Stream) -> tuple[Coded, bool]:
-    """`entropy_stream.read`, bit for bit."""
+    """Return the result of `entropy_stream.read`, bit for bit, from the native reader."""
     words = np.ascontiguousarray(s.words, np.uint16)
     if words.size < entropy_stream.HEADER:
         return _plain(s)

@@ -1,13 +1,13 @@
-"""Products with weights that a `decode` function makes from packed data, by tiles of columns.
+"""Products with weights decoded from packed data by a `decode` function, tile by tile of columns.
 
-For formats with no kernel of their own: no float copy of a large matrix stands in memory, neither
-forward nor, as a residual, backward. Every function takes
+They serve formats without a kernel of their own. No floating-point copy of a large matrix is held
+in memory, neither in the forward pass nor as a residual for the backward pass. Every function takes
 
   data: the packed arrays of one matrix [k, n].
-  decode: (data, k) -> float [k, n]; a part of the columns of `data` decodes to these columns.
-    Float entries (scales, codebooks) get the cotangents of `decode`.
-  spans: name -> columns of the matrix that one entry along the last axis covers. Arrays not
-    named here serve all columns (a codebook, the scale of a matrix). Names "codes".
+  decode: (data, k) -> float [k, n]. Applied to a slice of the columns of `data`, it returns those
+    columns. Floating-point entries (scales, codebooks) receive the cotangents of `decode`.
+  spans: name -> number of columns that one entry along the last axis covers. Arrays not named here
+    serve all columns (a codebook, the scale of a matrix). "codes" must be named.
 """
 
 import math
@@ -20,15 +20,21 @@ from jaxtyping import Array, Float, Int
 
 Data = dict[str, Array]
 Decode = Callable[[Data, int], Array]
-# Weights decoded at a time. Past this, columns are done tile by tile, so that no float copy of a
-# large matrix (an embedding's logits, say) ever stands in memory.
+# Number of weights decoded at a time. Larger matrices are decoded tile by tile, so that no
+# floating-point copy of one (an embedding used for logits, for example) is ever held in memory.
 TILE_WEIGHTS = 1 << 22
 
 
 def matmul(
     x: Float[Array, "m k"], data: Data, decode: Decode, spans: Mapping[str, int]
 ) -> Float[Array, "m n"]:
-    """x @ decode(data): weights in x's dtype, float32 sums, float32 result.
+    """Return x @ decode(data), with weights in x's dtype and float32 sums.
+
+    Args:
+      x: [m, k].
+      data, decode, spans: see the module docstring.
+    Returns:
+      float32 [m, n].
 
     >>> decode = lambda data, k: data["codes"] * data["scale"]
     >>> data = {"codes": jnp.array([[1, -2]]), "scale": jnp.array([[0.5]])}
@@ -40,9 +46,9 @@ def matmul(
         return jnp.zeros((m, n), jnp.float32)
     tiles, size = _tiles(k, n, spans)
 
-    @jax.checkpoint  # backward decodes again
+    @jax.checkpoint  # the backward pass decodes again
     def columns(x: Array, data: Data, tile: Array | int) -> Array:
-        x, data = jax.lax.optimization_barrier((x, data))  # nothing is lifted out of the loop
+        x, data = jax.lax.optimization_barrier((x, data))  # keeps decoding inside the loop
         w = decode(_cut(data, spans, _start(tile, size, n), size), k).astype(x.dtype)
         return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
@@ -56,7 +62,14 @@ def matmul(
 def matmul_transposed(
     g: Float[Array, "m n"], data: Data, decode: Decode, spans: Mapping[str, int], k: int
 ) -> Float[Array, "m k"]:
-    """g @ decode(data).T: weights in g's dtype, float32 sums, float32 result.
+    """Return g @ decode(data).T, with weights in g's dtype and float32 sums.
+
+    Args:
+      g: [m, n].
+      data, decode, spans: see the module docstring.
+      k: number of rows of the matrix.
+    Returns:
+      float32 [m, k].
 
     >>> decode = lambda data, k: data["codes"] * data["scale"]
     >>> data = {"codes": jnp.array([[1, -2]]), "scale": jnp.array([[0.5]])}
@@ -74,9 +87,10 @@ def matmul_transposed(
         start = _start(tile, size, n)
         w = decode(_cut(data, spans, start, size), k).astype(g.dtype)
         here = jax.lax.dynamic_slice_in_dim(g, start, size, 1)
-        fresh = start + jnp.arange(size) >= tile * size  # the tile before had the others
+        fresh = start + jnp.arange(size) >= tile * size  # not in the previous tile
         here = jnp.where(fresh, here, 0)
-        # Not w.T: for one row XLA:CPU would decode in the transposed order, much slower.
+        # Not g @ w.T: for a single row XLA:CPU would decode in transposed order, which is much
+        # slower.
         return jnp.einsum("mn,kn->mk", here, w, preferred_element_type=jnp.float32)
 
     if tiles == 1:
@@ -88,7 +102,14 @@ def matmul_transposed(
 def columns(
     data: Data, ids: Int[Array, "i"], decode: Decode, spans: Mapping[str, int], k: int
 ) -> Float[Array, "k i"]:
-    """Columns `ids` of decode(data), of which only the entries that hold them are decoded.
+    """Return columns `ids` of decode(data), decoding only the entries that hold them.
+
+    Args:
+      data, decode, spans: see the module docstring.
+      ids: column indices [i].
+      k: number of rows of the matrix.
+    Returns:
+      [k, i], in the dtype of `decode`.
 
     >>> data = {"codes": jnp.array([[1, -2, 3]])}
     >>> columns(data, jnp.array([2, 0]), lambda data, k: data["codes"], {"codes": 1}, 1).tolist()
@@ -108,14 +129,18 @@ def columns(
 
 
 def outputs(data: Data, spans: Mapping[str, int]) -> int:
-    """Columns n of the matrix."""
+    """Return the number of columns n of the matrix.
+
+    Args:
+      data, spans: see the module docstring.
+    """
     return data["codes"].shape[-1] * spans["codes"]
 
 
 def _tiles(k: int, n: int, spans: Mapping[str, int]) -> tuple[int, int]:
-    """Number and columns of the fewest tiles of at most TILE_WEIGHTS weights.
+    """Return the number and width of the fewest tiles of at most TILE_WEIGHTS weights.
 
-    The last tile ends with the matrix, and so may begin within the tile before.
+    The last tile ends at the last column, so it may overlap the previous one.
     """
     unit = math.lcm(*spans.values())
     most = max(1, TILE_WEIGHTS // (k * unit)) * unit
@@ -128,6 +153,6 @@ def _start(tile: Array | int, size: int, n: int) -> Array:
 
 
 def _cut(data: Data, spans: Mapping[str, int], start: Array, size: int) -> Data:
-    """The part of the data that holds columns start ... start + size."""
+    """Return the slice of the data that holds columns start ... start + size - 1."""
     cut = lambda a, span: jax.lax.dynamic_slice_in_dim(a, start // span, size // span, a.ndim - 1)
     return {name: cut(a, spans[name]) if name in spans else a for name, a in data.items()}

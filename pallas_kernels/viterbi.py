@@ -1,18 +1,20 @@
-"""Viterbi search: the path of a bit-shift trellis nearest to 256 weights, its ends joined.
+"""Viterbi search for the tail-biting path of a bit-shift trellis nearest to 256 weights.
 
-Two successive states share a *node*: the low L - K V bits of one, the top ones of the next. Of
-s = (d, node), d its top K V bits, the node before is s >> K V. With costs kept on nodes a step is
+Two successive states share a *node*: the low L - K V bits of one state are the top bits of the
+next. For a state s = (d, node), with d its top K V bits, the previous node is s >> K V. With costs
+kept per node, a step is
 
     cost'[node] = min over d of cost[s >> K V] + |g(s) - x|^2,
 
-one look at every state in order, without a gather; the d of the best path, in order, are its
-stream. The low bits of a cost give way to d, so that one minimum finds value and argument.
+which visits every state once, in order, without a gather. The sequence of d along the best path is
+its bit stream. In the packed form, d replaces the low bits of a cost, so that one minimum yields
+both the value and the argument.
 
-The circle is cut where a free search over one lap, started half a lap before, passes; a second
-search then starts and ends at that node (QTIP, Tseng et al. 2024, arXiv:2406.11235). Laps made
-shorter do cost accuracy: at K = 2, 128 steps instead of 256 lose 0.2 % (L = 12), 0.8 % (L = 16).
+The path is closed at a node chosen by a free search of one lap that starts half a lap earlier; a
+second search then starts and ends at that node (QTIP, Tseng et al. 2024, arXiv:2406.11235). Shorter
+laps cost accuracy: at K = 2, 128 steps instead of 256 lose 0.2 % (L = 12) or 0.8 % (L = 16).
 
-On the CPU a C++ kernel does the same, where there is a compiler; see `backend`.
+On the CPU a C++ kernel does the same where a compiler is available; see `backend`.
 """
 
 import jax
@@ -23,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from pallas_kernels.codecs import trellis
 from pallas_kernels.cpu import native
 
-BATCH_BYTES = 1 << 28  # of the JAX version: temporary memory of the sequences searched at a time
-_FAR = 1e30  # the cost of a node that no path may start from
+BATCH_BYTES = 1 << 28  # temporary memory that the JAX version may use
+_FAR = 1e30  # cost of a node from which no path may start
 
 
 def encode(
@@ -36,17 +38,20 @@ def encode(
     V: int,
     valid: Bool[Array, " s"] | None = None,
 ) -> tuple[Int32[Array, "s words"], Float32[Array, "s 256"]]:
-    """The streams whose weights are nearest to x, as far as two Viterbi passes find them.
+    """Return the streams whose weights are nearest to x, as found by two Viterbi passes.
 
     Args:
-      x: [s, 256], scaled for the table (rms about 1).
+      x: [s, 256], s sequences of 256 weights, scaled to match the table (rms about 1).
       table: [2**L, V], the weights of every state.
-      L, K, V: bits of a state, bits of a weight, weights of a step.
-      valid: sequences to search for; the others come out as zeros, and cost nothing natively.
+      L: number of bits of a state.
+      K: number of bits per weight.
+      V: number of weights per step.
+      valid: bool [s], the sequences to search for; the others are returned as zeros, at no cost in
+        the native version. None, the default, searches for all.
     Returns:
-      words int32 [s, 8 K] for `trellis.decode`, and their weights float32 [s, 256].
+      int32 words [s, 8 K] for `trellis.decode`, and their weights, float32 [s, 256].
     Raises:
-      ValueError: shapes that do not fit L, K, V.
+      ValueError: the shapes do not match L, K and V.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels.codecs import trellis
@@ -71,7 +76,10 @@ def encode(
 
 
 def backend(L: int = 16, K: int = 2, V: int = 1) -> str:
-    """What `encode` runs on this machine, and why nothing faster.
+    """Return which implementation of `encode` runs on this machine, and why no faster one does.
+
+    Args:
+      L, K, V: as in `encode`.
 
     >>> backend().split()[0].rstrip(":") in ("native", "jax")
     True
@@ -84,7 +92,10 @@ def backend(L: int = 16, K: int = 2, V: int = 1) -> str:
 
 
 def _serves(L: int, K: int, V: int) -> bool:
-    """Whether the native kernel is here and takes this trellis: a byte for d, 16 nodes or more."""
+    """Return whether the native kernel is available and supports this trellis.
+
+    It requires d to fit a byte, and at least 16 nodes.
+    """
     fits = K * V <= 8 and L - K * V >= 4
     return fits and jax.default_backend() == "cpu" and not native.load()
 
@@ -92,7 +103,7 @@ def _serves(L: int, K: int, V: int) -> bool:
 def _native(
     x: Array, table: Array, valid: Array, L: int, K: int, V: int, lanes: int = 16
 ) -> tuple[Array, Array]:
-    """The C++ kernel. `lanes`: at most so many floats in a vector, whatever the machine has."""
+    """Run the C++ kernel; `lanes` limits the number of floats in a vector."""
     shapes = (
         jax.ShapeDtypeStruct((len(x), 8 * K), jnp.int32),
         jax.ShapeDtypeStruct(x.shape, jnp.float32),
@@ -107,14 +118,17 @@ def _native(
 
 
 def batch_size(L: int, K: int, V: int) -> int:
-    """Sequences that the JAX version searches at a time, within BATCH_BYTES.
+    """Return how many sequences the JAX version searches at a time within BATCH_BYTES.
+
+    Args:
+      L, K, V: as in `encode`.
 
     >>> batch_size(16, 2, 1)
     36
     """
     nodes = 1 << L - K * V
     back = trellis.WEIGHTS // V * nodes * _back(K * V).itemsize
-    # Both passes' d, of half a lap and of one, and a few arrays of one float a state.
+    # The d of both passes (half a lap and a whole lap), and a few arrays of one float per state.
     return max(1, BATCH_BYTES // (back * 3 // 2 + 16 * (1 << L)))
 
 
@@ -134,7 +148,7 @@ def _search(x: Array, table: Array, valid: Array, L: int, K: int, V: int) -> tup
 
 
 def _paths(x: Array, table: Array, L: int, bits: int) -> Array:
-    """States [s, steps] of the paths found for x [steps, s, V]."""
+    """Return the states [s, steps] of the paths found for x [steps, s, V]."""
     steps, s = x.shape[:2]
     nodes = 1 << L - bits
 
@@ -159,13 +173,13 @@ def _paths(x: Array, table: Array, L: int, bits: int) -> Array:
 
 
 def _least(cost: Array) -> tuple[Array, Array]:
-    """Minimum over axis 1 of costs >= 0, and its index."""
+    """Return the minimum over axis 1 of non-negative costs, and its index."""
     count = cost.shape[1]
     index = jnp.arange(count)[:, None]
-    if count > 256:  # too few bits of the cost would be left
+    if count > 256:  # the index would leave too few bits for the cost
         least = cost.min(axis=1)
         return least, jnp.where(cost == least[:, None], index, count - 1).min(axis=1)
-    # The order of floats >= 0 is that of their bits.
+    # Non-negative floats are ordered like their bit patterns.
     key = jax.lax.bitcast_convert_type(cost, jnp.int32) & ~(count - 1)
     key = (key | index).min(axis=1)
     return jax.lax.bitcast_convert_type(key, jnp.float32), key & (count - 1)

@@ -1,1 +1,1 @@
-"""Architectures in Flax linen, their configurations and caches."""
+"""Architectures in Flax linen, with their configurations and caches."""

@@ -1,4 +1,4 @@
-"""BERT encoders in Flax linen: sentences to vectors, for models that are not a Llama.
+"""BERT encoders in Flax linen, from sentences to vectors.
 
 Post-norm layers, learned positions, exact GELU, biases everywhere (Devlin et al. 2018,
 arXiv:1810.04805). The layers are stacked, as in `architectures.llama`. The parameter paths:
@@ -16,14 +16,26 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-# Of `jaxquant.fold`: outputs make their input from values alone. No other input's factors can be
-# folded: norms feed the residual stream too, and GELU lets no factor through.
+# For `jaxquant.fold`: the input of o is linear in the values. Factors of no other input can be
+# folded, since norms also feed the residual stream and no factor passes through GELU.
 FOLDS = {"layers/attn/o/kernel": ("layers/attn/v/kernel", "layers/attn/v/bias")}
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT encoder. Immutable, hashable, compared by value."""
+    """Sizes of a BERT encoder. Immutable, hashable, compared by value.
+
+    Attributes:
+      vocab_size: rows of the token embedding.
+      d_model: width of the residual stream.
+      d_ff: hidden width of the MLP.
+      n_layers: number of layers.
+      n_heads: number of heads.
+      max_position: number of learned positions.
+      n_types: rows of the token type embedding.
+      norm_eps: epsilon of the LayerNorms.
+      pad_id: id of the padding token.
+    """
 
     vocab_size: int
     d_model: int
@@ -37,14 +49,14 @@ class BertConfig:
 
     @property
     def weights(self) -> int:
-        """How many there are at least: those of all matrices."""
+        """A lower bound of the number of weights: those of all matrices."""
         layer = self.d_model * (4 * self.d_model + 2 * self.d_ff)
         tables = self.vocab_size + self.max_position + self.n_types
         return self.n_layers * layer + tables * self.d_model
 
 
 class Attention(nn.Module):
-    """Every token sees every token that is none of padding."""
+    """Bidirectional attention, in which padding is masked."""
 
     config: BertConfig
     dtype: DTypeLike = jnp.float32
@@ -72,7 +84,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the (carry, slice) form that `nn.scan` wants: norms come after the sums."""
+    """One post-norm layer, in the (carry, slice) form that `nn.scan` requires."""
 
     config: BertConfig
     dtype: DTypeLike = jnp.float32
@@ -85,14 +97,14 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-    """Tokens to hidden states.
+    """An encoder from tokens to hidden states.
 
     `apply({"params": p}, tokens)` maps int tokens [b, t], padded at the end with `pad_id`, to
-    [b, t, d]; what stands at padding means nothing.
+    [b, t, d]; the values at padding are meaningless.
 
     Attributes:
       config: the architecture.
-      dtype: of activations and matmuls.
+      dtype: dtype of activations and matmuls.
     """
 
     config: BertConfig
@@ -106,7 +118,7 @@ class Bert(nn.Module):
         embed = lambda size, name: nn.Embed(size, c.d_model, dtype=self.dtype, name=name)
         h = embed(c.vocab_size, "embed")(tokens)
         h = h + embed(c.max_position, "positions")(jnp.arange(tokens.shape[1]))
-        h = h + embed(c.n_types, "types")(jnp.zeros_like(tokens))  # one text, not a pair
+        h = h + embed(c.n_types, "types")(jnp.zeros_like(tokens))  # a single text, not a pair
         h = nn.LayerNorm(c.norm_eps, dtype=self.dtype, name="embed_norm")(h)
         layers = nn.scan(
             Block,
@@ -119,15 +131,15 @@ class Bert(nn.Module):
 
 
 def sentence_vectors(model: Bert, params: PyTree, tokens: jax.Array) -> jax.Array:
-    """Mean of the hidden states of what is no padding, of length 1.
+    """Return the mean hidden state of each sentence without padding, normalized to length 1.
 
     Args:
-      params: the inner "params" tree.
+      model: the encoder.
+      params: inner "params" tree.
       tokens: int [b, t].
     Returns:
-      float32 [b, d]; products of two are cosines.
-    Source:
-      Reimers & Gurevych 2019, arXiv:1908.10084.
+      float32 [b, d]; inner products of two are cosines.
+    Source: Reimers & Gurevych 2019, arXiv:1908.10084.
     """
     hidden = model.apply({"params": params}, tokens).astype(jnp.float32)
     total = jnp.sum(hidden * (tokens != model.config.pad_id)[..., None], axis=1)

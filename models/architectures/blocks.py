@@ -1,4 +1,4 @@
-"""A Llama cut into pure functions: block by block, and within a block."""
+"""A Llama split into pure functions: block by block, and within a block."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from jaxquant_models.architectures.rope import rotation_angles
 
 
 class Blockwise(NamedTuple):
-    """The model cut into pure functions; see `blockwise`."""
+    """The model as three pure functions; see `blockwise`."""
 
     embed: Callable[[PyTree, jax.Array], jax.Array]
     block: Callable[[PyTree, jax.Array], jax.Array]
@@ -23,8 +23,11 @@ class Blockwise(NamedTuple):
 
 
 def blockwise(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Blockwise:
-    """The model as three pure functions, for calibration one block at a time.
+    """Return the model as three pure functions, for calibration one block at a time.
 
+    Args:
+      config: the architecture.
+      dtype: dtype of activations.
     Returns:
       embed(params, tokens [b, t]) -> h [b, t, d];
       block(layer_params, h) -> h, where layer_params is `params["layers"]` without the axis L;
@@ -51,7 +54,12 @@ def blockwise(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Blockwise:
 def attention_and_mlp(
     config: LlamaConfig, dtype: DTypeLike = jnp.float32
 ) -> tuple[Callable, Callable]:
-    """What attention, and what the MLP, of a block adds: two functions of (layer_params, h)."""
+    """Return two functions (layer_params, h) -> the output that attention and the MLP add to h.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of activations.
+    """
 
     def run(module, name, layer_params, h, *args):
         norm = nn.RMSNorm(config.norm_eps, dtype=dtype)

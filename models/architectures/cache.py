@@ -1,8 +1,8 @@
-"""What a model keeps of the tokens it has seen: keys and values as they are, or quantized.
+"""Key-value caches: unquantized, packed, and simulated.
 
-A cache goes from layer to layer: `attend(layer, ...)` lets the queries of a layer's new tokens see
-them and what is kept of those before. It may keep the new ones then, or, after the last layer, in
-`advanced`, which gets of all layers what `attend` gave to be kept.
+A cache passes through the layers: `attend(layer, ...)` lets the queries of a layer's new tokens see
+those tokens and the cached ones. A cache may store the new tokens then, or after the last layer in
+`advanced`, which receives from all layers what their `attend` returned to be kept.
 """
 
 import dataclasses
@@ -22,10 +22,15 @@ from pallas_kernels.kv_attention import kv_attention
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far; k, v: [L, b, n_kv_heads, S, head_dim], length: int32 scalar.
+    """Unquantized keys and values of the tokens seen so far.
 
-    Where layers are apart, k and v are tuples of L arrays [b, n_kv_heads, S, head_dim]: a step then
-    writes one slot of each in place, where a layer would be copied out of a stack.
+    For unstacked layers, k and v are tuples of L arrays [b, n_kv_heads, S, head_dim]: a step then
+    writes one slot of each in place, whereas a layer would be copied out of a stack.
+
+    Attributes:
+      k, v: [L, b, n_kv_heads, S, head_dim].
+      length: int32 scalar, number of tokens seen so far.
+      end: position from which tokens are padding, or None.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
@@ -35,20 +40,31 @@ class Cache(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The most tokens, S."""
+        """S, the maximum number of tokens."""
         return self.k[0].shape[2]
 
     def until(self, end: jax.Array | None) -> "Cache":
-        """From now on tokens at position `end` or after it are padding; None: no more."""
+        """Return a cache that treats tokens at position `end` or later as padding.
+
+        Args:
+          end: the position, int32 scalar; None if no further token is padding.
+        """
         return self._replace(end=end)
 
     def apart(self) -> "Cache":
-        """As layers apart want it."""
+        """Return the cache in the form for unstacked layers."""
         return self._replace(k=tuple(self.k), v=tuple(self.v))
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
-        """For queries [b, t, heads, hd] and new keys and values [b, kv, t, hd]: mixed values, the
-        cache, and what `advanced` is to get."""
+        """Return the attention output, the cache, and what `advanced` is to receive.
+
+        Args:
+          layer: number of the layer.
+          q: queries [b, t, heads, hd] of the new tokens.
+          k, v: their keys and values [b, kv, t, hd].
+          positions: their positions, int32 [t].
+          config: the architecture.
+        """
         if isinstance(self.k, tuple):
             put = lambda held, new: jax.lax.dynamic_update_slice(
                 held[layer], new.astype(held[layer].dtype), (0, 0, positions[0], 0)
@@ -64,26 +80,34 @@ class Cache(NamedTuple):
         return attention(q, kept.k[layer], kept.v[layer], positions), kept, None
 
     def advanced(self, tokens: int, kept: None, config: LlamaConfig) -> "Cache":
-        """After a call of so many. The padding's keys lie after the end: no later query sees a
-        slot before overwriting it."""
+        """Return the cache after a call of `tokens` tokens.
+
+        Keys of padding lie beyond the end, and every slot is overwritten before a later query sees
+        it.
+
+        Args:
+          tokens: number of tokens, padding included.
+          kept: unused, since `attend` stores keys and values.
+          config: the architecture.
+        """
         return self._replace(length=_advanced(self, tokens))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedCache:
-    """Quantized keys and values; a stack of layers, also for layers that are apart.
+    """Quantized keys and values of stacked layers; also used for unstacked layers.
 
-    The tokens of one call see each other as they are, and those before as the cache holds them: the
-    first few and the recent ones as they are, the others rounded. So a prefill sees everything as
-    it is, as in KIVI.
+    The tokens of one call see each other unrounded. They see earlier tokens as the cache holds
+    them: the first few and the recent ones unrounded, the others rounded. A prefill therefore sees
+    everything unrounded, as in KIVI.
 
     Attributes:
       past: the arrays; see `pallas_kernels.codecs.kv_layout.Past`.
-      length: int32 scalar, tokens seen so far.
-      form: how keys and values are kept.
-      size: the most tokens.
-      end: as of `Cache.until`.
+      length: int32 scalar, number of tokens seen so far.
+      form: the format of keys and values.
+      size: maximum number of tokens.
+      end: as in `Cache.until`.
     """
 
     past: Past
@@ -93,11 +117,11 @@ class PackedCache:
     end: jax.Array | None = None
 
     def until(self, end: jax.Array | None) -> "PackedCache":
-        """As `Cache.until`; padding enters neither the codes nor the recent tokens."""
+        """As `Cache.until`; padding is stored neither in the codes nor among the recent tokens."""
         return dataclasses.replace(self, end=end)
 
     def apart(self) -> "PackedCache":
-        """Itself: its kernel reads a layer where it lies in the stack."""
+        """Return the cache itself, since its kernel reads a layer in place from the stack."""
         return self
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
@@ -106,9 +130,10 @@ class PackedCache:
         return kv_attention(q, k, v, self.past, layer, self.length, turns), self, (k, v)
 
     def advanced(self, tokens: int, kept: tuple, config: LlamaConfig) -> "PackedCache":
-        """As `Cache.advanced`; kept: keys and values [L, b, kv, t, hd] of the call.
+        """As `Cache.advanced`; kept are the keys and values [L, b, kv, t, hd] of the call.
 
-        All layers at once: it is one small program, and what a layer sees was not touched yet.
+        Storing all layers at once takes one small program, and no layer sees a cache already
+        modified.
         """
         after = _advanced(self, tokens)
         past = kv_cache.store(self.past, *kept, self.length, after, self.form, _radians(config))
@@ -118,17 +143,17 @@ class PackedCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FakeQuantizedCache:
-    """Shows each query of a whole sequence what a packed cache would show it.
+    """Simulates, on whole sequences, what each query would see in a packed cache.
 
-    It keeps everything as it is: of a sequence that comes in several calls, the keys of each are
-    rounded with those before, whose groups they fill.
+    All keys and values are kept unrounded. If a sequence comes in several calls, the keys of each
+    call are rounded together with the earlier ones, whose groups they complete.
 
     Attributes:
-      form: how keys and values would be kept.
-      strict: every query sees all tokens rounded, its own too, but for the sinks and the last
-        `form.window` before and with it; else those that would be in the codes by then, were the
-        tokens decoded one by one.
-      past: keys and values [L, b, kv, length, hd] of the calls before, if any.
+      form: the format of keys and values.
+      strict: if True, every query sees all tokens rounded except the sinks and the last
+        `form.window` tokens up to and including its own. If False, it sees rounded only the tokens
+        that would be in the codes in token-by-token decoding.
+      past: keys and values [L, b, kv, length, hd] of earlier calls, or None.
     """
 
     form: KVFormat = dataclasses.field(metadata={"static": True})
@@ -139,11 +164,11 @@ class FakeQuantizedCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far."""
+        """Number of tokens seen so far."""
         return 0 if self.past is None else self.past[0].shape[3]
 
     def apart(self) -> "FakeQuantizedCache":
-        """Itself."""
+        """Return the cache itself."""
         return self
 
     def attend(self, layer, q, k, v, positions, config: LlamaConfig):
@@ -175,7 +200,7 @@ class FakeQuantizedCache:
 
 
 def _appended(held: jax.Array, new: jax.Array) -> jax.Array:
-    """Tokens [..., t, hd] behind others."""
+    """Return tokens [..., t, hd] appended to earlier ones."""
     return jnp.concatenate([held, new], axis=-2)
 
 
@@ -189,11 +214,14 @@ def init_cache(
     dtype: DTypeLike = jnp.float32,
     kv: KVFormat | None = None,
 ) -> Cache | PackedCache:
-    """An empty cache with room for `size` tokens in each of `batch` sequences.
+    """Return an empty cache with room for `size` tokens in each of `batch` sequences.
 
     Args:
-      dtype: of what is kept as it is.
-      kv: quantize keys and values in this format; None keeps all as they are.
+      config: the architecture.
+      batch: number of sequences.
+      size: maximum number of tokens per sequence.
+      dtype: dtype of unquantized keys and values.
+      kv: format in which keys and values are quantized; None leaves all unquantized.
     Raises:
       ValueError: the format does not fit the model's heads.
     """

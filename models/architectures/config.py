@@ -1,4 +1,4 @@
-"""The architecture of a Llama-like model: its sizes and switches, checked whoever made them."""
+"""The architecture of a Llama-like model: validated sizes and options."""
 
 import dataclasses
 import math
@@ -22,7 +22,15 @@ from jaxquant_models.schemas.strict import Schema, checked
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's RoPE scaling; the names are those of Hugging Face's `rope_scaling`."""
+    """Llama 3.1's RoPE scaling; the names are those of Hugging Face's `rope_scaling`.
+
+    Attributes:
+      factor: divisor of the low frequencies.
+      low_freq_factor: pairs with fewer turns than this within the original context are divided
+        fully.
+      high_freq_factor: pairs with more turns than this are unchanged.
+      original_max_position: length of the context that the model was first trained on.
+    """
 
     factor: float
     low_freq_factor: float
@@ -33,14 +41,35 @@ class Llama3Scaling:
         checked(_ScalingFields, vars(self), "rope_scaling")
 
 
-# A float divides every frequency (linear); a tuple divides each by its own factor, which is how
-# GGUF stores Llama-3 scaling (tensor rope_freqs.weight).
+# A float divides every frequency (linear scaling); a tuple has one divisor per frequency, the form
+# in which GGUF stores Llama 3 scaling (tensor rope_freqs.weight).
 RopeScaling = None | float | tuple[float, ...] | Llama3Scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and switches of a Llama-like decoder. Immutable, hashable, compared by value."""
+    """Sizes and options of a Llama-like decoder. Immutable, hashable, compared by value.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      d_model: width of the residual stream.
+      d_ff: hidden width of the MLP.
+      n_layers: number of layers.
+      n_heads: number of query heads.
+      n_kv_heads: number of key-value heads, a divisor of n_heads.
+      head_dim: channels per head, an even number.
+      norm_eps: epsilon of the RMSNorms.
+      rope_theta: base of RoPE's frequencies.
+      rope_scaling: scaling of RoPE's frequencies, see `RopeScaling`; None for none.
+      tie_embeddings: whether the embedding is the output matrix too.
+      qk_norm: whether each head's q and k pass an RMSNorm (Qwen3).
+      qkv_bias, o_bias, mlp_bias: whether these matrices have biases.
+      sub_norms: whether the inputs of o and down pass an RMSNorm (BitNet b1.58).
+      activation: activation of the gate, "silu", or "relu2", the square of ReLU (BitNet b1.58).
+      max_position: maximum number of positions.
+      eos_ids: ids of the stop tokens.
+      bos_id: id of the token that begins a text, or None.
+    """
 
     vocab_size: int
     d_model: int
@@ -53,12 +82,12 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = None
     tie_embeddings: bool = False
-    qk_norm: bool = False  # RMSNorm on each head's q and k (Qwen3)
+    qk_norm: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    sub_norms: bool = False  # RMSNorm before o and before down (BitNet b1.58)
-    activation: str = "silu"  # of the gate; "relu2" is the square of ReLU (BitNet b1.58)
+    sub_norms: bool = False
+    activation: str = "silu"
     max_position: int = 2048
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -79,20 +108,22 @@ class LlamaConfig:
 
     @property
     def weights(self) -> int:
-        """How many there are at least: those of all matrices."""
+        """A lower bound of the number of weights: those of all matrices."""
         inner, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         layer = self.d_model * (2 * inner + 2 * keys + 3 * self.d_ff)
         tables = 1 if self.tie_embeddings else 2
         return self.n_layers * layer + tables * self.vocab_size * self.d_model
 
     def to_json(self) -> dict[str, JsonValue]:
-        """A dict of JSON values; `from_json` is its inverse."""
+        """Return the configuration as a dict of JSON values; `from_json` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, JsonValue]) -> "LlamaConfig":
-        """The inverse of `to_json`, also after a trip through JSON text.
+        """Return the configuration that `to_json` serialized.
 
+        Args:
+          data: the dict of JSON values, also after a round trip through JSON text.
         Raises:
           ValueError: a key is unknown or missing, or a value is out of range.
         """
@@ -111,7 +142,7 @@ class LlamaConfig:
 
 
 class _ScalingFields(Schema):
-    """Fields of `Llama3Scaling`."""
+    """Schema of the fields of `Llama3Scaling`."""
 
     factor: Factor
     low_freq_factor: Factor
@@ -129,7 +160,7 @@ class _ScalingFields(Schema):
 
 
 class _ConfigFields(Schema):
-    """Fields of `LlamaConfig`, whoever made it; `rope_scaling` apart."""
+    """Schema of the fields of `LlamaConfig` except `rope_scaling`."""
 
     vocab_size: Size
     d_model: Size

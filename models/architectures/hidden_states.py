@@ -1,4 +1,4 @@
-"""What a Llama holds between its layers, and where its queries look."""
+"""The residual stream of a Llama after each layer, and the attention that each key receives."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Block
 from jaxquant_models.architectures.rope import rotate, rotation_angles
 
-FIRST_QUERY = 64  # earlier ones have few keys to choose from
+FIRST_QUERY = 64  # earlier queries see only few keys
 
 
 class HiddenStates(NamedTuple):
-    """Of one text.
+    """Hidden states of one text.
 
     Attributes:
-      residual: the residual stream after each layer, float32.
-      attention: what each key gets of the attention, mean over heads and queries, float32.
+      residual: the residual stream after each layer, float32 [L, t, d].
+      attention: the attention weight of each key, averaged over heads and queries, float32 [L, t].
     """
 
     residual: Float[Array, "L t d"]
@@ -33,13 +33,15 @@ class HiddenStates(NamedTuple):
 def hidden_states(
     config: LlamaConfig, dtype: DTypeLike = jnp.float32, first_query: int = FIRST_QUERY
 ) -> Callable[[PyTree, Int[Array, " t"]], HiddenStates]:
-    """The pure function (params, tokens int [t]) -> `HiddenStates`, layers stacked or apart.
+    """Return the pure function (params, tokens int [t]) -> `HiddenStates`.
 
-    One head's attention [t, t] is held at a time. Of packed params ask
-    `jaxquant.quantized(hidden_states(config))`.
+    Layers may be stacked or unstacked. The attention matrix [t, t] of one head is held at a time.
+    For packed params use `jaxquant.quantized(hidden_states(config))`.
 
     Args:
-      first_query: the mean is over the queries from this one on; texts must be longer.
+      config: the architecture.
+      dtype: dtype of activations.
+      first_query: first query of the average; texts must be longer than this.
     """
     embed = blockwise(config, dtype).embed
     block = Block(config, dtype)
@@ -76,7 +78,7 @@ def _is_query_or_key(module: nn.Module, _: str) -> bool:
 
 
 def _heads(config: LlamaConfig, seen: Mapping[str, PyTree]) -> list[Array]:
-    """Queries and keys [1, t, heads, head_dim] as they are before they are rotated."""
+    """Return queries and keys [1, t, heads, head_dim] before RoPE."""
     last = "{}_norm" if config.qk_norm else "{}"
     found = [seen[last.format(name)]["__call__"][0] for name in "qk"]
     return [a.reshape(*a.shape[:2], -1, config.head_dim) for a in found]
@@ -85,7 +87,7 @@ def _heads(config: LlamaConfig, seen: Mapping[str, PyTree]) -> list[Array]:
 def _mass(
     q: Float[Array, "t heads hd"], k: Float[Array, "t kv hd"], first: int
 ) -> Float[Array, " t"]:
-    """Causal softmax weights, mean over heads and the queries from `first` on."""
+    """Return causal softmax weights averaged over heads and the queries from `first` on."""
     q, k = q.astype(jnp.float32).swapaxes(0, 1), k.astype(jnp.float32).swapaxes(0, 1)
     t, hd = k.shape[1:]
     visible = jnp.arange(t) <= jnp.arange(first, t)[:, None]

@@ -1,6 +1,7 @@
-"""Changes of a Llama's weights that leave its function as it is.
+"""Changes of a Llama's weights that leave its function unchanged.
 
-Factors of channels fold into what makes them, the residual stream turns, a tied embedding unties.
+Channel factors fold into the preceding operation, the residual stream is rotated, and a tied
+embedding is untied.
 """
 
 import dataclasses
@@ -13,10 +14,15 @@ from jaxquant_models.architectures.config import LlamaConfig
 
 
 def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
-    """What makes the inputs of the layers' matrices, as `jaxquant.fold` wants it.
+    """Return, for the layers' matrices, the weights that produce their inputs, for `jaxquant.fold`.
 
-    Values make the input of o too, but with fewer of them than queries one channel of theirs is
-    several of o's.
+    Values produce the input of o too, but if they have fewer heads than queries, one of their
+    channels becomes several channels of o's input, so that o is left out.
+
+    Args:
+      config: the architecture.
+    Returns:
+      Pattern of matrices -> paths of the weights that produce their inputs.
     """
     found: dict[str, tuple[str, ...]] = {
         "layers/attn/[qkv]/kernel": ("layers/attn_norm/scale",),
@@ -34,10 +40,12 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
 
 
 def residual(config: LlamaConfig) -> jq.Residual:
-    """What reads and what writes the residual stream, for `jaxquant.rotate_residual`.
+    """Return what reads and what writes the residual stream, for `jaxquant.rotate_residual`.
 
+    Args:
+      config: the architecture.
     Raises:
-      ValueError: one embedding serves both ends, in which the stream has two bases.
+      ValueError: embeddings are tied, so that one matrix would need both bases of the stream.
     """
     if config.tie_embeddings:
         raise ValueError(
@@ -59,7 +67,12 @@ def residual(config: LlamaConfig) -> jq.Residual:
 
 
 def untied(config: LlamaConfig, params: PyTree) -> tuple[LlamaConfig, PyTree]:
-    """(config, params) with a head of its own, if the embedding serves as one."""
+    """Return (config, params) with an output matrix of its own if embeddings are tied.
+
+    Args:
+      config: the architecture.
+      params: inner "params" tree.
+    """
     if not config.tie_embeddings:
         return config, params
     head = {"kernel": jnp.transpose(params["embed"]["embedding"])}

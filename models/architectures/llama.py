@@ -1,8 +1,8 @@
 """Llama and its relatives (Mistral, SmolLM, Qwen2, Qwen3, BitNet b1.58) in Flax linen.
 
-Every weight is used by a plain `nn.Dense` or `nn.Embed`, so jaxquant can put a packed stand-in at
-its place in the parameter tree. The layers are stacked: their leaves carry a leading axis L, and
-`nn.scan` runs over it, so that compile time does not grow with depth. The parameter paths:
+Every weight is used by a plain `nn.Dense` or `nn.Embed`, so jaxquant can substitute a packed weight
+at its place in the parameter tree. The layers are stacked: their leaves have a leading axis L, over
+which `nn.scan` runs, so that compile time does not grow with depth. The parameter paths:
 
     embed/embedding [V, d]                    norm/scale [d]          head/kernel [d, V] if untied
     layers/attn/{q,k,v,o}/kernel [L, in, out] (and bias [L, out])
@@ -11,8 +11,9 @@ its place in the parameter tree. The layers are stacked: their leaves carry a le
     layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
     layers/{attn_norm,mlp_norm}/scale [L, d]
 
-Params with the layers apart, layers/0/attn/..., serve too (`apply`), one layer after the other:
-longer to compile, and no layer's packed words are copied out of a stack before a kernel reads them.
+Unstacked params, layers/0/attn/..., are supported too (`apply`); the layers then run one after the
+other. This takes longer to compile, but no layer's packed words are copied out of a stack before a
+kernel reads them.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ NORM_SCALES = "*norm/scale"
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
+    """Grouped-query attention: n_heads query heads share n_kv_heads key and value heads."""
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             q = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="k_norm")(k)
         q, k = rotate(q, angles), rotate(k, angles)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as they are multiplied, lest a step copies all
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # the layout of the products: saves a cache copy
         if cache is None:
             mixed, kept = attention(q, k, v, positions), None
         else:
@@ -67,7 +68,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); BitNet: down(norm(relu(gate(x))^2 * up(x)))."""
+    """down(silu(gate(x)) * up(x)); for BitNet, down(norm(relu(gate(x))^2 * up(x)))."""
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
@@ -84,10 +85,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the (carry, slice) form that `nn.scan` wants.
+    """One layer, in the (carry, slice) form that `nn.scan` requires.
 
-    Carried are h and the cache, of which a layer may write its part in place; `layer` is its
-    number. The second result is what the cache is to get of all layers in the end.
+    The carry is h and the cache, which a layer may update in place; `layer` is the layer's number.
+    The second result holds what the cache receives from all layers at the end.
     """
 
     config: LlamaConfig
@@ -105,18 +106,18 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to logits.
+    """A decoder from tokens to logits.
 
     `apply({"params": p}, tokens)` maps int tokens [b, t] to float32 logits [b, t, V].
-    `apply({"params": p}, tokens, cache)` returns `(logits, cache)`: the tokens stand at positions
-    cache.length .. cache.length + t - 1, which must fit in the cache (a traced length cannot be
-    checked; past the end, JAX would write over the last slots).
+    `apply({"params": p}, tokens, cache)` returns `(logits, cache)`. The tokens are at positions
+    cache.length ... cache.length + t - 1, which must fit in the cache. A traced length cannot be
+    checked; beyond the end, JAX would overwrite the last slots.
 
     Attributes:
       config: the architecture.
       dtype: dtype of activations and matmuls; softmax, norms and logits are float32.
-      remat: recompute each block in the backward pass instead of keeping its activations; or what
-        to keep, a policy of `jax.checkpoint_policies`.
+      remat: whether each block is recomputed in the backward pass instead of keeping its
+        activations; or a policy of `jax.checkpoint_policies` that selects what to keep.
     """
 
     config: LlamaConfig
@@ -140,7 +141,14 @@ class Llama(nn.Module):
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
     def __call__(self, tokens, cache: AnyCache | None = None, layers: Callable | None = None):
-        """`layers`: what runs in place of the stack, of the same arguments and results."""
+        """Return the logits, and the updated cache if one is given.
+
+        Args:
+          tokens: int [b, t].
+          cache: the cache, or None.
+          layers: function that runs in place of the stack of layers, with its arguments and
+            results.
+        """
         if cache is not None and tokens.shape[1] > cache.size:
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit in a cache of size {cache.size}; "
@@ -158,16 +166,27 @@ class Llama(nn.Module):
         return logits, cache.advanced(tokens.shape[1], kept, self.config)
 
     def logits(self, h):
-        """Final norm and output matrix; h [b, t, d] to float32 [b, t, V]."""
+        """Apply the final norm and the output matrix: h [b, t, d] -> float32 [b, t, V].
+
+        Args:
+          h: the residual stream after the last layer.
+        """
         h = self.norm(h)
         out = self.embed.attend(h) if self.config.tie_embeddings else self.head(h)
         return out.astype(jnp.float32)
 
 
 def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
-    """The model on its inner "params" tree, the layers stacked or apart (`jaxquant.unstack`).
+    """Run the model on its inner "params" tree.
 
-    Of layers apart the returned cache is apart too; that of `init_cache` may be given.
+    Args:
+      model: the model.
+      params: inner "params" tree, with layers stacked or unstacked (`jaxquant.unstack`).
+      tokens: int [b, t].
+      cache: the cache, such as that of `init_cache`, or None.
+    Returns:
+      float32 logits [b, t, V]; with a cache, (logits, cache). For unstacked layers the returned
+      cache is unstacked too.
     """
     if not is_apart(params, "layers"):
         return model.apply({"params": params}, tokens, cache)
@@ -186,8 +205,15 @@ def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
 
 
 def check_tokens(tokens: ArrayLike | Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError for ids without a row in the embedding, which JAX would make NaN of, or,
-    where they are negative, another token. Traced ids pass: nobody knows them yet."""
+    """Raise ValueError for token ids that have no row in the embedding.
+
+    JAX would return NaN for ids that are too large and another token's row for negative ones.
+    Traced ids pass, since their values are not known.
+
+    Args:
+      tokens: token ids, of any shape.
+      vocab_size: number of rows of the embedding.
+    """
     if isinstance(tokens, jax.core.Tracer):
         return
     ids = np.asarray(tokens)
@@ -202,15 +228,20 @@ def check_tokens(tokens: ArrayLike | Sequence[int], vocab_size: int) -> None:
 
 
 def _after(h, kept):
-    """`kept`, which now depends on h.
+    """Return `kept` with an artificial dependence on h.
 
-    XLA writes a cache in place only where it sees that nothing reads it later; else a step copies
-    all of it. A barrier it drops before it looks, so this is a choice that it cannot foresee.
+    XLA updates a cache in place only if it sees that nothing reads it later; otherwise every step
+    copies the whole cache. XLA drops an optimization barrier before this analysis, so the
+    dependence is a select whose condition it cannot evaluate.
     """
     never = h.ravel()[0] > jnp.inf
     return jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), kept)
 
 
 def stacked(params):
-    """The params with their layers in a stack, also where they were apart (`jaxquant.unstack`)."""
+    """Return the params with stacked layers, stacking them if necessary (`jaxquant.unstack`).
+
+    Args:
+      params: inner "params" tree.
+    """
     return restack(params, "layers") if is_apart(params, "layers") else params

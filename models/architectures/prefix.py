@@ -1,8 +1,8 @@
-"""A prefix kept exact: the first tokens of a text, whose activations are not rounded.
+"""An exact prefix: the first tokens of a text, whose activations are not rounded.
 
-They are the sinks: their activations are hundreds of times as large as those of others, which see
-of them but keys and values, computed once (IntactKV, Liu et al. 2024, arXiv:2403.01241;
-PrefixQuant, Chen et al. 2024, arXiv:2410.05265).
+These tokens are attention sinks, with activations hundreds of times as large as those of other
+tokens. Other tokens see only their keys and values, which are computed once (IntactKV, Liu et al.
+2024, arXiv:2403.01241; PrefixQuant, Chen et al. 2024, arXiv:2410.05265).
 """
 
 from collections.abc import Callable
@@ -17,9 +17,15 @@ from jaxquant_models.architectures.llama import Llama, apply
 
 
 def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
-    """The model's functions, without and with a cache, activations exact in the first tokens.
+    """Return the model's functions without and with a cache, exact in the first tokens of a text.
 
-    More than `length` tokens given to a cache at once are taken to begin a text.
+    More than `length` tokens passed to a cache at once are taken to begin a text.
+
+    Args:
+      model: the model.
+      length: number of tokens whose activations are not rounded.
+    Returns:
+      (apply_fn, apply_cached), with the signatures of `Model.apply_fn` and `Model.apply_cached`.
     """
 
     def apply_cached(params: PyTree, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -40,7 +46,16 @@ def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
 def after_prefix(
     model: Llama, params: PyTree, sequence: jax.Array, length: int
 ) -> tuple[jax.Array, Cache]:
-    """The tokens [1, t] after a prefix, and the cache that it leaves: what calibration runs on."""
+    """Return the tokens [1, t] after a prefix, and the cache filled by the prefix.
+
+    Calibration runs on these.
+
+    Args:
+      model: the model.
+      params: inner "params" tree.
+      sequence: tokens, int [1, length + t].
+      length: number of tokens of the prefix.
+    """
     cache = init_cache(model.config, 1, sequence.shape[1], model.dtype)
     if length:
         cache = apply(model, params, sequence[:, :length], cache)[1]

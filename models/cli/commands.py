@@ -3,7 +3,7 @@
 from jaxquant_models.cli import interrupts
 
 if __name__ == "__main__":
-    interrupts.arm()  # before anything heavy is imported
+    interrupts.arm()  # before the heavy imports
 
 import os
 import sys
@@ -32,13 +32,16 @@ for command in (quantize, finetune, train_bitnet, evaluate_command, generate, in
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: exit status 0, 1 (failed), 2 (bad usage) or 130 (told to stop).
+    """Run the command, exiting with status 0, 1 (failed), 2 (bad usage) or 130 (interrupted).
 
-    An error is one line. Without arguments they, and the process, are the command's own.
+    An error is reported in one line.
+
+    Args:
+      args: the arguments; None takes those of the process, which then belongs to the command.
     """
     warnings.showwarning = lambda message, *_, **__: line(f"warning: {message}")
     own = args is None
-    # A job told to stop cleans up after itself, as one interrupted from the keyboard does.
+    # On SIGTERM a job cleans up after itself, as on an interrupt from the keyboard.
     with interrupts.working(own):
         try:
             sys.exit(cli.main(args, prog_name="jaxquant", standalone_mode=False) or 0)
@@ -46,11 +49,11 @@ def main(args: list[str] | None = None) -> None:
             _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, interrupts.Interrupted):
             _interrupted(own)
-        except click.Abort as error:  # what click makes of an EOFError, too
+        except click.Abort as error:  # click raises it for EOFError too
             if isinstance(error.__cause__, EOFError):
                 _fail(f"unexpected end of a file: {error.__cause__}", 1)
             _interrupted(own)
-        except Exception as error:  # a user gets a line whatever it is; JAXQUANT_DEBUG=1 says where
+        except Exception as error:  # reported in one line; JAXQUANT_DEBUG=1 shows the traceback
             if os.environ.get("JAXQUANT_DEBUG"):
                 raise
             expected = isinstance(error, ValueError | OSError) and str(error)
@@ -59,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _interrupted(own: bool) -> None:
     if own:
-        interrupts.leave()  # threads that are still at work would be waited for
+        interrupts.leave()  # a normal exit would wait for running threads
     _fail(interrupts.message(), interrupts.STATUS)
 
 

@@ -1,4 +1,4 @@
-"""What the commands show: bars and lines on stderr, reports on stdout."""
+"""Output of the commands: progress bars and messages on stderr, reports on stdout."""
 
 import contextlib
 import functools
@@ -18,7 +18,12 @@ stderr = Console(stderr=True)
 
 @contextlib.contextmanager
 def bar(title: str, total: int) -> Iterator[Step]:
-    """A progress bar on stderr; call what it gives once per step done."""
+    """Show a progress bar on stderr; the yielded function advances it by one step.
+
+    Args:
+      title: text before the bar.
+      total: number of steps.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as progress:
         task = progress.add_task(title, total=total)
@@ -26,12 +31,17 @@ def bar(title: str, total: int) -> Iterator[Step]:
 
 
 class Bars:
-    """A `runs.reporting.Reporter` that draws a bar for every stage and prints lines above it."""
+    """A `runs.reporting.Reporter` that shows a bar for every stage and prints lines above it."""
 
     @staticmethod
     @contextlib.contextmanager
     def stage(title: str, total: int) -> Iterator[Step]:
-        """Draw a bar as long as the stage lasts."""
+        """Show a bar while the stage lasts.
+
+        Args:
+          title: text before the bar.
+          total: number of steps.
+        """
         with bar(title, total) as advance:
 
             def step(done: object) -> None:
@@ -43,15 +53,23 @@ class Bars:
 
     @staticmethod
     def tell(text: str) -> None:
-        """Print the text on stderr."""
+        """Print the text on stderr.
+
+        Args:
+          text: the text.
+        """
         click.echo(text, err=True)
 
 
 @functools.singledispatch
 def line_of(done: object) -> str:
-    """The line that is printed after a step, by the kind of its report; "" if the bar is enough.
+    """Return the line to print after a step, or "" if the progress bar is enough.
 
-    A command whose steps have reports of another kind registers a line for them.
+    It is chosen by the type of the step's report. Commands with other types of reports register a
+    function for them.
+
+    Args:
+      done: the report of the step.
     """
     return ""
 
@@ -80,13 +98,17 @@ def _(done: Update) -> str:
 
 
 def line(text: str) -> None:
-    """Print a line on stderr as it is, above the bar."""
+    """Print a line verbatim on stderr, above the bar.
+
+    Args:
+      text: the line.
+    """
     stderr.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a ValueError inside into a usage error: one line, and exit status 2."""
+    """Convert a ValueError into a usage error: one line, and exit status 2."""
     try:
         yield
     except ValueError as error:
@@ -94,7 +116,12 @@ def usage_errors() -> Iterator[None]:
 
 
 def emit(report: Mapping[str, object], as_json: bool) -> None:
-    """Print a report on stdout: as JSON, or a line for each figure."""
+    """Print a report on stdout, as JSON or as one line per value.
+
+    Args:
+      report: name -> value.
+      as_json: whether to print JSON.
+    """
     if as_json:
         click.echo(json.dumps(report))
         return

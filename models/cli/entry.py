@@ -1,4 +1,4 @@
-"""What the console script `jaxquant` runs: signals are heeded before anything heavy is imported."""
+"""Entry point of the console script, which handles signals before the heavy imports run."""
 
 import importlib
 
@@ -6,6 +6,6 @@ from jaxquant_models.cli import interrupts
 
 
 def main() -> None:
-    """Entry point; see `cli.commands.main`."""
+    """Run the command; see `cli.commands.main`."""
     interrupts.arm()
     importlib.import_module("jaxquant_models.cli.commands").main()

@@ -52,7 +52,7 @@ def evaluate_command(
             raise ValueError("--strict and --no-strict are for --kv-bits; give both")
     content = read_text(text)
     student = load_with(activations, model, widen=False)
-    sizes = sizes_of(student.params)  # as stored
+    sizes = sizes_of(student.params)  # sizes as stored
     student = serving_model(student, line)
     sequences = token_sequences(student, content, ctx, chunks)
     teacher = None if against is None else _teacher(against, model, student, content)
@@ -66,7 +66,7 @@ def evaluate_command(
 
 
 def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:
-    """The model that the student is compared with: its function and its parameters."""
+    """Return the function and the parameters of the model to compare with."""
     teacher = registry.load(against)
     some = content[:10_000]
     if teacher.tokenizer.encode(some) != student.tokenizer.encode(some):

@@ -92,7 +92,7 @@ def finetune(
 def _job(
     request: FinetuningRequest, model: str, teacher: str | None, text: str | None, packed: bool
 ) -> FinetuningJob:
-    """The job on the models that are named; it is checked before the text is read."""
+    """Return the job on the named models, checked before the text is read."""
     source = registry.load(model)
     learned_from = _teacher(teacher, source, packed)
     with usage_errors():
@@ -114,13 +114,14 @@ def request_of(
     group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int,
     batch: int, seed: int, settings: tuple[str, ...], block_settings: tuple[str, ...],
 ) -> FinetuningRequest:  # fmt: skip
-    """The request that the options amount to.
+    """Return the request described by the options.
 
     Args:
       packed: whether the model is a checkpoint.
-      watch: whether everything that training can measure is to be measured.
+      watch: whether to measure everything that training can measure.
+      The others are the command's options.
     Raises:
-      ValueError: options that do not go together, or are out of range.
+      ValueError: options contradict each other or are out of range.
     """
     if packed and (bits, group_size) != (None, None):
         raise ValueError(
@@ -146,7 +147,7 @@ def request_of(
 def _training(
     how: How, steps: int, common: dict[str, Any], settings: tuple[str, ...]
 ) -> How | None:
-    """How so many steps train, with the user's settings; None if there is no step."""
+    """Return the training settings with the user's changes, or None for no steps."""
     fields = {"steps": steps, **common, **dict(map(setting, settings))}
     names = {f.name for f in dataclasses.fields(how)}
     if unknown := set(fields) - names:

@@ -21,7 +21,7 @@ from jaxquant_models.runs.serving import serving_model
 
 
 class Row(NamedTuple):
-    """What the command tells of a tensor."""
+    """The data shown about a tensor."""
 
     path: str
     shape: list[int]
@@ -32,7 +32,12 @@ class Row(NamedTuple):
 
     @staticmethod
     def of(path: str, w: jq.QTensor | jax.Array) -> "Row":
-        """The row of a weight, packed or not."""
+        """Return the row of a weight, packed or not.
+
+        Args:
+          path: path of the parameter.
+          w: the weight.
+        """
         if isinstance(w, jq.QTensor):
             method, kind = w.method, repr(w.format)
         else:
@@ -80,7 +85,7 @@ def inspect(
 
 
 def _tensors(model: str, as_json: bool) -> None:
-    """Print bytes and bits of every tensor, as stored."""
+    """Print the bytes and bits of every tensor, as stored."""
     params = registry.load(model, widen=False).params
     rows = [Row.of(path, w) for path, w in jq.path_leaves(params)]
     sizes = sizes_of(params)
@@ -101,7 +106,7 @@ def _tensors(model: str, as_json: bool) -> None:
 
 
 def _outliers(model: str, text: str, tokens: int, plot: str | None, as_json: bool) -> None:
-    """Print the outliers of activations on the first tokens of a text."""
+    """Print the activation outliers on the first tokens of a text."""
     content = read_text(text)
     source = serving_model(registry.load(model), line)
     found = outliers_of(source, token_sequences(source, content, tokens, 1)[0])

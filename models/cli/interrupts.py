@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM: a command that is told to stop says so in one line and ends with status 130.
+"""Handling of SIGINT and SIGTERM: the command reports the interrupt in one line and exits with 130.
 
-This module imports nothing heavy, so that a command can heed signals before it imports the rest.
+This module imports nothing heavy, so that a command can handle signals before its other imports.
 """
 
 import contextlib
@@ -14,51 +14,61 @@ from collections.abc import Callable, Iterator
 
 STATUS = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds that a command has to clean up. Python hears of a signal between two of its own
-# instructions only, which native code may put off, and code it calls may swallow the exception.
+# Seconds that a command has to clean up. A limit is needed because Python handles signals only
+# between its own instructions, which native code may delay, and called code may swallow the
+# exception.
 GRACE = 5.0
-AGAIN = 0.05  # seconds until a signal whose exception was lost is sent again
+AGAIN = 0.05  # seconds after which a signal is sent again if its exception was lost
 
 
 class Interrupted(BaseException):
-    """The command is to stop. No KeyboardInterrupt, which click and others take for their own."""
+    """Raised to stop the command.
+
+    It is not a KeyboardInterrupt, which click and others handle themselves.
+    """
 
 
 _about: Callable[[], str] = lambda: "no output was written"
 _grace = 0.0
 _watching = False
-_again = False  # the next signal is one that was lost
-_lost = False  # whether one was
+_again = False  # whether the next signal repeats a lost one
+_lost = False  # whether the exception of a signal was lost
 _saying = threading.Lock()
 
 
 def about(text: Callable[[], str]) -> None:
-    """What the line says of the output, asked for when it is written."""
+    """Set the function that describes the output in the message.
+
+    It is called when the message is written.
+
+    Args:
+      text: function that returns the description.
+    """
     global _about
     _about = text
 
 
 def message() -> str:
-    """What a command that was interrupted says."""
+    """Return the message of an interrupted command."""
     return f"interrupted; {_about()}"
 
 
 def leave(*_: object) -> None:
-    """Say so, and end the process at once."""
+    """Print the message and end the process immediately."""
     if _saying.acquire(blocking=False):
         with contextlib.suppress(Exception):
-            # A progress bar may stand on a terminal's line, and have hidden the cursor.
+            # A progress bar may occupy the terminal's line and have hidden the cursor.
             begin = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
             os.write(2, f"{begin}error: {' '.join(message().split())}\n".encode())
-    else:  # another thread just does
+    else:  # another thread is already doing this
         time.sleep(0.5)
     os._exit(STATUS)
 
 
 def arm() -> None:
-    """For a process that is the command: from now on a signal ends it, without any traceback."""
+    """Make signals end this process without a traceback, if the process is the command."""
     global _watching
-    for number in SIGNALS:  # also where the parent ignored them: it is a request to this process
+    for number in SIGNALS:  # even if the parent ignores them, since they address this process
         signal.signal(number, leave)
     if not _watching:
         heard, wakeup = os.pipe()
@@ -70,11 +80,12 @@ def arm() -> None:
 
 @contextlib.contextmanager
 def working(own: bool) -> Iterator[None]:
-    """While it lasts a signal raises `Interrupted`.
+    """Raise `Interrupted` on a signal inside the `with` block.
 
     Args:
-      own: whether the process is the command. Then a second signal ends it at once, and so does
-        the first where it has not ended after `GRACE`; and it heeds signals until its end.
+      own: whether the process is the command. If so, a second signal ends it at once, and so does
+        the first if the process has not ended after `GRACE` seconds; signals are handled until its
+        end.
     """
     global _grace
     if own:
@@ -102,7 +113,7 @@ def working(own: bool) -> Iterator[None]:
 
 
 def _unraisable(problem: "sys.UnraisableHookArgs") -> None:
-    """What is raised in a callback of the garbage collector, say, is lost; here that is noted."""
+    """Note that an `Interrupted` was lost, for example in a callback of the garbage collector."""
     global _lost
     if isinstance(problem.exc_value, Interrupted):
         _lost = True
@@ -111,7 +122,7 @@ def _unraisable(problem: "sys.UnraisableHookArgs") -> None:
 
 
 def _watch(heard: int) -> None:
-    """A thread: signals reach it while the main thread is in native code."""
+    """Watch for signals in a thread, which works while the main thread is in native code."""
     global _lost, _again
     main, count, end = threading.main_thread().ident, 0, float("inf")
     while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Metrics of a training, a line of JSON a step, and the same for TensorBoard."""
+"""Training metrics, written as one line of JSON per step and as TensorBoard events."""
 
 import contextlib
 import json
@@ -12,14 +12,19 @@ from jaxquant_models.cli.output import Output
 
 
 def check_metrics(metrics: str | None, output: Output) -> None:
-    """Raise ValueError if they are to be written where the model is."""
+    """Raise ValueError if the metrics would be written where the model is.
+
+    Args:
+      metrics: the value of `--metrics`, or None.
+      output: the output of the command.
+    """
     taken = (Path(output.out).resolve(), output.path)
     if metrics is not None and Path(metrics).resolve() in taken:
         raise ValueError(f"--metrics {metrics} is where the model will be written; give another")
 
 
 class Metrics:
-    """Writes numbers by step into a folder: metrics.jsonl, and an events file."""
+    """Writes numbers by step into a folder: metrics.jsonl and an events file."""
 
     def __init__(self, folder: Path | None) -> None:
         self.lines = self.events = None
@@ -31,7 +36,11 @@ class Metrics:
     @staticmethod
     @contextlib.contextmanager
     def to(folder: str | None) -> Iterator["Metrics"]:
-        """Closed at the end; of no folder, nothing is written."""
+        """Open the metrics for a `with` block; if folder is None, nothing is written.
+
+        Args:
+          folder: the folder, created if it does not exist; or None.
+        """
         metrics = Metrics(None if folder is None else Path(folder))
         try:
             yield metrics
@@ -41,7 +50,13 @@ class Metrics:
                 metrics.events.close()
 
     def write(self, step: int, values: Mapping[str, float | None], stage: str = "") -> None:
-        """One step's numbers; None is left out. `stage`: of the training, where it has several."""
+        """Write the numbers of one step, except those that are None.
+
+        Args:
+          step: number of the step.
+          values: name -> number.
+          stage: name of the training stage, if there are several.
+        """
         if self.lines is None or self.events is None:
             return
         known = {k: v for k, v in values.items() if v is not None and k != "step"}

@@ -1,4 +1,4 @@
-"""Options of the commands that run a model: how inputs of products, keys and values are rounded."""
+"""Options of the commands that run a model: rounding of activations, keys and values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,12 @@ activations_option = click.option(
 
 
 def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
-    """Load a model; inputs of its packed weights are rounded as the option says."""
+    """Load a model whose packed weights round their inputs as the option says.
+
+    Args:
+      activations: the value of `--activations`; None leaves it to the checkpoint.
+      spec, widen: as in `readers.registry.load`.
+    """
     with usage_errors():
         jq.Activations.of(activations)
     model = registry.load(spec, widen=widen)
@@ -30,7 +35,11 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
 
 
 def kv_options(command: Callable) -> Callable:
-    """Add the options that say how keys and values are kept; `kv_format` reads them."""
+    """Add the options of the key-value cache to a command; `kv_format` reads them.
+
+    Args:
+      command: the function of the command.
+    """
     default = KVFormat()
     for name, kind, text in (
         ("channels", int, f"Channels of one scale of values; default {default.channels}."),
@@ -45,7 +54,13 @@ def kv_options(command: Callable) -> Callable:
 
 
 def kv_format(options: dict[str, Any]) -> KVFormat | None:
-    """The format that the options of `kv_options` ask for; None if they ask for none."""
+    """Return the cache format described by the options of `kv_options`, or None.
+
+    Args:
+      options: option name -> value.
+    Raises:
+      ValueError: options are given without `--kv-bits`, or are out of range.
+    """
     given = {name.removeprefix("kv_"): v for name, v in options.items() if v is not None}
     if given and "bits" not in given:
         raise ValueError(f"--kv-{min(given)} is for --kv-bits; give both")

@@ -1,4 +1,4 @@
-"""What the options of several commands share."""
+"""Options shared by several commands."""
 
 import click
 from pydantic import JsonValue
@@ -9,8 +9,10 @@ SEED = click.IntRange(0, 2**32 - 1)
 
 
 def setting(text: str) -> tuple[str, JsonValue]:
-    """The name and the value of a `--set NAME=VALUE`; a value that is not JSON is a string.
+    """Return the name and value of a `--set NAME=VALUE`; a value that is not JSON is a string.
 
+    Args:
+      text: the text after `--set`.
     Raises:
       ValueError: the text does not have this form.
     """

@@ -1,4 +1,4 @@
-"""Outliers shown: as a table, a heat map, a picture."""
+"""Displays outliers as a table, a heat map or a picture."""
 
 import importlib
 import importlib.util
@@ -13,25 +13,35 @@ from rich.text import Text
 from jaxquant.theory.outliers import HEADER, Outliers, layer_name
 
 SUFFIXES = (".png", ".svg", ".pdf")
-DECADES = 5  # the colour scale's end: max is 10^5 medians
-# viridis at 0, 1/5 .. 1; the colours between are mixed.
+DECADES = 5  # upper end of the color scale: a maximum of 10^5 medians
+# viridis at 0, 1/5, ..., 1; colors in between are interpolated.
 COLOURS = np.array(
     [(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)]
 )
 
 
 def table(found: Outliers) -> Table:
-    """A row for every site of every layer."""
+    """Return a table with a row for every site of every layer.
+
+    Args:
+      found: the outliers.
+    """
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in HEADER:
         out.add_column(name, no_wrap=name not in ("site", "token", "kinds", HEADER[-1]))
     for row in found.rows():
-        out.add_row(*map(Text, row))  # a token's text is no markup
+        out.add_row(*map(Text, row))  # Text, because a token must not be read as markup
     return out
 
 
 def heat_map(found: Outliers) -> Text:
-    """Layers down, sites across, log10(max / median) in each cell; readable without colours too."""
+    """Return a heat map of log10(max / median), with layers as rows and sites as columns.
+
+    It is readable without colors too.
+
+    Args:
+      found: the outliers.
+    """
     sites, layers, values = found.heat()
     width = max(len(layer_name(layer)) for layer in layers) + 2
     out = Text("log10(max / median), layers down: ")
@@ -58,7 +68,11 @@ def _cell(value: float, width: int) -> tuple[str, str]:
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise ValueError if no picture can be written there, before anything is computed."""
+    """Raise ValueError if no picture can be written to path, before anything is computed.
+
+    Args:
+      path: the file, with a suffix in `SUFFIXES`.
+    """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"--plot writes {', '.join(SUFFIXES)}, got {str(path)!r}")
     if not Path(path).parent.is_dir():
@@ -68,7 +82,12 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot(found: Outliers, path: str | Path) -> None:
-    """The heat map as a picture; the file is there whole or not at all."""
+    """Write the heat map as a picture; the file is written completely or not at all.
+
+    Args:
+      found: the outliers.
+      path: the file.
+    """
     check_plot(path)
     figures: Any = importlib.import_module("matplotlib.figure")  # optional, and slow to import
     sites, layers, values = found.heat()

@@ -1,4 +1,4 @@
-"""Where a command writes: held against other runs while it works, published whole at its end."""
+"""The output of a command: locked against other runs during the work, published at the end."""
 
 import contextlib
 from collections.abc import Mapping
@@ -16,17 +16,20 @@ from jaxquant_models.cli.console import line
 from jaxquant_models.readers.checkpoint import save_model
 from jaxquant_models.readers.model import Model
 
-RUN = "run"  # in a checkpoint's metadata: the digest of the run that made it
+RUN = "run"  # metadata key of a checkpoint for the digest of the run that made it
 
 
 class Output:
-    """The directory `--out` of a command, and the folder beside it that keeps its work meanwhile.
+    """The directory `--out` of a command, and the folder beside it that holds unfinished work.
 
     Attributes:
       out: the directory.
       path: the folder.
       finished: the contents of the folder, once `begin` has opened it.
 
+    Args:
+      out: the directory.
+      overwrite: whether an existing checkpoint may be replaced.
     Raises:
       ValueError: a checkpoint may not be written there.
     """
@@ -42,7 +45,7 @@ class Output:
             raise
 
     def hold(self) -> None:
-        """Keep other runs from writing there until the command ends.
+        """Lock the output against other runs until the command ends.
 
         Raises:
           ValueError: another run writes there.
@@ -51,10 +54,14 @@ class Output:
         interrupts.about(self._about)
 
     def begin(self, run: Mapping[str, JsonValue], *, refuse: bool = False) -> Folder:
-        """Open the folder for as long as the command runs.
+        """Open the folder for the duration of the command.
 
+        Args:
+          run: the identity of the run.
+          refuse: as in `Folder`.
         Raises:
-          ValueError: as `Folder`; or another run has ended meanwhile, whose output is there now.
+          ValueError: as in `Folder`; or another run has finished in the meantime and published its
+            output.
         """
         self.finished = Folder(self.path, run, refuse=refuse)
         click.get_current_context().with_resource(self.finished)
@@ -67,7 +74,12 @@ class Output:
         return self.finished
 
     def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
-        """Write the result, and remove the folder, which is not needed any more."""
+        """Write the result, and remove the folder, which is no longer needed.
+
+        Args:
+          model: the result.
+          recipe: the recipe that made it, or None.
+        """
         overwrite = self.overwrite or self._is_result()
         save_model(self.out, model, recipe, overwrite, {RUN: self.finished.digest})
         interrupts.about(lambda: f"the output is in {self.out}")
@@ -77,7 +89,7 @@ class Output:
         checkpoint.check_target(self.out, self.overwrite or self._is_result())
 
     def _is_result(self) -> bool:
-        """Whether the folder's run has written there, and was killed before it could tidy up."""
+        """Return whether the folder's run was killed between publishing and cleaning up."""
         run = digest(self.path)
         if not run or not checkpoint.is_checkpoint(self.out):
             return False
@@ -93,13 +105,17 @@ class Output:
 
 
 def folder_of(out: str | Path) -> Path:
-    """Where a command that writes to `out` keeps its work, until it is done."""
-    out = Path(out).resolve()  # one folder, whatever links lead there
+    """Return the folder that holds the unfinished work of a command that writes to `out`.
+
+    Args:
+      out: the directory.
+    """
+    out = Path(out).resolve()  # the same folder for every link to it
     return out.with_name(f"{out.name}.partial")
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the empty folder of a run that was killed just when it was over."""
+    """Remove the empty folder of a run that was killed right after it finished."""
     if folder.is_dir():
         with contextlib.suppress(ValueError, OSError):
             claim(folder).close()

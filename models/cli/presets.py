@@ -1,4 +1,4 @@
-"""Presets of `jaxquant quantize --effort`: how much work a quantization is worth."""
+"""Presets of `jaxquant quantize --effort`: how much work to spend on a quantization."""
 
 import dataclasses
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Values for options that the user leaves out.
+    """Values of options that the user leaves out.
 
     Attributes:
-      method: the name of the method.
-      tokens: how many tokens to calibrate on.
-      heal_steps: how many steps of training follow the rounding.
-      options: options of methods, by the name of the method.
+      method: name of the method.
+      tokens: number of calibration tokens.
+      heal_steps: number of training steps after rounding.
+      options: method name -> options of the method.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The options of `jaxquant quantize`, checked and turned into a request."""
+"""Checks the options of `jaxquant quantize` and converts them to a request."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ from jaxquant_models.runs.sequences import CONTEXT
 from jaxquant_models.schemas.strict import parse_json, read_bytes
 
 ROTATIONS = ("random", "learned")
-Make = Callable[[dict[str, Any]], jq.Method]  # makes a method of its options
+Make = Callable[[dict[str, Any]], jq.Method]  # makes a method from its options
 MOST_BITS = 8
-# Methods whose option `bits` is their rate, side information aside.
+# Methods whose option `bits` is their rate, apart from side information.
 RATED = (
     "rtn", "gptq", "quip_sharp", "qtip", "trellis", "entropy_coded", "normal_float",
 )  # fmt: skip
@@ -49,10 +49,12 @@ def request_of(
     settings: tuple[str, ...] = (),
     **method_options: Any,
 ) -> QuantizationRequest:
-    """The request that the options amount to; the preset or the method fills in what is None.
+    """Return the request described by the options; the preset or the method replaces None.
+
+    The arguments are the command's options.
 
     Raises:
-      ValueError: options that do not go together, or are out of range.
+      ValueError: options contradict each other or are out of range.
     """
     preset = PRESETS[effort]
     given = {n: v for n, v in method_options.items() if v is not None}
@@ -98,7 +100,7 @@ def request_of(
 def _check_healing(
     steps: int, learn_steps: int, *, text: str | None, batch: int, codes: int
 ) -> None:
-    """Raise ValueError if options of training are given but nothing trains."""
+    """Raise ValueError if training options are given but nothing is trained."""
     given = {"text": text is not None, "batch": batch > 1, "codes": codes > 0}
     for name in (name for name, asked in given.items() if asked and not steps):
         if name == "codes" or not learn_steps:
@@ -135,7 +137,7 @@ def _rotating(steps: int | None) -> jq.Healing:
 
 
 def _check_alone(method: str | None, target_bits: float | None, given: dict[str, Any]) -> None:
-    """Raise ValueError if options of methods are given beside a file of rules."""
+    """Raise ValueError if method options are given together with a recipe file."""
     if method is not None:
         raise ValueError("give one of --method and --recipe")
     if given or target_bits is not None:
@@ -143,8 +145,10 @@ def _check_alone(method: str | None, target_bits: float | None, given: dict[str,
 
 
 def recipe_of_file(path: str) -> jq.Recipe:
-    """The recipe in a JSON file.
+    """Return the recipe in a JSON file.
 
+    Args:
+      path: the file.
     Raises:
       ValueError: the file cannot be read, or holds no recipe.
     """
@@ -156,12 +160,12 @@ def _method_name(method: str | None, target_bits: float | None, preset: Preset) 
         raise ValueError("give one of --method and --recipe, or --target-bits")
     name = preset.method if method is None else method
     if name not in jq.METHODS:
-        jq.named_method(name)  # says which there are
+        jq.named_method(name)  # raises an error that lists the methods
     return name
 
 
 def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, Any]) -> jq.Method:
-    """The method, with the preset's options unless they contradict what the user said."""
+    """Return the method with the preset's options, unless they contradict the user's."""
     try:
         method = jq.named_method(name, **preset.options.get(name, {}) | options)
         if weighting == "gradient" or not method.needs_output:
@@ -172,7 +176,7 @@ def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, 
 
 
 def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:
-    """The method for all matrices; a whole number of bits is given as an int."""
+    """Return the method for all matrices, converting a whole number of bits to an int."""
     bits = given.get("bits")
     if isinstance(bits, float) and bits.is_integer():
         given = given | {"bits": int(bits)}
@@ -180,7 +184,7 @@ def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:
 
 
 def _choices(make: Make, name: str, target: float, given: dict[str, Any]) -> tuple[jq.Method, ...]:
-    """The method at every whole number of bits, and at quarters of a bit near the target."""
+    """Return the method at every whole number of bits, and at quarters of a bit near the target."""
     if "bits" in given:
         raise ValueError("give one of --bits and --target-bits")
     if not 0 < target <= MOST_BITS:
@@ -196,7 +200,7 @@ def _choices(make: Make, name: str, target: float, given: dict[str, Any]) -> tup
     for bits in sorted([*whole, *quarters]):
         try:
             found.append(make(given | {"bits": bits}))
-        except ValueError as error:  # not every method has every rate
+        except ValueError as error:  # not every method supports every rate
             problems[bits] = error
     if not found:
         raise problems[min(problems, key=lambda bits: abs(bits - target))]

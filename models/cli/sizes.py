@@ -1,4 +1,4 @@
-"""Bytes and bits of a model and of its cache, as reports give them."""
+"""Sizes of a model and of its cache, as shown in reports."""
 
 from jaxtyping import PyTree
 
@@ -8,7 +8,11 @@ from jaxquant_models.architectures.config import LlamaConfig
 
 
 def sizes_of(params: PyTree) -> dict[str, float]:
-    """Bits per quantized weight, bits over all weights, and the bytes of all parameters."""
+    """Return bits per quantized weight, bits over all weights, and bytes of all parameters.
+
+    Args:
+      params: parameters, packed or not.
+    """
     return {
         "bits_per_weight": jq.bits_per_weight(params),
         "bits_over_all_weights": jq.size(params).bits_per_weight,
@@ -17,7 +21,12 @@ def sizes_of(params: PyTree) -> dict[str, float]:
 
 
 def kv_sizes(kv: KVFormat | None, config: LlamaConfig) -> dict[str, float]:
-    """Bits of a cached value and bytes of a token; empty if keys and values stay as they are."""
+    """Return bits per cached value and bytes per token, or {} for an unquantized cache.
+
+    Args:
+      kv: the cache format, or None.
+      config: the architecture.
+    """
     if kv is None:
         return {}
     per_token = kv.bytes_per_token(config.n_layers, config.n_kv_heads, config.head_dim)

@@ -95,7 +95,7 @@ def train_bitnet(
 
 
 def _sample(model: Model) -> str:
-    """A few words that the trained model writes."""
+    """Return a short text that the trained model generates."""
     start = "The "
     prompt = model.tokenizer.encode(start)
     ids = generate(jq.quantized(model.apply_cached), model.params, model.config, prompt, 48)

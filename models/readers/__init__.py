@@ -1,1 +1,1 @@
-"""Files and wheels in: models, tokenizers, texts."""
+"""Readers of models, tokenizers and texts, from files and installed packages."""

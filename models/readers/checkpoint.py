@@ -1,4 +1,4 @@
-"""Language models in jaxquant's checkpoints: read, and written with what it takes to run them."""
+"""Reading and writing of jaxquant checkpoints that hold a language model and its tokenizer."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +23,14 @@ Stored = TypeVar("Stored")
 
 
 def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
-    """The model that a checkpoint holds.
+    """Return the model stored in a checkpoint.
 
     Args:
-      dtype: of activations.
-      widen: kept matrices become of this dtype too, faster token by token; else they stay in the
-        dtype they are stored in, so that bytes are those of the checkpoint.
+      folder: the checkpoint.
+      dtype: dtype of activations.
+      widen: whether unquantized matrices are converted to dtype too, which is faster token by
+        token. If False they stay in the dtype they are stored in, so that the model takes as many
+        bytes as the checkpoint.
     Raises:
       ValueError: the checkpoint is damaged, or holds no language model.
     """
@@ -54,13 +56,17 @@ def save_model(
     overwrite: bool = False,
     metadata: Mapping[str, JsonValue] | None = None,
 ) -> None:
-    """Write a checkpoint; kept matrices are stored in float16, vectors in float32.
+    """Write a checkpoint; unquantized matrices are stored in float16, vectors in their own dtype.
 
     Args:
-      recipe: what made the model, if a recipe did.
-      metadata: JSON values to store beside those that `read_checkpoint` needs.
+      directory: where to write it.
+      model: the model.
+      recipe: the recipe that made the model, or None.
+      overwrite: whether to replace an existing checkpoint.
+      metadata: JSON values to store besides those that `read_checkpoint` needs.
     Raises:
-      ValueError: a weight, packed or not, that training or rounding left not finite; named.
+      ValueError: a weight, packed or not, is not finite after training or rounding; the message
+        names it.
     """
     params = as_stored(model.params, lambda w, dtype: w.astype(dtype))
     _check_finite(params)
@@ -74,12 +80,20 @@ def save_model(
 
 
 def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> PyTree[Stored]:
-    """cast(leaf, dtype) of every kept leaf: float16 for a matrix that fits, else its own dtype."""
+    """Return the parameters with cast(leaf, dtype) applied to every unquantized leaf.
+
+    dtype is float16 for matrices whose values it can represent; otherwise it is the leaf's own
+    dtype.
+
+    Args:
+      params: inner "params" tree; packed leaves are returned unchanged.
+      cast: function of a leaf and its storage dtype.
+    """
 
     def one(path: tuple[Any, ...], w: Any) -> Any:
         if _packed(w):
             return w
-        vector = path[-1].key in ("scale", "bias")  # of rank 2 in a stack of layers
+        vector = path[-1].key in ("scale", "bias")  # has rank 2 in a stack of layers
         large = not vector and jnp.max(jnp.abs(w)) > np.finfo(np.float16).max
         return cast(w, w.dtype if vector or large else np.dtype(np.float16))
 

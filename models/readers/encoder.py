@@ -1,4 +1,4 @@
-"""`load_encoder("minilm")`, or a folder of sentence-transformers with a BERT in it."""
+"""`load_encoder`: read a named sentence encoder, or a sentence-transformers folder with a BERT."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ TENSORS = {
     for ours, (theirs, ends) in _MODULES.items()
     for end in ends
 }
-# Positions are numbered, and sentence vectors are means: neither is a weight that is read.
+# Not read: position ids are a plain range, and sentence vectors are means without a pooler.
 _UNUSED = ("embeddings.position_ids", "pooler.")
 
 
@@ -58,9 +58,11 @@ class Encoder:
     """A loaded sentence encoder.
 
     Attributes:
+      config: the architecture.
       params: inner "params" tree of jax arrays; see `architectures.bert` for the paths.
-      limit: tokens of a sentence that are read, special ones among them.
-      dtype: of parameters and activations.
+      tokenizer: the tokenizer.
+      limit: maximum number of tokens per sentence, special tokens included.
+      dtype: dtype of parameters and activations.
     """
 
     config: BertConfig
@@ -71,14 +73,18 @@ class Encoder:
 
     @property
     def apply_fn(self) -> Callable[[PyTree, jax.Array], jax.Array]:
-        """(params, tokens int [b, t]) to vectors of length 1, float32 [b, d]; pure."""
+        """The pure function (params, tokens int [b, t]) -> float32 vectors of norm 1 [b, d]."""
         return _function(self.config, jnp.dtype(self.dtype))
 
     def tokens(self, sentences: Sequence[str]) -> np.ndarray:
-        """Token ids int32 [b, t], padded to the longest; of longer ones than `limit` the beginning.
+        """Return token ids, int32 [b, t], padded to the longest sentence.
 
+        Sentences of more than `limit` tokens are truncated, keeping their final special token.
+
+        Args:
+          sentences: at least one text.
         Raises:
-          ValueError: no sentences.
+          ValueError: sentences is empty.
         """
         if not sentences:
             raise ValueError("expected sentences, got none")
@@ -92,7 +98,7 @@ class Encoder:
 
 @functools.cache
 def _function(config: BertConfig, dtype: DTypeLike) -> Callable:
-    """One for each architecture, so that jit compiles once."""
+    """Return one function per architecture, so that jit compiles once."""
     model = Bert(config, dtype)
 
     def apply_fn(params, tokens):
@@ -102,10 +108,12 @@ def _function(config: BertConfig, dtype: DTypeLike) -> Callable:
 
 
 def bert_config_from_hf(hf: Mapping[str, JsonValue]) -> BertConfig:
-    """The architecture that the contents of a config.json describe.
+    """Return the architecture that the contents of a config.json describe.
 
+    Args:
+      hf: the parsed config.json.
     Raises:
-      ValueError: another architecture, an option that is not supported, or a key is missing.
+      ValueError: it is another architecture, has an unsupported option, or lacks a key.
     """
     file = checked(BertConfigFile, hf, "config.json")
     return BertConfig(
@@ -125,11 +133,12 @@ def load_encoder(spec: str | Path, dtype: DTypeLike = jnp.float32) -> Encoder:
     """Load a sentence encoder.
 
     Args:
-      spec: a name in `NAMED`, or a folder: config.json, model.safetensors, tokenizer.json,
-        and sentence_bert_config.json, if sentences are to be cut.
+      spec: a name in `NAMED`, or a folder with config.json, model.safetensors, tokenizer.json and
+        optionally sentence_bert_config.json, which limits the length of sentences.
       dtype: floating dtype of parameters and activations.
     Raises:
-      ValueError: nothing there, not supported, damaged, or with NaN or infinite weights.
+      ValueError: the model does not exist, is not supported or damaged, or has NaN or infinite
+        weights.
     """
     folder = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
     config = bert_config_from_hf(read_json(folder / "config.json"))

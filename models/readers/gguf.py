@@ -1,6 +1,6 @@
 """GGUF files: configuration, tokenizer and weights, dequantized tensor by tensor.
 
-Quantized blocks are expanded by `gguf.quants.dequantize`, whatever mixture of types the file has.
+Quantized blocks are expanded by `gguf.quants.dequantize`, for any mixture of types in the file.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
-    """Read a model.
+    """Read a model from a GGUF file.
 
     Args:
       path: a `.gguf` file of architecture llama, qwen2 or qwen3.
@@ -57,13 +57,14 @@ def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
     Returns:
       (config, inner "params" tree of jax arrays, tokenizer).
     Raises:
-      ValueError: not a GGUF file, truncated, unsupported, or with wrong tensors; one line.
+      ValueError: the file is not GGUF, truncated or unsupported, or has wrong tensors; the message
+        is one line.
     """
     fields, tensors, nbytes = open_gguf(Path(path))
     config = config_from_gguf(fields)
     check_room(config, nbytes, str(path))
     config = _complete(config, tensors)
-    # Before the weights, so that its large temporaries do not come on top of them.
+    # Read before the weights, so that its large temporaries do not add to their memory.
     tokenizer = tokenizer_from_gguf(fields)
     tokenizer.check_rows(config.vocab_size)
     llama = Llama(config)
@@ -80,7 +81,7 @@ def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
 
 
 def _complete(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
-    """Set what GGUF tells by the presence of a tensor."""
+    """Set the options that GGUF expresses by the presence of a tensor."""
     scaling = config.rope_scaling
     if ROPE_FACTORS in tensors:
         factors = _dequantize(tensors[ROPE_FACTORS])
@@ -100,7 +101,7 @@ def _complete(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
 
 def _dequantize(tensor: Tensor) -> np.ndarray:
     try:
-        with np.errstate(all="ignore"):  # what is not finite is found when it is used
+        with np.errstate(all="ignore"):  # non-finite values are detected later, by the caller
             return gguf.quants.dequantize(tensor.data, tensor.kind)
     except NotImplementedError:
         raise ValueError(
@@ -109,7 +110,7 @@ def _dequantize(tensor: Tensor) -> np.ndarray:
 
 
 def _reordered_heads(arch: str, config: LlamaConfig, names: dict[str, list[str]]) -> dict[str, int]:
-    """Names of the tensors whose rows llama.cpp reorders, with their number of heads."""
+    """Return the tensors whose rows llama.cpp reorders, mapped to their number of heads."""
     if arch != "llama":
         return {}
     heads = {"q": config.n_heads, "k": config.n_kv_heads}

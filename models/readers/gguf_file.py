@@ -1,10 +1,10 @@
-"""The header of a GGUF file: metadata, and where tensors lie.
+"""The header of a GGUF file: its metadata, and the locations of its tensors.
 
-Every count and length is judged by the bytes that are left before anything is looped over or
-allocated: the reader of the `gguf` library believes them.
+Every count and length is checked against the remaining bytes before anything is looped over or
+allocated; the reader of the `gguf` library trusts them.
 
-Source: the format's specification (ggml, docs/gguf.md), versions 2 and 3; block sizes and names of
-types are those of the `gguf` library.
+Source: the specification of the format (ggml, docs/gguf.md), versions 2 and 3; block sizes and type
+names are those of the `gguf` library.
 """
 
 import math
@@ -20,14 +20,21 @@ from pydantic import JsonValue
 from jaxquant.core.fields import shown
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-DEEPEST = 4  # arrays in arrays
+DEEPEST = 4  # maximum nesting of arrays
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: `data` is uint8 [*shape but the last, bytes of a row]."""
+    """A tensor of a GGUF file.
+
+    Attributes:
+      name: its name.
+      kind: its quantization type.
+      shape: its shape, outermost axis first.
+      data: memory-mapped uint8 [*shape[:-1], bytes per row].
+    """
 
     name: str
     kind: gguf.GGMLQuantizationType
@@ -36,13 +43,13 @@ class Tensor(NamedTuple):
 
 
 class _Cursor:
-    """Reads on from a place in a buffer, never past its end."""
+    """Reads values from a position in a buffer, never past its end."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
 
     def check(self, count: int, least: int, what: str) -> None:
-        """Raise unless `count` things of `least` bytes may follow."""
+        """Raise ValueError unless `count` items of at least `least` bytes can follow."""
         left = len(self.data) - self.at
         if count * least > left:
             raise ValueError(f"{what} of {count} need more than the {left} bytes that are left")
@@ -84,10 +91,12 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> tuple[dict[str, JsonValue], dict[str, Tensor], int]:
-    """Metadata as plain values, the memory-mapped tensors by name, and bytes of the file.
+    """Return the metadata, the memory-mapped tensors by name, and the size of the file in bytes.
 
+    Args:
+      path: the file.
     Raises:
-      ValueError: it cannot be read, or is no complete GGUF file.
+      ValueError: the file cannot be read, or is not a complete GGUF file.
     """
     try:
         with path.open("rb") as file:
@@ -97,7 +106,7 @@ def open_gguf(path: Path) -> tuple[dict[str, JsonValue], dict[str, Tensor], int]
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     try:
         return *_read(_Cursor(memoryview(data))), size
-    except ValueError as error:  # of wrong UTF-8 too
+    except ValueError as error:  # includes invalid UTF-8
         raise ValueError(f"{path} is not a complete GGUF file ({error})") from None
 
 

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file says of the architecture and of the tokenizer."""
+"""The architecture and the tokenizer as described by the metadata of a GGUF file."""
 
 from collections.abc import Mapping
 
@@ -14,11 +14,13 @@ GGUF = "the GGUF metadata"
 
 
 def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
-    """The architecture that metadata (plain values) describe.
+    """Return the architecture that the metadata describe.
 
-    What only the tensors tell keeps its default: `readers.gguf` sets tie_embeddings, biases and
-    RoPE factors for each frequency.
+    Options that only the tensors reveal keep their defaults: `readers.gguf` sets tie_embeddings,
+    biases and per-frequency RoPE factors.
 
+    Args:
+      fields: the metadata, as plain values.
     Raises:
       ValueError: the architecture or one of its options is not supported, or a key is missing.
     """
@@ -47,7 +49,13 @@ def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
 
 
 def tokenizer_fields(fields: Mapping[str, JsonValue]) -> GGUFTokenizer:
-    """What GGUF metadata says of the tokenizer."""
+    """Return the checked tokenizer metadata.
+
+    Args:
+      fields: the metadata, as plain values.
+    Raises:
+      ValueError: a field is missing or invalid.
+    """
     prefix = "tokenizer.ggml."
     return checked(GGUFTokenizer, _below(fields, prefix), GGUF, prefix)
 

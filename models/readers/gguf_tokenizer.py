@@ -1,4 +1,4 @@
-"""A tokenizer built from the metadata of a GGUF file: byte-level BPE, or SentencePiece's."""
+"""Builds a tokenizer from the metadata of a GGUF file: byte-level BPE or SentencePiece."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ from jaxquant_models.schemas.files import GGUFTokenizer
 
 # llama.cpp's token types (gguf.TokenType).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_LONGEST = 512  # characters of a piece that is cut in every way for its merges
+_LONGEST = 512  # maximum number of characters of a piece, since every split of it is tried
 
 _CASED_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -23,10 +23,13 @@ _CASED_WORDS = (
 
 
 def tokenizer_from_gguf(fields: Mapping[str, JsonValue]) -> Tokenizer:
-    """The tokenizer that metadata (plain values) describe.
+    """Return the tokenizer that the metadata describe.
 
+    Args:
+      fields: the metadata, as plain values.
     Raises:
-      ValueError: the tokenizer's kind or its pre-tokenizer is not supported, or metadata lacks.
+      ValueError: the kind of tokenizer or its pre-tokenizer is not supported, or metadata are
+        missing.
     """
     own = tokenizer_fields(fields)
     with one_line("the GGUF metadata make no tokenizer"):
@@ -42,7 +45,7 @@ def tokenizer_from_gguf(fields: Mapping[str, JsonValue]) -> Tokenizer:
 
 
 def _byte_level(own: GGUFTokenizer) -> tokenizers.Tokenizer:
-    """BPE over bytes, each written as a printable character (GPT-2)."""
+    """Return a BPE tokenizer over bytes, each written as a printable character (GPT-2)."""
     merges = [tuple(merge.split(" ", 1)) for merge in own.merges]
     pre = own.pre
     if pre not in _PRE_TOKENIZERS:
@@ -79,7 +82,10 @@ _PRE_TOKENIZERS = {
 
 
 def _sentence_piece(own: GGUFTokenizer) -> tokenizers.Tokenizer:
-    """BPE over characters with a byte fallback; the best-scored piece is merged first."""
+    """Return a BPE tokenizer over characters with byte fallback.
+
+    The piece with the best score is merged first.
+    """
     types = own.token_type or [_NORMAL] * len(own.tokens)
     vocab = {token: i for i, token in enumerate(own.tokens)}
     merges = _merges_from_scores(vocab, own.scores, types)
@@ -97,7 +103,7 @@ def _sentence_piece(own: GGUFTokenizer) -> tokenizers.Tokenizer:
 def _merges_from_scores(
     vocab: dict[str, int], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """Every split of every normal piece into two normal pieces, best piece first."""
+    """Return every split of every normal piece into two normal pieces, best piece first."""
     normal = {token: i for token, i in vocab.items() if types[i] == _NORMAL}
     if longest := max((token for token in normal if len(token) > _LONGEST), default=None, key=len):
         raise ValueError(
@@ -118,7 +124,7 @@ def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options) -> BPE
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, own: GGUFTokenizer) -> None:
-    """Control and user-defined tokens are found in the text before anything else."""
+    """Add control and user-defined tokens, which are matched in the text before anything else."""
     types = own.token_type or []
     for kind, special in (((_CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
         group = [t for t, type_ in zip(own.tokens, types, strict=False) if type_ in kind]

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, safetensors (single or sharded), tokenizer.json."""
+"""Hugging Face folders: config.json, safetensors (single or sharded) and tokenizer.json."""
 
 import json
 from pathlib import Path
@@ -45,15 +45,16 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
-    """Read a model.
+    """Read a model from a Hugging Face folder.
 
     Args:
-      folder: holds config.json, tokenizer.json and model.safetensors or its shards and index.
-      dtype: floating dtype of the parameters, whatever each tensor has in the file.
+      folder: holds config.json, tokenizer.json, and model.safetensors or its shards and index.
+      dtype: floating dtype of the parameters; the tensors in the file may have others.
     Returns:
       (config, inner "params" tree of jax arrays, tokenizer).
     Raises:
-      ValueError: a file, shard or tensor is missing, unreadable or not as expected; one line.
+      ValueError: a file, shard or tensor is missing, unreadable or not as expected; the message is
+        one line.
     """
     folder = Path(folder)
     config = config_from_hf(read_config_json(folder))
@@ -70,8 +71,13 @@ def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
 
 
 def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_json: str) -> None:
-    """Write a folder that `read_hf` and Transformers read; one file, each leaf in its own dtype.
+    """Write a folder that `read_hf` and Transformers can read, with one safetensors file.
 
+    Args:
+      folder: where to write it; created if it does not exist.
+      config: the architecture.
+      params: inner "params" tree; each leaf keeps its dtype.
+      tokenizer_json: the contents of tokenizer.json.
     Raises:
       ValueError: the configuration has no Hugging Face form.
     """
@@ -91,7 +97,7 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_j
 
 
 def _locate(folder: Path) -> dict[str, Tensors]:
-    """The file that holds each tensor."""
+    """Return the file that holds each tensor."""
     index = folder / INDEX
     if not index.exists():
         single = Tensors(folder / SINGLE)
@@ -105,7 +111,11 @@ def _locate(folder: Path) -> dict[str, Tensors]:
 
 
 def _ignored(name: str, config: LlamaConfig) -> bool:
-    """Old checkpoints store RoPE's frequencies; tied ones may store the embedding twice."""
+    """Return whether a tensor is not read.
+
+    Old checkpoints store RoPE's frequencies, and those with tied embeddings may store the matrix
+    twice.
+    """
     return name.endswith("rotary_emb.inv_freq") or (
         config.tie_embeddings and name == TENSORS["head/kernel"]
     )

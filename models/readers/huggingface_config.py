@@ -1,4 +1,4 @@
-"""A Hugging Face config.json: to a `LlamaConfig` and back."""
+"""Conversion between a Hugging Face config.json and a `LlamaConfig`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,13 @@ from jaxquant_models.schemas.strict import checked, read_json
 
 
 def read_config_json(folder: Path) -> dict[str, JsonValue]:
-    """config.json, with the stop tokens that only generation_config.json may name."""
+    """Return config.json, extended by the stop tokens that generation_config.json may add.
+
+    Args:
+      folder: the Hugging Face folder.
+    Raises:
+      ValueError: a file is missing or is not a JSON object.
+    """
     hf = read_json(folder / "config.json")
     extra = folder / "generation_config.json"
     if extra.exists():
@@ -22,8 +28,10 @@ def read_config_json(folder: Path) -> dict[str, JsonValue]:
 
 
 def config_from_hf(hf: Mapping[str, JsonValue]) -> LlamaConfig:
-    """The architecture that the contents of a config.json describe.
+    """Return the architecture that the contents of a config.json describe.
 
+    Args:
+      hf: the parsed config.json.
     Raises:
       ValueError: the family or one of its options is not supported, or a key is missing.
     """
@@ -64,8 +72,10 @@ def _scaling(rope: Rope, max_position: int) -> RopeScaling:
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
-    """The contents of a config.json: those of the family that has these switches.
+    """Return the contents of a config.json, of the model family that has these options.
 
+    Args:
+      config: the architecture.
     Raises:
       ValueError: the configuration has no Hugging Face form.
     """

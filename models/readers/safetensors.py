@@ -1,6 +1,6 @@
 """Tensors of a safetensors file: shapes from its header, values from a memory map.
 
-The library checks the header; its arrays are not taken, for NumPy has no float8 of its own.
+The `safetensors` library checks the file, but its arrays are not used because NumPy has no float8.
 """
 
 import math
@@ -27,7 +27,7 @@ Whole = Annotated[int, Field(ge=0)]
 
 
 class _Entry(Schema):
-    """What the header says of a tensor."""
+    """The header entry of a tensor."""
 
     dtype: str
     shape: list[Whole]
@@ -35,10 +35,14 @@ class _Entry(Schema):
 
 
 class Tensors:
-    """A file's tensors by name; `shapes` says which there are."""
+    """The tensors of a safetensors file by name; `shapes` maps each name to its shape."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the file is missing or not complete."""
+        """Open a file.
+
+        Raises:
+          ValueError: the file is missing or incomplete.
+        """
         self.path = path
         try:
             with safe_open(path, framework="numpy"):
@@ -61,10 +65,12 @@ class Tensors:
         self.shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, memory-mapped; float8 as `ml_dtypes` has it.
+        """Return a memory-mapped tensor; float8 types are those of `ml_dtypes`.
 
+        Args:
+          name: a key of `shapes`.
         Raises:
-          ValueError: its type is of no NumPy array.
+          ValueError: the type of the tensor is not supported, or its size does not match its shape.
         """
         entry = self._entries[name]
         if entry.dtype not in DTYPES:

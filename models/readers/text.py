@@ -1,4 +1,4 @@
-"""Texts to calibrate on and to score: a file, or the one every CPython carries."""
+"""Texts for calibration and evaluation: a file, or texts that every CPython includes."""
 
 import ast
 import sysconfig
@@ -7,11 +7,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 BUILTIN, DOCSTRINGS = "builtin", "docstrings"
-SHORTEST = 40  # characters of a docstring worth reading
+SHORTEST = 40  # minimum number of characters of a docstring
 
 
 def builtin_text() -> tuple[str, str]:
-    """(calibration, evaluation): disjoint halves of CPython's own help topics, split between two.
+    """Return (calibration, evaluation), two disjoint halves of CPython's help topics.
 
     >>> calibration, evaluation = builtin_text()
     >>> len(calibration) > 100_000 and len(evaluation) > 100_000
@@ -26,9 +26,9 @@ def builtin_text() -> tuple[str, str]:
 
 
 def docstrings() -> str:
-    """What this Python's library says of itself: its help topics, and every module's docstrings.
+    """Return the help topics of this Python and the docstrings of its standard library.
 
-    About 2 MB of English; not the same for all versions of Python.
+    About 2 MB of English; the text differs between versions of Python.
 
     >>> text = docstrings()
     >>> len(text) > 1_000_000
@@ -37,14 +37,14 @@ def docstrings() -> str:
     root = Path(sysconfig.get_path("stdlib"))
     of_others = ("site-packages", "test", "tests", "idle_test")
     files = sorted(p for p in root.rglob("*.py") if not set(p.parts) & set(of_others))
-    found = dict.fromkeys(text for file in files for text in _docstrings(file))  # each once
+    found = dict.fromkeys(text for file in files for text in _docstrings(file))  # no duplicates
     return "\n\n".join([*topics.values(), *found])
 
 
 def _docstrings(file: Path) -> Iterator[str]:
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # some files are there to be wrong
+    except (SyntaxError, ValueError):  # some files are invalid on purpose
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -54,18 +54,21 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def read_text(spec: str, *, calibration: bool = False) -> str:
-    """The text of "builtin" (its calibration or its evaluation half), of "docstrings" (all of it),
-    or of a UTF-8 file.
+    """Return the text that `spec` names.
 
+    Args:
+      spec: "builtin" for the built-in text, "docstrings" for the standard library's docstrings, or
+        the path of a UTF-8 file.
+      calibration: whether "builtin" means its calibration half instead of its evaluation half.
     Raises:
-      ValueError: no such file, not UTF-8, or empty.
+      ValueError: the file does not exist, is not UTF-8, or is empty.
     """
     if spec == BUILTIN:
         return builtin_text()[0 if calibration else 1]
     if spec == DOCSTRINGS:
         return docstrings()
     try:
-        # Line ends of any system become "\n", as in a file opened as text: they are tokens.
+        # Line ends affect the tokens, so those of every system become "\n", as in text mode.
         text = Path(spec).read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{spec} is not UTF-8 text: byte {error.start} is invalid") from None

@@ -1,8 +1,9 @@
-"""Text to token ids and back, over the `tokenizers` library.
+"""Conversion between text and token ids, based on the `tokenizers` library.
 
-Round trips are exact: `decode(encode(text)) == text`, whatever special-token strings, spaces and
-control characters the text has. What the file itself makes impossible stays so: a normalizer that
-changes the text (Qwen2's tokenizer.json applies NFC; SentencePiece reads U+2581 as a space).
+Round trips are exact: `decode(encode(text)) == text` for any text, including special-token strings,
+spaces and control characters. The exceptions are what the file itself makes impossible: a
+normalizer that changes the text (Qwen2's tokenizer.json applies NFC; SentencePiece reads U+2581 as
+a space).
 """
 
 import contextlib
@@ -20,7 +21,13 @@ from jaxquant_models.schemas.strict import checked, parse_json, read_bytes
 
 
 class Tokenizer:
-    """A vocabulary with its rules; see the module docstring for what it promises."""
+    """A tokenizer with exact round trips; see the module docstring.
+
+    Args:
+      backend: the tokenizer of the `tokenizers` library; its truncation and padding are turned off.
+    Raises:
+      ValueError: it has no tokens.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer):
         backend.no_truncation()
@@ -36,12 +43,25 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises ValueError if it is missing or malformed."""
+        """Read a `tokenizer.json`.
+
+        Args:
+          path: the file.
+        Raises:
+          ValueError: the file is missing or malformed.
+        """
         return cls.from_json(read_bytes(Path(path)), str(path))
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "tokenizer.json") -> "Tokenizer":
-        """The inverse of `to_json`. Raises ValueError if the text is not a tokenizer.json."""
+        """Return the tokenizer that `to_json` serialized.
+
+        Args:
+          text: the contents of a tokenizer.json.
+          where: name of the source in error messages.
+        Raises:
+          ValueError: text is not the contents of a valid tokenizer.json.
+        """
         if not isinstance(text, str | bytes):
             raise ValueError(f"{where} should be a text, got {shown(text)}")
         file = checked(TokenizerFile, parse_json(text, where), where)
@@ -52,7 +72,7 @@ class Tokenizer:
         with one_line(f"{where} is not the contents of a tokenizer.json"):
             backend = tokenizers.Tokenizer.from_str(text)
             made = cls(backend)
-        for token in file.added_tokens:  # the library numbers them anew where these do not fit
+        for token in file.added_tokens:  # the library renumbers those whose ids do not fit
             got = backend.token_to_id(token.content)
             if got != token.id:
                 raise ValueError(
@@ -62,18 +82,21 @@ class Tokenizer:
         return made
 
     def to_json(self) -> str:
-        """The contents of a `tokenizer.json`."""
+        """Return the contents of a `tokenizer.json`."""
         return self._backend.to_str()
 
     @property
     def vocab_size(self) -> int:
-        """Rows that an embedding needs: one more than the largest id, of special tokens too."""
+        """The rows an embedding needs: one more than the largest id, special tokens included."""
         return self._rows
 
     def check_rows(self, rows: int) -> None:
-        """Raise ValueError unless every token has one of so many rows of an embedding.
+        """Raise ValueError unless an embedding of `rows` rows has one for every token.
 
-        Fewer tokens than rows are fine: embeddings are padded.
+        Fewer tokens than rows are allowed, since embeddings are often padded.
+
+        Args:
+          rows: number of rows of the embedding.
         """
         if self._rows > rows:
             vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -87,14 +110,15 @@ class Tokenizer:
             )
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of text. A special token's string in the text becomes that token.
+        """Return the token ids of text. A special token's string in the text becomes that token.
 
         Args:
           text: any Unicode text.
-          special: also put the tokens around it that the model was trained with (such as BOS).
+          special: whether to add the surrounding special tokens that the model was trained with,
+            such as BOS.
         Raises:
-          ValueError: the vocabulary has no token for a byte of the text, which the library would
-            drop in silence (SmolLM2 lacks six control characters), or text is not valid Unicode.
+          ValueError: text is not valid Unicode, or the vocabulary has no token for one of its bytes
+            (SmolLM2 lacks six control characters), which the library would drop silently.
         """
         try:
             text.encode("utf-8")
@@ -106,13 +130,15 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; bytes that are not UTF-8 show as U+FFFD.
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD.
 
-        Added tokens stand for themselves and split the rest into runs, as they do in `encode`: each
+        Added tokens decode to their own strings and split the rest into runs, as in `encode`. Each
         run has its own prefix space (SentencePiece), which the library would strip only once.
 
+        Args:
+          ids: token ids.
         Raises:
-          ValueError: an id is negative, or none that the vocabulary could have.
+          ValueError: an id is negative or at least 2**32, or the library cannot decode the ids.
         """
         parts = []
         whole = [int(i) for i in ids]
@@ -129,7 +155,13 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Of the Rust library's errors: bare Exception, and where it panics what is not even one."""
+    """Convert the errors of the Rust library into a one-line ValueError.
+
+    The library raises bare Exceptions and, on a panic, an exception that is not even an Exception.
+
+    Args:
+      what: beginning of the message.
+    """
     try:
         yield
     except ValueError:
@@ -141,7 +173,7 @@ def one_line(what: str) -> Iterator[None]:
 
 
 def _lost_characters(backend: tokenizers.Tokenizer) -> frozenset[str]:
-    """ASCII characters that a byte-level vocabulary has no token for."""
+    """Return the ASCII characters for which a byte-level vocabulary has no token."""
     decoder = json.loads(backend.to_str())["decoder"] or {}
     if "ByteLevel" not in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]:
         return frozenset()

@@ -1,4 +1,4 @@
-"""From a file's named tensors to the model's stacked parameters, one tensor in memory at a time."""
+"""Assembles a file's named tensors into stacked parameters, one tensor in memory at a time."""
 
 import functools
 import math
@@ -16,12 +16,18 @@ from jaxquant.core.fields import shown
 from jaxquant_models.architectures.bert import BertConfig
 from jaxquant_models.architectures.config import LlamaConfig
 
-SMALL = 2**20  # weights
+SMALL = 2**20  # number of weights that `check_room` always allows
 
 
 @functools.cache
 def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path, such as "layers/attn/q/kernel"; computes nothing."""
+    """Return the shape of every parameter by path, such as "layers/attn/q/kernel".
+
+    Nothing is computed or allocated.
+
+    Args:
+      model: a module whose input is int tokens [b, t].
+    """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     tree = jax.eval_shape(model.init, key, tokens)["params"]
@@ -29,11 +35,11 @@ def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, list[str]]:
-    """The file's tensor names behind every parameter path, in layer order.
+    """Return, for every parameter path, the names of its tensors in the file, in layer order.
 
     Args:
-      model: of tokens, with its layers in a stack of `config.n_layers`.
-      templates: parameter path to tensor name; "{}" stands for the layer's number.
+      model: a model of tokens whose layers are a stack of `config.n_layers`.
+      templates: parameter path -> tensor name, in which "{}" stands for the layer's number.
     """
     depth = lambda path: model.config.n_layers if path.startswith("layers/") else 1
     return {p: [templates[p].format(i) for i in range(depth(p))] for p in param_shapes(model)}
@@ -46,23 +52,25 @@ def assemble(
     read: Callable[[str], np.ndarray],
     dtype: DTypeLike,
 ) -> PyTree:
-    """Build the parameter tree.
+    """Return the parameter tree assembled from the tensors of a file.
 
     Args:
-      names: what `tensor_names` gives.
-      present: shape of every tensor in the file that ought to be used.
-      read: name to array; matrices are [out, in], as files have them.
+      model: the model.
+      names: the result of `tensor_names`.
+      present: shape of every tensor in the file that is expected to be used.
+      read: function from name to array; matrices are [out, in], as files store them.
       dtype: floating dtype of the result.
     Returns:
       Nested dict of jax arrays, the inner "params" of the model.
     Raises:
-      ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; named.
+      ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; the message
+        names it.
     """
     shapes = param_shapes(model)
     _check_names({n for group in names.values() for n in group}, set(present))
     _check_shapes(shapes, names, present)  # before anything is allocated
     params = {}
-    # The largest first: its temporaries come while little else is in memory.
+    # Largest first, so that the largest temporaries exist while little else is in memory.
     for path in sorted(names, key=lambda path: -math.prod(shapes[path])):
         stack = np.empty(shapes[path], dtype)
         slots = stack if path.startswith("layers/") else stack[None]
@@ -83,8 +91,16 @@ def _fill(slot: np.ndarray, value: np.ndarray, name: str) -> None:
 
 
 def check_room(config: LlamaConfig | BertConfig, nbytes: int, where: str) -> None:
-    """Raise ValueError if so many bytes, at a bit for a weight, cannot hold the configuration's
-    weights; before anything is built of its sizes. A small model's tensors are named instead."""
+    """Raise ValueError if weight files of `nbytes` bytes cannot hold the configuration's weights.
+
+    One bit per weight is assumed. The check runs before anything of the configured sizes is built.
+    Models of few weights pass; their missing tensors are reported by name instead.
+
+    Args:
+      config: the architecture.
+      nbytes: total size of the weight files.
+      where: name of the configuration in the message.
+    """
     if config.weights > 8 * nbytes + SMALL:
         raise ValueError(
             f"{where} describes at least {config.weights:,} weights ({config.n_layers} layers of "

@@ -1,1 +1,1 @@
-"""Whole runs: quantize, train, generate, measure, resumable."""
+"""Complete, resumable runs: quantization, training, generation and evaluation."""

@@ -1,4 +1,4 @@
-"""Statistics of a language model's inputs, one sequence at a time, resumable."""
+"""Resumable input statistics of a language model, computed one sequence at a time."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ from jaxquant_models.architectures.llama import Llama, check_tokens
 from jaxquant_models.architectures.prefix import after_prefix
 from jaxquant_models.readers.model import Model
 
-CALIBRATION = "calibration"  # what the sums so far are kept as
+CALIBRATION = "calibration"  # key under which the partial sums are saved
 
 
 def calibrate_model(
@@ -31,15 +31,18 @@ def calibrate_model(
     finished: Finished | None = None,
     name: str = CALIBRATION,
 ) -> jq.Stats:
-    """Statistics on token sequences [N, length], one at a time; those of a prefix are left out.
+    """Return input statistics over token sequences [N, length], without the tokens of a prefix.
 
-    The loss is the mean cross-entropy of the next token; blocks are rematerialised, so memory is
-    what is kept, twice, beside the parameters.
+    Sequences are processed one at a time. The loss is the mean cross-entropy of the next token.
+    Blocks are rematerialized, so that memory beyond the parameters is about twice that of the
+    statistics.
 
     Args:
+      model: the model.
+      sequences: token ids, int [N, length].
       weighting, gram, output, sample, progress, finished, name: as in `jaxquant.calibrate`.
     Raises:
-      ValueError: an id without a row in the embedding; before any compute.
+      ValueError: a token id has no row in the embedding; raised before anything is computed.
     """
     check_tokens(sequences, model.config.vocab_size)
     llama = Llama(model.config, model.dtype, remat=True)

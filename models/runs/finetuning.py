@@ -1,4 +1,4 @@
-"""A finetuning under way: quantized weights that train; a killed one goes on."""
+"""A finetuning job, in which quantized weights are trained. It can be killed and resumed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,13 +25,19 @@ from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.healing import heal_model
 from jaxquant_models.runs.sequences import HELD_OUT, split, token_sequences
 
-BLOCK_SEQUENCES = 48  # to train single blocks on
-OTHER_BASIS = 0.5  # a relative error of embeddings that rounding does not make
-JUDGED = 4  # sequences that the state to keep is chosen on
+BLOCK_SEQUENCES = 48  # number of sequences on which single blocks are trained
+OTHER_BASIS = 0.5  # relative error of embeddings that exceeds any rounding error
+JUDGED = 4  # number of sequences on which the best state is selected
 
 
 def check(request: FinetuningRequest, source: Model, teacher: Model | None) -> None:
-    """Raise ValueError if the request cannot be met with these models."""
+    """Raise ValueError if the request cannot be met with these models.
+
+    Args:
+      request: the request.
+      source: the model to train.
+      teacher: the model to match, or None.
+    """
     if teacher is None and (request.blocks is not None or request.generated):
         raise ValueError("blocks, and text of its own, take a model to learn from: --teacher MODEL")
     _check_formats(request, source, teacher)
@@ -66,13 +72,16 @@ def _check_formats(request: FinetuningRequest, source: Model, teacher: Model | N
 
 
 def _forms(params: PyTree) -> set[tuple]:
-    """The different ways in which layers apart are packed."""
+    """Return the distinct ways in which unstacked layers are packed."""
     form = lambda w: (w.format, w.input, w.output, w.activations)
     return {tuple((p, form(w)) for p, w in _packed(one)) for one in layers_of(params, "layers")}
 
 
 def _trains_codes(params: PyTree) -> bool:
-    """Whether all packed weights have codes that train; else only what is continuous trains."""
+    """Return whether the codes of all packed weights can be trained.
+
+    Otherwise only continuous parameters are trained.
+    """
     return all(_learnable(w) for _, w in _packed(params))
 
 
@@ -90,13 +99,13 @@ def _packed(params: PyTree) -> list[tuple[str, jq.QTensor]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FinetuningJob:
-    """A finetuning under way.
+    """A finetuning job.
 
     Attributes:
-      request: what is asked for.
-      source: the model that trains.
-      teacher: the model that it is to be like; None: it learns the text itself.
-      text: the contents of the text to train on; "" if there is none.
+      request: the request.
+      source: the model to train.
+      teacher: the model whose predictions it is to match; None trains on the text's next tokens.
+      text: the contents of the training text; "" if there is none.
     """
 
     request: FinetuningRequest
@@ -105,7 +114,7 @@ class FinetuningJob:
     text: str
 
     def fingerprint(self) -> dict[str, JsonValue]:
-        """Plain values that differ wherever results may differ: the run's identity."""
+        """Return the identity of a run: plain values that differ wherever results may differ."""
         request = self.request
         return {
             **VERSIONS,
@@ -122,8 +131,10 @@ class FinetuningJob:
         }
 
     def sequences(self, finished: Finished) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences to train on, and those held out.
+        """Return the training and the held-out sequences.
 
+        Args:
+          finished: where generated sequences are saved.
         Raises:
           ValueError: the text is too short for them.
         """
@@ -136,7 +147,7 @@ class FinetuningJob:
             count, length = request.generated + HELD_OUT, request.context
             written = generated_sequences(self.teacher, count, length, request.seed, finished)
             parts.append(split(written))
-        shuffle = np.random.default_rng(request.seed).permutation  # all parts of all texts
+        shuffle = np.random.default_rng(request.seed).permutation  # mixes all parts of all texts
         training, held_out = (shuffle(np.concatenate(of)) for of in zip(*parts, strict=True))
         batch = max(how.batch_size for how in request.stages)
         if len(training) < batch:
@@ -152,7 +163,13 @@ class FinetuningJob:
         progress: Callable[[Progress], None],
         finished: Finished,
     ) -> Model:
-        """Run every step that is not finished, and return the model, packed again."""
+        """Run every unfinished step, and return the model, packed again.
+
+        Args:
+          data: the training and the held-out sequences.
+          progress: called with a report after each step.
+          finished: the results of finished steps.
+        """
         if not _trains_codes(self.source.params):
             return self._healed(data, progress, finished)
         training, held_out = data
@@ -175,7 +192,7 @@ class FinetuningJob:
         return dataclasses.replace(self.source, params=params)
 
     def _latent(self) -> PyTree:
-        """The tree with latent weights, its layers in a stack."""
+        """Return the parameters with latent weights and stacked layers."""
         request, params, floats = self.request, stacked(self.source.params), None
         method = request.method or jq.Method("tuned", Nearest(), jq.Integer(), estimator=jq.LSQ())
         if request.recipe is not None:
@@ -188,7 +205,7 @@ class FinetuningJob:
         self, params: PyTree, teacher: PyTree, training: np.ndarray, how: How,
         progress: Callable[[Progress], None], finished: Finished,
     ) -> PyTree:  # fmt: skip
-        """The stack of layers, each trained by itself to be like the teacher's."""
+        """Return the stack of layers, each trained by itself to match the teacher's layer."""
         parts, few = blockwise(self.source.config, self.source.dtype), training[:BLOCK_SEQUENCES]
         embed = jax.jit(jq.quantized(parts.embed))
         hidden = np.stack([embed(params, jnp.asarray(s)[None])[0] for s in few])
@@ -209,10 +226,10 @@ class FinetuningJob:
         progress: Callable[[Progress], None],
         finished: Finished,
     ) -> Model:
-        """The model whose codes do not train by gradients: what is continuous trains instead.
+        """Return the model with its continuous parameters trained, if its codes cannot be.
 
-        The codes of vectors and trellises do not round single numbers, so no straight-through
-        gradient reaches them. The codes of learned codebooks are trained after that.
+        Codes of vectors and trellises do not round single numbers, so no straight-through estimator
+        applies to them. The codes of learned codebooks are trained afterwards.
         """
         how = self.request.end_to_end
         if how is None or self.teacher is None:

@@ -1,4 +1,4 @@
-"""The request for a finetuning: it states all that decides the result."""
+"""The request for finetuning: everything that determines the result."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,15 +10,21 @@ from jaxquant_models.runs.recipes import recipe_of
 
 
 class Stages(NamedTuple):
-    """How a method trains the whole model, and single blocks before that."""
+    """How a method trains.
+
+    Attributes:
+      end_to_end: settings for the whole model.
+      blocks: settings for single blocks, which are trained first.
+    """
 
     end_to_end: How
     blocks: How
 
 
 _QAT = jq.QAT(in_steps=True, scale_rate=3e-4, also=(NORM_SCALES,), validate_every=25)
-# Forward only: every number of a layer moves by itself, for the layer's error is all of one step;
-# end to end a draw is of a whole matrix or norm, 271 numbers of which some hundred losses tell.
+# Forward-only training. For single layers every parameter is perturbed independently, since a step
+# measures the error of that layer alone. End to end a draw is shared by a whole matrix or norm, 271
+# numbers in all, because some hundred losses cannot determine more.
 _SINGLE = dataclasses.replace(jq.ZeroQAT().zeroth, others=(NORM_SCALES,))
 _SHARED = dataclasses.replace(
     _SINGLE, drawing=dataclasses.replace(_SINGLE.drawing, shared=True), sizes=(0.05, 0.02)
@@ -37,17 +43,19 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningRequest:
-    """Everything that decides the result, apart from the models and the contents of the text.
+    """Everything that determines the result, except the models and the contents of the text.
 
     Attributes:
-      end_to_end: how the whole model is trained; None: it is not.
-      blocks: how single blocks are trained before that; None: they are not.
-      method: the method that rounds a model of floats, whose weights then train; None for a
-        checkpoint, whose weights train in the formats that they have.
-      only: patterns of the weights that train; the others stay packed. Empty: all of the layers.
-      generated: how many sequences the teacher writes to train on (LLM-QAT, arXiv:2305.17888).
-      context: tokens of a sequence.
-      seed: what all random draws start from.
+      end_to_end: how the whole model is trained; None skips this.
+      blocks: how single blocks are trained before that; None skips this.
+      method: the method that quantizes a floating-point model before its weights are trained; None
+        for a checkpoint, whose weights are trained in their own formats.
+      only: patterns of the weights that are trained; the others stay packed. Empty for all weights
+        of the layers.
+      generated: number of training sequences that the teacher generates (LLM-QAT,
+        arXiv:2305.17888).
+      context: number of tokens per sequence.
+      seed: seed of all random draws.
     """
 
     end_to_end: How | None
@@ -60,15 +68,19 @@ class FinetuningRequest:
 
     @property
     def stages(self) -> list[How]:
-        """All training, in the order in which it happens."""
+        """All training stages, in order."""
         return [how for how in (self.blocks, self.end_to_end) if how is not None]
 
     @property
     def recipe(self) -> jq.Recipe | None:
-        """The recipe that rounds a model of floats."""
+        """The recipe that quantizes a floating-point model, or None for a checkpoint."""
         return None if self.method is None else recipe_of(self.method)
 
     def steps(self, layers: int) -> int:
-        """How many steps the training of a model of so many layers takes in all."""
+        """Return the total number of training steps for a model with `layers` layers.
+
+        Args:
+          layers: number of layers.
+        """
         whole, blocks = (how.steps if how else 0 for how in (self.end_to_end, self.blocks))
         return whole + layers * blocks

@@ -1,4 +1,4 @@
-"""What tells one run from another: digests of models and texts, versions of libraries."""
+"""What distinguishes runs: digests of models and texts, and library versions."""
 
 import hashlib
 
@@ -12,7 +12,11 @@ VERSIONS = {"jaxquant": jq.__version__, "jax": jax.__version__}
 
 
 def digest_of_model(model: Model) -> str:
-    """The SHA-256 of a model's weights, packed or not."""
+    """Return the SHA-256 of a model's weights, packed or not.
+
+    Args:
+      model: the model.
+    """
     digest = hashlib.sha256()
     for path, w in jax.tree_util.tree_leaves_with_path(model.params):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(w).tobytes())
@@ -20,5 +24,9 @@ def digest_of_model(model: Model) -> str:
 
 
 def digest_of_text(text: str) -> str:
-    """The SHA-256 of a text."""
+    """Return the SHA-256 of a text.
+
+    Args:
+      text: the text.
+    """
     return hashlib.sha256(text.encode()).hexdigest()

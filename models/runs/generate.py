@@ -1,4 +1,4 @@
-"""Text generation: one prefill, then the whole decode loop in one `lax.while_loop`."""
+"""Text generation: one prefill, then the whole decode loop in a single `lax.while_loop`."""
 
 import functools
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ SMALLEST_BUCKET = 32
 
 
 class _State(NamedTuple):
-    step: jax.Array  # tokens generated so far
-    token: jax.Array  # the last of them
-    tokens: jax.Array  # int32 [bucket], all of them
+    step: jax.Array  # number of tokens generated so far
+    token: jax.Array  # the last token
+    tokens: jax.Array  # int32 [bucket], all tokens
     cache: AnyCache
     key: jax.Array
 
@@ -37,28 +37,29 @@ def generate(
     cache_dtype: DTypeLike = jnp.float32,
     kv: KVFormat | None = None,
 ) -> list[int]:
-    """Continue a prompt.
+    """Return a model's continuation of a prompt.
 
-    Compiles once for each power of two (from 32) that prompt and answer are rounded up to, and each
-    `apply_cached` object: pass the same function again, not a new lambda.
+    The lengths of prompt and answer are rounded up to powers of two (at least 32). One compilation
+    is needed for each pair of these and each `apply_cached` object, so pass the same function
+    again, not a new lambda.
 
     Args:
-      apply_cached: (params, tokens int32 [1, t], cache) to (logits [1, t, V], cache); pure, such
-        as `Model.apply_cached`, or that of a quantized model.
+      apply_cached: pure function (params, tokens int32 [1, t], cache) -> (logits [1, t, V], cache),
+        such as `Model.apply_cached` or that of a quantized model.
       params: its parameters, of any structure.
-      config: sizes of the cache, the stop tokens and the longest sequence.
+      config: the architecture: sizes of the cache, stop tokens and maximum length.
       prompt_ids: at least one token id.
-      max_tokens: stop after so many. Fewer come if a token of `config.eos_ids` does.
-      temperature: 0 takes the likeliest token; otherwise samples softmax(logits / temperature).
-      key: PRNG key, needed if temperature > 0.
-      cache_dtype: dtype of keys and values that are kept as they are.
-      kv: the format in which others are kept; None keeps all as they are. The prompt's tokens see
-        each other as they are, the answer's see them as the cache holds them.
+      max_tokens: maximum number of new tokens; a token of `config.eos_ids` ends the text earlier.
+      temperature: 0 selects the most likely token; otherwise samples softmax(logits / temperature).
+      key: PRNG key, required if temperature > 0.
+      cache_dtype: dtype of unquantized keys and values.
+      kv: format in which keys and values are quantized; None leaves all unquantized. The tokens of
+        the prompt see each other unrounded; the new tokens see them as the cache holds them.
     Returns:
       The new token ids, without the prompt and without the stop token.
     Raises:
-      ValueError: an argument is out of range, or prompt and answer exceed config.max_position, or
-        the heads do not fit `kv`.
+      ValueError: an argument is out of range, prompt and answer exceed config.max_position, or the
+        heads do not fit `kv`.
     """
     _check(config, prompt_ids, max_tokens, temperature, key)
     if max_tokens == 0:
@@ -87,7 +88,7 @@ def _run(
     apply_cached, config, room, cache_dtype, params, prompt, length, max_tokens, temperature, key,
     kv=None,
 ):  # fmt: skip
-    """Returns (tokens int32 [room], number of them that count)."""
+    """Return the tokens, int32 [room], and the number of them that are valid."""
     cache = init_cache(config, 1, prompt.shape[1] + room, cache_dtype, kv)
     logits, cache = apply_cached(params, prompt, cache.until(length))
     cache = cache.until(None)
@@ -111,7 +112,7 @@ def _run(
 
 
 def _pick(logits, temperature, key):
-    """logits [V] to a token id, int32 scalar."""
+    """Return a token id, int32 scalar, selected from logits [V]."""
 
     def greedy():
         return jnp.argmax(logits).astype(jnp.int32)
@@ -123,7 +124,7 @@ def _pick(logits, temperature, key):
 
 
 def _bucket(n: int) -> int:
-    """The smallest power of two that holds n, at least SMALLEST_BUCKET."""
+    """Return the smallest power of two that is at least n and at least SMALLEST_BUCKET."""
     return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
 
 

@@ -1,4 +1,4 @@
-"""A quantized language model trained to be like the model that it was made of."""
+"""Healing: training a quantized language model to match the model it was made from."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.architectures.llama import NORM_SCALES
 from jaxquant_models.readers.model import Model
 
-BLOCK_SEQUENCES = 24  # to heal single blocks on
+BLOCK_SEQUENCES = 24  # number of sequences on which single blocks are healed
 
 
 def heal_model(
@@ -30,19 +30,27 @@ def heal_model(
     progress: Callable[[Progress], None],
     finished: Finished | None = None,
 ) -> Model:
-    """The quantized model trained to be like the source: block by block, then as a whole.
+    """Return the quantized model trained to match the source, block by block and then as a whole.
 
-    Its layers may be a stack, or apart (`jaxquant.unstack`); so is what comes back. With
-    `recoding`, the codes of learned codebooks train at last.
+    Layers may be stacked or unstacked (`jaxquant.unstack`), and are returned in the same form.
 
+    Args:
+      source: the original model.
+      result: the quantized model.
+      sequences: training token sequences, int [N, length].
+      held_out: token sequences for validation, int [M, length].
+      healing: settings of the end-to-end training.
+      recoding: settings of a final training of the codes of learned codebooks; None skips it.
+      progress: called with a report after each step.
+      finished: the results of finished steps.
     Raises:
-      ValueError: layers apart that do not stack for training (`jaxquant.decoded`).
+      ValueError: unstacked layers cannot be stacked for training (`jaxquant.decoded`).
     """
     params = jq.decoded(result.params)
     apart = is_apart(params, "layers")
     if apart:
         params = _restacked(params)
-    # One tree at a time: a decoded one is as large as the source.
+    # Only one tree is held at a time, since a decoded one is as large as the source.
     params = {**params, "layers": _healed_layers(source, params, sequences, progress, finished)}
     fn = source.apply_training()
     params = jq.heal(
@@ -65,7 +73,7 @@ def _healed_layers(
     progress: Callable[[Progress], None],
     finished: Finished | None,
 ) -> PyTree:
-    """The stack of layers, each trained by itself to be like the source's."""
+    """Return the stack of layers, each trained by itself to match the source's layer."""
     parts = blockwise(source.config, source.dtype)
     embed = jq.quantized(parts.embed)
     hidden = [embed(params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_SEQUENCES]]

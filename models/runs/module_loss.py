@@ -1,8 +1,8 @@
-"""What a module's output loses by rounding some of its weights: AWQ's judge of scales.
+"""The error of a module's output when some of its weights are rounded: AWQ's criterion for scales.
 
-Queries, keys and values are judged by all of attention, gate and up by the whole MLP, on the hidden
-states of the model as it was. Other weights are judged by their own products (see
-`ptq.shared_transforms`).
+Queries, keys and values are evaluated by the output of the attention, gate and up by that of the
+MLP, on the hidden states of the original model. Other weights are evaluated by their own products
+(see `ptq.shared_transforms`).
 """
 
 import functools
@@ -17,19 +17,22 @@ from jaxquant_models.architectures.blocks import attention_and_mlp, blockwise
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.readers.model import Model
 
-MODULES = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}  # the weights that each judges
+MODULES = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}  # the weights that each evaluates
 
 
 class ModuleLoss:
-    """The `inspect` of `jaxquant.quantize` for a Llama with its layers in a stack."""
+    """An `inspect` argument of `jaxquant.quantize` for a Llama with stacked layers."""
 
     def __init__(self, model: Model, sequences: np.ndarray, relative: bool = True) -> None:
-        """Run the model on token sequences; memory is L N t d floats, the inputs of all layers.
+        """Run the model on token sequences, keeping the inputs of all layers.
+
+        These take L * N * t * d floats.
 
         Args:
-          sequences: token ids [N, t].
-          relative: whether the error of a token's output is divided by its energy, so that a sink
-            is one token of many.
+          model: the model.
+          sequences: token ids, int [N, t].
+          relative: whether the error of a token's output is divided by its energy, so that an
+            attention sink counts as one token among many.
         """
         self.config, self.layers, self.relative = model.config, model.params["layers"], relative
         parts = blockwise(model.config, model.dtype)
@@ -43,7 +46,12 @@ class ModuleLoss:
         self.hidden = jnp.concatenate(each, axis=1)
 
     def __call__(self, weights: dict[str, jax.Array], index: int) -> jax.Array | None:
-        """The error of the module that these weights are in; None if they are in no such module."""
+        """Return the error of the module that contains these weights, or None if there is none.
+
+        Args:
+          weights: parameter path -> rounded weight.
+          index: number of the layer.
+        """
         for module, names in MODULES.items():
             if set(weights) <= {f"layers/{module}/{name}/kernel" for name in names}:
                 layer, h, want = self._module(module, index)
@@ -51,9 +59,9 @@ class ModuleLoss:
                 return _error(self.config, module, self.relative, layer, new, h, want)
         return None
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019, of a few for all candidates of one search
+    @functools.lru_cache(maxsize=1)  # noqa: B019, few instances, each used for one search at a time
     def _module(self, module: str, index: int) -> tuple[PyTree, jax.Array, jax.Array]:
-        """A layer, the input of one of its modules, and what that adds."""
+        """Return a layer's parameters, and the input and the output of one of its modules."""
         layer = jax.tree.map(lambda a: a[index], self.layers)
         return layer, *_run(self.config, module, layer, self.hidden[index])
 
@@ -79,7 +87,7 @@ def _error(
     h: jax.Array,
     want: jax.Array,
 ) -> jax.Array:
-    """The mean squared error of the module's output, weights replaced."""
+    """Return the mean squared error of the module's output with the weights replaced."""
     run = attention_and_mlp(config)[module == "mlp"]
     shapes = dict(path_leaves(layer))
     changed = replace_leaves(layer, {p: w.reshape(shapes[p].shape) for p, w in new.items()})

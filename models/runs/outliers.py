@@ -1,4 +1,4 @@
-"""The outliers of a language model on a text."""
+"""The activation outliers of a language model on a text."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,12 @@ from jaxquant_models.readers.model import Model
 
 
 def outliers_of(model: Model, tokens: np.ndarray) -> Outliers:
-    """The outliers on token ids [t], with decoded weights and activations that are not rounded."""
+    """Return the outliers on token ids [t], with dequantized weights and unrounded activations.
+
+    Args:
+      model: the model, quantized or not.
+      tokens: token ids, int [t].
+    """
     params = stacked(jq.dequantize(model.params))
     llama = Llama(model.config, model.dtype, remat=True)
     ids = jnp.asarray(tokens)

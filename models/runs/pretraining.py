@@ -1,8 +1,8 @@
-"""Training from scratch on a text: BitNet b1.58, or the same transformer of floats.
+"""Training from scratch on a text: BitNet b1.58, or the same transformer in floating point.
 
-A `PretrainingRequest` decides everything; the step number says which rows a batch has (Grain) and
-where the schedules are, so that what is kept of a killed run (parameters, optimizer state and
-step) is all it takes to go on to the same bits.
+A `PretrainingRequest` determines everything. The step number determines the rows of a batch (Grain)
+and the position in the schedules, so the saved state of a killed run (parameters, optimizer state
+and step) suffices to continue bit-identically.
 """
 
 import dataclasses
@@ -33,16 +33,22 @@ from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.runs.pretraining_request import PretrainingRequest
 from jaxquant_models.runs.tokenizer_training import trained_tokenizer
 
-# Inputs of BitNet a4.8, where not int8 by the token.
+# Activation formats of BitNet a4.8 for the inputs that are not int8 per token.
 A48 = {"attn/[qkv]/kernel": "int4,mean", "mlp/[gu]*/kernel": "int4,mean",
        "attn/o/kernel": "int8,top=0.5"}  # fmt: skip
-HELD_OUT = 16  # rows kept apart to judge on
-STATE = "state"  # what the last one is kept as
-EXAMPLE = np.zeros((1, 8), np.int32)  # tokens, to see shapes by
+HELD_OUT = 16  # maximum number of rows held out for validation
+STATE = "state"  # key under which the last state is saved
+EXAMPLE = np.zeros((1, 8), np.int32)  # tokens with which shapes are determined
 
 
 class TrainingData(NamedTuple):
-    """Rows [N, context] to train on and to judge on, and the tokenizer that made them."""
+    """Rows of tokens [N, context], and the tokenizer that produced them.
+
+    Attributes:
+      training: the rows to train on.
+      held_out: the rows for validation.
+      tokenizer: the tokenizer.
+    """
 
     training: np.ndarray
     held_out: np.ndarray
@@ -50,13 +56,14 @@ class TrainingData(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What is told after a step.
+    """The report of one step.
 
     Attributes:
+      step: number of steps done.
       loss: the loss on the step's batch.
       gradient: the norm of the gradient.
-      flips: the share of ternary codes that changed.
-      validation: the loss on the rows held out, if it was measured.
+      flips: the fraction of ternary codes that changed.
+      validation: the loss on the held-out rows, or None if it was not measured.
     """
 
     step: int
@@ -67,7 +74,7 @@ class StepReport(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of a run after some steps."""
+    """The state of a run after some number of steps."""
 
     step: int
     params: PyTree
@@ -75,10 +82,13 @@ class State(NamedTuple):
 
 
 def training_data(request: PretrainingRequest, text: str) -> TrainingData:
-    """A tokenizer trained on the text, and its rows.
+    """Return a tokenizer trained on the text, and the text's rows of tokens.
 
+    Args:
+      request: the request.
+      text: the text.
     Raises:
-      ValueError: the text is shorter than the rows that are kept apart, and one batch.
+      ValueError: the text is too short for the held-out rows and one batch.
     """
     tokenizer = trained_tokenizer(text, request.vocabulary)
     rows = chunk(tokenizer.encode(text), request.context)
@@ -89,12 +99,17 @@ def training_data(request: PretrainingRequest, text: str) -> TrainingData:
             f"{request.batch_size}, and an eighth is kept apart: give a longer text or a shorter "
             f"row"
         )
-    spread = np.linspace(0, len(rows) - 1, kept).astype(int)  # of all parts of the text
+    spread = np.linspace(0, len(rows) - 1, kept).astype(int)  # from all parts of the text
     return TrainingData(np.delete(rows, spread, axis=0), rows[spread], tokenizer)
 
 
 def fingerprint(request: PretrainingRequest, data: TrainingData) -> dict[str, JsonValue]:
-    """Plain values that differ wherever results may differ: the run's identity."""
+    """Return the identity of a run: plain values that differ wherever results may differ.
+
+    Args:
+      request: the request.
+      data: the rows.
+    """
     digest = hashlib.sha256(data.training.tobytes() + data.held_out.tobytes()).hexdigest()
     return {**dataclasses.asdict(request), "text": digest, "jax": jax.__version__}
 
@@ -108,11 +123,15 @@ def train(
     """Train from scratch.
 
     Args:
-      finished: where the last state is kept, to go on from: a `Folder` of the `fingerprint`.
+      request: the request.
+      data: the rows to train on and to validate on.
+      progress: called with a report after each step.
+      finished: where the last state is saved and resumed from, a `Folder` of the `fingerprint`;
+        None saves nothing.
     Returns:
-      The trained parameters, latent still, and their loss on the rows held out.
+      The trained parameters, still latent, and their loss on the held-out rows.
     Raises:
-      ValueError: the loss is no number.
+      ValueError: the loss is not finite.
     """
     config = request.config(data.tokenizer.vocab_size)
     state = initial_state(request, config)
@@ -140,13 +159,24 @@ def train(
 
 
 def packed_model(request: PretrainingRequest, params: PyTree, data: TrainingData) -> Model:
-    """The trained model: ternary weights packed, the rest as it is."""
+    """Return the trained model with packed ternary weights; other parameters are unchanged.
+
+    Args:
+      request: the request.
+      params: the trained, latent parameters.
+      data: the data, for its tokenizer.
+    """
     return Model(f"bitnet-{request.size}", request.config(data.tokenizer.vocab_size),
                  jq.freeze(params), data.tokenizer)  # fmt: skip
 
 
 def initial_state(request: PretrainingRequest, config: LlamaConfig) -> State:
-    """The state before the first step: float parameters, drawn by the seed."""
+    """Return the state before the first step: floating-point parameters drawn from the seed.
+
+    Args:
+      request: the request.
+      config: the architecture.
+    """
     params = jax.jit(Llama(config).init)(jax.random.key(request.seed), EXAMPLE)["params"]
     return State(0, params, request.optimizer().init(params))
 
@@ -154,9 +184,16 @@ def initial_state(request: PretrainingRequest, config: LlamaConfig) -> State:
 def converted(
     request: PretrainingRequest, config: LlamaConfig, state: State, steps: range
 ) -> State:
-    """The state with the changes of form that come before some steps.
+    """Return the state with the changes of form applied that precede any of the given steps.
 
-    Its numbers stay, the optimizer's too: what is kept of a run is of one form, the start's.
+    The numerical values stay the same, also in the optimizer, so that a saved state always has the
+    form of the initial state.
+
+    Args:
+      request: the request.
+      config: the architecture.
+      state: the state.
+      steps: the steps before which changes of form are applied.
     """
     params = state.params
     if request.ternary_from in steps:
@@ -180,7 +217,7 @@ def _with_a48(params: PyTree) -> PyTree:
 
 
 def _rows(request: PretrainingRequest, rows: np.ndarray) -> grain.MapDataset:
-    """Batches by step: rows in orders of their own, epoch by epoch."""
+    """Return the batches by step; rows are shuffled anew in each epoch."""
     return (
         grain.MapDataset.source(rows)
         .seed(request.seed)
@@ -200,7 +237,7 @@ def _loss(config: LlamaConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
 
 
 def _judge(config: LlamaConfig, held_out: np.ndarray) -> Callable[[PyTree], float]:
-    """The mean loss of parameters on rows held out."""
+    """Return a function from parameters to their mean loss on the held-out rows."""
     loss = jax.jit(partial(_loss, config))
     parts = max(1, len(held_out) // 8)
     judged = [jnp.asarray(rows) for rows in np.array_split(held_out, parts)]
@@ -232,7 +269,7 @@ def _step(request: PretrainingRequest, config: LlamaConfig) -> Callable[..., tup
 
 
 def _last_state(finished: Finished, start: State) -> State:
-    """The state that was kept last, or the start."""
+    """Return the last saved state, or the initial one if none was saved."""
     if STATE not in finished:
         return start
     state = as_tree(finished[STATE], start)

@@ -1,4 +1,4 @@
-"""The request for a training from scratch: it states all that decides the result."""
+"""The request for training from scratch: everything that determines the result."""
 
 import dataclasses
 
@@ -11,24 +11,33 @@ from jaxquant.training.schedules import decay_until_half, two_stage
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 
-# d_model, d_ff, layers, heads: about 1, 4 and 12 million weights in the layers.
+# (d_model, d_ff, layers, heads): about 1, 4 and 12 million weights in the layers.
 SIZES = {"1m": (128, 344, 5, 4), "4m": (224, 608, 6, 7), "12m": (384, 1024, 7, 6)}
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingRequest:
-    """All that decides the result, but for the text.
+    """Everything that determines the result, except the text.
 
     Attributes:
-      size: one of `SIZES`.
-      quantized: BitNet; False: floats.
-      learning_rate: the peak; of BitNet's second stage two thirds of it, as in the authors' table.
-      context, batch_size: tokens of a row, rows of a step.
-      vocabulary: tokens of a byte-level BPE that is trained on the text.
-      float_share: of the steps, the first ones, with floats: ternary from there on, the optimizer's
-        state kept, is better than ternary throughout (Nielsen et al. 2025, arXiv:2502.11895).
-      a48: share of the steps, the last ones, with the activations of BitNet a4.8; its
-        authors' is 0.05 (arXiv:2411.04965). The optimizer's state stays.
+      size: size of the model, a key of `SIZES`.
+      quantized: True trains BitNet, False a floating-point model.
+      steps: number of steps.
+      learning_rate: peak learning rate. BitNet's second stage uses two thirds of it, as in its
+        authors' table.
+      weight_decay: weight decay; for BitNet it ends halfway.
+      context: number of tokens per row.
+      batch_size: number of rows per step.
+      vocabulary: number of tokens of the byte-level BPE that is trained on the text.
+      warmup: number of warm-up steps, at most half of all.
+      seed: seed of the initial parameters and of the order of rows.
+      float_share: fraction of the steps, at the beginning, that train in floating point. Switching
+        to ternary weights with the optimizer state kept is better than ternary weights throughout
+        (Nielsen et al. 2025, arXiv:2502.11895).
+      a48: fraction of the steps, at the end, with the activations of BitNet a4.8, whose authors use
+        0.05 (arXiv:2411.04965). The optimizer state is kept.
+      validate_every: number of steps between validations.
+      save_every: number of steps between saved states.
     """
 
     size: str = "4m"
@@ -64,7 +73,11 @@ class PretrainingRequest:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
     def config(self, vocabulary: int) -> LlamaConfig:
-        """The architecture: that of BitNet b1.58 2B4T, small."""
+        """Return the architecture, a small version of BitNet b1.58 2B4T.
+
+        Args:
+          vocabulary: number of tokens.
+        """
         d, ff, layers, heads = SIZES[self.size]
         return LlamaConfig(
             vocabulary, d, ff, layers, heads, heads, d // heads, tie_embeddings=True,
@@ -73,25 +86,29 @@ class PretrainingRequest:
 
     @property
     def ternary_from(self) -> int:
-        """The step before which weights become latent; past the end for floats."""
+        """The step before which weights become latent; past the end for a floating-point model."""
         if not self.quantized:
             return self.steps + 1
         return min(round(self.float_share * self.steps), self.steps - 1)
 
     @property
     def a48_from(self) -> int:
-        """The step before which activations become those of a4.8; past the end without."""
+        """The step before which activations become those of a4.8; past the end if they never do."""
         if not self.a48:
             return self.steps + 1
         return min(round((1 - self.a48) * self.steps), self.steps - 1)
 
     @property
     def recipe(self) -> jq.Recipe:
-        """The layers' matrices ternary; embedding and norms floats."""
+        """The recipe: ternary matrices in the layers, floating-point embedding and norms."""
         return jq.Recipe([(LAYER_MATRICES, jq.bitnet()), ("*", jq.KEEP)])
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam; two stages and a decay that ends for BitNet, one line and a decay for floats."""
+        """Return Adam with gradient clipping, weight decay and a learning rate schedule.
+
+        BitNet has two stages of the learning rate, and its weight decay ends halfway.
+        Floating-point training has one stage and a constant decay.
+        """
         second = self.learning_rate * (2 / 3 if self.quantized else 1)
         warmup = min(self.warmup, self.steps // 2)
         rate = two_stage(self.learning_rate, second, self.steps, warmup)
@@ -107,7 +124,7 @@ class PretrainingRequest:
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """Which leaves decay: latent weights and the embedding, not the gains of norms."""
+    """Return which leaves decay: latent weights and the embedding, but not the scales of norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, a: not jax.tree_util.keystr(path).endswith("['scale']"), params
     )

@@ -1,4 +1,4 @@
-"""A language model rounded by a recipe: what it will take, the rounding, its transforms learned."""
+"""Quantization of a language model by a recipe: the plan, the rounding, and learned transforms."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,16 @@ from jaxquant_models.readers.model import Model
 
 
 def plan_model(model: Model, recipe: jq.Recipe) -> jq.Plan:
-    """The resolved recipe with the bytes that `save_model` stores; any error of it comes here."""
+    """Return the resolved recipe, with the bytes that `save_model` stores.
+
+    All errors of the recipe are raised here.
+
+    Args:
+      model: the model.
+      recipe: the recipe.
+    Raises:
+      ValueError: the recipe does not fit the model.
+    """
     shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
     return jq.resolve(recipe, as_stored(model.params, shape), model.sites())
 
@@ -35,10 +44,16 @@ def quantize_model(
     progress: Callable[[jq.Done], None] | None = None,
     finished: Finished | None = None,
 ) -> Model:
-    """The model with packed parameters; what the recipe keeps is untouched (see `save_model`).
+    """Return the model with packed parameters; those that the recipe keeps are unchanged.
 
-    Factors of inputs are folded into what makes these, where that is exact (`invariances.folds`).
-    Arguments are those of `jaxquant.quantize`.
+    Input factors are folded into the preceding operations where that is exact
+    (`invariances.folds`).
+
+    Args:
+      model: the model.
+      recipe: the recipe.
+      stats: input statistics, or None if the recipe needs none.
+      key, inspect, transforms, progress, finished: as in `jaxquant.quantize`.
     """
     known: jq.Stats | dict[str, jq.Site] = model.sites()
     params = model.params
@@ -64,7 +79,17 @@ def learn_transforms(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Transforms:
-    """Transforms of inputs learned end to end, for `quantize_model`; see `jaxquant.learn`."""
+    """Return input transforms learned end to end, for `quantize_model`; see `jaxquant.learn`.
+
+    Args:
+      model: the model.
+      recipe: the recipe.
+      stats: input statistics.
+      sequences: training token sequences, int [N, length].
+      healing: settings of the training.
+      validation: token sequences for validation, int [M, length].
+      key, inspect, progress, finished: as in `jaxquant.quantize`.
+    """
     params, recipe, stats = _folded(model, recipe, stats, key, inspect, finished)
     return jq.learn(
         model.apply_training(), params, recipe, stats, sequences, healing,

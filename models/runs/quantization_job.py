@@ -1,4 +1,4 @@
-"""A quantization under way: its steps in order; it may be killed at any moment and goes on."""
+"""A quantization job: its steps in order. It can be killed at any moment and resumed."""
 
 import dataclasses
 from typing import NamedTuple
@@ -25,19 +25,19 @@ from jaxquant_models.runs.reporting import Reporter, Step
 from jaxquant_models.runs.rotation import learned_rotation, random_rotation, rotate_model
 from jaxquant_models.runs.sequences import HELD_OUT, context_length, split
 
-JUDGED = 4  # sequences that scales are judged on
-MEASURED = HELD_OUT // 4  # sequences that an allocation is judged on
-MOST_GENERATED = 128  # sequences that a model writes to train on, unless one step takes more
+JUDGED = 4  # number of sequences on which scales are evaluated
+MEASURED = HELD_OUT // 4  # number of sequences on which an allocation is evaluated
+MOST_GENERATED = 128  # limit of the training sequences a model generates, unless a batch is larger
 
 
 class Sequences(NamedTuple):
     """The token sequences of a job, each an array [N, length].
 
     Attributes:
-      calibration: the sequences to calibrate on.
-      unseen: sequences of the same text to judge on; empty if nothing is to be judged.
-      training: the sequences to train on; None if the model has to write them first.
-      held_out: the sequences to judge training on; None if the model has to write them first.
+      calibration: the calibration sequences.
+      unseen: other sequences of the same text, for evaluation; empty if nothing is to be evaluated.
+      training: the training sequences; None if the model has to generate them first.
+      held_out: the sequences that evaluate training; None if the model has to generate them first.
     """
 
     calibration: np.ndarray
@@ -47,15 +47,16 @@ class Sequences(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What the methods of a request ask for.
+    """What the methods of a request require.
 
     Attributes:
-      statistics: whether they ask for any statistics of inputs.
-      gram: whether they ask for second moments of inputs.
-      channels: whether they ask for the sizes of single channels, or for a sample.
-      output: patterns of the weights whose output-side statistics they ask for.
-      sample: how many rows of each input they ask for, of either kind.
-      module_loss: whether they search for scales that the output of a module judges.
+      statistics: whether any input statistics are required.
+      gram: whether second moments of inputs are required.
+      channels: whether magnitudes of single channels, or a sample, are required.
+      output: patterns of the weights whose output-side statistics are required.
+      sample: number of rows of each input to keep, both of those with the largest entries and of
+        random ones.
+      module_loss: whether scales are searched for by the error of a module's output.
     """
 
     statistics: bool
@@ -68,17 +69,17 @@ class Needs(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class QuantizationJob:
-    """A quantization under way.
+    """A quantization job.
 
     Attributes:
-      request: what is asked for.
-      source: the model to quantize. If its residual stream is to be rotated, it has a head apart,
-        and the rotated model takes its place, so that memory holds one of them.
-      needs: what the methods of the request ask for.
+      request: the request.
+      source: the model to quantize. If its residual stream is to be rotated, its embeddings are
+        untied, and the rotated model replaces it, so that memory holds only one of them.
+      needs: what the methods of the request require.
       sequences: the token sequences that the request needs.
       plan: the resolved recipe; None if methods are to be allocated.
-      finished: the results of steps that are over, of earlier runs of the same job too.
-      reporter: who is told of the work.
+      finished: the results of finished steps, including those of earlier runs of the same job.
+      reporter: receives reports of the work.
     """
 
     request: QuantizationRequest
@@ -90,7 +91,7 @@ class QuantizationJob:
     reporter: Reporter
 
     def run(self) -> tuple[Model, jq.Recipe]:
-        """Run every step that is not finished, and return the model and the recipe that made it."""
+        """Run every unfinished step, and return the model and the recipe that made it."""
         self._rotate()
         stats = self._statistics()
         recipe = self.request.recipe
@@ -105,7 +106,7 @@ class QuantizationJob:
         return jax.random.key(self.request.seed)
 
     def _rotate(self) -> None:
-        """Put the model with a rotated residual stream in the source's place, if asked to."""
+        """Replace the source by the model with a rotated residual stream, if requested."""
         rotating = self.request.rotating
         if not self.request.rotation:
             return
@@ -118,9 +119,9 @@ class QuantizationJob:
     def _learned_rotation(
         self, recipe: jq.Recipe, rotating: jq.Healing, start: Float[Array, "d d"], step: Step
     ) -> Float[Array, "d d"]:
-        """A rotation learned from a start, on the sequences to train on.
+        """Return a rotation learned on the training sequences, starting from `start`.
 
-        If the model has yet to write these, the rotation is learned on the text of calibration.
+        If the model has yet to generate those, the calibration text is used instead.
         """
         training, held_out = self.sequences.training, self.sequences.held_out
         if training is None or held_out is None:
@@ -135,7 +136,7 @@ class QuantizationJob:
         )  # fmt: skip
 
     def _statistics(self) -> jq.Stats | None:
-        """Statistics of the inputs of weights, if any step needs them."""
+        """Return the input statistics of weights, or None if no step needs them."""
         if not self.needs.statistics:
             return None
         with self.reporter.stage("calibrating", len(self.sequences.calibration)) as step:
@@ -149,7 +150,7 @@ class QuantizationJob:
         )  # fmt: skip
 
     def _allocated(self, stats: jq.Stats | None) -> jq.Recipe:
-        """The recipe that gives every weight the method at which the model loses least."""
+        """Return the recipe that gives every weight a method such that the model loses least."""
         source, request = self.source, self.request
         teacher = (source.apply_fn, source.params)
         judged = self.sequences.unseen[:MEASURED]
@@ -169,7 +170,7 @@ class QuantizationJob:
         return allocation.recipe
 
     def _learned_transforms(self, recipe: jq.Recipe, stats: jq.Stats | None) -> Transforms | None:
-        """Transforms of inputs trained end to end, if asked to."""
+        """Return input transforms trained end to end, or None if not requested."""
         learning = self.request.learning
         if learning is None:
             return None
@@ -183,7 +184,7 @@ class QuantizationJob:
     def _quantized(
         self, recipe: jq.Recipe, stats: jq.Stats | None, transforms: Transforms | None
     ) -> Model:
-        """The model with rounded weights."""
+        """Return the quantized model."""
         plan = plan_model(self.source, recipe) if self.plan is None else self.plan
         with self.reporter.stage("quantizing", plan.matrices) as step:
             return quantize_model(
@@ -192,7 +193,7 @@ class QuantizationJob:
             )  # fmt: skip
 
     def _healed(self, result: Model) -> Model:
-        """The rounded model trained to be like the source, if asked to."""
+        """Return the quantized model, trained to match the source if requested."""
         healing, recoding = self.request.healing, self.request.recoding
         if healing is None:
             return result
@@ -206,13 +207,13 @@ class QuantizationJob:
             )  # fmt: skip
 
     def _module_loss(self) -> ModuleLoss | None:
-        """The judge of scales that are searched for, if any are."""
+        """Return the loss by which scales are searched for, or None if none are."""
         if not self.needs.module_loss:
             return None
         return ModuleLoss(self.source, self.sequences.calibration[:JUDGED])
 
     def _training(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences to train on, and those held out; the model writes them if asked to."""
+        """Return the training and the held-out sequences, generated by the model if requested."""
         if self.sequences.training is not None and self.sequences.held_out is not None:
             return self.sequences.training, self.sequences.held_out
         stages = self.request.training

@@ -1,4 +1,4 @@
-"""From a request for a quantization to a job: the texts are read and the model is loaded."""
+"""Prepares a quantization job from a request: reads the texts and loads the model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,16 +24,16 @@ from jaxquant_models.runs.rotation import untie_model
 from jaxquant_models.runs.sequences import context_length, first_tokens, split, token_sequences
 from pallas_kernels import viterbi
 
-SAMPLE = 256  # rows of every input kept to fit transforms to, and as many at random
+SAMPLE = 256  # rows of every input kept to fit transforms: the largest, and as many at random
 
 
 class Texts(NamedTuple):
     """The contents of the texts.
 
     Attributes:
-      calibration: the text to calibrate on.
-      heal: the text to train on; "" stands for that of calibration, `GENERATED` for text that the
-        model writes.
+      calibration: the calibration text.
+      heal: the training text; "" stands for the calibration text, `GENERATED` for text that the
+        model generates.
     """
 
     calibration: str
@@ -46,16 +46,17 @@ def set_up(
     begin: Callable[[Mapping[str, JsonValue]], Finished],
     reporter: Reporter,
 ) -> QuantizationJob:
-    """The job that a request asks for, which alone holds the model.
+    """Return the job for a request. The job holds the only reference to the model.
 
     Args:
-      model: what `readers.registry.load` takes.
-      begin: called with the job's fingerprint, when nothing stands in its way any more; gives what
+      request: the request.
+      model: the spec of the model, as in `readers.registry.load`.
+      begin: called with the job's fingerprint once all checks have passed; returns the results that
         earlier runs of the job have finished.
-      reporter: is told of the plan, and then of the work.
+      reporter: receives the plan and later the reports of the work.
     Raises:
-      ValueError: a text or the model cannot be read; the recipe does not fit the model, or the bits
-        are out of reach; a text is too short.
+      ValueError: a text or the model cannot be read, the recipe does not fit the model, the target
+        bits cannot be reached, or a text is too short.
     """
     texts = _read_texts(request)
     source = dataclasses.replace(registry.load(model), prefix=request.exact_prefix)
@@ -77,7 +78,7 @@ def _read_texts(request: QuantizationRequest) -> Texts:
 
 
 def _untied(source: Model, reporter: Reporter) -> Model:
-    """The model with a head apart; the reporter is told what that costs."""
+    """Return the model with untied embeddings, reporting the bytes that this adds."""
     if not source.config.tie_embeddings:
         return source
     source = untie_model(source)
@@ -90,7 +91,10 @@ def _untied(source: Model, reporter: Reporter) -> Model:
 
 
 def _plan(request: QuantizationRequest, source: Model, reporter: Reporter) -> jq.Plan | None:
-    """The resolved recipe, told; or None, if the methods to allocate can keep to the bits."""
+    """Return and report the resolved recipe, or None if methods are to be allocated.
+
+    In the latter case, check that the choices can meet the target bits.
+    """
     if request.recipe is None:
         choices = jq.Choices.of(
             source.params, request.choices, source.sites(), paths=[LAYER_MATRICES],
@@ -122,10 +126,10 @@ def _needs(request: QuantizationRequest) -> Needs:
 
 
 def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts) -> Sequences:
-    """The sequences that a request needs.
+    """Return the sequences that a request needs.
 
     Raises:
-      ValueError: a text is too short to keep a part of it apart.
+      ValueError: a text is too short to hold a part of it out, or for one batch.
     """
     none, training = np.empty((0, 0), np.int32), request.training
     if not needs.statistics and not training:
@@ -149,7 +153,7 @@ def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts
 
 
 def _fingerprint(request: QuantizationRequest, source: Model, texts: Texts) -> dict[str, JsonValue]:
-    """Plain values that differ wherever results may differ: the run's identity."""
+    """Return the identity of a run: plain values that differ wherever results may differ."""
     training = ("learning", "healing", "recoding", "rotating")
     return {
         **VERSIONS,

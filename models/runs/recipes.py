@@ -1,4 +1,4 @@
-"""The recipe of one method for a whole language model."""
+"""The recipe of a single method for a whole language model."""
 
 import dataclasses
 
@@ -12,13 +12,16 @@ from jaxquant_models.architectures.llama import (
 
 
 def recipe_of(method: jq.Method, rotated: bool = False) -> jq.Recipe:
-    """The matrices of every layer by one method; embedding, head and norms as they are.
+    """Return the recipe that applies one method to the matrices of all layers.
 
-    Queries and keys are not clipped: what they lose is multiplied.
+    Embedding, output matrix and norms are kept. Queries and keys are not clipped, because their
+    errors multiply.
 
     Args:
-      rotated: for a model whose residual stream is rotated: what reads the stream needs no rotation
-        of its own. Other inputs have the method's (QuaRot, SpinQuant "had") or none.
+      method: the method.
+      rotated: whether the residual stream of the model is rotated. The weights that read the stream
+        then need no rotation of their own inputs. Other inputs keep the method's rotation, if it
+        has one (QuaRot, SpinQuant "had").
     """
     rules = [(LAYER_MATRICES, method)]
     if rotated:
@@ -30,7 +33,7 @@ def recipe_of(method: jq.Method, rotated: bool = False) -> jq.Recipe:
 
 
 def _without_rotations(method: jq.Method) -> jq.Method:
-    """The method without rotations of inputs, except for those that sort, as the format needs."""
+    """Return the method without input rotations, except sorting ones, which the format requires."""
     side = method.input
     parts = side.parts if isinstance(side, jq.Chain) else () if side is None else (side,)
     left = tuple(p for p in parts if not isinstance(p, jq.Rotation) or p.sort)

@@ -1,4 +1,4 @@
-"""A language model whose residual stream is rotated, offline: at random, or as learned."""
+"""Language models whose residual stream is rotated offline, by a random or a learned rotation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,23 +18,37 @@ from jaxquant_models.readers.model import Model
 
 
 def untie_model(model: Model) -> Model:
-    """The same function, a head apart."""
+    """Return the model with untied embeddings; its function is unchanged.
+
+    Args:
+      model: the model.
+    """
     config, params = untied(model.config, model.params)
     return dataclasses.replace(model, config=config, params=params)
 
 
 def rotate_model(model: Model, rotation: Float[Array, "d d"]) -> Model:
-    """The same function, its residual stream turned by an orthonormal matrix, a head apart."""
+    """Return the model with its residual stream rotated and its embeddings untied.
+
+    Its function is unchanged.
+
+    Args:
+      model: the model.
+      rotation: orthonormal matrix [d, d].
+    """
     model = untie_model(model)
     params = jq.rotate_residual(model.params, residual(model.config), rotation)
     return dataclasses.replace(model, params=params)
 
 
 def random_rotation(model: Model, key: jax.Array) -> Float[Array, "d d"]:
-    """A Hadamard transform of the residual stream behind random signs.
+    """Return a Hadamard transform of the residual stream after random signs, [d, d].
 
+    Args:
+      model: the model.
+      key: PRNG key of the signs.
     Raises:
-      ValueError: its width has no Hadamard transform.
+      ValueError: the width of the stream has no Hadamard transform.
     """
     d, rotation = model.config.d_model, jq.Rotation()
     if rotation.size(d) != d:
@@ -56,10 +70,19 @@ def learned_rotation(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Float[Array, "d d"]:
-    """The rotation of the residual stream of a model with a head apart that suits a recipe best.
+    """Return the rotation [d, d] of the residual stream that suits a recipe best.
 
-    Weights are rounded in learning too, but where error feedback is to round them. Arguments are
-    those of `jaxquant.learn_rotation`.
+    Weights are rounded during learning too, unless the recipe rounds them with error feedback.
+
+    Args:
+      model: the model, with untied embeddings.
+      recipe: the recipe by which the rotated model is to be quantized.
+      sequences: training token sequences, int [N, length].
+      healing: settings of the training.
+      start: the initial rotation [d, d].
+      stats: input statistics of the model rotated by `start`; None if the recipe needs none.
+      key, progress, finished: as in `jaxquant.learn_rotation`.
+      validation: token sequences on which the best rotation is selected; None returns the last one.
     """
     rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
     return jq.learn_rotation(

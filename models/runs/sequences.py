@@ -1,4 +1,4 @@
-"""Token sequences of texts: cut, and split into those to train on and those to judge on."""
+"""Token sequences of texts, split into training and held-out sequences."""
 
 import warnings
 
@@ -7,22 +7,33 @@ import numpy as np
 from jaxquant.evaluate import chunk
 from jaxquant_models.readers.model import Model
 
-CONTEXT = 512  # tokens of one sequence to calibrate or train on
-HELD_OUT = 8  # sequences kept apart to judge training on, at most
+CONTEXT = 512  # number of tokens of a calibration or training sequence
+HELD_OUT = 8  # maximum number of sequences held out to evaluate training
 
 
 def context_length(model: Model) -> int:
-    """Tokens of one sequence to calibrate or train on: 512, or all positions the model has."""
+    """Return the number of tokens of a calibration or training sequence for a model.
+
+    It is 512, or the model's maximum number of positions if that is smaller.
+
+    Args:
+      model: the model.
+    """
     return min(CONTEXT, model.config.max_position)
 
 
 def token_sequences(model: Model, text: str, length: int, count: int | None = None) -> np.ndarray:
-    """Sequences [N, length] of a text; each begins with the model's [bos], if any, as in llama.cpp.
+    """Return sequences [N, length] of a text.
+
+    Each begins with the model's [bos] token, if it has one, as in llama.cpp.
 
     Args:
-      count: the first so many; None: all.
+      model: the model.
+      text: the text.
+      length: number of tokens per sequence.
+      count: number of sequences, from the beginning; None for all.
     Raises:
-      ValueError: the text is too short, or the model was made for fewer positions than `length`.
+      ValueError: the text is too short, or the model supports fewer positions than `length`.
     """
     if length > model.config.max_position:
         raise ValueError(f"ctx {length} exceeds the model's {model.config.max_position} positions")
@@ -33,7 +44,12 @@ def token_sequences(model: Model, text: str, length: int, count: int | None = No
 
 
 def first_tokens(sequences: np.ndarray, tokens: int) -> np.ndarray:
-    """The first sequences of so many tokens; warns where there are fewer."""
+    """Return the first sequences, with `tokens` tokens in total; warn if there are fewer.
+
+    Args:
+      sequences: token ids, int [N, length].
+      tokens: total number of tokens wanted; at least one sequence is returned.
+    """
     wanted = max(1, tokens // sequences.shape[1])
     if len(sequences) < wanted:
         warnings.warn(
@@ -44,10 +60,12 @@ def first_tokens(sequences: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split sequences into those to train on and the last ones, a quarter but at most `HELD_OUT`.
+    """Return the training sequences and the held-out ones: the last quarter, at most `HELD_OUT`.
 
+    Args:
+      sequences: at least three sequences.
     Raises:
-      ValueError: there are too few.
+      ValueError: there are fewer than three.
     """
     if len(sequences) < 3:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A language model made ready to run: entropy-coded weights become words that products read."""
+"""Prepares a model for inference: entropy-coded weights become words that products can read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from jaxquant_models.readers.model import Model
 
 
 def serving_model(model: Model, tell: Callable[[str], None]) -> Model:
-    """The model with parameters in the form that products read (`jaxquant.transcoded`).
+    """Return the model with parameters in the form that products read (`jaxquant.transcoded`).
 
     Args:
-      tell: called with a line that says what entropy-coded weights take, if there are any.
+      model: the model.
+      tell: called with a line about the size of entropy-coded weights, if there are any.
     """
     before, params = dict(jq.path_leaves(model.params)), jq.transcoded(model.params)
     pairs = [(before[path], w) for path, w in jq.path_leaves(params) if w is not before[path]]

@@ -1,4 +1,4 @@
-"""Tokenizers trained on a text."""
+"""Training of a tokenizer on a text."""
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
@@ -8,7 +8,12 @@ from jaxquant_models.readers.tokenizer import Tokenizer
 
 
 def trained_tokenizer(text: str, vocabulary: int) -> Tokenizer:
-    """A byte-level BPE, which has tokens for every text."""
+    """Return a byte-level BPE tokenizer trained on the text; it can encode any text.
+
+    Args:
+      text: the text.
+      vocabulary: number of tokens.
+    """
     backend = tokenizers.Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

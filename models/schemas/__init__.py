@@ -1,1 +1,1 @@
-"""What files from outside must hold, and how they are read: strictly, errors in one line."""
+"""Schemas of external files, and strict readers that report an error in one line."""

@@ -1,7 +1,7 @@
-"""Kinds of numbers that several files hold, with wide ranges, and checks across fields.
+"""Number types shared by several schemas, with wide ranges, and checks across fields.
 
-The ranges refuse what no model means (an epsilon of 0, a base of 1e300), not what is merely
-unusual. The bytes of the weights bound the sizes, in `readers.weights.check_room`.
+The ranges reject values that no model uses (an epsilon of 0, a base of 1e300), not values that are
+merely unusual. Sizes are bounded by the bytes of the weights, in `readers.weights.check_room`.
 """
 
 from typing import Annotated
@@ -10,7 +10,11 @@ from pydantic import BeforeValidator, Field, JsonValue
 
 
 def as_list(value: JsonValue) -> list[JsonValue]:
-    """None, one value or a list, as a list."""
+    """Return None, a single value or a list as a list.
+
+    Args:
+      value: a JSON value.
+    """
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -25,7 +29,14 @@ Switch = Annotated[bool, BeforeValidator(lambda v: False if v is None else v)]
 
 
 def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim: int) -> None:
-    """Raise ValueError, with the fields' names, unless heads are such as RoPE and GQA want."""
+    """Raise ValueError unless the heads suit RoPE (even head_dim) and grouped-query attention.
+
+    Args:
+      names: names of the three fields, for the message.
+      heads: number of query heads.
+      kv_heads: number of key-value heads, a divisor of heads.
+      head_dim: channels per head, an even number.
+    """
     if heads % kv_heads:
         raise ValueError(f"{names[0]} must be a multiple of {names[1]}, got {heads} and {kv_heads}")
     if head_dim % 2:
@@ -33,7 +44,12 @@ def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim
 
 
 def check_window(window: int | None, max_position: int) -> None:
-    """Raise ValueError if attention has a window that positions can leave."""
+    """Raise ValueError if attention has a window smaller than the number of positions.
+
+    Args:
+      window: width of the attention window, or None for full attention.
+      max_position: maximum number of positions.
+    """
     if window and window < max_position:
         raise ValueError(
             f"sliding-window attention is not supported (window {window} < {max_position} "
@@ -42,7 +58,12 @@ def check_window(window: int | None, max_position: int) -> None:
 
 
 def check_ids(rows: int, **named: list[int]) -> None:
-    """Raise ValueError, with the field's name, for a token id without a row in the embedding."""
+    """Raise ValueError for a token id that has no row in the embedding.
+
+    Args:
+      rows: number of rows of the embedding.
+      **named: field name -> its token ids.
+    """
     for name, ids in named.items():
         if ids and max(ids) >= rows:
             raise ValueError(f"{name} must be below the vocabulary's {rows}, got {max(ids)}")

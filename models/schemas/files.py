@@ -1,4 +1,4 @@
-"""What each file from outside must hold; `schemas.strict` says in one line what does not fit."""
+"""Schemas of the external files; `schemas.strict` turns violations into one-line errors."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -35,7 +35,7 @@ class Rope(Schema):
 
     @property
     def kind(self) -> str:
-        """How frequencies are scaled."""
+        """The kind of frequency scaling: "default", "linear" or "llama3"."""
         return self.rope_type or self.type or "default"
 
     @model_validator(mode="after")
@@ -89,20 +89,20 @@ class HFConfig(Schema):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Heads, heads of keys, and the channels of one."""
+        """Number of heads, number of key-value heads, and channels per head."""
         heads = self.num_attention_heads
         width = self.head_dim or self.hidden_size // heads
         return heads, self.num_key_value_heads or heads, width
 
     @property
     def rope(self) -> Rope:
-        """The one that counts: of both, `rope_scaling`, as in Transformers."""
+        """The RoPE options in force: `rope_scaling` if both are given, as in Transformers."""
         given = self.rope_scaling, self.rope_parameters
         return next((r for r in given if r is not None and r.model_fields_set), Rope())
 
     @property
     def theta(self) -> float | None:
-        """RoPE's base; its own place goes before the old one."""
+        """RoPE's base; a value inside the RoPE options takes precedence over the top-level one."""
         own = "rope_theta" in self.rope.model_fields_set
         return self.rope.rope_theta if own else self.rope_theta
 
@@ -120,7 +120,7 @@ class HFConfig(Schema):
                 f"given, got {self.hidden_size} and {self.num_attention_heads}"
             )
         check_heads(("num_attention_heads", "num_key_value_heads", "head_dim"), *self.sizes)
-        # Qwen names a window but uses it only on request; Mistral's is used if it is there.
+        # Qwen configurations state a window but use it only on request; Mistral always uses one.
         qwen = self.model_type.startswith("qwen")
         used = self.use_sliding_window if qwen else self.model_type == "mistral"
         check_window(self.sliding_window if used else None, self.max_position_embeddings)
@@ -135,7 +135,7 @@ class GenerationConfig(Schema):
 
 
 class ShardIndex(Schema):
-    """model.safetensors.index.json: which file holds which tensor."""
+    """model.safetensors.index.json: the file that holds each tensor."""
 
     weight_map: dict[str, str]
 
@@ -151,7 +151,7 @@ class ShardIndex(Schema):
 
 
 class CheckpointMetadata(Schema):
-    """Metadata of a checkpoint that holds a language model; `LlamaConfig` reads `config`."""
+    """Metadata of a checkpoint that holds a language model; `config` is parsed by `LlamaConfig`."""
 
     config: dict[str, Any]
     tokenizer: str
@@ -192,7 +192,7 @@ class SentenceConfig(Schema):
 
 
 class GGUFArchitecture(Schema):
-    """GGUF metadata of one architecture; the names follow its own, "llama.", say."""
+    """GGUF metadata of one architecture; keys are prefixed with its name, such as "llama."."""
 
     embedding_length: Size
     feed_forward_length: Size
@@ -214,12 +214,15 @@ class GGUFArchitecture(Schema):
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return self.key_length or self.embedding_length // self.heads
 
     @property
     def rope_factor(self) -> float | None:
-        """What divides every frequency; as in llama.cpp, linear unless it says otherwise."""
+        """The divisor of every RoPE frequency, or None.
+
+        Scaling is linear unless stated otherwise, as in llama.cpp.
+        """
         factor = self.old_factor if self.factor is None else self.factor
         return factor if factor and self.scaling == "linear" else None
 
@@ -245,7 +248,7 @@ class GGUFArchitecture(Schema):
 
 
 class GGUFTokenizer(Schema):
-    """GGUF metadata of the tokenizer, behind "tokenizer.ggml."."""
+    """GGUF metadata of the tokenizer; keys are prefixed with "tokenizer.ggml."."""
 
     model: Literal["gpt2", "llama"]
     tokens: Annotated[list[str], Field(min_length=1)]
@@ -285,14 +288,14 @@ class GGUFTokenizer(Schema):
 
 
 class AddedToken(Schema):
-    """One of the tokens that a tokenizer.json adds to its vocabulary."""
+    """A token that a tokenizer.json adds to its vocabulary."""
 
     id: TokenId
     content: Annotated[str, Field(min_length=1)]
 
 
 class VocabularyModel(Schema):
-    """The model of a tokenizer.json, with ids by token."""
+    """The model of a tokenizer.json whose vocabulary maps tokens to ids."""
 
     vocab: dict[str, TokenId]
 
@@ -305,13 +308,13 @@ class VocabularyModel(Schema):
 
 
 class UnigramModel(Schema):
-    """The same of Unigram: tokens with their scores, in the order of ids."""
+    """The model of a Unigram tokenizer.json, which lists tokens and scores in order of ids."""
 
     vocab: list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]
 
 
 class TokenizerFile(Schema):
-    """tokenizer.json; the library reads the rest of it."""
+    """tokenizer.json, as far as it is checked here; the library reads the rest."""
 
     model: dict[str, Any]
     added_tokens: list[AddedToken] = Field(default_factory=list)

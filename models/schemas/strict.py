@@ -1,6 +1,6 @@
-"""What comes from outside: JSON read strictly, and a schema's errors in one line.
+"""Strict parsing of external data: JSON, and schema violations reported in one line.
 
-The line says which file, which field, what was expected, and what came.
+The line states the file, the field, what was expected and what was found.
 """
 
 import json
@@ -19,9 +19,10 @@ V = TypeVar("V", bound=Hashable)
 
 
 class Schema(BaseModel):
-    """What a file must hold; fields that it does not name may be anything.
+    """Base class of schemas; fields that a schema does not name are ignored.
 
-    Types are strict: no text for a number, no number for a boolean; no NaN and no infinity.
+    Types are strict: strings are not accepted as numbers, nor numbers as booleans, and NaN and
+    infinity are rejected.
     """
 
     model_config = ConfigDict(
@@ -30,14 +31,16 @@ class Schema(BaseModel):
 
 
 def checked(schema: type[S], data: object, where: str, prefix: str = "") -> S:
-    """The data as the schema has it.
+    """Return the data as an instance of the schema.
 
     Args:
+      schema: the schema.
       data: plain values, as from JSON.
-      where: names the source in an error.
-      prefix: stands before the names of fields in the source.
+      where: name of the source in error messages.
+      prefix: prefix of the field names in the source.
     Raises:
-      ValueError: a field is missing, or of another type or range; the first one, in one line.
+      ValueError: a field is missing, or has the wrong type or range; the message is one line about
+        the first such field.
 
     >>> class Size(Schema):
     ...     width: int
@@ -52,7 +55,7 @@ def checked(schema: type[S], data: object, where: str, prefix: str = "") -> S:
 
 
 def _line(error: ErrorDetails, where: str, prefix: str) -> str:
-    """Of one error of pydantic's."""
+    """Format one pydantic error."""
     if error["type"] == "value_error":  # a check of the schema's own, which names its fields
         return f"{where}: {error['ctx']['error']}"
     name = prefix + ".".join(map(_part, error["loc"]))
@@ -64,7 +67,7 @@ def _line(error: ErrorDetails, where: str, prefix: str) -> str:
 
 
 def _expected(error: ErrorDetails) -> str:
-    """What the schema wants: must be ..."""
+    """Return what the schema expects, as "must be ..."."""
     if error["type"] == "literal_error":
         *others, last = (w.strip(" ',") for w in re.split(r",| or ", error["ctx"]["expected"]))
         if len(others) < 2:
@@ -78,13 +81,17 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def _part(part: int | str) -> str:
-    """Of a field's path; a key that the file chose is cut short."""
+    """Return one part of a field's path; a key chosen by the file is shortened."""
     text = str(part)
     return text if text.replace("_", "").replace(".", "").isalnum() else shown(text)
 
 
 def read_json(path: Path) -> dict[str, JsonValue]:
-    """The object in a JSON file. Raises ValueError if there is none."""
+    """Return the object in a JSON file. Raises ValueError if there is none.
+
+    Args:
+      path: the file.
+    """
     data = parse_json(read_bytes(path), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path} should hold a JSON object, holds a {type(data).__name__}")
@@ -92,7 +99,11 @@ def read_json(path: Path) -> dict[str, JsonValue]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file. Raises ValueError if it cannot be read."""
+    """Return the contents of a file. Raises ValueError if it cannot be read.
+
+    Args:
+      path: the file.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -100,11 +111,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(text: str | bytes, where: str) -> JsonValue:
-    """The value that a JSON text stands for.
+    """Return the value of a JSON text.
 
+    Args:
+      text: the text; bytes must be UTF-8.
+      where: name of the source in error messages.
     Raises:
-      ValueError: not UTF-8, not JSON, nested too deep, a key twice in an object, or the literals
-        NaN and Infinity, which JSON does not have.
+      ValueError: text is not UTF-8 or not JSON, is nested too deep, repeats a key in an object, or
+        has the literals NaN or Infinity, which are not JSON.
 
     >>> parse_json('{"a": 1, "a": 2}', "x.json")
     Traceback (most recent call last):
@@ -134,7 +148,11 @@ def _constant(name: str) -> NoReturn:
 
 
 def first_repeat(values: Iterable[V]) -> V | None:
-    """The first value that came before; None if each comes once."""
+    """Return the first value that occurred before, or None if all are distinct.
+
+    Args:
+      values: hashable values.
+    """
     seen = set()
     for value in values:
         if value in seen:

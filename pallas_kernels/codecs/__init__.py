@@ -1,1 +1,1 @@
-"""The one definition of every packed layout and code."""
+"""Definitions of every packed layout and code."""

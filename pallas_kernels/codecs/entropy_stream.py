@@ -2,12 +2,12 @@
 
     | header, HEADER words | states of the lanes | words | zeros |
 
-A weight is step_i width_j v_ij, with steps and widths of quarter octaves and integers v = 2 k - q
-(`tcq`). Its code k is that of a t source (`student`) of scale level_i + column_j, over step and
-width, in quarter octaves. The words hold, as codes too, the steps, the scales level + step, the
-widths, the scales column + width; then k, row i in lane i mod lanes. A row is cut into chains of at
-most `chain` weights, of which c has the columns c, c + count, ...; each has a trellis of its own,
-from state 0.
+A weight is step_i width_j v_ij, with steps and widths in quarter octaves and integers v = 2 k - q
+(`trellis_coded`). Its code k is coded for a t source (`student_t`) of scale level_i + column_j
+relative to step and width, in quarter octaves. The words hold, as codes too, the steps, the scales
+level + step, the widths and the scales column + width, followed by the codes k, with row i in lane
+i mod lanes. A row is split into `count` chains of at most `chain` weights, of which chain c has the
+columns c, c + count, ...; each chain has a trellis of its own, starting from state 0.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,23 @@ from jaxtyping import Array, Bool, Float, Int, Int16, Int32, UInt16
 
 from pallas_kernels.codecs import rans, student_t, trellis_coded
 
-# Base, low and high; shape; class and mean of steps and of scales of rows; classes of columns'.
+# Base, low and high word; shape; class and mean of the steps, and of the row scales; classes of the
+# widths and of the column scales.
 HEADER = 9
-FINE = 1 << 16  # parts of an octave, of the base
+FINE = 1 << 16  # parts of an octave in which the base is given
 
 
 class Coded(NamedTuple):
-    """What a stream holds.
+    """The contents of a stream.
 
     Attributes:
       base: logarithm of the unit of the steps, in 1 / FINE octaves.
       shape: index into `student_t.SHAPES`.
-      steps: of every row, quarter octaves above the base.
-      levels: scale of every row over its step, in quarter octaves.
-      widths: of every column, quarter octaves.
-      columns: scale of every column over its width, in quarter octaves.
-      values: v.
+      steps: step of every row [k], in quarter octaves above the base.
+      levels: scale of every row [k] relative to its step, in quarter octaves.
+      widths: width of every column [n], in quarter octaves.
+      columns: scale of every column [n] relative to its width, in quarter octaves.
+      values: the integers v, int16 [k, n].
     """
 
     base: Int32[Array, ""]
@@ -50,26 +51,46 @@ class Coded(NamedTuple):
 def scales(
     base: Int32[Array, ""], steps: Int32[Array, " k"], widths: Int32[Array, " n"]
 ) -> tuple[Float[Array, " k"], Float[Array, " n"]]:
-    """Steps of the rows and widths of the columns in float32, of their logarithms in `Coded`."""
+    """Return the float32 steps of the rows and widths of the columns.
+
+    The arguments are the logarithms in `Coded`.
+
+    Args:
+      base, steps, widths: the fields of `Coded`.
+    """
     octave = base / FINE + steps / 4
-    whole = jnp.floor(octave)  # apart, so that a unit twice as large gives exactly twice as much
+    whole = jnp.floor(octave)  # split off, so that doubling the unit exactly doubles the steps
     step = jnp.ldexp(jnp.exp2(octave - whole), whole.astype(jnp.int32))
     return step.astype(jnp.float32), jnp.exp2(widths / 4)
 
 
 def weights(coded: Coded) -> Float[Array, "k n"]:
-    """The matrix, in float32."""
+    """Return the float32 matrix [k, n].
+
+    Args:
+      coded: the contents of a stream.
+    """
     step, width = scales(coded.base, coded.steps, coded.widths)
     return step[:, None] * width * coded.values
 
 
 def index(levels: Int[Array, "..."], columns: Int[Array, "..."]) -> Int32[Array, "..."]:
-    """The class of a source, of those that can code anything."""
+    """Return the class of a source, among those that can code anything.
+
+    Args:
+      levels, columns: scales relative to step and width, in quarter octaves.
+    """
     return jnp.clip(levels + columns + student_t.UNIT, 1, student_t.CLASSES - 1)
 
 
 def chains(n: int, chain: int) -> tuple[int, int]:
-    """Number and length of the chains of a row of n weights; the last ones may be shorter by one.
+    """Return the number and length of the chains of a row of n weights.
+
+    The last chains may be shorter by one.
+
+    Args:
+      n: number of weights in a row.
+      chain: largest number of weights in a chain.
 
     >>> chains(576, 256)
     (3, 192)
@@ -79,7 +100,11 @@ def chains(n: int, chain: int) -> tuple[int, int]:
 
 
 def laid(a: Array, chain: int) -> Array:
-    """[..., n] as [..., length, count], a chain in each column, filled up with zeros.
+    """Return [..., n] as [..., length, count] with a chain in each column, zero-padded.
+
+    Args:
+      a: [..., n].
+      chain: largest number of weights in a chain.
 
     >>> laid(jnp.arange(1, 6), 3).tolist()
     [[1, 2], [3, 4], [5, 0]]
@@ -91,7 +116,7 @@ def laid(a: Array, chain: int) -> Array:
 
 
 class _Codes(NamedTuple):
-    """Codes, the classes of their sources, their quantizers: [steps, lanes]."""
+    """Codes, the classes of their sources and their quantizers, each [steps, lanes]."""
 
     code: Int[Array, "steps lanes"]
     source: Int[Array, "steps lanes"]
@@ -100,7 +125,12 @@ class _Codes(NamedTuple):
 
 @partial(jax.jit, static_argnames=("size", "lanes"))
 def write(coded: Coded, size: int, lanes: int) -> tuple[UInt16[Array, " size"], Int32[Array, ""]]:
-    """The stream, filled with zeros or cut off at `size` words; the words it takes in truth.
+    """Return the stream, and the number of words that it actually takes.
+
+    Args:
+      coded: the contents.
+      size: number of words to return; the stream is zero-padded or truncated to it.
+      lanes: number of interleaved range-coder states.
 
     >>> row = jnp.arange(4) % 2
     >>> values = jnp.array([[2, 0, -4, 0]], jnp.int16)
@@ -131,13 +161,13 @@ def write(coded: Coded, size: int, lanes: int) -> tuple[UInt16[Array, " size"], 
 
 
 def _by_lanes(a: Array, lanes: int) -> Array:
-    """[k, ...] -> [k / lanes, lanes, ...], filled up with zeros."""
+    """Return [k, ...] as [k / lanes, lanes, ...], zero-padded."""
     a = jnp.pad(a, ((0, -len(a) % lanes), *((0, 0),) * (a.ndim - 1)))
     return a.reshape(-1, lanes, *a.shape[1:])
 
 
 def _side(codes: Int[Array, " k"], shape: Array, lanes: int) -> _Codes:
-    """Side information, in the class that codes it in the fewest bits."""
+    """Return side information in the class that codes it in the fewest bits."""
     count = jnp.zeros(student_t.SYMBOLS).at[student_t.symbol(codes)].add(1.0)
     best = 1 + jnp.argmin(jnp.asarray(student_t.prices())[shape, 1:, 0] @ count)
     codes, source = (_by_lanes(a, lanes) for a in (codes, jnp.full(len(codes), best, jnp.int32)))
@@ -145,7 +175,7 @@ def _side(codes: Int[Array, " k"], shape: Array, lanes: int) -> _Codes:
 
 
 def _symbols(codes: _Codes, shape: Array) -> tuple[Array, Array]:
-    """Starts and frequencies [2 steps, lanes] of symbols and plain bits in turn."""
+    """Return starts and frequencies [2 steps, lanes] of symbols and plain bits, alternating."""
     symbol = student_t.symbol(codes.code)
     at = lambda table: jnp.asarray(table)[shape, codes.source, codes.q, symbol]
     plain = rans.SLOTS >> jnp.asarray(student_t.BITS)[symbol]
@@ -155,7 +185,12 @@ def _symbols(codes: _Codes, shape: Array) -> tuple[Array, Array]:
 
 
 def scaled(words: UInt16[Array, " size"], octaves: Int32[Array, ""]) -> UInt16[Array, " size"]:
-    """The stream of the same matrix, 2**octaves times as large."""
+    """Return the stream of the same matrix multiplied by 2**octaves.
+
+    Args:
+      words: the stream.
+      octaves: exponent of the factor.
+    """
     high = (words[1].astype(jnp.int32) + octaves) & 0xFFFF
     return words.at[1].set(high.astype(jnp.uint16))
 
@@ -164,13 +199,16 @@ def scaled(words: UInt16[Array, " size"], octaves: Int32[Array, ""]) -> UInt16[A
 def read(
     words: UInt16[Array, " size"], k: int, n: int, *, lanes: int, states: int, chain: int
 ) -> tuple[Coded, Bool[Array, ""]]:
-    """Inverse of `write`, and whether the stream is whole; of noise, some matrix.
+    """Return the contents of a stream, and whether it is intact.
+
+    A corrupt stream still decodes to some matrix.
 
     Args:
-      words: the stream; what it lacks reads as zeros.
-      k, n: rows and columns.
-      lanes: those of `write`.
-      states, chain: of the trellis.
+      words: the stream; missing words read as zeros.
+      k, n: number of rows and columns.
+      lanes: as in `write`.
+      states: number of trellis states.
+      chain: largest number of weights in a chain.
     """
     head = words[:HEADER].astype(jnp.int16).astype(jnp.int32)
     words = words[HEADER:]
@@ -209,7 +247,10 @@ def read(
 
 
 def _cutter(side: Int[Array, " m"], lanes: int) -> Callable[[int], Array]:
-    """Takes side information apart: its next entries, then what filled up the last lanes."""
+    """Return a function that takes the next entries of side information.
+
+    It skips the padding of the last lanes.
+    """
     at = 0
 
     def cut(count: int) -> Array:
@@ -221,7 +262,10 @@ def _cutter(side: Int[Array, " m"], lanes: int) -> Callable[[int], Array]:
 
 
 def _puller(words: Array, shape: Array) -> Callable[..., tuple[rans.Reader, Array]]:
-    """One code of every lane: (reader, classes of the sources, quantizers) -> reader, codes."""
+    """Return a function that decodes one code in every lane.
+
+    It maps (reader, classes of the sources, quantizers) to the reader and the codes.
+    """
     below = jnp.asarray(student_t.below())[shape]
     least, bits = jnp.asarray(student_t.BASE), jnp.asarray(student_t.BITS)
 

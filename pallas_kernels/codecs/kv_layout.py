@@ -1,9 +1,9 @@
-"""The layout of a packed key-value cache, and what its codes stand for.
+"""Layout and decoding of a packed key-value cache.
 
-A *group* is so many consecutive tokens, quantized together once they leave the window of recent
-ones. Codes of one channel run along the tokens of a group, of keys and values alike, so that a
-vector of channels is read at once; scales are those of KIVI (arXiv:2402.02750): of a key one for
-each channel and group, of a value one for each token and some channels.
+A *group* is a fixed number of consecutive tokens that are quantized together once they leave the
+window of recent ones. The codes of one channel run along the tokens of a group, for keys and values
+alike, so that a vector of channels can be read at once. Scales are those of KIVI
+(arXiv:2402.02750): keys have one per channel and group, values one per token and run of channels.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,18 @@ from pallas_kernels.codecs import layout
 
 
 class Past(NamedTuple):
-    """Keys and values of the tokens before a call, of all layers; b sequences, kv heads.
+    """Keys and values of the tokens before a call, for all L layers, b sequences and kv heads.
 
-    Token t stands at `sink[t]` if there is such a place; else at `ring[t % R]` while it is recent;
-    else in the codes. What its codes stand for is `code * scale + offset`. With S slots, groups
-    of G tokens, R = window + G, and scales for C channels of a value:
+    Token t is stored in sink slot t if there is one; else in ring slot t % R while it is recent;
+    else in the codes, which represent `code * scale + offset`. There are S slots of codes, groups
+    of G tokens, R = window + G ring slots, and C value channels per scale.
 
     Attributes:
-      sink_k, sink_v: [L, b, kv, sinks, hd], the first tokens as they are.
-      ring_k, ring_v: [L, b, kv, R, hd], the recent ones.
+      sink_k, sink_v: [L, b, kv, sinks, hd], the first tokens, unquantized.
+      ring_k, ring_v: [L, b, kv, R, hd], the recent tokens, unquantized.
       key_codes: int32 words [L, b, kv, words(S), hd], packed along tokens (`layout.pack`).
       key_scale, key_offset: float16 [L, b, kv, S / G, hd].
-      value_codes: as key_codes, of as many bits or of others.
+      value_codes: as key_codes, possibly with another number of bits.
       value_scale, value_offset: float16 [L, b, kv, hd / C, S].
     """
 
@@ -43,37 +43,42 @@ class Past(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """S: tokens that there are codes for."""
+        """S, the number of tokens for which there are codes."""
         return self.value_scale.shape[4]
 
     @property
     def group(self) -> int:
-        """G: tokens that are quantized together."""
+        """G, the number of tokens that are quantized together."""
         return self.slots // self.key_scale.shape[3]
 
     @property
     def sinks(self) -> int:
-        """First tokens that stay as they are."""
+        """The number of first tokens that stay unquantized."""
         return self.sink_k.shape[3]
 
     @property
     def window(self) -> int:
-        """Recent tokens that are never in the codes."""
+        """The number of recent tokens that are never in the codes."""
         return self.ring_k.shape[3] - self.group
 
     @property
     def key_bits(self) -> int:
-        """Bits of a code of a key."""
+        """Number of bits per code of a key."""
         return 32 * self.key_codes.shape[3] // self.slots
 
     @property
     def value_bits(self) -> int:
-        """Bits of a code of a value."""
+        """Number of bits per code of a value."""
         return 32 * self.value_codes.shape[3] // self.slots
 
 
 def retired(length: Int32[Array, ""] | int, window: int, group: int) -> Int32[Array, ""]:
-    """How many of so many tokens are in the codes: the whole groups before the window.
+    """Return how many of `length` tokens are in the codes: the whole groups before the window.
+
+    Args:
+      length: number of tokens.
+      window: number of recent tokens that are never in the codes.
+      group: number of tokens that are quantized together.
 
     >>> [int(retired(n, 32, 32)) for n in (0, 63, 64, 95, 96)]
     [0, 0, 32, 32, 64]
@@ -87,7 +92,14 @@ def decode_keys(
     offset: Float16[Array, "*b g hd"],
     bits: int,
 ) -> Float[Array, "*b t hd"]:
-    """Keys of whole groups, float32: a scale for each group and channel.
+    """Return the float32 keys of whole groups, which have a scale per group and channel.
+
+    Args:
+      codes: int32 words [..., w, hd], packed along tokens.
+      scale, offset: float16 [..., groups, hd].
+      bits: number of bits per code.
+    Returns:
+      [..., t, hd].
 
     >>> half = jnp.ones((1, 1), jnp.float16)
     >>> decode_keys(layout.pack(jnp.array([[1], [-2]] * 8), 2), half, half, 2)[:3].ravel().tolist()
@@ -104,7 +116,15 @@ def decode_values(
     offset: Float16[Array, "*b c t"],
     bits: int,
 ) -> Float[Array, "*b t hd"]:
-    """Values of some tokens, float32: a scale for each token and run of channels."""
+    """Return float32 values, which have a scale per token and run of channels.
+
+    Args:
+      codes: int32 words [..., w, hd], packed along tokens.
+      scale, offset: float16 [..., runs, t].
+      bits: number of bits per code.
+    Returns:
+      [..., t, hd].
+    """
     values, _ = _decoded(codes, bits)
     width = codes.shape[-1] // scale.shape[-2]
     spread = lambda a: jnp.repeat(a.astype(jnp.float32).swapaxes(-1, -2), width, axis=-1)
@@ -117,7 +137,11 @@ def _decoded(codes: Array, bits: int) -> tuple[Array, int]:
 
 
 def turned(x: Float[Array, "*b hd"], angles: Float[Array, "*c half"]) -> Float[Array, "*b hd"]:
-    """Each pair (i, i + hd / 2) of x turned by its angle (RoPE), float32.
+    """Return x in float32 with each pair (i, i + hd / 2) rotated by its angle (RoPE).
+
+    Args:
+      x: [..., hd].
+      angles: [..., hd / 2], in radians.
 
     >>> turned(jnp.array([1.0, 0.0]), jnp.array([jnp.pi / 2])).round(3).tolist()
     [-0.0, 1.0]

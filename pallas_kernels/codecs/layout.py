@@ -1,9 +1,9 @@
-"""Bit packing: the one definition of every packed layout.
+"""Bit packing: the single definition of every packed layout.
 
-Codes of `bits` bits are stored along one axis as a dense little-endian bit stream in int32
-words, low bits first, two's complement. 2, 4 and 8 bits never straddle a word; 3 bits take
-32 codes in exactly 3 words. It is the order of a TPU sublane bitcast, and (apart from the
-axis) that of GPTQ and compressed-tensors.
+Codes of `bits` bits are stored along one axis as a dense little-endian bit stream in int32 words,
+low bits first, in two's complement. Codes of 2, 4 and 8 bits never straddle a word; 32 codes of 3
+bits take exactly 3 words. The order is that of a TPU sublane bitcast and, apart from the axis, that
+of GPTQ and compressed-tensors.
 """
 
 import math
@@ -18,7 +18,12 @@ BITS = (2, 3, 4, 8)
 
 
 def unit(bits: int) -> tuple[int, int]:
-    """(codes, words) of the smallest run of whole words: (16, 1) at 2 bits, (32, 3) at 3.
+    """Return (codes, words) of the smallest run of whole words: (16, 1) at 2 bits, (32, 3) at 3.
+
+    Args:
+      bits: number of bits per code.
+    Raises:
+      ValueError: bits is not 2, 3, 4 or 8.
 
     >>> unit(2), unit(3), unit(4), unit(8)
     ((16, 1), (32, 3), (8, 1), (4, 1))
@@ -30,7 +35,11 @@ def unit(bits: int) -> tuple[int, int]:
 
 
 def words(length: int, bits: int) -> int:
-    """Number of int32 words that hold `length` codes (the last run is zero-padded).
+    """Return the number of int32 words for `length` codes; the last run is zero-padded.
+
+    Args:
+      length: number of codes.
+      bits: number of bits per code.
 
     >>> words(576, 3), words(20, 2)
     (54, 2)
@@ -39,13 +48,13 @@ def words(length: int, bits: int) -> int:
     return -(-length // codes) * per
 
 
-@partial(jax.jit, static_argnums=1, inline=True)  # outside of jit it is one program, not a dozen
+@partial(jax.jit, static_argnums=1, inline=True)  # one program instead of a dozen when eager
 def pack(codes: Int[Array, "... k n"], bits: int) -> Int32[Array, "... w n"]:
     """Pack integer codes along axis -2.
 
     Args:
       codes: [..., k, n], each in [-2**(bits-1), 2**(bits-1)).
-      bits: 2, 3, 4 or 8.
+      bits: number of bits per code, 2, 3, 4 or 8.
     Returns:
       int32 [..., words(k, bits), n].
 
@@ -61,7 +70,7 @@ def pack(codes: Int[Array, "... k n"], bits: int) -> Int32[Array, "... w n"]:
     u = u.reshape(*batch, groups, run, n)
     word, low, crosses = _places(bits, run)
     here = u << low[:, None]
-    # What does not fit goes to the next word. Bits are disjoint: a sum is their union.
+    # The remainder goes to the next word. Bits are disjoint, so that a sum is their union.
     there = u >> (32 - low)[:, None] % 32
     total = lambda part, mask: jnp.sum(part[..., mask, :], axis=-2, dtype=jnp.uint32)
     columns = [total(here, word == i) + total(there, crosses & (word == i - 1)) for i in range(per)]
@@ -71,7 +80,14 @@ def pack(codes: Int[Array, "... k n"], bits: int) -> Int32[Array, "... w n"]:
 
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def unpack(packed: Int32[Array, "... w n"], bits: int, length: int) -> Int32[Array, "... k n"]:
-    """Inverse of `pack`: int32 codes [..., length, n], sign-extended.
+    """Return the int32 codes [..., length, n] that `pack` packed, sign-extended.
+
+    Args:
+      packed: int32 words [..., w, n].
+      bits: number of bits per code.
+      length: number of codes.
+    Raises:
+      ValueError: the number of words does not match.
 
     >>> import jax.numpy as jnp
     >>> unpack(jnp.array([[141]]), 2, 4).ravel().tolist()
@@ -84,9 +100,9 @@ def unpack(packed: Int32[Array, "... w n"], bits: int, length: int) -> Int32[Arr
     p = packed.reshape(*batch, w // per, per, n)
     word, low, crosses = _places(bits, run)
     at = lambda word: p if per == 1 else p[..., word, :]
-    # The top bit of every code to bit 31, then back with the sign.
+    # Move the top bit of every code to bit 31, then shift back with sign extension.
     codes = (at(word + crosses) << (-low - bits)[:, None] % 32) >> (32 - bits)
-    if crosses.any():  # the low bits end the word before
+    if crosses.any():  # the low bits are at the end of the previous word
         mask = np.where(crosses, (1 << (32 - low) % 32) - 1, 0)
         codes = codes | ((at(word) >> low[:, None]) & mask[:, None])
     return codes.reshape(*batch, w // per * run, n)[..., :length, :]
@@ -95,7 +111,14 @@ def unpack(packed: Int32[Array, "... w n"], bits: int, length: int) -> Int32[Arr
 def unpack_rows(
     packed: Int32[Array, "w n"], bits: int, ids: Int[Array, "i"]
 ) -> Int32[Array, "i n"]:
-    """Rows `ids` of the unpacked codes, of which only the words that hold them are unpacked.
+    """Return rows `ids` of the unpacked codes, unpacking only the words that hold them.
+
+    Args:
+      packed: int32 words [w, n].
+      bits: number of bits per code.
+      ids: row indices [i].
+    Returns:
+      int32 [i, n].
 
     >>> import jax.numpy as jnp
     >>> unpack_rows(jnp.array([[141]]), 2, jnp.array([3, 0])).ravel().tolist()
@@ -107,20 +130,26 @@ def unpack_rows(
 
 
 def _places(bits: int, run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every code of a run: its word, its lowest bit there, whether it crosses into the next."""
+    """Return each code's word, its lowest bit there, and whether it crosses into the next word."""
     word, low = np.divmod(np.arange(run, dtype=np.int32) * bits, 32)
     return word, low, low + bits > 32
 
 
 # --- ternary codes, five to a byte ----------------------------------------------------------
-# 3^5 = 243 <= 256: 1.6 bits a code. To be stored, not multiplied: five divisions a byte cost more
-# than the bytes they save, so words are made of it where weights are loaded.
+# 3^5 = 243 <= 256, so 1.6 bits per code. This form is for storage only: in a product, five
+# divisions per byte would cost more than the saved bytes, so it is unpacked on loading.
 
 _POWERS = 3 ** np.arange(5, dtype=np.int32)
 
 
 def pack_base3(words: Int32[Array, "... w n"], k: int) -> UInt8[Array, "... b n"]:
-    """2-bit words of k codes in {-1, 0, 1} as ceil(k / 5) bytes: sum (code_i + 1) 3^i.
+    """Return k codes in {-1, 0, 1} as ceil(k / 5) bytes sum_i (code_i + 1) 3^i.
+
+    Args:
+      words: int32 words [..., w, n] of 2-bit codes.
+      k: number of codes.
+    Returns:
+      uint8 [..., ceil(k / 5), n].
 
     >>> pack_base3(pack(jnp.array([[1], [-1], [0]]), 2), 3).ravel().tolist()
     [119]
@@ -133,7 +162,13 @@ def pack_base3(words: Int32[Array, "... w n"], k: int) -> UInt8[Array, "... b n"
 
 
 def unpack_base3(stored: UInt8[Array, "... b n"], k: int) -> Int32[Array, "... w n"]:
-    """Inverse of `pack_base3`: 2-bit words.
+    """Return the 2-bit words that `pack_base3` packed.
+
+    Args:
+      stored: uint8 [..., ceil(k / 5), n].
+      k: number of codes.
+    Raises:
+      ValueError: the number of bytes does not match k.
 
     >>> unpack(unpack_base3(jnp.array([[119]], jnp.uint8), 3), 2, 3).ravel().tolist()
     [1, -1, 0]

@@ -1,4 +1,4 @@
-"""Learned codebooks: storage of the codes, sums of table entries, and the search for both.
+"""Vector codebooks: storage of the codes, sums of codebook entries, and nearest-entry search.
 
 A vector of d weights is the sum of one row of each table [K, d]. Tables may differ in size.
 """
@@ -13,11 +13,16 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.codecs import layout
 
-CHUNK = 1 << 22  # distances held at a time
+CHUNK = 1 << 22  # number of distances held at a time
 
 
 def digit(bits: int) -> int:
-    """Bits of the equal parts, of a width that `layout` packs, in which a code is stored.
+    """Return the width of the equal parts in which a code is stored, one that `layout` can pack.
+
+    Args:
+      bits: number of bits per code.
+    Raises:
+      ValueError: bits is not a multiple of 2 or 3 from 2 to 16.
 
     >>> digit(16), digit(12), digit(9)
     (8, 4, 3)
@@ -29,7 +34,11 @@ def digit(bits: int) -> int:
 
 
 def pack(codes: Int[Array, "... g m n"], bits: int) -> Int32[Array, "... w n"]:
-    """Words of g groups of m codes in [0, 2**bits), one dense bit stream down each column.
+    """Return int32 words holding g groups of m codes, as one dense bit stream down each column.
+
+    Args:
+      codes: [..., g, m, n], each in [0, 2**bits).
+      bits: number of bits per code.
 
     >>> pack(jnp.array([[[1], [0x203]]]), 16).tolist()
     [[33751041]]
@@ -42,7 +51,13 @@ def pack(codes: Int[Array, "... g m n"], bits: int) -> Int32[Array, "... w n"]:
 def unpack(
     words: Int32[Array, "... w n"], bits: int, groups: int, m: int
 ) -> Int32[Array, "... g m n"]:
-    """Inverse of `pack`.
+    """Return the codes [..., groups, m, n] that `pack` packed.
+
+    Args:
+      words: int32 [..., w, n].
+      bits: number of bits per code.
+      groups: number of groups.
+      m: number of codes per group.
 
     >>> unpack(jnp.array([[33751041]]), 16, 1, 2).ravel().tolist()
     [1, 515]
@@ -57,7 +72,13 @@ def unpack(
 def take(
     words: Int32[Array, "w n"], ids: Int[Array, "i"], bits: int, m: int
 ) -> Int32[Array, "i m n"]:
-    """Codes of groups `ids`, of which only the words that hold them are unpacked.
+    """Return the codes [i, m, n] of groups `ids`, unpacking only the words that hold them.
+
+    Args:
+      words: int32 words [w, n] made by `pack`.
+      ids: group indices [i].
+      bits: number of bits per code.
+      m: number of codes per group.
 
     >>> words = pack(jnp.arange(12).reshape(4, 3, 1), 4)
     >>> take(words, jnp.array([2]), 4, 3).ravel().tolist()
@@ -65,7 +86,7 @@ def take(
     """
     run = math.lcm(bits * m, 32 * layout.unit(digit(bits))[1])  # bits of whole groups and words
     per, held = run // 32, run // (bits * m)
-    # Past the last word, where no group is, any word will do.
+    # Indices past the last word hold no group and may read any word.
     at = jnp.minimum(ids[:, None] // held * per + np.arange(per), len(words) - 1)
     codes = unpack(words[at], bits, held, m)
     return jnp.take_along_axis(codes, (ids % held)[:, None, None, None], axis=1)[:, 0]
@@ -74,7 +95,13 @@ def take(
 def total(
     codes: Int[Array, "m ..."], tables: Sequence[Float[Array, "K d"]]
 ) -> Float[Array, "... d"]:
-    """The sum of the tables' rows that codes[0], codes[1], ... name, in float32.
+    """Return the float32 sum of the rows that codes[0], codes[1], ... select in the tables.
+
+    Args:
+      codes: [m, ...], one index per table.
+      tables: m tables [K, d].
+    Returns:
+      [..., d].
 
     >>> total(jnp.array([[1], [0]]), (jnp.array([[0.0], [1.0]]), jnp.array([[0.5]]))).tolist()
     [[1.5]]
@@ -91,15 +118,17 @@ def dequantize(
     group: int,
     k: int,
 ) -> Float[Array, "k n"]:
-    """Float32 weights of additive codes: scale * the sum of a vector of each codebook.
+    """Return the float32 weights of additive codes: scale times a sum of codebook vectors.
 
     Args:
-      codes: `pack`ed, k / group groups of m codes.
-      codebooks: K = 2**bits vectors each.
-      scale: of every column.
-      bits: of a code.
-      group: rows d of a vector.
-      k: rows, a multiple of group.
+      codes: int32 words made by `pack`, k / group groups of m codes.
+      codebooks: [m, K, group] with K = 2**bits.
+      scale: [1, n], the scale of each column.
+      bits: number of bits per code.
+      group: number of rows d of a vector.
+      k: number of rows, a multiple of group.
+    Returns:
+      [k, n].
 
     >>> books = jnp.array([[[0.0], [1.0], [0.0], [0.0]]])
     >>> dequantize(jnp.array([[1]]), books, jnp.array([[3.0]]), bits=2, group=1, k=2).tolist()
@@ -113,10 +142,17 @@ def dequantize(
 def nearest(
     targets: Float[Array, "d n"], tables: Sequence[Float[Array, "K d"]], beam: int
 ) -> Int32[Array, "m n"]:
-    """Codes whose sum of table rows is near each column of targets, by beam search.
+    """Return codes whose sum of table rows is near each column of targets, by beam search.
 
-    Table by table, the `beam` best partial sums stay. One table is searched exactly, and so are
-    two if `beam` is the size of the first.
+    After each table, the `beam` best partial sums are kept. The search is exact for one table, and
+    for two if `beam` is the size of the first.
+
+    Args:
+      targets: [d, n].
+      tables: m tables [K, d].
+      beam: number of partial sums kept.
+    Returns:
+      int32 [m, n].
 
     >>> tables = jnp.array([[0.0], [4.0]]), jnp.array([[-1.0], [1.0]])
     >>> nearest(jnp.array([[3.2, 0.7]]), tables, 2).tolist()
@@ -134,7 +170,7 @@ def nearest(
 
 def _nearest(targets: Array, tables: Sequence[Array], beam: int) -> Array:
     n = targets.shape[1]
-    rest, cost = targets[None], jnp.zeros((1, n))  # of every partial sum
+    rest, cost = targets[None], jnp.zeros((1, n))  # one entry per partial sum
     codes = jnp.zeros((0, 1, n), jnp.int32)
     for i, table in enumerate(tables):
         score = cost[:, None] + distances(rest, table)
@@ -152,20 +188,43 @@ def _nearest(targets: Array, tables: Sequence[Array], beam: int) -> Array:
 
 
 def distances(x: Float[Array, "... d n"], table: Float[Array, "K d"]) -> Float[Array, "... K n"]:
-    """Squared distances of columns to rows of the table, less the columns' own squares."""
-    # Exact on every device: what is nearest hangs on small differences.
+    """Return squared distances [..., K, n] of columns to table rows.
+
+    The squared norms of the columns, which do not affect the minimum, are left out.
+
+    Args:
+      x: [..., d, n].
+      table: [K, d].
+    """
+    # Full precision on every device, since the nearest row depends on small differences.
     return jnp.sum(table**2, 1)[:, None] - 2 * jnp.matmul(table, x, precision="highest")
 
 
 def first_least(x: Float[Array, "K n"]) -> Int32[Array, "n"]:
-    """argmin of every column. XLA:CPU takes a minimum many times faster than an argmin."""
+    """Return the argmin of every column.
+
+    XLA:CPU computes a minimum many times faster than an argmin.
+
+    Args:
+      x: [K, n].
+    Returns:
+      int32 [n].
+    """
     rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     least = jnp.min(x, axis=0)
     return jnp.min(jnp.where(x <= least, rows, len(x) - 1), axis=0)
 
 
 def most(gain: Float[Array, "..."], share: float) -> Bool[Array, "..."]:
-    """Which entries are the greatest, as many as `share` of them are or one, and above zero.
+    """Return a mask of the greatest entries: the given share of them, but only positive ones.
+
+    At least one entry is considered.
+
+    Args:
+      gain: [...].
+      share: fraction of the entries.
+    Returns:
+      bool [...].
 
     >>> most(jnp.array([3.0, -1.0, 2.0, 2.0]), 0.5).tolist()
     [True, False, True, False]

@@ -1,13 +1,13 @@
 """Interleaved range coding (rANS): many lanes share one stream of 16-bit words.
 
-A lane's state is a 32-bit integer x >= 2**16. A symbol that owns the slots [start, start + f) of
-2**14 is decoded from x % 2**14 and leaves x' = f (x >> 14) + x % 2**14 - start. A lane whose
-state falls below 2**16 takes the next word of the stream; within a step, in the order of the
-lanes, so that no lane needs an offset. All lanes make the same number of steps. A symbol that owns
-every slot costs nothing: it fills the steps where a lane has nothing to say.
+A lane's state is a 32-bit integer x >= 2**16. A symbol that owns the slots [start, start + f) out
+of 2**14 is decoded from x % 2**14 and leaves x' = f (x >> 14) + x % 2**14 - start. A lane whose
+state falls below 2**16 takes the next word of the stream; within a step the lanes do so in order,
+so that no lane needs an offset. All lanes make the same number of steps. A symbol that owns all
+slots costs nothing, and fills the steps in which a lane has nothing to code.
 
-Everything is integer arithmetic, hence the same on every machine. The encoder starts each lane at
-2**16; a stream decoded to its end gives these back, and a damaged one, almost surely, does not.
+All arithmetic is in integers and hence the same on every machine. The encoder starts each lane at
+2**16. Decoding a stream to its end restores these states; a damaged stream almost surely does not.
 
 Source: Duda 2013, arXiv:1311.2540; interleaving by Giesen 2014, arXiv:1402.3392.
 """
@@ -18,22 +18,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Int32, UInt16, UInt32
 
-PRECISION = 14  # bits of a frequency
+PRECISION = 14  # number of bits of a frequency
 SLOTS = 1 << PRECISION
 LOW = 1 << 16
 
 
 class Reader(NamedTuple):
-    """A place in a stream: the states of the lanes, and the index of the next word."""
+    """A position in a stream.
+
+    Attributes:
+      states: the states of the lanes.
+      next: index of the next word.
+    """
 
     states: UInt32[Array, " lanes"]
     next: Int32[Array, ""]
 
 
 def start(words: UInt16[Array, " words"], lanes: int) -> Reader:
-    """The beginning of a stream: the lanes' states, low words first, then the words they take.
+    """Return the reader at the beginning of a stream.
 
-    A stream may be shorter than it says, or made of noise: what is not there reads as zeros.
+    A stream consists of the lanes' states, low words first, followed by the words that they take.
+    Missing words of a truncated or corrupt stream read as zeros.
+
+    Args:
+      words: the stream, uint16.
+      lanes: number of lanes.
     """
     low, high = (
         words.at[jnp.arange(lanes) + i].get(mode="fill", fill_value=0).astype(jnp.uint32)
@@ -45,12 +55,15 @@ def start(words: UInt16[Array, " words"], lanes: int) -> Reader:
 def pull(
     words: UInt16[Array, " words"], reader: Reader, table: Int[Array, "lanes symbols"]
 ) -> tuple[Reader, Int32[Array, " lanes"]]:
-    """One symbol of every lane.
+    """Decode one symbol in every lane.
 
     Args:
-      words: the stream.
-      reader: where it stands.
-      table: the cumulated frequencies below each symbol, of each lane's own distribution.
+      words: the stream, uint16.
+      reader: the position in it.
+      table: [lanes, symbols], the cumulative frequency below each symbol of each lane's
+        distribution.
+    Returns:
+      The reader after the symbols, and the symbols, int32 [lanes].
     """
     slot = (reader.states % SLOTS).astype(jnp.int32)
     symbol = jnp.sum(table[:, 1:] <= slot[:, None], axis=1, dtype=jnp.int32)
@@ -64,7 +77,15 @@ def pull(
 def pull_bits(
     words: UInt16[Array, " words"], reader: Reader, bits: Int[Array, " lanes"]
 ) -> tuple[Reader, Int32[Array, " lanes"]]:
-    """An integer of `bits` bits of every lane, 0 to 14, all values equally likely."""
+    """Decode an integer of `bits` equally likely bits in every lane.
+
+    Args:
+      words: the stream, uint16.
+      reader: the position in it.
+      bits: number of bits in each lane, 0 to 14.
+    Returns:
+      The reader after the integers, and the integers, int32 [lanes].
+    """
     slot = (reader.states % SLOTS).astype(jnp.int32)
     frequency = SLOTS >> bits
     value = slot >> PRECISION - bits
@@ -72,7 +93,7 @@ def pull_bits(
 
 
 def _take(words: Array, reader: Reader, rest: Array, frequency: Array) -> Reader:
-    """The states after a symbol, filled up."""
+    """Return the reader after a symbol, with states refilled from the stream."""
     states = frequency.astype(jnp.uint32) * (reader.states >> PRECISION) + rest.astype(jnp.uint32)
     short = states < LOW
     place = reader.next + jnp.cumsum(short, dtype=jnp.int32) - 1
@@ -82,21 +103,27 @@ def _take(words: Array, reader: Reader, rest: Array, frequency: Array) -> Reader
 
 
 def intact(reader: Reader, words: UInt16[Array, " words"]) -> Bool[Array, ""]:
-    """Whether a stream that has been decoded to its end was one that `encode` wrote."""
+    """Return whether a stream decoded to its end is one that `encode` wrote.
+
+    Args:
+      reader: the position after the last symbol.
+      words: the stream, uint16.
+    """
     return jnp.all(reader.states == LOW) & (reader.next <= words.shape[0])
 
 
 def encode(
     starts: Int[Array, "steps lanes"], frequencies: Int[Array, "steps lanes"], size: int
 ) -> tuple[UInt16[Array, " size"], Int32[Array, ""]]:
-    """The stream of a table of symbols, in the order in which `pull` will meet them.
+    """Return the stream of a table of symbols, in the order in which `pull` decodes them.
 
     Args:
-      starts: cumulated frequencies below each symbol.
-      frequencies: those of the symbols, 1 to 2**14.
-      size: words to return.
+      starts: [steps, lanes], the cumulative frequency below each symbol.
+      frequencies: [steps, lanes], the frequency of each symbol, 1 to 2**14.
+      size: number of words to return.
     Returns:
-      The stream, filled with zeros or cut off at `size`; and the words that it takes in truth.
+      The stream, padded with zeros or truncated to `size` words, and the number of words that it
+      actually takes.
 
     >>> half = jnp.full((16, 1), SLOTS // 2)  # 16 times the second of two equal symbols
     >>> words, used = encode(half, half, 4)

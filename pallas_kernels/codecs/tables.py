@@ -1,4 +1,4 @@
-"""Decode arithmetic of table formats: a scale times the value that a code has in a fixed table."""
+"""Decoding of scalar codebook formats: a scale times the value of a code in a fixed table."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from pallas_kernels.codecs import layout
 
 
 def values(codes: Int[Array, "..."], table: tuple[float, ...] | str) -> Float[Array, "..."]:
-    """The float32 value of every code.
+    """Return the float32 value of every code.
 
     Args:
-      codes: integers whose low bits count.
-      table: 4, 8 or 16 values in order of their codes; or the name of the float8 dtype whose
-        bits the codes are.
+      codes: integers of which only the low bits are used.
+      table: 4, 8 or 16 values in code order, or the name of the float8 dtype whose bit patterns the
+        codes are.
 
     >>> values(jnp.array([0, 3, -1]), (0.0, 1.0, 2.0, 5.0)).tolist()
     [0.0, 5.0, 5.0]
@@ -23,7 +23,8 @@ def values(codes: Int[Array, "..."], table: tuple[float, ...] | str) -> Float[Ar
     if isinstance(table, str):
         floats = jax.lax.bitcast_convert_type(codes.astype(jnp.int8), jnp.dtype(table))
         return floats.astype(jnp.float32)
-    # Bit by bit: selects fuse with the unpacking, where a gather, slow on a TPU, would not.
+    # Selects, bit by bit, because they fuse with the unpacking; a gather would not, and is slow on
+    # a TPU.
     found = [jnp.float32(v) for v in table]
     for bit in range(len(table).bit_length() - 1):
         high = (codes >> bit) & 1 == 1
@@ -40,15 +41,17 @@ def dequantize(
     group_size: int,
     k: int,
 ) -> Float[Array, "... k n"]:
-    """Float32 weights of packed codes: scale * table[code].
+    """Return the float32 weights of packed codes: scale * table[code].
 
     Args:
-      codes: int32 [..., words(k, bits), n], packed along k (`layout.pack`).
-      scale: [..., groups, n], or [..., 1, 1] where one scale serves the matrix.
+      codes: int32 words [..., words(k, bits), n], packed along k (`layout.pack`).
+      scale: [..., groups, n], or [..., 1, 1] if one scale serves the matrix.
       table: as in `values`.
-      bits: bits of a code, 2, 3, 4 or 8.
-      group_size: rows of k that share a scale; groups = ceil(k / group_size).
-      k: rows, static (the packed axis may be padded).
+      bits: number of bits per code, 2, 3, 4 or 8.
+      group_size: number of rows that share a scale; groups = ceil(k / group_size).
+      k: number of rows, given because the packed axis may be padded.
+    Returns:
+      [..., k, n].
 
     >>> codes = layout.pack(jnp.array([[1], [3]]), 2)
     >>> table = (0.0, 1.0, 2.0, 5.0)

@@ -1,21 +1,22 @@
-"""Bit-shift trellis codes: what a state stands for, and 256 weights as a stream of bits.
+"""Bit-shift trellis codes: the weights of each state, and 256 weights as a stream of bits.
 
-A sequence is a circular stream of 256 K bits, most significant first, in 8 K int32 words (where
-V = 4, in the order of `woven`). A step emits V weights and moves K V bits on; its state is the
-L-bit window that starts at its bit. So every state can be read off the stream alone, and all of
-them at once.
+A sequence is a circular stream of 256 K bits, most significant first, in 8 K int32 words (for
+V = 4, in the order of `wide_trellis`). A step emits V weights and advances K V bits; its state is
+the L-bit window that starts at its bit. Every state can therefore be read from the stream alone,
+and all of them in parallel.
 
-Every code gives integers, times one constant that makes their rms 1 over all states: a code in
-use has no scale of its own. (3INST as published has rms 1.24; forgetting that costs 0.4 dB.)
+Every code yields integers, multiplied by one constant that makes their rms 1 over all states, so
+that a code needs no scale of its own. (3INST as published has rms 1.24; ignoring this costs 0.4
+dB.)
 
 Source: QTIP (Tseng et al. 2024, arXiv:2406.11235) for the trellis, "1mad", "3inst" and "hyb";
-exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float16 exactly; the
-512 points of "hyb" are a spiral, not k-means (Gaussian error 0.0690, not 0.0702, at 2 bits).
+exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float16 exactly; the 512
+points of "hyb" are a spiral, not k-means (Gaussian error 0.0690, not 0.0702, at 2 bits).
 
-"vpu" is ours, for vector units: five operations on 32-bit lanes give four int8 weights. A state's
-two bytes, signed, are multiplied; in each byte of the products' exclusive or a mask leaves two
-fields of three bits, and times 15 it is 16 times their difference, but for a little of the byte
-below.
+"vpu" is ours, designed for vector units: five operations on 32-bit lanes give four int8 weights.
+The two bytes of a state, signed, are each multiplied by a constant. A mask keeps two fields of
+three bits in each byte of the exclusive or of the products. Multiplied by 15, a byte is 16 times
+the difference of its fields, apart from a small carry from the byte below.
 """
 
 import functools
@@ -30,16 +31,21 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.codecs import wide_trellis
 
-SIDE = 16  # of a tile
-WEIGHTS = SIDE * SIDE  # of one sequence: a tile
-_BYTE_SUMS = {"1mad": (34038481, 76625530), "mul1": (0x83DCD12D, 0)}  # factor and term of a state
-CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "vpu": 4}  # weights of a step
-# "vpu": a byte times SPREAD, bits of two such products that MASK keeps, times FOLD: 16 - 1.
+SIDE = 16  # rows and columns of a tile
+WEIGHTS = SIDE * SIDE  # weights of a sequence, which is a tile
+_BYTE_SUMS = {"1mad": (34038481, 76625530), "mul1": (0x83DCD12D, 0)}  # (factor, term) of the hash
+CODES = {"1mad": 1, "3inst": 1, "mul1": 1, "mcg": 1, "hyb": 2, "vpu": 4}  # code -> weights per step
+# "vpu": SPREAD multiplies a byte, MASK keeps bits of two such products, FOLD is 16 - 1.
 SPREAD, MASK, FOLD = 4001079887, 0x77777777, 15
 
 
 def check(L: int, K: int, V: int) -> None:
-    """Raise ValueError unless L, K and V make a trellis.
+    """Raise ValueError unless L, K and V define a trellis.
+
+    Args:
+      L: number of bits of a state.
+      K: number of bits per weight.
+      V: number of weights per step.
 
     >>> check(16, 2, 1)
     """
@@ -55,16 +61,16 @@ def check(L: int, K: int, V: int) -> None:
 
 @functools.lru_cache(maxsize=32)
 def values(code: str, L: int, V: int) -> Float32[np.ndarray, "states V"]:
-    """The table of a code: the V weights of every state, of rms 1 over all states.
+    """Return the table of a code: the V weights of every state, with rms 1 over all states.
 
     Args:
-      code: one of `CODES`.
-      L: bits of a state.
-      V: weights of a step; each code has its own, `CODES[code]`.
+      code: a key of `CODES`.
+      L: number of bits of a state.
+      V: number of weights per step; it must be `CODES[code]`.
     Returns:
       float32 [2**L, V], read-only.
     Raises:
-      ValueError: no such code, or V is not the code's.
+      ValueError: there is no such code, or V is not the code's.
 
     >>> table = values("1mad", 12, 1)
     >>> table.shape, round(float(np.mean(table**2)), 6)
@@ -77,9 +83,15 @@ def values(code: str, L: int, V: int) -> Float32[np.ndarray, "states V"]:
 
 
 def decode_states(states: Int[Array, "..."], code: str, L: int, V: int) -> Float32[Array, "... V"]:
-    """The weights of states by integer arithmetic: equal to `values(code, L, V)[states]`.
+    """Return the weights of states by integer arithmetic, equal to `values(code, L, V)[states]`.
 
     Only "hyb" reads a table, of 512 points.
+
+    Args:
+      states: integers in [0, 2**L).
+      code, L, V: as in `values`.
+    Returns:
+      float32 [..., V].
 
     >>> import jax.numpy as jnp
     >>> bool((decode_states(jnp.arange(4096), "mul1", 12, 1) == values("mul1", 12, 1)).all())
@@ -90,7 +102,13 @@ def decode_states(states: Int[Array, "..."], code: str, L: int, V: int) -> Float
 
 
 def hybrid(points: Float[Array, "512 2"], L: int) -> Float[Array, "states 2"]:
-    """The table of a "hyb" code with other points, such as trained ones: linear in them.
+    """Return the table [2**L, 2] of a "hyb" code with other points, such as trained ones.
+
+    The table is linear in the points.
+
+    Args:
+      points: [512, 2].
+      L: number of bits of a state.
 
     >>> import jax.numpy as jnp
     >>> hybrid(jnp.ones((512, 2)), 12).shape
@@ -102,7 +120,11 @@ def hybrid(points: Float[Array, "512 2"], L: int) -> Float[Array, "states 2"]:
 
 @functools.lru_cache(maxsize=32)
 def unit(code: str, L: int, V: int) -> np.float32:
-    """The weight that the integer 1 stands for."""
+    """Return the weight that the integer 1 stands for.
+
+    Args:
+      code, L, V: as in `values`.
+    """
     if CODES.get(code) != V:
         raise ValueError(f"codes and their V are {CODES}, got {code!r} with V = {V}")
     check(L, 1, V)
@@ -111,9 +133,13 @@ def unit(code: str, L: int, V: int) -> np.float32:
 
 
 def byte_sum(code: str, L: int) -> tuple[int, int, np.float32] | None:
-    """Factor, term and unit of a code whose weights are sums of bytes; None of another code.
+    """Return (factor, term, unit) of a code whose weights are sums of bytes, else None.
 
-    A weight is unit * (the sum of the four bytes of state * factor + term, less 510).
+    A weight is unit * (the sum of the four bytes of state * factor + term, minus 510).
+
+    Args:
+      code: a key of `CODES`.
+      L: number of bits of a state.
 
     >>> byte_sum("mul1", 16)[:2], byte_sum("mcg", 16)
     ((2212286765, 0), None)
@@ -122,7 +148,7 @@ def byte_sum(code: str, L: int) -> tuple[int, int, np.float32] | None:
 
 
 def _integers(states: Any, code: str) -> Any:
-    """The weights of uint32 states [...] as integers [..., V], in NumPy or in JAX alike."""
+    """Return the weights of uint32 states [...] as integers [..., V], in NumPy or JAX."""
     u = np.uint32
     if code in _BYTE_SUMS:
         factor, term = _BYTE_SUMS[code]
@@ -134,7 +160,7 @@ def _integers(states: Any, code: str) -> Any:
         x = (x & u(0x8FFF8FFF)) ^ u(0x3B603B60)
         return (_half(x >> u(16)) + _half(x & u(0xFFFF)))[..., None]
     if code == "vpu":
-        spread = lambda byte: ((byte ^ u(128)) - u(128)) * u(SPREAD)  # of a signed byte
+        spread = lambda byte: ((byte ^ u(128)) - u(128)) * u(SPREAD)  # the byte is signed
         x = ((spread(states >> u(8)) ^ spread(states & u(255))) & u(MASK)) * u(FOLD)
         x = (x[..., None] >> np.arange(0, 32, 8, dtype=u)) & u(255)
         return (x.astype(np.int32) ^ 128) - 128
@@ -144,24 +170,27 @@ def _integers(states: Any, code: str) -> Any:
 
 
 def _half(h: Any) -> Any:
-    """2^13 times the float16 whose bits are h; its exponent field must be 12 to 15."""
+    """Return 2^13 times the float16 with the bits h, whose exponent field must be 12 to 15."""
     u = np.uint32
     magnitude = ((h & u(0x3FF)) | u(0x400)) << ((h >> u(10)) & u(3))
     return magnitude.astype(np.int32) * (1 - 2 * (h >> u(15)).astype(np.int32))
 
 
 def _hybrid(states: Any) -> tuple[Any, Any]:
-    """Of uint32 states: the row of the table of 512, and the signs [..., 2] of its entries."""
+    """Return the row of uint32 states in the table of 512, and the signs [..., 2] of it."""
     u = np.uint32
     x = states * (states + u(1))
-    # Bit 15 negates the first entry; a bit that is never set leaves the second.
+    # Bit 15 negates the first entry; the second is masked and stays positive.
     signs = 1 - 2 * ((x[..., None] >> u(15)) & np.array([1, 0], u)).astype(np.int32)
     return (x >> u(6)) & u(511), signs
 
 
 @functools.cache
 def _spiral() -> Int[np.ndarray, "512 2"]:
-    """512 points spread as N(0, 1) x N(0, 1) along a golden spiral, in units of 2^-10."""
+    """Return 512 points along a golden spiral, in units of 2^-10.
+
+    They are distributed as N(0, 1) x N(0, 1).
+    """
     i = np.arange(512) + 0.5
     radius, angle = np.sqrt(-2 * np.log(1 - i / 512)), np.pi * (3 - math.sqrt(5)) * i
     points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
@@ -172,13 +201,16 @@ def _spiral() -> Int[np.ndarray, "512 2"]:
 
 
 def pack(states: Int[Array, "s steps"], L: int, K: int, V: int) -> Int32[Array, "s words"]:
-    """The streams of tail-biting paths: the top K V bits of every state, in order.
+    """Return the streams of tail-biting paths: the top K V bits of every state, in order.
 
     Args:
-      states: [s, 256 / V], each state's low L - K V bits the top ones of the next, circularly.
-      L, K, V: bits of a state, bits of a weight, weights of a step.
+      states: [s, 256 / V]; the low L - K V bits of each state are the top bits of the next,
+        circularly.
+      L: number of bits of a state.
+      K: number of bits per weight.
+      V: number of weights per step.
     Returns:
-      int32 [s, 8 K].
+      int32 words [s, 8 K].
 
     >>> import jax.numpy as jnp
     >>> words = jnp.arange(16).reshape(1, 16)
@@ -192,10 +224,10 @@ def pack(states: Int[Array, "s steps"], L: int, K: int, V: int) -> Int32[Array, 
         return wide_trellis.pack(states >> (L - bits), bits)
     top = (states >> (L - bits)).astype(jnp.uint32).reshape(-1, run)
     word, low = np.divmod(np.arange(run, dtype=np.uint32) * bits, 32)
-    left = 32 - bits - low.astype(np.int32)  # negative: the last -left bits are the next word's
+    left = 32 - bits - low.astype(np.int32)  # if negative, -left bits go to the next word
     here = jnp.where(left >= 0, top << np.maximum(left, 0), top >> np.maximum(-left, 0))
     there = jnp.where(left >= 0, 0, top << (left % 32))
-    # Bits are disjoint: a sum is their union.
+    # Bits are disjoint, so that a sum is their union.
     total = lambda part, mask: jnp.sum(part[:, mask], axis=-1, dtype=jnp.uint32)
     columns = [total(here, word == i) + total(there, word == i - 1) for i in range(per)]
     packed = jnp.stack(columns, axis=-1).reshape(len(states), 8 * K)
@@ -203,13 +235,17 @@ def pack(states: Int[Array, "s steps"], L: int, K: int, V: int) -> Int32[Array, 
 
 
 def states(words: Int32[Array, "... words"], L: int, K: int, V: int) -> Int32[Array, "... steps"]:
-    """The state of every step of a stream: the L-bit window at its bit.
+    """Return the state of every step of a stream: the L-bit window at its bit.
 
     Args:
-      words: [..., 8 K].
-      L, K, V: bits of a state, bits of a weight, weights of a step.
+      words: int32 [..., 8 K].
+      L: number of bits of a state.
+      K: number of bits per weight.
+      V: number of weights per step.
     Returns:
       int32 [..., 256 / V].
+    Raises:
+      ValueError: L, K and V define no trellis, or the number of words does not match.
 
     >>> import jax.numpy as jnp
     >>> states(jnp.zeros((1, 16), jnp.int32).at[0, 0].set(1 << 30), 12, 2, 1)[0, -3:].tolist()
@@ -227,7 +263,7 @@ def states(words: Int32[Array, "... words"], L: int, K: int, V: int) -> Int32[Ar
     here, after = (a.reshape(*words.shape[:-1], -1, per) for a in (here, after))
     first = np.arange(run, dtype=np.uint32) * bits
     parts = []
-    for i in range(per):  # the steps whose first bit lies in word i of the run
+    for i in range(per):  # the steps whose first bit is in word i of the run
         at = first[first // 32 == i] % 32
         window = (here[..., i, None] << at) | ((after[..., i, None] >> 1) >> (31 - at))
         parts.append(window >> (32 - L))
@@ -238,12 +274,14 @@ def states(words: Int32[Array, "... words"], L: int, K: int, V: int) -> Int32[Ar
 def decode(
     words: Int32[Array, "... words"], L: int, K: int, V: int, code: str | Float[Array, "states V"]
 ) -> Float32[Array, "... 256"]:
-    """The 256 weights of every stream.
+    """Return the 256 weights of every stream, float32 [..., 256].
 
     Args:
-      words: [..., 8 K].
-      L, K, V: bits of a state, bits of a weight, weights of a step.
-      code: one of `CODES`, or a table [2**L, V].
+      words: int32 [..., 8 K].
+      L: number of bits of a state.
+      K: number of bits per weight.
+      V: number of weights per step.
+      code: a key of `CODES`, or a table [2**L, V].
 
     >>> import jax.numpy as jnp
     >>> w = decode(jnp.arange(16).reshape(1, 16), 12, 2, 1, "mul1")
@@ -264,14 +302,18 @@ def dequantize(
     code: str,
     k: int,
 ) -> Float32[Array, "... k n"]:
-    """The matrix of tiles of 16 x 16 weights, in equal blocks of rows with a rate and a scale each.
+    """Return the matrix of 16 x 16 tiles, in equal blocks of rows with a rate and a scale each.
 
     Args:
-      words: of every tile, down its column of tiles: 8 K of each, in the order of the blocks.
-      scale: of each block.
-      rates: K of each block, 0 to 8; one serves all.
-      L, code: see `decode`.
-      k: rows, a multiple of 16 len(rates).
+      words: int32 [..., w, n / 16], the words of every tile stacked down its column of tiles, 8 K
+        for each, in the order of the blocks.
+      scale: [..., blocks, 1], the scale of each block.
+      rates: K of each block, 0 to 8; its length is the number of blocks.
+      L: number of bits of a state.
+      code: a key of `CODES`.
+      k: number of rows, a multiple of 16 * len(rates).
+    Returns:
+      float32 [..., k, n].
 
     >>> import jax.numpy as jnp
     >>> words, scale = jnp.zeros((16, 2), jnp.int32), jnp.array([[2.0]])
@@ -296,9 +338,13 @@ def dequantize(
 
 
 def tiles(w: Float[Array, "16 n"], V: int) -> Float[Array, "t 256"]:
-    """A block of 16 rows as tiles, the weights of each in the order of its stream.
+    """Return a block of 16 rows as tiles [n / 16, 256], each in the order of its stream.
 
-    Row-major; with V = 4, four rows of a column at a time, columns first.
+    The order is row-major; for V = 4, it takes four rows at a time, column by column.
+
+    Args:
+      w: [16, n].
+      V: number of weights per step.
     """
     if V == 4:
         return wide_trellis.tiles(w)
@@ -306,7 +352,12 @@ def tiles(w: Float[Array, "16 n"], V: int) -> Float[Array, "t 256"]:
 
 
 def untiled(weights: Float[Array, "... t 256"], V: int) -> Float[Array, "... 16 n"]:
-    """Inverse of `tiles`."""
+    """Return tiles [..., t, 256] as rows [..., 16, 16 t]; the inverse of `tiles`.
+
+    Args:
+      weights: [..., t, 256].
+      V: number of weights per step.
+    """
     if V == 4:
         return wide_trellis.untiled(weights)
     *batch, t, _ = weights.shape
@@ -315,6 +366,6 @@ def untiled(weights: Float[Array, "... t 256"], V: int) -> Float[Array, "... 16 
 
 
 def _run(bits: int) -> tuple[int, int]:
-    """(steps, words) of the shortest piece of stream in whole words."""
+    """Return (steps, words) of the shortest piece of stream in whole words."""
     steps = math.lcm(bits, 32) // bits
     return steps, steps * bits // 32

@@ -1,15 +1,17 @@
-"""Entropy-coded trellis quantization: two interleaved quantizers, chosen by the codes before.
+"""Entropy-coded trellis quantization: two interleaved quantizers, selected by the preceding codes.
 
-Quantizer q = 0 has the even steps, q = 1 the odd ones: code k is the value 2 k - q. A machine of
-2**m states says which is next: q is the low bit of its state, and the parity of the code moves it,
+Quantizer q = 0 has the even steps, q = 1 the odd ones: code k is the value 2 k - q. A machine with
+2**m states selects the next one: q is the low bit of its state, and the parity of the code advances
+it,
 
     s' = (s >> 1) ^ (k odd) G ^ q F.
 
-So the values of a path are as dense as those of both quantizers, and a code tells apart those of
-one; Viterbi finds the path of least distortion plus rate. At every rate above half a bit it loses
-0.45 dB (8 states), 0.28 dB (64) or 0.20 dB (256) against Shannon's bound for a Gaussian source,
-where an entropy-coded uniform quantizer loses 1.53 dB. Decoding takes the one line above. With 1
-state there is only q = 0: that uniform quantizer, of step 2.
+The values along a path are thus as dense as those of both quantizers together, whereas a code only
+distinguishes those of one. Viterbi search finds the path of least distortion plus rate. At every
+rate above half a bit the loss against Shannon's bound for a Gaussian source is 0.45 dB (8 states),
+0.28 dB (64) or 0.20 dB (256), compared with 1.53 dB for an entropy-coded uniform quantizer.
+Decoding takes only the line above. With 1 state there is only q = 0, that uniform quantizer, of
+step 2.
 
 Source: Fischer and Wang 1992, "Entropy-constrained trellis-coded quantization"; generators of
 Ungerboeck 1982, "Channel coding with multilevel/phase signals".
@@ -24,24 +26,27 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.codecs import student_t
 
-# States -> G, F: Ungerboeck's parity checks h1, h0 without their lowest bit.
+# Number of states -> (G, F), Ungerboeck's parity checks h1 and h0 without their lowest bit.
 _GENERATORS = {
     1: (0, 0), 4: (1, 2), 8: (2, 5), 16: (2, 9), 32: (4, 18), 64: (10, 33), 128: (43, 78),
     256: (121, 166),
 }  # fmt: skip
 STATES = tuple(_GENERATORS)
-_FAR = 1e30  # the cost of a state that no path has reached
+_FAR = 1e30  # cost of a state that no path has reached
 
 
 class Branches(NamedTuple):
-    """Of every weight: the best code of each quantizer and parity, and its cost."""
+    """For every weight, the best code of each quantizer and parity, and its cost."""
 
     code: Int32[Array, "p c 2 2"]
     cost: Float[Array, "p c 2 2"]
 
 
 def generators(states: int) -> tuple[int, int]:
-    """G and F of the machine of so many states.
+    """Return G and F of the machine with this number of states.
+
+    Args:
+      states: a number of states in `STATES`.
 
     >>> generators(8)
     (2, 5)
@@ -50,7 +55,12 @@ def generators(states: int) -> tuple[int, int]:
 
 
 def advance(state: Int[Array, "..."], k: Int[Array, "..."], states: int) -> Int[Array, "..."]:
-    """The state after code k.
+    """Return the state after code k.
+
+    Args:
+      state: the states.
+      k: their codes.
+      states: number of states.
 
     >>> int(advance(jnp.int32(3), jnp.int32(1), 8))
     6
@@ -66,13 +76,14 @@ def branches(
     price: Float[Array, "#c"],
     prior: Float[Array, "#c"],
 ) -> Branches:
-    """Codes for targets t, in steps: least (t - v)^2 - prior v^2 + price bits, v = 2 k - q.
+    """Return the codes that minimize (t - v)^2 - prior v^2 + price bits, where v = 2 k - q.
 
     Args:
-      t: targets.
-      index: the class of each one's source, and `shape` that of all, as `student_t` has them.
-      price: of a bit, in squared steps.
-      prior: below 1; what the energy of v has already been charged with.
+      t: targets [p, c], in steps.
+      index: [p, c], the class of each target's source, as in `student_t`.
+      shape: the shape of all sources, as in `student_t`.
+      price: cost of a bit, in squared steps.
+      prior: weight below 1 of the energy of v that has already been charged.
     """
     q, parity, step = (jnp.arange(2).reshape(shape) for shape in ((2, 1, 1), (2, 1), (2,)))
     t, index = t[..., None, None, None], index[..., None, None, None]
@@ -90,7 +101,12 @@ def branches(
 
 
 def search(branches: Branches, states: int) -> Int32[Array, "p c"]:
-    """Values 2 k - q of the cheapest paths of p steps from state 0, of c chains at once."""
+    """Return the values 2 k - q, int32 [p, c], of the cheapest paths from state 0.
+
+    Args:
+      branches: codes and costs of p steps of c chains, which are searched in parallel.
+      states: number of states.
+    """
     chains = branches.cost.shape[1]
     if states == 1:
         code, cost = (a[:, :, 0] for a in branches)
@@ -116,7 +132,7 @@ def search(branches: Branches, states: int) -> Int32[Array, "p c"]:
 
 
 def _before(states: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every state: the states before it, by the parity that leads here; their quantizer."""
+    """Return the predecessors of every state by parity, and their quantizer."""
     s, parity = np.divmod(np.arange(2 * states, dtype=np.int32), 2)
     g, f = generators(states)
     before = np.zeros((states, 2), np.int32)

@@ -1,1 +1,1 @@
-"""What a kernel costs on a chip: rates by the compilers' schedules, and what bounds them."""
+"""Performance models of the kernels: rates from compiler schedules, and the limits of each chip."""

@@ -1,9 +1,10 @@
-"""Static rates of the kernels: weights that a core takes in a cycle, by the compilers' schedules.
+"""Static rates of the kernels: weights that a core processes per cycle, from compiler schedules.
 
-`python -m tests.aot.table --keep` compiles every kernel and writes rates.json: of a TPU the median
-over the shapes of real layers in `tests.aot.rates`, one row of x, all VLIW bundles of all steps
-counted; of a GPU the 128 instructions that a multiprocessor can issue in a cycle over those of its
-loop for a weight. No kernel has run on such a chip for them.
+`python -m tests.aot.table --keep` compiles every kernel and writes rates.json. For a TPU the rate
+is the median over the shapes of real layers in `tests.aot.rates` with one row of x, counting all
+VLIW bundles of all steps. For a GPU it is the 128 instructions that a multiprocessor can issue per
+cycle divided by the instructions per weight in the kernel's loop. No kernel was run on such a chip
+for these rates.
 """
 
 import functools
@@ -20,12 +21,13 @@ def _table() -> dict[str, dict[str, float]]:
 
 
 def weights_per_cycle(op: str, chip: str, activations: str = "float", **static: Any) -> float:
-    """Of one core of a chip, at usual shapes; 0 where no kernel of this kind was measured.
+    """Return the rate of one core of a chip at typical shapes, or 0 if none was determined.
 
     Args:
-      op: one of `reference.OPS`.
-      chip: one of `chips.CHIPS`.
-      activations, static: of the op; groups are taken to have 128 rows.
+      op: a key of `reference.OPS`.
+      chip: a key of `chips.CHIPS`.
+      activations: how x is rounded.
+      **static: the static arguments of the op; groups are assumed to have 128 rows.
 
     >>> weights_per_cycle("packed_matmul", "v5e", bits=2, group_size=128) > 1000
     True
@@ -38,10 +40,10 @@ def weights_per_cycle(op: str, chip: str, activations: str = "float", **static: 
 
 
 def _names(op: str, form: str, static: dict[str, Any]) -> list[str]:
-    """What the tables of the TPU and of the GPU call it, the nearest first."""
+    """Return the names of the kernel in the TPU and GPU tables, closest match first."""
     bits, other = static.get("bits", 2), "A16" if form == "A8" else "A8"
     integers = ", int8" if form == "A8" else ""
-    if op == "dual_scale_matmul":  # x with the steps in it meets packed codes
+    if op == "dual_scale_matmul":  # x times the steps, multiplied by packed codes
         return _names("packed_matmul", "A16", static)
     if op == "packed_matmul":
         tpu = [f"packed_matmul {bits} bits {f} g128" for f in (form, other)]
@@ -57,5 +59,5 @@ def _names(op: str, form: str, static: dict[str, Any]) -> list[str]:
         if code == "vpu":
             return [f"trellis_matmul vpu {form}"] if rate == "2" else []
         sums = code in ("mul1", "1mad")
-        return [f"trellis {rate} bits, L 16, M 8"] if sums else []  # L is a shift's length
+        return [f"trellis {rate} bits, L 16, M 8"] if sums else []  # L only sets a shift
     return []

@@ -1,7 +1,8 @@
-"""The CPU's kernels: C++ through `jax.ffi`, on words as they are stored (see `native`).
+"""CPU kernels in C++, called through `jax.ffi` on the stored words (see `native`).
 
-Every op also takes several matrices that share x (`shared`): one call, x prepared once, and the
-threads share out the columns of all. Which instruction set runs is chosen when it runs.
+Every op also accepts several matrices that share x (`shared`): x is prepared once, and one call
+distributes the columns of all matrices over the threads. The instruction set is selected at run
+time.
 """
 
 import functools
@@ -20,9 +21,9 @@ from pallas_kernels.cpu import native
 from pallas_kernels.kernel import Kernel
 
 _FLOATS = ("float16", "bfloat16", "float32")
-_BEST = -1  # the widest instruction set of the machine
-_MOST_GROUP = 64  # rows of an additive code
-_FEW = 8  # queries of a sequence that are not worth products of matrices
+_BEST = -1  # selects the widest instruction set of the machine
+_MOST_GROUP = 64  # maximum number of rows of an additive code
+_FEW = 8  # maximum number of queries; for more, matrix products are faster
 
 Matrix = tuple[Array | None, ...]  # the arrays of one matrix, in the order of the op
 
@@ -30,14 +31,19 @@ Matrix = tuple[Array | None, ...]  # the arrays of one matrix, in the order of t
 def shared(
     op: str, x: Float[Array, "m k"], matrices: Sequence[Matrix], **static: Any
 ) -> tuple[Float[Array, "m n"], ...]:
-    """The products of one x with several matrices of one format, in one call.
+    """Return the products of one x with several matrices of one format, in one call.
 
     Args:
-      op: a name in `KERNELS`.
-      x: rows of activations.
-      matrices: of each the op's arrays after x.
-      static: the op's static arguments; and `most`, the number of the instruction set that may
-        run at most (`native.instruction_sets`), all by default.
+      op: a key of `KERNELS`.
+      x: activations [m, k].
+      matrices: for each matrix, the arrays of the op after x.
+      **static: the static arguments of the op, and optionally `most`, the index of the widest
+        instruction set to use (`native.instruction_sets`); by default all are allowed.
+    Returns:
+      A tuple of float32 [m, n], one per matrix.
+    Raises:
+      ValueError: op has no such kernel.
+      RuntimeError: there are no native kernels.
 
     >>> from pallas_kernels.codecs import layout
     >>> codes, scale = layout.pack(jnp.array([[1], [-2]]), 4), jnp.array([[0.5]])
@@ -57,7 +63,7 @@ def shared(
 def _call(
     target: str, x: Array, first: tuple, rest: Sequence[Array], widths: Sequence[int], **static: Any
 ) -> tuple[Array, ...]:
-    """One foreign call with a result [m, n] for every n of `widths`."""
+    """Make one foreign call with a result [m, n] for every n of `widths`."""
     if reason := native.load():
         raise RuntimeError(f"no native kernels: {reason}")
     form = forms.FORMS.index(static.pop("activations"))
@@ -67,7 +73,7 @@ def _call(
 
 
 def _none() -> Array:
-    """Stands for an array that is not there."""
+    """Return the placeholder of an absent array."""
     return jnp.zeros((0,), jnp.int32)
 
 
@@ -112,17 +118,17 @@ def _e8p(
 
 @functools.cache
 def _nibbles() -> np.ndarray:
-    """int32 [3, 256]: eight integers c of 4 bits, for rows, for signs, for residuals of 3 bits.
+    """Return int32 [3, 256], each eight 4-bit integers c: for rows, signs, and 3-bit residuals.
 
-    The words of a row and of signs, combined by exclusive or, hold the c of (c + 1/2) / 2; those
-    of a residual the c of c / 2. See native/e8p.cc.
+    The exclusive or of the words of a row and of signs holds the c of (c + 1/2) / 2; that of a
+    residual the c of c / 2. See native/e8p.cc.
 
     >>> hex(_nibbles()[0, 0] ^ _nibbles()[1, 0])  # all coordinates 1/2, none negative, shifted up
     '0x11111111'
     """
     rows = e8p.table()
     odd = (rows.sum(1) % 2 == 1)[:, None] & (np.arange(8) == 7)
-    up = 2 * (rows - 0.5).astype(np.int64)  # the 8 of 8 + 2 t makes c two's complement
+    up = 2 * (rows - 0.5).astype(np.int64)  # the 8 of 8 + 2 t makes c a two's complement number
     by_row = np.where(odd, up ^ 14, up)
     s = np.arange(256)
     down = np.array([int(i).bit_count() % 2 for i in s])

@@ -1,6 +1,7 @@
 """Additive codebooks: each code looks up a group of rows, two float16 at a time.
 
-What the codebooks of a group add up to is not made: each entry meets x by itself, in float32 sums.
+The sum over the codebooks of a group is not formed. Each entry is multiplied by x separately, and
+accumulated in float32.
 """
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpu import contraction, lanes, tiles, triton
 from pallas_kernels.kernel import Kernel
 
-PLACES = 128  # of a step: channels, once for each codebook
+PLACES = 128  # places per step: every channel has one for each codebook
 
 
 def additive_matmul(
@@ -23,10 +24,10 @@ def additive_matmul(
     group: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """See `reference.additive_matmul`."""
+    """Return the product; arguments as in `ops.additive_matmul`."""
     shape, count = contraction.shape(x, activations), len(codebooks)
     pairs, size = group // 2, 1 << bits
-    per = 32 // (bits * count)  # groups of a word
+    per = 32 // (bits * count)  # groups per word
     depth = PLACES // count
     high = depth // (per * group)
     inner = 2 if high == 4 else 1
@@ -63,7 +64,7 @@ def additive_matmul(
 
 
 def serves(x, codes, codebooks, scale, *, bits: int, group: int, activations: str = "float") -> str:
-    """ "", or why these arguments are not served."""
+    """Return "" if the kernel supports the arguments of `additive_matmul`, otherwise the reason."""
     held = bits * codebooks.shape[0]
     if held & (held - 1) or held > 32:
         return f"on a GPU, the codes of a group take 4, 8, 16 or 32 bits, not {held}"

@@ -1,7 +1,7 @@
-"""Codes that name entries of a table: pairs of codes are looked up, two weights at a time.
+"""Scalar codebooks: pairs of codes are looked up in a table, two weights at a time.
 
-The table of pairs lies in global memory and soon in a processor's L1 cache. Entries are float16:
-exact for float8 and the like, rounded at the 12th bit for NormalFloat.
+The table of pairs is in global memory and soon in the L1 cache. Its entries are float16, which is
+exact for float8 and the like, and rounds NormalFloat at the 12th bit.
 """
 
 import math
@@ -18,7 +18,13 @@ from pallas_kernels.kernel import Kernel
 
 
 def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, "e"], float]:
-    """Words that codes or pairs of codes name, low half first; and what 1.0 is in them.
+    """Return the words that codes or pairs of codes select, and the value of 1.0 in them.
+
+    The first code of a pair is in the low half of a word.
+
+    Args:
+      table: as in `ops.codebook_matmul`.
+      bits: number of bits per code.
 
     >>> entries((0.0, 1.0, 2.0, 4.0), 2)[0].shape
     (16,)
@@ -28,17 +34,26 @@ def entries(table: tuple[float, ...] | str, bits: int) -> tuple[Int[np.ndarray, 
     one = 2.0 ** -math.frexp(np.max(finite, initial=2.0**-100))[1]  # all entries below 1
     halves = (values * one).astype(np.float16).view(np.uint16).astype(np.int64)
     if 2 * bits <= 8:
-        halves = (halves[:, None] << 16 | halves[None, :]).reshape(-1)  # the first is the low one
+        halves = (halves[:, None] << 16 | halves[None, :]).reshape(-1)  # low half first
     return halves.astype(np.uint32).view(np.int32), one
 
 
 def _of_bytes(dtype: str) -> Float[np.ndarray, "256"]:
-    """In NumPy: what is lowered for a described GPU is traced where nothing can be computed."""
+    """Return the values of all bytes as float8.
+
+    NumPy is used, since nothing can be computed by JAX when tracing for a described GPU.
+    """
     return np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).astype(np.float64)
 
 
 def looked_up(ref, words: Sequence[Array], bits: int) -> list[Int32[Array, "r n"]]:
-    """Registers of pairs of the weights of each unit, in order."""
+    """Return registers with pairs of the weights of each unit, in order.
+
+    Args:
+      ref: reference to the table.
+      words: the words of each unit, in order.
+      bits: number of bits per code.
+    """
     unit, _ = layout.unit(bits)
     width = 2 * bits if 2 * bits <= 8 else bits
     found = []
@@ -63,7 +78,7 @@ def codebook_matmul(
     group_size: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """See `reference.codebook_matmul`."""
+    """Return the product; arguments as in `ops.codebook_matmul`."""
     shape, k = contraction.shape(x, activations), x.shape[1]
     unit, words = layout.unit(bits)
     depth = tiles.depth(unit, group_size, k, activations, 64)
@@ -92,7 +107,7 @@ def codebook_matmul(
 
 
 def serves(x, codes, scale, *, table, bits: int, group_size: int, activations="float") -> str:
-    """ "", or why these arguments are not served."""
+    """Return "" if the kernel supports the arguments of `codebook_matmul`, otherwise the reason."""
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
         return tiles.unfit(unit, group_size, activations)

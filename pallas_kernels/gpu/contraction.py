@@ -1,12 +1,12 @@
-"""The one kernel of the backend: x times weights that a `decode` function makes in registers.
+"""The GPU kernel of all formats: x times weights that a `decode` function makes in registers.
 
-It computes w.T @ x.T, the weights on the left: a tensor core then wants 16 weights and as few as 8
-rows of x, and takes the weights from registers. A program owns a block of columns, a block of rows
-and a share of the channels (split K: in decoding there are few columns for many processors); the
-shares are added up, in order, by XLA, hence twice the same bits.
+It computes w.T @ x.T with the weights on the left, because a tensor core instruction then takes 16
+weights by as few as 8 rows of x, and reads the weights from registers. A program processes a block
+of columns, a block of rows and a share of the channels (split K, since decoding has few columns for
+the number of processors). XLA adds the shares in a fixed order, so results are deterministic.
 
-Each step decodes a tile [columns, depth] of one group of rows. Codes are offset (`lanes`), and zero
-points are an offset too: what they add is the offset times a sum of x, which is subtracted.
+Each step decodes a tile [columns, depth] of one group of rows. Codes have an offset (`lanes`), and
+zero points are an offset too; their contribution, the offset times a sum of x, is subtracted.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,21 @@ from jaxtyping import Array, Float
 from pallas_kernels import activations as forms
 from pallas_kernels.gpu import rows, triton
 
-PROGRAMS = 512  # that keep all processors of an H100 (132) or A100 (108) at work
-LEAST_STEPS = 4  # of a program, so that its pipeline of loads pays
+PROGRAMS = 512  # number that keeps all processors of an H100 (132) or A100 (108) busy
+LEAST_STEPS = 4  # minimum per program, so that pipelining its loads pays off
 
 
 class Shape(NamedTuple):
-    """Rows of x and columns of w that a program takes, its warps, the most channels of a step.
+    """The size of a program's block.
 
-    What fits 128 registers: a thread holds rows * columns / (16 warps) sums, and as many in a step.
+    It fits 128 registers: a thread holds rows * columns / (32 warps) sums, and as many within a
+    step.
+
+    Attributes:
+      rows: number of rows of x.
+      columns: number of columns of w.
+      warps: number of warps.
+      depth: maximum number of channels per step.
     """
 
     rows: int
@@ -41,7 +48,11 @@ PREFILL = Shape(64, 64, 8, 128)
 
 
 def shape(x: Float[Array, "m k"], activations: str) -> Shape:
-    """By the rows that x becomes.
+    """Return the block shape for the number of rows that x becomes.
+
+    Args:
+      x: activations [m, k].
+      activations: how x is rounded.
 
     >>> [shape(jnp.ones((m, 1), jnp.bfloat16), "float").rows for m in (1, 16, 33, 200)]
     [8, 16, 64, 64]
@@ -51,23 +62,25 @@ def shape(x: Float[Array, "m k"], activations: str) -> Shape:
 
 
 class Weights(NamedTuple):
-    """A packed matrix [k, n] and how a program decodes tiles of it.
+    """A packed matrix [k, n], and how a program decodes tiles of it.
 
     Attributes:
-      arrays: what `decode` reads.
-      blocks: of each array, a block's shape and whether the blocks follow the columns.
+      n: number of columns.
+      arrays: the arrays that `decode` reads.
+      blocks: for each array, the shape of a block and whether blocks advance with the columns.
       decode: (references, step, tile of columns) -> numbers [columns, places].
-      depth: channels of a step.
-      order: channel of each place of a tile; one may have several.
-      factor: what the places' x are multiplied by; None for ones.
-      shape: of a program.
-      offset: what every number is too large by.
-      one: what the number 1 of `decode` is in its dtype.
+      depth: number of channels per step.
+      order: channel of each place of a tile; a channel may have several places.
+      factor: factors of x at each place; None for ones.
+      shape: the block shape of a program.
+      offset: what every number exceeds its code by.
+      one: the value that the number 1 has in the dtype of `decode`.
       scale: [g, n], [g, 1] or [1, 1].
-      group_size: channels that share a scale.
-      zero: zero points of each group, a function of (reference, group, columns); and their array.
-      integer: numbers are int8; else float16.
-      columns: where in a tile each of its columns stands; None for in order.
+      group_size: number of channels that share a scale.
+      zero: function of (reference, group, columns) that returns zero points, and their array; or
+        None.
+      integer: whether numbers are int8; otherwise they are float16.
+      columns: position of each column within a tile; None if they are in order.
     """
 
     n: int
@@ -88,7 +101,11 @@ class Weights(NamedTuple):
 
 
 def split(steps: int, programs: int) -> tuple[int, int]:
-    """(shares, steps of a share), none empty, where there are so many programs without.
+    """Return (number of shares, steps per share), with no share empty.
+
+    Args:
+      steps: number of steps along the channels.
+      programs: number of programs without a split.
 
     >>> split(32, 32), split(32, 600), split(33, 8), split(3, 1)
     ((8, 4), (1, 32), (7, 5), (1, 3))
@@ -98,7 +115,14 @@ def split(steps: int, programs: int) -> tuple[int, int]:
 
 
 def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: str) -> Array:
-    """x @ w, float32 [m, n]."""
+    """Return x @ w, float32 [m, n].
+
+    Args:
+      x: activations [m, k].
+      weights: the packed matrix.
+      activations: how x is rounded.
+      name: name of the kernel.
+    """
     m, k = x.shape
     made = rows.make(x, activations, weights.integer)
     block, depth, places = weights.shape.rows, weights.depth, len(weights.order)
@@ -143,10 +167,10 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
 
 
 def _stepwise(weights: Weights, made: rows.Rows, sums: Array, short: int, block: int, k: int):
-    """Inputs that a step's epilogue reads: sums of x, scales, zero points, scales of x."""
+    """Return the inputs of a step's epilogue: sums of x, scales, zero points, scales of x."""
     steps, columns = sums.shape[1], weights.shape.columns
     scale = jnp.broadcast_to(weights.scale, (len(weights.scale), weights.n))
-    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)), mode="edge")  # read without a mask
+    scale = jnp.pad(scale, ((0, 0), (0, -weights.n % columns)), mode="edge")  # avoids a mask
     if weights.zero is None:
         sums = sums * weights.offset
     inputs = [sums.T, scale]
@@ -167,7 +191,11 @@ def _stepwise(weights: Weights, made: rows.Rows, sums: Array, short: int, block:
 def _body(
     weights: Weights, steps: int, share: int, block: int, k: int, scaled_rows: bool, stepwise: bool
 ) -> Callable:
-    """The kernel: references to x, what `_stepwise` adds, the weights' arrays, the output."""
+    """Return the kernel.
+
+    Its arguments are references to x, the inputs of `_stepwise`, the weights' arrays, and the
+    output.
+    """
     depth, places, columns = weights.depth, len(weights.order), weights.shape.columns
 
     def body(x_ref, *refs) -> None:
@@ -192,7 +220,7 @@ def _body(
             return total + part(step)
 
         def read(step: Array) -> tuple[Array, ...]:
-            """What the epilogue of a step needs."""
+            """Return the inputs of a step's epilogue."""
             group = step * depth // weights.group_size
             found = [
                 triton.load(epilogue[0].at[step, :]),
@@ -206,7 +234,7 @@ def _body(
 
         def scaled(step: Array, carry: tuple) -> tuple:
             total, (sums, scale, *more) = carry
-            following = read(jnp.minimum(step + 1, last - 1))  # on its way while this one computes
+            following = read(jnp.minimum(step + 1, last - 1))  # loads during this computation
             y = part(step).astype(jnp.float32)
             if weights.zero is not None:
                 y = triton.multiply_add(-(more[0] + weights.offset)[:, None], sums[None, :], y)

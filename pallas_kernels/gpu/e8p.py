@@ -1,7 +1,7 @@
-"""E8P: a code's row of the table is looked up as eight nibbles; its signs negate them all at once.
+"""E8P: a code's row is looked up as eight nibbles, which its signs negate all at once.
 
-A point is (nibble - 7.5 - shift) / 2 in every coordinate, and no nibble is 0, so that the shift
-is subtracted from all eight in one go.
+A coordinate of a point is (nibble - 7.5 - shift) / 2. No nibble is 0, so the shift can be
+subtracted from all eight at once.
 """
 
 from functools import partial
@@ -20,12 +20,17 @@ _NIBBLES = lanes.Lanes(4, 2)
 
 
 def points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
-    """Nibbles of the points that the low 16 bits of codes name."""
+    """Return the nibbles of the points selected by the low 16 bits of codes.
+
+    Args:
+      code: codes, in the low 16 bits.
+      ref: reference to the table.
+    """
     s = code & 255
     shift = s ^ (s >> 4)
     shift = shift ^ (shift >> 2)
     shift = (shift ^ (shift >> 1)) & 1
-    flips = s ^ shift  # bit j to bit 4 j
+    flips = s ^ shift  # bit j moves to bit 4 j
     for step, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
         flips = (flips | flips << step) & mask
     word = triton.load(ref.at[(code >> 8) & 255])
@@ -33,7 +38,12 @@ def points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
 
 
 def fine_points(code: Int32[Array, "r n"], ref) -> Int32[Array, "r n"]:
-    """Nibbles of the points of E81B that the low 8 bits of codes name."""
+    """Return the nibbles of the E81B points selected by the low 8 bits of codes.
+
+    Args:
+      code: codes, in the low 8 bits.
+      ref: reference to the table.
+    """
     return triton.load(ref.at[code & 255])
 
 
@@ -41,8 +51,8 @@ def _weights(
     codes: Array, table: np.ndarray, point, width: int, offset: float, scale: Array,
     shape: contraction.Shape, k: int,
 ) -> contraction.Weights:  # fmt: skip
-    """Words of octets' codes of `width` bits."""
-    per = 32 // width  # octets of a word
+    """Return the words of octets' codes of `width` bits as `contraction.Weights`."""
+    per = 32 // width  # octets per word
     high = DEPTH // (8 * per)
     place = lambda r, register, lane: 8 * (per * r + register // 4) + 2 * (register % 4) + lane
     low = np.array([at for _, at in _NIBBLES.shifts()])
@@ -80,7 +90,7 @@ def e8p_matmul(
     bits: int,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """See `reference.e8p_matmul`; a residual is a second product."""
+    """Return the product; arguments as in `ops.e8p_matmul`. A residual is a second product."""
     shape = contraction.shape(x, activations)
     coarse = partial(_weights, table=e8p.WORDS, point=points, width=16, offset=7.5)
     weights = coarse(codes=codes, scale=scale, shape=shape, k=x.shape[1])
@@ -96,7 +106,7 @@ def e8p_matmul(
 
 
 def serves(x, codes, residual, scale, *, bits: int, activations: str = "float") -> str:
-    """ "", or why these arguments are not served."""
+    """Return "" if the kernel supports the arguments of `e8p_matmul`, otherwise the reason."""
     return triton.missing()
 
 

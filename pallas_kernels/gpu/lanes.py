@@ -1,12 +1,12 @@
-"""Packed codes as numbers that a tensor core multiplies, several to a register, by masks alone.
+"""Packed codes as numbers for a tensor core, several per register, extracted by masks alone.
 
 A word holds lanes: 2 of 16 bits for float16, 4 of 8 bits for int8. What a mask leaves in a lane is
-a number already. As float16 it is a subnormal one, or one of the first binade, where the spacing
-is the same: bits b < 2**11 stand for b * 2**-24, exactly, and tensor cores take subnormal factors
-as they are (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). No bias, no conversion:
-one LOP3 makes two weights. A field at bit p of its lane counts 2**p times; x undoes that.
+already a number. As float16 it is subnormal, or in the first binade, where the spacing is the same:
+bits b < 2**11 represent b * 2**-24 exactly, and tensor cores support subnormal factors (Fasi et al.
+2021, "Numerical behavior of NVIDIA tensor cores"). No bias and no conversion is needed: one LOP3
+makes two weights. A field at bit p of its lane is 2**p times too large, which x compensates.
 
-Codes are two's complement. Their top bit flipped, they are code + `offset`, unsigned.
+Codes are in two's complement. With their top bit flipped they are code + `offset`, unsigned.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ from jaxtyping import Array, Int32
 from pallas_kernels.codecs import layout
 from pallas_kernels.gpu import triton
 
-EXACT = 11  # low bits of a float16 that are linear in the number
+EXACT = 11  # number of low bits of a float16 in which its value is linear
 
 
 class Lanes(NamedTuple):
-    """How codes of so many bits lie in the lanes of words.
+    """The arrangement of codes in the lanes of words.
 
     Attributes:
-      bits: of a code.
-      lanes: of a word; 2 for float16, 4 for int8.
+      bits: number of bits per code.
+      lanes: number of lanes per word, 2 for float16 or 4 for int8.
     """
 
     bits: int
@@ -36,26 +36,26 @@ class Lanes(NamedTuple):
 
     @property
     def unit(self) -> int:
-        """Codes of the smallest run of whole words, `words` of them."""
+        """Number of codes in the smallest run of whole words, which has `words` words."""
         return layout.unit(self.bits)[0]
 
     @property
     def words(self) -> int:
-        """Words of a unit."""
+        """Number of words in a unit."""
         return layout.unit(self.bits)[1]
 
     @property
     def steps(self) -> int:
-        """Codes of a unit in one lane: lane l has the codes l steps ... (l + 1) steps."""
+        """Number of codes of a unit in one lane; lane l has those from l steps on."""
         return self.unit // self.lanes
 
     @property
     def offset(self) -> int:
-        """What `numbers` adds to codes; int8 lanes hold 8-bit codes as they are."""
+        """What `numbers` adds to codes; 8-bit codes in int8 lanes are used unchanged."""
         return 0 if (self.bits, self.lanes) == (8, 4) else 1 << (self.bits - 1)
 
     def shifts(self) -> tuple[tuple[int, int], ...]:
-        """Of every step: how far its stream is moved down, and the bit p where its field is left.
+        """Return the right shift of every step's stream, and the bit p at which its field remains.
 
         >>> Lanes(2, 2).shifts()[4:6]
         ((0, 8), (10, 0))
@@ -73,11 +73,11 @@ class Lanes(NamedTuple):
     def numbers(
         self, words: Sequence[Int32[Array, "r n"]], signed: bool = True
     ) -> list[Int32[Array, "r n"]]:
-        """Registers of the lanes of each step: codes + `offset`, times 2**p.
+        """Return registers with the lanes of each step: (codes + `offset`) * 2**p.
 
         Args:
           words: the `words` words of every unit.
-          signed: False if codes are unsigned; nothing is added to them.
+          signed: whether codes are signed. If False, no offset is added.
         """
         if self.offset and signed:
             top = sum(1 << i for i in range(self.bits - 1, self.unit * self.bits, self.bits))
@@ -94,16 +94,16 @@ class Lanes(NamedTuple):
             here = _right(stream[i], down)
             inside = field & ((1 << (width - down)) - 1)
             register = triton.bit_and(here, inside * fill)
-            if inside != field:  # the code goes on in the lane's next word
+            if inside != field:  # the code continues in the lane's next word
                 register |= triton.bit_and(stream[i + 1] << (width - down), (field ^ inside) * fill)
             found.append(register)
         return found
 
     def _streams(self, words: Sequence[Array]) -> list[Array]:
-        """A unit's words so that each lane goes on in the same lane of the next."""
+        """Return a unit's words rearranged so that each lane continues in the next word."""
         if self.words == 1:
             return list(words)
-        # 96 bits are six halves or twelve bytes; word i takes part i of each lane's.
+        # 96 bits are six halves or twelve bytes; word i takes part i of each lane.
         width, per = 32 // self.lanes, 3
         streams = []
         for i in range(per):
@@ -130,7 +130,14 @@ def _right(word: Array, by: int) -> Array:
 
 
 def split(register: Int32[Array, "r n"], lanes: int) -> list[Array]:
-    """The lanes of registers as arrays [r, n] of float16 (2) or int8 (4), lowest first."""
+    """Return the lanes of registers as arrays [r, n], lowest lane first.
+
+    Two lanes are float16, four are int8.
+
+    Args:
+      register: int32 [r, n].
+      lanes: number of lanes per word, 2 or 4.
+    """
     width = 32 // lanes
     parts = [_right(register, width * lane) for lane in range(lanes)]
     if lanes == 4:
@@ -139,10 +146,15 @@ def split(register: Int32[Array, "r n"], lanes: int) -> list[Array]:
 
 
 def weave(registers: Sequence[Array], lanes: int, inner: int = 1) -> Array:
-    """One array [n, depth] of the lanes of registers [r, n], along its rows without a move.
+    """Return the lanes of registers [r, n] as one array [n, depth], without moving data.
 
-    Its row runs over (d, r, e, lane): e counts `inner` registers, d the rest; see `woven`. Every
-    thread keeps what it has: neighbours along the row are lanes of one register.
+    A row runs over (d, r, e, lane), where e counts `inner` registers and d the rest; see `woven`.
+    Every thread keeps its data, since neighbors along a row are lanes of one register.
+
+    Args:
+      registers: int32 arrays [r, n].
+      lanes: number of lanes per word, 2 or 4.
+      inner: number of registers over which e counts.
     """
     parts = []
     for d in range(0, len(registers), inner):
@@ -158,7 +170,13 @@ def weave(registers: Sequence[Array], lanes: int, inner: int = 1) -> Array:
 
 
 def woven(place: Callable, rows: int, count: int, lanes: int, inner: int = 1) -> np.ndarray:
-    """What `weave` puts where: place(row, register, lane) of every entry of its rows.
+    """Return what `weave` produces: place(row, register, lane) for every entry of its rows.
+
+    Args:
+      place: function of (row, register, lane).
+      rows: number of rows r of a register array.
+      count: number of register arrays.
+      lanes, inner: as in `weave`.
 
     >>> woven(lambda row, register, lane: 10 * row + register + 5 * lane, 2, 2, 2).tolist()
     [0, 5, 10, 15, 1, 6, 11, 16]

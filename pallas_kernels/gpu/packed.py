@@ -1,4 +1,4 @@
-"""Uniform codes of 2, 3, 4 and 8 bits, symmetric or with zero points; ternary codes have 2."""
+"""Uniform codes of 2, 3, 4 and 8 bits, with or without zero points; ternary codes take 2 bits."""
 
 from functools import partial
 
@@ -23,7 +23,13 @@ def weights(
     k: int,
     shape: contraction.Shape,
 ) -> contraction.Weights:
-    """Words of uniform codes for `contraction`."""
+    """Return the words of uniform codes as `contraction.Weights`.
+
+    Args:
+      codes, scale, zero, bits, group_size, activations: as in `ops.packed_matmul`.
+      k: number of rows.
+      shape: the block shape of a program.
+    """
     form = lanes.Lanes(bits, 2 if activations == "float" else 4)
     high = tiles.depth(form.unit, group_size, k, activations, shape.depth) // form.unit
     inner = 2 if high == 4 and form.steps > 1 else 1
@@ -55,7 +61,17 @@ def weights(
 
 
 def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int, n: int) -> Int32[Array, "c"]:
-    """Codes of a row of n packed in words, at these columns; past the last, the last's."""
+    """Return the codes at given columns of a row of n packed codes.
+
+    Columns past the last one read the last code.
+
+    Args:
+      ref: reference to the words.
+      row: index of the row.
+      columns: column indices.
+      bits: number of bits per code.
+      n: number of columns.
+    """
     columns = jnp.minimum(columns, n - 1)
     word, at = columns * bits >> 5, columns * bits & 31
     last = ref.shape[1] - 1
@@ -66,7 +82,7 @@ def along(ref, row: Array, columns: Int32[Array, "c"], *, bits: int, n: int) -> 
 
 
 def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float"):
-    """See `reference.packed_matmul`."""
+    """Return the product; arguments as in `ops.packed_matmul`."""
     made = weights(
         codes, scale, zero, bits=bits, group_size=group_size, activations=activations,
         k=x.shape[1], shape=contraction.shape(x, activations),
@@ -75,7 +91,7 @@ def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activati
 
 
 def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float") -> str:
-    """ "", or why these arguments are not served."""
+    """Return "" if the kernel supports the arguments of `packed_matmul`, otherwise the reason."""
     unit = layout.unit(bits)[0]
     if not tiles.depth(unit, group_size, x.shape[1], activations):
         return tiles.unfit(unit, group_size, activations)
@@ -83,14 +99,14 @@ def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: st
 
 
 def ternary_matmul(x, codes, scale, *, group_size: int, activations: str = "float"):
-    """See `reference.ternary_matmul`."""
+    """Return the product; arguments as in `ops.ternary_matmul`."""
     return packed_matmul(
         x, codes, scale, None, bits=2, group_size=group_size, activations=activations
     )
 
 
 def serves_ternary(x, codes, scale, *, group_size: int, activations: str = "float") -> str:
-    """ "", or why these arguments are not served."""
+    """Return "" if the kernel supports the arguments of `ternary_matmul`, otherwise the reason."""
     return serves(x, codes, scale, None, bits=2, group_size=group_size, activations=activations)
 
 

@@ -1,9 +1,9 @@
 """Activations as the kernels read them: rows of float16 or int8.
 
-Rows of float16 are scaled by powers of two to a largest entry in [2**14, 2**15), so that neither
-bfloat16's range nor the fields' factors 2**-p (`lanes`) lose what counts: an entry keeps eight bits
-down to 2**-20 of the largest. Of bfloat16 and float16 one row says all; float32 takes two, the
-rounded and the rest, 22 bits together.
+Rows of float16 are scaled by powers of two so that the largest entry is in [2**14, 2**15). Neither
+bfloat16's range nor the fields' factors 2**-p (`lanes`) then lose significant bits: an entry keeps
+eight bits down to 2**-20 of the largest. One row represents bfloat16 or float16 exactly enough;
+float32 takes two, the rounded value and the remainder, 22 bits together.
 """
 
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels import activations as forms
 
 TOP = 14  # exponent of a row's largest entry
-ONE = 2.0**-24  # the number that the bits 1 of a float16 stand for
+ONE = 2.0**-24  # the value of a float16 whose bits are 1
 
 
 class Rows(NamedTuple):
-    """Rows of activations, `parts` blocks of m.
+    """Rows of activations in `parts` blocks of m.
 
     Attributes:
-      codes: float16 or int8.
+      codes: float16 or int8 [parts m, k].
       unit: float32 [m, 1]; x is unit times the sum over parts. NaN where a row is not finite.
       scale: float32 [parts m, runs], further factors of runs of channels; None if all are 1.
     """
@@ -33,7 +33,11 @@ class Rows(NamedTuple):
 
 
 def parts(dtype: jnp.dtype, activations: str) -> int:
-    """Rows that one row of x becomes.
+    """Return the number of rows that one row of x becomes.
+
+    Args:
+      dtype: dtype of x.
+      activations: how x is rounded.
 
     >>> parts(jnp.dtype("float32"), "float"), parts(jnp.dtype("float32"), "int8")
     (2, 1)
@@ -42,7 +46,12 @@ def parts(dtype: jnp.dtype, activations: str) -> int:
 
 
 def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Rows:
-    """The rows of x in one of `activations.FORMS`; codes that are integers as int8 or as float16.
+    """Return the rows of x in one of `activations.FORMS`.
+
+    Args:
+      x: activations [m, k].
+      activations: how x is rounded.
+      integer: whether integer codes are int8; otherwise they are float16.
 
     >>> rows = make(jnp.array([[3.0, 2.0**-22]]), "float")
     >>> (rows.codes.sum(0) * rows.unit).tolist()
@@ -57,7 +66,7 @@ def make(x: Float[Array, "m k"], activations: str, integer: bool = False) -> Row
     count = parts(x.dtype, activations)
     x, factor = forms.finite_rows(x.astype(jnp.float32))
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    exponent = jnp.clip(_exponent(largest), -100, 127)  # a row of zeros has one too
+    exponent = jnp.clip(_exponent(largest), -100, 127)  # -100 for a row of zeros
     x = x * _power(TOP - exponent)
     first = x.astype(jnp.float16)
     rest = [(x - first.astype(jnp.float32)).astype(jnp.float16)][: count - 1]
@@ -69,5 +78,5 @@ def _exponent(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def _power(exponent: Int32[Array, "..."]) -> Float32[Array, "..."]:
-    """2**exponent, exactly."""
+    """Return 2**exponent, exactly."""
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

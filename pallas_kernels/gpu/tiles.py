@@ -1,4 +1,4 @@
-"""Which part of a matrix a step decodes, and its words."""
+"""The part of a matrix that a step decodes, and its words."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
@@ -11,11 +11,20 @@ LEAST_DEPTH = {
     "int8": 32,
     "int8/256": 32,
     "codes": 32,
-}  # of one tensor core instruction
+}  # channels of one tensor core instruction
 
 
 def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128) -> int:
-    """Channels of a tile: a power of two, so many that it lies in one group; 0 if there is none.
+    """Return the number of channels of a tile, or 0 if none is possible.
+
+    It is a power of two, such that every tile lies within one group.
+
+    Args:
+      unit: number of codes in the smallest run of whole words.
+      group_size: number of channels that share a scale.
+      k: number of channels.
+      activations: how x is rounded.
+      most: maximum number of channels.
 
     >>> depth(16, 128, 4096, "float"), depth(16, 96, 4096, "float"), depth(16, 40, 4096, "int8")
     (128, 32, 0)
@@ -29,21 +38,26 @@ def depth(unit: int, group_size: int, k: int, activations: str, most: int = 128)
 
 
 def unfit(unit: int, group_size: int, activations: str) -> str:
-    """Why there is no `depth`."""
+    """Return the reason why there is no `depth`.
+
+    Args:
+      unit, group_size, activations: as in `depth`.
+    """
     return f"on a GPU, {max(unit, LEAST_DEPTH[activations])} must divide group_size = {group_size}"
 
 
 def units(
     ref, whole: tuple[int, int], tile: Array, start: Array, count: int, words: int = 1
 ) -> list[Int32[Array, "count columns"]]:
-    """Words of this program's columns, those of units start ... start + count.
+    """Return the words of this program's columns in units start ... start + count - 1.
 
     Args:
       ref: words down the program's columns.
-      whole: shape of the array, past which is zero.
-      tile: the program's place among the columns.
-      start, count: units.
-      words: of a unit; each has an array of its own.
+      whole: shape of the array; entries outside are read as zero.
+      tile: index of the program along the columns.
+      start: first unit.
+      count: number of units.
+      words: number of words per unit; each has an array of its own in the result.
     """
     if words > 1:
         unit = start + jnp.arange(count)
@@ -59,9 +73,15 @@ def rows(
     step: int = 1,
     start: Array | None = None,
 ) -> Int32[Array, "r columns"]:
-    """Words of these rows; if `start` is given, they are rows from there on.
+    """Return the words of the given rows.
 
-    `step` divides all ranges of rows: where it divides the length too, none lies past it.
+    Args:
+      ref: words down the program's columns.
+      whole: shape of the array; entries outside are read as zero.
+      tile: index of the program along the columns.
+      row: row indices.
+      step: a divisor of all ranges of rows. If it also divides the length, no row is outside.
+      start: if given, the rows are contiguous from there on.
     """
     length, n = whole
     shape = (len(row), ref.shape[1])

@@ -1,8 +1,8 @@
-"""Trellis codes that are sums of four bytes: a window of the stream, a product, a sum, a weight.
+"""Trellis codes that are sums of four bytes: a window of the stream, a hash, a byte sum, a weight.
 
-The sum, at most 1020, is the bits of a subnormal float16: the weight, but for an offset. Words
-hold rows of tiles 16 columns wide, so the sixteen weights of a row of a tile come from the same
-words and become sixteen columns, which a program keeps in an order in which no weight moves.
+The sum, at most 1020, is the bit pattern of a subnormal float16, which is the weight up to an
+offset. Words hold rows of tiles 16 columns wide, so that the sixteen weights of a row of a tile
+come from the same words. They become sixteen columns, kept in an order in which no weight moves.
 """
 
 import jax
@@ -15,28 +15,35 @@ from pallas_kernels.gpu import contraction, rows, tiles, triton
 from pallas_kernels.kernel import Kernel
 
 DEPTH = 16
-TILES = 16  # side by side in a program
-OFFSET = 510  # the mean of the sum
-HASHES = {"mul1": (0x83DCD12D, 0), "1mad": (34038481, 76625530)}  # factor, summand
-RATES = (2, 4, 8)  # of which a row of a tile is whole words
+TILES = 16  # number of tiles side by side in a program
+OFFSET = 510  # mean of the byte sum
+HASHES = {"mul1": (0x83DCD12D, 0), "1mad": (34038481, 76625530)}  # (factor, term)
+RATES = (2, 4, 8)  # rates at which a row of a tile is whole words
 
 
 def unit(code: str, L: int) -> float:
-    """The weight that a sum one above the mean stands for.
+    """Return the weight of a byte sum that is one above the mean.
+
+    Args:
+      code: a key of `HASHES`.
+      L: number of bits of a state.
 
     >>> round(unit("mul1", 12), 5)
     0.00678
     """
-    first = sum(HASHES[code][1].to_bytes(4, "little")) - OFFSET  # of state 0
+    first = sum(HASHES[code][1].to_bytes(4, "little")) - OFFSET  # sum of state 0
     return float(trellis.values(code, L, 1)[0, 0]) / first
 
 
 def sums(words: list[Array], after: Array, rate: int, L: int, code: str) -> list[Array]:
-    """The sums of bytes of the sixteen weights of each row of a tile.
+    """Return the byte sums of the sixteen weights of each row of a tile.
 
     Args:
-      words: of each row, in order.
+      words: the words of each row, in order.
       after: the word that follows.
+      rate: number of bits per weight.
+      L: number of bits of a state.
+      code: a key of `HASHES`.
     """
     factor, summand = (jnp.int32(triton.signed(t)) for t in HASHES[code])
     found = []
@@ -50,11 +57,11 @@ def sums(words: list[Array], after: Array, rate: int, L: int, code: str) -> list
 
 
 def _side_by_side(found: list[Array]) -> Array:
-    """Sixteen arrays [rows, tiles] as float16 [columns, rows].
+    """Return sixteen arrays [rows, tiles] as float16 [columns, rows].
 
-    Columns run over (high three bits of the column in its tile, top bit of the tile, low bit of
-    the column, rest of the tile): the last four bits are the rows of one tensor core instruction,
-    of which a thread has two that differ in the first; the one before tells two warps apart.
+    Columns run over (high three bits of the column in its tile, top bit of the tile, low bit of the
+    column, rest of the tile). The last four bits are the rows of one tensor core instruction, of
+    which a thread has two that differ in the first bit; the bit before distinguishes two warps.
     """
     parts = [jax.lax.bitcast_convert_type(t.astype(jnp.int16), jnp.float16) for t in found]
     while len(parts) > 1:
@@ -65,7 +72,7 @@ def _side_by_side(found: list[Array]) -> Array:
 
 
 def _columns() -> np.ndarray:
-    """Where column 16 tile + c of a program stands."""
+    """Return the position of column 16 tile + c of a program."""
     tile, c = np.divmod(np.arange(TILES * trellis.SIDE), trellis.SIDE)
     half, rest = np.divmod(tile, TILES // 2)
     return ((c // 2 * 2 + half) * 2 + c % 2) * (TILES // 2) + rest
@@ -81,9 +88,9 @@ def trellis_matmul(
     code: str,
     activations: str = "float",
 ) -> Float[Array, "m n"]:
-    """See `reference.trellis_matmul`."""
+    """Return the product; arguments as in `ops.trellis_matmul`."""
     k, rate = x.shape[1], rates[0]
-    per = rate // 2  # words of a row of a tile
+    per = rate // 2  # words per row of a tile
     wanted = contraction.shape(x, activations)
     columns = TILES * trellis.SIDE
     shape = wanted._replace(rows=min(wanted.rows, 16), columns=columns, warps=2)
@@ -116,7 +123,7 @@ def trellis_matmul(
 def serves(
     x, codes, scale, *, rates: tuple[int, ...], L: int, code: str, activations: str = "float"
 ) -> str:
-    """ "", or why these arguments are not served."""
+    """Return "" if the kernel supports the arguments of `trellis_matmul`, otherwise the reason."""
     if code not in HASHES:
         return f"on a GPU, trellis codes are {' and '.join(HASHES)}, not {code}"
     if len({*rates}) > 1 or rates[0] not in RATES:

@@ -1,10 +1,10 @@
-"""The one place that knows JAX's GPU kernel language, Pallas-Triton, and its versions.
+"""The single module that depends on Pallas-Triton, JAX's GPU kernel language, and its versions.
 
-JAX 0.10 to 0.12 have it; from 0.11 it is deprecated, and one day it goes. Everything is imported
-when first needed: where it is missing, `missing` says so and the references serve.
+JAX 0.10 to 0.12 include it; it is deprecated since 0.11 and will eventually be removed. Everything
+is imported on first use. Where it is missing, `missing` returns the reason and the references run.
 
-Interpret mode runs a kernel's body as jnp operations on any device. It knows no inline assembly,
-so each piece of assembly stands here beside its twin in jnp.
+Interpret mode runs a kernel's body as jnp operations on any device. It does not support inline
+assembly, so every piece of assembly here has an equivalent in jnp.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _INTERPRETED = Setting[bool]("interpreted", False)
 
 @functools.cache
 def missing() -> str:
-    """Why Pallas-Triton cannot be had; "" if it can."""
+    """Return why Pallas-Triton is unavailable; "" if it is available."""
     try:
         triton = _triton()
     except ImportError as error:
@@ -45,7 +45,7 @@ def _pallas() -> Any:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Kernels traced in this context run in interpret mode, on any device."""
+    """Run the kernels traced inside the `with` block in interpret mode, on any device."""
     with _INTERPRETED.set(True):
         yield
 
@@ -64,16 +64,17 @@ def launch(
     """Run a kernel body on blocks of its inputs.
 
     Args:
-      body: takes references to the blocks of the inputs, then to that of the output.
-      name: of the kernel, in profiles and in its PTX.
-      grid: programs along each axis.
-      inputs: arrays.
-      blocks: of each input, a block's shape and its index, a function of the program's.
-      out: shape and dtype of the output, a block's shape, its index.
-      warps, stages: of a program; loads in flight.
+      body: function of references to the blocks of the inputs, followed by that of the output.
+      name: name of the kernel, in profiles and in its PTX.
+      grid: number of programs along each axis.
+      inputs: the arrays.
+      blocks: for each input, the shape of a block and its index as a function of the program's.
+      out: shape and dtype of the output, the shape of a block, and its index.
+      warps: number of warps per program.
+      stages: number of pipeline stages, loads in flight.
     """
-    # Known, and not for the user to act on: this module is what will be replaced. JAX repeats the
-    # warning wherever a kernel is lowered, long after this function returned, hence no scope.
+    # The user cannot act on this warning; this module will be replaced. The filter has no scope,
+    # since JAX warns whenever a kernel is lowered, long after this function has returned.
     warnings.filterwarnings(
         "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
     )
@@ -82,7 +83,7 @@ def launch(
     def named(*refs: Any) -> None:
         body(*refs)
 
-    named.__name__ = name  # what the lowering calls the kernel; `name=` is for traces
+    named.__name__ = name  # the name used in lowering; `name=` is for traces
     spec = lambda shape, index: pallas.BlockSpec(shape, index)
     return pallas.pallas_call(
         named,
@@ -100,29 +101,53 @@ def launch(
 
 
 def program(axis: int) -> Array:
-    """This program's place along an axis of the grid."""
+    """Return this program's index along an axis of the grid.
+
+    Args:
+      axis: index of the axis.
+    """
     return _pallas().program_id(axis)
 
 
 def span(start: Array | int, size: int) -> Any:
-    """A slice of `size` places from a start known at run time."""
+    """Return a slice of `size` places whose start is known only at run time.
+
+    Args:
+      start: the first place.
+      size: number of places.
+    """
     return _pallas().ds(start, size)
 
 
 def load(ref: Any, mask: Array | None = None) -> Array:
-    """The entries that a reference names; zeros where the mask is False."""
+    """Return the entries that a reference selects, with zeros where the mask is False.
+
+    Args:
+      ref: the reference.
+      mask: bool array of the shape of the result; None loads everything.
+    """
     return _triton().load(ref, mask=mask, other=None if mask is None else 0)
 
 
 def store(ref: Any, value: Array, mask: Array | None = None) -> None:
-    """Write entries, those where the mask is True."""
+    """Write the entries where the mask is True, or all without a mask.
+
+    Args:
+      ref: the reference.
+      value: the entries.
+      mask: bool array of the shape of value, or None.
+    """
     _triton().store(ref, value, mask=mask)
 
 
 def bit_and(words: Int32[Array, "..."], mask: int) -> Int32[Array, "..."]:
-    """words & mask, of which LLVM makes nothing else.
+    """Return words & mask, hidden from LLVM's optimizer.
 
-    It would turn shifts of several masked fields at once into shifts and masks of each.
+    LLVM would turn shifts of several masked fields at once into separate shifts and masks.
+
+    Args:
+      words: int32 words.
+      mask: the bits of a uint32.
     """
     if _INTERPRETED.get():
         return words & jnp.int32(signed(mask))
@@ -132,7 +157,11 @@ def bit_and(words: Int32[Array, "..."], mask: int) -> Int32[Array, "..."]:
 def multiply_add(
     a: Float32[Array, "..."], b: Float32[Array, "..."], c: Float32[Array, "..."]
 ) -> Float32[Array, "..."]:
-    """a b + c, rounded once: XLA keeps Triton from fusing the two."""
+    """Return a b + c, rounded once; XLA prevents Triton from fusing the two operations.
+
+    Args:
+      a, b, c: float32 arrays that broadcast together.
+    """
     if _INTERPRETED.get():
         return a * b + c
     shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
@@ -142,7 +171,11 @@ def multiply_add(
 
 
 def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """The sum of the four unsigned bytes of each word."""
+    """Return the sum of the four unsigned bytes of each word.
+
+    Args:
+      words: int32 words.
+    """
     if _INTERPRETED.get():
         pairs = (words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF)
         return (pairs + (pairs >> 16)) & 0xFFFF
@@ -150,7 +183,12 @@ def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def funnel(high: Int32[Array, "..."], low: Int32[Array, "..."], by: int) -> Int32[Array, "..."]:
-    """The top 32 bits of the 64 bits high:low shifted left by 0 to 31."""
+    """Return the top 32 bits of the 64 bits high:low shifted left by 0 to 31.
+
+    Args:
+      high, low: int32 words.
+      by: the shift.
+    """
     if by == 0:
         return high
     if _INTERPRETED.get():
@@ -167,7 +205,10 @@ def _asm(code: str, constraints: str, *args: Array) -> Array:
 
 
 def signed(word: int) -> int:
-    """The int32 of the bits of a uint32.
+    """Return the int32 with the bits of a uint32.
+
+    Args:
+      word: the uint32.
 
     >>> signed(0xFFFFFFFF)
     -1

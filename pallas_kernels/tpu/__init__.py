@@ -1,4 +1,4 @@
-"""Kernels for TPUs (Mosaic, by way of Pallas), and what they serve.
+"""Kernels for TPUs (Mosaic, through Pallas), and the arguments that they support.
 
 Pallas is imported when a kernel is first called.
 """
@@ -18,7 +18,10 @@ Aval = jax.ShapeDtypeStruct
 
 
 def _call(module: str, name: str, bits: int | None = None) -> Callable:
-    """The function, with the operands that suit the chip; `bits` of weights, if no static says."""
+    """Return a function that calls a kernel with the operand dtype that suits the chip.
+
+    `bits` is the number of bits per weight, if no static argument states it.
+    """
 
     def call(*arrays: Any, **statics: Any) -> jax.Array:
         of = bits or statics.get("bits")
@@ -32,9 +35,9 @@ def _call(module: str, name: str, bits: int | None = None) -> Callable:
 
 
 def chip() -> str:
-    """What is lowered for: "tpu7x", whose matrix unit takes no integers, or "", any other chip.
+    """Return the chip to lower for: "tpu7x", whose matrix unit takes no integers, or "" for others.
 
-    That is the mesh's device, where one has been set (`jax.sharding.use_abstract_mesh`), else the
+    It is the device of the mesh, if one is set (`jax.sharding.use_abstract_mesh`), otherwise the
     machine's own.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
@@ -44,7 +47,10 @@ def chip() -> str:
 
 
 def _grouped(x: Aval, codes: Aval, scale: Aval, group_size: int, slice_: int = 128) -> str:
-    """Why not: the types, or groups that no slice of the matrix unit holds."""
+    """Return why dtypes or groups are not supported.
+
+    A slice of the matrix unit must consist of whole groups, or divide them.
+    """
     if x.dtype not in _FLOATS:
         return f"x must be float32, bfloat16 or float16, got {x.dtype}"
     if scale.shape[0] > 1 and group_size % slice_ and slice_ % group_size:

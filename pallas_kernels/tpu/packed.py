@@ -1,4 +1,4 @@
-"""Products with packed integer codes, with ternary ones, and what zero points add."""
+"""Products with packed integer codes, including ternary ones, and zero points."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -23,13 +23,14 @@ def packed_matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ (scale * (code - zero)); see `reference.packed_matmul`.
+    """Return x @ (scale * (code - zero)); see `reference.packed_matmul`.
 
     Args:
-      unit: type of the matrix unit's operands, one of `planes.UNITS`: "int8" where there is such
-        a unit; on TPU7x "float8_e4m3fn", but "bfloat16" at 8 bits.
-      blocks: of the grid, by closed form if None.
-      interpret: run it by XLA, anywhere.
+      x, codes, scale, zero, bits, group_size, activations: as in `ops.packed_matmul`.
+      unit: dtype of the matrix unit's operands, one of `planes.UNITS`: "int8" where supported; on
+        TPU7x "float8_e4m3fn", but "bfloat16" at 8 bits.
+      blocks: sizes of the blocks; None computes them.
+      interpret: whether to run in interpret mode, on any device.
     """
     y = product(
         x, (codes,), scale, unpack.decoder(bits, unit, f"packed_matmul_{bits}"),
@@ -48,14 +49,22 @@ def ternary_matmul(
     group_size: int,
     **options,
 ) -> Float[Array, "m n"]:
-    """x @ (scale * code) for 2-bit words of codes -1, 0, 1. Options as of `packed_matmul`."""
+    """Return x @ (scale * code) for 2-bit words of codes -1, 0 and 1.
+
+    Args:
+      x, codes, scale, group_size: as in `ops.ternary_matmul`.
+      **options: activations, unit, blocks and interpret, as in `packed_matmul`.
+    """
     return packed_matmul(x, codes, scale, None, bits=2, group_size=group_size, **options)
 
 
 def _zeros(
     x: Array, scale: Array, zero: Array, bits: int, group_size: int, activations: str
 ) -> Float[Array, "m n"]:
-    """sum over groups of (sum of x) * scale * zero: 1 / group_size of the product's work."""
+    """Return the contribution of zero points: sum over groups of (sum of x) * scale * zero.
+
+    It takes 1 / group_size of the product's work.
+    """
     groups, n = scale.shape
     z = layout.unpack(zero.T, bits, n).T * scale.astype(jnp.float32)
     x = forms.rounded(x, activations).astype(jnp.float32)

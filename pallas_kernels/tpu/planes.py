@@ -1,9 +1,9 @@
-"""Activations as rows that the matrix unit multiplies exactly: integers, or bfloat16 pieces.
+"""Activations as rows that the matrix unit multiplies exactly: integers, or bfloat16 parts.
 
-A row of x becomes `planes` rows whose weighted sum it is; and, where `parts` groups of weights
+A row of x becomes `planes` rows, of which it is the weighted sum. Where `parts` groups of weights
 share a slice of k, each of those becomes `parts` rows that are zero outside their group. All are
-stacked along M, which costs little: a product of few rows is bound by loading weights into the
-unit.
+stacked along M, which costs little, because products of few rows are limited by loading weights
+into the unit.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from pallas_kernels import activations as forms
 
 INT8, BFLOAT16, FLOAT8 = "int8", "bfloat16", "float8_e4m3fn"
 UNITS = (INT8, BFLOAT16, FLOAT8)
-# Of a row of floats: planes, the weight of a plane over that of the next, the largest code. Digits
-# of 32 are all that a float8 with 3 bits of mantissa holds exactly; an int8 row has two of 16.
+# (number of planes, weight of a plane relative to the next, largest code). Base 32 is the largest
+# whose digits a float8 with 3 mantissa bits holds exactly; an int8 row has two digits of base 16.
 _DIGITS = {
     ("float", INT8): (2, 256, 127 * 256),
     ("float", FLOAT8): (3, 32, 16 * 32 * 32),
@@ -28,7 +28,7 @@ _DIGITS = {
     ("int8", FLOAT8): (2, 16, 127),
 }
 _DIGITS |= {("codes", unit): _DIGITS["int8", unit] for unit in UNITS}
-# [..., k] -> [..., k]: columns of x as the codes of w come out of their words, run by run.
+# [..., k] -> [..., k]: the columns of x in the order in which codes of w are decoded, run by run.
 Order = Callable[[Array], Array]
 
 
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     """Rows of x for a kernel.
 
     Attributes:
-      rows: of the unit's type, [tiles * planes * parts * tile, k], in that order.
+      rows: [tiles * planes * parts * tile, k] of the unit's dtype, in that order.
       scale: float32 [blocks, m, 1], of each row and run of channels.
     """
 
@@ -45,7 +45,12 @@ class Rows(NamedTuple):
 
 
 def count(dtype: jnp.dtype, activations: str, unit: str) -> int:
-    """Planes of a row.
+    """Return the number of planes of a row.
+
+    Args:
+      dtype: dtype of x.
+      activations: how x is rounded.
+      unit: dtype of the matrix unit's operands, one of `UNITS`.
 
     >>> count(jnp.dtype("float32"), "float", "int8"), count(jnp.dtype("float32"), "int8", "int8")
     (2, 1)
@@ -56,16 +61,26 @@ def count(dtype: jnp.dtype, activations: str, unit: str) -> int:
 
 
 def radix(activations: str, unit: str) -> int:
-    """The weight of a plane over that of the next."""
+    """Return the weight of a plane relative to that of the next.
+
+    Args:
+      activations: how x is rounded.
+      unit: dtype of the matrix unit's operands, one of `UNITS`.
+    """
     return _DIGITS[activations.partition("/")[0], unit][1]
 
 
 def split(x: Float[Array, "m k"], activations: str, unit: str) -> tuple[Num[Array, "p m k"], Array]:
-    """Planes of x, and the float32 scale [m, blocks] of their sum.
+    """Return planes of x, and the float32 scale [m, blocks] of their weighted sum.
 
-    Digits of "float" are those of codes of 16 bits (15 in float8): the error is at most half a
-    step, absmax / 65024 (32768). bfloat16 planes of float32 keep 16 bits of every entry. A row that
-    is not finite has planes of zeros, and the scale NaN.
+    For "float", the digits are those of codes of 16 bits (15 for float8); the error is at most half
+    a step, absmax / 65024 (32768). Two bfloat16 planes of float32 keep 16 bits of every entry. A
+    row that is not finite has planes of zeros and the scale NaN.
+
+    Args:
+      x: activations [m, k].
+      activations: how x is rounded.
+      unit: dtype of the matrix unit's operands, one of `UNITS`.
 
     >>> planes, scale = split(jnp.array([[1.0, -0.5]]), "float", "int8")
     >>> planes[:, 0].tolist(), round(float(1 / scale[0, 0]))
@@ -80,7 +95,7 @@ def split(x: Float[Array, "m k"], activations: str, unit: str) -> tuple[Num[Arra
         if x.dtype == jnp.bfloat16:
             return x[None], factor
         x = x.astype(jnp.float32)
-        # Not a cast down and up, which XLA may leave out.
+        # Not a cast to bfloat16 and back, which XLA may eliminate.
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return jnp.stack([high, x - high]).astype(jnp.bfloat16), factor
     x = x.astype(jnp.float32)
@@ -92,7 +107,7 @@ def split(x: Float[Array, "m k"], activations: str, unit: str) -> tuple[Num[Arra
 
 
 def _digits(code: Array, planes: int, base: int) -> Array:
-    """Signed digits [planes, ...], highest first, each in [-base / 2, base / 2)."""
+    """Return signed digits [planes, ...], highest first, each in [-base / 2, base / 2)."""
     digits: list[Array] = []
     for _ in range(planes - 1):
         low = (code + base // 2) % base - base // 2
@@ -104,11 +119,15 @@ def _digits(code: Array, planes: int, base: int) -> Array:
 def stack(
     planes: Num[Array, "p m k"], *, tile: int, k: int, size: int, parts: int, order: Order | None
 ) -> Num[Array, "r k"]:
-    """Rows for a kernel that takes `tile` rows of x at a time, zero-padded to k columns.
+    """Return rows for a kernel that takes `tile` rows of x at a time, zero-padded to k columns.
 
     Args:
-      size: columns of a slice, which `parts` groups of equal size share.
-      order: of the columns.
+      planes: [planes, m, columns].
+      tile: number of rows of x at a time.
+      k: number of columns.
+      size: number of columns of a slice.
+      parts: number of groups of equal size that share a slice.
+      order: order of the columns, or None.
     """
     p, m, columns = planes.shape
     tiles = -(-m // tile)

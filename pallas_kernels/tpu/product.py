@@ -1,7 +1,7 @@
-"""x @ w for w whose codes are unpacked right before the matrix unit: the one grid of every format.
+"""The TPU kernel of most formats: x @ w, with codes unpacked right before the matrix unit.
 
-The unit multiplies slices of k exactly; scales meet the sums, not the weights, which would cost
-the vector unit an operation for every weight.
+The unit multiplies slices of k exactly. Scales are applied to the sums, not to the weights, which
+would take the vector unit an operation per weight.
 """
 
 import math
@@ -19,26 +19,28 @@ from pallas_kernels.activations import BLOCK
 from pallas_kernels.tpu import planes
 from pallas_kernels.tpu.blocks import Blocks, choose
 
-# Rows of sums, before and after planes are joined, that stay in registers while later products run.
+# Rows of sums, before and after planes are combined, kept in registers while later products run.
 REGISTERS = 120
 _NN = (((1,), (0,)), ((), ()))
 
 
 class Decoder(NamedTuple):
-    """How weights come out of words.
+    """How weights are decoded from words.
 
     Attributes:
-      planes: (words of each array, tables) -> the operands [rows, n] of the matrix unit whose
-        sum, weighted, is w.
-      weights: of the operands.
-      bits: of each array of words, per weight.
-      name: of the kernel.
-      order: of the rows, if not that of k: what is done to the columns of x.
-      slice: rows at a time at least.
-      longest: and at most.
-      width: columns at a time.
-      slow: takes longer than the product: then words, not rows of x, wait for sums.
-      ahead: slices at most that are under way at a time.
+      planes: (words of each array, tables) -> the operands [rows, n] of the matrix unit, whose
+        weighted sum is w.
+      weights: the weights of the operands.
+      bits: for each array of words, number of bits per weight.
+      name: name of the kernel.
+      order: how the columns of x are reordered to match the order of the decoded rows; None if that
+        is the order of k.
+      slice: minimum number of rows at a time.
+      longest: maximum number of rows at a time.
+      width: number of columns at a time.
+      slow: whether decoding takes longer than the product. If so, words, not rows of x, wait for
+        sums.
+      ahead: maximum number of slices in progress at a time.
     """
 
     planes: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
@@ -54,16 +56,16 @@ class Decoder(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """Statics of a kernel's body."""
+    """Static parameters of a kernel's body."""
 
     decoder: Decoder
-    grouped: bool  # a column has a scale for every group of rows
+    grouped: bool  # whether a column has a scale for every group of rows
     planes: int
     parts: int
     radix: int
-    size: int  # rows of w in a product
-    steps: int  # along k
-    blocked: bool  # a row has a scale for every 256 channels
+    size: int  # number of rows of w in a product
+    steps: int  # number of steps along k
+    blocked: bool  # whether a row has a scale for every 256 channels
 
 
 def product(
@@ -79,21 +81,27 @@ def product(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ (scale * the weights of the words), in float32.
+    """Return x @ (scale * the weights of the words), float32 [m, n].
 
     Args:
-      scale: [g, n], or [1, 1]; groups of rows, of which the last may be short.
-      group: rows that share scales. A multiple of 128, or a power of two; of no account if g = 1.
-      tables: what the decoder looks up, whole in every step.
-      unit: the type of the matrix unit's operands, one of `planes.UNITS`.
-      blocks: by closed form if None.
+      x: activations [m, k].
+      words: the arrays of words.
+      scale: [g, n], one row per group of rows of w, of which the last may be short; or [1, 1].
+      decoder: how weights are decoded from words.
+      group: number of rows that share scales, a multiple of 128 or a power of two; ignored if g =
+        1.
+      activations: how x is rounded.
+      unit: dtype of the matrix unit's operands, one of `planes.UNITS`.
+      tables: arrays that the decoder looks up, available whole in every step.
+      blocks: sizes of the blocks; None computes them.
+      interpret: whether to run in interpret mode, on any device.
     """
     (m, k), n = x.shape, words[0].shape[1]
     groups, blocked = scale.shape[0], activations == "int8/256"
     group = group if groups > 1 else 1 << 20
     size, parts = sliced(math.gcd(group, BLOCK) if blocked and group > BLOCK else group, decoder)
     count = planes.count(x.dtype, activations, unit)
-    # A scale has a row of lanes of its own: 512 bytes for 256 channels.
+    # Each scale takes a row of lanes of its own: 512 bytes for 256 channels.
     bytes_ = count * parts * jnp.dtype(unit).itemsize + 2 * blocked
     blocks = blocks or choose(m, k, n, stacked=count * parts, size=bytes_)
     grid = blocks.steps(m, k, n)
@@ -142,7 +150,12 @@ def product(
 
 
 def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
-    """Rows of w in a product, and the groups that share them."""
+    """Return the number of rows of w in a product, and the number of groups that share them.
+
+    Args:
+      group: number of rows that share scales.
+      decoder: how weights are decoded from words.
+    """
     if group % decoder.slice:
         return decoder.slice, decoder.slice // group
     sizes = (size for size in (512, 256) if size <= decoder.longest and group % size == 0)
@@ -152,12 +165,19 @@ def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
 def by_slice(
     scale: Float[Array, "g n"], group: int, size: int, slices: int, steps: int
 ) -> tuple[Float[Array, "s 1 n"], int]:
-    """The scales of each step's slices of w, a slice's groups one after the other; how many a step.
+    """Return the scales of each step's slices of w, group by group, and their number per step.
 
-    So a step knows where each lies when it is compiled: the compiler takes no index into a tile, of
-    8 rows and 128 columns, that is not known then. A row is a tile of its own, for a block of fewer
-    than 8 may not be cut out of tiles of 8. Past the last group all are zero. One group, of all
-    rows, stays as it is, for all steps.
+    Each step then knows at compile time where each scale is; the compiler rejects dynamic indices
+    into a tile of 8 rows and 128 columns. Each row is a tile of its own, because a block of fewer
+    than 8 rows may not be cut out of tiles of 8. Past the last group all scales are zero. A single
+    group of all rows is returned as it is, for all steps.
+
+    Args:
+      scale: [g, n].
+      group: number of rows that share scales.
+      size: number of rows of w in a product.
+      slices: number of slices per step.
+      steps: number of steps along k.
     """
     if len(scale) == 1:
         return scale[:, None], 1
@@ -167,7 +187,7 @@ def by_slice(
 
 
 def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
-    """One step: a block of words with the rows of x that meet it, added to the block of y."""
+    """Run one step: multiply a block of words by the matching rows of x, and add to y."""
     *refs, o_ref = refs
     words, tables = refs[: len(shape.decoder.bits)], refs[len(shape.decoder.bits) :]
     step = pl.program_id(2)
@@ -201,7 +221,7 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
 
 
 def _words(refs, j: int, columns, shape: _Shape) -> list[Array]:
-    """Of slice j."""
+    """Return the words of slice j."""
     taken = []
     for ref, bits in zip(refs, shape.decoder.bits, strict=True):
         per = shape.size * bits // 32
@@ -210,7 +230,7 @@ def _words(refs, j: int, columns, shape: _Shape) -> list[Array]:
 
 
 def _sums(rows: Array, weights: Sequence[Array], shape: _Shape) -> Array:
-    """float32 [parts, m, n]: rows times weights, of all planes."""
+    """Return float32 [parts, m, n]: rows times weights, summed over planes."""
     total = 0.0
     exact = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
     for weight, w in zip(shape.decoder.weights, weights, strict=True):
@@ -225,11 +245,11 @@ def _sums(rows: Array, weights: Sequence[Array], shape: _Shape) -> Array:
 
 
 def _after(rows: Num[Array, "r k"], total: Float[Array, "m n"]) -> Num[Array, "r k"]:
-    """The rows, but not before the total is there.
+    """Return the rows, but not before the total is computed.
 
-    The compiler's scheduler would run ahead with matrix products, whose sums the vector unit has
-    no time for, and store them away: spills. No square is negative, which it cannot know. (The sign
-    of one may be set where it is NaN.)
+    Otherwise the compiler's scheduler would run matrix products ahead of the vector unit and spill
+    their sums. The dependence is a test for a negative square, which never holds, but the compiler
+    cannot know that. (The sign of a NaN square may be set.)
     """
     some = total[:8, :128]
     zero = (some * some < 0).astype(jnp.int32)
@@ -240,7 +260,7 @@ def _after(rows: Num[Array, "r k"], total: Float[Array, "m n"]) -> Num[Array, "r
 
 
 def _add(o_ref, columns, total: Array, row_scale: Any, step, steps: int) -> None:
-    """Into the block of y, which the last step along k multiplies by the rows' scales."""
+    """Add to the block of y, which the last step along k multiplies by the rows' scales."""
     if steps == 1:
         o_ref[:, columns] = total * row_scale
         return

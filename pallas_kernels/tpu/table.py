@@ -1,8 +1,9 @@
-"""Products with codes that name entries of a table of up to 16 values.
+"""Products with codes that select entries of a table of up to 16 values.
 
-A register's eight sublanes hold the table, entry i in the low and entry i + 8 in the high half of
-a word: a gather within the sublanes costs one operation. Values are 16-bit integers, high and low
-bytes two operands of the matrix unit; or 8-bit integers where those are exact.
+The eight sublanes of a register hold the table, entry i in the low half and entry i + 8 in the high
+half of a word, so that a gather within the sublanes takes one operation. Values are 16-bit
+integers, whose high and low bytes are two operands of the matrix unit, or 8-bit integers where
+those are exact.
 """
 
 import jax
@@ -29,9 +30,13 @@ def codebook_matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ (scale * table[code]), tables of 2**bits. Options as of `packed_matmul`.
+    """Return x @ (scale * table[code]) for tables of 2**bits values.
 
-    Entries are taken to 16 bits: the error is at most the largest over 65024.
+    Entries are rounded to 16 bits, with an error of at most the largest entry over 65024.
+
+    Args:
+      x, codes, scale, table, bits, group_size: as in `ops.codebook_matmul`; bits is 2, 3 or 4.
+      activations, unit, blocks, interpret: as in `packed.packed_matmul`.
     """
     entries, weights = integers(table)
     rows = 256 if bits == 3 else 128
@@ -47,7 +52,10 @@ def codebook_matmul(
 
 
 def integers(table: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
-    """The register [8, 128] of a table, and the weights of its bytes, high first.
+    """Return the register [8, 128] of a table, and the weights of its bytes, high byte first.
+
+    Args:
+      table: the 4, 8 or 16 values, in code order.
 
     >>> integers((0.0, 0.5, 1.0, -1.5) * 4)[1]
     (0.5,)
@@ -57,7 +65,7 @@ def integers(table: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
     whole = [s for s in 2.0 ** np.arange(-8, 9) if np.all(values % s == 0) and largest <= 127 * s]
     step = whole[-1] if whole else largest / (127 * 256)
     codes = np.round(values / step).astype(np.int64)
-    # Nibbles of narrower codes: see `_nibbles`.
+    # For nibbles of narrower codes, see `_nibbles`.
     nibble = np.arange(16)
     at = {2: nibble % 4, 3: nibble // 2, 4: nibble}[len(table).bit_length() - 1]
     halves = ((codes + 128 & ~255) | codes & 255)[at] & 0xFFFF if not whole else codes[at] & 0xFFFF
@@ -76,13 +84,13 @@ def _nibbles(words: Int32[Array, "w n"], bits: int) -> Int32[Array, "v n"]:
 
 
 def _fours(x: Array) -> Array:
-    """Of 64 columns, eight of each word, the first fours of all words, then the second."""
+    """Reorder 64 columns, eight per word: the first fours of all words, then the second fours."""
     runs = x.reshape(*x.shape[:-1], -1, 8, 2, 4)
     return jnp.swapaxes(runs, -3, -2).reshape(x.shape)
 
 
 def _order_of_2_bits(x: Array) -> Array:
-    """Of 128 columns the even ones, then the odd ones."""
+    """Reorder 128 columns: the even ones, then the odd ones, each by `_fours`."""
     runs = x.reshape(*x.shape[:-1], -1, 64, 2)
     return _fours(jnp.swapaxes(runs, -2, -1).reshape(x.shape))
 
@@ -95,7 +103,7 @@ _ORDERS = {
 
 
 def _operands(nibbles: Int32[Array, "w n"], table: Array, count: int, unit: str) -> list[Array]:
-    """Bytes of the entries, high first where there are two; rows in the order of `_fours`."""
+    """Return the bytes of the entries, high first if there are two, in the order of `_fours`."""
     entries = jnp.tile(table, (1, nibbles.shape[1] // LANES))
     found: list[list[Array]] = [[] for _ in range(count)]
     for row in range(0, len(nibbles), 8):
@@ -108,13 +116,13 @@ def _operands(nibbles: Int32[Array, "w n"], table: Array, count: int, unit: str)
 
 
 def _entry(code: Array, entries: Array) -> Array:
-    """The entry of the low nibble, in the low half of a word."""
+    """Return the entry of the low nibble, in the low half of a word."""
     pair = jnp.take_along_axis(entries, code & 7, axis=0)
     return jax.lax.shift_right_logical(pair, (code << 1) & 16)
 
 
 def _bytes(values: list[Array], at: int) -> Array:
-    """Bits at ... at + 8 of four words, as the bytes of one."""
+    """Return bits at ... at + 7 of four words as the bytes of one."""
     word = (values[0] >> at) & 255
     for i in range(1, 4):
         shift = 8 * i - at

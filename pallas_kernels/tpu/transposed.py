@@ -1,6 +1,6 @@
-"""g @ w.T on the very words of w: the cotangent of x, and no float copy of w.
+"""g @ w.T on the packed words of w: the cotangent of x, without a floating-point copy of w.
 
-Scales vary along n, which is summed over here: they meet g, once for each group of rows.
+Scales vary along n, which is summed over here, so they multiply g, once for each group of rows.
 """
 
 from functools import partial
@@ -18,8 +18,8 @@ from pallas_kernels.tpu.blocks import DEPTH, LANES
 from pallas_kernels.tpu.product import Decoder, by_slice, sliced
 
 _NT = (((1,), (1,)), ((), ()))
-ROWS = 128  # of g at a time
-COLUMNS = 512  # of w in a step
+ROWS = 128  # rows of g at a time
+COLUMNS = 512  # columns of w in a step
 K = 1024  # rows of w in a step
 
 
@@ -34,9 +34,15 @@ def packed_matmul_transposed(
     k: int,
     interpret: bool = False,
 ) -> Float[Array, "m k"]:
-    """g @ (scale * (code - zero)).T; see the op "packed_matmul_transposed" of `reference.OPS`.
+    """Return g @ (scale * (code - zero)).T; see "packed_matmul_transposed" in `reference.OPS`.
 
-    Scaled g is taken to 16 bits (to 8, as the reference does, if it is bfloat16).
+    Scaled g is rounded to 16 bits (to 8, as in the reference, if it is bfloat16).
+
+    Args:
+      g: [m, n], float32, bfloat16 or float16.
+      codes, scale, zero, bits, group_size: as in `ops.packed_matmul`.
+      k: number of rows of w.
+      interpret: whether to run in interpret mode, on any device.
     """
     g, factor = forms.finite_rows(g)
     m, n = g.shape
@@ -51,7 +57,7 @@ def packed_matmul_transposed(
     padded = jnp.pad(g, ((0, grid[0] * rows - m), (0, padding)))
     decoder = unpack.decoder(bits, planes.BFLOAT16, "")
     size, parts = sliced(group, decoder._replace(longest=256))
-    # Few, and what lies past them may be infinite.
+    # Padded, since they are small and memory past the end may hold infinities.
     scales = jnp.pad(scale, ((0, 0), (0, padding)))
     scales, per = by_slice(scales, group, size, block // size, grid[1])
     place = jnp.arange(block, dtype=jnp.int32)[None]
@@ -115,7 +121,7 @@ def _body(
 
 
 def _product(g: Float[Array, "m n"], w: Array, dtype: jnp.dtype) -> Float[Array, "m k"]:
-    """In two pieces of bfloat16, or in one if g was of that type."""
+    """Return the product, with g split into two bfloat16 parts; one if it was bfloat16."""
     high = g.astype(jnp.bfloat16)
     terms = [high]
     if dtype != jnp.bfloat16:

@@ -1,11 +1,11 @@
-"""Products with tiles of a trellis of four weights a step ("vpu"), decoded in vector registers.
+"""Products with tiles of the trellis code "vpu" (four weights per step), decoded in registers.
 
-A register holds one word of eight tiles down a column of tiles, for 128 such columns. Its bytes,
-widened, are the bytes of 4 x 8 steps; each is multiplied once, and a product meets that of the next
-word in an exclusive or. What comes out is four int8 weights a lane, in the order of rows that the
-matrix unit takes: five vector operations for 4096 weights of one column of the tiles (`trellis`
-says which). So a step multiplies 16 matrices, one for every column c of the tiles; they are the
-columns 16 t + c of w, put in order outside.
+A vector register holds one word of each of eight tiles down a column of tiles, for 128 such
+columns. Its bytes, widened, are the bytes of 4 x 8 steps. Each is multiplied once, and combined
+with the product of the next word by an exclusive or. The result is four int8 weights per lane, in
+the order of rows that the matrix unit requires: five vector operations for 4096 weights of one
+column of the tiles (see `trellis`). A step therefore multiplies 16 matrices, one for every column c
+of the tiles; these are the columns 16 t + c of w, reordered outside the kernel.
 """
 
 from functools import partial
@@ -22,14 +22,20 @@ from pallas_kernels.tpu import planes
 from pallas_kernels.tpu.blocks import whole
 
 LANES = 128
-ROWS = 8 * trellis.SIDE  # of w that a register of words covers
-STACKED = 64  # rows of integers at a time: more do not fit the registers
-STEP = 1024  # rows of w in a step of the grid, about: 2 M weights, beside which 200 cycles are few
+ROWS = 8 * trellis.SIDE  # rows of w that a register of words covers
+STACKED = 64  # rows of integers at a time; more do not fit the registers
+STEP = 1024  # approximate rows of w per grid step: 2 M weights make its 200 cycles negligible
 PAIR = 2  # columns of the tiles in one product: 256 lanes
 
 
 class Blocks(NamedTuple):
-    """Rows of x and rows of w in a step, and rows of w in one product."""
+    """Block sizes.
+
+    Attributes:
+      m: number of rows of x in a step.
+      k: number of rows of w in a step.
+      slice: number of rows of w in one product.
+    """
 
     m: int
     k: int
@@ -37,7 +43,13 @@ class Blocks(NamedTuple):
 
 
 def choose(m: int, k: int, groups: int, planes: int) -> Blocks:
-    """Blocks for x [m, k], of which each row is `planes` rows of integers.
+    """Return blocks for x [m, k], each row of which is `planes` rows of integers.
+
+    Args:
+      m: number of rows of x.
+      k: number of channels.
+      groups: number of blocks of rows with a scale each.
+      planes: number of integer rows per row of x.
 
     >>> choose(16, 4096, 1, 2), choose(200, 11008, 86, 2)
     (Blocks(m=16, k=1024, slice=512), Blocks(m=32, k=1024, slice=128))
@@ -64,10 +76,14 @@ def trellis_matmul(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """x @ w for tiles of the code "vpu" at 2 bits; see `ops.trellis_matmul`.
+    """Return x @ w for tiles of the code "vpu" at 2 bits.
 
-    "float" activations are rounded to 16 bits of a row's largest, as two int8 planes.
-    `blocks` and `interpret` are for tests.
+    "float" activations are rounded to 16 bits relative to the largest of a row, as two int8 planes.
+
+    Args:
+      x, codes, scale, rates, L, code, activations: as in `ops.trellis_matmul`.
+      blocks: sizes of the blocks, for tests; None computes them.
+      interpret: whether to run in interpret mode, for tests.
     """
     (m, k), t, groups = x.shape, codes.shape[1], len(rates)
     split, row_scale = planes.split(x, activations, planes.INT8)
@@ -76,7 +92,7 @@ def trellis_matmul(
     tiles, steps, columns = -(-m // b.m), -(-k // b.k), -(-t // LANES)
     rows = jnp.pad(split, ((0, 0), (0, tiles * b.m - m), (0, steps * b.k - k)))
     rows = jnp.moveaxis(rows.reshape(count, tiles, b.m, -1), 1, 0).reshape(tiles * count * b.m, -1)
-    # A block may hang over an edge of the words, but not be larger than all of them.
+    # A block may extend past the edge of the words, but must not be larger than all of them.
     words = jnp.pad(codes, ((0, max(0, b.k - k)), (0, max(0, LANES - t))))
     unit = trellis.unit(code, L, trellis.CODES[code])
     group = k // groups if groups > 1 else steps * b.k
@@ -113,7 +129,10 @@ def trellis_matmul(
 
 
 def _body(scale, x, words, y, sums, turned, *, group: int, size: int, count: int):
-    """One step: words [k, 128] and x [planes * m, k] to y [16, m, 128], sums of whole groups."""
+    """Run one step, from words [k, 128] and x [planes * m, k] to y [16, m, 128].
+
+    Sums are scaled at the end of each group.
+    """
     step, depth = pl.program_id(2), words.shape[0]
 
     @pl.when(step == 0)
@@ -139,9 +158,10 @@ def _body(scale, x, words, y, sums, turned, *, group: int, size: int, count: int
 
 
 def _turn(words, first: int, turned, rows: int) -> None:
-    """Words [16 tile + w, 128] of eight tiles at a time to [w, tile]: a register of each w.
+    """Reorder words [16 tile + w, 128] of eight tiles at a time to [w, tile].
 
-    Strided stores take the place of strided loads, which would cost vector operations.
+    The result has one register per w. Strided stores are used, because strided loads would cost
+    vector operations.
     """
     for tile in range(rows // trellis.SIDE):
         for half in range(2):
@@ -159,7 +179,7 @@ def _multiply(x: Int8[Array, "r k"], turned, sums, rows: int) -> None:
     for c in range(trellis.SIDE):
         if c + 1 < trellis.SIDE:
             after = word(c + 1)
-        else:  # the first word again, a byte on
+        else:  # the first word again, shifted by a byte
             after = word(0)
             after = jax.lax.shift_right_logical(after, 8) | (after << 24)
         after = _spread(after)
@@ -176,7 +196,7 @@ def _multiply(x: Int8[Array, "r k"], turned, sums, rows: int) -> None:
 
 
 def _spread(words: Int32[Array, "w l"]) -> Int32[Array, "4*w l"]:
-    """Each byte, signed, times a constant: 32 bits that two of make a state's."""
+    """Return each signed byte times a constant; two of the 32-bit products form a state's."""
     return pltpu.bitcast(words, jnp.int8).astype(jnp.int32) * jnp.int32(_signed(trellis.SPREAD))
 
 
@@ -186,9 +206,10 @@ def _weights(old: Int32[Array, "r l"], new: Int32[Array, "r l"]) -> Int8[Array, 
 
 
 def _fold(sums, y, scale: Array, count: int) -> None:
-    """Add a group's sums, times its scale, to y, and start the next.
+    """Add a group's sums, times its scale, to y, and reset them.
 
-    A loop, so that the compiler does not hold the sums of a whole step in registers until here.
+    It is a loop so that the compiler does not keep the sums of a whole step in registers until
+    here.
     """
     m = y.shape[1]
 
@@ -206,5 +227,5 @@ def _fold(sums, y, scale: Array, count: int) -> None:
 
 
 def _signed(word: int) -> int:
-    """The int32 of the same bits."""
+    """Return the int32 with the same bits."""
     return word - (word >> 31 << 32)

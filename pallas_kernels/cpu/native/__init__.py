@@ -1,10 +1,10 @@
-"""C++ kernels for the CPU, packaged, or built on first use by the system's compiler; optional.
+"""C++ kernels for the CPU, packaged or built on first use with the system's compiler; optional.
 
-A wheel built where a compiler was has the shared object in it. Else it lies in the user's cache
-folder ($XDG_CACHE_HOME or ~/.cache, then jaxquant), named by a hash of all that it is built from.
-It picks its instruction set when it runs, so one file serves every machine of an architecture.
-Without a compiler, or with JAXQUANT_NATIVE=0 in the environment, there are no native kernels, and
-`load` says why.
+A wheel built where a compiler was available contains the shared object. Otherwise it is built into
+the user's cache folder ($XDG_CACHE_HOME or ~/.cache, then jaxquant), named by a hash of everything
+it depends on. It selects its instruction set at run time, so one file serves every machine of an
+architecture. Without a compiler, or with JAXQUANT_NATIVE=0 in the environment, there are no native
+kernels, and `load` returns the reason.
 """
 
 import ctypes
@@ -30,12 +30,15 @@ TARGETS = (
     "jaxquant_dual_scale",
     "jaxquant_attention",
     "jaxquant_kv_attention",
-)  # the handlers in the *.cc files, and their names in JAX
+)  # names of the handlers, both in the *.cc files and in JAX
 _ONE = threading.Lock()
 
 
 def load() -> str:
-    """Build if need be, load and register the kernels, once: "" if they serve, else why not.
+    """Build (if necessary), load and register the kernels, once.
+
+    Returns:
+      "" if the kernels are available, otherwise the reason why not.
 
     >>> isinstance(load(), str)
     True
@@ -45,7 +48,9 @@ def load() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that this machine can run, of the products of `pallas_kernels.cpu`, plainest first.
+    """Return the instruction sets of `pallas_kernels.cpu` that this machine can run.
+
+    The simplest is first; the result is empty if there are no native kernels.
 
     >>> load() != "" or instruction_sets()[0] == "baseline"
     True
@@ -71,11 +76,12 @@ def _load() -> str:
 
 
 def shared_object() -> pathlib.Path:
-    """The file of the kernels, built if it is not there yet.
+    """Return the path of the shared object, building it if it does not exist.
 
     Raises:
       RuntimeError: native kernels are turned off.
-      OSError, subprocess.SubprocessError: no compiler, no cache folder, or the build failed.
+      OSError, subprocess.SubprocessError: there is no compiler or cache folder, or the build
+        failed.
     """
     if os.environ.get("JAXQUANT_NATIVE", "1") == "0":
         raise RuntimeError("turned off by JAXQUANT_NATIVE=0")
@@ -98,7 +104,10 @@ def _digest() -> str:
 
 
 def _build(path: pathlib.Path) -> None:
-    """Compile to a file of this process's own, then rename: others see all of it or nothing."""
+    """Compile to a private file, then rename it.
+
+    Other processes thus see all of the file or nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = pathlib.Path(folder) / path.name

@@ -1,6 +1,6 @@
-"""How the C++ sources become one shared object; knows neither JAX nor the rest of the package.
+"""Compilation of the C++ sources to one shared object, independent of JAX and of this package.
 
-Both use it: the package at first use, and the wheel's build (`wheel_backend`).
+It is used both by the package on first use and by the build of the wheel (`wheel_backend`).
 """
 
 import concurrent.futures
@@ -17,12 +17,15 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: CXX, or c++."""
+    """Return the command of the C++ compiler: CXX, or c++."""
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def digest(*more: str) -> str:
-    """Of what an object depends on: sources, flags, the machine's architecture, and what is given.
+    """Return a hash of what an object depends on: sources, flags, architecture, and `more`.
+
+    Args:
+      *more: further strings on which the object depends.
 
     >>> len(digest()), digest() == digest("other")
     (16, False)
@@ -35,13 +38,15 @@ def digest(*more: str) -> str:
 
 
 def compile_to(made: pathlib.Path, include: str) -> None:
-    """Make the shared object, source by source on all cores; other files may lie beside it.
+    """Build the shared object, compiling the sources in parallel on all cores.
+
+    Object files are written beside it.
 
     Args:
-      made: the file.
-      include: the folder of JAX's headers.
+      made: path of the shared object.
+      include: folder of JAX's headers.
     Raises:
-      OSError, subprocess.SubprocessError: no compiler, or it failed.
+      OSError, subprocess.SubprocessError: there is no compiler, or it failed.
     """
     command = compiler()
     if shutil.which(command[0]) is None:
@@ -62,6 +67,10 @@ def _run(command: list[str]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """One line; of a compiler's complaints the first error."""
+    """Return a one-line description of an error; of a compiler's output, the first error.
+
+    Args:
+      error: the error.
+    """
     lines = str(getattr(error, "stderr", None) or error).splitlines()
     return next((line for line in lines if "error" in line), (lines or [repr(error)])[0]).strip()

@@ -1,8 +1,9 @@
-"""Builds the wheel: setuptools' backend, and the kernels compiled into it where a compiler is.
+"""Build backend of the wheel: setuptools, plus compiled kernels where a compiler is available.
 
-pyproject.toml names it (PEP 517, an in-tree backend), with this folder on the path. The compiled
-wheel is one architecture's, for any Python 3. Without a compiler the wheel is pure Python, the
-build says so, and kernels are built at first use, or not at all. Editable installs are setuptools'.
+pyproject.toml names it (PEP 517, an in-tree backend) with this folder on the path. A wheel with
+kernels is specific to an architecture, but works with any Python 3. Without a compiler the wheel is
+pure Python, the build prints the reason, and kernels are built on first use or not at all. Editable
+installs are left to setuptools.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 
-import compiling  # beside this file
+import compiling  # in this file's folder
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401  the backend's other hooks
     build_editable,
@@ -26,7 +27,11 @@ from setuptools.build_meta import (  # noqa: F401  the backend's other hooks
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
-    """jaxlib has the headers of foreign functions; `wheel` names the platform."""
+    """Return the build requirements.
+
+    Besides setuptools' own, these are jaxlib, for its FFI headers, and `wheel`, for the platform
+    tag.
+    """
     found = build_meta.get_requires_for_build_wheel(config_settings)
     return [*found, "jaxlib>=0.10", "wheel"]
 
@@ -34,8 +39,8 @@ def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[st
 def build_wheel(
     wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
 ) -> str:
-    """The wheel's file name; with the kernels if they compile."""
-    shutil.rmtree("build/lib", ignore_errors=True)  # modules of an earlier build would come along
+    """Build the wheel, with the kernels if they compile, and return its file name."""
+    shutil.rmtree("build/lib", ignore_errors=True)  # else modules of earlier builds are included
     plain = lambda: build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     made = compiling.FOLDER / f"packaged-{compiling.digest()}.so"
     try:
@@ -60,7 +65,7 @@ def _headers() -> str:
 
 
 def _named_for_platform(wheel: pathlib.Path) -> str:
-    """Rename py3-none-any to this platform, in the wheel's metadata too."""
+    """Rename py3-none-any to this platform, also in the wheel's metadata."""
     tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     command = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, str(wheel)]
     name = subprocess.run(command, check=True, capture_output=True, text=True).stdout
