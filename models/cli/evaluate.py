@@ -20,19 +20,21 @@ from jaxquant_models.runs.serving import serving_model
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--text", required=True, help="Text FILE or builtin.")
-@click.option("--ctx", type=int, default=512, show_default=True)
-@click.option("--chunks", type=int, default=None)
-@click.option("--against", default=None, help="Teacher for KL and agreement.")
+@click.option("--text", required=True, help="Text to score: a FILE or builtin.")
+@click.option("--ctx", type=int, default=512, show_default=True, help="Tokens in a chunk.")
+@click.option("--chunks", type=int, default=None, help="Chunks to score; default: all.")
+@click.option("--against", default=None, metavar="MODEL",
+              help="Model to compare with: KL divergence and top-1 agreement.")  # fmt: skip
 @activations_option
 @kv_options
 @click.option(
     "--strict/--no-strict",
     default=None,
-    help="With --kv-bits: every token sees all keys and values rounded, but for sinks and the last "
-    "--kv-window (default); or those that would be rounded by then, decoding token by token.",
+    help="With --kv-bits, --strict (the default) rounds all keys and values that a token sees, "
+    "except sinks and the last --kv-window tokens; --no-strict rounds those that decoding token "
+    "by token would have rounded by then.",
 )
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def evaluate_command(
     model: str,
     text: str,
@@ -44,7 +46,10 @@ def evaluate_command(
     as_json: bool,
     **kv_cache: Any,
 ) -> None:
-    """Perplexity of MODEL on a text."""
+    """Print the perplexity of MODEL on a text.
+
+    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant.
+    """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded
         kv = kv_format(kv_cache)

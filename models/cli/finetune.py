@@ -25,40 +25,49 @@ from jaxquant_models.runs.sequences import CONTEXT
 @click.command()
 @click.argument("model")
 @click.option("--method", type=click.Choice(sorted(METHODS)), default="qat", show_default=True,
-              help="By derivatives, or forward only, in the memory of inference.")  # fmt: skip
-@click.option("--bits", type=int, default=None, help="Of a MODEL of floats; default 4.")
-@click.option("--group-size", type=int, default=None, help="Of a MODEL of floats; default 64.")
+              help="qat trains by gradients; zeroqat by forward passes, in the "
+              "memory of inference.")  # fmt: skip
+@click.option("--bits", type=int, default=None,
+              help="Bits per weight, for a MODEL with float weights; default 4.")  # fmt: skip
+@click.option("--group-size", type=int, default=None,
+              help="Input channels that share a scale, for a float MODEL; default 64.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="GLOB",
-              help="Weights that train, as '*attn/[qv]/kernel'; others stay packed.")  # fmt: skip
-@click.option("--text", default=None, help="To train on: text FILE or builtin.")
+              help="Weights to train, such as '*attn/[qv]/kernel'; others stay "
+              "packed.")  # fmt: skip
+@click.option("--text", default=None, help="Training text: a FILE or builtin.")
 @click.option("--generated", type=click.IntRange(0), default=0, show_default=True,
-              help="Sequences to train on, too, that the teacher writes.")  # fmt: skip
-@click.option("--context", type=click.IntRange(2), default=CONTEXT, show_default=True)
-@click.option("--steps", type=click.IntRange(0), required=True, help="End to end.")
+              help="Number of sequences that the teacher writes, to train on as well.")  # fmt: skip
+@click.option("--context", type=click.IntRange(2), default=CONTEXT, show_default=True,
+              help="Tokens in a sequence.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(0), required=True,
+              help="Steps of end-to-end training.")  # fmt: skip
 @click.option("--block-steps", type=click.IntRange(0), default=0, show_default=True,
-              help="Before that, of every layer by itself, to be like the teacher's.")  # fmt: skip
+              help="Steps of training each layer alone, first, to match the teacher's "
+              "layer.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
-              help="Sequences of a step.")  # fmt: skip
+              help="Sequences in one training step.")  # fmt: skip
 @click.option("--teacher", default=None, metavar="MODEL",
-              help="Whose predictions are to be met; default: MODEL if of floats. "
-              "none: each token is to be told from those before.")  # fmt: skip
+              help="Model whose predictions are the target; default: MODEL, if its weights are "
+              "floats. With none, the target is the next token of the text.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="Any field of jaxquant.QAT or ZeroQAT, end to end, as JSON: "
+              help="Set any field of jaxquant.QAT or ZeroQAT for --steps, in JSON: "
               "--set learning_rate=1e-4, --set dampening=0.1.")  # fmt: skip
 @click.option("--set-blocks", "block_settings", multiple=True, metavar="NAME=VALUE",
-              help="The same, of single layers.")  # fmt: skip
-@click.option("--metrics", default=None, metavar="DIR", help="JSONL and TensorBoard's events.")
-@click.option("--seed", type=SEED, default=0)
-@click.option("--out", required=True)
-@click.option("--overwrite", is_flag=True)
-@click.option("--json", "as_json", is_flag=True)
+              help="The same for --block-steps.")  # fmt: skip
+@click.option("--metrics", default=None, metavar="DIR", help="Directory for JSONL and TensorBoard.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the order of the sequences.")
+@click.option("--out", required=True, metavar="DIR", help="Directory for the checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def finetune(
     model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
     metrics: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train the rounded weights of MODEL, floats or a checkpoint, into the directory --out.
+    """Train the quantized weights of MODEL and write a checkpoint.
 
-    A killed run goes on where it stopped, to the same bits.
+    MODEL has float weights, which are rounded first, or is a checkpoint of jaxquant.
+
+    A killed run continues where it stopped, and ends with the same arrays.
     """
     with usage_errors():
         output = Output(out, overwrite)

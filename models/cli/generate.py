@@ -16,13 +16,15 @@ from jaxquant_models.runs.serving import serving_model
 
 @click.command()
 @click.argument("model")
-@click.option("--prompt", required=True)
-@click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--seed", type=SEED, default=0)
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True,
+              help="Most tokens to generate.")  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True,
+              help="Sampling temperature; 0 takes the likeliest token.")  # fmt: skip
+@click.option("--seed", type=SEED, default=0, help="Seed of the sampling.")
 @activations_option
 @kv_options
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def generate(
     model: str,
     prompt: str,
@@ -33,7 +35,10 @@ def generate(
     as_json: bool,
     **kv_cache: Any,
 ) -> None:
-    """Continue a prompt with MODEL."""
+    """Continue a prompt with MODEL.
+
+    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant.
+    """
     with usage_errors():
         kv = kv_format(kv_cache)
     source = serving_model(load_with(activations, model), line)

@@ -51,17 +51,17 @@ class Row(NamedTuple):
     "--outliers",
     "of_outliers",
     is_flag=True,
-    help="Of activations on a text instead: by channel, by token, massive, sinks.",
+    help="Show the activation outliers on a text instead: channels, tokens, sinks.",
 )
-@click.option("--text", default=None, help="Text FILE or builtin, for --outliers.")
+@click.option("--text", default=None, help="Text for --outliers: a FILE or builtin.")
 @click.option(
     "--tokens",
     type=click.IntRange(FIRST_QUERY + 1),
     default=None,
-    help="How many of the text; default 512.",
+    help="Number of tokens of the text; default 512.",
 )
-@click.option("--plot", default=None, metavar="FILE", help="Heat map, .png, .svg or .pdf.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--plot", default=None, metavar="FILE", help="Draw a heat map (.png, .svg, .pdf).")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def inspect(
     model: str,
     of_outliers: bool,
@@ -70,7 +70,7 @@ def inspect(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Bytes and bits of every tensor of MODEL, or with --outliers its activations on a text."""
+    """Show the bytes and bits of every tensor of MODEL, or its activation outliers."""
     with usage_errors():
         if of_outliers and text is None:
             raise ValueError("--outliers looks at activations: give --text FILE, or builtin")

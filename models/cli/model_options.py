@@ -14,7 +14,7 @@ from jaxquant_models.readers.model import Model
 
 activations_option = click.option(
     "--activations", default=None, metavar="FORM",
-    help="How inputs of packed weights are rounded: float, float8, int8, int8/256, int4, "
+    help="Rounding of the inputs of packed weights: float, float8, int8, int8/256, int4, "
     "int4,asymmetric,clip=0.9, ...; default: as the checkpoint says.",
 )  # fmt: skip
 
@@ -42,12 +42,20 @@ def kv_options(command: Callable) -> Callable:
     """
     default = KVFormat()
     for name, kind, text in (
-        ("channels", int, f"Channels of one scale of values; default {default.channels}."),
-        ("group", int, f"Tokens of one scale of keys; default {default.group}."),
-        ("keys", click.Choice(ROPE), f"Rounded before or after RoPE; default {default.rope}."),
-        ("sinks", int, f"First tokens kept as they are; default {default.sinks}."),
-        ("window", int, f"Recent tokens kept as they are; default {default.window}."),
-        ("bits", int, "Keys and values are kept in so many bits; default: as they are."),
+        ("channels", int, f"Channels of a value that share a scale; default {default.channels}."),
+        ("group", int, f"Tokens that share a key channel's scale; default {default.group}."),
+        (
+            "keys",
+            click.Choice(ROPE),
+            f"Round keys before or after RoPE; default {default.rope}.",
+        ),
+        ("sinks", int, f"First tokens whose keys and values stay floats; default {default.sinks}."),
+        (
+            "window",
+            int,
+            f"Latest tokens whose keys and values stay floats; default {default.window}.",
+        ),
+        ("bits", int, "Bits per stored key and value, 2, 3, 4 or 8; default: floats."),
     ):
         command = click.option(f"--kv-{name}", type=kind, default=None, help=text)(command)
     return command

@@ -33,36 +33,44 @@ def _(done: StepReport) -> str:
 
 @click.command("train-bitnet")
 @click.option("--text", default=DOCSTRINGS, show_default=True,
-              help="Text FILE, builtin, or docstrings: those of Python's own modules.")  # fmt: skip
-@click.option("--size", type=click.Choice(sorted(SIZES)), default=DEFAULT.size, show_default=True)
-@click.option("--float", "floats", is_flag=True, help="The same transformer, not quantized.")
-@click.option("--steps", type=click.IntRange(2), default=DEFAULT.steps, show_default=True)
-@click.option("--learning-rate", type=float, default=DEFAULT.learning_rate, show_default=True)
-@click.option("--context", type=click.IntRange(4), default=DEFAULT.context, show_default=True)
+              help="Training text: a FILE, builtin, or docstrings (of Python's "
+              "own modules).")  # fmt: skip
+@click.option("--size", type=click.Choice(sorted(SIZES)), default=DEFAULT.size, show_default=True,
+              help="Number of parameters.")  # fmt: skip
+@click.option("--float", "floats", is_flag=True, help="Train the same transformer unquantized.")
+@click.option("--steps", type=click.IntRange(2), default=DEFAULT.steps, show_default=True,
+              help="Number of training steps.")  # fmt: skip
+@click.option("--learning-rate", type=float, default=DEFAULT.learning_rate, show_default=True,
+              help="Peak learning rate.")  # fmt: skip
+@click.option("--context", type=click.IntRange(4), default=DEFAULT.context, show_default=True,
+              help="Tokens in a sequence.")  # fmt: skip
 @click.option(
-    "--batch", "batch_size", type=click.IntRange(1), default=DEFAULT.batch_size, show_default=True
-)
-@click.option("--vocabulary", type=int, default=DEFAULT.vocabulary, show_default=True)
+    "--batch", "batch_size", type=click.IntRange(1), default=DEFAULT.batch_size, show_default=True,
+    help="Sequences in one training step.",
+)  # fmt: skip
+@click.option("--vocabulary", type=int, default=DEFAULT.vocabulary, show_default=True,
+              help="Number of tokens of the tokenizer that is trained on the text.")  # fmt: skip
 @click.option("--float-share", type=click.FloatRange(0, 1), default=DEFAULT.float_share,
-              show_default=True, help="Of the steps, the first ones, with floats.")  # fmt: skip
+              show_default=True, help="Share of the steps, the first ones, that train floats.")  # fmt: skip
 @click.option("--a48", "a48", is_flag=True,
-              help="Activations of BitNet a4.8 in the last twentieth of the steps.")  # fmt: skip
+              help="Use BitNet a4.8's activations in the last twentieth of the steps.")  # fmt: skip
 @click.option(
     "--save-every", type=click.IntRange(1), default=DEFAULT.save_every, show_default=True,
-    help="Steps between two states to go on from.",
+    help="Steps between two saved states, from which a killed run continues.",
 )  # fmt: skip
-@click.option("--seed", type=SEED, default=0)
-@click.option("--metrics", default=None, metavar="DIR", help="JSONL and TensorBoard's events.")
-@click.option("--out", required=True)
-@click.option("--overwrite", is_flag=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--seed", type=SEED, default=0, help="Seed of the parameters and of the order.")
+@click.option("--metrics", default=None, metavar="DIR", help="Directory for JSONL and TensorBoard.")
+@click.option("--out", required=True, metavar="DIR", help="Directory for the checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def train_bitnet(
     text: str, floats: bool, a48: bool, metrics: str | None, out: str, overwrite: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Train BitNet b1.58 from scratch on a text, into the directory --out.
+    """Train BitNet b1.58 from scratch on a text and write a checkpoint.
 
-    Ternary weights, int8 activations. A killed run goes on where it stopped, to the same bits.
+    Weights are ternary, activations int8. A killed run continues where it stopped, and ends with
+    the same arrays.
     """
     with usage_errors():
         output = Output(out, overwrite)
