@@ -39,8 +39,7 @@ from jaxquant_models.runs.quantization_setup import set_up
 @click.option("--act-order/--no-act-order", default=None,
               help="Whether error feedback orders input channels by second moment.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="Set any other option of the method, in JSON: --set two_sided=true. "
-              "")  # fmt: skip
+              help="Set another option of the method, in JSON: --set two_sided=true.")  # fmt: skip
 @click.option(
     "--target-bits",
     type=float,

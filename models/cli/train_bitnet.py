@@ -51,7 +51,8 @@ def _(done: StepReport) -> str:
 @click.option("--vocabulary", type=int, default=DEFAULT.vocabulary, show_default=True,
               help="Number of tokens of the tokenizer that is trained on the text.")  # fmt: skip
 @click.option("--float-share", type=click.FloatRange(0, 1), default=DEFAULT.float_share,
-              show_default=True, help="Share of the steps, the first ones, that train floats.")  # fmt: skip
+              show_default=True,
+              help="Share of the steps, the first ones, that train floats.")  # fmt: skip
 @click.option("--a48", "a48", is_flag=True,
               help="Use BitNet a4.8's activations in the last twentieth of the steps.")  # fmt: skip
 @click.option(
