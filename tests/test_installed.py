@@ -39,7 +39,8 @@ def test_every_file_is_of_a_package_and_every_data_file_is_listed():
         if file.is_dir() or "__pycache__" in file.parts:
             continue
         assert package(file.parent) in SETUPTOOLS["packages"], file
-        patterns = ["*.py", *SETUPTOOLS["package-data"].get(package(file.parent), [])]
+        # A page about a folder is for those who read the repository.
+        patterns = ["*.py", "README.md", *SETUPTOOLS["package-data"].get(package(file.parent), [])]
         assert any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns), file
 
 

@@ -1,6 +1,6 @@
 // Range-coded streams of matrices, read: the steps, scales and integers of pallas_kernels/codecs/entropy_stream.py.
 //
-// What is read is what `coded.read` reads, of noise too: words past the end are zeros, and nothing
+// What is read is what `entropy_stream.read` reads, of noise too: words past the end are zeros, and nothing
 // but the given arrays is touched, whatever the stream says. Called by pallas_kernels/streams.py.
 
 #include <algorithm>

@@ -4,7 +4,7 @@
 // (c + 1/2) / 2 with an integer c in -6 ... 5. With t = 0, 1, 2 for 1/2, 3/2, 5/2 and h = 1 for
 // the shift upwards, c + 8 is 8 + 2 t + h, and for the negative coordinate 8 + 2 (-1 - t) + h:
 // the same bits but for the upper three, inverted. So a code's row gives eight nibbles, its signs
-// eight more, and their exclusive or is a word of `layout.pack` at 4 bits. pallas_kernels/cpu.py
+// eight more, and their exclusive or is a word of `layout.pack` at 4 bits. pallas_kernels/cpu/__init__.py
 // makes the tables of both.
 
 #include <algorithm>
