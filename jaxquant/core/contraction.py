@@ -138,10 +138,6 @@ class Contraction:
         n = math.prod(g.shape[g.ndim - len(free) :])
         return g.astype(jnp.float32).reshape(*shape, -1, n)
 
-    def energy(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
-        """Return |g|^2 of every row of the output g: [*leading axes of w (1 if absent), m]."""
-        return jnp.sum(jnp.square(self.output_rows(g, axes, leading)), axis=-1)
-
     def _ordered(
         self, y: Array, axes: tuple[int, ...], leading: int, contracted: set[int]
     ) -> Array:
