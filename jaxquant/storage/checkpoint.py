@@ -328,8 +328,9 @@ def _flatten(params: PyTree) -> tuple[list[Json], dict[str, Array]]:
 
 
 def _stored(path: str) -> str:
-    """Return a leaf's name on disk; ":" precedes the name of a part, so it is escaped in paths."""
-    return path.replace("%", "%25").replace(":", "%3A")
+    """Return a leaf's name on disk: ":", before the name of a part, and empty keys are escaped."""
+    keys = path.replace("%", "%25").replace(":", "%3A").split("/")
+    return "/".join(key or "%" for key in keys)  # Orbax 0.12.0 stores no empty key
 
 
 def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> PyTree:
@@ -388,9 +389,8 @@ def _digests(folder: Path) -> dict[str, str]:
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
-            out[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        out[path.relative_to(folder).as_posix()] = found
     return out
 
 
