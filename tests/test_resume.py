@@ -179,3 +179,19 @@ def test_what_another_method_gave_is_not_taken(tmp_path):
             again = run(finished=kept, progress=seen.append)["w"]
             assert seen[1].seconds == 0
             np.testing.assert_array_equal(again.data["codes"], want.data["codes"])
+
+
+def test_a_finished_run_fits_no_transform_again():
+    """The searched arrays come from the store, and so does the name that tells them apart."""
+    rng, judged = np.random.default_rng(0), []
+    params = {n: jnp.asarray(rng.normal(size=(32, 16)), jnp.float32) for n in "ab"}
+    fn = lambda p, x: (x @ p["a"], x @ p["b"])
+    stats = jq.calibrate(fn, params, [jnp.asarray(rng.normal(size=(8, 32)), jnp.float32)], sample=4)
+    inspect = lambda weights, index: judged.append(index)
+    run = lambda kept: jq.quantize(params, jq.awq(4, 32), stats, inspect=inspect, finished=kept)
+    kept = {}
+    first, searched = run(kept), len(judged)
+    again = run(kept)
+    assert len(judged) == searched > 0
+    assert jax.tree.structure(again) == jax.tree.structure(first)
+    assert first["a"].shared == first["b"].shared != ""

@@ -143,7 +143,7 @@ class LeafJob:
             method=method.name,
             input=method.input,
             output=method.output,
-            shared=self._shared(abstract),
+            shared=self._shared(arrays, abstract),
             activations=method.activations,
             input_data=arrays.input,
             output_data=arrays.output,
@@ -237,16 +237,16 @@ class LeafJob:
     def _input(self) -> str:
         return self.inputs.leader[self.entry.path]
 
-    def _shared(self, abstract: bool) -> str:
+    def _shared(self, arrays: Arrays, abstract: bool) -> str:
         """Return a name that weights share only if they read one input through one transform."""
         side = self.entry.method.input
         if side is not None and (side.fitted or not self.draw.name):
             return ""
         count = len(self.inputs.members[self._input])
         name = f"{count} of {self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
-        made = [self._known(i) for i in range(self.entry.count)]
-        if not jax.tree.leaves(made):  # drawn arrays are identified by the name of the draw
+        if not self.inputs.common(self.entry.path):  # the draw's name identifies drawn arrays
             return name
+        made = arrays.input, arrays.activations
         return "" if abstract else f"{name} {mark('', made).tobytes().hex()}"
 
     def _matrices(self, moments: Moments) -> Moments:

@@ -88,6 +88,11 @@ class Inputs:
             raise ValueError(f"transforms of {', '.join(sorted(wrong))}, which lead no input here")
         return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
 
+    def common(self, path: str) -> bool:
+        """Return whether the weights that read an input share arrays made from its statistics."""
+        first = self.members[self.leader[path]][0].method
+        return (first.input is not None and first.input.joint) or _static(first)
+
     def arrays(self, path: str, i: int, key: Array) -> dict[str, Array] | None:
         """Return the shared arrays of matrix i of a weight, fitting them on the first call.
 
@@ -99,9 +104,7 @@ class Inputs:
           Arrays of the transform, named "input.*", and of activations, named "activations.*"; None
           if the weights share nothing.
         """
-        first = self.members[self.leader[path]][0].method
-        joint = first.input is not None and first.input.joint
-        if not joint and not _static(first):
+        if not self.common(path):
             return None
         place = (self.leader[path], i)
         if place not in self.found:

@@ -25,7 +25,7 @@ from jaxquant_models.readers import registry
 from jaxquant_models.runs.generate import _run
 from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.quantization import plan_model
-from tests.models.kills import stopped_at
+from tests.models.stopped import same_bits, stopped_at
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -260,14 +260,6 @@ def of_work(tiny, *method):
     return ["quantize", tiny, *method, *options]
 
 
-def same_bits(folder):
-    """Of the checkpoints "whole" and "cut", beside which nothing is left."""
-    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n).params) for n in ("whole", "cut"))
-    for a, b in zip(whole, cut, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert [p.name for p in folder.iterdir() if "partial" in p.name] == []
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
     """kill -9 while calibrating and while healing; then the same: equal bytes."""
@@ -284,6 +276,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, tmp_path):
         assert not (tmp_path / "cut").exists()
     assert start(0, tmp_path / "cut").returncode == 0
     same_bits(tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
 def test_a_run_stopped_while_learning_goes_on_to_the_same_bits(tiny, run, tmp_path):
@@ -293,6 +286,7 @@ def test_a_run_stopped_while_learning_goes_on_to_the_same_bits(tiny, run, tmp_pa
     assert not (tmp_path / "cut").exists()
     assert run(*options, tmp_path / "cut")[0] == 0
     same_bits(tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
 def test_bits_shared_out_and_healed(tiny, run, tmp_path):

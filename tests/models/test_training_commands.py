@@ -16,7 +16,7 @@ from jaxquant_models.readers.checkpoint import save_model
 from jaxquant_models.runs import pretraining
 from jaxquant_models.runs.pretraining_request import PretrainingRequest
 from jaxquant_models.runs.sequences import token_sequences
-from tests.models.kills import stopped_at
+from tests.models.stopped import same_bits, stopped_at
 from tests.models.test_cli import fails
 from tests.models.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
@@ -167,13 +167,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, run, tmp_path):
     fails(other, 1, "holds another run, of other end to end")
     assert run(*cut)[0] == 0
     same_bits(tmp_path)
-
-
-def same_bits(folder):
-    """Of the checkpoints "whole" and "cut"."""
-    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n).params) for n in ("whole", "cut"))
-    for a, b in zip(whole, cut, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize(

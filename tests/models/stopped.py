@@ -2,8 +2,11 @@
 
 import os
 
+import jax
+import numpy as np
 import pytest
 
+from jaxquant.storage import checkpoint
 from jaxquant_models.cli.commands import main
 
 
@@ -29,3 +32,10 @@ def stopped_at(count, *args):
         patch.setattr(os, "replace", replace)
         with pytest.raises(KilledError):
             main([str(a) for a in args])
+
+
+def same_bits(folder):
+    """Of the checkpoints "whole" and "cut" in a folder, all arrays."""
+    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n).params) for n in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
