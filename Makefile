@@ -103,8 +103,8 @@ kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a tab
 test-memory: venv ## the native kernels' tests under AddressSanitizer (5 minutes; gcc)
 	CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-		$(BIN)/python -m pytest -q tests/kernels/test_cpu.py tests/kernels/test_attention.py \
-		tests/kernels/test_kv_attention.py tests/kernels/test_streams.py
+		$(BIN)/python -m pytest -q tests/pallas_kernels/cpu/test_native.py tests/pallas_kernels/test_attention.py \
+		tests/pallas_kernels/test_kv_attention.py tests/pallas_kernels/test_streams.py
 
 test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run
@@ -123,7 +123,7 @@ demo: venv $(VENV)/.model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings
-	@for f in $(filter-out %/rate_quality.py %/llama_cpp.py %/kills.py,$(wildcard tests/benchmarks/*.py)); do \
+	@for f in $(filter-out %/__init__.py %/test_awq.py %/rate_quality.py %/llama_cpp.py %/kills.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
 # llama.cpp uses AMX where the processor has it without asking Linux for it, and is killed (0.3.36);

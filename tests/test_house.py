@@ -35,6 +35,25 @@ def test_file(file):
     assert not inner, f"import at the top, lines {inner}"
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_tests_import_no_test_module():
+    """What several tests share lies in tests/support."""
+    found = re.compile(r"^from tests\S* import test_|^from tests\S*\.test_\w+ import", re.M)
+    wrong = [str(f.relative_to(ROOT)) for f in TESTS if found.search(f.read_text())]
+    assert not wrong, wrong
+
+
+def test_tests_lie_where_the_source_does():
+    """Beside them only what is about no folder of the source: compilers, devices, files, speed."""
+    folders = {f.parent.relative_to(ROOT / "tests") for f in TESTS}
+    source = {f.parent.relative_to(ROOT) for f in FILES}
+    source |= {f.relative_to("jaxquant") for f in source if f.parts[0] == "jaxquant"}
+    source |= {Path(d) for d in ("aot", "benchmarks", "device", "fuzz", "support")}
+    assert folders <= source, sorted(map(str, folders - source))
+
+
 def module_name(file):
     parts = file.relative_to(ROOT).with_suffix("").parts
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tests.aot import llo
-from tests.kernels.lowering import equations
+from tests.support.lowering import equations
 
 # A chip's smallest slice, as libtpu names it.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}

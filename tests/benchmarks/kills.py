@@ -23,8 +23,8 @@ import numpy as np
 
 from jaxquant.storage import checkpoint
 from jaxquant_models.cli import commands
-from tests.killed import child
-from tests.models.tiny_llama import BASE, random_tensors, write_folder
+from tests.support.killed import child
+from tests.support.tiny_llama import BASE, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 

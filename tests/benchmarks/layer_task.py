@@ -1,8 +1,9 @@
 """Every method on one hard layer: bits, relative proxy loss, seconds, beside the peers' figures.
 
-Run: python -m tests.benchmarks.layer_task [--seed S] [NAME ...]. The layer is `tests.layer`'s; the
-peers were measured on it with their own code (undamped H, all side information counted). NAME is
-part of a row's name; without any, every row is run. The trellis of 16-bit states takes minutes.
+Run: python -m tests.benchmarks.layer_task [--seed S] [NAME ...]. The layer is that of
+`tests.support.layer`; the peers were measured on it with their own code (undamped H, all side
+information counted). NAME is part of a row's name; without any, every row is run. The
+trellis of 16-bit states takes minutes.
 """
 
 import sys
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from tests.layer import made_layer, relative_loss
+from tests.support.layer import made_layer, relative_loss
 
 PEERS = {  # bits -> the least loss of a peer of this class
     "gptq": {2: 0.0273, 3: 0.00598, 4: 0.00134},

@@ -17,8 +17,7 @@ from jaxquant_models.architectures.llama import NORM_SCALES
 from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.recipes import recipe_of
-
-from .activations import CALIBRATION, CONTEXT, SCORED
+from tests.benchmarks.activations import CALIBRATION, CONTEXT, SCORED
 
 TRAINING = 128
 

@@ -2,11 +2,12 @@
 
 Run: python -m tests.benchmarks.rate_quality layer|model|heal|draw [--text TEXT] [--tokens N]
      [--rates 1,1.25] [--families NAME,NAME] [--steps N] [--learning-rate R] [--batch N] [--out DIR]
-"layer" quantizes the layer of `tests.layer` by every family (minutes), "model" SmolLM2 (hours for
-all of it), "heal" trains what "model" left in DIR, "draw" prints the tables of what DIR holds, says
-where more bits lost, and draws it. Results go to DIR/rate_quality.json, a point at a time; a point
-that is there, of the same text, tokens, recipe and healing, is not run again, and a killed run goes
-on where it stopped. On a GPU (JAX_PLATFORMS=cuda,cpu) healing takes minutes where it takes hours.
+"layer" quantizes the layer of `tests.support.layer` by every family (minutes), "model" SmolLM2
+(hours for all of it), "heal" trains what "model" left in DIR, "draw" prints the tables of what DIR
+holds, says where more bits lost, and draws it. Results go to DIR/rate_quality.json, a point at a
+time; a point that is there, of the same text, tokens, recipe and healing, is not run again, and a
+killed run goes on where it stopped. On a GPU (JAX_PLATFORMS=cuda,cpu) healing takes minutes where
+it takes hours.
 
 The model is calibrated on the last N tokens of the text, healed on what lies between and scored on
 its first 16 chunks of 512.
@@ -37,7 +38,7 @@ from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.healing import heal_model
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
-from tests.layer import made_layer, relative_loss
+from tests.support.layer import made_layer, relative_loss
 
 CHUNKS, CONTEXT, HELD_OUT = 16, 512, 8
 LOW, WHOLE = (1.0, 1.25, 1.5, 1.75), (2, 3, 4)

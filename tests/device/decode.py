@@ -15,7 +15,7 @@ from jaxquant.core.tensor import View
 from jaxquant_models.architectures.cache import Cache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama, apply
-from tests.kernels.operands import random_data
+from tests.support.operands import random_data
 
 SHAPES = {
     "1B": {"d_model": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "head_dim": 64,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from tests.device import decode, timing
-from tests.kernels.operands import draw, random_operands
+from tests.support.operands import draw, random_operands
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]

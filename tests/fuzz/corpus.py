@@ -27,14 +27,14 @@ from jaxquant_models.readers.huggingface_config import config_from_hf, read_conf
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.schemas.strict import read_json
 from tests.fuzz.mutations import BLIND, Mutation, of_gguf, of_json, of_safetensors
-from tests.models import test_bert, test_gguf_reader
-from tests.models.test_huggingface import shard
-from tests.models.test_tokenizer import byte_fields, piece_fields
-from tests.models.tiny_llama import (
+from tests.support import gguf_files, tiny_bert
+from tests.support.gguf_vocabularies import byte_fields, piece_fields
+from tests.support.tiny_llama import (
     BASE,
     FAMILIES,
     byte_tokenizer_json,
     random_tensors,
+    shard,
     write_folder,
 )
 
@@ -111,8 +111,8 @@ def _gguf(place: Path, write: bool) -> list[Case]:
         hf, folder = FAMILIES[family], place / f"gguf-{family}"
         if write:
             folder.mkdir()
-            tensors = test_gguf_reader.to_gguf(hf, random_tensors(hf))
-            test_gguf_reader.write(folder / "m.gguf", hf, tensors)
+            tensors = gguf_files.to_gguf(hf, random_tensors(hf))
+            gguf_files.write(folder / "m.gguf", hf, tensors)
         found.append(_case(folder, ["m.gguf"], lambda f: read_gguf(f / "m.gguf", np.float32)))
     return found
 
@@ -128,7 +128,7 @@ def _folders(place: Path, kind: str, names: list[str], write: bool) -> list[Case
     bert = place / f"{kind}-bert"
     if write:
         bert.mkdir()
-        test_bert.write(bert)
+        tiny_bert.write(bert)
     return [*found, _case(bert, names[:1], load_encoder)]
 
 

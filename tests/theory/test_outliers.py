@@ -10,7 +10,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.theory.outliers import massive, outliers, sinks
 from jaxquant.theory.profile import profile
-from tests.test_dispatch import draw, stack
+from tests.support.arrays import draw, stack
 
 X = draw(256, 64)
 GATED = X * draw(256, 64, seed=1)  # what a gated MLP gives of noise: heavy tails, no outliers

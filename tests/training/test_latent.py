@@ -14,9 +14,8 @@ import pytest
 import jaxquant as jq
 from jaxquant.rounding import LDLQ, Nearest
 from jaxquant.storage import checkpoint
-
-from ..networks import NETWORKS
-from ..test_dispatch import draw, stack
+from tests.support.arrays import draw, stack
+from tests.support.networks import NETWORKS
 
 
 def made(format, estimator=None, **options):

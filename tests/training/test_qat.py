@@ -9,8 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.tuning.trainer import divergence
-
-from ..test_dispatch import draw
+from tests.support.arrays import draw
 
 WIDTH = 32
 X = np.asarray(draw(12, 4, WIDTH, seed=7))

@@ -9,8 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.training import stability
-
-from ..test_dispatch import draw
+from tests.support.arrays import draw
 
 MIDDLE = 0.3  # of a bin, where the optimum lies
 

@@ -17,8 +17,7 @@ from jaxquant.training.zeroth import (
     zo_step,
     zo_value_and_grad,
 )
-
-from ..test_dispatch import draw
+from tests.support.arrays import draw
 
 D = 64
 MATRIX = np.diag(np.linspace(0.5, 2, D)) + 0.1

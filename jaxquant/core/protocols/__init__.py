@@ -12,8 +12,8 @@ To add a part of your own, in this package or outside of it:
   2. Put it in a `Method`, which `quantize` and recipes accept like any other.
   3. Call `jaxquant.register(YourClass)` once, so that checkpoints and recipes can name it.
 
-`tests/foreign.py` does this with one part of each of three kinds. To run the contract suites on a
-new part, add one line to their tables.
+`tests/support/foreign.py` does this with one part of each of three kinds. To run the contract
+suites on a new part, add one line to their tables.
 
 Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 unless stated otherwise.
 """

@@ -1,1 +1,0 @@
-"""Kernels against the references that define them."""

@@ -1,0 +1,261 @@
+"""Ops whatever serves them: what they reject, derivatives, batches, overrides."""
+
+import itertools
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+import jaxquant as jq
+import pallas_kernels as pk
+from pallas_kernels import activations, dispatch, reference
+from pallas_kernels.codecs import layout
+from tests.support.operands import CASES, assert_only_nan, assert_rows_hold, draw, operands
+
+every_op = pytest.mark.parametrize("case", CASES)
+K, N = 384, 48
+
+
+@every_op
+@pytest.mark.parametrize("form", ["float", "int8"])
+def test_the_product_is_that_of_the_decoded_matrix(case, form):
+    op, arrays, static = operands(case, K, N)
+    w = np.asarray(reference.weights(op.removesuffix("_matmul"), *arrays, **static, k=K))
+    x = draw(5, K, seed=1)
+    y = getattr(pk, op)(x, *arrays, **static, activations=form)
+    assert (y.shape, y.dtype) == ((5, N), jnp.float32)
+    want = np.asarray(activations.rounded(x, form)) @ w
+    # Beside integers, native kernels take the values of a table as 16-bit integers.
+    budget = 2e-4 if op == "codebook_matmul" and form == "int8" else 2e-6
+    np.testing.assert_allclose(y, want, atol=budget * np.abs(want).max())
+
+
+ONE_OF_EACH_OP = {operands(case, K, N)[0]: case for case in CASES}
+
+
+class WithAndWithoutJit(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*ONE_OF_EACH_OP.items())
+    def test_products_and_cotangents(self, case):
+        """Those of the decoded matrix, whether the caller's program is compiled or not."""
+        op, arrays, static = operands(case, K, N)
+        w = reference.weights(op.removesuffix("_matmul"), *arrays, **static, k=K)
+        x, g = draw(3, K, seed=1), draw(3, N, seed=2)
+
+        @self.variant
+        def run(x, g, arrays):
+            y, back = jax.vjp(lambda x: dispatch.product(op, x, *arrays, **static), x)
+            return y, *back(g)
+
+        chex.assert_trees_all_close(run(x, g, arrays), (x @ w, g @ w.T), rtol=1e-4, atol=1e-4)
+
+
+@every_op
+def test_integer_activations_round_x_and_no_more(case):
+    """A scale per token; the twin, a scale per 256 channels, gives another result."""
+    op, arrays, static = operands(case, 3 * K, N)
+    x = draw(4, 3 * K, seed=1) * jnp.geomspace(0.1, 10, 3 * K)
+    y = {form: dispatch.product(op, x, *arrays, **static, activations=form) for form in FORMS}
+    near = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    assert 1e-4 < near(y["int8/256"], y["float"]) < near(y["int8"], y["float"]) < 0.04
+
+
+FORMS = ("float", "int8", "int8/256")
+
+
+@every_op
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_row_that_is_not_finite_is_nan_and_no_other(case, kernels):
+    """Few rows and many, which take other ways; and of cotangents. `test_cpu` has more of them."""
+    op, arrays, static = operands(case, K, N)
+    x, g = draw(100, K, seed=1), draw(9, N, seed=2)
+    inputs = {"codes": jnp.clip(jnp.round(40 * x), -127, 127)}
+    product = lambda x, form: dispatch.product(op, x, *arrays, **static, activations=form)
+
+    with dispatch.using(kernels):
+        for m, form in itertools.product((1, 100), activations.FORMS):
+            run = partial(product, form=form)
+            assert_rows_hold(run, inputs.get(form, x)[:m])
+        assert_rows_hold(lambda g: jax.vjp(partial(product, form="float"), x[:9])[1](g)[0], g)
+
+
+@every_op
+@pytest.mark.parametrize("form", ["float", "int8"])
+def test_a_scale_that_is_no_number_spoils_its_weights_and_no_others(case, form):
+    op, arrays, static = operands(case, K, N)
+    x = draw(100, K, seed=1)
+    run = lambda m, *a: dispatch.product(op, x[:m], *a, **static, activations=form)
+    clean = {m: run(m, *arrays) for m in (1, 100)}
+    for i, a in enumerate(arrays):
+        if a is None or a.dtype == jnp.int32:
+            continue
+        wrong = [*arrays[:i], a.at[(-1,) * a.ndim].set(jnp.nan), *arrays[i + 1 :]]
+        w = reference.weights(op.removesuffix("_matmul"), *wrong, **static, k=K)
+        columns = np.flatnonzero(np.isnan(w).any(0))
+        for m, y in clean.items():
+            assert_only_nan(run(m, *wrong).T, y.T, columns)
+
+
+@every_op
+def test_cotangents_are_those_of_the_decoded_matrix(case):
+    op, arrays, static = operands(case, K, N)
+    x, g = draw(3, K, seed=1), draw(3, N, seed=2)
+    floats = [i for i, a in enumerate(arrays) if a is not None and a.dtype != jnp.int32]
+
+    def merged(some):
+        found = dict(zip(floats, some, strict=True))
+        return [found.get(i, a) for i, a in enumerate(arrays)]
+
+    def got(x, some):
+        return jnp.sum(g * dispatch.product(op, x, *merged(some), **static))
+
+    def want(x, some):
+        w = reference.weights(op.removesuffix("_matmul"), *merged(some), **static, k=K)
+        return jnp.sum(g * (x @ w))
+
+    some = [arrays[i].astype(jnp.float32) for i in floats]
+    for a, b in zip(
+        *(jax.tree.leaves(jax.grad(f, (0, 1))(x, some)) for f in (got, want)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1e-3, float(jnp.abs(b).max())) + 1e-12)
+
+
+def test_integers_have_no_cotangent():
+    op, arrays, static = operands("packed 2 bits, zero points", K, N)
+    loss = lambda *a: jnp.sum(dispatch.product(op, *a, **static))
+    d = jax.grad(loss, (1, 3), allow_int=True)(draw(2, K), *arrays)
+    assert [a.dtype for a in d] == [jax.dtypes.float0] * 2
+
+
+def test_the_gradient_is_straight_through_the_rounding_of_x():
+    op, arrays, static = operands("packed 4 bits", K, N)
+    grad = lambda form: jax.grad(
+        lambda x: jnp.sum(dispatch.product(op, x, *arrays, **static, activations=form))
+    )(draw(2, K))
+    np.testing.assert_allclose(grad("int8"), grad("float"), rtol=1e-6)
+
+
+@every_op
+def test_experts_are_a_batch(case):
+    """vmap over x and weights, and over x alone."""
+    op, arrays, static = operands(case, K, N)
+    other = operands(case, K, N, seed=1)[1]
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), arrays, other)
+    x = draw(2, 3, K)
+    run = lambda x, *a: dispatch.product(op, x, *a, **static)
+    want = jnp.stack([run(x[0], *arrays), run(x[1], *other)])
+    np.testing.assert_allclose(jax.vmap(run)(x, *both), want, rtol=1e-5, atol=1e-5)
+    alone = jax.vmap(lambda x: run(x, *arrays))(x)
+    np.testing.assert_allclose(alone[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+@every_op
+@pytest.mark.parametrize("kernels", ["auto", "cpu", "reference"])
+def test_an_empty_product_is_empty(case, kernels):
+    """No rows, or no columns (of words, scales and packed zero points); gradients too."""
+    op, arrays, static = operands(case, K, N)
+    x = draw(2, K)
+    none = [a if a is None or a.ndim != 2 or a.shape[-1] == 1 else a[..., :0] for a in arrays]
+    with dispatch.using(kernels):
+        for rows, matrix, shape in ((x[:0], arrays, (0, N)), (x, none, (2, 0))):
+            y = jax.vjp(lambda x, m=matrix: dispatch.product(op, x, *m, **static), rows)
+            assert (y[0].shape, y[0].dtype) == (shape, jnp.float32)
+            np.testing.assert_array_equal(y[1](y[0])[0], jnp.zeros_like(rows))
+
+
+def packed(**changes):
+    given = {
+        "x": draw(2, 64), "codes": jnp.zeros((8, 16), jnp.int32), "scale": jnp.ones((2, 16)),
+        "zero": None, "bits": 4, "group_size": 32,
+    } | changes  # fmt: skip
+    return lambda: pk.packed_matmul(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (packed(x=draw(2, 60)), "codes must have|group_size 32 does not divide k = 60"),
+        (packed(x=draw(64)), r"x must be \[m, k\]"),
+        (packed(x=np.ones((2, 64))), "x must be .* got float64"),
+        (packed(x=jnp.ones((2, 64), int)), "x must be .* got int32"),
+        (packed(codes=jnp.zeros((7, 16), jnp.int32)), "codes must have 8 words a column, got 7"),
+        (packed(codes=jnp.zeros((8, 16), jnp.int8)), "codes must be int32 words"),
+        (packed(scale=jnp.ones((3, 16))), r"scale must be \[2, 16\]"),
+        (packed(scale=jnp.ones((2, 16), int)), "scale must be .* got int32"),
+        (packed(zero=jnp.zeros((2, 16), jnp.int32)), r"zero must be int32 \[2, 2\]"),
+        (packed(group_size=48), "group_size 48 does not divide k = 64"),
+        (packed(group_size=0), "group_size must be positive"),
+        (packed(bits=5), "bits must be one of"),
+        (packed(activations="int4"), "activations must be one of"),
+        (
+            lambda: pk.codebook_matmul(
+                draw(2, 64), jnp.zeros((8, 4), jnp.int32), jnp.ones((1, 4)), table=(0.0, 1.0),
+                bits=4, group_size=64,
+            ),
+            "table must have 16 values",
+        ),
+        (
+            lambda: pk.codebook_matmul(
+                draw(2, 64), jnp.zeros((4, 4), jnp.int32), jnp.ones((1, 4)),
+                table=(0.0, 1.0, np.nan, 2.0), bits=2, group_size=64,
+            ),
+            "table must have finite values",
+        ),
+        (
+            lambda: pk.e8p_matmul(
+                draw(2, 60), jnp.zeros((4, 4), jnp.int32), None, jnp.ones((1, 1)), bits=2
+            ),
+            "x has k = 60 channels, but E8P codes cover 8 rows",
+        ),
+        (
+            lambda: pk.e8p_matmul(
+                draw(2, 64), jnp.zeros((4, 4), jnp.int32), None, jnp.ones((1, 1)), bits=3
+            ),
+            "3 or 4 with a residual",
+        ),
+        (
+            lambda: pk.trellis_matmul(
+                draw(2, 40), jnp.zeros((32, 4), jnp.int32), jnp.ones((1, 1)), rates=(2,), L=12,
+                code="mul1",
+            ),
+            "blocks of trellis tiles cover 16 rows",
+        ),
+        (
+            lambda: pk.trellis_matmul(
+                draw(2, 32), jnp.zeros((32, 4), jnp.int32), jnp.ones((1, 1)), rates=(2,), L=12,
+                code="magic",
+            ),
+            "code must be one of",
+        ),
+        (
+            lambda: pk.additive_matmul(
+                draw(2, 64), jnp.zeros((4, 4), jnp.int32), jnp.ones((2, 255, 8)), jnp.ones((1, 4)),
+                bits=8, group=8,
+            ),
+            r"codebooks must be \[M, 256, 8\]",
+        ),
+        (lambda: jq.quantized(lambda p: p, kernels="magic")({}), "kernels must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_short_last_group_must_be_asked_for():
+    codes, scale = layout.pack(jnp.ones((40, 8), int), 4), jnp.ones((2, 8))
+    y = pk.packed_matmul(jnp.ones((1, 40)), codes, scale, bits=4, group_size=32, pad=True)
+    assert y.tolist() == [[40.0] * 8]
+
+
+def test_overrides_name_what_serves():
+    x, params = draw(2, K), {"w": jq.quantize_array(draw(K, N), jq.rtn(4))}
+    fn = lambda p, x: x @ p["w"]
+    plain = jq.quantized(fn, kernels="reference")(params, x)
+    np.testing.assert_allclose(jq.quantized(fn)(params, x), plain, atol=1e-4)
+    served = str(jq.explain(fn, params, x, platform="rocm"))
+    assert "packed_matmul, 4-bit words; reference (XLA): there are no kernels for rocm" in served

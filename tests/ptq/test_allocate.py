@@ -1,0 +1,159 @@
+"""Allocation: least loss for the bytes, what the model says counts, and bad budgets."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.ptq.allocate import Option, _cheapest
+from tests.support.arrays import draw
+
+RATES = [jq.rtn(bits=b, group_size=16) for b in (2, 3, 4, 8)]
+SIZES = {"a": (64, 32), "b": (32, 32), "c": (32, 64)}
+
+
+def model(loud=30.0):
+    params = {n: draw(*s, seed=i) / 8 for i, (n, s) in enumerate(SIZES.items())}
+    params["stack"] = draw(2, 64, 64, seed=7) / 8
+
+    def fn(p, x):
+        h = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+        return loud * ((h @ p["stack"][0]) @ p["stack"][1])
+
+    return fn, params, np.asarray(draw(6, 16, 64, seed=9))
+
+
+def made():
+    fn, params, x = model()
+    stats = jq.calibrate(fn, params, x, loss=lambda y, x: jnp.mean(y**2))
+    return fn, params, x, stats
+
+
+def bits(tree):
+    return {p: w.format.bits for p, w in jq.path_leaves(tree) if isinstance(w, jq.QTensor)}
+
+
+def test_the_budget_is_kept_and_stated():
+    _, params, _, stats = made()
+    for wanted in (3.2, 4.0, 6.1):
+        found = jq.allocate(params, RATES, wanted, stats)
+        q = jq.quantize(params, found.recipe, stats)
+        assert jq.bits_per_weight(q) == pytest.approx(found.bits_per_weight)
+        assert wanted - 1 < found.bits_per_weight <= wanted
+        assert f"{found.bits_per_weight:.3f} bits per weight (within" in str(found)
+
+
+def test_more_bits_never_lose():
+    _, params, _, stats = made()
+    loss = [
+        sum(o.loss for o in jq.allocate(params, RATES, b, stats).chosen) for b in (3.2, 4, 5, 6, 8)
+    ]
+    assert loss == sorted(loss, reverse=True)
+
+
+def test_bits_go_where_the_model_says():
+    """Of two equal weights the one whose loss is measured a thousand times as great gets more."""
+    params = {"a": draw(64, 64), "b": draw(64, 64, seed=1)}
+    fn = lambda p, x: jnp.concatenate([x @ p["a"], x @ p["b"]], -1)
+    stats = jq.calibrate(fn, params, [draw(64, 64, seed=2)], loss=lambda y, x: jnp.mean(y**2))
+    for heavy in ("a", "b"):
+        measure = lambda t, heavy=heavy: sum(
+            (1000 if p == heavy else 1) * float(jnp.mean((w.dequantize() - params[p]) ** 2))
+            for p, w in jq.path_leaves(t)
+            if isinstance(w, jq.QTensor)
+        )
+        found = jq.allocate(params, RATES, 4.5, stats, measure=measure)
+        got = bits(jq.quantize(params, found.recipe, stats))
+        assert got[heavy] > min(got.values())
+
+
+def test_losses_are_kept_for_the_next_run():
+    _, params, _, stats = made()
+    kept: dict = {}
+    measured = []
+    measure = lambda t: measured.append(1) or 1.0
+    first = jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept)
+    assert len(measured) == 4
+    assert jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept) == first
+    assert len(measured) == 4
+    other = jax.tree.map(lambda w: w**3, params)  # of which nothing is known
+    got = jq.allocate(other, RATES, 4, stats, measure=measure, finished=kept)
+    assert len(measured) == 8 and got == jq.allocate(other, RATES, 4, stats, measure=measure)
+
+
+def test_against_every_choice():
+    """What is chosen is near the best there is for no more bytes than it takes."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        groups = [
+            [Option(str(i), RATES[0], int(b), 1, float(e)) for b, e in zip(by, ey, strict=True)]
+            for i, (by, ey) in enumerate(
+                zip(rng.integers(1, 50, (4, 4)), rng.exponential(size=(4, 4)), strict=True)
+            )
+        ]
+        least = sum(min(o.bytes for o in g) for g in groups)
+        got = list(_cheapest(groups, least + 40))
+        took = sum(o.bytes for o in got)
+        assert took <= least + 40
+        every = [c for c in itertools.product(*groups) if sum(o.bytes for o in c) <= took]
+        best = min(sum(o.loss for o in c) for c in every)
+        assert sum(o.loss for o in got) <= best + 0.3 * abs(best) + 1e-9
+        full = list(_cheapest(groups, 1e9))
+        assert [o.loss for o in full] == [min(o.loss for o in g) for g in groups]
+
+
+@pytest.mark.parametrize("method", [jq.qtip(2, L=8), RATES[0]], ids=lambda m: m.name)
+def test_healing_is_counted(method):
+    fn, params, x, stats = made()
+    found = [
+        jq.Choices.of(params, [method], stats.sites, paths=["stack"], healed=h) for h in (0, 1)
+    ]
+    q = jq.quantize(params, jq.Recipe([("stack", method), ("*", jq.KEEP)]), stats)
+    healed = jq.heal(fn, q, params, x, jq.Healing(steps=1))
+    for choices, tree in zip(found, (q, healed), strict=True):
+        assert choices.lowest == choices.highest == tree["stack"].bits_per_weight
+
+
+def test_rates_between_measured_ones_are_interpolated():
+    _, params, _, stats = made()
+    methods = [jq.rtn(bits=4, group_size=g) for g in (64, 32, 16)]  # .3 and .6 bits apart
+    kept: dict = {}
+    seen: list[Option] = []
+    jq.allocate(params, methods, 4.6, stats, paths=["a"], finished=kept, progress=seen.append)
+    assert len(kept) == 2
+    x, y = ([o.bytes for o in seen], np.log([o.loss for o in seen]))
+    assert (y[1] - y[0]) / (x[1] - x[0]) == pytest.approx((y[2] - y[0]) / (x[2] - x[0]))
+
+
+def test_a_method_that_does_not_fit_a_weight_is_left_out():
+    _, params, _, stats = made()
+    methods = [jq.rtn(bits=4, group_size=64), jq.rtn(bits=2, group_size=16)]
+    choices = jq.Choices.of(params, methods, stats.sites)
+    count = {entries[0].path: len(entries) for entries in choices.weights}
+    assert count == {"a": 2, "b": 1, "c": 1, "stack": 2}
+    with pytest.raises(ValueError, match="b: .*64 does not divide"):
+        jq.Choices.of(params, methods[:1], stats.sites)
+
+
+def test_a_loss_measured_as_noise_below_zero_still_orders():
+    _, params, _, stats = made()
+    found = jq.allocate(params, RATES, 9.5, stats, measure=lambda t: -1e-9)
+    assert {o.method.format.bits for o in found.chosen} == {8}
+
+
+def test_bad_budgets():
+    _, params, _, stats = made()
+    for wanted in (1.0, 9.6):
+        with pytest.raises(
+            ValueError, match=r"cannot be reached: with these methods it is 3\.125 to 9\.500"
+        ):
+            jq.allocate(params, RATES, wanted, stats)
+    with pytest.raises(ValueError, match="nothing to share out"):
+        jq.allocate(params, [], 4, stats)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        jq.allocate(params, RATES, 4, stats, samples=0)
+    with pytest.raises(ValueError, match="'z' matches no leaf"):
+        jq.allocate(params, RATES, 4, stats, paths=["z"])
