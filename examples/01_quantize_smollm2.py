@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant.storage import checkpoint
 from jaxquant_models import load
 from jaxquant_models.cli.console import bar

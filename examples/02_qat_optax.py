@@ -32,8 +32,10 @@ def step(params, state, windows):
 draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / shape[0] ** 0.5
 params = {"embed": 4 * draw(0, 256, 32), "hidden": draw(1, 512, 512), "out": draw(2, 512, 256)}
 params = jq.latent(params, jq.Recipe([("hidden", jq.lsq(bits=2)), ("*", jq.KEEP)]))
-relative = optax.chain(optax.adam(1e-3), jq.relative())  # of scales, to their sizes
-optimizer = jq.optimizer(params, weight=optax.adam(1e-3), scale=relative, other=optax.adam(1e-3))
+relative = optax.chain(optax.adam(1e-3), jq.training.relative())  # of scales, to their sizes
+optimizer = jq.training.optimizer(
+    params, weight=optax.adam(1e-3), scale=relative, other=optax.adam(1e-3)
+)
 state = optimizer.init(params)
 for i in range(1001):
     params, state, value = step(params, state, batch(train, i))

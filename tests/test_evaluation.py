@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from tests.support.arrays import draw
 
 

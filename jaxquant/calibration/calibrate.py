@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxquant.calibration.observe import arrays_only, holders, planted, total, zeros
+from jaxquant.calibration.observation import arrays_only, holders, planted, total, zeros
 from jaxquant.calibration.statistics import Kept, Probe, Stats, Weighting
 from jaxquant.core.arguments import check_arguments, described
 from jaxquant.core.paths import matches

@@ -313,9 +313,9 @@ def exact_activations() -> Iterator[None]:
     while a function is traced, so enter it inside the function.
 
     >>> import jaxquant as jq
-    >>> w = jq.with_activations(jq.quantize_array(jnp.eye(4), jq.rtn(8, 4)), "int2")
+    >>> w = jq.ptq.with_activations(jq.quantize_array(jnp.eye(4), jq.rtn(8, 4)), "int2")
     >>> def fn(w, x):
-    ...     with jq.exact_activations():
+    ...     with jq.core.exact_activations():
     ...         return x @ w
     >>> jq.quantized(fn)(w, jnp.array([[1.0, 0.25, 0.0, 0.0]])).round(2).tolist()
     [[1.0, 0.25, 0.0, 0.0]]

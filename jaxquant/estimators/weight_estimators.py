@@ -384,7 +384,7 @@ def randomness(key: Array | None) -> Iterator[None]:
     >>> import jaxquant as jq
     >>> p = jq.latent({"w": jnp.full((64, 2), 0.3).at[0].set(1.0)}, jq.ste(2, 64, stochastic=True))
     >>> def loss(p, key):
-    ...     with jq.randomness(key):
+    ...     with jq.estimators.randomness(key):
     ...         return jnp.sum(jnp.ones((1, 64)) @ p["w"])
     >>> draws = [jq.quantized(loss)(p, jax.random.key(i)) for i in range(3)]
     >>> len({float(d) for d in draws}) > 1

@@ -21,8 +21,8 @@ _packed = jax.jit(layout.pack, static_argnums=1)  # unjitted, it is slower than 
 class DualScale(OpFormat):
     """w = step_i scale_j v_ij, with integers v in 4- or 8-bit words and escapes for larger ones.
 
-    `jaxquant.transcoded` converts entropy-coded weights to this format without changing their
-    values.
+    `jaxquant.formats.transcoded` converts entropy-coded weights to this format without changing
+    their values.
 
     Attributes:
       bits: number of bits per code, 4 or 8.

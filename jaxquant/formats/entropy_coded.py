@@ -287,7 +287,7 @@ class EntropyCoded(Format):
 
     def kernel(self) -> str:
         """Return what computes products."""
-        return "coded (XLA): decodes the whole stream for every product; jaxquant.transcoded, once"
+        return "coded (XLA): the whole stream for every product; see jaxquant.formats.transcoded"
 
 
 class _Search(NamedTuple):

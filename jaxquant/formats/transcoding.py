@@ -38,7 +38,7 @@ def transcoded(params: PyTree, *, threads: int | None = None) -> PyTree:
       ValueError: a stream is damaged (the message names the weight), or arrays are traced by `jit`.
 
     >>> import jaxquant as jq
-    >>> method = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(2, states=1, lanes=4))
+    >>> method = jq.Method("coded", jq.rtn().rounder, jq.formats.EntropyCoded(2, states=1, lanes=4))
     >>> q = {"w": jq.quantize_array(jax.random.normal(jax.random.key(0), (64, 32)), method)}
     >>> t = transcoded(q)
     >>> t["w"].format, bool((t["w"].dequantize() == q["w"].dequantize()).all())

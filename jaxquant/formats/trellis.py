@@ -205,6 +205,7 @@ class TrellisBudget(Format):
             raise ValueError(f"bits must be above 0 and at most 8, got {self.bits}")
         if self.block < SIDE or self.block % SIDE:
             raise ValueError(f"block must be a multiple of {SIDE}, got {self.block}")
+        Trellis((1,), self.L, self.code)  # raises the error of a bad L or code
 
     def check(self, w: Float[Array, "k n"]) -> str:
         """Return ""; nothing is lost within the range of float32 scales.

@@ -120,7 +120,7 @@ class Method:
           k: number of input channels.
           n: number of output channels.
 
-        >>> from jaxquant.methods.weights import entropy_coded, qtip, rtn
+        >>> from jaxquant import entropy_coded, qtip, rtn
         >>> [m.healing_bytes(64, 64) for m in (rtn(), entropy_coded(), qtip())]
         [0, 256, 240]
         """

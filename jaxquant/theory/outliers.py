@@ -1,7 +1,8 @@
 """Outliers of a model: in the inputs of its weights, its hidden states and its attention.
 
-The inputs of all weights come from one backward pass of the user's function (`jaxquant.observe`).
-Hidden states and attention are passed in, for models that expose them.
+The inputs of all weights come from one backward pass of the user's function
+(`jaxquant.calibration.observe`). Hidden states and attention are passed in, for models that
+expose them.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxquant.calibration.observe import Observation, observe
+from jaxquant.calibration.observation import Observation, observe
 from jaxquant.theory.profile import ABSOLUTE, MASSIVE, Largest, Profile, profile_of
 
 SINK = 0.05  # least share of the attention of a sink; with even attention 512 keys get 0.003 each
@@ -207,8 +208,8 @@ def outliers(
     """Find the outliers in every input that `fn(params, *args)` multiplies by a weight.
 
     Args:
-      fn, params, args: as in `jaxquant.observe`. The rows of an input are its tokens. The sequences
-        of a batch would be concatenated, so pass a single one.
+      fn, params, args: as in `jaxquant.calibration.observe`. The rows of an input are its tokens.
+        The sequences of a batch would be concatenated, so pass a single one.
       hidden: hidden states after each layer [L, t, d]. Default: none.
       attention: share of each key in the attention of each layer [L, t], see `sinks`. Default:
         none.

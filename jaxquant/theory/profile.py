@@ -60,7 +60,7 @@ class Extremes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The summary for `jaxquant.observe`: the largest entries and the size of every channel.
+    """A summary for `jaxquant.calibration.observe`: largest entries, and the size of every channel.
 
     Attributes:
       top: number of entries to keep.

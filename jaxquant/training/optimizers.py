@@ -24,7 +24,8 @@ def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.Gradi
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> p = jq.latent({"w": jnp.eye(64)}, jq.lsq(bits=4))
-    >>> o = jq.optimizer(p, weight=optax.adamw(1e-4, weight_decay=0.1), scale=optax.adam(1e-5))
+    >>> weight, scale = optax.adamw(1e-4, weight_decay=0.1), optax.adam(1e-5)
+    >>> o = jq.training.optimizer(p, weight=weight, scale=scale)
     >>> updates, state = o.update(p, o.init(p), p)
     """
     if unknown := set(of) - set(LABELS):

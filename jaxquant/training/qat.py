@@ -281,7 +281,7 @@ def qat(
     >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
     >>> p = jq.latent({"w": w}, jq.lsq(bits=2, group_size=16))
     >>> fn = lambda p, x: x @ p["w"]
-    >>> better = jq.qat(fn, p, x, jq.QAT(steps=20, learning_rate=0.02), teacher={"w": w})
+    >>> better = jq.qat(fn, p, x, jq.training.QAT(steps=20, learning_rate=0.02), teacher={"w": w})
     >>> far = lambda p: float(jnp.mean(divergence(x @ p["w"].dequantize(), x @ w)))
     >>> far(jq.freeze(better)) < far(jq.freeze(p))
     True

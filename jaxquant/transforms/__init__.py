@@ -1,6 +1,7 @@
 """Transforms: invertible maps of the channels on one side of a weight that keep the function."""
 
 from jaxquant.core.channels import Channels
+from jaxquant.core.protocols import Transform
 from jaxquant.transforms.chain import Chain
 from jaxquant.transforms.greedy import Greedy, Zigzag
 from jaxquant.transforms.kronecker import Kronecker
@@ -16,5 +17,6 @@ __all__ = [
     "Rotation",
     "Scaling",
     "Smooth",
+    "Transform",
     "Zigzag",
 ]

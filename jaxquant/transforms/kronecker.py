@@ -25,7 +25,7 @@ class Kronecker(Transform):
     The arrays are "left", float32 [n1, n1], "right", float32 [n2, n2], and "factors", float16 [n].
     The initial matrices are Hadamard matrices, or random rotations where no Hadamard matrix exists;
     the initial factors are SmoothQuant's. All are then learned against the model
-    (`jaxquant.learn_blocks`, `jaxquant.learn`).
+    (`jaxquant.tuning.learn_blocks`, `jaxquant.tuning.learn`).
 
     Attributes:
       alpha: smoothing strength of the initial factors, 0 to 1, see `Smooth`.

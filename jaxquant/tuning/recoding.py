@@ -163,7 +163,7 @@ def recode(
     >>> from jaxquant.tuning.trainer import divergence
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))
     >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
-    >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.Vector(2, 4, 0)))
+    >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.formats.Vector(2, 4, 0)))
     >>> better = recode(lambda p, x: x @ p["w"], {"w": q}, {"w": w}, x, Healing(20, 0.05))
     >>> far = lambda q: float(jnp.mean(divergence(x @ q.dequantize(), x @ w)))
     >>> far(better["w"]) < far(q)

@@ -111,7 +111,7 @@ def decoded(params: PyTree) -> PyTree:
       The tree with these weights in the format `Dense`.
 
     >>> import jaxquant as jq
-    >>> coded = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(4, states=1, lanes=4))
+    >>> coded = jq.Method("coded", jq.rtn().rounder, jq.formats.EntropyCoded(4, states=1, lanes=4))
     >>> q = {"w": jq.quantize_array(jnp.ones((64, 32)), coded)}
     >>> decoded(q)["w"].format, rejoined(q, decoded(q))["w"].format == q["w"].format
     (Dense(), True)

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-# For `jaxquant.fold`: the input of o is linear in the values. Factors of no other input can be
+# For `jaxquant.ptq.fold`: the input of o is linear in the values. Factors of no other input can be
 # folded, since norms also feed the residual stream and no factor passes through GELU.
 FOLDS = {"layers/attn/o/kernel": ("layers/attn/v/kernel", "layers/attn/v/bias")}
 

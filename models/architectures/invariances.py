@@ -14,7 +14,7 @@ from jaxquant_models.architectures.config import LlamaConfig
 
 
 def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
-    """Return, for the layers' matrices, the weights that produce their inputs, for `jaxquant.fold`.
+    """Return the weights that produce the inputs of the layers' matrices, for `jaxquant.ptq.fold`.
 
     Values produce the input of o too, but if they have fewer heads than queries, one of their
     channels becomes several channels of o's input, so that o is left out.
@@ -39,8 +39,8 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def residual(config: LlamaConfig) -> jq.Residual:
-    """Return what reads and what writes the residual stream, for `jaxquant.rotate_residual`.
+def residual(config: LlamaConfig) -> jq.ptq.Residual:
+    """Return what reads and what writes the residual stream, for `jaxquant.ptq.rotate_residual`.
 
     Args:
       config: the architecture.
@@ -56,7 +56,7 @@ def residual(config: LlamaConfig) -> jq.Residual:
         for name, there in (("attn/o", config.o_bias), ("mlp/down", config.mlp_bias))
         if there
     ]
-    return jq.Residual(
+    return jq.ptq.Residual(
         ["embed/embedding", "layers/attn/o/kernel", "layers/mlp/down/kernel", *biases],
         {
             "layers/attn_norm/scale": ["layers/attn/[qkv]/kernel"],

@@ -181,7 +181,7 @@ def apply(model: Llama, params, tokens, cache: AnyCache | None = None):
 
     Args:
       model: the model.
-      params: inner "params" tree, with layers stacked or unstacked (`jaxquant.unstack`).
+      params: inner "params" tree, with layers stacked or unstacked (`jaxquant.ptq.unstack`).
       tokens: int [b, t].
       cache: the cache, such as that of `init_cache`, or None.
     Returns:
@@ -239,7 +239,7 @@ def _after(h, kept):
 
 
 def stacked(params):
-    """Return the params with stacked layers, stacking them if necessary (`jaxquant.unstack`).
+    """Return the params with stacked layers, stacking them if necessary (`jaxquant.ptq.unstack`).
 
     Args:
       params: inner "params" tree.

@@ -31,7 +31,7 @@ def exact_prefix(model: Llama, length: int) -> tuple[Callable, Callable]:
     def apply_cached(params: PyTree, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         if tokens.shape[1] <= length:
             return apply(model, params, tokens, cache)
-        with jq.exact_activations():
+        with jq.core.exact_activations():
             first, cache = apply(model, params, tokens[:, :length], cache)
         rest, cache = apply(model, params, tokens[:, length:], cache)
         return jnp.concatenate([first, rest], axis=1), cache

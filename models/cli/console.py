@@ -75,7 +75,7 @@ def line_of(done: object) -> str:
 
 
 @line_of.register
-def _(done: jq.Done) -> str:
+def _(done: jq.ptq.Done) -> str:
     took = f"{done.seconds:6.1f} s" if done.seconds else "  (done before)"
     return (
         f"{done.index:4}/{done.total} {done.path:36} {done.method:10} "
@@ -84,7 +84,7 @@ def _(done: jq.Done) -> str:
 
 
 @line_of.register
-def _(option: jq.Option) -> str:
+def _(option: jq.ptq.Option) -> str:
     return str(option)
 
 

@@ -7,7 +7,7 @@ import click
 from jaxtyping import PyTree
 
 import jaxquant as jq
-from jaxquant.evaluate import check_sizes, evaluate
+from jaxquant.evaluation import check_sizes, evaluate
 from jaxquant_models.cli.console import bar, emit, line, usage_errors
 from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
 from jaxquant_models.cli.sizes import kv_sizes, sizes_of

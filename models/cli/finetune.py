@@ -50,7 +50,7 @@ from jaxquant_models.runs.sequences import CONTEXT
               help="Model whose predictions are the target; default: MODEL, if its weights are "
               "floats. With none, the target is the next token of the text.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="Set any field of jaxquant.QAT or ZeroQAT for --steps, in JSON: "
+              help="Set any field of jaxquant.training.QAT or ZeroQAT for --steps, in JSON: "
               "--set learning_rate=1e-4, --set dampening=0.1.")  # fmt: skip
 @click.option("--set-blocks", "block_settings", multiple=True, metavar="NAME=VALUE",
               help="The same for --block-steps.")  # fmt: skip

@@ -31,7 +31,7 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
     model = registry.load(spec, widen=widen)
     if activations is None:
         return model
-    return dataclasses.replace(model, params=jq.with_activations(model.params, activations))
+    return dataclasses.replace(model, params=jq.ptq.with_activations(model.params, activations))
 
 
 def kv_options(command: Callable) -> Callable:

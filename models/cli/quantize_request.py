@@ -89,7 +89,7 @@ def request_of(
         rotation=rotate_residual or "",
         rotating=_rotating(rotate_steps) if rotate_residual == "learned" else None,
         learning=_training(END_TO_END, learn_steps, heal_batch),
-        healing=_training(jq.Healing(), steps, heal_batch),
+        healing=_training(jq.tuning.Healing(), steps, heal_batch),
         recoding=_training(CODES, heal_codes, heal_batch),
         heal_text=heal_text or "",
     )
@@ -128,11 +128,11 @@ def _check_trainable(request: QuantizationRequest) -> None:
         raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
 
 
-def _training(how: jq.Healing, steps: int, batch: int) -> jq.Healing | None:
+def _training(how: jq.tuning.Healing, steps: int, batch: int) -> jq.tuning.Healing | None:
     return dataclasses.replace(how, steps=steps, batch_size=batch) if steps else None
 
 
-def _rotating(steps: int | None) -> jq.Healing:
+def _rotating(steps: int | None) -> jq.tuning.Healing:
     return ROTATING if steps is None else dataclasses.replace(ROTATING, steps=steps)
 
 
@@ -160,19 +160,19 @@ def _method_name(method: str | None, target_bits: float | None, preset: Preset) 
         raise ValueError("give one of --method and --recipe, or --target-bits")
     name = preset.method if method is None else method
     if name not in jq.METHODS:
-        jq.named_method(name)  # raises an error that lists the methods
+        jq.methods.named_method(name)  # raises an error that lists the methods
     return name
 
 
 def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, Any]) -> jq.Method:
     """Return the method with the preset's options, unless they contradict the user's."""
     try:
-        method = jq.named_method(name, **preset.options.get(name, {}) | options)
+        method = jq.methods.named_method(name, **preset.options.get(name, {}) | options)
         if weighting == "gradient" or not method.needs_output:
             return method
     except ValueError:
         pass
-    return jq.named_method(name, **options)
+    return jq.methods.named_method(name, **options)
 
 
 def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:

@@ -16,7 +16,7 @@ def sizes_of(params: PyTree) -> dict[str, float]:
     return {
         "bits_per_weight": jq.bits_per_weight(params),
         "bits_over_all_weights": jq.size(params).bits_per_weight,
-        "bytes": sum(w.nbytes for _, w in jq.path_leaves(params)),
+        "bytes": sum(w.nbytes for _, w in jq.core.path_leaves(params)),
     }
 
 

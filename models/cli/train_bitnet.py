@@ -91,7 +91,7 @@ def train_bitnet(
     model = pretraining.packed_model(request, params, data)
     output.publish(model, request.recipe)
     line(_sample(model))
-    layers = (w for path, w in jq.path_leaves(model.params) if path.startswith("layers"))
+    layers = (w for path, w in jq.core.path_leaves(model.params) if path.startswith("layers"))
     report = {
         "out": out,
         "held_out": held_out,

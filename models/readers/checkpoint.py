@@ -101,7 +101,7 @@ def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> 
 
 
 def _check_finite(params: PyTree) -> None:
-    for path, w in jq.path_leaves(params):
+    for path, w in jq.core.path_leaves(params):
         floats = [a for a in jax.tree.leaves(w) if jnp.issubdtype(a.dtype, jnp.floating)]
         if not all(bool(jnp.all(jnp.isfinite(a.astype(jnp.float32)))) for a in floats):
             raise ValueError(

@@ -85,7 +85,7 @@ class Model:
             run, _ = exact_prefix(llama, self.prefix)
         return lambda params, tokens: run(stacked(params), tokens)
 
-    def sites(self) -> dict[str, jq.Site]:
+    def sites(self) -> dict[str, jq.core.Site]:
         """Return where the function uses the weights (`jaxquant.sites`)."""
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         return jq.sites(self.apply_fn, self.params, tokens)

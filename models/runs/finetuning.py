@@ -61,7 +61,7 @@ def check(request: FinetuningRequest, source: Model, teacher: Model | None) -> N
 
 
 def _check_formats(request: FinetuningRequest, source: Model, teacher: Model | None) -> None:
-    healable = teacher is not None and isinstance(request.end_to_end, jq.QAT)
+    healable = teacher is not None and isinstance(request.end_to_end, jq.training.QAT)
     healed = healable and not request.blocks and not request.only
     if not _trains_codes(source.params) and not healed:
         raise ValueError(
@@ -87,14 +87,14 @@ def _trains_codes(params: PyTree) -> bool:
 
 def _learnable(w: jq.QTensor) -> bool:
     try:
-        jq.LSQ().check(w.format)
+        jq.estimators.LSQ().check(w.format)
     except ValueError:
         return False
     return True
 
 
 def _packed(params: PyTree) -> list[tuple[str, jq.QTensor]]:
-    return [(path, w) for path, w in jq.path_leaves(params) if isinstance(w, jq.QTensor)]
+    return [(path, w) for path, w in jq.core.path_leaves(params) if isinstance(w, jq.QTensor)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,13 +188,15 @@ class FinetuningJob:
             )  # fmt: skip
         params = jq.freeze(params)
         if is_apart(self.source.params, "layers"):
-            params = jq.unstack(params, "layers")
+            params = jq.ptq.unstack(params, "layers")
         return dataclasses.replace(self.source, params=params)
 
     def _latent(self) -> PyTree:
         """Return the parameters with latent weights and stacked layers."""
         request, params, floats = self.request, stacked(self.source.params), None
-        method = request.method or jq.Method("tuned", Nearest(), jq.Integer(), estimator=jq.LSQ())
+        method = request.method or jq.Method(
+            "tuned", Nearest(), jq.formats.Integer(), estimator=jq.estimators.LSQ()
+        )
         if request.recipe is not None:
             floats = params
             params = jq.quantize(params, request.recipe, self.source.sites())
@@ -215,7 +217,7 @@ class FinetuningJob:
                 "the teacher's residual stream has another basis, so its layers cannot be met one "
                 "by one: leave --block-steps out, or give the rotated floats as --teacher"
             )
-        return jq.qat_blocks(
+        return jq.training.qat_blocks(
             parts.block, params["layers"], teacher["layers"], hidden, how,
             progress=progress, finished=finished,
         )  # fmt: skip
@@ -240,6 +242,6 @@ class FinetuningJob:
         codes = any(can_recode(w) for _, w in _packed(self.source.params))
         recoding = dataclasses.replace(CODES, **steps) if codes else None
         return heal_model(
-            self.teacher, self.source, *data, jq.Healing(**steps), recoding,
+            self.teacher, self.source, *data, jq.tuning.Healing(**steps), recoding,
             progress=progress, finished=finished,
         )  # fmt: skip

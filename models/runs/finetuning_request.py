@@ -21,11 +21,11 @@ class Stages(NamedTuple):
     blocks: How
 
 
-_QAT = jq.QAT(in_steps=True, scale_rate=3e-4, also=(NORM_SCALES,), validate_every=25)
+_QAT = jq.training.QAT(in_steps=True, scale_rate=3e-4, also=(NORM_SCALES,), validate_every=25)
 # Forward-only training. For single layers every parameter is perturbed independently, since a step
 # measures the error of that layer alone. End to end a draw is shared by a whole matrix or norm, 271
 # numbers in all, because some hundred losses cannot determine more.
-_SINGLE = dataclasses.replace(jq.ZeroQAT().zeroth, others=(NORM_SCALES,))
+_SINGLE = dataclasses.replace(jq.training.ZeroQAT().zeroth, others=(NORM_SCALES,))
 _SHARED = dataclasses.replace(
     _SINGLE, drawing=dataclasses.replace(_SINGLE.drawing, shared=True), sizes=(0.05, 0.02)
 )
@@ -35,8 +35,8 @@ METHODS = {
         dataclasses.replace(_QAT, learning_rate=0.03),
     ),
     "zeroqat": Stages(
-        jq.ZeroQAT(learning_rate=0.03, zeroth=_SHARED, validate_every=20),
-        jq.ZeroQAT(learning_rate=0.05, zeroth=_SINGLE),
+        jq.training.ZeroQAT(learning_rate=0.03, zeroth=_SHARED, validate_every=20),
+        jq.training.ZeroQAT(learning_rate=0.05, zeroth=_SINGLE),
     ),
 }
 

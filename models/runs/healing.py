@@ -24,15 +24,15 @@ def heal_model(
     result: Model,
     sequences: np.ndarray,
     held_out: np.ndarray,
-    healing: jq.Healing,
-    recoding: jq.Healing | None = None,
+    healing: jq.tuning.Healing,
+    recoding: jq.tuning.Healing | None = None,
     *,
     progress: Callable[[Progress], None],
     finished: Finished | None = None,
 ) -> Model:
     """Return the quantized model trained to match the source, block by block and then as a whole.
 
-    Layers may be stacked or unstacked (`jaxquant.unstack`), and are returned in the same form.
+    Layers may be stacked or unstacked (`jaxquant.ptq.unstack`), and are returned in the same form.
 
     Args:
       source: the original model.
@@ -44,9 +44,9 @@ def heal_model(
       progress: called with a report after each step.
       finished: the results of finished steps.
     Raises:
-      ValueError: unstacked layers cannot be stacked for training (`jaxquant.decoded`).
+      ValueError: unstacked layers cannot be stacked for training (`jaxquant.tuning.decoded`).
     """
-    params = jq.decoded(result.params)
+    params = jq.tuning.decoded(result.params)
     apart = is_apart(params, "layers")
     if apart:
         params = _restacked(params)
@@ -58,12 +58,12 @@ def heal_model(
         validation=held_out, also=[NORM_SCALES], progress=progress, finished=finished,
     )  # fmt: skip
     if recoding is not None:
-        params = jq.recode(
+        params = jq.tuning.recode(
             fn, params, source.params, sequences, recoding,
             validation=held_out, progress=progress, finished=finished,
         )  # fmt: skip
-    params = jq.unstack(params, "layers") if apart else params
-    return dataclasses.replace(result, params=jq.rejoined(result.params, params))
+    params = jq.ptq.unstack(params, "layers") if apart else params
+    return dataclasses.replace(result, params=jq.tuning.rejoined(result.params, params))
 
 
 def _healed_layers(
@@ -77,7 +77,7 @@ def _healed_layers(
     parts = blockwise(source.config, source.dtype)
     embed = jq.quantized(parts.embed)
     hidden = [embed(params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_SEQUENCES]]
-    return jq.heal_blocks(
+    return jq.tuning.heal_blocks(
         parts.block, params["layers"], source.params["layers"], np.stack(hidden),
         also=[NORM_SCALES], progress=progress, finished=finished,
     )  # fmt: skip
@@ -90,4 +90,4 @@ def _restacked(params: PyTree) -> PyTree:
             "layers apart are healed as a stack: quantize the same weights in all of them, "
             "with the same transforms, in one format or in formats with nothing to train"
         )
-    return jq.restack(params, "layers")
+    return jq.ptq.restack(params, "layers")

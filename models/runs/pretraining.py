@@ -23,7 +23,7 @@ import jaxquant as jq
 from jaxquant.core.paths import matches, replace_leaves
 from jaxquant.durable.states import as_arrays, as_tree
 from jaxquant.durable.store import Finished
-from jaxquant.evaluate import chunk
+from jaxquant.evaluation import chunk
 from jaxquant.training import stability
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.config import LlamaConfig
@@ -208,7 +208,7 @@ def converted(
 
 
 def _with_a48(params: PyTree) -> PyTree:
-    leaves = dict(jq.path_leaves(params))
+    leaves = dict(jq.core.path_leaves(params))
     for path, w in leaves.items():
         form = next((text for glob, text in A48.items() if matches(path, f"*{glob}")), None)
         if form is not None and isinstance(w, jq.QTensor):

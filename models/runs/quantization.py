@@ -18,7 +18,7 @@ from jaxquant_models.readers.checkpoint import as_stored
 from jaxquant_models.readers.model import Model
 
 
-def plan_model(model: Model, recipe: jq.Recipe) -> jq.Plan:
+def plan_model(model: Model, recipe: jq.Recipe) -> jq.recipes.Plan:
     """Return the resolved recipe, with the bytes that `save_model` stores.
 
     All errors of the recipe are raised here.
@@ -30,7 +30,7 @@ def plan_model(model: Model, recipe: jq.Recipe) -> jq.Plan:
       ValueError: the recipe does not fit the model.
     """
     shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
-    return jq.resolve(recipe, as_stored(model.params, shape), model.sites())
+    return jq.recipes.resolve(recipe, as_stored(model.params, shape), model.sites())
 
 
 def quantize_model(
@@ -41,7 +41,7 @@ def quantize_model(
     key: jax.Array | None = None,
     inspect: Inspection | None = None,
     transforms: Transforms | None = None,
-    progress: Callable[[jq.Done], None] | None = None,
+    progress: Callable[[jq.ptq.Done], None] | None = None,
     finished: Finished | None = None,
 ) -> Model:
     """Return the model with packed parameters; those that the recipe keeps are unchanged.
@@ -55,7 +55,7 @@ def quantize_model(
       stats: input statistics, or None if the recipe needs none.
       key, inspect, transforms, progress, finished: as in `jaxquant.quantize`.
     """
-    known: jq.Stats | dict[str, jq.Site] = model.sites()
+    known: jq.Stats | dict[str, jq.core.Site] = model.sites()
     params = model.params
     if stats is not None:
         params, recipe, known = _folded(model, recipe, stats, key, inspect, finished)
@@ -71,7 +71,7 @@ def learn_transforms(
     recipe: jq.Recipe,
     stats: jq.Stats,
     sequences: np.ndarray,
-    healing: jq.Healing,
+    healing: jq.tuning.Healing,
     *,
     validation: np.ndarray,
     key: jax.Array | None = None,
@@ -79,7 +79,7 @@ def learn_transforms(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Transforms:
-    """Return input transforms learned end to end, for `quantize_model`; see `jaxquant.learn`.
+    """Return input transforms learned end to end by `jaxquant.tuning.learn`, for `quantize_model`.
 
     Args:
       model: the model.
@@ -91,7 +91,7 @@ def learn_transforms(
       key, inspect, progress, finished: as in `jaxquant.quantize`.
     """
     params, recipe, stats = _folded(model, recipe, stats, key, inspect, finished)
-    return jq.learn(
+    return jq.tuning.learn(
         model.apply_training(), params, recipe, stats, sequences, healing,
         validation=validation, key=key, progress=progress, finished=finished,
     )  # fmt: skip
@@ -108,4 +108,6 @@ def _folded(
     if is_apart(model.params, "layers"):
         return Folded(model.params, recipe, stats)
     places = folds(model.config)
-    return jq.fold(model.params, recipe, stats, places, key=key, inspect=inspect, finished=finished)
+    return jq.ptq.fold(
+        model.params, recipe, stats, places, key=key, inspect=inspect, finished=finished
+    )

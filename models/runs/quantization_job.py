@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 import jaxquant as jq
 from jaxquant.core.paths import matches
 from jaxquant.durable.store import Finished
-from jaxquant.evaluate import evaluate
+from jaxquant.evaluation import evaluate
 from jaxquant.tuning.heal import BLOCKS
 from jaxquant.tuning.learned_transforms import Transforms
 from jaxquant_models.architectures.llama import LAYER_MATRICES
@@ -86,7 +86,7 @@ class QuantizationJob:
     source: Model
     needs: Needs
     sequences: Sequences
-    plan: jq.Plan | None
+    plan: jq.recipes.Plan | None
     finished: Finished
     reporter: Reporter
 
@@ -117,7 +117,7 @@ class QuantizationJob:
             self.source = rotate_model(self.source, rotation)
 
     def _learned_rotation(
-        self, recipe: jq.Recipe, rotating: jq.Healing, start: Float[Array, "d d"], step: Step
+        self, recipe: jq.Recipe, rotating: jq.tuning.Healing, start: Float[Array, "d d"], step: Step
     ) -> Float[Array, "d d"]:
         """Return a rotation learned on the training sequences, starting from `start`.
 
@@ -159,9 +159,9 @@ class QuantizationJob:
             student = jq.quantized(source.apply_fn)
             return evaluate(student, jq.dequantize(params), judged, against=teacher).kl
 
-        kinds = sum(matches(path, LAYER_MATRICES) for path, _ in jq.path_leaves(source.params))
+        kinds = sum(matches(path, LAYER_MATRICES) for path, _ in jq.core.path_leaves(source.params))
         with self.reporter.stage("allocating", len(request.choices) * kinds) as step:
-            allocation = jq.allocate(
+            allocation = jq.ptq.allocate(
                 source.params, request.choices, request.target_bits, stats,
                 paths=[LAYER_MATRICES], measure=distance, healed=request.healing is not None,
                 key=self._key, progress=step, finished=self.finished,

@@ -38,10 +38,10 @@ class QuantizationRequest:
     weighting: Weighting
     seed: int
     rotation: str
-    rotating: jq.Healing | None
-    learning: jq.Healing | None
-    healing: jq.Healing | None
-    recoding: jq.Healing | None
+    rotating: jq.tuning.Healing | None
+    learning: jq.tuning.Healing | None
+    healing: jq.tuning.Healing | None
+    recoding: jq.tuning.Healing | None
     heal_text: str
 
     @property
@@ -52,7 +52,7 @@ class QuantizationRequest:
         return [(p, m) for p, m in self.recipe.rules if isinstance(m, jq.Method)]
 
     @property
-    def training(self) -> list[jq.Healing]:
+    def training(self) -> list[jq.tuning.Healing]:
         """All training on sequences, in order."""
         stages = (self.rotating, self.learning, self.healing, self.recoding)
         return [how for how in stages if how is not None]

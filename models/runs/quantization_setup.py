@@ -90,13 +90,15 @@ def _untied(source: Model, reporter: Reporter) -> Model:
     return source
 
 
-def _plan(request: QuantizationRequest, source: Model, reporter: Reporter) -> jq.Plan | None:
+def _plan(
+    request: QuantizationRequest, source: Model, reporter: Reporter
+) -> jq.recipes.Plan | None:
     """Return and report the resolved recipe, or None if methods are to be allocated.
 
     In the latter case, check that the choices can meet the target bits.
     """
     if request.recipe is None:
-        choices = jq.Choices.of(
+        choices = jq.ptq.Choices.of(
             source.params, request.choices, source.sites(), paths=[LAYER_MATRICES],
             healed=request.healing is not None,
         )  # fmt: skip

@@ -35,10 +35,10 @@ def recipe_of(method: jq.Method, rotated: bool = False) -> jq.Recipe:
 def _without_rotations(method: jq.Method) -> jq.Method:
     """Return the method without input rotations, except sorting ones, which the format requires."""
     side = method.input
-    parts = side.parts if isinstance(side, jq.Chain) else () if side is None else (side,)
-    left = tuple(p for p in parts if not isinstance(p, jq.Rotation) or p.sort)
+    parts = side.parts if isinstance(side, jq.transforms.Chain) else () if side is None else (side,)
+    left = tuple(p for p in parts if not isinstance(p, jq.transforms.Rotation) or p.sort)
     if left == parts:
         return method
     if len(left) > 1:
-        return dataclasses.replace(method, input=jq.Chain(left))
+        return dataclasses.replace(method, input=jq.transforms.Chain(left))
     return dataclasses.replace(method, input=left[0] if left else None)

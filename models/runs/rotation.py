@@ -37,7 +37,7 @@ def rotate_model(model: Model, rotation: Float[Array, "d d"]) -> Model:
       rotation: orthonormal matrix [d, d].
     """
     model = untie_model(model)
-    params = jq.rotate_residual(model.params, residual(model.config), rotation)
+    params = jq.ptq.rotate_residual(model.params, residual(model.config), rotation)
     return dataclasses.replace(model, params=params)
 
 
@@ -50,7 +50,7 @@ def random_rotation(model: Model, key: jax.Array) -> Float[Array, "d d"]:
     Raises:
       ValueError: the width of the stream has no Hadamard transform.
     """
-    d, rotation = model.config.d_model, jq.Rotation()
+    d, rotation = model.config.d_model, jq.transforms.Rotation()
     if rotation.size(d) != d:
         raise ValueError(f"{d} channels have no Hadamard transform to rotate by")
     one = jnp.eye(d)
@@ -61,7 +61,7 @@ def learned_rotation(
     model: Model,
     recipe: jq.Recipe,
     sequences: np.ndarray,
-    healing: jq.Healing,
+    healing: jq.tuning.Healing,
     *,
     start: Float[Array, "d d"],
     stats: jq.Stats | None = None,
@@ -81,11 +81,11 @@ def learned_rotation(
       healing: settings of the training.
       start: the initial rotation [d, d].
       stats: input statistics of the model rotated by `start`; None if the recipe needs none.
-      key, progress, finished: as in `jaxquant.learn_rotation`.
+      key, progress, finished: as in `jaxquant.tuning.learn_rotation`.
       validation: token sequences on which the best rotation is selected; None returns the last one.
     """
     rounders = [m.rounder for _, m in recipe.rules if isinstance(m, jq.Method)]
-    return jq.learn_rotation(
+    return jq.tuning.learn_rotation(
         model.apply_training(), model.params, residual(model.config), recipe, sequences, healing,
         start=start, stats=stats or model.sites(),
         round_weights=all(isinstance(rounder, Nearest) for rounder in rounders), key=key,

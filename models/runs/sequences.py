@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 
-from jaxquant.evaluate import chunk
+from jaxquant.evaluation import chunk
 from jaxquant_models.readers.model import Model
 
 CONTEXT = 512  # number of tokens of a calibration or training sequence

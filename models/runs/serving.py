@@ -8,14 +8,14 @@ from jaxquant_models.readers.model import Model
 
 
 def serving_model(model: Model, tell: Callable[[str], None]) -> Model:
-    """Return the model with parameters in the form that products read (`jaxquant.transcoded`).
+    """Return the model with the weights that products read, see `jaxquant.formats.transcoded`.
 
     Args:
       model: the model.
       tell: called with a line about the size of entropy-coded weights, if there are any.
     """
-    before, params = dict(jq.path_leaves(model.params)), jq.transcoded(model.params)
-    pairs = [(before[path], w) for path, w in jq.path_leaves(params) if w is not before[path]]
+    before, params = dict(jq.core.path_leaves(model.params)), jq.formats.transcoded(model.params)
+    pairs = [(before[path], w) for path, w in jq.core.path_leaves(params) if w is not before[path]]
     if pairs:
         disk, memory = (sum(w.nbytes for w in side) / 1e6 for side in zip(*pairs, strict=True))
         words = " and ".join(f"{bits}-bit" for bits in sorted({w.format.bits for _, w in pairs}))

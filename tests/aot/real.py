@@ -20,12 +20,12 @@ def _plain(name: str, format: Any) -> jq.Method:
 
 
 def _vpu(k: int, group: int) -> jq.Method:
-    return _plain("trellis", jq.Trellis((2,), L=16, code="vpu"))
+    return _plain("trellis", jq.formats.Trellis((2,), L=16, code="vpu"))
 
 
 def _blocks(k: int, group: int) -> jq.Method:
     """A trellis with a scale for every group of rows."""
-    return _plain("trellis", jq.Trellis((2,) * (k // group), L=16, code="vpu"))
+    return _plain("trellis", jq.formats.Trellis((2,) * (k // group), L=16, code="vpu"))
 
 
 # Name -> the method, of k and the rows of a group.
@@ -38,11 +38,13 @@ FORMATS = {
     "2 bits, a scale a column": lambda k, group: jq.rtn(2, -1, symmetric=True),
     "4 bits, a scale a column": lambda k, group: jq.rtn(4, -1, symmetric=True),
     "ternary": lambda k, group: jq.ternary(group),
-    "ternary, one scale": lambda k, group: _plain("ternary", jq.Ternary(group_size="tensor")),
+    "ternary, one scale": lambda k, group: _plain(
+        "ternary", jq.formats.Ternary(group_size="tensor")
+    ),
     "NF4": lambda k, group: jq.normal_float(4, group),
     "trellis": _vpu,
     "trellis, a scale a group": _blocks,
-    "E8P": lambda k, group: _plain("e8p", jq.E8P(2)),
+    "E8P": lambda k, group: _plain("e8p", jq.formats.E8P(2)),
 }
 
 
@@ -103,4 +105,4 @@ def parts(
 
 def _quantized(w: Any, *, method: jq.Method, activations: str, count: int) -> Any:
     w = jq.quantize({"w": jnp.stack([w] * count) if count else w}, method)["w"]
-    return w if activations == "float" else jq.with_activations({"w": w}, activations)["w"]
+    return w if activations == "float" else jq.ptq.with_activations({"w": w}, activations)["w"]

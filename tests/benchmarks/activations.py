@@ -13,7 +13,7 @@ import dataclasses
 import time
 
 import jaxquant as jq
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant_models import load
 from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.calibration import calibrate_model
@@ -36,31 +36,34 @@ def methods():
     yield "W8 e4m3", plain(8, "float8")
     for alpha in (0.3, 0.5, 0.7, 0.85, None):
         yield f"W8A8 smooth {alpha or 'searched'}", smooth(alpha=alpha)
-    eight = {"activation_bits": 8, "activation_clip": 1.0, "feedback": False}
+    eight = {"activations": "int8", "feedback": False}
     yield "W8A8 rotated", rotated(8, **eight)
     yield "W8A8 smooth 0.5 rotated", rotated(8, **eight, alpha=0.5)
     yield "W8A8 static", plain(8, "int8,static")
     yield "W8A8 static, sinks exact", plain(8, "int8,static")
     for alpha in (0.5, 0.8):
-        yield f"W8A8 static smooth {alpha}", smooth(alpha=alpha, static=True)
-        yield f"W8A8 static smooth {alpha}, sinks exact", smooth(alpha=alpha, static=True)
-    turned = smooth(alpha=0.8, static=True, rotate=True)
+        yield f"W8A8 static smooth {alpha}", smooth(alpha=alpha, activations="int8,static")
+        yield (
+            f"W8A8 static smooth {alpha}, sinks exact",
+            smooth(alpha=alpha, activations="int8,static"),
+        )
+    turned = smooth(alpha=0.8, activations="int8,static", rotate=True)
     yield "W8A8 static smooth 0.8 rotated, sinks exact", turned
-    four = {"activation_bits": 4, "feedback": False}
-    wide = {"symmetric": False, "activation_clip": 0.9}
+    four = {"activations": "int4", "feedback": False}
+    wide = four | {"symmetric": False, "activations": "int4,asymmetric,clip=0.9"}
     yield "A4", plain(16, "int4")
-    yield "A4 rotated", rotated(16, **four, activation_clip=1.0)
-    yield "A4 rotated asym .9", rotated(16, **four, **wide)
+    yield "A4 rotated", rotated(16, **four)
+    yield "A4 rotated asym .9", rotated(16, **wide)
     for alpha in (0.5, 0.6):
-        yield f"A4 smooth {alpha} rotated asym .9", rotated(16, **four, alpha=alpha, **wide)
+        yield f"A4 smooth {alpha} rotated asym .9", rotated(16, alpha=alpha, **wide)
     yield "A4 duquant 0.6", jq.duquant(16)
-    yield "A4 smooth 0.5 rotated asym .9, sinks exact", rotated(16, **four, alpha=0.5, **wide)
+    yield "A4 smooth 0.5 rotated asym .9, sinks exact", rotated(16, alpha=0.5, **wide)
     yield "W4A4", plain(4, "int4")
-    yield "W4A4 smooth 0.5", smooth(4, activation_bits=4)
-    best = {"symmetric": False, "clip": 0.8, "activation_clip": 0.9}
-    yield "W4A4 rotated", rotated(4, **four, activation_clip=1.0)
+    yield "W4A4 smooth 0.5", smooth(4, activations="int4")
+    best = {"symmetric": False, "clip": 0.8, "activations": "int4,asymmetric,clip=0.9"}
+    yield "W4A4 rotated", rotated(4, **four)
     for alpha in (0.5, 0.55, 0.6):
-        yield f"W4A4 smooth {alpha} rotated", rotated(4, **four, alpha=alpha, **best)
+        yield f"W4A4 smooth {alpha} rotated", rotated(4, alpha=alpha, feedback=False, **best)
     yield "W4A4 duquant", jq.duquant()
     yield "W4A4 duquant, a rotation a block", jq.duquant(shared=False)
     yield "W4A4 duquant, by row", jq.duquant(by_row=True)

@@ -32,7 +32,7 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.core.paths import matches
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant.rounding import Clipped
 from jaxquant_models import load
 from jaxquant_models.architectures.bert import FOLDS
@@ -52,7 +52,7 @@ ROWS = {
     "AWQ": jq.awq,
     "LDLQ": jq.gptq,
     "AWQ + LDLQ": functools.partial(jq.awq, feedback=True),
-    "rotation + LDLQ": functools.partial(jq.quarot, activation_bits=16, symmetric=False),
+    "rotation + LDLQ": functools.partial(jq.quarot, activations=None, symmetric=False),
 }
 
 
@@ -100,7 +100,7 @@ def smollm2(text):
     scored, calibration = chunks[:SCORED], chunks[-CALIBRATION:]
     stats = calibrate_model(model, calibration, weighting="uniform")
     inspect = ModuleLoss(model, calibration[:INSPECTED])
-    fold = lambda r: jq.fold(model.params, r, stats, folds(model.config), inspect=inspect)
+    fold = lambda r: jq.ptq.fold(model.params, r, stats, folds(model.config), inspect=inspect)
     ask = functools.partial(evaluate, model.apply_fn, chunks=scored, first=CONTEXT // 2 - 1)
     other = lambda params: dataclasses.replace(model, params=params)
     fed = lambda params: calibrate_model(other(params), calibration)
@@ -114,7 +114,7 @@ def minilm(text):
     found = sentences(text)
     others = unpadded(encoder, found[SENTENCES:][-OTHERS:])
     stats = jq.calibrate(encoder.apply_fn, encoder.params, others)
-    fold = lambda recipe: jq.fold(encoder.params, recipe, stats, FOLDS)
+    fold = lambda recipe: jq.ptq.fold(encoder.params, recipe, stats, FOLDS)
     judged = sorted(found[:SENTENCES], key=len)
     tokens = [encoder.tokens(judged[i : i + BATCH]) for i in range(0, len(judged), BATCH)]
     apply = jax.jit(encoder.apply_fn)

@@ -55,7 +55,7 @@ def trained(name, run, data):
 def packed(run, data, params):
     """(the packed model's loss on the rows held out, its weights, its bits, text it writes)."""
     model = pretraining.packed_model(run, params, data)
-    layers = [w for path, w in jq.path_leaves(model.params) if path.startswith("layers")]
+    layers = [w for path, w in jq.core.path_leaves(model.params) if path.startswith("layers")]
     judge = jax.jit(jq.quantized(lambda p, t: next_token_loss(model.apply_fn(p, t), t)))
     loss = np.mean([judge(model.params, jnp.asarray(r)[None]) for r in data.held_out])
     ids = data.tokenizer.encode(PROMPT)

@@ -34,7 +34,7 @@ def blocks():
     parts = blockwise(model.config)
     hidden = [parts.embed(model.params, x) for x in batches]
     recipe = jq.Recipe([("*kernel", jq.gptq()), ("*", jq.KEEP)])
-    jq.quantize_blocks(parts.block, model.params["layers"], hidden, recipe)
+    jq.ptq.quantize_blocks(parts.block, model.params["layers"], hidden, recipe)
 
 
 TASKS = {"model only": load, "calibrate, all layers": whole, "quantize_blocks": blocks}

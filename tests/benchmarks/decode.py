@@ -48,9 +48,9 @@ def variants():
         packed = jq.quantize(model.params, recipe, sites)
         yield f"packed {bits}-bit", model, packed
         # A scan copies a layer's words out of the stack before a kernel reads them.
-        apart = jq.unstack(packed, "layers")
+        apart = jq.ptq.unstack(packed, "layers")
         yield f"packed {bits}-bit, layers apart", model, apart
-        yield f"packed {bits}-bit, apart, int8", model, jq.with_activations(apart, "int8")
+        yield f"packed {bits}-bit, apart, int8", model, jq.ptq.with_activations(apart, "int8")
 
 
 def coded(directory):
@@ -59,10 +59,10 @@ def coded(directory):
     start = time.perf_counter()
     params = serving_model(model, print).params
     took = time.perf_counter() - start
-    changed = [w for _, w in jq.path_leaves(params) if isinstance(w, jq.QTensor)]
+    changed = [w for _, w in jq.core.path_leaves(params) if isinstance(w, jq.QTensor)]
     weights = sum(w.size for w in changed)
     print(f"read in {took:.2f} s, {weights / took / 1e6:.0f} million weights a second")
-    apart = jq.unstack(params, "layers")
+    apart = jq.ptq.unstack(params, "layers")
     yield "entropy-coded, in words", model, params
     yield "entropy-coded, apart", model, apart
     run = lambda p: generate(jq.quantized(model.apply_cached), p, model.config, [1] * 8, TOKENS)

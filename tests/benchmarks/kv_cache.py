@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from jaxquant.evaluate import evaluate
+from jaxquant.evaluation import evaluate
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models import init_cache, load
 from jaxquant_models.readers.text import BUILTIN, read_text
@@ -101,7 +101,7 @@ def speed(model, forms):
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     sites = jq.sites(model.apply_fn, model.params, tokens)
     packed = jq.quantize(model.params, recipe_of(jq.rtn(bits=4)), sites)
-    apart = jq.with_activations(jq.unstack(packed, "layers"), "int8")
+    apart = jq.ptq.with_activations(jq.ptq.unstack(packed, "layers"), "int8")
     cached = jq.quantized(model.apply_cached)
     decode = functools.partial(decoding, cached, apart, model.config)
     floats = {n: decode(None, n) for n in LENGTHS}

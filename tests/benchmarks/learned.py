@@ -10,7 +10,7 @@ import dataclasses
 import time
 
 import jaxquant as jq
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant.tuning.learned_transforms import END_TO_END
 from jaxquant_models import load
 from jaxquant_models.architectures.llama import NORM_SCALES
@@ -27,7 +27,7 @@ def rows():
     flat = jq.flatquant(16, alpha=0.6, feedback=False)
     yield "A4 flatquant 0.6", flat, True, False
     yield "W4A4 flatquant 0.6 LDLQ", jq.flatquant(4, alpha=0.6), True, True
-    best = {"symmetric": False, "clip": 0.8, "activation_clip": 0.9}
+    best = {"symmetric": False, "clip": 0.8, "activations": "int4,asymmetric,clip=0.9"}
     yield "W4A4 smooth 0.6 rotated LDLQ", jq.quarot(4, alpha=0.6, **best), False, True
 
 
@@ -62,7 +62,7 @@ def main():
         params = jq.quantize(model.params, recipe, stats)
         told(name, params)
         if learns:
-            found = jq.learn(fn, model.params, recipe, stats, training, how, **options)
+            found = jq.tuning.learn(fn, model.params, recipe, stats, training, how, **options)
             params = jq.quantize(model.params, recipe, stats, transforms=found)
             told(f"{name}, learned", params)
         if heals:

@@ -58,7 +58,7 @@ def ours():
         embedding = ("embed/embedding", jq.rtn(bits=8, group_size=64, symmetric=True))
         recipe = jq.Recipe([embedding, (LAYER_MATRICES, method), ("*", jq.KEEP)])
         packed = jq.quantize(model.params, recipe, sites)
-        return jq.with_activations(jq.unstack(packed, "layers"), "int8")
+        return jq.ptq.with_activations(jq.ptq.unstack(packed, "layers"), "int8")
 
     def token(params):
         def run(count):

@@ -10,7 +10,7 @@ import time
 import jax.numpy as jnp
 
 import jaxquant as jq
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant_models import load
 from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.readers.text import BUILTIN, read_text
@@ -53,7 +53,7 @@ def main():
     for bits in (4, 3):  # each block calibrated on what the quantized ones before it give
         start = time.monotonic()
         hidden = [parts.embed(model.params, jnp.asarray(s)[None]) for s in calibration]
-        layers, _ = jq.quantize_blocks(
+        layers, _ = jq.ptq.quantize_blocks(
             parts.block, model.params["layers"], hidden,
             jq.Recipe([("*kernel", jq.gptq(bits)), ("*", jq.KEEP)]), weighting="uniform",
         )  # fmt: skip

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import jaxquant as jq
 from jaxquant.durable.store import Folder
-from jaxquant.evaluate import evaluate
+from jaxquant.evaluation import evaluate
 from jaxquant_models import load
 from jaxquant_models.cli.console import line_of
 from jaxquant_models.readers.text import BUILTIN, builtin_text, read_text

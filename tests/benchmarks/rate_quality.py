@@ -29,7 +29,7 @@ import jaxquant as jq
 from jaxquant.core.paths import replace_leaves
 from jaxquant.core.standin import is_standin
 from jaxquant.durable.store import Folder
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant.formats import entropy_coded
 from jaxquant_models import load
 from jaxquant_models.architectures.llama import LAYER_MATRICES
@@ -55,7 +55,7 @@ def by_kind(rate):
                       ("*", jq.KEEP)])  # fmt: skip
 
 
-# What these kinds were found to deserve above what the statistics say (`jq.shares`).
+# What these kinds were found to deserve above what the statistics say (`jq.ptq.shares`).
 MORE = {"v": 0.38, "o": 0.37, "down": -0.19}
 LEAST = 0.25  # bits
 GRAIN = 4  # parts of a bit: rates of few kinds are few programs to compile
@@ -63,16 +63,16 @@ GRAIN = 4  # parts of a bit: rates of few kinds are few programs to compile
 
 def by_matrix(rate, params, stats):
     """A recipe of at most this average for a tree whose layers are apart."""
-    found = jq.shares(params, stats, [LAYER_MATRICES])
+    found = jq.ptq.shares(params, stats, [LAYER_MATRICES])
     rows, sizes = (
-        {p: f(w) for p, w in jq.path_leaves(params) if p in found} for f in (len, np.size)
+        {p: f(w) for p, w in jq.core.path_leaves(params) if p in found} for f in (len, np.size)
     )
     more = {p: bits + MORE.get(p.split("/")[-2], 0) for p, bits in found.items()}
     share = {p: round(GRAIN * bits * min(1, rate / 2)) / GRAIN for p, bits in more.items()}
     rates = lambda base: {p: max(LEAST, base + bits) for p, bits in share.items()}
 
     def average(base):
-        words = {p: jq.EntropyCoded(bits=b).words(rows[p]) for p, b in rates(base).items()}
+        words = {p: jq.formats.EntropyCoded(bits=b).words(rows[p]) for p, b in rates(base).items()}
         used = sum(entropy_coded.WORD * words[p] * sizes[p] / rows[p] for p in words)
         return used / sum(sizes.values())
 
@@ -158,7 +158,7 @@ class Text:
     def perplexity(self, params):
         fn = jq.quantized(self.source.apply_fn)
         with jax.default_matmul_precision("highest"):
-            return evaluate(fn, jq.dequantize(jq.decoded(params)), self.scored).perplexity
+            return evaluate(fn, jq.dequantize(jq.tuning.decoded(params)), self.scored).perplexity
 
 
 def model(args, results):
@@ -172,8 +172,8 @@ def model(args, results):
         stats = stats or statistics(source, data.calibration, whole, out)
         tree, known = source, stats
         if method is by_matrix:
-            tree = dataclasses.replace(source, params=jq.unstack(source.params, "layers"))
-            known = jq.unstack_stats(stats, "layers")
+            tree = dataclasses.replace(source, params=jq.ptq.unstack(source.params, "layers"))
+            known = jq.ptq.unstack_stats(stats, "layers")
             recipe = by_matrix(rate, tree.params, known)
         else:
             chosen = method(rate)
@@ -194,7 +194,7 @@ def model(args, results):
 
 def heal(args, results):
     data, out = Text(args), results.path.parent
-    healing = jq.Healing(args.steps, args.learning_rate, args.batch)
+    healing = jq.tuning.Healing(args.steps, args.learning_rate, args.batch)
     tell = lambda done: done.step % 10 or print(done, flush=True)
     for family, rate, _ in points(args):
         name = f"model {family} {rate:g}"
@@ -207,7 +207,7 @@ def heal(args, results):
         if not results.has(f"{name} healed", run):
             fresh, params = not len(folder), data.source.params
             if any(path.startswith("layers/0/") for path in packed["leaves"]):
-                params = jq.unstack(params, "layers")
+                params = jq.ptq.unstack(params, "layers")
             result = replace_leaves(params, packed["leaves"])
             result = dataclasses.replace(data.source, params=result)
             params = heal_model(
@@ -236,7 +236,9 @@ def kept(out, name, run):
 
 def keep(out, name, run, params):
     """A point's packed weights in a file."""
-    leaves = {p: jax.tree.map(np.asarray, w) for p, w in jq.path_leaves(params) if is_standin(w)}
+    leaves = {
+        p: jax.tree.map(np.asarray, w) for p, w in jq.core.path_leaves(params) if is_standin(w)
+    }
     path = out / f"{name}.pickle"
     aside = path.with_suffix(".aside")
     aside.write_bytes(pickle.dumps({"run": run, "leaves": leaves}))

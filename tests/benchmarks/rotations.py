@@ -15,7 +15,7 @@ import time
 import jax
 
 import jaxquant as jq
-from jaxquant.evaluate import chunk, evaluate
+from jaxquant.evaluation import chunk, evaluate
 from jaxquant.tuning.learned_rotation import ROTATING
 from jaxquant_models import load
 from jaxquant_models.readers.text import BUILTIN, read_text

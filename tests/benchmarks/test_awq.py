@@ -12,7 +12,7 @@ SHAPES = {
     "layers/attn/v/kernel": (2, 192, 192),
     "layers/mlp/down/kernel": (2, 256, 192),
 }
-SITES = {p: jq.Site(p, s, (1,) if p.startswith("layers") else ()) for p, s in SHAPES.items()}
+SITES = {p: jq.core.Site(p, s, (1,) if p.startswith("layers") else ()) for p, s in SHAPES.items()}
 
 
 @pytest.mark.parametrize(("k", "group"), [(384, 128), (1536, 128), (576, 64), (192, 64)])
@@ -28,7 +28,9 @@ def test_rows_differ_in_nothing_else(row):
     assert rules.pop("*") == jq.KEEP
     assert list(rules) == [path for path in SHAPES if path.startswith("layers")]
     for path, method in rules.items():
-        assert method.format == jq.Integer(3, awq.group_size(row, 256 if "down" in path else 192))
+        assert method.format == jq.formats.Integer(
+            3, awq.group_size(row, 256 if "down" in path else 192)
+        )
         clipped = isinstance(method.rounder, Clipped)
         assert clipped == (row.startswith("AWQ") and "attn/q" not in path)
         rounder = method.rounder.rounder if clipped else method.rounder

@@ -82,10 +82,12 @@ def rows(config, dtype, method, batch, length, light):
     loss, kinds = loss_of(config, dtype), ("weight", "scale")
     yield "inference, packed", held(loss, packed, tokens)
     yield "inference, latent", held(loss, latent, tokens)
-    how = jq.Zeroth(epsilon=0.5, drawing=jq.Drawing(signs=True, relative=True), kinds=kinds)
+    how = jq.training.Zeroth(
+        epsilon=0.5, drawing=jq.estimators.Drawing(signs=True, relative=True), kinds=kinds
+    )
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    yield "ZeroQAT step", held(jq.zo_step(loss, how), latent, key, rate, tokens, donate=0)
-    qat = jq.QAT()
+    yield "ZeroQAT step", held(jq.training.zo_step(loss, how), latent, key, rate, tokens, donate=0)
+    qat = jq.training.QAT()
     train, rest = eqx.partition(latent, qat.trained(latent))
     state = jax.eval_shape(qat.optimizer(train).init, train)
     yield (

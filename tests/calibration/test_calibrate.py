@@ -120,7 +120,7 @@ def test_blocks_one_at_a_time_see_quantized_prefixes():
     x = draw(64, 32, seed=1)
     block = lambda p, h: h + jnp.tanh(h @ p["w"])
     method = jq.gptq(bits=3, group_size=16)
-    got, out = jq.quantize_blocks(block, {"w": w}, [x], method)
+    got, out = jq.ptq.quantize_blocks(block, {"w": w}, [x], method)
     h = x
     for i in range(3):
         want = jq.quantize_array(w[i], method, h.T @ h / 64).dequantize()

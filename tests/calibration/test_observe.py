@@ -35,7 +35,7 @@ def check(summary, rows):
 def test_what_weights_multiply(network):
     fn, tree, paths = network()
     a, b, x = draw(32, 64), draw(64, 32, seed=1), draw(5, 32, seed=2)
-    found = jq.observe(fn, tree(a, b), x, summary=Last())
+    found = jq.calibration.observe(fn, tree(a, b), x, summary=Last())
     assert list(found) == list(paths)  # in the order of use
     for path, rows in zip(paths, (x, jnp.tanh(x @ a)), strict=True):
         assert found[path].weights == (path,)
@@ -48,7 +48,9 @@ def test_what_weights_multiply(network):
 def test_every_layer_of_a_stack(remat):
     net, x = stack()(remat=remat), draw(5, 32)
     params = net.init(jax.random.key(0), x)["params"]
-    found = jq.observe(lambda p, x: net.apply({"params": p}, x), params, x, summary=Last())
+    found = jq.calibration.observe(
+        lambda p, x: net.apply({"params": p}, x), params, x, summary=Last()
+    )
     (seen,) = found.values()
     assert seen.products.tolist() == [1, 1, 1]
     h = x
@@ -60,7 +62,7 @@ def test_every_layer_of_a_stack(remat):
 def test_every_expert():
     w, x = draw(4, 32, 16), draw(4, 5, 32, seed=1)
     fn = lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x)
-    seen = jq.observe(fn, {"w": w}, x, summary=Last())["w"]
+    seen = jq.calibration.observe(fn, {"w": w}, x, summary=Last())["w"]
     for i in range(4):
         check([a[i] for a in seen.summary], x[i])
 
@@ -68,10 +70,10 @@ def test_every_expert():
 def test_weights_of_one_input_see_it_once():
     params = {"k": draw(32, 16), "o": draw(8, 8), "q": draw(32, 8)}
     fn = lambda p, x: (jnp.tanh(x @ p["q"]) @ p["o"], x @ p["k"])
-    found = jq.observe(fn, params, draw(5, 32), summary=Last())
+    found = jq.calibration.observe(fn, params, draw(5, 32), summary=Last())
     assert [seen.weights for seen in found.values()] == [("k", "q"), ("o",)]
     more = lambda p, x: (fn(p, x), 2 * x @ p["k"])  # k reads another input too
-    found = jq.observe(more, params, draw(5, 32), summary=Last())
+    found = jq.calibration.observe(more, params, draw(5, 32), summary=Last())
     assert [seen.weights for seen in found.values()] == [("k",), ("q",), ("o",)]
     assert [float(seen.products) for seen in found.values()] == [2, 1, 1]
 
@@ -80,13 +82,15 @@ def test_what_no_gradient_reaches_is_told():
     fn = lambda p, x: (jnp.argmax(x @ p["a"], -1), 2 * x @ p["b"])
     params = {"a": draw(32, 8), "b": draw(32, 8, seed=1)}
     with pytest.warns(UserWarning, match="no gradient reached the output of a: their input"):
-        found = jq.observe(fn, params, draw(5, 32), summary=Last())
+        found = jq.calibration.observe(fn, params, draw(5, 32), summary=Last())
     assert (found["a"].products, found["b"].products) == (0, 1)
 
 
 def test_bad_input():
     params = {"w": jq.quantize_array(draw(32, 8), jq.rtn(8, group_size=-1))}
     with pytest.raises(ValueError, match="w .1 in all. are packed: pass jaxquant.dequantize"):
-        jq.observe(lambda p, x: x @ p["w"], params, draw(5, 32), summary=Last())
+        jq.calibration.observe(lambda p, x: x @ p["w"], params, draw(5, 32), summary=Last())
     with pytest.raises(ValueError, match="none is contracted"):
-        jq.observe(lambda p, x: x + p["w"], {"w": draw(5, 32)}, draw(5, 32), summary=Last())
+        jq.calibration.observe(
+            lambda p, x: x + p["w"], {"w": draw(5, 32)}, draw(5, 32), summary=Last()
+        )

@@ -37,7 +37,7 @@ def test_integer_products_equal_fake_quantized_ones(form, symmetric, kernels):
     w = jq.quantize_array(draw(K, 48, seed=1), jq.rtn(4, "channel", symmetric=symmetric))
     x, run = massive(), jax.jit(jq.quantized(lambda p, x: x @ p))
     with dispatch.using(kernels):
-        y = run(jq.with_activations(w, form), x)
+        y = run(jq.ptq.with_activations(w, form), x)
     want = exact(form.rounded(x, {})) @ exact(w.dequantize())
     assert np.all(np.max(abs(y - want), 1) <= 1e-5 * np.max(abs(want), 1))
     assert not np.any(y[2])
@@ -67,7 +67,7 @@ def test_rounding(form):
 @pytest.mark.parametrize("form", [*FORMS, *map(jq.Activations.of, MORE)], ids=str)
 def test_a_row_that_is_not_finite_is_nan_and_no_other(form, kernels):
     """By products and by `rounded`, of few rows and of many: a maximum may pass over NaN."""
-    w, x = jq.Integer(4, 16), draw(100, 64)
+    w, x = jq.formats.Integer(4, 16), draw(100, 64)
     weights, data = (
         w.encode(draw(64, 48, seed=1)),
         {"scale": jnp.array([0.02]), "zero": jnp.ones(1)},
@@ -98,7 +98,7 @@ def test_float8_errs_relatively():
     normal = jnp.abs(x) > 3069 * 2.0**-14
     assert jnp.all(jnp.where(normal, abs(y - x) <= abs(x) * 2.0**-4, True)) and not np.any(y[2])
     assert jnp.count_nonzero(y[1]) > 2 * jnp.count_nonzero(jq.Activations().rounded(x, {})[1])
-    w = jq.with_activations(jq.quantize_array(draw(K, 32), jq.rtn()), "float8")
+    w = jq.ptq.with_activations(jq.quantize_array(draw(K, 32), jq.rtn()), "float8")
     np.testing.assert_allclose(
         jq.quantized(lambda p, x: x @ p)(w, x),
         exact(y) @ exact(w.dequantize()),
@@ -109,7 +109,7 @@ def test_float8_errs_relatively():
 
 def gradient(w, form, x, g):
     run = jq.quantized(lambda p, x: x @ p)
-    return jax.grad(lambda x: jnp.sum(g * run(jq.with_activations(w, form), x)))(x)
+    return jax.grad(lambda x: jnp.sum(g * run(jq.ptq.with_activations(w, form), x)))(x)
 
 
 @pytest.mark.parametrize("form", ["float8", "int8", "int8/256"])
@@ -145,7 +145,7 @@ def test_weights_of_one_input_are_one_call():
     x = draw(3, 64, seed=2)
     q = jq.quantize(p, jq.rtn(symmetric=True), jq.sites(fn, p, x))
     form = jq.Activations(8, symmetric=False)
-    got = jax.jit(jq.quantized(fn))(jq.with_activations(q, form), x)
+    got = jax.jit(jq.quantized(fn))(jq.ptq.with_activations(q, form), x)
     for y, w in zip(got, q.values(), strict=True):
         np.testing.assert_allclose(y, form.rounded(x, {}) @ w.dequantize(), rtol=1e-4, atol=1e-4)
 
@@ -153,7 +153,9 @@ def test_weights_of_one_input_are_one_call():
 def test_explain_says_what_is_multiplied():
     q = {"w": jq.quantize_array(draw(64, 32), jq.rtn())}
     said = str(
-        jq.explain(lambda p, x: x @ p["w"], jq.with_activations(q, "int8,asymmetric"), draw(3, 64))
+        jq.explain(
+            lambda p, x: x @ p["w"], jq.ptq.with_activations(q, "int8,asymmetric"), draw(3, 64)
+        )
     )
     assert "int8,asymmetric activations, integer product, zero points by row sums" in said
 
@@ -173,7 +175,7 @@ def test_forms_of_bitnet_a48(form):
         want = np.round(np.where(kept, x, 0) * step) / step
         assert np.all(np.sum(want != 0, 1) <= 32)
     np.testing.assert_allclose(how.rounded(x, {}), want, rtol=1e-5, atol=1e-6)
-    y = jq.quantized(lambda p, x: x @ p)(jq.with_activations(w, form), x)
+    y = jq.quantized(lambda p, x: x @ p)(jq.ptq.with_activations(w, form), x)
     np.testing.assert_allclose(y, want @ np.asarray(w.dequantize()), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
         gradient(w, form, x, g), gradient(w, None, x, g), rtol=2e-4, atol=1e-5
@@ -218,13 +220,13 @@ def test_bad_forms(bad, message):
     with pytest.raises(ValueError, match=message):
         jq.Activations.of(bad)
     with pytest.raises(ValueError, match=message):
-        jq.named_method("rtn", activations=bad)
+        jq.methods.named_method("rtn", activations=bad)
 
 
 def test_static_scales_are_not_made_up():
     q = {"w": jq.quantize_array(draw(64, 32), jq.rtn())}
     with pytest.raises(ValueError, match="static scales come from calibration"):
-        jq.with_activations(q, "int8,static")
+        jq.ptq.with_activations(q, "int8,static")
 
 
 def test_nothing_is_rounded_without_a_form():

@@ -74,15 +74,24 @@ WRONG = {
         "nothing to quantize: .*w: QTensor.*already quantized: pass jaxquant.dequantize",
     ),
     "no sites": (
-        lambda: jq.resolve(METHOD, PARAMS, 3),
+        lambda: jq.recipes.resolve(METHOD, PARAMS, 3),
         "found: expected a mapping of Site",
     ),
     "no platform": (lambda: jq.explain(FN, PARAMS, X, platform="gpu"), "platform must be cpu, tpu"),
     "no kernels": (lambda: jq.quantized(FN, kernels=3), "kernels: expected a string, got 3"),
-    "no stats": (lambda: jq.shares(PARAMS, 3), "stats: expected the result of calibrate, got 3"),
-    "no methods": (lambda: jq.allocate(PARAMS, 3, 4.0, None), "methods: expected a sequence of"),
-    "no summary": (lambda: jq.observe(FN, PARAMS, X, summary=3), "summary: expected a Summary"),
-    "no name": (lambda: jq.unstack({"a": W}, 3), "name: expected a string, got 3"),
+    "no stats": (
+        lambda: jq.ptq.shares(PARAMS, 3),
+        "stats: expected the result of calibrate, got 3",
+    ),
+    "no methods": (
+        lambda: jq.ptq.allocate(PARAMS, 3, 4.0, None),
+        "methods: expected a sequence of",
+    ),
+    "no summary": (
+        lambda: jq.calibration.observe(FN, PARAMS, X, summary=3),
+        "summary: expected a Summary",
+    ),
+    "no name": (lambda: jq.ptq.unstack({"a": W}, 3), "name: expected a string, got 3"),
     "no progress": (
         lambda: jq.quantize(PARAMS, METHOD, progress=3),
         "progress: expected a function or None, got 3",

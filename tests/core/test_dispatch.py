@@ -38,7 +38,7 @@ def test_frameworks(network, method):
     params = tree(draw(32, 64), draw(64, 32, seed=1))
     x = draw(5, 32, seed=2)
     qparams = jq.quantize(params, method, jq.sites(fn, params, x))
-    assert [p for p, w in jq.path_leaves(qparams) if isinstance(w, jq.QTensor)] == list(paths)
+    assert [p for p, w in jq.core.path_leaves(qparams) if isinstance(w, jq.QTensor)] == list(paths)
     check(fn, params, qparams, x)
 
 

@@ -263,7 +263,7 @@ def test_vectors_of_a_stack_are_left_alone():
     tree = {"layers": {"w": draw(4, 32, 16), "norm": draw(4, 32)}, "head": draw(32, 64)}
     with pytest.warns(UserWarning, match=r"layers/norm \(3.*one vector for each layer of a stack"):
         q = jq.quantize(tree, jq.rtn(4, 16))
-    packed = [p for p, w in jq.path_leaves(q) if isinstance(w, jq.QTensor)]
+    packed = [p for p, w in jq.core.path_leaves(q) if isinstance(w, jq.QTensor)]
     assert packed == ["head", "layers/w"]
     named = jq.Recipe([("*", jq.rtn(4, 4))])
     assert isinstance(jq.quantize(tree, named)["layers"]["norm"], jq.QTensor)

@@ -121,10 +121,10 @@ def test_the_layers_of_a_stack_share_within_each(params):
     # An eighth, so that layers without a norm do not carry the last bit of a sum far: 70-fold else.
     params = {"layers": {n: jnp.stack([params[n] / 8] * 3) for n in ("q", "k")}}
     q = packed(params, METHODS["integers"], stacked)
-    cut = jq.unstack(q, "layers")
+    cut = jq.ptq.unstack(q, "layers")
     names = [layer[n].shared for layer in layers_of(cut, "layers") for n in ("q", "k")]
     assert names[0::2] == names[1::2] and len(set(names)) == 3
-    whole = jq.restack(cut, "layers")
+    whole = jq.ptq.restack(cut, "layers")
     assert jax.tree.structure(whole) == jax.tree.structure(q)
     np.testing.assert_allclose(
         jq.quantized(in_turn)(cut, X), jq.quantized(stacked)(q, X), rtol=1e-5, atol=1e-5
@@ -135,8 +135,8 @@ def test_the_layers_of_a_stack_share_within_each(params):
 
 def test_two_models_that_read_one_input_do_not_mix_their_transforms(params):
     """Names are equal, for each model is quantized by itself; the transforms are not."""
-    rotated = dataclasses.replace(METHODS["integers"], input=jq.Rotation())
-    in_blocks = dataclasses.replace(METHODS["integers"], input=jq.Rotation(block=32))
+    rotated = dataclasses.replace(METHODS["integers"], input=jq.transforms.Rotation())
+    in_blocks = dataclasses.replace(METHODS["integers"], input=jq.transforms.Rotation(block=32))
     one, other = packed(params, rotated), packed(params, in_blocks)
     assert one["q"].shared == other["q"].shared
     both = jq.quantized(lambda a, b, x: (x @ a["q"], x @ b["q"]))(one, other, X)
@@ -190,7 +190,7 @@ def test_transforms_that_were_fitted_one_by_one_are_not_mixed(params, kind):
 
 
 def test_static_scales_of_two_trees_are_not_mixed(params):
-    static = jq.smoothquant(alpha=0.5, static=True)
+    static = jq.smoothquant(alpha=0.5, activations="int8,static")
     trees = []
     for size in (1.0, 100.0):
         stats = jq.calibrate(qk, {n: params[n] for n in "qk"}, [size * X], sample=8)
@@ -226,8 +226,8 @@ def test_formats_without_an_op_of_their_own_are_served_one_by_one(params):
 def test_layers_of_which_one_is_kept_are_stacked_decoded(params):
     stack = {"layers": {"q": jnp.stack([params["q"]] * 2)}}
     one_kept = jq.Recipe([("layers/1/q", METHODS["integers"]), ("*", jq.KEEP)])
-    mixed = jq.quantize(jq.unstack(stack, "layers"), one_kept)
-    assert jq.restack(mixed, "layers")["layers"]["q"].shape == (2, 128, 128)
+    mixed = jq.quantize(jq.ptq.unstack(stack, "layers"), one_kept)
+    assert jq.ptq.restack(mixed, "layers")["layers"]["q"].shape == (2, 128, 128)
 
 
 def test_weights_that_share_codes_and_not_scales_are_two(params):

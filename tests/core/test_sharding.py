@@ -72,7 +72,7 @@ for rule in (jq.rtn(4, 32), jq.rtn(8, 16, symmetric=True), jq.ternary(32), jq.mx
     y, want = run(q4, x4), x4 @ q4["w"].dequantize()
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 turned = {"w": jq.quantize_array(w4, jq.Method("m", jq.rtn().rounder, jq.rtn(4, 16).format,
-                                               input=jq.Rotation()))}
+                                               input=jq.transforms.Rotation()))}
 try:
     jax.shard_map(jq.quantized(parts), mesh=mesh, in_specs=(P("d"), P(None, "d")), out_specs=P())(
         turned, x4)
@@ -102,7 +102,7 @@ for group in (16, -1):  # a scale a group, or one for all rows
     np.testing.assert_allclose(got, x @ q8.dequantize(), rtol=1e-4, atol=1e-4)
 """,
     "an op, rows, tiles of a trellis": """
-method = jq.Method("m", jq.rtn().rounder, jq.Trellis((2, 2, 2, 2), L=8))
+method = jq.Method("m", jq.rtn().rounder, jq.formats.Trellis((2, 2, 2, 2), L=8))
 q = jq.quantize_array(jax.random.normal(jax.random.key(0), (64, 32)), method)
 arrays, static = q.format.arguments(q.data, 64)
 x = jax.random.normal(jax.random.key(1), (8, 64))

@@ -25,9 +25,9 @@ SHAPES = {
 }  # fmt: skip
 FORMATS = {
     16: None,
-    8: jq.Integer(8, -1, symmetric=True),
-    4: jq.Integer(4, 128, symmetric=True),
-    2: jq.Integer(2, 128, symmetric=True),
+    8: jq.formats.Integer(8, -1, symmetric=True),
+    4: jq.formats.Integer(4, 128, symmetric=True),
+    2: jq.formats.Integer(2, 128, symmetric=True),
 }
 TOKENS, CONTEXT = 64, 256
 

@@ -38,7 +38,7 @@ def test_its_derivative_is_that_of_the_penalty(weight):
         y = jq.quantized(lambda p, h: h @ p["b"])(p, jnp.tanh(first))
         return jnp.sum(y**2) + weight * (kurtosis(first) + kurtosis(y))
 
-    with jq.flattened(weight):
+    with jq.estimators.flattened(weight):
         value, got = jax.value_and_grad(loss)(p, x)
     assert value == loss(p, x)  # the loss alone is told
     want, without = jax.grad(written_out)(p, x), jax.grad(loss)(p, x)
@@ -59,7 +59,7 @@ def test_training_with_it_has_lighter_tails():
 
         @jax.jit
         def step(t, state):
-            with jq.flattened(weight):
+            with jq.estimators.flattened(weight):
                 updates, state = optimizer.update(jax.grad(loss)(t), state, t)
             return optax.apply_updates(t, updates), state
 

@@ -11,12 +11,12 @@ from tests.support.arrays import draw
 
 ROWS, EDGE = 16, 2e-6  # what lies at an end is inside
 FORMATS = [
-    jq.Integer(2, ROWS, scale_dtype="float32"),
-    jq.Integer(4, ROWS, scale_dtype="float32"),
-    jq.Integer(3, ROWS, symmetric=True, scale_dtype="float32"),
+    jq.formats.Integer(2, ROWS, scale_dtype="float32"),
+    jq.formats.Integer(4, ROWS, scale_dtype="float32"),
+    jq.formats.Integer(3, ROWS, symmetric=True, scale_dtype="float32"),
 ]
 formats = pytest.mark.parametrize("format", FORMATS, ids=str)
-CLIPPING = jq.LearnedClipping()
+CLIPPING = jq.estimators.LearnedClipping()
 
 
 def surrogate(format, w, high, low, base):
@@ -80,7 +80,7 @@ def test_it_begins_at_the_ranges_found(format):
 
 def test_it_finds_the_range_of_least_error():
     """By descent from the whole range, within a tenth of what a search over ranges finds."""
-    format = jq.Integer(2, 64, scale_dtype="float32")
+    format = jq.formats.Integer(2, 64, scale_dtype="float32")
     w = draw(64, 128)
     error = lambda a: float(jnp.mean((a - w) ** 2))
     learned = CLIPPING.start(w, format, format.encode(w))
@@ -95,7 +95,7 @@ def test_it_finds_the_range_of_least_error():
     state = adam.init(learned)
     for _ in range(100):
         learned, state = step(learned, state)
-    searched = jq.Integer(2, 64, mse=True, scale_dtype="float32")
+    searched = jq.formats.Integer(2, 64, mse=True, scale_dtype="float32")
     best = error(searched.dequantize(searched.encode(w), 64))
     assert error(CLIPPING.value(w, learned, format)) < 1.1 * best
     assert best < 0.7 * error(format.dequantize(format.encode(w), 64))
@@ -103,4 +103,4 @@ def test_it_finds_the_range_of_least_error():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="of integers"):
-        CLIPPING.check(jq.NormalFloat(4, 16))
+        CLIPPING.check(jq.formats.NormalFloat(4, 16))

@@ -17,17 +17,17 @@ from tests.support.arrays import draw
 F32 = {"scale_dtype": "float32"}
 # A format, its estimator, and the ends of the inside in steps where no zero point moves them.
 LEARNED = [
-    (jq.Integer(2, 16, symmetric=True, **F32), jq.LSQ(), (-2, 1)),
-    (jq.Integer(3, 16, symmetric=True, **F32), jq.LSQ(), (-4, 3)),
-    (jq.Integer(4, -1, symmetric=True, **F32), jq.LSQ(), (-8, 7)),
-    (jq.Integer(8, "tensor", symmetric=True, **F32), jq.LSQ(), (-128, 127)),
-    (jq.Integer(2, 16, **F32), jq.LSQ(), None),
-    (jq.Integer(4, 16, **F32), jq.LSQ(), None),
-    (jq.Ternary(group_size=16, **F32), jq.LSQ(), (-1, 1)),
-    (jq.NormalFloat(4, 16), jq.LSQ(), (-1, 1)),
-    (jq.Float8("e4m3", 16), jq.LSQ(), (-448, 448)),
-    (jq.Stretched(16, **F32), jq.StretchedElastic(), (-0.99, 0.99)),
-    (jq.Ternary(group_size=16, **F32), jq.StretchedElastic(), (-1.485, 1.485)),
+    (jq.formats.Integer(2, 16, symmetric=True, **F32), jq.estimators.LSQ(), (-2, 1)),
+    (jq.formats.Integer(3, 16, symmetric=True, **F32), jq.estimators.LSQ(), (-4, 3)),
+    (jq.formats.Integer(4, -1, symmetric=True, **F32), jq.estimators.LSQ(), (-8, 7)),
+    (jq.formats.Integer(8, "tensor", symmetric=True, **F32), jq.estimators.LSQ(), (-128, 127)),
+    (jq.formats.Integer(2, 16, **F32), jq.estimators.LSQ(), None),
+    (jq.formats.Integer(4, 16, **F32), jq.estimators.LSQ(), None),
+    (jq.formats.Ternary(group_size=16, **F32), jq.estimators.LSQ(), (-1, 1)),
+    (jq.formats.NormalFloat(4, 16), jq.estimators.LSQ(), (-1, 1)),
+    (jq.formats.Float8("e4m3", 16), jq.estimators.LSQ(), (-448, 448)),
+    (jq.formats.Stretched(16, **F32), jq.estimators.StretchedElastic(), (-0.99, 0.99)),
+    (jq.formats.Ternary(group_size=16, **F32), jq.estimators.StretchedElastic(), (-1.485, 1.485)),
 ]
 learned = pytest.mark.parametrize("format, estimator, ends", LEARNED, ids=str)
 
@@ -35,7 +35,7 @@ learned = pytest.mark.parametrize("format, estimator, ends", LEARNED, ids=str)
 def at(format, shape=(32, 6), squeeze=0.5):
     """Weights, and the scales and zero points of a narrower matrix: a part of them is beyond."""
     w = draw(*shape, seed=3)
-    arrays = jq.LSQ().start(w, format, format.encode(w * squeeze))
+    arrays = jq.estimators.LSQ().start(w, format, format.encode(w * squeeze))
     return w, arrays
 
 
@@ -98,9 +98,9 @@ def test_derivatives_are_those_of_the_surrogate(format, estimator, ends):
 
 def test_a_clip_that_shares_out_ties_is_seen():
     """The twin: `jnp.clip` after rounding halves the derivative of every first and last code."""
-    format = jq.Integer(2, 16, **F32)
+    format = jq.formats.Integer(2, 16, **F32)
     w, arrays = at(format, squeeze=1.0)
-    ours = jax.grad(lambda w: jnp.sum(jq.LSQ().value(w, arrays, format)))(w)
+    ours = jax.grad(lambda w: jnp.sum(jq.estimators.LSQ().value(w, arrays, format)))(w)
 
     def halved(w):
         s, z = (spread(arrays[n], format, 32).astype(np.float32) for n in ("scale", "zero"))
@@ -111,18 +111,22 @@ def test_a_clip_that_shares_out_ties_is_seen():
     assert float(jnp.mean(theirs == 0.5)) > 0.2 and not float(jnp.mean(ours == 0.5))
 
 
-@pytest.mark.parametrize("estimator", [jq.StraightThrough(), jq.AbsMean()], ids=str)
+@pytest.mark.parametrize(
+    "estimator", [jq.estimators.StraightThrough(), jq.estimators.AbsMean()], ids=str
+)
 def test_straight_through_is_the_identity_everywhere(estimator):
-    format = jq.Ternary(group_size="tensor")
+    format = jq.formats.Ternary(group_size="tensor")
     w = draw(32, 6) * 10
     g = jax.grad(lambda w: jnp.sum(draw(32, 6, seed=1) * estimator.value(w, {}, format)))(w)
     np.testing.assert_array_equal(g, draw(32, 6, seed=1))
 
 
 def test_clipped_is_the_identity_inside():
-    format = jq.Integer(3, 16, symmetric=True, clip=0.6)
+    format = jq.formats.Integer(3, 16, symmetric=True, clip=0.6)
     w = draw(32, 6)
-    g = jax.grad(lambda w: jnp.sum(jq.StraightThrough(clipped=True).value(w, {}, format)))(w)
+    g = jax.grad(
+        lambda w: jnp.sum(jq.estimators.StraightThrough(clipped=True).value(w, {}, format))
+    )(w)
     v = w / jnp.repeat(format.grids(w).scale, 16, axis=0)
     np.testing.assert_array_equal(g, (v >= -4) & (v <= 3))
     assert 0 < float(jnp.mean(g == 0)) < 0.5
@@ -138,35 +142,39 @@ def published(format, estimator, s, w, zero=None):
 
 def test_published_examples():
     """Vectors of the papers' own programs."""
-    three = jq.Integer(3, -1, symmetric=True)
+    three = jq.formats.Integer(3, -1, symmetric=True)
     w = [-1.30, -0.52, -0.26, -0.11, 0, 0.07, 0.26, 0.44, 0.90]
-    value, (dw, ds, _) = published(three, jq.LSQ(), 0.2, w)
+    value, (dw, ds, _) = published(three, jq.estimators.LSQ(), 0.2, w)
     np.testing.assert_allclose(value / 0.2, [-4, -3, -1, -1, 0, 0, 1, 2, 3], atol=1e-5)
     np.testing.assert_allclose(dw, [0, 1, 1, 1, 1, 1, 1, 1, 0])
     np.testing.assert_allclose(ds, [-4, -0.4, 0.3, -0.45, 0, -0.35, -0.3, -0.2, 3], atol=1e-5)
     # EfficientQAT: codes 0 to 3 with zero point 2 are ours, less 2.
-    value, (dw, ds, dz) = published(jq.Integer(2, -1), jq.LSQ(), 0.2, [-0.15, 0.9], zero=0)
+    value, (dw, ds, dz) = published(
+        jq.formats.Integer(2, -1), jq.estimators.LSQ(), 0.2, [-0.15, 0.9], zero=0
+    )
     np.testing.assert_allclose(value, [-0.2, 0.2], atol=1e-6)
     np.testing.assert_allclose(ds, [-0.25, 1], atol=1e-5)
     np.testing.assert_allclose(dz, [0, -0.2], atol=1e-6)
     # ParetoQ, of a range of one: whole at 2 bits, thirds at 1.58.
     w = [-1.2, -0.6, -0.4, -0.2, 0.2, 0.4, 0.6, 1.2]
-    elastic = jq.StretchedElastic()
-    value, _ = published(jq.Stretched(), elastic, 1.0, w)
+    elastic = jq.estimators.StretchedElastic()
+    value, _ = published(jq.formats.Stretched(), elastic, 1.0, w)
     np.testing.assert_allclose(value, [-0.75, -0.75, -0.25, -0.25, 0.25, 0.25, 0.75, 0.75])
-    value, (_, ds, _) = published(jq.Ternary(), elastic, 2 / 3, w)
+    value, (_, ds, _) = published(jq.formats.Ternary(), elastic, 2 / 3, w)
     np.testing.assert_allclose(value * 3 / 2, [-1, -1, -1, 0, 0, 1, 1, 1], atol=1e-6)
     np.testing.assert_allclose(ds[jnp.array([0, -1])], [-1, 1])
-    released = jq.StretchedElastic(released=True)
-    _, (_, ds, _) = published(jq.Ternary(), released, 2 / 3, w)
+    released = jq.estimators.StretchedElastic(released=True)
+    _, (_, ds, _) = published(jq.formats.Ternary(), released, 2 / 3, w)
     np.testing.assert_allclose(ds[jnp.array([0, -1])], [-1.5, 1.5])  # times 2/3: one of the range
-    _, (_, ds, _) = published(jq.Stretched(), released, 1.0, w)
+    _, (_, ds, _) = published(jq.formats.Stretched(), released, 1.0, w)
     np.testing.assert_allclose(ds[jnp.array([0, -1])], [-0.75, 0.75])
 
 
 def test_the_range_is_closed_a_hundredth_early():
     """With 1.0 a weight at the end of the range would be rounded a level past the last."""
-    value, (dw, _, _) = published(jq.Stretched(), jq.StretchedElastic(), 1.0, [0.985, 0.995, 1.0])
+    value, (dw, _, _) = published(
+        jq.formats.Stretched(), jq.estimators.StretchedElastic(), 1.0, [0.985, 0.995, 1.0]
+    )
     np.testing.assert_allclose(value, 0.75)
     np.testing.assert_allclose(dw, [1, 0, 0])
 
@@ -174,8 +182,8 @@ def test_the_range_is_closed_a_hundredth_early():
 @pytest.mark.parametrize("bits, optimum", [(2, 1.097), (3, 0.609), (4, 0.338)])
 def test_a_scale_alone_finds_the_least_error(bits, optimum):
     """All three branches at work; measured in PyTorch terms in the reference notes."""
-    format = jq.Integer(bits, "tensor", symmetric=True, scale_dtype="float32")
-    w, estimator = draw(4096, 4), jq.LSQ(scale_gradient="none")
+    format = jq.formats.Integer(bits, "tensor", symmetric=True, scale_dtype="float32")
+    w, estimator = draw(4096, 4), jq.estimators.LSQ(scale_gradient="none")
     loss = lambda s: jnp.mean((estimator.value(w, {"scale": s}, format) - w) ** 2)
     step = jax.jit(lambda s: s - 0.3 * jax.grad(loss)(s))
     scale = jnp.full((1, 1), 0.8)
@@ -186,27 +194,27 @@ def test_a_scale_alone_finds_the_least_error(bits, optimum):
 
 def test_where_scales_begin():
     w = draw(64, 8)
-    four = jq.Integer(4, 16, symmetric=True)
+    four = jq.formats.Integer(4, 16, symmetric=True)
     groups = np.abs(w).reshape(4, 16, 8)
-    mean = jq.LSQ("mean").start(w, four, four.encode(w))["scale"]
+    mean = jq.estimators.LSQ("mean").start(w, four, four.encode(w))["scale"]
     np.testing.assert_allclose(mean, 2 * groups.mean(1) / np.sqrt(7), rtol=1e-5)
-    top = jq.LSQ("range").start(w, four, four.encode(w))["scale"]
+    top = jq.estimators.LSQ("range").start(w, four, four.encode(w))["scale"]
     np.testing.assert_allclose(top, groups.max(1) / 7, rtol=1e-5)
-    elastic = jq.StretchedElastic()
-    thirds = jq.Ternary(group_size=-1)
+    elastic = jq.estimators.StretchedElastic()
+    thirds = jq.formats.Ternary(group_size=-1)
     found = elastic.start(w, thirds, thirds.encode(w))["scale"]
     np.testing.assert_allclose(found, np.abs(w).max(0, keepdims=True) / 1.5, rtol=1e-5)
 
 
 def test_gradient_factors():
     """1 / sqrt(weights of a step x largest code), or of the matrix."""
-    four = jq.Integer(4, 16, symmetric=True)
-    assert jq.LSQ()._factor(four, (64, 8)) == pytest.approx((16 * 7) ** -0.5)
-    assert jq.LSQ(scale_gradient="matrix")._factor(four, (64, 8)) == pytest.approx(
+    four = jq.formats.Integer(4, 16, symmetric=True)
+    assert jq.estimators.LSQ()._factor(four, (64, 8)) == pytest.approx((16 * 7) ** -0.5)
+    assert jq.estimators.LSQ(scale_gradient="matrix")._factor(four, (64, 8)) == pytest.approx(
         (512 * 7) ** -0.5
     )
-    whole = jq.Integer(4, "tensor", symmetric=True)
-    assert jq.LSQ()._factor(whole, (64, 8)) == pytest.approx((512 * 7) ** -0.5)
+    whole = jq.formats.Integer(4, "tensor", symmetric=True)
+    assert jq.estimators.LSQ()._factor(whole, (64, 8)) == pytest.approx((512 * 7) ** -0.5)
     assert float(jax.grad(lambda x: scaled_gradient(x, 0.25))(2.0)) == 0.25
 
 
@@ -228,27 +236,56 @@ def test_stochastic_rounding_is_right_on_average():
 
 
 def _under(key, p):
-    with jq.randomness(key):
+    with jq.estimators.randomness(key):
         return p["w"].dequantize()
 
 
 @pytest.mark.parametrize(
     "method, message",
     [
-        (jq.Method("a", Nearest(), jq.E8P(2), estimator=jq.LSQ()), "integers and tables"),
         (
-            jq.Method("a", Nearest(), jq.NormalFloat(4, 16, double_quant=True), estimator=jq.LSQ()),
+            jq.Method("a", Nearest(), jq.formats.E8P(2), estimator=jq.estimators.LSQ()),
+            "integers and tables",
+        ),
+        (
+            jq.Method(
+                "a",
+                Nearest(),
+                jq.formats.NormalFloat(4, 16, double_quant=True),
+                estimator=jq.estimators.LSQ(),
+            ),
             "use ste",
         ),
-        (jq.Method("a", Nearest(), jq.Integer(4), estimator=jq.LSQ("mean")), "zero point"),
-        (jq.Method("a", Nearest(), jq.Integer(4), estimator=jq.AbsMean()), "Ternary"),
-        (jq.Method("a", Nearest(), jq.Integer(4), estimator=jq.StretchedElastic()), "Stretched"),
         (
-            jq.Method("a", Nearest(), jq.MXFP4(), estimator=jq.StraightThrough(stochastic=True)),
+            jq.Method("a", Nearest(), jq.formats.Integer(4), estimator=jq.estimators.LSQ("mean")),
+            "zero point",
+        ),
+        (
+            jq.Method("a", Nearest(), jq.formats.Integer(4), estimator=jq.estimators.AbsMean()),
+            "Ternary",
+        ),
+        (
+            jq.Method(
+                "a", Nearest(), jq.formats.Integer(4), estimator=jq.estimators.StretchedElastic()
+            ),
+            "Stretched",
+        ),
+        (
+            jq.Method(
+                "a",
+                Nearest(),
+                jq.formats.MXFP4(),
+                estimator=jq.estimators.StraightThrough(stochastic=True),
+            ),
             "whole numbers",
         ),
         (
-            jq.Method("a", Nearest(), jq.E8P(2), estimator=jq.StraightThrough(clipped=True)),
+            jq.Method(
+                "a",
+                Nearest(),
+                jq.formats.E8P(2),
+                estimator=jq.estimators.StraightThrough(clipped=True),
+            ),
             "range of codes",
         ),
     ],
@@ -261,7 +298,7 @@ def test_a_format_that_an_estimator_does_not_train(method, message):
 @pytest.mark.parametrize("bad", [{"init": "best"}, {"scale_gradient": "rows"}])
 def test_bad_options(bad):
     with pytest.raises(ValueError, match="must be one of"):
-        jq.LSQ(**bad)
+        jq.estimators.LSQ(**bad)
 
 
 def test_bits_that_have_no_stretched_codes():

@@ -343,7 +343,7 @@ def test_what_is_no_number_has_no_stream(bad):
         (lambda: Waterfill(correlation=2.0), "correlation must be from 0 to 1"),
         (lambda: Waterfill(trials=0), "trials must be positive"),
         (
-            lambda: Waterfill()(draw(64, 8), jq.Integer(), Moments(jnp.eye(64))),
+            lambda: Waterfill()(draw(64, 8), jq.formats.Integer(), Moments(jnp.eye(64))),
             "rounds to EntropyCoded",
         ),
     ],

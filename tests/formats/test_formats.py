@@ -67,7 +67,11 @@ def stores(format, k, n):
 @st.composite
 def matrices(choose):
     """(format, weights of a shape that it stores); of the formats that search for seconds none."""
-    quick = [f for f in FORMATS if not isinstance(f, jq.Additive | jq.Vector | jq.EntropyCoded)]
+    quick = [
+        f
+        for f in FORMATS
+        if not isinstance(f, jq.formats.Additive | jq.formats.Vector | jq.formats.EntropyCoded)
+    ]
     format = choose(st.sampled_from(quick))
     k = choose(st.sampled_from([k for k in range(8, 97) if stores(format, k, 48)]))
     n = choose(st.sampled_from([n for n in range(1, 49) if stores(format, k, n)]))
@@ -102,7 +106,7 @@ def test_empty_products_and_look_ups_are_empty(format):
     assert format.rows(data, none, 48).shape == (0, 32)
 
 
-@pytest.mark.parametrize("format", [*FORMATS, jq.Dense()], ids=str)
+@pytest.mark.parametrize("format", [*FORMATS, jq.formats.Dense()], ids=str)
 def test_a_row_that_is_not_finite_is_nan_and_no_other(format):
     """Of products and of cotangents."""
     data, x, g = format.encode(draw(48, 32)), draw(5, 48, seed=1), draw(5, 32, seed=2)
@@ -156,12 +160,12 @@ def test_weights_of_any_magnitude_have_the_same_codes(format):
 @pytest.mark.parametrize(
     "format",
     [
-        jq.Integer(3, 16, mse=True, scale_dtype="float32"),
-        jq.Ternary(group_size=16, scale_dtype="bfloat16"),
-        jq.NVFP4(),
-        jq.E8P(3),
-        jq.Trellis((3, 0, 1), L=8),
-        jq.EntropyCoded(4, states=4, lanes=4),
+        jq.formats.Integer(3, 16, mse=True, scale_dtype="float32"),
+        jq.formats.Ternary(group_size=16, scale_dtype="bfloat16"),
+        jq.formats.NVFP4(),
+        jq.formats.E8P(3),
+        jq.formats.Trellis((3, 0, 1), L=8),
+        jq.formats.EntropyCoded(4, states=4, lanes=4),
     ],
     ids=str,
 )
@@ -177,12 +181,16 @@ SCALED = [
 ]
 
 
-@pytest.mark.parametrize("format", [*SCALED, jq.Additive(2, 4, 4)], ids=str)
+@pytest.mark.parametrize("format", [*SCALED, jq.formats.Additive(2, 4, 4)], ids=str)
 def test_a_column_far_below_the_others_is_kept_or_told_of(format):
     """Groups are judged one by one: a matrix is not refused for one of them, nor that one lost."""
     w = draw(48, 32).at[:, 7].multiply(1e-8)
     method = jq.Method("test", jq.rtn().rounder, format)
-    narrow = not format.wide or isinstance(format, jq.NVFP4) or getattr(format, "double_quant", 0)
+    narrow = (
+        not format.wide
+        or isinstance(format, jq.formats.NVFP4)
+        or getattr(format, "double_quant", 0)
+    )
     if narrow:
         with pytest.warns(UserWarning, match="^w: .* groups of weights, those up to .*e-08, need"):
             got = jq.quantize_array(w, method)
@@ -225,7 +233,7 @@ def test_json_round_trip(format):
 )  # fmt: skip
 def test_json_of_any_integer_format(fields):
     try:
-        format = jq.Integer(**fields)
+        format = jq.formats.Integer(**fields)
     except ValueError:  # "tensor" and padding, for one
         assume(False)
     assert from_json(to_json(format)) == format
@@ -286,7 +294,7 @@ def test_packing_is_the_dense_little_endian_bit_stream(bits):
 
 def test_tiled_matmul_is_the_matmul(tiles_of):
     w = draw(64, 256)
-    for f in (jq.Integer(4, 16), jq.Integer(3, "tensor")):
+    for f in (jq.formats.Integer(4, 16), jq.formats.Integer(3, "tensor")):
         data = f.encode(w)
         tiles_of(1 << 22)
         want = f.matmul(draw(3, 64), data), f.matmul_transposed(draw(3, 256), data, 64)
@@ -303,8 +311,11 @@ def test_tiled_matmul_is_the_matmul(tiles_of):
         (lambda: jq.rtn(group_size=-2), "group_size must be positive"),
         (lambda: jq.rtn(scale_dtype="int8"), "scale_dtype must be one of"),
         (lambda: jq.gptq(damping=0), "damping must be positive"),
-        (lambda: jq.named_method("magic"), "unknown method 'magic'; known: .*gptq.*rtn.*ternary"),
-        (lambda: jq.named_method("ternary", bits=3), "unexpected keyword argument 'bits'"),
+        (
+            lambda: jq.methods.named_method("magic"),
+            "unknown method 'magic'; known: .*gptq.*rtn.*ternary",
+        ),
+        (lambda: jq.methods.named_method("ternary", bits=3), "unexpected keyword argument 'bits'"),
         (
             lambda: jq.quantize_array(jnp.ones((576, 8)), jq.rtn(group_size=128)),
             "does not divide k = 576",

@@ -15,7 +15,9 @@ from pallas_kernels.codecs import entropy_stream, layout
 from pallas_kernels.cpu import native
 from tests.support.arrays import draw
 
-CODED = jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(2.5, states=8, chain=24, lanes=4))
+CODED = jq.Method(
+    "coded", jq.rtn().rounder, jq.formats.EntropyCoded(2.5, states=8, chain=24, lanes=4)
+)
 K, N = 64, 40
 
 
@@ -35,8 +37,8 @@ def same(a, b):
 
 
 def test_the_weights_are_the_very_same(matrix):
-    t = jq.transcoded({"w": matrix, "b": jnp.ones(3)})
-    assert isinstance(t["w"].format, jq.DualScale) and t["b"].shape == (3,)
+    t = jq.formats.transcoded({"w": matrix, "b": jnp.ones(3)})
+    assert isinstance(t["w"].format, jq.formats.DualScale) and t["b"].shape == (3,)
     assert int((t["w"].data["ranges"][1] - t["w"].data["ranges"][0]).sum()) > 0
     same(t["w"].dequantize(), matrix.dequantize())
     same(jax.jit(lambda w: w.dequantize())(t["w"]), jax.jit(lambda w: w.dequantize())(matrix))
@@ -49,12 +51,14 @@ def test_both_word_sizes_hold_every_integer(bits):
     values = np.round(rng.standard_t(1, (K, N)) * 9).astype(np.int16)
     values[0, 0], values[-1, -1], values[:, 3] = -32768, 32766, 0
     step, scale = (rng.uniform(0.5, 2, size).astype(np.float32) for size in (K, N))
-    data = jq.DualScale(bits).pack(values, step, scale)
-    got = jq.DualScale(bits).dequantize(data, K)
+    data = jq.formats.DualScale(bits).pack(values, step, scale)
+    got = jq.formats.DualScale(bits).dequantize(data, K)
     same(got, step[:, None] * scale * values)
-    assert jq.DualScale(bits).bytes_of(values) == 4 * (data["codes"].size + len(data["escapes"]))
+    assert jq.formats.DualScale(bits).bytes_of(values) == 4 * (
+        data["codes"].size + len(data["escapes"])
+    )
     lost = data | {"escapes": data["escapes"][:-1]}  # the twin
-    assert int((np.asarray(jq.DualScale(bits).dequantize(lost, K)) != got).sum()) == 1
+    assert int((np.asarray(jq.formats.DualScale(bits).dequantize(lost, K)) != got).sum()) == 1
 
 
 def test_the_word_size_that_takes_fewer_bytes_is_chosen():
@@ -62,7 +66,7 @@ def test_the_word_size_that_takes_fewer_bytes_is_chosen():
         CODED, format=dataclasses.replace(CODED.format, bits=2.5)))  # fmt: skip
     large = jq.quantize_array(draw(K, N), dataclasses.replace(
         CODED, format=dataclasses.replace(CODED.format, bits=5.0)))  # fmt: skip
-    t = jq.transcoded([small, large])
+    t = jq.formats.transcoded([small, large])
     assert [w.format.bits for w in t] == [4, 8]
     assert 4 < t[0].bits_per_weight < t[1].bits_per_weight
 
@@ -70,15 +74,15 @@ def test_the_word_size_that_takes_fewer_bytes_is_chosen():
 @pytest.mark.parametrize("form", ["float", "int8", "int8/256", "int4,asymmetric", "float8"])
 @pytest.mark.parametrize("m", [1, 3, 20])
 def test_products_are_those_of_the_stream(matrix, form, m):
-    t = jq.transcoded(matrix)
+    t = jq.formats.transcoded(matrix)
     x = draw(m, K, seed=1)
     run = jax.jit(jq.quantized(lambda w, x: x @ w))
-    got, want = (run(jq.with_activations(w, form), x) for w in (t, matrix))
+    got, want = (run(jq.ptq.with_activations(w, form), x) for w in (t, matrix))
     np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
 
 
 def test_everything_that_a_weight_is_asked(matrix):
-    t = jq.transcoded(matrix)
+    t = jq.formats.transcoded(matrix)
     w, ids = np.asarray(matrix.dequantize()), jnp.array([7, 3, 9, 3])
     g = draw(2, N, seed=3)
     near = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -103,15 +107,17 @@ def test_stacks_transforms_and_shared_inputs():
         body = lambda x, p: (jnp.tanh(x @ p["q"] + x @ p["k"]), None)
         return jax.lax.scan(body, x, params)[0]
 
-    method = dataclasses.replace(CODED, input=jq.Rotation(), output=jq.Rotation())
+    method = dataclasses.replace(
+        CODED, input=jq.transforms.Rotation(), output=jq.transforms.Rotation()
+    )
     x = draw(2, K, seed=5)
     q = jq.quantize(params, method, jq.sites(fn, params, x))
-    t = jq.transcoded(q, threads=1)
+    t = jq.formats.transcoded(q, threads=1)
     for name in "qk":
         same(t[name].dequantize(), q[name].dequantize())
     got = jax.jit(jq.quantized(fn))(t, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
-    apart = jq.unstack({"layers": t}, "layers")
+    apart = jq.ptq.unstack({"layers": t}, "layers")
 
     def in_turn(params, x):
         for p in layers_of(params, "layers"):
@@ -121,15 +127,15 @@ def test_stacks_transforms_and_shared_inputs():
     np.testing.assert_allclose(jq.quantized(in_turn)(apart, x), got, atol=1e-4)
     use = [u.why for u in jq.explain(in_turn, apart, x, platform="cpu").uses]
     assert native.load() or all("one call for 2" in why for why in use)
-    whole = jq.restack(jq.transcoded(apart), "layers")["layers"]
+    whole = jq.ptq.restack(jq.formats.transcoded(apart), "layers")["layers"]
     for name in "qk":
         same(whole[name].dequantize(), q[name].dequantize())
-    each = jq.transcoded(jq.unstack({"layers": q}, "layers"))  # escapes of many sizes
-    same(jq.dequantize(jq.restack(each, "layers"))["layers"]["q"], q["q"].dequantize())
+    each = jq.formats.transcoded(jq.ptq.unstack({"layers": q}, "layers"))  # escapes of many sizes
+    same(jq.dequantize(jq.ptq.restack(each, "layers"))["layers"]["q"], q["q"].dequantize())
 
 
 def test_a_checkpoint_holds_it(matrix, tmp_path):
-    t = jq.transcoded({"w": matrix, "none": jq.quantize_array(draw(K, N), CODED)})
+    t = jq.formats.transcoded({"w": matrix, "none": jq.quantize_array(draw(K, N), CODED)})
     checkpoint.save(tmp_path / "c", t)
     got = checkpoint.load(tmp_path / "c").params
     assert got["w"].format == t["w"].format
@@ -141,36 +147,36 @@ def test_what_cannot_be_read_is_an_error_that_names_it(matrix):
     words = matrix.data["codes"]
     damaged = dataclasses.replace(matrix, data={"codes": words.at[3, 3].add(1)})
     with pytest.raises(ValueError, match=r"layer/w: the entropy-coded stream is damaged"):
-        jq.transcoded({"layer": {"w": damaged}})
+        jq.formats.transcoded({"layer": {"w": damaged}})
     stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), matrix, damaged)
     with pytest.raises(ValueError, match=r"w\[1\]: the entropy-coded stream is damaged"):
-        jq.transcoded({"w": stack})
+        jq.formats.transcoded({"w": stack})
     for traced in (jax.jit, lambda f: lambda w: jax.eval_shape(f, w)):
         with pytest.raises(ValueError, match="w: expected concrete arrays"):
-            traced(lambda w: jq.transcoded({"w": w})["w"].dequantize())(matrix)
+            traced(lambda w: jq.formats.transcoded({"w": w})["w"].dequantize())(matrix)
     with pytest.raises(ValueError, match=r"bits must be one of \(4, 8\), got 3"):
-        jq.DualScale(3)
+        jq.formats.DualScale(3)
 
 
 def test_more_rows_than_an_escape_can_name_stay_as_they_are(monkeypatch, matrix):
     monkeypatch.setattr(dual_scale, "MOST_ROWS", K - 1)
-    assert jq.transcoded({"w": matrix})["w"] is matrix
+    assert jq.formats.transcoded({"w": matrix})["w"] is matrix
     with pytest.raises(ValueError, match=f"{K} rows has more than {K - 1}"):
-        jq.DualScale().encode(draw(K, N))
+        jq.formats.DualScale().encode(draw(K, N))
 
 
 def test_ranges_of_any_part_of_the_columns_serve():
     """What a tile of the reference, or a shard, sees of them; and escapes that say nonsense."""
     values = np.round(np.random.default_rng(0).standard_t(1, (K, N)) * 9).astype(np.int16)
     ones = lambda count: np.ones(count, np.float32)
-    data = jax.tree.map(jnp.asarray, jq.DualScale().pack(values, ones(K), ones(N)))
+    data = jax.tree.map(jnp.asarray, jq.formats.DualScale().pack(values, ones(K), ones(N)))
     part = data | {name: data[name][..., 7:19] for name in ("codes", "scale", "ranges")}
-    same(jq.DualScale().dequantize(part, K), values[:, 7:19])
+    same(jq.formats.DualScale().dequantize(part, K), values[:, 7:19])
     nonsense = {
         "ranges": jnp.full((2, N), 1 << 30, jnp.int32).at[0].set(-5),
         "escapes": jnp.full(3, -1, jnp.int32),
     }
-    y = jq.DualScale().matmul(draw(2, K), data | nonsense)
+    y = jq.formats.DualScale().matmul(draw(2, K), data | nonsense)
     assert y.shape == (2, N) and bool(jnp.isfinite(y).all())
 
 
@@ -180,6 +186,6 @@ def test_scales_are_those_of_the_stream(matrix):
         matrix.data["codes"].reshape(-1), K, N, lanes=4, states=8, chain=24
     )
     step, _ = entropy_stream.scales(got.base, got.steps, got.widths)
-    same(jq.transcoded(matrix).data["step"], step)
-    codes = layout.unpack(jq.transcoded(matrix).data["codes"], 4, K)
+    same(jq.formats.transcoded(matrix).data["step"], step)
+    codes = layout.unpack(jq.formats.transcoded(matrix).data["codes"], 4, K)
     assert int(jnp.sum(codes != got.values)) > 0  # some are beyond four bits

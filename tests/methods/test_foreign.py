@@ -36,8 +36,8 @@ def methods():
     return {
         "format": jq.Method("sign_log", jq.rtn().rounder, SignLog()),
         "format, feedback": jq.Method("sign_log", ldlq, SignLog()),
-        "transform": jq.Method("reversed", ldlq, jq.Integer(4, 16), input=Reversal()),
-        "rounder": jq.Method("coarse", Coarse(), jq.Integer(4, 16)),
+        "transform": jq.Method("reversed", ldlq, jq.formats.Integer(4, 16), input=Reversal()),
+        "rounder": jq.Method("coarse", Coarse(), jq.formats.Integer(4, 16)),
         "all": jq.Method("mine", Coarse(), SignLog(), Reversal(), Reversal(0.5)),
     }
 
@@ -89,7 +89,7 @@ def test_a_foreign_format_trains_and_freezes(model):
 def test_healing_moves_the_scales_that_a_foreign_format_names(model):
     params, x, _ = model
     q = jq.quantize(params, methods()["format"])
-    healed = jq.heal(fn, q, params, np.asarray(x).reshape(16, 8, K), jq.Healing(steps=3))
+    healed = jq.heal(fn, q, params, np.asarray(x).reshape(16, 8, K), jq.tuning.Healing(steps=3))
     np.testing.assert_array_equal(healed["up"].data["codes"], q["up"].data["codes"])
     assert not np.array_equal(healed["up"].data["scale"], q["up"].data["scale"])
 
@@ -102,10 +102,10 @@ def test_what_is_no_part_is_told_what_it_lacks():
     with pytest.raises(ValueError, match=r"a Mine is no Format: derive it .* and define decode$"):
         jq.Method("mine", jq.rtn().rounder, Mine())
     with pytest.raises(ValueError, match=r"input must be a Transform .* or None, got 3; an int"):
-        jq.Method("mine", jq.rtn().rounder, jq.Integer(), input=3)
+        jq.Method("mine", jq.rtn().rounder, jq.formats.Integer(), input=3)
 
     @dataclasses.dataclass(frozen=True)
-    class Partial(jq.Format):
+    class Partial(jq.formats.Format):
         def encode(self, w):
             return {}
 
@@ -115,12 +115,12 @@ def test_what_is_no_part_is_told_what_it_lacks():
 
 def test_names_are_taken_once():
     @dataclasses.dataclass(frozen=True)
-    class Integer(jq.Rounder):
+    class Integer(jq.rounding.Rounder):
         def __call__(self, w, format, moments, key=None):
             return format.encode(w), {}
 
     with pytest.raises(ValueError, match="the name 'Integer' is taken by jaxquant.formats"):
-        jq.register(Integer)
+        jq.recipes.register(Integer)
     with pytest.raises(ValueError, match="frozen=True"):
-        jq.register(type("Loose", (jq.Rounder,), {}))
-    assert jq.register(SignLog) is SignLog
+        jq.recipes.register(type("Loose", (jq.rounding.Rounder,), {}))
+    assert jq.recipes.register(SignLog) is SignLog

@@ -21,7 +21,7 @@ OPTIONS = {
     "awq": {"group_size": 32},
     "duquant": {"block": 32, "steps": 4},
 }
-METHODS_ = [jq.named_method(name, **OPTIONS.get(name, {})) for name in METHODS] + [
+METHODS_ = [jq.methods.named_method(name, **OPTIONS.get(name, {})) for name in METHODS] + [
     jq.normal_float(2, feedback=True),
     jq.float8("e5m2", 32, feedback=True),
     jq.nvfp4(feedback=True),
@@ -77,10 +77,10 @@ def check_inputs(got, want, c):
 
 
 LATENT = [
-    jq.bitnet(None),
+    jq.bitnet(activations=None),
     jq.zeroqat(2, scale_dtype="float32"),
     jq.lsq(2, scale_dtype="bfloat16"),
-    jq.Method("made", Nearest(), jq.E8P(2)),
+    jq.Method("made", Nearest(), jq.formats.E8P(2)),
 ]
 
 
@@ -113,7 +113,11 @@ def test_weights_of_half_precision(dtype):
 
 
 def test_what_is_encoded_directly_is_judged_too():
-    for format in (jq.Integer(4), jq.Float8(scale_dtype="float16"), jq.Additive(1, 4, 8)):
+    for format in (
+        jq.formats.Integer(4),
+        jq.formats.Float8(scale_dtype="float16"),
+        jq.formats.Additive(1, 4, 8),
+    ):
         for c in (1e-20, 1e20):
             with pytest.raises(ValueError, match="outside the range of float16"):
                 format.encode(draw(64, 8) * c)
@@ -125,5 +129,5 @@ def test_bits_are_shared_out_by_magnitudes_that_have_no_squares():
     for c in (1.0, 1e-25, 1e18):
         params = {"a": c * w, "b": 16 * c * w}
         stats = jq.calibrate(fn, params, [jnp.eye(32)], loss=lambda y, x: jnp.sum(y), output=["*"])
-        found = jq.shares(params, stats)
+        found = jq.ptq.shares(params, stats)
         np.testing.assert_allclose([found["a"], found["b"]], [-2, 2], atol=1e-4)

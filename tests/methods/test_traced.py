@@ -20,7 +20,7 @@ METHODS = {
     "float8": jq.float8(),
     "aqlm": jq.aqlm(sweeps=1),
     "searched": jq.awq(group_size=16),
-    "static": jq.smoothquant(static=True),
+    "static": jq.smoothquant(activations="int8,static"),
 }
 PLANNED = {bits: jq.trellis(bits, block=16, L=8) for bits in (2, 1.5)}
 
@@ -54,7 +54,7 @@ def test_rates_planned_from_values_have_none_when_traced(bits):
     assert shapes.bits_per_weight == planned.bits_per_weight
     assert bool(jnp.isnan(jax.jit(make)(W, X).dequantize()).all())
     twin = jq.Method(
-        "uniform", PLANNED[bits].rounder, jq.TrellisBudget(bits, 16, 8).planned(np.ones(4)),
+        "uniform", PLANNED[bits].rounder, jq.formats.TrellisBudget(bits, 16, 8).planned(np.ones(4)),
         PLANNED[bits].input, PLANNED[bits].output,
     )  # fmt: skip
     assert loss(quantized(twin)(W, X)) > 2 * loss(planned)
@@ -70,7 +70,7 @@ def test_stacks_are_judged_matrix_by_matrix():
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoils(jq.Rounder):
+class Spoils(jq.rounding.Rounder):
     """A rounder that makes the second matrix it meets into infinities."""
 
     def __call__(self, w, format, moments, key=None):
@@ -81,7 +81,7 @@ class Spoils(jq.Rounder):
 
 
 def test_a_matrix_that_is_not_finite_is_refused_by_name():
-    method = jq.Method("spoils", Spoils(), jq.Integer(4, 16))
+    method = jq.Method("spoils", Spoils(), jq.formats.Integer(4, 16))
     kept = {}
     tree = {"layers": {"w": jnp.stack([-jnp.abs(W), jnp.abs(W)])}}
     with pytest.raises(ValueError, match=r"layers/w\[1\]: spoils made a matrix .* not finite"):

@@ -19,7 +19,7 @@ MATRICES = 7
 
 
 def lowered(platform, kernels="auto"):
-    params = random_params(CONFIG, jq.Integer(4, 128, symmetric=True))
+    params = random_params(CONFIG, jq.formats.Integer(4, 128, symmetric=True))
     run = jq.quantized(lambda p, t: apply(Llama(CONFIG), p, t), kernels=kernels)
     tokens = jnp.zeros((1, 3), jnp.int32)
     text = lowered_text(run, params, tokens, platform=platform)

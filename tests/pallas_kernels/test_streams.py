@@ -18,7 +18,7 @@ K, N, LANES, STATES, CHAIN = 75, 52, 8, 16, 24
 
 @pytest.fixture(scope="module")
 def words():
-    format = jq.EntropyCoded(3, STATES, CHAIN, LANES)
+    format = jq.formats.EntropyCoded(3, STATES, CHAIN, LANES)
     w = draw(K, N).at[3, 4].set(3000.0)  # codes with plain bits too
     return np.asarray(jax.jit(format.encode)(w)["codes"]).reshape(-1)
 
@@ -42,7 +42,10 @@ def test_a_stream_is_what_the_reference_reads(words):
     assert whole
     w = entropy_stream.weights(jax.tree.map(np.asarray, got))
     np.testing.assert_array_equal(
-        w, jq.EntropyCoded(3, STATES, CHAIN, LANES).dequantize({"codes": words.reshape(-1, N)}, K)
+        w,
+        jq.formats.EntropyCoded(3, STATES, CHAIN, LANES).dequantize(
+            {"codes": words.reshape(-1, N)}, K
+        ),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.ptq.allocate import Option, _cheapest
+from jaxquant.ptq.allocation import Option, _cheapest
 from tests.support.arrays import draw
 
 RATES = [jq.rtn(bits=b, group_size=16) for b in (2, 3, 4, 8)]
@@ -33,13 +33,13 @@ def made():
 
 
 def bits(tree):
-    return {p: w.format.bits for p, w in jq.path_leaves(tree) if isinstance(w, jq.QTensor)}
+    return {p: w.format.bits for p, w in jq.core.path_leaves(tree) if isinstance(w, jq.QTensor)}
 
 
 def test_the_budget_is_kept_and_stated():
     _, params, _, stats = made()
     for wanted in (3.2, 4.0, 6.1):
-        found = jq.allocate(params, RATES, wanted, stats)
+        found = jq.ptq.allocate(params, RATES, wanted, stats)
         q = jq.quantize(params, found.recipe, stats)
         assert jq.bits_per_weight(q) == pytest.approx(found.bits_per_weight)
         assert wanted - 1 < found.bits_per_weight <= wanted
@@ -49,7 +49,8 @@ def test_the_budget_is_kept_and_stated():
 def test_more_bits_never_lose():
     _, params, _, stats = made()
     loss = [
-        sum(o.loss for o in jq.allocate(params, RATES, b, stats).chosen) for b in (3.2, 4, 5, 6, 8)
+        sum(o.loss for o in jq.ptq.allocate(params, RATES, b, stats).chosen)
+        for b in (3.2, 4, 5, 6, 8)
     ]
     assert loss == sorted(loss, reverse=True)
 
@@ -62,10 +63,10 @@ def test_bits_go_where_the_model_says():
     for heavy in ("a", "b"):
         measure = lambda t, heavy=heavy: sum(
             (1000 if p == heavy else 1) * float(jnp.mean((w.dequantize() - params[p]) ** 2))
-            for p, w in jq.path_leaves(t)
+            for p, w in jq.core.path_leaves(t)
             if isinstance(w, jq.QTensor)
         )
-        found = jq.allocate(params, RATES, 4.5, stats, measure=measure)
+        found = jq.ptq.allocate(params, RATES, 4.5, stats, measure=measure)
         got = bits(jq.quantize(params, found.recipe, stats))
         assert got[heavy] > min(got.values())
 
@@ -75,13 +76,13 @@ def test_losses_are_kept_for_the_next_run():
     kept: dict = {}
     measured = []
     measure = lambda t: measured.append(1) or 1.0
-    first = jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept)
+    first = jq.ptq.allocate(params, RATES, 4, stats, measure=measure, finished=kept)
     assert len(measured) == 4
-    assert jq.allocate(params, RATES, 4, stats, measure=measure, finished=kept) == first
+    assert jq.ptq.allocate(params, RATES, 4, stats, measure=measure, finished=kept) == first
     assert len(measured) == 4
     other = jax.tree.map(lambda w: w**3, params)  # of which nothing is known
-    got = jq.allocate(other, RATES, 4, stats, measure=measure, finished=kept)
-    assert len(measured) == 8 and got == jq.allocate(other, RATES, 4, stats, measure=measure)
+    got = jq.ptq.allocate(other, RATES, 4, stats, measure=measure, finished=kept)
+    assert len(measured) == 8 and got == jq.ptq.allocate(other, RATES, 4, stats, measure=measure)
 
 
 def test_against_every_choice():
@@ -109,10 +110,10 @@ def test_against_every_choice():
 def test_healing_is_counted(method):
     fn, params, x, stats = made()
     found = [
-        jq.Choices.of(params, [method], stats.sites, paths=["stack"], healed=h) for h in (0, 1)
+        jq.ptq.Choices.of(params, [method], stats.sites, paths=["stack"], healed=h) for h in (0, 1)
     ]
     q = jq.quantize(params, jq.Recipe([("stack", method), ("*", jq.KEEP)]), stats)
-    healed = jq.heal(fn, q, params, x, jq.Healing(steps=1))
+    healed = jq.heal(fn, q, params, x, jq.tuning.Healing(steps=1))
     for choices, tree in zip(found, (q, healed), strict=True):
         assert choices.lowest == choices.highest == tree["stack"].bits_per_weight
 
@@ -122,7 +123,7 @@ def test_rates_between_measured_ones_are_interpolated():
     methods = [jq.rtn(bits=4, group_size=g) for g in (64, 32, 16)]  # .3 and .6 bits apart
     kept: dict = {}
     seen: list[Option] = []
-    jq.allocate(params, methods, 4.6, stats, paths=["a"], finished=kept, progress=seen.append)
+    jq.ptq.allocate(params, methods, 4.6, stats, paths=["a"], finished=kept, progress=seen.append)
     assert len(kept) == 2
     x, y = ([o.bytes for o in seen], np.log([o.loss for o in seen]))
     assert (y[1] - y[0]) / (x[1] - x[0]) == pytest.approx((y[2] - y[0]) / (x[2] - x[0]))
@@ -131,16 +132,16 @@ def test_rates_between_measured_ones_are_interpolated():
 def test_a_method_that_does_not_fit_a_weight_is_left_out():
     _, params, _, stats = made()
     methods = [jq.rtn(bits=4, group_size=64), jq.rtn(bits=2, group_size=16)]
-    choices = jq.Choices.of(params, methods, stats.sites)
+    choices = jq.ptq.Choices.of(params, methods, stats.sites)
     count = {entries[0].path: len(entries) for entries in choices.weights}
     assert count == {"a": 2, "b": 1, "c": 1, "stack": 2}
     with pytest.raises(ValueError, match="b: .*64 does not divide"):
-        jq.Choices.of(params, methods[:1], stats.sites)
+        jq.ptq.Choices.of(params, methods[:1], stats.sites)
 
 
 def test_a_loss_measured_as_noise_below_zero_still_orders():
     _, params, _, stats = made()
-    found = jq.allocate(params, RATES, 9.5, stats, measure=lambda t: -1e-9)
+    found = jq.ptq.allocate(params, RATES, 9.5, stats, measure=lambda t: -1e-9)
     assert {o.method.format.bits for o in found.chosen} == {8}
 
 
@@ -150,10 +151,10 @@ def test_bad_budgets():
         with pytest.raises(
             ValueError, match=r"cannot be reached: with these methods it is 3\.125 to 9\.500"
         ):
-            jq.allocate(params, RATES, wanted, stats)
+            jq.ptq.allocate(params, RATES, wanted, stats)
     with pytest.raises(ValueError, match="nothing to share out"):
-        jq.allocate(params, [], 4, stats)
+        jq.ptq.allocate(params, [], 4, stats)
     with pytest.raises(ValueError, match="samples must be at least 1"):
-        jq.allocate(params, RATES, 4, stats, samples=0)
+        jq.ptq.allocate(params, RATES, 4, stats, samples=0)
     with pytest.raises(ValueError, match="'z' matches no leaf"):
-        jq.allocate(params, RATES, 4, stats, paths=["z"])
+        jq.ptq.allocate(params, RATES, 4, stats, paths=["z"])

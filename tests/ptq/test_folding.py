@@ -30,7 +30,7 @@ def calibrated(params=PARAMS):
 
 def test_the_function_stays_and_statistics_follow():
     stats = calibrated()
-    folded = jq.fold(PARAMS, jq.smoothquant(), stats, FOLDS)
+    folded = jq.ptq.fold(PARAMS, jq.smoothquant(), stats, FOLDS)
     want = fn(PARAMS, X)
     np.testing.assert_allclose(fn(folded.params, X), want, rtol=1e-4, atol=1e-5)
     assert [m.input for _, m in folded.recipe.rules if isinstance(m, jq.Method)] == [None] * 3
@@ -56,9 +56,9 @@ def _before(folded, path):
 
 def test_folded_and_carried_are_the_same_function():
     """Weights not rounded at all, nor inputs: what is carried equals what is folded."""
-    stats, method = calibrated(), jq.smoothquant(16, activation_bits=16)
+    stats, method = calibrated(), jq.smoothquant(16, activations=None)
     carried = jq.quantize(PARAMS, method, stats)
-    folded = jq.fold(PARAMS, method, stats, FOLDS)
+    folded = jq.ptq.fold(PARAMS, method, stats, FOLDS)
     other = jq.quantize(folded.params, folded.recipe, folded.stats)
     assert carried["up"].input is not None and other["up"].input is None
     want = fn(PARAMS, X)
@@ -69,9 +69,9 @@ def test_folded_and_carried_are_the_same_function():
 
 def test_the_rest_of_a_chain_stays():
     stats, method = calibrated(), jq.smoothquant(8, rotate=True)
-    folded = jq.fold(PARAMS, method, stats, FOLDS)
+    folded = jq.ptq.fold(PARAMS, method, stats, FOLDS)
     q = jq.quantize(folded.params, folded.recipe, folded.stats)
-    assert q["up"].input == jq.Rotation(signed=False)
+    assert q["up"].input == jq.transforms.Rotation(signed=False)
     error = jnp.linalg.norm(jq.quantized(fn)(q, X) - fn(PARAMS, X)) / jnp.linalg.norm(fn(PARAMS, X))
     assert error < 0.03
 
@@ -79,7 +79,7 @@ def test_the_rest_of_a_chain_stays():
 def test_what_others_read_too_is_not_folded():
     stats = calibrated()
     recipe = jq.Recipe([("gate", jq.KEEP), ("[ud]*", jq.smoothquant()), ("*", jq.KEEP)])
-    folded = jq.fold(PARAMS, recipe, stats, FOLDS)
+    folded = jq.ptq.fold(PARAMS, recipe, stats, FOLDS)
     kept = dict(folded.recipe.rules)
     assert kept["up"].input is not None and kept["down"].input is None
     np.testing.assert_array_equal(folded.params["gain"], PARAMS["gain"])
@@ -92,7 +92,7 @@ def test_stacks_fold_layer_by_layer():
     run = lambda p, x: jax.lax.scan(lambda h, q: (fn(q, h), None), x, p)[0]
     stats = jq.calibrate(run, params, [X])
     rules = [(name, jq.smoothquant()) for name in ("up", "gate", "down")]
-    folded = jq.fold(params, jq.Recipe([*rules, ("*", jq.KEEP)]), stats, FOLDS)
+    folded = jq.ptq.fold(params, jq.Recipe([*rules, ("*", jq.KEEP)]), stats, FOLDS)
     np.testing.assert_allclose(run(folded.params, X), run(params, X), rtol=1e-3, atol=1e-4)
     factor = folded.params["gain"] / params["gain"]
     assert factor.shape == (2, 32) and not np.allclose(factor[0], factor[1])
@@ -107,22 +107,22 @@ def test_a_killed_search_goes_on_where_it_stopped():
         calls.append(index)
         return sum(jnp.sum((w - PARAMS[path]) ** 2) for path, w in weights.items())
 
-    once, kept = jq.fold(PARAMS, method, stats, FOLDS, inspect=judged), {}
+    once, kept = jq.ptq.fold(PARAMS, method, stats, FOLDS, inspect=judged), {}
     whole = len(calls)
     stop = lambda weights, index: judged(weights, index, whole + whole // 2 + 3)
     with pytest.raises(KeyboardInterrupt):
-        jq.fold(PARAMS, method, stats, FOLDS, inspect=stop, finished=kept)
+        jq.ptq.fold(PARAMS, method, stats, FOLDS, inspect=stop, finished=kept)
     calls.clear()
-    again = jq.fold(PARAMS, method, stats, FOLDS, inspect=judged, finished=kept)
+    again = jq.ptq.fold(PARAMS, method, stats, FOLDS, inspect=judged, finished=kept)
     assert len(calls) == whole // 2  # that of one input of two
     for name, leaf in once.params.items():
         np.testing.assert_array_equal(again.params[name], leaf)
     calls.clear()
     other = {n: w + 1 for n, w in PARAMS.items()}
-    jq.fold(other, method, stats, FOLDS, inspect=judged, finished=kept)
+    jq.ptq.fold(other, method, stats, FOLDS, inspect=judged, finished=kept)
     assert len(calls) == whole  # of other weights nothing is taken
 
 
 def test_a_leaf_of_other_channels():
     with pytest.raises(ValueError, match=r"gain has shape \[32\]; to fold factors into"):
-        jq.fold(PARAMS, jq.smoothquant(), calibrated(), {"down": ["gain"]})
+        jq.ptq.fold(PARAMS, jq.smoothquant(), calibrated(), {"down": ["gain"]})

@@ -32,26 +32,28 @@ def made(layers=LAYERS):
 
 def test_there_and_back():
     _, params, _ = made()
-    apart = jq.unstack(params, "stack")
+    apart = jq.ptq.unstack(params, "stack")
     assert apart["stack"]["10"]["a"].shape == (32, 64)
     mapped = jax.tree.map(lambda a: a + 0, apart)  # has the layers in the order of their names
     for tree in (apart, mapped):
-        jax.tree.map(np.testing.assert_array_equal, jq.restack(tree, "stack"), params)
+        jax.tree.map(np.testing.assert_array_equal, jq.ptq.restack(tree, "stack"), params)
 
 
 def test_statistics_are_those_of_the_layers():
     """One method for all layers gives the codes that it gives the stack."""
     fn, params, x = made(3)
     stats = jq.calibrate(fn, params, x, loss=lambda y, x: jnp.mean(y**2), output=["*"])
-    apart, known = jq.unstack(params, "stack"), jq.unstack_stats(stats, "stack")
+    apart, known = jq.ptq.unstack(params, "stack"), jq.ptq.unstack_stats(stats, "stack")
     for i in range(3):
         one = f"stack/{i}/b"
         np.testing.assert_array_equal(known.gram(one), stats.gram("stack/b")[i])
         np.testing.assert_array_equal(known.output_gram(one), stats.output_gram("stack/b")[i])
     whole = jq.quantize(params, jq.gptq(3, 16), stats)
-    alike = jq.restack(jq.quantize(apart, jq.gptq(3, 16), known), "stack")
+    alike = jq.ptq.restack(jq.quantize(apart, jq.gptq(3, 16), known), "stack")
     assert jq.bits_per_weight(alike) == jq.bits_per_weight(whole)
-    for (path, a), (_, b) in zip(jq.path_leaves(alike), jq.path_leaves(whole), strict=True):
+    for (path, a), (_, b) in zip(
+        jq.core.path_leaves(alike), jq.core.path_leaves(whole), strict=True
+    ):
         assert isinstance(a, jq.QTensor)
         np.testing.assert_array_equal(a.dequantize(), b.dequantize(), err_msg=path)
 
@@ -59,45 +61,45 @@ def test_statistics_are_those_of_the_layers():
 def test_methods_of_their_own():
     """In a function that wants the stack, packed layers of any kind serve."""
     fn, params, x = made()
-    apart = jq.unstack(params, "stack")
+    apart = jq.ptq.unstack(params, "stack")
     rules = [
         ("stack/10/*", jq.rtn(2, 16)),
         ("stack/0/a", jq.normal_float(4, 16)),
         ("head", jq.KEEP),
     ]
     q = jq.quantize(apart, jq.Recipe([*rules, ("*", jq.rtn(4, 16))]))
-    whole = lambda p, x: fn(jq.restack(p, "stack"), x)
+    whole = lambda p, x: fn(jq.ptq.restack(p, "stack"), x)
     got = jax.jit(jq.quantized(whole))(q, x)
     dense = jq.dequantize(q)
     wanted = fn(
         {**params, "stack": jax.tree.map(lambda *a: jnp.stack(a), *layers_of(dense, "stack"))}, x
     )
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, jq.restack(q, "stack")["stack"]["a"],
-                 jq.restack(dense, "stack")["stack"]["a"])  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, jq.ptq.restack(q, "stack")["stack"]["a"],
+                 jq.ptq.restack(dense, "stack")["stack"]["a"])  # fmt: skip
 
 
 def test_healing_of_layers_apart():
     """Decoded, layers of other rates are one stack; their codes stay what they were."""
     fn, params, _ = made(2)
     x = np.asarray(draw(24, 16, 32, seed=3))
-    apart = jq.unstack(params, "stack")
-    stats = jq.unstack_stats(jq.calibrate(fn, params, x), "stack")
+    apart = jq.ptq.unstack(params, "stack")
+    stats = jq.ptq.unstack_stats(jq.calibrate(fn, params, x), "stack")
     rules = [(f"stack/{i}/a", jq.entropy_coded(2 + i, states=8)) for i in range(2)]
     q = jq.quantize(apart, jq.Recipe([*rules, ("*", jq.KEEP)]), stats)
     block = lambda p, h: h + jnp.tanh(h @ p["a"]) @ p["b"]
     healing = Healing(steps=20, learning_rate=0.02)
-    one = jq.restack(jq.decoded(q), "stack")
+    one = jq.ptq.restack(jq.tuning.decoded(q), "stack")
     assert isinstance(one["stack"]["a"], jq.QTensor)
     blocks = {**one, "stack": heal_blocks(block, one["stack"], params["stack"], x, healing)}
     both = heal(fn, blocks, params, x, healing)
-    states = [q, *(jq.rejoined(q, jq.unstack(tree, "stack")) for tree in (blocks, both))]
+    states = [q, *(jq.tuning.rejoined(q, jq.ptq.unstack(tree, "stack")) for tree in (blocks, both))]
     for i in range(2):
         before, after = (state["stack"][f"{i}"]["a"] for state in states[::2])
         assert after.format == before.format
         np.testing.assert_array_equal(after.data["codes"], before.data["codes"])
     far = lambda p: float(
-        jnp.mean((fn(jq.restack(jq.dequantize(p), "stack"), x) - fn(params, x)) ** 2)
+        jnp.mean((fn(jq.ptq.restack(jq.dequantize(p), "stack"), x) - fn(params, x)) ** 2)
     )
     assert far(states[0]) > far(states[1]) > far(states[2])
 
@@ -105,7 +107,7 @@ def test_healing_of_layers_apart():
 def test_the_model_takes_its_layers_apart(tmp_path):
     model = load(write_folder(tmp_path / "m", BASE, random_tensors(BASE)))
     tokens = jnp.arange(12)[None]
-    apart = jq.unstack(model.params, "layers")
+    apart = jq.ptq.unstack(model.params, "layers")
     want = model.apply_fn(model.params, tokens)
     np.testing.assert_allclose(model.apply_fn(apart, tokens), want, rtol=1e-4, atol=1e-5)
     cache = init_cache(model.config, 1, 12)
@@ -118,7 +120,7 @@ def test_the_model_takes_its_layers_apart(tmp_path):
 def test_layers_that_do_not_stack_are_not_healed(tmp_path):
     model = load(write_folder(tmp_path / "m", BASE, random_tensors(BASE)))
     rules = [("layers/0/*kernel", jq.rtn(2, 8)), ("layers/*kernel", jq.rtn(3, 8)), ("*", jq.KEEP)]
-    q = jq.quantize(jq.unstack(model.params, "layers"), jq.Recipe(rules))
+    q = jq.quantize(jq.ptq.unstack(model.params, "layers"), jq.Recipe(rules))
     with pytest.raises(ValueError, match="healed as a stack"):
         heal_model(
             model, dataclasses.replace(model, params=q), None, None, Healing(), progress=print
@@ -128,10 +130,16 @@ def test_layers_that_do_not_stack_are_not_healed(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: jq.unstack(p, "stak"), "an entry 'stak'"),
-        (lambda p: jq.unstack([p], "stack"), "expected a dict"),
-        (lambda p: jq.unstack({"stack": {"a": jnp.ones(2), "b": jnp.ones(3)}}, "stack"), "leading"),
-        (lambda p: jq.restack(p, "stack"), "expected layers '0', '1', ... in 'stack', got a, b"),
+        (lambda p: jq.ptq.unstack(p, "stak"), "an entry 'stak'"),
+        (lambda p: jq.ptq.unstack([p], "stack"), "expected a dict"),
+        (
+            lambda p: jq.ptq.unstack({"stack": {"a": jnp.ones(2), "b": jnp.ones(3)}}, "stack"),
+            "leading",
+        ),
+        (
+            lambda p: jq.ptq.restack(p, "stack"),
+            "expected layers '0', '1', ... in 'stack', got a, b",
+        ),
     ],
 )
 def test_bad_input(call, message):
@@ -166,7 +174,7 @@ def test_a_bit_for_a_factor_of_four():
     w, h, g = layer(1.0)
     weights = {"a": (w, h, g), "b": (2 * w, h, g), "c": (w, 16 * h, g), "d": (w, h, 9 * g)}
     params, stats = seen(weights)
-    found = jq.shares(params, stats)
+    found = jq.ptq.shares(params, stats)
     np.testing.assert_allclose(sum(found.values()), 0, atol=1e-5)
     np.testing.assert_allclose([found[n] - found["a"] for n in "bcd"], [1, 2, 0], atol=1e-4)
 
@@ -174,7 +182,7 @@ def test_a_bit_for_a_factor_of_four():
 def test_rates_by_shares_lose_less_than_equal_ones():
     weights = {"a": layer(1.0), "b": layer(2.5, seed=5), "c": layer(0.4, seed=9)}
     params, stats = seen(weights)
-    found = jq.shares(params, stats)
+    found = jq.ptq.shares(params, stats)
     loss = {}
     for name, share in (("equal", 0.0), ("shared", 1.0), ("the other way", -0.5)):
         loss[name] = 0.0
@@ -189,9 +197,9 @@ def test_shares_need_what_they_need():
     fn, params, x = made(2)
     stats = jq.calibrate(fn, params, x, loss=lambda y, x: jnp.mean(y**2), output=["*"])
     with pytest.raises(ValueError, match="unstack"):
-        jq.shares(params, stats)
+        jq.ptq.shares(params, stats)
     with pytest.raises(ValueError, match="no weight with statistics matches nothing"):
-        jq.shares(params, stats, ["nothing"])
+        jq.ptq.shares(params, stats, ["nothing"])
     plain = jq.calibrate(fn, params, x, loss=lambda y, x: jnp.mean(y**2))
     with pytest.raises(ValueError, match="no output-side statistics"):
-        jq.shares(params, plain, ["head"])
+        jq.ptq.shares(params, plain, ["head"])

@@ -16,7 +16,7 @@ PARAMS = {
 
 
 def chosen(recipe, **kwargs):
-    return {e.path: e.method for e in jq.resolve(recipe, PARAMS, **kwargs).entries}
+    return {e.path: e.method for e in jq.recipes.resolve(recipe, PARAMS, **kwargs).entries}
 
 
 def test_first_match_wins_and_star_crosses_slashes():
@@ -44,10 +44,12 @@ def test_one_method_means_what_the_function_contracts():
 
 def test_plan_prints_the_bytes_that_quantize_makes():
     recipe = jq.Recipe([("*kernel", jq.rtn(bits=3, group_size=32)), ("*", jq.KEEP)])
-    plan = jq.resolve(recipe, jax.eval_shape(lambda: PARAMS))
+    plan = jq.recipes.resolve(recipe, jax.eval_shape(lambda: PARAMS))
     made = jq.quantize(PARAMS, recipe)
     assert plan.bits_per_weight == pytest.approx(jq.bits_per_weight(made))
-    assert {e.path: e.bytes for e in plan.entries} == {p: w.nbytes for p, w in jq.path_leaves(made)}
+    assert {e.path: e.bytes for e in plan.entries} == {
+        p: w.nbytes for p, w in jq.core.path_leaves(made)
+    }
     assert f"{plan.bits_per_weight:.3f} bits per quantized weight" in str(plan)
 
 
@@ -73,7 +75,7 @@ def test_json_round_trip_and_short_form():
 )
 def test_recipes_that_do_not_resolve(rules, message):
     with pytest.raises(ValueError, match=message):
-        jq.resolve(jq.Recipe(rules), PARAMS)
+        jq.recipes.resolve(jq.Recipe(rules), PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_a_weight_that_a_bare_method_would_miss_is_named():
     found = jq.sites(fn, params, jnp.ones((2, 32)))
     assert found["b"].otherwise and not found["a"].otherwise
     with pytest.warns(UserWarning, match=r"kept as they are.*: b \(50.0%\): .*not followed"):
-        jq.resolve(jq.rtn(group_size=32), params, found)
+        jq.recipes.resolve(jq.rtn(group_size=32), params, found)
 
 
 def test_a_path_names_itself():

@@ -37,7 +37,9 @@ def loss(w, q, h, g):
     return np.sum((h @ e) * (e @ g))
 
 
-METHOD = jq.Method("m", TwoSided(), jq.Integer(4, "tensor", symmetric=True, scale_dtype="float32"))
+METHOD = jq.Method(
+    "m", TwoSided(), jq.formats.Integer(4, "tensor", symmetric=True, scale_dtype="float32")
+)
 
 
 def test_it_is_the_definition():
@@ -52,7 +54,9 @@ def test_it_is_the_definition():
     assert loss(w, q.dequantize(), h, g) < 0.7 * loss(w, other, h, g)
 
 
-@pytest.mark.parametrize("format", [METHOD.format, jq.Trellis((2,), L=8), jq.E8P()], ids=str)
+@pytest.mark.parametrize(
+    "format", [METHOD.format, jq.formats.Trellis((2,), L=8), jq.formats.E8P()], ids=str
+)
 def test_without_output_correlation_it_is_ldlq(format):
     w, x = draw(32, 32), draw(200, 32, seed=1)
     h = x.T @ x / 200 + 0.3 * jnp.ones((32, 32))
@@ -89,7 +93,7 @@ def test_bad_input():
     w, h = problem()
     with pytest.raises(ValueError, match="needs output_gram="):
         jq.quantize_array(jnp.asarray(w), METHOD, jnp.asarray(h))
-    grouped = jq.Method("m", TwoSided(), jq.Integer(4, 16))
+    grouped = jq.Method("m", TwoSided(), jq.formats.Integer(4, 16))
     with pytest.raises(ValueError, match="one scale per matrix"):
         jq.quantize_array(jnp.asarray(w), grouped, jnp.asarray(h), output_gram=jnp.eye(20))
     with pytest.raises(ValueError, match='needs weighting="gradient"'):

@@ -56,7 +56,7 @@ def made() -> tuple[Any, list[Any], Any]:
 def digest(tree: Any) -> str:
     """SHA-256 over every leaf's path and the sorted digests of its arrays."""
     out = hashlib.sha256()
-    for path, leaf in sorted(jq.path_leaves(tree), key=lambda pair: pair[0]):
+    for path, leaf in sorted(jq.core.path_leaves(tree), key=lambda pair: pair[0]):
         of_arrays = sorted(map(_of_array, jax.tree.leaves(leaf)))
         out.update(f"{path} {' '.join(of_arrays)}\n".encode())
     return out.hexdigest()[:16]
@@ -70,7 +70,7 @@ def _of_array(a: Any) -> str:
 def calls() -> dict[str, Callable[[], Any]]:
     """Every call, by name."""
     params, batches, stats = made()
-    method = lambda name: jq.named_method(name, **OPTIONS.get(name, {}))
+    method = lambda name: jq.methods.named_method(name, **OPTIONS.get(name, {}))
     quantize = lambda recipe: jq.quantize(params, recipe, stats)
     recipes = {
         "mixed": [("down", jq.KEEP), ("*", jq.gptq(bits=3, group_size=32))],
@@ -85,7 +85,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     inputs = np.asarray(batches[0]).reshape(-1, 8, K)[:8]
 
     def trained() -> Any:
-        how = jq.QAT(steps=3, learning_rate=1e-3)
+        how = jq.training.QAT(steps=3, learning_rate=1e-3)
         return jq.qat(function, latent(), inputs, how, teacher=params)
 
     def outputs() -> Any:

@@ -19,9 +19,9 @@ class LogGrid(NamedTuple):
     scale: jax.Array
 
 
-@jq.register
+@jq.recipes.register
 @dataclasses.dataclass(frozen=True)
-class SignLog(jq.GridFormat):
+class SignLog(jq.formats.GridFormat):
     """Four bits: a sign and a power of two, times a scale for every output."""
 
     wide = True
@@ -58,9 +58,9 @@ class SignLog(jq.GridFormat):
         return data | {"scale": jnp.ldexp(data["scale"], e)}
 
 
-@jq.register
+@jq.recipes.register
 @dataclasses.dataclass(frozen=True)
-class Reversal(jq.Transform):
+class Reversal(jq.transforms.Transform):
     """Channels in reverse order, each times a number: no method needs it, any could have it."""
 
     factor: float = 2.0
@@ -78,9 +78,9 @@ class Reversal(jq.Transform):
         return (x / arrays["factors"].astype(x.dtype))[..., ::-1]
 
 
-@jq.register
+@jq.recipes.register
 @dataclasses.dataclass(frozen=True)
-class Coarse(jq.Rounder):
+class Coarse(jq.rounding.Rounder):
     """Rounds what is left of a matrix when its smallest entries are set to zero."""
 
     share: float = 0.01

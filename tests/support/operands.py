@@ -13,26 +13,26 @@ def draw(*shape, seed=0):
 
 # Name -> the format that makes the arrays, and the rows that its codes come in.
 CASES = {
-    **{f"packed {b} bits": (jq.Integer(b, 64, symmetric=True), 64) for b in (2, 3, 4, 8)},
-    "packed 2 bits, zero points": (jq.Integer(2, 64), 64),
-    "packed 4 bits, zero points": (jq.Integer(4, 128), 128),
-    "packed 4 bits, a scale a column": (jq.Integer(4, -1, symmetric=True), 1),
-    "packed 3 bits, one scale": (jq.Integer(3, "tensor", symmetric=True), 1),
-    "ternary": (jq.Ternary(group_size=64), 64),
-    "codebook nf4": (jq.NormalFloat(4, 64), 64),
-    "codebook mxfp4": (jq.MXFP4(), 32),
-    "codebook float8": (jq.Float8("e4m3"), 1),
-    "e8p 2 bits": (jq.E8P(2), 8),
-    "e8p 3 bits": (jq.E8P(3), 8),
-    "e8p 4 bits": (jq.E8P(4), 8),
-    "trellis mul1": (jq.Trellis((2,), L=12), 16),
-    "trellis 3inst": (jq.Trellis((3,), L=8, code="3inst"), 16),
-    "trellis vpu": (jq.Trellis((2,), L=16, code="vpu"), 16),
-    "trellis, rates by block": (jq.Trellis((3, 0, 1, 2), L=8), 64),
-    "additive 2x8": (jq.Additive(2, 8, 8), 8),
-    "additive 1x9": (jq.Additive(1, 9, 3), 3),
-    "dual scale, 4 bits": (jq.DualScale(4), 1),
-    "dual scale, 8 bits": (jq.DualScale(8), 1),
+    **{f"packed {b} bits": (jq.formats.Integer(b, 64, symmetric=True), 64) for b in (2, 3, 4, 8)},
+    "packed 2 bits, zero points": (jq.formats.Integer(2, 64), 64),
+    "packed 4 bits, zero points": (jq.formats.Integer(4, 128), 128),
+    "packed 4 bits, a scale a column": (jq.formats.Integer(4, -1, symmetric=True), 1),
+    "packed 3 bits, one scale": (jq.formats.Integer(3, "tensor", symmetric=True), 1),
+    "ternary": (jq.formats.Ternary(group_size=64), 64),
+    "codebook nf4": (jq.formats.NormalFloat(4, 64), 64),
+    "codebook mxfp4": (jq.formats.MXFP4(), 32),
+    "codebook float8": (jq.formats.Float8("e4m3"), 1),
+    "e8p 2 bits": (jq.formats.E8P(2), 8),
+    "e8p 3 bits": (jq.formats.E8P(3), 8),
+    "e8p 4 bits": (jq.formats.E8P(4), 8),
+    "trellis mul1": (jq.formats.Trellis((2,), L=12), 16),
+    "trellis 3inst": (jq.formats.Trellis((3,), L=8, code="3inst"), 16),
+    "trellis vpu": (jq.formats.Trellis((2,), L=16, code="vpu"), 16),
+    "trellis, rates by block": (jq.formats.Trellis((3, 0, 1, 2), L=8), 64),
+    "additive 2x8": (jq.formats.Additive(2, 8, 8), 8),
+    "additive 1x9": (jq.formats.Additive(1, 9, 3), 3),
+    "dual scale, 4 bits": (jq.formats.DualScale(4), 1),
+    "dual scale, 8 bits": (jq.formats.DualScale(8), 1),
 }
 
 
@@ -44,9 +44,11 @@ def random_data(format, k, n, seed=0):
     def fill(name, a):
         if name in ("codes", "residual", "zero", "ranges", "escapes"):
             words = rng.integers(-(1 << 31), 1 << 31, a.shape, np.int64).astype(np.int32)
-            if name == "codes" and isinstance(format, jq.Ternary):  # 10 stands for no code
+            if name == "codes" and isinstance(format, jq.formats.Ternary):  # 10 stands for no code
                 words = words & ~((words >> 1 & 0x55555555 & ~words) << 1)
-            if name == "codes" and isinstance(format, jq.Float8):  # neither NaN nor infinite
+            if name == "codes" and isinstance(
+                format, jq.formats.Float8
+            ):  # neither NaN nor infinite
                 words = words & 0x3F3F3F3F
             return jnp.asarray(words)
         if jnp.issubdtype(a.dtype, jnp.floating):
@@ -54,7 +56,7 @@ def random_data(format, k, n, seed=0):
         raise ValueError(f"no random {name} of {a.dtype}")
 
     data = {name: fill(name, a) for name, a in shapes.items()}
-    return data | _escapes(rng, k, n) if isinstance(format, jq.DualScale) else data
+    return data | _escapes(rng, k, n) if isinstance(format, jq.formats.DualScale) else data
 
 
 def _escapes(rng, k, n):

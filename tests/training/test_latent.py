@@ -22,7 +22,7 @@ def made(format, estimator=None, **options):
     return jq.Method("made", Nearest(), format, estimator=estimator, **options)
 
 
-LSQ = jq.LSQ()
+LSQ = jq.estimators.LSQ()
 # Every format that trains, and every form of inputs: one line each.
 METHODS = [
     jq.ste(2, 16),
@@ -38,9 +38,9 @@ METHODS = [
     jq.stretched_elastic(1.58, 16),
     jq.stretched_elastic(3),
     jq.bitnet(),
-    jq.bitnet(None),
-    jq.bitnet("int4,mean"),
-    jq.bitnet("int8,top=0.5"),
+    jq.bitnet(activations=None),
+    jq.bitnet(activations="int4,mean"),
+    jq.bitnet(activations="int8,top=0.5"),
     jq.zeroqat(2, 16),
     jq.zeroqat(4, 16, symmetric=True),
     jq.normal_float(4, 16),
@@ -49,22 +49,27 @@ METHODS = [
     jq.mxfp4(pad=True),
     jq.nvfp4(pad=True),
     jq.ternary(16),
-    made(jq.NormalFloat(3, 16), LSQ),
-    made(jq.MXFP4(pad=True)),
-    made(jq.Ternary(group_size=16), LSQ),
-    made(jq.Float8("e4m3", 16), LSQ),
-    made(jq.E8P(2)),
-    made(jq.Integer(4, 16), LSQ, activations="int8"),
-    made(jq.Integer(4, 16), LSQ, activations="int4,asymmetric,clip=0.9"),
-    made(jq.Integer(2, 16), LSQ, activations="int8,asymmetric"),
-    made(jq.Integer(4, 16), LSQ, activations="float8"),
-    made(jq.Integer(4, 16), LSQ, activations="int8,asymmetric,static"),
-    made(jq.Integer(4, 16), LSQ, input=jq.Rotation(), output=jq.Rotation()),
-    jq.lsq(4, 16, activation_bits=8),
-    jq.lsq(4, 16, activation_bits=4, activation_symmetric=False),
-    jq.lsq(4, 16, activation_bits=8, activation_symmetric=False),
+    made(jq.formats.NormalFloat(3, 16), LSQ),
+    made(jq.formats.MXFP4(pad=True)),
+    made(jq.formats.Ternary(group_size=16), LSQ),
+    made(jq.formats.Float8("e4m3", 16), LSQ),
+    made(jq.formats.E8P(2)),
+    made(jq.formats.Integer(4, 16), LSQ, activations="int8"),
+    made(jq.formats.Integer(4, 16), LSQ, activations="int4,asymmetric,clip=0.9"),
+    made(jq.formats.Integer(2, 16), LSQ, activations="int8,asymmetric"),
+    made(jq.formats.Integer(4, 16), LSQ, activations="float8"),
+    made(jq.formats.Integer(4, 16), LSQ, activations="int8,asymmetric,static"),
+    made(
+        jq.formats.Integer(4, 16),
+        LSQ,
+        input=jq.transforms.Rotation(),
+        output=jq.transforms.Rotation(),
+    ),
+    jq.lsq(4, 16, activations="int8,static,mse"),
+    jq.lsq(4, 16, activations="int4,asymmetric,static,mse"),
+    jq.lsq(4, 16, activations="int8,asymmetric,static,mse"),
     jq.pact(4, 16),
-    jq.pact(4, 16, activation_bits=8, unsigned=True),
+    jq.pact(4, 16, activations="int8,asymmetric,static,mse"),
 ]
 all_methods = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name} {m.format}"[:60])
 FOUR = jq.lsq(4, 16)
@@ -84,7 +89,9 @@ def latents(method, fn=net, params=None):
 def test_what_is_frozen_gives_what_trained(method):
     p, x = latents(method), draw(7, 32, seed=2)
     frozen = jq.freeze(p)
-    assert frozen["a"].format == method.format and not isinstance(frozen["a"].format, jq.Latent)
+    assert frozen["a"].format == method.format and not isinstance(
+        frozen["a"].format, jq.estimators.Latent
+    )
     np.testing.assert_array_equal(frozen["a"].dequantize(), p["a"].dequantize())
     for run in (jq.quantized(net), jax.jit(jq.quantized(net))):
         np.testing.assert_array_equal(run(p, x), run(frozen, x))
@@ -94,7 +101,7 @@ def test_what_is_frozen_gives_what_trained(method):
 @pytest.mark.parametrize("form", ["int8", "int4,mean", "int8,top=0.5"])
 def test_bitnet_is_served_in_integers(form):
     """Products of what trains, and of what is packed, are whole steps; on disk 1.6 bits."""
-    method = jq.bitnet(form)
+    method = jq.bitnet(activations=form)
     p = jq.latent({"w": draw(320, 48)}, method)
     frozen, x = jq.freeze(p)["w"], draw(7, 320, seed=2)
     q = np.asarray(jnp.round(frozen.dequantize() / frozen.data["scale"]), np.int64)
@@ -119,8 +126,10 @@ def test_training_lowers_the_loss(method):
     loss = lambda t: jnp.mean((jq.quantized(net)(eqx.combine(t, rest), x) - y) ** 2)
     first, slope = jax.value_and_grad(loss)(train)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope["b"].data["codes"]))
-    relative = optax.chain(optax.adam(5e-3), jq.relative())
-    optimizer = jq.optimizer(train, weight=optax.adam(1e-2), scale=relative, range=relative)
+    relative = optax.chain(optax.adam(5e-3), jq.training.relative())
+    optimizer = jq.training.optimizer(
+        train, weight=optax.adam(1e-2), scale=relative, range=relative
+    )
     state = optimizer.init(train)
 
     @jax.jit
@@ -151,15 +160,15 @@ def test_frameworks(network):
     for value, got in (run(p, x), jax.jit(run)(p, x)):
         want_value, want = jax.value_and_grad(loss)(jq.dequantize(p), x)
         np.testing.assert_allclose(value, want_value, rtol=1e-5)
-        slopes = dict(jq.path_leaves(want))
-        for path, w in jq.path_leaves(got):
+        slopes = dict(jq.core.path_leaves(want))
+        for path, w in jq.core.path_leaves(got):
             if path in paths:
                 np.testing.assert_allclose(plain(w), slopes[path], rtol=1e-4, atol=1e-3)
 
 
 def plain(w):
     """What a weight's codes hold, in the order of its axes."""
-    return dataclasses.replace(w, format=jq.Dense()).dequantize()
+    return dataclasses.replace(w, format=jq.formats.Dense()).dequantize()
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -232,7 +241,7 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize("learned", [LSQ, None], ids=str)
 def test_training_begins_at_the_codes_of_any_rounder(rounder, learned):
     params = {"a": draw(32, 48), "b": draw(48, 24, seed=1)}
-    method = jq.Method("start", rounder, jq.Integer(3, 16), estimator=learned)
+    method = jq.Method("start", rounder, jq.formats.Integer(3, 16), estimator=learned)
     stats = jq.calibrate(net, params, [draw(64, 32, seed=5)])
     q = jq.quantize(params, method, stats)
     for p in (jq.latent(params, method, stats), jq.thaw(q, method)):
@@ -268,7 +277,7 @@ def test_what_is_not_in_the_recipe_stays_frozen():
 
 def test_only_what_trains_has_a_state():
     p = latents(FOUR)
-    optimizer = jq.optimizer(p, weight=optax.adamw(1e-3), scale=optax.sgd(1e-4))
+    optimizer = jq.training.optimizer(p, weight=optax.adamw(1e-3), scale=optax.sgd(1e-4))
     size = lambda tree: sum(a.size for a in jax.tree.leaves(tree) if a.ndim)
     weights = sum(w.data["codes"].size for w in p.values())
     assert size(optimizer.init(p)) == 2 * weights  # two moments of weights, none of scales
@@ -276,15 +285,15 @@ def test_only_what_trains_has_a_state():
     updates, _ = optimizer.update(slope, optimizer.init(p), p)
     moved = updates["a"].data["scale"] / slope["a"].data["scale"]
     np.testing.assert_allclose(moved, -1e-4, rtol=1e-5)
-    still = jq.optimizer(p, scale=optax.sgd(1.0))
+    still = jq.training.optimizer(p, scale=optax.sgd(1.0))
     updates, _ = still.update(slope, still.init(p), p)
     assert not jnp.any(updates["a"].data["codes"])
     with pytest.raises(ValueError, match="unknown labels"):
-        jq.optimizer(p, weights=optax.sgd(1.0))
+        jq.training.optimizer(p, weights=optax.sgd(1.0))
 
 
 def test_frozen_weights_are_saved_and_latent_ones_too(tmp_path):
-    p = latents(jq.lsq(4, 16, activation_bits=8))
+    p = latents(jq.lsq(4, 16, activations="int8,static,mse"))
     x = draw(5, 32)
     for name, tree in (("latent", p), ("frozen", jq.freeze(p))):
         checkpoint.save(tmp_path / name, tree)
@@ -321,7 +330,11 @@ def bad(change):
         (
             lambda: jq.latent(
                 {"a": draw(32, 16)},
-                made(jq.Integer(4, 16), activations="int8", input_estimator=jq.LSQRange()),
+                made(
+                    jq.formats.Integer(4, 16),
+                    activations="int8",
+                    input_estimator=jq.estimators.LSQRange(),
+                ),
             ),
             "int8,static",
         ),

@@ -14,7 +14,7 @@ from tests.support.arrays import draw
 WIDTH = 32
 X = np.asarray(draw(12, 4, WIDTH, seed=7))
 TEACHER = {"a": draw(WIDTH, 48) / 5, "b": draw(48, WIDTH, seed=1)}
-HOW = jq.QAT(steps=20, learning_rate=5e-3, scale_rate=1e-2, batch_size=4, save_every=5)
+HOW = jq.training.QAT(steps=20, learning_rate=5e-3, scale_rate=1e-2, batch_size=4, save_every=5)
 
 
 def fn(p, x):
@@ -61,7 +61,7 @@ def test_it_comes_nearer_to_the_teacher(remedy):
     assert any(done.measured["drift"] > 0 for done in told) == moved
 
 
-FORWARD = jq.ZeroQAT(steps=20, learning_rate=0.05, batch_size=4, save_every=5)
+FORWARD = jq.training.ZeroQAT(steps=20, learning_rate=0.05, batch_size=4, save_every=5)
 
 
 @pytest.mark.parametrize("kinds", [("scale",), ("weight", "scale")])
@@ -80,8 +80,10 @@ def test_forward_only_it_comes_nearer_too(kinds):
 
 def test_a_forward_only_step_is_as_long_as_the_rate_says():
     """Whatever the size of the loss: of two steps, the first at rate 0, at most 1.4 times it."""
-    zeroth = jq.Zeroth(epsilon=1e-3, drawing=jq.Drawing(signs=True), kinds=("scale",), sizes=(0.5,))
-    how = jq.ZeroQAT(steps=2, learning_rate=0.1, batch_size=4, zeroth=zeroth)
+    zeroth = jq.training.Zeroth(
+        epsilon=1e-3, drawing=jq.estimators.Drawing(signs=True), kinds=("scale",), sizes=(0.5,)
+    )
+    how = jq.training.ZeroQAT(steps=2, learning_rate=0.1, batch_size=4, zeroth=zeroth)
     p = latents()
     better = jq.qat(fn, p, X, how, teacher=TEACHER)
     moved = np.abs(better["a"].data["scale"] - p["a"].data["scale"])
@@ -119,7 +121,7 @@ def test_what_says_nothing_by_its_size_trains_too():
     assert np.mean(after[before == 0] != 0) > 0.5 if np.any(before == 0) else True
     flat = jq.trained(p, "scale")
     zero = jax.tree.map(jnp.zeros_like, p)
-    chain = jq.relative()
+    chain = jq.training.relative()
     ones = jax.tree.map(jnp.ones_like, p)
     updates, _ = chain.update(ones, chain.init(zero), zero)
     assert np.all(updates["a"].data["zero"] == 1) and not np.any(updates["a"].data["scale"])
@@ -145,7 +147,7 @@ def test_from_tokens():
     run = lambda p, t: jax.nn.one_hot(t, vocabulary) @ p["w"]
     p = jq.latent({"w": draw(vocabulary, vocabulary)}, jq.lsq(4, 16))
     told = []
-    how = jq.QAT(steps=60, learning_rate=0.1, validate_every=30)
+    how = jq.training.QAT(steps=60, learning_rate=0.1, validate_every=30)
     jq.qat(run, p, tokens, how, progress=told.append, validation=tokens[:1])
     assert told[-1].loss < 0.3 * told[0].loss and told[-1].validation < 0.3 * told[0].loss
 
@@ -159,16 +161,16 @@ def test_blocks_in_order():
 
     sites = jq.sites(whole, teacher, X[0])
     p = jq.latent(teacher, jq.lsq(2, 16), sites)
-    how = jq.QAT(steps=40, learning_rate=5e-3, batch_size=16, validate_every=10)
+    how = jq.training.QAT(steps=40, learning_rate=5e-3, batch_size=16, validate_every=10)
     hidden = np.asarray(draw(64, 4, WIDTH, seed=3))
-    better = jq.qat_blocks(block, p, teacher, hidden, how)
+    better = jq.training.qat_blocks(block, p, teacher, hidden, how)
     error = lambda p: float(jnp.sum((jq.quantized(whole)(p, X[0]) - whole(teacher, X[0])) ** 2))
     assert error(jq.freeze(better)) < 0.8 * error(jq.freeze(p))
     assert jax.tree.structure(better) == jax.tree.structure(p)
     with pytest.raises(ValueError, match="as many blocks as the teacher has, 3, got 2"):
-        jq.qat_blocks(block, jax.tree.map(lambda a: a[:2], p), teacher, X, how)
+        jq.training.qat_blocks(block, jax.tree.map(lambda a: a[:2], p), teacher, X, how)
     with pytest.raises(ValueError, match="two inputs or more"):
-        jq.qat_blocks(block, p, teacher, X[:1], how)
+        jq.training.qat_blocks(block, p, teacher, X[:1], how)
 
 
 def test_a_loss_that_is_no_number_stops_it_and_loses_nothing():
@@ -193,7 +195,7 @@ def test_another_recipe_does_not_go_on_from_it():
     other = jax.tree.map(jnp.negative, TEACHER)
     for p, x, how, teacher in (
         (latents(3), X, HOW, TEACHER),
-        (latents(), X, jq.QAT(steps=30), TEACHER),
+        (latents(), X, jq.training.QAT(steps=30), TEACHER),
         (latents(), -X, HOW, TEACHER),
         (latents(), X, HOW, other),
     ):
@@ -209,10 +211,10 @@ def test_another_recipe_does_not_go_on_from_it():
     [
         (lambda: jq.qat(fn, latents(), X[:3], HOW), "at least batch_size = 4 sequences, got 3"),
         (lambda: jq.qat(fn, TEACHER, X, HOW), "nothing to train"),
-        (lambda: jq.QAT(holding=0.001), "holding must be above"),
-        (lambda: jq.QAT(dampening=-1.0), "dampening must not be negative"),
-        (lambda: jq.QAT(learning_rate=0.0), "learning_rate"),
-        (lambda: jq.Zeroth(kinds=("scale",), sizes=(1.0, 1.0)), "one of each"),
+        (lambda: jq.training.QAT(holding=0.001), "holding must be above"),
+        (lambda: jq.training.QAT(dampening=-1.0), "dampening must not be negative"),
+        (lambda: jq.training.QAT(learning_rate=0.0), "learning_rate"),
+        (lambda: jq.training.Zeroth(kinds=("scale",), sizes=(1.0, 1.0)), "one of each"),
         (lambda: jq.qat(fn, TEACHER, X, FORWARD), "nothing to train"),
     ],
 )

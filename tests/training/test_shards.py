@@ -42,7 +42,7 @@ near(got, value)
 jax.tree.map(near, g, slope)
 """,
     "BitNet's mean over columns, shard_map": """
-method = lambda axis: jq.bitnet(None, axis=axis)
+method = lambda axis: jq.bitnet(activations=None, axis=axis)
 whole = jq.quantized(lambda p, x: x @ p["w"])(jq.latent({"w": w}, method("")), x)
 part = jq.latent({"w": w}, method("d"))
 run = jax.shard_map(jq.quantized(lambda p, x: x @ p["w"]), mesh=mesh, in_specs=(P(None, "d"), P()),
@@ -51,8 +51,8 @@ codes = {"w": eqx.tree_at(lambda w: w.data["codes"], part["w"], put(w, None, "d"
 near(run(codes, x), whole)
 """,
     "zeroth order, jit": """
-how = jq.Zeroth(epsilon=0.5, samples=3)
-step = jax.jit(jq.zo_step(jq.quantized(loss), how))
+how = jq.training.Zeroth(epsilon=0.5, samples=3)
+step = jax.jit(jq.training.zo_step(jq.quantized(loss), how))
 after, got, _ = step(p, jax.random.key(2), 0.1, x)
 again, same, _ = step(jax.tree.map(lambda a: put(a, None, "d"), p), jax.random.key(2), 0.1, put(x))
 near(got, same)

@@ -66,7 +66,7 @@ def test_freezing_stops_it_for_good():
 
 def test_a_code_of_a_table_is_held_among_its_neighbours():
     """Of MXFP4 code 1 is 1/2 and code 9 is -1/2: between them is 0, not code 5, which is 3."""
-    format = jq.MXFP4(pad=True)
+    format = jq.formats.MXFP4(pad=True)
     made = jq.Method("made", jq.rtn().rounder, format)
     p = jq.latent({"w": jnp.full((32, 1), 0.5).at[0].set(6.0)}, made)
     state = stability.oscillations(p)

@@ -107,7 +107,7 @@ def test_derivatives_through_rounding(relative):
 
 def test_a_step_is_the_same_jitted_or_not():
     """Which key an array has does not depend on the order in which a tree was made."""
-    p = jq.latent({"w": draw(32, 16)}, jq.lsq(4, 16, activation_bits=8),
+    p = jq.latent({"w": draw(32, 16)}, jq.lsq(4, 16, activations="int8,static,mse"),
                   jq.calibrate(lambda p, x: x @ p["w"], {"w": draw(32, 16)}, [draw(8, 32, seed=3)],
                                sample=8))  # fmt: skip
     x = draw(8, 32, seed=2)

@@ -8,7 +8,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.core.protocols import Moments
 from jaxquant.rounding import LDLQ
-from jaxquant.transforms import Channels
+from jaxquant.transforms import Chain, Channels, Rotation, Smooth
 from jaxquant.transforms.greedy import spreading
 from jaxquant.transforms.kronecker import nearly_square
 from tests.support.arrays import draw, outlying
@@ -30,7 +30,7 @@ def test_smoothing_shares_sizes_out(alpha):
 
     All but for a factor that all channels have in common, and the weights its inverse.
     """
-    side, channels = jq.Smooth(alpha), known()
+    side, channels = jq.transforms.Smooth(alpha), known()
     arrays = side.fit(channels, KEY)
     after = channels.through(side, arrays)
     w = jnp.max(jnp.abs(after.weights), 0)
@@ -45,7 +45,7 @@ def test_smoothing_shares_sizes_out(alpha):
 
 def test_smoothing_leaves_dead_channels_alone():
     x = outlying().at[:, 7].set(0)
-    factors = jq.Smooth(0.5).fit(Channels.of(draw(40, 48, seed=1), x), KEY)["factors"]
+    factors = jq.transforms.Smooth(0.5).fit(Channels.of(draw(40, 48, seed=1), x), KEY)["factors"]
     assert factors[7] == 1 and jnp.all(jnp.isfinite(factors)) and jnp.all(factors > 0)
 
 
@@ -58,7 +58,9 @@ def test_weights_of_one_input_are_smoothed_together():
     np.testing.assert_array_equal(q["a"].named["input.factors"], q["b"].named["input.factors"])
     assert q["a"].shared == q["b"].shared != ""
     both = jnp.concatenate([p["a"], p["b"]], 1)
-    alone = lambda w: jq.Smooth(0.5).fit(Channels.of(w.T, outlying(k=32)), KEY)["factors"]
+    alone = lambda w: jq.transforms.Smooth(0.5).fit(Channels.of(w.T, outlying(k=32)), KEY)[
+        "factors"
+    ]
     np.testing.assert_array_equal(q["a"].named["input.factors"], alone(both))
     assert not np.allclose(q["a"].named["input.factors"], alone(p["a"]), rtol=0.1)
 
@@ -85,9 +87,11 @@ def test_the_spreading_matrix():
 
 
 GREEDY = [
-    jq.Greedy(16, 64), jq.Greedy(16, 64, shared=True), jq.Greedy(16, 64, flat=True),
-    jq.Greedy(16, 64, shared=True, by_row=True),
-]  # fmt: skip
+    jq.transforms.Greedy(16, 64),
+    jq.transforms.Greedy(16, 64, shared=True),
+    jq.transforms.Greedy(16, 64, flat=True),
+    jq.transforms.Greedy(16, 64, shared=True, by_row=True),
+]
 
 
 @pytest.mark.parametrize("side", GREEDY, ids=str)
@@ -106,7 +110,7 @@ def test_greedy_rotations_spread_outliers(side):
 
 def test_a_permutation_and_a_second_rotation_spread_further():
     channels, sizes = known(), []
-    for side in (GREEDY[0], jq.Chain((GREEDY[0], jq.Zigzag(16), GREEDY[0]))):
+    for side in (GREEDY[0], jq.transforms.Chain((GREEDY[0], jq.transforms.Zigzag(16), GREEDY[0]))):
         sizes.append(jnp.max(jnp.abs(side.apply(channels.sample, side.fit(channels, KEY)))))
     assert sizes[1] < 0.75 * sizes[0]
 
@@ -114,13 +118,13 @@ def test_a_permutation_and_a_second_rotation_spread_further():
 def test_nothing_is_rotated_that_only_gets_worse():
     """Rows of one size in all channels are as small as they can be: the identity is kept."""
     x = jnp.where(jax.random.bernoulli(KEY, 0.5, (4096, 4)), 1.0, -1.0)
-    rotation = jq.Greedy(4, 4).fit(Channels.of(jnp.ones((1, 4)), x), KEY)["rotation"]
+    rotation = jq.transforms.Greedy(4, 4).fit(Channels.of(jnp.ones((1, 4)), x), KEY)["rotation"]
     np.testing.assert_allclose(rotation[0], np.eye(4), atol=1e-6)
 
 
 def test_zigzag_deals_channels_out():
     """Every channel once; blocks get sums alike, where in rank order the first had all."""
-    side, channels = jq.Zigzag(12), known()
+    side, channels = jq.transforms.Zigzag(12), known()
     order = np.asarray(side.fit(channels, KEY)["order"])
     np.testing.assert_array_equal(np.sort(order), np.arange(48))
     size = np.asarray(channels.largest)
@@ -139,12 +143,14 @@ def test_duquant_makes_inputs_smaller_at_every_site():
     q = jq.quantize(p, jq.duquant(block=16, steps=32), stats)
     for name, rows in (("a", x), ("b", jnp.tanh(x @ p["a"]))):
         turned = q[name].transformed(rows, q[name].arrays)
-        smooth = jq.Smooth(0.6).apply(rows, {"factors": q[name].named["input.0.factors"]})
+        smooth = jq.transforms.Smooth(0.6).apply(
+            rows, {"factors": q[name].named["input.0.factors"]}
+        )
         assert jnp.max(jnp.abs(turned)) <= jnp.max(jnp.abs(smooth))
 
 
 def test_a_kronecker_product_is_one():
-    side, channels = jq.Kronecker(), known()
+    side, channels = jq.transforms.Kronecker(), known()
     arrays = side.fit(channels, KEY)
     arrays = side.learned(arrays, {n: 0.1 * draw(*a.shape, seed=3) for n, a in arrays.items()})
     x = draw(3, 48, seed=4)
@@ -157,7 +163,7 @@ def test_a_kronecker_product_is_one():
 
 
 def test_learned_rotations_stay_rotations():
-    side = jq.Kronecker(orthogonal=True)
+    side = jq.transforms.Kronecker(orthogonal=True)
     arrays = side.fit(known(), KEY)
     arrays = side.learned(arrays, {n: draw(*a.shape, seed=3) for n, a in arrays.items()})
     for name in ("left", "right"):
@@ -184,7 +190,7 @@ def test_clipping_lowers_the_loss_that_it_is_judged_by():
     x, w = draw(512, 128) * jnp.linspace(0.1, 3, 128), draw(128, 64, seed=1) ** 3
     loss = {}
     for name, rounder in (("nearest", jq.rtn().rounder), ("clipped", jq.awq().rounder)):
-        q = jq.quantize_array(w, jq.Method(name, rounder, jq.Integer(3, 64)), inputs=x)
+        q = jq.quantize_array(w, jq.Method(name, rounder, jq.formats.Integer(3, 64)), inputs=x)
         e = (q.dequantize() - w).reshape(2, 64, 64)
         h = x.T @ x / 512
         blocks = jnp.stack([h[:64, :64], h[64:, 64:]])
@@ -195,7 +201,7 @@ def test_clipping_lowers_the_loss_that_it_is_judged_by():
 def test_feedback_makes_up_for_what_is_clipped():
     """The twin rounds the clipped matrix, and loses what was clipped off."""
     x, w = draw(512, 128) @ draw(128, 128, seed=2), draw(128, 64, seed=1) ** 3
-    format, clip = jq.Integer(3, 64), jq.awq(feedback=True).rounder
+    format, clip = jq.formats.Integer(3, 64), jq.awq(feedback=True).rounder
     moments = Moments(x.T @ x / 512)
     assert isinstance(clip.rounder, LDLQ)
 
@@ -210,9 +216,15 @@ def test_feedback_makes_up_for_what_is_clipped():
 @pytest.mark.parametrize("form", ["int8,static", "int8,asymmetric,static"])
 def test_static_scales_are_those_of_all_that_was_seen(form):
     w, x = draw(48, 32), outlying()
-    method = jq.Method("s", jq.rtn().rounder, jq.Integer(8, -1), jq.Smooth(0.5), activations=form)
+    method = jq.Method(
+        "s",
+        jq.rtn().rounder,
+        jq.formats.Integer(8, -1),
+        jq.transforms.Smooth(0.5),
+        activations=form,
+    )
     q = jq.quantize_array(w, method, inputs=x)
-    smooth = jq.Smooth(0.5).apply(x, {"factors": q.named["input.factors"]})
+    smooth = jq.transforms.Smooth(0.5).apply(x, {"factors": q.named["input.factors"]})
     step = (
         (jnp.max(smooth) - jnp.min(smooth)) / 254 if "asym" in form else jnp.max(abs(smooth)) / 127
     )
@@ -227,21 +239,22 @@ def test_static_scales_are_those_of_all_that_was_seen(form):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda: jq.Smooth(1.5), r"alpha must be in \[0, 1\]"),
+        (lambda: jq.transforms.Smooth(1.5), r"alpha must be in \[0, 1\]"),
         (lambda: jq.smoothquant(alpha=-0.1), r"alpha must be in \[0, 1\]"),
         (lambda: jq.quantize_array(draw(48, 8), jq.duquant(block=36), inputs=outlying()),
          "blocks of 36 do not divide 48 channels; blocks of 24 do"),
         (lambda: jq.quantize_array(draw(48, 8), jq.smoothquant()), "needs inputs="),
         (lambda: jq.quantize_array(draw(48, 8), jq.smoothquant(), inputs=draw(3, 40)),
          r"inputs must be \[t, 48\]"),
-        (lambda: jq.quantize({"w": draw(48, 8)}, jq.smoothquant(static=True)), "needs statistics"),
+        (lambda: jq.quantize({"w": draw(48, 8)}, jq.smoothquant(activations="int8,static")),
+         "needs statistics"),
         (lambda: jq.quantize({"w": draw(48, 8)}, jq.duquant(block=16), calibrated(sample=0)),
          "calibrate with sample=256"),
-        (lambda: jq.Chain(()), "a chain is of transforms"),
-        (lambda: jq.Chain((jq.Rotation(), jq.Smooth(None))), "comes first in a chain"),
-        (lambda: jq.Greedy(1), "2 channels or more"),
-        (lambda: jq.Integer(4, clip=0.0), "clip must be in"),
-        (lambda: jq.duquant(activation_bits=9), "2 to 8 bits"),
+        (lambda: Chain(()), "a chain is of transforms"),
+        (lambda: Chain((Rotation(), Smooth(None))), "comes first in a chain"),
+        (lambda: jq.transforms.Greedy(1), "2 channels or more"),
+        (lambda: jq.formats.Integer(4, clip=0.0), "clip must be in"),
+        (lambda: jq.duquant(activations=jq.Activations(9)), "2 to 8 bits"),
     ],
 )  # fmt: skip
 def test_bad_input(bad, message):

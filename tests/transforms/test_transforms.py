@@ -13,16 +13,34 @@ from jaxquant.transforms import Channels
 from tests.support.arrays import draw
 
 ROTATIONS = [
-    jq.Rotation(),
-    jq.Rotation(block=16),
-    jq.Rotation(block=16, sort=True),
-    jq.Rotation(sort=True),
+    jq.transforms.Rotation(),
+    jq.transforms.Rotation(block=16),
+    jq.transforms.Rotation(block=16, sort=True),
+    jq.transforms.Rotation(sort=True),
 ]
-SCALINGS = [jq.Scaling(-0.5), jq.Smooth(0.5), jq.Smooth(None), jq.ActivationAware()]
-BLOCKS = [jq.Greedy(10, 8), jq.Greedy(10, 8, shared=True, flat=True), jq.Zigzag(10)]
-CHAINS = [jq.Chain((jq.Smooth(0.5), jq.Greedy(10, 8), jq.Zigzag(10), jq.Greedy(10, 8)))]
+SCALINGS = [
+    jq.transforms.Scaling(-0.5),
+    jq.transforms.Smooth(0.5),
+    jq.transforms.Smooth(None),
+    jq.transforms.ActivationAware(),
+]
+BLOCKS = [
+    jq.transforms.Greedy(10, 8),
+    jq.transforms.Greedy(10, 8, shared=True, flat=True),
+    jq.transforms.Zigzag(10),
+]
+CHAINS = [
+    jq.transforms.Chain(
+        (
+            jq.transforms.Smooth(0.5),
+            jq.transforms.Greedy(10, 8),
+            jq.transforms.Zigzag(10),
+            jq.transforms.Greedy(10, 8),
+        )
+    )
+]
 SIDES = [*ROTATIONS, *SCALINGS, *BLOCKS, *CHAINS]
-FINE = jq.Integer(bits=8, group_size=-1, scale_dtype="float32")
+FINE = jq.formats.Integer(bits=8, group_size=-1, scale_dtype="float32")
 
 
 def fitted(side, n, seed=0):
@@ -72,15 +90,25 @@ def test_scaling_evens_out_what_meets_the_weight():
     """Half of the outputs matter a hundred times as much: scaled, they get the finer codes."""
     w, moment = draw(64, 32), jnp.where(jnp.arange(32) < 16, 10.0, 0.1)
     lost = []
-    for side in (None, jq.Scaling(-0.5)):
-        method = jq.Method("m", Nearest(), jq.EntropyCoded(3, states=4, lanes=2), None, side)
+    for side in (None, jq.transforms.Scaling(-0.5)):
+        method = jq.Method(
+            "m", Nearest(), jq.formats.EntropyCoded(3, states=4, lanes=2), None, side
+        )
         q = jq.quantize_array(w, method, output_gram=jnp.diag(moment))
         lost.append(float(jnp.sum((w - q.dequantize()) ** 2 * moment)))
     assert lost[1] < 0.5 * lost[0]
 
 
 @pytest.mark.parametrize(
-    "side", [*ROTATIONS, *SCALINGS, jq.Scaling(), jq.Greedy(16, 8), jq.Zigzag(16)], ids=str
+    "side",
+    [
+        *ROTATIONS,
+        *SCALINGS,
+        jq.transforms.Scaling(),
+        jq.transforms.Greedy(16, 8),
+        jq.transforms.Zigzag(16),
+    ],
+    ids=str,
 )
 def test_weights_that_read_one_input_stay_each_their_own(side):
     """Grams weighted by gradients differ between weights of one input; so do fitted transforms."""
@@ -96,14 +124,14 @@ def test_weights_that_read_one_input_stay_each_their_own(side):
 def test_dead_channels_do_not_count():
     moment = jnp.append(jnp.zeros(6), jnp.logspace(-1, 1, 26))
     known = Channels(jnp.ones((1, 32)), gram=jnp.diag(moment))
-    factors = jq.Scaling(-0.5).fit(known, jax.random.key(0))["factors"]
+    factors = jq.transforms.Scaling(-0.5).fit(known, jax.random.key(0))["factors"]
     np.testing.assert_array_equal(factors[:6], 1)
     even = moment[6:] * factors[6:].astype(jnp.float32) ** 2
     np.testing.assert_allclose(even, even[0], rtol=3e-3)
 
 
 def test_a_scaling_that_reads_moments_asks_for_them():
-    method = jq.Method("m", Nearest(), FINE, None, jq.Scaling(-0.5))
+    method = jq.Method("m", Nearest(), FINE, None, jq.transforms.Scaling(-0.5))
     with pytest.raises(ValueError, match="needs output_gram"):
         jq.quantize_array(draw(32, 32), method)
     assert method.needs_output and not method.needs_gram
@@ -111,21 +139,23 @@ def test_a_scaling_that_reads_moments_asks_for_them():
 
 def test_sides_of_a_square_matrix_are_both_counted():
     w = draw(64, 64)
-    method = jq.Method("m", Nearest(), FINE, jq.Rotation(), jq.Rotation())
-    (entry,) = jq.resolve(method, {"w": w}).entries
+    method = jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), jq.transforms.Rotation())
+    (entry,) = jq.recipes.resolve(method, {"w": w}).entries
     assert entry.bytes == jq.quantize_array(w, method).nbytes
 
 
 def test_padding_costs_bytes_that_are_counted():
     w = draw(50, 64)
-    q = jq.quantize_array(w, jq.Method("m", Nearest(), FINE, jq.Rotation(), None))
+    q = jq.quantize_array(w, jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), None))
     assert q.data["codes"].shape == (52 // 4, 64)
     assert q.bits_per_weight == 8 * sum(a.nbytes for a in q.named.values()) / w.size
-    (entry,) = jq.resolve(jq.Method("m", Nearest(), FINE, jq.Rotation(), None), {"w": w}).entries
+    (entry,) = jq.recipes.resolve(
+        jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), None), {"w": w}
+    ).entries
     assert entry.bytes == q.nbytes
 
 
-@pytest.mark.parametrize("side", [*ROTATIONS, jq.Scaling()], ids=str)
+@pytest.mark.parametrize("side", [*ROTATIONS, jq.transforms.Scaling()], ids=str)
 def test_a_rotated_weight_is_the_same_function(side):
     """The products, both ways round, are those of the decoded weight, which is near the weight."""
     w, x, g = draw(48, 40), draw(5, 48, seed=1), draw(5, 40, seed=2)
@@ -139,7 +169,10 @@ def test_a_rotated_weight_is_the_same_function(side):
 
 def test_stacks_of_rotated_weights_run_in_a_scan():
     w, x = draw(3, 48, 48) / 7, draw(5, 48, seed=1)
-    q = jq.quantize({"w": w}, jq.Method("m", Nearest(), FINE, jq.Rotation(), jq.Rotation()))
+    q = jq.quantize(
+        {"w": w},
+        jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), jq.transforms.Rotation()),
+    )
     fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
     got = jax.jit(jq.quantized(fn))(q, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
@@ -154,15 +187,15 @@ def test_weights_that_share_an_input_share_its_transform(monkeypatch):
 
     p = {name: draw(48, 32, seed=i) for i, name in enumerate("qko")}
     x = draw(5, 48, seed=9)
-    method = jq.Method("m", Nearest(), FINE, jq.Rotation(), None)
+    method = jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), None)
     q = jq.quantize(p, method, jq.sites(fn, p, x))
     assert q["q"].shared == q["k"].shared != q["o"].shared
     np.testing.assert_array_equal(q["q"].named["input.signs"], q["k"].named["input.signs"])
     one = lambda n, seed: jq.quantize_array(p[n], method, key=jax.random.key(seed))
     apart = {"q": one("q", 1), "k": one("k", 2), "o": one("o", 3)}
     calls = []
-    apply = jq.Rotation.apply
-    monkeypatch.setattr(jq.Rotation, "apply", lambda *a: calls.append(a) or apply(*a))
+    apply = jq.transforms.Rotation.apply
+    monkeypatch.setattr(jq.transforms.Rotation, "apply", lambda *a: calls.append(a) or apply(*a))
     jax.make_jaxpr(jq.quantized(fn))(q, x)
     assert len(calls) == 2
     jax.make_jaxpr(jq.quantized(fn))(apart, x)
@@ -176,7 +209,9 @@ def test_two_of_a_stack_do_not_share():
     """Both slices carry the stack's metadata, and read one input; their signs differ."""
     p, x = {"w": draw(3, 48, 48)}, draw(5, 48, seed=9)
     fn = lambda p, x: x @ p["w"][0] + x @ p["w"][1]
-    q = jq.quantize(p, jq.Method("m", Nearest(), FINE, jq.Rotation(), None), jq.sites(fn, p, x))
+    q = jq.quantize(
+        p, jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), None), jq.sites(fn, p, x)
+    )
     got = jax.jit(jq.quantized(fn))(q, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
 
@@ -191,7 +226,9 @@ def test_sharing_does_not_cross_loops():
         return jax.lax.scan(body, h, p["b"])[0]
 
     x = draw(5, 48, seed=9)
-    q = jq.quantize(p, jq.Method("m", Nearest(), FINE, jq.Rotation(), None), jq.sites(fn, p, x))
+    q = jq.quantize(
+        p, jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), None), jq.sites(fn, p, x)
+    )
     got = jax.jit(jq.quantized(fn))(q, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
 
@@ -202,18 +239,20 @@ def test_rotation_tames_outliers():
     w = w.at[::37, ::41].mul(40)
     rounder = LDLQ(act_order=False)
     error = {}
-    for side in (None, jq.Rotation()):
+    for side in (None, jq.transforms.Rotation()):
         q = jq.quantize_array(
-            w, jq.Method("m", rounder, jq.Integer(4, -1), side, side), jnp.eye(256)
+            w, jq.Method("m", rounder, jq.formats.Integer(4, -1), side, side), jnp.eye(256)
         )
         error[side] = float(jnp.sum((w - q.dequantize()) ** 2) / jnp.sum(w**2))
-    assert error[jq.Rotation()] < 0.6 * error[None]
+    assert error[jq.transforms.Rotation()] < 0.6 * error[None]
 
 
 def test_randomness_is_the_key():
     w = draw(48, 48)
     made = [
-        jq.quantize_array(w, jq.Method("m", Nearest(), FINE, jq.Rotation()), key=jax.random.key(s))
+        jq.quantize_array(
+            w, jq.Method("m", Nearest(), FINE, jq.transforms.Rotation()), key=jax.random.key(s)
+        )
         for s in (0, 0, 1)
     ]
     first, again, other = (np.asarray(q.named["input.signs"]) for q in made)
@@ -225,4 +264,4 @@ def test_bad_blocks():
     with pytest.raises(
         ValueError, match="no Hadamard matrix of order 6 can be made; the next is 8"
     ):
-        jq.Rotation(block=6)
+        jq.transforms.Rotation(block=6)

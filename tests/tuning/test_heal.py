@@ -22,10 +22,16 @@ METHODS = [
     jq.qtip(2, L=8),
     jq.quip_sharp(2, passes=0),
     jq.normal_float(2, 16),
-    jq.Method("m", jq.rtn().rounder, jq.Integer(2, 16), jq.Rotation(16, sort=True), jq.Rotation()),
+    jq.Method(
+        "m",
+        jq.rtn().rounder,
+        jq.formats.Integer(2, 16),
+        jq.transforms.Rotation(16, sort=True),
+        jq.transforms.Rotation(),
+    ),
     jq.aqlm(1, 4, 4, beam=2, sweeps=1),
     jq.vptq(4, 4, 4, beam=2, sweeps=1),
-    jq.Method("coded", jq.rtn().rounder, jq.EntropyCoded(2, states=4, lanes=2)),
+    jq.Method("coded", jq.rtn().rounder, jq.formats.EntropyCoded(2, states=4, lanes=2)),
 ]
 named = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
@@ -218,6 +224,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match="as many blocks as the teacher has, 2, got 1"):
         heal_blocks(fn, jax.tree.map(lambda a: a[:1], q["a"]), p["a"], x)
     with pytest.raises(ValueError, match="b: expected the leaf that decoded"):
-        jq.rejoined({"b": p["norm"]}, {"a": p["norm"]})
+        jq.tuning.rejoined({"b": p["norm"]}, {"a": p["norm"]})
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Healing(steps=0)

@@ -14,14 +14,14 @@ from jaxquant.tuning.trainer import Trainer, divergence
 from tests.support.arrays import draw
 
 D = 24
-STREAM = jq.Residual(["embed", "down"], {"gains": ["up"], "gain": ["head"]})
+STREAM = jq.ptq.Residual(["embed", "down"], {"gains": ["up"], "gain": ["head"]})
 PARAMS = {
     "embed": (draw(16, D) / 4).at[:, 5].mul(20), "head": draw(D, 40, seed=1) / 5,
     "up": draw(2, D, 48, seed=2) / 5, "down": draw(2, 48, D, seed=3) / 7,
     "gains": 1 + 0.3 * draw(2, D, seed=4), "gain": 1 + 0.3 * draw(D, seed=5),
 }  # fmt: skip
 X = np.asarray(draw(12, 32, 16, seed=6))
-TRAINING = jq.Healing(steps=30, learning_rate=0.1, validate_every=10)
+TRAINING = jq.tuning.Healing(steps=30, learning_rate=0.1, validate_every=10)
 START = jnp.eye(D)
 
 
@@ -34,7 +34,7 @@ def fn(p, x):
 
 def recipe(bits=16, reads=None, writes=None, form="int4"):
     method = lambda side: jq.Method("m", jq.rtn().rounder, format, side, activations=form)
-    format = jq.Dense() if bits == 16 else jq.Integer(bits, "channel")
+    format = jq.formats.Dense() if bits == 16 else jq.formats.Integer(bits, "channel")
     return jq.Recipe([("up", method(reads)), ("down", method(writes)), ("*", jq.KEEP)])
 
 
@@ -44,12 +44,12 @@ def sites():
 
 def learned(recipe, healing=TRAINING, **options):
     given = {"start": START, "stats": sites(), "validation": X[8:]} | options
-    return jq.learn_rotation(fn, PARAMS, STREAM, recipe, X[:8], healing, **given)
+    return jq.tuning.learn_rotation(fn, PARAMS, STREAM, recipe, X[:8], healing, **given)
 
 
 def served(recipe, rotation, stats=None):
     """How far the rotated and quantized model is from the floats, on held-out inputs."""
-    turned = jq.rotate_residual(PARAMS, STREAM, rotation)
+    turned = jq.ptq.rotate_residual(PARAMS, STREAM, rotation)
     q = jq.quantize(turned, recipe, stats or sites())
     return float(jnp.mean(divergence(jq.quantized(fn)(q, X[8:]), fn(PARAMS, X[8:]))))
 
@@ -61,10 +61,10 @@ def far(rotation):
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_learning_keeps_the_function_and_lowers_the_loss(bits):
-    chosen, told = recipe(bits, writes=jq.Rotation(signed=False)), []
+    chosen, told = recipe(bits, writes=jq.transforms.Rotation(signed=False)), []
     rotation = learned(chosen, progress=told.append)
     assert far(rotation) < 1e-6
-    turned = jq.rotate_residual(PARAMS, STREAM, rotation)
+    turned = jq.ptq.rotate_residual(PARAMS, STREAM, rotation)
     np.testing.assert_allclose(fn(turned, X), fn(PARAMS, X), rtol=1e-5, atol=1e-5)
     assert served(chosen, rotation) < 0.7 * served(chosen, START)
     assert {u.name for u in told} == {"rotation"} and len(told) == TRAINING.steps
@@ -74,10 +74,15 @@ def test_learning_keeps_the_function_and_lowers_the_loss(bits):
     ("bits", "reads", "writes", "form"),
     [
         (16, None, None, "int4,asymmetric,clip=0.9"),
-        (16, None, jq.Rotation(), "int8"),
-        (4, None, jq.Rotation(signed=False), "int8,asymmetric"),
-        (4, jq.Smooth(), jq.Chain((jq.Smooth(), jq.Rotation())), "int4"),
-        (16, jq.Smooth(), jq.Smooth(None), "float8"),
+        (16, None, jq.transforms.Rotation(), "int8"),
+        (4, None, jq.transforms.Rotation(signed=False), "int8,asymmetric"),
+        (
+            4,
+            jq.transforms.Smooth(),
+            jq.transforms.Chain((jq.transforms.Smooth(), jq.transforms.Rotation())),
+            "int4",
+        ),
+        (16, jq.transforms.Smooth(), jq.transforms.Smooth(None), "float8"),
     ],
 )
 def test_the_loss_is_that_of_what_is_served(bits, reads, writes, form):
@@ -85,8 +90,8 @@ def test_the_loss_is_that_of_what_is_served(bits, reads, writes, form):
     chosen, seen = recipe(bits, reads, writes, form), []
 
     turn = jnp.linalg.qr(draw(D, D, seed=7))[0]
-    stats = jq.calibrate(fn, jq.rotate_residual(PARAMS, STREAM, turn), X[:8], sample=32)
-    once = jq.Healing(steps=1, learning_rate=1e-9, validate_every=1)
+    stats = jq.calibrate(fn, jq.ptq.rotate_residual(PARAMS, STREAM, turn), X[:8], sample=32)
+    once = jq.tuning.Healing(steps=1, learning_rate=1e-9, validate_every=1)
     learned(chosen, once, start=turn, stats=stats, validation=X[8:], progress=seen.append)
     np.testing.assert_allclose(seen[0].validation, served(chosen, turn, stats), rtol=2e-2)
 
@@ -94,7 +99,7 @@ def test_the_loss_is_that_of_what_is_served(bits, reads, writes, form):
 def test_weights_may_stay_floats_in_the_loop():
     told = []
     for chosen, floats in ((recipe(16), False), (recipe(2), False), (recipe(2), True)):
-        once = jq.Healing(steps=1)
+        once = jq.tuning.Healing(steps=1)
         learned(chosen, once, round_weights=floats, validation=None, progress=told.append)
     a, b, c = (u.loss for u in told)
     assert a == b < c
@@ -130,9 +135,9 @@ class Plain:
 
 
 def test_steps_that_do_not_turn_leave_the_manifold():
-    todo = jq.resolve(recipe(), PARAMS, sites()).weights
+    todo = jq.recipes.resolve(recipe(), PARAMS, sites()).weights
     stream = _Stream.of(todo, STREAM, D, True)
-    folded = jq.rotate_residual(PARAMS, STREAM, START)
+    folded = jq.ptq.rotate_residual(PARAMS, STREAM, START)
     opened = Opened((folded, {"up": {}, "down": {}}), {"residual": {"rotation": START}})
     loss = lambda *args: _loss(fn, stream, *args)
     for rule, on in ((Plain(), False), (Cayley(TRAINING), True)):
@@ -143,7 +148,7 @@ def test_steps_that_do_not_turn_leave_the_manifold():
         if not on:
             assert far(rotation) > 1e-2
             with pytest.raises(ValueError, match="orthonormal"):
-                jq.rotate_residual(PARAMS, STREAM, rotation)
+                jq.ptq.rotate_residual(PARAMS, STREAM, rotation)
 
 
 def test_bad_input():
@@ -157,7 +162,7 @@ def test_bad_input():
     with raises("static scales are known only once the rotation is"):
         learned(recipe(form="int4,static"))
     with raises("fitted to inputs; pass the statistics"):
-        learned(recipe(reads=jq.Smooth()))
+        learned(recipe(reads=jq.transforms.Smooth()))
     with raises("orthonormal"):
         learned(recipe(), start=2 * START)
     with raises("behind a transform of their outputs"):
@@ -165,4 +170,4 @@ def test_bad_input():
     with raises("expected 23 channels"):
         learned(recipe(), start=jnp.eye(23))
     with raises("at least batch_size = 9"):
-        learned(recipe(), jq.Healing(steps=1, batch_size=9))
+        learned(recipe(), jq.tuning.Healing(steps=1, batch_size=9))

@@ -22,11 +22,13 @@ def run(p, x):
 
 
 STATS = jq.calibrate(run, PARAMS, [jnp.asarray(h) for h in HIDDEN])
-LEARNING = jq.Healing(steps=40, learning_rate=0.01, validate_every=10)
+LEARNING = jq.tuning.Healing(steps=40, learning_rate=0.01, validate_every=10)
 
 
 def learned(healing=LEARNING, **options):
-    return jq.learn_blocks(block, PARAMS, "layers", RECIPE, STATS, HIDDEN, healing, **options)
+    return jq.tuning.learn_blocks(
+        block, PARAMS, "layers", RECIPE, STATS, HIDDEN, healing, **options
+    )
 
 
 def error(transforms):
@@ -60,9 +62,9 @@ def far(transforms):
 
 def learned_whole(**options):
     stats = jq.calibrate(head, WHOLE, [*HIDDEN])
-    healing = jq.Healing(steps=60, learning_rate=0.003, validate_every=5)
+    healing = jq.tuning.Healing(steps=60, learning_rate=0.003, validate_every=5)
     given = {"validation": HIDDEN[-1:]} | options
-    return jq.learn(head, WHOLE, KEPT, stats, HIDDEN[:-1], healing, **given)
+    return jq.tuning.learn(head, WHOLE, KEPT, stats, HIDDEN[:-1], healing, **given)
 
 
 def test_learning_end_to_end_goes_on_from_blocks():
@@ -81,7 +83,7 @@ def test_the_loss_is_that_of_what_is_served():
     learned_whole(validation=None, progress=told.append)
     stats = jq.calibrate(head, WHOLE, [*HIDDEN])
     q = jq.quantize(WHOLE, KEPT, stats)
-    x = jnp.asarray(HIDDEN[jq.Healing().batch(0, 8)[0]])
+    x = jnp.asarray(HIDDEN[jq.tuning.Healing().batch(0, 8)[0]])
     served = jnp.mean(divergence(jq.quantized(head)(q, x), head(WHOLE, x)))
     np.testing.assert_allclose(told[0].loss, served, rtol=1e-3)
 
@@ -115,7 +117,9 @@ def test_what_was_learned_goes_on():
 def test_bad_input(options, message):
     given = {"recipe": RECIPE, "hidden": HIDDEN} | options
     with pytest.raises(ValueError, match=message):
-        jq.learn_blocks(block, PARAMS, "layers", given["recipe"], STATS, given["hidden"], LEARNING)
+        jq.tuning.learn_blocks(
+            block, PARAMS, "layers", given["recipe"], STATS, given["hidden"], LEARNING
+        )
 
 
 def test_transforms_of_another_tree():

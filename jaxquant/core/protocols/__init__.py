@@ -10,7 +10,7 @@ To add a part of your own, in this package or outside of it:
     rounder accepts the format), `Transform`, `Rounder`, `Estimator` or `RangeEstimator`, and define
     the abstract members.
   2. Put it in a `Method`, which `quantize` and recipes accept like any other.
-  3. Call `jaxquant.register(YourClass)` once, so that checkpoints and recipes can name it.
+  3. Call `jaxquant.recipes.register(YourClass)` once, so that checkpoints and recipes can name it.
 
 `tests/support/foreign.py` does this with one part of each of three kinds. To run the contract
 suites on a new part, add one line to their tables.

@@ -82,7 +82,7 @@ def test_factors_fold_into_values(folder):
     encoder = load_encoder(folder)
     stats = jq.calibrate(encoder.apply_fn, encoder.params, [TOKENS[:1]], gram=False)
     recipe = jq.Recipe([("layers/attn/o/kernel", jq.smoothquant()), ("*", jq.KEEP)])
-    params, recipe, _ = jq.fold(encoder.params, recipe, stats, FOLDS)
+    params, recipe, _ = jq.ptq.fold(encoder.params, recipe, stats, FOLDS)
     assert dict(recipe.rules)["layers/attn/o/kernel"].input is None
     o, old = (tree["layers"]["attn"]["o"]["kernel"] for tree in (params, encoder.params))
     assert np.max(np.abs(o - old)) > 0.1

@@ -28,7 +28,7 @@ def test_states_equal_numpy(family, tmp_path):
     tensors = random_tensors(hf)
     model = load(write_folder(tmp_path, hf, tensors))
     forward(hf, tensors, TOKENS, want)
-    for params in (model.params, jq.unstack(model.params, "layers")):
+    for params in (model.params, jq.ptq.unstack(model.params, "layers")):
         got = of(model, params)
         assert got.residual.shape == (LAYERS, 24, 24)
         for i, (h, attention) in enumerate(want):
@@ -45,7 +45,7 @@ def test_of_packed_weights(apart, tmp_path):
     hf = FAMILIES["qwen3"]
     model = load(write_folder(tmp_path, hf, random_tensors(hf)))
     if apart:
-        model = dataclasses.replace(model, params=jq.unstack(model.params, "layers"))
+        model = dataclasses.replace(model, params=jq.ptq.unstack(model.params, "layers"))
     recipe = jq.Recipe([("layers/*kernel", jq.rtn(4, 8)), ("*", jq.KEEP)])
     packed = quantize_model(model, recipe, None).params
     got, want = of(model, packed), of(model, jq.dequantize(packed))

@@ -17,16 +17,26 @@ from jaxquant_models.architectures.llama import LAYER_MATRICES
 from tests.support.tiny_llama import BASE, random_tensors, write_folder
 
 SIDES = [
-    (jq.Rotation(), jq.Rotation()),
-    (jq.Rotation(64, sort=True), jq.Rotation()),
-    (jq.Scaling(-0.5), jq.Scaling(-0.5)),
-    (jq.Chain((jq.Smooth(), jq.Greedy(8, 16), jq.Zigzag(8), jq.Greedy(8, 16))), None),
+    (jq.transforms.Rotation(), jq.transforms.Rotation()),
+    (jq.transforms.Rotation(64, sort=True), jq.transforms.Rotation()),
+    (jq.transforms.Scaling(-0.5), jq.transforms.Scaling(-0.5)),
+    (
+        jq.transforms.Chain(
+            (
+                jq.transforms.Smooth(),
+                jq.transforms.Greedy(8, 16),
+                jq.transforms.Zigzag(8),
+                jq.transforms.Greedy(8, 16),
+            )
+        ),
+        None,
+    ),
 ]
 
 
 def transformed(model, sides):
     """The layers' weights behind transforms of their own, stored as floats."""
-    leaves, new = dict(jq.path_leaves(model.params)), {}
+    leaves, new = dict(jq.core.path_leaves(model.params)), {}
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     sites = jq.sites(model.apply_fn, model.params, tokens)
     for path, w in leaves.items():

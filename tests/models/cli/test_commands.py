@@ -76,7 +76,7 @@ def test_bytes_are_those_stored(packed, run):
     assert formats["embed/embedding"] == "float16"
     assert formats["layers/attn_norm/scale"] == "float32"
     stored = checkpoint.load(packed).params
-    assert report["bytes"] == sum(w.nbytes for _, w in jq.path_leaves(stored))
+    assert report["bytes"] == sum(w.nbytes for _, w in jq.core.path_leaves(stored))
 
 
 def test_any_exception_is_one_line(run, monkeypatch):
@@ -290,7 +290,7 @@ def test_bits_shared_out_and_healed(tiny, run, tmp_path):
     assert "healing of block 1" in err
     assert "bits per weight (within reach" in err
     assert "held out" in err
-    rates = {w.format.bits for _, w in jq.path_leaves(checkpoint.load(tmp_path / "o").params)
+    rates = {w.format.bits for _, w in jq.core.path_leaves(checkpoint.load(tmp_path / "o").params)
              if isinstance(w, jq.QTensor)}  # fmt: skip
     assert len(rates) > 1
     options[-1] = tmp_path / "p"
@@ -344,7 +344,7 @@ def test_the_plan_states_the_bytes_that_are_stored(tiny, packed):
     plan = plan_model(load(tiny), checkpoint.load(packed).recipe)
     stored = checkpoint.load(packed).params
     assert {e.path: e.bytes for e in plan.entries} == {
-        p: w.nbytes for p, w in jq.path_leaves(stored)
+        p: w.nbytes for p, w in jq.core.path_leaves(stored)
     }
 
 

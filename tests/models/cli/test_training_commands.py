@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.evaluate import evaluate
+from jaxquant.evaluation import evaluate
 from jaxquant.storage import checkpoint
 from jaxquant_models import load
 from jaxquant_models.cli.commands import main
@@ -72,9 +72,9 @@ def test_a_checkpoint_comes_nearer_to_its_teacher(tiny, packed, run, tmp_path, o
     assert json.loads(text)["bits_per_weight"] == jq.bits_per_weight(before.params)
     same = {
         path: np.array_equal(
-            w.data["codes"], dict(jq.path_leaves(after.params))[path].data["codes"]
+            w.data["codes"], dict(jq.core.path_leaves(after.params))[path].data["codes"]
         )
-        for path, w in jq.path_leaves(before.params)
+        for path, w in jq.core.path_leaves(before.params)
         if isinstance(w, jq.QTensor)
     }
     if "only" in options:
@@ -144,7 +144,7 @@ def test_layers_apart_train_as_a_stack(tiny, run, tmp_path):
     }  # fmt: skip
     source = load(tiny)
     for name, rules in recipes.items():
-        params = jq.quantize(jq.unstack(source.params, "layers"), jq.Recipe(rules))
+        params = jq.quantize(jq.ptq.unstack(source.params, "layers"), jq.Recipe(rules))
         model = dataclasses.replace(source, params=params)
         save_model(tmp_path / name, model, jq.Recipe(rules))
     command = lambda name: tune(tiny, tmp_path / name, "--teacher", tiny, "--batch", 4)
@@ -221,7 +221,7 @@ def test_bitnet_from_scratch(tiny, run, tmp_path, more):
     report = json.loads(text)
     assert report["weights"] > 900_000
     loaded = load(tmp_path / "o")
-    layers = [w for path, w in jq.path_leaves(loaded.params) if path.endswith("kernel")]
+    layers = [w for path, w in jq.core.path_leaves(loaded.params) if path.endswith("kernel")]
     assert all(w.format == jq.bitnet().format for w in layers)
     forms = {str(w.activations) for w in layers}
     assert forms == ({"int8", "int4,mean", "int8,top=0.5"} if more else {"int8"})
@@ -260,7 +260,7 @@ def test_a_finished_run_stays_a_run_of_a48():
     first, _ = pretraining.train(request, data, finished=kept)
     again, _ = pretraining.train(request, data, finished=kept)
     forms = lambda p: {
-        str(w.activations) for _, w in jq.path_leaves(p) if isinstance(w, jq.QTensor)
+        str(w.activations) for _, w in jq.core.path_leaves(p) if isinstance(w, jq.QTensor)
     }
     assert forms(first) == forms(again) == {"int8", "int4,mean", "int8,top=0.5"}
 

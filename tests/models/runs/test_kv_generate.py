@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.evaluate import evaluate
+from jaxquant.evaluation import evaluate
 from jaxquant.formats import kv_cache
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models import init_cache, load
@@ -98,7 +98,7 @@ def test_a_call_sees_its_own_tokens_as_they_are_and_those_before_rounded(tiny):
 
 @pytest.mark.parametrize("form", [FORMS[1], None])
 def test_layers_apart_are_as_a_stack(tiny, form):
-    apart, cuts = jq.unstack(tiny.params, "layers"), [40, *[1] * 35]
+    apart, cuts = jq.ptq.unstack(tiny.params, "layers"), [40, *[1] * 35]
     a, b = (stepped(tiny, params, form, cuts) for params in (tiny.params, apart))
     assert off(a, b) < 0.05
 
@@ -163,7 +163,7 @@ def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
 
 def rounded_inputs(model, form):
     params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
-    return jq.with_activations(params, form)
+    return jq.ptq.with_activations(params, form)
 
 
 def test_generation_with_an_exact_prefix_and_a_packed_cache(tiny):
@@ -197,7 +197,7 @@ def test_an_exact_prefix_with_rounded_keys_and_values(tiny):
     exact = jax.jit(jq.quantized(tiny.apply_fn))(tiny.params, TOKENS)  # a twin
     assert jnp.mean(jnp.abs(run(tiny, tiny.params) - exact) > 1e-2) > 0.02
     params = rounded_inputs(tiny, "int2")
-    first = jax.jit(jq.quantized(tiny.apply_fn))(jq.with_activations(params, None), TOKENS)
+    first = jax.jit(jq.quantized(tiny.apply_fn))(jq.ptq.with_activations(params, None), TOKENS)
     got, without = run(prefixed, params), run(tiny, params)
     np.testing.assert_allclose(got[:, :5], first[:, :5], rtol=1e-4, atol=1e-4)
     assert jnp.abs(got - without)[:, :5].max() > 0.1
@@ -365,6 +365,6 @@ def test_eight_bits_say_what_floats_say(real):
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True])
 def test_bytes_of_a_long_generation_are_what_the_bits_say(real, apart):
-    params = jq.unstack(real.params, "layers") if apart else real.params
+    params = jq.ptq.unstack(real.params, "layers") if apart else real.params
     for form in (KVFormat(4), KVFormat(2, "post", window=128)):
         takes_what_the_bits_say(real, params, form, 16e6)

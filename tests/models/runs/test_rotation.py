@@ -56,7 +56,7 @@ def test_from_the_command_to_a_checkpoint_that_runs(how, tied, run, tmp_path):
     assert ("rotation" in err and "held out" in err) == (how[0] == "learned")
     packed = load(tmp_path / "o")
     assert not packed.config.tie_embeddings and packed.params["head"]["kernel"].shape == (D, VOCAB)
-    sides = {p: w.input for p, w in jq.path_leaves(packed.params) if isinstance(w, jq.QTensor)}
+    sides = {p: w.input for p, w in jq.core.path_leaves(packed.params) if isinstance(w, jq.QTensor)}
     online = [p for p, side in sides.items() if side is not None]
     assert online == ["layers/attn/o/kernel", "layers/mlp/down/kernel"] and len(sides) == 7
     text = tied.parent / "text.txt"
@@ -70,7 +70,7 @@ def test_a_rotation_being_learned_goes_on(tied, run, tmp_path, monkeypatch):
     """Interrupted after ten steps: repeated, the command ends as one never interrupted."""
     options = ["--method", "rtn", "--group-size", -1, "--activation-bits", 4]
     options += ["--rotate-residual", "learned", "--rotate-steps", 14]
-    real, steps = jq.learn_rotation, []
+    real, steps = jq.tuning.learn_rotation, []
 
     def stopped(*args, progress, **more):
         def tell(update):
@@ -96,8 +96,8 @@ def test_other_kinds_of_methods(tied):
     """Rotations of what reads the stream go; other transforms, and orders of formats, stay."""
     side = lambda method: dict(recipe_of(method, True).rules)[RESIDUAL_READERS[0]].input
     assert side(jq.quarot()) is None and side(jq.quip_sharp(2)) is None
-    assert side(jq.quarot(alpha=0.5)) == jq.Smooth(0.5)
-    assert side(jq.smoothquant(rotate=True)) == jq.Smooth(0.5)
+    assert side(jq.quarot(alpha=0.5)) == jq.transforms.Smooth(0.5)
+    assert side(jq.smoothquant(rotate=True)) == jq.transforms.Smooth(0.5)
     for method in (jq.smoothquant(), jq.duquant(), jq.entropy_coded(2), jq.rtn(4)):
         assert side(method) == method.input
     assert dict(recipe_of(jq.quarot(), True).rules)[LAYER_MATRICES] == jq.quarot()
@@ -109,7 +109,7 @@ def test_transforms_fitted_to_inputs_are_learned_with(tied):
     start = random_rotation(model, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 256, (4, 24))
     stats = calibrate_model(rotate_model(model, start), tokens, weighting="uniform")
-    once = jq.Healing(steps=1, learning_rate=0.1)
+    once = jq.tuning.Healing(steps=1, learning_rate=0.1)
     got = learned_rotation(model, recipe, tokens, once, start=start, stats=stats)
     assert np.max(np.abs(got - start)) > 1e-3
 

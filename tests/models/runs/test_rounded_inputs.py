@@ -40,7 +40,7 @@ def stats(tiny):
 def rounded(model, activations):
     """Weights of 8 bits, and inputs as said."""
     params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
-    return jq.with_activations(params, activations)
+    return jq.ptq.with_activations(params, activations)
 
 
 def near(a, b):
@@ -53,8 +53,8 @@ def test_factors_fold_and_the_stream_turns_in_every_family(family, tmp_path):
     model = made(tmp_path, FAMILIES[family])
     want = model.apply_fn(model.params, TOKENS)
     stats = calibrate_model(model, TOKENS, weighting="uniform")
-    floats = recipe_of(jq.smoothquant(16, activation_bits=16))
-    folded = jq.fold(model.params, floats, stats, folds(model.config))
+    floats = recipe_of(jq.smoothquant(16, activations=None))
+    folded = jq.ptq.fold(model.params, floats, stats, folds(model.config))
     assert near(model.apply_fn(folded.params, TOKENS), want) < 1e-5
     carried = jq.quantize(model.params, floats, stats)
     assert near(jq.quantized(model.apply_fn)(carried, TOKENS), want) < 1e-5
@@ -76,7 +76,7 @@ def test_a_prefix_is_exact(tiny):
     quantized = rounded(tiny, "int2")
     model = dataclasses.replace(tiny, prefix=3)
     got = jq.quantized(model.apply_fn)(quantized, TOKENS)
-    floats = jq.quantized(tiny.apply_fn)(jq.with_activations(quantized, None), TOKENS)
+    floats = jq.quantized(tiny.apply_fn)(jq.ptq.with_activations(quantized, None), TOKENS)
     without = jq.quantized(tiny.apply_fn)(quantized, TOKENS)
     np.testing.assert_allclose(got[:, :3], floats[:, :3], rtol=1e-4, atol=1e-4)
     assert near(got[:, 3:], floats[:, 3:]) > 1e-2 and near(got[:, 3:], without[:, 3:]) > 1e-2
@@ -135,8 +135,8 @@ def test_inspection_is_of_the_module(tiny, stats):
 
 @pytest.mark.parametrize(
     "method",
-    [jq.smoothquant(), jq.smoothquant(static=True), jq.duquant(block=8, steps=4), jq.quarot(),
-     jq.awq(4, 8), jq.flatquant(), jq.smoothquant(4, activation_bits=8), jq.smoothquant(2)],
+    [jq.smoothquant(), jq.smoothquant(activations="int8,static"), jq.duquant(block=8, steps=4),
+     jq.quarot(), jq.awq(4, 8), jq.flatquant(), jq.smoothquant(4), jq.smoothquant(2)],
     ids=lambda m: m.name,
 )  # fmt: skip
 def test_every_method_is_saved_and_served(method, tiny, stats, tmp_path):
@@ -160,7 +160,7 @@ def test_what_is_not_finite_is_not_saved(tiny, tmp_path):
     """Scales of packed weights, say after healing that diverged, and weights that are kept."""
     recipe = recipe_of(jq.rtn(4, 8))
     made = quantize_model(tiny, recipe, None)
-    leaves = dict(jq.path_leaves(made.params))
+    leaves = dict(jq.core.path_leaves(made.params))
     packed = next(path for path, w in leaves.items() if isinstance(w, jq.QTensor))
     kept = next(path for path, w in leaves.items() if not isinstance(w, jq.QTensor))
     for path in (packed, kept):

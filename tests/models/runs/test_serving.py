@@ -15,7 +15,9 @@ from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.serving import serving_model
 from tests.support.tiny_llama import BASE, byte_tokenizer_json, random_tensors, write_folder
 
-METHOD = jq.Method("entropy_coded", Nearest(), jq.EntropyCoded(6, states=4, chain=16, lanes=2))
+METHOD = jq.Method(
+    "entropy_coded", Nearest(), jq.formats.EntropyCoded(6, states=4, chain=16, lanes=2)
+)
 WORDS = "(4-bit|8-bit|4-bit and 8-bit) words"
 SAID = rf"entropy-coded: \d+\.\d MB on disk, \d+\.\d MB in memory as {WORDS}"
 PROMPT = "the quick"
@@ -48,7 +50,7 @@ def test_tokens_are_those_of_the_dequantized_model(folder):
     served = jq.quantized(model.apply_cached)
     assert len(want) > 4
     assert run(served, params) == want
-    assert run(served, jq.unstack(params, "layers")) == want
+    assert run(served, jq.ptq.unstack(params, "layers")) == want
     again = serving_model(dataclasses.replace(model, params=params), said.append).params
     assert again == params and len(said) == 1  # done already
 
@@ -70,7 +72,7 @@ def test_eval_reports_what_is_stored(folder, run, tmp_path):
     stored = load(folder, widen=False).params
     assert status == 0 and re.search(f"^{SAID}$", err, re.MULTILINE)
     assert report["bits_per_weight"] == jq.bits_per_weight(stored)
-    assert report["bytes"] == sum(w.nbytes for _, w in jq.path_leaves(stored))
+    assert report["bytes"] == sum(w.nbytes for _, w in jq.core.path_leaves(stored))
 
 
 def test_inspect_shows_the_streams(folder, run):
