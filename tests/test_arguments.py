@@ -78,7 +78,10 @@ WRONG = {
         lambda: jq.resolve(METHOD, PARAMS, 3),
         "found: expected a mapping of Site",
     ),
-    "no platform": (lambda: jq.explain(FN, PARAMS, X, platform="gpu"), "platform must be cpu, tpu"),
+    "no platform": (
+        lambda: jq.explain(FN, PARAMS, X, platform="gpu"),
+        r"must be a platform \(cpu, tpu, cuda, rocm\) or a chip \(v5e, .*h100, .*got 'gpu'",
+    ),
     "no kernels": (lambda: jq.quantized(FN, kernels=3), "kernels: expected a string, got 3"),
     "no stats": (lambda: jq.shares(PARAMS, 3), "stats: expected the result of calibrate, got 3"),
     "no methods": (lambda: jq.allocate(PARAMS, 3, 4.0, None), "methods: expected a sequence of"),
