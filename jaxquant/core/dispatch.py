@@ -126,7 +126,7 @@ def explain(
 
 def _platform(name: str | None) -> str | None:
     """Return the platform of this name, or that of the chip of this name."""
-    if name in (None, *table.BACKENDS, "rocm"):
+    if name is None or name in (*table.BACKENDS, "rocm"):
         return name
     if name.lower() in CHIPS:
         return CHIPS[name.lower()].platform

@@ -165,7 +165,7 @@ def roofline(
         are of another tree.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> q = {"w": jq.quantize_array(jnp.ones((4096, 4096)), jq.rtn(4, 128, symmetric=True))}
+    >>> q = jq.quantize({"w": jnp.ones((4096, 4096))}, jq.rtn(4, 128, symmetric=True))
     >>> print(roofline(q, "v5e").bound, roofline(q, "v5e", 4096).bound)
     memory multiplying
     """

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
+from jaxquant.ptq.layer_stacks import unstack
 from jaxquant.theory import roofline as module
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
@@ -133,7 +134,7 @@ def test_the_table(llama):
 
 def test_layers_share_a_row_and_small_weights_the_last(llama):
     shapes = llama[0]
-    apart = jax.eval_shape(lambda p: jq.unstack(p, "layers"), shapes)
+    apart = jax.eval_shape(lambda p: unstack(p, "layers"), shapes)
     text = str(jq.roofline(apart, "v5e"))
     assert "layers/*/attn/q/kernel    x 32  1,073.74" in text and "layers/0/" not in text
     lone = {"layers": [{"w": jnp.ones((2, 2))}], "w2": jnp.ones((3, 3))}
