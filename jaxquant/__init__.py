@@ -2,8 +2,8 @@
 
 The names here are those that a user meets first. Every other public name has one home in a room:
 `jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`, `recipes`,
-`ptq`, `storage`, `theory`, `tuning`, `training` and `core`. Names and rooms used for training are
-imported on first access, because they need Optax. Quantizing and serving do not.
+`ptq`, `storage`, `theory`, `tuning`, `training` and `core`. What trains and what saves is imported
+on first access, because it needs Optax and Orbax. Quantizing and serving do not.
 """
 
 import importlib
@@ -18,7 +18,6 @@ from jaxquant import (
     ptq,
     recipes,
     rounding,
-    storage,
     theory,
     transforms,
 )
@@ -48,12 +47,13 @@ from jaxquant.methods.weights import (
 from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.recipes.recipe import Recipe
 from jaxquant.recipes.size import size
-from jaxquant.storage.checkpoint import load, save
 from jaxquant.theory.roofline import roofline
 
 if TYPE_CHECKING:
+    from jaxquant import storage as storage
     from jaxquant import training as training
     from jaxquant import tuning as tuning
+    from jaxquant.storage.checkpoint import load, save
     from jaxquant.training.latent import freeze, labels, latent, thaw, trained
     from jaxquant.training.qat import qat
     from jaxquant.tuning.heal import heal
@@ -115,37 +115,38 @@ __all__ = [
     "zeroqat",
 ]
 
-# Modules of the names that need Optax, and the two rooms that do.
-_TRAINING = {
+# Modules of the names that are imported on first access, and the rooms that are.
+_LATER = {
     "freeze": "training.latent",
     "heal": "tuning.heal",
     "labels": "training.latent",
     "latent": "training.latent",
+    "load": "storage.checkpoint",
     "qat": "training.qat",
+    "save": "storage.checkpoint",
     "thaw": "training.latent",
     "trained": "training.latent",
 }
-_TRAINING_ROOMS = ("training", "tuning")
+_LATER_ROOMS = ("storage", "training", "tuning")
 _ROOMS = (
-    calibration, core, estimators, formats, methods, ptq, recipes, rounding, storage, theory,
-    transforms,
+    calibration, core, estimators, formats, methods, ptq, recipes, rounding, theory, transforms
 )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRAINING_ROOMS:
+    if name in _LATER_ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _TRAINING:
-        return getattr(importlib.import_module(f"{__name__}.{_TRAINING[name]}"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_home_of(name)}")
 
 
 def _home_of(name: str) -> str:
     """Say in which room a name is, if in any."""
-    rooms = [*_ROOMS, *map(__getattr__, _TRAINING_ROOMS)] if not name.startswith("_") else []
+    rooms = [*_ROOMS, *map(__getattr__, _LATER_ROOMS)] if not name.startswith("_") else []
     homes = [room.__name__ for room in rooms if name in room.__all__]
     return f"; it is {homes[0]}.{name}" if homes else ""
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_TRAINING_ROOMS})
+    return sorted({*globals(), *__all__, *_LATER_ROOMS})

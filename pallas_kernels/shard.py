@@ -20,15 +20,16 @@ from jaxtyping import Array, Float
 from pallas_kernels.codecs import layout, lookup, trellis
 from pallas_kernels.dispatch import product
 
-# What the first axis of each array of an op indexes: words of codes, groups, or ("all", "books")
-# nothing that rows of the weight are split by.
+# What the first axis of each array of an op indexes: words of codes, groups, or nothing that rows
+# of the weight are split by. The last axis indexes columns, except of arrays that are "whole".
 _ROWS = {
     "packed_matmul": ("words", "groups", "groups"),
     "ternary_matmul": ("words", "groups"),
     "codebook_matmul": ("words", "groups"),
     "e8p_matmul": ("words", "words", "all"),
     "trellis_matmul": ("words", "groups"),
-    "additive_matmul": ("words", "books", "all"),
+    "additive_matmul": ("words", "whole", "all"),
+    "dual_scale_matmul": ("words", "all", "whole", "all", "whole"),
 }
 
 
@@ -140,7 +141,7 @@ def column_specs(op: str, size: int, axis: str, *arrays: Array | None) -> tuple[
     """
     specs = []
     for a, kind in zip(arrays, _ROWS[op], strict=True):
-        whole = a is None or a.shape[-1] == 1 or kind == "books"
+        whole = a is None or a.shape[-1] == 1 or kind == "whole"
         if not whole and a.shape[-1] % size:
             raise ValueError(
                 f"{op}: the {a.shape[-1]} columns of an array {list(a.shape)} do not divide over "
@@ -203,6 +204,11 @@ def _unit(op: str, static: dict[str, Any], k: int) -> int:
                 f"{static['rates']}; split along columns"
             )
         return k // len(static["rates"]) if len(static["rates"]) > 1 else trellis.SIDE
+    if op == "dual_scale_matmul":
+        raise ValueError(
+            "dual_scale_matmul: escapes hold the numbers of rows, so the weight cannot be split "
+            "along rows; split along columns"
+        )
     if op == "e8p_matmul":
         return 8 * layout.unit(8)[0]  # a word of 8-bit residual codes covers this many octets
     if op == "additive_matmul":

@@ -7,11 +7,8 @@ import types
 import pytest
 
 import jaxquant as jq
+from tests.support.public import ROOMS
 
-ROOMS = (
-    "calibration", "core", "estimators", "formats", "methods", "ptq", "recipes", "rounding",
-    "storage", "theory", "training", "transforms", "tuning",
-)  # fmt: skip
 MODULES = [m.name for m in pkgutil.walk_packages(jq.__path__, "jaxquant.")]
 
 

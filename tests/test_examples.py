@@ -40,6 +40,16 @@ def test_a_loop_that_trains(name, capsys):
     assert latent == packed
 
 
+def test_parts_of_ones_own(capsys):
+    runpy.run_path(str(ROOT / "examples" / "04_custom_parts.py"))
+    rows = re.findall(r"(.+), (\w+): ([\d.]+) bits, error ([\d.]+)", capsys.readouterr().out)
+    error = {(rounder, form): float(lost) for rounder, form, _, lost in rows}
+    assert {bits for _, _, bits, _ in rows} == {"4.0625"}
+    assert error["my rounder", "Integer"] < 1.1 * error["gptq", "Integer"]
+    assert error["my rounder", "Logarithmic"] < error["gptq", "Logarithmic"]
+    assert error["gptq", "Logarithmic"] < 0.5 * error["gptq", "Integer"]
+
+
 def test_the_readme_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

@@ -54,7 +54,7 @@ def test_what_trains_and_what_saves_is_not_imported():
 
 
 def test_what_is_imported_later_has_a_name():
-    assert set(jq._HOME) < set(jq.__all__) <= set(dir(jq))
+    assert set(jq._LATER) < set(jq.__all__) <= set(dir(jq))
     for name in jq.__all__:
         assert getattr(jq, name) is not None
     with pytest.raises(AttributeError, match="module 'jaxquant' has no attribute 'nothing'"):

@@ -15,6 +15,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.standin import StandIn, dispatching, is_standin, listening
 from pallas_kernels import dispatch as table
+from pallas_kernels.cost.chips import CHIPS
 from pallas_kernels.lowering import devices_of
 
 
@@ -103,7 +104,8 @@ def explain(
       *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them, or a
         weight, lies on several devices, the report is for a program that the compiler partitions.
       platform: the platform whose kernels are considered: "cpu", "tpu", "cuda", or "rocm", which
-        has none. Default: the platform of this machine.
+        has none; or the name of a chip ("v5e", "h100", ...), which stands for its platform, since
+        all chips of a platform have the same kernels. Default: the platform of this machine.
 
     Returns:
       An `Explanation`; print it for a table.
@@ -112,8 +114,7 @@ def explain(
       ValueError: `platform` is unknown.
     """
     check_arguments(explain, locals())
-    if platform not in (None, *table.BACKENDS, "rocm"):
-        raise ValueError(f"platform must be cpu, tpu, cuda or rocm, got {platform!r}")
+    platform = _platform(platform)
     log = _Log([])
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
@@ -121,6 +122,18 @@ def explain(
     with table.describing(platform, devices_of(params, args, kwargs)):
         eqx.filter_eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
     return Explanation(tuple(dict.fromkeys(log.uses)))
+
+
+def _platform(name: str | None) -> str | None:
+    """Return the platform of this name, or that of the chip of this name."""
+    if name is None or name in (*table.BACKENDS, "rocm"):
+        return name
+    if name.lower() in CHIPS:
+        return CHIPS[name.lower()].platform
+    raise ValueError(
+        f"platform must be a platform (cpu, tpu, cuda, rocm) or a chip ({', '.join(CHIPS)}), got "
+        f"{name!r}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

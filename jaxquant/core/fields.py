@@ -1,6 +1,7 @@
 """Field checks of frozen dataclasses: types, and that numbers are finite."""
 
 import dataclasses
+import math
 import reprlib
 import sys
 import types
@@ -17,19 +18,23 @@ def check_fields(value: Any) -> None:
     Checked are bool, int, str, float, None, literals, tuples of these, and unions. Floats must be
     finite, integers at most 2**32 - 1 in magnitude, texts at most 200 characters long, and a
     boolean is not a number. A list in the place of a tuple is converted. Fields annotated with
-    classes or Any are left to the dataclass.
+    classes or Any are left to the dataclass. The metadata of a field may map float to what the
+    message adds if a fraction comes where an integer must stand.
 
     Args:
       value: an instance of a frozen dataclass; use this function as its `__post_init__`.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Size:
-    ...     bits: int
+    ...     bits: int = dataclasses.field(metadata={float: "Trellis takes fractions"})
     ...     block: int | None = None
     ...     __post_init__ = check_fields
     >>> Size(4.0)
     Traceback (most recent call last):
-    ValueError: bits must be int, got 4.0
+    ValueError: bits must be int, got 4.0; write 4
+    >>> Size(2.5)
+    Traceback (most recent call last):
+    ValueError: bits must be int, got 2.5; Trellis takes fractions
     >>> Size(4, float("inf"))
     Traceback (most recent call last):
     ValueError: block must be int or None, got inf
@@ -40,7 +45,8 @@ def check_fields(value: Any) -> None:
             got = tuple(got)
             object.__setattr__(value, field.name, got)
         if not _fits(got, field.type):
-            raise ValueError(f"{field.name} must be {_wanted(field.type, got)}, got {shown(got)}")
+            wanted, hint = _wanted(field.type, got), _hint(got, field)
+            raise ValueError(f"{field.name} must be {wanted}, got {shown(got)}{hint}")
 
 
 def _fits(got: Any, wanted: Any) -> bool:
@@ -83,9 +89,28 @@ def _wanted(wanted: Any, got: Any = None) -> str:
     return "None" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
 
 
+def _hint(got: Any, field: dataclasses.Field) -> str:
+    """Return what to do about a finite float in the place of an integer, or ""."""
+    of = got[0] if isinstance(got, tuple) and got else got
+    if not isinstance(of, float) or not math.isfinite(of):
+        return ""
+    if of.is_integer():
+        return f"; write {int(of)}" if _fits(int(of), field.type) else ""
+    return f"; {field.metadata[float]}" if float in field.metadata else ""
+
+
 def _either(words: list[str]) -> str:
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def article(noun: str) -> str:
+    """Return the indefinite article of a noun by its first letter.
+
+    >>> article("Estimator"), article("Format")
+    ('an', 'a')
+    """
+    return "an" if noun[:1].lower() in "aeiou" else "a"
 
 
 def shown(value: Any) -> str:

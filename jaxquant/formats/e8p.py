@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Int32
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.core.protocols import GridFormat, OpArguments
-from jaxquant.formats.op_format import OpFormat
+from jaxquant.formats.op_format import WHOLE_BITS, OpFormat
 from pallas_kernels.codecs import e8p, lookup
 
 _CHUNK = 1 << 15  # number of octets (eight rows of a column) rounded at a time
@@ -45,7 +45,7 @@ class E8P(GridFormat, OpFormat):
     [ 0.55 -0.92]
     """
 
-    bits: int = 2
+    bits: int = dataclasses.field(default=2, metadata=WHOLE_BITS)
 
     storage: ClassVar[str] = "e8p"
     tile: ClassVar[tuple[int, int]] = (8, 1)  # rows and columns that one code covers

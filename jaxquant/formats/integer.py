@@ -11,7 +11,7 @@ from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted, sizes
 from jaxquant.core.protocols import LevelFormat, OpArguments
 from jaxquant.core.straight_through import nearest_codes
-from jaxquant.formats.op_format import OpFormat
+from jaxquant.formats.op_format import WHOLE_BITS, OpFormat
 from jaxquant.formats.scales import (
     as_stored,
     check_grouping,
@@ -58,7 +58,7 @@ class Integer(LevelFormat, OpFormat):
     [0.0, 1.5, -3.0, 0.0]
     """
 
-    bits: int = 4
+    bits: int = dataclasses.field(default=4, metadata=WHOLE_BITS)
     group_size: int | Literal["channel", "tensor"] = 64
     symmetric: bool = False
     mse: bool = False

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.formats.op_format import WHOLE_BITS
 from jaxquant.formats.scales import as_stored, lost, rescaled, through
 from jaxquant.formats.table import Scales, Table, search
 
@@ -49,7 +50,7 @@ class NormalFloat(Table):
     [2.0, 0.872..., -2.0, 0.0]
     """
 
-    bits: int = 4
+    bits: int = dataclasses.field(default=4, metadata=WHOLE_BITS)
     group_size: int | Literal["channel", "tensor"] = 64
     scale_dtype: str = "float32"
     double_quant: bool = False

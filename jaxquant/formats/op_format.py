@@ -7,6 +7,9 @@ from jaxtyping import Array, Float
 from jaxquant.formats.tiled_format import TiledFormat
 from pallas_kernels import dispatch, reference
 
+# Metadata of a field that holds a whole number of bits; `check_fields` adds it to its message.
+WHOLE_BITS = {float: "the methods trellis and entropy_coded take fractions of a bit"}
+
 
 class OpFormat(TiledFormat):
     """Base of a format that names its op by `storage` and maps packed arrays to its `arguments`.

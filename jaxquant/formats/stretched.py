@@ -16,12 +16,12 @@ class Stretched(Table):
       scale_dtype: storage dtype of the scales; codes are chosen with the stored scale.
       pad: allow a group size that does not divide k; the last group is then short.
 
-    Source: the 2-bit grid of ParetoQ (Liu et al. 2025, arXiv:2502.02631). We differ: ties round to
-    the lower value, so a weight of exactly 0 becomes -1/4 times the scale, and 1/4 there.
+    Source: the 2-bit grid of ParetoQ (Liu et al. 2025, arXiv:2502.02631). Ties round to the even
+    code as in its released code, so a weight of exactly 0 becomes 1/4 times the scale.
 
     >>> import jax.numpy as jnp
     >>> f = Stretched()
-    >>> f.dequantize(f.encode(jnp.array([[1.0], [0.5], [0.1], [-0.5]])), 4).ravel().tolist()
+    >>> f.dequantize(f.encode(jnp.array([[1.0], [0.5], [0.0], [-0.5]])), 4).ravel().tolist()
     [0.75, 0.25, 0.25, -0.75]
     """
 

@@ -273,5 +273,8 @@ def search(table: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     between = (values[:-1] + values[1:]) / 2
     # `searchsorted` counts the bounds strictly below x: lowered by one ulp, a bound rounds ties up.
     rises = codes[:-1] % 2 == 1
-    between = np.where(rises, np.nextafter(between, np.float32(-np.inf)), between)
+    lowered = np.nextafter(between, np.float32(-np.inf))
+    # The number below 0 is subnormal, which devices take for 0; the next that they tell from it:
+    lowered = np.where(between == 0, -np.finfo(np.float32).tiny, lowered)
+    between = np.where(rises, lowered, between)
     return values, codes.astype(np.int8), between

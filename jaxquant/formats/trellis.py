@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted
 from jaxquant.core.protocols import Format, GridFormat, OpArguments
-from jaxquant.formats.op_format import OpFormat
+from jaxquant.formats.op_format import WHOLE_BITS, OpFormat
 from jaxquant.formats.scales import check_wide, rescaled
 from pallas_kernels import viterbi
 from pallas_kernels.codecs import trellis
@@ -54,7 +54,7 @@ class Trellis(GridFormat, OpFormat):
     {'codes': (16, 2), 'scale': (1, 1)}
     """
 
-    rates: tuple[int, ...] = (2,)
+    rates: tuple[int, ...] = dataclasses.field(default=(2,), metadata=WHOLE_BITS)
     L: int = 12
     code: str = "mul1"
 

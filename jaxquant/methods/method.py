@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
-from jaxquant.core.fields import check_fields, shown
+from jaxquant.core.fields import article, check_fields
 from jaxquant.core.protocols import Estimator, Format, RangeEstimator, Rounder, Transform, lacking
 from jaxquant.rounding import LDLQ, Nearest
 
@@ -62,10 +62,8 @@ class Method:
                 continue
             if wrong := lacking(kind, part):
                 none = "" if name in ("rounder", "format") else " or None"
-                raise ValueError(
-                    f"{name} must be a {kind.__name__} ({example}, ...){none}, got "
-                    f"{shown(part)}; {wrong}"
-                )
+                wanted = f"{article(kind.__name__)} {kind.__name__} ({example}(), ...)"
+                raise ValueError(f"{name} must be {wanted}{none}: {wrong}")
         object.__setattr__(self, "activations", Activations.of(self.activations))
         check_fields(self)
 

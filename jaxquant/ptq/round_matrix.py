@@ -1,7 +1,7 @@
 """Quantization of one matrix: change of variables, rounding, and the resulting loss."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def round_matrix(
     """
     w, moments, e, _ = _unit(w, moments, method)
     w, moments, of_input, of_output = _transformed(w, moments, keys, method, known)
-    codes, found = method.rounder(w, method.format, moments, keys.own)
+    codes, found = _checked(method.rounder(w, method.format, moments, keys.own), method)
     error = w - method.format.dequantize(codes, w.shape[0])
     loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
     if e is not None:
@@ -102,6 +102,23 @@ def block_importance(
     blocks = lambda a: a.reshape(-1, block).sum(1)
     e = others if own is None else others + 2 * own
     return blocks(d) * blocks(jnp.mean(w**2, 1)) / block, e
+
+
+def _checked(result: Any, method: Method) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return what a rounder returned; raise ValueError if it is not what a rounder returns."""
+    pair = isinstance(result, tuple) and len(result) == 2
+    wanted = (("codes",), ("damping", "dead"))
+    if pair and all(
+        isinstance(part, dict) and set(names) <= set(part)
+        for part, names in zip(result, wanted, strict=True)
+    ):
+        return result
+    kinds = [sorted(r) if isinstance(r, dict) else type(r).__name__ for r in result] if pair else []
+    raise ValueError(
+        f"a rounder returns packed arrays with 'codes', and a report with 'damping' and 'dead'; "
+        f"{type(method.rounder).__name__} with {type(method.format).__name__} returned "
+        f"{' and '.join(map(str, kinds)) or type(result).__name__}"
+    )
 
 
 def _unit(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.core.protocols import Format, GridFormat, Moments, Rounder
+from jaxquant.core.protocols import Format, GridFormat, Moments, Rounder, lacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Clipped(Rounder):
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive(self, "steps")
+        if wrong := lacking(Rounder, self.rounder):
+            raise ValueError(f"rounder must be a Rounder (LDLQ(), ...): {wrong}")
         if self.steps > 19:
             raise ValueError(f"steps must be at most 19, a twentieth apart; got {self.steps}")
 

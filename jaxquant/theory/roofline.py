@@ -1,4 +1,4 @@
-"""What limits a quantized model on an accelerator: memory, unpacking or multiplication.
+"""What limits a model on an accelerator: memory, unpacking or multiplication.
 
 The estimate is a lower bound on time from published bandwidths and peaks
 (`pallas_kernels.cost.chips`) and the static rates of the kernels (`pallas_kernels.cost.rates`), not
@@ -8,32 +8,44 @@ top.
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves
+from jaxquant.core.sites import Site
+from jaxquant.core.standin import is_array
 from jaxquant.core.tensor import QTensor
-from pallas_kernels.cost import chips, rates
+from jaxquant.core.tree import leaf_bytes
+from pallas_kernels.cost import chips as table
+from pallas_kernels.cost import rates
+
+ROWS = 20  # of a printed table; the other weights share one row
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time of the products with one weight (with all matrices of a stack together).
+    """The least time of one pass over one weight (over all matrices of a stack together).
 
     Attributes:
       path: path of the weight.
-      bytes: bytes of the weight in memory.
-      seconds: time of its products with all tokens.
-      bound: "memory", "unpacking" or "multiplying"; "no kernel" if there is no measured one, in
-        which case the weight is assumed to be unpacked to bfloat16 in memory first and read again.
+      bytes: bytes of the weight in memory, on all chips together.
+      read: bytes that the pass moves to and from memory, on all chips together.
+      seconds: time of the pass.
+      bound: "memory", "unpacking" or "multiplying"; "no kernel" if there is none with a known rate,
+        in which case the weight is assumed to be unpacked to bfloat16 in memory first and read
+        again.
     """
 
     path: str
     bytes: int
+    read: int
     seconds: float
     bound: str
 
@@ -45,74 +57,189 @@ class Roofline:
     Attributes:
       chip: name of the chip.
       tokens: number of tokens.
+      chips: number of chips.
       bounds: one bound per weight.
+      notes: what the bounds leave out.
     """
 
     chip: str
     tokens: int
+    chips: int
     bounds: tuple[Bound, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights, on all chips together."""
+        return sum(b.bytes for b in self.bounds)
+
+    @property
+    def read(self) -> int:
+        """Bytes that one pass moves to and from memory, on all chips together."""
+        return sum(b.read for b in self.bounds)
 
     @property
     def seconds(self) -> float:
         """The least time of one pass over all weights, in seconds."""
         return sum(b.seconds for b in self.bounds)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The largest number of tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The fraction of the time that each kind of bound takes, largest first."""
+        kinds = dict.fromkeys(b.bound for b in self.bounds)
+        total = {k: sum(b.seconds for b in self.bounds if b.bound == k) for k in kinds}
+        return {k: total[k] / self.seconds for k in sorted(kinds, key=lambda k: -total[k])}
+
+    @property
+    def bound(self) -> str:
+        """The kind of bound that takes most of the time, as in `Bound.bound`."""
+        return next(iter(self.shares))
+
+    @property
+    def memory(self) -> float:
+        """Bytes of memory of all chips together."""
+        return self.chips * table.CHIPS[self.chip].memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights fit in that memory; caches and activations come on top."""
+        return self.bytes <= self.memory
+
     def __str__(self) -> str:
-        rows = [("weight", "MB", "us", "bound by")]
-        rows += [
-            (b.path, f"{b.bytes / 1e6:.2f}", f"{1e6 * b.seconds:.2f}", b.bound) for b in self.bounds
+        rows = [("weight", "", "MB", "MB read", "us", "bound by"), *_rows(self.bounds)]
+        widths = [max(len(r[i]) for r in rows) for i in range(6)]
+        align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
+        cells = [[to(c, n) for to, c, n in zip(align, r, widths, strict=True)] for r in rows]
+        return "\n".join([*("  ".join(r).rstrip() for r in cells), *self._totals(), *self.notes])
+
+    def _totals(self) -> list[str]:
+        s = lambda count: "" if count == 1 else "s"
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in self.shares.items())
+        least = math.ceil(self.bytes / table.CHIPS[self.chip].memory)
+        return [
+            f"{self.tokens} token{s(self.tokens)} on {self.chips} {self.chip}: at least "
+            f"{1e3 * self.seconds:.3f} ms, at most {self.tokens_per_second:,.0f} tokens/s; "
+            f"bound by {shares}",
+            f"weights: {self.bytes / 1e9:.2f} GB of {self.memory / 1e9:.0f} GB of memory, "
+            + ("which fits" if self.fits else f"which does not fit: they take {least} chips"),
         ]
-        widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-        total = f"{self.chip}, {self.tokens} tokens: at least {1e6 * self.seconds:.1f} us"
-        return "\n".join(line.rstrip() for line in [*lines, total])
 
 
-def roofline(params: PyTree, chip: str, tokens: int = 1) -> Roofline:
-    """Return the least time of the products of `tokens` rows with every weight on a chip.
+def roofline(
+    params: PyTree,
+    chip: str,
+    tokens: int = 1,
+    *,
+    chips: int = 1,
+    sites: Mapping[str, Site] | None = None,
+) -> Roofline:
+    """Return the least time in which a chip can pass `tokens` rows through every weight.
+
+    A product reads its weight once, whatever the number of rows, and a look-up reads one row for
+    each token. `sites` tells which weights are only looked up; a table that is also multiplied by
+    (tied to the head) counts whole, and so does a weight whose use is not followed (a reshape, a
+    convolution), which is taken for a matrix.
+
+    Not modelled: activations and key-value caches; the choice of experts (all of a mixture count);
+    with several chips, communication, uneven splits and arrays that every chip holds in full.
 
     Args:
-      params: tree with `QTensor` leaves (or their shapes); plain leaves with two or more axes count
-        as bfloat16 matrices.
-      chip: one of `pallas_kernels.cost.chips.CHIPS`.
-      tokens: number of rows of activations.
+      params: tree of floating arrays and `QTensor` leaves, or of their shapes from
+        `jax.eval_shape`. Arrays count by the bytes of their dtype.
+      chip: "v5e", "v5p", "v6e", "tpu7x", "a100", "h100", "h200" or "b200".
+      tokens: number of rows of activations, 1 or more.
+      chips: number of chips, 1 or more. Each holds an equal part of every weight, so memory,
+        bandwidth and peaks add up.
+      sites: how the function uses its weights, as `sites(fn, params, x)` of the unquantized tree
+        returns it. By default every array of rank 2 or more counts as a matrix that is multiplied
+        by, tables included.
     Returns:
-      The bounds.
+      The bounds; print them for a table.
     Raises:
-      ValueError: the chip is unknown.
+      ValueError: the chip is unknown, a number is below 1, the tree holds no weights, or the sites
+        are of another tree.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> q = {"w": jq.quantize_array(jnp.ones((4096, 4096)), jq.rtn(4, 128, symmetric=True))}
-    >>> print(roofline(q, "v5e").bounds[0].bound, roofline(q, "v5e", 4096).bounds[0].bound)
+    >>> q = jq.quantize({"w": jnp.ones((4096, 4096))}, jq.rtn(4, 128, symmetric=True))
+    >>> print(roofline(q, "v5e").bound, roofline(q, "v5e", 4096).bound)
     memory multiplying
     """
     check_arguments(roofline, locals())
-    if chip not in chips.CHIPS:
-        raise ValueError(f"chip must be one of {', '.join(chips.CHIPS)}, got {chip!r}")
-    weights = [(p, w) for p, w in path_leaves(params) if w.ndim > 1]
-    return Roofline(chip, tokens, tuple(_bound(p, w, chip, tokens) for p, w in weights))
+    chip, tokens, chips = table.known(chip), int(tokens), int(chips)
+    if min(tokens, chips) < 1:
+        raise ValueError(f"tokens and chips must be 1 or more, got {tokens} and {chips}")
+    weights = [(path, w) for path, w in path_leaves(params) if _is_weights(w)]
+    if not weights:
+        raise ValueError("expected a tree of weights, but it holds no floating or quantized arrays")
+    uses = {path: _use(path, w, tokens, sites) for path, w in weights}
+    bounds = tuple(_bound(path, w, chip, chips, uses[path]) for path, w in weights)
+    packed = any(isinstance(w, QTensor) for _, w in weights)
+    return Roofline(chip, tokens, chips, bounds, tuple(_notes(chip, chips, sites, packed)))
 
 
-def _bound(path: str, w: PyTree, chip: str, tokens: int) -> Bound:
-    of = chips.CHIPS[chip]
-    size = math.prod(w.shape)
-    packed = isinstance(w, QTensor)
-    nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(w))
-    rate = _rate(w, chip) if packed else math.inf
-    moved = nbytes if packed and rate else nbytes * packed + 2 * size * (1 + packed)
+def _is_weights(leaf: PyTree) -> bool:
+    return isinstance(leaf, QTensor) or (
+        is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """How one pass uses a weight.
+
+    Attributes:
+      share: fraction of the weight that is read.
+      rows: number of rows of x that are multiplied by it, 0 if it is in no product.
+    """
+
+    share: float
+    rows: int
+
+
+def _use(path: str, w: PyTree, tokens: int, sites: Mapping[str, Site] | None) -> _Use:
+    if len(w.shape) < 2:
+        return _Use(1.0, 0)
+    if sites is None:
+        return _Use(1.0, tokens)
+    site = sites.get(path)
+    if site is None or site.shape != tuple(w.shape):
+        known = "nothing" if site is None else f"that its shape is {list(site.shape)}"
+        raise ValueError(
+            f"the sites say {known} of {path!r}, {list(w.shape)}: pass those of this tree before "
+            f"quantization, sites(fn, jax.eval_shape(dequantize, params), x)"
+        )
+    if site.contracted or site.otherwise or site.gathered is None:
+        return _Use(1.0, tokens if site.contracted or site.otherwise else 0)
+    return _Use(min(1.0, tokens / w.shape[site.gathered]), 0)
+
+
+def _bound(path: str, w: PyTree, chip: str, chips: int, use: _Use) -> Bound:
+    of, size, nbytes = table.CHIPS[chip], math.prod(w.shape), leaf_bytes(w)
+    rate, peak = math.inf, of.flops
+    if isinstance(w, QTensor) and use.rows:
+        rate, peak = _rate(w, chip), table.peak(chip, kernel_form(w.activations))
+    moved = use.share * nbytes + (0 if rate else 4 * size)  # bfloat16, written and read again
     times = {
         "memory": moved / of.bandwidth,
         "unpacking": size / (rate * of.clock * of.cores) if rate else 0.0,
-        "multiplying": 2 * size * tokens / of.flops,
+        "multiplying": 2 * size * use.rows / peak,
     }
     bound = max(times, key=times.__getitem__)
-    return Bound(path, nbytes, times[bound], bound if rate else "no kernel")
+    label = bound if rate else "no kernel"
+    return Bound(path, nbytes, round(moved), times[bound] / chips, label)
 
 
 def _rate(w: QTensor, chip: str) -> float:
     """Return the weights per cycle and core of the kernel for this weight; 0 if there is none."""
     if not w.format.storage:
         return 0.0
+    if not rates.has_rates(chip):
+        return math.inf  # a note says so
     static: dict[str, Any] = {}
 
     def arguments(data: dict[str, Array]) -> tuple:
@@ -123,3 +250,37 @@ def _rate(w: QTensor, chip: str) -> float:
     jax.eval_shape(arguments, w.data)  # fills `static` without computing
     op, form = f"{w.format.storage}_matmul", kernel_form(w.activations)
     return rates.weights_per_cycle(op, chip, form, **static)
+
+
+def _notes(chip: str, chips: int, sites: Mapping[str, Site] | None, packed: bool) -> Iterator[str]:
+    if sites is None:
+        yield "no sites given: tables that are only looked up count whole"
+    if packed and not rates.has_rates(chip):
+        yield f"the rates of kernels on {chip} are not known: unpacking is not counted"
+    if chips > 1:
+        yield "communication between chips is not counted"
+
+
+def _rows(bounds: tuple[Bound, ...]) -> list[tuple[str, ...]]:
+    """Return the cells of a table in which layers share a row, and small weights the last one."""
+    folded: dict[tuple[str, str], list[Bound]] = {}
+    for b in bounds:
+        layers = re.sub(r"(?<![^/])\d+(?![^/])", "*", b.path)
+        folded.setdefault((layers, b.bound), []).append(b)
+    time = lambda key: sum(b.seconds for b in folded[key])
+    shown = set(sorted(folded, key=time, reverse=True)[:ROWS])
+    rows = [
+        _row(alike[0].path if len(alike) == 1 else key[0], alike, key[1])
+        for key, alike in folded.items()
+        if key in shown
+    ]
+    rest = [b for key, alike in folded.items() if key not in shown for b in alike]
+    kinds = ", ".join(dict.fromkeys(b.bound for b in rest))
+    return [*rows, _row("(others)", rest, kinds)] if rest else rows
+
+
+def _row(name: str, alike: list[Bound], bound: str) -> tuple[str, ...]:
+    count = f"x {len(alike)}" if len(alike) > 1 else ""
+    total = lambda field: sum(getattr(b, field) for b in alike)
+    numbers = (total("bytes") / 1e6, total("read") / 1e6, 1e6 * total("seconds"))
+    return (name, count, *(f"{n:,.2f}" for n in numbers), bound)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.channels import Channels
 from jaxquant.core.fields import check_fields
-from jaxquant.core.protocols import Transform
+from jaxquant.core.protocols import Transform, lacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,10 @@ class Chain(Transform):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.parts or not all(isinstance(part, Transform) for part in self.parts):
-            raise ValueError(f"a chain is of transforms, one or more; got {self.parts!r}")
+        if not self.parts:
+            raise ValueError("parts must be a tuple of transforms, one or more; got ()")
+        if wrong := next(filter(None, (lacking(Transform, part) for part in self.parts)), ""):
+            raise ValueError(f"parts must be a tuple of transforms: {wrong}")
         if any(part.searched for part in self.parts[1:]):
             raise ValueError("what is searched for comes first in a chain")
 

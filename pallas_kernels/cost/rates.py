@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.cost.chips import CHIPS
+
 _FORMS = {"float": "A16", "int8": "A8", "int8/256": "A8", "codes": "A8"}
 
 
@@ -35,8 +37,20 @@ def weights_per_cycle(op: str, chip: str, activations: str = "float", **static: 
     0.0
     """
     names = _names(op, _FORMS[activations], static)
-    found = (_table().get(name, {}).get(chip) for name in names)
+    found = (_table().get(name, {}).get(CHIPS[chip].target) for name in names)
     return float(next((rate for rate in found if rate), 0.0))
+
+
+def has_rates(chip: str) -> bool:
+    """Return whether the rates of any kernel on a chip were determined.
+
+    Args:
+      chip: a key of `chips.CHIPS`.
+
+    >>> has_rates("h200"), has_rates("b200")
+    (True, False)
+    """
+    return any(CHIPS[chip].target in of for of in _table().values())
 
 
 def _names(op: str, form: str, static: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from flax import nnx
 
 import jaxquant as jq
 from pallas_kernels import cpu, lowering
+from pallas_kernels.cost.chips import CHIPS
 from tests.support.arrays import check, draw, stack
 from tests.support.networks import NETWORKS
 
@@ -251,6 +252,14 @@ def test_rows_that_kernels_do_not_take_enter_as_float32(dtype):
             assert jnp.max(jnp.abs(y.astype("float32") - want)) < tolerance * jnp.max(jnp.abs(want))
         with pytest.raises(ValueError, match="x must be"):
             jq.quantized(lambda w, x: x @ w)(w.cast("float32"), x.astype("complex64"))
+
+
+def test_a_chip_stands_for_its_platform():
+    w = jq.quantize_array(draw(512, 256), jq.rtn(4))
+    of = lambda name: jq.explain(lambda w, x: x @ w, w, draw(2, 512), platform=name)
+    for chip, known in CHIPS.items():
+        assert of(chip) == of(known.platform) and f"{known.platform} kernel" in str(of(chip))
+    assert of("H100") == of("cuda") != of("V5e") == of("tpu")
 
 
 class ArrivedError(Exception):

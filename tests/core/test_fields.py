@@ -80,6 +80,30 @@ def test_unions_and_tuples():
             jq.formats.Integer(group_size=group_size)
 
 
+@pytest.mark.parametrize("method", [jq.rtn, jq.gptq, jq.quip_sharp, jq.normal_float, jq.qtip])
+def test_a_fraction_of_a_bit_names_the_methods_that_take_it(method):
+    fractions = (
+        r"must be .*int, got \(?2.5,?\)?; the methods trellis and entropy_coded take fractions"
+    )
+    with pytest.raises(ValueError, match=fractions):
+        method(bits=2.5)
+    for other in ("2.5", NAN, INF, None):  # which no method takes
+        with pytest.raises(ValueError, match="must be") as caught:
+            method(bits=other)
+        assert "fractions" not in str(caught.value)
+    for named in ("trellis", "entropy_coded"):
+        assert jq.methods.named_method(named, bits=2.5).format.bits == 2.5
+
+
+def test_a_whole_float_is_written_as_an_integer():
+    with pytest.raises(ValueError, match=r"^bits must be int, got 4.0; write 4$"):
+        jq.rtn(4.0)
+    with pytest.raises(ValueError, match=r"got 64.0; write 64$"):
+        jq.formats.Integer(group_size=64.0)
+    with pytest.raises(ValueError, match=r"got 0.0$"):
+        jq.formats.Integer(symmetric=0.0)  # 0 would not do either
+
+
 def test_what_the_checks_do_not_follow_is_left():
     @dataclasses.dataclass(frozen=True)
     class Foreign:

@@ -108,6 +108,23 @@ arrays, static = q.format.arguments(q.data, 64)
 x = jax.random.normal(jax.random.key(1), (8, 64))
 y, want = shard.row_parallel("trellis_matmul", mesh, "d", x, *arrays, **static), x @ q.dequantize()
 """,
+    "an op, columns with escapes": """
+values = np.asarray(jnp.round(3 * jax.random.normal(jax.random.key(0), (32, 64)))).astype(np.int16)
+dual, step = jq.formats.DualScale(), np.linspace(0.5, 2, 32, dtype=np.float32)
+data = jax.tree.map(jnp.asarray, dual.pack(values, step, np.full(64, 0.1, np.float32)))
+arrays, static = dual.arguments(data, 32)
+begins = np.asarray(data["ranges"])[0, ::16]
+assert len(set(begins)) == 4, begins  # every device has escapes of its own
+y = shard.column_parallel("dual_scale_matmul", mesh, "d", x, *arrays, **static)
+assert y.sharding.spec == P(None, "d"), y.sharding
+want = x @ (step[:, None] * np.float32(0.1) * values)
+for op in (shard.row_parallel, shard.fsdp):
+    try:
+        op("dual_scale_matmul", mesh, "d", x, *arrays, **static)
+        raise SystemExit("accepted")
+    except ValueError as error:
+        assert "split along columns" in str(error), error
+""",
     "an op, pieces gathered packed": """
 w4 = jax.random.normal(jax.random.key(0), (128, 64))
 q4, x = jq.quantize_array(w4, jq.rtn(4, 32)), jax.random.normal(jax.random.key(1), (8, 128))

@@ -160,6 +160,10 @@ def test_published_examples():
     elastic = jq.estimators.StretchedElastic()
     value, _ = published(jq.formats.Stretched(), elastic, 1.0, w)
     np.testing.assert_allclose(value, [-0.75, -0.75, -0.25, -0.25, 0.25, 0.25, 0.75, 0.75])
+    ties = [-0.5, -0.0, 0.0, 0.5]  # its code: (round(2 w - 1/2) + 1/2) / 2, halves to even
+    code = (np.round(2 * np.array(ties) - 0.5) + 0.5) / 2
+    np.testing.assert_array_equal(code, [-0.75, 0.25, 0.25, 0.25])
+    np.testing.assert_array_equal(published(jq.formats.Stretched(), elastic, 1.0, ties)[0], code)
     value, (_, ds, _) = published(jq.formats.Ternary(), elastic, 2 / 3, w)
     np.testing.assert_allclose(value * 3 / 2, [-1, -1, -1, 0, 0, 1, 1, 1], atol=1e-6)
     np.testing.assert_allclose(ds[jnp.array([0, -1])], [-1, 1])

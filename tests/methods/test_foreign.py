@@ -14,6 +14,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.storage import checkpoint
+from jaxquant.transforms import Rotation
 from tests.support.foreign import Coarse, Reversal, SignLog
 
 K, N = 64, 32
@@ -94,23 +95,128 @@ def test_healing_moves_the_scales_that_a_foreign_format_names(model):
     assert not np.array_equal(healed["up"].data["scale"], q["up"].data["scale"])
 
 
-def test_what_is_no_part_is_told_what_it_lacks():
-    class Mine:
-        def encode(self, w):
-            return {}
+class Mine:
+    """What a user writes first: neither a base class nor all methods."""
 
-    with pytest.raises(ValueError, match=r"a Mine is no Format: derive it .* and define decode$"):
-        jq.Method("mine", jq.rtn().rounder, Mine())
-    with pytest.raises(ValueError, match=r"input must be a Transform .* or None, got 3; an int"):
-        jq.Method("mine", jq.rtn().rounder, jq.formats.Integer(), input=3)
+    def encode(self, w):
+        return {}
 
-    @dataclasses.dataclass(frozen=True)
-    class Partial(jq.formats.Format):
-        def encode(self, w):
-            return {}
+    def check(self, format):
+        return None
 
-    with pytest.raises(TypeError, match="decode"):
+
+@dataclasses.dataclass(frozen=True)
+class Whole(jq.formats.Format):
+    """All that a format needs, with room for what goes wrong."""
+
+    def encode(self, w):
+        return {"codes": jnp.round(w)}
+
+    def decode(self, data, k):
+        return data["codes"]
+
+
+class Loose(Whole):
+    __hash__ = None  # as a dataclass without frozen=True has it
+
+
+class Partial(jq.formats.Format):
+    def encode(self, w):
+        return {}
+
+
+NEAREST, INTEGER = jq.rtn().rounder, jq.formats.Integer(4, 16)
+Wide = type("Wide", (Whole,), {"wide": True})
+Ranged = type("Ranged", (jq.rounding.Nearest,), {"takes_ranges": True})
+Searched = type("Searched", (Reversal,), {"searched": True})
+Learned = type("Learned", (Reversal,), {"learns": True})
+LACKS = {
+    "no base": ({"format": Mine()}, "is not a Format: derive it from Format and define decode"),
+    "no base, a class": ({"format": Mine}, r"Mine is not a Format: .* define decode"),
+    "no methods": ({"format": Partial}, "class Partial lacks decode, and an instance of it is"),
+    "a class": ({"format": type(INTEGER)}, r"Integer is a class: pass an instance, Integer\(...\)"),
+    "a foreign class": ({"format": SignLog}, r"SignLog is a class: pass an instance, SignLog\(..."),
+    "a text": ({"format": "int4"}, r"format must be a Format \(Integer\(\), ...\): 'int4' is not"),
+    "unfrozen": ({"format": Loose()}, r"Loose cannot be hashed .*: make it a dataclass"),
+    "wide": ({"format": Wide()}, r"Wide lacks scaled \(it says wide = True\)"),
+    "rounder": ({"rounder": Mine()}, "Mine is not a Rounder: derive it .* and define __call__"),
+    "function": ({"rounder": lambda *a: a}, "rounder must be a Rounder .* is not a Rounder"),
+    "swapped": ({"rounder": INTEGER}, r"Integer\(bits=4, .*\) is not a Rounder"),
+    "ranges": ({"rounder": Ranged()}, r"Ranged lacks within \(it says takes_ranges = True\)"),
+    "estimator": (
+        {"estimator": Mine()},
+        r"estimator must be an Estimator \(StraightThrough\(\), ...\) or None: Mine is not an "
+        r"Estimator: derive it from Estimator and define packed, start, value",
+    ),
+    "range": ({"input_estimator": Mine}, "Mine is not a RangeEstimator: .* served, start, value"),
+    "transform": ({"input": Mine()}, "Mine is not a Transform: .* apply, fit, inverse, transposed"),
+    "number": ({"input": 3}, r"input must be a Transform \(Rotation\(\), ...\) or None: 3 is not"),
+    "transform, a class": ({"output": Rotation}, "Rotation is a class: pass an instance"),
+    "searched": ({"input": Searched()}, "Searched lacks candidates"),
+    "learns": ({"input": Learned()}, r"lacks latent \(.*\), learned \(it says learns = True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LACKS)
+def test_what_is_no_part_is_told_what_it_lacks(case):
+    change, message = LACKS[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        jq.Method(**{"name": "mine", "rounder": NEAREST, "format": INTEGER} | change)
+    text = str(caught.value)
+    assert text.startswith(f"{next(iter(change))} must be a") and "\n" not in text
+
+
+def test_parts_within_parts_are_told_too():
+    with pytest.raises(ValueError, match="rounder must be a Rounder .*: Mine is not a Rounder"):
+        jq.rounding.Clipped(Mine())
+    with pytest.raises(
+        ValueError, match="parts must be a tuple of transforms: Rotation is a class"
+    ):
+        jq.transforms.Chain((jq.transforms.Rotation(), jq.transforms.Rotation))
+    with pytest.raises(ValueError, match="one or more"):
+        jq.transforms.Chain(())
+    with pytest.raises(TypeError, match="abstract class Partial .*decode"):
         Partial()
+
+
+def test_a_part_that_lacks_nothing_is_a_part():
+    q = jq.quantize_array(3 * jnp.eye(16), jq.Method("whole", NEAREST, Whole()))
+    np.testing.assert_array_equal(q.dequantize(), 3 * np.eye(16))
+
+
+class Bare(jq.rounding.Rounder):
+    """A rounder whose result is given."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def __call__(self, w, format, moments, key=None):
+        return self.result(format.encode(w))
+
+
+@pytest.mark.parametrize(
+    ("result", "returned"),
+    [
+        (lambda data: (data, {}), r"\['codes', 'scale', 'zero'\] and \[\]"),
+        (lambda data: ({"scale": data["scale"]}, {}), r"\['scale'\] and \[\]"),
+        (lambda data: data, "dict"),
+        (lambda data: (data["codes"], data), r"Tracer and \['codes', 'scale', 'zero'\]"),
+    ],
+)
+def test_what_a_rounder_returns(result, returned):
+    """The loss of a key would surface as a KeyError deep inside."""
+    message = rf"'damping' and 'dead'; Bare with Integer returned .*{returned}"
+    with pytest.raises(ValueError, match=message):
+        jq.quantize_array(jnp.eye(16), jq.Method("bare", Bare(result), INTEGER))
+
+
+def test_a_grid_that_cannot_be_rescaled():
+    class Fixed(SignLog):
+        rescaled = jq.formats.GridFormat.rescaled
+
+    ldlq = jq.rounding.LDLQ(scales=(0.9, 1.0))
+    with pytest.raises(ValueError, match="Fixed lacks rescaled, which this rounder calls"):
+        jq.quantize_array(jnp.eye(16), jq.Method("m", ldlq, Fixed()), jnp.eye(16))
 
 
 def test_names_are_taken_once():

@@ -97,7 +97,7 @@ def test_recipes_that_do_not_resolve(rules, message):
                     "method": {"type": "Method", "name": "m", "rounder": 3, "format": 4},
                 }
             ],
-            r"rounder must be a Rounder \(LDLQ, ...\), got 3; an int is no Rounder",
+            r"rounder must be a Rounder \(LDLQ\(\), ...\): 3 is not a Rounder",
         ),
     ],
 )

@@ -20,6 +20,7 @@ Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 unless 
 
 from typing import Any
 
+from jaxquant.core.fields import article, shown
 from jaxquant.core.protocols.formats import Codes, Data, Format, Grid, GridFormat, OpArguments
 from jaxquant.core.protocols.levels import LevelFormat
 from jaxquant.core.protocols.rounders import Moments, Rounder
@@ -44,6 +45,20 @@ __all__ = [
 ]
 
 
+# Base class and ability -> what a part that says that it has the ability must define.
+_ABILITIES: dict[tuple[type, str], tuple[str, ...]] = {
+    (Format, "wide"): ("scaled",),
+    (Format, "storage"): ("arguments",),
+    (Format, "recodes"): ("recoded",),
+    (Format, "plans"): ("planned",),
+    (Format, "latent"): ("product",),
+    (GridFormat, "fits"): ("fit",),
+    (Rounder, "takes_ranges"): ("within",),
+    (Transform, "searched"): ("candidates",),
+    (Transform, "learns"): ("latent", "learned"),
+}
+
+
 def lacking(kind: type, value: Any) -> str:
     """Say what an object lacks to be a part of some kind.
 
@@ -52,17 +67,51 @@ def lacking(kind: type, value: Any) -> str:
       value: the object.
 
     Returns:
-      A message, or "" if the object is an instance of `kind`.
+      A message, or "" if the object is an instance of `kind` with all that its abilities need.
 
-    >>> lacking(Rounder, 3)
-    'an int is no Rounder: derive it from Rounder and define __call__'
+    >>> lacking(Rounder, 3), lacking(Rounder, Rounder)
+    ('3 is not a Rounder', 'the class Rounder lacks __call__, and an instance of it is needed')
     """
-    if isinstance(value, kind):
-        return ""
-    of = type(value).__name__
-    needed = sorted(getattr(kind, "__abstractmethods__", ()))
-    defined = {name for one in type(value).__mro__ for name in vars(one)}
-    missing = [name for name in needed if name not in defined]
-    article = "an" if of[:1].lower() in "aeiou" else "a"
-    rest = f" and define {', '.join(missing)}" if missing else ""
-    return f"{article} {of} is no {kind.__name__}: derive it from {kind.__name__}{rest}"
+    is_class = isinstance(value, type)
+    of = value if is_class else type(value)
+    missing = _missing(kind, of) if is_class else [*_missing(kind, of), *_unable(value)]
+    wanted = f"{article(kind.__name__)} {kind.__name__}"
+    names = ", ".join(missing)
+    if not issubclass(of, kind):
+        if of.__module__.partition(".")[0] in ("builtins", "numpy", "jaxquant"):  # not the user's
+            return f"{shown(value)} is not {wanted}"
+        rest = f" and define {names}" if missing else ""
+        return f"{of.__name__} is not {wanted}: derive it from {kind.__name__}{rest}"
+    if is_class and missing:
+        return f"the class {of.__name__} lacks {names}, and an instance of it is needed"
+    if is_class:
+        return f"{of.__name__} is a class: pass an instance, {of.__name__}(...)"
+    if missing:
+        return f"{of.__name__} lacks {names}"
+    try:
+        hash(value)
+    except TypeError as error:
+        return f"{of.__name__} cannot be hashed ({error}): make it a dataclass with frozen=True"
+    return ""
+
+
+def _missing(kind: type, of: type) -> list[str]:
+    """Return the names of the abstract members of `kind`, and of its own, that a class lacks."""
+    needed = {*getattr(kind, "__abstractmethods__", ()), *getattr(of, "__abstractmethods__", ())}
+    defined = {name for one in of.__mro__ for name, v in vars(one).items() if not _abstract(v)}
+    return sorted(needed - defined)
+
+
+def _abstract(member: Any) -> bool:
+    return getattr(member, "__isabstractmethod__", False)
+
+
+def _unable(value: Any) -> list[str]:
+    """Return the methods that a part lacks, with the ability that it claims and that needs them."""
+    return [
+        f"{name} (it says {ability} = {getattr(value, ability)!r})"
+        for (base, ability), names in _ABILITIES.items()
+        if isinstance(value, base) and getattr(value, ability)
+        for name in names
+        if getattr(type(value), name) is getattr(base, name)
+    ]

@@ -347,8 +347,11 @@ class GridFormat(Format):
 
         Returns:
           The new grid, with the precision of its storage.
+
+        Raises:
+          ValueError: the format does not define it.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} lacks rescaled, which this rounder calls")
 
     def fit(self, w: Float[Array, "g n"]) -> Grid:
         """Compute the grid's entry for one group of rows; only for formats that have `fits`.

@@ -1,0 +1,10 @@
+"""Every public name: those of `jq`, and those of its rooms."""
+
+import jaxquant as jq
+
+ROOMS = (
+    "calibration", "core", "estimators", "formats", "methods", "ptq", "recipes", "rounding",
+    "storage", "theory", "training", "transforms", "tuning",
+)  # fmt: skip
+NAMES = {name: getattr(jq, name) for name in jq.__all__}
+NAMES |= {f"{r}.{n}": getattr(getattr(jq, r), n) for r in ROOMS for n in getattr(jq, r).__all__}
