@@ -1,7 +1,7 @@
 """The table of methods, formats and backends in README.md, from what `jaxquant.explain` says.
 
-Run: python -m tests.documents.support_table, which writes the table between its two marks in
-README.md. Every method is applied abstractly, by its defaults, to a weight of 1024 x 1024, and one
+Run: python -m tests.documents.support_table, which writes the table between two marks in README.md,
+and why some products have no kernel between two marks in pallas_kernels/README.md. Every method is applied abstractly, by its defaults, to a weight of 1024 x 1024, and one
 row of activations is multiplied by the result; nothing is computed.
 """
 
@@ -19,7 +19,6 @@ from jaxquant.rounding import Nearest
 
 from .pages import ROOT
 
-PAGE = ROOT / "README.md"
 BEGIN, END = (
     f"<!-- {edge} of what `python -m tests.documents.support_table` writes -->"
     for edge in ("begin", "end")
@@ -106,25 +105,32 @@ def reasons(r):
 
 
 def table():
-    """The region of the page, in Markdown."""
+    """The rows in Markdown."""
     lines = [HEADER, ("---",) * len(HEADER), *map(cells, rows())]
-    drawn = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    why = "\n".join(line for r in rows() for line in reasons(r))
-    return f"{drawn}\n\nWhere no kernel serves a product, XLA runs its reference in plain JAX:\n\n{why}"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def region(text):
+def list_of_reasons():
+    """Why no kernel serves some products, in Markdown."""
+    return "\n".join(line for r in rows() for line in reasons(r))
+
+
+REGIONS = {ROOT / "README.md": table, ROOT / "pallas_kernels" / "README.md": list_of_reasons}
+
+
+def region(page):
     """(before, the generated region, after) of a page's text."""
-    before, _, rest = text.partition(f"{BEGIN}\n\n")
-    inside, _, after = rest.partition(f"\n\n{END}")
-    if not after:
-        raise ValueError(f"{PAGE} has no region between {BEGIN!r} and {END!r}")
-    return before, inside, after
+    before, begin, rest = page.read_text().partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} has no region between {BEGIN!r} and {END!r}")
+    return before, inside.strip(), after
 
 
 def main():
-    before, _, after = region(PAGE.read_text())
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    for page, made in REGIONS.items():
+        before, _, after = region(page)
+        page.write_text(f"{before}{BEGIN}\n\n{made()}\n\n{END}{after}")
 
 
 if __name__ == "__main__":
