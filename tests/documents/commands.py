@@ -80,6 +80,11 @@ def _make(words: list[str], whole: bool) -> None:
 
 def _python(words: list[str], whole: bool) -> None:
     """A module or a file of this repository whose text names every option."""
+    if words[:2] == ["-m", "pytest"]:
+        files = [w.partition("::")[0] for w in words[2:] if not w.startswith("-")]
+        if missing := [f for f in files if not (ROOT / f).exists()]:
+            raise ValueError(f"there is no {missing}")
+        return
     first, *rest = words[1:] if words[0] == "-m" else words
     path = first if words[0] != "-m" else f"{first.replace('.', '/')}.py"
     file = next((f for f in (ROOT / path, ROOT / path[:-3] / "__main__.py") if f.exists()), None)
