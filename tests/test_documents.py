@@ -1,5 +1,6 @@
 """Every page is true: its links, its commands, its Python, and the tables that are generated."""
 
+import json
 import os
 import re
 
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 
 from jaxquant_models.cli.commands import cli
 from pallas_kernels.cpu import native
-from tests.benchmarks import report
+from tests.benchmarks import record, report
 from tests.documents import commands, pages, support_table
 
 PAGES = pages.found()
@@ -97,7 +98,9 @@ def test_the_readme_is_short_and_prints_what_it_says(capsys, tmp_path, monkeypat
 # --- what is generated
 
 
-@pytest.mark.parametrize("page", support_table.REGIONS, ids=lambda p: str(p.relative_to(pages.ROOT)))
+@pytest.mark.parametrize(
+    "page", support_table.REGIONS, ids=lambda p: str(p.relative_to(pages.ROOT))
+)
 def test_what_serves_each_method_is_up_to_date(page):
     """The page agrees with `jq.explain` for every method and backend."""
     if reason := native.load():
@@ -114,6 +117,20 @@ def test_every_file_of_results_is_on_the_page():
     listed = [name for names in report.SECTIONS.values() for name in names]
     assert len(listed) == len(set(listed))
     assert {f.stem for f in report.RESULTS.glob("*.json")} == {*listed, report.CURVE}
+
+
+def test_a_record_keeps_sentences_and_replaces_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench.py", "TEXT", "--json", "x.json", "--bits", "2"])
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"title": "A title", "note": "Kept.", "commit": "0", "rows": [[1]]}))
+    rows = record.Record(str(file), "bits", "loss")
+    rows.add(2, 1 / 3)
+    found = json.loads(file.read_text())
+    assert found["rows"] == [["2", "0.33333"]] and found["columns"] == ["bits", "loss"]
+    assert (found["title"], found["note"]) == ("A title", "Kept.") and "commit" not in found
+    assert found["command"].endswith("TEXT --bits 2")
+    with pytest.raises(ValueError, match="expected 2 cells"):
+        rows.add(2)
 
 
 # --- the tests above can fail

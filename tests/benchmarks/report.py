@@ -25,24 +25,27 @@ SECTIONS = {
 INTRODUCTION = """# Benchmarks and their results
 
 This page is generated: `python -m tests.benchmarks.report` writes it from the JSON files in
-[results](results), and a test compares the two. Every table names the command that reproduces it, the
-machine as far as it was recorded, and the date and the commit with which it entered the repository.
-Commands run from the root of a clone after `make model`, which installs the two models; TEXT is the
-file of WikiText-2's test split in plain text, and without TEXT a benchmark uses CPython's help
-topics, which every Python has. `make bench` runs every benchmark but the longest ones.
+[results](results), and a test compares the two. Every table names the command that reproduces it,
+the machine as far as it was recorded, and the date and the commit with which it entered the
+repository. Commands run from the root of a clone after `make model`, which installs the two models;
+TEXT is the file of WikiText-2's test split in plain text, and without TEXT a benchmark uses
+CPython's help topics, which every Python has. `make bench` runs all benchmarks but the longest.
 
 Perplexities of SmolLM2-135M are comparable within a table; the protocols of two tables may differ.
 The weights of the SmolLM2-135M that the benchmarks load are decoded from Q4_1 (4 bits in groups of
-32), **which flatters integer formats in aligned groups that are not rotated**. Bits per weight count
-every stored byte: codes, scales, zero points, codebooks, signs."""
+32), **which flatters integer formats in aligned groups that are not rotated**. Bits per weight
+count every stored byte: codes, scales, zero points, codebooks, signs."""
 CLOSING = """## To add a benchmark
 
 A benchmark is a module in this folder with a `main` and a docstring that says what it measures and
-how to run it. [record.py](record.py) gives it the option `--json FILE`: `record.add_option(parser)`,
-then `Record(args.json, "column", ...)` and one `add` for each row. The file goes to
+how to run it. [record.py](record.py) gives it the option `--json FILE` by `add_option(parser)`; a
+`Record(args.json, "column", ...)` then takes one `add` for each row. The file goes to
 [results](results), its title and sentences are written by hand into the fields `title`, `about` and
 `note`, and its name goes into `SECTIONS` of [report.py](report.py). When a benchmark writes a file
-that is there, it replaces the rows and keeps the sentences."""
+that is there, it replaces the rows and keeps the sentences.
+
+The files of the tables above hold the rows in the form in which this page shows them, some of them
+condensed from what the benchmark prints; a new run replaces them by the rows that it prints."""
 
 
 def load(name):

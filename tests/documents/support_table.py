@@ -1,8 +1,9 @@
 """The table of methods, formats and backends in README.md, from what `jaxquant.explain` says.
 
 Run: python -m tests.documents.support_table, which writes the table between two marks in README.md,
-and why some products have no kernel between two marks in pallas_kernels/README.md. Every method is applied abstractly, by its defaults, to a weight of 1024 x 1024, and one
-row of activations is multiplied by the result; nothing is computed.
+and why some products have no kernel between two marks in pallas_kernels/README.md. Every method is
+applied abstractly, by its defaults, to a weight of 1024 x 1024, and one row of activations is
+multiplied by the result; nothing is computed.
 """
 
 import functools
