@@ -123,7 +123,8 @@ demo: venv $(VENV)/.model ## quantize SmolLM2-135M, print a table, generate
 	@$(BIN)/python examples/01_quantize_smollm2.py
 
 bench: venv model ## side-by-side timings
-	@for f in $(filter-out %/__init__.py %/test_awq.py %/rate_quality.py %/llama_cpp.py %/kills.py,$(wildcard tests/benchmarks/*.py)); do \
+	@for f in $(filter-out %/__init__.py %/test_awq.py %/record.py %/report.py \
+		%/rate_quality.py %/llama_cpp.py %/kills.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
 # llama.cpp uses AMX where the processor has it without asking Linux for it, and is killed (0.3.36);

@@ -47,11 +47,11 @@ def test_tests_import_no_test_module():
 
 
 def test_tests_lie_where_the_source_does():
-    """Beside them only what is about no folder of the source: compilers, devices, files, speed."""
+    """Beside them only what is about no folder of the source: compilers, devices, files, pages, speed."""
     folders = {f.parent.relative_to(ROOT / "tests") for f in TESTS}
     source = {f.parent.relative_to(ROOT) for f in FILES}
     source |= {f.relative_to("jaxquant") for f in source if f.parts[0] == "jaxquant"}
-    source |= {Path(d) for d in ("aot", "benchmarks", "device", "fuzz", "support")}
+    source |= {Path(d) for d in ("aot", "benchmarks", "device", "documents", "fuzz", "support")}
     assert folders <= source, sorted(map(str, folders - source))
 
 
@@ -97,19 +97,3 @@ def test_public_names_are_documented():
 def test_versions_agree():
     newest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1].split()[0]
     assert newest == jq.__version__ == importlib.metadata.version("jaxquant")
-
-
-PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "build"} & set(p.parts))
-PAGES = [p for p in PAGES if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
-NAMED = re.compile(r"\]\((?!https?://|#)([^)#\s]+)|`((?:[\w.]+/)+[\w.]*)`")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_that_a_page_names_are_there(page):
-    """By links, and by paths in backticks, from the page's folder or from the root."""
-    if page.name == "CHANGELOG.md":  # which speaks of what was
-        return
-    named = {a or b for a, b in NAMED.findall(page.read_text())}
-    named = {n for n in named if n.endswith((".py", ".md", ".json", ".jsonl", "/"))}
-    wrong = sorted(n for n in named if not any((at / n).exists() for at in (page.parent, ROOT)))
-    assert not wrong, f"no such file: {wrong}"

@@ -19,6 +19,7 @@ from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
+from tests.benchmarks.record import Record, add_option
 
 CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 4, 8, 256
 
@@ -78,7 +79,9 @@ def main():
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
     parser.add_argument("--weighting", default="uniform")
     parser.add_argument("--carried", action="store_true", help="factors are not folded")
+    add_option(parser)
     args = parser.parse_args()
+    rows = Record(args.json, "method", "bits per weight", "perplexity", "seconds")
     model = load("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
     scored, calibration = chunks[:SCORED], chunks[-CALIBRATION:]
@@ -106,6 +109,7 @@ def main():
             params = quantize_model(source, recipe, known).params
         took, bits = time.monotonic() - start, jq.bits_per_weight(params)
         got = perplexity(source, params)
+        rows.add(name, f"{bits:.3f}", f"{got:.3f}", f"{took:.0f}")
         print(f"{name:42} {bits:6.3f} bits  {got:9.3f}  {took:4.0f} s", flush=True)
 
 

@@ -42,6 +42,7 @@ from jaxquant_models.readers.encoder import load_encoder
 from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.module_loss import ModuleLoss
+from tests.benchmarks.record import Record, add_option
 
 CONTEXT, SCORED, CALIBRATION, INSPECTED = 512, 4, 8, 4
 SENTENCES, BATCH, OTHERS = 256, 64, 4096
@@ -174,7 +175,9 @@ def main():
     parser.add_argument("text", nargs="?", default=BUILTIN)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--only", nargs="*", default=[""], help='parts of names, "3 bits AWQ"')
+    add_option(parser)
     args = parser.parse_args()
+    rows = Record(args.json, "model", "method", "bits per weight", "figure", "seconds")
     for name in args.models:
         model, found = MODELS[name](read_text(args.text)), {}
         print(f"{name}: {model.what}, {model.figure(model.params):.4f} in floats", flush=True)
@@ -187,6 +190,7 @@ def main():
             took, held = time.monotonic() - start, jq.bits_per_weight(packed)
             # Of plain arrays, so that one compiled program serves all rows.
             got = model.figure(jq.dequantize(packed))
+            rows.add(f"{name}, {model.what}", label, f"{held:.4f}", f"{got:.4f}", f"{took:.0f}")
             print(f"{label:24} {held:7.4f} {got:10.4f} {took:5.0f} s", flush=True)
 
 

@@ -23,6 +23,7 @@ from jaxquant_models.readers.text import docstrings
 from jaxquant_models.runs import pretraining
 from jaxquant_models.runs.generate import generate
 from jaxquant_models.runs.pretraining_request import SIZES, PretrainingRequest
+from tests.benchmarks.record import Record, add_option
 
 
 class Way(NamedTuple):
@@ -70,8 +71,10 @@ def main():
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    add_option(parser)
     options = parser.parse_args()
-    table = Table("weights", "way", "held out", "gap", "packed", "bits", "flips/step", "s")
+    columns = ("weights", "way", "held out", "gap", "packed", "bits", "flips/step", "s")
+    table, rows = Table(*columns), Record(options.json, *columns)
     of = lambda size, way: PretrainingRequest(
         size, way.quantized, options.steps, way.rate * 128 / SIZES[size][0], context=128,
         batch_size=4, vocabulary=1024, float_share=way.float_share, validate_every=200,
@@ -86,11 +89,13 @@ def main():
             floats = loss if name == "float" else floats
             served, weights, bits, written = packed(run, data, params)
             print(f"{size} {name}: {written!r}", flush=True)
-            table.add_row(
+            row = (
                 f"{weights:,}", name, f"{loss:.4f}",
                 "" if floats is None else f"{loss - floats:.4f}", f"{served:.4f}", f"{bits:.2f}",
                 f"{flips:.3%}", f"{seconds:.0f}",
             )  # fmt: skip
+            table.add_row(*row)
+            rows.add(*row)
     Console(width=110).print(table)
     print(f"{options.steps} steps of {run.batch_size} rows of {run.context} tokens; "
           f"{len(data.training)} rows to train on")  # fmt: skip

@@ -1,11 +1,15 @@
 """Peak memory of calibration on SmolLM2-135M: all layers in one gradient, and block by block.
 
-Run: make bench. Each in a process of its own; the float model's own peak is printed beside.
+Run: python -m tests.benchmarks.calibration_memory. Each in a process of its own; the float model's
+own peak is printed beside.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
+
+from tests.benchmarks.record import Record, add_option
 
 
 def load():
@@ -41,15 +45,21 @@ TASKS = {"model only": load, "calibrate, all layers": whole, "quantize_blocks": 
 
 
 def main():
-    if len(sys.argv) > 1:
-        TASKS[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", nargs="?", choices=TASKS)
+    add_option(parser)
+    args = parser.parse_args()
+    if args.task:
+        TASKS[args.task]()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         return
+    rows = Record(args.json, "task", "peak")
     for name in TASKS:
-        out = subprocess.run(
-            [sys.executable, __file__, name], capture_output=True, text=True, check=True
-        )
-        print(f"{name:24} peak {float(out.stdout.split()[-1]):.2f} GB")
+        command = [sys.executable, "-m", "tests.benchmarks.calibration_memory", name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak = f"{float(out.stdout.split()[-1]):.2f} GB"
+        rows.add(name, peak)
+        print(f"{name:24} peak {peak}")
 
 
 if __name__ == "__main__":

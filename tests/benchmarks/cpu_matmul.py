@@ -1,6 +1,6 @@
 """Native products on this CPU, side by side with XLA's float32 dot.
 
-Run: python -m tests.benchmarks.cpu_matmul [--only NAME] [--m M] [--counters] [K N].
+Run: python -m tests.benchmarks.cpu_matmul [--only NAME] [--m M] [--counters] [--json FILE] [K N].
 
 Every round times the float32 dot and each product once, in another order, for what ran before moves
 a time; a ratio is the median over rounds of float32 time by the product's, so that what else the
@@ -23,6 +23,7 @@ import numpy as np
 from pallas_kernels import cpu
 from pallas_kernels.codecs import layout, lookup
 from pallas_kernels.cpu import native
+from tests.benchmarks.record import Record, add_option
 
 SHAPES = ((4096, 11008), (4096, 4096), (1536, 576), (576, 1536))
 NF4 = tuple(float(v) for v in np.linspace(-1, 1, 16) ** 3)  # any sixteen values
@@ -111,7 +112,7 @@ def one(rng: np.random.Generator, k: int, n: int, name: str, form: str) -> Calla
     return dict(products(rng, k, n, name))[name, form]
 
 
-def measure(m: int, k: int, n: int, rounds: int, only: str) -> None:
+def measure(m: int, k: int, n: int, rounds: int, only: str, rows: Record) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
@@ -129,6 +130,8 @@ def measure(m: int, k: int, n: int, rounds: int, only: str) -> None:
     print(f"\nM = {m}, {k} x {n}: float32 dot {1e3 * np.median(base):.3f} ms")
     for (name, form), took in times.items():
         ratio = np.median(base / np.array(took))
+        ms = f"{1e3 * np.median(took):.3f}"
+        rows.add(f"{k} x {n}", m, name, form, ms, f"{ratio:.2f}")
         need = NEEDED.get((name, form)) if (m, k) == (1, 4096) and n == 11008 else None
         verdict = "" if need is None else f"  (needed {need})"
         print(f"  {name:22} {form:6} {1e3 * np.median(took):9.3f} ms {ratio:6.2f}{verdict}")
@@ -162,7 +165,9 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, help=argparse.SUPPRESS)
     parser.add_argument("shape", type=int, nargs="*", help="k and n; all shapes by default")
+    add_option(parser)
     args = parser.parse_args()
+    rows = Record(args.json, "shape", "M", "weights", "activations", "ms", "float32 dot over it")
     shapes = [tuple(args.shape)] if args.shape else SHAPES
     if args.run:
         k, n = args.shape
@@ -178,7 +183,8 @@ def main() -> None:
         return
     for m in args.m:
         for k, n in shapes:
-            measure(m, k, n, args.rounds if m == 1 else max(3, args.rounds // 8), args.only)
+            rounds = args.rounds if m == 1 else max(3, args.rounds // 8)
+            measure(m, k, n, rounds, args.only, rows)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jaxquant_models import load
 from jaxquant_models.runs.generate import generate
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.serving import serving_model
+from tests.benchmarks.record import Record, add_option
 
 REPEATS, TOKENS = 5, 32
 
@@ -75,7 +76,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--coded", help="an entropy-coded checkpoint")
     parser.add_argument("--only", default="", help="rows whose name begins with this")
+    add_option(parser)
     options = parser.parse_args()
+    columns = ("weights", "bits per weight", "prefill of 512", "decode, per token")
+    rows = Record(options.json, *columns)
     print("weights                       bits  prefill 512  ratio  decode/token  ratio")
     first = None
     more = coded(options.coded) if options.coded else ()
@@ -95,6 +99,12 @@ def main():
         token = (decode(TOKENS) - decode(4)) / (TOKENS - 4)
         first = first or (prefill, token)
         bits = jq.bits_per_weight(params)
+        rows.add(
+            name,
+            f"{bits:.2f}",
+            f"{prefill / first[0]:.2f} ({prefill:.2f} s)",
+            f"{token / first[1]:.2f} ({1e3 * token:.1f} ms)",
+        )
         print(
             f"{name:27} {bits:6.2f} {prefill:10.3f} s {prefill / first[0]:6.2f} "
             f"{1e3 * token:10.1f} ms {token / first[1]:6.2f}"

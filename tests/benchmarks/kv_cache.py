@@ -25,6 +25,7 @@ from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.generate import _run, generate
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import token_sequences
+from tests.benchmarks.record import Record, add_option
 
 CHUNKS, CONTEXT = 4, 512
 STEPS, REPEATS, LENGTHS, ROOM = 16, 5, (512, 4000), 4096
@@ -128,7 +129,9 @@ def main():
     parser.add_argument("text", nargs="?", default=BUILTIN)
     parser.add_argument("--quality", action="store_true", help="no times")
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
+    add_option(parser)
     args = parser.parse_args()
+    rows = Record(args.json, "cache", "perplexity", "bits per value", "bytes per token")
     model = load("smollm2-135m")
     chunks = token_sequences(model, read_text(args.text), CONTEXT, CHUNKS)
     forms = [form for form in FORMS if any(word in named(form) for word in args.only)]
@@ -136,6 +139,7 @@ def main():
         logits = model.apply_fn if form is None else model.apply_kv(form)
         perplexity = evaluate(logits, model.params, chunks, first=CONTEXT // 2 - 1).perplexity
         bits, per_token = sizes(model.config, form)
+        rows.add(named(form), f"{perplexity:.3f}", f"{bits:g}", f"{per_token:,.0f}")
         print(f"{named(form):33} {perplexity:8.4f}, {bits:5.2f} bits a value, "
               f"{per_token:7,.0f} bytes a token", flush=True)  # fmt: skip
     if not args.quality:

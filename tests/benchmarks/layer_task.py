@@ -1,18 +1,19 @@
 """Every method on one hard layer: bits, relative proxy loss, seconds, beside the peers' figures.
 
-Run: python -m tests.benchmarks.layer_task [--seed S] [NAME ...]. The layer is that of
-`tests.support.layer`; the peers were measured on it with their own code (undamped H, all side
-information counted). NAME is part of a row's name; without any, every row is run. The
-trellis of 16-bit states takes minutes.
+Run: python -m tests.benchmarks.layer_task [--seed S] [--json FILE] [NAME ...]. The layer is
+`tests.support.layer`'s; the peers were measured on it with their own code (undamped H, all side
+information counted). NAME is part of a row's name; without any, every row is run. The trellis of
+16-bit states takes minutes.
 """
 
-import sys
+import argparse
 import time
 
 import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from tests.benchmarks.record import Record, add_option
 from tests.support.layer import made_layer, relative_loss
 
 PEERS = {  # bits -> the least loss of a peer of this class
@@ -38,7 +39,14 @@ ROWS = [
 ]
 
 
-def main(seed=0, names=()):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--seed", type=int, default=0)
+    add_option(parser)
+    args = parser.parse_args()
+    seed, names = args.seed, args.names
+    rows = Record(args.json, "method", "bits per weight", "loss", "best peer")
     w, h = map(jnp.asarray, made_layer(seed))
     print("method             bits    loss       peer      ratio   seconds")
     for name, bits, method in ROWS:
@@ -48,12 +56,12 @@ def main(seed=0, names=()):
         q = jq.quantize_array(w, method(), h, key=jax.random.key(seed))
         loss = relative_loss(w, q.dequantize(), h)
         peer = PEERS[name].get(bits) if seed == 0 else None
+        told = f"{peer:.6f}" if peer else ""
+        rows.add(f"`{name}`", f"{q.bits_per_weight:.3f}", f"{loss:.6f}", told)
         beside = f"{peer:.6f}  {loss / peer:5.2f}" if peer else " " * 15
         took = time.monotonic() - start
         print(f"{name:16} {q.bits_per_weight:6.3f}  {loss:.6f}  {beside}  {took:6.1f}", flush=True)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    chosen = int(arguments.pop(arguments.index("--seed") + 1)) if "--seed" in arguments else 0
-    main(chosen, [a for a in arguments if not a.startswith("--")])
+    main()

@@ -18,6 +18,7 @@ from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.recipes import recipe_of
 from tests.benchmarks.activations import CALIBRATION, CONTEXT, SCORED
+from tests.benchmarks.record import Record, add_option
 
 TRAINING = 128
 
@@ -36,7 +37,9 @@ def main():
     parser.add_argument("text", nargs="?", default=BUILTIN)
     parser.add_argument("--steps", type=int, default=END_TO_END.steps)
     parser.add_argument("--only", nargs="*", default=[""], help="words of names")
+    add_option(parser)
     args = parser.parse_args()
+    found = Record(args.json, "method", "bits per weight", "perplexity", "seconds")
     model = load("smollm2-135m")
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
     calibration = chunks[-CALIBRATION:]
@@ -52,6 +55,7 @@ def main():
         got = evaluate(logits, params, chunks[:SCORED], first=CONTEXT // 2 - 1).perplexity
         took = time.monotonic() - start
         bits = jq.bits_per_weight(params)
+        found.add(name, f"{bits:.3f}", f"{got:.3f}", f"{took:.0f}")
         print(f"{name:44} {bits:6.3f} bits  {got:8.3f}  {took:5.0f} s", flush=True)
 
     told("unquantized", model.params)
@@ -62,8 +66,8 @@ def main():
         params = jq.quantize(model.params, recipe, stats)
         told(name, params)
         if learns:
-            found = jq.tuning.learn(fn, model.params, recipe, stats, training, how, **options)
-            params = jq.quantize(model.params, recipe, stats, transforms=found)
+            transforms = jq.tuning.learn(fn, model.params, recipe, stats, training, how, **options)
+            params = jq.quantize(model.params, recipe, stats, transforms=transforms)
             told(f"{name}, learned", params)
         if heals:
             also = [NORM_SCALES]

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 
+from tests.benchmarks.record import Record, add_option
+
 SERVER = """
 import sys, time, ctypes, numpy, llama_cpp
 source, made = sys.argv[1:3]
@@ -83,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=sys.executable, help="of a venv with llama-cpp-python")
     parser.add_argument("--rounds", type=int, default=9)
+    add_option(parser)
     args = parser.parse_args()
+    rows = Record(args.json, "weights", "tokens a second", "times llama.cpp's")
     from jaxquant_models.readers import registry
     from jaxquant_models.readers.packages import packaged_file
 
@@ -120,6 +124,7 @@ def main() -> None:
     for name, took in times.items():
         bits = runs[name][0]
         ratio = statistics.median(b / t for b, t in zip(base, took, strict=True))
+        rows.add(name, f"{1 / statistics.median(took):.0f}", f"{ratio:.2f}")
         width = "" if bits is None else f"{bits:.2f}"
         print(f"{name:42} {width:>6} {1 / statistics.median(took):9.1f} {ratio:8.2f}")
 

@@ -1,10 +1,10 @@
 """Perplexity of SmolLM2-135M by method and calibration weighting.
 
-Run: python tests/benchmarks/perplexity.py [TEXT]   (else CPython's help topics). Scores the first
-16 chunks of 512 tokens; calibrates on the last 16.
+Run: python -m tests.benchmarks.perplexity [TEXT] [--json FILE]   (else CPython's help topics).
+Scores the first 16 chunks of 512 tokens; calibrates on the last 16.
 """
 
-import sys
+import argparse
 import time
 
 import jax.numpy as jnp
@@ -17,17 +17,32 @@ from jaxquant_models.readers.text import BUILTIN, read_text
 from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
+from tests.benchmarks.record import Record, add_option
 
 CHUNKS, CONTEXT = 16, 512
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", nargs="?", default=BUILTIN)
+    add_option(parser)
+    args = parser.parse_args()
+    rows = Record(args.json, "method", "weighting", "bits per weight", "perplexity", "seconds")
     model = load("smollm2-135m")
-    ids = model.tokenizer.encode(read_text(sys.argv[1] if len(sys.argv) > 1 else BUILTIN))
+    ids = model.tokenizer.encode(read_text(args.text))
     scored, calibration = chunk(ids, CONTEXT, CHUNKS), chunk(ids[-CHUNKS * CONTEXT :], CONTEXT)
 
     def perplexity(params):
         return evaluate(jq.quantized(model.apply_fn), params, scored).perplexity
+
+    def report(name, weighting, params, took):
+        bits, found = jq.bits_per_weight(params), perplexity(params)
+        rows.add(name, weighting, f"{bits:.3f}", f"{found:.2f}", f"{took:.0f}")
+        print(
+            f"{name:20} {weighting:20} {bits:.3f} bits/weight  perplexity {found:7.2f}  "
+            f"{took:4.0f} s",
+            flush=True,
+        )
 
     print(f"{len(ids):,} tokens; unquantized {perplexity(model.params):.2f}", flush=True)
     for weighting in (None, "uniform", "gradient"):
@@ -43,12 +58,7 @@ def main():
                 start = time.monotonic()
                 recipe = recipe_of(method(bits))
                 params = quantize_model(model, recipe, stats).params
-                took = time.monotonic() - start
-                print(
-                    f"{name:20} {weighting or '':9} {jq.bits_per_weight(params):.3f} bits/weight  "
-                    f"perplexity {perplexity(params):7.2f}  {took:4.0f} s",
-                    flush=True,
-                )
+                report(name, weighting or "", params, time.monotonic() - start)
     parts = blockwise(model.config)
     for bits in (4, 3):  # each block calibrated on what the quantized ones before it give
         start = time.monotonic()
@@ -58,11 +68,7 @@ def main():
             jq.Recipe([("*kernel", jq.gptq(bits)), ("*", jq.KEEP)]), weighting="uniform",
         )  # fmt: skip
         params, took = {**model.params, "layers": layers}, time.monotonic() - start
-        print(
-            f"{'gptq, act-order':20} {'uniform, sequential':9} {jq.bits_per_weight(params):.3f} "
-            f"bits/weight  perplexity {perplexity(params):7.2f}  {took:4.0f} s",
-            flush=True,
-        )
+        report("gptq, act-order", "uniform, sequential", params, took)
 
 
 if __name__ == "__main__":

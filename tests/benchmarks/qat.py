@@ -28,6 +28,7 @@ from jaxquant_models.runs.finetuning_request import METHODS, FinetuningRequest
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import token_sequences
+from tests.benchmarks.record import Record, add_option
 
 CONTEXT, SCORED, CALIBRATION, SAMPLE = 512, 16, 16, 256
 
@@ -50,13 +51,15 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--block-steps", type=int, default=100)
     parser.add_argument("--start")
+    add_option(parser)
     options = parser.parse_args()
     model = load("smollm2-135m")
     scored = token_sequences(model, read_text(options.text), CONTEXT, SCORED)
     # All topics, unless it is they that are scored.
     text = builtin_text()[0] if options.text == BUILTIN else "\n".join(builtin_text())
     score = lambda params: evaluate(jq.quantized(model.apply_fn), params, scored)
-    table = Table("bits", "start", "perplexity", "trained", "recovered", "steps", "passes", "s")
+    columns = ("bits", "start", "perplexity", "trained", "recovered", "steps", "passes", "s")
+    table, rows = Table(*columns), Record(options.json, *columns)
     floats = score(model.params)
     print(f"float {floats.perplexity:.2f}", flush=True)
     sequences = token_sequences(model, text, CONTEXT)
@@ -81,11 +84,13 @@ def main():
         logs = [-r.nll for r in (before, after, floats)]
         recovered = (logs[1] - logs[0]) / (logs[2] - logs[0])
         passes = sum(getattr(how, "forward_passes", 0) for how in request.stages)
-        table.add_row(
+        row = (
             f"{stored:.3f}", start.name, f"{before.perplexity:.2f}", f"{after.perplexity:.2f}",
             f"{recovered:.0%}", f"{options.block_steps} + {options.steps}", str(passes),
             f"{seconds:.0f}",
         )  # fmt: skip
+        table.add_row(*row)
+        rows.add(*row)
         print(f"{bits} bits: {after.perplexity:.2f}, {recovered:.1%} of the way", flush=True)
     Console(width=100).print(table)
 

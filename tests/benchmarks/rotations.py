@@ -27,6 +27,7 @@ from jaxquant_models.runs.rotation import (
     rotate_model,
     untie_model,
 )
+from tests.benchmarks.record import Record, add_option
 
 CONTEXT, SCORED, TRAINING = 512, 4, slice(-136, -8)
 
@@ -47,7 +48,9 @@ def main():
     parser.add_argument("--context", type=int, default=CONTEXT, help="of training")
     parser.add_argument("--held-out", type=int, default=8)
     parser.add_argument("--had", action=argparse.BooleanOptionalAction, default=True)
+    add_option(parser)
     args = parser.parse_args()
+    rows = Record(args.json, "perplexity", "A4 alone", "W4A4")
     model = untie_model(load("smollm2-135m"))
     chunks = chunk(model.tokenizer.encode(read_text(args.text)), CONTEXT)
 
@@ -58,8 +61,9 @@ def main():
         return evaluate(logits, q.params, chunks[:SCORED], first=CONTEXT // 2 - 1).perplexity
 
     def report(name, rotation):
-        figures = "  ".join(f"W{b}A4 {perplexity(rotation, b):8.3f}" for b in (16, 4))
-        print(f"{name:10} {figures}", flush=True)
+        alone, both = (perplexity(rotation, bits) for bits in (16, 4))
+        rows.add(name, f"{alone:.2f}", f"{both:.2f}")
+        print(f"{name:10} W16A4 {alone:8.3f}  W4A4 {both:8.3f}", flush=True)
 
     def tell(update):
         if update.step % 5 == 0 or update.validation is not None:

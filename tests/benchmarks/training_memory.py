@@ -7,6 +7,8 @@ of 13B at the lightweight setting of ZeroQAT: 2 bits in groups of 128, queries a
 float16. Losses are of one sequence at a time. Parameters are donated: a step writes over them.
 """
 
+import argparse
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import LAYER_MATRICES, Llama
 from jaxquant_models.readers.model import Model
+from tests.benchmarks.record import Record, add_option
 
 SMALL = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True)
 LARGE = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
@@ -104,7 +107,10 @@ def rows(config, dtype, method, batch, length, light):
 
 
 def main():
-    table = Table("model", "program", "MB", "to inference of the same", "to packed")
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_option(parser)
+    columns = ("model", "program", "MB", "to inference of the same", "to packed")
+    table, kept = Table(*columns), Record(parser.parse_args().json, *columns)
     for name, *case in (
         ("SmolLM2, 4 bits", SMALL, jnp.float32, jq.lsq(4, 64), 4, 512, False),
         ("SmolLM2, 2 bits, q, v", SMALL, jnp.float32, jq.lsq(2, 64), 4, 512, True),
@@ -113,7 +119,9 @@ def main():
         found = dict(rows(*case))
         for what, size in found.items():
             same, packed = (size / found[f"inference, {x}"] for x in ("latent", "packed"))
-            table.add_row(name, what, f"{size / 1e6:,.0f}", f"{same:.3f}", f"{packed:.3f}")
+            row = (name, what, f"{size / 1e6:,.0f}", f"{same:.3f}", f"{packed:.3f}")
+            table.add_row(*row)
+            kept.add(*row)
     Console(width=100).print(table)
 
 
