@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.evaluate import chunk, evaluate
 from jaxquant import storage
+from jaxquant.evaluate import chunk, evaluate
 from jaxquant_models import load
 from jaxquant_models.cli.console import bar
 from jaxquant_models.readers.checkpoint import save_model

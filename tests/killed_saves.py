@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxquant.durable import publish
 from jaxquant import storage
+from jaxquant.durable import publish
 from jaxquant.storage import checkpoint
 from tests.killed import child
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from jaxquant import storage
 from jaxquant.durable import publish
 from jaxquant.durable.claims import LOCK, OURS, claim
-from jaxquant import storage
 from jaxquant.storage import checkpoint
 
 OLD, NEW = ({"w": np.full((3, 4), value, np.float32)} for value in (1, 2))

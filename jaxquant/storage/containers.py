@@ -39,9 +39,8 @@ def outlined(tree: PyTree) -> tuple[Any, Leaves]:
     Raises:
       ValueError: a key of a mapping is neither text nor an integer, or two leaves have one path.
 
-    >>> outlined({"layers": ({0: 5.0, 1: {}}, None)})
-    ({'dict': [['layers', {'tuple': [{'dict': [[0, 0], [1, {'dict': []}]]}, None]}]]},
-     {'layers/0/0': 5.0})
+    >>> outlined({"a": ({0: 5.0, 1: {}}, None)})
+    ({'dict': [['a', {'tuple': [{'dict': [[0, 0], [1, {'dict': []}]]}, None]}]]}, {'a/0/0': 5.0})
     """
     leaves: Leaves = {}
     return _outline(tree, (), leaves), leaves
@@ -64,7 +63,7 @@ def _outline(node: Any, keys: KeyPath, leaves: Leaves) -> Any:
         return inner[0][1]
     if type(node) in (list, tuple):
         return {type(node).__name__: [child for _, child in inner]}
-    return {"dict": [[_name(key), child] for key, child in inner]}
+    return {"dict": [[_name(key), child] for key, child in inner if not _is_private(key, child)]}
 
 
 def _is_leaf(node: Any) -> bool:
@@ -86,6 +85,12 @@ def _is_box(key: KeyEntry) -> bool:
     return not isinstance(key, DictKey) and path_name((GetAttrKey(""), key)) == ""
 
 
+def _is_private(key: KeyEntry, outline: Any) -> bool:
+    """Return whether a field is the class's own, without leaves; Flax modules flatten to one."""
+    private = isinstance(key, GetAttrKey) and key.name.startswith("_")
+    return private and outline in (None, {"dict": []})
+
+
 def _name(key: KeyEntry) -> str | int:
     match key:
         case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
@@ -97,11 +102,11 @@ def _name(key: KeyEntry) -> str | int:
 
 def _check_keys(keys: list[Any], at: KeyPath) -> None:
     """Raise ValueError unless a mapping's keys are all texts, or all integers."""
+    place = f"at {path_name(at)!r}" if at else "at the top of the tree"
     for key in keys:
         if type(key) is not int and not isinstance(key, str):
             raise ValueError(
-                f"the keys of mappings must be integers or strings, got {key!r} at "
-                f"{path_name(at)!r}; rename it"
+                f"the keys of mappings must be integers or strings, got {key!r} {place}; rename it"
             )
         try:
             str(key).encode()
@@ -109,8 +114,7 @@ def _check_keys(keys: list[Any], at: KeyPath) -> None:
             raise ValueError(f"keys must be text that UTF-8 can encode, got {key!r}") from None
     if len({type(key) is int for key in keys}) > 1:
         raise ValueError(
-            f"the keys of one mapping must be all integers or all strings, got {keys[:4]!r} at "
-            f"{path_name(at)!r}"
+            f"the keys of one mapping must be all integers or all strings, got {keys[:4]!r} {place}"
         )
 
 

@@ -64,7 +64,9 @@ def _check_array(path: str, leaf: Any) -> None:
     """Raise ValueError unless a leaf is an array of numbers, or of random keys, with its values."""
     holds = "a checkpoint holds arrays, numbers, text, random keys and QTensors"
     if is_standin(leaf):
-        raise ValueError(f"{path!r} is a {type(leaf).__name__}; {holds}: jaxquant.freeze makes them")
+        raise ValueError(
+            f"{path!r} is a {type(leaf).__name__}; {holds}: jaxquant.freeze makes them"
+        )
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(f"{path!r} is traced; save the tree outside jit, grad and vmap")
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):

@@ -8,9 +8,9 @@ import click
 from pydantic import JsonValue
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.durable.claims import claim
 from jaxquant.durable.store import Folder, digest
-from jaxquant import storage
 from jaxquant_models.cli import interrupts
 from jaxquant_models.cli.console import line
 from jaxquant_models.readers.checkpoint import save_model

@@ -6,8 +6,8 @@ from typing import Any, get_args
 import click
 
 import jaxquant as jq
-from jaxquant.calibration.statistics import Weighting
 from jaxquant import storage
+from jaxquant.calibration.statistics import Weighting
 from jaxquant_models.cli.console import Bars, emit, line, usage_errors
 from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.output import Output

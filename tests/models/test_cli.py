@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.durable import claims
 from jaxquant.durable.store import Folder
-from jaxquant import storage
 from jaxquant.storage import checkpoint
 from jaxquant_models import load
 from jaxquant_models.cli.commands import main
