@@ -242,11 +242,11 @@ def _outline(description: Json, paths: list[str]) -> Any:
 def _read(directory: Path, said: Mapping[str, Json]) -> dict[str, Any]:
     """Read all arrays; see `_write` and `_storable`."""
     found: dict[str, Any] = {}
-    wanted = {}
+    wanted: dict[str, Any] = {}
+    enabled = jnp.result_type(float) == np.float64  # jax_enable_x64
     for name, d in said.items():
         shape, dtype = tuple(d["shape"]), d["dtype"]
-        # JAX would cut these to 32 bits.
-        as_numpy = dtype in WIDE and not jax.config.jax_enable_x64
+        as_numpy = dtype in WIDE and not enabled  # JAX would cut these to 32 bits
         if 0 in shape:
             found[name] = (np if as_numpy else jnp).zeros(shape, dtype)
         elif as_numpy:

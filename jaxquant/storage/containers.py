@@ -248,6 +248,5 @@ def _spread(like: Any, leaf: Any) -> Any:
             return a
         return jax.device_put(a, sharding)
 
-    if jax.tree.structure(like) != jax.tree.structure(leaf):  # a weight packed meanwhile
-        return leaf
-    return jax.tree.map(put, like, leaf)
+    alike = jax.tree.structure(like) == jax.tree.structure(leaf)  # not a weight packed meanwhile
+    return jax.tree.map(put, like, leaf) if alike else leaf
