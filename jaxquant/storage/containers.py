@@ -248,5 +248,8 @@ def _spread(like: Any, leaf: Any) -> Any:
             return a
         return jax.device_put(a, sharding)
 
-    alike = jax.tree.structure(like) == jax.tree.structure(leaf)  # not a weight packed meanwhile
-    return jax.tree.map(put, like, leaf) if alike else leaf
+    leaves, structure = jax.tree.flatten(leaf)
+    places, placing = jax.tree.flatten(like)
+    if placing != structure:  # type: ignore[operator]  # a weight that was packed meanwhile
+        return leaf
+    return jax.tree.unflatten(structure, map(put, places, leaves))
