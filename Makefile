@@ -103,8 +103,8 @@ kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a tab
 test-memory: venv ## the native kernels' tests under AddressSanitizer (5 minutes; gcc)
 	CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-		$(BIN)/python -m pytest -q tests/pallas_kernels/cpu/test_native.py tests/pallas_kernels/test_attention.py \
-		tests/pallas_kernels/test_kv_attention.py tests/pallas_kernels/test_streams.py
+		$(BIN)/python -m pytest -q tests/kernels/cpu/test_native.py tests/kernels/test_attention.py \
+		tests/kernels/test_kv_attention.py tests/kernels/test_streams.py
 
 test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.evaluation import chunk, evaluate
-from jaxquant.storage import checkpoint
 from jaxquant_models import load
 from jaxquant_models.cli.console import bar
 from jaxquant_models.readers.checkpoint import save_model
@@ -78,7 +78,7 @@ def main() -> None:
             table.add_row(
                 name,
                 f"{jq.bits_per_weight(loaded.params):.3f}",
-                f"{checkpoint.nbytes(out) / 1e6:.1f}",
+                f"{storage.nbytes(out) / 1e6:.1f}",
                 f"{result.perplexity:.2f}",
                 f"{result.kl:.4f}",
                 f"{result.top1_agreement:.3f}",

@@ -47,6 +47,7 @@ from jaxquant.methods.weights import (
 from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.recipes.recipe import Recipe
 from jaxquant.recipes.size import size
+from jaxquant.recipes.summary import summary
 from jaxquant.theory.roofline import roofline
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ __all__ = [
     "smoothquant",
     "ste",
     "stretched_elastic",
+    "summary",
     "ternary",
     "thaw",
     "trained",

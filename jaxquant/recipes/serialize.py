@@ -109,7 +109,5 @@ def from_json(value: Any, depth: int = 0) -> Any:
         raise ValueError(f"{name} has no {shown(unknown[0])}; it has {', '.join(fields) or 'none'}")
     try:
         return _TYPES[name](**given)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None

@@ -1,6 +1,8 @@
 """`size`: the storage of a tree of weights, and which of them are in floating point."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -62,7 +64,15 @@ def size(params: PyTree) -> Size:
     >>> print(found)
     8.054 bits per weight over all weights, 86.5% of them quantized; floating: table (13.5%)
     """
-    leaves = [(path, w) for path, w in path_leaves(params) if _is_weights(w)]
+    return size_of(weight_leaves(params))
+
+
+def size_of(leaves: Sequence[tuple[str, Any]]) -> Size:
+    """Return the size of the leaves that `weight_leaves` returned.
+
+    Args:
+      leaves: paths and weights.
+    """
     floating = [(path, w.size) for path, w in leaves if not is_standin(w)]
     return Size(
         sum(leaf_bytes(w) for _, w in leaves),
@@ -72,5 +82,14 @@ def size(params: PyTree) -> Size:
     )
 
 
-def _is_weights(leaf: PyTree) -> bool:
-    return is_standin(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))
+def weight_leaves(params: PyTree) -> list[tuple[str, Any]]:
+    """List the leaves that hold weights, quantized or floating-point, with their paths.
+
+    Args:
+      params: tree of arrays and stand-ins, or of their shapes.
+
+    >>> [path for path, _ in weight_leaves({"w": jnp.ones(2), "step": jnp.zeros((), int), "n": 3})]
+    ['w']
+    """
+    floats = lambda a: is_array(a) and jnp.issubdtype(a.dtype, jnp.floating)
+    return [(path, w) for path, w in path_leaves(params) if is_standin(w) or floats(w)]

@@ -1,5 +1,12 @@
-"""Checkpoints: saving and loading quantized parameter trees."""
+"""Checkpoints: saving and loading trees, quantized or not."""
 
-from jaxquant.storage.checkpoint import is_checkpoint, nbytes, stored_metadata, stored_recipe
+from jaxquant.storage.checkpoint import check_target, nbytes
+from jaxquant.storage.description import is_checkpoint, stored_metadata, stored_recipe
 
-__all__ = ["is_checkpoint", "nbytes", "stored_metadata", "stored_recipe"]
+__all__ = [
+    "check_target",
+    "is_checkpoint",
+    "nbytes",
+    "stored_metadata",
+    "stored_recipe",
+]

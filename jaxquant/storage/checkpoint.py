@@ -1,57 +1,39 @@
 """Checkpoints: one self-describing directory, with arrays stored by Orbax and one JSON file."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from jaxquant.core.activations import Activations
-from jaxquant.core.paths import path_leaves
-from jaxquant.core.standin import is_standin
-from jaxquant.core.tensor import QTensor
 from jaxquant.durable.publish import aside, publish, restore
 from jaxquant.recipes.recipe import Recipe
-from jaxquant.recipes.serialize import from_json, to_json
-from jaxquant.storage.containers import (
-    as_numbers,
-    from_numbers,
-    placed,
-    unsaid_by_paths,
-    with_integer_keys,
+from jaxquant.storage.containers import filled, outline_of_paths, outlined, placed, some
+from jaxquant.storage.description import (
+    FILE,
+    Json,
+    first_line,
+    is_checkpoint,
+    read_description,
+    write_description,
 )
+from jaxquant.storage.leaves import described, rebuilt
 
-VERSION = 1
-Json = dict[str, Any]  # a JSON object
-DESCRIPTION = "jaxquant.json"
 ARRAYS = "arrays"
-# Fields of a QTensor stored as JSON.
-STATIC = (
-    "format", "view", "logical_dtype", "method", "input", "output", "shared", "activations",
-)  # fmt: skip
-
-
-class Checkpoint(NamedTuple):
-    """The contents of a checkpoint.
-
-    Attributes:
-      params: the tree; nested dicts, with integer keys where there were any, unless `load` got
-        `like`.
-      recipe: the recipe that made it, or None.
-      metadata: the JSON values given to `save`.
-    """
-
-    params: PyTree
-    recipe: Recipe | None
-    metadata: Json
+# Dtypes that TensorStore does not know, and those that hold their values.
+STORED_AS = {
+    "int1": "int8", "uint1": "uint8", "uint2": "uint8", "uint4": "uint8", "float8_e4m3": "float16",
+}  # fmt: skip
+WIDE = ("int64", "uint64", "float64", "complex128")
 
 
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
@@ -70,9 +52,9 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     if held and overwrite:
         if not is_checkpoint(path) or not (path / ARRAYS).is_dir():
             raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
-        if others := sorted(held - {DESCRIPTION, ARRAYS}):
+        if others := sorted(held - {FILE, ARRAYS}):
             raise ValueError(
-                f"{path} holds a checkpoint and {_some(others)}, which would be lost; it will "
+                f"{path} holds a checkpoint and {some(others)}, which would be lost; it will "
                 f"not be overwritten: move what is not of the checkpoint, or write elsewhere"
             )
     elif held or (path.exists() and not path.is_dir()):
@@ -83,26 +65,9 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     return path
 
 
-def _some(names: list[str]) -> str:
-    """List the first names, and how many more there are."""
-    more = len(names) - 3
-    return ", ".join(map(repr, names[:3])) + (f" and {more} more" if more > 0 else "")
-
-
-def is_checkpoint(directory: str | Path) -> bool:
-    """Return whether the directory holds a jaxquant checkpoint.
-
-    If an overwrite was killed after moving a checkpoint away, that one is put back first.
-    """
-    path = Path(directory)
-    if not os.path.lexists(path):
-        restore(path.absolute())
-    return (path / DESCRIPTION).is_file()
-
-
 def save(
     directory: str | Path,
-    params: PyTree,
+    tree: PyTree,
     *,
     recipe: Recipe | None = None,
     metadata: Json | None = None,
@@ -116,27 +81,36 @@ def save(
     Args:
       directory: created by this call; it may exist if it is empty, or a checkpoint with
         `overwrite`.
-      params: nested dicts, or a Flax NNX `State` (`nnx.state(model)`, quantized or not). Keys are
-        names or integers; leaves are numeric arrays, QTensors or random keys.
-      recipe: the recipe that made the tree, to store with it.
-      metadata: JSON values to return on load (a model's configuration, its tokenizer).
+      tree: any JAX pytree: parameters, a Flax NNX `State` or `nnx.split(model)`, an Equinox module,
+        a whole training state. Leaves are arrays of any numeric dtype, random keys, Python numbers,
+        texts, None and QTensors, packed or latent. Functions in the tree are not stored; they are
+        None in what `load` returns, unless `like` has them. For an NNX model pass
+        `nnx.state(model)`, which holds a shared `Variable` once.
+      recipe: the recipe that made the tree, to store with it; `storage.stored_recipe` reads it.
+      metadata: JSON values to store with it (a model's configuration, its tokenizer);
+        `storage.stored_metadata` reads them.
       overwrite: whether to replace an existing checkpoint.
     Raises:
-      ValueError: the target exists (perhaps written by another process meanwhile); the tree has
-        containers other than mappings; or the metadata is not JSON.
+      ValueError: the target exists (perhaps written by another process meanwhile); the tree has a
+        leaf or a key that cannot be stored; or the metadata is not JSON.
       OSError: the disk is full or not writable; nothing is left behind.
+
+    >>> import tempfile, jaxquant as jq
+    >>> params = jq.quantize({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.rtn(bits=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, {"params": params, "step": 100})
+    ...     back = load(folder)
+    >>> back["step"], type(back["params"]["w"]).__name__
+    (100, 'QTensor')
     """
     target = check_target(directory, overwrite)
-    unsaid = unsaid_by_paths(params)
-    leaves, arrays = _flatten(params)
+    outline, leaves, arrays = _flatten(tree)
     description = {
-        "format": "jaxquant",
-        "version": VERSION,
         "recipe": None if recipe is None else recipe.to_json(),
         "metadata": _as_json(metadata or {}),
+        "tree": outline,
         "leaves": leaves,
         "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
-        **unsaid,
     }
     try:
         with aside(target) as new:
@@ -147,7 +121,21 @@ def save(
     except FileExistsError:
         raise ValueError(f"{target} was made by another process meanwhile; it stays") from None
     except OSError as error:
-        raise OSError(f"could not write {target}: {_line(error)}") from error
+        raise OSError(f"could not write {target}: {first_line(error)}") from error
+
+
+def _flatten(tree: PyTree) -> tuple[Any, list[Json], dict[str, Array]]:
+    """Return the outline of a tree, the description of every leaf, and all arrays by name."""
+    outline, leaves = outlined(tree)
+    if not leaves:
+        raise ValueError("the tree holds no leaves; there is nothing to save")
+    said: list[Json] = []
+    arrays: dict[str, Array] = {}
+    for path, leaf in leaves.items():
+        one, its = described(path, leaf)
+        said.append(one)
+        arrays.update(its)
+    return outline, said, arrays
 
 
 def _as_json(metadata: Json) -> PyTree:
@@ -155,7 +143,7 @@ def _as_json(metadata: Json) -> PyTree:
     try:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"metadata must be JSON values: {_line(error)}") from None
+        raise ValueError(f"metadata must be JSON values: {first_line(error)}") from None
 
 
 def _fill(folder: Path, description: Json, arrays: dict[str, Array]) -> None:
@@ -167,15 +155,23 @@ def _fill(folder: Path, description: Json, arrays: dict[str, Array]) -> None:
         with ThreadPoolExecutor(1) as waited:
             waited.submit(_write, folder / ARRAYS, arrays).result()
     except Exception as error:
-        raise OSError(_line(error)) from error
-    description["files"] = _digests(folder / ARRAYS)
-    description["sha256"] = _sha256_of(description)
-    (folder / DESCRIPTION).write_text(json.dumps(description))
+        raise OSError(first_line(error)) from error
+    write_description(folder, {**description, "files": _digests(folder / ARRAYS)})
 
 
 def _write(directory: Path, arrays: dict[str, Array]) -> None:
+    """Write all arrays but the empty ones, which Orbax does not store."""
+    kept = {name: _storable(a) for name, a in arrays.items() if a.size}
+    if not kept:
+        directory.mkdir()
+        return
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-        writer.save(directory, args=ocp.args.StandardSave(arrays))
+        writer.save(directory, args=ocp.args.StandardSave(kept))
+
+
+def _storable(a: Array) -> Array:
+    a = np.asarray(a) if isinstance(a, np.generic) else a
+    return a.astype(STORED_AS[a.dtype.name]) if a.dtype.name in STORED_AS else a
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -189,29 +185,35 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(f"No space left: {needed:,} bytes are needed, {free:,} are free")
 
 
-def load(directory: str | Path, *, like: PyTree = None) -> Checkpoint:
-    """Read a checkpoint.
+def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
+    """Read the tree of a checkpoint.
+
+    Arrays return to the devices they were saved from, or to the default device if this process does
+    not have those. Arrays of 64 bits are NumPy's unless `jax_enable_x64` is on.
 
     Args:
       directory: the checkpoint.
-      like: tree with the paths and shapes of the saved one, of arrays or abstract values, whose
-        containers the result uses; None gives nested dicts. The state of a float NNX model
-        (`nnx.state(nnx.eval_shape(make))` will do) gives a `State` with its types of `Variable`.
-        Saved QTensors replace float weights, and dtypes are the saved ones.
+      like: a tree with the paths and shapes of the saved one, of arrays or abstract values
+        (`jax.eval_shape`), whose containers the result uses; None gives dicts, lists and tuples,
+        with the fields of other containers in dicts. A float tree will do for a quantized one:
+        QTensors replace its weights, and dtypes are the saved ones. Where its arrays are sharded
+        over several devices, so is the result.
+    Returns:
+      The tree.
     Raises:
       ValueError: there is no checkpoint, it has a newer version or is damaged; or `like` has other
         leaves.
 
-    >>> import tempfile, jax.numpy as jnp
+    >>> import tempfile
     >>> from flax import nnx
     >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder, nnx.state(model))
-    ...     state = load(folder, like=nnx.state(model)).params
+    ...     state = load(folder, like=nnx.state(model))
     >>> nnx.update(model, state)
     """
     path = Path(directory).absolute()
-    description = _description(path)
+    description = read_description(path)
     # Checked before Orbax opens the files, because its errors are long and come from threads.
     found = _digests(path / ARRAYS)
     for name, digest in description["files"].items():
@@ -219,169 +221,53 @@ def load(directory: str | Path, *, like: PyTree = None) -> Checkpoint:
             state = "differs from what was saved" if name in found else "is missing"
             raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
     try:
-        arrays = _read(path / ARRAYS, description["arrays"])
-        params = _unflatten(description["leaves"], dict(arrays), description.get("empty", []))
-        params = with_integer_keys(params, description.get("integer_keys", []))
+        arrays = dict(_read(path / ARRAYS, description["arrays"]))
+        paths = [said["path"] for said in description["leaves"]]
+        leaves = [rebuilt(said, arrays) for said in description["leaves"]]
+        tree = filled(_outline(description, paths), leaves)
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {_line(error)}") from error
-    if like is not None:
-        params = placed(like, params)
-    return Checkpoint(params, _recipe_of(path, description), description["metadata"])
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+    return tree if like is None else placed(like, dict(zip(paths, leaves, strict=True)))
 
 
-def _read(directory: Path, said: dict[str, Json]) -> dict[str, Array]:
+def _outline(description: Json, paths: list[str]) -> Any:
+    """Return the outline; checkpoints of version 1 do not hold it."""
+    if "tree" in description:
+        return description["tree"]
+    return outline_of_paths(
+        paths, description.get("empty", []), description.get("integer_keys", [])
+    )
+
+
+def _read(directory: Path, said: Mapping[str, Json]) -> dict[str, Any]:
+    """Read all arrays; see `_write` and `_storable`."""
+    found: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    enabled = jnp.result_type(float) == np.float64  # jax_enable_x64
+    for name, d in said.items():
+        shape, dtype = tuple(d["shape"]), d["dtype"]
+        as_numpy = dtype in WIDE and not enabled  # JAX would cut these to 32 bits
+        if 0 in shape:
+            found[name] = (np if as_numpy else jnp).zeros(shape, dtype)
+        elif as_numpy:
+            wanted[name] = np.empty(shape, dtype)
+        else:
+            wanted[name] = jax.ShapeDtypeStruct(shape, STORED_AS.get(dtype, dtype))
+    if not wanted:
+        return found
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(directory, args=ocp.args.StandardRestore(
-            {name: jax.ShapeDtypeStruct(tuple(d["shape"]), d["dtype"]) for name, d in said.items()}
-        ))  # fmt: skip
-
-
-def stored_recipe(directory: str | Path) -> Recipe | None:
-    """Return the recipe that made a checkpoint, or None, without reading arrays.
-
-    Raises:
-      ValueError: there is no checkpoint, or it has a newer version or is damaged.
-    """
-    path = Path(directory).absolute()
-    return _recipe_of(path, _description(path))
-
-
-def stored_metadata(directory: str | Path) -> Json:
-    """Return the metadata given to `save`, without reading arrays.
-
-    Raises:
-      ValueError: there is no checkpoint, or it has a newer version or is damaged.
-    """
-    return _description(Path(directory).absolute())["metadata"]
-
-
-def _recipe_of(path: Path, description: Json) -> Recipe | None:
-    recipe = description["recipe"]
-    try:
-        return None if recipe is None else Recipe.from_json(recipe)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path / DESCRIPTION} is damaged: recipe: {_line(error)}") from error
+        here = jnp.zeros(()).sharding  # for arrays whose devices are not in this process
+        args = ocp.args.StandardRestore(wanted, fallback_sharding=here)
+        arrays = reader.restore(directory, args=args)
+    for name, a in arrays.items():
+        dtype = said[name]["dtype"]
+        found[name] = a.astype(dtype) if dtype in STORED_AS else a
+    return found
 
 
 def nbytes(directory: str | Path) -> int:
     """Return the total size of a checkpoint's files, in bytes."""
     return sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
-
-
-def _description(path: Path) -> Json:
-    """Read and verify the JSON file."""
-    if not is_checkpoint(path):
-        raise ValueError(f"{path} is not a jaxquant checkpoint: it has no {DESCRIPTION}")
-    file = path / DESCRIPTION
-    try:
-        value = json.loads(file.read_text())
-        version = int(value["version"])
-        said = value.pop("sha256", None)
-        found = _sha256_of(value)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {_line(error)}") from error
-    if version > VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this jaxquant reads up to {VERSION}; upgrade it"
-        )
-    if said != found:
-        raise ValueError(f"{file} is damaged: it differs from what was saved")
-    if lacks := {"recipe", "metadata", "leaves", "arrays", "files"} - set(value):
-        raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(lacks))}")
-    for name, kind in (("metadata", dict), ("leaves", list), ("arrays", dict), ("files", dict)):
-        if not isinstance(value[name], kind):
-            raise ValueError(
-                f"{file} is damaged: {name} is expected to be a {kind.__name__}, got "
-                f"{type(value[name]).__name__}"
-            )
-    return value
-
-
-def _sha256_of(description: Json) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
-
-def _flatten(params: PyTree) -> tuple[list[Json], dict[str, Array]]:
-    """Return the description of every leaf, and all arrays by name."""
-    leaves: list[Json] = []
-    arrays: dict[str, Array] = {}
-    for path, leaf in path_leaves(params):
-        if isinstance(leaf, QTensor):
-            static = {f: to_json(getattr(leaf, f)) for f in STATIC}
-            data = leaf.format.to_disk(leaf.data, leaf.stored_rows)
-            kept = dataclasses.replace(leaf, data=data).named
-            if data is not leaf.data:  # packed more tightly than for products
-                static["kept"] = True
-            named = {f"{_stored(path)}:{part}": a for part, a in kept.items()}
-            leaves.append({"path": path, "parts": list(kept), **static})
-        else:
-            leaf, said = as_numbers(leaf)
-            _check_leaf(path, leaf)
-            named = {_stored(path): leaf}
-            leaves.append({"path": path, **said})
-        arrays.update(named)
-    if empty := [name for name, a in arrays.items() if a.size == 0]:
-        raise ValueError(f"array {empty[0]!r} is empty; Orbax stores no empty arrays, drop it")
-    if not arrays:
-        raise ValueError("the tree holds no arrays; there is nothing to save")
-    return leaves, arrays
-
-
-def _stored(path: str) -> str:
-    """Return a leaf's name on disk: ":", before the name of a part, and empty keys are escaped."""
-    keys = path.replace("%", "%25").replace(":", "%3A").split("/")
-    return "/".join(key or "%" for key in keys)  # Orbax 0.12.0 stores no empty key
-
-
-def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> PyTree:
-    """Take an array, once, by its name on disk or, as in earlier versions, by its bare path."""
-    name = f"{_stored(path)}{part}"
-    name = name if name in arrays else f"{path}{part}"
-    if arrays[name] is None:
-        raise ValueError(f"{name!r} is of two leaves")
-    array, arrays[name] = arrays[name], None
-    return array
-
-
-def _check_leaf(path: str, leaf: PyTree) -> None:
-    if is_standin(leaf):
-        raise ValueError(
-            f"{path!r} is a {type(leaf).__name__}; a checkpoint holds arrays and QTensors: "
-            f"jaxquant.freeze makes them"
-        )
-    numbers = isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind not in "OSUmM"
-    if not numbers or leaf.dtype.names:
-        raise ValueError(
-            f"{path!r} is an array of {leaf.dtype}; a checkpoint holds numbers and random keys"
-        )
-
-
-def _unflatten(leaves: list[Json], arrays: dict[str, Array | None], empty: list[str]) -> Json:
-    tree: Json = {}
-    for path in empty:
-        _node(tree, path.split("/"))
-    for leaf in leaves:
-        path = leaf["path"]
-        *parents, last = path.split("/")
-        node = _node(tree, parents)
-        if "parts" in leaf:
-            named = {part: _taken(arrays, path, f":{part}") for part in leaf["parts"]}
-            static = {field: from_json(leaf[field]) for field in STATIC if field in leaf}
-            # Earlier versions stored a text.
-            static["activations"] = Activations.of(static.get("activations"))
-            w = QTensor(data={}, **static).with_named(named)
-            if "kept" in leaf:
-                w = dataclasses.replace(w, data=w.format.from_disk(w.data, w.stored_rows))
-            node[last] = w
-        else:
-            node[last] = from_numbers(_taken(arrays, path), leaf)
-    return tree
-
-
-def _node(tree: Json, names: list[str]) -> Json:
-    for name in names:
-        tree = tree.setdefault(name, {})
-    return tree
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -392,9 +278,3 @@ def _digests(folder: Path) -> dict[str, str]:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         out[path.relative_to(folder).as_posix()] = found
     return out
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 300 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -1,167 +1,255 @@
-"""Containers of a saved tree: which are allowed, what is stored of them, how they are restored.
+"""Containers of a saved tree: what is stored of them, and how they are restored.
 
-A tree consists of nested mappings whose keys are names or integers: dicts, and Flax NNX's `State`,
-whose lists have integer keys. A leaf may be in a box (an NNX `Variable`, a linen `Partitioned`). On
-disk each leaf has a path, a text; boxes and container classes are not stored.
+Any JAX pytree can be stored. Dicts, lists, tuples and None come back as they were. All other
+containers (a Flax NNX `State`, a named tuple, an Equinox module, an optimizer's state) come back as
+dicts of their fields, or as what they were if `load` gets a tree like the one that was saved. A
+leaf may be in a box (an NNX `Variable`, a linen `Partitioned`); boxes are not stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyEntry, SequenceKey
 from jaxtyping import PyTree
 
-from jaxquant.core.paths import path_leaves, path_name
-from jaxquant.core.standin import is_standin
+from jaxquant.core.paths import path_name
+from jaxquant.core.standin import is_array, is_standin
 
-Keys = tuple[str, ...]
+KeyPath = tuple[KeyEntry, ...]
+Leaves = dict[str, Any]  # leaves by path
+MOST = 3  # paths that an error lists
 
 
-def unsaid_by_paths(tree: Any) -> dict[str, Any]:
-    """Describe, as JSON values, what the paths of the leaves do not tell.
+def outlined(tree: PyTree) -> tuple[Any, Leaves]:
+    """Split a tree into an outline, which is a JSON value, and its leaves.
+
+    In the outline a leaf is its number, a list is {"list": [...]}, a tuple {"tuple": [...]}, and
+    any other container {"dict": [[key, ...], ...]}. None and functions, which are not stored, are
+    null.
 
     Args:
-      tree: the tree to save.
+      tree: the tree.
 
     Returns:
-      "empty": the paths of empty mappings; "integer_keys": for every mapping whose keys are
-      integers, the keys that lead to it. Empty entries are left out.
+      The outline, and the leaves by path. A stand-in whose parts are all arrays is one leaf.
 
     Raises:
-      ValueError: a container is not a mapping, or a key is neither a name nor an integer.
+      ValueError: a key of a mapping is neither text nor an integer, or two leaves have one path.
 
-    >>> unsaid_by_paths({"layers": {0: {"w": np.ones(2)}, 1: {}}})
-    {'empty': ['layers/1'], 'integer_keys': [['layers']]}
+    >>> outlined({"a": ({0: 5.0, 1: {}}, None)})
+    ({'dict': [['a', {'tuple': [{'dict': [[0, 0], [1, {'dict': []}]]}, None]}]]}, {'a/0/0': 5.0})
     """
-    empty: list[str] = []
-    integer_keys: list[Keys] = []
-    _visit(tree, (), empty, integer_keys)
-    found = {"empty": empty, "integer_keys": [list(keys) for keys in integer_keys]}
-    return {name: value for name, value in found.items() if value}
+    leaves: Leaves = {}
+    return _outline(tree, (), leaves), leaves
 
 
-def _visit(tree: Any, path: Keys, empty: list[str], integer_keys: list[Keys]) -> None:
-    if not isinstance(tree, Mapping) or jax.tree_util.all_leaves([tree]):
-        raise ValueError(
-            f"a checkpoint holds nested dicts of arrays, or an NNX State, got {type(tree).__name__}"
-            f"{' at ' + repr('/'.join(path)) if path else ''}; convert it first (nnx.state(module) "
-            f"of an NNX module, nnx.to_pure_dict of a state)"
-        )
-    if _are_integers(list(tree), path):
-        integer_keys.append(path)
-    for key, value in tree.items():
-        inner = (*path, str(key))
-        if isinstance(value, Mapping) and not value:
-            empty.append("/".join(inner))
-        elif not _is_leaf(value):
-            _visit(value, inner, empty, integer_keys)
+def _outline(node: Any, keys: KeyPath, leaves: Leaves) -> Any:
+    if node is None or _is_function(node):
+        return None
+    if _is_leaf(node):
+        path = path_name(keys)
+        if path in leaves:
+            raise ValueError(f"two leaves of the tree have the same path {path!r}; rename one")
+        leaves[path] = node
+        return len(leaves) - 1
+    if isinstance(node, Mapping):
+        _check_keys(list(node), keys)
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    inner = [(key, _outline(child, (*keys, key), leaves)) for (key,), child in children]
+    if len(inner) == 1 and _is_box(inner[0][0]) and isinstance(inner[0][1], int):
+        return inner[0][1]
+    if type(node) in (list, tuple):
+        return {type(node).__name__: [child for _, child in inner]}
+    return {"dict": [[_name(key), child] for key, child in inner if not _is_private(key, child)]}
 
 
-def _are_integers(keys: list[PyTree], path: Keys) -> bool:
-    """Return whether a mapping's keys are integers; raise ValueError if only some are."""
-    integers = [type(key) is int for key in keys]
-    for key, integer in zip(keys, integers, strict=True):
-        if not integer and (not isinstance(key, str) or "/" in key):
-            raise ValueError(f'keys must be integers, or strings without "/", got {key!r}')
+def _is_leaf(node: Any) -> bool:
+    """Return whether a node is a leaf; a stand-in that lacks arrays is a container of the rest.
+
+    Such stand-ins are in the state of optimizers, which have no moments of what is not trained.
+    """
+    if is_standin(node):
+        return all(map(is_array, getattr(node, "named", {}).values()))
+    return jax.tree_util.all_leaves([node])
+
+
+def _is_function(leaf: Any) -> bool:
+    return callable(leaf) and not is_array(leaf) and jax.tree_util.all_leaves([leaf])
+
+
+def _is_box(key: KeyEntry) -> bool:
+    """Return whether `path_name` leaves the key out of the path."""
+    return not isinstance(key, DictKey) and path_name((GetAttrKey(""), key)) == ""
+
+
+def _is_private(key: KeyEntry, outline: Any) -> bool:
+    """Return whether a field is the class's own, without leaves; Flax modules flatten to one."""
+    private = isinstance(key, GetAttrKey) and key.name.startswith("_")
+    return private and outline in (None, {"dict": []})
+
+
+def _name(key: KeyEntry) -> str | int:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
+            return name
+        case SequenceKey(idx=index):
+            return index
+    return str(key)
+
+
+def _check_keys(keys: list[Any], at: KeyPath) -> None:
+    """Raise ValueError unless a mapping's keys are all texts, or all integers."""
+    place = f"at {path_name(at)!r}" if at else "at the top of the tree"
+    for key in keys:
+        if type(key) is not int and not isinstance(key, str):
+            raise ValueError(
+                f"the keys of mappings must be integers or strings, got {key!r} {place}; rename it"
+            )
         try:
             str(key).encode()
         except UnicodeEncodeError:
             raise ValueError(f"keys must be text that UTF-8 can encode, got {key!r}") from None
-    if any(integers) and not all(integers):
+    if len({type(key) is int for key in keys}) > 1:
         raise ValueError(
-            f"the keys of one mapping must be all integers or all strings, got {keys[:4]!r} at "
-            f"{'/'.join(path)!r}"
+            f"the keys of one mapping must be all integers or all strings, got {keys[:4]!r} {place}"
         )
-    return any(integers)
 
 
-def _is_leaf(value: Any) -> bool:
-    """Return whether it is an array or a stand-in, with or without a box."""
-    if isinstance(value, Mapping):
-        return False
-    leaves, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_standin)
-    if len(leaves) != 1:
-        return False
-    keys, leaf = leaves[0]
-    return path_name(keys) in ("", "value") and (is_standin(leaf) or hasattr(leaf, "dtype"))
-
-
-def with_integer_keys(tree: dict[str, Any], integer_keys: list[list[str]]) -> dict[Any, Any]:
-    """Convert keys to integers, in place, in the mappings listed.
+def filled(outline: Any, leaves: Sequence[Any]) -> PyTree:
+    """Put leaves into an outline; the inverse of `outlined` for trees of dicts, lists and tuples.
 
     Args:
-      tree: nested dicts with text keys.
-      integer_keys: for every mapping to convert, the keys that lead to it.
+      outline: the outline.
+      leaves: the leaves, in order.
 
-    Returns:
-      The same tree.
+    Raises:
+      ValueError: the outline is not one that `outlined` returns.
 
-    >>> with_integer_keys({"layers": {"0": 1.0}}, [["layers"]])
-    {'layers': {0: 1.0}}
+    >>> filled({"dict": [["a", {"list": [0, None]}]]}, [5.0])
+    {'a': [5.0, None]}
     """
-    for keys in sorted(integer_keys, key=len, reverse=True):
-        node: dict[Any, Any] = tree
-        for key in keys:
-            node = node[key]
-        items = {int(key): value for key, value in node.items()}
-        node.clear()
-        node.update(items)
+    if outline is None:
+        return None
+    if isinstance(outline, int):
+        return leaves[outline]
+    ((kind, inner),) = outline.items()
+    match kind:
+        case "list":
+            return [filled(child, leaves) for child in inner]
+        case "tuple":
+            return tuple(filled(child, leaves) for child in inner)
+        case "dict":
+            return {key: filled(child, leaves) for key, child in inner}
+    raise ValueError(f"unknown kind of container {kind!r}")
+
+
+def outline_of_paths(paths: list[str], empty: list[str], integer_keys: list[list[str]]) -> Any:
+    """Return the outline of a checkpoint of version 1, which held nested mappings.
+
+    Args:
+      paths: the paths of the leaves.
+      empty: the paths of empty mappings.
+      integer_keys: for every mapping whose keys are integers, the keys that lead to it.
+
+    >>> outline_of_paths(["a/0"], ["b"], [["a"]])
+    {'dict': [['a', {'dict': [[0, 0]]}], ['b', {'dict': []}]]}
+    """
+    tree: dict[str, Any] = {}
+    for number, path in enumerate(paths):
+        *parents, last = path.split("/")
+        _node(tree, parents)[last] = number
+    for path in empty:
+        _node(tree, path.split("/"))
+    integers = [tuple(keys) for keys in integer_keys]
+
+    def outline(node: Any, at: tuple[str, ...]) -> Any:
+        if not isinstance(node, dict):
+            return node
+        kind = int if at in integers else str
+        return {"dict": [[kind(key), outline(child, (*at, key))] for key, child in node.items()]}
+
+    return outline(tree, ())
+
+
+def _node(tree: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    for name in names:
+        tree = tree.setdefault(name, {})
     return tree
 
 
-def placed(like: Any, tree: Any) -> PyTree:
-    """Put the leaves of `tree` into the containers and boxes of `like`, path by path.
+def placed(like: PyTree, leaves: Leaves) -> PyTree:
+    """Put leaves into the containers and boxes of a tree, by their paths.
 
     Args:
-      like: the tree that gives the containers.
-      tree: the tree that gives the leaves.
+      like: the tree that gives the containers, the functions, and the devices of the leaves that it
+        spreads over several. Its other leaves may be abstract.
+      leaves: the leaves by path.
 
     Raises:
       ValueError: the trees differ in a path, or in the shape of a leaf.
 
-    >>> placed([0.0, {"b": 0.0}], {"0": 1.0, "1": {"b": 2.0}})
+    >>> placed([0.0, {"b": 0.0}], {"0": 1.0, "1/b": 2.0})
     [1.0, {'b': 2.0}]
     """
-    leaves = dict(path_leaves(tree))
-    wanted = path_leaves(like)
-    paths = [path for path, _ in wanted]
-    for lacking, which in (
-        (sorted(set(paths) - set(leaves)), "`like` has and the checkpoint lacks"),
-        (sorted(set(leaves) - set(paths)), "the checkpoint has and `like` lacks"),
-    ):
-        if lacking:
-            raise ValueError(
-                f"`like` must have the leaves of the checkpoint; {which} {len(lacking)} of them, "
-                f"{lacking[0]!r} first: pass the tree of the model that was saved"
-            )
+    keyed, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_standin_leaf)
+    wanted = [(path_name(keys), leaf) for keys, leaf in keyed]
+    _check_paths({path for path, leaf in wanted if not _is_function(leaf)}, set(leaves))
     for path, leaf in wanted:
-        if np.shape(leaf) != np.shape(leaves[path]):
+        if path in leaves and np.shape(leaf) != np.shape(leaves[path]):
             raise ValueError(
                 f"{path!r} has shape {np.shape(leaf)} in `like`, and was saved with shape "
                 f"{np.shape(leaves[path])}: pass the tree of the model that was saved"
             )
-    structure = jax.tree.structure(like, is_leaf=is_standin)
-    return jax.tree.unflatten(structure, [leaves[path] for path in paths])
+    return jax.tree.unflatten(
+        structure, [_spread(leaf, leaves[p]) if p in leaves else leaf for p, leaf in wanted]
+    )
 
 
-def as_numbers(leaf: PyTree) -> tuple[PyTree, dict[str, str]]:
-    """Convert a leaf to the array to store and its description; random keys become numbers.
+def _is_standin_leaf(node: Any) -> bool:
+    return is_standin(node) and _is_leaf(node)
 
-    Args:
-      leaf: an array or a random key.
 
-    Returns:
-      The array, and {"key": kind of key} for a random key, {} otherwise.
+def _check_paths(wanted: set[str], held: set[str]) -> None:
+    found = [
+        f"{which} {some(sorted(paths))}"
+        for which, paths in (
+            ("the checkpoint lacks", wanted - held),
+            ("`like` lacks", held - wanted),
+        )
+        if paths
+    ]
+    if found:
+        raise ValueError(
+            f"`like` must have the leaves of the checkpoint; {', and '.join(found)}: pass the tree "
+            f"that was saved, or its `jax.eval_shape`; without `like` the containers are dicts"
+        )
 
-    >>> as_numbers(jax.random.key(3))
-    (Array([0, 3], dtype=uint32), {'key': 'threefry2x32'})
+
+def some(names: list[str]) -> str:
+    """List the first names, and how many more there are.
+
+    >>> some(["a", "b", "c", "d"])
+    "'a', 'b', 'c' and 1 more"
     """
-    if not jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
-        return leaf, {}
-    return jax.random.key_data(leaf), {"key": str(jax.random.key_impl(leaf))}
+    more = len(names) - MOST
+    return ", ".join(map(repr, names[:MOST])) + (f" and {more} more" if more > 0 else "")
 
 
-def from_numbers(array: Any, said: dict[str, Any]) -> PyTree:
-    """Invert `as_numbers`: return the leaf."""
-    return jax.random.wrap_key_data(array, impl=said["key"]) if "key" in said else array
+def _spread(like: Any, leaf: Any) -> Any:
+    """Move a leaf to the devices of the leaf in `like`, if those are several."""
+
+    def put(like: Any, a: Any) -> Any:
+        sharding = getattr(like, "sharding", None)
+        abstract = isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+        if sharding is None or abstract or len(sharding.device_set) == 1:
+            return a
+        return jax.device_put(a, sharding)
+
+    leaves, structure = jax.tree.flatten(leaf)
+    places, placing = jax.tree.flatten(like)
+    if placing != structure:  # type: ignore[operator]  # a weight that was packed meanwhile
+        return leaf
+    return jax.tree.unflatten(structure, map(put, places, leaves))

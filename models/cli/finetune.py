@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import jaxquant as jq
-from jaxquant.storage import checkpoint
+from jaxquant import storage
 from jaxquant.training.qat import How
 from jaxquant.tuning.trainer import Progress
 from jaxquant_models.cli.console import Bars, emit, usage_errors
@@ -72,7 +72,7 @@ def finetune(
     with usage_errors():
         output = Output(out, overwrite)
         check_metrics(metrics, output)
-        packed = checkpoint.is_checkpoint(model)
+        packed = storage.is_checkpoint(model)
         request = request_of(packed=packed, watch=metrics is not None, **options)
     output.hold()
     job, start = _job(request, model, teacher, text, packed), time.monotonic()
@@ -87,11 +87,11 @@ def finetune(
             written.write(done.step, measured, done.name)
 
         result = job.run(data, progress, finished)
-    output.publish(result, checkpoint.stored_recipe(model) if packed else request.recipe)
+    output.publish(result, storage.stored_recipe(model) if packed else request.recipe)
     report = {
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),
-        "bytes": checkpoint.nbytes(out),
+        "bytes": storage.nbytes(out),
         "forward_passes": sum(getattr(how, "forward_passes", 0) for how in request.stages),
         "seconds": time.monotonic() - start,
     }

@@ -8,9 +8,9 @@ import click
 from pydantic import JsonValue
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.durable.claims import claim
 from jaxquant.durable.store import Folder, digest
-from jaxquant.storage import checkpoint
 from jaxquant_models.cli import interrupts
 from jaxquant_models.cli.console import line
 from jaxquant_models.readers.checkpoint import save_model
@@ -86,15 +86,15 @@ class Output:
         self.finished.remove()
 
     def _check(self) -> None:
-        checkpoint.check_target(self.out, self.overwrite or self._is_result())
+        storage.check_target(self.out, self.overwrite or self._is_result())
 
     def _is_result(self) -> bool:
         """Return whether the folder's run was killed between publishing and cleaning up."""
         run = digest(self.path)
-        if not run or not checkpoint.is_checkpoint(self.out):
+        if not run or not storage.is_checkpoint(self.out):
             return False
         try:
-            return checkpoint.stored_metadata(self.out).get(RUN) == run
+            return storage.stored_metadata(self.out).get(RUN) == run
         except ValueError:
             return False
 

@@ -6,8 +6,8 @@ from typing import Any, get_args
 import click
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.calibration.statistics import Weighting
-from jaxquant.storage import checkpoint
 from jaxquant_models.cli.console import Bars, emit, line, usage_errors
 from jaxquant_models.cli.options import SEED
 from jaxquant_models.cli.output import Output
@@ -128,7 +128,7 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
         "out": out,
         "bits_per_weight": jq.bits_per_weight(result.params),
         "bits_over_all_weights": size.bits_per_weight,
-        "bytes": checkpoint.nbytes(out),
+        "bytes": storage.nbytes(out),
         "seconds": time.monotonic() - start,
     }
     emit(report, as_json)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 import jaxquant as jq
-from jaxquant.storage import checkpoint
+from jaxquant import storage
 from jaxquant_models.cli.console import Bars, emit, line, line_of, usage_errors
 from jaxquant_models.cli.metrics import Metrics, check_metrics
 from jaxquant_models.cli.options import SEED
@@ -97,7 +97,7 @@ def train_bitnet(
         "held_out": held_out,
         "weights": sum(w.size for w in layers),
         "bits_per_weight": jq.bits_per_weight(model.params),
-        "bytes": checkpoint.nbytes(out),
+        "bytes": storage.nbytes(out),
         "seconds": time.monotonic() - start,
     }
     emit(report, as_json)

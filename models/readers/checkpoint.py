@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 from pydantic import JsonValue
 
 import jaxquant as jq
-from jaxquant.storage import checkpoint
+from jaxquant.storage import stored_metadata
+from jaxquant.storage.checkpoint import load, save
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.tokenizer import Tokenizer
@@ -34,10 +35,10 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     Raises:
       ValueError: the checkpoint is damaged, or holds no language model.
     """
-    params, _, metadata = checkpoint.load(folder)
+    params = load(folder)
     held = checked(
         CheckpointMetadata,
-        metadata,
+        stored_metadata(folder),
         f"{folder} is a checkpoint of no language model: its metadata",
     )
     config = LlamaConfig.from_json(held.config)
@@ -76,7 +77,7 @@ def save_model(
         "prefix": model.prefix,
     }
     whole = {**needed, **(metadata or {})}
-    checkpoint.save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite)
+    save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite)
 
 
 def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> PyTree[Stored]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from jaxquant.storage.checkpoint import is_checkpoint
+from jaxquant.storage import is_checkpoint
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.readers.checkpoint import read_checkpoint
 from jaxquant_models.readers.gguf import read_gguf

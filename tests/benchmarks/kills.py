@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxquant import storage
 from jaxquant.storage import checkpoint
 from jaxquant_models.cli import commands
 from tests.support.killed import child
@@ -39,10 +40,10 @@ def command(place, out, overwrite):
 
 def digest_of(out):
     """Of a checkpoint's arrays; None where there is none."""
-    if not checkpoint.is_checkpoint(out):
+    if not storage.is_checkpoint(out):
         return None
     total = hashlib.sha256()
-    for a in jax.tree.leaves(checkpoint.load(out).params):
+    for a in jax.tree.leaves(checkpoint.load(out)):
         total.update(np.asarray(a).tobytes())
     return total.hexdigest()
 

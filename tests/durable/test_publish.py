@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from jaxquant import storage
 from jaxquant.durable import publish
 from jaxquant.durable.claims import LOCK, OURS, claim
 from jaxquant.storage import checkpoint
@@ -24,7 +25,7 @@ def swap(request, monkeypatch):
 
 
 def value(path):
-    return checkpoint.load(path).params["w"][0, 0]
+    return checkpoint.load(path)["w"][0, 0]
 
 
 @pytest.mark.slow
@@ -69,9 +70,9 @@ def killed(tmp_path, *, target, new, old):
 
 @pytest.mark.parametrize("asks", [
     lambda path: checkpoint.load(path),
-    lambda path: checkpoint.stored_recipe(path),
-    lambda path: checkpoint.is_checkpoint(path) or pytest.fail("it is not there"),
-    lambda path: checkpoint.check_target(path, overwrite=True),
+    lambda path: storage.stored_recipe(path),
+    lambda path: storage.is_checkpoint(path) or pytest.fail("it is not there"),
+    lambda path: storage.check_target(path, overwrite=True),
 ])  # fmt: skip
 def test_a_checkpoint_on_its_way_out_comes_back(tmp_path, asks):
     killed(tmp_path, target=False, new=True, old=True)

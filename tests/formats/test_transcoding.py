@@ -137,7 +137,7 @@ def test_stacks_transforms_and_shared_inputs():
 def test_a_checkpoint_holds_it(matrix, tmp_path):
     t = jq.formats.transcoded({"w": matrix, "none": jq.quantize_array(draw(K, N), CODED)})
     checkpoint.save(tmp_path / "c", t)
-    got = checkpoint.load(tmp_path / "c").params
+    got = checkpoint.load(tmp_path / "c")
     assert got["w"].format == t["w"].format
     for name in t:
         same(got[name].dequantize(), t[name].dequantize())

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
 from jaxquant_models.architectures.rope import frequencies
@@ -194,8 +195,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _loaded(folder: Path) -> Any:
-    params, recipe, metadata = checkpoint.load(folder)
-    leaves, treedef = jax.tree.flatten(params)
+    recipe, metadata = storage.stored_recipe(folder), storage.stored_metadata(folder)
+    leaves, treedef = jax.tree.flatten(checkpoint.load(folder))
     arrays = [(str(a.dtype), a.shape, np.asarray(a).tobytes()) for a in leaves]
     return json.dumps([str(treedef), recipe.to_json(), metadata]), arrays
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.storage import checkpoint
+from jaxquant import storage
 from jaxquant.transforms import Rotation
 from tests.support.foreign import Coarse, Reversal, SignLog
 
@@ -53,10 +53,9 @@ def test_a_method_of_foreign_parts_quantizes_serves_and_is_kept(model, name, tmp
     assert 0.01 < error < 0.35
     assert "packed matmul" in str(jq.explain(fn, q, x))
     recipe = jq.Recipe([("*", methods()[name])])
-    checkpoint.save(tmp_path / "c", q, recipe=recipe)
-    found = checkpoint.load(tmp_path / "c")
-    assert found.recipe == recipe
-    chex.assert_trees_all_equal(found.params, q)
+    jq.save(tmp_path / "c", q, recipe=recipe)
+    assert storage.stored_recipe(tmp_path / "c") == recipe
+    chex.assert_trees_all_equal(jq.load(tmp_path / "c"), q)
 
 
 def test_feedback_serves_a_foreign_format(model):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.storage import checkpoint
+from jaxquant import storage
+from jaxquant.storage import checkpoint, description, leaves
 from tests.support.arrays import draw
 from tests.support.formats import FORMATS
 
@@ -35,25 +36,25 @@ def test_every_format_comes_back_to_the_bit(tmp_path):
     }
     tree["scalar"] = jnp.float32(2)
     checkpoint.save(tmp_path / "c", tree)
-    back = checkpoint.load(tmp_path / "c").params
+    back = checkpoint.load(tmp_path / "c")
     chex.assert_trees_all_equal(back, tree, strict=True)
 
 
 def test_it_describes_itself(saved):
     path, params = saved
     back = checkpoint.load(path)
-    assert back.recipe == RECIPE
-    assert back.metadata == {"name": "x"}
-    assert back.params["a"]["w"].format == params["a"]["w"].format
-    assert back.params["a"]["w"].method == "rtn"
+    assert storage.stored_recipe(path) == RECIPE
+    assert storage.stored_metadata(path) == {"name": "x"}
+    assert back["a"]["w"].format == params["a"]["w"].format
+    assert back["a"]["w"].method == "rtn"
 
 
 def test_ternary_codes_take_a_fifth_of_a_byte_on_disk(tmp_path):
     w = jq.quantize_array(draw(100, 32), jq.ternary(group_size=20))
     checkpoint.save(tmp_path / "c", {"w": w})
-    kept = json.loads((tmp_path / "c" / checkpoint.DESCRIPTION).read_text())["arrays"]["w:codes"]
+    kept = json.loads((tmp_path / "c" / description.FILE).read_text())["arrays"]["w:codes"]
     assert kept == {"shape": [20, 32], "dtype": "uint8"}
-    back = checkpoint.load(tmp_path / "c").params["w"]
+    back = checkpoint.load(tmp_path / "c")["w"]
     np.testing.assert_array_equal(back.data["codes"], w.data["codes"])
 
 
@@ -67,8 +68,10 @@ def test_taken_places_are_refused(saved):
     (other / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="not a jaxquant checkpoint; it will not be overwritten"):
         checkpoint.save(other, params, overwrite=True)
-    with pytest.raises(ValueError, match="holds nested dicts"):
-        checkpoint.save(path.parent / "n", [jnp.ones(3)])
+    with pytest.raises(
+        ValueError, match="'0' is a object; a checkpoint holds arrays, numbers, text"
+    ):
+        checkpoint.save(path.parent / "n", [object()])
     assert sorted(p.name for p in path.parent.iterdir()) == ["c", "mine"]
     for name in ("thesis.txt", ".hidden", "d", "e"):
         (path / name).write_text("precious")
@@ -79,7 +82,7 @@ def test_taken_places_are_refused(saved):
 
 def test_a_folder_with_a_file_of_that_name_is_no_checkpoint(tmp_path):
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / checkpoint.DESCRIPTION).write_text("{}")
+    (tmp_path / "c" / description.FILE).write_text("{}")
     with pytest.raises(ValueError, match="not a jaxquant checkpoint; it will not be overwritten"):
         checkpoint.save(tmp_path / "c", {"a": jnp.ones(2)}, overwrite=True)
 
@@ -109,7 +112,7 @@ def test_every_name_comes_back(tmp_path):
         **{name: jnp.full(2, i) for i, name in enumerate(names)},
     }  # fmt: skip
     checkpoint.save(tmp_path / "c", tree)
-    back = checkpoint.load(tmp_path / "c").params
+    back = checkpoint.load(tmp_path / "c")
     chex.assert_trees_all_equal(back, tree)
 
 
@@ -117,11 +120,11 @@ def test_names_of_earlier_versions(tmp_path, monkeypatch):
     """They wrote a path as it is, and one array over the other where two had one name."""
     w = jq.quantize_array(draw(48, 32), jq.rtn(group_size=16))
     tree = {"v:codes": jnp.ones(3), "100%": jnp.ones(2), "w": w}
-    monkeypatch.setattr(checkpoint, "_stored", lambda path: path)
+    monkeypatch.setattr(leaves, "stored_name", lambda path: path)
     checkpoint.save(tmp_path / "c", tree)
     checkpoint.save(tmp_path / "d", {"w": w, "w:codes": w.data["codes"]})
     monkeypatch.undo()
-    back = checkpoint.load(tmp_path / "c").params
+    back = checkpoint.load(tmp_path / "c")
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     np.testing.assert_array_equal(back["v:codes"], tree["v:codes"])
     with pytest.raises(ValueError, match="is damaged: 'w:codes' is of two leaves"):
@@ -143,25 +146,25 @@ def test_damage_is_named(saved):
 
     def edit(**changes):
         def change(copy):
-            file = copy / checkpoint.DESCRIPTION
+            file = copy / description.FILE
             file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
         return change
 
-    assert "reads up to 1" in broken(edit(version=99))
+    assert "reads up to 2" in broken(edit(version=99))
     assert "damaged" in broken(edit(leaves=None, arrays={"a": {"shape": [1], "dtype": "int8"}}))
     for change in ({"recipe": None}, {"metadata": {}}, {"leaves": []}):
         assert "differs from what was saved" in broken(edit(**change))
 
     def lacking(copy):
-        file = copy / checkpoint.DESCRIPTION
+        file = copy / description.FILE
         value = json.loads(file.read_text())
         del value["leaves"], value["sha256"]
-        file.write_text(json.dumps(value | {"sha256": checkpoint._sha256_of(value)}))
+        file.write_text(json.dumps(value | {"sha256": description.sha256_of(value)}))
 
     assert "it lacks leaves" in broken(lacking)
-    assert "not a jaxquant" in broken(lambda c: (c / checkpoint.DESCRIPTION).unlink())
-    assert "damaged" in broken(lambda c: (c / checkpoint.DESCRIPTION).write_text('{"version'))
+    assert "not a jaxquant" in broken(lambda c: (c / description.FILE).unlink())
+    assert "damaged" in broken(lambda c: (c / description.FILE).write_text('{"version'))
     assert "damaged" in broken(lambda c: shutil.rmtree(c / checkpoint.ARRAYS))
 
     def truncate(copy):
@@ -190,7 +193,7 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     checkpoint.save(tmp_path / "link", {"a": jnp.ones(2)})
     assert (tmp_path / "link").is_symlink()
-    assert checkpoint.is_checkpoint(tmp_path / "real")
+    assert storage.is_checkpoint(tmp_path / "real")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
@@ -219,7 +222,7 @@ def test_a_failed_overwrite_keeps_the_old_one(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, {"other": jnp.ones(2)}, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["c"]
-    np.testing.assert_array_equal(checkpoint.load(path).params["b"], params["b"])
+    np.testing.assert_array_equal(checkpoint.load(path)["b"], params["b"])
 
 
 def test_an_interrupted_write_leaves_nothing(saved, monkeypatch):
@@ -233,40 +236,44 @@ def test_an_interrupted_write_leaves_nothing(saved, monkeypatch):
         checkpoint.save(path, params, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["c"]
     monkeypatch.undo()
-    assert checkpoint.load(path).recipe == RECIPE
+    assert storage.stored_recipe(path) == RECIPE
+    assert jax.tree.structure(checkpoint.load(path)) == jax.tree.structure(params)
 
 
 def test_what_cannot_be_stored_is_said_before_writing(tmp_path):
-    with pytest.raises(ValueError, match="'a' is empty"):
-        checkpoint.save(tmp_path / "c", {"a": jnp.zeros((0, 3))})
-    with pytest.raises(ValueError, match="no arrays"):
-        checkpoint.save(tmp_path / "c", {})
+    gone = jnp.ones(2) + 1
+    gone.delete()
+    packed = jq.quantize({"w": draw(48, 32)}, jq.rtn(group_size=16))
     for tree, message in (
+        ({}, "holds no leaves"),
+        ({"a": None, "b": [jax.nn.relu]}, "holds no leaves"),
+        (object(), "'' is a object; a checkpoint holds arrays, numbers, text"),
+        ({"a": gone}, "'a' was donated to a jitted function"),
+        ({"a": jax.ShapeDtypeStruct((2,), jnp.float32)}, "'a' is a ShapeDtypeStruct"),
+        (jax.eval_shape(lambda: packed), "'w:codes' is a ShapeDtypeStruct"),
         ({"a": {"b": np.array(["x"])}}, "'a/b' is an array of <U1"),
         ({"a": np.array(["x"])}, "'a' is an array of <U1"),
         ({"a": np.array([None])}, "'a' is an array of object"),
-        ({"a": {"b": [jnp.ones(2)]}}, "got list at 'a/b'"),
-        ({"a": None}, "got NoneType at 'a'"),
-        ({"a/b": jnp.ones(2)}, 'without "/"'),
+        ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, "the same path 'a/b'; rename one"),
         ({"\ud800": jnp.ones(2)}, "UTF-8"),
-        (jq.quantize_array(draw(48, 32), jq.rtn(group_size=16)), "got QTensor"),
     ):
         with pytest.raises(ValueError, match=message):
             checkpoint.save(tmp_path / "c", tree)
+    with pytest.raises(ValueError, match="'a' is traced; save the tree outside jit"):
+        jax.jit(lambda a: checkpoint.save(tmp_path / "c", {"a": a}))(jnp.ones(2))
     for metadata in ({"a": object()}, {("a", 1): 2}):
         with pytest.raises(ValueError, match="metadata must be JSON values"):
             checkpoint.save(tmp_path / "c", {"a": jnp.ones(2)}, metadata=metadata)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="not a writable directory"):
-        checkpoint.check_target(tmp_path / "file" / "c")
+        storage.check_target(tmp_path / "file" / "c")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_metadata_comes_back_as_json(tmp_path):
     """Names are text in JSON, which sorts otherwise than numbers."""
     checkpoint.save(tmp_path / "c", {"a": jnp.ones(2)}, metadata={2: (1, 2), 10: "x"})
-    assert checkpoint.load(tmp_path / "c").metadata == {"2": [1, 2], "10": "x"}
-    assert checkpoint.stored_metadata(tmp_path / "c") == {"2": [1, 2], "10": "x"}
+    assert storage.stored_metadata(tmp_path / "c") == {"2": [1, 2], "10": "x"}
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -278,8 +285,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
 ])  # fmt: skip
 def test_a_description_of_nonsense(saved, text):
     path, _ = saved
-    (path / checkpoint.DESCRIPTION).write_text(text, encoding="latin-1")
-    for ask in (checkpoint.load, checkpoint.stored_recipe, checkpoint.stored_metadata):
+    (path / description.FILE).write_text(text, encoding="latin-1")
+    for ask in (checkpoint.load, storage.stored_recipe, storage.stored_metadata):
         with pytest.raises(ValueError, match="is damaged"):
             ask(path)
 
@@ -291,18 +298,60 @@ def test_a_description_of_nonsense(saved, text):
     ("leaves", [{"path": 3}]), ("leaves", [{"path": "b", "parts": 3}]), ("recipe", 3),
     ("leaves", [{"path": "b", "parts": [], "format": {"type": "Zzz"}}]), ("recipe", [3]),
     ("leaves", [{"path": "b"}, {"path": "b/c"}]), ("recipe", [{"pattern": "*", "method": {}}]),
-    ("recipe", [{"pattern": "*", "method": {"type": []}}]), ("empty", 3), ("empty", ["b", 3]),
-    ("integer_keys", 3), ("integer_keys", [["a"]]), ("integer_keys", [["c"]]),
-    ("leaves", [{"path": "b", "key": "nope"}]), ("leaves", [{"path": "b", "key": "rbg"}]),
+    ("recipe", [{"pattern": "*", "method": {"type": []}}]), ("tree", 99), ("tree", "x"),
+    ("tree", {"set": []}), ("tree", {}), ("tree", {"dict": [[1]]}), ("tree", {"list": 3}),
+    ("leaves", [{"path": "b", "type": "object", "value": 3}]),
+    ("leaves", [{"path": "b", "type": "int"}]), ("leaves", [{"path": "b", "key": "nope"}]),
+    ("leaves", [{"path": "b", "key": "rbg"}]),
 ])  # fmt: skip
 def test_a_description_of_wrong_types_though_its_digest_is_right(saved, field, value):
     path, _ = saved
-    file = path / checkpoint.DESCRIPTION
+    file = path / description.FILE
     wrong = json.loads(file.read_text()) | {field: value}
     del wrong["sha256"]
-    file.write_text(json.dumps(wrong | {"sha256": checkpoint._sha256_of(wrong)}))
+    file.write_text(json.dumps(wrong | {"sha256": description.sha256_of(wrong)}))
+    with pytest.raises(ValueError, match="is damaged"):
+        (storage.stored_recipe if field == "recipe" else checkpoint.load)(path)
+
+
+def as_version_1(path, **said):
+    """Makes a checkpoint what version 1 wrote: paths, and what they do not say, for containers."""
+    file = path / description.FILE
+    value = json.loads(file.read_text()) | {"version": 1} | said
+    del value["sha256"], value["tree"]
+    file.write_text(json.dumps(value | {"sha256": description.sha256_of(value)}))
+
+
+def test_checkpoints_of_version_1(tmp_path):
+    w = jq.quantize_array(draw(48, 32), jq.rtn(group_size=16))
+    tree = {
+        "layers": {0: {"w": w}, 10: {"w": w}, 9: {}},
+        "0": {"b": jnp.ones(2)},
+        "none": {"of": {}},
+    }
+    checkpoint.save(tmp_path / "c", tree)
+    as_version_1(tmp_path / "c", empty=["layers/9", "none/of"], integer_keys=[["layers"]])
+    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "c"), tree, strict=True)
+    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "c", like=tree), tree, strict=True)
+
+
+@pytest.mark.parametrize("said", [
+    {"empty": 3}, {"empty": ["b", 3]}, {"integer_keys": 3}, {"integer_keys": [["a"]]},
+    {"leaves": [{"path": "b"}, {"path": "b/c"}]},
+])  # fmt: skip
+def test_a_description_of_version_1_of_wrong_types(saved, said):
+    path, _ = saved
+    as_version_1(path, **said)
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load(path)
+
+
+def test_a_leaf_alone(tmp_path):
+    w = jq.quantize_array(draw(48, 32), jq.rtn(group_size=16))
+    for name, leaf in (("w", w), ("a", jnp.arange(3))):
+        checkpoint.save(tmp_path / name, leaf)
+        chex.assert_trees_all_equal(checkpoint.load(tmp_path / name), leaf, strict=True)
+        chex.assert_trees_all_equal(checkpoint.load(tmp_path / name, like=leaf), leaf, strict=True)
 
 
 def test_others_may_read_it(saved):

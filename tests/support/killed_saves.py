@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxquant import storage
 from jaxquant.durable import publish
 from jaxquant.storage import checkpoint
 from tests.support.killed import child
@@ -23,8 +24,8 @@ def value_at(path):
     """What the checkpoint holds, asked in a process of its own; None if there is none."""
 
     def look():
-        held = checkpoint.is_checkpoint(path)
-        found = np.unique(checkpoint.load(path).params["w"]).tolist() if held else None
+        held = storage.is_checkpoint(path)
+        found = np.unique(checkpoint.load(path)["w"]).tolist() if held else None
         path.with_name("said").write_text(json.dumps(found))
 
     assert child(look) == 0

@@ -36,6 +36,6 @@ def stopped_at(count, *args):
 
 def same_bits(folder):
     """Of the checkpoints "whole" and "cut" in a folder, all arrays."""
-    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n).params) for n in ("whole", "cut"))
+    whole, cut = (jax.tree.leaves(checkpoint.load(folder / n)) for n in ("whole", "cut"))
     for a, b in zip(whole, cut, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

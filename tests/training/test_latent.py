@@ -297,7 +297,7 @@ def test_frozen_weights_are_saved_and_latent_ones_too(tmp_path):
     x = draw(5, 32)
     for name, tree in (("latent", p), ("frozen", jq.freeze(p))):
         checkpoint.save(tmp_path / name, tree)
-        again = checkpoint.load(tmp_path / name).params
+        again = checkpoint.load(tmp_path / name)
         np.testing.assert_array_equal(jq.quantized(net)(again, x), jq.quantized(net)(p, x))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant import storage
 from jaxquant.durable import claims
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
@@ -75,7 +76,7 @@ def test_bytes_are_those_stored(packed, run):
     formats = {r["path"]: r["format"] for r in report["tensors"]}
     assert formats["embed/embedding"] == "float16"
     assert formats["layers/attn_norm/scale"] == "float32"
-    stored = checkpoint.load(packed).params
+    stored = checkpoint.load(packed)
     assert report["bytes"] == sum(w.nbytes for _, w in jq.core.path_leaves(stored))
 
 
@@ -159,7 +160,7 @@ def test_an_output_that_another_run_has_written_meanwhile(
     with monkeypatch.context() as patch:
         patch.setattr(Output, "publish", late)
         fails(run(*quick), 1, "exists and is not empty; pass overwrite")
-    assert checkpoint.load(tmp_path / "o").recipe == checkpoint.load(packed).recipe
+    assert storage.stored_recipe(tmp_path / "o") == storage.stored_recipe(packed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
     status, _, err = run(*quick, "--overwrite")
     assert (status, err.count("(done before)")) == (0, 21)
@@ -173,13 +174,13 @@ def test_killed_when_its_output_was_in_place(quick, run, tmp_path, monkeypatch, 
         patch.setattr(Folder, "remove", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         fails(run(*quick), 130, f"interrupted; the output is in {tmp_path / 'o'}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
-    first = checkpoint.load(tmp_path / "o").params
+    first = checkpoint.load(tmp_path / "o")
     if not overwrite:
         fails(run(*quick, "--seed", 7), 1, "exists and is not empty")
         assert [p.name for p in tmp_path.iterdir()] == ["o"]
         return
     assert run(*quick)[0] == 0
-    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "o").params, first)
+    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "o"), first)
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
@@ -225,7 +226,7 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
         status, _, err = run(*quick)
     assert (status, " ".join(err.split()).count("is done again")) == (0, 3)
     assert err.count("(done before)") == 18
-    chex.assert_trees_all_equal(*(checkpoint.load(tmp_path / n).params for n in ("whole", "o")))
+    chex.assert_trees_all_equal(*(checkpoint.load(tmp_path / n) for n in ("whole", "o")))
 
 
 KILLED = """
@@ -290,7 +291,7 @@ def test_bits_shared_out_and_healed(tiny, run, tmp_path):
     assert "healing of block 1" in err
     assert "bits per weight (within reach" in err
     assert "held out" in err
-    rates = {w.format.bits for _, w in jq.core.path_leaves(checkpoint.load(tmp_path / "o").params)
+    rates = {w.format.bits for _, w in jq.core.path_leaves(checkpoint.load(tmp_path / "o"))
              if isinstance(w, jq.QTensor)}  # fmt: skip
     assert len(rates) > 1
     options[-1] = tmp_path / "p"
@@ -341,8 +342,8 @@ def test_bits_of_an_unquantized_model(tiny, run):
 
 
 def test_the_plan_states_the_bytes_that_are_stored(tiny, packed):
-    plan = plan_model(load(tiny), checkpoint.load(packed).recipe)
-    stored = checkpoint.load(packed).params
+    plan = plan_model(load(tiny), storage.stored_recipe(packed))
+    stored = checkpoint.load(packed)
     assert {e.path: e.bytes for e in plan.entries} == {
         p: w.nbytes for p, w in jq.core.path_leaves(stored)
     }

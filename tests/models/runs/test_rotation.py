@@ -86,10 +86,10 @@ def test_a_rotation_being_learned_goes_on(tied, run, tmp_path, monkeypatch):
     status, _, err = run("quantize", tied, *options)
     assert status == 0 and "going on from" in err
     assert steps == [*range(1, 13), *range(11, 15)]
-    cut = checkpoint.load(tmp_path / "o").params
+    cut = checkpoint.load(tmp_path / "o")
     monkeypatch.setattr(jq, "learn_rotation", real)
     assert run("quantize", tied, *options, "--overwrite")[0] == 0
-    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "o").params, cut)
+    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "o"), cut)
 
 
 def test_other_kinds_of_methods(tied):

@@ -1,0 +1,139 @@
+"""Leaves of a saved tree: each is described in JSON, and its arrays are named."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxquant.core.activations import Activations
+from jaxquant.core.standin import is_standin
+from jaxquant.core.tensor import QTensor
+from jaxquant.recipes.serialize import from_json, to_json
+
+Json = dict[str, Any]  # a JSON object
+# Fields of a QTensor stored as JSON.
+STATIC = (
+    "format", "view", "logical_dtype", "method", "input", "output", "shared", "activations",
+)  # fmt: skip
+SCALARS = {kind.__name__: kind for kind in (bool, int, float, complex, str)}
+
+
+def described(path: str, leaf: Any) -> tuple[Json, dict[str, Array]]:
+    """Return the description of a leaf, and its arrays by their names on disk.
+
+    Args:
+      path: the leaf's path.
+      leaf: an array, a Python number or text, a random key or a `QTensor`.
+
+    Raises:
+      ValueError: the leaf is something else.
+
+    >>> described("a:b", jax.random.key(3))
+    ({'path': 'a:b', 'key': 'threefry2x32'}, {'a%3Ab': Array([0, 3], dtype=uint32)})
+    >>> described("step", 3)
+    ({'path': 'step', 'type': 'int', 'value': 3}, {})
+    """
+    if isinstance(leaf, QTensor):
+        return _described_tensor(path, leaf)
+    if type(leaf) in SCALARS.values():
+        value = str(leaf) if isinstance(leaf, complex) else leaf
+        return {"path": path, "type": type(leaf).__name__, "value": value}, {}
+    said = {"path": path}
+    _check_array(path, leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        said["key"] = str(jax.random.key_impl(leaf))
+        leaf = jax.random.key_data(leaf)
+    return said, {stored_name(path): leaf}
+
+
+def _described_tensor(path: str, w: QTensor) -> tuple[Json, dict[str, Array]]:
+    for part, a in w.named.items():
+        _check_array(f"{path}:{part}", a)
+    said = {f: to_json(getattr(w, f)) for f in STATIC}
+    data = w.format.to_disk(w.data, w.stored_rows)
+    kept = dataclasses.replace(w, data=data).named
+    if data is not w.data:  # packed more tightly than for products
+        said["kept"] = True
+    arrays = {f"{stored_name(path)}:{part}": a for part, a in kept.items()}
+    return {"path": path, "parts": list(kept), **said}, arrays
+
+
+def _check_array(path: str, leaf: Any) -> None:
+    """Raise ValueError unless a leaf is an array of numbers, or of random keys, with its values."""
+    holds = "a checkpoint holds arrays, numbers, text, random keys and QTensors"
+    if is_standin(leaf):
+        raise ValueError(
+            f"{path!r} is a {type(leaf).__name__}; {holds}: jaxquant.freeze makes them"
+        )
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(f"{path!r} is traced; save the tree outside jit, grad and vmap")
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise ValueError(
+            f"{path!r} is a {type(leaf).__name__}; {holds}: convert it, or leave it out"
+        )
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        raise ValueError(
+            f"{path!r} was donated to a jitted function, so its values are gone; save what that "
+            f"function returned"
+        )
+    kept_by_jax = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    if not kept_by_jax and (leaf.dtype.kind in "OSUmM" or leaf.dtype.names):
+        raise ValueError(f"{path!r} is an array of {leaf.dtype}; {holds}: convert it")
+
+
+def stored_name(path: str) -> str:
+    """Return a leaf's name on disk: ":", before the name of a part, and empty keys are escaped.
+
+    Args:
+      path: the leaf's path.
+
+    >>> stored_name("a//b:c")
+    'a/%/b%3Ac'
+    """
+    keys = path.replace("%", "%25").replace(":", "%3A").split("/")
+    return "/".join(key or "%" for key in keys)  # Orbax 0.12.0 stores no empty key
+
+
+def rebuilt(said: Json, arrays: dict[str, Array | None]) -> Any:
+    """Return a leaf; the inverse of `described`.
+
+    Args:
+      said: the description.
+      arrays: all arrays by their names on disk; those of the leaf are replaced by None.
+
+    Raises:
+      ValueError: an array is of another leaf too, or the description has a bad value.
+      KeyError: an array or a field is missing.
+
+    >>> rebuilt({"path": "step", "type": "int", "value": 3}, {})
+    3
+    """
+    if "parts" in said:
+        return _rebuilt_tensor(said, arrays)
+    if "type" in said:
+        return SCALARS[said["type"]](said["value"])
+    array = _taken(arrays, said["path"])
+    return jax.random.wrap_key_data(array, impl=said["key"]) if "key" in said else array
+
+
+def _rebuilt_tensor(said: Json, arrays: dict[str, Array | None]) -> QTensor:
+    named = {part: _taken(arrays, said["path"], f":{part}") for part in said["parts"]}
+    static = {field: from_json(said[field]) for field in STATIC if field in said}
+    # Earlier versions stored a text.
+    static["activations"] = Activations.of(static.get("activations"))
+    w = QTensor(data={}, **static).with_named(named)
+    if "kept" not in said:
+        return w
+    return dataclasses.replace(w, data=w.format.from_disk(w.data, w.stored_rows))
+
+
+def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> Any:
+    """Take an array, once, by its name on disk or, as in earlier versions, by its bare path."""
+    name = f"{stored_name(path)}{part}"
+    name = name if name in arrays else f"{path}{part}"
+    if arrays[name] is None:
+        raise ValueError(f"{name!r} is of two leaves")
+    array, arrays[name] = arrays[name], None
+    return array
