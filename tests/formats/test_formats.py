@@ -1,6 +1,7 @@
 """The contract of every format. A new one enters by one line in FORMATS."""
 
 import dataclasses
+from functools import lru_cache
 
 import chex
 import jax
@@ -22,37 +23,68 @@ scalar_formats = pytest.mark.parametrize("format", SCALAR, ids=str)
 all_formats = pytest.mark.parametrize("format", FORMATS, ids=str)
 
 
+@lru_cache
+def encoding(format):
+    """The programs that encode a matrix of 48 rows, and decode it again."""
+    return jax.jit(format.encode), jax.jit(lambda data: format.dequantize(data, 48))
+
+
+@lru_cache
+def encoded(format):
+    """A matrix [48, 32], its data, and the matrix that they decode to."""
+    encode, decode = encoding(format)
+    w = draw(48, 32)
+    data = encode(w)
+    return w, data, decode(data)
+
+
+@lru_cache
+def rounding(format):
+    """The program that rounds a matrix [48, 20], rounds that again, and packs it."""
+
+    def run(w):
+        grid = format.grids(w)
+        rows = spread(grid, format.rows_per_group(48), 48)
+        codes, value = format.round(w, rows)
+        again = format.round(value, rows)
+        return codes, value, *again, format.dequantize(format.pack(codes, grid), 48)
+
+    return jax.jit(run)
+
+
 @scalar_formats
 def test_encoding_a_decoded_matrix_changes_nothing(format):
     """On its own grid: rounding a representable value returns it."""
-    w = draw(48, 20)
-    grid = format.grids(w)
-    rows = spread(grid, format.rows_per_group(48), 48)
-    codes, value = format.round(w, rows)
-    again, same = format.round(value, rows)
+    codes, value, again, same, _ = rounding(format)(draw(48, 20))
     np.testing.assert_array_equal(codes, again)
     np.testing.assert_array_equal(value, same)
 
 
 @scalar_formats
 def test_storage_is_exact(format):
-    w = draw(48, 20)
-    grid = format.grids(w)
-    codes, value = format.round(w, spread(grid, format.rows_per_group(48), 48))
-    data = format.pack(codes, grid)
-    np.testing.assert_array_equal(format.dequantize(data, 48), value)
+    _, value, _, _, stored = rounding(format)(draw(48, 20))
+    np.testing.assert_array_equal(stored, value)
 
 
 @all_formats
 def test_products_and_look_ups_agree_with_the_decoded_matrix(format):
-    data = format.encode(draw(48, 32))
-    w = np.asarray(format.dequantize(data, 48))
-    x, g, i = draw(5, 48, seed=1), draw(5, 32, seed=2), jnp.array([0, 7, 19])
+    _, data, w = encoded(format)
+    w, x, g, i = np.asarray(w), draw(5, 48, seed=1), draw(5, 32, seed=2), np.array([0, 7, 19])
     assert (w.shape, format.outputs(data)) == ((48, 32), 32)
-    np.testing.assert_allclose(format.matmul(x, data), x @ w, atol=1e-4)
-    np.testing.assert_allclose(format.matmul_transposed(g, data, 48), g @ w.T, atol=1e-4)
-    np.testing.assert_allclose(format.columns(data, i, 48), w[:, i], atol=1e-6)
-    np.testing.assert_allclose(format.rows(data, i, 48), w[i], atol=1e-6)
+    products, columns, rows = used(format)(data, x, g, i)
+    chex.assert_trees_all_close(products, (x @ w, g @ w.T), atol=1e-4, rtol=0)
+    chex.assert_trees_all_close((columns, rows), (w[:, i], w[i]), atol=1e-6, rtol=0)
+
+
+@lru_cache
+def used(format):
+    """The program of every use: both products, columns, rows."""
+
+    def run(data, x, g, i):
+        products = format.matmul(x, data), format.matmul_transposed(g, data, 48)
+        return products, format.columns(data, i, 48), format.rows(data, i, 48)
+
+    return jax.jit(run)
 
 
 def stores(format, k, n):
@@ -98,32 +130,28 @@ def test_any_matrix_that_it_stores_comes_back(case):
 
 @all_formats
 def test_empty_products_and_look_ups_are_empty(format):
-    data = format.encode(draw(48, 32))
-    none = jnp.zeros(0, jnp.int32)
-    assert format.matmul(jnp.zeros((0, 48)), data).shape == (0, 32)
-    assert format.matmul_transposed(jnp.zeros((0, 32)), data, 48).shape == (0, 48)
-    assert format.columns(data, none, 48).shape == (48, 0)
-    assert format.rows(data, none, 48).shape == (0, 32)
+    none = np.zeros(0, np.int32)
+    found = used(format)(encoded(format)[1], np.zeros((0, 48)), np.zeros((0, 32)), none)
+    assert jax.tree.map(jnp.shape, found) == (((0, 32), (0, 48)), (48, 0), (0, 32))
 
 
 @pytest.mark.parametrize("format", [*FORMATS, jq.formats.Dense()], ids=str)
 def test_a_row_that_is_not_finite_is_nan_and_no_other(format):
     """Of products and of cotangents."""
-    data, x, g = format.encode(draw(48, 32)), draw(5, 48, seed=1), draw(5, 32, seed=2)
-    assert_rows_hold(lambda x: format.matmul(x, data), x)
-    assert_rows_hold(lambda x: format.matmul(x, data, "int8"), x)
-    assert_rows_hold(lambda g: format.matmul_transposed(g, data, 48), g)
+    data, x, g = encoded(format)[1], draw(5, 48, seed=1), draw(5, 32, seed=2)
+    assert_rows_hold(jax.jit(lambda x: format.matmul(x, data)), x)
+    assert_rows_hold(jax.jit(lambda x: format.matmul(x, data, "int8")), x)
+    assert_rows_hold(jax.jit(lambda g: format.matmul_transposed(g, data, 48)), g)
 
 
 @all_formats
 def test_its_shapes_are_known_beforehand_and_stacks_decode(format):
-    w = draw(48, 32)
-    data = format.encode(w)
+    w, data, value = encoded(format)
     chex.assert_trees_all_equal_shapes_and_dtypes(data, jax.eval_shape(format.encode, w))
     assert data["codes"].ndim == format.codes_ndim
-    two = jax.tree.map(lambda a, b: jnp.stack([a, b]), data, format.encode(-w))
-    whole = jax.vmap(lambda d: format.dequantize(d, 48))(two)
-    np.testing.assert_array_equal(whole[0], format.dequantize(data, 48))
+    two = jax.tree.map(lambda a, b: np.stack([a, b]), data, encoding(format)[0](-w))
+    whole = jax.jit(jax.vmap(lambda d: format.dequantize(d, 48)))(two)
+    np.testing.assert_allclose(whole[0], value, rtol=1e-6, atol=0)  # compiled differently
 
 
 @all_formats
