@@ -266,9 +266,8 @@ def test_layers_stacked_along_another_axis():
     check(fn, params, jq.quantize(params, jq.gptq(4, 16), stats), x)
 
 
-def test_as_an_array_and_as_a_tree_of_other_things():
+def test_as_a_tree_of_other_things():
     q = jq.quantize_array(draw(32, 16), FORMATS[0])
-    np.testing.assert_array_equal(np.asarray(q), q.dequantize())
     assert "(4, 16)" in repr(jax.tree.map(jnp.shape, q))
 
 
