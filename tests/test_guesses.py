@@ -1,4 +1,4 @@
-"""Quantizing without sites is a guess that says so; with sites the axes are those of the function."""
+"""Quantizing without sites is a guess that says so; with sites the axes are the function's own."""
 
 import warnings
 
@@ -79,19 +79,23 @@ def linen_model():
 
 def equinox_model():
     names = [f"attention/{name}_proj/weight" for name in ("query", "key", "value", "output")]
-    views = {name: ((64,), (64,)) for name in names} | {"head/weight": ((64,), (32,))}
+    views = dict.fromkeys(names, ((64,), (64,))) | {"head/weight": ((64,), (32,))}
     return lambda model, ids: jax.vmap(model)(ids), EquinoxModel(), views
 
 
 @pytest.mark.parametrize("model", [nnx_model, linen_model, equinox_model])
 def test_sites_know_the_axes_of_every_layer_of_a_framework(model):
     fn, params, views = model()
-    kept = "conv/.*: the function uses them by an .*; table/.*: the function only looks their rows up"
+    kept = (
+        "conv/.*: the function uses them by an .*; table/.*: the function only looks their rows up"
+    )
     with pytest.warns(UserWarning, match=kept) as said:
         packed = jq.quantize(params, RTN, jq.sites(fn, params, IDS))
     assert len(said) == 1
     assert "bias" not in str(said[0].message).replace("conv/bias", "")
-    found = {p: (w.view.k, w.view.n) for p, w in jq.path_leaves(packed) if isinstance(w, jq.QTensor)}
+    found = {
+        p: (w.view.k, w.view.n) for p, w in jq.path_leaves(packed) if isinstance(w, jq.QTensor)
+    }
     assert found == views
     explained = jq.explain(fn, packed, IDS)
     assert {use.path for use in explained.uses} == set(views)
@@ -124,7 +128,9 @@ def test_without_sites_attention_warns_once_and_its_biases_are_kept():
     state = nnx.state(nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0)))
     packed, said = warned(state, RTN)
     assert len(said) == 1
-    assert "key/kernel [64, 4, 16], out/kernel [4, 16, 64], query/kernel [64, 4, 16] and 1" in said[0]
+    assert (
+        "key/kernel [64, 4, 16], out/kernel [4, 16, 64], query/kernel [64, 4, 16] and 1" in said[0]
+    )
     rounded = [p for p, w in jq.path_leaves(packed) if isinstance(w, jq.QTensor)]
     assert rounded == [f"{name}/kernel" for name in ("key", "out", "query", "value")]
     # The warning comes before the error that a wrong guess ends in.

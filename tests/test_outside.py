@@ -248,7 +248,9 @@ def test_statistics_print_on_ten_lines(count):
     lines = str(stats).splitlines()
     assert len(lines) <= 10
     assert max(map(len, lines)) < 120
-    assert lines[0].startswith(f"Stats(weights in products: {count + 1}, inputs: {count + 1}, kept:")
+    assert lines[0].startswith(
+        f"Stats(weights in products: {count + 1}, inputs: {count + 1}, kept:"
+    )
     assert ("gram" in lines[0]) == (count > 3)
     assert f"{stats.nbytes:,d} bytes" in lines[0]
     assert re.fullmatch(r"  000/w +\[8, 8\] +5 tokens", lines[1])

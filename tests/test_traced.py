@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.core.sites import Site
 
 from .test_dispatch import draw
 
@@ -63,7 +64,8 @@ def test_rates_planned_from_values_have_none_when_traced(bits):
 
 def test_stacks_are_judged_matrix_by_matrix():
     stack = jnp.stack([W, W.at[3, 4].set(jnp.nan)])
-    q = jax.jit(lambda p: jq.quantize(p, jq.rtn(4, 16)))({"w": stack})["w"].dequantize()
+    found = {"w": Site("w", stack.shape, contracted=(1,), batch=(0,))}
+    q = jax.jit(lambda p: jq.quantize(p, jq.rtn(4, 16), found))({"w": stack})["w"].dequantize()
     assert bool(jnp.isfinite(q[0]).all())
     assert bool(jnp.isnan(q[1]).all())
     by_vmap = jax.vmap(lambda w: jq.quantize_array(w, jq.rtn(4, 16)).dequantize())(stack)

@@ -315,7 +315,8 @@ class QTensor(StandIn):
 
     def __repr__(self) -> str:
         if not all(hasattr(a, "shape") and is_array(a) for a in self.named.values()):
-            return f"QTensor({self.named}, {brief(self.format)})"  # a tree of shardings, for example
+            # It is a tree of shardings, for example.
+            return f"QTensor({self.named}, {brief(self.format)})"
         facts = [f"{self.logical_dtype}{list(self.shape)}", self.method, brief(self.format)]
         if self.activations is not None:
             facts.append(f"{self.activations} inputs")

@@ -197,8 +197,8 @@ def resolve(
 
     A bare method applies to every floating-point leaf of rank >= 2 that the function contracts.
     Without sites, it applies to every floating-point leaf of rank >= 2, except for leaves named
-    bias, scale or embedding, and for the biases and norms of stacked layers: leaves [layers, n] that
-    stand beside stacks [layers, k, n] in the tree. The axes are then those of `layout_of`.
+    bias, scale or embedding, and for the biases and norms of stacked layers: leaves [layers, n]
+    that stand beside stacks [layers, k, n] in the tree.
 
     Args:
       recipe: a `Recipe`, or a bare `Method`.
@@ -211,8 +211,8 @@ def resolve(
         to a leaf that cannot be quantized, a shape or group size does not fit, there is nothing to
         quantize, or the sites belong to another tree.
     Warns:
-      UserWarning: a bare method leaves weights in floating point, or the axes of weights are guessed
-        where a guess often fails; the message says why.
+      UserWarning: a bare method leaves weights in floating point, or the axes of weights are
+        guessed where a guess often fails; the message says why.
     """
     check_arguments(resolve, locals())
     leaves = path_leaves(params)

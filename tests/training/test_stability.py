@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.core.sites import Site
 from jaxquant.training import stability
 
 from ..test_dispatch import draw
@@ -109,7 +110,8 @@ def test_codes_are_what_is_packed(method):
 
 
 def test_stacks_are_watched_too():
-    p = jq.latent({"w": draw(3, 64, 8)}, jq.lsq(3, 16))
+    found = {"w": Site("w", (3, 64, 8), contracted=(1,), batch=(0,))}
+    p = jq.latent({"w": draw(3, 64, 8)}, jq.lsq(3, 16), found)
     state, same = stability.hold(stability.oscillations(p), p, 0.1)
     assert state["w"].code.shape == (3, 64, 8)
     np.testing.assert_array_equal(same["w"].data["codes"], p["w"].data["codes"])
