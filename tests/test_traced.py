@@ -87,8 +87,9 @@ def test_a_matrix_that_is_not_finite_is_refused_by_name():
     method = jq.Method("spoils", Spoils(), jq.Integer(4, 16))
     kept = {}
     tree = {"layers": {"w": jnp.stack([-jnp.abs(W), jnp.abs(W)])}}
+    found = {"layers/w": Site("layers/w", (2, *W.shape), contracted=(1,), batch=(0,))}
     with pytest.raises(ValueError, match=r"layers/w\[1\]: spoils made a matrix .* not finite"):
-        jq.quantize(tree, method, finished=kept)
+        jq.quantize(tree, method, found, finished=kept)
     assert list(kept) == ["layers/w[0]"]
     with pytest.raises(ValueError, match="w: spoils made"):
         jq.quantize_array(jnp.abs(W), method)
