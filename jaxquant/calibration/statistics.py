@@ -206,7 +206,37 @@ class Stats:
     @property
     def nbytes(self) -> int:
         """Number of bytes of all sums."""
-        return sum(a.nbytes for a in jax.tree.leaves(self.sums))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.sums))
+
+    def __repr__(self) -> str:
+        gathered = {name for sums in self.sums.values() for name in _gathered(sums)}
+        kinds = ", ".join(name for name in Probe._fields if name in gathered)
+        rows = [(p, str(list(self.sites[p].shape)), _tokens(self.of(p))) for p in self.holder]
+        widths = [max((len(row[i]) for row in rows[:_SHOWN]), default=0) for i in range(2)]
+        lines = [f"  {p:{widths[0]}}  {shape:{widths[1]}}  {of}" for p, shape, of in rows[:_SHOWN]]
+        if len(rows) > _SHOWN:
+            lines.append(f"  ... and {len(rows) - _SHOWN} more")
+        others = [p for p in self.sites if p not in self.holder]
+        if others:
+            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            lines.append(f"in no product: {', '.join(others[:_NAMED])}{more}")
+        head = f"Stats(weights in products: {len(self.holder)}, inputs: {len(self.sums)}, "
+        return "\n".join([f"{head}kept: {kinds or 'nothing'}, {self.nbytes:,d} bytes)", *lines])
+
+
+_SHOWN, _NAMED = 6, 4  # weights that printed statistics list, and name outside of all products
+
+
+def _gathered(sums: Probe) -> list[str]:
+    return [name for name, a in sums._asdict().items() if a is not None]
+
+
+def _tokens(sums: Probe) -> str:
+    """Describe how many rows of an input were seen, by each matrix of a stack."""
+    if isinstance(sums.rows, jax.core.Tracer) or not isinstance(sums.rows, jax.Array):
+        return ""  # shapes only
+    least, most = float(jnp.min(sums.rows)), float(jnp.max(sums.rows))
+    return f"{most:,.0f} tokens" if least == most else f"{least:,.0f} to {most:,.0f} tokens"
 
 
 def seen(x: Float[Array, "t k"], n: int) -> Stats:

@@ -34,6 +34,9 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
     `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so a program that it
     splits over several devices uses the reference implementations in plain JAX.
 
+    Outside of it a stand-in is not an array, and whatever uses it as one raises TypeError. So
+    functions that call a model are wrapped too: `jq.quantized(nnx.tabulate)(model, x)`.
+
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
       kernels: "auto" (default) uses the kernel of the platform the program is lowered for, if one

@@ -126,6 +126,23 @@ def shown(value: Any) -> str:
     return " ".join(short.repr(value).split())
 
 
+def brief(value: Any) -> str:
+    """Format a dataclass on one line: its integers, and other fields that differ from the default.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Grid:
+    ...     bits: int = 4
+    ...     clip: float = 1.0
+    >>> brief(Grid()), brief(Grid(clip=0.9))
+    ('Grid(bits=4)', 'Grid(bits=4, clip=0.9)')
+    """
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    given = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr)
+    parts = (f"{f.name}={brief(v)}" for f, v in given if type(v) is int or v != f.default)
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
 def check_positive(value: Any, *names: str) -> None:
     """Raise ValueError unless these fields are positive.
 

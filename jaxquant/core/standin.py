@@ -9,16 +9,18 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
+import wadler_lindig
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, PyTree
 
 from jaxquant.core import jax_private
+from jaxquant.core.outside import NotAnArray, tell_linen
 from pallas_kernels.context import Setting
 
 _notes = Setting[list | None]("notes", None)
@@ -105,7 +107,7 @@ class Pick(NamedTuple):
     fills: bool = False
 
 
-class StandIn(quax.ArrayValue):
+class StandIn(NotAnArray, quax.ArrayValue):
     """A weight seen through `order`: its axis i is axis `order[i]` of the stored array.
 
     `order` counts from the end and may be longer or shorter than the number of axes: `lax.scan` and
@@ -119,6 +121,9 @@ class StandIn(quax.ArrayValue):
         def order(self) -> tuple[int, ...]: ...
     else:
         order: eqx.AbstractVar[tuple[int, ...]]
+
+    def __check_init__(self) -> None:  # Equinox calls it after every construction
+        tell_linen()
 
     @abc.abstractmethod
     def stored_shape(self) -> tuple[int, ...]:
@@ -180,6 +185,23 @@ class StandIn(quax.ArrayValue):
         """Return the shape that the user's function sees."""
         stored = self.stored_shape()
         return tuple(stored[a] for a in self.axes())
+
+    @property
+    def __jax_array__(self) -> Callable[..., NoReturn]:
+        """What JAX asks of a value that is not an array.
+
+        quax and Equinox take any value that has it for an array, so inside a run it is absent.
+        """
+        if _running.get() is not None:
+            raise AttributeError("__jax_array__")
+        return self.refuse
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dtype}{list(self.shape)})"
+
+    def __pdoc__(self, **_: Any) -> wadler_lindig.AbstractDoc:
+        """Return what Equinox prints for it as a part of a module."""
+        return wadler_lindig.TextDoc(repr(self))
 
 
 def is_array(x: Any) -> bool:

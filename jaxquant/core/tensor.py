@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
-from jaxquant.core.fields import check_fields
+from jaxquant.core.fields import brief, check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.core.protocols import Format, Transform
 from jaxquant.core.standin import Pick, StandIn, arguments, is_array, note
@@ -142,7 +141,7 @@ class QTensor(StandIn):
     @property
     def nbytes(self) -> int:
         """Number of bytes of all arrays: codes, scales, zero points, codebooks."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self.arrays))
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self.arrays))
 
     @property
     def bits_per_weight(self) -> float:
@@ -177,7 +176,7 @@ class QTensor(StandIn):
         return self.rows_k if self.input is None else self.input.size(self.rows_k)
 
     def leading(self) -> int:
-        return self.data["codes"].ndim - self.format.codes_ndim
+        return len(self.data["codes"].shape) - self.format.codes_ndim
 
     def stored_shape(self) -> tuple[int, ...]:
         return (*self.data["codes"].shape[: self.leading()], *self.view.k, *self.outputs)
@@ -314,16 +313,15 @@ class QTensor(StandIn):
         view = dataclasses.replace(self.view, k=(int(first), *self.view.k[1:]))
         return dataclasses.replace(self, view=view, shared="")
 
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.dequantize(), dtype)
-
     def __repr__(self) -> str:
-        if not all(is_array(a) for a in self.named.values()):
-            return f"QTensor({self.named}, {self.format})"  # a tree of shardings, for example
-        return (
-            f"QTensor({self.logical_dtype}{list(self.shape)}, {self.format}, "
-            f"{self.bits_per_weight:.3f} bits per weight)"
-        )
+        if not all(hasattr(a, "shape") and is_array(a) for a in self.named.values()):
+            # It is a tree of shardings, for example.
+            return f"QTensor({self.named}, {brief(self.format)})"
+        facts = [f"{self.logical_dtype}{list(self.shape)}", self.method, brief(self.format)]
+        if self.activations is not None:
+            facts.append(f"{self.activations} inputs")
+        facts.append(f"{self.bits_per_weight:.3f} bits per weight")
+        return f"QTensor({', '.join(filter(None, facts))})"
 
 
 @functools.cache

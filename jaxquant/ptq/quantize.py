@@ -42,8 +42,9 @@ def quantize(
       recipe: a `Recipe`, or one `Method`, which then applies to every weight that the function
         contracts.
       stats: the result of `calibrate`, which methods with error feedback or fitted transforms need,
-        or of `sites`, which gives the axis layout only. With None, the last axis of each weight is
-        taken as the output and the one before it as the input.
+        or of `sites`, which tells how the function uses each weight. With None that is guessed: the
+        last axis of each weight is taken as the output and the one before it as the input, which
+        is wrong for an Equinox `Linear` and for attention weights with an axis of heads.
       key: PRNG key for methods that draw random numbers (rotations, k-means), such as
         `jax.random.key(1)`; an integer seed is refused. Default: `jax.random.key(0)`.
       inspect: function that scores the candidates of a searched transform, in place of the error of
@@ -63,12 +64,17 @@ def quantize(
         statistics are checked before any computation.
     Warns:
       If the damping of a second moment had to be raised, statistics are all zero, the format loses
-      some of the weights' range, or a bare method leaves weights floating.
+      some of the weights' range, a bare method leaves weights floating, or `stats` is None and the
+      guess is likely to be wrong.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> q = jq.quantize({"w": jnp.ones((64, 32)), "b": jnp.zeros(8)}, jq.rtn(bits=4))
-    >>> q["w"].bits_per_weight, q["b"].shape
-    (4.3125, (8,))
+    >>> fn = lambda p, x: x @ p["w"].T + p["b"]
+    >>> params, x = {"w": jnp.ones((32, 64)), "b": jnp.zeros(32)}, jnp.ones((2, 64))
+    >>> q = jq.quantize(params, jq.rtn(bits=4), jq.sites(fn, params, x))
+    >>> q["w"], q["b"].shape
+    (QTensor(float32[32, 64], rtn, Integer(bits=4, group_size=64), 4.312 bits per weight), (32,))
+    >>> jq.quantized(fn)(q, x).shape
+    (2, 32)
     """
     check_arguments(quantize, locals())
     _check_not_differentiated(params)

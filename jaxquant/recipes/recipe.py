@@ -20,6 +20,7 @@ from jaxquant.core.tensor import View
 from jaxquant.core.tree import leaf_bytes
 from jaxquant.methods.method import KEEP, Keep, Method
 from jaxquant.methods.registry import named_method
+from jaxquant.recipes.guesses import is_vector, no_factors, warn_of_guesses
 from jaxquant.recipes.serialize import from_json, to_json
 
 
@@ -195,8 +196,9 @@ def resolve(
     """Return the plan of a recipe for a tree of arrays or shapes.
 
     A bare method applies to every floating-point leaf of rank >= 2 that the function contracts.
-    Without sites, it applies to every floating-point leaf of rank >= 2, except for the biases and
-    norms of stacked layers: leaves [layers, n] that stand beside stacks [layers, k, n] in the tree.
+    Without sites, it applies to every floating-point leaf of rank >= 2, except for leaves named
+    bias, scale or embedding, and for the biases and norms of stacked layers: leaves [layers, n]
+    that stand beside stacks [layers, k, n] in the tree.
 
     Args:
       recipe: a `Recipe`, or a bare `Method`.
@@ -209,21 +211,35 @@ def resolve(
         to a leaf that cannot be quantized, a shape or group size does not fit, there is nothing to
         quantize, or the sites belong to another tree.
     Warns:
-      UserWarning: a bare method leaves weights in floating point; the message says why.
+      UserWarning: a bare method leaves weights in floating point, or the axes of weights are
+        guessed where a guess often fails; the message says why.
     """
     check_arguments(resolve, locals())
     leaves = path_leaves(params)
     _check_sites(leaves, found)
     if isinstance(recipe, Method):
-        stacks = {_stack_of(p, w) for p, w in leaves if is_weight(w) and len(w.shape) > 2}
-        use = lambda p, w: recipe if _contracted(p, w, found, stacks) else KEEP
+        kept = _unused(leaves, found)
+        use = lambda p, w: recipe if is_weight(w) and p not in kept else KEEP
         chosen = [(p, w, use(p, w)) for p, w in leaves]
         if all(m is KEEP for _, _, m in chosen):
             raise ValueError(_nothing(leaves, found))
-        _warn_of_kept(chosen, found)
+        _warn_of_kept(chosen, kept)
     else:
         chosen = _match(recipe, leaves)
+    if found is None:
+        guessed = [(p, tuple(w.shape)) for p, w, m in chosen if m is not KEEP]
+        warn_of_guesses(guessed, stacklevel=3)
     return Plan(tuple(_entry(p, w, m, (found or {}).get(p)) for p, w, m in chosen))
+
+
+def _unused(
+    leaves: Sequence[tuple[str, PyTree]], found: Mapping[str, Site] | None
+) -> dict[str, str]:
+    """Return the weights that no product contracts, and why; "" for biases and scales."""
+    if found is None:
+        return no_factors(leaves)
+    kept = [p for p, w in leaves if is_weight(w) and not found[p].contracted]
+    return {p: "" if is_vector(p) else _why_kept(found[p]) for p in kept}
 
 
 def _nothing(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None) -> str:
@@ -234,6 +250,9 @@ def _nothing(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None)
     if any(is_standin(w) for _, w in leaves):
         came += " (already quantized: pass jaxquant.dequantize(params), or the floating tree)"
     what = "floating array of rank >= 2"
+    if found is None and any(is_weight(w) for _, w in leaves):
+        came += "; name what to round in a Recipe, or pass jq.sites(fn, params, x)"
+        return f"nothing to quantize: no {what} looks like a factor of products; {came}"
     if found is None or not any(is_weight(w) for _, w in leaves):
         return f"nothing to quantize: expected a {what}, but {came}"
     return f"nothing to quantize: the function multiplies by no {what} directly; {came}"
@@ -252,15 +271,14 @@ def _check_sites(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | N
 
 
 def _warn_of_kept(
-    chosen: list[tuple[str, PyTree, Method | Keep]], found: Mapping[str, Site] | None
+    chosen: list[tuple[str, PyTree, Method | Keep]], reasons: Mapping[str, str]
 ) -> None:
     """Warn about weights that a bare method could quantize but leaves in floating point."""
     sizes = [w.size for _, w, _ in chosen if is_standin(w) or _floating(w)]
     kept: dict[str, list[tuple[str, int]]] = {}
-    for path, w, method in sorted(chosen, key=lambda one: -getattr(one[1], "size", 0)):
-        if method is KEEP and is_weight(w):
-            why = _why_kept((found or {}).get(path))
-            kept.setdefault(why, []).append((path, w.size))
+    for path, w, _ in sorted(chosen, key=lambda one: -getattr(one[1], "size", 0)):
+        if reasons.get(path):
+            kept.setdefault(reasons[path], []).append((path, w.size))
     if kept:
         texts = [f"{named(which, sum(sizes))}: {why}" for why, which in kept.items()]
         warnings.warn(
@@ -270,25 +288,12 @@ def _warn_of_kept(
         )
 
 
-def _why_kept(site: Site | None) -> str:
-    if site is None:
-        return "without statistics they look like one vector for each layer of a stack"
+def _why_kept(site: Site) -> str:
     if site.otherwise:
         return "the function uses them by an operation that is not followed (a reshape, ...)"
     if site.gathered is not None:
         return "the function only looks their rows up"
     return "the function multiplies nothing by them"
-
-
-def _contracted(path: str, w: PyTree, found: Mapping[str, Site] | None, stacks: set) -> bool:
-    if found is not None:
-        return is_weight(w) and bool(found[path].contracted)
-    return is_weight(w) and not (len(w.shape) == 2 and _stack_of(path, w) in stacks)
-
-
-def _stack_of(path: str, w: PyTree) -> tuple[str, int]:
-    """Return the key shared by the leaves of a stack of layers: place in the tree and length."""
-    return path.rpartition("/")[0].partition("/")[0], w.shape[0]
 
 
 def _floating(w: PyTree) -> bool:

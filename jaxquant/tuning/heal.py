@@ -116,7 +116,8 @@ def heal_blocks(
     >>> w = jax.random.normal(jax.random.key(0), (2, 32, 32)) / 4
     >>> x = np.random.default_rng(0).normal(size=(16, 4, 32)).astype(np.float32)
     >>> block = lambda p, h: h + jnp.tanh(h @ p["w"])
-    >>> q = jq.quantize({"w": w}, jq.rtn(bits=2, group_size=16))
+    >>> fn = lambda p, h: jax.lax.scan(lambda h, p: (block(p, h), None), h, p)[0]
+    >>> q = jq.quantize({"w": w}, jq.rtn(2, 16), jq.sites(fn, {"w": w}, x[0]))
     >>> heal_blocks(block, q, {"w": w}, x)["w"].shape
     (2, 32, 32)
     """

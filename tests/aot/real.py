@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from jaxquant.core.sites import Site
 from jaxquant.rounding import Nearest
 
 # Hidden and inner widths of public models, those of SmolLM2, Qwen, Gemma, Llama, Falcon and gpt-oss
@@ -104,5 +105,8 @@ def parts(
 
 
 def _quantized(w: Any, *, method: jq.Method, activations: str, count: int) -> Any:
-    w = jq.quantize({"w": jnp.stack([w] * count) if count else w}, method)["w"]
+    params = {"w": jnp.stack([w] * count) if count else w}
+    axes = (1,) if count else (0,)
+    found = {"w": Site("w", params["w"].shape, contracted=axes, batch=(0,) if count else ())}
+    w = jq.quantize(params, method, found)["w"]
     return w if activations == "float" else jq.ptq.with_activations({"w": w}, activations)["w"]

@@ -102,7 +102,8 @@ def test_slices_of_a_stack(name):
 
 def test_an_index_out_of_range_is_what_jax_gives():
     ids = IDS.at[1].set(99)
-    q = jq.quantize({"up": EXPERTS}, jq.rtn(4, 16))
+    look = lambda p, x: jnp.einsum("td,tdf->tf", x, p["up"][IDS])
+    q = jq.quantize({"up": EXPERTS}, jq.rtn(4, 16), jq.sites(look, {"up": EXPERTS}, X))
     for mode in ("fill", "clip"):
         fn = lambda p, x, m=mode: jnp.einsum("td,tdf->tf", x, jnp.take(p["up"], ids, 0, mode=m))
         want = fn(jq.dequantize(q), X)
@@ -114,7 +115,7 @@ def test_nothing_dense_is_made_of_experts():
     """The compiled program holds no floating array of the size of the stack."""
     params = {"up": draw(64, 32, 16)}
     fn = lambda p, x: jnp.einsum("td,tdf->tf", x, p["up"][IDS[:2]])
-    q = jq.quantize(params, jq.rtn(4, 16))
+    q = jq.quantize(params, jq.rtn(4, 16), jq.sites(fn, params, X[:2]))
     text = jax.jit(jq.quantized(fn)).lower(q, X[:2]).as_text()
     assert "64x32x16xf32" not in text
     assert "64x32x16xf32" in jax.jit(fn).lower(jq.dequantize(q), X[:2]).as_text()
@@ -261,9 +262,13 @@ def test_what_a_bare_method_leaves_is_told():
 
 def test_vectors_of_a_stack_are_left_alone():
     tree = {"layers": {"w": draw(4, 32, 16), "norm": draw(4, 32)}, "head": draw(32, 64)}
-    with pytest.warns(UserWarning, match=r"layers/norm \(3.*one vector for each layer of a stack"):
+    with pytest.warns(UserWarning, match="one vector for each layer of a stack|guessed") as said:
         q = jq.quantize(tree, jq.rtn(4, 16))
     packed = [p for p, w in jq.core.path_leaves(q) if isinstance(w, jq.QTensor)]
     assert packed == ["head", "layers/w"]
+    kept, guessed = (str(w.message) for w in said)
+    assert "layers/norm (3" in kept
+    assert "the input of layers/w [4, 32, 16];" in guessed
     named = jq.Recipe([("*", jq.rtn(4, 4))])
-    assert isinstance(jq.quantize(tree, named)["layers"]["norm"], jq.QTensor)
+    with pytest.warns(UserWarning, match="guessed"):
+        assert isinstance(jq.quantize(tree, named)["layers"]["norm"], jq.QTensor)

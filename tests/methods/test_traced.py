@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.core.sites import Site
 from tests.support.arrays import draw
 
 K, N = 64, 32
@@ -62,7 +63,8 @@ def test_rates_planned_from_values_have_none_when_traced(bits):
 
 def test_stacks_are_judged_matrix_by_matrix():
     stack = jnp.stack([W, W.at[3, 4].set(jnp.nan)])
-    q = jax.jit(lambda p: jq.quantize(p, jq.rtn(4, 16)))({"w": stack})["w"].dequantize()
+    found = {"w": Site("w", stack.shape, contracted=(1,), batch=(0,))}
+    q = jax.jit(lambda p: jq.quantize(p, jq.rtn(4, 16), found))({"w": stack})["w"].dequantize()
     assert bool(jnp.isfinite(q[0]).all())
     assert bool(jnp.isnan(q[1]).all())
     by_vmap = jax.vmap(lambda w: jq.quantize_array(w, jq.rtn(4, 16)).dequantize())(stack)
@@ -84,8 +86,9 @@ def test_a_matrix_that_is_not_finite_is_refused_by_name():
     method = jq.Method("spoils", Spoils(), jq.formats.Integer(4, 16))
     kept = {}
     tree = {"layers": {"w": jnp.stack([-jnp.abs(W), jnp.abs(W)])}}
+    found = {"layers/w": Site("layers/w", (2, *W.shape), contracted=(1,), batch=(0,))}
     with pytest.raises(ValueError, match=r"layers/w\[1\]: spoils made a matrix .* not finite"):
-        jq.quantize(tree, method, finished=kept)
+        jq.quantize(tree, method, found, finished=kept)
     assert list(kept) == ["layers/w[0]"]
     with pytest.raises(ValueError, match="w: spoils made"):
         jq.quantize_array(jnp.abs(W), method)

@@ -80,6 +80,13 @@ def partitioned():
     return eqx.partition(params, jq.trained(params, "weight"))
 
 
+def quantized_mlp():
+    """An Equinox module, whose weights are [outputs, inputs]."""
+    mlp = eqx.nn.MLP(32, 32, 64, 2, key=jax.random.key(0))
+    sites = jq.sites(lambda mlp, x: mlp(x), mlp, jnp.ones(32))
+    return jq.quantize(mlp, jq.rtn(4, 16), sites)
+
+
 TREES = {
     "dicts": lambda: {"0": {"a": jnp.ones(2)}, "e": {}, "n": None},
     "integers": lambda: {"layers": {0: jnp.ones(2), 10: {"w": jnp.zeros(2)}, 9: jnp.ones(1)}},
@@ -91,9 +98,7 @@ TREES = {
     "ordered": lambda: OrderedDict(b=jnp.ones(1), a=jnp.zeros(1)),
     "linen": lambda: nn.FrozenDict({"params": {"w": nn.Partitioned(jnp.asarray(W), ("x", None))}}),
     "equinox": lambda: eqx.nn.MLP(2, 3, 4, 2, key=jax.random.key(0)),
-    "equinox, quantized": lambda: jq.quantize(
-        eqx.nn.MLP(32, 32, 64, 2, key=jax.random.key(0)), jq.rtn(4, 16)
-    ),
+    "equinox, quantized": quantized_mlp,
     "variables": lambda: {"w": nnx.Param(jnp.asarray(W)), "s": [nnx.BatchStat(jnp.ones(2))]},
     "module": net,
     "state": lambda: nnx.state(net()),

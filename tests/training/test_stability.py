@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.core.sites import Site
 from jaxquant.training import stability
 from tests.support.arrays import draw
 
@@ -108,7 +109,8 @@ def test_codes_are_what_is_packed(method):
 
 
 def test_stacks_are_watched_too():
-    p = jq.latent({"w": draw(3, 64, 8)}, jq.lsq(3, 16))
+    found = {"w": Site("w", (3, 64, 8), contracted=(1,), batch=(0,))}
+    p = jq.latent({"w": draw(3, 64, 8)}, jq.lsq(3, 16), found)
     state, same = stability.hold(stability.oscillations(p), p, 0.1)
     assert state["w"].code.shape == (3, 64, 8)
     np.testing.assert_array_equal(same["w"].data["codes"], p["w"].data["codes"])
@@ -144,7 +146,8 @@ def test_a_threshold_that_one_change_passes():
 def test_a_group_with_an_outlier_moves_as_the_others_do():
     """In steps of its own grid (the wrong variant) it would move 100 times as far."""
     w = jnp.ones((64, 2, 128)).at[3, :, 0].set(100.0)  # batch, k, n: columns are groups of two
-    p = jq.latent({"w": w}, jq.lsq(4, 2, init="range", scale_dtype="float32"))
+    found = {"w": Site("w", w.shape, contracted=(1,), batch=(0,))}
+    p = jq.latent({"w": w}, jq.lsq(4, 2, init="range", scale_dtype="float32"), found)
     codes = p["w"].data["codes"]
     update = {"w": dataclasses.replace(p["w"], data={"codes": jnp.ones_like(codes)})}
     moved = np.asarray(stability.times_steps(update, p)["w"].data["codes"])

@@ -171,7 +171,8 @@ def test_a_step_takes_the_memory_of_inference():
     """Parameters donated, no gradient stored: of a stack of layers, less than a tenth more."""
     layers = {"w": draw(64, 128, 128) / 11}
     fn = lambda p, x: jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0])
-    p, x = jq.latent(layers, jq.lsq(4, 64)), draw(4, 128)
+    x = draw(4, 128)
+    p = jq.latent(layers, jq.lsq(4, 64), jq.sites(fn, layers, x))
     loss = jq.quantized(fn)
     of = lambda compiled: compiled.memory_analysis()
     total = lambda m: m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes

@@ -169,11 +169,9 @@ def test_a_rotated_weight_is_the_same_function(side):
 
 def test_stacks_of_rotated_weights_run_in_a_scan():
     w, x = draw(3, 48, 48) / 7, draw(5, 48, seed=1)
-    q = jq.quantize(
-        {"w": w},
-        jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), jq.transforms.Rotation()),
-    )
+    method = jq.Method("m", Nearest(), FINE, jq.transforms.Rotation(), jq.transforms.Rotation())
     fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+    q = jq.quantize({"w": w}, method, jq.sites(fn, {"w": w}, x))
     got = jax.jit(jq.quantized(fn))(q, x)
     np.testing.assert_allclose(got, fn(jq.dequantize(q), x), atol=1e-4)
     signs = q["w"].named["input.signs"]

@@ -462,7 +462,7 @@ def test_a_decoding_loop_holds_no_float_copy_of_the_weights():
 def test_generate_on_the_real_model_stays_below_a_float_copy():
     model = load("smollm2-135m")
     recipe = jq.Recipe([("*kernel", jq.rtn()), ("*embedding", jq.rtn()), ("*", jq.KEEP)])
-    params = jax.eval_shape(lambda p: jq.quantize(p, recipe), model.params)
+    params = jax.eval_shape(lambda p: jq.quantize(p, recipe, model.sites()), model.params)
     fixed = (jq.quantized(model.apply_cached), model.config, 32, jnp.dtype("float32"))
     scalars = [jax.ShapeDtypeStruct((), d) for d in ("int32", "int32", "float32")]
     prompt = jax.ShapeDtypeStruct((1, 32), "int32")

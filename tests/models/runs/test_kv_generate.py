@@ -162,7 +162,8 @@ def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
 
 
 def rounded_inputs(model, form):
-    params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
+    with pytest.warns(UserWarning, match="guessed"):  # rightly: stacks of layers
+        params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
     return jq.ptq.with_activations(params, form)
 
 

@@ -39,7 +39,7 @@ def stats(tiny):
 
 def rounded(model, activations):
     """Weights of 8 bits, and inputs as said."""
-    params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
+    params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)), model.sites())
     return jq.ptq.with_activations(params, activations)
 
 
