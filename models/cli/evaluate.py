@@ -11,9 +11,11 @@ from jaxquant.evaluate import check_sizes, evaluate
 from jaxquant_models.cli.console import bar, emit, line, usage_errors
 from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
 from jaxquant_models.cli.sizes import kv_sizes, sizes_of
+from jaxquant_models.cli.speed import scoring_speed
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Apply, Model
 from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.measuring import Phase
 from jaxquant_models.runs.sequences import token_sequences
 from jaxquant_models.runs.serving import serving_model
 
@@ -64,10 +66,12 @@ def evaluate_command(
     logits = jq.quantized(
         student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
     )
-    with bar("evaluating", len(sequences)) as step:
+    phase = Phase(tokens=sequences.size)
+    with bar("evaluating", len(sequences)) as step, phase.timed():
         result = evaluate(logits, student.params, sequences, against=teacher, progress=step)
     report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-    emit({**report, **sizes, **kv_sizes(kv, student.config)}, as_json)
+    speed = scoring_speed(phase, student.params)
+    emit({**report, **sizes, **kv_sizes(kv, student.config), **speed}, as_json)
 
 
 def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:

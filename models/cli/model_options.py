@@ -9,6 +9,7 @@ import click
 import jaxquant as jq
 from jaxquant.formats.kv_cache import ROPE, KVFormat
 from jaxquant_models.cli.console import usage_errors
+from jaxquant_models.cli.options import SEED
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 
@@ -32,6 +33,20 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
     if activations is None:
         return model
     return dataclasses.replace(model, params=jq.with_activations(model.params, activations))
+
+
+def sampling_options(command: Callable) -> Callable:
+    """Add the options of sampling, `--temperature` and `--seed`, to a command.
+
+    Args:
+      command: the function of the command.
+    """
+    command = click.option("--seed", type=SEED, default=0, show_default=True,
+                           help="Seed of the sampling.")(command)  # fmt: skip
+    return click.option(
+        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True,
+        help="Sampling temperature; 0 always takes the most likely token.",
+    )(command)  # fmt: skip
 
 
 def kv_options(command: Callable) -> Callable:

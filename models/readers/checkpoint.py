@@ -14,6 +14,7 @@ from pydantic import JsonValue
 import jaxquant as jq
 from jaxquant.storage import checkpoint
 from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.schemas.files import CheckpointMetadata
@@ -41,7 +42,8 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
         f"{folder} is a checkpoint of no language model: its metadata",
     )
     config = LlamaConfig.from_json(held.config)
-    tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}")
+    chat = held.chat and ChatTemplate.from_json(held.chat, f"the chat template of {folder}")
+    tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}", chat)
     tokenizer.check_rows(config.vocab_size)
     if widen:
         wide = lambda w: w if _packed(w) else w.astype(dtype)
@@ -75,6 +77,8 @@ def save_model(
         "tokenizer": model.tokenizer.to_json(),
         "prefix": model.prefix,
     }
+    if model.tokenizer.chat is not None:
+        needed["chat"] = model.tokenizer.chat.to_json()
     whole = {**needed, **(metadata or {})}
     checkpoint.save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite)
 
