@@ -24,10 +24,18 @@ from jaxquant_models.runs.serving import serving_model
 
 @click.command()
 @click.argument("model")
-@click.option("--system", default="",
-              help="System message; by default, that of the chat template.")  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True,
-              help="Largest number of tokens of an answer.")  # fmt: skip
+@click.option(
+    "--system",
+    default="",
+    help="System message. The default is that of the chat template, if it has one.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Maximum number of tokens in an answer.",
+)
 @sampling_options
 @activations_option
 @kv_options

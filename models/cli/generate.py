@@ -25,15 +25,24 @@ from jaxquant_models.runs.serving import serving_model
 @click.command()
 @click.argument("model")
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--chat", "as_chat", is_flag=True,
-              help="Treat the prompt as a message, to which MODEL answers: wrap it in the chat "
-              "template of MODEL.")  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True,
-              help="Largest number of tokens to generate.")  # fmt: skip
+@click.option(
+    "--chat",
+    "as_chat",
+    is_flag=True,
+    help="Treat the prompt as a message, to which MODEL answers: wrap it in the chat "
+    "template of MODEL.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Maximum number of tokens to generate.",
+)
 @sampling_options
 @activations_option
 @kv_options
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def generate(
     model: str,
     prompt: str,

@@ -48,7 +48,7 @@ class ChatTemplate:
           messages: the messages so far.
           answer: whether the text ends with the beginning of an answer of the assistant.
         Raises:
-          ValueError: the template is not valid, rejects the messages, or goes beyond the limits; the
+          ValueError: the template is not valid, rejects the messages, or exceeds the limits; the
             message is one line.
 
         >>> ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}").render(
@@ -133,7 +133,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks answers for training; it prints them."""
+    """Prints what is between {% generation %} and {% endgeneration %}, which are for training."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 

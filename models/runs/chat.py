@@ -1,4 +1,4 @@
-"""Conversations with a model: its chat template, its end-of-turn token, and a cache that is kept."""
+"""Conversations with a model by its chat template, with a cache that is kept between answers."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -26,8 +26,9 @@ def template_of(model: Model) -> ChatTemplate:
     """
     if model.tokenizer.chat is None:
         raise ValueError(
-            f"{model.name} has no chat template, so it was not trained to answer; continue a text "
-            f"with `jaxquant generate`, or add the file chat_template.jinja to its folder"
+            f"{model.name} has no chat template, so it can only continue texts (jaxquant "
+            f"generate); a checkpoint written before jaxquant 0.2 lacks it: quantize the model "
+            f"again"
         )
     return model.tokenizer.chat
 
