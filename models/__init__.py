@@ -7,6 +7,8 @@ signal handlers before the heavy imports run.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxquant_models.readers.packages import missing_package
+
 if TYPE_CHECKING:
     from jaxquant_models.architectures.blocks import blockwise
     from jaxquant_models.architectures.cache import init_cache
@@ -42,4 +44,9 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if not (message := missing_package(error)):
+            raise
+        raise ModuleNotFoundError(message, name=error.name) from error

@@ -61,6 +61,19 @@ def test_what_is_imported_later_has_a_name():
         _ = jq.nothing
 
 
+@pytest.mark.parametrize("module", ["gguf", "click"])
+def test_the_command_without_its_extra_says_what_to_install(module):
+    code = f"import sys; sys.modules[{module!r}] = None; "
+    want = f"the package {module!r} is not installed; run: pip install 'jaxquant[models]'"
+    command = [sys.executable, "-c", code + "from jaxquant_models.cli.entry import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {want}\n")
+    if module == "gguf":
+        command[-1] = code + "import jaxquant_models; jaxquant_models.load"
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stderr.endswith(f"ModuleNotFoundError: {want}\n")
+
+
 # --- the wheel
 
 OUTSIDE = """
@@ -129,8 +142,12 @@ def test_the_wheel_in_a_fresh_venv(tmp_path):
 
     run(uv, "venv", "-q", "-p", sys.executable, tmp_path / "venv")
     python = tmp_path / "venv/bin/python"
-    run(uv, "pip", "install", "-q", "-p", python, f"{wheel}[models]")
     outside = {"cwd": tmp_path / "venv", "env": {"XDG_CACHE_HOME": str(tmp_path / "cache")}}
+    run(uv, "pip", "install", "-q", "-p", python, wheel)
+    said = run(tmp_path / "venv/bin/jaxquant", "--help", status=1, **outside)
+    assert said.endswith("is not installed; run: pip install 'jaxquant[models]'\n")
+    assert said.count("\n") == 1
+    run(uv, "pip", "install", "-q", "-p", python, f"{wheel}[models]")
     assert "No module named 'models'" in run(python, "-c", "import models", status=1, **outside)
     assert Path(kernels).name in run(python, "-c", OUTSIDE, **outside)
     assert not (tmp_path / "cache/jaxquant").exists()  # nothing was compiled there

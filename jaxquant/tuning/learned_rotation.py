@@ -145,7 +145,7 @@ class _Stream:
         if not weights and all(m.method.activations is None for m in reads):
             raise ValueError(
                 "nothing to learn: no input that comes off the residual stream is rounded, nor, in "
-                "the loop, any weight of it; name a form of activations (--activation-bits 4)"
+                "the loop, any weight of it; name a form of activations (--activations int4)"
             )
         for wanted, axis, ms in (("reads", -2, reads), ("writes to", -1, writes)):
             for entry in ms:

@@ -1,4 +1,4 @@
-"""The command `jaxquant`: quantize, finetune, train-bitnet, eval, generate, inspect."""
+"""The command `jaxquant`: quantize, finetune, train-bitnet, eval, generate, chat, inspect."""
 
 from jaxquant_models.cli import interrupts
 
@@ -12,6 +12,7 @@ import warnings
 import click
 
 import jaxquant as jq
+from jaxquant_models.cli.chat import chat
 from jaxquant_models.cli.console import line
 from jaxquant_models.cli.evaluate import evaluate_command
 from jaxquant_models.cli.finetune import finetune
@@ -27,7 +28,7 @@ def cli() -> None:
     """Quantize language models, and run and measure them."""
 
 
-for command in (quantize, finetune, train_bitnet, evaluate_command, generate, inspect):
+for command in (quantize, finetune, train_bitnet, evaluate_command, generate, chat, inspect):
     cli.add_command(command)
 
 

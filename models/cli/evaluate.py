@@ -11,30 +11,41 @@ from jaxquant.evaluation import check_sizes, evaluate
 from jaxquant_models.cli.console import bar, emit, line, usage_errors
 from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
 from jaxquant_models.cli.sizes import kv_sizes, sizes_of
+from jaxquant_models.cli.speed import scoring_speed
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Apply, Model
 from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.measuring import Phase
 from jaxquant_models.runs.sequences import token_sequences
 from jaxquant_models.runs.serving import serving_model
 
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--text", required=True, help="Text to score: a FILE or builtin.")
-@click.option("--ctx", type=int, default=512, show_default=True, help="Tokens in a chunk.")
-@click.option("--chunks", type=int, default=None, help="Chunks to score; default: all.")
-@click.option("--against", default=None, metavar="MODEL",
-              help="Model to compare with: KL divergence and top-1 agreement.")  # fmt: skip
+@click.option("--text", required=True, help="Text to score: a FILE, or builtin.")
+@click.option(
+    "--ctx", type=int, default=512, show_default=True, help="Number of tokens in a chunk."
+)
+@click.option(
+    "--chunks", type=int, default=None, help="Number of chunks to score. The default is all."
+)
+@click.option(
+    "--against",
+    default=None,
+    metavar="MODEL",
+    help="Model to compare with. The report then has the KL divergence from its predictions, "
+    "and how often both rank the same token first.",
+)
 @activations_option
 @kv_options
 @click.option(
     "--strict/--no-strict",
     default=None,
-    help="With --kv-bits, --strict (the default) rounds all keys and values that a token sees, "
-    "except sinks and the last --kv-window tokens; --no-strict rounds those that decoding token "
-    "by token would have rounded by then.",
+    help="Which keys and values are rounded with --kv-bits. --strict, the default, rounds all that "
+    "a token sees except --kv-sinks and --kv-window. --no-strict rounds only those that would "
+    "be rounded at that point in generation, which are fewer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def evaluate_command(
     model: str,
     text: str,
@@ -48,7 +59,8 @@ def evaluate_command(
 ) -> None:
     """Print the perplexity of MODEL on a text.
 
-    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant.
+    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant. The
+    speed counts all tokens of the chunks, and with --against the time of both models.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded
@@ -64,10 +76,12 @@ def evaluate_command(
     logits = jq.quantized(
         student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
     )
-    with bar("evaluating", len(sequences)) as step:
+    phase = Phase(tokens=sequences.size)
+    with bar("evaluating", len(sequences)) as step, phase.timed():
         result = evaluate(logits, student.params, sequences, against=teacher, progress=step)
     report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-    emit({**report, **sizes, **kv_sizes(kv, student.config)}, as_json)
+    speed = scoring_speed(phase, student.params)
+    emit({**report, **sizes, **kv_sizes(kv, student.config), **speed}, as_json)
 
 
 def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:

@@ -24,50 +24,107 @@ from jaxquant_models.runs.sequences import CONTEXT
 
 @click.command()
 @click.argument("model")
-@click.option("--method", type=click.Choice(sorted(METHODS)), default="qat", show_default=True,
-              help="qat trains by gradients; zeroqat by forward passes, in the "
-              "memory of inference.")  # fmt: skip
-@click.option("--bits", type=int, default=None,
-              help="Bits per weight, for a MODEL with float weights; default 4.")  # fmt: skip
-@click.option("--group-size", type=int, default=None,
-              help="Input channels that share a scale, for a float MODEL; default 64.")  # fmt: skip
-@click.option("--only", multiple=True, metavar="GLOB",
-              help="Weights to train, such as '*attn/[qv]/kernel'; others stay "
-              "packed.")  # fmt: skip
-@click.option("--text", default=None, help="Training text: a FILE or builtin.")
-@click.option("--generated", type=click.IntRange(0), default=0, show_default=True,
-              help="Number of sequences that the teacher writes, to train on as well.")  # fmt: skip
-@click.option("--context", type=click.IntRange(2), default=CONTEXT, show_default=True,
-              help="Tokens in a sequence.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(0), required=True,
-              help="Steps of end-to-end training.")  # fmt: skip
-@click.option("--block-steps", type=click.IntRange(0), default=0, show_default=True,
-              help="Steps of training each layer alone, first, to match the teacher's "
-              "layer.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
-              help="Sequences in one training step.")  # fmt: skip
-@click.option("--teacher", default=None, metavar="MODEL",
-              help="Model whose predictions are the target; default: MODEL, if its weights are "
-              "floats. With none, the target is the next token of the text.")  # fmt: skip
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="Set any field of jaxquant.training.QAT or ZeroQAT for --steps, in JSON: "
-              "--set learning_rate=1e-4, --set dampening=0.1.")  # fmt: skip
-@click.option("--set-blocks", "block_settings", multiple=True, metavar="NAME=VALUE",
-              help="The same for --block-steps.")  # fmt: skip
-@click.option("--metrics", default=None, metavar="DIR", help="Directory for JSONL and TensorBoard.")
+@click.option(
+    "--method",
+    type=click.Choice(sorted(METHODS)),
+    default="qat",
+    show_default=True,
+    help="qat trains by gradients. zeroqat trains by forward passes only, and needs as little "
+    "memory as inference.",
+)
+@click.option(
+    "--bits",
+    type=int,
+    default=None,
+    help="Number of bits per weight, for a MODEL with float weights. The default is 4.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    default=None,
+    help="Number of input channels that share a scale, for a MODEL with float weights. The "
+    "default is 64.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="GLOB",
+    help="Pattern of the weights to train, such as '*attn/[qv]/kernel'. The other weights stay "
+    "packed. This option may be given several times.",
+)
+@click.option("--text", default=None, help="Text for training: a FILE, or builtin.")
+@click.option(
+    "--generated",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of sequences that the teacher writes, which are added to the training text.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(2),
+    default=CONTEXT,
+    show_default=True,
+    help="Number of tokens in a sequence.",
+)
+@click.option(
+    "--steps", type=click.IntRange(0), required=True, help="Number of steps of end-to-end training."
+)
+@click.option(
+    "--block-steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of steps that first train each layer alone, so that it matches the layer of "
+    "the teacher.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of sequences in one training step.",
+)
+@click.option(
+    "--teacher",
+    default=None,
+    metavar="MODEL",
+    help="Model whose predictions are the target of the training. The default is MODEL, if its "
+    'weights are floats. With "none", the target is the next token of the text.',
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set any field of the training settings (QAT or ZeroQAT) for --steps; the value is "
+    "JSON, as in --set learning_rate=1e-4. This option may be given several times.",
+)
+@click.option(
+    "--set-blocks",
+    "block_settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a field of the training settings for --block-steps, in the same way.",
+)
+@click.option(
+    "--metrics",
+    default=None,
+    metavar="DIR",
+    help="Directory to write the training metrics to, as JSON lines and for TensorBoard.",
+)
 @click.option("--seed", type=SEED, default=0, help="Seed of the order of the sequences.")
-@click.option("--out", required=True, metavar="DIR", help="Directory for the checkpoint.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def finetune(
     model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
     metrics: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train the quantized weights of MODEL and write a checkpoint.
 
-    MODEL has float weights, which are rounded first, or is a checkpoint of jaxquant.
-
-    A killed run continues where it stopped, and ends with the same arrays.
+    MODEL is a model with float weights, which are rounded first, or a checkpoint of jaxquant. If a
+    run is stopped, the same command continues it, and the result is the same.
     """
     with usage_errors():
         output = Output(out, overwrite)

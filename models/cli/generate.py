@@ -7,27 +7,46 @@ import jax
 
 import jaxquant as jq
 from jaxquant_models.cli.console import emit, line, usage_errors
-from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
-from jaxquant_models.cli.options import SEED
+from jaxquant_models.cli.model_options import (
+    activations_option,
+    kv_format,
+    kv_options,
+    load_with,
+    sampling_options,
+)
 from jaxquant_models.cli.sizes import kv_sizes
-from jaxquant_models.runs.generate import generate as generate_ids
+from jaxquant_models.cli.speed import speed_line, speed_of
+from jaxquant_models.readers.model import Model
+from jaxquant_models.runs.chat import chat_ids, chat_model
+from jaxquant_models.runs.generate import Session
 from jaxquant_models.runs.serving import serving_model
 
 
 @click.command()
 @click.argument("model")
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--max-tokens", type=click.IntRange(0), default=64, show_default=True,
-              help="Most tokens to generate.")  # fmt: skip
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True,
-              help="Sampling temperature; 0 takes the likeliest token.")  # fmt: skip
-@click.option("--seed", type=SEED, default=0, help="Seed of the sampling.")
+@click.option(
+    "--chat",
+    "as_chat",
+    is_flag=True,
+    help="Treat the prompt as a message, to which MODEL answers: wrap it in the chat "
+    "template of MODEL.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Maximum number of tokens to generate.",
+)
+@sampling_options
 @activations_option
 @kv_options
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def generate(
     model: str,
     prompt: str,
+    as_chat: bool,
     max_tokens: int,
     temperature: float,
     seed: int,
@@ -35,26 +54,33 @@ def generate(
     as_json: bool,
     **kv_cache: Any,
 ) -> None:
-    """Continue a prompt with MODEL.
+    """Continue a prompt with MODEL, or answer it with --chat.
 
-    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant.
+    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant. The
+    speed, the time to compile and the memory are printed on stderr.
     """
     with usage_errors():
         kv = kv_format(kv_cache)
     source = serving_model(load_with(activations, model), line)
-    new = generate_ids(
-        jq.quantized(source.apply_cached),
-        source.params,
-        source.config,
-        source.bos_ids + source.tokenizer.encode(prompt),
-        max_tokens,
-        temperature,
-        jax.random.key(seed),
-        kv=kv,
-    )
+    source, ids = _asked(source, prompt, as_chat)
+    session = Session(jq.quantized(source.apply_cached), source.params, source.config, kv=kv)
+    parts = session.stream(ids, max_tokens, temperature, jax.random.key(seed))
+    new = [token for part in parts for token in part]
     text = source.tokenizer.decode(new)
+    speed = speed_of(session, source.params)
     if as_json:
         report = {"prompt": prompt, "text": text, "tokens": len(new)}
-        emit({**report, **kv_sizes(kv, source.config)}, as_json)
+        emit({**report, **kv_sizes(kv, source.config), **speed}, as_json)
     else:
-        click.echo(prompt + text)
+        click.echo(text if as_chat else prompt + text)
+        line(speed_line(speed))
+    if not new and max_tokens and not as_chat and source.tokenizer.chat is not None:
+        line(f"{model} ended the text at once; it is trained to chat: try --chat")
+
+
+def _asked(source: Model, prompt: str, as_chat: bool) -> tuple[Model, list[int]]:
+    """Return the model with its stop tokens, and the tokens of the prompt."""
+    if not as_chat:
+        return source, source.bos_ids + source.tokenizer.encode(prompt)
+    source = chat_model(source)
+    return source, chat_ids(source, [{"role": "user", "content": prompt}])

@@ -51,17 +51,23 @@ class Row(NamedTuple):
     "--outliers",
     "of_outliers",
     is_flag=True,
-    help="Show the activation outliers on a text instead: channels, tokens, sinks.",
+    help="Show the outliers among the activations on a text instead: in which channels and tokens "
+    "they are, and which tokens are attention sinks.",
 )
-@click.option("--text", default=None, help="Text for --outliers: a FILE or builtin.")
+@click.option("--text", default=None, help="Text for --outliers: a FILE, or builtin.")
 @click.option(
     "--tokens",
     type=click.IntRange(FIRST_QUERY + 1),
     default=None,
-    help="Number of tokens of the text; default 512.",
+    help="Number of tokens of the text to use. The default is 512.",
 )
-@click.option("--plot", default=None, metavar="FILE", help="Draw a heat map (.png, .svg, .pdf).")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.option(
+    "--plot",
+    default=None,
+    metavar="FILE",
+    help="File to draw a heat map of the outliers to (.png, .svg or .pdf).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def inspect(
     model: str,
     of_outliers: bool,
@@ -70,7 +76,10 @@ def inspect(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Show the bytes and bits of every tensor of MODEL, or its activation outliers."""
+    """Show the bytes and bits of every tensor of MODEL, or the outliers among its activations.
+
+    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant.
+    """
     with usage_errors():
         if of_outliers and text is None:
             raise ValueError("--outliers looks at activations: give --text FILE, or builtin")

@@ -9,13 +9,15 @@ import click
 import jaxquant as jq
 from jaxquant.formats.kv_cache import ROPE, KVFormat
 from jaxquant_models.cli.console import usage_errors
+from jaxquant_models.cli.options import SEED
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 
 activations_option = click.option(
     "--activations", default=None, metavar="FORM",
-    help="Rounding of the inputs of packed weights: float, float8, int8, int8/256, int4, "
-    "int4,asymmetric,clip=0.9, ...; default: as the checkpoint says.",
+    help="How to round the inputs of packed weights: float (not at all), float8, int8, int4, "
+    "int8/256 (256 channels share a scale), int4,asymmetric,clip=0.9 and so on. The default is "
+    "what the checkpoint says.",
 )  # fmt: skip
 
 
@@ -34,6 +36,20 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
     return dataclasses.replace(model, params=jq.ptq.with_activations(model.params, activations))
 
 
+def sampling_options(command: Callable) -> Callable:
+    """Add the options of sampling, `--temperature` and `--seed`, to a command.
+
+    Args:
+      command: the function of the command.
+    """
+    command = click.option("--seed", type=SEED, default=0, show_default=True,
+                           help="Seed of the sampling.")(command)  # fmt: skip
+    return click.option(
+        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True,
+        help="Sampling temperature; 0 always takes the most likely token.",
+    )(command)  # fmt: skip
+
+
 def kv_options(command: Callable) -> Callable:
     """Add the options of the key-value cache to a command; `kv_format` reads them.
 
@@ -42,20 +58,40 @@ def kv_options(command: Callable) -> Callable:
     """
     default = KVFormat()
     for name, kind, text in (
-        ("channels", int, f"Channels of a value that share a scale; default {default.channels}."),
-        ("group", int, f"Tokens that share a key channel's scale; default {default.group}."),
+        (
+            "channels",
+            int,
+            f"Number of channels of a value that share a scale. The default is {default.channels}.",
+        ),
+        (
+            "group",
+            int,
+            f"Number of tokens that share the scale of a key channel. The default is "
+            f"{default.group}.",
+        ),
         (
             "keys",
             click.Choice(ROPE),
-            f"Round keys before or after RoPE; default {default.rope}.",
+            f"Whether keys are rounded before RoPE (pre) or after it (post). The default is "
+            f"{default.rope}.",
         ),
-        ("sinks", int, f"First tokens whose keys and values stay floats; default {default.sinks}."),
+        (
+            "sinks",
+            int,
+            f"Number of tokens at the beginning whose keys and values stay floats. The default "
+            f"is {default.sinks}.",
+        ),
         (
             "window",
             int,
-            f"Latest tokens whose keys and values stay floats; default {default.window}.",
+            f"Number of latest tokens whose keys and values stay floats. The default is "
+            f"{default.window}.",
         ),
-        ("bits", int, "Bits per stored key and value, 2, 3, 4 or 8; default: floats."),
+        (
+            "bits",
+            int,
+            "Number of bits of a cached key or value: 2, 3, 4 or 8. By default they are floats.",
+        ),
     ):
         command = click.option(f"--kv-{name}", type=kind, default=None, help=text)(command)
     return command

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ MOST_BITS = 8
 RATED = (
     "rtn", "gptq", "quip_sharp", "qtip", "trellis", "entropy_coded", "normal_float",
 )  # fmt: skip
+
+# Methods that reach any average number of bits by themselves.
+FRACTIONAL = ("trellis", "entropy_coded")
 
 
 def request_of(
@@ -74,7 +78,7 @@ def request_of(
         name = _method_name(method, target_bits, preset)
         make = functools.partial(_method, name, preset, weighting)
         if target_bits is None:
-            recipe = recipe_of(_one_method(make, given), rotated=rotate_residual is not None)
+            recipe = recipe_of(_one_method(make, name, given), rotated=rotate_residual is not None)
         else:
             choices = _choices(make, name, target_bits, given)
     request = QuantizationRequest(
@@ -175,11 +179,19 @@ def _method(name: str, preset: Preset, weighting: Weighting, options: dict[str, 
     return jq.methods.named_method(name, **options)
 
 
-def _one_method(make: Make, given: dict[str, Any]) -> jq.Method:
+def _one_method(make: Make, name: str, given: dict[str, Any]) -> jq.Method:
     """Return the method for all matrices, converting a whole number of bits to an int."""
     bits = given.get("bits")
-    if isinstance(bits, float) and bits.is_integer():
-        given = given | {"bits": int(bits)}
+    if not isinstance(bits, float):
+        return make(given)
+    if bits.is_integer():
+        return make(given | {"bits": int(bits)})
+    own = inspect.signature(jq.METHODS[name]).parameters.get("bits")
+    if own is not None and own.annotation is int:
+        raise ValueError(
+            f"{name} takes a whole number of bits, got {bits:g}; "
+            f"the methods {' and '.join(FRACTIONAL)} take fractions"
+        )
     return make(given)
 
 

@@ -32,46 +32,102 @@ def _(done: StepReport) -> str:
 
 
 @click.command("train-bitnet")
-@click.option("--text", default=DOCSTRINGS, show_default=True,
-              help="Training text: a FILE, builtin, or docstrings (of Python's "
-              "own modules).")  # fmt: skip
-@click.option("--size", type=click.Choice(sorted(SIZES)), default=DEFAULT.size, show_default=True,
-              help="Number of parameters.")  # fmt: skip
-@click.option("--float", "floats", is_flag=True, help="Train the same transformer unquantized.")
-@click.option("--steps", type=click.IntRange(2), default=DEFAULT.steps, show_default=True,
-              help="Number of training steps.")  # fmt: skip
-@click.option("--learning-rate", type=float, default=DEFAULT.learning_rate, show_default=True,
-              help="Peak learning rate.")  # fmt: skip
-@click.option("--context", type=click.IntRange(4), default=DEFAULT.context, show_default=True,
-              help="Tokens in a sequence.")  # fmt: skip
 @click.option(
-    "--batch", "batch_size", type=click.IntRange(1), default=DEFAULT.batch_size, show_default=True,
-    help="Sequences in one training step.",
-)  # fmt: skip
-@click.option("--vocabulary", type=int, default=DEFAULT.vocabulary, show_default=True,
-              help="Number of tokens of the tokenizer that is trained on the text.")  # fmt: skip
-@click.option("--float-share", type=click.FloatRange(0, 1), default=DEFAULT.float_share,
-              show_default=True,
-              help="Share of the steps, the first ones, that train floats.")  # fmt: skip
-@click.option("--a48", "a48", is_flag=True,
-              help="Use BitNet a4.8's activations in the last twentieth of the steps.")  # fmt: skip
+    "--text",
+    default=DOCSTRINGS,
+    show_default=True,
+    help="Text for training: a FILE; builtin; or docstrings, which are those of Python's own "
+    "modules.",
+)
 @click.option(
-    "--save-every", type=click.IntRange(1), default=DEFAULT.save_every, show_default=True,
-    help="Steps between two saved states, from which a killed run continues.",
-)  # fmt: skip
-@click.option("--seed", type=SEED, default=0, help="Seed of the parameters and of the order.")
-@click.option("--metrics", default=None, metavar="DIR", help="Directory for JSONL and TensorBoard.")
-@click.option("--out", required=True, metavar="DIR", help="Directory for the checkpoint.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+    "--size",
+    type=click.Choice(sorted(SIZES)),
+    default=DEFAULT.size,
+    show_default=True,
+    help="Number of parameters of the model.",
+)
+@click.option(
+    "--float", "floats", is_flag=True, help="Train the same transformer without quantization."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(2),
+    default=DEFAULT.steps,
+    show_default=True,
+    help="Number of training steps.",
+)
+@click.option(
+    "--learning-rate",
+    type=float,
+    default=DEFAULT.learning_rate,
+    show_default=True,
+    help="Peak learning rate.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(4),
+    default=DEFAULT.context,
+    show_default=True,
+    help="Number of tokens in a sequence.",
+)
+@click.option(
+    "--batch",
+    "batch_size",
+    type=click.IntRange(1),
+    default=DEFAULT.batch_size,
+    show_default=True,
+    help="Number of sequences in one training step.",
+)
+@click.option(
+    "--vocabulary",
+    type=int,
+    default=DEFAULT.vocabulary,
+    show_default=True,
+    help="Number of tokens of the tokenizer that is trained on the text.",
+)
+@click.option(
+    "--float-share",
+    type=click.FloatRange(0, 1),
+    default=DEFAULT.float_share,
+    show_default=True,
+    help="Fraction of the steps, at the beginning, that train without quantization.",
+)
+@click.option(
+    "--a48",
+    "a48",
+    is_flag=True,
+    help="Use the activations of BitNet a4.8 in the last 5 % of the steps.",
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(1),
+    default=DEFAULT.save_every,
+    show_default=True,
+    help="Number of steps between two saved states, from which a stopped run continues.",
+)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    help="Seed of the initial parameters and of the order of the sequences.",
+)
+@click.option(
+    "--metrics",
+    default=None,
+    metavar="DIR",
+    help="Directory to write the training metrics to, as JSON lines and for TensorBoard.",
+)
+@click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def train_bitnet(
     text: str, floats: bool, a48: bool, metrics: str | None, out: str, overwrite: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train BitNet b1.58 from scratch on a text and write a checkpoint.
 
-    Weights are ternary, activations int8. A killed run continues where it stopped, and ends with
-    the same arrays.
+    The weights are ternary and the activations int8. If a run is stopped, the same command
+    continues it, and the result is the same.
     """
     with usage_errors():
         output = Output(out, overwrite)

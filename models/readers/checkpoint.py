@@ -15,6 +15,7 @@ import jaxquant as jq
 from jaxquant.storage import stored_metadata
 from jaxquant.storage.checkpoint import load, save
 from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.schemas.files import CheckpointMetadata
@@ -42,7 +43,8 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
         f"{folder} is a checkpoint of no language model: its metadata",
     )
     config = LlamaConfig.from_json(held.config)
-    tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}")
+    chat = held.chat and ChatTemplate.from_json(held.chat, f"the chat template of {folder}")
+    tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}", chat)
     tokenizer.check_rows(config.vocab_size)
     if widen:
         wide = lambda w: w if _packed(w) else w.astype(dtype)
@@ -76,6 +78,8 @@ def save_model(
         "tokenizer": model.tokenizer.to_json(),
         "prefix": model.prefix,
     }
+    if model.tokenizer.chat is not None:
+        needed["chat"] = model.tokenizer.chat.to_json()
     whole = {**needed, **(metadata or {})}
     save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite)
 

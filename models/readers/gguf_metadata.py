@@ -6,6 +6,7 @@ from pydantic import JsonValue
 
 from jaxquant.core.fields import shown
 from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.schemas.files import GGUFArchitecture, GGUFTokenizer
 from jaxquant_models.schemas.strict import checked
 
@@ -46,6 +47,24 @@ def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         bos_id=words.bos_token_id,
     )
+
+
+def chat_template_from_gguf(fields: Mapping[str, JsonValue]) -> ChatTemplate | None:
+    """Return the chat template in the metadata, or None if there is none.
+
+    Args:
+      fields: the metadata, as plain values.
+    Raises:
+      ValueError: it is not a text.
+    """
+    source = fields.get("tokenizer.chat_template")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"tokenizer.chat_template must be a text, got {shown(source)}")
+    own = tokenizer_fields(fields)
+    ids = {"bos_token": own.bos_token_id, "eos_token": own.eos_token_id}
+    return ChatTemplate(source, {n: own.tokens[i] for n, i in ids.items() if i is not None})
 
 
 def tokenizer_fields(fields: Mapping[str, JsonValue]) -> GGUFTokenizer:

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers.models import BPE
 
 from jaxquant.core.fields import shown
-from jaxquant_models.readers.gguf_metadata import tokenizer_fields
+from jaxquant_models.readers.gguf_metadata import chat_template_from_gguf, tokenizer_fields
 from jaxquant_models.readers.tokenizer import Tokenizer, one_line
 from jaxquant_models.schemas.files import GGUFTokenizer
 
@@ -41,7 +41,7 @@ def tokenizer_from_gguf(fields: Mapping[str, JsonValue]) -> Tokenizer:
             backend.post_processor = processors.TemplateProcessing(
                 single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
             )
-        return Tokenizer(backend)
+        return Tokenizer(backend, chat_template_from_gguf(fields))
 
 
 def _byte_level(own: GGUFTokenizer) -> tokenizers.Tokenizer:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
+from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.readers.huggingface_config import (
     config_from_hf,
     config_to_hf,
@@ -19,8 +20,8 @@ from jaxquant_models.readers.huggingface_config import (
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import assemble, check_room, tensor_names
-from jaxquant_models.schemas.files import ShardIndex
-from jaxquant_models.schemas.strict import checked, read_json
+from jaxquant_models.schemas.files import ShardIndex, TokenizerConfig
+from jaxquant_models.schemas.strict import checked, read_json, read_text_file
 
 _BOTH = (("kernel", "weight"), ("bias", "bias"))
 _LAYER = {
@@ -58,7 +59,7 @@ def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
     """
     folder = Path(folder)
     config = config_from_hf(read_config_json(folder))
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", read_chat_template(folder))
     tokenizer.check_rows(config.vocab_size)
     tensors = _locate(folder)
     shards = set(tensors.values())
@@ -68,6 +69,23 @@ def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
     llama = Llama(config)
     params = assemble(llama, tensor_names(llama, TENSORS), shapes, read, dtype)
     return config, params, tokenizer
+
+
+def read_chat_template(folder: Path) -> ChatTemplate | None:
+    """Return the chat template of a Hugging Face folder, or None if it has none.
+
+    The file chat_template.jinja takes precedence over tokenizer_config.json, as in Transformers.
+
+    Args:
+      folder: the folder.
+    Raises:
+      ValueError: a file is malformed.
+    """
+    options, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    data = read_json(options) if options.exists() else {}
+    held = checked(TokenizerConfig, data, options.name)
+    source = read_text_file(own) if own.exists() else held.template
+    return None if source is None else ChatTemplate(source, held.tokens)
 
 
 def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_json: str) -> None:

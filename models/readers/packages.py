@@ -1,8 +1,13 @@
-"""Models distributed as files inside Python packages."""
+"""Models distributed as files inside Python packages, and packages that are not installed.
+
+This module imports nothing that may be missing.
+"""
 
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
+
+OWN = ("jaxquant", "jaxquant_models", "pallas_kernels")
 
 
 class Packaged(NamedTuple):
@@ -36,3 +41,18 @@ def packaged_file(model: Packaged) -> Path:
     if not path.exists():
         raise ValueError(f"package {model.module} lacks {model.file}; run: {model.install}")
     return path
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Return what to install, or "" if the module belongs to jaxquant itself.
+
+    Args:
+      error: the error of an import.
+
+    >>> missing_package(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
+    "the package 'gguf' is not installed; run: pip install 'jaxquant[models]'"
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", *OWN):
+        return ""
+    return f"the package {package!r} is not installed; run: pip install 'jaxquant[models]'"

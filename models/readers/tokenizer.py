@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from jaxquant.core.fields import shown
+from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.schemas.files import TokenizerFile, UnigramModel, VocabularyModel
 from jaxquant_models.schemas.strict import checked, parse_json, read_bytes
 
@@ -23,13 +24,18 @@ from jaxquant_models.schemas.strict import checked, parse_json, read_bytes
 class Tokenizer:
     """A tokenizer with exact round trips; see the module docstring.
 
+    Attributes:
+      chat: the chat template, or None.
+
     Args:
       backend: the tokenizer of the `tokenizers` library; its truncation and padding are turned off.
+      chat: the chat template of the model, or None.
     Raises:
       ValueError: it has no tokens.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, chat: ChatTemplate | None = None):
+        self.chat = chat
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -42,23 +48,27 @@ class Tokenizer:
         self._rows = 1 + max(ids)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
+    def from_file(cls, path: str | Path, chat: ChatTemplate | None = None) -> "Tokenizer":
         """Read a `tokenizer.json`.
 
         Args:
           path: the file.
+          chat: the chat template, or None.
         Raises:
           ValueError: the file is missing or malformed.
         """
-        return cls.from_json(read_bytes(Path(path)), str(path))
+        return cls.from_json(read_bytes(Path(path)), str(path), chat)
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str = "tokenizer.json") -> "Tokenizer":
+    def from_json(
+        cls, text: str | bytes, where: str = "tokenizer.json", chat: ChatTemplate | None = None
+    ) -> "Tokenizer":
         """Return the tokenizer that `to_json` serialized.
 
         Args:
           text: the contents of a tokenizer.json.
           where: name of the source in error messages.
+          chat: the chat template, or None.
         Raises:
           ValueError: text is not the contents of a valid tokenizer.json.
         """
@@ -71,7 +81,7 @@ class Tokenizer:
             text = text.decode("utf-8")
         with one_line(f"{where} is not the contents of a tokenizer.json"):
             backend = tokenizers.Tokenizer.from_str(text)
-            made = cls(backend)
+            made = cls(backend, chat)
         for token in file.added_tokens:  # the library renumbers those whose ids do not fit
             got = backend.token_to_id(token.content)
             if got != token.id:
@@ -82,7 +92,7 @@ class Tokenizer:
         return made
 
     def to_json(self) -> str:
-        """Return the contents of a `tokenizer.json`."""
+        """Return the contents of a `tokenizer.json`, which holds no chat template."""
         return self._backend.to_str()
 
     @property
@@ -108,6 +118,14 @@ class Tokenizer:
                 f"{rows} rows (vocab_size); give the tokenizer that belongs to these weights, or "
                 f"remove the tokens that were added to it"
             )
+
+    def is_added(self, token: int) -> bool:
+        """Return whether a token was added to the vocabulary, as special tokens are.
+
+        Args:
+          token: its id.
+        """
+        return token in self._added
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the token ids of text. A special token's string in the text becomes that token.

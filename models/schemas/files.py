@@ -134,6 +134,54 @@ class GenerationConfig(Schema):
     eos_token_id: Ids = Field(default_factory=list)
 
 
+class TokenText(Schema):
+    """A special token of a tokenizer_config.json, written as an object."""
+
+    content: str
+
+
+class NamedTemplate(Schema):
+    """One of several chat templates of a tokenizer_config.json."""
+
+    name: str
+    template: str
+
+
+SpecialToken = str | TokenText | None
+
+
+class TokenizerConfig(Schema):
+    """tokenizer_config.json, as far as chat templates need it."""
+
+    chat_template: str | list[NamedTemplate] | None = None
+    bos_token: SpecialToken = None
+    eos_token: SpecialToken = None
+    unk_token: SpecialToken = None
+    pad_token: SpecialToken = None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template; of several, the one named "default"."""
+        if isinstance(self.chat_template, list):
+            return {t.name: t.template for t in self.chat_template}.get("default")
+        return self.chat_template
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """The special tokens that are given, by the names under which templates know them."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        given = {name: getattr(self, name) for name in names}
+        text = lambda token: token.content if isinstance(token, TokenText) else token
+        return {name: text(token) for name, token in given.items() if token is not None}
+
+
+class ChatTemplateFields(Schema):
+    """A chat template in a checkpoint."""
+
+    source: str
+    tokens: dict[str, str] = Field(default_factory=dict)
+
+
 class ShardIndex(Schema):
     """model.safetensors.index.json: the file that holds each tensor."""
 
@@ -151,10 +199,12 @@ class ShardIndex(Schema):
 
 
 class CheckpointMetadata(Schema):
-    """Metadata of a checkpoint that holds a language model; `config` is parsed by `LlamaConfig`."""
+    """Metadata of a checkpoint that holds a language model; `config` and `chat` are parsed
+    by `LlamaConfig` and `ChatTemplate`."""
 
     config: dict[str, Any]
     tokenizer: str
+    chat: dict[str, Any] | None = None
     prefix: Annotated[int, Field(ge=0, le=MOST)] = 0
 
 

@@ -110,6 +110,18 @@ def read_bytes(path: Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
+def read_text_file(path: Path) -> str:
+    """Return the contents of a text file. Raises ValueError if it is not readable or not UTF-8.
+
+    Args:
+      path: the file.
+    """
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from None
+
+
 def parse_json(text: str | bytes, where: str) -> JsonValue:
     """Return the value of a JSON text.
 

@@ -22,10 +22,11 @@ from jaxquant.evaluation import evaluate
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models import init_cache, load
 from jaxquant_models.readers.text import BUILTIN, read_text
-from jaxquant_models.runs.generate import _run, generate
+from jaxquant_models.runs.generate import generate
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import token_sequences
 from tests.benchmarks.record import Record, add_option
+from tests.support.generation_memory import generation_memory
 
 CHUNKS, CONTEXT = 4, 512
 STEPS, REPEATS, LENGTHS, ROOM = 16, 5, (512, 4000), 4096
@@ -89,14 +90,6 @@ def beside(run, other):
     return statistics.median(times), statistics.median(ratios)
 
 
-def temporary(apply_cached, params, config, form):
-    """Bytes that the compiled program of a generation of ROOM tokens takes beside its arguments."""
-    scalars = (jnp.int32(8), jnp.int32(ROOM), jnp.float32(0), jax.random.key(0))
-    fixed = (apply_cached, config, ROOM, jnp.dtype("float32"))
-    lowered = _run.lower(*fixed, params, jnp.ones((1, 32), jnp.int32), *scalars, kv=form)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
-
-
 def speed(model, forms):
     """Prints how long a step takes, and over one with a float32 cache; a long generation."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -119,7 +112,7 @@ def long_generation(cached, params, model):
         start = time.perf_counter()
         count = len(generate(cached, params, config, [1] * 8, ROOM, kv=form))
         took = time.perf_counter() - start
-        taken = temporary(cached, params, config, form) / 2**20
+        taken = generation_memory(cached, params, config, ROOM, form) / 2**20
         name = f"{form.bits} bits" if form else "float32"
         print(f"{count} tokens, {name}: {took:.0f} s, {taken:.1f} MiB", flush=True)
 

@@ -3,6 +3,7 @@
 import os
 import stat
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -198,13 +199,23 @@ def unbuilt(tmp_path, monkeypatch):
 
 
 def test_without_a_compiler_or_a_build_there_is_a_reason(unbuilt, monkeypatch):
+
+    def reason():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = native._load.__wrapped__()
+        assert [found in str(w.message) for w in said] == [True] * ON_CPU
+        return found
+
     monkeypatch.setenv("CXX", "/none/c++")
-    assert "no C++ compiler: '/none/c++'" in native._load.__wrapped__()
+    assert "no C++ compiler: '/none/c++'" in reason()
     monkeypatch.setenv("CXX", fake_compiler(unbuilt / "c++", "echo x.cc: error: bad >&2; exit 1"))
-    assert native._load.__wrapped__() == "x.cc: error: bad"
+    assert reason() == "x.cc: error: bad"
+    monkeypatch.setenv("CXX", "false")
+    assert reason() == "'false' failed with status 1 and said nothing"
     monkeypatch.setenv("CXX", fake_compiler(unbuilt / "c++", 'echo text > "$last"'))
-    assert "native-" in native._load.__wrapped__()  # the loader's words: not a shared object
-    monkeypatch.setenv("JAXQUANT_NATIVE", "0")
+    assert "native-" in reason()  # the loader's words: not a shared object
+    monkeypatch.setenv("JAXQUANT_NATIVE", "0")  # the user knows, so nothing is said
     assert native._load.__wrapped__() == "turned off by JAXQUANT_NATIVE=0"
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
     if ON_CPU:

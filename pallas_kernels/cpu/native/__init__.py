@@ -4,7 +4,7 @@ A wheel built where a compiler was available contains the shared object. Otherwi
 the user's cache folder ($XDG_CACHE_HOME or ~/.cache, then jaxquant), named by a hash of everything
 it depends on. It selects its instruction set at run time, so one file serves every machine of an
 architecture. Without a compiler, or with JAXQUANT_NATIVE=0 in the environment, there are no native
-kernels, and `load` returns the reason.
+kernels, and `load` returns the reason. If they could not be built, it also warns, once.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import pathlib
 import subprocess
 import tempfile
 import threading
+import warnings
 
 import jax
 import jaxlib
@@ -32,6 +33,10 @@ TARGETS = (
     "jaxquant_kv_attention",
 )  # names of the handlers, both in the *.cc files and in JAX
 _ONE = threading.Lock()
+
+
+class TurnedOffError(RuntimeError):
+    """Raised where the user has turned the native kernels off."""
 
 
 def load() -> str:
@@ -67,24 +72,39 @@ def instruction_sets() -> tuple[str, ...]:
 def _load() -> str:
     try:
         library = ctypes.CDLL(str(shared_object()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return compiling.reason(error)
+    except TurnedOffError as error:
+        return str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = compiling.reason(error)
+        _warn(reason)
+        return reason
     for name in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return ""
 
 
+def _warn(reason: str) -> None:
+    """Warn that products will be slow, unless programs run on an accelerator by default."""
+    if jax.default_backend() == "cpu":
+        warnings.warn(
+            f"the native CPU kernels could not be built, so products with packed weights run much "
+            f"slower ({reason}); install a C++ compiler, or set JAXQUANT_NATIVE=0 to turn both the "
+            f"kernels and this warning off",
+            stacklevel=2,
+        )
+
+
 def shared_object() -> pathlib.Path:
     """Return the path of the shared object, building it if it does not exist.
 
     Raises:
-      RuntimeError: native kernels are turned off.
+      TurnedOffError: native kernels are turned off.
       OSError, subprocess.SubprocessError: there is no compiler or cache folder, or the build
         failed.
     """
     if os.environ.get("JAXQUANT_NATIVE", "1") == "0":
-        raise RuntimeError("turned off by JAXQUANT_NATIVE=0")
+        raise TurnedOffError("turned off by JAXQUANT_NATIVE=0")
     packaged = compiling.FOLDER / f"packaged-{compiling.digest()}.so"
     if packaged.exists():
         return packaged

@@ -72,5 +72,8 @@ def reason(error: Exception) -> str:
     Args:
       error: the error.
     """
-    lines = str(getattr(error, "stderr", None) or error).splitlines()
+    output = getattr(error, "stderr", None)
+    if isinstance(error, subprocess.CalledProcessError) and not output:
+        return f"{error.cmd[0]!r} failed with status {error.returncode} and said nothing"
+    lines = str(output or error).splitlines()
     return next((line for line in lines if "error" in line), (lines or [repr(error)])[0]).strip()

@@ -23,10 +23,10 @@ from jaxquant_models import load
 from jaxquant_models.cli.commands import main
 from jaxquant_models.cli.output import Output
 from jaxquant_models.readers import registry
-from jaxquant_models.runs.generate import _run
 from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.quantization import plan_model
 from tests.support.command import TEXT, fails
+from tests.support.generation_memory import generation_memory
 from tests.support.stopped import same_bits, stopped_at
 from tests.support.tiny_llama import BASE, random_tensors, write_folder
 
@@ -50,15 +50,20 @@ def test_the_four_commands(tiny, packed, run):
     assert report["perplexity"] > 1
     assert 0 < report["kl"] < 5
     assert 0 < report["top1_agreement"] <= 1
+    assert report["prefill_tokens_per_second"] > 0 and report["compile_seconds"] > 0
+    assert report["peak_memory_bytes"] > report["bytes_in_memory"] >= report["bytes"]
     status, out, _ = run("inspect", packed, "--json")
     rows = {r["path"]: r for r in json.loads(out)["tensors"]}
     assert rows["layers/mlp/up/kernel"]["method"] == "gptq"
     assert rows["embed/embedding"]["method"] == "none"
     status, out, _ = run("generate", packed, "--prompt", "the quick", "--max-tokens", 8, "--json")
     assert status == 0
-    assert json.loads(out)["tokens"] <= 8
+    first = json.loads(out)
+    assert first["tokens"] <= 8
+    assert first["bytes_in_memory"] > 0 and first["decode_tokens_per_second"] > 0
+    assert first["peak_memory_bytes"] > first["bytes_in_memory"] and first["compile_seconds"] > 0
     again = run("generate", packed, "--prompt", "the quick", "--max-tokens", 8, "--json")[1]
-    assert again == out
+    assert json.loads(again)["text"] == first["text"]
     assert run("inspect", packed)[0] == 0
 
 
@@ -463,15 +468,10 @@ def test_generate_on_the_real_model_stays_below_a_float_copy():
     model = load("smollm2-135m")
     recipe = jq.Recipe([("*kernel", jq.rtn()), ("*embedding", jq.rtn()), ("*", jq.KEEP)])
     params = jax.eval_shape(lambda p: jq.quantize(p, recipe, model.sites()), model.params)
-    fixed = (jq.quantized(model.apply_cached), model.config, 32, jnp.dtype("float32"))
-    scalars = [jax.ShapeDtypeStruct((), d) for d in ("int32", "int32", "float32")]
-    prompt = jax.ShapeDtypeStruct((1, 32), "int32")
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    compiled = _run.lower(*fixed, params, prompt, *scalars, key).compile()
     packed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < packed
-    assert temporary < 0.15 * 4 * 134_515_008  # a float copy of the model
+    taken = generation_memory(jq.quantized(model.apply_cached), params, model.config, 32)
+    assert taken < packed
+    assert taken < 0.15 * 4 * 134_515_008  # a float copy of the model
 
 
 def test_console_script_and_module():

@@ -4,7 +4,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant_models.cli.presets import PRESETS
-from jaxquant_models.cli.quantize_request import request_of
+from jaxquant_models.cli.quantize_request import FRACTIONAL, request_of
 from jaxquant_models.runs.recipes import recipe_of
 
 
@@ -53,3 +53,17 @@ def test_an_effort_gives_way_to_what_the_user_said():
 def test_without_a_method_the_effort_names_it():
     assert request_of(target_bits=2.3, effort="best").choices[0].name == "entropy_coded"
     assert request_of(target_bits=4.3, effort="fast").choices[0].name == "gptq"
+
+
+def test_a_fraction_of_bits_names_the_methods_that_take_one():
+    for name in ("rtn", "gptq", "qtip", "aqlm", "awq"):
+        message = f"{name} takes a whole number of bits, got 2.5; the methods trellis and entropy"
+        with pytest.raises(ValueError, match=message):
+            request_of(method=name, bits=2.5)
+    for name in FRACTIONAL:
+        (_, method), _ = request_of(method=name, bits=2.5).recipe.rules
+        assert method.format.bits == 2.5
+    (_, method), _ = request_of(method="rtn", bits=3.0).recipe.rules
+    assert method.format.bits == 3
+    with pytest.raises(ValueError, match="bits must be 1.58, 2, 3 or 4, got 2.5"):
+        request_of(method="stretched_elastic", bits=2.5)

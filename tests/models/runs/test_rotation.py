@@ -23,7 +23,7 @@ from jaxquant_models.runs.rotation import (
 from tests.support.tiny_llama import BASE, FAMILIES, VOCAB, D, random_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
-SETTINGS = ["--bits", 4, "--activation-bits", 4, "--set", "symmetric=false"]
+SETTINGS = ["--bits", 4, "--activations", "int4,asymmetric,clip=0.9", "--set", "symmetric=false"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_from_the_command_to_a_checkpoint_that_runs(how, tied, run, tmp_path):
 
 def test_a_rotation_being_learned_goes_on(tied, run, tmp_path, monkeypatch):
     """Interrupted after ten steps: repeated, the command ends as one never interrupted."""
-    options = ["--method", "rtn", "--group-size", -1, "--activation-bits", 4]
+    options = ["--method", "rtn", "--group-size", -1, "--activations", "int4"]
     options += ["--rotate-residual", "learned", "--rotate-steps", 14]
     real, steps = jq.tuning.learn_rotation, []
 
