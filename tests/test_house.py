@@ -55,7 +55,10 @@ def test_tests_lie_where_the_source_does():
     source |= {
         "kernels" / f.relative_to("pallas_kernels") for f in source if "pallas_kernels" in f.parts
     }
-    source |= {Path(d) for d in ("aot", "benchmarks", "device", "documents", "fuzz", "support")}
+    source |= {
+        Path(d)
+        for d in ("aot", "benchmarks", "device", "documents", "first_hours", "fuzz", "support")
+    }
     assert folders <= source, sorted(map(str, folders - source))
 
 
