@@ -1,6 +1,7 @@
 """Latent weights: train = serve for every format that trains, under every transform of JAX."""
 
 import dataclasses
+from functools import lru_cache
 
 import chex
 import equinox as eqx
@@ -79,9 +80,15 @@ def net(p, x):
     return jnp.tanh(x @ p["a"]) @ p["b"]
 
 
-def latents(method, fn=net, params=None):
-    params = {"a": draw(32, 48), "b": draw(48, 24, seed=1)} if params is None else params
-    stats = jq.calibrate(fn, params, [draw(64, 32, seed=5)], sample=32)
+@lru_cache
+def measured():
+    params = {"a": draw(32, 48), "b": draw(48, 24, seed=1)}
+    return params, jq.calibrate(net, params, [draw(64, 32, seed=5)], sample=32)
+
+
+@lru_cache
+def latents(method):
+    params, stats = measured()
     return jq.latent(params, method, stats)
 
 
@@ -123,8 +130,8 @@ def test_training_lowers_the_loss(method):
     p, x = latents(method), draw(64, 32, seed=2)
     y = net({"a": draw(32, 48, seed=8), "b": draw(48, 24, seed=9)}, x)
     train, rest = eqx.partition(p, jq.trained(p))
-    loss = lambda t: jnp.mean((jq.quantized(net)(eqx.combine(t, rest), x) - y) ** 2)
-    first, slope = jax.value_and_grad(loss)(train)
+    loss = jax.jit(lambda t: jnp.mean((jq.quantized(net)(eqx.combine(t, rest), x) - y) ** 2))
+    first, slope = jax.jit(jax.value_and_grad(loss))(train)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope["b"].data["codes"]))
     relative = optax.chain(optax.adam(5e-3), jq.training.relative())
     optimizer = jq.training.optimizer(
@@ -144,7 +151,8 @@ def test_training_lowers_the_loss(method):
 
 
 def _served(p, x, y):
-    return float(jnp.mean((jq.quantized(net)(jq.freeze(p), x) - y) ** 2))
+    serve = jax.jit(lambda q: jnp.mean((jq.quantized(net)(q, x) - y) ** 2))
+    return float(serve(jq.freeze(p)))
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
