@@ -97,7 +97,7 @@ def test_floats_and_next_tokens(tiny, run, tmp_path):
     pieces = token_sequences(source, TEXT, 64, 8)
     for name in ("own", "text"):
         model = load(tmp_path / name)
-        found = jq.evaluate.evaluate(jq.quantized(model.apply_fn), model.params, pieces)
+        found = jq.evaluate(jq.quantized(model.apply_fn), model.params, pieces)
         score[name] = found.perplexity
     assert score["text"] < 0.8 * score["own"]
 
