@@ -2,9 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-PYTEST := -m pytest -q -n 2 --dist worksteal
-FAST := $(PYTEST) -m "not slow and not model"
-SLOW := $(PYTEST) -m "slow or model"
+PYTEST := -m pytest -q -n 2
+# Of fast tests a file is one worker's, for what its tests share; in the order of collection, whose
+# last files are short. Slow tests and compilers are few to a worker.
+FAST := $(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow and not model"
+SLOW := $(PYTEST) --dist worksteal -m "slow or model"
 # XLA's older emitters compile in half the time, which is most of a fast test's; what tests by computing
 # much runs with what users have. They round to float8 wrongly in JAX 0.10.0, and JAX 0.11 does not know
 # the option any more: a process would abort, as it does on flags that begin with a space.
@@ -96,7 +98,7 @@ INSTALL_kernels = pip -q install -e '.[test]' && \
 	.venv-kernels/bin/python -m pip -q install --no-deps "jax-cuda13-plugin==$$v" \
 		"jax-cuda13-pjrt==$$v" nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 test-kernels: .venv-kernels/.ready  ## every kernel compiled for TPUs, GPUs and pods, schedules judged
-	.venv-kernels/bin/python $(PYTEST) tests/aot
+	.venv-kernels/bin/python $(PYTEST) --dist worksteal tests/aot
 kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a table, and build/kernels.json
 	@.venv-kernels/bin/python -m tests.aot.table
 
