@@ -297,8 +297,8 @@ def test_the_command(folder, run):
     [
         ("--kv-bits 5", 2, "bits must be one of (2, 3, 4, 8), got 5"),
         ("--kv-bits x", 2, "is not a valid integer"),
-        ("--kv-window 32", 2, "--kv-window is for --kv-bits"),
-        ("--kv-keys pre", 2, "--kv-keys is for --kv-bits"),
+        ("--kv-window 32", 2, "--kv-window needs --kv-bits"),
+        ("--kv-keys pre", 2, "--kv-keys needs --kv-bits"),
         ("--kv-bits 4 --kv-keys during", 2, "is not one of"),
         (
             "--kv-bits 4 --kv-window 16",
@@ -318,7 +318,7 @@ def test_bad_usage_is_one_line(folder, run, options, status, message):
         assert message in errors[0]
     code, _, err = run("eval", folder / "m", "--text", "builtin", "--strict")
     assert code == 2
-    assert "--strict and --no-strict are for --kv-bits" in err
+    assert "--strict and --no-strict need --kv-bits" in err
 
 
 # --- the real model -------------------------------------------------------------------------
