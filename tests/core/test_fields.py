@@ -148,7 +148,10 @@ for _ in range(500):
         ({"pattern": ["*"], "method": "keep"}, "the pattern of a rule must be a string"),
         ({"pattern": "*", "method": "keep", "bits": 4}, "'keep' has no option 'bits'"),
         ({"pattern": "*", "method": "rtn", "name": "x"}, "'rtn' has no option"),
-        ({"pattern": "*", "method": {"type": "Keep"}, "bits": 4}, "takes no 'bits' beside it"),
+        (
+            {"pattern": "*", "method": {"type": "Keep"}, "bits": 4},
+            "options inside that object, got 'bits'",
+        ),
         ({"pattern": "*", "method": {"type": ["Keep"]}}, "unknown type"),
         ({"pattern": "*", "method": {"type": {}}}, "unknown type"),
         ({"pattern": "*", "method": {"type": "Keep", "surprise": 1}}, "Keep has no 'surprise'"),

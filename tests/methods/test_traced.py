@@ -92,5 +92,5 @@ def test_a_matrix_that_is_not_finite_is_refused_by_name():
     ):
         jq.quantize(tree, method, found, finished=kept)
     assert list(kept) == ["layers/w[0]"]
-    with pytest.raises(ValueError, match="w: spoils made"):
+    with pytest.raises(ValueError, match="w: spoils turned"):
         jq.quantize_array(jnp.abs(W), method)

@@ -83,7 +83,7 @@ def test_generation_config_adds_stop_tokens(tmp_path):
     [
         ({Q0: None}, f"missing tensors for this architecture: {Q0}"),
         ({"surprise": np.ones(2, np.float32)}, "unknown tensors for this architecture: surprise"),
-        ({Q0: np.ones((3, 2), np.float32)}, rf"{Q0} should be \[32, 24\], is \[3, 2\]"),
+        ({Q0: np.ones((3, 2), np.float32)}, rf"{Q0} must have shape \[32, 24\], got \[3, 2\]"),
         ({Q0: np.ones((32, 24), np.int8)}, f"{Q0} must be floating-point, got int8"),
         ({Q0: np.full((32, 24), np.nan, np.float32)}, f"{Q0} has NaN or infinite values"),
         ({Q0: np.full((32, 24), np.inf, np.float32)}, f"{Q0} has NaN or infinite values"),

@@ -423,7 +423,10 @@ def changed(change):
         (lambda d: d["model"]["vocab"].update(A=1), "vocab gives the id 1 to two tokens"),
         (lambda d: d["model"].update(vocab=3), "model.vocab must be a valid dictionary"),
         (lambda d: d["added_tokens"][0].update(id=2**31), "added_tokens.0.id must be below"),
-        (lambda d: d["added_tokens"][0].update(id=1000), "the id 1000, but 256 is the one"),
+        (
+            lambda d: d["added_tokens"][0].update(id=1000),
+            "the id 1000, but after the vocabulary its id is 256",
+        ),
         (lambda d: d["added_tokens"][0].update(content=7), "added_tokens.0.content must be"),
         (lambda d: d.update(added_tokens={}), "added_tokens must be a valid list"),
         (lambda d: d.update(model=[]), "model must be a valid dictionary"),

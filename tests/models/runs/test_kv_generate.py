@@ -224,7 +224,7 @@ def test_compiles_once_for_each_bucket(tiny):
 
 
 def test_a_format_that_does_not_fit(tiny):
-    message = "channels, 32, does not divide the 8 of a head"
+    message = "channels = 32 must divide the 8 channels of a head"
     with pytest.raises(ValueError, match=message):
         generate(tiny.apply_cached, tiny.params, tiny.config, PROMPT, 4, kv=KVFormat(4))
     with pytest.raises(ValueError, match=message):
@@ -306,7 +306,7 @@ def test_the_command(folder, run):
             "window must be 0 or a multiple of the group, 32, got 16",
         ),
         ("--kv-bits 4 --kv-sinks -1", 2, "sinks must not be negative"),
-        ("--kv-bits 4", 1, "channels, 32, does not divide the 8 of a head"),
+        ("--kv-bits 4", 1, "channels = 32 must divide the 8 channels of a head"),
     ],
 )
 def test_bad_usage_is_one_line(folder, run, options, status, message):
