@@ -117,7 +117,10 @@ def evaluate(
             )
         totals += sums
         if not np.all(np.isfinite(totals)):
-            raise ValueError(f"the likelihood of chunk {i} is not finite; the model gives NaN or 0")
+            raise ValueError(
+                f"the likelihood of chunk {i} is not finite: the model returned NaN, or "
+                "probability 0 for a token"
+            )
         if progress is not None:
             progress(i + 1)
     count = len(chunks) * (chunks.shape[1] - first - 1)
@@ -140,7 +143,10 @@ def _score(
         return jnp.stack([nll, jnp.zeros(()), jnp.zeros(()), vocabulary])
     log_t = _log_probabilities(teacher, other, x, first)
     if log_t.shape != log_p.shape:
-        raise ValueError(f"the teacher has {log_t.shape[1]} tokens, the model {log_p.shape[1]}")
+        raise ValueError(
+            "the teacher and the model must have vocabularies of one size, got "
+            f"{log_t.shape[1]} and {log_p.shape[1]} tokens"
+        )
     p = jnp.exp(log_t)  # 0 where -inf masks padding of the vocabulary
     kl = jnp.sum(jnp.where(p > 0, p * (log_t - log_p), 0.0))
     agree = jnp.sum(jnp.argmax(log_p, -1) == jnp.argmax(log_t, -1))

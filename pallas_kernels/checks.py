@@ -49,7 +49,7 @@ def words(codes: Int32[Array, "w n"], expected: int, name: str = "codes") -> int
     if codes.ndim != 2 or codes.dtype != jnp.int32:
         raise ValueError(f"{name} must be int32 words [w, n], got {codes.dtype} {codes.shape}")
     if codes.shape[0] != expected:
-        raise ValueError(f"{name} must have {expected} words a column, got {codes.shape[0]}")
+        raise ValueError(f"{name} must have {expected} words per column, got {codes.shape[0]}")
     return codes.shape[1]
 
 
@@ -186,7 +186,7 @@ def _e8p(
 ) -> None:
     _, k = rows(x, activations)
     if bits not in (2, 3, 4) or (residual is None) != (bits == 2):
-        raise ValueError(f"bits must be 2, or 3 or 4 with a residual, got {bits}")
+        raise ValueError(f"bits must be 2 without a residual, or 3 or 4 with one, got {bits}")
     multiple(k, 8, "E8P codes")
     words(codes, lookup_words(k // 8, 1, 16))
     if residual is not None:

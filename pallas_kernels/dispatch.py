@@ -186,8 +186,8 @@ def _asked() -> tuple[str, str]:
     kernels = _using.get()
     by_hand = jax.sharding.get_abstract_mesh().manual_axes
     if kernels == "auto" and by_hand and jax.config.check_vma:
-        return "reference", "inside shard_map, kernels want check_vma=False"
-    return kernels, "asked for"
+        return "reference", "inside shard_map, kernels need check_vma=False"
+    return kernels, "requested"
 
 
 def describe(
@@ -213,7 +213,7 @@ def describe(
     if kernels == "reference":
         return f"reference (XLA): {why}"
     if kernels == "auto" and devices > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
-        return f"reference (XLA): a kernel is split over {devices} devices by shard_map only"
+        return f"reference (XLA): only shard_map can split a kernel over {devices} devices"
     platform, small = (platform, True) if kernels == "auto" else (kernels, False)
     kernel, reason = choose(op, platform, arrays, static, spare_small=small)
     return f"{platform} kernel" if kernel is not None else f"reference (XLA): {reason}"
@@ -240,7 +240,7 @@ def choose(
     if kernel is None:
         return None, f"{op} has no {platform} kernel"
     if spare_small and platform != "cpu" and arrays[1].size < SMALL:
-        return None, f"{arrays[1].size} words of codes are too few for a kernel to pay"
+        return None, f"{arrays[1].size} words of codes are too few to gain from a kernel"
     shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     reason = kernel.serves(*shapes, **static)
     return (None, reason) if reason else (kernel, "")

@@ -183,8 +183,9 @@ def _check(q: Array, k: Array, v: Array, past: Past) -> None:
     _, held, kv, _, width = past.ring_k.shape
     if (held, width) != (b, hd) or heads % kv:
         raise ValueError(
-            f"the cache holds {held} sequences and {kv} heads of {width} channels; q is "
-            f"{list(q.shape)}: make one with init_cache of this config and batch"
+            f"the cache holds {held} sequences and {kv} heads of {width} channels, "
+            f"but q is {list(q.shape)}: make the cache with init_cache for this "
+            "config and batch"
         )
     if k.shape != (b, kv, t, hd) or v.shape != k.shape:
         raise ValueError(

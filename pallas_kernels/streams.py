@@ -110,6 +110,6 @@ def _native(s: Stream) -> tuple[Coded, bool]:
     )  # fmt: skip
     found = _reader()(stream, tables)
     if found < 0:
-        raise MemoryError("no memory to read an entropy-coded stream")
+        raise MemoryError("not enough memory to read an entropy-coded stream")
     parts = steps, levels, widths, columns, values
     return Coded(base[0], np.int32(shape), *parts), bool(found)

@@ -72,7 +72,7 @@ def test_bad_logits_are_refused():
 
     with pytest.raises(ValueError, match="chunk 0 is not finite"):
         evaluate(flat(8, jnp.nan), None, chunks)
-    with pytest.raises(ValueError, match="teacher has 9 tokens, the model 8"):
+    with pytest.raises(ValueError, match="vocabularies of one size, got 9 and 8"):
         evaluate(flat(8), None, chunks, against=(flat(9), None))
     with pytest.raises(ValueError, match="at least one chunk"):
         evaluate(flat(8), None, chunks[:0])

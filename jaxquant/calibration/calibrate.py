@@ -111,11 +111,11 @@ def calibrate(
     if weighting == "gradient" and loss is None:
         raise ValueError('weighting="gradient" needs loss=, a function (outputs, batch) -> scalar')
     if output and weighting != "gradient":
-        raise ValueError('output= needs weighting="gradient", and a loss')
+        raise ValueError('output= needs weighting="gradient" and loss=')
     if (sample := int(sample)) < 0:
-        raise ValueError(f"sample is a number of rows, 0 or more, got {sample}")
+        raise ValueError(f"sample must be a number of rows, 0 or more, got {sample}")
     if save_every < 1:
-        raise ValueError(f"save_every is a number of batches, 1 or more, got {save_every}")
+        raise ValueError(f"save_every must be a number of batches, 1 or more, got {save_every}")
     params, fn = arrays_only(params, fn)
     sums, plan, kept = None, None, _Kept(finished, name)
     for i, batch in enumerate(batches):
@@ -134,7 +134,10 @@ def calibrate(
         raise ValueError("calibration needs at least one batch, got none")
     kept.keep(i + 1, sums)
     if i + 1 < kept.count:
-        raise ValueError(f"the sums kept as {name!r} are of {kept.count} batches, got {i + 1}")
+        raise ValueError(
+            f"the statistics kept as {name!r} cover {kept.count} batches, but batches "
+            f"has only {i + 1}: pass the batches of that run again"
+        )
     for text in _doubts(found, sums, plan.holder):
         warnings.warn(text, stacklevel=2)
     return Stats(found, sums, dict(plan.holder))
@@ -165,8 +168,8 @@ def _doubts(
             places = [str([*map(int, place)]) for place in np.argwhere(unseen)]
             some = ", ".join(places[:8]) + ", ..." * (len(places) > 8)
             yield (
-                f"{names}: no input reached {len(places)} of {unseen.size} matrices, {some}; "
-                f"feedback knows nothing of them"
+                f"{names}: no input reached {len(places)} of {unseen.size} matrices, "
+                f"{some}, so these have no statistics"
             )
 
 

@@ -76,14 +76,16 @@ def observe(
     packed = [path for path, leaf in path_leaves(params) if is_standin(leaf)]
     if packed:
         raise ValueError(
-            f"the inputs of packed weights are not observed, and {', '.join(packed[:3])} "
+            f"observe needs floating weights, but {', '.join(packed[:3])} "
             f"({len(packed)} in all) are packed: pass jaxquant.dequantize(params)"
         )
     params, fn = arrays_only(params, fn)
     found = sites(fn, params, *args)
     holder = holders(found)
     if not holder:
-        raise ValueError("expected a function that multiplies by its params; none is contracted")
+        raise ValueError(
+            "expected a function that multiplies by arrays of params, but it multiplies by none"
+        )
     order = sorted(dict.fromkeys(holder.values()), key=lambda path: found[path].turn)
     held = tuple((path, found[path]) for path in order)
     sums = _pass(params, args, fn, held, _Counted(summary))
@@ -91,7 +93,8 @@ def observe(
     missed = [weights[path][0] for path, (count, _) in sums.items() if not bool(jnp.all(count))]
     if missed:
         warnings.warn(
-            f"no gradient reached the output of {', '.join(missed)}: their input was not seen",
+            f"no gradient reached the output of {', '.join(missed)}, so the inputs of "
+            "these weights were not observed",
             stacklevel=2,
         )
     return {path: Observation(weights[path], *sums[path]) for path, _ in held}

@@ -86,7 +86,7 @@ class Activations:
     def __post_init__(self) -> None:
         check_fields(self)
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"activations have 2 to 8 bits, got {self.bits}")
+            raise ValueError(f"bits of activations must be 2 to 8, got {self.bits}")
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip must be in (0, 1], got {self.clip}")
         if self.per not in ("token", "block", "tensor"):
@@ -95,13 +95,15 @@ class Activations:
         if not 0 < self.top <= 1:
             raise ValueError(f"top must be in (0, 1], got {self.top}")
         if (self.mean or self.top < 1) and not (self.symmetric and self.clip == 1 and self.by_row):
-            raise ValueError("mean and top are of symmetric codes with a scale per token")
+            raise ValueError("mean and top need symmetric codes, clip=1 and one scale per token")
         if self.per == "block" and not plain:
-            raise ValueError("blocks of 256 channels have symmetric int8 codes, not clipped")
+            raise ValueError('per="block" needs symmetric codes of 8 bits and clip=1')
         if self.mse and not self.static:
-            raise ValueError("mse searches the range of a static scale; add static")
+            raise ValueError("mse searches for the range of a static scale: set static as well")
         if self.floating and not (plain and self.per == "token"):
-            raise ValueError("float8 activations are e4m3 with a scale per token, and no more")
+            raise ValueError(
+                "float8 activations take no options: they are always e4m3 with one scale per token"
+            )
 
     @staticmethod
     def of(text: "str | Activations | None") -> "Activations | None":
@@ -292,9 +294,9 @@ def _parse(text: str) -> Activations | None:
             options |= _WORDS[key](value)
     except (ValueError, KeyError):
         raise ValueError(
-            f'activations must be "float", "float8" or "intB", B from 2 to 8, then if wanted '
-            f'",asymmetric", ",clip=0.9", ",static", ",mse", ",mean", ",top=0.5"; or "int8/256"; '
-            f"got {shown(text)}"
+            'activations must be "float", "float8", "int8/256" or "intB" with B from '
+            '2 to 8, which ",asymmetric", ",clip=0.9", ",static", ",mse", ",mean" '
+            f'and ",top=0.5" may follow; got {shown(text)}'
         ) from None
     return Activations(**options)
 

@@ -59,7 +59,7 @@ class Channels(NamedTuple):
           ValueError: it is unknown.
         """
         if self.low is None or self.high is None:
-            raise ValueError("the sizes of the channels are unknown: calibrate for them")
+            raise ValueError("the ranges of the channels are unknown: pass the result of calibrate")
         return jnp.maximum(self.low, self.high)
 
     @property

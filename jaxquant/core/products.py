@@ -141,7 +141,7 @@ def _(w: QTensor, ids: Any, **params: PyTree) -> Any:
     dn, fills = params["dimension_numbers"], params["mode"] == GatherScatterMode.FILL_OR_DROP
     matrices = indexing.looked_up(w, ids, params)
     if matrices is not None:
-        note("look-up", "takes matrices of the stack, packed")
+        note("look-up", "takes matrices of the stack, which stay packed")
         return matrices
     taken = _take_axis(w, dn, params["slice_sizes"], fills)
     if taken is None:

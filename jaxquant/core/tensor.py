@@ -306,9 +306,10 @@ class QTensor(StandIn):
         whole = first.is_integer() and (rows / parts).is_integer() and self.input is None
         if not whole or _packed_shapes(self.format, int(rows / parts), n) != rest:
             raise ValueError(
-                f"the rows of a weight {list(self.view.k)} by {list(self.view.n)} are split over "
-                f"devices where its codes cannot be: expected {self.format} without an input "
-                f"transform, whole groups and words on every device; split it along its outputs"
+                f"the rows of a weight {list(self.view.k)} by {list(self.view.n)} are "
+                f"split over devices where its codes cannot be: {self.format} needs whole "
+                "groups and words on every device, and no input transform; split the "
+                "weight along its outputs"
             )
         view = dataclasses.replace(self.view, k=(int(first), *self.view.k[1:]))
         return dataclasses.replace(self, view=view, shared="")

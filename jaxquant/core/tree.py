@@ -75,8 +75,9 @@ def with_activations(params: PyTree, activations: Activations | str | None) -> P
             return w
         if form is not None and set(form.shapes()) - set(w.activations_data):
             raise ValueError(
-                f"{form}: static scales come from calibration; give activations={str(form)!r} to "
-                f"the method, and statistics to quantize"
+                f"{form}: static scales are computed from statistics and cannot be added "
+                f"later; give activations={str(form)!r} to the method, and statistics to "
+                "quantize"
             )
         return dataclasses.replace(w, activations=form)
 

@@ -132,7 +132,10 @@ def claim(path: str | Path, *, share: bool = True) -> Claim:
             raise Taken(
                 f"{path} is in use by {holder}: wait until that run has ended, or write elsewhere"
             )
-    raise Taken(f"{path} is removed and made again all the time; another run works there")
+    raise Taken(
+        f"{path} could not be claimed, because another run keeps removing and "
+        "creating it: wait until that run has ended, or write elsewhere"
+    )
 
 
 def is_ours(path: Path) -> bool:
@@ -158,13 +161,15 @@ def _opened(path: Path) -> int | None:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ValueError(
-            f"{path} is needed to work in, but it is not a directory: move it, or write elsewhere"
+            f"{path} is needed as a working directory, but it is not a directory: "
+            "move it, or write elsewhere"
         ) from None
     try:
         if not is_ours(path):
             raise ValueError(
-                f"{path} is needed to work in, but this version of jaxquant did not make its "
-                f"files; nothing in it was touched: move it, or write elsewhere"
+                f"{path} is needed as a working directory, but this version of jaxquant "
+                "did not write the files in it; nothing in it was changed: move it, or "
+                "write elsewhere"
             )
         return os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
@@ -181,7 +186,7 @@ def _locked(path: Path, descriptor: int) -> bool:
     except OSError as error:
         os.close(descriptor)
         raise OSError(
-            f"cannot lock {path}: {error.strerror}; write to a file system that has locks"
+            f"cannot lock {path}: {error.strerror}; write to a file system that supports locks"
         ) from error
     return True
 

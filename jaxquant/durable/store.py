@@ -82,9 +82,9 @@ class Folder(MutableMapping[str, Arrays]):
                 self.replaced = _differences(kept, json.loads(text))
             if refuse and self.replaced:
                 raise ValueError(
-                    f"{self.path} holds another run, of other {', '.join(self.replaced)}. It was "
-                    f"not touched: go on with the options it began with, remove it, or write "
-                    f"elsewhere"
+                    f"{self.path} holds another run, which differs in "
+                    f"{', '.join(self.replaced)}. It was not changed: continue with the "
+                    "options it began with, remove it, or write elsewhere"
                 )
             self._forget()
             with _aside(mark) as file:
@@ -169,7 +169,7 @@ class Folder(MutableMapping[str, Arrays]):
                 found = _opened(file, name)
             except _Damaged as error:
                 warnings.warn(
-                    f"{path} is damaged ({error}); {name or 'what it held'} is done again",
+                    f"{path} is damaged ({error}); {name or 'its content'} is computed again",
                     stacklevel=4,
                 )
                 path.unlink()
@@ -200,7 +200,7 @@ def _opened(file: BufferedReader, name: object) -> _File:
     """Verify a file, and read its head, before memory of its size is allocated."""
     said = file.readline(HEX + 1)
     if hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n" != said:
-        raise _Damaged("its bytes are not those that were written")
+        raise _Damaged("its checksum does not match its content")
     size = file.tell()
     file.seek(HEX + 1)
     try:
@@ -208,12 +208,12 @@ def _opened(file: BufferedReader, name: object) -> _File:
         arrays = {key: _kind(*kind) for key, kind in head["arrays"].items()}
         held = head["name"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damaged(f"its head says {type(error).__name__}: {error}") from None
+        raise _Damaged(f"its header cannot be read, {type(error).__name__}: {error}") from None
     if not isinstance(held, str) or name not in (None, held):
-        raise _Damaged(f"it holds {held!r}")
+        raise _Damaged(f"it holds {held!r} instead")
     needed = sum(math.prod(shape) * kind.itemsize for kind, shape in arrays.values())
     if needed != size - file.tell():
-        raise _Damaged(f"its arrays take {needed} bytes, it has {size - file.tell()}")
+        raise _Damaged(f"its arrays take {needed} bytes, but {size - file.tell()} are left")
     return _File(file, held, arrays)
 
 
@@ -236,7 +236,9 @@ def _held(path: Path, run: str) -> Claim:
     held = claim(path)
     if held.runs and held.run != run:
         held.close()
-        raise Taken(f"{path} is in use by another run of this process: close that one's folder")
+        raise Taken(
+            f"{path} is in use by another run of this process: close the Folder of that run first"
+        )
     held.run = run
     held.runs += 1
     held.scraps.add(RUN)
@@ -255,7 +257,7 @@ def _differences(kept: bytes, run: dict[str, Any]) -> tuple[str, ...]:
         names = tuple(sorted(n for n in other.keys() | run if other.get(n) != run.get(n)))
     except (ValueError, AttributeError, RecursionError):
         names = ()
-    return names or (f"text in {RUN}, which is damaged",)
+    return names or (f"{RUN}, which is damaged",)
 
 
 def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray]) -> None:

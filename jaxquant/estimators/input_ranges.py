@@ -106,7 +106,7 @@ class PACT(RangeEstimator):
         _check(form)
         if form is not None and form.symmetric == self.unsigned:
             kind = "asymmetric" if self.unsigned else "symmetric"
-            raise ValueError(f"{self} takes {kind} codes, got activations={str(form)!r}")
+            raise ValueError(f"{self} needs {kind} codes, got activations={str(form)!r}")
 
     def start(self, known: Learned, form: Activations) -> Learned:
         """Return the bound at the end of the calibrated range.
@@ -146,8 +146,9 @@ class PACT(RangeEstimator):
 def _check(form: Activations | None) -> None:
     if form is None or not form.static:
         raise ValueError(
-            f"learned ranges are of inputs with one scale for all: give the method "
-            f'activations="int8,static" or the like, got {"float" if form is None else str(form)!r}'
+            "learned ranges need one scale for all tokens: give the method "
+            'activations="int8,static" or similar, got '
+            f"{'float' if form is None else str(form)!r}"
         )
 
 

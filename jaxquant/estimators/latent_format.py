@@ -100,7 +100,10 @@ class Latent(Format):
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Raise ValueError: latent weights are made by `jaxquant.latent` and `thaw`."""
-        raise ValueError("a latent weight is made by jaxquant.latent or jaxquant.thaw")
+        raise ValueError(
+            "Latent cannot encode weights: make latent weights with jaxquant.latent "
+            "or jaxquant.thaw"
+        )
 
     def check(self, w: Float[Array, "k n"]) -> str:
         """Return what such weights lose to the format's range; ValueError if they do not fit."""
@@ -147,7 +150,9 @@ class Latent(Format):
           ValueError: the format has no levels.
         """
         if not isinstance(self.format, LevelFormat):
-            raise ValueError(f"relative directions are of formats with levels, got {self.format}")
+            raise ValueError(
+                f"relative directions need a format with levels (a LevelFormat), got {self.format}"
+            )
         grid = self.format.stored_grid(
             self.estimator.packed(data["codes"], _learned(data), self.format)
         )
@@ -214,7 +219,7 @@ class Latent(Format):
 
     def kernel(self) -> str:
         """Return a description of what computes a matmul."""
-        return f"rounded anew, then {self.format.kernel()}"
+        return f"rounded for every product, then {self.format.kernel()}"
 
 
 @partial(jax.jit, static_argnums=0)

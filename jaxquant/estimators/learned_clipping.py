@@ -38,7 +38,7 @@ class LearnedClipping(LSQ):
         """Raise ValueError unless the format is of integers with scales that are not quantized."""
         super().check(format)
         if not (isinstance(format, LevelFormat) and format.integral):
-            raise ValueError(f"learned clipping is of integers, got {format}")
+            raise ValueError(f"learned clipping needs an integer format, got {format}")
 
     def start(self, w: Float[Array, "k n"], format: LevelFormat, data: dict[str, Array]) -> Learned:
         """Return the logits of the fractions that reproduce the stored grid.

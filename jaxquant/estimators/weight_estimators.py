@@ -52,9 +52,11 @@ class StraightThrough(Estimator):
     def check(self, format: Format) -> None:
         """Raise ValueError unless weights in this format can be trained this way."""
         if self.clipped and not isinstance(format, LevelFormat):
-            raise ValueError(f"clipped derivatives are of formats with a range of codes: {format}")
+            raise ValueError(
+                f"clipped=True needs a format with levels (a LevelFormat), got {format}"
+            )
         if self.stochastic and not (isinstance(format, LevelFormat) and format.integral):
-            raise ValueError(f"stochastic rounding is between whole numbers: {format}")
+            raise ValueError(f"stochastic=True needs an integer format, got {format}")
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
         """Return no arrays, since only the weights are learned."""
@@ -174,11 +176,15 @@ class LSQ(Estimator):
     def check(self, format: Format) -> None:
         """Raise ValueError unless weights in this format can be trained this way."""
         if not isinstance(format, LevelFormat):
-            raise ValueError(f"learned steps are of integers and tables, got {format}")
+            raise ValueError(
+                f"learned steps need a format with levels (a LevelFormat), got {format}"
+            )
         if not format.learnable:
-            raise ValueError("scales that are quantized themselves cannot be learned: use ste")
+            raise ValueError(
+                f"learned steps need scales that are not quantized: use ste, got {format}"
+            )
         if self.init == "mean" and not (format.integral and format.symmetric):
-            raise ValueError(f'init="mean" is of codes without a zero point, got {format}')
+            raise ValueError(f'init="mean" needs integer codes without a zero point, got {format}')
 
     def start(self, w: Float[Array, "k n"], format: Any, data: dict[str, Array]) -> Learned:
         """Return initial scales and zero points.
@@ -272,7 +278,7 @@ class StretchedElastic(LSQ):
     def check(self, format: Format) -> None:
         """Raise ValueError unless the format is `Stretched` or `Ternary`."""
         if not (isinstance(format, LevelFormat) and format.stretch):
-            raise ValueError(f"stretched codes are Stretched or Ternary, got {format}")
+            raise ValueError(f"stretched codes need the format Stretched or Ternary, got {format}")
 
     def reach(self, format: LevelFormat) -> float:
         """Return the initial position of the largest weight, in steps: at the end of the range."""

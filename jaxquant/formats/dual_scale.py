@@ -45,7 +45,7 @@ class DualScale(OpFormat):
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""
         if k > dual_scale.MOST_ROWS:
-            raise ValueError(f"a matrix of {k} rows has more than {dual_scale.MOST_ROWS}")
+            raise ValueError(f"a matrix must have at most {dual_scale.MOST_ROWS} rows, got {k}")
 
     def bytes_of(self, values: Int16[np.ndarray, "... k n"]) -> int:
         """Return the number of bytes for codes and escapes of these integers [..., k, n]."""

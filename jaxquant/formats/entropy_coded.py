@@ -107,8 +107,9 @@ class EntropyCoded(Format):
         side, whole = self.side_bits(k, n), WORD * n * self.words(k)
         if whole < 2 * side:
             raise ValueError(
-                f"a matrix [{k}, {n}] of {self.bits} bits per weight has {whole} bits, too few "
-                f"where about {side} tell of its rows and lanes; use more bits or fewer lanes"
+                f"a matrix [{k}, {n}] at {self.bits} bits per weight has {whole} bits, "
+                f"which is too few, since its rows and lanes need about {side} bits of "
+                "side information; use more bits or fewer lanes"
             )
 
     def words(self, k: int) -> int:
@@ -251,8 +252,8 @@ class EntropyCoded(Format):
         data = self.fill(trial, start, finest(w), share, k, n, trials=6)
         if not isinstance(data["codes"], jax.core.Tracer) and not bool(jnp.any(data["codes"])):
             raise ValueError(
-                f"a matrix [{k}, {n}] could not be coded in {self.bits} bits per weight: expected "
-                f"finite weights; or use more bits"
+                f"a matrix [{k}, {n}] could not be coded in {self.bits} bits per weight: "
+                "make sure that its weights are finite, or use more bits"
             )
         return data
 
@@ -287,7 +288,7 @@ class EntropyCoded(Format):
 
     def kernel(self) -> str:
         """Return what computes products."""
-        return "coded (XLA): the whole stream for every product; see jaxquant.formats.transcoded"
+        return "decoded (XLA), the whole stream for every product; see jaxquant.formats.transcoded"
 
 
 class _Search(NamedTuple):

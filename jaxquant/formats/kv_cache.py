@@ -93,8 +93,7 @@ class KVFormat:
         """Raise ValueError unless `channels` divides the number of channels of a head."""
         if head_dim % self.channels:
             raise ValueError(
-                f"channels, {self.channels}, does not divide the {head_dim} of a head; give one "
-                "that does"
+                f"channels = {self.channels} must divide the {head_dim} channels of a head"
             )
 
 

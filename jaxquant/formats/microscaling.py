@@ -116,7 +116,10 @@ class NVFP4(Microscaling):
         return rescaled(data, e, "matrix_scale")
 
     def fit(self, w: Float[Array, "g n"]) -> Scales:
-        raise ValueError("NVFP4 has a scale of the whole matrix: use LDLQ(act_order=True)")
+        raise ValueError(
+            "NVFP4 has a scale for the whole matrix, so its groups cannot be fitted "
+            "one at a time: use LDLQ(act_order=True)"
+        )
 
     def stored(self, scale: Float[Array, "g n"]) -> Scales:
         most = float(jnp.finfo(self.block_dtype).max)

@@ -77,7 +77,10 @@ class NormalFloat(Table):
 
     def fit(self, w: Float[Array, "g n"]) -> Scales:
         if self.double_quant:
-            raise ValueError("double_quant shares scales over outputs: use LDLQ(act_order=True)")
+            raise ValueError(
+                "double_quant shares scales between outputs, so groups cannot be fitted "
+                "one at a time: use LDLQ(act_order=True)"
+            )
         return super().fit(w)
 
     def stored(self, scale: Float[Array, "g n"]) -> Scales:

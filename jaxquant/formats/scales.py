@@ -87,8 +87,9 @@ def lost(groups: Float[np.ndarray, "..."], least: float, dtype: str, remedy: str
     if not small.any():
         return ""
     return (
-        f"{small.sum()} of {small.size} groups of weights, those up to {groups[small].max():.2g}, "
-        f"need scales finer than {dtype} holds and lose precision or become 0; {remedy}"
+        f"{small.sum()} of {small.size} groups of weights, with weights up to "
+        f"{groups[small].max():.2g}, need scales smaller than {dtype} can hold, "
+        f"so they lose precision or become 0; {remedy}"
     )
 
 

@@ -41,7 +41,9 @@ class Ternary(Integer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bits != 2 or not self.symmetric:
-            raise ValueError("ternary codes take 2 bits and no zero point; leave both as they are")
+            raise ValueError(
+                "Ternary needs bits=2 and symmetric=True, its defaults; leave both out"
+            )
 
     @property
     def limits(self) -> tuple[int, int]:

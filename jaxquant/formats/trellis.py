@@ -67,7 +67,9 @@ class Trellis(GridFormat, OpFormat):
             raise ValueError(f"code must be one of {', '.join(trellis.CODES)}, got {self.code!r}")
         whole = all(isinstance(rate, int) for rate in self.rates)
         if not whole or not any(self.rates) or min(self.rates) < 0:
-            raise ValueError(f"rates must be 0 to 8 whole bits, not all 0, got {self.rates}")
+            raise ValueError(
+                f"rates must be whole numbers of bits from 0 to 8, not all 0, got {self.rates}"
+            )
         for rate in {*self.rates} - {0}:
             trellis.check(self.L, rate, self.V)
 
@@ -80,8 +82,9 @@ class Trellis(GridFormat, OpFormat):
         """Raise ValueError if a matrix [k, n] cannot be stored."""
         if k % (SIDE * len(self.rates)) or n % SIDE:
             raise ValueError(
-                f"a trellis codes tiles of 16 x 16 in {len(self.rates)} blocks of rows, and "
-                f"{SIDE * len(self.rates)} must divide k = {k}, 16 n = {n}"
+                f"a trellis has tiles of 16 x 16 in {len(self.rates)} blocks of rows, so "
+                f"k must be a multiple of {SIDE * len(self.rates)} and n of 16, got k = "
+                f"{k}, n = {n}"
             )
 
     def rows_per_group(self, k: int) -> int:

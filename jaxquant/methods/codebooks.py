@@ -99,7 +99,10 @@ def qtip(
     (3,)
     """
     if two_sided and passes:
-        raise ValueError("passes come after one-sided feedback; leave them out with two_sided")
+        raise ValueError(
+            "passes must be 0 when two_sided=True: coordinate descent is only "
+            "implemented for one-sided feedback"
+        )
     one = LDLQ(damping, act_order=False, passes=passes, scales=(0.95, 1.0, 1.05, 1.1))
     rounder = TwoSided(damping, scale=1.02) if two_sided else one
     format = Trellis((bits,), _states(L), code)

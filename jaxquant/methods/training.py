@@ -161,8 +161,9 @@ def pact(
     form = Activations.of(activations)
     if form is None or not form.static:
         raise ValueError(
-            f'pact learns the bound of a static form, such as "int4,static,mse"; got {form}. For a '
-            "scale per token use ste(clipped=True, activations=...)"
+            'pact needs activations with a static scale, such as "int4,static,mse", '
+            f"got {form}; for one scale per token use ste(clipped=True, "
+            "activations=...)"
         )
     format = Integer(bits, group_size, symmetric, False, scale_dtype, pad)
     weights, inputs = StraightThrough(clipped=True), PACT(unsigned=not form.symmetric)

@@ -191,7 +191,7 @@ class Choices:
         else:
             named = [p for p, _ in leaves if any(matches(p, glob) for glob in paths)]
         if not named or not methods:
-            raise ValueError("nothing to share out: expected a weight and a method, or more")
+            raise ValueError("nothing to allocate: expected at least one weight and one method")
         fitting = lambda path: _fitting(path, methods, params, found, healed)
         return Choices(tuple(fitting(path) for path in named))
 
@@ -220,7 +220,7 @@ class Choices:
         """
         if not self.lowest <= bits <= self.highest:
             raise ValueError(
-                f"{bits:g} bits per weight cannot be reached: with these methods it is "
+                f"{bits:g} bits per weight cannot be reached: these methods allow "
                 f"{self.lowest:.3f} to {self.highest:.3f}"
             )
 

@@ -59,7 +59,9 @@ def shares(params: PyTree, stats: Stats, paths: Sequence[str] = ("*",)) -> dict[
     for path, w in found:
         view, order = layout_of(tuple(w.shape), stats.sites[path])
         if len(order) > len(view.k) + len(view.n):
-            raise ValueError(f"{path} is a stack of matrices, which share a rate; `unstack` it")
+            raise ValueError(
+                f"{path} is a stack of matrices, which can only share one rate: use `unstack` first"
+            )
         matrix = jnp.transpose(jnp.asarray(w), order).reshape(int(np.prod(view.k)), -1)
         logs.append(float(_log4(matrix, Moments(stats.gram(path), stats.output_gram(path)))))
         sizes.append(w.size)

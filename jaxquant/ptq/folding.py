@@ -166,8 +166,8 @@ def _scaled(leaf: Array, factors: Array, name: str) -> Array:
     batch, k = factors.shape[:-1], factors.shape[-1]
     if leaf.shape[-1] != k or leaf.shape[: len(batch)] != batch:
         raise ValueError(
-            f"{name} has shape {list(leaf.shape)}; to fold factors into, it must be "
-            f"[{', '.join(map(str, batch))}{', ' if batch else ''}..., {k}]"
+            f"{name} has shape {list(leaf.shape)}; to have factors folded into it, it "
+            f"must be [{', '.join(map(str, batch))}{', ' if batch else ''}..., {k}]"
         )
     inner = (1,) * (leaf.ndim - factors.ndim)
     return (leaf * factors.reshape(*batch, *inner, k)).astype(leaf.dtype)

@@ -135,7 +135,10 @@ def unstack_stats(stats: Stats, name: str) -> Stats:
     prefix = f"{name}/"
     count = {s.shape[0] for p, s in stats.sites.items() if p.startswith(prefix)}
     if len(count) != 1:
-        raise ValueError(f"expected weights of one stack at {name!r}, found layers: {count}")
+        raise ValueError(
+            f"expected the weights at {name!r} to have the same number of layers, got "
+            f"{sorted(count)}"
+        )
     sites, sums, holder = {}, {}, {}
 
     def named(path: str) -> list[tuple[str, PyTree]]:

@@ -136,11 +136,11 @@ def quantize_array(
         stats = seen(inputs.astype(jnp.float32), w.shape[1])
         gram = stats.gram("w") if gram is None else gram
     elif method.needs_channels or method.needs_sample:
-        raise ValueError(f"method {method.name!r} needs inputs=, [t, {w.shape[0]}]")
+        raise ValueError(f"method {method.name!r} needs inputs=, an array [t, {w.shape[0]}]")
     needs = {"gram": method.needs_gram, "output_gram": method.needs_output}
     for name, given, size in (("gram", gram, w.shape[0]), ("output_gram", output_gram, w.shape[1])):
         if needs[name] and given is None:
-            raise ValueError(f"method {method.name!r} needs {name}=, [{size}] squared")
+            raise ValueError(f"method {method.name!r} needs {name}=, an array [{size}, {size}]")
         if given is not None and given.shape != (size, size):
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
     (entry,) = resolve(method, {"w": w}).weights

@@ -201,7 +201,10 @@ class LeafJob:
             reports = {f"report.{field}": a for field, a in report._asdict().items()}
             named = flat_names(arrays)
             if taken := sorted(named.keys() & {*reports, MARK}):
-                raise ValueError(f"{name}: the format names an array {taken[0]!r}, which is taken")
+                raise ValueError(
+                    f"{name}: the format must not name an array {taken[0]!r}, which jaxquant "
+                    "reserves; rename it"
+                )
             finished[name] = {**named, **reports, MARK: made_of}
         return arrays, report, False
 
@@ -216,9 +219,9 @@ class LeafJob:
         decoded = self.entry.method.format.dequantize(arrays.data, stored)
         if not bool(_finite((arrays, decoded))):
             raise ValueError(
-                f"{name}: {self.entry.method.name} made a matrix of finite weights into one that "
-                f"is not finite (NaN or infinity); use another method or more bits, or rescale the "
-                f"weights"
+                f"{name}: {self.entry.method.name} turned finite weights into values that "
+                "are not finite (NaN or infinity); use another method or more bits, or "
+                "rescale the weights"
             )
 
     def _known(self, i: int) -> Arrays:
@@ -266,7 +269,8 @@ class LeafJob:
         if starved:
             named = path if len(starved) == len(reports) else ", ".join(starved)
             warnings.warn(
-                f"{named}: the statistics are zero throughout; rounded to nearest", stacklevel=4
+                f"{named}: the statistics are zero throughout, so it was rounded to nearest",
+                stacklevel=4,
             )
         wanted = self.entry.method.rounder.damping
         damping = max(float(r.damping) for r in reports)

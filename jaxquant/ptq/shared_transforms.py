@@ -85,7 +85,10 @@ class Inputs:
             leader[path] = first.setdefault(key, path)
             members.setdefault(leader[path], []).append(entry)
         if wrong := {path for path, _ in known or {}} - set(members):
-            raise ValueError(f"transforms of {', '.join(sorted(wrong))}, which lead no input here")
+            raise ValueError(
+                f"the transforms of {', '.join(sorted(wrong))} belong to no input here: "
+                "pass those learned for this tree and recipe"
+            )
         return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
 
     def common(self, path: str) -> bool:
@@ -186,7 +189,9 @@ def _unit(channels: Channels) -> tuple[Channels, Array, Array]:
 def _side(method: Method) -> Transform:
     """Return the input transform of a method; ValueError if it has none."""
     if method.input is None:
-        raise ValueError(f"method {method.name!r} has no transform of inputs to search for")
+        raise ValueError(
+            f"method {method.name!r} has no input transform, so there is nothing to search for"
+        )
     return method.input
 
 
@@ -201,7 +206,8 @@ def _static_scale(
     after = channels if side is None else channels.through(side, arrays)
     if after.low is None or after.high is None:
         raise ValueError(
-            f"a static scale after {side} is read off rows of the input: calibrate with sample=256"
+            f"a static scale after {side} is computed from rows of the input: "
+            "calibrate with sample=256"
         )
     ends = -jnp.max(after.low)[None], jnp.max(after.high)[None]
     if not form.mse:

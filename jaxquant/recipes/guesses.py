@@ -44,7 +44,9 @@ def no_factors(leaves: Sequence[tuple[str, PyTree]]) -> dict[str, str]:
         if is_vector(path):
             found[path] = ""
         elif _name(path) == "embedding":
-            found[path] = "without sites they look like tables, of which rows are looked up"
+            found[path] = (
+                "without sites they look like embedding tables, whose rows are only looked up"
+            )
         elif len(w.shape) == 2 and _stack_of(path, w) in stacks:
             found[path] = "without statistics they look like one vector for each layer of a stack"
     return found
@@ -67,9 +69,9 @@ def warn_of_guesses(taken: Sequence[tuple[str, tuple[int, ...]]], stacklevel: in
     some = ", ".join(f"{path} {list(shape)}" for path, shape in doubted[:3])
     more = f" and {len(doubted) - 3} more" if len(doubted) > 3 else ""
     warnings.warn(
-        f"without sites the last axis but one is guessed to be the input of {some}{more}; pass "
-        f"sites, which are read off the function: "
-        f"jq.quantize(params, method, jq.sites(fn, params, x))",
+        "without sites, the last axis but one is assumed to be the input of "
+        f"{some}{more}; pass the sites of the function: jq.quantize(params, "
+        "method, jq.sites(fn, params, x))",
         stacklevel=stacklevel + 1,
     )
 

@@ -46,13 +46,13 @@ class Recipe:
     def __init__(self, rules: Sequence[tuple[str, Method | Keep]]) -> None:
         if not isinstance(rules, Sequence) or isinstance(rules, str):
             raise ValueError(
-                f"a recipe is a sequence of rules (path glob, method or KEEP), got "
+                "a recipe must be a sequence of rules (path glob, method or KEEP), got "
                 f"{described(rules)}"
             )
         for rule in rules:
             pair = isinstance(rule, Sequence) and len(rule) == 2
             if not pair or not isinstance(rule[0], str):
-                raise ValueError(f"a rule is (path glob, method or KEEP), got {rule!r}")
+                raise ValueError(f"a rule must be (path glob, method or KEEP), got {rule!r}")
             if not isinstance(rule[1], Method | Keep):
                 raise ValueError(f"rule {rule[0]!r}: expected a method or KEEP, got {rule[1]!r}")
         object.__setattr__(self, "rules", tuple((p, m) for p, m in rules))
@@ -75,23 +75,26 @@ class Recipe:
           ValueError: the structure is different, or a method or option is unknown.
         """
         if not isinstance(value, list):
-            raise ValueError(f"a recipe is a list of rules, got {type(value).__name__}")
+            raise ValueError(f"a recipe must be a list of rules, got {type(value).__name__}")
         return Recipe([_rule(v) for v in value])
 
 
 def _rule(value: Any) -> tuple[str, Method | Keep]:
     if not isinstance(value, dict) or not {"pattern", "method"} <= set(value):
-        raise ValueError(f'a rule is {{"pattern": ..., "method": ...}}, got {shown(value)}')
+        raise ValueError(f'a rule must be {{"pattern": ..., "method": ...}}, got {shown(value)}')
     if not isinstance(value["pattern"], str):
-        raise ValueError(f"the pattern of a rule is a text, got {shown(value['pattern'])}")
+        raise ValueError(f"the pattern of a rule must be a string, got {shown(value['pattern'])}")
     options = {k: v for k, v in value.items() if k not in ("pattern", "method")}
     method = value["method"]
     if isinstance(method, dict):
         if options:
-            raise ValueError(f"a method with a type takes no {shown(min(options))} beside it")
+            raise ValueError(
+                "a rule whose method is an object takes its options inside that object, "
+                f"got {shown(min(options))} beside it"
+            )
         return value["pattern"], from_json(method)
     if not isinstance(method, str):
-        raise ValueError(f"a method is a name or an object with a type, got {shown(method)}")
+        raise ValueError(f"a method must be a name or an object with a type, got {shown(method)}")
     if "name" in options or (method == "keep" and options):
         raise ValueError(f"method {shown(method)} has no option {shown(min(options))}")
     return value["pattern"], KEEP if method == "keep" else named_method(method, **options)
@@ -252,7 +255,7 @@ def _nothing(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None)
     what = "floating array of rank >= 2"
     if found is None and any(is_weight(w) for _, w in leaves):
         came += "; name what to round in a Recipe, or pass jq.sites(fn, params, x)"
-        return f"nothing to quantize: no {what} looks like a factor of products; {came}"
+        return f"nothing to quantize: no {what} looks like the weight of a matmul; {came}"
     if found is None or not any(is_weight(w) for _, w in leaves):
         return f"nothing to quantize: expected a {what}, but {came}"
     return f"nothing to quantize: the function multiplies by no {what} directly; {came}"
@@ -265,8 +268,8 @@ def _check_sites(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | N
         if path not in found or found[path].shape != tuple(w.shape):
             known = f"of shape {found[path].shape}" if path in found else "unknown"
             raise ValueError(
-                f"the statistics (or sites) are of another tree: {path!r} is {_describe(w)} here, "
-                f"{known} there"
+                f"the statistics (or sites) belong to another tree: {path!r} is "
+                f"{_describe(w)} here, {known} there"
             )
 
 
@@ -282,18 +285,19 @@ def _warn_of_kept(
     if kept:
         texts = [f"{named(which, sum(sizes))}: {why}" for why, which in kept.items()]
         warnings.warn(
-            f"kept as they are, with their shares of all weights: {'; '.join(texts)}. Name them "
-            f"in a Recipe to quantize them, or to keep them without this warning",
+            f"not quantized, with their shares of all weights: {'; '.join(texts)}. "
+            "Name them in a Recipe to quantize them, or to keep them without this "
+            "warning",
             stacklevel=4,
         )
 
 
 def _why_kept(site: Site) -> str:
     if site.otherwise:
-        return "the function uses them by an operation that is not followed (a reshape, ...)"
+        return "the function uses them in an operation that jaxquant cannot follow (a reshape, ...)"
     if site.gathered is not None:
-        return "the function only looks their rows up"
-    return "the function multiplies nothing by them"
+        return "the function only looks up their rows"
+    return "the function does not multiply by them"
 
 
 def _floating(w: PyTree) -> bool:

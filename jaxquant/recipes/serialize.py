@@ -52,7 +52,7 @@ def register(part: type) -> type:
         raise ValueError(f"expected a class that derives from {kinds}, got {shown(part)}")
     options = vars(part).get("__dataclass_params__")
     if options is None or not options.frozen:
-        raise ValueError(f"{part.__name__} must be a dataclass of its own, with frozen=True")
+        raise ValueError(f"{part.__name__} must be a dataclass itself, with frozen=True")
     known = _TYPES.get(part.__name__, part)
     place = lambda t: (
         t.__module__,
@@ -94,7 +94,7 @@ def from_json(value: Any, depth: int = 0) -> Any:
         nested more than `DEEPEST` levels deep.
     """
     if depth > DEEPEST:
-        raise ValueError(f"values lie more than {DEEPEST} deep in one another")
+        raise ValueError(f"values are nested more than {DEEPEST} levels deep")
     if isinstance(value, list):
         return tuple(from_json(v, depth + 1) for v in value)
     if not isinstance(value, dict):

@@ -78,9 +78,13 @@ class Beam(Rounder):
             missing.
         """
         if not isinstance(format, CodebookFormat):
-            raise ValueError(f"beam search is of formats that learn codebooks, got {format}")
+            raise ValueError(
+                f"Beam needs a format with learned codebooks (Additive, Vector), got {format}"
+            )
         if key is None:
-            raise ValueError("codebooks begin at random vectors: give a key")
+            raise ValueError(
+                "Beam starts from random codebooks, so it needs a key, such as jax.random.key(0)"
+            )
         gram, dead = living(moments.input)
         gram = gram / jnp.mean(jnp.diagonal(gram))
         grid = format.learn(w, jnp.diagonal(gram), key)

@@ -40,7 +40,7 @@ class Clipped(Rounder):
         if wrong := lacking(Rounder, self.rounder):
             raise ValueError(f"rounder must be a Rounder (LDLQ(), ...): {wrong}")
         if self.steps > 19:
-            raise ValueError(f"steps must be at most 19, a twentieth apart; got {self.steps}")
+            raise ValueError(f"steps must be at most 19, since each is 0.05, got {self.steps}")
 
     @property
     def needs_output(self) -> bool:  # type: ignore[override]
@@ -67,9 +67,13 @@ class Clipped(Rounder):
             missing.
         """
         if not isinstance(format, GridFormat):
-            raise ValueError(f"clipping is of groups of rows, of which {format} has none")
+            raise ValueError(
+                f"Clipped needs a format with groups of rows (a GridFormat), got {format}"
+            )
         if moments.input is None:
-            raise ValueError("clipping needs the second moment of the inputs; calibrate for it")
+            raise ValueError(
+                "Clipped needs the second moment of the inputs: pass the result of calibrate"
+            )
         clipped = self._clipped(w, format, moments.input)
         if self.rounder.takes_ranges:
             return self.rounder.within(clipped, w, format, moments, key)

@@ -93,7 +93,7 @@ class LDLQ(Rounder):
         format = row_by_row(format)
         k, d = w.shape[0], format.tile[0]
         if self.act_order and d > 1:
-            raise ValueError(f"act_order needs a format that codes one row at a time, not {format}")
+            raise ValueError(f"act_order needs a format that codes one row at a time, got {format}")
         g = format.rows_per_group(k)
         gram, dead = living(moments.input)
         order = jnp.argsort(-jnp.where(dead, 0.0, jnp.diagonal(gram)), stable=True)
@@ -108,7 +108,8 @@ class LDLQ(Rounder):
         fed = partial(feedback, u=u, format=format, order=order, g=g, size=size)
         if self.scales and grid is None:
             raise ValueError(
-                "scales need grids fixed beforehand: act_order, or one group per output"
+                "scales needs grids that are fixed beforehand: use act_order=True, or "
+                "one group per output"
             )
         if self.scales:
             grid = _best_scale(w, gram, format, grid, self.scales, fed)

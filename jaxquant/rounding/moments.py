@@ -17,8 +17,9 @@ def row_by_row(format: Format) -> GridFormat:
     """
     if not isinstance(format, GridFormat):
         raise ValueError(
-            f"expected a format that chooses codes row by row (a GridFormat), got {format}; use "
-            f"the rounder that was made for it (Waterfill for EntropyCoded), or Nearest"
+            "expected a format that chooses codes row by row (a GridFormat), got "
+            f"{format}; use the rounder made for it (Waterfill for EntropyCoded), or "
+            "Nearest"
         )
     return format
 
@@ -37,7 +38,9 @@ def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[
       ValueError: `gram` is None.
     """
     if gram is None:
-        raise ValueError("feedback needs the second moment of this side; calibrate for it")
+        raise ValueError(
+            "error feedback needs the second moment of this side: pass the result of calibrate"
+        )
     diagonal = jnp.diagonal(gram)
     dead = ~(diagonal > 0)
     gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)

@@ -70,7 +70,7 @@ class TwoSided(Rounder):
         d, c = format.tile
         if format.rows_per_group(k) < k:
             raise ValueError(
-                f"two-sided feedback needs one scale per matrix, which {format} has not"
+                f"two-sided feedback needs a format with one scale per matrix, got {format}"
             )
         (h, dead), (g, _) = living(moments.input), living(moments.output)
         u, damping = unit_upper(h, self.damping, d)

@@ -109,7 +109,7 @@ class Waterfill(Rounder):
         """
         del key
         if not isinstance(format, EntropyCoded):
-            raise ValueError(f"Waterfill rounds to EntropyCoded, got {format}")
+            raise ValueError(f"Waterfill needs the format EntropyCoded, got {format}")
         k, n = w.shape
         format.check_shape(k, n)
         gram, dead = living(moments.input)

@@ -54,11 +54,14 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
             raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
         if others := sorted(held - {FILE, ARRAYS}):
             raise ValueError(
-                f"{path} holds a checkpoint and {some(others)}, which would be lost; it will "
-                f"not be overwritten: move what is not of the checkpoint, or write elsewhere"
+                f"{path} holds a checkpoint and also {some(others)}, which would be lost; "
+                "it will not be overwritten: move the other files, or write elsewhere"
             )
     elif held or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path} exists and is not empty; pass overwrite (--overwrite) or another")
+        raise ValueError(
+            f"{path} exists and is not an empty directory; pass overwrite=True "
+            "(--overwrite), or write elsewhere"
+        )
     parent = next((p for p in path.parents if p.exists()), path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write {path}: {parent} is not a writable directory")
@@ -119,7 +122,9 @@ def save(
                 check_target(target, overwrite)  # it may have changed meanwhile
             publish(new, target, replace=overwrite)
     except FileExistsError:
-        raise ValueError(f"{target} was made by another process meanwhile; it stays") from None
+        raise ValueError(
+            f"{target} was created by another process in the meantime; it was not overwritten"
+        ) from None
     except OSError as error:
         raise OSError(f"could not write {target}: {first_line(error)}") from error
 

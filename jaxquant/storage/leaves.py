@@ -65,7 +65,7 @@ def _check_array(path: str, leaf: Any) -> None:
     holds = "a checkpoint holds arrays, numbers, text, random keys and QTensors"
     if is_standin(leaf):
         raise ValueError(
-            f"{path!r} is a {type(leaf).__name__}; {holds}: jaxquant.freeze makes them"
+            f"{path!r} is a {type(leaf).__name__}; {holds}: pack it with jaxquant.freeze"
         )
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(f"{path!r} is traced; save the tree outside jit, grad and vmap")
@@ -134,6 +134,6 @@ def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> Any:
     name = f"{stored_name(path)}{part}"
     name = name if name in arrays else f"{path}{part}"
     if arrays[name] is None:
-        raise ValueError(f"{name!r} is of two leaves")
+        raise ValueError(f"two leaves of the tree use the stored array {name!r}")
     array, arrays[name] = arrays[name], None
     return array

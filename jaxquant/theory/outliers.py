@@ -263,7 +263,9 @@ def _profiles(path: str, seen: Observation) -> tuple[list[Profile], list[str]]:
             one = jax.tree.map(lambda a, index=index: a[index], seen.summary)
             found.append(profile_of(one, site, layer, seen.weights))
         else:
-            why = f"{products} products with it add up" if products else "no gradient reached it"
+            why = (
+                f"{products} products with it are summed" if products else "no gradient reached it"
+            )
             unseen.append(f"{path} {layer_name(index)}".rstrip() + f" ({why})")
     return found, unseen
 

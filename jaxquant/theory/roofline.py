@@ -208,10 +208,11 @@ def _use(path: str, w: PyTree, tokens: int, sites: Mapping[str, Site] | None) ->
         return _Use(1.0, tokens)
     site = sites.get(path)
     if site is None or site.shape != tuple(w.shape):
-        known = "nothing" if site is None else f"that its shape is {list(site.shape)}"
+        known = "do not contain it" if site is None else f"give it shape {list(site.shape)}"
         raise ValueError(
-            f"the sites say {known} of {path!r}, {list(w.shape)}: pass those of this tree before "
-            f"quantization, sites(fn, jax.eval_shape(dequantize, params), x)"
+            f"{path!r} has shape {list(w.shape)}, but the sites {known}: pass those "
+            "of this tree before quantization, sites(fn, jax.eval_shape(dequantize, "
+            "params), x)"
         )
     if site.contracted or site.otherwise or site.gathered is None:
         return _Use(1.0, tokens if site.contracted or site.otherwise else 0)
@@ -254,9 +255,9 @@ def _rate(w: QTensor, chip: str) -> float:
 
 def _notes(chip: str, chips: int, sites: Mapping[str, Site] | None, packed: bool) -> Iterator[str]:
     if sites is None:
-        yield "no sites given: tables that are only looked up count whole"
+        yield "no sites given: tables whose rows are only looked up are counted in full"
     if packed and not rates.has_rates(chip):
-        yield f"the rates of kernels on {chip} are not known: unpacking is not counted"
+        yield f"the rates of kernels on {chip} are not known, so unpacking is not counted"
     if chips > 1:
         yield "communication between chips is not counted"
 

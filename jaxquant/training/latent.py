@@ -90,13 +90,13 @@ def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> P
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
     if not new:
-        raise ValueError("nothing to train: the recipe has a method for no quantized weight")
+        raise ValueError("nothing to train: the recipe gives a method to no quantized weight")
     return replace_leaves(params, new)
 
 
 def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
     if isinstance(w.format, Latent):
-        raise ValueError("the weight is latent already")
+        raise ValueError("the weight is already latent")
     estimator = method.estimator or StraightThrough()
     estimator.check(w.format)
     inputs = method.input_estimator
@@ -123,7 +123,9 @@ def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
 def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
     """Return the floats of a weight as the format stores the matrix, after its transforms."""
     if leaf.shape != w.shape:
-        raise ValueError(f"floats of shape {list(leaf.shape)} for a weight {list(w.shape)}")
+        raise ValueError(
+            f"the weight has shape {list(w.shape)}, but floats holds {list(leaf.shape)} for it"
+        )
     back = tuple(sorted(range(leaf.ndim), key=w.axes().__getitem__))
     batch = w.stored_shape()[: w.leading()]
     k, n = math.prod(w.view.k), math.prod(w.view.n)
@@ -181,7 +183,7 @@ def _frozen(path: str, w: QTensor) -> QTensor:
         if not bool(jnp.all(jnp.isfinite(a))):
             raise ValueError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
         if name == "scale" and not bool(jnp.all(a > 0)):
-            raise ValueError(f"{path}: {int(jnp.sum(a <= 0))} scales are not above zero")
+            raise ValueError(f"{path}: {int(jnp.sum(a <= 0))} scales are not positive")
     axes = w.leading()
     data = batched(format.packed, axes)(w.data)
     ranges = w.activations_data

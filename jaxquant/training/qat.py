@@ -90,8 +90,8 @@ class QAT(Healing):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if 0 < self.holding <= stability.MOMENTUM:
             raise ValueError(
-                f"holding must be above {stability.MOMENTUM}, which a single change gives, got "
-                f"{self.holding}"
+                f"holding must be 0, or above {stability.MOMENTUM}, which a single change "
+                f"of a code reaches, got {self.holding}"
             )
 
     @property

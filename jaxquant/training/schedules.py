@@ -29,8 +29,7 @@ def two_stage(first: float, second: float, steps: int, warmup: int = 0) -> optax
     """
     if steps < 2 or not 0 <= warmup <= steps // 2:
         raise ValueError(
-            f"expected two steps or more and a warm-up of at most half of them, got {steps} and "
-            f"{warmup}"
+            f"steps must be at least 2, and warmup 0 to half of steps, got {steps} and {warmup}"
         )
     half = steps // 2
     line = lambda peak: optax.linear_schedule(peak, 0.0, steps)

@@ -53,7 +53,9 @@ def _grid(latent: Latent, data: dict[str, Array]) -> PyTree:
 
 def _levels(latent: Latent) -> LevelFormat:
     if not isinstance(latent.format, LevelFormat):
-        raise ValueError(f"codes on a line are of formats with levels, got {latent.format}")
+        raise ValueError(
+            f"expected a latent weight in a format with levels (a LevelFormat), got {latent.format}"
+        )
     return latent.format
 
 
@@ -229,8 +231,9 @@ def hold(
     """
     if not isinstance(threshold, jax.core.Tracer) and threshold <= momentum:
         raise ValueError(
-            f"a threshold of {threshold} is passed by a single change; take more than twice the "
-            f"momentum, {momentum}"
+            f"threshold must be above the momentum, {momentum}, and should be more "
+            "than twice that, or a single change of a code freezes it, got "
+            f"{threshold}"
         )
     latents, new, states = _latents(params), {}, {}
     for path, before in state.items():

@@ -74,7 +74,9 @@ class Zeroth:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.sizes and (len(self.sizes) != len(self.kinds) or min(self.sizes) <= 0):
-            raise ValueError(f"sizes must be positive, one of each of {self.kinds}: {self.sizes}")
+            raise ValueError(
+                f"sizes must be positive, one for each of the kinds {self.kinds}, got {self.sizes}"
+            )
         check_positive(self, "epsilon", "samples", "blocks")
         if unknown := set(self.kinds) - (set(LABELS) - {FROZEN}):
             raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
@@ -171,7 +173,7 @@ def estimate(
       ValueError: nothing in the tree moves.
     """
     if not any(True for _ in _moving(params, how)):
-        raise ValueError(f"nothing moves: the tree has no array of the kinds {how.kinds}")
+        raise ValueError(f"nothing to train: the tree has no array of the kinds {how.kinds}")
     keys = jax.random.split(key, how.samples)
 
     def one(key: Array) -> tuple[Array, Array]:

@@ -29,11 +29,13 @@ class Chain(Transform):
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.parts:
-            raise ValueError("parts must be a tuple of transforms, one or more; got ()")
+            raise ValueError("parts must be a tuple of one or more transforms, got ()")
         if wrong := next(filter(None, (lacking(Transform, part) for part in self.parts)), ""):
             raise ValueError(f"parts must be a tuple of transforms: {wrong}")
         if any(part.searched for part in self.parts[1:]):
-            raise ValueError("what is searched for comes first in a chain")
+            raise ValueError(
+                "only the first transform of a chain may be searched for, as Scaling is"
+            )
 
     needs_gram = property(lambda self: any(p.needs_gram for p in self.parts))  # type: ignore[assignment]
     needs_channels = property(lambda self: any(p.needs_channels for p in self.parts))  # type: ignore[assignment]

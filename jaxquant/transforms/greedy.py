@@ -83,7 +83,7 @@ class Greedy(Blocks):
         super().__post_init__()
         check_positive(self, "steps")
         if self.block < 2:
-            raise ValueError(f"a block to rotate has 2 channels or more, got {self.block}")
+            raise ValueError(f"block must be at least 2 channels, got {self.block}")
 
     def shapes(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes and dtypes of the arrays that `fit` makes."""

@@ -114,9 +114,7 @@ class Smooth(Factors):
         if self.alpha is not None and not (
             isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1
         ):
-            raise ValueError(
-                f"alpha must be in [0, 1], or None to be searched for; got {self.alpha}"
-            )
+            raise ValueError(f"alpha must be in [0, 1], or None to search for it, got {self.alpha}")
 
     @property
     def searched(self) -> bool:  # type: ignore[override]
@@ -185,7 +183,9 @@ class ActivationAware(Factors):
 
     def _arrays(self, channels: Channels, r: float) -> dict[str, Array]:
         if channels.magnitude is None:
-            raise ValueError("the sizes of the channels are unknown: calibrate for them")
+            raise ValueError(
+                "the magnitudes of the channels are unknown: pass the result of calibrate"
+            )
         s = ratios(channels.magnitude) ** r
         if self.duo:
             s = s / (self._weights(ratios(channels.weights)) ** (1 - r) + 1e-4)

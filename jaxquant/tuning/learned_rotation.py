@@ -144,8 +144,9 @@ class _Stream:
         weights = round_weights and any(not isinstance(format, Dense) for format in stored)
         if not weights and all(m.method.activations is None for m in reads):
             raise ValueError(
-                "nothing to learn: no input that comes off the residual stream is rounded, nor, in "
-                "the loop, any weight of it; name a form of activations (--activations int4)"
+                "nothing to learn: neither the inputs that read the residual stream nor, "
+                "in training, the weights on it are rounded; set activations to a form "
+                "that is rounded (--activations int4)"
             )
         for wanted, axis, ms in (("reads", -2, reads), ("writes to", -1, writes)):
             for entry in ms:
@@ -209,7 +210,9 @@ class _Turn(Transform):
 
     def fit(self, channels: Channels, key: Array) -> dict[str, Array]:
         """Raise ValueError, since the rotation is learned and not fitted."""
-        raise ValueError("a learned rotation is not fitted to channels")
+        raise ValueError(
+            "a learned rotation cannot be fitted to channels: it comes from learn_rotation"
+        )
 
     def size(self, n: int) -> int:
         """Return the number of channels after the transform."""
@@ -250,11 +253,15 @@ class _Back(Dense):
 def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) -> None:
     if method.activations is not None and method.activations.static:
         raise ValueError(
-            f"{path}: static scales are known only once the rotation is: learn it with a scale per "
-            f"token (static=false), then quantize with any"
+            f"{path}: static scales can only be computed once the rotation is known: "
+            "learn it with one scale per token (static=false), then quantize with "
+            "static scales"
         )
     if round_weights and method.output is not None:
-        raise ValueError(f"{path}: weights that are rounded behind a transform of their outputs")
+        raise ValueError(
+            f"{path}: round_weights=True does not allow an output transform, got "
+            f"{method.output}; use round_weights=False"
+        )
     side = method.input
     if side is not None and (side.needs_channels or side.needs_sample) and stats is None:
         raise ValueError(

@@ -164,7 +164,7 @@ class _Weights:
         weights = _Weights(Inputs.of(todo, stats.sites, leaves, stats, known=known), prefix)
         if not weights.learning:
             raise ValueError(
-                "nothing to learn: no transform of the recipe can be learned (Kronecker)"
+                "nothing to learn: the recipe has no transform that can be learned (Kronecker)"
             )
         return weights
 
@@ -207,8 +207,9 @@ class _Weights:
         known = self.inputs.arrays(leader, j, draw.of_input(leader, j))
         if known is None:
             raise ValueError(
-                f"{entry.path}: beside learned transforms stand such that all weights of an "
-                f"input share, or none; {entry.method.input} is the weight's own"
+                f"{entry.path}: when transforms are learned, all weights of an input must "
+                f"share one transform or have none, but {entry.method.input} belongs to "
+                "one weight alone"
             )
         return by_kind(known).input
 

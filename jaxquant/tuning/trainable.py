@@ -62,7 +62,7 @@ def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
             start[path] = {"": leaf.astype(jnp.float32)}
     start = {path: values for path, values in start.items() if values}
     if not start:
-        raise ValueError("nothing to train: no leaf is quantized, and `also` names none")
+        raise ValueError("nothing to train: no leaf is quantized, and `also` matches none")
     return Opened(replace_leaves(params, leaves), start)
 
 
@@ -79,7 +79,9 @@ def check_globs(params: PyTree, also: Sequence[str]) -> None:
         found = [w for path, w in path_leaves(params) if matches(path, glob)]
         plain = [w for w in found if not isinstance(w, QTensor)]
         if not found or not all(jnp.issubdtype(jnp.result_type(w), jnp.floating) for w in plain):
-            raise ValueError(f"also: expected floating leaves, and {glob!r} matches other or none")
+            raise ValueError(
+                f"also: {glob!r} must match floating leaves, but it matches other leaves or none"
+            )
 
 
 def _opened(w: QTensor) -> tuple[QTensor, dict[str, Array]]:
@@ -152,7 +154,10 @@ def rejoined(params: PyTree, healed: PyTree) -> PyTree:
     def one(path: str, w: PyTree) -> PyTree:
         new = found.get(path)
         if new is None or isinstance(w, QTensor) != isinstance(new, QTensor):
-            raise ValueError(f"{path}: expected the leaf that decoded() made, healed; got {new!r}")
+            raise ValueError(
+                f"{path}: expected the trained leaf of the tree that decoded() returned, "
+                f"got {new!r}"
+            )
         if not isinstance(w, QTensor):
             return new
         data = w.data if new.format == Dense() else new.data

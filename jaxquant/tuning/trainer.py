@@ -218,9 +218,10 @@ def _kept(finished: Finished | None, begun: np.ndarray, name: str) -> Mapping[st
         return kept
     if not kept[DONE]:
         raise ValueError(
-            f"what is kept of {name}, up to step {int(kept['0'])}, is another training: it began "
-            f"with other weights, another recipe or other settings. It was not touched: go on as "
-            f"it began, or keep this one elsewhere"
+            f"the stored state of {name}, at step {int(kept['0'])}, belongs to "
+            "another training, with other weights, another recipe or other settings. "
+            "It was not changed: continue with those, or store this training "
+            "elsewhere"
         )
     return None
 
@@ -230,8 +231,8 @@ def _finite(measured: dict[str, float], name: str, step: int, healing: Healing) 
         if not np.isfinite(value):
             raise ValueError(
                 f"{name}, step {step}: the {what} is {value}; lower the learning rate "
-                f"({healing.learning_rate:g}) or look at the sequences of this step. What was kept "
-                f"before stays"
+                f"({healing.learning_rate:g}) or check the sequences of this step. The "
+                "state stored before is unchanged"
             )
     return measured
 
@@ -390,7 +391,7 @@ class Trainer:
           ValueError: there is only one input.
         """
         if len(hidden) < 2:
-            raise ValueError("expected two inputs or more, one of them to be held out, got one")
+            raise ValueError("expected at least two inputs, one of which is held out, got one")
         ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
         for i in range(blocks):
             after = list(map(wanted(i), theirs))

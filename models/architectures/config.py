@@ -102,8 +102,8 @@ class LlamaConfig:
                 raise ValueError(f"rope_scaling must be positive numbers, got {shown(scaling)}")
             if isinstance(scaling, tuple) and len(scaling) != self.head_dim // 2:
                 raise ValueError(
-                    f"rope_scaling must be one factor, or {self.head_dim // 2} for the pairs of a "
-                    f"head, got {len(scaling)}"
+                    f"rope_scaling must be one factor, or {self.head_dim // 2} factors, one "
+                    f"for each pair of channels of a head, got {len(scaling)}"
                 )
 
     @property

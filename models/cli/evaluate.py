@@ -66,7 +66,7 @@ def evaluate_command(
         check_sizes(ctx, chunks)  # before anything is loaded
         kv = kv_format(kv_cache)
         if kv is None and strict is not None:
-            raise ValueError("--strict and --no-strict are for --kv-bits; give both")
+            raise ValueError("--strict and --no-strict need --kv-bits; give both")
     content = read_text(text)
     student = load_with(activations, model, widen=False)
     sizes = sizes_of(student.params)  # sizes as stored

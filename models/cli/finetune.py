@@ -191,7 +191,8 @@ def request_of(
     """
     if packed and (bits, group_size) != (None, None):
         raise ValueError(
-            "--bits and --group-size are for a model of floats; a checkpoint trains as it is"
+            "--bits and --group-size apply only to a MODEL with float weights; a "
+            "checkpoint keeps its own"
         )
     if not steps and not block_steps:
         raise ValueError("nothing to do: give --steps, --block-steps or both")
@@ -217,5 +218,5 @@ def _training(
     fields = {"steps": steps, **common, **dict(map(setting, settings))}
     names = {f.name for f in dataclasses.fields(how)}
     if unknown := set(fields) - names:
-        raise ValueError(f"unknown settings {sorted(unknown)}; there are {sorted(names)}")
+        raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(names)}")
     return dataclasses.replace(how, **fields) if steps else None

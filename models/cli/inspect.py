@@ -82,9 +82,9 @@ def inspect(
     """
     with usage_errors():
         if of_outliers and text is None:
-            raise ValueError("--outliers looks at activations: give --text FILE, or builtin")
+            raise ValueError("--outliers needs a text: give --text FILE, or --text builtin")
         if not of_outliers and (text, tokens, plot) != (None, None, None):
-            raise ValueError("--text, --tokens and --plot are for --outliers; give it too")
+            raise ValueError("--text, --tokens and --plot need --outliers; give it too")
         if plot is not None:
             outlier_report.check_plot(plot)
     if text is not None:

@@ -107,7 +107,7 @@ def kv_format(options: dict[str, Any]) -> KVFormat | None:
     """
     given = {name.removeprefix("kv_"): v for name, v in options.items() if v is not None}
     if given and "bits" not in given:
-        raise ValueError(f"--kv-{min(given)} is for --kv-bits; give both")
+        raise ValueError(f"--kv-{min(given)} needs --kv-bits; give both")
     if "keys" in given:
         given["rope"] = given.pop("keys")
     return KVFormat(**given) if given else None

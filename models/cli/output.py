@@ -67,10 +67,13 @@ class Output:
         click.get_current_context().with_resource(self.finished)
         self._check()
         if len(self.finished):
-            line(f"going on from {self.path}")
+            line(f"continuing from {self.path}")
         elif self.finished.replaced:
             names = ", ".join(self.finished.replaced)
-            line(f"{self.path} kept another run, of other {names}; this one begins anew")
+            line(
+                f"{self.path} holds another run, which differs in {names}; starting from "
+                "the beginning"
+            )
         return self.finished
 
     def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
@@ -100,7 +103,7 @@ class Output:
 
     def _about(self) -> str:
         kept = self.path.is_dir() and any(self.path.glob("*.bin"))
-        more = f"; the same command goes on from {self.path}" if kept else ""
+        more = f"; run the same command again to continue from {self.path}" if kept else ""
         return f"no output was written{more}"
 
 

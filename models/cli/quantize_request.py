@@ -65,7 +65,7 @@ def request_of(
     given |= dict(map(setting, settings))
     tokens = preset.tokens if calibration_tokens is None else calibration_tokens
     if tokens < CONTEXT:
-        raise ValueError(f"--calibration-tokens must be at least {CONTEXT}")
+        raise ValueError(f"--calibration-tokens must be at least {CONTEXT}, got {tokens}")
     steps = preset.heal_steps if heal_steps is None else heal_steps
     _check_healing(steps, learn_steps, text=heal_text, batch=heal_batch, codes=heal_codes)
     _check_rotation(rotate_residual, rotate_steps, target_bits)
@@ -109,7 +109,7 @@ def _check_healing(
     for name in (name for name, asked in given.items() if asked and not steps):
         if name == "codes" or not learn_steps:
             also = "" if name == "codes" else " or --learn STEPS"
-            raise ValueError(f"--heal-{name} is for training; give --heal STEPS{also} too")
+            raise ValueError(f"--heal-{name} needs training; give --heal STEPS{also} too")
 
 
 def _check_rotation(
@@ -117,19 +117,22 @@ def _check_rotation(
 ) -> None:
     """Raise ValueError if the options of the rotation contradict each other."""
     if rotate_residual != "learned" and rotate_steps is not None:
-        raise ValueError("--rotate-steps is for a learned rotation: --rotate-residual learned")
+        raise ValueError("--rotate-steps needs --rotate-residual learned")
     if rotate_residual == "learned" and target_bits is not None:
-        raise ValueError("a rotation is learned for one recipe; --target-bits takes a random one")
+        raise ValueError(
+            "--rotate-residual learned needs one recipe, so --target-bits cannot be "
+            "used with it; use --rotate-residual random"
+        )
 
 
 def _check_trainable(request: QuantizationRequest) -> None:
     """Raise ValueError if no method has the part that is to be trained."""
     if request.recoding and not any(m.format.recodes for _, m in request.rules):
-        raise ValueError("--heal-codes trains the codes of learned codebooks: of aqlm and vptq")
+        raise ValueError("--heal-codes needs a method with learned codebooks: aqlm or vptq")
     if request.learning and not any(
         m.input is not None and m.input.learns for _, m in request.rules
     ):
-        raise ValueError("--learn trains transforms of inputs that can be learned: of flatquant")
+        raise ValueError("--learn needs a method with transforms that can be learned: flatquant")
 
 
 def _training(how: jq.tuning.Healing, steps: int, batch: int) -> jq.tuning.Healing | None:
@@ -143,9 +146,11 @@ def _rotating(steps: int | None) -> jq.tuning.Healing:
 def _check_alone(method: str | None, target_bits: float | None, given: dict[str, Any]) -> None:
     """Raise ValueError if method options are given together with a recipe file."""
     if method is not None:
-        raise ValueError("give one of --method and --recipe")
+        raise ValueError("give either --method or --recipe, not both")
     if given or target_bits is not None:
-        raise ValueError("--recipe states everything; leave --bits and the like out")
+        raise ValueError(
+            "--recipe sets everything; leave --bits and the other options of a method out"
+        )
 
 
 def recipe_of_file(path: str) -> jq.Recipe:
@@ -161,7 +166,7 @@ def recipe_of_file(path: str) -> jq.Recipe:
 
 def _method_name(method: str | None, target_bits: float | None, preset: Preset) -> str:
     if method is None and target_bits is None:
-        raise ValueError("give one of --method and --recipe, or --target-bits")
+        raise ValueError("give --method, --recipe or --target-bits")
     name = preset.method if method is None else method
     if name not in jq.METHODS:
         jq.methods.named_method(name)  # raises an error that lists the methods
@@ -198,13 +203,13 @@ def _one_method(make: Make, name: str, given: dict[str, Any]) -> jq.Method:
 def _choices(make: Make, name: str, target: float, given: dict[str, Any]) -> tuple[jq.Method, ...]:
     """Return the method at every whole number of bits, and at quarters of a bit near the target."""
     if "bits" in given:
-        raise ValueError("give one of --bits and --target-bits")
+        raise ValueError("give either --bits or --target-bits, not both")
     if not 0 < target <= MOST_BITS:
         raise ValueError(f"--target-bits must be above 0 and at most {MOST_BITS}, got {target}")
     if name not in RATED:
         raise ValueError(
-            f"{name} has no option that sets its rate alone; --target-bits shares out: "
-            f"{', '.join(RATED)}"
+            f"{name} has no option that sets only its number of bits, as "
+            f"--target-bits needs; use one of {', '.join(RATED)}"
         )
     quarters = [b / 4 for b in range(1, 4 * MOST_BITS + 1) if abs(b / 4 - target) <= 1 and b % 4]
     found, problems = [], {}

@@ -40,7 +40,7 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     held = checked(
         CheckpointMetadata,
         stored_metadata(folder),
-        f"{folder} is a checkpoint of no language model: its metadata",
+        f"{folder} is not a checkpoint of a language model: its metadata",
     )
     config = LlamaConfig.from_json(held.config)
     chat = held.chat and ChatTemplate.from_json(held.chat, f"the chat template of {folder}")
@@ -110,8 +110,8 @@ def _check_finite(params: PyTree) -> None:
         floats = [a for a in jax.tree.leaves(w) if jnp.issubdtype(a.dtype, jnp.floating)]
         if not all(bool(jnp.all(jnp.isfinite(a.astype(jnp.float32)))) for a in floats):
             raise ValueError(
-                f"{path}: values that are not finite (NaN or infinity) are not saved; use another "
-                f"method, more bits, or a smaller learning rate"
+                f"{path} holds values that are not finite (NaN or infinity), so the model "
+                "was not saved; use another method, more bits, or a smaller learning rate"
             )
 
 

@@ -87,7 +87,7 @@ def _complete(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
         factors = _dequantize(tensors[ROPE_FACTORS])
         usable = np.isfinite(factors) & (factors > 0)
         if factors.shape != (config.head_dim // 2,) or not usable.all():
-            raise ValueError(f"{ROPE_FACTORS} should be {config.head_dim // 2} positive numbers")
+            raise ValueError(f"{ROPE_FACTORS} must be {config.head_dim // 2} positive numbers")
         scaling = tuple((factors * (scaling or 1.0)).tolist())
     return dataclasses.replace(
         config,

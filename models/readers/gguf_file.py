@@ -52,7 +52,7 @@ class _Cursor:
         """Raise ValueError unless `count` items of at least `least` bytes can follow."""
         left = len(self.data) - self.at
         if count * least > left:
-            raise ValueError(f"{what} of {count} need more than the {left} bytes that are left")
+            raise ValueError(f"{what} ({count}) need more than the {left} bytes that are left")
 
     def number(self, kind: str) -> int | float | bool:
         size = struct.calcsize("<" + kind)
@@ -63,7 +63,7 @@ class _Cursor:
 
     def text(self) -> str:
         size = self.number("Q")
-        self.check(size, 1, "bytes of a text")
+        self.check(size, 1, "bytes of a string")
         self.at += size
         return str(self.data[self.at - size : self.at], "utf-8")
 
@@ -73,12 +73,12 @@ class _Cursor:
         if kind == _ARRAY:
             return self.array(depth)
         if kind not in _SCALARS:
-            raise ValueError(f"there is no type {kind} of values")
+            raise ValueError(f"metadata of type {kind} are not known")
         return self.number(_SCALARS[kind])
 
     def array(self, depth: int) -> list[JsonValue]:
         if depth == DEEPEST:
-            raise ValueError(f"arrays lie more than {DEEPEST} deep in one another")
+            raise ValueError(f"arrays are nested more than {DEEPEST} levels deep")
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             one = "<" + _SCALARS[kind]
@@ -112,24 +112,24 @@ def open_gguf(path: Path) -> tuple[dict[str, JsonValue], dict[str, Tensor], int]
 
 def _read(cursor: _Cursor) -> tuple[dict[str, JsonValue], dict[str, Tensor]]:
     if bytes(cursor.data[:4]) != MAGIC:
-        raise ValueError("it does not begin with the magic GGUF")
+        raise ValueError("it does not begin with the magic number GGUF")
     cursor.at = 4
     version, tensors, pairs = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in VERSIONS:
-        raise ValueError(f"its version {version} is none of {VERSIONS}, little-endian")
+        raise ValueError(f"its version must be one of {VERSIONS} (little-endian), got {version}")
     cursor.check(pairs, 8 + 4 + 1, "metadata pairs")
     fields: dict[str, JsonValue] = {}
     for _ in range(pairs):
         key = cursor.text()
         if key in fields:
-            raise ValueError(f"the key {shown(key)} comes twice")
+            raise ValueError(f"the key {shown(key)} appears twice")
         fields[key] = cursor.value(cursor.number("I"))
     cursor.check(tensors, 8 + 4 + 4 + 8, "tensors")
     heads = [_head(cursor) for _ in range(tensors)]
     start = _aligned(cursor.at, fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
     found = {head[0]: _tensor(cursor.data, start, *head) for head in heads}
     if len(found) < len(heads):
-        raise ValueError("two tensors have one name")
+        raise ValueError("two tensors have the same name")
     return fields, found
 
 
@@ -146,11 +146,16 @@ def _tensor(data: memoryview, start: int, name: str, shape: tuple, kind: int, at
         raise ValueError(f"tensor {shown(name)} has an unknown type, {kind}")
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     if min(shape) < 1 or shape[-1] % block:
-        raise ValueError(f"tensor {shown(name)} of {list(shape)} is not of blocks of {block}")
+        raise ValueError(
+            f"tensor {shown(name)} must have a last axis in blocks of {block}, got "
+            f"shape {list(shape)}"
+        )
     row = shape[-1] // block * nbytes
     end = start + at + math.prod(shape[:-1]) * row
     if end > len(data):
-        raise ValueError(f"tensor {shown(name)} ends at byte {end}, the file at {len(data)}")
+        raise ValueError(
+            f"tensor {shown(name)} ends at byte {end}, but the file at byte {len(data)}"
+        )
     values = np.frombuffer(data, np.uint8, end - start - at, start + at)
     return Tensor(name, gguf.GGMLQuantizationType(kind), shape, values.reshape(*shape[:-1], row))
 

@@ -61,7 +61,7 @@ def chat_template_from_gguf(fields: Mapping[str, JsonValue]) -> ChatTemplate | N
     if source is None:
         return None
     if not isinstance(source, str):
-        raise ValueError(f"tokenizer.chat_template must be a text, got {shown(source)}")
+        raise ValueError(f"tokenizer.chat_template must be a string, got {shown(source)}")
     own = tokenizer_fields(fields)
     ids = {"bos_token": own.bos_token_id, "eos_token": own.eos_token_id}
     return ChatTemplate(source, {n: own.tokens[i] for n, i in ids.items() if i is not None})

@@ -32,7 +32,7 @@ def tokenizer_from_gguf(fields: Mapping[str, JsonValue]) -> Tokenizer:
         missing.
     """
     own = tokenizer_fields(fields)
-    with one_line("the GGUF metadata make no tokenizer"):
+    with one_line("no tokenizer can be built from the GGUF metadata"):
         backend = _byte_level(own) if own.model == "gpt2" else _sentence_piece(own)
         _add_tokens(backend, own)
         bos, tokens = own.bos_token_id, own.tokens

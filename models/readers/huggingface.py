@@ -124,7 +124,9 @@ def _locate(folder: Path) -> dict[str, Tensors]:
     shards = {name: Tensors(folder / name) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard].shapes:
-            raise ValueError(f"{INDEX} promises tensor {name!r:.80} in {shard}, which lacks it")
+            raise ValueError(
+                f"{INDEX} lists tensor {name!r:.80} in {shard}, which does not contain it"
+            )
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 

@@ -104,7 +104,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
         "bos_token_id": config.bos_id,
     }
     if config_from_hf(hf) != config:
-        raise ValueError(f"no Hugging Face family has these switches together: {config}")
+        raise ValueError(f"no Hugging Face family has this combination of settings: {config}")
     return hf
 
 
@@ -122,4 +122,6 @@ def _scaling_to_hf(config: LlamaConfig) -> dict[str, JsonValue] | None:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position,
         }
-    raise ValueError("per-frequency RoPE factors (from GGUF) have no Hugging Face form")
+    raise ValueError(
+        "per-frequency RoPE factors (from GGUF) cannot be written in Hugging Face form"
+    )

@@ -74,10 +74,13 @@ class Tensors:
         """
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
-            raise ValueError(f"tensor {name} has type {entry.dtype}, which is not read here")
+            raise ValueError(f"tensor {name} has type {entry.dtype}, which is not supported")
         kind = np.dtype(DTYPES[entry.dtype])
         begin, end = entry.data_offsets
         if math.prod(entry.shape) * kind.itemsize != end - begin:
-            raise ValueError(f"tensor {name} has {end - begin} bytes, which is not its shape's")
+            raise ValueError(
+                f"tensor {name} has {end - begin} bytes, which does not match its shape "
+                f"{list(entry.shape)}"
+            )
         raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
         return np.asarray(raw).view(kind).reshape(entry.shape)

@@ -73,7 +73,7 @@ class Tokenizer:
           ValueError: text is not the contents of a valid tokenizer.json.
         """
         if not isinstance(text, str | bytes):
-            raise ValueError(f"{where} should be a text, got {shown(text)}")
+            raise ValueError(f"{where} must be a string, got {shown(text)}")
         file = checked(TokenizerFile, parse_json(text, where), where)
         pieces = isinstance(file.model.get("vocab"), list)
         checked(UnigramModel if pieces else VocabularyModel, file.model, where, "model.")
@@ -86,8 +86,9 @@ class Tokenizer:
             got = backend.token_to_id(token.content)
             if got != token.id:
                 raise ValueError(
-                    f"{where}: added_tokens give {shown(token.content)} the id {token.id}, but "
-                    f"{got} is the one that follows from the vocabulary; the ids must be its next"
+                    f"{where}: added_tokens gives {shown(token.content)} the id {token.id}, "
+                    f"but after the vocabulary its id is {got}; the ids of added tokens must "
+                    "continue those of the vocabulary"
                 )
         return made
 
@@ -161,7 +162,7 @@ class Tokenizer:
         parts = []
         whole = [int(i) for i in ids]
         if wrong := [i for i in whole if not 0 <= i < 2**32]:
-            raise ValueError(f"token ids must not be negative, and below 2**32, got {wrong[0]}")
+            raise ValueError(f"token ids must be at least 0 and below 2**32, got {wrong[0]}")
         for added, run in itertools.groupby(whole, key=self._added.__contains__):
             if added:
                 parts += [self._added[i] for i in run]

@@ -83,7 +83,7 @@ def assemble(
 
 def _fill(slot: np.ndarray, value: np.ndarray, name: str) -> None:
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"tensor {name} should be floating-point, is {value.dtype}")
+        raise ValueError(f"tensor {name} must be floating-point, got {value.dtype}")
     with np.errstate(over="ignore", invalid="ignore"):  # reported just below
         slot[...] = value
     if not np.isfinite(slot).all():
@@ -119,7 +119,7 @@ def _check_shapes(
         for name in group:
             if present[name] != expected:
                 raise ValueError(
-                    f"tensor {name} should be {list(expected)}, is {list(present[name])}"
+                    f"tensor {name} must have shape {list(expected)}, got {list(present[name])}"
                 )
 
 

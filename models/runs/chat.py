@@ -112,8 +112,8 @@ class Conversation:
         most = self.model.config.max_position
         if len(ids) >= most:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens, and the model {most} positions; "
-                f"begin another one"
+                f"the conversation has {len(ids)} tokens, but the model only {most} "
+                "positions; start a new one"
             )
         self._key, key = jax.random.split(self._key)
         count = min(self.max_tokens, most - len(ids))

@@ -87,7 +87,8 @@ def _restacked(params: PyTree) -> PyTree:
     forms = {jax.tree.structure(layer) for layer in layers_of(params, "layers")}
     if len(forms) > 1:
         raise ValueError(
-            "layers apart are healed as a stack: quantize the same weights in all of them, "
-            "with the same transforms, in one format or in formats with nothing to train"
+            "layers that are stored apart are healed as one stack: quantize the same "
+            "weights in all of them, with the same transforms, in one format or in "
+            "formats with nothing to train"
         )
     return jq.ptq.restack(params, "layers")

@@ -95,9 +95,9 @@ def training_data(request: PretrainingRequest, text: str) -> TrainingData:
     kept = min(HELD_OUT, len(rows) // 8)
     if kept < 1 or len(rows) - kept < request.batch_size:
         raise ValueError(
-            f"the text has {len(rows)} rows of {request.context} tokens; a batch takes "
-            f"{request.batch_size}, and an eighth is kept apart: give a longer text or a shorter "
-            f"row"
+            f"the text has {len(rows)} rows of {request.context} tokens, but one "
+            f"batch needs {request.batch_size} besides the eighth that is held out: "
+            "give a longer text or a shorter context"
         )
     spread = np.linspace(0, len(rows) - 1, kept).astype(int)  # from all parts of the text
     return TrainingData(np.delete(rows, spread, axis=0), rows[spread], tokenizer)

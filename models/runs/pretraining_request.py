@@ -62,13 +62,21 @@ class PretrainingRequest:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.vocabulary < 256 + 1:
-            raise ValueError(f"vocabulary must be above 256, all bytes, got {self.vocabulary}")
+            raise ValueError(
+                f"vocabulary must be above 256, the number of bytes, got {self.vocabulary}"
+            )
         for name in ("float_share", "a48"):
             share = getattr(self, name)
             if not 0 <= share <= 1 or (share and not self.quantized):
-                raise ValueError(f"{name} is a share of the steps of BitNet, 0 to 1, got {share}")
+                raise ValueError(
+                    f"{name} must be a fraction of the steps from 0 to 1, and 0 without "
+                    f"quantization, got {share}"
+                )
         if self.float_share + self.a48 > 1:
-            raise ValueError(f"float_share {self.float_share} and a48 {self.a48} exceed all steps")
+            raise ValueError(
+                "float_share and a48 must not add up to more than 1, got "
+                f"{self.float_share} and {self.a48}"
+            )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 

@@ -84,8 +84,9 @@ def _untied(source: Model, reporter: Reporter) -> Model:
     source = untie_model(source)
     size = 2 * source.params["head"]["kernel"].size
     reporter.tell(
-        f"note: the embedding is the output matrix too; the two turn apart with the residual "
-        f"stream, so it is untied, which adds {size:,} bytes (float16)"
+        "note: the model uses one matrix as embedding and as output matrix; the "
+        "rotation changes these differently, so they are stored separately, "
+        f"which adds {size:,} bytes (float16)"
     )
     return source
 
@@ -148,8 +149,9 @@ def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts
     batch = max((how.batch_size for how in training), default=0)
     if len(own[0]) < batch:
         raise ValueError(
-            f"the text to heal on has {len(own[0])} sequences of {own[0].shape[1]} tokens, "
-            f"fewer than one step takes, {batch}: give a longer one or a smaller batch"
+            f"the healing text has {len(own[0])} sequences of {own[0].shape[1]} "
+            f"tokens, but one step needs {batch}: give a longer text or a smaller "
+            "batch"
         )
     return Sequences(calibration, unseen, *own)
 

@@ -52,7 +52,10 @@ def random_rotation(model: Model, key: jax.Array) -> Float[Array, "d d"]:
     """
     d, rotation = model.config.d_model, jq.transforms.Rotation()
     if rotation.size(d) != d:
-        raise ValueError(f"{d} channels have no Hadamard transform to rotate by")
+        raise ValueError(
+            f"the residual stream cannot be rotated: no Hadamard transform of its {d} "
+            "channels is known"
+        )
     one = jnp.eye(d)
     return rotation.apply(one, rotation.fit(Channels(one), key))
 

@@ -53,7 +53,8 @@ def first_tokens(sequences: np.ndarray, tokens: int) -> np.ndarray:
     wanted = max(1, tokens // sequences.shape[1])
     if len(sequences) < wanted:
         warnings.warn(
-            f"the calibration text has {sequences.size} tokens for it, {tokens} were asked",
+            f"the calibration text has only {sequences.size} tokens for calibration, "
+            f"but {tokens} were requested",
             stacklevel=3,
         )
     return sequences[:wanted]
@@ -69,8 +70,9 @@ def split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(sequences) < 3:
         raise ValueError(
-            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens; to train "
-            f"or to share bits out takes 3 or more, since some are kept apart: give a longer text"
+            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens, "
+            "but training and --target-bits need at least 3, since some are held "
+            "out: give a longer text"
         )
     kept = max(1, min(HELD_OUT, len(sequences) // 4))
     return sequences[:-kept], sequences[-kept:]

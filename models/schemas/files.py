@@ -193,7 +193,7 @@ class ShardIndex(Schema):
             plain = shard.isprintable() and not set(shard) & set("/\\") and len(shard) <= 255
             if not plain or shard in ("", ".", ".."):
                 raise ValueError(
-                    f"weight_map must name files of its own folder, got {shown(shard)}"
+                    f"weight_map must name files in its own folder, got {shown(shard)}"
                 )
         return self
 
@@ -329,7 +329,8 @@ class GGUFTokenizer(Schema):
         for merge in self.merges or ():
             if " " not in merge:
                 raise ValueError(
-                    f"tokenizer.ggml.merges must be two pieces and a space, got {shown(merge)}"
+                    "each of tokenizer.ggml.merges must be two pieces with a space between "
+                    f"them, got {shown(merge)}"
                 )
         ids = ("bos_token_id", "eos_token_id", "eot_token_id", "unknown_token_id")
         given = {n: getattr(self, n) for n in ids if n in self.model_fields_set}

@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, JsonValue]:
     """
     data = parse_json(read_bytes(path), str(path))
     if not isinstance(data, dict):
-        raise ValueError(f"{path} should hold a JSON object, holds a {type(data).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, got a {type(data).__name__}")
     return data
 
 
@@ -134,13 +134,13 @@ def parse_json(text: str | bytes, where: str) -> JsonValue:
 
     >>> parse_json('{"a": 1, "a": 2}', "x.json")
     Traceback (most recent call last):
-    ValueError: x.json is not JSON: the key 'a' comes twice in an object
+    ValueError: x.json is not JSON: the key 'a' appears twice in an object
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
-        raise ValueError(f"{where} is not JSON that can be read: it is nested too deep") from None
+        raise ValueError(f"{where} is not readable as JSON: it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text: byte {error.start} is invalid") from None
     except ValueError as error:
@@ -151,12 +151,12 @@ def _object(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key = first_repeat(key for key, _ in pairs)
-        raise ValueError(f"the key {shown(key)} comes twice in an object")
+        raise ValueError(f"the key {shown(key)} appears twice in an object")
     return found
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def first_repeat(values: Iterable[V]) -> V | None:

@@ -314,8 +314,8 @@ def to_quip_words(codes: Int[np.ndarray, "out octets"]) -> np.ndarray:
     outputs, octets = codes.shape
     if outputs % 16 or octets % 8:
         raise ValueError(
-            "QuIP# stores outputs by 16 and inputs by 64; got codes of "
-            f"{outputs} outputs and {8 * octets} inputs"
+            "the layout of QuIP# needs a multiple of 16 outputs and of 64 inputs, "
+            f"got codes of {outputs} outputs and {8 * octets} inputs"
         )
     tiles = codes.astype(np.uint64).reshape(outputs // 16, 8, 2, octets // 8, 4, 2)
     parts = tiles.transpose(5, 2, 0, 3, 1, 4).reshape(4, outputs, octets // 4)

@@ -51,8 +51,8 @@ def check(L: int, K: int, V: int) -> None:
     """
     if V not in (1, 2, 4) or not 1 <= K <= 8 or not K * V <= L <= 16:
         raise ValueError(
-            f"a trellis has V = 1, 2 or 4 weights a step, K = 1 to 8 bits a weight and states of "
-            f"K V <= L <= 16 bits, got L = {L}, K = {K}, V = {V}"
+            "a trellis needs V = 1, 2 or 4 weights per step, K = 1 to 8 bits per "
+            f"weight and states of K V <= L <= 16 bits, got L = {L}, K = {K}, V = {V}"
         )
 
 
@@ -126,7 +126,7 @@ def unit(code: str, L: int, V: int) -> np.float32:
       code, L, V: as in `values`.
     """
     if CODES.get(code) != V:
-        raise ValueError(f"codes and their V are {CODES}, got {code!r} with V = {V}")
+        raise ValueError(f"code and V must be a pair of {CODES}, got {code!r} with V = {V}")
     check(L, 1, V)
     integers = _integers(np.arange(1 << L, dtype=np.uint32), code).astype(float)
     return np.float32(1 / math.sqrt(np.mean(integers**2)))  # the sum is exact on any machine

@@ -151,7 +151,9 @@ def _trellis(
 ) -> tuple[Array, ...]:
     weights = trellis.CODES[code]
     if weights == 4:
-        raise ValueError(f"the native kernels do not know the order of weights in {code!r} tiles")
+        raise ValueError(
+            f"the native kernels do not support the order of weights in {code!r} tiles"
+        )
     factor, term, unit = trellis.byte_sum(code, L) or (0, 0, np.float32(0))
     table = np.zeros((0, 1), np.float32) if factor else trellis.values(code, L, weights)
     return _call(
@@ -220,7 +222,7 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
     if str(x.dtype) not in _FLOATS:
         return f"x must be float32, bfloat16 or float16, got {x.dtype}"
     if isinstance(static.get("table"), str):
-        return "codes that are float8 have no native kernel"
+        return "float8 codes have no native kernel"
     if static.get("group", 0) > _MOST_GROUP:
         return f"additive codes of more than {_MOST_GROUP} rows have no native kernel"
     if trellis.CODES.get(static.get("code", ""), 1) == 4:
@@ -248,9 +250,9 @@ def _serves_attention(q: Any, k: Any, v: Any, positions: Any) -> str:
     if reason := native.load():
         return f"no native kernels: {reason}"
     if q.shape[1] > _FEW:
-        return f"more than {_FEW} queries are served as matrices"
+        return f"attention of more than {_FEW} queries is faster as matrix products"
     if q.shape[3] % 16:
-        return f"heads of {q.shape[3]} channels, no multiple of 16, have no native kernel"
+        return f"heads of {q.shape[3]} channels, not a multiple of 16, have no native kernel"
     return ""
 
 
@@ -266,9 +268,11 @@ def _kv_attention(q: Array, *arrays: Array, most: int = _BEST) -> Array:
 def _serves_kv_attention(q: Any, k: Any, v: Any, *arrays: Any) -> str:
     frequencies, channels = arrays[2], q.shape[3] // arrays[-1].shape[3]
     if frequencies.size and q.shape[3] % 32:
-        return f"heads of {q.shape[3]} channels to be turned, no multiple of 32, have no kernel"
+        return (
+            f"heads of {q.shape[3]} channels with RoPE, not a multiple of 32, have no native kernel"
+        )
     if channels % 16:
-        return f"scales for {channels} channels, no multiple of 16, have no native kernel"
+        return f"scales for {channels} channels, not a multiple of 16, have no native kernel"
     return _serves_attention(q, k, v, None)
 
 

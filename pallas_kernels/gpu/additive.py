@@ -67,11 +67,11 @@ def serves(x, codes, codebooks, scale, *, bits: int, group: int, activations: st
     """Return "" if the kernel supports the arguments of `additive_matmul`, otherwise the reason."""
     held = bits * codebooks.shape[0]
     if held & (held - 1) or held > 32:
-        return f"on a GPU, the codes of a group take 4, 8, 16 or 32 bits, not {held}"
+        return f"on a GPU, the codes of a group must take 4, 8, 16 or 32 bits, not {held}"
     if group not in (2, 4, 8, 16) or 32 // held * group * codebooks.shape[0] > PLACES:
-        return f"on a GPU, a group has 2, 4, 8 or 16 rows, not {group}"
+        return f"on a GPU, a group must have 2, 4, 8 or 16 rows, not {group}"
     if codebooks.dtype != jnp.float16:
-        return f"on a GPU, codebooks are float16, not {codebooks.dtype}"
+        return f"on a GPU, codebooks must be float16, not {codebooks.dtype}"
     return triton.missing()
 
 

@@ -125,11 +125,14 @@ def serves(
 ) -> str:
     """Return "" if the kernel supports the arguments of `trellis_matmul`, otherwise the reason."""
     if code not in HASHES:
-        return f"on a GPU, trellis codes are {' and '.join(HASHES)}, not {code}"
+        return f"on a GPU, the trellis code must be {' or '.join(HASHES)}, not {code}"
     if len({*rates}) > 1 or rates[0] not in RATES:
-        return f"on a GPU, a trellis has one rate of {', '.join(map(str, RATES))} bits, not {rates}"
+        return (
+            f"on a GPU, a trellis must have one rate of {', '.join(map(str, RATES))} "
+            f"bits, not {rates}"
+        )
     if x.shape[1] // len(rates) % DEPTH and len(rates) > 1:
-        return f"on a GPU, blocks of rows of a trellis are multiples of {DEPTH}"
+        return f"on a GPU, blocks of rows of a trellis must be multiples of {DEPTH}"
     return triton.missing()
 
 

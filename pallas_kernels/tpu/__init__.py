@@ -63,7 +63,7 @@ def _grouped(x: Aval, codes: Aval, scale: Aval, group_size: int, slice_: int = 1
 def _packed(x: Aval, codes: Aval, scale: Aval, zero: Aval | None, *, bits: int, group_size: int,
             **_: Any) -> str:  # fmt: skip
     if bits not in (2, 3, 4, 8):
-        return f"codes of {bits} bits"
+        return f"codes of {bits} bits have no TPU kernel"
     return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
 
 
@@ -74,41 +74,48 @@ def _ternary(x: Aval, codes: Aval, scale: Aval, *, group_size: int, **_: Any) ->
 def _codebook(x: Aval, codes: Aval, scale: Aval, *, table: Any, bits: int, group_size: int,
               **_: Any) -> str:  # fmt: skip
     if isinstance(table, str) or bits not in (2, 3, 4) or len(table) != 1 << bits:
-        return f"tables of 4, 8 or 16 values are served, not {bits} bits of {str(table)[:20]}"
+        return (
+            f"only tables of 4, 8 or 16 values have a TPU kernel, not {bits} bits of "
+            f"{str(table)[:20]}"
+        )
     return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
 
 
 def _e8p(x: Aval, codes: Aval, residual: Aval | None, scale: Aval, *, bits: int, **_: Any) -> str:
     if bits != 2 or residual is not None:
-        return "of E8P only 2 bits, without a residual, are served"
+        return "E8P codes have a TPU kernel only at 2 bits, without a residual"
     return _grouped(x, codes, scale, 0) if x.dtype not in _FLOATS else ""
 
 
 def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: int, code: str,
              activations: str = "float") -> str:  # fmt: skip
     if code != "vpu":
-        return f"of trellis codes only 'vpu' is served, not {code!r}"
+        return f"only the trellis code 'vpu' has a TPU kernel, not {code!r}"
     if L != 16 or set(rates) != {2}:
         return (
-            f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
+            f"a trellis has a TPU kernel only at L = 16 and 2 bits, not L = {L} and "
+            f"{sorted(set(rates))} bits"
         )
     if activations == "int8/256":
-        return "a trellis is served with activations 'float', 'int8' and 'codes', not 'int8/256'"
+        return (
+            "a trellis has a TPU kernel only for activations 'float', 'int8' and "
+            "'codes', not 'int8/256'"
+        )
     rows = x.shape[1] // len(rates)
     if len(rates) > 1 and rows % 128:
-        return f"blocks of {rows} rows with a scale each are no multiple of 128"
+        return f"blocks of {rows} rows, each with a scale, are not multiples of 128"
     return "" if x.dtype in _FLOATS else f"x must be float32, bfloat16 or float16, got {x.dtype}"
 
 
 def _additive(*_: Any, **__: Any) -> str:
     return (
-        "additive codes are not served: of learned vectors of 8 float16 values a TPU gathers "
-        "fewer in a cycle than it reads bfloat16 weights"
+        "additive codes have no TPU kernel: gathering learned vectors of 8 "
+        "float16 values is slower on a TPU than reading bfloat16 weights"
     )
 
 
 def _hadamard(*_: Any, **__: Any) -> str:
-    return "Hadamard transforms are products with small matrices, which XLA does well on a TPU"
+    return "Hadamard transforms are products with small matrices, which XLA computes well on a TPU"
 
 
 def _none(*_: Any, **__: Any) -> jax.Array:

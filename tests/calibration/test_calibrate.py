@@ -207,9 +207,13 @@ def test_a_stopped_calibration_goes_on_to_the_same_bits():
     got = calibrate(params, batches, finished=kept, progress=done.append)
     assert int(kept["calibration"]["count"]) == 5 and done == [1, 2, 3, 4, 5]
     chex.assert_trees_all_equal(got.sums, whole.sums)
-    with pytest.raises(ValueError, match="save_every is a number of batches, 1 or more, got 0"):
+    with pytest.raises(
+        ValueError, match="save_every must be a number of batches, 1 or more, got 0"
+    ):
         calibrate(params, batches, save_every=0)
-    with pytest.raises(ValueError, match="the sums kept as 'calibration' are of 5 batches, got 2"):
+    with pytest.raises(
+        ValueError, match="kept as 'calibration' cover 5 batches, but batches has only 2"
+    ):
         calibrate(params, batches[:2], finished=kept)
     assert "w" in calibrate(params, batches, finished={"calibration": {"another": 1}}).sums
     others = [

@@ -90,7 +90,7 @@ def test_bad_input():
     params = {"w": jq.quantize_array(draw(32, 8), jq.rtn(8, group_size=-1))}
     with pytest.raises(ValueError, match="w .1 in all. are packed: pass jaxquant.dequantize"):
         jq.calibration.observe(lambda p, x: x @ p["w"], params, draw(5, 32), summary=Last())
-    with pytest.raises(ValueError, match="none is contracted"):
+    with pytest.raises(ValueError, match="it multiplies by none"):
         jq.calibration.observe(
             lambda p, x: x + p["w"], {"w": draw(5, 32)}, draw(5, 32), summary=Last()
         )

@@ -21,9 +21,9 @@ LOSS = lambda y, _: jnp.sum(y)
 WRONG = {
     "array for stats": (lambda: jq.quantize(PARAMS, METHOD, W), r"stats: expected the result of"),
     "dict of grams": (lambda: jq.quantize(PARAMS, METHOD, {"w": W}), "a mapping of Site or None"),
-    "recipe of None": (lambda: jq.Recipe(None), "a recipe is a sequence of rules .*got None"),
-    "recipe of a dict": (lambda: jq.Recipe({"*": METHOD}), "a recipe is a sequence of rules"),
-    "rule of None": (lambda: jq.Recipe([None]), "a rule is .path glob, method or KEEP"),
+    "recipe of None": (lambda: jq.Recipe(None), "a recipe must be a sequence of rules .*got None"),
+    "recipe of a dict": (lambda: jq.Recipe({"*": METHOD}), "a recipe must be a sequence of rules"),
+    "rule of None": (lambda: jq.Recipe([None]), "a rule must be .path glob, method or KEEP"),
     "a number as key": (
         lambda: jq.quantize(PARAMS, jq.quarot(4, 32), key=0),
         r"key: expected a key .such as jax.random.key.0., no number. or None, got 0 .int.",
@@ -44,7 +44,10 @@ WRONG = {
         lambda: jax.jit(jax.grad(lambda w: jnp.sum(jq.quantize_array(w, METHOD).stored())))(W),
         "quantizing has no gradient",
     ),
-    "negative sample": (lambda: jq.calibrate(FN, PARAMS, [X], sample=-1), "sample is a number of"),
+    "negative sample": (
+        lambda: jq.calibrate(FN, PARAMS, [X], sample=-1),
+        "sample must be a number of",
+    ),
     "fraction of a sample": (
         lambda: jq.calibrate(FN, PARAMS, [X], sample=1.5),
         "sample: expected an integer, got 1.5",

@@ -248,7 +248,7 @@ def test_what_a_bare_method_leaves_is_told():
     params = {"table": draw(40, 32), "w": draw(32, 16), "conv": draw(3, 8, seed=2)}
     fn = lambda p, ids: p["table"][ids] @ p["w"] + jnp.sum(p["conv"].reshape(-1))
     found = jq.sites(fn, params, IDS)
-    with pytest.warns(UserWarning, match=r"table \(70.5%\): the function only looks their rows up"):
+    with pytest.warns(UserWarning, match=r"table \(70.5%\): the function only looks up their rows"):
         q = jq.quantize(params, jq.rtn(4, 16), found)
     size = jq.size(q)
     assert size.floating == (("table", 1280), ("conv", 24))

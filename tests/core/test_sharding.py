@@ -41,7 +41,7 @@ for args in ((q, x), on_last):
 split = jax.tree.map(lambda a: put(a, None, "d"), q)
 text = jax.jit(jq.quantized(fn)).lower(split, put(x)).compile().as_text()
 assert "jaxquant_packed" not in text
-assert "over 4 devices by shard_map only" in str(jq.explain(fn, split, put(x)))
+assert "only shard_map can split a kernel over 4 devices" in str(jq.explain(fn, split, put(x)))
 y = jax.vmap(jq.quantized(fn), in_axes=(None, 0))(q, x[:, None])[:, 0]
 """,
     "some axes split by hand": """

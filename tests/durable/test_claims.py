@@ -87,7 +87,7 @@ def test_files_of_others_are_not_touched(tmp_path, name):
     path.mkdir()
     (path / name).write_text("precious")
     for work in (lambda: claim(path), lambda: Folder(path, {})):
-        with pytest.raises(ValueError, match="did not make its files; nothing in it"):
+        with pytest.raises(ValueError, match="did not write the files in it; nothing in it"):
             work()
     assert [(p.name, p.read_text()) for p in path.iterdir()] == [(name, "precious")]
 

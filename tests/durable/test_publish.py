@@ -125,7 +125,7 @@ def test_what_was_made_meanwhile_stays(tmp_path, monkeypatch, overwrite):
         return digests(folder)
 
     monkeypatch.setattr(checkpoint, "_digests", meanwhile)
-    message = "not a jaxquant checkpoint" if overwrite else "exists and is not empty"
+    message = "not a jaxquant checkpoint" if overwrite else "exists and is not an empty directory"
     with pytest.raises(ValueError, match=message):
         checkpoint.save(tmp_path / "c", NEW, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

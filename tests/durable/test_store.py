@@ -30,7 +30,7 @@ def file_of(folder):
 
 def is_done_again(folder, name="a"):
     """A line says so, and nothing of the file is used."""
-    with pytest.warns(UserWarning, match=rf"\.bin is damaged \(.*\); {name} is done again"):
+    with pytest.warns(UserWarning, match=rf"\.bin is damaged \(.*\); {name} is computed again"):
         assert name not in folder
     assert name not in folder
     assert len(folder) == 0
@@ -110,7 +110,9 @@ def test_a_head_of_nonsense_is_found_though_its_digest_is_right(folder, head):
 def test_of_another_run_nothing_is_kept_or_all(folder):
     path = folder.path
     folder.close()
-    with pytest.raises(ValueError, match="holds another run, of other seed, steps. It was not"):
+    with pytest.raises(
+        ValueError, match="holds another run, which differs in seed, steps. It was not"
+    ):
         Folder(path, {"seed": 2, "steps": 3}, refuse=True)
     assert "a" in Folder(path, RUN, refuse=True)
     other = Folder(path, {"seed": 2})
@@ -125,7 +127,7 @@ def test_what_run_it_was_is_not_guessed(folder, text):
     path = folder.path
     folder.close()
     (path / "run.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"of other text in run\.json, which is damaged"):
+    with pytest.raises(ValueError, match=r"which differs in run\.json, which is damaged"):
         Folder(path, RUN, refuse=True)
     assert len(Folder(path, RUN)) == 0
 

@@ -102,5 +102,5 @@ def test_it_finds_the_range_of_least_error():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="of integers"):
+    with pytest.raises(ValueError, match="needs an integer format"):
         CLIPPING.check(jq.formats.NormalFloat(4, 16))

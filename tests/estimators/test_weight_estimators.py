@@ -249,7 +249,7 @@ def _under(key, p):
     [
         (
             jq.Method("a", Nearest(), jq.formats.E8P(2), estimator=jq.estimators.LSQ()),
-            "integers and tables",
+            "need a format with levels",
         ),
         (
             jq.Method(
@@ -281,7 +281,7 @@ def _under(key, p):
                 jq.formats.MXFP4(),
                 estimator=jq.estimators.StraightThrough(stochastic=True),
             ),
-            "whole numbers",
+            "stochastic=True needs an integer format",
         ),
         (
             jq.Method(
@@ -290,7 +290,7 @@ def _under(key, p):
                 jq.formats.E8P(2),
                 estimator=jq.estimators.StraightThrough(clipped=True),
             ),
-            "range of codes",
+            "clipped=True needs a format with levels",
         ),
     ],
 )

@@ -177,7 +177,7 @@ def test_quip_words_are_read_as_described():
     [
         (lambda: e8p.from_quip_words(np.zeros((8, 4), np.int64)), "out a multiple of 16"),
         (lambda: e8p.from_quip_words(np.zeros((16, 4), np.int32)), "expected int64"),
-        (lambda: e8p.to_quip_words(np.zeros((16, 4), np.int32)), "inputs by 64"),
+        (lambda: e8p.to_quip_words(np.zeros((16, 4), np.int32)), "and of 64 inputs"),
         (lambda: E8P(5), "bits must be 2, 3 or 4"),
         (lambda: E8P(2.0), "bits must be int"),
         (lambda: E8P().encode(jnp.ones((12, 2))), "8 does not divide k = 12"),

@@ -220,7 +220,9 @@ def test_a_column_far_below_the_others_is_kept_or_told_of(format):
         or getattr(format, "double_quant", 0)
     )
     if narrow:
-        with pytest.warns(UserWarning, match="^w: .* groups of weights, those up to .*e-08, need"):
+        with pytest.warns(
+            UserWarning, match="^w: .* groups of weights, with weights up to .*e-08, need"
+        ):
             got = jq.quantize_array(w, method)
     else:
         got = jq.quantize_array(w, method)

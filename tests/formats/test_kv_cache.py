@@ -269,6 +269,6 @@ def test_bad_formats(change, message):
 
 
 def test_a_format_that_does_not_fit_the_heads():
-    with pytest.raises(ValueError, match="channels, 32, does not divide the 80 of a head"):
+    with pytest.raises(ValueError, match="channels = 32 must divide the 80 channels of a head"):
         kv_cache.empty(KVFormat(4), (1, 1, 1), 80, 64, jnp.float32)
     assert hash(KVFormat(4)) == hash(KVFormat(bits=4)) and "rope='pre'" in str(KVFormat(4))

@@ -161,7 +161,7 @@ def test_what_cannot_be_read_is_an_error_that_names_it(matrix):
 def test_more_rows_than_an_escape_can_name_stay_as_they_are(monkeypatch, matrix):
     monkeypatch.setattr(dual_scale, "MOST_ROWS", K - 1)
     assert jq.formats.transcoded({"w": matrix})["w"] is matrix
-    with pytest.raises(ValueError, match=f"{K} rows has more than {K - 1}"):
+    with pytest.raises(ValueError, match=f"at most {K - 1} rows, got {K}"):
         jq.formats.DualScale().encode(draw(K, N))
 
 

@@ -130,7 +130,7 @@ def test_what_serves():
     why = lambda t, hd: dispatch.choose("attention", "cpu", arrays(t, hd), {})[1]
     if not REASON:
         assert why(8, 16) == ""
-        assert "more than 8 queries" in why(9, 16) and "no multiple of 16" in why(1, 24)
+        assert "more than 8 queries" in why(9, 16) and "not a multiple of 16" in why(1, 24)
     text = lowered_text(op.attention, *arrays(1, 16), platform="cpu")
     assert ("jaxquant_attention" in text) == (not REASON)
     q, k, v, positions = arrays(2, 16)

@@ -186,7 +186,7 @@ def test_what_serves():
         assert why(CASES[0], 8) == ""
         assert "more than 8 queries" in why(CASES[0], 9)
         odd = ((1, 2, 2, 48), dtype, KVFormat(4, channels=16))
-        assert "to be turned, no multiple of 32" in why(odd, 1)
+        assert "with RoPE, not a multiple of 32" in why(odd, 1)
         assert "scales for 8 channels" in why((sizes, dtype, KVFormat(4, channels=8)), 1)
     call = lambda *a: kv_attention(*a[:3], kv_layout.Past(*a[6:]), *a[3:6])
     text = lowered_text(call, *arrays_of(*draw(CASES[0], 0, 1)), platform="cpu")

@@ -182,7 +182,7 @@ def packed(**changes):
         (packed(x=draw(64)), r"x must be \[m, k\]"),
         (packed(x=np.ones((2, 64))), "x must be .* got float64"),
         (packed(x=jnp.ones((2, 64), int)), "x must be .* got int32"),
-        (packed(codes=jnp.zeros((7, 16), jnp.int32)), "codes must have 8 words a column, got 7"),
+        (packed(codes=jnp.zeros((7, 16), jnp.int32)), "codes must have 8 words per column, got 7"),
         (packed(codes=jnp.zeros((8, 16), jnp.int8)), "codes must be int32 words"),
         (packed(scale=jnp.ones((3, 16))), r"scale must be \[2, 16\]"),
         (packed(scale=jnp.ones((2, 16), int)), "scale must be .* got int32"),
@@ -215,7 +215,7 @@ def packed(**changes):
             lambda: pk.e8p_matmul(
                 draw(2, 64), jnp.zeros((4, 4), jnp.int32), None, jnp.ones((1, 1)), bits=3
             ),
-            "3 or 4 with a residual",
+            "2 without a residual, or 3 or 4 with one",
         ),
         (
             lambda: pk.trellis_matmul(

@@ -99,5 +99,5 @@ def test_static_ranges_are_learned_and_others_computed():
     assert jq.lsq(activations="int8,static,mse").input_estimator is not None
     assert jq.lsq(activations="int8").input_estimator is None
     assert jq.pact(activations="int4,asymmetric,static,mse").input_estimator.unsigned
-    with pytest.raises(ValueError, match="pact learns the bound of a static form"):
+    with pytest.raises(ValueError, match="pact needs activations with a static scale"):
         jq.pact(activations="int8")

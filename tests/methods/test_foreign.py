@@ -137,11 +137,11 @@ LACKS = {
     "a foreign class": ({"format": SignLog}, r"SignLog is a class: pass an instance, SignLog\(..."),
     "a text": ({"format": "int4"}, r"format must be a Format \(Integer\(\), ...\): 'int4' is not"),
     "unfrozen": ({"format": Loose()}, r"Loose cannot be hashed .*: make it a dataclass"),
-    "wide": ({"format": Wide()}, r"Wide lacks scaled \(it says wide = True\)"),
+    "wide": ({"format": Wide()}, r"Wide lacks scaled \(required by wide = True\)"),
     "rounder": ({"rounder": Mine()}, "Mine is not a Rounder: derive it .* and define __call__"),
     "function": ({"rounder": lambda *a: a}, "rounder must be a Rounder .* is not a Rounder"),
     "swapped": ({"rounder": INTEGER}, r"Integer\(bits=4, .*\) is not a Rounder"),
-    "ranges": ({"rounder": Ranged()}, r"Ranged lacks within \(it says takes_ranges = True\)"),
+    "ranges": ({"rounder": Ranged()}, r"Ranged lacks within \(required by takes_ranges = True\)"),
     "estimator": (
         {"estimator": Mine()},
         r"estimator must be an Estimator \(StraightThrough\(\), ...\) or None: Mine is not an "
@@ -152,7 +152,7 @@ LACKS = {
     "number": ({"input": 3}, r"input must be a Transform \(Rotation\(\), ...\) or None: 3 is not"),
     "transform, a class": ({"output": Rotation}, "Rotation is a class: pass an instance"),
     "searched": ({"input": Searched()}, "Searched lacks candidates"),
-    "learns": ({"input": Learned()}, r"lacks latent \(.*\), learned \(it says learns = True"),
+    "learns": ({"input": Learned()}, r"lacks latent \(.*\), learned \(required by learns = True"),
 }  # fmt: skip
 
 
@@ -214,7 +214,9 @@ def test_a_grid_that_cannot_be_rescaled():
         rescaled = jq.formats.GridFormat.rescaled
 
     ldlq = jq.rounding.LDLQ(scales=(0.9, 1.0))
-    with pytest.raises(ValueError, match="Fixed lacks rescaled, which this rounder calls"):
+    with pytest.raises(
+        ValueError, match="Fixed does not define rescaled, which this rounder needs"
+    ):
         jq.quantize_array(jnp.eye(16), jq.Method("m", ldlq, Fixed()), jnp.eye(16))
 
 

@@ -149,10 +149,10 @@ def test_bad_budgets():
     _, params, _, stats = made()
     for wanted in (1.0, 9.6):
         with pytest.raises(
-            ValueError, match=r"cannot be reached: with these methods it is 3\.125 to 9\.500"
+            ValueError, match=r"cannot be reached: these methods allow 3\.125 to 9\.500"
         ):
             jq.ptq.allocate(params, RATES, wanted, stats)
-    with pytest.raises(ValueError, match="nothing to share out"):
+    with pytest.raises(ValueError, match="nothing to allocate"):
         jq.ptq.allocate(params, [], 4, stats)
     with pytest.raises(ValueError, match="samples must be at least 1"):
         jq.ptq.allocate(params, RATES, 4, stats, samples=0)

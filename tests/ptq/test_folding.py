@@ -124,5 +124,5 @@ def test_a_killed_search_goes_on_where_it_stopped():
 
 
 def test_a_leaf_of_other_channels():
-    with pytest.raises(ValueError, match=r"gain has shape \[32\]; to fold factors into"):
+    with pytest.raises(ValueError, match=r"gain has shape \[32\]; to have factors folded into"):
         jq.ptq.fold(PARAMS, jq.smoothquant(), calibrated(), {"down": ["gain"]})

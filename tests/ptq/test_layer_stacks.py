@@ -121,7 +121,7 @@ def test_layers_that_do_not_stack_are_not_healed(tmp_path):
     model = load(write_folder(tmp_path / "m", BASE, random_tensors(BASE)))
     rules = [("layers/0/*kernel", jq.rtn(2, 8)), ("layers/*kernel", jq.rtn(3, 8)), ("*", jq.KEEP)]
     q = jq.quantize(jq.ptq.unstack(model.params, "layers"), jq.Recipe(rules))
-    with pytest.raises(ValueError, match="healed as a stack"):
+    with pytest.raises(ValueError, match="healed as one stack"):
         heal_model(
             model, dataclasses.replace(model, params=q), None, None, Healing(), progress=print
         )

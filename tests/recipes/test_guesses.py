@@ -87,7 +87,7 @@ def equinox_model():
 def test_sites_know_the_axes_of_every_layer_of_a_framework(model):
     fn, params, views = model()
     kept = (
-        "conv/.*: the function uses them by an .*; table/.*: the function only looks their rows up"
+        "conv/.*: the function uses them in an .*; table/.*: the function only looks up their rows"
     )
     with pytest.warns(UserWarning, match=kept) as said:
         packed = jq.quantize(params, RTN, jq.sites(fn, params, IDS))
@@ -113,7 +113,7 @@ def warned(params, method):
 
 def test_without_sites_an_equinox_linear_warns():
     linear = eqx.nn.Linear(64, 32, key=jax.random.key(0))
-    with pytest.warns(UserWarning, match=r"guessed to be the input of weight \[32, 64\]") as said:
+    with pytest.warns(UserWarning, match=r"assumed to be the input of weight \[32, 64\]") as said:
         jq.quantize(linear, RTN)
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
@@ -140,11 +140,15 @@ def test_without_sites_attention_warns_once_and_its_biases_are_kept():
 
 def test_without_sites_tables_are_kept_and_named():
     params = {"table": {"embedding": jnp.ones((32, 64))}, "head": {"kernel": jnp.ones((64, 8))}}
-    with pytest.warns(UserWarning, match="table/embedding .*: without sites they look like tables"):
+    with pytest.warns(
+        UserWarning, match="table/embedding .*: without sites they look like embedding tables"
+    ):
         packed = jq.quantize(params, RTN)
     assert packed["table"]["embedding"] is params["table"]["embedding"]
     assert isinstance(packed["head"]["kernel"], jq.QTensor)
-    with pytest.raises(ValueError, match=r"looks like a factor .* embedding.* or pass jq\.sites"):
+    with pytest.raises(
+        ValueError, match=r"looks like the weight of a matmul; .* embedding.* or pass jq\.sites"
+    ):
         jq.quantize(params["table"], RTN)
     with pytest.warns(UserWarning, match=NAMES_SITES):  # whoever names a table gets it
         packed = jq.quantize(params, jq.Recipe([("*", RTN)]))

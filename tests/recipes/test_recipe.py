@@ -36,10 +36,14 @@ def test_one_method_means_what_the_function_contracts():
 
     method = jq.rtn(group_size=32)
     found = jq.sites(fn, PARAMS, jnp.array([1]))
-    with pytest.warns(UserWarning, match="embed/embedding .*: the function only looks their rows"):
+    with pytest.warns(
+        UserWarning, match="embed/embedding .*: the function only looks up their rows"
+    ):
         got = chosen(method, found=found)
     assert [p for p, m in got.items() if m == method] == ["mlp/up/kernel"]
-    with pytest.warns(UserWarning, match="embed/embedding .*: without sites they look like tables"):
+    with pytest.warns(
+        UserWarning, match="embed/embedding .*: without sites they look like embedding tables"
+    ):
         got = chosen(method)
     assert [p for p, m in got.items() if m == method] == ["mlp/down/kernel", "mlp/up/kernel"]
 
@@ -83,14 +87,14 @@ def test_recipes_that_do_not_resolve(rules, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({}, "a recipe is a list"),
-        ([{"pattern": "*"}], "a rule is"),
+        ({}, "a recipe must be a list"),
+        ([{"pattern": "*"}], "a rule must be"),
         ([{"pattern": "*", "method": "magic"}], "unknown method"),
         ([{"pattern": "*", "method": "rtn", "bits": 5}], "bits must be one of"),
         ([{"pattern": "*", "method": "rtn", "bits": 4.0}], "bits must be int, got 4.0"),
         ([{"pattern": "*", "method": "rtn", "symmetric": "no"}], "symmetric must be bool"),
         ([{"pattern": "*", "method": "gptq", "block_size": 1.5}], "block_size must be int"),
-        ([{"pattern": "*", "method": ["rtn"]}], "a method is a name or an object"),
+        ([{"pattern": "*", "method": ["rtn"]}], "a method must be a name or an object"),
         ([{"pattern": "*", "method": {"type": "Magic"}}], "unknown type 'Magic'"),
         (
             [
@@ -124,7 +128,9 @@ def test_eval_shape_gives_the_shapes_without_computing():
 
 def test_statistics_of_another_tree():
     method = jq.rtn(group_size=32)
-    with pytest.raises(ValueError, match="of another tree: 'embed/embedding' .* unknown there"):
+    with pytest.raises(
+        ValueError, match="belong to another tree: 'embed/embedding' .* unknown there"
+    ):
         jq.quantize(PARAMS, method, {})
     fn = lambda p, x: x @ p["w"]
     stats = jq.calibrate(fn, {"w": jnp.ones((64, 8))}, [jnp.ones((5, 64))])
@@ -152,7 +158,7 @@ def test_a_weight_that_a_bare_method_would_miss_is_named():
     fn = lambda p, x: x @ p["a"] @ p["b"].reshape(32, 32)
     found = jq.sites(fn, params, jnp.ones((2, 32)))
     assert found["b"].otherwise and not found["a"].otherwise
-    with pytest.warns(UserWarning, match=r"kept as they are.*: b \(50.0%\): .*not followed"):
+    with pytest.warns(UserWarning, match=r"not quantized, .*: b \(50.0%\): .*cannot follow"):
         jq.recipes.resolve(jq.rtn(group_size=32), params, found)
 
 

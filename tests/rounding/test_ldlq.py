@@ -111,7 +111,7 @@ def test_hard_hessians():
             jnp.asarray(h - 0.2 * np.trace(h) / 48 * np.eye(48, dtype=np.float32)),
         )
     assert np.all(np.isfinite(q.dequantize()))
-    with pytest.warns(UserWarning, match="zero throughout; rounded to nearest"):
+    with pytest.warns(UserWarning, match="zero throughout, so it was rounded to nearest"):
         q = jq.quantize_array(jnp.asarray(w), jq.gptq(4, 16), jnp.zeros((48, 48))).dequantize()
     assert np.all(np.isfinite(q))
 

@@ -60,7 +60,7 @@ def test_ternary_codes_take_a_fifth_of_a_byte_on_disk(tmp_path):
 
 def test_taken_places_are_refused(saved):
     path, params = saved
-    with pytest.raises(ValueError, match="exists and is not empty"):
+    with pytest.raises(ValueError, match="exists and is not an empty directory"):
         checkpoint.save(path, params)
     checkpoint.save(path, params, overwrite=True)
     other = path.parent / "mine"
@@ -127,7 +127,9 @@ def test_names_of_earlier_versions(tmp_path, monkeypatch):
     back = checkpoint.load(tmp_path / "c")
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     np.testing.assert_array_equal(back["v:codes"], tree["v:codes"])
-    with pytest.raises(ValueError, match="is damaged: 'w:codes' is of two leaves"):
+    with pytest.raises(
+        ValueError, match="is damaged: two leaves of the tree use the stored array 'w:codes'"
+    ):
         checkpoint.load(tmp_path / "d")
 
 

@@ -138,7 +138,7 @@ def test_what_is_not_seen_is_in_the_report():
         found = outliers(fn, params, X)
     assert found.inputs == ()
     assert set(found.unseen) == {
-        "w (2 products with it add up)", "v (no gradient reached it)",
+        "w (2 products with it are summed)", "v (no gradient reached it)",
     }  # fmt: skip
     assert "not seen: w (2 products" in str(found)
 

@@ -126,7 +126,7 @@ def test_what_says_nothing_by_its_size_trains_too():
     updates, _ = chain.update(ones, chain.init(zero), zero)
     assert np.all(updates["a"].data["zero"] == 1) and not np.any(updates["a"].data["scale"])
     assert flat["a"].data["zero"]
-    with pytest.raises(ValueError, match="'nrom' matches other or none"):
+    with pytest.raises(ValueError, match="'nrom' must match floating leaves"):
         jq.qat(run, p, X, dataclasses.replace(HOW, also=("nrom",)), teacher=teacher)
 
 
@@ -169,7 +169,7 @@ def test_blocks_in_order():
     assert jax.tree.structure(better) == jax.tree.structure(p)
     with pytest.raises(ValueError, match="as many blocks as the teacher has, 3, got 2"):
         jq.training.qat_blocks(block, jax.tree.map(lambda a: a[:2], p), teacher, X, how)
-    with pytest.raises(ValueError, match="two inputs or more"):
+    with pytest.raises(ValueError, match="at least two inputs"):
         jq.training.qat_blocks(block, p, teacher, X[:1], how)
 
 
@@ -199,9 +199,9 @@ def test_another_recipe_does_not_go_on_from_it():
         (latents(), -X, HOW, TEACHER),
         (latents(), X, HOW, other),
     ):
-        with pytest.raises(ValueError, match="up to step 10, is another training"):
+        with pytest.raises(ValueError, match="at step 10, belongs to another training"):
             jq.qat(fn, p, x, how, teacher=teacher, finished=kept)
-    with pytest.raises(ValueError, match="up to step 10, is another training"):
+    with pytest.raises(ValueError, match="at step 10, belongs to another training"):
         jq.qat(fn, latents(), X, HOW, teacher=TEACHER, validation=X[:1], finished=kept)
     assert all(np.array_equal(a, kept["qat"][name]) for name, a in before.items())
 
@@ -211,10 +211,13 @@ def test_another_recipe_does_not_go_on_from_it():
     [
         (lambda: jq.qat(fn, latents(), X[:3], HOW), "at least batch_size = 4 sequences, got 3"),
         (lambda: jq.qat(fn, TEACHER, X, HOW), "nothing to train"),
-        (lambda: jq.training.QAT(holding=0.001), "holding must be above"),
+        (lambda: jq.training.QAT(holding=0.001), "holding must be 0, or above"),
         (lambda: jq.training.QAT(dampening=-1.0), "dampening must not be negative"),
         (lambda: jq.training.QAT(learning_rate=0.0), "learning_rate"),
-        (lambda: jq.training.Zeroth(kinds=("scale",), sizes=(1.0, 1.0)), "one of each"),
+        (
+            lambda: jq.training.Zeroth(kinds=("scale",), sizes=(1.0, 1.0)),
+            "one for each of the kinds",
+        ),
         (lambda: jq.qat(fn, TEACHER, X, FORWARD), "nothing to train"),
     ],
 )

@@ -205,7 +205,7 @@ def test_which_arrays_move():
         (lambda: Zeroth(epsilon=0.0), "epsilon must be positive"),
         (
             lambda: zo_value_and_grad(quadratic, Zeroth())({"w": draw(4)}, key=jax.random.key(0)),
-            "nothing moves",
+            "nothing to train",
         ),
     ],
 )

@@ -250,11 +250,11 @@ def test_static_scales_are_those_of_all_that_was_seen(form):
          "needs statistics"),
         (lambda: jq.quantize({"w": draw(48, 8)}, jq.duquant(block=16), calibrated(sample=0)),
          "calibrate with sample=256"),
-        (lambda: Chain(()), "a chain is of transforms"),
-        (lambda: Chain((Rotation(), Smooth(None))), "comes first in a chain"),
-        (lambda: jq.transforms.Greedy(1), "2 channels or more"),
+        (lambda: Chain(()), "one or more transforms"),
+        (lambda: Chain((Rotation(), Smooth(None))), "only the first transform of a chain"),
+        (lambda: jq.transforms.Greedy(1), "block must be at least 2 channels"),
         (lambda: jq.formats.Integer(4, clip=0.0), "clip must be in"),
-        (lambda: jq.duquant(activations=jq.Activations(9)), "2 to 8 bits"),
+        (lambda: jq.duquant(activations=jq.Activations(9)), "must be 2 to 8, got 9"),
     ],
 )  # fmt: skip
 def test_bad_input(bad, message):

@@ -223,7 +223,7 @@ def test_bad_input():
     q = made(METHODS[0], p, x)
     with pytest.raises(ValueError, match="as many blocks as the teacher has, 2, got 1"):
         heal_blocks(fn, jax.tree.map(lambda a: a[:1], q["a"]), p["a"], x)
-    with pytest.raises(ValueError, match="b: expected the leaf that decoded"):
+    with pytest.raises(ValueError, match="b: expected the trained leaf of the tree that decoded"):
         jq.tuning.rejoined({"b": p["norm"]}, {"a": p["norm"]})
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Healing(steps=0)

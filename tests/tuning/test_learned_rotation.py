@@ -159,13 +159,13 @@ def test_bad_input():
         learned(recipe(4, form=None), round_weights=False)
     with raises("nothing to learn"):  # only what does not read the stream is rounded
         learned(jq.Recipe([("down", recipe().rules[1][1]), ("*", jq.KEEP)]))
-    with raises("static scales are known only once the rotation is"):
+    with raises("static scales can only be computed once the rotation is known"):
         learned(recipe(form="int4,static"))
     with raises("fitted to inputs; pass the statistics"):
         learned(recipe(reads=jq.transforms.Smooth()))
     with raises("orthonormal"):
         learned(recipe(), start=2 * START)
-    with raises("behind a transform of their outputs"):
+    with raises("does not allow an output transform"):
         learned(jq.Recipe([("up", jq.quip_sharp(4)), ("*", jq.KEEP)]))
     with raises("expected 23 channels"):
         learned(recipe(), start=jnp.eye(23))

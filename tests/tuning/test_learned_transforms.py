@@ -111,7 +111,7 @@ def test_what_was_learned_goes_on():
     ("options", "message"),
     [
         ({"recipe": jq.Recipe([("layers/*", jq.smoothquant())])}, "nothing to learn"),
-        ({"hidden": HIDDEN[:1]}, "two inputs or more"),
+        ({"hidden": HIDDEN[:1]}, "at least two inputs"),
     ],
 )
 def test_bad_input(options, message):
@@ -123,5 +123,5 @@ def test_bad_input(options, message):
 
 
 def test_transforms_of_another_tree():
-    with pytest.raises(ValueError, match="lead no input here"):
+    with pytest.raises(ValueError, match="belong to no input here"):
         jq.quantize(PARAMS, RECIPE, STATS, transforms={("other", 0): {}})

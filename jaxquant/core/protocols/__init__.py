@@ -109,7 +109,7 @@ def _abstract(member: Any) -> bool:
 def _unable(value: Any) -> list[str]:
     """Return the methods that a part lacks, with the ability that it claims and that needs them."""
     return [
-        f"{name} (it says {ability} = {getattr(value, ability)!r})"
+        f"{name} (required by {ability} = {getattr(value, ability)!r})"
         for (base, ability), names in _ABILITIES.items()
         if isinstance(value, base) and getattr(value, ability)
         for name in names

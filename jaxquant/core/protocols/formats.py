@@ -351,7 +351,9 @@ class GridFormat(Format):
         Raises:
           ValueError: the format does not define it.
         """
-        raise ValueError(f"{type(self).__name__} lacks rescaled, which this rounder calls")
+        raise ValueError(
+            f"{type(self).__name__} does not define rescaled, which this rounder needs"
+        )
 
     def fit(self, w: Float[Array, "g n"]) -> Grid:
         """Compute the grid's entry for one group of rows; only for formats that have `fits`.

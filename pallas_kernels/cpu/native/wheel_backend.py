@@ -60,7 +60,7 @@ def build_wheel(
 def _headers() -> str:
     spec = importlib.util.find_spec("jaxlib")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("no headers: jaxlib is not there")
+        raise FileNotFoundError("no headers: jaxlib is not installed")
     return str(pathlib.Path(spec.submodule_search_locations[0]) / "include")
 
 

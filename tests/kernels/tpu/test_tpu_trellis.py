@@ -85,11 +85,11 @@ def test_the_budgets_tell_a_wrong_variant():
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"code": "mul1"}, "only 'vpu'"),
+        ({"code": "mul1"}, "only the trellis code 'vpu'"),
         ({"L": 12}, "L = 16 and 2 bits"),
         ({"rates": (4,)}, "L = 16 and 2 bits"),
         ({"activations": "int8/256"}, "'float', 'int8' and 'codes'"),
-        ({"rates": (2, 2, 2)}, "no multiple of 128"),
+        ({"rates": (2, 2, 2)}, "not multiples of 128"),
     ],
 )
 def test_what_it_does_not_serve(change, reason):

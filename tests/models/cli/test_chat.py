@@ -129,7 +129,7 @@ def test_the_template_of_a_gguf_file():
     assert chat_template_from_gguf(fields) is None
     got = chat_template_from_gguf(fields | {"tokenizer.chat_template": "t"})
     assert got == ChatTemplate("t", {"bos_token": "<s>"})
-    with pytest.raises(ValueError, match="must be a text, got 3"):
+    with pytest.raises(ValueError, match="must be a string, got 3"):
         chat_template_from_gguf(fields | {"tokenizer.chat_template": 3})
 
 
@@ -201,7 +201,7 @@ def test_a_full_conversation_says_so(model):
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_position=40))
     talk = Conversation(short, max_tokens=500)
     assert len("".join(talk.ask("a"))) > 0
-    with pytest.raises(ValueError, match="and the model 40 positions; begin another one"):
+    with pytest.raises(ValueError, match="but the model only 40 positions; start a new one"):
         list(talk.ask("b" * 40))
 
 

@@ -116,7 +116,7 @@ def test_a_job_told_to_stop_leaves_no_output_and_goes_on(tiny, run, tmp_path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]
     status, _, err = run(*command)
     assert status == 0
-    assert "going on from" in err
+    assert "continuing from" in err
     assert err.count("(done before)") == 21
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
@@ -149,7 +149,7 @@ def test_two_runs_on_one_output(quick, run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]
     status, _, err = run(*quick)
     assert status == 0
-    assert "kept another run, of other" in err
+    assert "holds another run, which differs in" in err
 
 
 def test_an_output_that_another_run_has_written_meanwhile(
@@ -164,7 +164,7 @@ def test_an_output_that_another_run_has_written_meanwhile(
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "publish", late)
-        fails(run(*quick), 1, "exists and is not empty; pass overwrite")
+        fails(run(*quick), 1, "exists and is not an empty directory; pass overwrite")
     assert storage.stored_recipe(tmp_path / "o") == storage.stored_recipe(packed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
     status, _, err = run(*quick, "--overwrite")
@@ -181,7 +181,7 @@ def test_killed_when_its_output_was_in_place(quick, run, tmp_path, monkeypatch, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.partial"]
     first = checkpoint.load(tmp_path / "o")
     if not overwrite:
-        fails(run(*quick, "--seed", 7), 1, "exists and is not empty")
+        fails(run(*quick, "--seed", 7), 1, "exists and is not an empty directory")
         assert [p.name for p in tmp_path.iterdir()] == ["o"]
         return
     assert run(*quick)[0] == 0
@@ -192,7 +192,7 @@ def test_killed_when_its_output_was_in_place(quick, run, tmp_path, monkeypatch, 
 def test_folders_of_the_user_are_not_touched(quick, packed, run, tmp_path):
     (tmp_path / "o.partial").mkdir()
     (tmp_path / "o.partial" / "run.json").write_text("{}")
-    fails(run(*quick), 1, "jaxquant did not make its files; nothing in it was touched")
+    fails(run(*quick), 1, "jaxquant did not write the files in it; nothing in it was changed")
     assert (tmp_path / "o.partial" / "run.json").read_text() == "{}"
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.txt").write_text("precious")
@@ -203,7 +203,9 @@ def test_folders_of_the_user_are_not_touched(quick, packed, run, tmp_path):
     (tmp_path / "o.partial").write_text("precious")
     (tmp_path / "o" / "thesis.txt").unlink()
     fails(
-        run(*quick, "--overwrite"), 1, "o.partial is needed to work in, but it is not a directory"
+        run(*quick, "--overwrite"),
+        1,
+        "o.partial is needed as a working directory, but it is not a directory",
     )
     assert (tmp_path / "o.partial").read_text() == "precious"
 
@@ -212,7 +214,7 @@ def test_what_a_run_leaves_when_it_was_just_over_goes(packed, quick, run, tmp_pa
     shutil.copytree(packed, tmp_path / "o")
     (tmp_path / "o.partial").mkdir()
     (tmp_path / "o.partial" / claims.LOCK).write_bytes(claims.OURS)
-    fails(run(*quick), 2, "exists and is not empty")
+    fails(run(*quick), 2, "exists and is not an empty directory")
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
@@ -221,7 +223,11 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
     assert run(*quick[:-1], tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_digests", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        fails(run(*quick), 130, f"the same command goes on from {tmp_path / 'o.partial'}")
+        fails(
+            run(*quick),
+            130,
+            f"run the same command again to continue from {tmp_path / 'o.partial'}",
+        )
     for file in list((tmp_path / "o.partial").glob("*.bin"))[:3]:
         data = bytearray(file.read_bytes())
         data[-1] ^= 16
@@ -229,7 +235,7 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         status, _, err = run(*quick)
-    assert (status, " ".join(err.split()).count("is done again")) == (0, 3)
+    assert (status, " ".join(err.split()).count("is computed again")) == (0, 3)
     assert err.count("(done before)") == 18
     chex.assert_trees_all_equal(*(checkpoint.load(tmp_path / n) for n in ("whole", "o")))
 
@@ -318,7 +324,7 @@ def test_a_short_text_is_told_before_any_work(tiny, run, tmp_path):
             "--calibration",
             tmp_path / "t.txt",
         ]
-        fails(run("quantize", tiny, *options, "--out", tmp_path / "o"), 1, "takes 3 or more")
+        fails(run("quantize", tiny, *options, "--out", tmp_path / "o"), 1, "need at least 3")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
 
@@ -366,15 +372,15 @@ def test_a_quantized_model_is_not_quantized_again(packed, run, tmp_path):
         ("--method rtn --group-size 0", "group_size must be positive"),
         ("--method magic", "unknown method 'magic'"),
         ("--method ternary --bits 3", "unexpected keyword argument 'bits'"),
-        ("", "give one of --method and --recipe, or --target-bits"),
-        ("--method rtn --bits 3 --target-bits 3", "give one of --bits and --target-bits"),
-        ("--method rtn --heal-text builtin", "--heal-text is for training"),
-        ("--method rtn --heal-batch 2", "--heal-batch is for training"),
-        ("--method rtn --heal 2 --heal-codes 2", "of aqlm and vptq"),
-        ("--method rtn --learn 2", "of flatquant"),
+        ("", "give --method, --recipe or --target-bits"),
+        ("--method rtn --bits 3 --target-bits 3", "give either --bits or --target-bits, not both"),
+        ("--method rtn --heal-text builtin", "--heal-text needs training"),
+        ("--method rtn --heal-batch 2", "--heal-batch needs training"),
+        ("--method rtn --heal 2 --heal-codes 2", "aqlm or vptq"),
+        ("--method rtn --learn 2", "can be learned: flatquant"),
         ("--method rtn --target-bits -3", "--target-bits must be above 0 and at most 8"),
         ("--method rtn --target-bits nan", "--target-bits must be above 0 and at most 8"),
-        ("--method aqlm --target-bits 2", "aqlm has no option that sets its rate alone"),
+        ("--method aqlm --target-bits 2", "aqlm has no option that sets only its number of bits"),
         ("--method rtn --group-size 0 --target-bits 3", "group_size must be positive"),
         ("--recipe /nowhere.json", "cannot read /nowhere.json"),
         ("--method gptq --calibration-tokens 3", "--calibration-tokens must be at least 512"),
@@ -413,7 +419,7 @@ def test_bad_models_and_texts(tiny, run, tmp_path):
     fails(run("quantize", tiny, "--method", "rtn", "--out", tmp_path / "o"), 1, "does not divide k")
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "file").write_text("x")
-    fails(run("quantize", tiny, *quantize), 2, "exists and is not empty")
+    fails(run("quantize", tiny, *quantize), 2, "exists and is not an empty directory")
 
 
 def test_a_missing_shard(tiny, run, tmp_path):

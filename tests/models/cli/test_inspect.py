@@ -77,9 +77,9 @@ def test_a_picture(tiny, run, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--outliers", "give --text FILE, or builtin"),
-        ("--text builtin", "are for --outliers; give it too"),
-        ("--plot x.png", "are for --outliers; give it too"),
+        ("--outliers", "give --text FILE, or --text builtin"),
+        ("--text builtin", "need --outliers; give it too"),
+        ("--plot x.png", "need --outliers; give it too"),
         ("--outliers --text builtin --plot x.gif", "--plot writes .png, .svg, .pdf, got 'x.gif'"),
         ("--outliers --text builtin --plot x", "--plot writes .png, .svg, .pdf, got 'x'"),
         ("--outliers --text builtin --plot /nowhere/x.png", "there is no folder /nowhere"),

@@ -148,7 +148,9 @@ def test_layers_apart_train_as_a_stack(tiny, run, tmp_path):
         save_model(tmp_path / name, model, jq.Recipe(rules))
     command = lambda name: tune(tiny, tmp_path / name, "--teacher", tiny, "--batch", 4)
     more = ("--steps", 12, "--out", tmp_path / "o")
-    fails(run(*command("unlike"), *more), 2, "layers apart train as a stack")
+    fails(
+        run(*command("unlike"), *more), 2, "layers that are stored apart are trained as one stack"
+    )
     status, _, err = run(*command("alike"), *more)
     assert status == 0, err
     assert kl(tiny, tmp_path / "o") < kl(tiny, tmp_path / "alike")
@@ -163,7 +165,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, run, tmp_path):
         stopped_at(count, *cut)
         assert not (tmp_path / "cut").exists()
     other = run(*options, 21, "--out", tmp_path / "cut")
-    fails(other, 1, "holds another run, of other end to end")
+    fails(other, 1, "holds another run, which differs in end to end")
     assert run(*cut)[0] == 0
     same_bits(tmp_path)
 
@@ -172,14 +174,14 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, packed, run, tmp_path):
     ("options", "status", "message"),
     [
         ("--steps 0", 2, "nothing to do"),
-        ("--steps 2 --bits 3", 2, "a checkpoint trains as it is"),
+        ("--steps 2 --bits 3", 2, "a checkpoint keeps its own"),
         ("--steps 2 --block-steps 2", 2, "--teacher MODEL"),
         ("--steps 2 --set magic=1", 2, "unknown settings ['magic']"),
         ("--steps 2 --set learning_rate=-1", 2, "learning_rate must be positive"),
         ("--steps 2 --context 1024", 2, "exceeds the 256 positions"),
         ("--steps 2 --only magic", 1, "pattern 'magic' matches no leaf"),
         ("--steps 2 --only embed/*", 1, "nothing to train"),
-        ("--steps 2 --batch 500", 1, "fewer than a step takes, 500"),
+        ("--steps 2 --batch 500", 1, "one step needs 500"),
         ("--steps 2 --generated 2", 2, "--teacher MODEL"),
         ("--steps 2 --text /nowhere", 1, "cannot read /nowhere"),
         ("--steps 8 --set other_rate=1e30", 1, "is nan; lower the learning rate"),

@@ -53,9 +53,12 @@ def test_tokenizer_comes_along(tmp_path):
     [
         ({"blk.1.ffn_up.weight": None}, "missing tensors .*: blk.1.ffn_up.weight"),
         ({"surprise": np.ones(2, np.float32)}, "unknown tensors .*: surprise"),
-        ({"output_norm.weight": np.ones(7, np.float32)}, r"output_norm.weight should be \[24\]"),
+        (
+            {"output_norm.weight": np.ones(7, np.float32)},
+            r"output_norm.weight must have shape \[24\]",
+        ),
         ({"output_norm.weight": np.full(24, np.nan, np.float32)}, "output_norm.weight has NaN"),
-        ({"rope_freqs.weight": np.zeros(4, np.float32)}, "rope_freqs.weight should be 4 positive"),
+        ({"rope_freqs.weight": np.zeros(4, np.float32)}, "rope_freqs.weight must be 4 positive"),
     ],
 )
 def test_wrong_tensors(change, message, tmp_path):

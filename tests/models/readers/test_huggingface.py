@@ -83,8 +83,8 @@ def test_generation_config_adds_stop_tokens(tmp_path):
     [
         ({Q0: None}, f"missing tensors for this architecture: {Q0}"),
         ({"surprise": np.ones(2, np.float32)}, "unknown tensors for this architecture: surprise"),
-        ({Q0: np.ones((3, 2), np.float32)}, rf"{Q0} should be \[32, 24\], is \[3, 2\]"),
-        ({Q0: np.ones((32, 24), np.int8)}, f"{Q0} should be floating-point, is int8"),
+        ({Q0: np.ones((3, 2), np.float32)}, rf"{Q0} must have shape \[32, 24\], got \[3, 2\]"),
+        ({Q0: np.ones((32, 24), np.int8)}, f"{Q0} must be floating-point, got int8"),
         ({Q0: np.full((32, 24), np.nan, np.float32)}, f"{Q0} has NaN or infinite values"),
         ({Q0: np.full((32, 24), np.inf, np.float32)}, f"{Q0} has NaN or infinite values"),
     ],
@@ -114,7 +114,7 @@ def test_many_missing_tensors_are_counted(tmp_path):
     "file, content, message",
     [
         ("config.json", b"{", "config.json is not JSON"),
-        ("config.json", b"[]", "should hold a JSON object, holds a list"),
+        ("config.json", b"[]", "must hold a JSON object, got a list"),
         ("tokenizer.json", None, "cannot read .*tokenizer.json: No such file"),
         ("tokenizer.json", b"{}", "tokenizer.json lacks 'model'"),
         ("model.safetensors", None, "model.safetensors is missing"),
@@ -145,7 +145,9 @@ def test_missing_shard_and_broken_promise(tmp_path):
     shard(write_folder(tmp_path, BASE, tensors), tensors)
     kept = {n: tensors[n] for n in sorted(tensors)[3::2]}
     save_file(kept, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="promises tensor .* in b.safetensors, which lacks it"):
+    with pytest.raises(
+        ValueError, match="lists tensor .* in b.safetensors, which does not contain it"
+    ):
         load(tmp_path)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match="b.safetensors is missing"):

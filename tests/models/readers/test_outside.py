@@ -152,11 +152,11 @@ def test_encoders_too(field):
         (b"\xef\xbb\xbf{}", "not JSON: .*BOM"),
         (DEEP.encode(), "nested too deep"),
         (b'{"a": ' * 5000, "nested too deep|not JSON"),
-        (b'{"a": NaN}', "NaN is no number"),
-        (b'{"a": -Infinity}', "-Infinity is no number"),
-        (b'{"a": 1, "a": 1}', "the key 'a' comes twice"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
+        (b'{"a": 1, "a": 1}', "the key 'a' appears twice"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "not JSON: .*4300 digits"),
-        (b"[]", "should hold a JSON object, holds a list"),
+        (b"[]", "must hold a JSON object, got a list"),
     ],
 )
 def test_json(text, message, tmp_path):
@@ -200,7 +200,7 @@ def test_sizes_are_judged_by_the_bytes_of_the_weights(field, tmp_path):
         ({"weight_map": None}, "lacks 'weight_map'"),
         *(({"weight_map": {"x": v}}, "weight_map.x.* must be a valid string")
           for v in (1, None, [], {}, True, 1e9)),
-        *(({"weight_map": {"x": v}}, "files of its own folder")
+        *(({"weight_map": {"x": v}}, "files in its own folder")
           for v in ("../a", "/etc/x", "", ".", "..", "a/b", "a\0b", "\ud800", "x" * 300)),
         ({"weight_map": {"x": "none.safetensors"}}, "none.safetensors is missing"),
         ({"weight_map": {"\ud800\n": 1}}, "must be a valid string"),
@@ -262,7 +262,7 @@ def test_a_tensor_of_no_numpy_type(tmp_path):
     tensors = Tensors(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(tensors.read("x"), np.ones(4))
     tensors._entries["x"] = tensors._entries["x"].model_copy(update={"dtype": "F4"})
-    one_line(lambda: tensors.read("x"), "type F4, which is not read here")
+    one_line(lambda: tensors.read("x"), "type F4, which is not supported")
 
 
 # --- GGUF
@@ -423,7 +423,10 @@ def changed(change):
         (lambda d: d["model"]["vocab"].update(A=1), "vocab gives the id 1 to two tokens"),
         (lambda d: d["model"].update(vocab=3), "model.vocab must be a valid dictionary"),
         (lambda d: d["added_tokens"][0].update(id=2**31), "added_tokens.0.id must be below"),
-        (lambda d: d["added_tokens"][0].update(id=1000), "the id 1000, but 256 is the one"),
+        (
+            lambda d: d["added_tokens"][0].update(id=1000),
+            "the id 1000, but after the vocabulary its id is 256",
+        ),
         (lambda d: d["added_tokens"][0].update(content=7), "added_tokens.0.content must be"),
         (lambda d: d.update(added_tokens={}), "added_tokens must be a valid list"),
         (lambda d: d.update(model=[]), "model must be a valid dictionary"),
@@ -440,8 +443,8 @@ def test_tokenizer_json_that_is_no_text(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b'{"model": "\xff"}')
     one_line(lambda: Tokenizer.from_file(tmp_path / "tokenizer.json"), "not UTF-8 text: byte 11")
     one_line(lambda: Tokenizer.from_json(DEEP), "nested too deep")
-    one_line(lambda: Tokenizer.from_json(None), "should be a text, got None")
-    one_line(lambda: Tokenizer.from_json(byte_tokenizer_json()).decode([-1]), "not be negative")
+    one_line(lambda: Tokenizer.from_json(None), "must be a string, got None")
+    one_line(lambda: Tokenizer.from_json(byte_tokenizer_json()).decode([-1]), "must be at least 0")
 
 
 def test_vocabulary_counts_rows_over_holes():

@@ -227,7 +227,7 @@ def test_compiles_once_for_each_bucket(tiny):
 
 
 def test_a_format_that_does_not_fit(tiny):
-    message = "channels, 32, does not divide the 8 of a head"
+    message = "channels = 32 must divide the 8 channels of a head"
     with pytest.raises(ValueError, match=message):
         generate(tiny.apply_cached, tiny.params, tiny.config, PROMPT, 4, kv=KVFormat(4))
     with pytest.raises(ValueError, match=message):
@@ -300,8 +300,8 @@ def test_the_command(folder, run):
     [
         ("--kv-bits 5", 2, "bits must be one of (2, 3, 4, 8), got 5"),
         ("--kv-bits x", 2, "is not a valid integer"),
-        ("--kv-window 32", 2, "--kv-window is for --kv-bits"),
-        ("--kv-keys pre", 2, "--kv-keys is for --kv-bits"),
+        ("--kv-window 32", 2, "--kv-window needs --kv-bits"),
+        ("--kv-keys pre", 2, "--kv-keys needs --kv-bits"),
         ("--kv-bits 4 --kv-keys during", 2, "is not one of"),
         (
             "--kv-bits 4 --kv-window 16",
@@ -309,7 +309,7 @@ def test_the_command(folder, run):
             "window must be 0 or a multiple of the group, 32, got 16",
         ),
         ("--kv-bits 4 --kv-sinks -1", 2, "sinks must not be negative"),
-        ("--kv-bits 4", 1, "channels, 32, does not divide the 8 of a head"),
+        ("--kv-bits 4", 1, "channels = 32 must divide the 8 channels of a head"),
     ],
 )
 def test_bad_usage_is_one_line(folder, run, options, status, message):
@@ -321,7 +321,7 @@ def test_bad_usage_is_one_line(folder, run, options, status, message):
         assert message in errors[0]
     code, _, err = run("eval", folder / "m", "--text", "builtin", "--strict")
     assert code == 2
-    assert "--strict and --no-strict are for --kv-bits" in err
+    assert "--strict and --no-strict need --kv-bits" in err
 
 
 # --- the real model -------------------------------------------------------------------------

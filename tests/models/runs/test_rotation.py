@@ -52,7 +52,7 @@ def test_from_the_command_to_a_checkpoint_that_runs(how, tied, run, tmp_path):
     options = ["--method", "quarot", *SETTINGS, "--rotate-residual", *how]
     status, _, err = run("quantize", tied, *options)
     assert status == 0, err
-    assert f"untied, which adds {2 * VOCAB * D:,} bytes" in " ".join(err.split())
+    assert f"stored separately, which adds {2 * VOCAB * D:,} bytes" in " ".join(err.split())
     assert ("rotation" in err and "held out" in err) == (how[0] == "learned")
     packed = load(tmp_path / "o")
     assert not packed.config.tie_embeddings and packed.params["head"]["kernel"].shape == (D, VOCAB)
@@ -84,7 +84,7 @@ def test_a_rotation_being_learned_goes_on(tied, run, tmp_path, monkeypatch):
     monkeypatch.setattr(jq, "learn_rotation", stopped)
     assert run("quantize", tied, *options)[0] == 130
     status, _, err = run("quantize", tied, *options)
-    assert status == 0 and "going on from" in err
+    assert status == 0 and "continuing from" in err
     assert steps == [*range(1, 13), *range(11, 15)]
     cut = checkpoint.load(tmp_path / "o")
     monkeypatch.setattr(jq, "learn_rotation", real)
@@ -117,10 +117,14 @@ def test_transforms_fitted_to_inputs_are_learned_with(tied):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        ("--method quarot --rotate-steps 3", 2, "--rotate-steps is for a learned rotation"),
-        ("--method quarot --rotate-residual random --rotate-steps 3", 2, "is for a learned"),
+        ("--method quarot --rotate-steps 3", 2, "--rotate-steps needs --rotate-residual learned"),
+        (
+            "--method quarot --rotate-residual random --rotate-steps 3",
+            2,
+            "--rotate-steps needs --rotate-residual learned",
+        ),
         ("--method quarot --rotate-residual best", 2, "'best' is not one of"),
-        ("--method rtn --target-bits 4 --rotate-residual learned", 2, "learned for one recipe"),
+        ("--method rtn --target-bits 4 --rotate-residual learned", 2, "learned needs one recipe"),
         ("--method gptq --group-size -1 --rotate-residual learned", 1, "nothing to learn"),
         ("--method smoothquant --set static=true --rotate-residual learned", 1, "static scales"),
     ],
@@ -137,4 +141,4 @@ def test_a_width_without_a_hadamard_transform(run, tmp_path):
     tensors = {n: np.ones(shape(a), np.float32) for n, a in random_tensors(hf).items()}
     folder = write_folder(tmp_path / "m", hf, tensors)
     code, _, err = run("quantize", folder, "--method", "quarot", "--rotate-residual", "random")
-    assert code == 1 and "22 channels have no Hadamard transform" in err
+    assert code == 1 and "no Hadamard transform of its 22 channels" in err

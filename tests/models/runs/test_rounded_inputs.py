@@ -166,6 +166,6 @@ def test_what_is_not_finite_is_not_saved(tiny, tmp_path):
     for path in (packed, kept):
         nan = lambda a: jnp.full_like(a, jnp.nan) if a.dtype.kind == "f" else a
         bad = replace_leaves(made.params, {path: jax.tree.map(nan, leaves[path])})
-        with pytest.raises(ValueError, match=f"{path}: values that are not finite"):
+        with pytest.raises(ValueError, match=f"{path} holds values that are not finite"):
             save_model(tmp_path / "q", dataclasses.replace(made, params=bad), recipe)
         assert not (tmp_path / "q").exists()
