@@ -95,8 +95,9 @@ def calibrate(
       all zero, and weights that are multiplied in two ways (w after w.T).
 
     Source:
-      Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
-      output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
+      Frantar et al. 2022, arXiv:2210.17323 for H. With gradient weighting, H is the input-side
+      factor of a Kronecker-factored Fisher matrix whose output side is the identity (Tseng et al.
+      2025, arXiv:2505.22988).
 
     >>> import jax.numpy as jnp
     >>> x = jnp.arange(6.0).reshape(2, 3)
