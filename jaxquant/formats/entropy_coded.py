@@ -287,7 +287,10 @@ class EntropyCoded(Format):
 
     def kernel(self) -> str:
         """Return what computes products."""
-        return "coded (XLA): the whole stream for every product; see jaxquant.formats.transcoded"
+        return (
+            "no kernel: XLA decodes the whole stream for every matmul; see "
+            "jaxquant.formats.transcoded"
+        )
 
 
 class _Search(NamedTuple):
