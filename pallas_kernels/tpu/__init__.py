@@ -74,7 +74,10 @@ def _ternary(x: Aval, codes: Aval, scale: Aval, *, group_size: int, **_: Any) ->
 def _codebook(x: Aval, codes: Aval, scale: Aval, *, table: Any, bits: int, group_size: int,
               **_: Any) -> str:  # fmt: skip
     if isinstance(table, str) or bits not in (2, 3, 4) or len(table) != 1 << bits:
-        return f"the TPU kernel takes 4, 8 or 16 values, not {bits} bits of {str(table)[:20]}"
+        return (
+            f"the TPU kernel supports tables of 4, 8 or 16 values, not {bits} bits of "
+            f"{str(table)[:20]}"
+        )
     return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
 
 
