@@ -22,7 +22,7 @@ from pallas_kernels.lowering import devices_of
 def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[..., PyTree]:
     """Return a version of `fn` that accepts stand-ins such as `QTensor` in its arguments.
 
-    A stand-in is an object that stands at the place of an array leaf.
+    A stand-in is an object that takes the place of an array leaf.
 
     Calls are dispatched on JAX primitives (by quax): a matmul or look-up that meets a `QTensor`
     works from its packed codes, and a primitive without a rule dequantizes it first (see

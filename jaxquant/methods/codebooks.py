@@ -257,8 +257,8 @@ def entropy_coded(
 ) -> Method:
     """Water-filled error feedback with entropy coding: any rate, met to the byte.
 
-    This method has the least loss at a given number of bits. Since each matrix product decodes the
-    whole stream, convert the weights to fixed-width words once before serving, as the command-line
+    This method has the least loss at a given number of bits. Since each matmul decodes the whole
+    stream, convert the weights to fixed-width words once before inference, as the command-line
     tools do (`jaxquant.formats.transcoded`).
 
     Args:

@@ -120,7 +120,7 @@ def awq(
       ValueError: an argument has the wrong type or is out of range.
 
     Source: Lin et al. 2023, arXiv:2306.00978. We differ: unless `quantize` is given `inspect`,
-    scales are judged by the error of the matrix products; and inputs whose scales cannot be folded
+    scales are judged by the error of the matmuls; and inputs whose scales cannot be folded
     into the preceding layer are scaled too, at run time.
 
     >>> awq().input

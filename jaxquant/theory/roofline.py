@@ -2,7 +2,7 @@
 
 The estimate is a lower bound on time from published bandwidths and peaks
 (`pallas_kernels.cost.chips`) and the static rates of the kernels (`pallas_kernels.cost.rates`), not
-a measurement. Contention, load latency and everything that is not a product with weights come on
+a measurement. Contention, load latency and everything that is not a matmul with weights come on
 top.
 """
 
@@ -194,7 +194,7 @@ class _Use:
 
     Attributes:
       share: fraction of the weight that is read.
-      rows: number of rows of x that are multiplied by it, 0 if it is in no product.
+      rows: number of rows of x that are multiplied by it, 0 if it is in no matmul.
     """
 
     share: float
