@@ -268,8 +268,8 @@ def qat(
       validation: held-out inputs; the state with the least loss on them is returned. None: the last
         state is returned.
       progress: called after every update.
-      finished: store of the training state, written every `save_every` updates (a field of `how`). A
-        run that was interrupted resumes from it.
+      finished: store of the training state, written every `save_every` updates (a field of `how`).
+        A run that was interrupted resumes from it.
     Returns:
       The trained tree, still latent; `freeze` packs it.
     Raises:

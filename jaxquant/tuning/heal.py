@@ -49,8 +49,8 @@ def heal(
         state is returned.
       also: globs of plain floating leaves to train ("*norm*").
       progress: called after every update.
-      finished: store of the training state, written every `save_every` updates (a field of `healing`).
-        A run that was interrupted resumes from it.
+      finished: store of the training state, written every `save_every` updates (a field of
+        `healing`). A run that was interrupted resumes from it.
     Returns:
       The trained quantized tree.
     Raises:
