@@ -287,10 +287,7 @@ class EntropyCoded(Format):
 
     def kernel(self) -> str:
         """Return what computes products."""
-        return (
-            "no kernel: XLA decodes the whole stream for every matmul; see "
-            "jaxquant.formats.transcoded"
-        )
+        return "coded (XLA): the whole stream for every product; see jaxquant.formats.transcoded"
 
 
 class _Search(NamedTuple):

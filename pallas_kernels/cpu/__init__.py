@@ -220,7 +220,7 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
     if str(x.dtype) not in _FLOATS:
         return f"x must be float32, bfloat16 or float16, got {x.dtype}"
     if isinstance(static.get("table"), str):
-        return "float8 codes have no native kernel"
+        return "codes that are float8 have no native kernel"
     if static.get("group", 0) > _MOST_GROUP:
         return f"additive codes of more than {_MOST_GROUP} rows have no native kernel"
     if trellis.CODES.get(static.get("code", ""), 1) == 4:
@@ -248,7 +248,7 @@ def _serves_attention(q: Any, k: Any, v: Any, positions: Any) -> str:
     if reason := native.load():
         return f"no native kernels: {reason}"
     if q.shape[1] > _FEW:
-        return f"more than {_FEW} queries are multiplied as matrices, by XLA"
+        return f"more than {_FEW} queries are served as matrices"
     if q.shape[3] % 16:
         return f"heads of {q.shape[3]} channels, no multiple of 16, have no native kernel"
     return ""

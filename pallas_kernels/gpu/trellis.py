@@ -125,8 +125,7 @@ def serves(
 ) -> str:
     """Return "" if the kernel supports the arguments of `trellis_matmul`, otherwise the reason."""
     if code not in HASHES:
-        known = " and ".join(map(repr, HASHES))
-        return f"the GPU kernel supports the trellis codes {known}, not {code!r}"
+        return f"on a GPU, trellis codes are {' and '.join(HASHES)}, not {code}"
     if len({*rates}) > 1 or rates[0] not in RATES:
         return f"on a GPU, a trellis has one rate of {', '.join(map(str, RATES))} bits, not {rates}"
     if x.shape[1] // len(rates) % DEPTH and len(rates) > 1:

@@ -74,33 +74,26 @@ def _ternary(x: Aval, codes: Aval, scale: Aval, *, group_size: int, **_: Any) ->
 def _codebook(x: Aval, codes: Aval, scale: Aval, *, table: Any, bits: int, group_size: int,
               **_: Any) -> str:  # fmt: skip
     if isinstance(table, str) or bits not in (2, 3, 4) or len(table) != 1 << bits:
-        return (
-            f"the TPU kernel supports tables of 4, 8 or 16 values, not {bits} bits of "
-            f"{str(table)[:20]}"
-        )
+        return f"tables of 4, 8 or 16 values are served, not {bits} bits of {str(table)[:20]}"
     return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
 
 
 def _e8p(x: Aval, codes: Aval, residual: Aval | None, scale: Aval, *, bits: int, **_: Any) -> str:
     if bits != 2 or residual is not None:
-        return "the TPU kernel supports E8P at 2 bits only, without a residual"
+        return "of E8P only 2 bits, without a residual, are served"
     return _grouped(x, codes, scale, 0) if x.dtype not in _FLOATS else ""
 
 
 def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: int, code: str,
              activations: str = "float") -> str:  # fmt: skip
     if code != "vpu":
-        return f"the TPU kernel supports only the trellis code 'vpu', not {code!r}"
+        return f"of trellis codes only 'vpu' is served, not {code!r}"
     if L != 16 or set(rates) != {2}:
         return (
-            f"the TPU kernel supports trellises of L = 16 and 2 bits only, not L = {L} and "
-            f"{sorted(set(rates))} bits"
+            f"a trellis is served at L = 16 and 2 bits, not L = {L} and {sorted(set(rates))} bits"
         )
     if activations == "int8/256":
-        return (
-            "the TPU kernel multiplies a trellis by activations 'float', 'int8' and 'codes', not "
-            "'int8/256'"
-        )
+        return "a trellis is served with activations 'float', 'int8' and 'codes', not 'int8/256'"
     rows = x.shape[1] // len(rates)
     if len(rates) > 1 and rows % 128:
         return f"blocks of {rows} rows with a scale each are no multiple of 128"
@@ -109,8 +102,8 @@ def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: in
 
 def _additive(*_: Any, **__: Any) -> str:
     return (
-        "additive codes have no TPU kernel: a TPU gathers learned vectors of 8 float16 values more "
-        "slowly than it reads the same weights in bfloat16"
+        "additive codes are not served: of learned vectors of 8 float16 values a TPU gathers "
+        "fewer in a cycle than it reads bfloat16 weights"
     )
 
 
