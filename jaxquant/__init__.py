@@ -1,9 +1,9 @@
 """jaxquant: a functional quantization library for JAX.
 
-The names here are those that a user meets first. Every other public name has one home in a room:
-`jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`, `recipes`,
-`ptq`, `storage`, `theory`, `tuning`, `training` and `core`. What trains and what saves is imported
-on first access, because it needs Optax and Orbax. Quantizing and serving do not.
+The names here are those that a user meets first. Every other public name is exported from one
+subpackage: `jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`,
+`recipes`, `ptq`, `storage`, `theory`, `tuning`, `training` and `core`. What trains and what saves
+is imported on first access, because it needs Optax and Orbax; quantization and inference do not.
 """
 
 import importlib
@@ -117,7 +117,7 @@ __all__ = [
     "zeroqat",
 ]
 
-# Modules of the names that are imported on first access, and the rooms that are.
+# Modules of the names that are imported on first access, and the subpackages that are.
 _LATER = {
     "freeze": "training.latent",
     "heal": "tuning.heal",
@@ -144,7 +144,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _home_of(name: str) -> str:
-    """Say in which room a name is, if in any."""
+    """Say in which subpackage a name is, if in any."""
     rooms = [*_ROOMS, *map(__getattr__, _LATER_ROOMS)] if not name.startswith("_") else []
     homes = [room.__name__ for room in rooms if name in room.__all__]
     return f"; it is {homes[0]}.{name}" if homes else ""

@@ -80,7 +80,7 @@ def evaluate(
     The logits at positions ctx // 2 to ctx - 2 each predict the next token.
 
     Args:
-      logits: function logits(params, tokens [1, ctx]) -> [1, ctx, vocabulary]; wrap it in
+      logits: the model, a function (params, tokens [1, ctx]) -> [1, ctx, vocabulary]; wrap it in
         `jaxquant.quantized` if `params` contains stand-ins.
       params: parameters of the model.
       chunks: token ids [N, ctx], from `chunk`.

@@ -279,7 +279,7 @@ def _served(op: str, static: tuple, kernels: str, arrays: tuple) -> Array:
     if kernels != "auto":
         kernel, reason = choose(op, kernels, arrays, named, spare_small=False)
         if kernel is None:
-            raise ValueError(f"the {kernels} kernels do not serve this {op}: {reason}")
+            raise ValueError(f"the {kernels} kernels do not support this {op}: {reason}")
         return kernel.call(*arrays, **named)
     found = {p: choose(op, p, arrays, named)[0] for p in BACKENDS}
     fast = {p: partial(kernel.call, **named) for p, kernel in found.items() if kernel is not None}

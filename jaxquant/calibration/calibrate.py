@@ -46,39 +46,42 @@ def calibrate(
 ) -> Stats:
     """Collect statistics of the inputs of every weight that `fn` contracts.
 
-    They are second moments, channel magnitudes and sample rows. Matrices that are looked up
-    (experts) get statistics of the tokens routed to them. Slices of a weight (w[:, 128:])
-    contribute to the statistics of the whole weight. If a weight is contracted over different axes,
-    the first product decides which input is meant.
+    They are second moments, channel magnitudes and sample rows. Matrices that are selected by
+    indexing (experts) get statistics of the tokens routed to them. Slices of a weight (w[:, 128:])
+    contribute to the statistics of the whole weight. If `fn` contracts a weight over different axes
+    in different places, the statistics are those of its first use.
 
     Memory in addition to `params`: twice the statistics (running sums, and those of one batch),
-    with 4 k^2 bytes for each second moment, per distinct input and layer; and one backward pass of
+    with 4 k^2 bytes for the second moment of k input channels, per distinct input and layer; and
+    one backward pass of
     `fn` (`jax.checkpoint` inside `fn` bounds it). To bound memory further, go block by block with
     `quantize_blocks`.
 
     Args:
       fn: fn(params, batch), or fn(params, *batch) if batches are tuples. Statistics come from the
-        backward pass, so there are none for products that no gradient reaches (those followed by an
+        backward pass, so there are none for matmuls that no gradient reaches (those followed by an
         argmax, or by rounding).
       params: parameter tree of floating arrays.
       batches: inputs of fn; iterated over once. Each new shape is compiled once.
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
-      weighting: weights of the tokens in second moments and mean magnitudes; the bounds `low` and
-        `high` are not weighted. "gradient" uses the squared norm of the loss gradient at the
-        matmul's output. "energy" uses one over the token's mean square, so that an attention sink
-        counts as one token of many. "uniform" weights all tokens equally. Default: "gradient" if a
-        loss is given, else "uniform".
+      weighting: weights of the tokens in second moments and mean magnitudes; the bounds of each
+        channel (`low` and `high` of `Probe`) are not weighted. "gradient" uses the squared norm of
+        the loss gradient at the matmul's output. "energy" uses one over the token's mean square, so
+        that an attention sink counts as one token of many. "uniform" weights all tokens equally.
+        Default: "gradient" if a loss is given, else "uniform".
       gram: whether to keep second moments; methods that only scale or rotate do not need them.
-      output: globs of paths ("layers/*kernel") of weights for which to keep the second moment of
-        the loss gradient at the output too, as two-sided feedback needs it. It takes another 4 n^2
-        bytes each, too much for a head over a vocabulary, and requires gradient weighting.
-      sample: number of rows of every input to keep with the largest entries, and as many at random;
-        needed by transforms that search on activations (`Greedy`, a searched `Smooth`).
+      output: path globs ("layers/*kernel") of the weights for which the second moment of the loss
+        gradient at the output is kept as well, as `TwoSided` rounding needs it. It takes another
+        4 n^2 bytes for n output channels, too much for an output head with a large vocabulary, and
+        requires gradient weighting.
+      sample: for every input, the number of rows with the largest entries to keep, and of random
+        rows to keep; needed by transforms that search on activations (`Greedy`, a searched
+        `Smooth`).
       progress: called with the number of batches done.
       finished: mapping in which the running sums are stored and from which they are resumed; one
         that lives on disk (`durable.store.Folder`) makes a long run resumable. Batches already in
-        the stored sums are skipped. Sums are ignored if they were stored with other parameters,
-        other settings or another first batch. Changes of `fn`, `loss` or later batches are not
+        the stored sums are skipped. Stored sums are ignored if the parameters, the settings or the
+        first batch differ. Changes of `fn`, `loss` or later batches are not
         detected: use another `name` for those.
       save_every: number of batches between stored copies, 1 or more; the final sums are stored too.
       name: name under which the sums are stored.
@@ -92,11 +95,12 @@ def calibrate(
 
     Warns:
       UserWarning: names weights, and matrices of a stack (such as experts), whose statistics are
-      all zero, and weights that are multiplied in two ways (w after w.T).
+      all zero, and weights that are used both as w and as w.T.
 
     Source:
-      Frantar et al. 2022, arXiv:2210.17323 for H; the gradient weighting is the diagonal of the
-      output-side factor of Kronecker curvature (Tseng et al. 2025, arXiv:2505.22988).
+      Frantar et al. 2022, arXiv:2210.17323, for the second moment of the inputs. With gradient
+      weighting it is the input-side factor of a Kronecker-factored Fisher matrix whose output side
+      is the identity (Tseng et al. 2025, arXiv:2505.22988).
 
     >>> import jax.numpy as jnp
     >>> x = jnp.arange(6.0).reshape(2, 3)

@@ -24,7 +24,7 @@ class Observation(NamedTuple):
 
     Attributes:
       weights: paths of the weights that are multiplied with this very input.
-      products: number of products with a matrix that the summary is the sum of: usually 1; 0 if no
+      products: number of matmuls with a matrix that the summary is the sum of: usually 1; 0 if no
         gradient reached the output; more if a function multiplies by one weight several times.
       summary: the summary asked for, with leading axes over the layers (and experts) of a stack.
     """
@@ -102,7 +102,7 @@ def observe(
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """A summary together with the number of products it is the sum of."""
+    """A summary together with the number of matmuls it is the sum of."""
 
     summary: Summary
 

@@ -1,4 +1,4 @@
-"""`Observed`: a weight whose products report a summary of their input as a cotangent.
+"""`Observed`: a weight whose matmuls report a summary of their input as a cotangent.
 
 In the backward rule of `dot(x, w, probe)`, the cotangent for the probe is a summary of x and of the
 gradient at the output. One `jax.grad` therefore collects the summaries of all layers, including
@@ -24,19 +24,19 @@ from jaxquant.core.standin import Pick, StandIn, is_standin
 
 
 class Seen(NamedTuple):
-    """What one product with one matrix observed.
+    """What one matmul with one matrix observed.
 
     Where matrices are looked up, rows that went to other matrices are included as zeros. For a
-    product with a part of the matrix, entries of `rows` and `output` outside of the part are zero.
+    matmul with a part of the matrix, entries of `rows` and `output` outside of the part are zero.
 
     Attributes:
       rows: the input, [m, k].
       energy: |g|^2 for every row, where g is the gradient at the output.
       output: g, [m, n].
-      weight: for every row: 1; 0 if it went to another matrix; below 1 if the product has only some
+      weight: for every row: 1; 0 if it went to another matrix; below 1 if the matmul has only some
         of the outputs.
       counted: what the row adds to the number of rows: `weight` times the fraction of the inputs
-        that the product has.
+        that the matmul has.
     """
 
     rows: Float[Array, "m k"]
@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 class Summary(Protocol):
-    """What to keep of the products with a matrix [k, n]; must be hashable, because it is static."""
+    """What to keep of the matmuls with a matrix [k, n]; must be hashable, because it is static."""
 
     def zeros(self, k: int, n: int) -> PyTree:
         """Return the empty summary, a pytree of float32 arrays.
@@ -58,10 +58,10 @@ class Summary(Protocol):
         """
 
     def of(self, seen: Seen) -> PyTree:
-        """Return the summary of one product, with the same structure and shapes as `zeros`.
+        """Return the summary of one matmul, with the same structure and shapes as `zeros`.
 
         Args:
-          seen: what the product observed.
+          seen: what the matmul observed.
         """
 
 
@@ -184,7 +184,7 @@ def _observe(x: Array, w: Observed, params: dict[str, Any], *, weight_left: bool
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Position of a product's part of a weight in the matrix [k, n].
+    """Position of a matmul's part of a weight in the matrix [k, n].
 
     Attributes:
       axes: core axes that make up k, and those that make up n.

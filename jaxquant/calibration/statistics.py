@@ -19,7 +19,7 @@ Weighting = Literal["uniform", "gradient", "energy"]
 class Probe(NamedTuple):
     """Sums that a matmul's backward rule returns; None for those not asked for.
 
-    x is a row of the input, g the gradient at its output, and a the row's weight. Of a product that
+    x is a row of the input, g the gradient at its output, and a the row's weight. Of a matmul that
     a function forms several times, with several inputs or in a loop, `low` and `high` are sums of
     the bounds, hence still bounds.
 
@@ -44,13 +44,13 @@ class Probe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """The summary that calibration makes of a product.
+    """The summary that calibration makes of a matmul.
 
     Attributes:
       gram, output: whether to keep second moments of the input, and of the gradient at the output.
       weighting: weights of the rows, see `calibrate`.
       sample: number of rows to keep of each kind.
-      alike: whether all products that a function forms with the matrix read one input.
+      alike: whether all matmuls that a function forms with the matrix read one input.
     """
 
     gram: bool
@@ -67,11 +67,11 @@ class Kept:
         return Probe(square(k, self.gram), jnp.zeros(()), square(n, self.output), *channels, *rows)
 
     def of(self, seen: Seen) -> Probe:
-        """Return the summary of one product."""
+        """Return the summary of one matmul."""
         x = seen.rows
         left = x * self._weights(seen)[:, None]
         x = x * jnp.sign(seen.weight)[:, None]
-        # If a product is computed in parts, each part counts by its share of the outputs.
+        # If a matmul is computed in parts, each part counts by its share of the outputs.
         share = jnp.max(seen.weight, initial=0.0) if self.alike else 1.0
         # A GPU's default precision rounds rows to 10 bits; H would then be no second moment.
         second = partial(jnp.einsum, "tk,tl->kl", precision="highest")
@@ -98,7 +98,7 @@ class Kept:
         return seen.weight / jnp.maximum(jnp.mean(seen.rows**2, axis=1), 1e-30)
 
     def merged(self, a: Probe, b: Probe) -> Probe:
-        """Merge the summaries of two sets of products; leading axes are allowed."""
+        """Merge the summaries of two sets of matmuls; leading axes are allowed."""
         added = jax.tree.map(jnp.add, a, b)
         largest = {
             name: jnp.maximum(getattr(a, name), getattr(b, name)) for name in ("low", "high")

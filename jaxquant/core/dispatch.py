@@ -22,26 +22,29 @@ from pallas_kernels.lowering import devices_of
 def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[..., PyTree]:
     """Return a version of `fn` that accepts stand-ins such as `QTensor` in its arguments.
 
+    A stand-in is an object that takes the place of an array leaf.
+
     Calls are dispatched on JAX primitives (by quax): a matmul or look-up that meets a `QTensor`
     works from its packed codes, and a primitive without a rule dequantizes it first (see
     `explain`).
 
     The result composes with `jax.jit`, `jax.grad` and `jax.vmap` inside and outside; derivatives
-    taken outside must be reverse-mode. It composes with `jax.shard_map` outside, with the weights
-    split along their outputs, or along their inputs if every device holds whole groups and words.
+    taken outside must be reverse-mode (`jax.grad`, `jax.vjp`). It composes with `jax.shard_map`
+    outside, with the weights split along their outputs, or along their inputs if every device holds
+    whole groups and words.
 
-    Kernels serve programs for a single device, however many the machine has, and programs inside
+    Kernels are used in programs for a single device, however many the machine has, and inside
     `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so a program that it
-    splits over several devices uses the reference implementations in plain JAX.
+    partitions over several devices runs the reference implementations in plain JAX.
 
     Outside of it a stand-in is not an array, and whatever uses it as one raises TypeError. So
     functions that call a model are wrapped too: `jq.quantized(nnx.tabulate)(model, x)`.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
-      kernels: "auto" (default) uses the kernel of the platform the program is lowered for, if one
-        serves the product; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
-        backend's kernels only, and a product that they do not serve is a ValueError.
+      kernels: "auto" (default) uses the kernels of the platform the program is lowered for, where
+        they support the matmul; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
+        backend's kernels only, and a matmul that they do not support is a ValueError.
 
     Returns:
       A function of the same arguments.
@@ -58,7 +61,7 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of a weight: its path, the primitive, the rule that serves it, and the reason."""
+    """One use of a weight: its path, the primitive, the rule that handles it, and the reason."""
 
     path: str
     primitive: str
@@ -82,7 +85,7 @@ class Explanation:
         return tuple(dict.fromkeys(u.path for u in self.uses if u.rule == "materialised"))
 
     def __str__(self) -> str:
-        rows = [("weight", "primitive", "served by", "why")]
+        rows = [("weight", "primitive", "rule", "why")]
         rows += [(u.path, u.primitive, u.rule, u.why) for u in self.uses]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
@@ -105,10 +108,11 @@ def explain(
       fn: the function, as given to `quantized`.
       params: tree with `QTensor` leaves, or their shapes from `jax.eval_shape`.
       *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them, or a
-        weight, lies on several devices, the report is for a program that the compiler partitions.
-      platform: the platform whose kernels are considered: "cpu", "tpu", "cuda", or "rocm", which
-        has none; or the name of a chip ("v5e", "h100", ...), which stands for its platform, since
-        all chips of a platform have the same kernels. Default: the platform of this machine.
+        weight, is sharded over several devices, the report is for a program that the compiler
+        partitions.
+      platform: the platform whose kernels are considered: "cpu", "tpu", "cuda", or "rocm" (which
+        has none); the name of a chip ("v5e", "h100", ...) selects its platform, since all chips of
+        a platform have the same kernels. Default: the platform of this machine.
 
     Returns:
       An `Explanation`; print it for a table.
@@ -147,7 +151,7 @@ class _Log:
 
 
 class _Spy(quax.ArrayValue):
-    """A wrapper around a stand-in: forwards every primitive and records which rule served it."""
+    """A wrapper around a stand-in: forwards every primitive and records which rule handled it."""
 
     inner: Any
     path: str = eqx.field(static=True)

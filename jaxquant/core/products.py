@@ -103,7 +103,7 @@ class _SharedCall:
       key: identifies the input, its transform and the order in which it is read; None if nothing is
         shared.
       family: the weights, including w, whose products may be computed in one call.
-      heard: notes on what served the call.
+      heard: notes on what runs the call.
     """
 
     x: Array

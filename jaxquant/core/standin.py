@@ -27,7 +27,7 @@ _notes = Setting[list | None]("notes", None)
 
 
 def note(rule: str, why: str = "") -> None:
-    """Report to `explain`, if it is listening, which rule serves the current primitive.
+    """Report to `explain`, if it is listening, which rule handles the current primitive.
 
     Args:
       rule: name of the rule.

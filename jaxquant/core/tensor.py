@@ -72,7 +72,7 @@ class QTensor(StandIn):
         stored in the format.
       shared: name common to the weights that read the same input in the function they were
         quantized for, through equal transforms (arrays included); "" if unknown. The input is then
-        transformed once, and the products are a single call on platforms that have one. The name
+        transformed once, and the matmuls are a single call on platforms that have one. The name
         starts with the number of these weights, "3 of", because trees quantized separately may
         contain equal names: if more weights than that carry it, their inputs are taken to differ.
         The arrays that calibration or training produced are part of the name.

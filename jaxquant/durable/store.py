@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxquant.durable.claims import Claim, Taken, claim
 
 RUN = "run.json"
-LAYOUT = "layout of what is kept"  # name of a number to raise when the stored arrays change
+LAYOUT = "layout of what is kept"  # name of a number to increment when the stored arrays change
 FILE = re.compile(r"[0-9a-f]{24}\.bin|(run|[0-9a-f]{24})\.aside")  # our files, temporary ones too
 HEX = 64  # length of a SHA-256 in hexadecimal
 Arrays = Mapping[str, Any]

@@ -36,7 +36,7 @@ def kurtosis(y: Float[Array, "..."]) -> Float[Array, ""]:
 def flattened(weight: float) -> Iterator[None]:
     """Add `weight` times a kurtosis penalty to the gradients taken inside this context.
 
-    The penalty is the kurtosis of the output of every product with a latent weight; the value of
+    The penalty is the kurtosis of the output of every matmul with a latent weight; the value of
     the loss does not change. Outlier channels appear early in training and are the reason why 4-bit
     activations fail. The penalty prevents them.
 
@@ -59,10 +59,10 @@ def flattened(weight: float) -> Iterator[None]:
 
 
 def watched(y: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    """Add the gradient of the penalty of `flattened` to that of a product.
+    """Add the gradient of the penalty of `flattened` to that of a matmul.
 
     Args:
-      y: outputs of a product with a latent weight.
+      y: outputs of a matmul with a latent weight.
     Returns:
       y, unchanged.
     """

@@ -1,4 +1,4 @@
-"""`Latent`: the format of a weight in training, floats that are rounded anew in every product.
+"""`Latent`: the format of a weight in training, floats that are rounded anew in every matmul.
 
 The forward pass is that of inference: the matrix is packed and multiplied by the kernel of its
 format, with rounded rows. What `freeze` stores therefore gives the results of training bit for bit,

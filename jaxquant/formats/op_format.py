@@ -1,4 +1,4 @@
-"""Base of formats with a kernel op of their own, which computes products, look-ups and decoding."""
+"""Base of formats with a kernel op of their own, which computes matmuls, look-ups and decoding."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ WHOLE_BITS = {float: "the methods trellis and entropy_coded take fractions of a 
 class OpFormat(TiledFormat):
     """Base of a format that names its op by `storage` and maps packed arrays to its `arguments`.
 
-    The storage is one of `pallas_kernels.reference.STORAGES`; products call `{storage}_matmul`.
+    The storage is one of `pallas_kernels.reference.STORAGES`; matmuls call `{storage}_matmul`.
     """
 
     def matmul(

@@ -1,4 +1,4 @@
-"""Base of formats without a kernel op, which compute products and look-ups by decoding tiles."""
+"""Base of formats without a kernel op, which compute matmuls and look-ups by decoding tiles."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Transcoding of entropy-coded weights for serving: each stream is decoded once to words."""
+"""Transcoding of entropy-coded weights for inference: each stream is decoded once to words."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ def transcoded(params: PyTree, *, threads: int | None = None) -> PyTree:
     The values do not change. Each weight becomes integers of a few bits, a step for each input
     channel and a width for each output channel (`DualScale`). Integers that do not fit are stored
     separately, and the word size that takes fewer bytes is chosen. An entropy-coded weight is
-    decoded anew in every product, whereas a transcoded one is multiplied like other packed weights.
+    decoded anew in every matmul, whereas a transcoded one is multiplied like other packed weights.
     Everything else in the tree, such as transforms and activation formats, stays as it is, and so
     do weights with more than 65,536 input channels.
 

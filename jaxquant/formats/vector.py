@@ -216,5 +216,9 @@ class Vector(CodebookFormat, TiledFormat):
         return self.values(jnp.concatenate(codes, 1), self._grid(data, ids))
 
     def kernel(self) -> str:
-        """Return the name of what computes products."""
-        return f"decoded (XLA), vectors of {self.length}, {self._sizes} entries"
+        """Describe what runs a matmul, for `explain`."""
+        sizes = " and ".join(map(str, self._sizes))
+        return (
+            f"no kernel for vector codebooks: XLA decodes the weight (vectors of {self.length}, "
+            f"codebooks of {sizes} entries)"
+        )

@@ -29,10 +29,11 @@ def quip_sharp(
       bits: number of bits per weight: 2 (the default), 3 or 4, see `E8P`.
       passes: number of sweeps of coordinate descent after error feedback, at least 0 (default 4).
         Each lowers the loss and takes about as long as the feedback.
-      damping: fraction of the mean of diag(H) that is added to the diagonal before error feedback,
-        at least 0 (default 0.01). More of it trusts the statistics less.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal before error feedback, at least 0 (default 0.01). Larger values rely
+        less on the statistics.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -81,10 +82,11 @@ def qtip(
         arXiv:2505.22988).
       passes: number of sweeps of coordinate descent after error feedback, at least 0 (default 0).
         Each lowers the loss and takes about as long as the feedback. It must be 0 with `two_sided`.
-      damping: fraction of the mean of diag(H) that is added to the diagonal before error feedback,
-        at least 0 (default 0.01). More of it trusts the statistics less.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal before error feedback, at least 0 (default 0.01). Larger values rely
+        less on the statistics.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -137,10 +139,11 @@ def trellis(
         "hyb" or "vpu".
       passes: number of sweeps of coordinate descent after error feedback, at least 0 (default 1).
         Each lowers the loss and takes about as long as the feedback.
-      damping: fraction of the mean of diag(H) that is added to the diagonal before error feedback,
-        at least 0 (default 0.01). More of it trusts the statistics less.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal before error feedback, at least 0 (default 0.01). Larger values rely
+        less on the statistics.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -183,8 +186,8 @@ def aqlm(
         lose less and take longer in proportion.
       sweeps: number of alternations between fitting the codebooks and updating the codes, at least
         0 (default 6).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -225,8 +228,8 @@ def vptq(
         lose less and take longer in proportion.
       sweeps: number of alternations between fitting the codebooks and updating the codes, at least
         0 (default 6).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -257,8 +260,8 @@ def entropy_coded(
 ) -> Method:
     """Water-filled error feedback with entropy coding: any rate, met to the byte.
 
-    This method has the least loss at a given number of bits. Since each matrix product decodes the
-    whole stream, convert the weights to fixed-width words once before serving, as the command-line
+    This method has the least loss at a given number of bits. Since each matmul decodes the whole
+    stream, convert the weights to fixed-width words once before inference, as the command-line
     tools do (`jaxquant.formats.transcoded`).
 
     Args:
@@ -268,12 +271,13 @@ def entropy_coded(
       two_sided: whether step sizes are also chosen per output channel, by the second moment of the
         loss gradients, and errors fed on to later output channels (default False); needs
         output-side statistics.
-      damping: fraction of the mean of diag(H) that is added to the diagonal before error feedback,
-        at least 0 (default 0.02). More of it trusts the statistics less.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal before error feedback, at least 0 (default 0.02). Larger values rely
+        less on the statistics.
       chain: largest number of weights in a row that share a trellis. The default None means 256,
         and 128 with `two_sided`, where feedback goes from chain to chain.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.

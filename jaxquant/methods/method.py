@@ -36,7 +36,8 @@ class Method:
       input: invertible transform of the input channels, such as `Rotation`; None for no transform.
       output: the same for the output channels.
       activations: how inputs are rounded before they are multiplied by the codes, an `Activations`
-        or its text form ("int8", "int4,asymmetric"); None or "float" leaves inputs unrounded.
+        or its string form form ("int8", "int4,asymmetric"); None or "float" leaves inputs
+        unrounded.
       estimator: how `latent` trains the weights (`estimators.weight_estimators`); None means
         `StraightThrough()`.
       input_estimator: how `latent` trains the ranges of inputs (`estimators.input_ranges`); None

@@ -32,29 +32,29 @@ def smoothquant(
     damping: float = 0.01,
     scale_dtype: str = "float16",
 ) -> Method:
-    """SmoothQuant: integer weights and activations, with outliers shared between the two.
+    """SmoothQuant: integer weights and activations, with outliers divided between the two.
 
     Args:
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 8); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups lose
-        less and cost more bits.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text
-        (default "int8", one scale per token); None leaves them unrounded. The text "int8,static"
-        stands for one calibrated scale for all activations of a layer.
+        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
+        a smaller error and cost more bits.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form (default "int8", one scale per token); None leaves them unrounded. "int8,static" is one
+        calibrated scale for all activations of a layer.
       alpha: smoothing strength, 0 to 1 (default 0.5), see `Smooth`: 0 leaves outliers to the
         activations, 1 moves them all to the weights; None searches for it.
-      rotate: whether a Hadamard transform follows the smoothing (default False), which spreads what
-        outliers are left.
-      symmetric: whether codes have no zero point (default True). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+      rotate: whether a Hadamard transform follows the smoothing (default False), which spreads the
+        remaining outliers.
+      symmetric: if True, codes have no zero point (default True). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 1.0); values
         outside are clamped.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      damping: fraction of the mean of diag(H) that is added to the diagonal, at least 0 (default
-        0.01); without `feedback` it has no effect.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
 
     Returns:
@@ -63,7 +63,7 @@ def smoothquant(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Xiao et al. 2022, arXiv:2211.10438. We differ: all inputs are smoothed, including those
+    Source: Xiao et al. 2022, arXiv:2211.10438. Here all inputs are smoothed, including those
     that do not come from a normalization layer.
 
     >>> str(smoothquant().activations), smoothquant(4, rotate=True).format.bits
@@ -95,23 +95,23 @@ def awq(
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 128); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
       duo: whether the scales are those of AutoAWQ, which depend on the weights too, see
         `ActivationAware` (default False).
       clip: whether a clipping bound is also searched for each group of weights, see `Clipped`
         (default True).
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      damping: fraction of the mean of diag(H) that is added to the diagonal, at least 0 (default
-        0.01); without `feedback` it has no effect.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -120,7 +120,7 @@ def awq(
       ValueError: an argument has the wrong type or is out of range.
 
     Source: Lin et al. 2023, arXiv:2306.00978. We differ: unless `quantize` is given `inspect`,
-    scales are judged by the error of the matrix products; and inputs whose scales cannot be folded
+    scales are judged by the error of the matmuls; and inputs whose scales cannot be folded
     into the preceding layer are scaled too, at run time.
 
     >>> awq().input
@@ -157,17 +157,17 @@ def duquant(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 4); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups lose
-        less and cost more bits.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text
-        (default "int4,asymmetric,clip=0.9"); None leaves them unrounded.
+        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
+        a smaller error and cost more bits.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form (default "int4,asymmetric,clip=0.9"); None leaves them unrounded.
       block: number of channels in a rotation (default 64); it must divide the number of channels of
         every input.
       alpha: smoothing strength, 0 to 1 (default 0.6), see `Smooth`: 0 leaves outliers to the
         activations, 1 moves them all to the weights; None searches for it.
       steps: number of rotations tried, at least 1 (default 256), see `Greedy`.
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 0.8); values
         outside are clamped.
       permute: whether the permutation and the second rotation follow the first (default True).
@@ -179,8 +179,8 @@ def duquant(
       by_row: whether blocks are searched as in the released code, see `Greedy` (default False).
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      damping: fraction of the mean of diag(H) that is added to the diagonal, at least 0 (default
-        0.01); without `feedback` it has no effect.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
 
     Returns:
@@ -221,24 +221,24 @@ def quarot(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 4); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups lose
-        less and cost more bits.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text
-        (default "int4,clip=0.9"); None leaves them unrounded.
+        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
+        a smaller error and cost more bits.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form (default "int4,clip=0.9"); None leaves them unrounded.
       block: number of channels in a Hadamard transform; None (the default) for one transform over
         all channels.
       alpha: strength of a smoothing before the rotation, 0 to 1, see `Smooth`, which the paper does
         not do; None (the default) for no smoothing.
       signed: whether channel signs are flipped at random before the Hadamard transform (default
         False).
-      symmetric: whether codes have no zero point (default True). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+      symmetric: if True, codes have no zero point (default True). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 1.0); values
         outside are clamped.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default True).
-      damping: fraction of the mean of diag(H) that is added to the diagonal, at least 0 (default
-        0.01); without `feedback` it has no effect.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
 
     Returns:
@@ -284,20 +284,20 @@ def flatquant(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 4); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups lose
-        less and cost more bits.
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text
-        (default "int4,asymmetric,clip=0.9"); None leaves them unrounded.
+        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
+        a smaller error and cost more bits.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form (default "int4,asymmetric,clip=0.9"); None leaves them unrounded.
       alpha: strength of the initial smoothing, 0 to 1, see `Smooth` (default 0.5).
       orthogonal: whether the learned matrices are restricted to rotations (default False).
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 0.8); values
         outside are clamped.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default True).
-      damping: fraction of the mean of diag(H) that is added to the diagonal, at least 0 (default
-        0.01); without `feedback` it has no effect.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
 
     Returns:

@@ -31,21 +31,21 @@ def ste(
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
-      mse: whether the range of each group is searched for the least squared error (default False:
-        the full range).
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
+      mse: if True, the range of each group is chosen by a search for the least squared error
+        (default False: the full range).
       clipped: whether weights outside the range get no gradient, see `StraightThrough` (default
         False).
       stochastic: whether weights are rounded up or down at random, in proportion to their distance
         (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -80,10 +80,10 @@ def lsq(
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
-      symmetric: whether codes have no zero point (default True). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
+      symmetric: if True, codes have no zero point (default True). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       init: initial scales, see `LSQ`. "" (the default) selects the scales of least squared error at
         2 bits, LSQ's own at 3 and 4 bits, and the full min-max range at 8 bits and for 3 and 4 bits
         with zero points. Measured on normal weights, LSQ's own scales have 1.5 times the least
@@ -91,11 +91,12 @@ def lsq(
       scale_gradient: normalization of the scale gradient, see `LSQ`: "step" (the default), "matrix"
         or "none".
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded: an `Activations` or its text; None (the default) leaves
-        them unrounded. The scale of a static form ("int8,static,mse"), and its offset if the form
-        is asymmetric, are learned (`LSQRange`); those of one scale per token ("int8") are computed.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded: an `Activations` or its string form; None (the default)
+        leaves them unrounded. The scale of a static form ("int8,static,mse"), and its offset if the
+        form is asymmetric, are learned (`LSQRange`); those of one scale per token ("int8") are
+        computed.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -135,16 +136,16 @@ def pact(
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
-      activations: how inputs are rounded: an `Activations` or its text, with a static scale
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
+      activations: how inputs are rounded: an `Activations` or its string form, with a static scale
         (default "int4,static,mse"). An asymmetric form ("int4,asymmetric,static,mse") is for inputs
         that are not negative, as after a ReLU: codes then run from 0 to the bound, see `PACT`.
-      symmetric: whether codes have no zero point (default True). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+      symmetric: if True, codes have no zero point (default True). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -187,17 +188,17 @@ def stretched_elastic(
     Args:
       bits: 1.58 (ternary), 2 (the default), 3 or 4.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups lose
-        less and cost more bits.
+        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
+        a smaller error and cost more bits.
       scale_gradient: normalization of the scale gradient, see `LSQ`: "matrix" (the default), "step"
         or "none".
       released: whether the scale gradient at 1.58 bits is that of the released code, see
         `StretchedElastic` (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -241,15 +242,15 @@ def zeroqat(
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -278,8 +279,8 @@ def bitnet(
     `AbsMean`.
 
     Args:
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text
-        (default "int8", one scale per token); None leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form (default "int8", one scale per token); None leaves them unrounded.
       axis: inside `shard_map`, the mesh axis over which matrices are split; "" (the default) if
         there is none.
 

@@ -30,17 +30,17 @@ def rtn(
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
-      mse: whether the range of each group is searched for the least squared error (default False:
-        the full range).
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
+      mse: if True, the range of each group is chosen by a search for the least squared error
+        (default False: the full range).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -68,28 +68,29 @@ def gptq(
     pad: bool = False,
     activations: Activations | str | None = None,
 ) -> Method:
-    """GPTQ: error feedback against the second moment of the inputs. See `LDLQ` and `Integer`.
+    """GPTQ: error feedback guided by the second moment of the inputs. See `LDLQ` and `Integer`.
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
-      symmetric: whether codes have no zero point (default False). Zero points cost bytes and fit
-        ranges that are not centred on 0.
-      mse: whether the range of each group is searched for the least squared error (default False:
-        the full range).
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
+      symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
+        ranges that are not centered on 0.
+      mse: if True, the range of each group is chosen by a search for the least squared error
+        (default False: the full range).
       act_order: whether input channels are rounded in order of decreasing second moment (default
-        True), which loses less.
-      damping: fraction of the mean of diag(H) that is added to the diagonal before error feedback,
-        at least 0 (default 0.01). More of it trusts the statistics less.
-      block_size: number of rows between two dense updates, at least 1 (default 128); it changes the
-        speed, not the result.
+        True), which reduces the error.
+      damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
+        added to the diagonal before error feedback, at least 0 (default 0.01). Larger values rely
+        less on the statistics.
+      block_size: number of input channels that are rounded between two dense updates of the
+        remaining ones, at least 1 (default 128); it changes the speed, not the result.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -119,15 +120,15 @@ def ternary(
 
     Args:
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -159,17 +160,17 @@ def normal_float(
     Args:
       bits: number of bits per code: 2, 3 or 4 (the default).
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
       double_quant: whether the scales are themselves stored as 8-bit codes (default False), which
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -201,17 +202,17 @@ def nf4(
 
     Args:
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups lose less and
-        cost more bits.
+        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
+        error and cost more bits.
       double_quant: whether the scales are themselves stored as 8-bit codes (default False), which
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
-      pad: whether the group size may leave a remainder of the input channels, which is padded with
-        zeros that are stored (default False: that is an error).
+      pad: if True, the number of input channels need not be a multiple of the group size: the last
+        group is padded with zeros, which are stored. If False (the default), that is an error.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -240,12 +241,12 @@ def float8(
     Args:
       variant: "e4m3" (the default: 3 bits of mantissa, up to 448) or "e5m2" (2 bits, up to 57344).
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups lose
-        less and cost more bits.
+        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
+        a smaller error and cost more bits.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -277,8 +278,8 @@ def mxfp4(
         False: that is an error).
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -309,8 +310,8 @@ def nvfp4(
         False: that is an error).
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
-      activations: how inputs are rounded before they are multiplied: an `Activations` or its text,
-        such as "int8"; None (the default) leaves them unrounded.
+      activations: how inputs are rounded before they are multiplied: an `Activations` or its string
+        form, such as "int8"; None (the default) leaves them unrounded.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.

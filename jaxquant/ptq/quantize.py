@@ -33,25 +33,26 @@ def quantize(
 ) -> PyTree:
     """Return `params` with every weight that the recipe covers replaced by a `QTensor`.
 
-    The function may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked: non-finite
-    weights or statistics give NaN, and so do methods whose rates are planned from values
-    (`trellis`), which must be called outside. `jax.eval_shape` gives the shapes for every method.
+    The function may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked, and
+    non-finite weights or statistics give NaN. Methods that plan bit rates from values (`trellis`)
+    always give NaN there; call `quantize` with them outside. `jax.eval_shape` gives the shapes for
+    every method.
 
     Args:
       params: tree of floating arrays.
       recipe: a `Recipe`, or one `Method`, which then applies to every weight that the function
         contracts.
       stats: the result of `calibrate`, which methods with error feedback or fitted transforms need,
-        or of `sites`, which tells how the function uses each weight. With None that is guessed: the
-        last axis of each weight is taken as the output and the one before it as the input, which
-        is wrong for an Equinox `Linear` and for attention weights with an axis of heads.
+        or of `sites`, which tells how the function uses each weight. If None, the use is guessed:
+        the last axis of each weight is taken as the output and the one before it as the input,
+        which is wrong for an Equinox `Linear` and for attention weights with an axis of heads.
       key: PRNG key for methods that draw random numbers (rotations, k-means), such as
         `jax.random.key(1)`; an integer seed is refused. Default: `jax.random.key(0)`.
-      inspect: function that scores the candidates of a searched transform, in place of the error of
-        the products; see `shared_transforms.Inspection`.
-      transforms: arrays of input transforms that are already known, as `learn` and `learn_blocks`
+      inspect: function that scores the candidates of a searched transform, instead of the error of
+        the outputs of the matmuls; see `ptq.shared_transforms.Inspection`.
+      transforms: arrays of input transforms that were learned before, as `learn` and `learn_blocks`
         return them. They are used as given and not fitted again.
-      progress: called with a `Done` after each matrix.
+      progress: called with a `ptq.quantize_leaf.Done` after each matrix.
       finished: store of finished matrices. It maps the name of each matrix to its packed arrays,
         the fields of its `Report` ("report.loss", ...) and a digest of its weights, second moments,
         method and key. A matrix with a matching digest is taken from the store; every other one is
@@ -59,12 +60,13 @@ def quantize(
     Returns:
       The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged.
     Raises:
-      ValueError: the recipe does not resolve, weights or statistics are not finite, a method needs
-        statistics that are missing, or the result for a matrix is not finite. Recipe and missing
-        statistics are checked before any computation.
+      ValueError: the recipe does not fit the tree, weights or statistics are not finite, a method
+        needs statistics that are missing, or the result for a matrix is not finite. Recipe and
+        missing statistics are checked before any computation.
     Warns:
-      If the damping of a second moment had to be raised, statistics are all zero, the format loses
-      some of the weights' range, a bare method leaves weights floating, or `stats` is None and the
+      If the damping of a second moment had to be raised, statistics are all zero, the scales of the
+      format cannot represent the smallest or the largest weights, a bare method leaves weights
+      unquantized, or `stats` is None and the
       guess is likely to be wrong.
 
     >>> import jax.numpy as jnp, jaxquant as jq

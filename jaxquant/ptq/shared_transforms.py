@@ -258,7 +258,7 @@ def _tried(arrays: dict[str, Array], channels: Channels, method: Method) -> Floa
 def _cost(
     arrays: dict[str, Array], channels: Channels, rounded: Float[Array, "k n"], method: Method
 ) -> Float[Array, ""]:
-    """Return the squared error of the products with these weights, with inputs rounded as well."""
+    """Return the squared error of the matmuls with these weights, with inputs rounded as well."""
     w, form = channels.weights.T, method.activations
     if form is None:
         error = rounded - w

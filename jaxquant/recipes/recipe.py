@@ -26,9 +26,10 @@ from jaxquant.recipes.serialize import from_json, to_json
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """An ordered list of rules (path glob, method or `KEEP`).
+    """An ordered list of rules, each a pair of a path glob and a method.
 
-    The first rule that matches a path applies. `*` also matches "/".
+    `KEEP` in place of a method leaves a weight unquantized. The first rule that matches applies.
+    `*` also matches "/".
 
     Args:
       rules: sequence of pairs (glob, method), where the method is a `Method` or `KEEP`.

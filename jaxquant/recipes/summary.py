@@ -121,7 +121,7 @@ def summary(tree: PyTree) -> Summary:
 
     Args:
       tree: tree of arrays and `QTensor` leaves, or of their shapes: parameters of Flax or Equinox,
-        an NNX `State` or module, quantized, latent or not.
+        an NNX `State` or module, whether quantized, latent or unquantized.
     Returns:
       A `Summary`; print it for the table.
     Raises:

@@ -78,16 +78,16 @@ def save(
 ) -> None:
     """Write a tree of arrays and `QTensor`s atomically.
 
-    A kill at any moment leaves either what was there before or the new checkpoint; the next `save`
-    to the same place removes leftover temporary files.
+    If the process is killed, the directory holds either what it held before or the new checkpoint;
+    the next `save` to the same place removes leftover temporary files.
 
     Args:
-      directory: created by this call; it may exist if it is empty, or a checkpoint with
-        `overwrite`.
+      directory: created if missing. It may exist only if it is empty or, with `overwrite`, if it is
+        a checkpoint.
       tree: any JAX pytree: parameters, a Flax NNX `State` or `nnx.split(model)`, an Equinox module,
         a whole training state. Leaves are arrays of any numeric dtype, random keys, Python numbers,
-        texts, None and QTensors, packed or latent. Functions in the tree are not stored; they are
-        None in what `load` returns, unless `like` has them. For an NNX model pass
+        strings, None and QTensors, packed or latent. Functions in the tree are not stored; `load`
+        returns None in their place, unless its `like` has them. For an NNX model pass
         `nnx.state(model)`, which holds a shared `Variable` once.
       recipe: the recipe that made the tree, to store with it; `storage.stored_recipe` reads it.
       metadata: JSON values to store with it (a model's configuration, its tokenizer);
@@ -199,15 +199,16 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     Args:
       directory: the checkpoint.
       like: a tree with the paths and shapes of the saved one, of arrays or abstract values
-        (`jax.eval_shape`), whose containers the result uses; None gives dicts, lists and tuples,
-        with the fields of other containers in dicts. A float tree will do for a quantized one:
-        QTensors replace its weights, and dtypes are the saved ones. Where its arrays are sharded
-        over several devices, so is the result.
+        (`jax.eval_shape`), whose containers the result has. If None, the result consists of dicts,
+        lists and tuples, and other containers become dicts of their fields. For a quantized
+        checkpoint the unquantized tree may be given: QTensors replace its weights, and dtypes are
+        the saved ones. Where the arrays of `like` are sharded over several devices, so is the
+        result.
     Returns:
       The tree.
     Raises:
-      ValueError: there is no checkpoint, it has a newer version or is damaged; or `like` has other
-        leaves.
+      ValueError: there is no checkpoint, it has a newer version or is damaged; or `like` has
+        different leaves.
 
     >>> import tempfile
     >>> from flax import nnx

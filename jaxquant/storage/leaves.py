@@ -54,7 +54,7 @@ def _described_tensor(path: str, w: QTensor) -> tuple[Json, dict[str, Array]]:
     said = {f: to_json(getattr(w, f)) for f in STATIC}
     data = w.format.to_disk(w.data, w.stored_rows)
     kept = dataclasses.replace(w, data=data).named
-    if data is not w.data:  # packed more tightly than for products
+    if data is not w.data:  # packed more tightly than for matmuls
         said["kept"] = True
     arrays = {f"{stored_name(path)}:{part}": a for part, a in kept.items()}
     return {"path": path, "parts": list(kept), **said}, arrays

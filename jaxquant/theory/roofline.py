@@ -2,7 +2,7 @@
 
 The estimate is a lower bound on time from published bandwidths and peaks
 (`pallas_kernels.cost.chips`) and the static rates of the kernels (`pallas_kernels.cost.rates`), not
-a measurement. Contention, load latency and everything that is not a product with weights come on
+a measurement. Contention, load latency and everything that is not a matmul with weights come on
 top.
 """
 
@@ -138,12 +138,12 @@ def roofline(
     chips: int = 1,
     sites: Mapping[str, Site] | None = None,
 ) -> Roofline:
-    """Return the least time in which a chip can pass `tokens` rows through every weight.
+    """Return a lower bound on the time in which a chip can multiply `tokens` rows by every weight.
 
-    A product reads its weight once, whatever the number of rows, and a look-up reads one row for
-    each token. `sites` tells which weights are only looked up; a table that is also multiplied by
-    (tied to the head) counts whole, and so does a weight whose use is not followed (a reshape, a
-    convolution), which is taken for a matrix.
+    A matmul reads its weight once, whatever the number of rows, and a look-up reads one row for
+    each token. `sites` tells which weights are only looked up. An embedding table that is also the
+    output head counts in full, and so does a weight whose use cannot be traced (through a reshape,
+    or in a convolution), which is treated as a matrix.
 
     Not modelled: activations and key-value caches; the choice of experts (all of a mixture count);
     with several chips, communication, uneven splits and arrays that every chip holds in full.
@@ -156,8 +156,8 @@ def roofline(
       chips: number of chips, 1 or more. Each holds an equal part of every weight, so memory,
         bandwidth and peaks add up.
       sites: how the function uses its weights, as `sites(fn, params, x)` of the unquantized tree
-        returns it. By default every array of rank 2 or more counts as a matrix that is multiplied
-        by, tables included.
+        returns it. By default every array of rank 2 or more counts as a matrix in a matmul,
+        embedding tables included.
     Returns:
       The bounds; print them for a table.
     Raises:
@@ -194,7 +194,7 @@ class _Use:
 
     Attributes:
       share: fraction of the weight that is read.
-      rows: number of rows of x that are multiplied by it, 0 if it is in no product.
+      rows: number of rows of x that are multiplied by it, 0 if it is in no matmul.
     """
 
     share: float

@@ -35,14 +35,15 @@ def latent(
     """Make the weights that a recipe covers latent: `quantize` followed by `thaw`.
 
     `jax.grad` of `jq.quantized(loss)` then gives gradients for the weights and for the scales that
-    the method learns. Training starts from the codes that the method's rounder chooses, be it
-    nearest or GPTQ.
+    the method learns. Training starts from the codes that the method's rounder chooses, whether by
+    rounding to nearest or by GPTQ.
 
     Args:
       params: tree of floating arrays.
-      recipe: recipe or method. Methods made for training (`ste`, `lsq`, `bitnet`, ...) bring their
-        estimator; the weights of all others are trained with the straight-through estimator.
-      stats, options: as in `quantize`.
+      recipe: recipe or method. Methods made for training (`ste`, `lsq`, `bitnet`, ...) have their
+        own estimator; the weights of all others are trained with the straight-through estimator.
+      stats: as in `quantize`.
+      **options: the other keyword arguments of `quantize`.
     Returns:
       The tree, with latent weights.
     Raises:

@@ -262,19 +262,19 @@ def qat(
       params: tree with latent weights.
       sequences: training inputs [N, ...]; without a teacher, tokens [N, t], and the loss is the
         cross-entropy of the next token.
-      how: `QAT`, by backpropagation, or `ZeroQAT`, by forward passes only.
+      how: settings: `QAT` (trains by backpropagation) or `ZeroQAT` (by forward passes only).
       teacher: tree whose predictions are the target, in KL divergence, for example the floating
         tree. Default: none.
       validation: held-out inputs; the state with the least loss on them is returned. None: the last
         state is returned.
       progress: called after every update.
-      finished: store of the training state, written every `save_every` updates. A run that was
-        interrupted resumes from it.
+      finished: store of the training state, written every `save_every` updates (a field of `how`).
+        A run that was interrupted resumes from it.
     Returns:
       The trained tree, still latent; `freeze` packs it.
     Raises:
-      ValueError: there are fewer sequences than a batch, nothing to train, the store holds another
-        unfinished training, or a loss is not finite.
+      ValueError: there are fewer sequences than a batch, nothing to train, the store holds an
+        unfinished training with other settings, or a loss is not finite.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))

@@ -2,7 +2,7 @@
 
 Two losses at parameters +- epsilon z, with a random direction z, give the slope of the loss along
 z. That number and the key of z represent the gradient, and nothing else is stored. A latent weight
-is perturbed inside the product that uses it, layer by layer, and the update draws the same z again,
+is perturbed inside the matmul that uses it, layer by layer, and the update draws the same z again,
 in place.
 """
 
@@ -206,7 +206,7 @@ def moved(params: PyTree, slope: Slope, rate: Any, how: Zeroth) -> PyTree:
 def perturbed(params: PyTree, key: Array, epsilon: Any, how: Zeroth) -> PyTree:
     """Return the tree at params + epsilon z.
 
-    A latent weight is not changed but given the key and epsilon, from which products draw z.
+    A latent weight is not changed but given the key and epsilon, from which matmuls draw z.
 
     Args:
       params: tree of parameters.

@@ -49,13 +49,13 @@ def heal(
         state is returned.
       also: globs of plain floating leaves to train ("*norm*").
       progress: called after every update.
-      finished: store of the training state, written every `save_every` updates. A run that was
-        interrupted resumes from it.
+      finished: store of the training state, written every `save_every` updates (a field of
+        `healing`). A run that was interrupted resumes from it.
     Returns:
       The trained quantized tree.
     Raises:
-      ValueError: there are fewer sequences than a batch, nothing to train, the store holds another
-        unfinished training, or a loss is not finite.
+      ValueError: there are fewer sequences than a batch, nothing to train, the store holds an
+        unfinished training with other settings, or a loss is not finite.
     Source:
       Tseng et al. 2024, arXiv:2402.04396, train the same values with cross-entropy against the
       teacher's probabilities. We use KL, and train all layers at once.

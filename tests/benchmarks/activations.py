@@ -5,7 +5,7 @@ Run: python -m tests.benchmarks.activations [TEXT] [--only WORD ...] [--weightin
 tokens, calibrates on the last 8. Factors of inputs are folded into what makes these, as the command
 `quantize` does; --carried: they are applied in every product, as `jq.quantize` alone has them.
 Weights have a scale per output; bits count every byte that a weight holds. The float weights are
-decoded Q4_1, in groups of 32 along an input: that flatters low-bit weights that are not rotated.
+decoded Q4_1 (groups of 32 along an input), so low-bit weights that are not rotated look better.
 """
 
 import argparse

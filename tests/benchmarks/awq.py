@@ -7,10 +7,10 @@ divide; bits count every byte that a weight holds.
 SmolLM2-135M: perplexity, the first 4 chunks of 512 tokens scored, calibrated on the last 8. AWQ's
 scales are judged by attention or MLP, and its statistics weigh tokens alike, as in the paper; those
 of feedback weigh them by loss gradients, our default, and are damped by 0.1, for so few tokens. The
-float weights are decoded Q4_1, in groups of 32 along an input, which flatters integers that are not
-rotated.
+float weights are decoded Q4_1 (groups of 32 along an input), so integers that are not rotated look
+better.
 
-MiniLM, a sentence encoder in float32, where nothing is flattered: mean cosine of 256 sentences'
+MiniLM, a sentence encoder in float32, where this is not so: mean cosine of 256 sentences'
 vectors to those of the float model, calibrated on other sentences. It is a plain function to
 jaxquant, without inspection: AWQ's scales are judged by the error of products.
 """

@@ -19,7 +19,7 @@ SECTIONS = {
     "Training": ["qat", "zeroqat", "bitnet"],
     "Speed on CPUs": ["decode", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512"],
     "Time and memory": ["quantization_time", "calibration_memory", "training_memory"],
-    "Kernels compiled for absent devices": ["kernels_tpu", "kernels_gpu"],
+    "Kernels, compile-only checks": ["kernels_tpu", "kernels_gpu"],
     "Agreement with other implementations": ["outliers"],
 }  # fmt: skip
 INTRODUCTION = """# Benchmarks and their results
@@ -33,19 +33,20 @@ CPython's help topics, which every Python has. `make bench` runs all benchmarks 
 
 Perplexities of SmolLM2-135M are comparable within a table; the protocols of two tables may differ.
 The weights of the SmolLM2-135M that the benchmarks load are decoded from Q4_1 (4 bits in groups of
-32), **which flatters integer formats in aligned groups that are not rotated**. Bits per weight
-count every stored byte: codes, scales, zero points, codebooks, signs."""
+32), **which makes integer formats without a rotation look better than they would on the original
+weights**, since their groups line up with those of Q4_1. Bits per weight count every stored byte:
+codes, scales, zero points, codebooks, signs."""
 CLOSING = """## To add a benchmark
 
 A benchmark is a module in this folder with a `main` and a docstring that says what it measures and
-how to run it. [record.py](record.py) gives it the option `--json FILE` by `add_option(parser)`; a
-`Record(args.json, "column", ...)` then takes one `add` for each row. The file goes to
-[results](results), its title and sentences are written by hand into the fields `title`, `about` and
-`note`, and its name goes into `SECTIONS` of [report.py](report.py). When a benchmark writes a file
-that is there, it replaces the rows and keeps the sentences.
+how to run it. `add_option(parser)` of [record.py](record.py) gives it the option `--json FILE`;
+call `add` of a `Record(args.json, "column", ...)` once for each row. Put the file into
+[results](results), write its title and sentences by hand into the fields `title`, `about` and
+`note`, and add its name to `SECTIONS` of [report.py](report.py). When a benchmark writes a file
+that exists, it replaces the rows and keeps the sentences.
 
-The files of the tables above hold the rows in the form in which this page shows them, some of them
-condensed from what the benchmark prints; a new run replaces them by the rows that it prints."""
+The files of the tables above hold the rows as this page shows them, some of them condensed from
+what the benchmark prints; a new run replaces them with the rows that it prints."""
 
 
 def load(name):

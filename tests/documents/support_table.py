@@ -1,9 +1,9 @@
 """The table of methods, formats and backends in README.md, from what `jaxquant.explain` says.
 
 Run: python -m tests.documents.support_table, which writes the table between two marks in README.md,
-and why some products have no kernel between two marks in pallas_kernels/README.md. Every method is
-applied abstractly, by its defaults, to a weight of 1024 x 1024, and one row of activations is
-multiplied by the result; nothing is computed.
+and why some matmuls have no kernel between two marks in pallas_kernels/README.md. Every method is
+applied abstractly, with its default arguments, to a weight of 1024 x 1024, and one row of
+activations is multiplied by the result; nothing is computed.
 """
 
 import functools
@@ -26,24 +26,24 @@ BEGIN, END = (
 )
 PLATFORMS = {"cpu": "CPU", "tpu": "TPU", "cuda": "GPU"}
 SIDE, SAMPLE = 1024, 64
-# Variants that another kernel serves, or none.
+# Variants that another kernel runs, or none.
 VARIANTS = {
     'qtip(L=16, code="vpu")': lambda: jq.qtip(L=16, code="vpu"),
     "entropy_coded, after jq.formats.transcoded": lambda: jq.Method(
         "transcoded", Nearest(), DualScale(4)
     ),
 }
-HEADER = ("method", "calibration", "bits", "format", "inputs", *PLATFORMS.values())
+HEADER = ("method", "calibration", "bits", "format", "activations", *PLATFORMS.values())
 
 
 class Row(NamedTuple):
-    """What a method stores, and by platform why no kernel serves its product, "" if one does."""
+    """What a method stores, and by platform why no kernel runs its matmul, "" if one does."""
 
     name: str
     calibration: bool
     bits: float
     format: str
-    inputs: str
+    activations: str
     missing: dict[str, str]
 
 
@@ -60,7 +60,7 @@ def packed(method):
 
 
 def missing(weight, platform):
-    """Why no kernel of the platform serves the product, "" if one does."""
+    """Why no kernel of the platform runs the matmul, "" if one does."""
     x = jax.ShapeDtypeStruct((1, SIDE), jnp.float32)
     (use,) = jq.explain(product, {"w": weight}, x, platform=platform).uses
     if f"{platform} kernel" in use.why:
@@ -76,30 +76,30 @@ def row(name, method):
         calibration=needs,
         bits=weight.bits_per_weight,
         format=type(weight.format).__name__,
-        inputs=str(weight.activations or "float"),
+        activations=str(weight.activations or "float"),
         missing={platform: missing(weight, platform) for platform in PLATFORMS},
     )
 
 
 @functools.cache
 def rows():
-    """All methods by their defaults, and the variants."""
+    """All methods with their default arguments, and the variants."""
     methods = {name: make() for name, make in METHODS.items()}
     return [row(n, m) for n, m in {**methods, **{n: v() for n, v in VARIANTS.items()}}.items()]
 
 
 def cells(r):
     """A row as text."""
-    served = ("XLA" if r.missing[platform] else "kernel" for platform in PLATFORMS)
+    run_by = ("XLA" if r.missing[platform] else "kernel" for platform in PLATFORMS)
     name = ", after ".join(f"`{part}`" for part in r.name.split(", after "))
     calibration, bits = "yes" if r.calibration else "no", f"{r.bits:.2f}"
-    if "after" in r.name:  # the method has said both
-        calibration = bits = ""
-    return (name, calibration, bits, f"`{r.format}`", r.inputs, *served)
+    if "after" in r.name:  # as in the method's own row, and only known once the codes are
+        calibration, bits = "yes", "-"
+    return (name, calibration, bits, f"`{r.format}`", r.activations, *run_by)
 
 
 def reasons(r):
-    """For every reason why no kernel serves a method, the platforms."""
+    """For every reason why a method has no kernel, the platforms."""
     for reason in dict.fromkeys(filter(None, r.missing.values())):
         where = ", ".join(shown for p, shown in PLATFORMS.items() if r.missing[p] == reason)
         yield f"- `{r.name}`, {where}: {reason}"
@@ -112,7 +112,7 @@ def table():
 
 
 def list_of_reasons():
-    """Why no kernel serves some products, in Markdown."""
+    """Why some matmuls have no kernel, in Markdown."""
     return "\n".join(line for r in rows() for line in reasons(r))
 
 

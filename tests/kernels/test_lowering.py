@@ -45,5 +45,7 @@ def test_what_is_not_served_is_an_error_where_it_was_asked_for():
     served = str(jq.explain(fn, params, x, platform="tpu"))
     assert "packed_matmul, 4-bit words; reference (XLA): groups of 20 rows" in served
     assert jq.quantized(fn)(params, x).shape == (1, 64)
-    with pytest.raises(ValueError, match="the tpu kernels do not serve this packed_matmul: groups"):
+    with pytest.raises(
+        ValueError, match="the tpu kernels do not support this packed_matmul: groups"
+    ):
         jq.quantized(fn, kernels="tpu")(params, x)

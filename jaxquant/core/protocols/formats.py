@@ -240,8 +240,8 @@ class Format(abc.ABC):
         raise NotImplementedError
 
     def kernel(self) -> str:
-        """Describe what serves a matmul, for `explain`."""
-        return "decoded (XLA), no kernel of its own"
+        """Describe what runs a matmul, for `explain`."""
+        return "no kernel of its own: XLA decodes the weight"
 
     # --- optional abilities -----------------------------------------------------------------------
 
