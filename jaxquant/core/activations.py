@@ -99,7 +99,7 @@ class Activations:
         if self.per == "block" and not plain:
             raise ValueError('per="block" needs symmetric codes of 8 bits and clip=1')
         if self.mse and not self.static:
-            raise ValueError("mse searches for the range of a static scale: set static as well")
+            raise ValueError('mse needs a static scale: add static, which is per="tensor"')
         if self.floating and not (plain and self.per == "token"):
             raise ValueError(
                 "float8 activations take no options: they are always e4m3 with one scale per token"

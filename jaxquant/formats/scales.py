@@ -64,7 +64,7 @@ def check_scales(
       ValueError: a scale is too large for the dtype, or all scales are too small.
 
     >>> check_scales(np.array([1.0, 1e-9]), 7, 4, "float16")
-    '1 of 2 groups of weights, those up to 1e-09, need scales finer than float16 holds and ...'
+    '1 of 2 groups of weights, with weights up to 1e-09, need scales smaller than float16 can ...'
     """
     info: Any = jnp.finfo(dtype)
     # Subnormal numbers of the other dtypes are flushed to zero.

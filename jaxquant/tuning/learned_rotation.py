@@ -254,8 +254,8 @@ def _check(path: str, method: Method, round_weights: bool, stats: Stats | None) 
     if method.activations is not None and method.activations.static:
         raise ValueError(
             f"{path}: static scales can only be computed once the rotation is known: "
-            "learn it with one scale per token (static=false), then quantize with "
-            "static scales"
+            "learn it with one scale per token (activations without static), then "
+            "quantize with static scales"
         )
     if round_weights and method.output is not None:
         raise ValueError(
