@@ -48,7 +48,7 @@ def model():
 
 def made(method, p, x):
     fn = model()[0]
-    stats = jq.calibrate(fn, p, x) if method.needs_gram else None
+    stats = jq.calibrate(fn, p, x) if method.needs_gram else jq.sites(fn, p, x[0])
     return jq.quantize(p, jq.Recipe([("a/*", method), ("*", jq.KEEP)]), stats)
 
 

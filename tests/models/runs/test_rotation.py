@@ -81,13 +81,13 @@ def test_a_rotation_being_learned_goes_on(tied, run, tmp_path, monkeypatch):
 
         return real(*args, progress=tell, **more)
 
-    monkeypatch.setattr(jq, "learn_rotation", stopped)
+    monkeypatch.setattr(jq.tuning, "learn_rotation", stopped)
     assert run("quantize", tied, *options)[0] == 130
     status, _, err = run("quantize", tied, *options)
     assert status == 0 and "continuing from" in err
     assert steps == [*range(1, 13), *range(11, 15)]
     cut = checkpoint.load(tmp_path / "o")
-    monkeypatch.setattr(jq, "learn_rotation", real)
+    monkeypatch.setattr(jq.tuning, "learn_rotation", real)
     assert run("quantize", tied, *options, "--overwrite")[0] == 0
     chex.assert_trees_all_equal(checkpoint.load(tmp_path / "o"), cut)
 
@@ -126,7 +126,7 @@ def test_transforms_fitted_to_inputs_are_learned_with(tied):
         ("--method quarot --rotate-residual best", 2, "'best' is not one of"),
         ("--method rtn --target-bits 4 --rotate-residual learned", 2, "learned needs one recipe"),
         ("--method gptq --group-size -1 --rotate-residual learned", 1, "nothing to learn"),
-        ("--method smoothquant --set static=true --rotate-residual learned", 1, "static scales"),
+        ("--method smoothquant --activations int8,static --rotate-residual learned", 1, "static scales"),
     ],
 )
 def test_bad_use(options, status, message, tied, run, tmp_path):
