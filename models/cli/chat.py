@@ -27,7 +27,7 @@ from jaxquant_models.runs.serving import serving_model
 @click.option(
     "--system",
     default="",
-    help="System message. The default is that of the chat template, if it has one.",
+    help="System message. The default is the one in the chat template, if any.",
 )
 @click.option(
     "--max-tokens",
@@ -50,12 +50,12 @@ def chat(
     as_json: bool,
     **kv_cache: Any,
 ) -> None:
-    """Talk with MODEL, which remembers the conversation.
+    """Chat with MODEL, which sees the whole conversation.
 
-    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant; it must
-    have a chat template. In a terminal, type a message after ">", and end with Ctrl-D. Otherwise
-    every line of the standard input is a message, and the answers are printed on the standard
-    output.
+    MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
+    written by jaxquant; it must have a chat template. In a terminal, type messages at the ">"
+    prompt; Ctrl-D ends the conversation. If standard input is not a terminal, each of its lines is
+    a message. Answers are printed on standard output.
     """
     with usage_errors():
         kv = kv_format(kv_cache)

@@ -25,7 +25,7 @@ from jaxquant_models.cli.train_bitnet import train_bitnet
 @click.group()
 @click.version_option(jq.__version__)
 def cli() -> None:
-    """Quantize language models, and run and measure them."""
+    """Quantize language models, then run and evaluate them."""
 
 
 for command in (quantize, finetune, train_bitnet, evaluate_command, generate, chat, inspect):

@@ -22,28 +22,41 @@ from jaxquant_models.runs.serving import serving_model
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--text", required=True, help="Text to score: a FILE, or builtin.")
 @click.option(
-    "--ctx", type=int, default=512, show_default=True, help="Number of tokens in a chunk."
+    "--text",
+    required=True,
+    help="Text to score: a FILE, or builtin (half of Python's help topics; calibration uses the "
+    "other half).",
 )
 @click.option(
-    "--chunks", type=int, default=None, help="Number of chunks to score. The default is all."
+    "--ctx",
+    type=int,
+    default=512,
+    show_default=True,
+    help="Number of tokens per chunk. Only the second half of each chunk is scored.",
+)
+@click.option(
+    "--chunks",
+    type=int,
+    default=None,
+    help="Number of chunks to score, from the beginning of the text. The default is all.",
 )
 @click.option(
     "--against",
     default=None,
     metavar="MODEL",
-    help="Model to compare with. The report then has the KL divergence from its predictions, "
-    "and how often both rank the same token first.",
+    help="Reference model. The report then includes the KL divergence between its predictions "
+    "and those of MODEL, and the fraction of tokens for which both rank the same token first.",
 )
 @activations_option
 @kv_options
 @click.option(
     "--strict/--no-strict",
     default=None,
-    help="Which keys and values are rounded with --kv-bits. --strict, the default, rounds all that "
-    "a token sees except --kv-sinks and --kv-window. --no-strict rounds only those that would "
-    "be rounded at that point in generation, which are fewer.",
+    help="With --kv-bits, which keys and values each token sees quantized: all except those of "
+    "--kv-sinks and --kv-window (--strict, the default), or only those that generation would have "
+    "quantized by then (--no-strict). The latter may be fewer, because generation quantizes whole "
+    "groups of --kv-group tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def evaluate_command(
@@ -59,8 +72,9 @@ def evaluate_command(
 ) -> None:
     """Print the perplexity of MODEL on a text.
 
-    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant. The
-    speed counts all tokens of the chunks, and with --against the time of both models.
+    MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
+    written by jaxquant. The speed in the report counts all tokens of the chunks, including those
+    that are not scored. With --against it includes the time that the reference model takes.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded

@@ -29,93 +29,112 @@ from jaxquant_models.runs.sequences import CONTEXT
     type=click.Choice(sorted(METHODS)),
     default="qat",
     show_default=True,
-    help="qat trains by gradients. zeroqat trains by forward passes only, and needs as little "
-    "memory as inference.",
+    help="qat (quantization-aware training) uses backpropagation. zeroqat uses only forward "
+    "passes, and needs as little memory as inference.",
 )
 @click.option(
     "--bits",
     type=int,
     default=None,
-    help="Number of bits per weight, for a MODEL with float weights. The default is 4.",
+    help="Number of bits per weight when MODEL is quantized first. Not allowed if MODEL is a "
+    "checkpoint. The default is 4.",
 )
 @click.option(
     "--group-size",
     type=int,
     default=None,
-    help="Number of input channels that share a scale, for a MODEL with float weights. The "
-    "default is 64.",
+    help="Number of consecutive input channels that share a scale when MODEL is quantized first. "
+    "Not allowed if MODEL is a checkpoint. The default is 64.",
 )
 @click.option(
     "--only",
     multiple=True,
     metavar="GLOB",
-    help="Pattern of the weights to train, such as '*attn/[qv]/kernel'. The other weights stay "
-    "packed. This option may be given several times.",
+    help="Train only the weights whose path, as jaxquant inspect shows it, matches GLOB, such as "
+    "'*attn/[qv]/kernel'. The others are quantized but not trained. By default all weights of the "
+    "layers are trained. This option may be given several times.",
 )
-@click.option("--text", default=None, help="Text for training: a FILE, or builtin.")
+@click.option(
+    "--text",
+    default=None,
+    help="Training text: a FILE, or builtin (half of Python's help topics). Required unless "
+    "--generated is given.",
+)
 @click.option(
     "--generated",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Number of sequences that the teacher writes, which are added to the training text.",
+    help="Number of sequences to generate with the teacher and add to the training text.",
 )
 @click.option(
     "--context",
     type=click.IntRange(2),
     default=CONTEXT,
     show_default=True,
-    help="Number of tokens in a sequence.",
+    help="Number of tokens per training sequence.",
 )
 @click.option(
-    "--steps", type=click.IntRange(0), required=True, help="Number of steps of end-to-end training."
+    "--steps",
+    type=click.IntRange(0),
+    required=True,
+    help="Number of steps of end-to-end training. It may be 0 if --block-steps is given.",
 )
 @click.option(
     "--block-steps",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Number of steps that first train each layer alone, so that it matches the layer of "
-    "the teacher.",
+    help="Number of steps for which each layer is first trained on its own to match the "
+    "teacher's layer.",
 )
 @click.option(
     "--batch",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of sequences in one training step.",
+    help="Number of sequences per training step.",
 )
 @click.option(
     "--teacher",
     default=None,
     metavar="MODEL",
-    help="Model whose predictions are the target of the training. The default is MODEL, if its "
-    'weights are floats. With "none", the target is the next token of the text.',
+    help='Model whose predictions MODEL is trained to match, or "none" to predict the next tokens '
+    'of the text instead. The default is "none" if MODEL is a checkpoint; otherwise it is MODEL '
+    "itself before quantization.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set any field of the training settings (QAT or ZeroQAT) for --steps; the value is "
-    "JSON, as in --set learning_rate=1e-4. This option may be given several times.",
+    help="Set a field of jaxquant.training.QAT (or ZeroQAT, with --method zeroqat) for the "
+    "end-to-end training; the value is JSON, as in --set learning_rate=1e-4. This option may be "
+    "given several times.",
 )
 @click.option(
     "--set-blocks",
     "block_settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set a field of the training settings for --block-steps, in the same way.",
+    help="The same as --set, but for the training of single layers by --block-steps.",
 )
 @click.option(
     "--metrics",
     default=None,
     metavar="DIR",
-    help="Directory to write the training metrics to, as JSON lines and for TensorBoard.",
+    help="Directory to write training metrics to, as JSON lines and as TensorBoard events.",
 )
-@click.option("--seed", type=SEED, default=0, help="Seed of the order of the sequences.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    help="Random seed for the order of the sequences, --generated and zeroqat. The default is 0.",
+)
 @click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in DIR.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing checkpoint in the --out directory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def finetune(
     model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
@@ -123,8 +142,9 @@ def finetune(
 ) -> None:  # fmt: skip
     """Train the quantized weights of MODEL and write a checkpoint.
 
-    MODEL is a model with float weights, which are rounded first, or a checkpoint of jaxquant. If a
-    run is stopped, the same command continues it, and the result is the same.
+    MODEL is a checkpoint written by jaxquant, or a model that jaxquant quantize accepts, which is
+    quantized first. To resume an interrupted run, repeat the same command; the result is the same
+    as that of an uninterrupted run.
     """
     with usage_errors():
         output = Output(out, overwrite)

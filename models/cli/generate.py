@@ -24,13 +24,15 @@ from jaxquant_models.runs.serving import serving_model
 
 @click.command()
 @click.argument("model")
-@click.option("--prompt", required=True, help="Text to continue.")
+@click.option(
+    "--prompt", required=True, help="Text to continue or, with --chat, the message to answer."
+)
 @click.option(
     "--chat",
     "as_chat",
     is_flag=True,
-    help="Treat the prompt as a message, to which MODEL answers: wrap it in the chat "
-    "template of MODEL.",
+    help="Treat the prompt as a user message, wrapped in the chat template of MODEL, and print "
+    "only the answer.",
 )
 @click.option(
     "--max-tokens",
@@ -54,10 +56,11 @@ def generate(
     as_json: bool,
     **kv_cache: Any,
 ) -> None:
-    """Continue a prompt with MODEL, or answer it with --chat.
+    """Continue a prompt with MODEL; with --chat, answer it.
 
-    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant. The
-    speed, the time to compile and the memory are printed on stderr.
+    MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
+    written by jaxquant. Speed, compilation time and memory use are printed on stderr, or included
+    in the report with --json.
     """
     with usage_errors():
         kv = kv_format(kv_cache)

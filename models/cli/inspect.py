@@ -51,21 +51,26 @@ class Row(NamedTuple):
     "--outliers",
     "of_outliers",
     is_flag=True,
-    help="Show the outliers among the activations on a text instead: in which channels and tokens "
-    "they are, and which tokens are attention sinks.",
+    help="Instead of the tensors, show the outliers among the activations of MODEL on --text: the "
+    "channels and tokens in which they occur, and the tokens that are attention sinks.",
 )
-@click.option("--text", default=None, help="Text for --outliers: a FILE, or builtin.")
+@click.option(
+    "--text",
+    default=None,
+    help="Text for --outliers, which requires it: a FILE, or builtin (half of Python's help "
+    "topics).",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(FIRST_QUERY + 1),
     default=None,
-    help="Number of tokens of the text to use. The default is 512.",
+    help="Number of tokens of --text to use. The default is 512.",
 )
 @click.option(
     "--plot",
     default=None,
     metavar="FILE",
-    help="File to draw a heat map of the outliers to (.png, .svg or .pdf).",
+    help="Save a heat map of the outliers to FILE (.png, .svg or .pdf).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def inspect(
@@ -76,9 +81,11 @@ def inspect(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Show the bytes and bits of every tensor of MODEL, or the outliers among its activations.
+    """Show tensor sizes of MODEL, or outliers in its activations.
 
-    MODEL is smollm2-135m, a .gguf file, a Hugging Face folder, or a checkpoint of jaxquant.
+    MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
+    written by jaxquant. For each tensor the table shows its shape, quantization method, format,
+    bits per weight and bytes.
     """
     with usage_errors():
         if of_outliers and text is None:

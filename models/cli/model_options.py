@@ -15,9 +15,10 @@ from jaxquant_models.readers.model import Model
 
 activations_option = click.option(
     "--activations", default=None, metavar="FORM",
-    help="How to round the inputs of packed weights: float (not at all), float8, int8, int4, "
-    "int8/256 (256 channels share a scale), int4,asymmetric,clip=0.9 and so on. The default is "
-    "what the checkpoint says.",
+    help="Format to which the inputs of quantized weights are rounded: float (no rounding), "
+    "float8, int8/256 (one scale per 256 channels) or int2 to int8 (one scale per token), as in "
+    "int4 or int4,asymmetric,clip=0.9, where clip is the fraction of the range that is kept. The "
+    "default is the format stored in the checkpoint.",
 )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def sampling_options(command: Callable) -> Callable:
       command: the function of the command.
     """
     command = click.option("--seed", type=SEED, default=0, show_default=True,
-                           help="Seed of the sampling.")(command)  # fmt: skip
+                           help="Random seed for sampling.")(command)  # fmt: skip
     return click.option(
         "--temperature", type=click.FloatRange(0), default=0.0, show_default=True,
         help="Sampling temperature; 0 always takes the most likely token.",
@@ -61,36 +62,38 @@ def kv_options(command: Callable) -> Callable:
         (
             "channels",
             int,
-            f"Number of channels of a value that share a scale. The default is {default.channels}.",
+            f"Number of channels of a value vector that share a scale; it must divide the head "
+            f"dimension. The default is {default.channels}.",
         ),
         (
             "group",
             int,
-            f"Number of tokens that share the scale of a key channel. The default is "
-            f"{default.group}.",
+            f"Number of consecutive tokens whose keys share one scale per channel. The default "
+            f"is {default.group}.",
         ),
         (
             "keys",
             click.Choice(ROPE),
-            f"Whether keys are rounded before RoPE (pre) or after it (post). The default is "
+            f"Whether keys are quantized before RoPE (pre) or after it (post). The default is "
             f"{default.rope}.",
         ),
         (
             "sinks",
             int,
-            f"Number of tokens at the beginning whose keys and values stay floats. The default "
-            f"is {default.sinks}.",
+            f"Number of tokens at the start of the text (attention sinks) whose keys and values "
+            f"are not quantized. The default is {default.sinks}.",
         ),
         (
             "window",
             int,
-            f"Number of latest tokens whose keys and values stay floats. The default is "
-            f"{default.window}.",
+            f"Number of most recent tokens whose keys and values are not quantized, a multiple "
+            f"of --kv-group. The default is {default.window}.",
         ),
         (
             "bits",
             int,
-            "Number of bits of a cached key or value: 2, 3, 4 or 8. By default they are floats.",
+            "Quantize the key-value cache to 2, 3, 4 or 8 bits; the other --kv options refine "
+            "this. By default the cache is not quantized.",
         ),
     ):
         command = click.option(f"--kv-{name}", type=kind, default=None, help=text)(command)

@@ -19,69 +19,79 @@ from jaxquant_models.runs.quantization_setup import set_up
 @click.command()
 @click.argument("model")
 @click.option(
-    "--method", default=None, help=f"Quantization method: {', '.join(sorted(jq.METHODS))}."
+    "--method",
+    default=None,
+    help=f"Quantization method: {', '.join(sorted(jq.METHODS))}. Required unless --target-bits or "
+    "--recipe is given.",
 )
 @click.option(
     "--bits",
     type=float,
     default=None,
-    help="Number of bits per weight. trellis and entropy_coded also take a fraction, such as "
-    "2.5; the other methods take a whole number.",
+    help="Number of bits per weight or, for aqlm and vptq, per codebook index. It is a whole "
+    "number, except that trellis and entropy_coded also take fractions such as 2.5, and "
+    "stretched_elastic takes 1.58. The default depends on the method.",
 )
 @click.option(
     "--group-size",
     type=int,
     default=None,
-    help="Number of input channels that share a scale. With -1, all of them share one.",
+    help="Number of consecutive input channels that share a scale; -1 for one scale per output "
+    "channel. The default depends on the method.",
 )
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help="Whether integer codes do without a zero point (symmetric) or have one for each "
-    "group (asymmetric).",
+    help="Whether integer weights have no zero point (symmetric) or one per group (asymmetric). "
+    "The default depends on the method.",
 )
 @click.option(
     "--activations",
     default=None,
     metavar="FORM",
-    help="How to round activations: float (not at all), float8, int8, int4, int8,static (one scale "
-    "for all tokens), int4,asymmetric,clip=0.9 and so on. The default depends on the method.",
+    help="Format to which the inputs of quantized weights are rounded: float (no rounding), "
+    "float8, int8/256 (one scale per 256 channels) or int2 to int8 (one scale per token), as in "
+    "int4 or int4,asymmetric,clip=0.9, where clip is the fraction of the range that is kept. A "
+    "suffix ,static replaces the scales by a calibrated one for all tokens. The default depends on "
+    "the method.",
 )
 @click.option(
     "--exact-prefix",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Number of tokens at the beginning of a text whose activations are not rounded.",
+    help="Leave the activations of this many tokens at the beginning of each text unrounded.",
 )
 @click.option(
     "--act-order/--no-act-order",
     default=None,
-    help="Whether error feedback (GPTQ) processes the input channels in the order of their "
-    "second moments, largest first.",
+    help="Whether gptq processes input channels in decreasing order of their second moments, "
+    "which is the default, or in their original order.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set any other option of the method; the value is JSON, as in --set two_sided=true. "
-    "This option may be given several times.",
+    help="Set any other keyword argument of the method's Python function, such as jaxquant.qtip; "
+    "the value is JSON, as in --set two_sided=true. This option may be given several times.",
 )
 @click.option(
     "--target-bits",
     type=float,
     default=None,
-    help="Average number of bits per weight. The command measures each kind of matrix and gives it "
-    "its own number of bits.",
+    help="Upper limit on the average number of bits per weight, including scales. Each kind of "
+    "matrix (such as the q projections of all layers) gets its own number of bits, depending on "
+    "how much its quantization changes the predictions of MODEL. Replaces --bits.",
 )
 @click.option(
     "--effort",
     type=click.Choice(sorted(PRESETS)),
     default="default",
     show_default=True,
-    help="How much time to spend on calibration, search and healing. With --target-bits, it also "
-    "selects the method, unless --method is given.",
+    help="How much time to spend on calibration, on searches within the method, and on healing "
+    "(see --heal). With --target-bits, it also selects the method unless --method is given: gptq "
+    "(fast), trellis (default) or entropy_coded (best).",
 )
 @click.option(
     "--learn",
@@ -89,87 +99,101 @@ from jaxquant_models.runs.quantization_setup import set_up
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Number of steps that train the transforms of flatquant end to end, on the healing text.",
+    help="Number of steps to train the transforms of flatquant end to end, on --heal-text.",
 )
 @click.option(
     "--heal",
     "heal_steps",
     type=click.IntRange(0),
     default=None,
-    help="Number of training steps after rounding. They adjust scales, codebooks and norms so that "
-    "the model predicts what the original predicts. The default is 0, or 200 with --effort best.",
+    help="Number of end-to-end training steps after rounding, to recover accuracy: scales, "
+    "codebooks and norms are trained so that the predictions match those of the original model. "
+    "Before that, each layer is briefly trained on its own. The default is 0, or 200 with "
+    "--effort best.",
 )
 @click.option(
     "--heal-batch",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of sequences in one training step.",
+    help="Number of sequences per training step of --learn, --heal and --heal-codes.",
 )
 @click.option(
     "--heal-codes",
     type=click.IntRange(0),
     default=0,
-    help="Number of steps that train the codes of aqlm and vptq after healing (PV-tuning).",
+    help="Number of steps to train the codes of aqlm and vptq after --heal, which is required "
+    "(PV-tuning). The default is 0.",
 )
 @click.option(
     "--heal-text",
     default=None,
-    help="Text for healing: a FILE; builtin; or generated, which is text that the model writes. "
-    "The default is the calibration text.",
+    help="Text for --heal and --learn: a FILE, builtin (see --calibration), or generated (sampled "
+    "from MODEL). The default is the calibration text.",
 )
 @click.option(
     "--rotate-residual",
     type=click.Choice(ROTATIONS),
     default=None,
-    help="Multiply the weights by a rotation of the residual stream, which spreads outliers and "
-    "costs nothing at run time. The rotation is random (QuaRot) or learned (SpinQuant). If the "
-    "model uses one matrix as embedding and as output matrix, they become two.",
+    help="Rotate the residual stream to spread its outliers. The rotation, random (QuaRot) or "
+    "learned (SpinQuant), is merged into the weights, so it costs nothing at run time. Tied input "
+    "and output embeddings are untied, which makes the model larger.",
 )
 @click.option(
     "--rotate-steps",
     type=click.IntRange(1),
     default=None,
-    help="Number of steps that train a learned rotation. The default is 100.",
+    help="Number of training steps for --rotate-residual learned. The default is 100.",
 )
 @click.option(
     "--recipe",
     "recipe_file",
     default=None,
     metavar="FILE",
-    help="JSON file with a recipe: which method quantizes which weights. It replaces "
-    "--method and the options of the method.",
+    help="JSON file that assigns methods to weights: a list of rules such as "
+    '{"pattern": "*attn/*", "method": "gptq", "bits": 3}. The first rule whose pattern matches the '
+    "path of a weight applies. Replaces --method, --target-bits and the options of the method.",
 )
 @click.option(
     "--calibration",
     default="builtin",
     show_default=True,
-    help="Text for calibration: a FILE, or builtin, which is the text of Python's help topics.",
+    help="Calibration text: a FILE, or builtin (half of Python's help topics; jaxquant eval scores "
+    "the other half).",
 )
 @click.option(
     "--calibration-tokens",
     type=int,
     default=None,
-    help="Number of tokens of that text to use. The default depends on --effort: 4096 (fast), "
-    "8192 (default) or 65536 (best).",
+    help="Number of tokens of the calibration text to use, at least 512. The default depends on "
+    "--effort: 4096 (fast), 8192 (default) or 65536 (best).",
 )
 @click.option(
     "--weighting",
     type=click.Choice(get_args(Weighting)),
     default="gradient",
     show_default=True,
-    help="How much each token counts in the second moments of the inputs: all the same "
-    "(uniform), by the gradient of the loss, or by the energy of its output.",
+    help="How much each token counts in the calibration statistics of a weight's inputs: equally "
+    "(uniform), by the squared gradient of the loss at the weight's output (gradient), or by the "
+    "inverse of its input's mean square (energy), so that huge inputs do not dominate.",
 )
-@click.option("--seed", type=SEED, default=0, help="Seed of the methods that draw random numbers.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    help="Random seed for methods, rotations and generated text. The default is 0.",
+)
 @click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in DIR.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing checkpoint in the --out directory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Quantize MODEL and write a checkpoint.
 
-    MODEL is smollm2-135m, a .gguf file, or a Hugging Face folder of the Llama family. If a run is
-    stopped, the same command continues it, and the result is the same.
+    MODEL is the name smollm2-135m, a .gguf file, or a Hugging Face model folder; supported
+    architectures are Llama, Mistral, Qwen2 and Qwen3. To resume an interrupted run, repeat the same
+    command; the result is the same as that of an uninterrupted run.
     """
     with usage_errors():
         output = Output(out, overwrite)

@@ -36,18 +36,21 @@ def _(done: StepReport) -> str:
     "--text",
     default=DOCSTRINGS,
     show_default=True,
-    help="Text for training: a FILE; builtin; or docstrings, which are those of Python's own "
-    "modules.",
+    help="Training text: a FILE, builtin (half of Python's help topics), or docstrings (all help "
+    "topics, and the docstrings of the standard library).",
 )
 @click.option(
     "--size",
     type=click.Choice(sorted(SIZES)),
     default=DEFAULT.size,
     show_default=True,
-    help="Number of parameters of the model.",
+    help="Approximate number of weights in the layers; the embedding is not counted.",
 )
 @click.option(
-    "--float", "floats", is_flag=True, help="Train the same transformer without quantization."
+    "--float",
+    "floats",
+    is_flag=True,
+    help="Train the same architecture without quantization, as a baseline.",
 )
 @click.option(
     "--steps",
@@ -68,7 +71,7 @@ def _(done: StepReport) -> str:
     type=click.IntRange(4),
     default=DEFAULT.context,
     show_default=True,
-    help="Number of tokens in a sequence.",
+    help="Number of tokens per training sequence.",
 )
 @click.option(
     "--batch",
@@ -76,58 +79,62 @@ def _(done: StepReport) -> str:
     type=click.IntRange(1),
     default=DEFAULT.batch_size,
     show_default=True,
-    help="Number of sequences in one training step.",
+    help="Number of sequences per training step.",
 )
 @click.option(
     "--vocabulary",
     type=int,
     default=DEFAULT.vocabulary,
     show_default=True,
-    help="Number of tokens of the tokenizer that is trained on the text.",
+    help="Vocabulary size of the tokenizer, which is trained on the text.",
 )
 @click.option(
     "--float-share",
     type=click.FloatRange(0, 1),
     default=DEFAULT.float_share,
     show_default=True,
-    help="Fraction of the steps, at the beginning, that train without quantization.",
+    help="Fraction of the steps to train without quantization before quantization is turned on.",
 )
 @click.option(
     "--a48",
     "a48",
     is_flag=True,
-    help="Use the activations of BitNet a4.8 in the last 5 % of the steps.",
+    help="For the last 5% of the steps, switch to the activation formats of BitNet a4.8 (4-bit and "
+    "sparse 8-bit).",
 )
 @click.option(
     "--save-every",
     type=click.IntRange(1),
     default=DEFAULT.save_every,
     show_default=True,
-    help="Number of steps between two saved states, from which a stopped run continues.",
+    help="Number of steps between saves of the training state. An interrupted run resumes from the "
+    "last save.",
 )
 @click.option(
     "--seed",
     type=SEED,
     default=0,
-    help="Seed of the initial parameters and of the order of the sequences.",
+    help="Random seed for the initial parameters and the order of the sequences. The default is 0.",
 )
 @click.option(
     "--metrics",
     default=None,
     metavar="DIR",
-    help="Directory to write the training metrics to, as JSON lines and for TensorBoard.",
+    help="Directory to write training metrics to, as JSON lines and as TensorBoard events.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in DIR.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing checkpoint in the --out directory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def train_bitnet(
     text: str, floats: bool, a48: bool, metrics: str | None, out: str, overwrite: bool,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Train BitNet b1.58 from scratch on a text and write a checkpoint.
+    """Train BitNet b1.58 from scratch and write a checkpoint.
 
-    The weights are ternary and the activations int8. If a run is stopped, the same command
-    continues it, and the result is the same.
+    The weights are ternary and the activations int8. To resume an interrupted run, repeat the same
+    command; the result is the same as that of an uninterrupted run.
     """
     with usage_errors():
         output = Output(out, overwrite)

@@ -126,7 +126,11 @@ def test_transforms_fitted_to_inputs_are_learned_with(tied):
         ("--method quarot --rotate-residual best", 2, "'best' is not one of"),
         ("--method rtn --target-bits 4 --rotate-residual learned", 2, "learned needs one recipe"),
         ("--method gptq --group-size -1 --rotate-residual learned", 1, "nothing to learn"),
-        ("--method smoothquant --activations int8,static --rotate-residual learned", 1, "static scales"),
+        (
+            "--method smoothquant --activations int8,static --rotate-residual learned",
+            1,
+            "static scales",
+        ),
     ],
 )
 def test_bad_use(options, status, message, tied, run, tmp_path):
