@@ -83,7 +83,7 @@ def evaluate(
       logits: the model, a function (params, tokens [1, ctx]) -> [1, ctx, vocabulary]; wrap it in
         `jaxquant.quantized` if `params` contains stand-ins.
       params: parameters of the model.
-      chunks: token ids [N, ctx], from `chunk`.
+      chunks: token ids [N, ctx], as `jaxquant.evaluation.chunk` makes them.
       against: (logits, params) of the teacher, for KL and agreement; None for no teacher.
       first: first position whose logits are scored. Default: ctx // 2.
       progress: called with the number of chunks done, after each chunk.
@@ -93,7 +93,7 @@ def evaluate(
 
     Raises:
       ValueError: there are no chunks, `first` leaves nothing to score, ids are outside the
-        vocabulary, the likelihood is not finite, or the teacher has another vocabulary.
+        vocabulary, the likelihood is not finite, or the teacher has a different vocabulary.
 
     >>> import jax
     >>> uniform = lambda p, x: jnp.zeros((*x.shape, 8))

@@ -44,18 +44,17 @@ def calibrate(
     save_every: int = 16,
     name: str = "calibration",
 ) -> Stats:
-    """Collect statistics of the inputs of every weight that `fn` contracts.
+    """Collect statistics of the inputs of every weight that `fn` uses in a matmul.
 
     They are second moments, channel magnitudes and sample rows. Matrices that are selected by
     indexing (experts) get statistics of the tokens routed to them. Slices of a weight (w[:, 128:])
     contribute to the statistics of the whole weight. If `fn` contracts a weight over different axes
     in different places, the statistics are those of its first use.
 
-    Memory in addition to `params`: twice the statistics (running sums, and those of one batch),
-    with 4 k^2 bytes for the second moment of k input channels, per distinct input and layer; and
-    one backward pass of
-    `fn` (`jax.checkpoint` inside `fn` bounds it). To bound memory further, go block by block with
-    `quantize_blocks`.
+    Beyond `params`, memory holds two copies of the statistics (the running sums and those of one
+    batch) and one backward pass of `fn`, which `jax.checkpoint` inside `fn` can bound. The second
+    moment of k channels takes 4 k^2 bytes for each distinct input and layer. To bound memory
+    further, go block by block with `jaxquant.ptq.quantize_blocks`.
 
     Args:
       fn: fn(params, batch), or fn(params, *batch) if batches are tuples. Statistics come from the
@@ -74,15 +73,15 @@ def calibrate(
         gradient at the output is kept as well, as `TwoSided` rounding needs it. It takes another
         4 n^2 bytes for n output channels, too much for an output head with a large vocabulary, and
         requires gradient weighting.
-      sample: for every input, the number of rows with the largest entries to keep, and of random
-        rows to keep; needed by transforms that search on activations (`Greedy`, a searched
-        `Smooth`).
+      sample: number of rows of each kind that are kept of every input: those with the largest
+        entries, and random ones (default 0: none). Transforms that search on activations need them
+        (`Greedy`, a searched `Smooth`).
       progress: called with the number of batches done.
       finished: mapping in which the running sums are stored and from which they are resumed; one
-        that lives on disk (`durable.store.Folder`) makes a long run resumable. Batches already in
-        the stored sums are skipped. Stored sums are ignored if the parameters, the settings or the
-        first batch differ. Changes of `fn`, `loss` or later batches are not
-        detected: use another `name` for those.
+        that lives on disk (`jaxquant.durable.store.Folder`) makes a long run resumable. Batches
+        already in the stored sums are skipped. Stored sums are ignored if the parameters, the
+        settings or the first batch differ. Changes of `fn`, `loss` or later batches are not
+        detected: pass a different `name` after such a change.
       save_every: number of batches between stored copies, 1 or more; the final sums are stored too.
       name: name under which the sums are stored.
 
@@ -94,7 +93,7 @@ def calibrate(
         without a loss; a glob in `output` that matches nothing; a loss that is not a scalar.
 
     Warns:
-      UserWarning: names weights, and matrices of a stack (such as experts), whose statistics are
+      UserWarning: lists weights, and matrices of a stack (such as experts), whose statistics are
       all zero, and weights that are used both as w and as w.T.
 
     Source:

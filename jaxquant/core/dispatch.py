@@ -99,7 +99,7 @@ def explain(
     platform: str | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Report how `fn(params, *args)` uses each quantized weight of `params`.
+    """Report which kernel or rule handles each use of a quantized weight in `fn(params, *args)`.
 
     The function is only traced: nothing is computed. Values that are not arrays (a flag, say) are
     passed on unchanged.

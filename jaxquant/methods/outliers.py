@@ -109,7 +109,8 @@ def awq(
         added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), that is an error.
+        group is padded with zeros, which are stored. If False (the default), other numbers raise an
+        error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 

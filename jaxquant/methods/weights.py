@@ -38,7 +38,8 @@ def rtn(
         (default False: the full range).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), that is an error.
+        group is padded with zeros, which are stored. If False (the default), other numbers raise an
+        error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -88,7 +89,8 @@ def gptq(
         remaining ones, at least 1 (default 128); it changes the speed, not the result.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), that is an error.
+        group is padded with zeros, which are stored. If False (the default), other numbers raise an
+        error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -126,7 +128,8 @@ def ternary(
         instead of to nearest (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), that is an error.
+        group is padded with zeros, which are stored. If False (the default), other numbers raise an
+        error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -166,7 +169,8 @@ def normal_float(
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), that is an error.
+        group is padded with zeros, which are stored. If False (the default), other numbers raise an
+        error.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
@@ -208,7 +212,8 @@ def nf4(
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), that is an error.
+        group is padded with zeros, which are stored. If False (the default), other numbers raise an
+        error.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
         instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string

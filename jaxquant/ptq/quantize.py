@@ -33,15 +33,15 @@ def quantize(
 ) -> PyTree:
     """Return `params` with every weight that the recipe covers replaced by a `QTensor`.
 
-    The function may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked, and
+    `quantize` itself may be traced. Under `jax.jit` and `jax.vmap` values cannot be checked, and
     non-finite weights or statistics give NaN. Methods that plan bit rates from values (`trellis`)
-    always give NaN there; call `quantize` with them outside. `jax.eval_shape` gives the shapes for
+    always give NaN when traced; use them outside of `jit`. `jax.eval_shape` gives the shapes for
     every method.
 
     Args:
       params: tree of floating arrays.
-      recipe: a `Recipe`, or one `Method`, which then applies to every weight that the function
-        contracts.
+      recipe: a `Recipe`, or one `Method`, which then applies to every weight that is an operand
+        of a matmul according to `stats`.
       stats: the result of `calibrate`, which methods with error feedback or fitted transforms need,
         or of `sites`, which tells how the function uses each weight. If None, the use is guessed:
         the last axis of each weight is taken as the output and the one before it as the input,
@@ -50,13 +50,14 @@ def quantize(
         `jax.random.key(1)`; an integer seed is refused. Default: `jax.random.key(0)`.
       inspect: function that scores the candidates of a searched transform, instead of the error of
         the outputs of the matmuls; see `ptq.shared_transforms.Inspection`.
-      transforms: arrays of input transforms that were learned before, as `learn` and `learn_blocks`
-        return them. They are used as given and not fitted again.
+      transforms: arrays of input transforms that were learned before, as `jaxquant.tuning.learn`
+        and `learn_blocks` return them. They are used as given and not fitted again.
       progress: called with a `ptq.quantize_leaf.Done` after each matrix.
       finished: store of finished matrices. It maps the name of each matrix to its packed arrays,
         the fields of its `Report` ("report.loss", ...) and a digest of its weights, second moments,
         method and key. A matrix with a matching digest is taken from the store; every other one is
-        computed and added. A mapping on disk (`durable.store.Folder`) makes a long run resumable.
+        computed and added. A mapping on disk (`jaxquant.durable.store.Folder`) makes a long run
+        resumable.
     Returns:
       The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged.
     Raises:
@@ -66,8 +67,7 @@ def quantize(
     Warns:
       If the damping of a second moment had to be raised, statistics are all zero, the scales of the
       format cannot represent the smallest or the largest weights, a bare method leaves weights
-      unquantized, or `stats` is None and the
-      guess is likely to be wrong.
+      unquantized, or `stats` is None and the guess is likely to be wrong.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: x @ p["w"].T + p["b"]

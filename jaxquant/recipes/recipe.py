@@ -28,8 +28,9 @@ from jaxquant.recipes.serialize import from_json, to_json
 class Recipe:
     """An ordered list of rules, each a pair of a path glob and a method.
 
-    `KEEP` in place of a method leaves a weight unquantized. The first rule that matches applies.
-    `*` also matches "/".
+    `KEEP` in place of a method leaves a weight unquantized. The first rule that matches applies;
+    every leaf must match a rule and every rule a leaf, so most recipes end with `("*", KEEP)`. `*`
+    also matches "/".
 
     Args:
       rules: sequence of pairs (glob, method), where the method is a `Method` or `KEEP`.

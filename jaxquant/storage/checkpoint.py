@@ -84,11 +84,11 @@ def save(
     Args:
       directory: created if missing. It may exist only if it is empty or, with `overwrite`, if it is
         a checkpoint.
-      tree: any JAX pytree: parameters, a Flax NNX `State` or `nnx.split(model)`, an Equinox module,
-        a whole training state. Leaves are arrays of any numeric dtype, random keys, Python numbers,
-        strings, None and QTensors, packed or latent. Functions in the tree are not stored; `load`
-        returns None in their place, unless its `like` has them. For an NNX model pass
-        `nnx.state(model)`, which holds a shared `Variable` once.
+      tree: any JAX pytree: parameters, a Flax NNX `State`, an Equinox module, a whole training
+        state. Of an NNX model pass `nnx.state(model)`, which holds a shared `Variable` once
+        (`nnx.split(model)` works too). Leaves are arrays of any numeric dtype, random keys, Python
+        numbers, strings, None and QTensors, packed or latent. Functions in the tree are not stored;
+        `load` returns None in their place, unless its `like` has them.
       recipe: the recipe that made the tree, to store with it; `storage.stored_recipe` reads it.
       metadata: JSON values to store with it (a model's configuration, its tokenizer);
         `storage.stored_metadata` reads them.

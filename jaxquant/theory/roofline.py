@@ -138,14 +138,14 @@ def roofline(
     chips: int = 1,
     sites: Mapping[str, Site] | None = None,
 ) -> Roofline:
-    """Return a lower bound on the time in which a chip can multiply `tokens` rows by every weight.
+    """Return a lower bound on the time a chip needs to multiply `tokens` rows by every weight.
 
     A matmul reads its weight once, whatever the number of rows, and a look-up reads one row for
     each token. `sites` tells which weights are only looked up. An embedding table that is also the
     output head counts in full, and so does a weight whose use cannot be traced (through a reshape,
     or in a convolution), which is treated as a matrix.
 
-    Not modelled: activations and key-value caches; the choice of experts (all of a mixture count);
+    Not modelled: activations and key-value caches; routing (all experts of a mixture are counted);
     with several chips, communication, uneven splits and arrays that every chip holds in full.
 
     Args:
@@ -159,10 +159,11 @@ def roofline(
         returns it. By default every array of rank 2 or more counts as a matrix in a matmul,
         embedding tables included.
     Returns:
-      The bounds; print them for a table.
+      The bounds; print them for a table. A weight is bound by "memory", "unpacking" or
+        "multiplying" (compute).
     Raises:
       ValueError: the chip is unknown, a number is below 1, the tree holds no weights, or the sites
-        are of another tree.
+        belong to a different tree.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = jq.quantize({"w": jnp.ones((4096, 4096))}, jq.rtn(4, 128, symmetric=True))

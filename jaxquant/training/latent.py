@@ -32,7 +32,10 @@ def latent(
     stats: Stats | Mapping[str, Site] | None = None,
     **options: PyTree,
 ) -> PyTree:
-    """Make the weights that a recipe covers latent: `quantize` followed by `thaw`.
+    """Return `params` with the weights that a recipe covers as latent weights.
+
+    A latent weight holds trainable floats, which are rounded in every forward pass. The call is
+    `quantize` followed by `thaw`.
 
     `jax.grad` of `jq.quantized(loss)` then gives gradients for the weights and for the scales that
     the method learns. Training starts from the codes that the method's rounder chooses, whether by

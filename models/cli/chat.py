@@ -50,7 +50,7 @@ def chat(
     as_json: bool,
     **kv_cache: Any,
 ) -> None:
-    """Chat with MODEL, which sees the whole conversation.
+    """Chat with MODEL; each answer takes the whole conversation into account.
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
     written by jaxquant; it must have a chat template. In a terminal, type messages at the ">"

@@ -53,10 +53,10 @@ from jaxquant_models.runs.serving import serving_model
 @click.option(
     "--strict/--no-strict",
     default=None,
-    help="With --kv-bits, which keys and values each token sees quantized: all except those of "
-    "--kv-sinks and --kv-window (--strict, the default), or only those that generation would have "
-    "quantized by then (--no-strict). The latter may be fewer, because generation quantizes whole "
-    "groups of --kv-group tokens.",
+    help="With --kv-bits, --strict (the default) quantizes all keys and values except those of "
+    "--kv-sinks and --kv-window. --no-strict quantizes only those that generation would have "
+    "quantized at that token; they may be fewer, because generation quantizes whole groups of "
+    "--kv-group tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def evaluate_command(
@@ -73,8 +73,8 @@ def evaluate_command(
     """Print the perplexity of MODEL on a text.
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
-    written by jaxquant. The speed in the report counts all tokens of the chunks, including those
-    that are not scored. With --against it includes the time that the reference model takes.
+    written by jaxquant. Tokens per second are computed from all tokens of the chunks, also those
+    that are not scored, and with --against from the time of both models.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded

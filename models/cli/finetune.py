@@ -36,8 +36,8 @@ from jaxquant_models.runs.sequences import CONTEXT
     "--bits",
     type=int,
     default=None,
-    help="Number of bits per weight when MODEL is quantized first. Not allowed if MODEL is a "
-    "checkpoint. The default is 4.",
+    help="Number of bits per weight when MODEL is quantized first, with lsq. Not allowed if MODEL "
+    "is a checkpoint. The default is 4.",
 )
 @click.option(
     "--group-size",
@@ -57,15 +57,16 @@ from jaxquant_models.runs.sequences import CONTEXT
 @click.option(
     "--text",
     default=None,
-    help="Training text: a FILE, or builtin (half of Python's help topics). Required unless "
-    "--generated is given.",
+    help="Training text: a FILE, or builtin (the half of Python's help topics that eval does not "
+    "score). Required unless --generated is given.",
 )
 @click.option(
     "--generated",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Number of sequences to generate with the teacher and add to the training text.",
+    help="Number of sequences that the teacher generates as training text, in addition to --text "
+    "if that is given. Requires a teacher.",
 )
 @click.option(
     "--context",
@@ -86,7 +87,7 @@ from jaxquant_models.runs.sequences import CONTEXT
     default=0,
     show_default=True,
     help="Number of steps for which each layer is first trained on its own to match the "
-    "teacher's layer.",
+    "teacher's layer. Requires a teacher.",
 )
 @click.option(
     "--batch",
@@ -117,7 +118,7 @@ from jaxquant_models.runs.sequences import CONTEXT
     "block_settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="The same as --set, but for the training of single layers by --block-steps.",
+    help="The same as --set, but for the layer-by-layer training of --block-steps.",
 )
 @click.option(
     "--metrics",

@@ -57,20 +57,20 @@ class Row(NamedTuple):
 @click.option(
     "--text",
     default=None,
-    help="Text for --outliers, which requires it: a FILE, or builtin (half of Python's help "
-    "topics).",
+    help="Text for --outliers, which requires it: a FILE, or builtin (the half of Python's help "
+    "topics that eval scores).",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(FIRST_QUERY + 1),
     default=None,
-    help="Number of tokens of --text to use. The default is 512.",
+    help="With --outliers, number of tokens of --text to use. The default is 512.",
 )
 @click.option(
     "--plot",
     default=None,
     metavar="FILE",
-    help="Save a heat map of the outliers to FILE (.png, .svg or .pdf).",
+    help="With --outliers, save a heat map of them to FILE (.png, .svg or .pdf).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def inspect(

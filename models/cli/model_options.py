@@ -15,10 +15,10 @@ from jaxquant_models.readers.model import Model
 
 activations_option = click.option(
     "--activations", default=None, metavar="FORM",
-    help="Format to which the inputs of quantized weights are rounded: float (no rounding), "
-    "float8, int8/256 (one scale per 256 channels) or int2 to int8 (one scale per token), as in "
-    "int4 or int4,asymmetric,clip=0.9, where clip is the fraction of the range that is kept. The "
-    "default is the format stored in the checkpoint.",
+    help="Format to which the inputs of matmuls with quantized weights are rounded: float (no "
+    "rounding), float8, int8/256 (one scale per 256 channels) or int2 to int8 (one scale per "
+    "token), for example int4 or int4,asymmetric,clip=0.9, where clip is the fraction of the range "
+    "that is kept. The default is the format stored in the checkpoint.",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def kv_options(command: Callable) -> Callable:
         (
             "sinks",
             int,
-            f"Number of tokens at the start of the text (attention sinks) whose keys and values "
+            f"Number of tokens at the start of a sequence (attention sinks) whose keys and values "
             f"are not quantized. The default is {default.sinks}.",
         ),
         (

@@ -30,7 +30,7 @@ from jaxquant_models.runs.quantization_setup import set_up
     default=None,
     help="Number of bits per weight or, for aqlm and vptq, per codebook index. It is a whole "
     "number, except that trellis and entropy_coded also take fractions such as 2.5, and "
-    "stretched_elastic takes 1.58. The default depends on the method.",
+    "stretched_elastic also takes 1.58. The default depends on the method.",
 )
 @click.option(
     "--group-size",
@@ -49,18 +49,18 @@ from jaxquant_models.runs.quantization_setup import set_up
     "--activations",
     default=None,
     metavar="FORM",
-    help="Format to which the inputs of quantized weights are rounded: float (no rounding), "
-    "float8, int8/256 (one scale per 256 channels) or int2 to int8 (one scale per token), as in "
-    "int4 or int4,asymmetric,clip=0.9, where clip is the fraction of the range that is kept. A "
-    "suffix ,static replaces the scales by a calibrated one for all tokens. The default depends on "
-    "the method.",
+    help="Format to which the inputs of matmuls with quantized weights are rounded: float (no "
+    "rounding), float8, int8/256 (one scale per 256 channels) or int2 to int8 (one scale per "
+    "token), for example int4 or int4,asymmetric,clip=0.9, where clip is the fraction of the range "
+    "that is kept. A suffix ,static replaces these scales with a single calibrated one. The "
+    "default depends on the method.",
 )
 @click.option(
     "--exact-prefix",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Leave the activations of this many tokens at the beginning of each text unrounded.",
+    help="Leave the activations of this many tokens at the beginning of each sequence unrounded.",
 )
 @click.option(
     "--act-order/--no-act-order",
@@ -82,7 +82,7 @@ from jaxquant_models.runs.quantization_setup import set_up
     default=None,
     help="Upper limit on the average number of bits per weight, including scales. Each kind of "
     "matrix (such as the q projections of all layers) gets its own number of bits, depending on "
-    "how much its quantization changes the predictions of MODEL. Replaces --bits.",
+    "how much its quantization changes the predictions of MODEL. Cannot be combined with --bits.",
 )
 @click.option(
     "--effort",
@@ -122,14 +122,14 @@ from jaxquant_models.runs.quantization_setup import set_up
     "--heal-codes",
     type=click.IntRange(0),
     default=0,
-    help="Number of steps to train the codes of aqlm and vptq after --heal, which is required "
-    "(PV-tuning). The default is 0.",
+    help="Number of steps to train the codes of aqlm and vptq (PV-tuning) after healing; requires "
+    "--heal. The default is 0.",
 )
 @click.option(
     "--heal-text",
     default=None,
-    help="Text for --heal and --learn: a FILE, builtin (see --calibration), or generated (sampled "
-    "from MODEL). The default is the calibration text.",
+    help="Text for --learn, --heal and --heal-codes: a FILE, builtin (see --calibration), or "
+    "generated (sampled from MODEL). The default is the calibration text.",
 )
 @click.option(
     "--rotate-residual",
@@ -152,7 +152,8 @@ from jaxquant_models.runs.quantization_setup import set_up
     metavar="FILE",
     help="JSON file that assigns methods to weights: a list of rules such as "
     '{"pattern": "*attn/*", "method": "gptq", "bits": 3}. The first rule whose pattern matches the '
-    "path of a weight applies. Replaces --method, --target-bits and the options of the method.",
+    "path of a weight applies. Cannot be combined with --method, --target-bits or the options of a "
+    "method.",
 )
 @click.option(
     "--calibration",
@@ -175,7 +176,8 @@ from jaxquant_models.runs.quantization_setup import set_up
     show_default=True,
     help="How much each token counts in the calibration statistics of a weight's inputs: equally "
     "(uniform), by the squared gradient of the loss at the weight's output (gradient), or by the "
-    "inverse of its input's mean square (energy), so that huge inputs do not dominate.",
+    "inverse of the mean square of the token's input (energy), so that huge inputs do not "
+    "dominate.",
 )
 @click.option(
     "--seed",
