@@ -66,7 +66,7 @@ def test_scanned_layers(remat):
     found = jq.sites(fn, params, x)["layers/d/kernel"]
     assert (found.batch, found.contracted, found.output) == ((0,), (1,), (2,))
     check(fn, params, jq.quantize(params, FORMATS[0], {"layers/d/kernel": found}), x)
-    with pytest.warns(UserWarning, match="guessed"):  # no sites: leading axes are batch
+    with pytest.warns(UserWarning, match="assumed"):  # no sites: leading axes are batch
         qparams = jq.quantize(params, FORMATS[0])
     check(fn, params, qparams, x)
 

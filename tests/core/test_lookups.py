@@ -262,7 +262,7 @@ def test_what_a_bare_method_leaves_is_told():
 
 def test_vectors_of_a_stack_are_left_alone():
     tree = {"layers": {"w": draw(4, 32, 16), "norm": draw(4, 32)}, "head": draw(32, 64)}
-    with pytest.warns(UserWarning, match="one vector for each layer of a stack|guessed") as said:
+    with pytest.warns(UserWarning, match="one vector for each layer of a stack|assumed") as said:
         q = jq.quantize(tree, jq.rtn(4, 16))
     packed = [p for p, w in jq.core.path_leaves(q) if isinstance(w, jq.QTensor)]
     assert packed == ["head", "layers/w"]
@@ -270,5 +270,5 @@ def test_vectors_of_a_stack_are_left_alone():
     assert "layers/norm (3" in kept
     assert "the input of layers/w [4, 32, 16];" in guessed
     named = jq.Recipe([("*", jq.rtn(4, 4))])
-    with pytest.warns(UserWarning, match="guessed"):
+    with pytest.warns(UserWarning, match="assumed"):
         assert isinstance(jq.quantize(tree, named)["layers"]["norm"], jq.QTensor)

@@ -108,7 +108,7 @@ def warned(params, method):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         packed = jq.quantize(params, method)
-    return packed, [str(w.message) for w in said if "guessed" in str(w.message)]
+    return packed, [str(w.message) for w in said if "assumed" in str(w.message)]
 
 
 def test_without_sites_an_equinox_linear_warns():

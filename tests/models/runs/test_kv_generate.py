@@ -163,7 +163,7 @@ def test_an_exact_prefix_is_a_call_of_its_own(tiny, length):
 
 
 def rounded_inputs(model, form):
-    with pytest.warns(UserWarning, match="guessed"):  # rightly: stacks of layers
+    with pytest.warns(UserWarning, match="assumed"):  # rightly: stacks of layers
         params = jq.quantize(model.params, recipe_of(jq.rtn(8, -1)))
     return jq.ptq.with_activations(params, form)
 
