@@ -1,7 +1,6 @@
 """Precision, programs, random examples; and options for runs that need no more than a part."""
 
 from collections import defaultdict
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -42,14 +41,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Programs serve the modules that follow, while there is room for them.
-
-    A process may hold 65,530 memory maps (Linux), which the programs of a whole suite pass.
-    """
+    """A process may hold 65,530 memory maps (Linux), which the programs of a whole suite pass."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_text().count("\n") > 30_000:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
