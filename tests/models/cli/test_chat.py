@@ -187,8 +187,8 @@ def test_a_session_is_the_same_as_beginning_anew(model):
 
 
 def test_unstacked_layers_and_packed_weights_keep_their_cache(model):
-    params = jq.ptq.unstack(jq.quantize(model.params, jq.Recipe(
-        [("layers/*kernel", jq.rtn(group_size=8)), ("*", jq.KEEP)])), "layers")  # fmt: skip
+    recipe = jq.Recipe([("layers/*kernel", jq.rtn(group_size=8)), ("*", jq.KEEP)])
+    params = jq.ptq.unstack(jq.quantize(model.params, recipe, model.sites()), "layers")
     apply_cached = jq.quantized(model.apply_cached)
     session = Session(apply_cached, params, model.config, keeps=True)
     stream = lambda ids: [t for part in session.stream(ids, 9, stride=4) for t in part]
