@@ -52,9 +52,10 @@ def calibrate(
     in different places, the statistics are those of its first use.
 
     Beyond `params`, memory holds two copies of the statistics (the running sums and those of one
-    batch) and one backward pass of `fn`, which `jax.checkpoint` inside `fn` can bound. The second
-    moment of k channels takes 4 k^2 bytes for each distinct input and layer. To bound memory
-    further, go block by block with `jaxquant.ptq.quantize_blocks`.
+    batch) and one backward pass of `fn`, which `jax.checkpoint` inside `fn` can bound. A second
+    moment of k channels takes 4 k^2 bytes; weights that share an input share one, and every layer
+    of a stack has its own. To bound memory further, go block by block with
+    `jaxquant.ptq.quantize_blocks`.
 
     Args:
       fn: fn(params, batch), or fn(params, *batch) if batches are tuples. Statistics come from the
@@ -80,7 +81,7 @@ def calibrate(
       finished: mapping in which the running sums are stored and from which they are resumed; one
         that lives on disk (`jaxquant.durable.store.Folder`) makes a long run resumable. Batches
         already in the stored sums are skipped. Stored sums are ignored if the parameters, the
-        settings or the first batch differ. Changes of `fn`, `loss` or later batches are not
+        settings or the first batch differ. Changes to `fn`, `loss` or later batches are not
         detected: pass a different `name` after such a change.
       save_every: number of batches between stored copies, 1 or more; the final sums are stored too.
       name: name under which the sums are stored.

@@ -51,8 +51,8 @@ def smoothquant(
         ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 1.0); values
         outside are clamped.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
         added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
@@ -103,14 +103,14 @@ def awq(
         (default True).
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
         added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -178,8 +178,8 @@ def duquant(
       flat: whether the outlier is spread exactly evenly over its block, see `Greedy` (default
         False).
       by_row: whether blocks are searched as in the released code, see `Greedy` (default False).
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
         added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
@@ -236,8 +236,8 @@ def quarot(
         ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 1.0); values
         outside are clamped.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default True).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default True).
       damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
         added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
@@ -295,8 +295,8 @@ def flatquant(
         ranges that are not centered on 0.
       clip: fraction of the range of the weights that is kept, in (0, 1] (default 0.8); values
         outside are clamped.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default True).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default True).
       damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
         added to the diagonal, at least 0 (default 0.01); without `feedback` it has no effect.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".

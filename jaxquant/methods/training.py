@@ -43,8 +43,8 @@ def ste(
         (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -93,8 +93,8 @@ def lsq(
         or "none".
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded: an `Activations` or its string form; None (the default)
         leaves them unrounded. The scale of a static form ("int8,static,mse"), and its offset if the
         form is asymmetric, are learned (`LSQRange`); those of one scale per token ("int8") are
@@ -147,8 +147,8 @@ def pact(
         ranges that are not centered on 0.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
 
     Returns:
       A `Method` for `quantize`, `Recipe` or `latent`.
@@ -199,8 +199,8 @@ def stretched_elastic(
         `StretchedElastic` (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -252,8 +252,8 @@ def zeroqat(
         ranges that are not centered on 0.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 

@@ -38,8 +38,8 @@ def rtn(
         (default False: the full range).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -89,8 +89,8 @@ def gptq(
         remaining ones, at least 1 (default 128); it changes the speed, not the result.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -124,12 +124,12 @@ def ternary(
       group_size: number of consecutive input channels that share a scale (default 64); "channel"
         for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
         error and cost more bits.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -169,10 +169,10 @@ def normal_float(
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -212,10 +212,10 @@ def nf4(
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
       pad: if True, the number of input channels need not be a multiple of the group size: the last
-        group is padded with zeros, which are stored. If False (the default), other numbers raise an
-        error.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+        group is padded with zeros, which are stored. If False (the default), a number that is not a
+        multiple raises an error.
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -248,8 +248,8 @@ def float8(
       group_size: number of consecutive input channels that share a scale (default "channel");
         "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
         a smaller error and cost more bits.
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -281,8 +281,8 @@ def mxfp4(
     Args:
       pad: whether a number of input channels that 32 does not divide is padded with zeros (default
         False: that is an error).
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 
@@ -313,8 +313,8 @@ def nvfp4(
     Args:
       pad: whether a number of input channels that 16 does not divide is padded with zeros (default
         False: that is an error).
-      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs statistics,
-        instead of to nearest (default False).
+      feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
+        moments, instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form, such as "int8"; None (the default) leaves them unrounded.
 

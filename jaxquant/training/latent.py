@@ -32,10 +32,10 @@ def latent(
     stats: Stats | Mapping[str, Site] | None = None,
     **options: PyTree,
 ) -> PyTree:
-    """Return `params` with the weights that a recipe covers as latent weights.
+    """Return `params` with every weight that the recipe covers replaced by a latent weight.
 
-    A latent weight holds trainable floats, which are rounded in every forward pass. The call is
-    `quantize` followed by `thaw`.
+    A latent weight holds trainable floats (its array "codes"), which are rounded in every forward
+    pass. Equivalent to `quantize` followed by `thaw`.
 
     `jax.grad` of `jq.quantized(loss)` then gives gradients for the weights and for the scales that
     the method learns. Training starts from the codes that the method's rounder chooses, whether by

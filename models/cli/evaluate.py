@@ -54,9 +54,9 @@ from jaxquant_models.runs.serving import serving_model
     "--strict/--no-strict",
     default=None,
     help="With --kv-bits, --strict (the default) quantizes all keys and values except those of "
-    "--kv-sinks and --kv-window. --no-strict quantizes only those that generation would have "
-    "quantized at that token; they may be fewer, because generation quantizes whole groups of "
-    "--kv-group tokens.",
+    "--kv-sinks and --kv-window. With --no-strict, each token is predicted from the cache that "
+    "generation would have at that point, in which fewer may be quantized, because generation "
+    "quantizes only whole groups of --kv-group tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def evaluate_command(
@@ -73,8 +73,8 @@ def evaluate_command(
     """Print the perplexity of MODEL on a text.
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
-    written by jaxquant. Tokens per second are computed from all tokens of the chunks, also those
-    that are not scored, and with --against from the time of both models.
+    written by jaxquant. Tokens per second counts all tokens of the chunks, including those that are
+    not scored; with --against, the time includes running both models.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded

@@ -86,8 +86,8 @@ def kv_options(command: Callable) -> Callable:
         (
             "window",
             int,
-            f"Number of most recent tokens whose keys and values are not quantized, a multiple "
-            f"of --kv-group. The default is {default.window}.",
+            f"Minimum number of most recent tokens whose keys and values are not quantized, a "
+            f"multiple of --kv-group. The default is {default.window}.",
         ),
         (
             "bits",

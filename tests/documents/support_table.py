@@ -21,8 +21,8 @@ from jaxquant.rounding import Nearest
 from .pages import ROOT
 
 BEGIN, END = (
-    f"<!-- {edge} of what `python -m tests.documents.support_table` writes -->"
-    for edge in ("begin", "end")
+    f"<!-- {edge} of the output of `python -m tests.documents.support_table` -->"
+    for edge in ("start", "end")
 )
 PLATFORMS = {"cpu": "CPU", "tpu": "TPU", "cuda": "GPU"}
 SIDE, SAMPLE = 1024, 64
