@@ -17,7 +17,7 @@ OPTIONS = {
     "aqlm": {"codebooks": 1, "bits": 4, "sweeps": 1},
     "vptq": {"length": 4, "bits": 4, "residual_bits": 4, "sweeps": 1},
     "entropy_coded": {"bits": 4, "states": 4, "two_sided": True},
-    "smoothquant": {"static": True},
+    "smoothquant": {"activations": "int8,static"},
     "awq": {"group_size": 32},
     "duquant": {"block": 32, "steps": 4},
 }
