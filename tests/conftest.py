@@ -9,6 +9,10 @@ import pytest
 from pallas_kernels import dispatch, tiled_product
 
 
+# Scripts, which `tests/test_first_hours.py` runs; to look for doctests would run them too.
+collect_ignore = ["first_hours"]
+
+
 def pytest_configure(config):
     """References are exact; of float32 factors a GPU's default keeps ten bits."""
     jax.config.update("jax_default_matmul_precision", "highest")
