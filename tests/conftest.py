@@ -8,7 +8,6 @@ import pytest
 
 from pallas_kernels import dispatch, tiled_product
 
-
 # Scripts, which `tests/test_first_hours.py` runs; to look for doctests would run them too.
 collect_ignore = ["first_hours"]
 
