@@ -84,7 +84,7 @@ def test_other_attributes_and_failing_properties_keep_their_own_errors():
     with pytest.raises(AttributeError, match="has no attribute 'colour'"):
         _ = PACKED.colour
     shardings = jax.tree.map(lambda a: a.sharding, PACKED)
-    with pytest.raises(AttributeError, match="'SingleDeviceSharding' object has no attribute"):
+    with pytest.raises(AttributeError, match="SingleDeviceSharding' object has no attribute"):
         _ = shardings.shape
 
 
