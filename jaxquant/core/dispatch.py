@@ -14,6 +14,7 @@ from jaxquant.core import products  # noqa: F401  its rules are registered by th
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.standin import StandIn, dispatching, is_standin, listening
+from jaxquant.core.text_table import aligned
 from pallas_kernels import dispatch as table
 from pallas_kernels.cost.chips import CHIPS
 from pallas_kernels.lowering import devices_of
@@ -87,9 +88,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = [("weight", "primitive", "rule", "why")]
         rows += [(u.path, u.primitive, u.rule, u.why) for u in self.uses]
-        widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(aligned(rows))
 
 
 def explain(

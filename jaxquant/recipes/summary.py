@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from jaxquant.core.fields import shown
 from jaxquant.core.standin import is_standin
+from jaxquant.core.text_table import aligned
 from jaxquant.core.tree import leaf_bytes
 from jaxquant.estimators.latent_format import Latent
 from jaxquant.recipes.size import Size, size_of, weight_leaves
@@ -62,10 +63,8 @@ class Summary:
 
     def __str__(self) -> str:
         table = [HEADER, *self._cells(), self._total()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(_cell(*c) for c in zip(row, widths, LEFT, strict=True)) for row in table]
-        ruled = [*lines[:-1], "-" * max(map(len, lines)), lines[-1]]
-        return "\n".join(line.rstrip() for line in ruled)
+        lines = aligned(table, LEFT)
+        return "\n".join([*lines[:-1], "-" * max(map(len, lines)), lines[-1]])
 
     def _repr_html_(self) -> str:
         """Return the table as HTML, for notebooks."""
@@ -98,10 +97,6 @@ class Summary:
             f"{self.size.bits_per_weight:.3f}",
             f"{self.size.bytes:,}",
         )
-
-
-def _cell(text: str, width: int, left: bool) -> str:
-    return text.ljust(width) if left else text.rjust(width)
 
 
 def _html_row(tag: str, cells: Iterable[str]) -> str:

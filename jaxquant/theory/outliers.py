@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.observation import Observation, observe
+from jaxquant.core.text_table import aligned
 from jaxquant.theory.profile import ABSOLUTE, MASSIVE, Largest, Profile, profile_of
 
 SINK = 0.05  # least share of the attention of a sink; with even attention 512 keys get 0.003 each
@@ -180,9 +181,7 @@ class Outliers:
 
     def __str__(self) -> str:
         rows = [HEADER, *self.rows()]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(HEADER))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-        return "\n".join(line.rstrip() for line in (*lines, *self.findings()))
+        return "\n".join(line.rstrip() for line in (*aligned(rows), *self.findings()))
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of JSON values."""

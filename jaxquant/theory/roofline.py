@@ -13,16 +13,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.arguments import check_arguments
-from jaxquant.core.paths import path_leaves
 from jaxquant.core.sites import Site
-from jaxquant.core.standin import is_array
 from jaxquant.core.tensor import QTensor
+from jaxquant.core.text_table import aligned
 from jaxquant.core.tree import leaf_bytes
+from jaxquant.recipes.size import weight_leaves
 from pallas_kernels.cost import chips as table
 from pallas_kernels.cost import rates
 
@@ -112,10 +111,8 @@ class Roofline:
 
     def __str__(self) -> str:
         rows = [("weight", "", "MB", "MB read", "us", "bound by"), *_rows(self.bounds)]
-        widths = [max(len(r[i]) for r in rows) for i in range(6)]
-        align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
-        cells = [[to(c, n) for to, c, n in zip(align, r, widths, strict=True)] for r in rows]
-        return "\n".join([*("  ".join(r).rstrip() for r in cells), *self._totals(), *self.notes])
+        lines = aligned(rows, left=(True, False, False, False, False, True))
+        return "\n".join([*lines, *self._totals(), *self.notes])
 
     def _totals(self) -> list[str]:
         s = lambda count: "" if count == 1 else "s"
@@ -174,19 +171,13 @@ def roofline(
     chip, tokens, chips = table.known(chip), int(tokens), int(chips)
     if min(tokens, chips) < 1:
         raise ValueError(f"tokens and chips must be 1 or more, got {tokens} and {chips}")
-    weights = [(path, w) for path, w in path_leaves(params) if _is_weights(w)]
+    weights = weight_leaves(params)
     if not weights:
         raise ValueError("expected a tree of weights, but it holds no floating or quantized arrays")
     uses = {path: _use(path, w, tokens, sites) for path, w in weights}
     bounds = tuple(_bound(path, w, chip, chips, uses[path]) for path, w in weights)
     packed = any(isinstance(w, QTensor) for _, w in weights)
     return Roofline(chip, tokens, chips, bounds, tuple(_notes(chip, chips, sites, packed)))
-
-
-def _is_weights(leaf: PyTree) -> bool:
-    return isinstance(leaf, QTensor) or (
-        is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
