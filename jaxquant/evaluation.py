@@ -45,7 +45,8 @@ def chunk(tokens: Any, ctx: int, chunks: int | None = None) -> np.ndarray:
       Token ids [N, ctx], int32.
 
     Raises:
-      ValueError: `ctx` is below 4, `chunks` is below 1, or there are fewer tokens than one chunk.
+      ValueError: `ctx` is below 4, `chunks` is below 1, or there are fewer tokens than one chunk
+        needs.
 
     >>> chunk(range(9), 4).tolist()
     [[0, 1, 2, 3], [4, 5, 6, 7]]

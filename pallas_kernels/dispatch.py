@@ -297,22 +297,29 @@ def _forward(op: str, static: tuple, kernels: str, arrays: tuple) -> tuple[Array
 
 
 def _backward(op: str, static: tuple, kernels: str, arrays: tuple, g: Array) -> tuple[tuple]:
+    dx, dfloats = _cotangents(op, static, kernels, arrays, g)
+    found = iter(dfloats)
+    others = (next(found) if _is_float(a) else _float0(a) for a in arrays[1:])
+    return ((dx, *others),)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _cotangents(
+    op: str, static: tuple, kernels: str, arrays: tuple, g: Array
+) -> tuple[Array, list[Array]]:
+    """Return the cotangents of x and of the floating-point arrays after it."""
     x, *rest = arrays
     named = dict(static)
     form = named.pop("activations", "float")
-    is_float = [a is not None and jnp.issubdtype(a.dtype, jnp.floating) for a in rest]
-    floats = [a for a, yes in zip(rest, is_float, strict=True) if yes]
 
     def weights_only(floats: list[Array]) -> Array:
         kept = iter(floats)
-        merged = [next(kept) if yes else a for a, yes in zip(rest, is_float, strict=True)]
+        merged = [next(kept) if _is_float(a) else a for a in rest]
         return reference.OPS[op](activations.rounded(x, form), *merged, **named)
 
     dx = _cotangent(op, named, kernels, x, tuple(rest), g)
-    (dfloats,) = jax.vjp(weights_only, floats)[1](g)  # traced only if used
-    found = iter(dfloats)
-    others = (next(found) if yes else _float0(a) for a, yes in zip(rest, is_float, strict=True))
-    return ((dx.astype(x.dtype), *others),)
+    (dfloats,) = jax.vjp(weights_only, list(filter(_is_float, rest)))[1](g)  # traced only if used
+    return dx.astype(x.dtype), dfloats
 
 
 def _cotangent(op: str, static: dict, kernels: str, x: Array, rest: tuple, g: Array) -> Array:
@@ -326,6 +333,10 @@ def _cotangent(op: str, static: dict, kernels: str, x: Array, rest: tuple, g: Ar
     return _product(
         op.removesuffix("_transposed"), tuple(sorted(named.items())), kernels, (g, *rest)
     )
+
+
+def _is_float(a: Array | None) -> bool:
+    return a is not None and jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def _float0(a: Array | None) -> np.ndarray | None:

@@ -1,10 +1,13 @@
 """Precision, programs, random examples; and options for runs that need no more than a part."""
 
+import gc
 from collections import defaultdict
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 from pallas_kernels import dispatch, tiled_product
 
@@ -15,6 +18,7 @@ collect_ignore = ["first_hours"]
 def pytest_configure(config):
     """References are exact; of float32 factors a GPU's default keeps ten bits."""
     jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # pytest's stacks are deep
     # Every shape is compiled for: few of them, and the same ones in every run.
     hypothesis.settings.register_profile(
         "few", max_examples=10, deadline=None, derandomize=True, database=None
@@ -42,11 +46,29 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000  # Linux allows a process 65,530, and the programs of a whole suite take more
+
+
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """A process may hold 65,530 memory maps (Linux), which the programs of a whole suite pass."""
+def programs():
+    """What one module has compiled serves the next ones, as long as there is room."""
     yield
-    jax.clear_caches()
+    if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        gc.unfreeze()
+        jax.clear_caches()
+    gc.collect()
+    gc.freeze()  # programs consist of many Python objects, which every later collection would visit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mlir_context():
+    """Of the time to lower a small program, half goes into an MLIR context: a module shares one."""
+    make = mlir.make_ir_context
+    context = make()
+    mlir.make_ir_context = lambda: context
+    yield
+    mlir.make_ir_context = make
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +86,15 @@ def cheap_programs(request):
 def tiles_of(monkeypatch):
     """Sets how many weights the references decode at a time; products are the references' own."""
 
+    traced = dispatch._product, dispatch._cotangents
+
     def set_tile(weights):
         monkeypatch.setattr(tiled_product, "TILE_WEIGHTS", weights)
-        dispatch._product.clear_cache()
+        [function.clear_cache() for function in traced]
 
     with dispatch.using("reference"):
         yield set_tile
-    dispatch._product.clear_cache()
+    [function.clear_cache() for function in traced]
 
 
 def share(text):

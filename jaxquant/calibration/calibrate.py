@@ -1,8 +1,8 @@
 """Calibration: statistics of the inputs of every matmul, collected in backward passes.
 
 The second moments are x^T diag(a) x with token weights a_t = 1, a_t = |g_t|^2 (the squared norm of
-the loss gradient at output token t) or a_t = k / |x_t|^2. The magnitude of every channel is kept
-too, and on request some of the rows.
+the loss gradient at output token t) or a_t = k / |x_t|^2. The mean magnitude and the bounds of
+every channel are kept too, and on request some of the rows.
 
 Probes attached to the weights receive the statistics as cotangents, so one `jax.grad` collects
 those of all layers (`observe`). Batches are merged.
@@ -46,15 +46,16 @@ def calibrate(
 ) -> Stats:
     """Collect statistics of the inputs of every weight that `fn` uses in a matmul.
 
-    They are second moments, channel magnitudes and sample rows. Matrices that are selected by
-    indexing (experts) get statistics of the tokens routed to them. Slices of a weight (w[:, 128:])
-    contribute to the statistics of the whole weight. If `fn` contracts a weight over different axes
-    in different places, the statistics are those of its first use.
+    They are the mean magnitude and the bounds of every channel, second moments unless `gram` is
+    False (with `output`, those of loss gradients too), and, with `sample`, some rows. Matrices that
+    are selected by indexing (experts) get statistics of the tokens routed to them. Slices of a
+    weight (w[:, 128:]) contribute to the statistics of the whole weight. If `fn` contracts a weight
+    over different axes in different places, the statistics are those of its first use.
 
-    Beyond `params`, memory holds two copies of the statistics (the running sums and those of one
-    batch) and one backward pass of `fn`, which `jax.checkpoint` inside `fn` can bound. A second
-    moment of k channels takes 4 k^2 bytes; weights that share an input share one, and every layer
-    of a stack has its own. To bound memory further, go block by block with
+    Besides `params`, calibration needs memory for two copies of the statistics (the running sums
+    and those of one batch) and for one backward pass of `fn`; `jax.checkpoint` inside `fn` reduces
+    the latter. A second moment of k channels takes 4 k^2 bytes; weights that share an input share
+    one, and every layer of a stack has its own. To reduce memory further, go block by block with
     `jaxquant.ptq.quantize_blocks`.
 
     Args:
@@ -66,17 +67,18 @@ def calibrate(
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
       weighting: weights of the tokens in second moments and mean magnitudes; the bounds of each
         channel (`low` and `high` of `Probe`) are not weighted. "gradient" uses the squared norm of
-        the loss gradient at the matmul's output. "energy" uses one over the token's mean square, so
-        that an attention sink counts as one token of many. "uniform" weights all tokens equally.
-        Default: "gradient" if a loss is given, else "uniform".
-      gram: whether to keep second moments; methods that only scale or rotate do not need them.
+        the loss gradient at the matmul's output. "energy" uses one over the mean square of the
+        token's input, so that an attention sink counts as one token of many. "uniform" weights all
+        tokens equally. Default: "gradient" if a loss is given, else "uniform".
+      gram: whether to keep second moments of the inputs (default True); methods that only scale or
+        rotate do not need them.
       output: path globs ("layers/*kernel") of the weights for which the second moment of the loss
         gradient at the output is kept as well, as `TwoSided` rounding needs it. It takes another
         4 n^2 bytes for n output channels, too much for an output head with a large vocabulary, and
         requires gradient weighting.
-      sample: number of rows of each kind that are kept of every input: those with the largest
-        entries, and random ones (default 0: none). Transforms that search on activations need them
-        (`Greedy`, a searched `Smooth`).
+      sample: number of rows of each kind to keep from every input: those with the largest entries,
+        and random ones (default 0: none). Transforms that search on activations need them
+        (`Greedy`, and `Smooth` when its strength is searched for).
       progress: called with the number of batches done.
       finished: mapping in which the running sums are stored and from which they are resumed; one
         that lives on disk (`jaxquant.durable.store.Folder`) makes a long run resumable. Batches

@@ -223,6 +223,7 @@ class Activations:
             steps, of = steps + zero, jnp.zeros(())
         return Codes(nearest_codes(steps, of, self.limits), scale * factor, zero)
 
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
         """Quantize and dequantize rows.
 
@@ -233,8 +234,8 @@ class Activations:
         Returns:
           The rounded rows, float32.
 
-        >>> Activations(2).rounded(jnp.array([[3.0, -1.0, 0.0], [0.0, 0.0, 0.0]]), {}).tolist()
-        [[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+        >>> Activations(2).rounded(jnp.array([[3.0, -2.0, 0.0], [0.0, 0.0, 0.0]]), {}).tolist()
+        [[3.0, -3.0, 0.0], [0.0, 0.0, 0.0]]
         """
         if self.floating:
             return _float8(x.astype(jnp.float32))

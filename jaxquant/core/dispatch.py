@@ -32,14 +32,16 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
     The result composes with `jax.jit`, `jax.grad` and `jax.vmap` inside and outside; derivatives
     taken outside must be reverse-mode (`jax.grad`, `jax.vjp`). It composes with `jax.shard_map`
     outside, with the weights split along their outputs, or along their inputs if every device holds
-    whole groups and words.
+    whole groups (weights that share a scale) and whole words (integers, mostly int32, that each
+    hold several packed codes).
 
     Kernels are used in programs for a single device, however many the machine has, and inside
     `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so a program that it
     partitions over several devices runs the reference implementations in plain JAX.
 
-    Outside of it a stand-in is not an array, and whatever uses it as one raises TypeError. So
-    functions that call a model are wrapped too: `jq.quantized(nnx.tabulate)(model, x)`.
+    Outside a function wrapped by `quantized`, a stand-in is not an array, and code that uses it as
+    one raises TypeError. So you must also wrap functions that take a model and call it, as in
+    `jq.quantized(nnx.tabulate)(model, x)`.
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.

@@ -149,16 +149,8 @@ class QTensor(StandIn):
         return 8 * self.nbytes / self.size
 
     def dequantize(self) -> Array:
-        """Return the weight as a plain array of `shape` and `dtype`."""
-        batch = self.data["codes"].shape[: self.leading()]
-        matrix = self.matrix
-        for _ in batch:
-            matrix = jax.vmap(matrix)
-        w = matrix(self.arrays).reshape(*batch, *self.view.k, *self.outputs)
-        w = jnp.transpose(w, self.axes())
-        if self.logical_dtype == "float16":  # rounding may have gone past its largest number
-            w = jnp.clip(w, -65504.0, 65504.0)
-        return w.astype(self.logical_dtype)
+        """Return the weight as a plain array of `shape` and `dtype`, by one compiled program."""
+        return _decoded(self)
 
     def materialise(self) -> Array:
         """Dequantize for a primitive without a rule: correct but slow; `explain` reports it."""
@@ -323,6 +315,19 @@ class QTensor(StandIn):
             facts.append(f"{self.activations} inputs")
         facts.append(f"{self.bits_per_weight:.3f} bits per weight")
         return f"QTensor({', '.join(filter(None, facts))})"
+
+
+@functools.partial(jax.jit, inline=True)
+def _decoded(weight: QTensor) -> Array:
+    batch = weight.data["codes"].shape[: weight.leading()]
+    matrix = weight.matrix
+    for _ in batch:
+        matrix = jax.vmap(matrix)
+    w = matrix(weight.arrays).reshape(*batch, *weight.view.k, *weight.outputs)
+    w = jnp.transpose(w, weight.axes())
+    if weight.logical_dtype == "float16":  # rounding may have gone past its largest number
+        w = jnp.clip(w, -65504.0, 65504.0)
+    return w.astype(weight.logical_dtype)
 
 
 @functools.cache

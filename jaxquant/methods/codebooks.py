@@ -41,8 +41,8 @@ def quip_sharp(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Tseng et al. 2024, arXiv:2402.04396. We differ: the scale is searched on the targets
-    that error feedback produces.
+    Source: Tseng et al. 2024, arXiv:2402.04396. We differ: the scale is found by a search on
+    the targets that error feedback produces.
 
     >>> quip_sharp().format.bits
     2
@@ -73,8 +73,9 @@ def qtip(
 
     Args:
       bits: number of bits per weight, a whole number from 1 to 8 (default 2), see `Trellis`.
-      L: number of bits of a trellis state, 8 to 16; the default None means 12 on a CPU and 16 on an
-        accelerator. Each bit lowers the loss a little and doubles the search.
+      L: number of bits of a trellis state, 8 to 16. The default None means 12 if JAX uses a CPU
+        (`jax.default_backend`) where `qtip` is called, and 16 otherwise. Each additional bit
+        lowers the loss a little and doubles the search time.
       code: function from trellis states to values, see `Trellis`: "mul1" (the default), "3inst",
         "hyb" or "vpu".
       two_sided: whether errors are also fed across output channels (default False), which needs the
@@ -133,8 +134,9 @@ def trellis(
         allowed.
       block: number of input channels in a block (default 64), a multiple of 16 for which a Hadamard
         matrix exists; channels are padded with zeros to whole blocks.
-      L: number of bits of a trellis state, 8 to 16; the default None means 12 on a CPU and 16 on an
-        accelerator. Each bit lowers the loss a little and doubles the search.
+      L: number of bits of a trellis state, 8 to 16. The default None means 12 if JAX uses a CPU
+        (`jax.default_backend`) where `trellis` is called, and 16 otherwise. Each additional bit
+        lowers the loss a little and doubles the search time.
       code: function from trellis states to values, see `Trellis`: "mul1" (the default), "3inst",
         "hyb" or "vpu".
       passes: number of sweeps of coordinate descent after error feedback, at least 0 (default 1).

@@ -38,13 +38,13 @@ def smoothquant(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 8); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
-        a smaller error and cost more bits.
+        "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
+        groups have a smaller error and cost more bits.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form (default "int8", one scale per token); None leaves them unrounded. "int8,static" is one
         calibrated scale for all activations of a layer.
-      alpha: smoothing strength, 0 to 1 (default 0.5), see `Smooth`: 0 leaves outliers to the
-        activations, 1 moves them all to the weights; None searches for it.
+      alpha: smoothing strength, 0 to 1 (default 0.5), see `Smooth`: 0 leaves the outliers in
+        the activations, 1 moves them all to the weights; None searches for it.
       rotate: whether a Hadamard transform follows the smoothing (default False), which spreads the
         remaining outliers.
       symmetric: if True, codes have no zero point (default True). Zero points cost bytes and fit
@@ -90,16 +90,16 @@ def awq(
     pad: bool = False,
     activations: Activations | str | None = None,
 ) -> Method:
-    """AWQ: scale up salient channels before rounding, by a searched amount.
+    """AWQ: scale up salient channels before rounding, by amounts found by search.
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
       group_size: number of consecutive input channels that share a scale (default 128); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+        or -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       duo: whether the scales are those of AutoAWQ, which depend on the weights too, see
         `ActivationAware` (default False).
-      clip: whether a clipping bound is also searched for each group of weights, see `Clipped`
+      clip: whether a search also finds a clipping bound for each group of weights, see `Clipped`
         (default True).
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
@@ -158,14 +158,14 @@ def duquant(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 4); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
-        a smaller error and cost more bits.
+        "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
+        groups have a smaller error and cost more bits.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form (default "int4,asymmetric,clip=0.9"); None leaves them unrounded.
       block: number of channels in a rotation (default 64); it must divide the number of channels of
         every input.
-      alpha: smoothing strength, 0 to 1 (default 0.6), see `Smooth`: 0 leaves outliers to the
-        activations, 1 moves them all to the weights; None searches for it.
+      alpha: smoothing strength, 0 to 1 (default 0.6), see `Smooth`: 0 leaves the outliers in
+        the activations, 1 moves them all to the weights; None searches for it.
       steps: number of rotations tried, at least 1 (default 256), see `Greedy`.
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
@@ -177,7 +177,7 @@ def duquant(
         of the two rotations.
       flat: whether the outlier is spread exactly evenly over its block, see `Greedy` (default
         False).
-      by_row: whether blocks are searched as in the released code, see `Greedy` (default False).
+      by_row: whether the search is that of the released code, see `Greedy` (default False).
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
         moments, instead of to nearest (default False).
       damping: fraction of the mean of diag(H), with H the second moment of the inputs, that is
@@ -222,8 +222,8 @@ def quarot(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 4); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
-        a smaller error and cost more bits.
+        "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
+        groups have a smaller error and cost more bits.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form (default "int4,clip=0.9"); None leaves them unrounded.
       block: number of channels in a Hadamard transform; None (the default) for one transform over
@@ -285,8 +285,8 @@ def flatquant(
       bits: number of bits per weight code: 2, 3, 4 or 8 (default 4); 16 leaves the weights in
         floating point.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
-        a smaller error and cost more bits.
+        "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
+        groups have a smaller error and cost more bits.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
         form (default "int4,asymmetric,clip=0.9"); None leaves them unrounded.
       alpha: strength of the initial smoothing, 0 to 1, see `Smooth` (default 0.5).

@@ -30,9 +30,9 @@ def ste(
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
       mse: if True, the range of each group is chosen by a search for the least squared error
@@ -80,9 +80,9 @@ def lsq(
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       symmetric: if True, codes have no zero point (default True). Zero points cost bytes and fit
         ranges that are not centered on 0.
       init: initial scales, see `LSQ`. "" (the default) selects the scales of least squared error at
@@ -137,9 +137,9 @@ def pact(
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       activations: how inputs are rounded: an `Activations` or its string form, with a static scale
         (default "int4,static,mse"). An asymmetric form ("int4,asymmetric,static,mse") is for inputs
         that are not negative, as after a ReLU: codes then run from 0 to the bound, see `PACT`.
@@ -191,8 +191,8 @@ def stretched_elastic(
     Args:
       bits: 1.58 (ternary), 2 (the default), 3 or 4.
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
-        a smaller error and cost more bits.
+        "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
+        groups have a smaller error and cost more bits.
       scale_gradient: normalization of the scale gradient, see `LSQ`: "matrix" (the default), "step"
         or "none".
       released: whether the scale gradient at 1.58 bits is that of the released code, see
@@ -245,9 +245,9 @@ def zeroqat(
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".

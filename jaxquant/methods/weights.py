@@ -29,9 +29,9 @@ def rtn(
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
       mse: if True, the range of each group is chosen by a search for the least squared error
@@ -73,9 +73,9 @@ def gptq(
 
     Args:
       bits: number of bits per code: 2, 3, 4 (the default) or 8.
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       symmetric: if True, codes have no zero point (default False). Zero points cost bytes and fit
         ranges that are not centered on 0.
       mse: if True, the range of each group is chosen by a search for the least squared error
@@ -121,9 +121,9 @@ def ternary(
     """Ternary codes -1, 0 and 1, five to a byte. See `Ternary`.
 
     Args:
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
         moments, instead of to nearest (default False).
       scale_dtype: storage dtype of the scales: "float16" (the default), "bfloat16" or "float32".
@@ -162,9 +162,9 @@ def normal_float(
 
     Args:
       bits: number of bits per code: 2, 3 or 4 (the default).
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       double_quant: whether the scales are themselves stored as 8-bit codes (default False), which
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
@@ -205,9 +205,9 @@ def nf4(
     """NF4, as QLoRA stores the weights it fine-tunes: `normal_float` at 4 bits.
 
     Args:
-      group_size: number of consecutive input channels that share a scale (default 64); "channel"
-        for one scale per output channel, "tensor" for one per matrix. Smaller groups have a smaller
-        error and cost more bits.
+      group_size: number of consecutive input channels that share a scale (default 64); "channel" or
+        -1 for one scale per output channel, "tensor" for one per matrix. Smaller groups have a
+        smaller error and cost more bits.
       double_quant: whether the scales are themselves stored as 8-bit codes (default False), which
         saves 0.37 bits per weight of float32 scales in groups of 64.
       scale_dtype: storage dtype of the scales: "float32" (the default), "bfloat16" or "float16".
@@ -246,8 +246,8 @@ def float8(
     Args:
       variant: "e4m3" (the default: 3 bits of mantissa, up to 448) or "e5m2" (2 bits, up to 57344).
       group_size: number of consecutive input channels that share a scale (default "channel");
-        "channel" for one scale per output channel, "tensor" for one per matrix. Smaller groups have
-        a smaller error and cost more bits.
+        "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
+        groups have a smaller error and cost more bits.
       feedback: whether weights are rounded with error feedback (`LDLQ`), which needs second
         moments, instead of to nearest (default False).
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string

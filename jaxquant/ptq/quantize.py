@@ -48,8 +48,8 @@ def quantize(
         which is wrong for an Equinox `Linear` and for attention weights with an axis of heads.
       key: PRNG key for methods that draw random numbers (rotations, k-means), such as
         `jax.random.key(1)`; an integer seed is refused. Default: `jax.random.key(0)`.
-      inspect: function that scores the candidates of a searched transform, instead of the error of
-        the outputs of the matmuls; see `ptq.shared_transforms.Inspection`.
+      inspect: function that scores the candidates when a transform is chosen by search, instead of
+        the error of the outputs of the matmuls; see `ptq.shared_transforms.Inspection`.
       transforms: arrays of input transforms that were learned before, as `jaxquant.tuning.learn`
         and `learn_blocks` return them. They are used as given and not fitted again.
       progress: called with a `ptq.quantize_leaf.Done` after each matrix.
@@ -62,12 +62,12 @@ def quantize(
       The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged.
     Raises:
       ValueError: the recipe does not fit the tree, weights or statistics are not finite, a method
-        needs statistics that are missing, or the result for a matrix is not finite. Recipe and
-        missing statistics are checked before any computation.
+        needs statistics that are missing, or the result for a matrix is not finite. The recipe is
+        checked, and missing statistics are detected, before any computation.
     Warns:
       If the damping of a second moment had to be raised, statistics are all zero, the scales of the
-      format cannot represent the smallest or the largest weights, a bare method leaves weights
-      unquantized, or `stats` is None and the guess is likely to be wrong.
+      format cannot represent the smallest or the largest weights, a single `Method` passed as the
+      recipe leaves weights unquantized, or `stats` is None and the guess is likely to be wrong.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: x @ p["w"].T + p["b"]

@@ -200,13 +200,13 @@ def resolve(
 ) -> Plan:
     """Return the plan of a recipe for a tree of arrays or shapes.
 
-    A bare method applies to every floating-point leaf of rank >= 2 that the function contracts.
+    A single method applies to every floating-point leaf of rank >= 2 that the function contracts.
     Without sites, it applies to every floating-point leaf of rank >= 2, except for leaves named
     bias, scale or embedding, and for the biases and norms of stacked layers: leaves [layers, n]
     that stand beside stacks [layers, k, n] in the tree.
 
     Args:
-      recipe: a `Recipe`, or a bare `Method`.
+      recipe: a `Recipe`, or a single `Method`.
       params: tree of arrays or of `jax.ShapeDtypeStruct`.
       found: `Site` of each weight by path, which says how the function uses it; None if unknown.
     Returns:
@@ -216,7 +216,7 @@ def resolve(
         to a leaf that cannot be quantized, a shape or group size does not fit, there is nothing to
         quantize, or the sites belong to another tree.
     Warns:
-      UserWarning: a bare method leaves weights in floating point, or the axes of weights are
+      UserWarning: a single method leaves weights in floating point, or the axes of weights are
         guessed where a guess often fails; the message says why.
     """
     check_arguments(resolve, locals())
@@ -248,7 +248,7 @@ def _unused(
 
 
 def _nothing(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | None) -> str:
-    """Say why a bare method has nothing to quantize, and what the tree holds."""
+    """Say why a single method has nothing to quantize, and what the tree holds."""
     some = "; ".join(f"{p}: {_describe(w)}" for p, w in leaves[:4])
     more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
     came = f"the tree holds {some}{more}" if leaves else "the tree holds no leaves"
@@ -278,7 +278,7 @@ def _check_sites(leaves: list[tuple[str, PyTree]], found: Mapping[str, Site] | N
 def _warn_of_kept(
     chosen: list[tuple[str, PyTree, Method | Keep]], reasons: Mapping[str, str]
 ) -> None:
-    """Warn about weights that a bare method could quantize but leaves in floating point."""
+    """Warn about weights that a single method could quantize but leaves in floating point."""
     sizes = [w.size for _, w, _ in chosen if is_standin(w) or _floating(w)]
     kept: dict[str, list[tuple[str, int]]] = {}
     for path, w, _ in sorted(chosen, key=lambda one: -getattr(one[1], "size", 0)):

@@ -70,8 +70,9 @@ def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> P
       params: tree from `quantize` or a checkpoint.
       recipe: the estimator of each weight, by the method for its path; formats are those of the
         tree. Weights that the recipe keeps stay frozen.
-      floats: the floating tree from which `params` was made. Each weight starts at its float, moved
-        just far enough to keep its code. Default: each weight starts at the value of its code.
+      floats: the floating-point tree from which `params` was made. Each weight starts at its float,
+        moved just far enough to keep its code. Default: each weight starts at the value of its
+        code.
     Returns:
       The tree, with latent weights.
     Raises:

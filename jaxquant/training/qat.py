@@ -263,18 +263,18 @@ def qat(
       sequences: training inputs [N, ...]; without a teacher, tokens [N, t], and the loss is the
         cross-entropy of the next token.
       how: settings: `QAT` (trains by backpropagation) or `ZeroQAT` (by forward passes only).
-      teacher: tree whose predictions are the target, in KL divergence, for example the floating
-        tree. Default: none.
+      teacher: tree whose predictions are the target (the loss is the mean KL divergence from them),
+        for example the floating-point tree. Default: none.
       validation: held-out inputs; the state with the least loss on them is returned. None: the last
         state is returned.
-      progress: called after every update.
+      progress: called with a `tuning.trainer.Progress` after every update.
       finished: store of the training state, written every `save_every` updates (a field of `how`).
         A run that was interrupted resumes from it.
     Returns:
       The trained tree, still latent; `freeze` packs it.
     Raises:
-      ValueError: there are fewer sequences than a batch, nothing to train, the store holds an
-        unfinished training with other settings, or a loss is not finite.
+      ValueError: there are fewer sequences than one batch needs, there is nothing to train, the
+        store holds an unfinished run with other weights or settings, or a loss is not finite.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))
@@ -331,7 +331,7 @@ def qat_blocks(
     Args:
       block: block(parameters of one block, h [batch, ...]) -> h.
       params: tree whose leaves have a leading axis over blocks.
-      teacher: the floating tree of the same structure.
+      teacher: the floating-point tree of the same structure.
       hidden: inputs of the first block; the last eighth is held out.
       how, progress, finished: as in `qat`.
     Returns:

@@ -140,7 +140,7 @@ class Smooth(Factors):
 
 @dataclasses.dataclass(frozen=True)
 class ActivationAware(Factors):
-    """AWQ: channels with large inputs are scaled up before rounding, by a searched amount.
+    """AWQ: channels with large inputs are scaled up before rounding, by factors found by search.
 
     Factors are 1/s. By default s = a^r, with a = mean |x|. The search tries the powers r = 0, .05,
     ..., .95 (see `ptq.shared_transforms`); with `duo` s = a^r / (w^(1 - r) + 1e-4), w the mean of

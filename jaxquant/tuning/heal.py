@@ -42,20 +42,20 @@ def heal(
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
       params: quantized tree.
-      teacher: the floating tree from which it was made.
+      teacher: the floating-point tree from which it was made.
       sequences: training inputs [N, ...].
       healing: number of steps, learning rate and batch size.
       validation: held-out inputs; the state with the least loss on them is returned. None: the last
         state is returned.
       also: globs of plain floating leaves to train ("*norm*").
-      progress: called after every update.
+      progress: called with a `tuning.trainer.Progress` after every update.
       finished: store of the training state, written every `save_every` updates (a field of
         `healing`). A run that was interrupted resumes from it.
     Returns:
       The trained quantized tree.
     Raises:
-      ValueError: there are fewer sequences than a batch, nothing to train, the store holds an
-        unfinished training with other settings, or a loss is not finite.
+      ValueError: there are fewer sequences than one batch needs, there is nothing to train, the
+        store holds an unfinished run with other weights or settings, or a loss is not finite.
     Source:
       Tseng et al. 2024, arXiv:2402.04396, train the same values with cross-entropy against the
       teacher's probabilities. We use KL, and train all layers at once.
@@ -100,7 +100,7 @@ def heal_blocks(
     Args:
       block: block(parameters of one block, h [batch, ...]) -> h.
       params: quantized tree whose leaves have a leading axis over blocks.
-      teacher: the floating tree from which it was made.
+      teacher: the floating-point tree from which it was made.
       hidden: inputs of the first block; the last eighth is held out.
       healing: as in `heal`, with fewer steps by default.
       also, progress, finished: as in `heal`.

@@ -56,7 +56,7 @@ def learn_rotation(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> Float[Array, "d d"]:
-    """Learn the R for `rotate_residual` that makes the rounded model closest to the floating model.
+    """Learn the R for `rotate_residual` that makes the rounded model closest to the float model.
 
     Inputs are rounded as the methods of the recipe prescribe, after their transforms; weights are
     rounded to nearest whatever the method's rounder; gradients are straight-through. The loss is
@@ -79,7 +79,7 @@ def learn_rotation(
         follows.
       validation: held-out inputs; the rotation with the least loss on them is returned, `start`
         included. None: the last rotation is returned.
-      progress: called after every update.
+      progress: called with a `tuning.trainer.Progress` after every update.
       finished: store of the training state, as in `heal`.
     Returns:
       R, orthonormal to 1e-6.

@@ -1,4 +1,4 @@
-"""Learning input transforms so that rounded weights and inputs reproduce the floating model.
+"""Learning input transforms so that rounded weights and inputs reproduce the float model.
 
 Learning goes block by block, which is cheap, or end to end, which may start from there.
 """
@@ -62,13 +62,13 @@ def learn(
       transforms: arrays to start from, as `learn_blocks` returns them. None: the fitted arrays.
       validation: held-out inputs; the arrays with the least loss on them are returned. None: the
         last ones are returned.
-      progress: called after every update.
+      progress: called with a `tuning.trainer.Progress` after every update.
       finished: store of the training state, as in `heal`.
     Returns:
       The arrays, for the argument `transforms` of `quantize`.
     Raises:
-      ValueError: no transform of the recipe can be learned, there are fewer sequences than a batch,
-        or the training raises as in `heal`.
+      ValueError: no transform of the recipe can be learned, there are fewer sequences than one
+        batch needs, or the training raises as in `heal`.
     Source:
       Sun et al. 2024, arXiv:2410.09426, learn by blocks only.
     """

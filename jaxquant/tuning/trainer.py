@@ -272,14 +272,14 @@ class Trainer:
           count: number of training sequences.
           held_out: arguments of the loss on held-out data, one tuple per evaluation.
           name: name of the state in the store and in progress reports.
-          progress: called after every update.
+          progress: called with a `Progress` after every update.
           finished: store of the state, written every `save_every` updates.
         Returns:
           The changes with the least loss on `held_out`, the initial ones included; without held-out
           data the last ones.
         Raises:
-          ValueError: there are fewer sequences than a batch, the store holds another unfinished
-            training, or a loss or gradient is not finite.
+          ValueError: there are fewer sequences than one batch needs, the store holds an unfinished
+            run with other weights or settings, or a loss or gradient is not finite.
         """
         healing = self.healing
         if count < healing.batch_size:

@@ -26,7 +26,7 @@ from jaxquant_models.runs.serving import serving_model
     "--text",
     required=True,
     help="Text to score: a FILE, or builtin (half of Python's help topics; calibration uses the "
-    "other half).",
+    "other half, but train-bitnet trains on both by default).",
 )
 @click.option(
     "--ctx",
@@ -55,8 +55,8 @@ from jaxquant_models.runs.serving import serving_model
     default=None,
     help="With --kv-bits, --strict (the default) quantizes all keys and values except those of "
     "--kv-sinks and --kv-window. With --no-strict, each token is predicted from the cache that "
-    "generation would have at that point, in which fewer may be quantized, because generation "
-    "quantizes only whole groups of --kv-group tokens.",
+    "generation would have at that point, in which fewer keys and values may be quantized, because "
+    "generation quantizes only whole groups of --kv-group tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def evaluate_command(
@@ -73,8 +73,9 @@ def evaluate_command(
     """Print the perplexity of MODEL on a text.
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
-    written by jaxquant. Tokens per second counts all tokens of the chunks, including those that are
-    not scored; with --against, the time includes running both models.
+    written by jaxquant. The report also gives the speed in tokens per second, which counts all
+    tokens of the chunks, including those that are not scored; with --against, its time includes
+    running both models.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded

@@ -29,15 +29,15 @@ from jaxquant_models.runs.sequences import CONTEXT
     type=click.Choice(sorted(METHODS)),
     default="qat",
     show_default=True,
-    help="qat (quantization-aware training) uses backpropagation. zeroqat uses only forward "
-    "passes, and needs as little memory as inference.",
+    help="Training method. qat (quantization-aware training) uses backpropagation. zeroqat uses "
+    "only forward passes, and needs as little memory as inference.",
 )
 @click.option(
     "--bits",
     type=int,
     default=None,
-    help="Number of bits per weight when MODEL is quantized first, with lsq. Not allowed if MODEL "
-    "is a checkpoint. The default is 4.",
+    help="Number of bits per weight when MODEL is quantized first, which is done with lsq whatever "
+    "--method is. Not allowed if MODEL is a checkpoint. The default is 4.",
 )
 @click.option(
     "--group-size",
@@ -144,8 +144,8 @@ def finetune(
     """Train the quantized weights of MODEL and write a checkpoint.
 
     MODEL is a checkpoint written by jaxquant, or a model that jaxquant quantize accepts, which is
-    quantized first. To resume an interrupted run, repeat the same command; the result is the same
-    as that of an uninterrupted run.
+    quantized with lsq first. To resume an interrupted run, repeat the same command; the result is
+    the same as that of an uninterrupted run.
     """
     with usage_errors():
         output = Output(out, overwrite)

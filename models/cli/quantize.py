@@ -80,9 +80,12 @@ from jaxquant_models.runs.quantization_setup import set_up
     "--target-bits",
     type=float,
     default=None,
-    help="Upper limit on the average number of bits per weight, including scales. Each kind of "
-    "matrix (such as the q projections of all layers) gets its own number of bits, depending on "
-    "how much its quantization changes the predictions of MODEL. Cannot be combined with --bits.",
+    help="Upper limit on the average number of bits per weight. The average is over the matrices "
+    "of the layers, which are all that is quantized (not the embedding, output matrix, norms and "
+    "biases), and includes everything stored for them, such as scales. Each kind of matrix (such "
+    "as the q projections of all layers) gets its own number of bits, depending on how much its "
+    "quantization changes the predictions of MODEL. Cannot be combined with --bits, --recipe or "
+    "--rotate-residual learned.",
 )
 @click.option(
     "--effort",
@@ -151,9 +154,12 @@ from jaxquant_models.runs.quantization_setup import set_up
     default=None,
     metavar="FILE",
     help="JSON file that assigns methods to weights: a list of rules such as "
-    '{"pattern": "*attn/*", "method": "gptq", "bits": 3}. The first rule whose pattern matches the '
-    "path of a weight applies. Cannot be combined with --method, --target-bits or the options of a "
-    "method.",
+    '{"pattern": "*attn/*kernel", "method": "gptq", "bits": 3}. The first rule whose pattern '
+    "matches the path of an array, as jaxquant inspect shows it, applies. Every array of MODEL "
+    "must match a rule, and every rule an array, so most files end with "
+    '{"pattern": "*", "method": "keep"}, which leaves all other arrays unquantized. Cannot be '
+    "combined with --method, --target-bits, --bits, --group-size, --symmetric, --asymmetric, "
+    "--activations, --act-order, --no-act-order or --set.",
 )
 @click.option(
     "--calibration",
@@ -194,8 +200,10 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     """Quantize MODEL and write a checkpoint.
 
     MODEL is the name smollm2-135m, a .gguf file, or a Hugging Face model folder; supported
-    architectures are Llama, Mistral, Qwen2 and Qwen3. To resume an interrupted run, repeat the same
-    command; the result is the same as that of an uninterrupted run.
+    architectures are Llama, Mistral, Qwen2 and Qwen3. Unless --recipe is given, only the matrices
+    of the layers are quantized, not the embedding, output matrix, norms and biases. To resume an
+    interrupted run, repeat the same command; the result is the same as that of an uninterrupted
+    run.
     """
     with usage_errors():
         output = Output(out, overwrite)

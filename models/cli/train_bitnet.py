@@ -36,8 +36,10 @@ def _(done: StepReport) -> str:
     "--text",
     default=DOCSTRINGS,
     show_default=True,
-    help="Training text: a FILE, builtin (half of Python's help topics), or docstrings (all help "
-    "topics, and the docstrings of the standard library).",
+    help="Training text: a FILE, builtin (the half of Python's help topics that jaxquant eval does "
+    "not score), or docstrings (the docstrings of the standard library, and all help topics). The "
+    "latter include the half that jaxquant eval --text builtin scores, so evaluate a model that is "
+    "trained on docstrings on another text.",
 )
 @click.option(
     "--size",
@@ -50,7 +52,8 @@ def _(done: StepReport) -> str:
     "--float",
     "floats",
     is_flag=True,
-    help="Train the same architecture without quantization, as a baseline.",
+    help="Train the same architecture in floating point, without quantizing weights or "
+    "activations, as a baseline for the quantized model.",
 )
 @click.option(
     "--steps",

@@ -37,11 +37,11 @@ class Phase:
         """Add the time of the `with` block, which must wait for its arrays to be computed."""
         start = time.perf_counter()
         spans = _Spans()
-        _listening.append(spans)
+        jax.monitoring.register_event_duration_secs_listener(spans.heard)
         try:
             yield
         finally:
-            _listening.remove(spans)
+            jax.monitoring.unregister_event_duration_listener(spans.heard)
             took = time.perf_counter() - start
             self.compile_seconds += spans.seconds
             self.seconds += took - spans.seconds
@@ -53,6 +53,12 @@ class _Spans:
     def __init__(self) -> None:
         self.apart: list[tuple[float, float]] = []
 
+    def heard(self, event: str, seconds: float, **_: object) -> None:
+        """Listen to JAX: add the span of an event that ends now, if it is one of compiling."""
+        if event.startswith(_COMPILE):
+            end = time.perf_counter()
+            self.add(end - seconds, end)
+
     def add(self, start: float, end: float) -> None:
         while self.apart and self.apart[-1][0] >= start:
             self.apart.pop()
@@ -63,19 +69,6 @@ class _Spans:
     @property
     def seconds(self) -> float:
         return sum(end - start for start, end in self.apart)
-
-
-_listening: list[_Spans] = []
-
-
-def _heard(event: str, seconds: float, **_: object) -> None:
-    if event.startswith(_COMPILE):
-        end = time.perf_counter()
-        for spans in _listening:
-            spans.add(end - seconds, end)
-
-
-jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
 def peak_memory() -> int:

@@ -208,11 +208,13 @@ def test_what_was_compiled_once_serves_calls_outside_of_jit(params):
     q, compiled = packed(params, METHODS["integers"]), []
     run = lambda: jq.quantized(apart)(q, X)
     run()
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **more: compiled.append(event) if "backend_compile" in event else None
-    )
+
+    def heard(event, _, **more):
+        compiled.extend([event] if "backend_compile" in event else [])
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
     jax.block_until_ready([run() for _ in range(3)])
-    jax.monitoring.clear_event_listeners()
+    jax.monitoring.unregister_event_duration_listener(heard)
     assert compiled == []
 
 

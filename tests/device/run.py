@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from tests.device import decode, timing
-from tests.support.operands import draw, random_operands
+from tests.support.arrays import draw
+from tests.support.operands import random_operands
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]

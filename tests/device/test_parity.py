@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import dispatch
-from tests.support.operands import CASES, draw, operands
+from tests.support.arrays import draw
+from tests.support.operands import CASES, operands
 
 if jax.default_backend() == "cpu":
     pytest.skip("no accelerator: JAX runs on the CPU", allow_module_level=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxquant_models.architectures.config import LlamaConfig
 from tests.device import decode, timing
-from tests.support.operands import draw
+from tests.support.arrays import draw
 
 TINY = LlamaConfig(
     vocab_size=64, d_model=128, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, d_ff=256

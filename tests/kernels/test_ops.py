@@ -12,22 +12,24 @@ from absl.testing import parameterized
 
 import jaxquant as jq
 import pallas_kernels as pk
-from pallas_kernels import activations, dispatch, reference
+from pallas_kernels import activations, dispatch
 from pallas_kernels.codecs import layout
-from tests.support.operands import CASES, assert_only_nan, assert_rows_hold, draw, operands
+from tests.support.arrays import draw
+from tests.support.operands import CASES, SPOILT, assert_only_nan, decoded, operands, spoilt
 
 every_op = pytest.mark.parametrize("case", CASES)
 K, N = 384, 48
+FEW, MANY = 9, 100  # rows; tests share them, since each number of rows is compiled for
 
 
 @every_op
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_the_product_is_that_of_the_decoded_matrix(case, form):
     op, arrays, static = operands(case, K, N)
-    w = np.asarray(reference.weights(op.removesuffix("_matmul"), *arrays, **static, k=K))
-    x = draw(5, K, seed=1)
+    w = np.asarray(decoded(op, arrays, static, K))
+    x = draw(MANY, K, seed=1)
     y = getattr(pk, op)(x, *arrays, **static, activations=form)
-    assert (y.shape, y.dtype) == ((5, N), jnp.float32)
+    assert (y.shape, y.dtype) == ((MANY, N), jnp.float32)
     want = np.asarray(activations.rounded(x, form)) @ w
     # Beside integers, native kernels take the values of a table as 16-bit integers.
     budget = 2e-4 if op == "codebook_matmul" and form == "int8" else 2e-6
@@ -43,8 +45,8 @@ class WithAndWithoutJit(chex.TestCase):
     def test_products_and_cotangents(self, case):
         """Those of the decoded matrix, whether the caller's program is compiled or not."""
         op, arrays, static = operands(case, K, N)
-        w = reference.weights(op.removesuffix("_matmul"), *arrays, **static, k=K)
-        x, g = draw(3, K, seed=1), draw(3, N, seed=2)
+        w = decoded(op, arrays, static, K)
+        x, g = draw(FEW, K, seed=1), draw(FEW, N, seed=2)
 
         @self.variant
         def run(x, g, arrays):
@@ -72,29 +74,36 @@ FORMS = ("float", "int8", "int8/256")
 def test_a_row_that_is_not_finite_is_nan_and_no_other(case, kernels):
     """Few rows and many, which take other ways; and of cotangents. `test_cpu` has more of them."""
     op, arrays, static = operands(case, K, N)
-    x, g = draw(100, K, seed=1), draw(9, N, seed=2)
-    inputs = {"codes": jnp.clip(jnp.round(40 * x), -127, 127)}
+    x, g = draw(MANY, K, seed=1), draw(FEW, N, seed=2)
+    inputs = x, jnp.clip(jnp.round(40 * x), -127, 127), g
     product = lambda x, form: dispatch.product(op, x, *arrays, **static, activations=form)
 
+    @jax.jit  # one program: of each form, few rows and many; and the cotangent
+    def run(x, codes, g):
+        forms = itertools.product(activations.FORMS, (1, MANY))
+        y = [product((codes if form == "codes" else x)[:m], form) for form, m in forms]
+        return *y, *jax.vjp(partial(product, form="float"), x[:FEW])[1](g)
+
     with dispatch.using(kernels):
-        for m, form in itertools.product((1, 100), activations.FORMS):
-            run = partial(product, form=form)
-            assert_rows_hold(run, inputs.get(form, x)[:m])
-        assert_rows_hold(lambda g: jax.vjp(partial(product, form="float"), x[:9])[1](g)[0], g)
+        clean = run(*inputs)
+        for rows in SPOILT:
+            wrong = run(*(spoilt(a, rows) for a in inputs))
+            for y, held in zip(wrong, clean, strict=True):
+                assert_only_nan(y, held, rows)
 
 
 @every_op
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_a_scale_that_is_no_number_spoils_its_weights_and_no_others(case, form):
     op, arrays, static = operands(case, K, N)
-    x = draw(100, K, seed=1)
+    x = draw(MANY, K, seed=1)
     run = lambda m, *a: dispatch.product(op, x[:m], *a, **static, activations=form)
-    clean = {m: run(m, *arrays) for m in (1, 100)}
+    clean = {m: run(m, *arrays) for m in (1, MANY)}
     for i, a in enumerate(arrays):
         if a is None or a.dtype == jnp.int32:
             continue
         wrong = [*arrays[:i], a.at[(-1,) * a.ndim].set(jnp.nan), *arrays[i + 1 :]]
-        w = reference.weights(op.removesuffix("_matmul"), *wrong, **static, k=K)
+        w = decoded(op, wrong, static, K)
         columns = np.flatnonzero(np.isnan(w).any(0))
         for m, y in clean.items():
             assert_only_nan(run(m, *wrong).T, y.T, columns)
@@ -103,7 +112,7 @@ def test_a_scale_that_is_no_number_spoils_its_weights_and_no_others(case, form):
 @every_op
 def test_cotangents_are_those_of_the_decoded_matrix(case):
     op, arrays, static = operands(case, K, N)
-    x, g = draw(3, K, seed=1), draw(3, N, seed=2)
+    x, g = draw(FEW, K, seed=1), draw(FEW, N, seed=2)
     floats = [i for i, a in enumerate(arrays) if a is not None and a.dtype != jnp.int32]
 
     def merged(some):
@@ -114,12 +123,12 @@ def test_cotangents_are_those_of_the_decoded_matrix(case):
         return jnp.sum(g * dispatch.product(op, x, *merged(some), **static))
 
     def want(x, some):
-        w = reference.weights(op.removesuffix("_matmul"), *merged(some), **static, k=K)
+        w = decoded(op, merged(some), static, K)
         return jnp.sum(g * (x @ w))
 
     some = [arrays[i].astype(jnp.float32) for i in floats]
     for a, b in zip(
-        *(jax.tree.leaves(jax.grad(f, (0, 1))(x, some)) for f in (got, want)), strict=True
+        *(jax.tree.leaves(jax.jit(jax.grad(f, (0, 1)))(x, some)) for f in (got, want)), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1e-3, float(jnp.abs(b).max())) + 1e-12)
 
@@ -145,7 +154,7 @@ def test_experts_are_a_batch(case):
     op, arrays, static = operands(case, K, N)
     other = operands(case, K, N, seed=1)[1]
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), arrays, other)
-    x = draw(2, 3, K)
+    x = draw(2, FEW, K)
     run = lambda x, *a: dispatch.product(op, x, *a, **static)
     want = jnp.stack([run(x[0], *arrays), run(x[1], *other)])
     np.testing.assert_allclose(jax.vmap(run)(x, *both), want, rtol=1e-5, atol=1e-5)
@@ -162,9 +171,15 @@ def test_an_empty_product_is_empty(case, kernels):
     none = [a if a is None or a.ndim != 2 or a.shape[-1] == 1 else a[..., :0] for a in arrays]
     with dispatch.using(kernels):
         for rows, matrix, shape in ((x[:0], arrays, (0, N)), (x, none, (2, 0))):
-            y = jax.vjp(lambda x, m=matrix: dispatch.product(op, x, *m, **static), rows)
-            assert (y[0].shape, y[0].dtype) == (shape, jnp.float32)
-            np.testing.assert_array_equal(y[1](y[0])[0], jnp.zeros_like(rows))
+
+            @jax.jit
+            def run(x, matrix=matrix):
+                y, back = jax.vjp(lambda x: dispatch.product(op, x, *matrix, **static), x)
+                return y, *back(y)
+
+            y, dx = run(rows)
+            assert (y.shape, y.dtype) == (shape, jnp.float32)
+            np.testing.assert_array_equal(dx, np.zeros(rows.shape))
 
 
 def packed(**changes):

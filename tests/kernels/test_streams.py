@@ -8,7 +8,7 @@ import jaxquant as jq
 from pallas_kernels import streams
 from pallas_kernels.codecs import entropy_stream
 from pallas_kernels.cpu import native
-from tests.support.operands import draw
+from tests.support.arrays import draw
 
 REASON = native.load()
 needs_native = pytest.mark.skipif(bool(REASON), reason=f"no native kernels: {REASON}")

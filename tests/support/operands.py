@@ -1,15 +1,13 @@
 """Random operands of every op; a new one enters by one line in CASES."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-
-
-def draw(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
+from pallas_kernels import reference
 
 # Name -> the format that makes the arrays, and the rows that its codes come in.
 CASES = {
@@ -36,6 +34,7 @@ CASES = {
 }
 
 
+@functools.cache  # the shapes of codes cost a trace of the search for them
 def random_data(format, k, n, seed=0):
     """Packed data of a matrix [k, n] without a search: any words decode to some weights."""
     shapes = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
@@ -75,6 +74,12 @@ def operands(case, k, n, seed=0):
     return f"{format.storage}_matmul", arrays, static
 
 
+def decoded(op, arrays, static, k):
+    """The matrix [k, n] of an op's arrays, by one program."""
+    of = functools.partial(reference.weights, op.removesuffix("_matmul"), **static, k=k)
+    return jax.jit(of)(*arrays)
+
+
 # --- rows that are not finite ---------------------------------------------------------------
 
 SPOILT = ({0: np.nan, 2: -np.inf, 9: np.nan, 97: np.inf}, {0: np.inf})  # rows, where there are such
@@ -82,10 +87,11 @@ SPOILT = ({0: np.nan, 2: -np.inf, 9: np.nan, 97: np.inf}, {0: np.inf})  # rows, 
 
 def spoilt(x, rows):
     """x with an entry of each of these rows replaced."""
+    x = np.array(x)
     for row, value in rows.items():
         if row < len(x):
-            x = x.at[row, (7 * row + 3) % x.shape[1]].set(value)
-    return x
+            x[row, (7 * row + 3) % x.shape[1]] = value
+    return jnp.asarray(x)
 
 
 def assert_only_nan(y, clean, rows):

@@ -24,9 +24,11 @@ def test_compiling_is_apart_from_work():
         return jax.jit(lambda x: x + 1)(x)
 
     run, phase = jax.jit(slow_to_trace), Phase(tokens=10)
+    start = time.perf_counter()
     with phase.timed():
         run(jnp.ones(3)).block_until_ready()
-    assert 0.3 <= phase.compile_seconds < 5 and 0 < phase.seconds < 0.3
+    took = time.perf_counter() - start
+    assert phase.compile_seconds >= 0.3 and 0 < phase.seconds <= took - phase.compile_seconds
     compiled = phase.compile_seconds
     with phase.timed():
         run(jnp.ones(3)).block_until_ready()
