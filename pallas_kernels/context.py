@@ -7,9 +7,12 @@ copy or clear.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, Generic, TypeVar
+
+import jax
 
 T = TypeVar("T")
 
@@ -53,3 +56,26 @@ class Setting(Generic[T]):
             yield value
         finally:
             _values.reset(token)
+
+
+def compiled(fn: Callable[..., T], static_argnums: int | tuple[int, ...] = ()) -> Callable[..., T]:
+    """Return `fn` as one compiled program, for calls outside of `jax.jit`.
+
+    A program keeps the settings that it was traced with. Where any setting is in force, `fn` itself
+    is called, therefore. In a function that is being traced, its operations are inlined.
+
+    Args:
+      fn: function of arrays and of static arguments.
+      static_argnums: positions of the static arguments, which must be hashable.
+
+    >>> double = compiled(lambda x: 2 * x)
+    >>> float(double(3.0))
+    6.0
+    """
+    program = jax.jit(fn, static_argnums=static_argnums, inline=True)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> T:
+        return fn(*args) if _values.get() else program(*args)
+
+    return call

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxquant.core.fields import check_fields, shown
 from jaxquant.core.straight_through import nearest_codes, through
 from pallas_kernels import activations as forms
-from pallas_kernels.context import Setting
+from pallas_kernels.context import Setting, compiled
 
 _E4M3 = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
@@ -223,7 +223,7 @@ class Activations:
             steps, of = steps + zero, jnp.zeros(())
         return Codes(nearest_codes(steps, of, self.limits), scale * factor, zero)
 
-    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    @functools.partial(compiled, static_argnums=0)
     def rounded(self, x: Float[Array, "m k"], data: dict[str, Array]) -> Float[Array, "m k"]:
         """Quantize and dequantize rows.
 

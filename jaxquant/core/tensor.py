@@ -1,7 +1,6 @@
 """`QTensor`: packed codes that stand in for a weight, and the arithmetic of one matrix."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from jaxquant.core.fields import brief, check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.core.protocols import Format, Transform
 from jaxquant.core.standin import Pick, StandIn, arguments, is_array, note
+from pallas_kernels.context import compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +317,7 @@ class QTensor(StandIn):
         return f"QTensor({', '.join(filter(None, facts))})"
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled
 def _decoded(weight: QTensor) -> Array:
     batch = weight.data["codes"].shape[: weight.leading()]
     matrix = weight.matrix
@@ -330,15 +330,13 @@ def _decoded(weight: QTensor) -> Array:
     return w.astype(weight.logical_dtype)
 
 
-@functools.cache
 def _packed_shapes(format: Format, k: int, n: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the packed arrays of a [k, n] matrix; {"codes": (0,)} if unsupported."""
     try:
         format.check_shape(k, n)
     except ValueError:
         return {"codes": (0,)}
-    parts = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
-    return {name: a.shape for name, a in parts.items()}
+    return {name: a.shape for name, a in format.shapes(k, n).items()}
 
 
 def _readers(name: str) -> float:

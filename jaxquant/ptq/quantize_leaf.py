@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.random_keys import Draw
@@ -17,7 +17,7 @@ from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
-from jaxquant.ptq.round_matrix import Keys, Report, block_importance, round_matrix
+from jaxquant.ptq.round_matrix import Keys, Report, block_importance, finite, round_matrix
 from jaxquant.ptq.shared_transforms import Inputs
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.rounding import Moments
@@ -112,9 +112,10 @@ class LeafJob:
         moments = self._matrices(moments)
         # Under tracing there are no values to check. Tracing shows in the result of a jnp call,
         # not in the type of w: eval_shape may close over a concrete array.
-        abstract = isinstance(jnp.isfinite(w), jax.core.Tracer)
+        sound = finite(w)
+        abstract = isinstance(sound, jax.core.Tracer)
         if not abstract:
-            _check_values(w, entry.path, moments)
+            _check_values(w, sound, entry.path, moments)
         matrices = entry.matrices(w)
         if not abstract:
             self._check_range(matrices)
@@ -134,7 +135,7 @@ class LeafJob:
         if not abstract:
             self._warn(reports)
         stacked = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
-        arrays = jax.tree.map(stacked, *parts)
+        arrays = jax.tree.map(stacked, *parts) if batch else parts[0]
         return QTensor(
             data=arrays.data,
             format=method.format,
@@ -188,15 +189,16 @@ class LeafJob:
             report = Report(*(stored.pop(f"report.{f}") for f in Report._fields))
             return by_kind(stored), report, True
         known = self._known(i)
-        arrays, report = round_matrix(w, moments, self._keys(i), method, known.input or None)
+        keys = self._keys(i)
+        arrays, report, sound = round_matrix(w, moments, keys, method, known.input or None)
         arrays = arrays._replace(activations=known.activations)
         if abstract:
             # Rates planned without values are not a result, and the weights were not checked.
             planned = method is not self.entry.method
-            sound = jnp.logical_and(not planned, _finite((w, moments, known)))
+            sound = jnp.logical_and(not planned, finite((w, moments, known)))
             return _nan_unless(sound, arrays), report, False
-        arrays, report = jax.block_until_ready((arrays, report))
-        self._check_result(name, arrays, report)
+        arrays, report, sound = jax.block_until_ready((arrays, report, sound))
+        self._check_result(name, arrays, bool(sound))
         if finished is not None:
             reports = {f"report.{field}": a for field, a in report._asdict().items()}
             named = flat_names(arrays)
@@ -208,16 +210,16 @@ class LeafJob:
             finished[name] = {**named, **reports, MARK: made_of}
         return arrays, report, False
 
-    def _check_result(self, name: str, arrays: Arrays, report: Report) -> None:
+    def _check_result(self, name: str, arrays: Arrays, sound: bool) -> None:
         """Raise ValueError if the packed matrix is not finite.
 
-        The matrix is decoded for the check only if its loss is not finite.
+        The matrix is decoded for the check only if its arrays and its loss are not all finite.
         """
         stored = self.entry.method.stored(*self.entry.matrix[-2:])[0]
-        if bool(_finite((arrays, report.loss))):
+        if sound and bool(finite(arrays.activations)):
             return
         decoded = self.entry.method.format.dequantize(arrays.data, stored)
-        if not bool(_finite((arrays, decoded))):
+        if not bool(finite((arrays, decoded))):
             raise ValueError(
                 f"{name}: {self.entry.method.name} turned finite weights into values that "
                 "are not finite (NaN or infinity); use another method or more bits, or "
@@ -282,27 +284,20 @@ class LeafJob:
             )
 
 
-def _check_values(w: Array, path: str, moments: Moments) -> None:
+def _check_values(w: Array, sound: Bool[Array, ""], path: str, moments: Moments) -> None:
     mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
     if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
         raise ValueError(
             f"{path} lies on a mesh with Explicit axes; quantize on one with Auto axes: "
             f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
         )
-    if not bool(jnp.all(jnp.isfinite(w))):
+    if not bool(sound):
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
-    if not all(bool(jnp.all(jnp.isfinite(m))) for m in moments if m is not None):
+    if not all(bool(finite(m)) for m in moments if m is not None):
         raise ValueError(
             f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
             f"squares float32 cannot hold)"
         )
-
-
-@jax.jit
-def _finite(arrays: PyTree) -> Bool[Array, ""]:
-    """Return whether all floating values of a tree are finite."""
-    floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in floats]))
 
 
 def _nan_unless(sound: Bool[Array, ""], arrays: Arrays) -> Arrays:

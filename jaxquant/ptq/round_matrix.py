@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.core.magnitude import unit
 from jaxquant.core.protocols import Transform
@@ -51,7 +51,7 @@ def round_matrix(
     keys: Keys,
     method: Method,
     known: dict[str, Array] | None = None,
-) -> tuple[Arrays, Report]:
+) -> tuple[Arrays, Report, Bool[Array, ""]]:
     """Quantize one matrix.
 
     Args:
@@ -62,7 +62,7 @@ def round_matrix(
       known: arrays of the input transform if already fitted (`shared_transforms`); None fits them
         here.
     Returns:
-      The arrays of the packed matrix, and the report.
+      The arrays of the packed matrix, the report, and whether these arrays and the loss are finite.
     """
     w, moments, e, _ = _unit(w, moments, method)
     w, moments, of_input, of_output = _transformed(w, moments, keys, method, known)
@@ -71,7 +71,16 @@ def round_matrix(
     loss = _energy(error, moments) / jnp.maximum(_energy(w, moments), 1e-30)
     if e is not None:
         codes = method.format.scaled(codes, e)
-    return Arrays(codes, of_input, of_output, {}), Report(loss, found["damping"], found["dead"])
+    arrays = Arrays(codes, of_input, of_output, {})
+    return arrays, Report(loss, found["damping"], found["dead"]), finite((arrays, loss))
+
+
+@jax.jit
+def finite(arrays: PyTree) -> Bool[Array, ""]:
+    """Return whether all floating values of a tree are finite."""
+    floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+    wide = [a if a.dtype.itemsize >= 4 else a.astype(jnp.float32) for a in floats]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(a)) for a in wide], bool))
 
 
 @partial(jax.jit, static_argnames=("method", "block"))

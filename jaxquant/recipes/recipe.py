@@ -350,7 +350,7 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
         rows, columns = method.stored(k, n)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    parts = jax.eval_shape(method.format.encode, jax.ShapeDtypeStruct((rows, columns), "float32"))
+    parts: PyTree = method.format.shapes(rows, columns)
     for name, side, size in (("input", method.input, k), ("output", method.output, n)):
         if side is not None:
             parts = {**parts, name: side.shapes(size)}

@@ -7,12 +7,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
-from jaxquant.core.protocols import Format, LevelFormat
+from jaxquant.core.protocols import Estimator, Format, LevelFormat, RangeEstimator
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor
 from jaxquant.estimators.latent_format import Latent, batched
@@ -20,6 +20,7 @@ from jaxquant.estimators.weight_estimators import StraightThrough, spread
 from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize import quantize
 from jaxquant.recipes.recipe import Recipe
+from pallas_kernels.context import compiled
 
 ACTIVATIONS = "activations."
 # The labels of arrays, see `labels`.
@@ -107,22 +108,24 @@ def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
     inputs = method.input_estimator
     if inputs is not None:
         inputs.check(w.activations)
-    data, axes = w.data, w.leading()
-    values = w.stored()
+    data, ranges = _started(estimator, inputs, w, leaf)
+    form = Latent(w.format, estimator, inputs)
+    return dataclasses.replace(w, data=data, format=form, shared="", activations_data=ranges)
+
+
+@partial(compiled, static_argnums=(0, 1))
+def _started(
+    estimator: Estimator, inputs: RangeEstimator | None, w: QTensor, leaf: Array | None
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the arrays of a latent weight and of its activations."""
+    axes, values, ranges = w.leading(), w.stored(), w.activations_data
     if leaf is not None:
         near = partial(_near, w.format)
-        values = batched(near, axes)(_as_stored(w, leaf), values, data)
+        values = batched(near, axes)(_as_stored(w, leaf), values, w.data)
     start = batched(lambda v, data: estimator.start(v, w.format, data), axes)
-    ranges = w.activations_data
     if inputs is not None:
         ranges = batched(lambda d: inputs.start(d, w.activations), axes)(ranges)
-    return dataclasses.replace(
-        w,
-        data={"codes": values} | start(values, data),
-        format=Latent(w.format, estimator, inputs),
-        shared="",
-        activations_data=ranges,
-    )
+    return {"codes": values} | start(values, w.data), ranges
 
 
 def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
@@ -181,19 +184,29 @@ def freeze(params: PyTree) -> PyTree:
 
 
 def _frozen(path: str, w: QTensor) -> QTensor:
-    form, format = w.activations, latent_format(w)
     for name, a in w.data.items():
-        if isinstance(jnp.isfinite(a), jax.core.Tracer):
+        finite, positive = _sound(a)
+        if isinstance(finite, jax.core.Tracer):
             continue
-        if not bool(jnp.all(jnp.isfinite(a))):
+        if not bool(finite):
             raise ValueError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
-        if name == "scale" and not bool(jnp.all(a > 0)):
+        if name == "scale" and not bool(positive):
             raise ValueError(f"{path}: {int(jnp.sum(a <= 0))} scales are not positive")
-    axes = w.leading()
+    return _packed(w)
+
+
+@jax.jit
+def _sound(a: Array) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Return whether all entries are finite, and whether all are positive."""
+    return jnp.all(jnp.isfinite(a)), jnp.all(a > 0)
+
+
+@compiled
+def _packed(w: QTensor) -> QTensor:
+    axes, format, ranges = w.leading(), latent_format(w), w.activations_data
     data = batched(format.packed, axes)(w.data)
-    ranges = w.activations_data
     if (inputs := format.inputs) is not None:
-        ranges = batched(lambda d: inputs.served(d, form), axes)(ranges)
+        ranges = batched(lambda d: inputs.served(d, w.activations), axes)(ranges)
     arrays = w.arrays._replace(data=data, activations=ranges)
     return w.with_arrays(arrays, format=format.format)
 

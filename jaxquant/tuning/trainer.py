@@ -93,9 +93,8 @@ class _State(NamedTuple):
         return state._replace(step=int(state.step), best_loss=float(state.best_loss))
 
 
-def _copied(change: Values) -> Values:
-    """Return a copy, since an update overwrites the buffers that it is given."""
-    return jax.tree.map(jnp.copy, change)
+# Copies changes, since an update overwrites the buffers that it is given.
+_copied = jax.jit(lambda change: jax.tree.map(jnp.copy, change))
 
 
 class Progress(NamedTuple):

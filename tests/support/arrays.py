@@ -9,7 +9,7 @@ import jaxquant as jq
 
 
 def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def check(fn, params, qparams, *args, dense=()):

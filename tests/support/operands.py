@@ -34,10 +34,8 @@ CASES = {
 }
 
 
-@functools.cache  # the shapes of codes cost a trace of the search for them
 def random_data(format, k, n, seed=0):
     """Packed data of a matrix [k, n] without a search: any words decode to some weights."""
-    shapes = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
     rng = np.random.default_rng(seed)
 
     def fill(name, a):
@@ -51,10 +49,10 @@ def random_data(format, k, n, seed=0):
                 words = words & 0x3F3F3F3F
             return jnp.asarray(words)
         if jnp.issubdtype(a.dtype, jnp.floating):
-            return jnp.asarray(rng.uniform(0.5, 1.5, a.shape) / 64, a.dtype)
+            return jnp.asarray((rng.uniform(0.5, 1.5, a.shape) / 64).astype(a.dtype))
         raise ValueError(f"no random {name} of {a.dtype}")
 
-    data = {name: fill(name, a) for name, a in shapes.items()}
+    data = {name: fill(name, a) for name, a in format.shapes(k, n).items()}
     return data | _escapes(rng, k, n) if isinstance(format, jq.formats.DualScale) else data
 
 

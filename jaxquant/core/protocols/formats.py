@@ -1,6 +1,7 @@
 """Interfaces of formats: a codebook and its storage."""
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -64,6 +65,10 @@ class Format(abc.ABC):
         Raises:
           ValueError: the shape or the values cannot be stored.
         """
+
+    def shapes(self, k: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the arrays that `encode` makes of a matrix [k, n]."""
+        return _shapes(self, k, n)
 
     @abc.abstractmethod
     def decode(self, data: Data, k: int) -> Float[Array, "k n"]:
@@ -283,6 +288,11 @@ class Format(abc.ABC):
           importance: for each block of rows, the loss per unit of relative distortion.
         """
         raise NotImplementedError
+
+
+@functools.lru_cache(maxsize=4096)  # a format that searches takes a second to trace
+def _shapes(format: Format, k: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
 
 
 class GridFormat(Format):

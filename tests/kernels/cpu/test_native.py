@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import activations as forms
-from pallas_kernels import cpu, reference
+from pallas_kernels import cpu
 from pallas_kernels.codecs import layout, lookup
 from pallas_kernels.cpu import native
-from tests.support.operands import SPOILT, assert_only_nan, spoilt
+from tests.support.operands import SPOILT, assert_only_nan, decoded, spoilt
 
 REASON = native.load()
 SETS = range(len(native.instruction_sets()))
@@ -147,11 +147,13 @@ def whole(x):
     return jnp.clip(jnp.round(x * 40), -127, 127)
 
 
-def exact(op, x, arrays, static, form):
-    """The reference in float64: what x and the weights are, multiplied exactly."""
-    storage, k = op.removesuffix("_matmul"), x.shape[1]
-    w = jax.jit(lambda *arrays: reference.weights(storage, *arrays, k=k, **static))(*arrays)
-    return np.asarray(forms.rounded(x, form), float) @ np.asarray(w, float)
+def exact(op, inputs, arrays, static):
+    """What inputs (by their form) and weights are, multiplied exactly in float64."""
+    w = decoded(op, arrays, static, next(iter(inputs.values())).shape[1])
+    rounded = jax.jit(lambda inputs: {form: forms.rounded(x, form) for form, x in inputs.items()})
+    return {
+        form: np.asarray(x, float) @ np.asarray(w, float) for form, x in rounded(inputs).items()
+    }
 
 
 @needs_native
@@ -165,8 +167,9 @@ def test_parity(name, most, rng):
     )
     inputs = {form: whole(x) if form == "codes" else x for form in forms.FORMS}
     clean = run(inputs)
+    wanted = exact(op, inputs, arrays, static)
     for form, found in clean.items():
-        want = exact(op, inputs[form], arrays, static, form)
+        want = wanted[form]
         for m, y in zip(ROWS, found, strict=True):
             assert y.shape == want[:m].shape and y.dtype == jnp.float32
             nmse, worst = errors(y, want[:m])
@@ -183,7 +186,7 @@ def test_a_wrong_word_is_found(name, rng):
     x, op, arrays, static = case(name, 3, rng)
     wrong = (arrays[0].at[1, 2].set(~arrays[0][1, 2]), *arrays[1:])
     (y,) = cpu.shared(op, x, [wrong], **static)
-    nmse, worst = errors(y, exact(op, x, arrays, static, "float"))
+    nmse, worst = errors(y, exact(op, {"float": x}, arrays, static)["float"])
     assert nmse > 100 * budget(name, "float")[0] and worst > 100 * budget(name, "float")[1]
 
 
@@ -208,7 +211,7 @@ def test_matrices_that_share_an_input_are_one_call(rng):
     x = jnp.asarray(rng.standard_normal((2, 128)), jnp.float32)
     run = jax.jit(lambda x: cpu.shared(op, x, matrices, **static))
     for y, arrays in zip(run(x), matrices, strict=True):
-        assert errors(y, exact(op, x, arrays, static, "float"))[0] < 1e-11
+        assert errors(y, exact(op, {"float": x}, arrays, static)["float"])[0] < 1e-11
     assert run.lower(x).as_text().count("@jaxquant_packed") == 1
 
 
@@ -220,10 +223,12 @@ def test_matrices_with_steps_of_their_own_share_a_call(rng):
     matrices = [arrays for _, arrays, _ in found]
     for m in (1, 2, 30):
         x = jnp.asarray(rng.standard_normal((m, 128)), jnp.float32)
-        for form in ("float", "int8"):
+        inputs = dict.fromkeys(("float", "int8"), x)
+        wanted = [exact(op, inputs, arrays, static) for arrays in matrices]
+        for form in inputs:
             ys = cpu.shared(op, x, matrices, activations=form, **static)
-            for y, arrays in zip(ys, matrices, strict=True):
-                assert errors(y, exact(op, x, arrays, static, form))[0] < 1e-11
+            for y, want in zip(ys, wanted, strict=True):
+                assert errors(y, want[form])[0] < 1e-11
 
 
 @needs_native
