@@ -37,7 +37,7 @@ def finite_rows(x: Float[Array, "*b k"]) -> tuple[Float[Array, "*b k"], Float[Ar
     """Return x with non-finite rows set to zero, and a float32 factor for each row's results.
 
     Args:
-      x: [..., k], any floating dtype.
+      x: [..., k], any floating-point dtype.
     Returns:
       x with each row that contains NaN or an infinity replaced by zeros; and a float32 factor
       [..., 1], NaN for those rows and 1 for the others. Row maxima would not detect them: compiled
@@ -61,7 +61,7 @@ def quantize(
     is 1. Where x is not finite, q is 0 and s is NaN.
 
     Args:
-      x: [m, k], any floating dtype.
+      x: [m, k], any floating-point dtype.
       activations: "int8", "int8/256" or "codes".
     Returns:
       q [m, k] in [-127, 127], and s [m, b]: b is the number of blocks for "int8/256", otherwise 1.
@@ -93,7 +93,7 @@ def rounded(x: Float[Array, "m k"], activations: str) -> Float[Array, "m k"]:
     Non-finite entries become NaN, and so do all products of their row.
 
     Args:
-      x: [m, k], any floating dtype.
+      x: [m, k], any floating-point dtype.
       activations: one of `FORMS`.
 
     >>> rounded(jnp.array([[254.0, 1.2], [jnp.inf, 1.0]]), "int8").tolist()

@@ -107,14 +107,15 @@ def transform(
     """Return x H / sqrt(n) along an axis: every vector times the orthonormal Hadamard matrix.
 
     Args:
-      x: array of any floating dtype. Intermediate results between factors have this dtype; sums are
-        in float32 or wider.
+      x: array of any floating-point dtype. Intermediate results between factors have this dtype;
+        sums are in float32 or wider.
       block: if given, each run of this many entries is transformed by itself, H = I (x) H_block.
       axis: the axis to transform, of n entries.
     Returns:
       An array of the shape and dtype of x.
     Raises:
-      ValueError: x is not floating, block does not divide n, or no such Hadamard matrix exists.
+      ValueError: x is not floating-point, block does not divide n, or no such Hadamard matrix
+        exists.
     Source: Tseng et al. 2024 (QuIP#), arXiv:2402.04396, which uses tables of a dozen orders and one
       factor of 2^p. For a weight [k, n] and y = x @ w, transforming x along its last axis and w
       along axis 0 leaves y unchanged.

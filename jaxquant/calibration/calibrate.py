@@ -62,7 +62,7 @@ def calibrate(
       fn: fn(params, batch), or fn(params, *batch) if batches are tuples. Statistics come from the
         backward pass, so there are none for matmuls that no gradient reaches (those followed by an
         argmax, or by rounding).
-      params: parameter tree of floating arrays.
+      params: parameter tree of floating-point arrays.
       batches: inputs of fn; iterated over once. Each new shape is compiled once.
       loss: loss(outputs, batch) -> scalar; required by weighting="gradient".
       weighting: weights of the tokens in second moments and mean magnitudes; the bounds of each

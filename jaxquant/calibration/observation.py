@@ -42,7 +42,8 @@ def observe(
     Args:
       fn: a function from Flax, Equinox or plain JAX. Products that no gradient of its outputs
         reaches are not observed.
-      params: parameter tree of floating arrays; decode packed weights with `jaxquant.dequantize`.
+      params: parameter tree of floating-point arrays; decode packed weights with
+        `jaxquant.dequantize`.
       args: other arguments of fn: arrays, or trees of them.
       summary: frozen dataclass with methods `zeros(k, n)` and `of(seen)`, which return pytrees of
         float32 arrays with the same structure and shapes. Summaries travel as cotangents, so an
@@ -209,6 +210,6 @@ def planted(
 
 
 def total(outputs: Any) -> Array:
-    """Return a scalar whose gradient reaches everything that the floating outputs depend on."""
+    """Return a scalar whose gradient reaches everything the floating-point outputs depend on."""
     floating = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact)]
     return sum((jnp.sum(y, dtype=jnp.float32) for y in floating), jnp.float32(0))

@@ -107,7 +107,8 @@ def explain(
 
     Args:
       fn: the function, as given to `quantized`.
-      params: tree with `QTensor` leaves, or their shapes from `jax.eval_shape`.
+      params: tree with `QTensor` leaves, or the same tree with `jax.ShapeDtypeStruct`s in place of
+        the arrays (`jax.eval_shape`).
       *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them, or a
         weight, is sharded over several devices, the report is for a program that the compiler
         partitions.

@@ -74,7 +74,7 @@ def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) 
       *args, **kwargs: the other arguments of fn; arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      A `Site` for each such leaf, by path.
+      A dict that maps the path of each floating-point leaf of rank 2 or more to its `Site`.
 
     >>> import jax.numpy as jnp
     >>> s = sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
@@ -98,7 +98,7 @@ def sites(fn: Callable[..., PyTree], params: PyTree, *args: Any, **kwargs: Any) 
 
 
 def is_weight(leaf: PyTree) -> bool:
-    """Return whether a leaf can be quantized: floating, rank 2 or more, not yet a stand-in."""
+    """Return whether a leaf can be quantized: floating-point, rank >= 2, not yet a stand-in."""
     return (
         not is_standin(leaf)
         and is_array(leaf)

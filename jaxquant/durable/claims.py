@@ -156,7 +156,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _opened(path: Path) -> int | None:
-    """Open the lock file of a directory; return None if it was removed meanwhile."""
+    """Open the lock file of a directory; return None if it was removed in the meantime."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

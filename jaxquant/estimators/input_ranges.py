@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
@@ -124,7 +125,8 @@ class PACT(RangeEstimator):
         bottom, top = form.limits
         steps = top - bottom if self.unsigned else top
         zero = jnp.full_like(learned["bound"], bottom if self.unsigned else 0)
-        return {"scale": learned["bound"] / steps, "zero": zero}
+        # XLA turns a division by a constant into this product, but does not outside of `jax.jit`.
+        return {"scale": learned["bound"] * np.float32(1 / steps), "zero": zero}
 
     def value(
         self, x: Float[Array, "m k"], learned: Learned, form: Activations

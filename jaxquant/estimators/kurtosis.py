@@ -19,7 +19,7 @@ def kurtosis(y: Float[Array, "..."]) -> Float[Array, ""]:
     It is 3 for a normal distribution and 1.8 for a uniform one.
 
     Args:
-      y: floating array.
+      y: floating-point array.
     Returns:
       The kurtosis, float32.
 

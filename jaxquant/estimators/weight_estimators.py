@@ -113,14 +113,14 @@ class StraightThrough(Estimator):
 class AbsMean(StraightThrough):
     """BitNet b1.58's ternary weights, with the mean magnitude as the scale of each matrix.
 
-    The gradient is straight-through for all weights, however large. We differ: the scale may be
-    less than 1e-5, so that codes do not depend on the units of the weights.
+    The gradient is straight-through for all weights, however large.
 
     Attributes:
       axis: inside `shard_map`, the mesh axis over which matrices are split; "" if they are not.
 
-    Source:
-      Ma et al. 2024, arXiv:2402.17764, and the authors' training notes.
+    Source: Ma et al. 2024, arXiv:2402.17764, and the authors' training notes. This implementation
+    differs from the notes: the scale may be less than 1e-5, so that codes do not depend on the
+    units of the weights.
     """
 
     axis: str = ""

@@ -41,8 +41,8 @@ class Additive(CodebookFormat, OpFormat):
         vectors. AQLM's 2-bit layouts are 2 x 8 and 1 x 16 with groups of 8.
       group: number of consecutive rows (input channels) that a code covers.
 
-    Source: Egiazarian et al. 2024, arXiv:2401.06118. We differ: the scale is the rms of an output
-    channel, not its norm.
+    Source: Egiazarian et al. 2024, arXiv:2401.06118. This implementation differs from the paper:
+    the scale is the rms of an output channel, not its norm.
 
     >>> f = Additive(codebooks=1, bits=2, group=2)
     >>> data = f.encode(jnp.array([[3.0], [-3.0], [3.0], [-3.0]]))

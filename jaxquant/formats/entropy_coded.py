@@ -65,8 +65,8 @@ class EntropyCoded(Format):
         little, but two-sided feedback can compensate the errors of a chain only in other chains.
       lanes: number of rows decoded at a time; each lane takes 16 bits of the stream.
 
-    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC). We differ: the
-    code is another one, and the rate is exact in bytes.
+    Source: steps by water-filling, Lifar et al. 2026, arXiv:2603.04956 (WaterSIC). This
+    implementation differs from the paper: the code is another one, and the rate is exact in bytes.
 
     >>> f = EntropyCoded(bits=3, lanes=4)
     >>> data = f.encode(jnp.linspace(-1, 1, 64 * 96).reshape(64, 96))

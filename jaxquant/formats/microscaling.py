@@ -51,8 +51,8 @@ class MXFP4(Microscaling):
     Attributes:
       pad: allow a k that 32 does not divide; the last block is then short.
 
-    Source: OCP Microscaling Formats (MX) v1.0, 2023. We differ: scales below 2^-126 are not used,
-    since they are subnormal in float32.
+    Source: OCP Microscaling Formats (MX) v1.0, 2023. This implementation differs from the
+    specification: scales below 2^-126 are not used, since they are subnormal in float32.
 
     >>> import jax.numpy as jnp
     >>> f = MXFP4(pad=True)

@@ -45,8 +45,9 @@ class Vector(CodebookFormat, TiledFormat):
         the largest second moment of the inputs (`Beam`), or else with the largest mean square of
         the weights. One bit per row marks them.
 
-    Source: Liu et al. 2024, arXiv:2409.17066. We differ: there are no column norms, and outlier
-    rows use the same vector length and codebook sizes as the others.
+    Source: Liu et al. 2024, arXiv:2409.17066. This implementation differs from the paper: there
+    are no column norms, and outlier rows use the same vector length and codebook sizes as the
+    others.
 
     >>> f = Vector(length=2, bits=2, residual_bits=0)
     >>> data = f.encode(jnp.array([[3.0, -3.0, 1.0, 0.0]]))

@@ -41,8 +41,8 @@ def quip_sharp(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Tseng et al. 2024, arXiv:2402.04396. We differ: the scale is found by a search on
-    the targets that error feedback produces.
+    Source: Tseng et al. 2024, arXiv:2402.04396. This implementation differs from the paper: the
+    scale is found by a search on the targets that error feedback produces.
 
     >>> quip_sharp().format.bits
     2
@@ -197,8 +197,8 @@ def aqlm(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Egiazarian et al. 2024, arXiv:2401.06118. We differ: the initial codes come from error
-    feedback, and the codebooks are fitted by conjugate gradients.
+    Source: Egiazarian et al. 2024, arXiv:2401.06118. This implementation differs from the paper:
+    the initial codes come from error feedback, and the codebooks are fitted by conjugate gradients.
 
     >>> aqlm().format.group
     8
@@ -239,8 +239,8 @@ def vptq(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Liu et al. 2024, arXiv:2409.17066. We differ: inputs are rotated first, and codes and
-    codebooks are refined as in `aqlm`.
+    Source: Liu et al. 2024, arXiv:2409.17066. This implementation differs from the paper: inputs
+    are rotated first, and codes and codebooks are refined as in `aqlm`.
 
     >>> vptq().format.length
     8

@@ -120,9 +120,9 @@ def awq(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Lin et al. 2023, arXiv:2306.00978. We differ: unless `quantize` is given `inspect`,
-    scales are judged by the error of the matmuls; and inputs whose scales cannot be folded
-    into the preceding layer are scaled too, at run time.
+    Source: Lin et al. 2023, arXiv:2306.00978. This implementation differs from the paper: unless
+    `quantize` is given `inspect`, scales are judged by the error of the matmuls; and inputs whose
+    scales cannot be folded into the preceding layer are scaled too, at run time.
 
     >>> awq().input
     ActivationAware(duo=False, group_size=128)
@@ -248,9 +248,9 @@ def quarot(
     Raises:
       ValueError: an argument has the wrong type or is out of range.
 
-    Source: Ashkboos et al. 2024, arXiv:2404.00456. We differ: all transforms are applied at run
-    time; `jaxquant.ptq.rotate_residual` folds a rotation of the residual stream into the weights
-    around it.
+    Source: Ashkboos et al. 2024, arXiv:2404.00456. This implementation differs from the paper: all
+    transforms are applied at run time; `jaxquant.ptq.rotate_residual` folds a rotation of the
+    residual stream into the weights around it.
 
     >>> quarot().input
     Rotation(block=None, sort=False, signed=False)

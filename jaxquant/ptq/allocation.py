@@ -93,7 +93,7 @@ def allocate(
     whose rates lie less than a bit apart, some are measured and the others interpolated.
 
     Args:
-      params: tree of floating arrays.
+      params: tree of floating-point arrays.
       methods: the methods to choose from; a weight considers those that fit its shape.
       bits: largest average number of bits per weight, over all weights that `paths` selects. All
         arrays count: codes, scales, transforms.

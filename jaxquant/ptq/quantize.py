@@ -39,7 +39,7 @@ def quantize(
     every method.
 
     Args:
-      params: tree of floating arrays.
+      params: tree of floating-point arrays.
       recipe: a `Recipe`, or one `Method`, which then applies to every weight that is an operand
         of a matmul according to `stats`.
       stats: the result of `calibrate`, which methods with error feedback or fitted transforms need,
@@ -109,7 +109,7 @@ def quantize_array(
     """Quantize one matrix w of a product y = x @ w.
 
     Args:
-      w: matrix [k, n], floating.
+      w: matrix [k, n] of a floating-point dtype.
       method: the method, as made by `rtn`, `gptq`, ...
       gram: [k, k] mean of x x^T, required by methods with error feedback. Default: computed from
         `inputs`.

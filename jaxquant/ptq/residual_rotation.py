@@ -35,7 +35,7 @@ def rotate_residual(params: PyTree, residual: Residual, rotation: Float[Array, "
     """Rotate the residual stream of a model without changing its function; norm gains become ones.
 
     Args:
-      params: tree of floating arrays; stacks of layers have the layer axis first.
+      params: tree of floating-point arrays; stacks of layers have the layer axis first.
       residual: which leaves read and write the stream.
       rotation: orthonormal matrix [d, d].
     Returns:

@@ -77,7 +77,7 @@ def round_matrix(
 
 @jax.jit
 def finite(arrays: PyTree) -> Bool[Array, ""]:
-    """Return whether all floating values of a tree are finite."""
+    """Return whether all floating-point values of a tree are finite."""
     floats = [a for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
     wide = [a if a.dtype.itemsize >= 4 else a.astype(jnp.float32) for a in floats]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(a)) for a in wide], bool))

@@ -2,8 +2,9 @@
 
 A transform with candidates is searched for: each candidate is applied to all of these weights,
 which are rounded to nearest, and the cheapest one is kept. The cost is the error of the weights'
-products with a sample of inputs rounded as the method prescribes. If inputs stay floating, the
-second moment replaces the sample; a user's own inspection function replaces both.
+products with a sample of inputs rounded as the method prescribes. If inputs stay in
+floating point, the second moment replaces the sample; a user's own inspection function replaces
+both.
 """
 
 import dataclasses

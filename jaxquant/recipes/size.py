@@ -51,8 +51,9 @@ def size(params: PyTree) -> Size:
     """Return the size of a whole tree; `bits_per_weight` covers its quantized leaves only.
 
     Args:
-      params: tree of arrays and `QTensor` leaves, or of their shapes. Leaves that are neither
-        floating-point arrays nor quantized are ignored.
+      params: tree of arrays and `QTensor` leaves, or the same tree with `jax.ShapeDtypeStruct`s in
+        place of the arrays (`jax.eval_shape`). Leaves that are neither floating-point arrays nor
+        quantized are ignored.
     Returns:
       A `Size`.
 
@@ -86,7 +87,8 @@ def weight_leaves(params: PyTree) -> list[tuple[str, Any]]:
     """List the leaves that hold weights, quantized or floating-point, with their paths.
 
     Args:
-      params: tree of arrays and stand-ins, or of their shapes.
+      params: tree of arrays and stand-ins, or the same tree with `jax.ShapeDtypeStruct`s in place
+        of the arrays.
 
     >>> [path for path, _ in weight_leaves({"w": jnp.ones(2), "step": jnp.zeros((), int), "n": 3})]
     ['w']

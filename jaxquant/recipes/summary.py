@@ -31,7 +31,7 @@ class Row:
         too, the numbers of these, such as "layers/0-2,5/w".
       count: how many there are.
       shape: the shape of each.
-      method: name of the method that quantized them, or the dtype of floats.
+      method: name of the method that quantized them, or the dtype of floating-point arrays.
       weights: number of weights in all of them.
       bytes: size of all of them in bytes.
     """
@@ -115,8 +115,9 @@ def summary(tree: PyTree) -> Summary:
     share a row. Leaves that are neither floating-point arrays nor quantized are left out.
 
     Args:
-      tree: tree of arrays and `QTensor` leaves, or of their shapes: parameters of Flax or Equinox,
-        an NNX `State` or module, whether quantized, latent or unquantized.
+      tree: tree of arrays and `QTensor` leaves, or the same tree with `jax.ShapeDtypeStruct`s in
+        place of the arrays (`jax.eval_shape`): parameters of Flax or Equinox, an NNX `State` or
+        module, whether quantized, latent or unquantized.
     Returns:
       A `Summary`; print it for the table.
     Raises:

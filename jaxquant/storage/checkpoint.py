@@ -85,17 +85,18 @@ def save(
       directory: created if missing. It may exist only if it is empty or, with `overwrite`, if it is
         a checkpoint.
       tree: any JAX pytree: parameters, a Flax NNX `State`, an Equinox module, a whole training
-        state. Of an NNX model pass `nnx.state(model)`, which holds a shared `Variable` once
-        (`nnx.split(model)` works too). Leaves are arrays of any numeric dtype, random keys, Python
-        numbers, strings, None and QTensors, packed or latent. Functions in the tree are not stored;
-        `load` returns None in their place, unless its `like` has them.
+        state. For an NNX model, pass `nnx.state(model)`, which holds each shared `Variable` only
+        once (`nnx.split(model)` works too). Leaves are arrays of any numeric dtype, random keys,
+        Python numbers, strings, None and QTensors, packed or latent. Functions in the tree are not
+        stored; `load` returns None in their place, unless its `like` has them.
       recipe: the recipe that made the tree, to store with it; `storage.stored_recipe` reads it.
       metadata: JSON values to store with it (a model's configuration, its tokenizer);
         `storage.stored_metadata` reads them.
       overwrite: whether to replace an existing checkpoint.
     Raises:
-      ValueError: the target exists (perhaps written by another process meanwhile); the tree has a
-        leaf or a key that cannot be stored; or the metadata is not JSON.
+      ValueError: the directory exists and may not be replaced (it may have been written by another
+        process in the meantime); its parent is not a writable directory; the tree has no leaves, or
+        a leaf or a key that cannot be stored; or the metadata is not JSON.
       OSError: the disk is full or not writable; nothing is left behind.
 
     >>> import tempfile, jaxquant as jq
@@ -194,21 +195,22 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     """Read the tree of a checkpoint.
 
     Arrays return to the devices they were saved from, or to the default device if this process does
-    not have those. Arrays of 64 bits are NumPy's unless `jax_enable_x64` is on.
+    not have those. 64-bit arrays (and complex128 ones) are returned as NumPy arrays unless
+    `jax_enable_x64` is on.
 
     Args:
       directory: the checkpoint.
-      like: a tree with the paths and shapes of the saved one, of arrays or abstract values
-        (`jax.eval_shape`), whose containers the result has. If None, the result consists of dicts,
-        lists and tuples, and other containers become dicts of their fields. For a quantized
-        checkpoint the unquantized tree may be given: QTensors replace its weights, and dtypes are
-        the saved ones. Where the arrays of `like` are sharded over several devices, so is the
-        result.
+      like: a tree of arrays or abstract values (`jax.eval_shape`) with the same paths and shapes as
+        the saved tree; the result has the same containers as `like`. If None, the result consists
+        of dicts, lists and tuples, and other containers become dicts of their fields. For a
+        quantized checkpoint the unquantized tree may be given: QTensors replace its weights, and
+        dtypes are the saved ones. Where the arrays of `like` are sharded over several devices, so
+        is the result.
     Returns:
       The tree.
     Raises:
-      ValueError: there is no checkpoint, it has a newer version or is damaged; or `like` has
-        different leaves.
+      ValueError: there is no checkpoint; the checkpoint is damaged or was written in a newer format
+        version; or `like` has other paths or shapes.
 
     >>> import tempfile
     >>> from flax import nnx

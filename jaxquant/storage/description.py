@@ -47,7 +47,7 @@ def read_description(path: Path) -> Json:
       path: the checkpoint's directory.
 
     Raises:
-      ValueError: there is no checkpoint, or it has a newer version or is damaged.
+      ValueError: there is no checkpoint, or it is damaged or was written in a newer format version.
     """
     if not is_checkpoint(path):
         raise ValueError(f"{path} is not a jaxquant checkpoint: it has no {FILE}")
@@ -83,7 +83,7 @@ def stored_recipe(directory: str | Path) -> Recipe | None:
       directory: the checkpoint.
 
     Raises:
-      ValueError: there is no checkpoint, or it has a newer version or is damaged.
+      ValueError: there is no checkpoint, or it is damaged or was written in a newer format version.
     """
     path = Path(directory).absolute()
     recipe = read_description(path)["recipe"]
@@ -100,7 +100,7 @@ def stored_metadata(directory: str | Path) -> Json:
       directory: the checkpoint.
 
     Raises:
-      ValueError: there is no checkpoint, or it has a newer version or is damaged.
+      ValueError: there is no checkpoint, or it is damaged or was written in a newer format version.
     """
     return read_description(Path(directory).absolute())["metadata"]
 

@@ -146,8 +146,9 @@ def roofline(
     with several chips, communication, uneven splits and arrays that every chip holds in full.
 
     Args:
-      params: tree of floating arrays and `QTensor` leaves, or of their shapes from
-        `jax.eval_shape`. Arrays are counted at the size of their dtype.
+      params: tree of floating-point arrays and `QTensor` leaves, or the same tree with
+        `jax.ShapeDtypeStruct`s in place of the arrays (`jax.eval_shape`). Arrays are counted at the
+        size of their dtype.
       chip: "v5e", "v5p", "v6e", "tpu7x", "a100", "h100", "h200" or "b200".
       tokens: number of rows of activations, 1 or more.
       chips: number of chips, 1 or more. Each holds an equal part of every weight, so memory,

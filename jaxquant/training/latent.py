@@ -36,14 +36,14 @@ def latent(
     """Return `params` with every weight that the recipe covers replaced by a latent weight.
 
     A latent weight holds trainable floats (its array "codes"), which are rounded in every forward
-    pass. Equivalent to `quantize` followed by `thaw`.
+    pass. `latent` is equivalent to `quantize` followed by `thaw` with `floats=params`.
 
     `jax.grad` of `jq.quantized(loss)` then gives gradients for the weights and for the scales that
     the method learns. Training starts from the codes that the method's rounder chooses, whether by
     rounding to nearest or by GPTQ.
 
     Args:
-      params: tree of floating arrays.
+      params: tree of floating-point arrays.
       recipe: recipe or method. Methods made for training (`ste`, `lsq`, `bitnet`, ...) have their
         own estimator; the weights of all others are trained with the straight-through estimator.
       stats: as in `quantize`.
@@ -69,16 +69,19 @@ def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> P
 
     Args:
       params: tree from `quantize` or a checkpoint.
-      recipe: the estimator of each weight, by the method for its path; formats are those of the
-        tree. Weights that the recipe keeps stay frozen.
-      floats: the floating-point tree from which `params` was made. Each weight starts at its float,
-        moved just far enough to keep its code. Default: each weight starts at the value of its
-        code.
+      recipe: a recipe or method. The method it assigns to a weight's path decides which estimator
+        the weight is trained with; the formats remain those of `params`. Weights to which it
+        assigns no method stay frozen.
+      floats: the floating-point tree from which `params` was made. Each weight starts at its values
+        in this tree. In formats with levels (`LevelFormat`), values that would round to other codes
+        than the stored ones, on the stored grid, are moved just far enough to round to those.
+        Default: each weight starts at the values of its codes.
     Returns:
       The tree, with latent weights.
     Raises:
-      ValueError: the recipe has a method for no quantized weight, a pattern matches nothing, or the
-        estimator cannot train a format.
+      ValueError: the recipe assigns no method to any of the quantized weights, a pattern matches
+        nothing, a weight is already latent or has another shape in `floats`, or the estimator
+        cannot train a format.
     """
     check_arguments(thaw, locals())
     rules = [("*", recipe)] if isinstance(recipe, Method) else list(recipe.rules)
@@ -241,8 +244,8 @@ def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
     """Label every array of a tree for training; the names suit `optax.multi_transform`.
 
     The labels are "weight" (latent weights), "scale" (learned scales and zero points of weights),
-    "range" (learned ranges of inputs), "other" (floating leaves that are not quantized and match
-    `also`) and "frozen" (everything else).
+    "range" (learned ranges of inputs), "other" (floating-point leaves that are not quantized
+    and match `also`) and "frozen" (everything else).
 
     Args:
       params: tree with latent weights.

@@ -235,7 +235,8 @@ def open_latent(params: PyTree, how: How) -> Opened:
     Returns:
       The opened tree.
     Raises:
-      ValueError: nothing is latent, or `also` (`others` of `Zeroth`) matches no floating leaf.
+      ValueError: nothing is latent, or `also` (`others` of `Zeroth`) matches no floating-point
+        leaf.
     """
     check_globs(params, how.also)
     train, rest = eqx.partition(params, how.trained(params))
@@ -340,9 +341,9 @@ def qat_blocks(
       ValueError: as in `qat`; or leaves disagree on the number of blocks, or there is only one
         input.
     Source:
-      Block-AP of EfficientQAT (Chen et al. 2024, arXiv:2407.11062). We differ: the error is
-      relative, because the outputs of a few tokens are thousands of times as large as those of
-      others.
+      Block-AP of EfficientQAT (Chen et al. 2024, arXiv:2407.11062). This implementation
+      differs from the paper: the error is relative, because the outputs of a few tokens are
+      thousands of times as large as those of others.
     """
     check_arguments(qat_blocks, locals())
     blocks = common_stack_size(params, teacher)

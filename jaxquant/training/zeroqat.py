@@ -36,9 +36,9 @@ class ZeroQAT(Healing):
         for a weight, to its quantization step; for any other number, to its own magnitude.
 
     Source:
-      ZeroQAT, arXiv:2509.00031. We differ: it updates weights by a learning rate times the
-      estimate, and trains its clipping and smoothing by backpropagation beforehand; here any kind
-      of array can be trained.
+      ZeroQAT, arXiv:2509.00031. This implementation differs from the paper, which updates weights
+      by a learning rate times the estimate, and trains its clipping and smoothing by
+      backpropagation beforehand; here any kind of array can be trained.
     """
 
     learning_rate: float = 0.01

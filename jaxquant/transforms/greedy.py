@@ -69,8 +69,8 @@ class Greedy(Blocks):
       by_row: select the channel as the row number of the largest entry modulo the block size, and
         judge by max - min, as the released code does.
 
-    Source: Algorithm 1 of Lin et al. 2024, arXiv:2406.01721. We differ: each step draws one random
-    rotation for all blocks.
+    Source: Algorithm 1 of Lin et al. 2024, arXiv:2406.01721. This implementation differs
+    from the paper: each step draws one random rotation for all blocks.
     """
 
     block: int = 128

@@ -32,9 +32,9 @@ class Kronecker(Transform):
       orthogonal: restrict L and R to rotations, by Cayley's map; otherwise they are any invertible
         matrices.
 
-    Source: Sun et al. 2024, arXiv:2410.09426. We differ: the matrices are learned directly and
-    inverted, not through their singular value decompositions, and are initialized as above, not at
-    random.
+    Source: Sun et al. 2024, arXiv:2410.09426. This implementation differs from the paper: the
+    matrices are learned directly and inverted, not through their singular value decompositions, and
+    are initialized as above, not at random.
 
     >>> Kronecker().shapes(576)["left"].shape, Kronecker().shapes(1536)["right"].shape
     ((24, 24), (48, 48))

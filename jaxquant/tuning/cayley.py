@@ -37,10 +37,10 @@ class Cayley:
 
     Source:
       Li, Fuxin and Todorovic 2020, arXiv:2002.01113; SpinQuant, Liu et al. 2024, arXiv:2405.16406,
-      uses it without momentum. We differ: the linear system is solved exactly, not by five
-      iterations; the mean is taken of skew matrices, which need no transport; and the step is
-      normalized by one mean square for the whole matrix (their Cayley Adam), not by the size of the
-      gradient.
+      uses it without momentum. This implementation differs from the papers: the linear system is
+      solved exactly, not by five iterations; the mean is taken of skew matrices, which need no
+      transport; and the step is normalized by one mean square for the whole matrix (Cayley Adam of
+      the first paper), not by the size of the gradient.
     """
 
     healing: Healing

@@ -47,7 +47,7 @@ def heal(
       healing: number of steps, learning rate and batch size.
       validation: held-out inputs; the state with the least loss on them is returned. None: the last
         state is returned.
-      also: globs of plain floating leaves to train ("*norm*").
+      also: globs of plain floating-point leaves to train ("*norm*").
       progress: called with a `tuning.trainer.Progress` after every update.
       finished: store of the training state, written every `save_every` updates (a field of
         `healing`). A run that was interrupted resumes from it.
@@ -58,7 +58,7 @@ def heal(
         store holds an unfinished run with other weights or settings, or a loss is not finite.
     Source:
       Tseng et al. 2024, arXiv:2402.04396, train the same values with cross-entropy against the
-      teacher's probabilities. We use KL, and train all layers at once.
+      teacher's probabilities. This implementation uses KL, and trains all layers at once.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))

@@ -65,7 +65,7 @@ def learn_rotation(
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
-      params: tree of floats, not rotated.
+      params: tree of floating-point arrays, not rotated.
       residual: which leaves read and write the stream.
       recipe, key: as `quantize` will get them for the rotated tree. Weights that read the stream
         then need no rotation of their own; others (after an attention or an activation) may have
@@ -87,9 +87,9 @@ def learn_rotation(
       ValueError: nothing is rounded that a rotation changes; static scales or output transforms are
         in use; or `rotate_residual`, `resolve` or the training raises.
     Source:
-      SpinQuant, Liu et al. 2024, arXiv:2405.16406. We differ: the loss is the KL divergence from
-      the float model, not the cross-entropy of the text; no rotation of the values of attention
-      heads (R2) is learned.
+      SpinQuant, Liu et al. 2024, arXiv:2405.16406. This implementation differs from the paper: the
+      loss is the KL divergence from the float model, not the cross-entropy of the text; no rotation
+      of the values of attention heads (R2) is learned.
 
     >>> import jaxquant as jq
     >>> p = {"in": jnp.eye(8) * 4, "gain": jnp.arange(1.0, 9), "out": jnp.eye(8)}

@@ -55,7 +55,7 @@ def learn(
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary].
-      params: tree of floats.
+      params: tree of floating-point arrays.
       recipe, stats, key: as `quantize` will get them.
       sequences: training inputs [N, ...].
       healing: training settings.
@@ -106,7 +106,7 @@ def learn_blocks(
 
     Args:
       block: block(parameters of one block, h [batch, ...]) -> h.
-      params: tree of floats, with the stacked blocks in `params[name]`.
+      params: tree of floating-point arrays, with the stacked blocks in `params[name]`.
       name: key of the blocks.
       recipe, stats, key, progress, finished: as in `learn`.
       hidden: inputs of the first block; the last eighth is held out.
@@ -116,8 +116,8 @@ def learn_blocks(
     Raises:
       ValueError: no transform of the blocks can be learned, or there is only one input.
     Source:
-      Sun et al. 2024, arXiv:2410.09426. We differ: they feed a block the outputs of the floating
-      blocks before it.
+      Sun et al. 2024, arXiv:2410.09426. This implementation differs from the paper, which feeds a
+      block the outputs of the floating-point blocks before it.
     """
     check_arguments(learn_blocks, locals())
     weights = _Weights.of(params, recipe, stats, None, f"{name}/")

@@ -48,8 +48,8 @@ class Codes:
 
     Source:
       The V-step of PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, with latent weights kept
-      from step to step as in its code. We differ: the codes that lag farthest behind are changed,
-      not those that moved most.
+      from step to step as in its code. This implementation differs from the paper: the codes that
+      lag farthest behind are changed, not those that moved most.
     """
 
     healing: Healing

@@ -45,12 +45,12 @@ def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
 
     Args:
       params: tree from `quantize`.
-      also: globs of plain floating leaves to train as well ("*norm*").
+      also: globs of plain floating-point leaves to train as well ("*norm*").
     Returns:
       The opened tree.
     Raises:
       ValueError: nothing in the tree can be trained, or a glob matches nothing or a leaf that is
-        not floating.
+        not floating-point.
     """
     start: Values = {}
     check_globs(params, also)
@@ -67,13 +67,13 @@ def open_tree(params: PyTree, also: Sequence[str] = ()) -> Opened:
 
 
 def check_globs(params: PyTree, also: Sequence[str]) -> None:
-    """Check that every glob names floating leaves.
+    """Check that every glob names floating-point leaves.
 
     Args:
       params: tree of arrays and quantized weights.
       also: globs of paths. Quantized weights that match are ignored.
     Raises:
-      ValueError: a glob matches no leaf, or a plain leaf that is not floating.
+      ValueError: a glob matches no leaf, or a plain leaf that is not floating-point.
     """
     for glob in also:
         found = [w for path, w in path_leaves(params) if matches(path, glob)]

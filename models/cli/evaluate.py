@@ -74,8 +74,8 @@ def evaluate_command(
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
     written by jaxquant. The report also gives the speed in tokens per second, which counts all
-    tokens of the chunks, including those that are not scored; with --against, its time includes
-    running both models.
+    tokens of the chunks, including those that are not scored; with --against, the time measured
+    includes running both models.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded

@@ -10,8 +10,9 @@ that a code needs no scale of its own. (3INST as published has rms 1.24; ignorin
 dB.)
 
 Source: QTIP (Tseng et al. 2024, arXiv:2406.11235) for the trellis, "1mad", "3inst" and "hyb";
-exllamav3 for "mcg" and "mul1". We differ: "3inst" and "mcg" add their two float16 exactly; the 512
-points of "hyb" are a spiral, not k-means (Gaussian error 0.0690, not 0.0702, at 2 bits).
+exllamav3 for "mcg" and "mul1". This implementation differs from these sources: "3inst" and "mcg"
+add their two float16 exactly; the 512 points of "hyb" are a spiral, not k-means (Gaussian error
+0.0690, not 0.0702, at 2 bits).
 
 "vpu" is ours, designed for vector units: five operations on 32-bit lanes give four int8 weights.
 The two bytes of a state, signed, are each multiplied by a constant. A mask keeps two fields of

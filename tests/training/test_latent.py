@@ -77,12 +77,12 @@ FOUR = jq.lsq(4, 16)
 
 
 def net(p, x):
-    return jnp.tanh(x @ p["a"]) @ p["b"]
+    return jnp.tanh(x @ p["a"]) * (x @ p["b"])
 
 
 @lru_cache
 def measured():
-    params = {"a": draw(32, 48), "b": draw(48, 24, seed=1)}
+    params = {"a": draw(32, 48), "b": draw(32, 48, seed=1)}
     return params, jq.calibrate(net, params, [draw(64, 32, seed=5)], sample=32)
 
 
@@ -128,7 +128,7 @@ def test_bitnet_is_served_in_integers(form):
 def test_training_lowers_the_loss(method):
     """Derivatives reach all that trains, and descend."""
     p, x = latents(method), draw(64, 32, seed=2)
-    y = net({"a": draw(32, 48, seed=8), "b": draw(48, 24, seed=9)}, x)
+    y = net({"a": draw(32, 48, seed=8), "b": draw(32, 48, seed=9)}, x)
     train, rest = eqx.partition(p, jq.trained(p))
     loss = jax.jit(lambda t: jnp.mean((jq.quantized(net)(eqx.combine(t, rest), x) - y) ** 2))
     first, slope = jax.jit(jax.value_and_grad(loss))(train)
@@ -248,7 +248,7 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize("rounder", [Nearest(), LDLQ()], ids=str)
 @pytest.mark.parametrize("learned", [LSQ, None], ids=str)
 def test_training_begins_at_the_codes_of_any_rounder(rounder, learned):
-    params = {"a": draw(32, 48), "b": draw(48, 24, seed=1)}
+    params = {"a": draw(32, 48), "b": draw(32, 48, seed=1)}
     method = jq.Method("start", rounder, jq.formats.Integer(3, 16), estimator=learned)
     stats = jq.calibrate(net, params, [draw(64, 32, seed=5)])
     q = jq.quantize(params, method, stats)
@@ -266,7 +266,7 @@ def test_training_begins_at_the_codes_of_any_rounder(rounder, learned):
 
 
 def test_what_is_not_in_the_recipe_stays_frozen():
-    params = {"a": draw(32, 48), "b": draw(48, 24, seed=1), "c": draw(24)}
+    params = {"a": draw(32, 48), "b": draw(32, 48, seed=1), "c": draw(48)}
     fn = lambda p, x: net(p, x) + p["c"]
     mixed = jq.Recipe([("a", FOUR), ("b", jq.gptq(4, 16)), ("*", jq.KEEP)])
     stats = jq.calibrate(fn, params, [draw(64, 32, seed=5)])
