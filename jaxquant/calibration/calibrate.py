@@ -72,8 +72,8 @@ def calibrate(
         tokens equally. Default: "gradient" if a loss is given, else "uniform".
       gram: whether to keep second moments of the inputs (default True); methods that only scale or
         rotate do not need them.
-      output: path globs ("layers/*kernel") of the weights for which the second moment of the loss
-        gradient at the output is kept as well, as `TwoSided` rounding needs it. It takes another
+      output: path globs, such as ["layers/*kernel"], of the weights for which the second moment of
+        the loss gradient at the output is also kept; `TwoSided` rounding needs it. It takes another
         4 n^2 bytes for n output channels, too much for an output head with a large vocabulary, and
         requires gradient weighting.
       sample: number of rows of each kind to keep from every input: those with the largest entries,

@@ -73,9 +73,9 @@ def qtip(
 
     Args:
       bits: number of bits per weight, a whole number from 1 to 8 (default 2), see `Trellis`.
-      L: number of bits of a trellis state, 8 to 16. The default None means 12 if JAX uses a CPU
-        (`jax.default_backend`) where `qtip` is called, and 16 otherwise. Each additional bit
-        lowers the loss a little and doubles the search time.
+      L: number of bits of a trellis state, 8 to 16. The default None means 12 if JAX's default
+        backend (`jax.default_backend()`) is the CPU when `qtip` is called, and 16 otherwise. Each
+        additional bit lowers the loss a little and doubles the search time.
       code: function from trellis states to values, see `Trellis`: "mul1" (the default), "3inst",
         "hyb" or "vpu".
       two_sided: whether errors are also fed across output channels (default False), which needs the
@@ -134,9 +134,9 @@ def trellis(
         allowed.
       block: number of input channels in a block (default 64), a multiple of 16 for which a Hadamard
         matrix exists; channels are padded with zeros to whole blocks.
-      L: number of bits of a trellis state, 8 to 16. The default None means 12 if JAX uses a CPU
-        (`jax.default_backend`) where `trellis` is called, and 16 otherwise. Each additional bit
-        lowers the loss a little and doubles the search time.
+      L: number of bits of a trellis state, 8 to 16. The default None means 12 if JAX's default
+        backend (`jax.default_backend()`) is the CPU when `trellis` is called, and 16 otherwise.
+        Each additional bit lowers the loss a little and doubles the search time.
       code: function from trellis states to values, see `Trellis`: "mul1" (the default), "3inst",
         "hyb" or "vpu".
       passes: number of sweeps of coordinate descent after error feedback, at least 0 (default 1).

@@ -41,8 +41,8 @@ def smoothquant(
         "channel" or -1 for one scale per output channel, "tensor" for one per matrix. Smaller
         groups have a smaller error and cost more bits.
       activations: how inputs are rounded before they are multiplied: an `Activations` or its string
-        form (default "int8", one scale per token); None leaves them unrounded. "int8,static" is one
-        calibrated scale for all activations of a layer.
+        form (default "int8", one scale per token); None leaves them unrounded. "int8,static" uses
+        one calibrated scale for all inputs of a matmul.
       alpha: smoothing strength, 0 to 1 (default 0.5), see `Smooth`: 0 leaves the outliers in
         the activations, 1 moves them all to the weights; None searches for it.
       rotate: whether a Hadamard transform follows the smoothing (default False), which spreads the

@@ -48,8 +48,9 @@ def quantize(
         which is wrong for an Equinox `Linear` and for attention weights with an axis of heads.
       key: PRNG key for methods that draw random numbers (rotations, k-means), such as
         `jax.random.key(1)`; an integer seed is refused. Default: `jax.random.key(0)`.
-      inspect: function that scores the candidates when a transform is chosen by search, instead of
-        the error of the outputs of the matmuls; see `ptq.shared_transforms.Inspection`.
+      inspect: function that scores the candidates when a transform is chosen by search; see
+        `ptq.shared_transforms.Inspection`. By default the score is the error of the outputs of the
+        matmuls.
       transforms: arrays of input transforms that were learned before, as `jaxquant.tuning.learn`
         and `learn_blocks` return them. They are used as given and not fitted again.
       progress: called with a `ptq.quantize_leaf.Done` after each matrix.

@@ -210,7 +210,7 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
       The tree.
     Raises:
       ValueError: there is no checkpoint; the checkpoint is damaged or was written in a newer format
-        version; or `like` has other paths or shapes.
+        version; or `like` has different paths or shapes.
 
     >>> import tempfile
     >>> from flax import nnx

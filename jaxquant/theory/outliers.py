@@ -218,7 +218,7 @@ def outliers(
       The profiles of all inputs and hidden states, massive activations and sinks.
     Raises:
       ValueError: weights are packed, activations are not finite, or `hidden` or `attention` has
-        another shape.
+        a different shape.
     Warns:
       If no gradient reached the outputs of some weights; the result lists them too.
     Source:

@@ -80,7 +80,7 @@ def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> P
       The tree, with latent weights.
     Raises:
       ValueError: the recipe assigns no method to any of the quantized weights, a pattern matches
-        nothing, a weight is already latent or has another shape in `floats`, or the estimator
+        nothing, a weight is already latent or has a different shape in `floats`, or the estimator
         cannot train a format.
     """
     check_arguments(thaw, locals())
