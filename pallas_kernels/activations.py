@@ -11,8 +11,12 @@ that splits x into parts cannot tell an infinity from NaN, so both are detected 
 (`finite_rows`), and the scale of the row carries the NaN to its results.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
+
+from pallas_kernels.context import compiled
 
 FORMS = ("float", "int8", "int8/256", "codes")
 BLOCK = 256  # channels that share a scale in "int8/256"
@@ -87,6 +91,7 @@ def quantize(
     return q.reshape(m, -1)[:, :k], (s * factor)[..., 0]
 
 
+@partial(compiled, static_argnums=1)
 def rounded(x: Float[Array, "m k"], activations: str) -> Float[Array, "m k"]:
     """Return the dequantized result of `quantize` in float32, or x itself for "float" and "codes".
 

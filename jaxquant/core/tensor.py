@@ -181,6 +181,7 @@ class QTensor(StandIn):
 
     # --- one matrix [k, n], without the batch axes --------------------------------------------
 
+    @compiled
     def stored(self) -> Float[Array, "... s t"]:
         """Decode the matrices of the format, without undoing the transforms."""
         return self.format.dequantize(self.data, self.stored_rows)

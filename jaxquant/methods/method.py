@@ -1,6 +1,7 @@
 """Quantization methods: a transform, a rounder, a format and the rounding of inputs."""
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.fields import article, check_fields
 from jaxquant.core.protocols import Estimator, Format, RangeEstimator, Rounder, Transform, lacking
 from jaxquant.rounding import LDLQ, Nearest
+from pallas_kernels.context import compiled
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -93,6 +95,7 @@ class Method:
         search = form is not None and (form.mse or (side is not None and side.searched))
         return search or (side is not None and side.needs_sample)
 
+    @partial(compiled, static_argnums=0)
     def magnitudes(self, w: Float[Array, "k n"]) -> Float[Array, "s t"]:
         """Return the approximate magnitude of each entry of the stored matrix [s, t].
 

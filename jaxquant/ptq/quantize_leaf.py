@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.random_keys import Draw
@@ -122,8 +122,8 @@ class LeafJob:
         method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
-            start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
-            arrays, report, before = self._one(i, name, matrices[i], one, method, abstract)
+            start, w_i, one = time.monotonic(), _at(matrices, i), _at(moments, i)
+            arrays, report, before = self._one(i, name, w_i, one, method, abstract)
             # If calibration saw no active channel, the loss is unknown.
             report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
             parts.append(arrays)
@@ -153,9 +153,11 @@ class LeafJob:
 
     def _check_range(self, matrices: Array) -> None:
         """Raise ValueError if the format cannot hold the weights; warn if it loses some."""
-        for name, w in zip(self._names(), matrices, strict=True):
+        for i, name in enumerate(self._names()):
             try:
-                found = self.entry.method.format.check(self.entry.method.magnitudes(w))
+                found = self.entry.method.format.check(
+                    self.entry.method.magnitudes(_at(matrices, i))
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             if found:
@@ -168,8 +170,8 @@ class LeafJob:
             return self.entry.method
         k = self.entry.method.stored(*matrices.shape[1:])[0]
         importance = np.full(k // format.block, float(abstract))
-        for i, w in enumerate(() if abstract else matrices):
-            one = jax.tree.map(lambda a, i=i: a[i], moments)
+        for i in range(0 if abstract else len(matrices)):
+            w, one = _at(matrices, i), _at(moments, i)
             keys, known = self._keys(i), self._known(i).input or None
             one, e = block_importance(w, one, keys, self.entry.method, format.block, known)
             importance += np.ldexp(np.asarray(one, np.float64), int(e))
@@ -216,7 +218,7 @@ class LeafJob:
         The matrix is decoded for the check only if its arrays and its loss are not all finite.
         """
         stored = self.entry.method.stored(*self.entry.matrix[-2:])[0]
-        if sound and bool(finite(arrays.activations)):
+        if sound and (not arrays.activations or bool(finite(arrays.activations))):
             return
         decoded = self.entry.method.format.dequantize(arrays.data, stored)
         if not bool(finite((arrays, decoded))):
@@ -298,6 +300,12 @@ def _check_values(w: Array, sound: Bool[Array, ""], path: str, moments: Moments)
             f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
             f"squares float32 cannot hold)"
         )
+
+
+@jax.jit
+def _at(stack: PyTree, i: int) -> PyTree:
+    """Return matrix i of stacks, by one program for all of them."""
+    return jax.tree.map(lambda a: a[i], stack)
 
 
 def _nan_unless(sound: Bool[Array, ""], arrays: Arrays) -> Arrays:

@@ -198,7 +198,10 @@ def at_start(opened: Opened) -> Values:
     Returns:
       Zeros, in the structure of the trained values.
     """
-    return jax.tree.map(jnp.zeros_like, opened.start)
+    return _zeros(opened.start)
+
+
+_zeros = jax.jit(lambda start: jax.tree.map(jnp.zeros_like, start))
 
 
 def trained(opened: Opened, change: Values) -> PyTree:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.straight_through import through
 from pallas_kernels import activations as forms
+from pallas_kernels.context import compiled
 
 Data = dict[str, Array]  # arrays of one matrix, by name
 Codes = Int[Array, "..."]
@@ -111,6 +112,7 @@ class Format(abc.ABC):
         """
         raise NotImplementedError
 
+    @functools.partial(compiled, static_argnums=(0, 2))
     def dequantize(self, data: Data, k: int) -> Float[Array, "*batch k n"]:
         """Decode one matrix or a stack of matrices.
 
