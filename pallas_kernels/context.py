@@ -8,6 +8,7 @@ copy or clear.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, Generic, TypeVar
@@ -69,13 +70,18 @@ def compiled(fn: Callable[..., T], static_argnums: int | tuple[int, ...] = ()) -
       static_argnums: positions of the static arguments, which must be hashable.
 
     >>> double = compiled(lambda x: 2 * x)
-    >>> float(double(3.0))
-    6.0
+    >>> float(double(3.0)), float(double(x=3.0))
+    (6.0, 6.0)
     """
     program = jax.jit(fn, static_argnums=static_argnums, inline=True)
+    signature = inspect.signature(fn)
 
     @functools.wraps(fn)
-    def call(*args: Any) -> T:
-        return fn(*args) if _values.get() else program(*args)
+    def call(*args: Any, **named: Any) -> T:
+        if _values.get():
+            return fn(*args, **named)
+        given = signature.bind(*args, **named)
+        given.apply_defaults()
+        return program(*given.args)
 
     return call

@@ -133,6 +133,10 @@ class QTensor(StandIn):
         """
         return self.with_arrays(by_kind(named), **fields)
 
+    def unnamed(self) -> "QTensor":
+        """Return a copy without `shared` and `method`, so that weights alike share programs."""
+        return dataclasses.replace(self, shared="", method="")
+
     @property
     def order(self) -> tuple[int, ...]:  # type: ignore[override]
         """Axis order of the view."""
@@ -150,7 +154,7 @@ class QTensor(StandIn):
 
     def dequantize(self) -> Array:
         """Return the weight as a plain array of `shape` and `dtype`, by one compiled program."""
-        return _decoded(self)
+        return _decoded(self.unnamed())
 
     def materialise(self) -> Array:
         """Dequantize for a primitive without a rule: correct but slow; `explain` reports it."""
@@ -181,7 +185,6 @@ class QTensor(StandIn):
 
     # --- one matrix [k, n], without the batch axes --------------------------------------------
 
-    @compiled
     def stored(self) -> Float[Array, "... s t"]:
         """Decode the matrices of the format, without undoing the transforms."""
         return self.format.dequantize(self.data, self.stored_rows)

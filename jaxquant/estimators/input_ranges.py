@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.core.activations import Activations
@@ -126,7 +125,7 @@ class PACT(RangeEstimator):
         steps = top - bottom if self.unsigned else top
         zero = jnp.full_like(learned["bound"], bottom if self.unsigned else 0)
         # XLA turns a division by a constant into this product, but does not outside of `jax.jit`.
-        return {"scale": learned["bound"] * np.float32(1 / steps), "zero": zero}
+        return {"scale": learned["bound"] * (1 / steps), "zero": zero}
 
     def value(
         self, x: Float[Array, "m k"], learned: Learned, form: Activations

@@ -4,11 +4,12 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.random_keys import Draw
@@ -122,8 +123,8 @@ class LeafJob:
         method = self._planned(matrices, moments, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
-            start, w_i, one = time.monotonic(), _at(matrices, i), _at(moments, i)
-            arrays, report, before = self._one(i, name, w_i, one, method, abstract)
+            start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
+            arrays, report, before = self._one(i, name, _at(matrices, i), one, method, abstract)
             # If calibration saw no active channel, the loss is unknown.
             report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
             parts.append(arrays)
@@ -134,8 +135,7 @@ class LeafJob:
                 progress.done(name, method.name, report, bits, seconds)
         if not abstract:
             self._warn(reports)
-        stacked = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
-        arrays = jax.tree.map(stacked, *parts) if batch else parts[0]
+        arrays = _stacked(tuple(batch), *parts)
         return QTensor(
             data=arrays.data,
             format=method.format,
@@ -171,7 +171,7 @@ class LeafJob:
         k = self.entry.method.stored(*matrices.shape[1:])[0]
         importance = np.full(k // format.block, float(abstract))
         for i in range(0 if abstract else len(matrices)):
-            w, one = _at(matrices, i), _at(moments, i)
+            w, one = _at(matrices, i), jax.tree.map(lambda a, i=i: a[i], moments)
             keys, known = self._keys(i), self._known(i).input or None
             one, e = block_importance(w, one, keys, self.entry.method, format.block, known)
             importance += np.ldexp(np.asarray(one, np.float64), int(e))
@@ -303,9 +303,16 @@ def _check_values(w: Array, sound: Bool[Array, ""], path: str, moments: Moments)
 
 
 @jax.jit
-def _at(stack: PyTree, i: int) -> PyTree:
-    """Return matrix i of stacks, by one program for all of them."""
-    return jax.tree.map(lambda a: a[i], stack)
+def _at(matrices: Array, i: int) -> Array:
+    """Return matrix i, by one program for all of them."""
+    return matrices[i]
+
+
+@partial(jax.jit, static_argnums=0)
+def _stacked(batch: tuple[int, ...], *parts: Arrays) -> Arrays:
+    """Return the arrays of all matrices. They are copies: weights of a tree share no buffers."""
+    stacked = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
+    return jax.tree.map(stacked, *parts)
 
 
 def _nan_unless(sound: Bool[Array, ""], arrays: Arrays) -> Arrays:

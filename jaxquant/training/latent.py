@@ -111,7 +111,7 @@ def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
     inputs = method.input_estimator
     if inputs is not None:
         inputs.check(w.activations)
-    data, ranges = _started(estimator, inputs, w, leaf)
+    data, ranges = _started(estimator, inputs, w.unnamed(), leaf)
     form = Latent(w.format, estimator, inputs)
     return dataclasses.replace(w, data=data, format=form, shared="", activations_data=ranges)
 
@@ -195,7 +195,7 @@ def _frozen(path: str, w: QTensor) -> QTensor:
             raise ValueError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
         if name == "scale" and not bool(positive):
             raise ValueError(f"{path}: {int(jnp.sum(a <= 0))} scales are not positive")
-    return _packed(w)
+    return dataclasses.replace(_packed(w.unnamed()), shared=w.shared, method=w.method)
 
 
 @jax.jit

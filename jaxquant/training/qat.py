@@ -178,7 +178,7 @@ class Descent:
         train, how, tree = opened.start, self.how, eqx.combine(opened.start, opened.params)
         return train, _Slots(
             jnp.int32(0),
-            jax.jit(how.optimizer(train).init)(train),
+            how.optimizer(train).init(train),
             stability.oscillations(tree) if how.holding else {},
             stability.disorder(tree) if how.steadying and how.scale_rate else {},
         )
@@ -349,7 +349,7 @@ def qat_blocks(
     blocks = common_stack_size(params, teacher)
     trainer = Trainer(partial(_block_loss, block), how, how.rule())
     plain = jax.jit(quantized(block))
-    of_block = jax.jit(lambda tree, i: jax.tree.map(lambda a: a[i], tree))
+    of_block = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
     done = []
 
     def closed(i: int, opened: Opened, change: PyTree) -> Callable[[Array], Array]:
@@ -364,7 +364,7 @@ def qat_blocks(
         lambda i: partial(plain, of_block(teacher, i)), closed,
         name="qat", progress=progress, finished=finished,
     )  # fmt: skip
-    return jax.jit(lambda *trees: jax.tree.map(lambda *a: jnp.stack(a), *trees))(*done)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
 
 def _block_loss(block: Callable, change: PyTree, opened: Opened, h: Array, after: Array) -> Array:

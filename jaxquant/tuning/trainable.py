@@ -123,7 +123,7 @@ def decoded(params: PyTree) -> PyTree:
         if not isinstance(w, QTensor):
             continue
         # Layers that differ in `shared` or `method` alone could not be stacked.
-        new[path] = dataclasses.replace(w, shared="", method="")
+        new[path] = w.unnamed()
         if not w.format.trained:
             with _host():
                 stored = np.asarray(jax.tree.map(np.asarray, w).stored())
@@ -198,10 +198,7 @@ def at_start(opened: Opened) -> Values:
     Returns:
       Zeros, in the structure of the trained values.
     """
-    return _zeros(opened.start)
-
-
-_zeros = jax.jit(lambda start: jax.tree.map(jnp.zeros_like, start))
+    return jax.tree.map(jnp.zeros_like, opened.start)
 
 
 def trained(opened: Opened, change: Values) -> PyTree:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from pallas_kernels import cpu, lowering
+from pallas_kernels import cpu, dispatch, lowering
 from pallas_kernels.cost.chips import CHIPS
 from tests.support.arrays import check, draw, stack
 from tests.support.networks import NETWORKS
@@ -284,6 +284,8 @@ def test_from_a_function_to_its_kernel_in_nine_calls(kernels, monkeypatch):
     """Ours in a traceback: to the choice among kernels, and to the kernel where one is named."""
     w, x, op = jq.quantize_array(draw(256, 64), jq.rtn(4)), draw(2, 256), "packed_matmul"
     run = lambda: jax.jit(jq.quantized(lambda w, x: x @ w, kernels=kernels))(w, x)
+
+    dispatch._product.clear_cache()  # another test's products of these shapes are traced already
 
     def to_the_choice(arrive):
         monkeypatch.setattr(lowering._chosen, "bind", arrive)
