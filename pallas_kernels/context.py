@@ -62,8 +62,8 @@ class Setting(Generic[T]):
 def compiled(fn: Callable[..., T], static_argnums: int | tuple[int, ...] = ()) -> Callable[..., T]:
     """Return `fn` as one compiled program, for calls outside of `jax.jit`.
 
-    A program keeps the settings that it was traced with. Where any setting is in force, `fn` itself
-    is called, therefore. In a function that is being traced, its operations are inlined.
+    A program keeps the settings that it was traced with, so `fn` itself is called where any setting
+    is in force. In a function that is being traced, its operations are inlined.
 
     Args:
       fn: function of arrays and of static arguments.

@@ -12,6 +12,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.ptq.layer_stacks import layers_of
 from pallas_kernels.cpu import native
+from tests.support.compiling import compilations
 from tests.support.lowering import lowered_text
 
 REASON = native.load()
@@ -205,16 +206,11 @@ def test_static_scales_of_two_trees_are_not_mixed(params):
 
 @needs_native
 def test_what_was_compiled_once_serves_calls_outside_of_jit(params):
-    q, compiled = packed(params, METHODS["integers"]), []
+    q = packed(params, METHODS["integers"])
     run = lambda: jq.quantized(apart)(q, X)
     run()
-
-    def heard(event, _, **more):
-        compiled.extend([event] if "backend_compile" in event else [])
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    jax.block_until_ready([run() for _ in range(3)])
-    jax.monitoring.unregister_event_duration_listener(heard)
+    with compilations() as compiled:
+        jax.block_until_ready([run() for _ in range(3)])
     assert compiled == []
 
 

@@ -10,6 +10,7 @@ import pytest
 import jaxquant as jq
 from pallas_kernels.context import Setting, compiled
 from tests.support.arrays import draw
+from tests.support.compiling import compilations
 
 FACTOR = Setting("a factor of this test", 1.0)
 
@@ -53,13 +54,7 @@ def test_weights_alike_share_a_program_and_no_buffer():
     q = jq.quantize(params, jq.lsq(4, 16, activations="int8,static"), stats)
     leaves = jax.tree.leaves(q)
     assert len({a.unsafe_buffer_pointer() for a in leaves}) == len(leaves)
-    compiled_ones = []
-
-    def heard(event, _, **more):
-        compiled_ones.extend([event] if "backend_compile" in event else [])
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    jq.dequantize(q)
-    jq.thaw(q, jq.lsq(4, 16, activations="int8,static"))
-    jax.monitoring.unregister_event_duration_listener(heard)
-    assert len(compiled_ones) <= 2 + 2  # scalars that a program is given
+    with compilations() as found:
+        jq.dequantize(q)
+        jq.thaw(q, jq.lsq(4, 16, activations="int8,static"))
+    assert len(found) <= 2 + 2  # scalars that a program is given
