@@ -2,14 +2,16 @@
 
 The names here are those that a user meets first. Every other public name is exported from one
 subpackage: `jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`,
-`recipes`, `ptq`, `storage`, `theory`, `tuning`, `training` and `core`. What trains and what saves
-is imported on first access, because it needs Optax and Orbax; quantization and inference do not.
+`adapters`, `recipes`, `ptq`, `storage`, `theory`, `tuning`, `training` and `core`. What trains and
+what saves is imported on first access, because it needs Optax and Orbax; quantization and inference
+do not.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxquant import (
+    adapters,
     calibration,
     core,
     estimators,
@@ -55,7 +57,9 @@ if TYPE_CHECKING:
     from jaxquant import training as training
     from jaxquant import tuning as tuning
     from jaxquant.storage.checkpoint import load, save
+    from jaxquant.training.adaptation import adapt
     from jaxquant.training.latent import freeze, labels, latent, thaw, trained
+    from jaxquant.training.merging import merge
     from jaxquant.training.qat import qat
     from jaxquant.tuning.heal import heal
 
@@ -69,6 +73,7 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Stats",
+    "adapt",
     "aqlm",
     "awq",
     "bitnet",
@@ -88,6 +93,7 @@ __all__ = [
     "latent",
     "load",
     "lsq",
+    "merge",
     "mxfp4",
     "nf4",
     "normal_float",
@@ -119,11 +125,13 @@ __all__ = [
 
 # Modules of the names that are imported on first access, and the subpackages that are.
 _LATER = {
+    "adapt": "training.adaptation",
     "freeze": "training.latent",
     "heal": "tuning.heal",
     "labels": "training.latent",
     "latent": "training.latent",
     "load": "storage.checkpoint",
+    "merge": "training.merging",
     "qat": "training.qat",
     "save": "storage.checkpoint",
     "thaw": "training.latent",
@@ -131,7 +139,8 @@ _LATER = {
 }
 _LATER_ROOMS = ("storage", "training", "tuning")
 _ROOMS = (
-    calibration, core, estimators, formats, methods, ptq, recipes, rounding, theory, transforms
+    adapters, calibration, core, estimators, formats, methods, ptq, recipes, rounding, theory,
+    transforms,
 )  # fmt: skip
 
 

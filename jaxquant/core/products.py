@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import quax
+from jax.ad_checkpoint import checkpoint_name
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, PyTree
 
@@ -16,6 +17,10 @@ from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
 from pallas_kernels.checks import FLOATS
+
+# Name of the results of products with packed weights, for policies of `jax.checkpoint`: policies
+# that save the results of matrix products do not know those of kernels.
+PRODUCT = "jaxquant product"
 
 
 @quax.register(jax.lax.dot_general_p)
@@ -54,7 +59,7 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]
     note(layout.rule, "; ".join([w.format.kernel(), *rounds, *heard]))
-    return y.astype(params.get("preferred_element_type") or dtype)
+    return checkpoint_name(y.astype(params.get("preferred_element_type") or dtype), PRODUCT)
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)

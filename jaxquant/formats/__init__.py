@@ -11,6 +11,7 @@ from jaxquant.formats.integer import Grid, Integer
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.formats.microscaling import MXFP4, NVFP4
 from jaxquant.formats.normal_float import NormalFloat
+from jaxquant.formats.offset import Offset
 from jaxquant.formats.stretched import Stretched
 from jaxquant.formats.ternary import Ternary
 from jaxquant.formats.transcoding import transcoded
@@ -32,6 +33,7 @@ __all__ = [
     "Integer",
     "KVFormat",
     "NormalFloat",
+    "Offset",
     "Stretched",
     "Ternary",
     "Trellis",

@@ -39,6 +39,12 @@ class Dense(Format):
         x = forms.rounded(x, activations)
         return jnp.dot(x, data["codes"].astype(x.dtype), preferred_element_type=jnp.float32)
 
+    def matmul_transposed(
+        self, g: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        g = forms.rounded(g, "float")
+        return jnp.dot(g, data["codes"].astype(g.dtype).T, preferred_element_type=jnp.float32)
+
     def kernel(self) -> str:
         """Return the name of what computes products."""
         return "XLA's dot of floats"

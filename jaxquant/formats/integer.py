@@ -1,7 +1,7 @@
 """Uniform integers: codes of 2, 3, 4 or 8 bits, a scale and an optional zero point per group."""
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxquant.formats.scales import (
     rows_per_group,
 )
 from pallas_kernels.codecs import layout
+
+Spread = TypeVar("Spread")
 
 
 class Grid(NamedTuple):
@@ -275,14 +277,14 @@ class Integer(LevelFormat, OpFormat):
         return f"packed_matmul, {self.bits}-bit words"
 
 
-def spread(grid: Grid, rows: int, k: int) -> Grid:
+def spread(grid: Spread, rows: int, k: int) -> Spread:
     """Repeat the grid of each group for each of its rows: [groups, n] -> [k, n].
 
     Args:
-      grid: scales and zero points [groups, n]; a grid with a single group is returned unchanged.
+      grid: arrays [groups, n]; a grid with a single group is returned unchanged.
       rows: number of rows per group.
       k: number of rows of the matrix.
     """
-    if grid.scale.shape[0] == 1:
+    if jax.tree.leaves(grid)[0].shape[0] == 1:
         return grid
     return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0)[:k], grid)

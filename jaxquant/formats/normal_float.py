@@ -5,7 +5,6 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -91,6 +90,8 @@ class NormalFloat(Table):
         top = _spread(top, scale.shape)
         _, _, between = search(dynamic_map())
         code = jnp.searchsorted(between, (scale - mean) / top).astype(jnp.uint8)
+        # A scale far below the mean may round to 0 or less; the next code is above it.
+        code = code + (_combined(code, top, mean) <= jnp.finfo(jnp.float32).tiny)
         parts = {"code": code, "top": top, "mean": jnp.broadcast_to(mean, (len(scale), 1))}
         return Scales(_combined(code, top, mean), parts)
 
@@ -130,8 +131,9 @@ class NormalFloat(Table):
 def _combined(code: Array, top: Array, mean: Array) -> Array:
     """Decode scales; the result is positive, however the smallest was rounded."""
     offset = jnp.asarray(dynamic_map(), jnp.float32)[code] * top
-    # Drop one mantissa bit: else compilers fuse the product and the sum in some programs only.
-    offset = jax.lax.reduce_precision(offset, exponent_bits=8, mantissa_bits=22)
+    # No value of the map is below -1, so this changes nothing. Without it, compilers fuse the
+    # product and the sum in some programs only, and the sum then differs in its last bit.
+    offset = jnp.maximum(offset, -top)
     return jnp.maximum(offset + mean, jnp.finfo(jnp.float32).tiny)
 
 
@@ -179,7 +181,8 @@ def dynamic_map() -> tuple[float, ...]:
     """Return the 256 values of the signed 8-bit dynamic map, ascending.
 
     For i = 0 ... 6, the map holds the midpoints of 2^i equal parts of [0.1, 1], times 10^(i - 6),
-    with both signs; and 0 and 1. It does not hold -1.
+    with both signs; and 0 and 1. It does not hold -1. The values are, to the last bit, those that
+    bitsandbytes computes in float32 on a CPU with fused multiply-add.
 
     Source: Dettmers et al. 2022, arXiv:2110.02861.
 
@@ -187,6 +190,19 @@ def dynamic_map() -> tuple[float, ...]:
     >>> len(m), round(m[0], 4), m[127], m[-1]
     (256, -0.993, 0.0, 1.0)
     """
-    edges = [np.linspace(0.1, 1.0, (1 << i) + 1) for i in range(7)]
-    positive = np.concatenate([(e[:-1] + e[1:]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
+    powers = [np.float32(10.0 ** (i - 6)) for i in range(7)]
+    edges = [_edges(1 << i) for i in range(7)]
+    parts = [p * ((e[:-1] + e[1:]) / 2) for p, e in zip(powers, edges, strict=True)]
+    positive = np.concatenate(parts)
     return tuple(sorted([*(-positive).tolist(), 0.0, *positive.tolist(), 1.0]))
+
+
+def _edges(parts: int) -> Float[np.ndarray, "..."]:
+    """Return the ends of equal parts of [0.1, 1], as torch rounds them on CPUs that fuse sums.
+
+    It counts steps from the nearer end; each product and sum is rounded once, as here by float64.
+    """
+    low, high = np.float32(0.1), np.float32(1)
+    step, i = np.float64((high - low) / np.float32(parts)), np.arange(parts + 1)
+    near = i < (parts + 1) // 2
+    return np.where(near, low + step * i, high - step * (parts - i)).astype(np.float32)

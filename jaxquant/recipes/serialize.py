@@ -5,9 +5,17 @@ import difflib
 from typing import Any
 
 from jaxquant import formats, rounding, transforms
+from jaxquant.adapters import L4Q, PEQA, Adapted, LoRA, QALoRA
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import shown
-from jaxquant.core.protocols import Estimator, Format, RangeEstimator, Rounder, Transform
+from jaxquant.core.protocols import (
+    Adapter,
+    Estimator,
+    Format,
+    RangeEstimator,
+    Rounder,
+    Transform,
+)
 from jaxquant.core.tensor import View
 from jaxquant.estimators.input_ranges import PACT, LSQRange
 from jaxquant.estimators.latent_format import Drawing, Latent
@@ -19,24 +27,24 @@ DEEPEST = 20
 _PARTS = [vars(m)[name] for m in (formats, rounding, transforms) for name in m.__all__]
 _TRAINED = (
     AbsMean, LSQ, StraightThrough, StretchedElastic, LearnedClipping, LSQRange, PACT,
-    Drawing, Latent,
+    Drawing, Latent, Adapted, LoRA, QALoRA, L4Q, PEQA,
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     t.__name__: t
     for t in (*_PARTS, *_TRAINED, Activations, Method, Keep, View)
     if isinstance(t, type) and dataclasses.is_dataclass(t)
 }
-KINDS = (Format, Transform, Rounder, Estimator, RangeEstimator)
+KINDS = (Format, Transform, Rounder, Estimator, RangeEstimator, Adapter)
 
 
 def register(part: type) -> type:
     """Register a custom class so that checkpoints and recipes can name it; a decorator.
 
     Args:
-      part: a frozen dataclass that derives from `Format`, `Transform`, `Rounder`, `Estimator` or
-        `RangeEstimator`. Its fields must hold JSON values, tuples or other such dataclasses. It is
-        stored under the class name, so a program that loads it must first register a class of the
-        same name.
+      part: a frozen dataclass that derives from `Format`, `Transform`, `Rounder`, `Estimator`,
+        `RangeEstimator` or `Adapter`. Its fields must hold JSON values, tuples or other such
+        dataclasses. It is stored under the class name, so a program that loads it must first
+        register a class of the same name.
     Returns:
       The class.
     Raises:

@@ -1,5 +1,8 @@
-"""Training with low-bit weights: latent weights, optimizers, stability, zeroth-order gradients."""
+"""Training with low-bit weights: latent weights, adapters, optimizers, zeroth-order gradients."""
 
+from jaxquant.training.adaptation import selected, together
+from jaxquant.training.finetuning import Finetuning, finetune
+from jaxquant.training.merging import Merged
 from jaxquant.training.optimizers import optimizer, relative
 from jaxquant.training.qat import QAT, qat_blocks
 from jaxquant.training.zeroqat import ZeroQAT
@@ -7,11 +10,16 @@ from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
 
 __all__ = [
     "QAT",
+    "Finetuning",
+    "Merged",
     "ZeroQAT",
     "Zeroth",
+    "finetune",
     "optimizer",
     "qat_blocks",
     "relative",
+    "selected",
+    "together",
     "zo_step",
     "zo_value_and_grad",
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxquant.adapters.adapted import Adapted, adapter_of
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
@@ -24,7 +25,9 @@ from pallas_kernels.context import compiled
 
 ACTIVATIONS = "activations."
 # The labels of arrays, see `labels`.
-WEIGHT, SCALE, RANGE, OTHER, FROZEN = LABELS = ("weight", "scale", "range", "other", "frozen")
+WEIGHT, SCALE, RANGE, OTHER, FROZEN = ("weight", "scale", "range", "other", "frozen")
+ADAPTER = ("lora_a", "lora_b", "magnitude")
+LABELS = (WEIGHT, SCALE, RANGE, *ADAPTER, OTHER, FROZEN)
 
 
 def latent(
@@ -124,15 +127,22 @@ def _started(
     axes, values, ranges = w.leading(), w.stored(), w.activations_data
     if leaf is not None:
         near = partial(_near, w.format)
-        values = batched(near, axes)(_as_stored(w, leaf), values, w.data)
+        values = batched(near, axes)(as_stored(w, leaf), values, w.data)
     start = batched(lambda v, data: estimator.start(v, w.format, data), axes)
     if inputs is not None:
         ranges = batched(lambda d: inputs.start(d, w.activations), axes)(ranges)
     return {"codes": values} | start(values, w.data), ranges
 
 
-def _as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
-    """Return the floats of a weight as the format stores the matrix, after its transforms."""
+def as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
+    """Return the floats of a weight as the format stores the matrix, after its transforms.
+
+    Args:
+      w: the quantized weight.
+      leaf: the floats that it stands for.
+    Raises:
+      ValueError: the shapes differ.
+    """
     if leaf.shape != w.shape:
         raise ValueError(
             f"the weight has shape {list(w.shape)}, but floats holds {list(leaf.shape)} for it"
@@ -240,16 +250,18 @@ def is_latent(w: PyTree) -> bool:
     return isinstance(w, QTensor) and isinstance(w.format, Latent)
 
 
-def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
+def labels(params: PyTree, also: Sequence[str] | None = None) -> PyTree:
     """Label every array of a tree for training; the names suit `optax.multi_transform`.
 
-    The labels are "weight" (latent weights), "scale" (learned scales and zero points of weights),
-    "range" (learned ranges of inputs), "other" (floating-point leaves that are not quantized
-    and match `also`) and "frozen" (everything else).
+    The labels are "weight" (latent weights), "scale" (learned scales, offsets and zero points of
+    weights), "range" (learned ranges of inputs), "lora_a", "lora_b" and "magnitude" (arrays of
+    adapters), "other" (floating-point leaves that are not quantized and match `also`) and "frozen"
+    (everything else).
 
     Args:
-      params: tree with latent weights.
-      also: globs of plain leaves to label "other". Default: all.
+      params: tree with latent or adapted weights.
+      also: globs of plain leaves to label "other". Default: all, or none if the tree holds
+        adapters, which are put on models whose other weights stay fixed.
     Returns:
       A tree like `params` with a label in place of every array.
 
@@ -258,6 +270,11 @@ def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
     {'codes': 'weight', 'scale': 'scale'}
     """
     check_arguments(labels, locals())
+    if also is None:
+        adapted = any(
+            isinstance(w, QTensor) and adapter_of(w.format) for _, w in path_leaves(params)
+        )
+        also = () if adapted else ("*",)
 
     def of_weight(w: QTensor) -> QTensor:
         found: dict[str, PyTree] = {
@@ -268,13 +285,15 @@ def labels(params: PyTree, also: Sequence[str] = ("*",)) -> PyTree:
     def one(path: str, w: PyTree) -> PyTree:
         if isinstance(w, QTensor):
             return of_weight(w)
-        known = any(matches(path, glob) for glob in also)
+        known = any(matches(path, glob) for glob in also or ())
         return OTHER if known and jnp.issubdtype(jnp.result_type(w), jnp.inexact) else FROZEN
 
     return replace_leaves(params, {path: one(path, w) for path, w in path_leaves(params)})
 
 
 def _label(format: Format, name: str) -> str:
+    if isinstance(format, Adapted):
+        return format.adapter.labels(format.format).get(name) or _label(format.format, name)
     if not isinstance(format, Latent):
         return FROZEN
     if name.startswith(ACTIVATIONS):
@@ -284,13 +303,13 @@ def _label(format: Format, name: str) -> str:
     return WEIGHT if name == "codes" else SCALE
 
 
-def trained(params: PyTree, *kinds: str, also: Sequence[str] = ("*",)) -> PyTree:
+def trained(params: PyTree, *kinds: str, also: Sequence[str] | None = None) -> PyTree:
     """Return a tree of booleans for `equinox.partition`: whether an array has one of `kinds`.
 
     Trees with packed weights must be partitioned before `jax.grad`, which only accepts floats.
 
     Args:
-      params: tree with latent weights.
+      params: tree with latent or adapted weights.
       kinds: labels, see `labels`. Default: all but "frozen".
       also: as in `labels`.
     Returns:

@@ -289,15 +289,20 @@ def qat(
     """
     check_arguments(qat, locals())
     opened = open_latent(params, how)
-    trainer = Trainer(partial(_loss, fn), how, how.rule())
+    trainer = Trainer(partial(sequence_loss, fn), how, how.rule())
     change = trainer.fit_sequences(
         opened, sequences, validation, teacher, name="qat", progress=progress, finished=finished
     )
-    return _stored_as(params, eqx.combine(change, opened.params))
+    return stored_as(params, eqx.combine(change, opened.params))
 
 
-def _stored_as(params: PyTree, trained: PyTree) -> PyTree:
-    """Return the trained tree with plain leaves in their original dtypes."""
+def stored_as(params: PyTree, trained: PyTree) -> PyTree:
+    """Return the trained tree with plain leaves in their original dtypes.
+
+    Args:
+      params: the tree before training.
+      trained: the tree after it.
+    """
     plain = {path: w.dtype for path, w in path_leaves(params) if not isinstance(w, QTensor)}
     new = {path: w.astype(plain[path]) for path, w in path_leaves(trained) if path in plain}
     return replace_leaves(trained, new)
@@ -307,7 +312,16 @@ def _rounds_inputs(params: PyTree) -> bool:
     return any(getattr(w, "activations", None) is not None for _, w in path_leaves(params))
 
 
-def _loss(fn: Callable, change: PyTree, opened: Opened, teacher: PyTree, x: Array) -> Array:
+def sequence_loss(fn: Callable, change: PyTree, opened: Opened, teacher: PyTree, x: Array) -> Array:
+    """Return the cross-entropy of the next token, or the divergence from a teacher's predictions.
+
+    Args:
+      fn: fn(params, x) -> logits.
+      change: the trained arrays.
+      opened: the fixed arrays, in `params`.
+      teacher: tree of the teacher, or None.
+      x: a batch of inputs.
+    """
     logits = quantized(fn)(eqx.combine(change, opened.params), x)
     if teacher is None:
         return next_token_loss(logits, x)
@@ -353,7 +367,7 @@ def qat_blocks(
     done = []
 
     def closed(i: int, opened: Opened, change: PyTree) -> Callable[[Array], Array]:
-        done.append(_stored_as(of_block(params, i), eqx.combine(change, opened.params)))
+        done.append(stored_as(of_block(params, i), eqx.combine(change, opened.params)))
         served = freeze(done[-1])
         if not _rounds_inputs(served):
             served = dequantize(served)  # decode once, not per example

@@ -1,4 +1,4 @@
-"""The command `jaxquant`: quantize, finetune, train-bitnet, eval, generate, chat, inspect."""
+"""The command `jaxquant`: quantize, finetune, merge, train-bitnet, eval, generate, inspect, ..."""
 
 from jaxquant_models.cli import interrupts
 
@@ -18,6 +18,7 @@ from jaxquant_models.cli.evaluate import evaluate_command
 from jaxquant_models.cli.finetune import finetune
 from jaxquant_models.cli.generate import generate
 from jaxquant_models.cli.inspect import inspect
+from jaxquant_models.cli.merge import merge
 from jaxquant_models.cli.quantize import quantize
 from jaxquant_models.cli.train_bitnet import train_bitnet
 
@@ -28,7 +29,10 @@ def cli() -> None:
     """Quantize language models, then run and evaluate them."""
 
 
-for command in (quantize, finetune, train_bitnet, evaluate_command, generate, chat, inspect):
+COMMANDS = (
+    quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect
+)  # fmt: skip
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -8,6 +8,7 @@ import click
 
 import jaxquant as jq
 from jaxquant import storage
+from jaxquant.training.finetuning import Finetuning
 from jaxquant.training.qat import How
 from jaxquant.tuning.trainer import Progress
 from jaxquant_models.cli.console import Bars, emit, usage_errors
@@ -17,8 +18,9 @@ from jaxquant_models.cli.output import Output
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.adapting import ADAPTERS, adapter_of, base_method
 from jaxquant_models.runs.finetuning import FinetuningJob, check
-from jaxquant_models.runs.finetuning_request import METHODS, FinetuningRequest
+from jaxquant_models.runs.finetuning_request import ADAPTING, METHODS, FinetuningRequest
 from jaxquant_models.runs.sequences import CONTEXT
 
 
@@ -26,18 +28,22 @@ from jaxquant_models.runs.sequences import CONTEXT
 @click.argument("model")
 @click.option(
     "--method",
-    type=click.Choice(sorted(METHODS)),
+    type=click.Choice([*sorted(METHODS), *ADAPTERS]),
     default="qat",
     show_default=True,
     help="Training method. qat (quantization-aware training) uses backpropagation. zeroqat uses "
-    "only forward passes, and needs as little memory as inference.",
+    "only forward passes, and needs as little memory as inference. The others train adapters, "
+    "which jaxquant merge merges afterwards: qlora (low-rank products beside the packed weights), "
+    "qa-lora (low-rank changes of the offsets of groups), l4q (low-rank changes and steps, learned "
+    "on the rounded sum), peqa (scales only). All but qlora merge exactly.",
 )
 @click.option(
     "--bits",
     type=int,
     default=None,
-    help="Number of bits per weight when MODEL is quantized first, which is done with lsq whatever "
-    "--method is. Not allowed if MODEL is a checkpoint. The default is 4.",
+    help="Number of bits per weight when MODEL is quantized first: with normal_float (doubly "
+    "quantized scales) for qlora, with gptq in a grid with offsets for the other adapters, with "
+    "lsq for qat and zeroqat. Not allowed if MODEL is a checkpoint. The default is 4.",
 )
 @click.option(
     "--group-size",
@@ -47,12 +53,47 @@ from jaxquant_models.runs.sequences import CONTEXT
     "Not allowed if MODEL is a checkpoint. The default is 64.",
 )
 @click.option(
+    "--rank",
+    type=click.IntRange(1),
+    default=None,
+    help="Rank of the adapters of qlora, qa-lora and l4q. The default is 16, or 8 for qa-lora, "
+    "which allows at most as many as there are groups of inputs.",
+)
+@click.option(
+    "--alpha",
+    type=float,
+    default=None,
+    help="The low-rank products of the adapters are multiplied by ALPHA / RANK. The default is "
+    "twice the rank.",
+)
+@click.option(
+    "--init",
+    type=click.Choice(["zero", "loftq", "cloq", "pissa"]),
+    default=None,
+    help="Start of the adapters of qlora: zero (the default) leaves the quantized model as it is; "
+    "loftq and cloq make up for the error of quantization, cloq by the inputs that the weights "
+    "see; pissa moves the principal part of the weights into the adapters. All but zero need a "
+    "MODEL with float weights.",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adam8bit"]),
+    default=None,
+    help="Optimizer of the adapters. The state of adam8bit takes a quarter of the memory. The "
+    "default is adamw.",
+)
+@click.option(
+    "--paged",
+    is_flag=True,
+    help="Keep the state of the optimizer of the adapters in the memory of the host.",
+)
+@click.option(
     "--only",
     multiple=True,
     metavar="GLOB",
-    help="Train only the weights whose path, as jaxquant inspect shows it, matches GLOB, such as "
-    "'*attn/[qv]/kernel'. The others are quantized but not trained. By default all weights of the "
-    "layers are trained. This option may be given several times.",
+    help="Train (or adapt) only the weights whose path, as jaxquant inspect shows it, matches "
+    "GLOB, such as '*attn/[qv]/kernel'. The others are quantized but not trained. By default all "
+    "weights of the layers are trained. This option may be given several times.",
 )
 @click.option(
     "--text",
@@ -101,17 +142,17 @@ from jaxquant_models.runs.sequences import CONTEXT
     default=None,
     metavar="MODEL",
     help='Model whose predictions MODEL is trained to match, or "none" to predict the next tokens '
-    'of the text instead. The default is "none" if MODEL is a checkpoint; otherwise it is MODEL '
-    "itself before quantization.",
+    'of the text instead. The default is "none" if MODEL is a checkpoint or adapters are trained; '
+    "otherwise it is MODEL itself before quantization.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set a field of jaxquant.training.QAT (or ZeroQAT, with --method zeroqat) for the "
-    "end-to-end training; the value is JSON, as in --set learning_rate=1e-4. This option may be "
-    "given several times.",
+    help="Set a field of jaxquant.training.QAT (ZeroQAT with --method zeroqat, Finetuning with "
+    "adapters) for the end-to-end training; the value is JSON, as in --set learning_rate=1e-4. "
+    "This option may be given several times.",
 )
 @click.option(
     "--set-blocks",
@@ -141,10 +182,10 @@ def finetune(
     model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
     metrics: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Train the quantized weights of MODEL and write a checkpoint.
+    """Train the quantized weights of MODEL, or adapters on them, and write a checkpoint.
 
     MODEL is a checkpoint written by jaxquant, or a model that jaxquant quantize accepts, which is
-    quantized with lsq first. To resume an interrupted run, repeat the same command; the result is
+    quantized first. To resume an interrupted run, repeat the same command; the result is
     the same as that of an uninterrupted run.
     """
     with usage_errors():
@@ -153,7 +194,8 @@ def finetune(
         packed = storage.is_checkpoint(model)
         request = request_of(packed=packed, watch=metrics is not None, **options)
     output.hold()
-    job, start = _job(request, model, teacher, text, packed), time.monotonic()
+    learned_from = "none" if teacher is None and request.adapter is not None else teacher
+    job, start = _job(request, model, learned_from, text, packed), time.monotonic()
     finished = output.begin(job.fingerprint(), refuse=True)
     data = job.sequences(finished)
     total = request.steps(job.source.config.n_layers)
@@ -200,12 +242,14 @@ def request_of(
     *, packed: bool, watch: bool, generated: int, method: str, bits: int | None,
     group_size: int | None, only: tuple[str, ...], context: int, steps: int, block_steps: int,
     batch: int, seed: int, settings: tuple[str, ...], block_settings: tuple[str, ...],
+    **of_adapters: Any,
 ) -> FinetuningRequest:  # fmt: skip
     """Return the request described by the options.
 
     Args:
       packed: whether the model is a checkpoint.
       watch: whether to measure everything that training can measure.
+      of_adapters: the options that only adapters have.
       The others are the command's options.
     Raises:
       ValueError: options contradict each other or are out of range.
@@ -220,21 +264,50 @@ def request_of(
     common: dict[str, Any] = {"batch_size": batch, "seed": seed}
     if watch and method == "qat":
         common["watch"] = True
+    bits, group_size = bits or 4, group_size or 64
+    rest: dict[str, Any] = {"only": only, "generated": generated, "context": context, "seed": seed}
+    if method in ADAPTERS:
+        if block_steps or block_settings:
+            raise ValueError("adapters are trained end to end: leave out --block-steps")
+        adapter, chosen = _adapter(method, packed, **of_adapters)
+        how = _training(ADAPTING[method], steps, common | chosen, settings)
+        first = None if packed else base_method(method, bits, group_size)
+        return FinetuningRequest(how, None, first, adapter=adapter, **rest)
+    if given := [name for name, value in of_adapters.items() if value]:
+        raise ValueError(
+            f"--{given[0]} is an option of adapters, which --method {method} does not train: use "
+            f"--method {', '.join(ADAPTERS[:-1])} or {ADAPTERS[-1]}, or leave it out"
+        )
     end_to_end, blocks = METHODS[method]
     return FinetuningRequest(
-        end_to_end=_training(end_to_end, steps, common, settings),
-        blocks=_training(blocks, block_steps, common, block_settings),
-        method=None if packed else jq.lsq(bits or 4, group_size or 64),
-        only=only,
-        generated=generated,
-        context=context,
-        seed=seed,
+        _training(end_to_end, steps, common, settings),
+        _training(blocks, block_steps, common, block_settings),
+        None if packed else jq.lsq(bits, group_size),
+        **rest,
     )
 
 
+def _adapter(
+    method: str, packed: bool, rank: int | None, alpha: float | None, init: str | None,
+    optimizer: str | None, paged: bool,
+) -> tuple[jq.adapters.Adapter, dict[str, Any]]:  # fmt: skip
+    """Return the adapter and the settings of its training that the options describe."""
+    if method == "peqa" and (rank, alpha) != (None, None):
+        raise ValueError("peqa trains scales, which have no rank: leave out --rank and --alpha")
+    if init is not None and method != "qlora":
+        raise ValueError(f"--init is an option of qlora, not of {method}: leave it out")
+    if init not in (None, "zero") and packed:
+        raise ValueError(f"--init {init} needs a MODEL with float weights, not a checkpoint")
+    if init not in (None, "zero") and alpha is not None:
+        raise ValueError(f"--init {init} finds its own scaling: leave out --alpha")
+    rank = rank or (8 if method == "qa-lora" else 16)
+    adapter = adapter_of(method, rank, alpha, init or "zero")
+    return adapter, {"optimizer": optimizer or "adamw", "paged": paged}
+
+
 def _training(
-    how: How, steps: int, common: dict[str, Any], settings: tuple[str, ...]
-) -> How | None:
+    how: How | Finetuning, steps: int, common: dict[str, Any], settings: tuple[str, ...]
+) -> Any:
     """Return the training settings with the user's changes, or None for no steps."""
     fields = {"steps": steps, **common, **dict(map(setting, settings))}
     names = {f.name for f in dataclasses.fields(how)}

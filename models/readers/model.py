@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 import jaxquant as jq
+from jaxquant.core.products import PRODUCT
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models.architectures.cache import AnyCache, FakeQuantizedCache
 from jaxquant_models.architectures.config import LlamaConfig
@@ -79,7 +80,11 @@ class Model:
 
         Only the results of matrix products are kept for the backward pass, which halves the memory.
         """
-        llama = Llama(self.config, self.dtype, remat=jax.checkpoint_policies.dots_saveable)
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+            policies.dots_saveable, policies.save_only_these_names(PRODUCT)
+        )
+        llama = Llama(self.config, self.dtype, remat=policy)
         run = lambda params, tokens: llama.apply({"params": params}, tokens)
         if self.prefix:
             run, _ = exact_prefix(llama, self.prefix)

@@ -13,12 +13,14 @@ import jaxquant as jq
 from jaxquant.durable.store import Finished
 from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from jaxquant.rounding import Nearest
+from jaxquant.training.finetuning import Finetuning
 from jaxquant.training.qat import How
 from jaxquant.tuning.recoding import CODES, can_recode
 from jaxquant.tuning.trainer import Progress, relative_error
 from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
 from jaxquant_models.readers.model import Model
+from jaxquant_models.runs.adapting import adapted_model, train_adapters
 from jaxquant_models.runs.finetuning_request import FinetuningRequest
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_model, digest_of_text
 from jaxquant_models.runs.generated_text import generated_sequences
@@ -40,7 +42,8 @@ def check(request: FinetuningRequest, source: Model, teacher: Model | None) -> N
     """
     if teacher is None and (request.blocks is not None or request.generated):
         raise ValueError("--block-steps and --generated need a teacher: give --teacher MODEL")
-    _check_formats(request, source, teacher)
+    if request.adapter is None:
+        _check_formats(request, source, teacher)
     if teacher is not None and teacher.config != source.config:
         of, ours = (dataclasses.asdict(m.config) for m in (teacher, source))
         names = ", ".join(f"{n} {of[n]}, not {ours[n]}" for n in of if of[n] != ours[n])
@@ -131,6 +134,7 @@ class FinetuningJob:
             "generated": request.generated,
             "context": request.context,
             "seed": request.seed,
+            "adapter": repr(request.adapter),
         }
 
     def sequences(self, finished: Finished) -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +178,8 @@ class FinetuningJob:
           progress: called with a report after each step.
           finished: the results of finished steps.
         """
+        if self.request.adapter is not None:
+            return self._adapted(data, progress, finished)
         if not _trains_codes(self.source.params):
             return self._healed(data, progress, finished)
         training, held_out = data
@@ -194,6 +200,24 @@ class FinetuningJob:
         if is_apart(self.source.params, "layers"):
             params = jq.ptq.unstack(params, "layers")
         return dataclasses.replace(self.source, params=params)
+
+    def _adapted(
+        self,
+        data: tuple[np.ndarray, np.ndarray],
+        progress: Callable[[Progress], None],
+        finished: Finished,
+    ) -> Model:
+        """Return the model with trained adapters on its packed weights, not merged."""
+        (training, held_out), request = data, self.request
+        if request.adapter is None or not isinstance(request.end_to_end, Finetuning):
+            raise ValueError("adapters are trained end to end: give --steps")
+        model = adapted_model(
+            self.source, request.method, request.adapter, request.only, training, finished
+        )
+        return train_adapters(
+            model, training, request.end_to_end, teacher=self.teacher,
+            validation=held_out[:JUDGED], progress=progress, finished=finished,
+        )  # fmt: skip
 
     def _latent(self) -> PyTree:
         """Return the parameters with latent weights and stacked layers."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jaxquant as jq
+from jaxquant.training.finetuning import Finetuning
 from jaxquant.training.qat import How
 from jaxquant_models.architectures.llama import NORM_SCALES
 from jaxquant_models.runs.recipes import recipe_of
@@ -41,6 +42,15 @@ METHODS = {
 }
 
 
+# Adapters: rates that suit a few hundred steps of one sequence.
+ADAPTING = {
+    "qlora": Finetuning(learning_rate=1e-3, clip=1.0, validate_every=25),
+    "qa-lora": Finetuning(learning_rate=2e-3, clip=1.0, validate_every=25),
+    "l4q": Finetuning(learning_rate=1e-3, scale_rate=1e-3, clip=1.0, validate_every=25),
+    "peqa": Finetuning(scale_rate=3e-3, clip=1.0, validate_every=25),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuningRequest:
     """Everything that determines the result, except the models and the contents of the text.
@@ -56,18 +66,21 @@ class FinetuningRequest:
         arXiv:2305.17888).
       context: number of tokens per sequence.
       seed: seed of all random draws.
+      adapter: adapter that is trained in place of the weights, with the settings `end_to_end`; None
+        trains the weights.
     """
 
-    end_to_end: How | None
+    end_to_end: How | Finetuning | None
     blocks: How | None
     method: jq.Method | None
     only: tuple[str, ...]
     generated: int
     context: int
     seed: int
+    adapter: jq.adapters.Adapter | None = None
 
     @property
-    def stages(self) -> list[How]:
+    def stages(self) -> list[How | Finetuning]:
         """All training stages, in order."""
         return [how for how in (self.blocks, self.end_to_end) if how is not None]
 

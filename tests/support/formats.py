@@ -24,6 +24,9 @@ SCALAR = [
     jq.formats.Float8("e5m2", 16, "bfloat16"),
     jq.formats.MXFP4(pad=True),
     jq.formats.Stretched(16),
+    jq.formats.Offset(jq.formats.Integer(4, 16, symmetric=True)),
+    jq.formats.Offset(jq.formats.Integer(2, 20, symmetric=True, pad=True), "bfloat16", mse=True),
+    jq.formats.Offset(jq.formats.NormalFloat(3, -1), "float32"),
 ]
 
 

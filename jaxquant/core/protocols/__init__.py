@@ -1,4 +1,4 @@
-"""Interfaces of the replaceable parts: formats, transforms, rounders, estimators, learned ranges.
+"""Interfaces of the replaceable parts: formats, transforms, rounders, estimators, adapters.
 
 A part is a frozen dataclass that derives from the base class of its kind. Abstract members must be
 defined; the others have defaults. Optional abilities are declared by plain class attributes, listed
@@ -21,6 +21,7 @@ Notation: a weight is a matrix [k, n] with y = x @ w. Arrays are float32 unless 
 from typing import Any
 
 from jaxquant.core.fields import article, shown
+from jaxquant.core.protocols.adapters import Adapter, Known
 from jaxquant.core.protocols.formats import Codes, Data, Format, Grid, GridFormat, OpArguments
 from jaxquant.core.protocols.levels import LevelFormat
 from jaxquant.core.protocols.rounders import Moments, Rounder
@@ -29,12 +30,14 @@ from jaxquant.core.protocols.transforms import Transform
 
 __all__ = [
     "ActivationForm",
+    "Adapter",
     "Codes",
     "Data",
     "Estimator",
     "Format",
     "Grid",
     "GridFormat",
+    "Known",
     "LevelFormat",
     "Moments",
     "OpArguments",
@@ -52,6 +55,7 @@ _ABILITIES: dict[tuple[type, str], tuple[str, ...]] = {
     (Format, "recodes"): ("recoded",),
     (Format, "plans"): ("planned",),
     (Format, "latent"): ("product",),
+    (Adapter, "exact"): ("merged",),
     (GridFormat, "fits"): ("fit",),
     (Rounder, "takes_ranges"): ("within",),
     (Transform, "searched"): ("candidates",),

@@ -1,0 +1,215 @@
+"""L4Q: a low-rank change and the steps of the grid are trained together on the rounded sum."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxquant.adapters.adapted import served_product
+from jaxquant.adapters.lora import A, B, check_fits, check_rank, random_a
+from jaxquant.adapters.pooled import QALoRA, with_offsets
+from jaxquant.core.fields import check_fields
+from jaxquant.core.protocols import Adapter, Data, Format, Known
+from jaxquant.formats.integer import Integer, spread
+from jaxquant.formats.offset import Offset, Shifted
+
+SAFE = 0.45  # of a step: how far a start may be from the value of its code
+
+
+@dataclasses.dataclass(frozen=True)
+class L4Q(Adapter):
+    """y = x Q(W + scaling * A B), with A, B and the scales and offsets of Q trained together.
+
+    W stays in floating point until the merge, which stores the codes of the last rounding: the
+    merged model computes what was trained, bit for bit. The backward pass keeps x, W, A, B, scales
+    and offsets, and rounds again.
+
+    Attributes:
+      rank: number of columns of A [k, rank], at least 1.
+      alpha: numerator of `scaling`, which is alpha / rank. Default: twice the rank.
+      init: "format" starts from the grid and the codes that the quantized weight has: W is its
+        float value, moved into the bin of its code where it is outside. "range" starts from the
+        floats and scales max(|min W / lowest code|, |max W / highest code|), as in the paper.
+      dtype: dtype in which A and B are kept, "bfloat16" or "float32".
+
+    Source: Jeon et al. 2024, arXiv:2402.04902; it has no released code.
+
+    >>> L4Q(rank=4, alpha=2).scaling
+    0.5
+    """
+
+    rank: int
+    alpha: float | None = None
+    init: Literal["format", "range"] = "format"
+    dtype: Literal["bfloat16", "float32"] = "float32"
+
+    exact: ClassVar[bool] = True
+    floating: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_rank(self.rank, self.alpha)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the low-rank change."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def labels(self, format: Any) -> Mapping[str, str]:
+        return {A: A, B: B, "scale": "scale", "offset": "scale"}
+
+    def home(self, format: Any) -> Format:
+        """Return the format with offsets in which the merged matrix is stored."""
+        return QALoRA(1).home(format)
+
+    def check(self, format: Format, k: int, n: int) -> None:
+        """Raise ValueError unless matrices [k, n] in this format can be adapted this way."""
+        home = self.home(format)
+        if not (isinstance(home, Offset) and isinstance(home.format, Integer)):
+            raise ValueError(
+                "L4Q learns the steps of integers: it needs the format Integer, with groups of "
+                f"rows or one group per output, got {format}; LoRA adapts every format"
+            )
+        home.check_shape(k, n)
+        check_fits(self.rank, k, n)
+
+    def start(self, format: Any, data: Data, known: Known) -> Data:
+        home: Any = self.home(format)
+        data = data if home == format else with_offsets(format, home, data)
+        w = home.decode(data, known.k) if known.floats is None else known.floats
+        if self.init == "range":
+            grid = _range_grid(home, w)
+        else:
+            grid = home.stored_grid(data)
+            w = _in_bin(home, w, home.decode(data, known.k), grid)
+        return {
+            "codes": w,
+            "scale": grid.base.scale,
+            "offset": grid.offset,
+            A: random_a(known.key, known.k, self.rank).astype(self.dtype),
+            B: jnp.zeros((self.rank, known.n), self.dtype),
+        }
+
+    def product(
+        self, format: Any, form: Any, x: Float[Array, "m k"], data: Data, of_inputs: Data
+    ) -> Float[Array, "m n"]:
+        rounded = x if form is None else form.straight(x, of_inputs)
+        how = _How(self, format, form)
+        return _product(how, rounded, jax.lax.stop_gradient(x), data, of_inputs)
+
+    def value(self, format: Any, data: Data, k: int) -> Float[Array, "k n"]:
+        return _value(_How(self, format, None), data)
+
+    def merged(self, format: Any, data: Data, k: int) -> Data:
+        w, grid = self._whole(data), self._grid(format, data)
+        rows = spread(grid, format.rows_per_group(k), k)
+        # The barriers keep XLA from fusing the rounding with other code, which could change it.
+        w, rows = jax.lax.optimization_barrier((w, rows))
+        return format.pack(format.round(w, rows)[0], grid)
+
+    def _whole(self, data: Data) -> Float[Array, "k n"]:
+        w = data["codes"].astype(jnp.float32)
+        return w + self.scaling * (data[A].astype(jnp.float32) @ data[B].astype(jnp.float32))
+
+    def _grid(self, format: Offset, data: Data) -> Shifted:
+        """Return the scales and offsets as they will be stored."""
+        base = format.format.stored(data["scale"])
+        return Shifted(base, data["offset"].astype(format.dtype).astype(jnp.float32))
+
+
+class _How(NamedTuple):
+    """What is static in a product: the adapter, the format and how inputs are rounded."""
+
+    adapter: L4Q
+    format: Offset
+    form: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> Array:
+    """Return the kernel's product with the rounded matrix; x is rounded as `rounded` is."""
+    packed = how.adapter.merged(how.format, data, x.shape[-1])
+    return served_product(how.format, how.form, x, packed, of_inputs)
+
+
+def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> tuple:
+    return _product(how, rounded, x, data, of_inputs), (rounded, data)
+
+
+def _backward(how: _How, kept: tuple, g: Array) -> tuple:
+    rounded, data = kept
+    k = rounded.shape[-1]
+    packed = how.adapter.merged(how.format, data, k)
+    back = how.format.matmul_transposed(g, packed, k).astype(rounded.dtype)
+    outer = jnp.dot(rounded.T, g.astype(rounded.dtype), preferred_element_type=jnp.float32)
+    return back, None, _cotangents(how, data, outer), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value(how: _How, data: PyTree) -> Float[Array, "k n"]:
+    k = data["codes"].shape[0]
+    return how.format.decode(how.adapter.merged(how.format, data, k), k)
+
+
+_value.defvjp(
+    lambda how, data: (_value(how, data), data), lambda how, data, g: (_cotangents(how, data, g),)
+)
+
+
+def _cotangents(how: _How, data: PyTree, g: Float[Array, "k n"]) -> PyTree:
+    """Return the cotangents of all arrays, given that of the rounded matrix.
+
+    Let v = (W + sAB - offset) / scale, c the level nearest to it, and M = 1 inside the range:
+
+        dW' = g M;  dA = s dW' B^T;  dB = s A^T dW';  doffset = sum g (1 - M);
+        dscale = sum g (c - v inside, c outside), summed over the rows of a group.
+    """
+    adapter, format = how.adapter, how.format
+    k = g.shape[0]
+    rows = spread(adapter._grid(format, data), format.rows_per_group(k), k)
+    v = (adapter._whole(data) - rows.offset) / rows.base.scale
+    inside = format.format.inside(v, jnp.zeros(()))
+    level = format.format.level(v, jnp.zeros(()))
+    within = jnp.where(inside, g, 0.0)
+    a, b = (data[name].astype(jnp.float32) for name in (A, B))
+    per_group = partial(_summed, format.rows_per_group(k))
+    new = {
+        A: adapter.scaling * (within @ b.T),
+        B: adapter.scaling * (a.T @ within),
+        "scale": per_group(g * jnp.where(inside, level - v, level)),
+        "offset": per_group(g - within),
+        "codes": within,
+    }
+    return {name: new[name].astype(a.dtype) for name, a in data.items()}
+
+
+def _summed(rows: int, a: Float[Array, "k n"]) -> Float[Array, "g n"]:
+    k, n = a.shape
+    return jnp.pad(a, ((0, -k % rows), (0, 0))).reshape(-1, rows, n).sum(1)
+
+
+def _range_grid(format: Offset, w: Float[Array, "k n"]) -> Shifted:
+    """Return the paper's initial grid: it reaches both ends of the range, without offsets."""
+    k, n = w.shape
+    g = format.rows_per_group(k)
+    w = jnp.pad(w, ((0, -k % g), (0, 0)), mode="edge").reshape(-1, g, n)
+    low, high = format.format.ends
+    scale = jnp.maximum(jnp.abs(w.min(1) / low), jnp.abs(w.max(1) / high))
+    return Shifted(format.format.stored(scale), jnp.zeros_like(scale))
+
+
+def _in_bin(
+    format: Offset, w: Float[Array, "k n"], value: Float[Array, "k n"], grid: Shifted
+) -> Float[Array, "k n"]:
+    """Return w where it rounds to `value`, elsewhere the nearest point that safely does."""
+    rows = spread(grid, format.rows_per_group(len(w)), len(w))
+    same: Bool[Array, "k n"] = format.round(w, rows)[1] == value
+    nearer = value + jnp.clip(w - value, -SAFE * rows.base.scale, SAFE * rows.base.scale)
+    return jnp.where(same, w, nearer)

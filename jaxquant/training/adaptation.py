@@ -1,0 +1,301 @@
+"""Putting adapters on the weights of a tree, and choosing among several: `adapt`, `selected`."""
+
+import dataclasses
+import difflib
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jaxquant.adapters.adapted import Adapted
+from jaxquant.adapters.lora import IDS, LoRA, base_of
+from jaxquant.calibration.statistics import Stats
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.fields import brief, shown
+from jaxquant.core.paths import matches, path_leaves, replace_leaves
+from jaxquant.core.protocols import Adapter, Data, Format, Known
+from jaxquant.core.random_keys import Draw
+from jaxquant.core.sites import Site, is_weight
+from jaxquant.core.tensor import QTensor
+from jaxquant.estimators.latent_format import batched
+from jaxquant.formats.dense import Dense
+from jaxquant.methods.method import KEEP, Method
+from jaxquant.ptq.quantize import quantize
+from jaxquant.recipes.recipe import Recipe
+from jaxquant.rounding import Nearest
+from jaxquant.training.latent import as_stored
+from pallas_kernels.context import compiled
+
+FLOATS = Method("float", Nearest(), Dense())
+
+
+def adapt(
+    params: PyTree,
+    adapter: Adapter,
+    *,
+    key: Array | None = None,
+    targets: Sequence[str] | None = None,
+    floats: PyTree = None,
+    stats: Stats | Mapping[str, Site] | None = None,
+) -> PyTree:
+    """Put an adapter on weights of a tree; `jaxquant.merge` undoes it, keeping what was learned.
+
+    The tree then runs in any function wrapped by `jaxquant.quantized`. `jaxquant.trained(tree)`
+    says which arrays are trained, and `jaxquant.labels` gives them labels for
+    `optax.multi_transform`.
+
+    Args:
+      params: tree of quantized weights, latent weights (`jaxquant.latent`) or floating-point
+        arrays.
+      adapter: what to train: `jaxquant.adapters.LoRA`, `QALoRA`, `L4Q`, `PEQA`.
+      key: PRNG key for random initial values. Default: `jax.random.key(0)`.
+      targets: globs of the paths of the weights to adapt. Default: all quantized weights; if there
+        are none, all weights that are operands of a matmul according to `stats`.
+      floats: the tree from which `params` was quantized, for adapters that start from it: `L4Q`,
+        and `LoRA` with an `init`.
+      stats: the result of `calibrate`, needed by `LoRA(init="cloq")`; or of `sites`, which tells
+        how floating-point weights are used (as in `jaxquant.quantize`).
+    Returns:
+      The tree, with `QTensor`s in the format `jaxquant.adapters.Adapted`.
+    Raises:
+      ValueError: a glob matches nothing, a weight is adapted already, its format or its shape does
+        not suit the adapter, or something that the adapter needs is missing.
+    Warns:
+      If a format has to gain offsets, which take bytes.
+
+    >>> import jaxquant as jq
+    >>> q = jq.quantize({"w": jnp.eye(64)}, jq.nf4())
+    >>> p = adapt(q, jq.adapters.LoRA(rank=4))
+    >>> {name: label for name, label in jq.labels(p)["w"].data.items() if label != "frozen"}
+    {'lora_a': 'lora_a', 'lora_b': 'lora_b'}
+    """
+    check_arguments(adapt, locals())
+    leaves = dict(path_leaves(params))
+    chosen = _chosen(leaves, targets)
+    plain = [path for path in chosen if not isinstance(leaves[path], QTensor)]
+    if plain or not chosen:
+        leaves |= _as_tensors(params, plain, stats)
+        chosen = chosen or [path for path, w in leaves.items() if isinstance(w, QTensor)]
+    before = {} if floats is None else dict(path_leaves(floats))
+    draw, new = Draw.of(key), {}
+    for path in chosen:
+        gram = stats.gram(path) if isinstance(stats, Stats) and adapter.needs_gram else None
+        try:
+            new[path] = _adapted(path, leaves[path], adapter, draw, before.get(path), gram)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    _tell_gains(leaves, new)
+    return replace_leaves(params, new)
+
+
+def _chosen(leaves: Mapping[str, PyTree], targets: Sequence[str] | None) -> list[str]:
+    """Return the paths of the weights to adapt; none if all that are operands of matmuls are."""
+    if targets is None:
+        return [path for path, w in leaves.items() if isinstance(w, QTensor)]
+    found: dict[str, None] = {}
+    for glob in [targets] if isinstance(targets, str) else targets:
+        some = [path for path in leaves if matches(path, glob)]
+        if not some:
+            near = difflib.get_close_matches(glob.replace("*", ""), list(leaves), 3, 0.0)
+            raise ValueError(
+                f"targets: {shown(glob)} matches no leaf of the tree; nearest: {', '.join(near)}"
+            )
+        able = lambda w: isinstance(w, QTensor) or is_weight(w)
+        weights = [path for path in some if able(leaves[path])]
+        if not weights:
+            raise ValueError(
+                f"targets: {shown(glob)} matches only leaves that are no weights of a matmul, "
+                f"such as {some[0]!r}"
+            )
+        found |= dict.fromkeys(weights)
+    return list(found)
+
+
+def _as_tensors(params: PyTree, paths: list[str], stats: PyTree) -> dict[str, QTensor]:
+    """Return the named floating-point weights, or all, as `QTensor`s of unrounded floats."""
+    rules = [(path, FLOATS) for path in paths]
+    recipe = Recipe([*rules, ("*", KEEP)]) if paths else FLOATS
+    made = quantize(params, recipe, stats)
+    new = {}
+    for path, w in path_leaves(made):
+        if isinstance(w, QTensor) and w.format == Dense() and (not paths or path in paths):
+            codes = w.data["codes"].astype(w.logical_dtype)  # exact: they came from this dtype
+            new[path] = dataclasses.replace(w, data={"codes": codes})
+    return new
+
+
+def _adapted(
+    path: str, w: QTensor, adapter: Adapter, draw: Draw, leaf: Array | None, gram: Array | None
+) -> QTensor:
+    if isinstance(w.format, Adapted):
+        raise ValueError(
+            f"the weight has an adapter already, {brief(w.format.adapter)}; merge it first"
+        )
+    k, n = w.stored_rows, _columns(w)
+    adapter.check(w.format, k, n)
+    batch = w.stored_shape()[: w.leading()]
+    held = w.unnamed()
+    matrices = None if leaf is None else flat(as_stored(held, leaf), len(batch))
+    grams = None if gram is None else flat(stored_gram(held, gram), len(batch))
+    data = jax.tree.map(lambda a: flat(a, len(batch)), w.data)
+    parts = []
+    for i in range(math.prod(batch)):
+        one = jax.tree.map(lambda a, i=i: a[i], (data, matrices, grams))
+        parts.append(
+            _started(adapter, w.format, (k, n), *one, draw.of_matrix(f"adapter {path}", i))
+        )
+    stack = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
+    format = Adapted(adapter.home(w.format), adapter)
+    return dataclasses.replace(w, data=jax.tree.map(stack, *parts), format=format)
+
+
+@partial(compiled, static_argnums=(0, 1, 2))
+def _started(
+    adapter: Adapter, format: Format, shape: tuple[int, int], data: Data,
+    floats: Array | None, gram: Array | None, key: Array,
+) -> Data:  # fmt: skip
+    return adapter.start(format, data, Known(*shape, floats, gram, key))
+
+
+def _columns(w: QTensor) -> int:
+    """Return the number of columns of the stored matrix."""
+    n = math.prod(w.view.n)
+    return n if w.output is None else w.output.size(n)
+
+
+def flat(a: Array, axes: int) -> Array:
+    """Return an array with its leading axes merged into one.
+
+    Args:
+      a: the array.
+      axes: number of leading axes.
+    """
+    return a.reshape(math.prod(a.shape[:axes]), *a.shape[axes:])
+
+
+def stored_gram(w: QTensor, gram: Float[Array, "... k k"]) -> Float[Array, "... s s"]:
+    """Return the second moment of the transformed inputs.
+
+    Args:
+      w: the quantized weight.
+      gram: second moment of its inputs.
+    """
+    if w.input is None:
+        return gram
+    side = w.input
+    apply = lambda h, arrays: side.apply(side.apply(h, arrays).T, arrays)
+    return batched(apply, w.leading())(gram, w.input_data)
+
+
+def _tell_gains(leaves: Mapping[str, QTensor], new: Mapping[str, QTensor]) -> None:
+    """Warn of formats that gain offsets, and say how many bits they cost."""
+    forms: dict[str, Any] = {path: w.format for path, w in new.items()}
+    gained = [path for path, form in forms.items() if form.format != leaves[path].format]
+    if not gained:
+        return
+    path = gained[0]
+    w, served = leaves[path], forms[path].format
+    k, n = w.stored_rows, _columns(w)
+    size = 8 * sum(math.prod(a.shape) * a.dtype.itemsize for a in served.shapes(k, n).values())
+    rest = f" (and {len(gained) - 1} more)" if gained[1:] else ""
+    warnings.warn(
+        f"{path}{rest} gains offsets, which {type(forms[path].adapter).__name__} merges into: "
+        f"{size / (k * n):.3f} bits per weight when merged instead of {w.bits_per_weight:.3f}; "
+        "quantize to jaxquant.formats.Offset to count them from the beginning",
+        stacklevel=3,
+    )
+
+
+def is_adapted(w: PyTree) -> bool:
+    """Return whether a leaf is a weight with an adapter.
+
+    Args:
+      w: leaf of a tree.
+    """
+    return isinstance(w, QTensor) and isinstance(w.format, Adapted)
+
+
+# --- several adapters on one base -----------------------------------------------------------------
+
+
+def together(trees: Sequence[PyTree]) -> PyTree:
+    """Combine trees that differ only in the values of their LoRA adapters into one.
+
+    The base is held once. `selected` then says which row of a batch uses which adapter.
+
+    Args:
+      trees: adapted trees of one base, with adapters of equal shape on the same weights.
+    Returns:
+      One tree, whose adapters have an axis over the trees; `selected` must be applied to it.
+    Raises:
+      ValueError: there are fewer than two trees, or they differ in more than their adapters.
+    """
+    check_arguments(together, locals())
+    if len(trees) < 2:
+        raise ValueError(f"expected at least two trees, got {len(trees)}")
+    flat: list[dict[str, Any]] = [dict(path_leaves(tree)) for tree in trees]
+    new = {}
+    for path, w in flat[0].items():
+        others: list[Any] = [one.get(path) for one in flat[1:]]
+        if not is_adapted(w):
+            continue
+        if not all(is_adapted(o) and o.format == w.format and o.shape == w.shape for o in others):
+            raise ValueError(f"{path}: the trees differ in its format, shape or adapter")
+        base = base_of(w.data)
+        for i, other in enumerate(others, 1):
+            if not all(_equal(a, base_of(other.data)[name]) for name, a in base.items()):
+                raise ValueError(
+                    f"{path}: tree {i} has another base than tree 0, so it cannot share it; "
+                    "adapters only fit the packed weights that they were trained on"
+                )
+        own = {
+            name: [one.data[name] for one in (w, *others)] for name in w.data if name not in base
+        }
+        if not isinstance(w.format.adapter, LoRA) or w.format.adapter.dora:
+            raise ValueError(f"{path}: only adapters that are LoRA without dora can be combined")
+        stacked = {name: jnp.stack(arrays, axis=w.leading()) for name, arrays in own.items()}
+        new[path] = dataclasses.replace(w, data={**base, **stacked})
+    if not new:
+        raise ValueError("nothing to combine: no weight of the trees has an adapter")
+    return replace_leaves(trees[0], new)
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a is b or (a.shape == b.shape and np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+def selected(params: PyTree, ids: Sequence[int] | Array) -> PyTree:
+    """Say which adapter each sequence of a batch uses, in a tree made by `together`.
+
+    Args:
+      params: the tree.
+      ids: index of the adapter for every entry of the batch, int [batch]; it may be traced. The
+        batch must be the first axis of the function's inputs.
+    Returns:
+      The tree, for functions of batches of this size.
+
+    >>> import jaxquant as jq
+    >>> q = jq.quantize({"w": jnp.eye(64)}, jq.nf4())
+    >>> one, two = (adapt(q, jq.adapters.LoRA(2), key=jax.random.key(i)) for i in (0, 1))
+    >>> both = selected(together([one, two]), [1, 0, 1])
+    >>> jq.quantized(lambda p, x: x @ p["w"])(both, jnp.ones((3, 5, 64))).shape
+    (3, 5, 64)
+    """
+    check_arguments(selected, locals())
+    ids = jnp.asarray(ids, jnp.int32)
+
+    def one(w: PyTree) -> PyTree:
+        if not is_adapted(w):
+            return w
+        lead = w.data["codes"].shape[: w.leading()]
+        return dataclasses.replace(
+            w, data={**w.data, IDS: jnp.broadcast_to(ids, (*lead, *ids.shape))}
+        )
+
+    return jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, QTensor))

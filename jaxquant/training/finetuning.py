@@ -1,0 +1,235 @@
+"""Training of adapters: settings, and a loop that is resumable and evaluates held-out data.
+
+A loop of one's own needs only `jax.grad` of `jq.quantized(loss)` and Optax.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxquant.adapters.adam8bit import adam8bit
+from jaxquant.adapters.paging import paged
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.standin import is_standin
+from jaxquant.durable.store import Finished
+from jaxquant.estimators.weight_estimators import randomness
+from jaxquant.training.latent import ADAPTER, OTHER, SCALE, trained
+from jaxquant.training.optimizers import optimizer, relative
+from jaxquant.training.qat import sequence_loss, stored_as
+from jaxquant.tuning.trainable import Opened, check_globs
+from jaxquant.tuning.trainer import Healing, Loss, Progress, Rule, Trainer
+
+LORA_A, LORA_B, MAGNITUDE = ADAPTER
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning(Healing):
+    """Settings for training adapters: AdamW with warm-up, then cosine decay to zero.
+
+    Attributes:
+      learning_rate: peak learning rate of the matrices A.
+      b_ratio: factor by which that of the matrices B is larger; 1 is plain LoRA, 16 the value that
+        LoRA+ (Hayou et al. 2024, arXiv:2402.12354) suggests.
+      scale_rate: peak rate of scales and offsets, relative to the magnitude of each; 0 freezes
+        them.
+      also: globs of plain leaves to train as well ("*norm*"). Default: none.
+      other_rate: peak learning rate of these leaves.
+      weight_decay: weight decay of A and B.
+      clip: largest gradient norm of each kind of array; 0 disables clipping.
+      optimizer: "adamw", or "adam8bit" whose state takes 2 bytes per number instead of 8.
+      paged: whether the state of the optimizer lives in the memory of the host.
+    """
+
+    learning_rate: float = 2e-4
+    b_ratio: float = 1.0
+    scale_rate: float = 1e-3
+    also: tuple[str, ...] = ()
+    other_rate: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 0.3
+    optimizer: Literal["adamw", "adam8bit"] = "adamw"
+    paged: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("b_ratio", "scale_rate", "other_rate", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The peak rate of every kind of array that is trained, by label."""
+        every = {
+            LORA_A: self.learning_rate,
+            LORA_B: self.learning_rate * self.b_ratio,
+            MAGNITUDE: self.learning_rate,
+            SCALE: self.scale_rate,
+            OTHER: self.other_rate if self.also else 0.0,
+        }
+        return {label: rate for label, rate in every.items() if rate}
+
+    def trained(self, params: PyTree) -> PyTree:
+        """Return which arrays of a tree are trained.
+
+        Args:
+          params: tree with adapters.
+        Returns:
+          A tree of booleans, like `params`.
+        """
+        return trained(params, *self.rates, also=self.also)
+
+    def rule(self) -> Rule:
+        """Return the rule for `Trainer`."""
+        return AdapterDescent(self)
+
+    def optimizer_of(self, train: PyTree) -> optax.GradientTransformation:
+        """Return the optimizer of these settings.
+
+        Args:
+          train: tree of the trained arrays.
+        Returns:
+          The optimizer, with one rate per kind of array.
+        """
+        make = {"adamw": optax.adamw, "adam8bit": adam8bit}[self.optimizer]
+
+        def of(label: str, rate: float) -> optax.GradientTransformation:
+            schedule = dataclasses.replace(self, learning_rate=rate).schedule()
+            decay = self.weight_decay if label in (LORA_A, LORA_B) else 0.0
+            step = make(schedule, weight_decay=decay)
+            parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+            parts += [paged(step) if self.paged else step]
+            return optax.chain(*parts, *([relative()] if label in (SCALE, MAGNITUDE) else []))
+
+        rates = self.rates.items()
+        return in_float32(optimizer(train, **{label: of(label, rate) for label, rate in rates}))
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return an optimizer that computes, and keeps its state, in float32 for bfloat16 parameters.
+
+    Args:
+      inner: the optimizer.
+    """
+    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        return inner.update(wide(updates), state, None if params is None else wide(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
+
+
+class _Slots(NamedTuple):
+    step: Array
+    optimizer: optax.OptState
+
+
+class AdapterDescent:
+    """A training rule (`trainer.Rule`) that trains a tree's adapters with an Optax optimizer.
+
+    Args:
+      how: training settings.
+    """
+
+    def __init__(self, how: Finetuning) -> None:
+        self.how = how
+
+    def init(self, opened: Opened) -> tuple[PyTree, PyTree]:
+        state = self.how.optimizer_of(opened.start).init(opened.start)
+        return opened.start, _Slots(jnp.int32(0), state)
+
+    def update(
+        self, loss: Loss, change: PyTree, slots: _Slots, opened: Opened, *batch: PyTree
+    ) -> tuple[PyTree, _Slots, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(self.how.seed), slots.step)
+
+        def with_dropout(change: PyTree) -> Array:
+            with randomness(key):
+                return loss(change, opened, *batch)
+
+        value, slope = jax.value_and_grad(with_dropout)(change)
+        step, state = self.how.optimizer_of(change).update(slope, slots.optimizer, change)
+        measured = {"loss": value, "gradient": optax.tree.norm(slope)}
+        return optax.apply_updates(change, step), _Slots(slots.step + 1, state), measured
+
+
+FINETUNING = Finetuning()
+
+
+def finetune(
+    fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    sequences: np.ndarray,
+    how: Finetuning = FINETUNING,
+    *,
+    teacher: PyTree = None,
+    validation: np.ndarray | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> PyTree:
+    """Train the adapters of a tree end to end; the weights that they are on stay packed.
+
+    Args:
+      fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
+      params: tree with adapters (`jaxquant.adapt`).
+      sequences: training inputs [N, ...]; without a teacher, tokens [N, t], and the loss is the
+        cross-entropy of the next token.
+      how: settings.
+      teacher: tree whose predictions are the target (the loss is the mean KL divergence from them).
+        Default: none.
+      validation: held-out inputs; the state with the least loss on them is returned. None: the last
+        state is returned.
+      progress: called with a `tuning.trainer.Progress` after every update.
+      finished: store of the training state, written every `save_every` updates (a field of `how`).
+        A run that was interrupted resumes from it.
+    Returns:
+      The tree, with trained adapters; `jaxquant.merge` merges them.
+    Raises:
+      ValueError: there are fewer sequences than one batch needs, there is nothing to train, the
+        store holds an unfinished run with other weights or settings, or a loss is not finite.
+
+    >>> import jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (32, 32))
+    >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
+    >>> q = jq.quantize({"w": w}, jq.rtn(bits=2, group_size=16))
+    >>> p = jq.adapt(q, jq.adapters.LoRA(rank=8))
+    >>> fn = lambda p, x: x @ p["w"]
+    >>> how = Finetuning(steps=30, learning_rate=0.02)
+    >>> better = finetune(fn, p, x, how, teacher={"w": w})
+    >>> far = lambda p: float(jnp.mean((p["w"].dequantize() - w) ** 2))
+    >>> far(better) < far(p)
+    True
+    """
+    check_arguments(finetune, locals())
+    trainer = Trainer(partial(sequence_loss, fn), how, how.rule())
+    opened = open_adapted(params, how)
+    change = trainer.fit_sequences(
+        opened, sequences, validation, teacher, name="finetuning", progress=progress,
+        finished=finished,
+    )  # fmt: skip
+    return stored_as(params, eqx.combine(change, opened.params))
+
+
+def open_adapted(params: PyTree, how: Finetuning) -> Opened:
+    """Split a tree into fixed arrays and trained arrays; plain leaves are trained in float32.
+
+    Args:
+      params: tree with adapters.
+      how: training settings, which say what is trained.
+    Raises:
+      ValueError: nothing is trained, or `also` matches no floating-point leaf.
+    """
+    check_globs(params, how.also)
+    train, rest = eqx.partition(params, how.trained(params))
+    if not jax.tree.leaves(train):
+        raise ValueError("nothing to train: no weight has an adapter; add some with jq.adapt")
+    wide = {p: a.astype(jnp.float32) for p, a in path_leaves(train) if not is_standin(a)}
+    return Opened(rest, replace_leaves(train, wide))

@@ -1,0 +1,215 @@
+"""Merging adapters into the weights that they are on: `merge`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxquant.adapters.adapted import Adapted
+from jaxquant.adapters.lora import base_of
+from jaxquant.calibration.statistics import Stats
+from jaxquant.core.arguments import check_arguments
+from jaxquant.core.fields import brief
+from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.protocols import Data, Format, Rounder
+from jaxquant.core.random_keys import Draw
+from jaxquant.core.tensor import QTensor
+from jaxquant.estimators.latent_format import Latent, batched
+from jaxquant.formats.dense import Dense
+from jaxquant.formats.offset import Offset
+from jaxquant.rounding import Moments, Nearest
+from jaxquant.training.adaptation import flat, is_adapted, stored_gram
+from pallas_kernels.context import compiled
+
+
+class Merged(NamedTuple):
+    """What became of one adapter.
+
+    Attributes:
+      path: path of the weight.
+      exact: whether the merged weight computes what was trained.
+      kept: share of the energy of the adapter's outputs that survives, 1 - |X E|^2 / |X D|^2, where
+        D is the change by the adapter and E the error of the merged weight; for inputs X with the
+        second moment of `stats`, or white without. At most 1; negative if the error is larger than
+        the change. NaN if the adapter changed nothing.
+      energy: |X D|^2 per input vector, the weight of `kept` in an average over matrices.
+      bits_per_weight: of the merged weight.
+    """
+
+    path: str
+    exact: bool
+    kept: float
+    energy: float
+    bits_per_weight: float
+
+
+def merge(
+    params: PyTree,
+    *,
+    rounder: Rounder | None = None,
+    bits: int | None = None,
+    stats: Stats | None = None,
+    key: Array | None = None,
+    progress: Callable[[Merged], None] | None = None,
+) -> PyTree:
+    """Merge adapters into the weights they are on.
+
+    `QALoRA`, `L4Q` and `PEQA` merge exactly: the result is packed and computes what was trained.
+    `LoRA` on a packed weight does not: the sum is rounded again, to the format of the weight, and
+    `progress` reports how much survives. `LoRA` on floating-point weights gives floats.
+
+    Args:
+      params: tree with adapted weights.
+      rounder: how sums are rounded again. Default: to nearest; `jaxquant.rounding.LDLQ()` loses
+        less, and needs `stats`. Exact merges round nothing.
+      bits: number of bits per code of sums that are rounded again. Default: that of the weight.
+      stats: the result of `calibrate`, for the rounder and to weigh errors by the inputs.
+      key: PRNG key for rounders that draw random numbers. Default: `jax.random.key(0)`.
+      progress: called with a `Merged` after every weight.
+    Returns:
+      The tree, with plain `QTensor`s and arrays.
+    Raises:
+      ValueError: no weight has an adapter; a rounder, or another number of bits than the weights
+        have, is given though all merges are exact; or statistics are missing.
+
+    >>> import jaxquant as jq
+    >>> q = jq.quantize({"w": jnp.eye(64)}, jq.Method("q", jq.rounding.Nearest(),
+    ...     jq.formats.Offset(jq.formats.Integer(4, 16, symmetric=True))))
+    >>> merge(jq.adapt(q, jq.adapters.QALoRA(rank=2)))["w"].format == q["w"].format
+    True
+    """
+    check_arguments(merge, locals())
+    leaves = {path: w for path, w in path_leaves(params) if is_adapted(w)}
+    if not leaves:
+        raise ValueError("nothing to merge: no weight of the tree has an adapter")
+    inexact = [path for path, w in leaves.items() if _rounds_again(w.format)]
+    if not inexact:
+        _check_exact(leaves, rounder, bits)
+    rounder, draw, new = rounder or Nearest(), Draw.of(key), {}
+    for path, w in leaves.items():
+        gram = stats.gram(path) if stats is not None else None
+        if path in inexact and rounder.needs_gram and gram is None:
+            raise ValueError(
+                f"{path}: {brief(rounder)} needs statistics: pass stats=calibrate(...)"
+            )
+        format = with_bits(path, w.format.format, bits) if path in inexact else w.format.format
+        new[path] = _merged(path, w, format, rounder, gram, draw)
+        if progress is not None:
+            progress(_report(path, w, new[path], gram))
+    return replace_leaves(params, new)
+
+
+def _check_exact(leaves: Mapping[str, Any], rounder: Rounder | None, bits: int | None) -> None:
+    """Raise ValueError for options of rounding, if nothing is rounded."""
+    if rounder is not None:
+        raise ValueError(
+            "all adapters of the tree merge exactly, so nothing is rounded again: leave the "
+            "rounder out"
+        )
+    for path, w in leaves.items():
+        held = bits_of(w.format.format)
+        if bits is not None and held != bits:
+            raise ValueError(
+                f"{path}: the merge is exact and keeps the codes of the weight, which have "
+                f"{held} bits, not {bits}: leave bits out"
+            )
+
+
+def bits_of(format: Format) -> int | None:
+    """Return the number of bits of a format's codes, or None if it has no such number.
+
+    Args:
+      format: the format; of an `Offset`, the levels count.
+    """
+    inner = format.format if isinstance(format, Offset) else format
+    return getattr(inner, "bits", None)
+
+
+def with_bits(path: str, format: Any, bits: int | None) -> Format:
+    """Return a format with another number of bits per code.
+
+    Args:
+      path: path of the weight, for the error.
+      format: the format.
+      bits: the number; None leaves the format as it is.
+    Raises:
+      ValueError: the format has no such number, or does not have it at that.
+    """
+    if bits is None or bits == bits_of(format):
+        return format
+    if bits_of(format) is None:
+        raise ValueError(f"{path}: {brief(format)} has no other number of bits: leave bits out")
+    try:
+        if isinstance(format, Offset):
+            inner: Any = with_bits(path, format.format, bits)
+            return dataclasses.replace(format, format=inner)
+        return dataclasses.replace(format, bits=bits)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _rounds_again(format: Adapted) -> bool:
+    return not (format.adapter.exact or format.format.latent or format.format == Dense())
+
+
+def _merged(
+    path: str, w: QTensor, format: Format, rounder: Rounder, gram: Array | None, draw: Draw
+) -> PyTree:
+    form: Adapted = w.format  # type: ignore[assignment]
+    k, lead = w.stored_rows, w.leading()
+    if form.adapter.exact:
+        data = _packed(form, k, lead, w.data)
+        return dataclasses.replace(w, data=data, format=form.format)
+    if form.format == Dense():
+        return w.dequantize()
+    if isinstance(form.format, Latent):
+        change = w.stored() - form.format.dequantize(base_of(w.data), k)
+        codes = w.data["codes"] + change.astype(w.data["codes"].dtype)
+        return dataclasses.replace(w, data={**base_of(w.data), "codes": codes}, format=form.format)
+    batch = w.stored_shape()[:lead]
+    values = flat(w.stored(), lead)
+    grams = None if gram is None else flat(stored_gram(w, gram), lead)
+    parts = []
+    for i in range(len(values)):
+        one = jax.tree.map(lambda a, i=i: a[i], (values, grams))
+        parts.append(_rounded(rounder, format, *one, draw.of_matrix(f"merge {path}", i)))
+    stack = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
+    return dataclasses.replace(w, data=jax.tree.map(stack, *parts), format=format)
+
+
+@partial(compiled, static_argnums=(0, 1, 2))
+def _packed(form: Adapted, k: int, lead: int, data: Data) -> Data:
+    return batched(lambda d: form.adapter.merged(form.format, d, k), lead)(data)
+
+
+@partial(compiled, static_argnums=(0, 1))
+def _rounded(rounder: Rounder, format: Format, w: Array, gram: Array | None, key: Array) -> Data:
+    return rounder(w, format, Moments(gram), key)[0]
+
+
+def _report(path: str, w: QTensor, new: PyTree, gram: Array | None) -> Merged:
+    form: Adapted = w.format  # type: ignore[assignment]
+    exact = not _rounds_again(form)
+    if form.adapter.floating or form.adapter.exact:  # the change cannot be told from the base
+        return Merged(path, True, 1.0, 0.0, new.bits_per_weight)
+    k = w.stored_rows
+    value, base = w.stored(), form.format.dequantize(base_of(w.data), k)
+    if gram is not None:
+        gram = stored_gram(w, gram)
+    energy = float(_energy(value - base, gram))
+    if exact:
+        bits = new.bits_per_weight if isinstance(new, QTensor) else 8.0 * new.dtype.itemsize
+        return Merged(path, True, 1.0, energy, bits)
+    error = float(_energy(new.stored() - value, gram))
+    kept = 1 - error / energy if energy else math.nan
+    return Merged(path, False, kept, energy, new.bits_per_weight)
+
+
+@jax.jit
+def _energy(d: Float[Array, "... k n"], gram: Float[Array, "... k k"] | None) -> Float[Array, ""]:
+    return jnp.sum(d * (d if gram is None else gram @ d))

@@ -1,0 +1,118 @@
+"""Adapters for a language model: the base they are put on, their training, and their merge."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+import jaxquant as jq
+from jaxquant.durable.store import Finished
+from jaxquant.training.finetuning import Finetuning
+from jaxquant.tuning.trainer import Progress
+from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
+from jaxquant_models.readers.model import Model
+from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.quantization import quantize_model
+from jaxquant_models.runs.recipes import recipe_of
+from jaxquant_models.runs.sequences import first_tokens
+
+ADAPTERS = ("qlora", "qa-lora", "l4q", "peqa")
+TOKENS = 8192  # of the training text, on which a base is calibrated
+
+
+def adapter_of(
+    method: str, rank: int, alpha: float | None, init: str = "zero"
+) -> jq.adapters.Adapter:
+    """Return the adapter of a method of the command.
+
+    Args:
+      method: one of `ADAPTERS`.
+      rank, alpha: as in `jaxquant.adapters.LoRA`; not used by peqa.
+      init: as in `jaxquant.adapters.LoRA`; only for qlora.
+    """
+    if method == "qlora":
+        return jq.adapters.LoRA(rank, alpha, init=init)  # type: ignore[arg-type]
+    if method == "peqa":
+        return jq.adapters.PEQA()
+    return {"qa-lora": jq.adapters.QALoRA, "l4q": jq.adapters.L4Q}[method](rank, alpha)
+
+
+def base_method(method: str, bits: int, group_size: int) -> jq.Method:
+    """Return the method that quantizes a float model before it gets adapters.
+
+    QLoRA's base is NormalFloat with double quantization, rounded to nearest. The others need a grid
+    with offsets, in which GPTQ chooses the codes.
+
+    Args:
+      method: one of `ADAPTERS`.
+      bits: number of bits per code.
+      group_size: number of inputs that share a scale.
+    """
+    if method == "qlora":
+        return jq.normal_float(bits, group_size, double_quant=True)
+    levels = jq.formats.Integer(bits, group_size, symmetric=True)
+    return dataclasses.replace(
+        jq.gptq(bits, group_size), format=jq.formats.Offset(levels, mse=True)
+    )
+
+
+def adapted_model(
+    source: Model,
+    method: jq.Method | None,
+    adapter: jq.adapters.Adapter,
+    only: tuple[str, ...],
+    sequences: np.ndarray,
+    finished: Finished,
+) -> Model:
+    """Return a model with adapters, quantized first if it has float weights.
+
+    Args:
+      source: the model.
+      method: the method that quantizes it; None for a checkpoint, whose weights are packed.
+      adapter: the adapter.
+      only: patterns of the weights that get one; empty for all of the layers.
+      sequences: training sequences, of which the first calibrate.
+      finished: results of finished steps.
+    """
+    floats, stats, packed = None, None, dataclasses.replace(source, params=stacked(source.params))
+    needs = adapter.needs_gram or (method is not None and method.needs_gram)
+    if needs and method is not None:
+        some = first_tokens(sequences, min(TOKENS, sequences.size))
+        stats = calibrate_model(packed, some, finished=finished)
+    if method is not None:
+        floats = packed.params
+        packed = quantize_model(packed, recipe_of(method), stats, finished=finished)
+    params = jq.adapt(
+        packed.params, adapter, targets=only or (LAYER_MATRICES,), floats=floats,
+        stats=stats if adapter.needs_gram else None,
+    )  # fmt: skip
+    return dataclasses.replace(source, params=params)
+
+
+def train_adapters(
+    model: Model,
+    sequences: np.ndarray,
+    how: Finetuning,
+    *,
+    teacher: Model | None,
+    validation: np.ndarray,
+    progress: Callable[[Progress], None],
+    finished: Finished,
+) -> Model:
+    """Return the model with trained adapters.
+
+    Args:
+      model: the model, with adapters.
+      sequences: training sequences.
+      how: settings.
+      teacher: model whose predictions are matched; None learns the text itself.
+      validation: held-out sequences.
+      progress: called with a report after each step.
+      finished: results of finished steps.
+    """
+    target = None if teacher is None else stacked(teacher.params)
+    params = jq.training.finetune(
+        model.apply_training(), model.params, sequences, how, teacher=target,
+        validation=validation, progress=progress, finished=finished,
+    )  # fmt: skip
+    return dataclasses.replace(model, params=params)

@@ -1,0 +1,337 @@
+"""`adapt`, `merge`, several adapters on one base, and their training: the path of a user."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxquant as jq
+from jaxquant.training import Finetuning, finetune, selected, together
+
+LoRA, QALoRA, L4Q, PEQA = jq.adapters.LoRA, jq.adapters.QALoRA, jq.adapters.L4Q, jq.adapters.PEQA
+OFFSET = jq.Method(
+    "offset", jq.rounding.Nearest(),
+    jq.formats.Offset(jq.formats.Integer(3, 16, symmetric=True)),
+)  # fmt: skip
+
+
+def params():
+    keys = jax.random.split(jax.random.key(0), 2)
+    a, b = (0.2 * jax.random.normal(k, (32, 32)) for k in keys)
+    return {"a": {"kernel": a}, "b": {"kernel": b}, "norm": jnp.ones(32)}
+
+
+def fn(p, x):
+    return p["norm"] * jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+
+
+def inputs(seed=1, *shape):
+    return jax.random.normal(jax.random.key(seed), (*(shape or (6,)), 32))
+
+
+RECIPE = lambda method: jq.Recipe([("*kernel", method), ("*", jq.KEEP)])
+
+
+def packed(method=OFFSET):
+    return jq.quantize(params(), RECIPE(method))
+
+
+def trained(tree, seed=2, size=0.1):
+    """A tree whose adapters have learned something."""
+    train, rest = eqx.partition(tree, jq.trained(tree))
+    keys = iter(jax.random.split(jax.random.key(seed), 20))
+    moved = jax.tree.map(lambda a: a + size * jax.random.normal(next(keys), a.shape), train)
+    return eqx.combine(moved, rest)
+
+
+# --- adapt ----------------------------------------------------------------------------------------
+
+
+def test_only_adapters_are_trained_by_default():
+    tree = jq.adapt(packed(), LoRA(2))
+    named = lambda t: {name for w in (t["a"]["kernel"], t["b"]["kernel"]) for name in w.data}
+    kinds = jq.labels(tree)
+    assert kinds["norm"] == "frozen" and kinds["a"]["kernel"].data["codes"] == "frozen"
+    assert kinds["a"]["kernel"].data["lora_b"] == "lora_b" and "lora_a" in named(tree)
+    assert jq.labels(tree, also=("norm",))["norm"] == "other"
+    assert jq.labels(jq.latent(params(), RECIPE(jq.lsq(4, 16))))["norm"] == "other"
+
+
+def test_targets_choose_the_weights():
+    tree = jq.adapt(packed(), LoRA(2), targets=["a/*"])
+    assert "lora_a" in tree["a"]["kernel"].data and "lora_a" not in tree["b"]["kernel"].data
+    both = jq.adapt(tree, QALoRA(2), targets=["b/*"])
+    assert both["b"]["kernel"].format.adapter == QALoRA(2)
+
+
+def test_floating_point_weights_get_adapters_too():
+    sites = jq.sites(fn, params(), inputs())
+    tree = jq.adapt(params(), LoRA(2), stats=sites)
+    x = inputs()
+    np.testing.assert_allclose(jq.quantized(fn)(tree, x), fn(params(), x), rtol=1e-5, atol=1e-6)
+    after = trained(tree)
+    merged = jq.merge(after)
+    assert isinstance(merged["a"]["kernel"], jax.Array)
+    np.testing.assert_allclose(fn(merged, x), jq.quantized(fn)(after, x), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_weights_stay_bfloat16():
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params())
+    tree = jq.adapt(half, LoRA(2, dtype="bfloat16"), targets=["*kernel"], stats=jq.sites(
+        fn, half, inputs().astype(jnp.bfloat16)))  # fmt: skip
+    assert {a.dtype.name for a in tree["a"]["kernel"].data.values()} == {"bfloat16"}
+    assert jq.merge(trained(tree))["a"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_mixed_trees_adapt_floats_that_are_named():
+    recipe = jq.Recipe([("a/*", OFFSET), ("*", jq.KEEP)])
+    tree = jq.adapt(jq.quantize(params(), recipe), LoRA(2), targets=["*kernel"],
+                    stats=jq.sites(fn, params(), inputs()))  # fmt: skip
+    assert tree["b"]["kernel"].format.format == jq.formats.Dense()
+    assert tree["a"]["kernel"].format.format == OFFSET.format
+
+
+def test_the_same_key_gives_the_same_start_and_paths_differ():
+    one, two = (jq.adapt(packed(), LoRA(2), key=jax.random.key(3)) for _ in range(2))
+    other = jq.adapt(packed(), LoRA(2), key=jax.random.key(4))
+    a = lambda t, name: t[name]["kernel"].data["lora_a"]
+    np.testing.assert_array_equal(a(one, "a"), a(two, "a"))
+    assert (a(one, "a") != a(other, "a")).all() and (a(one, "a") != a(one, "b")).all()
+    assert float(jnp.abs(a(one, "a")).max()) <= 32**-0.5
+
+
+def test_a_format_that_gains_offsets_says_so():
+    with pytest.warns(UserWarning, match=r"a/kernel \(and 1 more\) gains offsets.* 5\.0+ bits"):
+        tree = jq.adapt(packed(jq.rtn(3, 16, symmetric=True)), QALoRA(2))
+    assert tree["a"]["kernel"].format.format == OFFSET.format
+    with pytest.warns(UserWarning, match="gains offsets"):
+        tree = jq.adapt(packed(jq.rtn(3, 16)), QALoRA(2))
+    x = inputs()
+    want = jq.quantized(fn)(packed(jq.rtn(3, 16)), x)
+    np.testing.assert_allclose(jq.quantized(fn)(tree, x), want, atol=2e-3)
+
+
+BAD = [
+    (lambda: jq.adapt(packed(), LoRA(2), targets=["c/*"]), r"'c/\*' matches no leaf.*a/kernel"),
+    (
+        lambda: jq.adapt(packed(), LoRA(2), targets=["norm"]),
+        "no weights of a matmul, such as 'norm'",
+    ),
+    (lambda: jq.adapt(packed(), LoRA(33)), r"a/kernel: rank 33 exceeds .* \[32, 32\]"),
+    (lambda: jq.adapt(packed(), QALoRA(3)), "a/kernel: rank 3 exceeds the 2 groups of the 32"),
+    (lambda: jq.adapt(jq.adapt(packed(), LoRA(2)), LoRA(2)), "adapter already, LoRA.*merge it"),
+    (lambda: jq.adapt(packed(jq.nf4(16, double_quant=True)), QALoRA(2)), "QALoRA needs a format"),
+    (lambda: jq.adapt(packed(jq.quip_sharp(2)), QALoRA(2)), "needs"),
+    (lambda: jq.adapt(packed(jq.nf4(16)), L4Q(2)), "L4Q learns the steps of integers"),
+    (lambda: jq.adapt(packed(jq.nf4(16, double_quant=True)), PEQA()), "can train nothing, but"),
+    (lambda: LoRA(0), "rank must be at least 1, got 0"),
+    (lambda: LoRA(2, alpha=-1.0), "alpha must be positive"),
+    (lambda: LoRA(2, dropout=1.0), r"dropout must be in \[0, 1\)"),
+    (lambda: jq.merge(packed()), "nothing to merge"),
+    (lambda: jq.merge(jq.adapt(packed(), QALoRA(2)), rounder=jq.rounding.LDLQ()), "merge exactly"),
+    (lambda: jq.merge(jq.adapt(packed(), QALoRA(2)), bits=4), "have 3 bits, not 4: leave bits out"),
+    (lambda: jq.merge(jq.adapt(packed(), LoRA(2)), rounder=jq.rounding.LDLQ()), "needs statistics"),
+    (lambda: jq.merge(jq.adapt(packed(), LoRA(2)), bits=5), "a/kernel: bits must be one of"),
+    (lambda: finetune(fn, packed(), np.zeros((4, 2, 32))), "no weight has an adapter"),
+    (lambda: together([packed(), packed()]), "nothing to combine"),
+    (lambda: together([jq.adapt(packed(), LoRA(2))]), "at least two trees, got 1"),
+    (
+        lambda: together([jq.adapt(packed(), LoRA(2)), jq.adapt(packed(), LoRA(3))]),
+        "a/kernel: the trees differ in its format, shape or adapter",
+    ),
+    (
+        lambda: together([jq.adapt(packed(), QALoRA(2)), jq.adapt(packed(), QALoRA(2))]),
+        "only adapters that are LoRA",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=[text for _, text in BAD])
+def test_bad_input_is_named(case):
+    call, text = case
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def reports(tree, **options):
+    found = []
+    merged = jq.merge(tree, progress=found.append, **options)
+    return merged, found
+
+
+def test_an_exact_merge_keeps_everything():
+    for adapter in (QALoRA(2), L4Q(2), PEQA()):
+        tree = trained(jq.adapt(packed(), adapter, floats=params()), size=0.02)
+        merged, found = reports(tree)
+        assert [(r.path, r.exact, r.kept) for r in found] == [
+            ("a/kernel", True, 1.0), ("b/kernel", True, 1.0)
+        ]  # fmt: skip
+        x = inputs()
+        run = jax.jit(jq.quantized(fn))
+        np.testing.assert_array_equal(run(merged, x), run(tree, x))
+
+
+def test_what_a_merge_that_rounds_again_keeps_is_measured():
+    """By the definition, against the inputs' second moment; and feedback keeps more."""
+    x = inputs(5, 400) @ jnp.diag(jnp.linspace(0.1, 2, 32))
+    one = {"w": params()["a"]["kernel"]}
+    product = lambda p, x: x @ p["w"]
+    stats = jq.calibrate(product, one, [x])
+    tree = trained(jq.adapt(jq.quantize(one, OFFSET), LoRA(2)), size=0.05)
+    merged, (report,) = reports(tree, stats=stats)
+    base = jq.quantize(one, OFFSET)["w"].dequantize()
+    whole, after = tree["w"].dequantize(), merged["w"].dequantize()
+    energy = lambda d: float(jnp.sum((x @ d) ** 2))
+    assert not report.exact
+    assert report.kept == pytest.approx(1 - energy(after - whole) / energy(whole - base), rel=1e-3)
+    _, (better,) = reports(tree, stats=stats, rounder=jq.rounding.LDLQ())
+    assert report.kept < better.kept < 1
+
+
+def test_a_merge_may_round_to_other_bits():
+    tree = trained(jq.adapt(packed(), LoRA(2)), size=0.05)
+    merged, found = reports(tree, bits=8)
+    assert merged["a"]["kernel"].format.format.bits == 8
+    assert all(r.kept > 0.9 and r.bits_per_weight == 10.0 for r in found)
+
+
+def test_an_adapter_that_learned_nothing_has_nothing_to_keep():
+    _, found = reports(jq.adapt(packed(), LoRA(2)))
+    assert all(np.isnan(r.kept) and r.energy == 0 for r in found)
+
+
+# --- several adapters -----------------------------------------------------------------------------
+
+
+def test_rows_of_a_batch_use_the_adapters_that_they_ask_for():
+    q = packed()
+    trees = [trained(jq.adapt(q, LoRA(2)), seed) for seed in (1, 2, 3)]
+    many, x, ids = together(trees), inputs(9, 4, 5), [2, 0, 0, 1]
+    run = jax.jit(jq.quantized(fn))
+    got = run(selected(many, ids), x)
+    for row, i in enumerate(ids):
+        np.testing.assert_allclose(got[row], run(trees[i], x[row]), rtol=1e-5, atol=1e-6)
+    traced = jax.jit(lambda ids, x: jq.quantized(fn)(selected(many, ids), x))
+    np.testing.assert_allclose(traced(jnp.array(ids), x), got, rtol=1e-6, atol=1e-6)
+    held = sum(a.nbytes for a in jax.tree.leaves(many))
+    assert held < sum(a.nbytes for a in jax.tree.leaves(trees)) / 1.5
+
+
+def test_adapters_of_another_base_are_refused():
+    other = jq.quantize(jax.tree.map(lambda a: a + 0.1, params()), RECIPE(OFFSET))
+    with pytest.raises(ValueError, match="a/kernel: tree 1 has another base than tree 0"):
+        together([jq.adapt(packed(), LoRA(2)), jq.adapt(other, LoRA(2))])
+
+
+def test_a_batch_of_another_size_than_selected_is_refused():
+    many = together([jq.adapt(packed(), LoRA(2), key=jax.random.key(i)) for i in (0, 1)])
+    with pytest.raises(ValueError, match="selected for a batch of 4, but the inputs have 6 rows"):
+        jq.quantized(fn)(selected(many, [0, 1, 1, 0]), inputs())
+    with pytest.raises(ValueError, match="no one matrix has them all"):
+        selected(many, [0, 1])["a"]["kernel"].dequantize()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_inside_randomness_only():
+    tree = trained(jq.adapt(packed(), LoRA(4, dropout=0.5)))
+    plain = trained(jq.adapt(packed(), LoRA(4)))
+    x, run = inputs(), jq.quantized(fn)
+    np.testing.assert_array_equal(run(tree, x), run(plain, x))
+
+    @jax.jit
+    def dropped(key):
+        with jq.estimators.randomness(key):
+            return run(tree, x)
+
+    one, same, two = (dropped(jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert float(jnp.abs(one - two).max()) > 1e-3
+    first = jq.quantized(lambda p, x: x @ p["a"]["kernel"])
+
+    @jax.jit
+    def mean(key):
+        with jq.estimators.randomness(key):
+            return first(tree, x)
+
+    many = jnp.mean(jnp.stack([mean(k) for k in jax.random.split(jax.random.key(0), 400)]), 0)
+    np.testing.assert_allclose(many, first(tree, x), atol=0.1)
+
+
+def test_lora_plus_is_two_labels_of_the_optimizer():
+    tree = jq.adapt(packed(), LoRA(2))
+    train = eqx.filter(tree, jq.trained(tree))
+    how = jq.training.optimizer(train, lora_a=optax.sgd(1e-3), lora_b=optax.sgd(1.6e-2))
+    ones = jax.tree.map(jnp.ones_like, train)
+    step, _ = how.update(ones, how.init(train), train)
+    data = step["a"]["kernel"].data
+    assert float(data["lora_b"][0, 0] / data["lora_a"][0, 0]) == pytest.approx(16)
+
+
+def target():
+    """The same function with the weights moved by something of rank 2."""
+    goal = params()
+    for i, name in enumerate(("a", "b")):
+        low = [0.3 * jax.random.normal(k, (32, 2)) for k in jax.random.split(jax.random.key(i), 2)]
+        goal[name]["kernel"] += low[0] @ low[1].T
+    return goal
+
+
+def data():
+    return np.asarray(inputs(11, 24, 8))
+
+
+def far(tree):
+    return float(jnp.mean((jq.quantized(fn)(tree, data()) - fn(target(), data())) ** 2))
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoRA(2), QALoRA(2), L4Q(2), PEQA(), LoRA(2, dora=True)], ids=repr
+)
+def test_every_adapter_learns(adapter):
+    tree = jq.adapt(packed(), adapter, floats=params())
+    how = Finetuning(steps=60, learning_rate=0.02, scale_rate=0.01, batch_size=4, clip=0)
+    after = finetune(fn, tree, data(), how, teacher=target())
+    assert far(after) < 0.93 * far(tree)
+    assert jax.tree.structure(after) == jax.tree.structure(tree)
+    np.testing.assert_array_equal(after["norm"], tree["norm"])
+
+
+@pytest.mark.parametrize("how", [{}, {"optimizer": "adam8bit"}, {"paged": True}], ids=str)
+def test_training_resumes_to_the_same_bits(how):
+    tree = jq.adapt(packed(), LoRA(2, dropout=0.1))
+    how = Finetuning(steps=6, save_every=2, learning_rate=0.01, **how)
+    whole = finetune(fn, tree, data(), how, teacher=target(), validation=data()[:2])
+
+    class Killed(Exception):
+        pass
+
+    def stop(done):
+        if done.step == 5:
+            raise Killed
+
+    store = {}
+    with pytest.raises(Killed):
+        finetune(fn, tree, data(), how, teacher=target(), validation=data()[:2],
+                 finished=store, progress=stop)  # fmt: skip
+    seen = []
+    again = finetune(fn, tree, data(), how, teacher=target(), validation=data()[:2],
+                     finished=store, progress=lambda done: seen.append(done.step))  # fmt: skip
+    assert seen == [5, 6]
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_paging_changes_nothing_in_what_is_learned():
+    tree, run = jq.adapt(packed(), LoRA(2)), {}
+    for paged in (False, True):
+        how = Finetuning(steps=8, learning_rate=0.01, paged=paged)
+        run[paged] = finetune(fn, tree, data(), how, teacher=target())
+    for a, b in zip(*map(jax.tree.leaves, run.values()), strict=True):
+        np.testing.assert_array_equal(a, b)
