@@ -40,6 +40,21 @@ def test_a_loop_that_trains(name, capsys):
     assert latent == packed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["05_qlora_optax.py", "06_qalora_nnx.py"])
+def test_a_loop_that_trains_adapters(name, capsys):
+    file = ROOT / "examples" / name
+    assert len(file.read_text().splitlines()) < 60
+    runpy.run_path(str(file))
+    out = capsys.readouterr().out
+    before, adapted, merged = (
+        float(re.search(rf"{word}: ([\d.]+)", out)[1]) for word in ("before", "adapted", "merged")
+    )
+    assert adapted < before - 0.02
+    exact = name == "06_qalora_nnx.py"
+    assert (merged == adapted) if exact else (adapted < merged)
+
+
 def test_parts_of_ones_own(capsys):
     runpy.run_path(str(ROOT / "examples" / "04_custom_parts.py"))
     rows = re.findall(r"(.+), (\w+): ([\d.]+) bits, error ([\d.]+)", capsys.readouterr().out)

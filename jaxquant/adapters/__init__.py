@@ -8,19 +8,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxquant.adapters.adapted import Adapted
+from jaxquant.adapters.l4q import L4Q
 from jaxquant.adapters.lora import LoRA
-from jaxquant.adapters.merged_steps import L4Q
 from jaxquant.adapters.pooled import QALoRA
 from jaxquant.adapters.scales import PEQA
+from jaxquant.adapters.ternary import LoTA
 from jaxquant.core.protocols import Adapter
 
 if TYPE_CHECKING:
-    from jaxquant.adapters.adam8bit import adam8bit
+    from jaxquant.adapters.adam_8bit import adam8bit
     from jaxquant.adapters.paging import paged
+    from jaxquant.adapters.signed_steps import sign_descent
 
-__all__ = ["L4Q", "PEQA", "Adapted", "Adapter", "LoRA", "QALoRA", "adam8bit", "paged"]
+__all__ = [
+    "L4Q",
+    "PEQA",
+    "Adapted",
+    "Adapter",
+    "LoRA",
+    "LoTA",
+    "QALoRA",
+    "adam8bit",
+    "paged",
+    "sign_descent",
+]
 
-_LATER = {"adam8bit": "adam8bit", "paged": "paging"}  # name -> module
+_LATER = {
+    "adam8bit": "adam_8bit",
+    "paged": "paging",
+    "sign_descent": "signed_steps",
+}  # name -> module
 
 
 def __getattr__(name: str) -> Any:

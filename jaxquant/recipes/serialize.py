@@ -5,7 +5,7 @@ import difflib
 from typing import Any
 
 from jaxquant import formats, rounding, transforms
-from jaxquant.adapters import L4Q, PEQA, Adapted, LoRA, QALoRA
+from jaxquant.adapters import L4Q, PEQA, Adapted, LoRA, LoTA, QALoRA
 from jaxquant.core.activations import Activations
 from jaxquant.core.fields import shown
 from jaxquant.core.protocols import (
@@ -27,7 +27,7 @@ DEEPEST = 20
 _PARTS = [vars(m)[name] for m in (formats, rounding, transforms) for name in m.__all__]
 _TRAINED = (
     AbsMean, LSQ, StraightThrough, StretchedElastic, LearnedClipping, LSQRange, PACT,
-    Drawing, Latent, Adapted, LoRA, QALoRA, L4Q, PEQA,
+    Drawing, Latent, Adapted, LoRA, LoTA, QALoRA, L4Q, PEQA,
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     t.__name__: t

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxquant.adapters.adam8bit import adam8bit
+from jaxquant.adapters.adam_8bit import adam8bit
 from jaxquant.adapters.paging import paged
+from jaxquant.adapters.signed_steps import falling, sign_descent
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.standin import is_standin
@@ -28,7 +29,7 @@ from jaxquant.training.qat import sequence_loss, stored_as
 from jaxquant.tuning.trainable import Opened, check_globs
 from jaxquant.tuning.trainer import Healing, Loss, Progress, Rule, Trainer
 
-LORA_A, LORA_B, MAGNITUDE = ADAPTER
+LORA_A, LORA_B, MAGNITUDE, TERNARY = ADAPTER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Finetuning(Healing):
         LoRA+ (Hayou et al. 2024, arXiv:2402.12354) suggests.
       scale_rate: peak rate of scales and offsets, relative to the magnitude of each; 0 freezes
         them.
+      ternary_share: fraction of the entries of ternary matrices that move in the first step; it
+        falls as in `adapters.signed_steps.falling`. 0 freezes them.
       also: globs of plain leaves to train as well ("*norm*"). Default: none.
       other_rate: peak learning rate of these leaves.
       weight_decay: weight decay of A and B.
@@ -52,6 +55,7 @@ class Finetuning(Healing):
     learning_rate: float = 2e-4
     b_ratio: float = 1.0
     scale_rate: float = 1e-3
+    ternary_share: float = 0.05
     also: tuple[str, ...] = ()
     other_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -61,18 +65,26 @@ class Finetuning(Healing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("b_ratio", "scale_rate", "other_rate", "weight_decay", "clip"):
+        for name in (
+            "b_ratio",
+            "scale_rate",
+            "other_rate",
+            "weight_decay",
+            "clip",
+            "ternary_share",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def rates(self) -> dict[str, float]:
-        """The peak rate of every kind of array that is trained, by label."""
+        """The peak rate, or the share, of every kind of array that is trained, by label."""
         every = {
             LORA_A: self.learning_rate,
             LORA_B: self.learning_rate * self.b_ratio,
             MAGNITUDE: self.learning_rate,
             SCALE: self.scale_rate,
+            TERNARY: self.ternary_share,
             OTHER: self.other_rate if self.also else 0.0,
         }
         return {label: rate for label, rate in every.items() if rate}
@@ -102,6 +114,8 @@ class Finetuning(Healing):
         make = {"adamw": optax.adamw, "adam8bit": adam8bit}[self.optimizer]
 
         def of(label: str, rate: float) -> optax.GradientTransformation:
+            if label == TERNARY:
+                return sign_descent(falling(self.steps, rate))
             schedule = dataclasses.replace(self, learning_rate=rate).schedule()
             decay = self.weight_decay if label in (LORA_A, LORA_B) else 0.0
             step = make(schedule, weight_decay=decay)

@@ -26,7 +26,7 @@ from pallas_kernels.context import compiled
 ACTIVATIONS = "activations."
 # The labels of arrays, see `labels`.
 WEIGHT, SCALE, RANGE, OTHER, FROZEN = ("weight", "scale", "range", "other", "frozen")
-ADAPTER = ("lora_a", "lora_b", "magnitude")
+ADAPTER = ("lora_a", "lora_b", "magnitude", "ternary")
 LABELS = (WEIGHT, SCALE, RANGE, *ADAPTER, OTHER, FROZEN)
 
 
@@ -254,9 +254,9 @@ def labels(params: PyTree, also: Sequence[str] | None = None) -> PyTree:
     """Label every array of a tree for training; the names suit `optax.multi_transform`.
 
     The labels are "weight" (latent weights), "scale" (learned scales, offsets and zero points of
-    weights), "range" (learned ranges of inputs), "lora_a", "lora_b" and "magnitude" (arrays of
-    adapters), "other" (floating-point leaves that are not quantized and match `also`) and "frozen"
-    (everything else).
+    weights), "range" (learned ranges of inputs), "lora_a", "lora_b", "magnitude" and "ternary"
+    (arrays of adapters), "other" (floating-point leaves that are not quantized and match `also`)
+    and "frozen" (everything else).
 
     Args:
       params: tree with latent or adapted weights.

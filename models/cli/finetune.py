@@ -35,7 +35,8 @@ from jaxquant_models.runs.sequences import CONTEXT
     "only forward passes, and needs as little memory as inference. The others train adapters, "
     "which jaxquant merge merges afterwards: qlora (low-rank products beside the packed weights), "
     "qa-lora (low-rank changes of the offsets of groups), l4q (low-rank changes and steps, learned "
-    "on the rounded sum), peqa (scales only). All but qlora merge exactly.",
+    "on the rounded sum), lota (ternary changes of the codes), peqa (scales only). All but qlora "
+    "merge exactly.",
 )
 @click.option(
     "--bits",
@@ -56,15 +57,15 @@ from jaxquant_models.runs.sequences import CONTEXT
     "--rank",
     type=click.IntRange(1),
     default=None,
-    help="Rank of the adapters of qlora, qa-lora and l4q. The default is 16, or 8 for qa-lora, "
+    help="Rank of the adapters of all methods but peqa. The default is 16, or 8 for qa-lora, "
     "which allows at most as many as there are groups of inputs.",
 )
 @click.option(
     "--alpha",
     type=float,
     default=None,
-    help="The low-rank products of the adapters are multiplied by ALPHA / RANK. The default is "
-    "twice the rank.",
+    help="The low-rank products of qlora, qa-lora and l4q are multiplied by ALPHA / RANK. The "
+    "default is twice the rank.",
 )
 @click.option(
     "--init",
@@ -294,6 +295,8 @@ def _adapter(
     """Return the adapter and the settings of its training that the options describe."""
     if method == "peqa" and (rank, alpha) != (None, None):
         raise ValueError("peqa trains scales, which have no rank: leave out --rank and --alpha")
+    if method == "lota" and alpha is not None:
+        raise ValueError("lota changes codes by whole steps: leave out --alpha")
     if init is not None and method != "qlora":
         raise ValueError(f"--init is an option of qlora, not of {method}: leave it out")
     if init not in (None, "zero") and packed:

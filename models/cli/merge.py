@@ -57,11 +57,11 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge the adapters of MODEL into its weights and write a checkpoint.
 
-    MODEL is a checkpoint that jaxquant finetune wrote with adapters. Adapters of qa-lora, l4q and
-    peqa merge exactly: the packed weights compute what was trained. Those of qlora do not, since
-    the sum is rounded again. The report gives the share of the energy of the adapters' outputs
-    that survives, and the KL divergence of the merged model's predictions from those of the adapted
-    model, in nats per token.
+    MODEL is a checkpoint that jaxquant finetune wrote with adapters. Adapters of qa-lora, l4q, lota
+    and peqa merge exactly: the packed weights compute what was trained. Those of qlora do not,
+    since the sum is rounded again. The report gives the share of the energy of the adapters'
+    outputs that survives, and the KL divergence of the merged model's predictions from those of the
+    adapted model, in nats per token.
     """
     with usage_errors():
         output = Output(out, overwrite)

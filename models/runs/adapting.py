@@ -16,7 +16,7 @@ from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import first_tokens
 
-ADAPTERS = ("qlora", "qa-lora", "l4q", "peqa")
+ADAPTERS = ("qlora", "qa-lora", "l4q", "lota", "peqa")
 TOKENS = 8192  # of the training text, on which a base is calibrated
 
 
@@ -27,13 +27,15 @@ def adapter_of(
 
     Args:
       method: one of `ADAPTERS`.
-      rank, alpha: as in `jaxquant.adapters.LoRA`; not used by peqa.
+      rank, alpha: as in `jaxquant.adapters.LoRA`; peqa uses neither, lota no alpha.
       init: as in `jaxquant.adapters.LoRA`; only for qlora.
     """
     if method == "qlora":
         return jq.adapters.LoRA(rank, alpha, init=init)  # type: ignore[arg-type]
     if method == "peqa":
         return jq.adapters.PEQA()
+    if method == "lota":
+        return jq.adapters.LoTA(rank)
     return {"qa-lora": jq.adapters.QALoRA, "l4q": jq.adapters.L4Q}[method](rank, alpha)
 
 

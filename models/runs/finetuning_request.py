@@ -47,6 +47,7 @@ ADAPTING = {
     "qlora": Finetuning(learning_rate=1e-3, clip=1.0, validate_every=25),
     "qa-lora": Finetuning(learning_rate=2e-3, clip=1.0, validate_every=25),
     "l4q": Finetuning(learning_rate=1e-3, scale_rate=1e-3, clip=1.0, validate_every=25),
+    "lota": Finetuning(validate_every=25),
     "peqa": Finetuning(scale_rate=3e-3, clip=1.0, validate_every=25),
 }
 

@@ -48,7 +48,7 @@ def is_exact(model: Model) -> bool:
     if not adapters:
         raise ValueError(
             f"{model.name} has no adapters to merge: give a checkpoint that jaxquant finetune "
-            "wrote with --method qlora, qa-lora, l4q or peqa"
+            "wrote with --method qlora, qa-lora, l4q, lota or peqa"
         )
     return all(adapter.exact for adapter in adapters)
 

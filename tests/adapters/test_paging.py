@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant.adapters.adam8bit import adam8bit
+from jaxquant.adapters.adam_8bit import adam8bit
 from jaxquant.adapters.paging import paged
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxquant.adapters.adam8bit import adam8bit
+from jaxquant.adapters.adam_8bit import adam8bit
 from jaxquant.adapters.paging import paged
 from tests.aot import compiler
 

@@ -38,6 +38,7 @@ METHODS = {
     "qa-lora": (jq.adapters.QALoRA(8, pooling="sum"), {"learning_rate": 2e-3}),
     "l4q": (jq.adapters.L4Q(4), {"learning_rate": 2e-3, "scale_rate": 2e-3}),
     "peqa": (jq.adapters.PEQA("scale"), {"scale_rate": 4e-3}),
+    "lota": (jq.adapters.LoTA(4), {}),
 }
 
 

@@ -23,6 +23,8 @@ ADAPTERS = {
     "l4q": (jq.adapters.L4Q(4), OFFSET),
     "l4q, half": (jq.adapters.L4Q(4, alpha=2), HALF),
     "l4q, range": (jq.adapters.L4Q(4, init="range"), OFFSET),
+    "lota": (jq.adapters.LoTA(4, threshold=0.375), OFFSET),
+    "lota, of the text": (jq.adapters.LoTA(4, threshold=0.375, divided=False), HALF),
     "peqa": (jq.adapters.PEQA(), INTEGER),
     "peqa, offsets": (jq.adapters.PEQA(), HALF),
     "peqa, asymmetric": (jq.adapters.PEQA(), jq.formats.Integer(4, GROUP)),

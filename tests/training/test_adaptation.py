@@ -10,7 +10,9 @@ import pytest
 import jaxquant as jq
 from jaxquant.training import Finetuning, finetune, selected, together
 
-LoRA, QALoRA, L4Q, PEQA = jq.adapters.LoRA, jq.adapters.QALoRA, jq.adapters.L4Q, jq.adapters.PEQA
+LoRA, QALoRA, L4Q, LoTA, PEQA = (
+    getattr(jq.adapters, name) for name in ("LoRA", "QALoRA", "L4Q", "LoTA", "PEQA")
+)
 OFFSET = jq.Method(
     "offset", jq.rounding.Nearest(),
     jq.formats.Offset(jq.formats.Integer(3, 16, symmetric=True)),
@@ -126,6 +128,8 @@ BAD = [
     (lambda: jq.adapt(packed(jq.quip_sharp(2)), QALoRA(2)), "needs"),
     (lambda: jq.adapt(packed(jq.nf4(16)), L4Q(2)), "L4Q learns the steps of integers"),
     (lambda: jq.adapt(packed(jq.nf4(16, double_quant=True)), PEQA()), "can train nothing, but"),
+    (lambda: jq.adapt(packed(jq.nf4(16)), LoTA(2)), "LoTA changes the codes of integers"),
+    (lambda: LoTA(2, threshold=1.0), "threshold must be between 0 and 1"),
     (lambda: LoRA(0), "rank must be at least 1, got 0"),
     (lambda: LoRA(2, alpha=-1.0), "alpha must be positive"),
     (lambda: LoRA(2, dropout=1.0), r"dropout must be in \[0, 1\)"),
@@ -292,7 +296,7 @@ def far(tree):
 
 
 @pytest.mark.parametrize(
-    "adapter", [LoRA(2), QALoRA(2), L4Q(2), PEQA(), LoRA(2, dora=True)], ids=repr
+    "adapter", [LoRA(2), QALoRA(2), L4Q(2), LoTA(4, 0.5), PEQA(), LoRA(2, dora=True)], ids=repr
 )
 def test_every_adapter_learns(adapter):
     tree = jq.adapt(packed(), adapter, floats=params())

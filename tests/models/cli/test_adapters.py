@@ -20,9 +20,10 @@ METHODS = {
     "qlora": "--rank 4 --set learning_rate=0.02",
     "qa-lora": "--rank 2 --set learning_rate=0.02",
     "l4q": "--rank 4 --set learning_rate=0.02",
+    "lota": "--rank 4",
     "peqa": "--set scale_rate=0.02",
 }
-EXACT = ("qa-lora", "l4q", "peqa")
+EXACT = ("qa-lora", "l4q", "lota", "peqa")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,7 @@ def test_starts_that_make_up_for_rounding(tiny, run, tmp_path):
     [
         ("qlora --block-steps 2", 2, "adapters are trained end to end"),
         ("peqa --rank 2", 2, "peqa trains scales, which have no rank"),
+        ("lota --alpha 2", 2, "lota changes codes by whole steps"),
         ("qa-lora --init loftq", 2, "--init is an option of qlora"),
         ("qlora --init loftq --alpha 3", 2, "finds its own scaling"),
         ("qat --rank 2", 2, "--rank is an option of adapters"),

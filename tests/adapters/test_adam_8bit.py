@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxquant.adapters.adam8bit import Moment, adam8bit, decoded, encoded, unsigned_map
+from jaxquant.adapters.adam_8bit import Moment, adam8bit, decoded, encoded, unsigned_map
 from jaxquant.formats.normal_float import dynamic_map
 
 

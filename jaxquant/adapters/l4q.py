@@ -2,18 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from jaxquant.adapters.adapted import served_product
 from jaxquant.adapters.lora import A, B, check_fits, check_rank, random_a
 from jaxquant.adapters.pooled import QALoRA, with_offsets
+from jaxquant.adapters.requantized import Requantized, summed
 from jaxquant.core.fields import check_fields
-from jaxquant.core.protocols import Adapter, Data, Format, Known
+from jaxquant.core.protocols import Data, Format, Known
 from jaxquant.formats.integer import Integer, spread
 from jaxquant.formats.offset import Offset, Shifted
 
@@ -21,7 +20,7 @@ SAFE = 0.45  # of a step: how far a start may be from the value of its code
 
 
 @dataclasses.dataclass(frozen=True)
-class L4Q(Adapter):
+class L4Q(Requantized):
     """y = x Q(W + scaling * A B), with A, B and the scales and offsets of Q trained together.
 
     W stays in floating point until the merge, which stores the codes of the last rounding: the
@@ -47,7 +46,6 @@ class L4Q(Adapter):
     init: Literal["format", "range"] = "format"
     dtype: Literal["bfloat16", "float32"] = "float32"
 
-    exact: ClassVar[bool] = True
     floating: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -94,22 +92,35 @@ class L4Q(Adapter):
             B: jnp.zeros((self.rank, known.n), self.dtype),
         }
 
-    def product(
-        self, format: Any, form: Any, x: Float[Array, "m k"], data: Data, of_inputs: Data
-    ) -> Float[Array, "m n"]:
-        rounded = x if form is None else form.straight(x, of_inputs)
-        how = _How(self, format, form)
-        return _product(how, rounded, jax.lax.stop_gradient(x), data, of_inputs)
-
-    def value(self, format: Any, data: Data, k: int) -> Float[Array, "k n"]:
-        return _value(_How(self, format, None), data)
-
     def merged(self, format: Any, data: Data, k: int) -> Data:
         w, grid = self._whole(data), self._grid(format, data)
         rows = spread(grid, format.rows_per_group(k), k)
         # The barriers keep XLA from fusing the rounding with other code, which could change it.
         w, rows = jax.lax.optimization_barrier((w, rows))
         return format.pack(format.round(w, rows)[0], grid)
+
+    def cotangents(self, format: Any, data: Data, g: Float[Array, "k n"]) -> Data:
+        """Return the cotangents of all arrays.
+
+        Let v = (W + sAB - offset) / scale, c the level nearest to it, and M = 1 inside the range:
+
+            dW = g M;  dA = s dW B^T;  dB = s A^T dW;  doffset = sum g (1 - M);
+            dscale = sum g (c - v inside, c outside), summed over the rows of a group.
+        """
+        count = format.rows_per_group(len(g))
+        rows = spread(self._grid(format, data), count, len(g))
+        v = (self._whole(data) - rows.offset) / rows.base.scale
+        inside = format.format.inside(v, jnp.zeros(()))
+        level = format.format.level(v, jnp.zeros(()))
+        within = jnp.where(inside, g, 0.0)
+        a, b = (data[name].astype(jnp.float32) for name in (A, B))
+        return {
+            A: self.scaling * (within @ b.T),
+            B: self.scaling * (a.T @ within),
+            "scale": summed(count, g * jnp.where(inside, level - v, level)),
+            "offset": summed(count, g - within),
+            "codes": within,
+        }
 
     def _whole(self, data: Data) -> Float[Array, "k n"]:
         w = data["codes"].astype(jnp.float32)
@@ -119,80 +130,6 @@ class L4Q(Adapter):
         """Return the scales and offsets as they will be stored."""
         base = format.format.stored(data["scale"])
         return Shifted(base, data["offset"].astype(format.dtype).astype(jnp.float32))
-
-
-class _How(NamedTuple):
-    """What is static in a product: the adapter, the format and how inputs are rounded."""
-
-    adapter: L4Q
-    format: Offset
-    form: Any
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> Array:
-    """Return the kernel's product with the rounded matrix; x is rounded as `rounded` is."""
-    packed = how.adapter.merged(how.format, data, x.shape[-1])
-    return served_product(how.format, how.form, x, packed, of_inputs)
-
-
-def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> tuple:
-    return _product(how, rounded, x, data, of_inputs), (rounded, data)
-
-
-def _backward(how: _How, kept: tuple, g: Array) -> tuple:
-    rounded, data = kept
-    k = rounded.shape[-1]
-    packed = how.adapter.merged(how.format, data, k)
-    back = how.format.matmul_transposed(g, packed, k).astype(rounded.dtype)
-    outer = jnp.dot(rounded.T, g.astype(rounded.dtype), preferred_element_type=jnp.float32)
-    return back, None, _cotangents(how, data, outer), None
-
-
-_product.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _value(how: _How, data: PyTree) -> Float[Array, "k n"]:
-    k = data["codes"].shape[0]
-    return how.format.decode(how.adapter.merged(how.format, data, k), k)
-
-
-_value.defvjp(
-    lambda how, data: (_value(how, data), data), lambda how, data, g: (_cotangents(how, data, g),)
-)
-
-
-def _cotangents(how: _How, data: PyTree, g: Float[Array, "k n"]) -> PyTree:
-    """Return the cotangents of all arrays, given that of the rounded matrix.
-
-    Let v = (W + sAB - offset) / scale, c the level nearest to it, and M = 1 inside the range:
-
-        dW' = g M;  dA = s dW' B^T;  dB = s A^T dW';  doffset = sum g (1 - M);
-        dscale = sum g (c - v inside, c outside), summed over the rows of a group.
-    """
-    adapter, format = how.adapter, how.format
-    k = g.shape[0]
-    rows = spread(adapter._grid(format, data), format.rows_per_group(k), k)
-    v = (adapter._whole(data) - rows.offset) / rows.base.scale
-    inside = format.format.inside(v, jnp.zeros(()))
-    level = format.format.level(v, jnp.zeros(()))
-    within = jnp.where(inside, g, 0.0)
-    a, b = (data[name].astype(jnp.float32) for name in (A, B))
-    per_group = partial(_summed, format.rows_per_group(k))
-    new = {
-        A: adapter.scaling * (within @ b.T),
-        B: adapter.scaling * (a.T @ within),
-        "scale": per_group(g * jnp.where(inside, level - v, level)),
-        "offset": per_group(g - within),
-        "codes": within,
-    }
-    return {name: new[name].astype(a.dtype) for name, a in data.items()}
-
-
-def _summed(rows: int, a: Float[Array, "k n"]) -> Float[Array, "g n"]:
-    k, n = a.shape
-    return jnp.pad(a, ((0, -k % rows), (0, 0))).reshape(-1, rows, n).sum(1)
 
 
 def _range_grid(format: Offset, w: Float[Array, "k n"]) -> Shifted:
