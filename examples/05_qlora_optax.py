@@ -1,4 +1,4 @@
-"""QLoRA in an Optax loop: NF4 weights stay packed, bfloat16 adapters learn another text."""
+"""QLoRA in an Optax loop: NF4 weights stay packed, bfloat16 adapters learn text in capitals."""
 
 import equinox as eqx
 import jax
@@ -9,7 +9,8 @@ import optax
 import jaxquant as jq
 from jaxquant_models.readers.text import builtin_text
 
-general, special = (np.frombuffer(text.encode(), np.uint8) for text in builtin_text())
+general, other = builtin_text()
+general, special = (np.frombuffer(t.encode(), np.uint8) for t in (general, other.upper()))
 special, held_out = special[:-40_000], special[-40_000:]
 
 
@@ -51,6 +52,6 @@ base = jq.Recipe([("hidden", jq.nf4(double_quant=True)), ("*", jq.KEEP)])
 model = jq.adapt(jq.quantize(params, base), jq.adapters.LoRA(rank=16, dtype="bfloat16"))
 judge = jax.jit(jq.quantized(lambda p: loss(p, batch(held_out, 0))))
 print("before:", judge(model))
-adam = jq.adapters.paged(jq.adapters.adam8bit(5e-3))  # 2 bytes a number, in host memory
+adam = jq.adapters.paged(jq.adapters.adam8bit(2e-3))  # 2 bytes a number, in host memory
 model = trained(model, jq.trained(model), special, 500, adam)
 print("adapted:", judge(model), "merged:", judge(jq.merge(model)), model["hidden"])

@@ -50,9 +50,9 @@ def test_a_loop_that_trains_adapters(name, capsys):
     before, adapted, merged = (
         float(re.search(rf"{word}: ([\d.]+)", out)[1]) for word in ("before", "adapted", "merged")
     )
-    assert adapted < before - 0.02
+    assert adapted < before - 0.5
     exact = name == "06_qalora_nnx.py"
-    assert (merged == adapted) if exact else (adapted < merged)
+    assert merged == adapted if exact else 0 < abs(merged - adapted) < 0.05
 
 
 def test_parts_of_ones_own(capsys):

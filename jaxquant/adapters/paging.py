@@ -18,6 +18,7 @@ from jaxquant.adapters.leafwise import abstract, draws, reached, treats_rows_alo
 from jaxquant.core.arguments import check_arguments
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+LANES = 128  # of a TPU: its tiles have as many columns
 _leaves = jax.tree.leaves
 
 
@@ -28,7 +29,9 @@ def paged(
 
     The state has the structure, dtypes and shardings that it has without `paged`, and the updates
     are the same. What lies in host memory has one more axis in front, of length 1: JAX pairs
-    donated arguments with results by shape, and would put parameters where their moments were.
+    donated arguments with results by shape, and would put parameters where their moments were. Its
+    last two axes are swapped if only that makes the last a multiple of 128, as for LoRA's A: a TPU
+    holds the array in this order anyway.
 
     `update` belongs inside a jitted step. It fetches the state of one leaf, updates it, returns it,
     and only then fetches the next. A leaf of three or more axes, such as layers stacked by
@@ -124,7 +127,8 @@ class _Group(NamedTuple):
     Attributes:
       members: their numbers among the leaves of the tree.
       tree: structure of the state of a tree that has only them.
-      places: numbers of the leaves of that state among those of the whole state.
+      state: shapes of the leaves of that state on the device.
+      places: numbers of these leaves among those of the whole state.
       own: which of those belong to the members; the others, such as counts, are shared.
       host: which of those lie in host memory.
       rows: how much of the first axis is updated at a time; 0 for all of it.
@@ -132,6 +136,7 @@ class _Group(NamedTuple):
 
     members: tuple[int, ...]
     tree: Any
+    state: tuple[Any, ...]
     places: tuple[int, ...]
     own: tuple[bool, ...]
     host: tuple[bool, ...]
@@ -148,7 +153,8 @@ class _Plan(NamedTuple):
     def check(self, state: PyTree) -> None:
         """Raise ValueError unless this is the state of the plan."""
         host = {n for g in self.groups for n, h in zip(g.places, g.host, strict=True) if h}
-        here = [(1, *a.shape) if n in host else a.shape for n, a in enumerate(_leaves(self.state))]
+        whole = enumerate(_leaves(self.state))
+        here = [_shape_stored(a.shape) if n in host else a.shape for n, a in whole]
         structures: list[Any] = [jax.tree.structure(a) for a in (state, self.state)]
         if structures[0] != structures[1] or here != [jnp.shape(a) for a in _leaves(state)]:
             raise ValueError(
@@ -175,7 +181,8 @@ def _plan(init: Callable, leaves: Sequence, tree: Any, least: int, piece_bytes: 
         host = tuple(paging and o and a.ndim > 0 for o, (_, a) in zip(own, found, strict=True))
         at = tuple(places.get(path, -1) for path, _ in found)
         rows = _rows(part, leaves[members[0]], own, piece_bytes) if paging else 0
-        return _Group(tuple(members), structure, at, own, host, rows)
+        state = tuple(abstract(a) for _, a in found)
+        return _Group(tuple(members), structure, state, at, own, host, rows)
 
     groups = [group(small, False), *(group([i], True) for i in large)]
     owned = sorted(n for g in groups for n, own in zip(g.places, g.own, strict=True) if own)
@@ -194,7 +201,8 @@ def _rows(init: Callable, leaf: Any, own: Sequence[bool], piece_bytes: int) -> i
 
     def state(rows: int) -> list:
         made = _leaves(jax.eval_shape(init, _cut(leaf, rows)))
-        return [abstract(a) for a, o in zip(made, own, strict=True) if o]
+        same = len(made) == len(own)  # not, if an optimizer treats small leaves differently
+        return [abstract(a) for a, o in zip(made, own, strict=True) if o] if same else []
 
     length, whole = leaf.shape[0], state(leaf.shape[0])
     row_bytes = sum(a.size * a.dtype.itemsize for a in whole) // length
@@ -240,11 +248,11 @@ def _paged_step(step: Callable, group: _Group, g: list, p: list, state: list, la
     # Without this XLA fetches all leaves first: nothing else orders them.
     state, _ = lax.optimization_barrier((state, last))
     flat = lambda g, p, *state: step([g], [p], list(state))
-    there = [_unstored(a) if h else a for h, a in zip(group.host, state, strict=True)]
-    if group.rows and _may_walk(flat, group, [*g, *p, *there], [True, True, *group.host]):
+    if group.rows and _may_walk(flat, group, [*g, *p, *group.state], [True, True, *group.host]):
         u, state = _walk(step, group, g[0], p[0], state)
     else:
-        state = [_fetched(a) if h else a for h, a in zip(group.host, state, strict=True)]
+        parts = zip(group.host, state, group.state, strict=True)
+        state = [_fetched(a, like.shape) if h else a for h, a, like in parts]
         u, state = step(g, p, state)
         state = [_stored(a) if h else a for h, a in zip(group.host, state, strict=True)]
     return u, state, [a for h, a in zip(group.host, state, strict=True) if h]
@@ -253,14 +261,17 @@ def _paged_step(step: Callable, group: _Group, g: list, p: list, state: list, la
 def _walk(step: Callable, group: _Group, g: Any, p: Any, state: list) -> tuple[list, list]:
     """Update a leaf piece by piece, in place: slices cross, and no second buffer is needed."""
     host = [a for h, a in zip(group.host, state, strict=True) if h]
+    shapes = [a.shape for h, a in zip(group.host, group.state, strict=True) if h]
+    turn = (lambda a: a.mT) if _turned(g.shape) else (lambda a: a)
+    g, p = turn(g), turn(p)  # so that the loop has one order for all
 
     def piece(i: Any, g: Any, host: list) -> tuple[Any, list]:
         cut = lambda a: lax.dynamic_slice_in_dim(a, i * group.rows, group.rows)
         rows = lambda a: lax.dynamic_slice_in_dim(a, i * group.rows, group.rows, axis=1)
-        parts = iter([_fetched(rows(a)) for a in host])
+        parts = iter([_fetched(rows(a), s) for a, s in zip(host, shapes, strict=True)])
         part = [next(parts) if h else a for h, a in zip(group.host, state, strict=True)]
-        (u,), s = step([cut(g)], [cut(p)], part)
-        return u, [_stored(a) for h, a in zip(group.host, s, strict=True) if h]
+        (u,), s = step([turn(cut(g))], [turn(cut(p))], part)
+        return turn(u), [_stored(a) for h, a in zip(group.host, s, strict=True) if h]
 
     dtype = jax.eval_shape(piece, 0, g, host)[0].dtype
     in_place = dtype == g.dtype  # the update of a piece then replaces its gradient
@@ -274,7 +285,7 @@ def _walk(step: Callable, group: _Group, g: Any, p: Any, state: list) -> tuple[l
     start = g if in_place else jnp.zeros(g.shape, dtype)
     u, host = lax.fori_loop(0, g.shape[0] // group.rows, body, (start, host))
     found = iter(host)
-    return [u], [next(found) if h else a for h, a in zip(group.host, state, strict=True)]
+    return [turn(u)], [next(found) if h else a for h, a in zip(group.host, state, strict=True)]
 
 
 def _check_apart(call: Callable, plan: _Plan, *trees: PyTree) -> None:
@@ -308,17 +319,27 @@ def _cut(a: Any, rows: int) -> jax.ShapeDtypeStruct:
 
 
 def _stored(a: Any) -> Any:
-    """Move an array to host memory, with one more axis."""
-    return jax.device_put(a[None], HOST)
+    """Move an array to host memory, with one more axis, and turned if that saves a TPU a copy."""
+    return jax.device_put((a.mT if _turned(a.shape) else a)[None], HOST)
 
 
-def _fetched(a: Any) -> Any:
-    """Move an array from host memory, without its first axis."""
-    return jax.device_put(a, DEVICE)[0]
+def _fetched(a: Any, shape: Sequence[int]) -> Any:
+    """Move an array from host memory, where it is stored as one of this shape, or rows of one."""
+    a = jax.device_put(a, DEVICE)[0]
+    return a.mT if _turned(shape) else a
 
 
-def _unstored(a: Any) -> jax.ShapeDtypeStruct:
-    return abstract(a).update(shape=a.shape[1:])
+def _shape_stored(shape: Sequence[int]) -> tuple[int, ...]:
+    return (1, *shape[:-2], *(reversed(shape[-2:]) if _turned(shape) else shape[-2:]))
+
+
+def _turned(shape: Sequence[int]) -> bool:
+    """Whether the last two axes change places in host memory.
+
+    A TPU keeps [8192, 64] in the order of [64, 8192], whose tiles need no padding, but loops do not
+    know that: each would copy the whole array to its own order first, and back.
+    """
+    return len(shape) > 1 and shape[-1] % LANES != 0 and shape[-2] % LANES == 0
 
 
 def _may_walk(f: Callable, group: _Group, whole: Sequence, cut: Sequence[bool]) -> bool:

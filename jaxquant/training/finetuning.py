@@ -19,6 +19,7 @@ from jaxquant.adapters.adam_8bit import adam8bit
 from jaxquant.adapters.paging import paged
 from jaxquant.adapters.signed_steps import falling, sign_descent
 from jaxquant.core.arguments import check_arguments
+from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.standin import is_standin
 from jaxquant.durable.store import Finished
@@ -184,6 +185,7 @@ def finetune(
     sequences: np.ndarray,
     how: Finetuning = FINETUNING,
     *,
+    loss: Callable[[Array, Array], Array] | None = None,
     teacher: PyTree = None,
     validation: np.ndarray | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -197,6 +199,8 @@ def finetune(
       sequences: training inputs [N, ...]; without a teacher, tokens [N, t], and the loss is the
         cross-entropy of the next token.
       how: settings.
+      loss: loss(logits, x) -> scalar, in the place of the cross-entropy; for example one that
+        counts completions only. Not allowed with a teacher.
       teacher: tree whose predictions are the target (the loss is the mean KL divergence from them).
         Default: none.
       validation: held-out inputs; the state with the least loss on them is returned. None: the last
@@ -207,8 +211,9 @@ def finetune(
     Returns:
       The tree, with trained adapters; `jaxquant.merge` merges them.
     Raises:
-      ValueError: there are fewer sequences than one batch needs, there is nothing to train, the
-        store holds an unfinished run with other weights or settings, or a loss is not finite.
+      ValueError: there are fewer sequences than one batch needs, there is nothing to train, both a
+        loss and a teacher are given, the store holds an unfinished run with other weights or
+        settings, or a loss is not finite.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))
@@ -223,13 +228,22 @@ def finetune(
     True
     """
     check_arguments(finetune, locals())
-    trainer = Trainer(partial(sequence_loss, fn), how, how.rule())
+    if loss is not None and teacher is not None:
+        raise ValueError("give either a loss or a teacher, whose predictions define the loss")
+    whole = partial(sequence_loss, fn) if loss is None else partial(_own_loss, fn, loss)
+    trainer = Trainer(whole, how, how.rule())
     opened = open_adapted(params, how)
     change = trainer.fit_sequences(
         opened, sequences, validation, teacher, name="finetuning", progress=progress,
         finished=finished,
     )  # fmt: skip
     return stored_as(params, eqx.combine(change, opened.params))
+
+
+def _own_loss(
+    fn: Callable, loss: Callable, change: PyTree, opened: Opened, teacher: PyTree, x: Array
+) -> Array:
+    return loss(quantized(fn)(eqx.combine(change, opened.params), x), x)
 
 
 def open_adapted(params: PyTree, how: Finetuning) -> Opened:

@@ -1,7 +1,7 @@
 """The command `jaxquant eval`."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from jaxtyping import PyTree
@@ -9,7 +9,14 @@ from jaxtyping import PyTree
 import jaxquant as jq
 from jaxquant.evaluation import check_sizes, evaluate
 from jaxquant_models.cli.console import bar, emit, line, usage_errors
-from jaxquant_models.cli.model_options import activations_option, kv_format, kv_options, load_with
+from jaxquant_models.cli.model_options import (
+    activations_option,
+    adapter_option,
+    kv_format,
+    kv_options,
+    load_with,
+    with_adapters,
+)
 from jaxquant_models.cli.sizes import kv_sizes, sizes_of
 from jaxquant_models.cli.speed import scoring_speed
 from jaxquant_models.readers import registry
@@ -48,6 +55,7 @@ from jaxquant_models.runs.serving import serving_model
     help="Reference model. The report then includes the KL divergence between its predictions "
     "and those of MODEL, and the fraction of tokens for which both rank the same token first.",
 )
+@adapter_option
 @activations_option
 @kv_options
 @click.option(
@@ -65,6 +73,7 @@ def evaluate_command(
     ctx: int,
     chunks: int | None,
     against: str | None,
+    adapters: tuple[str, ...],
     activations: str | None,
     strict: bool | None,
     as_json: bool,
@@ -75,7 +84,7 @@ def evaluate_command(
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
     written by jaxquant. The report also gives the speed in tokens per second, which counts all
     tokens of the chunks, including those that are not scored; with --against, the time measured
-    includes running both models.
+    includes running both models. Of several adapters, each has a report of its own.
     """
     with usage_errors():
         check_sizes(ctx, chunks)  # before anything is loaded
@@ -83,20 +92,34 @@ def evaluate_command(
         if kv is None and strict is not None:
             raise ValueError("--strict and --no-strict need --kv-bits; give both")
     content = read_text(text)
-    student = load_with(activations, model, widen=False)
-    sizes = sizes_of(student.params)  # sizes as stored
-    student = serving_model(student, line)
-    sequences = token_sequences(student, content, ctx, chunks)
-    teacher = None if against is None else _teacher(against, model, student, content)
+    students = _students(activations, model, adapters)
+    source = students[0].model
+    sequences = token_sequences(source, content, ctx, chunks)
+    teacher = None if against is None else _teacher(against, model, source, content)
     logits = jq.quantized(
-        student.apply_fn if kv is None else student.apply_kv(kv, strict is not False)
+        source.apply_fn if kv is None else source.apply_kv(kv, strict is not False)
     )
-    phase = Phase(tokens=sequences.size)
-    with bar("evaluating", len(sequences)) as step, phase.timed():
-        result = evaluate(logits, student.params, sequences, against=teacher, progress=step)
-    report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-    speed = scoring_speed(phase, student.params)
-    emit({**report, **sizes, **kv_sizes(kv, student.config), **speed}, as_json)
+    for about, sizes, student in students:
+        phase = Phase(tokens=sequences.size)
+        with bar("evaluating", len(sequences)) as step, phase.timed():
+            result = evaluate(logits, student.params, sequences, against=teacher, progress=step)
+        report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+        speed = scoring_speed(phase, student.params)
+        emit({**about, **report, **sizes, **kv_sizes(kv, source.config), **speed}, as_json)
+
+
+class _Student(NamedTuple):
+    """A model to score: what the report says of its adapter, its sizes as stored, and itself."""
+
+    about: dict[str, str]
+    sizes: dict[str, float]
+    model: Model
+
+
+def _students(activations: str | None, spec: str, adapters: tuple[str, ...]) -> list[_Student]:
+    """Return the model, or the model with each of the adapters, ready to serve."""
+    found = with_adapters(load_with(activations, spec, widen=False), adapters)
+    return [_Student(about, sizes_of(m.params), serving_model(m, line)) for about, m in found]
 
 
 def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:

@@ -15,13 +15,16 @@ from jaxquant_models.cli.console import Bars, emit, usage_errors
 from jaxquant_models.cli.metrics import Metrics, check_metrics
 from jaxquant_models.cli.options import SEED, setting
 from jaxquant_models.cli.output import Output
+from jaxquant_models.cli.peft_output import PeftOutput
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.adapting import ADAPTERS, adapter_of, base_method
+from jaxquant_models.runs.examples import read_examples
 from jaxquant_models.runs.finetuning import FinetuningJob, check
 from jaxquant_models.runs.finetuning_request import ADAPTING, METHODS, FinetuningRequest
 from jaxquant_models.runs.sequences import CONTEXT
+from jaxquant_models.schemas.files import TrainingExample
 
 
 @click.command()
@@ -100,7 +103,16 @@ from jaxquant_models.runs.sequences import CONTEXT
     "--text",
     default=None,
     help="Training text: a FILE, or builtin (the half of Python's help topics that eval does not "
-    "score). Required unless --generated is given.",
+    "score). Required unless --generated or --data is given.",
+)
+@click.option(
+    "--data",
+    default=None,
+    metavar="FILE",
+    help="Training examples for adapters in the place of a text: a JSONL FILE whose lines have "
+    '"messages" (each with "role" and "content", written by the chat template of MODEL) or '
+    '"prompt" and "completion". Only the messages of the assistant, or the completions, are '
+    "predicted.",
 )
 @click.option(
     "--generated",
@@ -176,12 +188,19 @@ from jaxquant_models.runs.sequences import CONTEXT
 )
 @click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
 @click.option(
+    "--peft",
+    default=None,
+    metavar="DIR",
+    help="Directory to write the adapters of qlora to as well, as a PEFT folder, which eval and "
+    "generate read with --adapter. --overwrite replaces one that exists.",
+)
+@click.option(
     "--overwrite", is_flag=True, help="Replace an existing checkpoint in the --out directory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def finetune(
     model: str, out: str, overwrite: bool, as_json: bool, teacher: str | None, text: str | None,
-    metrics: str | None, **options: Any,
+    data: str | None, metrics: str | None, peft: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train the quantized weights of MODEL, or adapters on them, and write a checkpoint.
 
@@ -194,11 +213,14 @@ def finetune(
         check_metrics(metrics, output)
         packed = storage.is_checkpoint(model)
         request = request_of(packed=packed, watch=metrics is not None, **options)
+        adapters = PeftOutput(peft, output, options["method"])
+        examples = _examples(data, request, text, teacher)
     output.hold()
     learned_from = "none" if teacher is None and request.adapter is not None else teacher
-    job, start = _job(request, model, learned_from, text, packed), time.monotonic()
+    start = time.monotonic()
+    job = _job(request, model, learned_from, text, examples, packed)
     finished = output.begin(job.fingerprint(), refuse=True)
-    data = job.sequences(finished)
+    sequences = job.sequences(finished)
     total = request.steps(job.source.config.n_layers)
     with Bars.stage("training", total) as step, Metrics.to(metrics) as written:
 
@@ -207,7 +229,8 @@ def finetune(
             measured = {**done.measured, "held_out": done.validation}
             written.write(done.step, measured, done.name)
 
-        result = job.run(data, progress, finished)
+        result = job.run(sequences, progress, finished)
+    written_too = adapters.write(result, model)
     output.publish(result, storage.stored_recipe(model) if packed else request.recipe)
     report = {
         "out": out,
@@ -215,22 +238,41 @@ def finetune(
         "bytes": storage.nbytes(out),
         "forward_passes": sum(getattr(how, "forward_passes", 0) for how in request.stages),
         "seconds": time.monotonic() - start,
+        **written_too,
     }
     emit(report, as_json)
 
 
+def _examples(
+    data: str | None, request: FinetuningRequest, text: str | None, teacher: str | None
+) -> tuple[TrainingExample, ...]:
+    """Return the examples of `--data`, if it is given and agrees with the other options."""
+    if data is None:
+        return ()
+    if request.adapter is None:
+        raise ValueError("--data is for adapters: give --method qlora, for example")
+    if text is not None or request.generated:
+        raise ValueError("--data takes the place of a text: leave out --text and --generated")
+    if teacher not in (None, "none"):
+        raise ValueError("--data predicts the completions of the examples: leave out --teacher")
+    return tuple(read_examples(data))
+
+
 def _job(
-    request: FinetuningRequest, model: str, teacher: str | None, text: str | None, packed: bool
-) -> FinetuningJob:
+    request: FinetuningRequest, model: str, teacher: str | None, text: str | None,
+    examples: tuple[TrainingExample, ...], packed: bool,
+) -> FinetuningJob:  # fmt: skip
     """Return the job on the named models, checked before the text is read."""
     source = registry.load(model)
     learned_from = _teacher(teacher, source, packed)
     with usage_errors():
-        if text is None and not request.generated:
-            raise ValueError("nothing to train on: give --text FILE, --generated N, or both")
+        if text is None and not request.generated and not examples:
+            raise ValueError(
+                "nothing to train on: give --text FILE, --generated N or both, or --data FILE"
+            )
         check(request, source, learned_from)
     content = "" if text is None else read_text(text, calibration=True)
-    return FinetuningJob(request, source, learned_from, content)
+    return FinetuningJob(request, source, learned_from, content, examples)
 
 
 def _teacher(spec: str | None, source: Model, packed: bool) -> Model | None:

@@ -9,10 +9,12 @@ import jaxquant as jq
 from jaxquant_models.cli.console import emit, line, usage_errors
 from jaxquant_models.cli.model_options import (
     activations_option,
+    adapter_option,
     kv_format,
     kv_options,
     load_with,
     sampling_options,
+    with_adapters,
 )
 from jaxquant_models.cli.sizes import kv_sizes
 from jaxquant_models.cli.speed import speed_line, speed_of
@@ -42,6 +44,7 @@ from jaxquant_models.runs.serving import serving_model
     help="Maximum number of tokens to generate.",
 )
 @sampling_options
+@adapter_option
 @activations_option
 @kv_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
@@ -52,6 +55,7 @@ def generate(
     max_tokens: int,
     temperature: float,
     seed: int,
+    adapters: tuple[str, ...],
     activations: str | None,
     as_json: bool,
     **kv_cache: Any,
@@ -60,25 +64,37 @@ def generate(
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
     written by jaxquant. Speed, compilation time and memory use are printed on stderr, or included
-    in the report with --json.
+    in the report with --json. Of several adapters, each has a text of its own.
     """
     with usage_errors():
         kv = kv_format(kv_cache)
-    source = serving_model(load_with(activations, model), line)
-    source, ids = _asked(source, prompt, as_chat)
-    session = Session(jq.quantized(source.apply_cached), source.params, source.config, kv=kv)
-    parts = session.stream(ids, max_tokens, temperature, jax.random.key(seed))
-    new = [token for part in parts for token in part]
-    text = source.tokenizer.decode(new)
-    speed = speed_of(session, source.params)
-    if as_json:
-        report = {"prompt": prompt, "text": text, "tokens": len(new)}
-        emit({**report, **kv_sizes(kv, source.config), **speed}, as_json)
-    else:
+    models = _models(activations, model, adapters)
+    source, ids = _asked(models[0][1], prompt, as_chat)
+    apply_cached = jq.quantized(source.apply_cached)  # compiled once for all adapters
+    for about, params in ((about, one.params) for about, one in models):
+        session = Session(apply_cached, params, source.config, kv=kv)
+        parts = session.stream(ids, max_tokens, temperature, jax.random.key(seed))
+        new = [token for part in parts for token in part]
+        text = source.tokenizer.decode(new)
+        speed = speed_of(session, params)
+        if as_json:
+            report = {**about, "prompt": prompt, "text": text, "tokens": len(new)}
+            emit({**report, **kv_sizes(kv, source.config), **speed}, as_json)
+            continue
+        if len(adapters) > 1:
+            click.echo(f"adapter: {about['adapter']}")
         click.echo(text if as_chat else prompt + text)
         line(speed_line(speed))
     if not new and max_tokens and not as_chat and source.tokenizer.chat is not None:
         line(f"{model} ended the text at once; it is trained to chat: try --chat")
+
+
+def _models(
+    activations: str | None, spec: str, adapters: tuple[str, ...]
+) -> list[tuple[dict[str, str], Model]]:
+    """Return the model, or the model with each of the adapters, ready to serve."""
+    found = with_adapters(load_with(activations, spec), adapters)
+    return [(about, serving_model(one, line)) for about, one in found]
 
 
 def _asked(source: Model, prompt: str, as_chat: bool) -> tuple[Model, list[int]]:

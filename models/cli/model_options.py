@@ -1,7 +1,7 @@
 """Options of the commands that run a model: rounding of activations, keys and values."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -12,7 +12,14 @@ from jaxquant_models.cli.console import usage_errors
 from jaxquant_models.cli.options import SEED
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
+from jaxquant_models.readers.peft import load_peft
 
+adapter_option = click.option(
+    "--adapter", "adapters", multiple=True, metavar="DIR",
+    help="LoRA adapter to put on the weights of MODEL: a PEFT folder with adapter_config.json and "
+    "adapter_model.safetensors. This option may be given several times; the command then reports "
+    "on MODEL with each adapter in turn.",
+)  # fmt: skip
 activations_option = click.option(
     "--activations", default=None, metavar="FORM",
     help="Format to which the inputs of matmuls with quantized weights are rounded: float (no "
@@ -35,6 +42,22 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
     if activations is None:
         return model
     return dataclasses.replace(model, params=jq.ptq.with_activations(model.params, activations))
+
+
+def with_adapters(model: Model, folders: Sequence[str]) -> list[tuple[dict[str, str], Model]]:
+    """Return the model with the adapter of each folder, and what a report says of the folder.
+
+    The models share the weights without adapters.
+
+    Args:
+      model: the model.
+      folders: the values of `--adapter`; without any, the model is returned as it is.
+    Raises:
+      ValueError: a folder holds no adapter for this model.
+    """
+    if not folders:
+        return [({}, model)]
+    return [({"adapter": folder}, load_peft(folder, model)) for folder in folders]
 
 
 def sampling_options(command: Callable) -> Callable:

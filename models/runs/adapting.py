@@ -12,6 +12,7 @@ from jaxquant.tuning.trainer import Progress
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
 from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.examples import completion_loss
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import first_tokens
@@ -79,7 +80,8 @@ def adapted_model(
     floats, stats, packed = None, None, dataclasses.replace(source, params=stacked(source.params))
     needs = adapter.needs_gram or (method is not None and method.needs_gram)
     if needs and method is not None:
-        some = first_tokens(sequences, min(TOKENS, sequences.size))
+        tokens = sequences[:, 0] if sequences.ndim == 3 else sequences
+        some = first_tokens(tokens, min(TOKENS, tokens.size))
         stats = calibrate_model(packed, some, finished=finished)
     if method is not None:
         floats = packed.params
@@ -105,7 +107,7 @@ def train_adapters(
 
     Args:
       model: the model, with adapters.
-      sequences: training sequences.
+      sequences: training sequences, int [N, t], or those of `example_sequences`.
       how: settings.
       teacher: model whose predictions are matched; None learns the text itself.
       validation: held-out sequences.
@@ -113,8 +115,12 @@ def train_adapters(
       finished: results of finished steps.
     """
     target = None if teacher is None else stacked(teacher.params)
+    fn, loss = model.apply_training(), None
+    if sequences.ndim == 3:  # tokens, and which of them are predicted
+        of_tokens, loss = fn, completion_loss
+        fn = lambda params, x: of_tokens(params, x[:, 0])
     params = jq.training.finetune(
-        model.apply_training(), model.params, sequences, how, teacher=target,
-        validation=validation, progress=progress, finished=finished,
+        fn, model.params, sequences, how, loss=loss, teacher=target, validation=validation,
+        progress=progress, finished=finished,
     )  # fmt: skip
     return dataclasses.replace(model, params=params)

@@ -21,11 +21,13 @@ from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
 from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.adapting import adapted_model, train_adapters
+from jaxquant_models.runs.examples import example_sequences
 from jaxquant_models.runs.finetuning_request import FinetuningRequest
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_model, digest_of_text
 from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.healing import heal_model
 from jaxquant_models.runs.sequences import HELD_OUT, split, token_sequences
+from jaxquant_models.schemas.files import TrainingExample
 
 BLOCK_SEQUENCES = 48  # number of sequences on which single blocks are trained
 OTHER_BASIS = 0.5  # relative error of embeddings that exceeds any rounding error
@@ -112,12 +114,14 @@ class FinetuningJob:
       source: the model to train.
       teacher: the model whose predictions it is to match; None trains on the text's next tokens.
       text: the contents of the training text; "" if there is none.
+      examples: training examples in the place of a text.
     """
 
     request: FinetuningRequest
     source: Model
     teacher: Model | None
     text: str
+    examples: tuple[TrainingExample, ...] = ()
 
     def fingerprint(self) -> dict[str, JsonValue]:
         """Return the identity of a run: plain values that differ wherever results may differ."""
@@ -131,6 +135,7 @@ class FinetuningJob:
             "method": repr(request.method),
             "only": list(request.only),
             "text": digest_of_text(self.text),
+            "examples": digest_of_text(repr(self.examples)),
             "generated": request.generated,
             "context": request.context,
             "seed": request.seed,
@@ -146,6 +151,8 @@ class FinetuningJob:
           ValueError: the text is too short for them.
         """
         request, parts = self.request, []
+        if self.examples:
+            parts.append(split(example_sequences(self.source, self.examples, request.context)))
         if self.text:
             parts.append(split(token_sequences(self.source, self.text, request.context)))
         if request.generated:

@@ -369,3 +369,30 @@ class TokenizerFile(Schema):
 
     model: dict[str, Any]
     added_tokens: list[AddedToken] = Field(default_factory=list)
+
+
+class ChatMessage(Schema):
+    """A message of a conversation in a file of training examples."""
+
+    role: str = Field(min_length=1)
+    content: str
+
+
+class TrainingExample(Schema):
+    """A line of a file of training examples: a conversation, or a prompt with its completion."""
+
+    messages: list[ChatMessage] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.messages is None and (self.prompt is None or self.completion is None):
+            raise ValueError('it must have "messages", or "prompt" and "completion"')
+        if self.messages is not None and (self.prompt, self.completion) != (None, None):
+            raise ValueError('it must have either "messages" or "prompt" and "completion"')
+        if self.messages is None and not self.completion:
+            raise ValueError("completion must not be empty")
+        if self.messages is not None and all(m.role != "assistant" for m in self.messages):
+            raise ValueError('messages must include one whose role is "assistant"')
+        return self

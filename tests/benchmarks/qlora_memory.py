@@ -123,7 +123,7 @@ def compiled(name: str, paged: bool) -> Step:
     train, rest = eqx.partition(params, jq.trained(params))
     optimizer = Finetuning(paged=paged).optimizer_of(train)
     state = _types(optimizer.init, train)
-    topology = topologies.get_topology_desc("tpu", compiler.TOPOLOGIES[CHIP])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=compiler.TOPOLOGIES[CHIP])
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
 
     def placed(a: Any) -> jax.ShapeDtypeStruct:

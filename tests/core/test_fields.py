@@ -13,6 +13,7 @@ from jaxquant.formats import Trellis
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.recipes import serialize
 from jaxquant.rounding import LDLQ
+from jaxquant.training.finetuning import Finetuning
 from jaxquant.training.qat import QAT
 from jaxquant.training.zeroqat import ZeroQAT
 from jaxquant.training.zeroth import Zeroth
@@ -33,9 +34,13 @@ GIVEN = {
     "Clipped": {"rounder": ROUNDER},
     "Method": {"name": "m", "rounder": ROUNDER, "format": FORMAT},
     "Latent": {"format": FORMAT, "estimator": None},
+    "Adapted": {"format": FORMAT, "adapter": jq.adapters.PEQA()},
+    "Offset": {"format": jq.formats.NormalFloat()},
+    **{name: {"rank": 2} for name in ("LoRA", "QALoRA", "L4Q", "LoTA")},
 }
 REGISTERED = [c for c in serialize._TYPES.values() if c.__module__.startswith("jaxquant.")]
-PARTS = {c.__name__: c for c in (*REGISTERED, KVFormat, Healing, QAT, Zeroth, ZeroQAT)}
+SETTINGS = (KVFormat, Healing, QAT, Zeroth, ZeroQAT, Finetuning)
+PARTS = {c.__name__: c for c in (*REGISTERED, *SETTINGS)}
 
 
 def kinds(annotation):
