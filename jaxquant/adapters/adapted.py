@@ -1,7 +1,7 @@
 """`Adapted`: the format of a frozen matrix with an adapter, whose few numbers are trained.
 
-The matrix stays packed: its products come from the kernels of its own format, in both directions,
-and no float copy of it outlives a product.
+Products come from the kernels of the matrix's own format, in both directions. Unless the adapter
+trains on floats (L4Q), the matrix stays packed, and no float copy of it outlives a product.
 """
 
 import dataclasses
@@ -19,13 +19,17 @@ from jaxquant.core.protocols import Adapter, Format, lacking
 from jaxquant.core.straight_through import through
 from jaxquant.estimators.weight_estimators import chance
 
+# The labels of the arrays that adapters add.
+LABELS = LORA_A, LORA_B, MAGNITUDE, TERNARY = ("lora_a", "lora_b", "magnitude", "ternary")
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapted(Format):
     """The packed arrays of a format, and the trained arrays of an adapter beside them.
 
     Attributes:
-      format: format of the matrix; a `Latent` format trains on with the adapter.
+      format: format of the matrix. A `Latent` format may be trained together with the adapter, in a
+        loop of one's own.
       adapter: what is trained (`LoRA`, `QALoRA`, ...).
     """
 
@@ -181,7 +185,7 @@ def _backward(how: _How, data: PyTree, g: Array) -> tuple:
 _frozen.defvjp(_forward, _backward)
 
 
-def dropped(x: Float[Array, "m k"], share: float, marks: Array) -> Float[Array, "m k"]:
+def dropped(x: Float[Array, "m k"], share: float, lora_a: Array) -> Float[Array, "m k"]:
     """Set a share of the entries to zero and scale up the others, inside `randomness(key)` only.
 
     Outside of it x is returned unchanged, so inference needs no switch.
@@ -189,13 +193,13 @@ def dropped(x: Float[Array, "m k"], share: float, marks: Array) -> Float[Array, 
     Args:
       x: the rows.
       share: fraction of the entries to drop, in [0, 1).
-      marks: trained numbers of the matrix. The sum of their bits gives every matrix its own key,
-        also in a scan over layers, where the key is the same.
+      lora_a: the matrix A. The sum of its bits gives every weight its own key, also in a scan over
+        layers, where the key of `randomness` is the same.
     """
     key = chance()
     if not share or key is None:
         return x
-    bits = jax.lax.bitcast_convert_type(marks.astype(jnp.float32), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(lora_a.astype(jnp.float32), jnp.uint32)
     key = jax.random.fold_in(key, jnp.sum(bits))
     kept = jax.random.bernoulli(key, 1 - share, x.shape)
     return jnp.where(kept, x / (1 - share), 0).astype(x.dtype)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxquant.adapters.lora import A, B, check_fits, check_rank, random_a
-from jaxquant.adapters.pooled import QALoRA, with_offsets
-from jaxquant.adapters.requantized import Requantized, summed
+from jaxquant.adapters.adapted import LORA_A as A
+from jaxquant.adapters.adapted import LORA_B as B
+from jaxquant.adapters.lora import check_fits, check_rank, random_a
+from jaxquant.adapters.pooled import offset_format, with_offsets
+from jaxquant.adapters.requantized import Requantized, check_integer, summed
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Data, Format, Known
-from jaxquant.formats.integer import Integer, spread
+from jaxquant.formats.integer import spread
 from jaxquant.formats.offset import Offset, Shifted
 
 SAFE = 0.45  # of a step: how far a start may be from the value of its code
@@ -62,17 +64,12 @@ class L4Q(Requantized):
 
     def home(self, format: Any) -> Format:
         """Return the format with offsets in which the merged matrix is stored."""
-        return QALoRA(1).home(format)
+        return offset_format(format)
 
     def check(self, format: Format, k: int, n: int) -> None:
         """Raise ValueError unless matrices [k, n] in this format can be adapted this way."""
-        home = self.home(format)
-        if not (isinstance(home, Offset) and isinstance(home.format, Integer)):
-            raise ValueError(
-                "L4Q learns the steps of integers: it needs the format Integer, with groups of "
-                f"rows or one group per output, got {format}; LoRA adapts every format"
-            )
-        home.check_shape(k, n)
+        check_integer("L4Q learns the steps of integers", self.home(format), format)
+        format.check_shape(k, n)
         check_fits(self.rank, k, n)
 
     def start(self, format: Any, data: Data, known: Known) -> Data:

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.adapters.adapted import dropped, frozen_product
+from jaxquant.adapters.adapted import LORA_A as A
+from jaxquant.adapters.adapted import LORA_B as B
+from jaxquant.adapters.adapted import MAGNITUDE, dropped, frozen_product
 from jaxquant.adapters.initial import STARTS
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Adapter, Data, Format, Known
 
-A, B, MAGNITUDE, NORM, IDS = "lora_a", "lora_b", "magnitude", "norm", "ids"
+NORM, IDS = "norm", "ids"  # |W|^2 of every column; the adapter that every row of a batch uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,9 @@ class LoRA(Adapter):
       dtype: dtype in which A and B are kept, "bfloat16" or "float32".
 
     Source: LoRA (Hu et al. 2021, arXiv:2106.09685), QLoRA (Dettmers et al. 2023, arXiv:2305.14314),
-    rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), DoRA (Liu et al. 2024, arXiv:2402.09353). LoRA+
-    (Hayou et al. 2024, arXiv:2402.12354) is a matter of the optimizer: A and B have the labels
-    "lora_a" and "lora_b", and may get two learning rates.
+    rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), DoRA (Liu et al. 2024, arXiv:2402.09353). For
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354), give the labels "lora_a" and "lora_b" two learning
+    rates in the optimizer.
 
     >>> LoRA(rank=16).scaling, LoRA(rank=16, alpha=16, rslora=True).scaling
     (2.0, 4.0)
@@ -88,8 +90,9 @@ class LoRA(Adapter):
     def check(self, format: Format, k: int, n: int) -> None:
         """Raise ValueError unless matrices [k, n] in this format can be adapted this way."""
         check_fits(self.rank, k, n)
-        if self.init in ("pissa", "loftq") and format.latent:
-            raise ValueError(f'init="{self.init}" quantizes the matrix, but it is in training')
+        if format.latent and (self.dora or self.init in ("pissa", "loftq")):
+            what = "dora=True needs" if self.dora else f'init="{self.init}" quantizes'
+            raise ValueError(f"{what} a matrix that stays as it is, but this one is in training")
 
     def start(self, format: Any, data: Data, known: Known) -> Data:
         if self.init == "zero":
@@ -128,6 +131,7 @@ class LoRA(Adapter):
     def _path(self, x: Float[Array, "m k"], data: Data) -> Float[Array, "m n"]:
         """Return (x A) B, with the adapter that the rows ask for if there are several."""
         a, b = data[A].astype(x.dtype), data[B].astype(x.dtype)
+        _check_selected(data)
         x = dropped(x, self.dropout, data[A])
         if IDS not in data:
             inner = jnp.dot(x, a, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -140,7 +144,8 @@ class LoRA(Adapter):
             )
         of_each = x.reshape(len(ids), len(x) // len(ids), -1)
         product = lambda x, w: jnp.einsum("btk,bkn->btn", x, w, preferred_element_type=jnp.float32)
-        y = product(product(of_each, a[ids]).astype(x.dtype), b[ids])
+        of = lambda w: jnp.take(w, ids, axis=0, mode="fill", fill_value=jnp.nan)
+        y = product(product(of_each, of(a)).astype(x.dtype), of(b))
         return y.reshape(len(x), -1)
 
     def _factors(self, format: Format, data: Data, k: int) -> Float[Array, " n"]:
@@ -153,17 +158,29 @@ class LoRA(Adapter):
         own = (a.T @ a) @ b
         s = self.scaling
         norm2 = data[NORM] + jnp.sum((2 * s * across + s * s * own) * b, axis=0)
-        return data[MAGNITUDE] / jnp.sqrt(jax.lax.stop_gradient(norm2))
+        norm2 = jax.lax.stop_gradient(norm2)
+        norm = jnp.sqrt(jnp.where(norm2 > 0, norm2, 1.0))
+        return jnp.where(norm2 > 0, data[MAGNITUDE] / norm, 0.0)  # a column of zeros stays zero
 
     def value(self, format: Any, data: Data, k: int) -> Float[Array, "k n"]:
         if IDS in data:
             raise ValueError("several adapters are selected by row: no one matrix has them all")
+        _check_selected(data)
         a, b = data[A].astype(jnp.float32), data[B].astype(jnp.float32)
         w = format.decode(base_of(data), k) + self.scaling * (a @ b)
         return w * self._factors(format, data, k) if self.dora else w
 
 
 OWN = (A, B, MAGNITUDE, NORM, IDS)
+
+
+def _check_selected(data: Data) -> None:
+    """Raise ValueError for a weight with several adapters of which none is selected."""
+    if data[A].ndim == 3 and IDS not in data:
+        raise ValueError(
+            f"the weight has {len(data[A])} adapters: say which one every row of a batch uses, "
+            "with jaxquant.training.selected(params, ids)"
+        )
 
 
 def base_of(data: Data) -> Data:

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.adapters.adapted import LORA_A as A
+from jaxquant.adapters.adapted import LORA_B as B
 from jaxquant.adapters.adapted import cast_through, frozen_product
-from jaxquant.adapters.lora import A, B, base_of, check_fits, check_rank, random_a
+from jaxquant.adapters.lora import base_of, check_fits, check_rank, random_a
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Adapter, Data, Format, Known, LevelFormat
 from jaxquant.formats.offset import Offset, levels
@@ -20,10 +22,12 @@ class QALoRA(Adapter):
 
     The inputs of each group of rows are pooled, so the change of W is constant within a group, and
     a merge adds it to the offsets of the groups: nothing is rounded again. Training already uses
-    the offsets as they will be stored, so the merged model computes what was trained, bit for bit.
+    the offsets as they will be stored, so the merged model computes what was trained: bit for bit,
+    or up to the order of sums if inputs are rounded to fewer than 8 bits or with zero points.
 
-    A weight whose format is not an `Offset` is put into one: an integer's zero points become
-    offsets, and a symmetric or table format gains offsets of 16 bits per group.
+    A weight whose format is not an `Offset` is put into one, whose offsets have the dtype of its
+    scales. Zero points of integers become offsets, rounded to that dtype; other formats gain
+    offsets, which are zero at first.
 
     Attributes:
       rank: number of columns of A, at least 1 and at most the number of groups.
@@ -61,11 +65,7 @@ class QALoRA(Adapter):
 
     def home(self, format: Any) -> Format:
         """Return the format with offsets in which the adapted matrix is stored."""
-        if not isinstance(format, LevelFormat) or not format.learnable:
-            return format
-        if format.symmetric:
-            return Offset(format)
-        return Offset(dataclasses.replace(format, symmetric=True))  # type: ignore[type-var]
+        return offset_format(format)
 
     def check(self, format: Format, k: int, n: int) -> None:
         """Raise ValueError unless matrices [k, n] in this format can be adapted this way."""
@@ -113,6 +113,21 @@ class QALoRA(Adapter):
         change = data[A].astype(jnp.float32) @ data[B].astype(jnp.float32)
         whole = data["offset"].astype(jnp.float32) + (self.scaling / pool) * change
         return cast_through(whole, format.dtype)
+
+
+def offset_format(format: Any) -> Format:
+    """Return the format with offsets that corresponds to a format; itself if there is none.
+
+    Args:
+      format: any format.
+    """
+    grouped = isinstance(format, LevelFormat) and format.group_size != "tensor"
+    if not grouped or not format.learnable:
+        return format
+    levels = format
+    if not format.symmetric:
+        levels = dataclasses.replace(format, symmetric=True)
+    return Offset(levels, format.scale_dtype)
 
 
 def with_offsets(format: LevelFormat, home: Any, data: Data) -> Data:

@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.adapters.adapted import served_product
-from jaxquant.core.protocols import Adapter, Data
+from jaxquant.core.protocols import Adapter, Data, Format
+from jaxquant.formats.integer import Integer
+from jaxquant.formats.offset import Offset
 
 
 class Requantized(Adapter):
@@ -109,3 +111,18 @@ def summed(rows: int, a: Float[Array, "k n"]) -> Float[Array, "g n"]:
     """
     k, n = a.shape
     return jnp.pad(a, ((0, -k % rows), (0, 0))).reshape(-1, rows, n).sum(1)
+
+
+def check_integer(what: str, home: Format, format: Format) -> None:
+    """Raise ValueError unless integers with offsets hold the merged matrix.
+
+    Args:
+      what: what the adapter does, for the message.
+      home: the format of the merged matrix.
+      format: the format before it was adapted.
+    """
+    if not (isinstance(home, Offset) and isinstance(home.format, Integer)):
+        raise ValueError(
+            f"{what}: it needs the format Integer, with groups of rows or one group per output, "
+            f"got {format}; LoRA adapts every format"
+        )

@@ -23,6 +23,8 @@ def sign_descent(share: float | Callable[[Array], Array]) -> optax.GradientTrans
     Returns:
       The optimizer; its update needs the parameters. Leading axes beyond the last two are those of
       a stack of matrices.
+    Raises:
+      ValueError: the share is not between 0 and 1.
     Source: t-SignSGD of LoTA-QAF (Chen et al. 2025, arXiv:2505.18724).
 
     >>> optimizer = sign_descent(0.5)
@@ -31,6 +33,9 @@ def sign_descent(share: float | Callable[[Array], Array]) -> optax.GradientTrans
     >>> (w + updates).tolist()
     [[0.0, 1.0, -1.0, -1.0]]
     """
+
+    if not callable(share) and not 0 < share < 1:
+        raise ValueError(f"share must be between 0 and 1, or a function, got {share}")
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         if params is None:

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxquant.adapters.lora import A, B, base_of, check_fits, check_rank
-from jaxquant.adapters.pooled import QALoRA, with_offsets
-from jaxquant.adapters.requantized import Requantized, summed
+from jaxquant.adapters.adapted import LORA_A as A
+from jaxquant.adapters.adapted import LORA_B as B
+from jaxquant.adapters.adapted import TERNARY
+from jaxquant.adapters.lora import base_of, check_fits, check_rank
+from jaxquant.adapters.pooled import offset_format, with_offsets
+from jaxquant.adapters.requantized import Requantized, check_integer, summed
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Data, Format, Known
 from jaxquant.formats.integer import Integer, spread
-from jaxquant.formats.offset import Offset
 from pallas_kernels.codecs import layout
-
-TERNARY = "ternary"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +66,12 @@ class LoTA(Requantized):
 
     def home(self, format: Any) -> Format:
         """Return the format with offsets in which the adapted matrix is stored."""
-        return QALoRA(1).home(format)
+        return offset_format(format)
 
     def check(self, format: Format, k: int, n: int) -> None:
         """Raise ValueError unless matrices [k, n] in this format can be adapted this way."""
-        home = self.home(format)
-        if not (isinstance(home, Offset) and isinstance(home.format, Integer)):
-            raise ValueError(
-                "LoTA changes the codes of integers: it needs the format Integer, with groups of "
-                f"rows or one group per output, got {format}; LoRA adapts every format"
-            )
-        home.check_shape(k, n)
+        check_integer("LoTA changes the codes of integers", self.home(format), format)
+        format.check_shape(k, n)
         check_fits(self.rank, k, n)
 
     def start(self, format: Any, data: Data, known: Known) -> Data:

@@ -30,7 +30,8 @@ def as_tree(arrays: Mapping[str, Array | np.ndarray], like: PyTree) -> PyTree:
 
     Args:
       arrays: the result of `as_arrays`; it may contain other arrays too.
-      like: a tree of the same structure, with keys where there were keys.
+      like: a tree of the same structure, with keys where there were keys, and with arrays in the
+        memory of the host where the result is to have such.
 
     >>> as_tree(as_arrays({"a": jnp.ones(2)}), {"a": 0})
     {'a': Array([1., 1.], dtype=float32)}
@@ -40,6 +41,8 @@ def as_tree(arrays: Mapping[str, Array | np.ndarray], like: PyTree) -> PyTree:
     for i, leaf in enumerate(leaves):
         if _is_key(leaf):
             found[i] = jax.random.wrap_key_data(found[i], impl=jax.random.key_impl(leaf))
+        elif isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host":
+            found[i] = jax.device_put(found[i], leaf.sharding)  # a paged state stays paged
     return jax.tree.unflatten(structure, found)
 
 

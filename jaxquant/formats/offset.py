@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxquant.core.fields import check_fields
 from jaxquant.core.magnitude import exponent, shifted, sizes
 from jaxquant.core.protocols import Grid, GridFormat, LevelFormat
+from jaxquant.core.straight_through import through as straight
 from jaxquant.formats.integer import spread
 from jaxquant.formats.scales import (
     SCALE_DTYPES,
@@ -205,7 +206,10 @@ class Offset(GridFormat):
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
         y = self.format.matmul(x, levels(data), activations)
-        sums = self.pooled(forms.rounded(x, activations))
+        rounded = forms.rounded(x, activations)
+        if activations not in ("float", "codes"):  # kernels have the gradient of unrounded rows
+            rounded = straight(x.astype(jnp.float32), rounded.astype(jnp.float32))
+        sums = self.pooled(rounded)
         return y + sums @ data["offset"].astype(jnp.float32)
 
     def matmul_transposed(

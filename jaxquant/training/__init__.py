@@ -1,10 +1,10 @@
 """Training with low-bit weights: latent weights, adapters, optimizers, zeroth-order gradients."""
 
-from jaxquant.training.adaptation import selected, together
 from jaxquant.training.finetuning import Finetuning, finetune
 from jaxquant.training.merging import Merged
 from jaxquant.training.optimizers import optimizer, relative
 from jaxquant.training.qat import QAT, qat_blocks
+from jaxquant.training.several import selected, together
 from jaxquant.training.zeroqat import ZeroQAT
 from jaxquant.training.zeroth import Zeroth, zo_step, zo_value_and_grad
 

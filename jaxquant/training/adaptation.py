@@ -1,4 +1,4 @@
-"""Putting adapters on the weights of a tree, and choosing among several: `adapt`, `selected`."""
+"""Putting adapters on the weights of a tree: `adapt`."""
 
 import dataclasses
 import difflib
@@ -10,11 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.adapters.adapted import Adapted
-from jaxquant.adapters.lora import IDS, LoRA, base_of
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.fields import brief, shown
@@ -22,6 +20,7 @@ from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.protocols import Adapter, Data, Format, Known
 from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site, is_weight
+from jaxquant.core.standin import is_array
 from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.latent_format import batched
 from jaxquant.formats.dense import Dense
@@ -53,19 +52,20 @@ def adapt(
     Args:
       params: tree of quantized weights, latent weights (`jaxquant.latent`) or floating-point
         arrays.
-      adapter: what to train: `jaxquant.adapters.LoRA`, `QALoRA`, `L4Q`, `PEQA`.
+      adapter: what to train: `jaxquant.adapters.LoRA`, `QALoRA`, `L4Q`, `LoTA`, `PEQA`.
       key: PRNG key for random initial values. Default: `jax.random.key(0)`.
       targets: globs of the paths of the weights to adapt. Default: all quantized weights; if there
         are none, all weights that are operands of a matmul according to `stats`.
       floats: the tree from which `params` was quantized, for adapters that start from it: `L4Q`,
-        and `LoRA` with an `init`.
+        and `LoRA` with an `init`. Default: unknown; L4Q then starts from the values of the codes.
       stats: the result of `calibrate`, needed by `LoRA(init="cloq")`; or of `sites`, which tells
         how floating-point weights are used (as in `jaxquant.quantize`).
     Returns:
       The tree, with `QTensor`s in the format `jaxquant.adapters.Adapted`.
     Raises:
       ValueError: a glob matches nothing, a weight is adapted already, its format or its shape does
-        not suit the adapter, or something that the adapter needs is missing.
+        not suit the adapter, `floats` lacks a weight, something that the adapter needs is missing,
+        or the start is not finite.
     Warns:
       If a format has to gain offsets, which take bytes.
 
@@ -76,18 +76,22 @@ def adapt(
     {'lora_a': 'lora_a', 'lora_b': 'lora_b'}
     """
     check_arguments(adapt, locals())
+    if targets is not None and not targets:
+        raise ValueError("targets names no weights: give globs of paths, or leave it out for all")
     leaves = dict(path_leaves(params))
     chosen = _chosen(leaves, targets)
     plain = [path for path in chosen if not isinstance(leaves[path], QTensor)]
     if plain or not chosen:
         leaves |= _as_tensors(params, plain, stats)
         chosen = chosen or [path for path, w in leaves.items() if isinstance(w, QTensor)]
-    before = {} if floats is None else dict(path_leaves(floats))
+    before = _floats_of(chosen, leaves, floats)
+    for path in chosen:
+        check_adapter(path, leaves[path], adapter)
     draw, new = Draw.of(key), {}
     for path in chosen:
         gram = stats.gram(path) if isinstance(stats, Stats) and adapter.needs_gram else None
         try:
-            new[path] = _adapted(path, leaves[path], adapter, draw, before.get(path), gram)
+            new[path] = _adapted(path, leaves[path], adapter, draw, before[path], gram)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     _tell_gains(leaves, new)
@@ -98,8 +102,24 @@ def _chosen(leaves: Mapping[str, PyTree], targets: Sequence[str] | None) -> list
     """Return the paths of the weights to adapt; none if all that are operands of matmuls are."""
     if targets is None:
         return [path for path, w in leaves.items() if isinstance(w, QTensor)]
-    found: dict[str, None] = {}
-    for glob in [targets] if isinstance(targets, str) else targets:
+    return list(_matching(leaves, [targets] if isinstance(targets, str) else targets))
+
+
+def chosen_weights(params: PyTree, targets: Sequence[str]) -> dict[str, PyTree]:
+    """Return the weights that match globs, by path.
+
+    Args:
+      params: tree of weights, packed or not, or of their shapes.
+      targets: the globs.
+    Raises:
+      ValueError: a glob matches no leaf, or no weight.
+    """
+    return _matching(dict(path_leaves(params)), targets)
+
+
+def _matching(leaves: Mapping[str, PyTree], targets: Sequence[str]) -> dict[str, PyTree]:
+    found: dict[str, PyTree] = {}
+    for glob in targets:
         some = [path for path in leaves if matches(path, glob)]
         if not some:
             near = difflib.get_close_matches(glob.replace("*", ""), list(leaves), 3, 0.0)
@@ -107,14 +127,51 @@ def _chosen(leaves: Mapping[str, PyTree], targets: Sequence[str] | None) -> list
                 f"targets: {shown(glob)} matches no leaf of the tree; nearest: {', '.join(near)}"
             )
         able = lambda w: isinstance(w, QTensor) or is_weight(w)
-        weights = [path for path in some if able(leaves[path])]
+        weights = {path: leaves[path] for path in some if able(leaves[path])}
         if not weights:
             raise ValueError(
                 f"targets: {shown(glob)} matches only leaves that are no weights of a matmul, "
                 f"such as {some[0]!r}"
             )
-        found |= dict.fromkeys(weights)
-    return list(found)
+        found |= weights
+    return found
+
+
+def check_adapter(path: str, w: QTensor, adapter: Adapter) -> None:
+    """Raise ValueError unless a weight can get an adapter; reads no values.
+
+    Args:
+      path: path of the weight, for the error.
+      w: the weight, or the same with shapes in the place of arrays.
+      adapter: the adapter.
+    """
+    if isinstance(w.format, Adapted):
+        raise ValueError(
+            f"{path}: the weight has an adapter already, {brief(w.format.adapter)}; merge it first"
+        )
+    try:
+        adapter.check(w.format, w.stored_rows, _columns(w))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _floats_of(
+    chosen: list[str], leaves: Mapping[str, QTensor], floats: PyTree
+) -> dict[str, Array | None]:
+    """Return the floats of every chosen weight, None where they are unknown."""
+    held = {} if floats is None else dict(path_leaves(floats))
+    found: dict[str, Array | None] = {}
+    for path in chosen:
+        leaf, w = held.get(path), leaves[path]
+        if leaf is None and w.format == Dense():
+            leaf = w.dequantize()
+        if floats is not None and not (is_array(leaf) and is_weight(leaf)):
+            near = difflib.get_close_matches(path, list(held), 3, 0.0)
+            raise ValueError(
+                f"{path}: floats holds no array of floats at this path; nearest: {', '.join(near)}"
+            )
+        found[path] = leaf
+    return found
 
 
 def _as_tensors(params: PyTree, paths: list[str], stats: PyTree) -> dict[str, QTensor]:
@@ -133,12 +190,7 @@ def _as_tensors(params: PyTree, paths: list[str], stats: PyTree) -> dict[str, QT
 def _adapted(
     path: str, w: QTensor, adapter: Adapter, draw: Draw, leaf: Array | None, gram: Array | None
 ) -> QTensor:
-    if isinstance(w.format, Adapted):
-        raise ValueError(
-            f"the weight has an adapter already, {brief(w.format.adapter)}; merge it first"
-        )
     k, n = w.stored_rows, _columns(w)
-    adapter.check(w.format, k, n)
     batch = w.stored_shape()[: w.leading()]
     held = w.unnamed()
     matrices = None if leaf is None else flat(as_stored(held, leaf), len(batch))
@@ -152,7 +204,20 @@ def _adapted(
         )
     stack = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
     format = Adapted(adapter.home(w.format), adapter)
-    return dataclasses.replace(w, data=jax.tree.map(stack, *parts), format=format)
+    data = jax.tree.map(stack, *parts)
+    for name, a in data.items():
+        if jnp.issubdtype(a.dtype, jnp.floating) and not _finite(a):
+            raise ValueError(
+                f"{name} is not finite at the start: the weights are outside the range of "
+                f"{a.dtype}, or the statistics are singular"
+            )
+    return dataclasses.replace(w, data=data, format=format)
+
+
+def _finite(a: Array) -> bool:
+    """Return whether an array is finite; True for one that is traced."""
+    found = jnp.all(jnp.isfinite(a))
+    return isinstance(found, jax.core.Tracer) or bool(found)
 
 
 @partial(compiled, static_argnums=(0, 1, 2))
@@ -219,83 +284,3 @@ def is_adapted(w: PyTree) -> bool:
       w: leaf of a tree.
     """
     return isinstance(w, QTensor) and isinstance(w.format, Adapted)
-
-
-# --- several adapters on one base -----------------------------------------------------------------
-
-
-def together(trees: Sequence[PyTree]) -> PyTree:
-    """Combine trees that differ only in the values of their LoRA adapters into one.
-
-    The base is held once. `selected` then says which row of a batch uses which adapter.
-
-    Args:
-      trees: adapted trees of one base, with adapters of equal shape on the same weights.
-    Returns:
-      One tree, whose adapters have an axis over the trees; `selected` must be applied to it.
-    Raises:
-      ValueError: there are fewer than two trees, or they differ in more than their adapters.
-    """
-    check_arguments(together, locals())
-    if len(trees) < 2:
-        raise ValueError(f"expected at least two trees, got {len(trees)}")
-    flat: list[dict[str, Any]] = [dict(path_leaves(tree)) for tree in trees]
-    new = {}
-    for path, w in flat[0].items():
-        others: list[Any] = [one.get(path) for one in flat[1:]]
-        if not is_adapted(w):
-            continue
-        if not all(is_adapted(o) and o.format == w.format and o.shape == w.shape for o in others):
-            raise ValueError(f"{path}: the trees differ in its format, shape or adapter")
-        base = base_of(w.data)
-        for i, other in enumerate(others, 1):
-            if not all(_equal(a, base_of(other.data)[name]) for name, a in base.items()):
-                raise ValueError(
-                    f"{path}: tree {i} has another base than tree 0, so it cannot share it; "
-                    "adapters only fit the packed weights that they were trained on"
-                )
-        own = {
-            name: [one.data[name] for one in (w, *others)] for name in w.data if name not in base
-        }
-        if not isinstance(w.format.adapter, LoRA) or w.format.adapter.dora:
-            raise ValueError(f"{path}: only adapters that are LoRA without dora can be combined")
-        stacked = {name: jnp.stack(arrays, axis=w.leading()) for name, arrays in own.items()}
-        new[path] = dataclasses.replace(w, data={**base, **stacked})
-    if not new:
-        raise ValueError("nothing to combine: no weight of the trees has an adapter")
-    return replace_leaves(trees[0], new)
-
-
-def _equal(a: Array, b: Array) -> bool:
-    return a is b or (a.shape == b.shape and np.array_equal(np.asarray(a), np.asarray(b)))
-
-
-def selected(params: PyTree, ids: Sequence[int] | Array) -> PyTree:
-    """Say which adapter each sequence of a batch uses, in a tree made by `together`.
-
-    Args:
-      params: the tree.
-      ids: index of the adapter for every entry of the batch, int [batch]; it may be traced. The
-        batch must be the first axis of the function's inputs.
-    Returns:
-      The tree, for functions of batches of this size.
-
-    >>> import jaxquant as jq
-    >>> q = jq.quantize({"w": jnp.eye(64)}, jq.nf4())
-    >>> one, two = (adapt(q, jq.adapters.LoRA(2), key=jax.random.key(i)) for i in (0, 1))
-    >>> both = selected(together([one, two]), [1, 0, 1])
-    >>> jq.quantized(lambda p, x: x @ p["w"])(both, jnp.ones((3, 5, 64))).shape
-    (3, 5, 64)
-    """
-    check_arguments(selected, locals())
-    ids = jnp.asarray(ids, jnp.int32)
-
-    def one(w: PyTree) -> PyTree:
-        if not is_adapted(w):
-            return w
-        lead = w.data["codes"].shape[: w.leading()]
-        return dataclasses.replace(
-            w, data={**w.data, IDS: jnp.broadcast_to(ids, (*lead, *ids.shape))}
-        )
-
-    return jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, QTensor))

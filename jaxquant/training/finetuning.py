@@ -20,13 +20,11 @@ from jaxquant.adapters.paging import paged
 from jaxquant.adapters.signed_steps import falling, sign_descent
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
-from jaxquant.core.paths import path_leaves, replace_leaves
-from jaxquant.core.standin import is_standin
 from jaxquant.durable.store import Finished
 from jaxquant.estimators.weight_estimators import randomness
 from jaxquant.training.latent import ADAPTER, OTHER, SCALE, trained
 from jaxquant.training.optimizers import optimizer, relative
-from jaxquant.training.qat import sequence_loss, stored_as
+from jaxquant.training.qat import sequence_loss
 from jaxquant.tuning.trainable import Opened, check_globs
 from jaxquant.tuning.trainer import Healing, Loss, Progress, Rule, Trainer
 
@@ -76,6 +74,8 @@ class Finetuning(Healing):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.ternary_share >= 1:
+            raise ValueError(f"ternary_share must be below 1, got {self.ternary_share}")
 
     @property
     def rates(self) -> dict[str, float]:
@@ -124,12 +124,14 @@ class Finetuning(Healing):
             parts += [paged(step) if self.paged else step]
             return optax.chain(*parts, *([relative()] if label in (SCALE, MAGNITUDE) else []))
 
-        rates = self.rates.items()
-        return in_float32(optimizer(train, **{label: of(label, rate) for label, rate in rates}))
+        each = {label: of(label, rate) for label, rate in self.rates.items()}
+        return optimizer(train, also=("*",), **each)  # the leaves of `train` are those of `also`
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Return an optimizer that computes, and keeps its state, in float32 for bfloat16 parameters.
+
+    It is for loops of one's own; `finetune` trains float32 copies of the parameters.
 
     Args:
       inner: the optimizer.
@@ -237,7 +239,8 @@ def finetune(
         opened, sequences, validation, teacher, name="finetuning", progress=progress,
         finished=finished,
     )  # fmt: skip
-    return stored_as(params, eqx.combine(change, opened.params))
+    cast = lambda a, like: a.astype(like.dtype)
+    return jax.tree.map(cast, eqx.combine(change, opened.params), params)
 
 
 def _own_loss(
@@ -247,7 +250,7 @@ def _own_loss(
 
 
 def open_adapted(params: PyTree, how: Finetuning) -> Opened:
-    """Split a tree into fixed arrays and trained arrays; plain leaves are trained in float32.
+    """Split a tree into fixed arrays and trained arrays, the latter in float32.
 
     Args:
       params: tree with adapters.
@@ -258,6 +261,9 @@ def open_adapted(params: PyTree, how: Finetuning) -> Opened:
     check_globs(params, how.also)
     train, rest = eqx.partition(params, how.trained(params))
     if not jax.tree.leaves(train):
-        raise ValueError("nothing to train: no weight has an adapter; add some with jq.adapt")
-    wide = {p: a.astype(jnp.float32) for p, a in path_leaves(train) if not is_standin(a)}
-    return Opened(rest, replace_leaves(train, wide))
+        rates = ", ".join(how.rates) or "none"
+        raise ValueError(
+            f"nothing to train: no array has one of the labels {rates}, whose rates are not 0; add "
+            "adapters with jaxquant.adapt"
+        )
+    return Opened(rest, jax.tree.map(lambda a: a.astype(jnp.float32), train))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxquant.adapters.adapted import LABELS as ADAPTER
 from jaxquant.adapters.adapted import Adapted, adapter_of
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -26,7 +27,6 @@ from pallas_kernels.context import compiled
 ACTIVATIONS = "activations."
 # The labels of arrays, see `labels`.
 WEIGHT, SCALE, RANGE, OTHER, FROZEN = ("weight", "scale", "range", "other", "frozen")
-ADAPTER = ("lora_a", "lora_b", "magnitude", "ternary")
 LABELS = (WEIGHT, SCALE, RANGE, *ADAPTER, OTHER, FROZEN)
 
 
@@ -109,6 +109,8 @@ def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> P
 def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
     if isinstance(w.format, Latent):
         raise ValueError("the weight is already latent")
+    if isinstance(w.format, Adapted):
+        raise ValueError("the weight has an adapter: merge it first, with jaxquant.merge")
     estimator = method.estimator or StraightThrough()
     estimator.check(w.format)
     inputs = method.input_estimator
@@ -184,13 +186,19 @@ def freeze(params: PyTree) -> PyTree:
     Returns:
       The tree, with quantized weights.
     Raises:
-      ValueError: a latent weight or scale is not finite, or a scale is not positive.
+      ValueError: a latent weight or scale is not finite, a scale is not positive, or a latent
+        weight has an adapter.
 
     >>> import jaxquant as jq
     >>> frozen = jq.freeze(jq.latent({"w": jnp.eye(64)}, jq.lsq(bits=4)))
     >>> frozen["w"].format
     Integer(bits=4, group_size=64, symmetric=True, mse=False, scale_dtype='float16', ...)
     """
+    for path, w in path_leaves(params):
+        if isinstance(w, QTensor) and isinstance(w.format, Adapted) and w.format.format.latent:
+            raise ValueError(
+                f"{path}: the latent weight has an adapter: merge it first, with jaxquant.merge"
+            )
     return replace_leaves(
         params, {path: _frozen(path, w) for path, w in path_leaves(params) if is_latent(w)}
     )
@@ -352,6 +360,6 @@ def unit(name: str, a: Array, data: Mapping[str, Array]) -> Array:
     """
     if name.removeprefix(ACTIVATIONS) in UNITS:
         return jnp.ones_like(a)
-    if name == f"{ACTIVATIONS}offset":
-        return jnp.abs(data[f"{ACTIVATIONS}scale"])
+    if name.removeprefix(ACTIVATIONS) == "offset":
+        return jnp.abs(data[name.removesuffix("offset") + "scale"])
     return jnp.abs(a)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,10 +35,12 @@ class Merged(NamedTuple):
       path: path of the weight.
       exact: whether the merged weight computes what was trained.
       kept: share of the energy of the adapter's outputs that survives, 1 - |X E|^2 / |X D|^2, where
-        D is the change by the adapter and E the error of the merged weight; for inputs X with the
-        second moment of `stats`, or white without. At most 1; negative if the error is larger than
-        the change. NaN if the adapter changed nothing.
-      energy: |X D|^2 per input vector, the weight of `kept` in an average over matrices.
+        D is the change by the adapter and E the error of the merged weight. The inputs X have the
+        second moment of `stats`; without it, they are uncorrelated and of unit variance. 1 if the
+        merge is exact, else at most 1, and negative if the error is larger than the change. NaN if
+        an adapter that does not merge exactly changed nothing.
+      energy: |X D|^2 per input vector, the weight of `kept` in an average over matrices; 0 for
+        adapters that always merge exactly, for which it is not computed.
       bits_per_weight: of the merged weight.
     """
 
@@ -59,7 +62,8 @@ def merge(
 ) -> PyTree:
     """Merge adapters into the weights they are on.
 
-    `QALoRA`, `L4Q` and `PEQA` merge exactly: the result is packed and computes what was trained.
+    `QALoRA`, `L4Q`, `LoTA` and `PEQA` merge exactly: the result is packed and computes what was
+    trained.
     `LoRA` on a packed weight does not: the sum is rounded again, to the format of the weight, and
     `progress` reports how much survives. `LoRA` on floating-point weights gives floats.
 
@@ -114,9 +118,10 @@ def _check_exact(leaves: Mapping[str, Any], rounder: Rounder | None, bits: int |
     for path, w in leaves.items():
         held = bits_of(w.format.format)
         if bits is not None and held != bits:
+            what = "floats" if held is None else f"codes of {held} bits"
             raise ValueError(
-                f"{path}: the merge is exact and keeps the codes of the weight, which have "
-                f"{held} bits, not {bits}: leave bits out"
+                f"{path}: the merge is exact and keeps {what}, so bits={bits} cannot be met: "
+                "leave bits out"
             )
 
 
@@ -146,7 +151,7 @@ def with_bits(path: str, format: Any, bits: int | None) -> Format:
         raise ValueError(f"{path}: {brief(format)} has no other number of bits: leave bits out")
     try:
         if isinstance(format, Offset):
-            inner: Any = with_bits(path, format.format, bits)
+            inner: Any = dataclasses.replace(format.format, bits=bits)  # type: ignore[type-var]
             return dataclasses.replace(format, format=inner)
         return dataclasses.replace(format, bits=bits)
     except ValueError as error:
@@ -154,7 +159,7 @@ def with_bits(path: str, format: Any, bits: int | None) -> Format:
 
 
 def _rounds_again(format: Adapted) -> bool:
-    return not (format.adapter.exact or format.format.latent or format.format == Dense())
+    return not (format.adapter.exact or format.format == Dense())
 
 
 def _merged(
@@ -166,7 +171,7 @@ def _merged(
         data = _packed(form, k, lead, w.data)
         return dataclasses.replace(w, data=data, format=form.format)
     if form.format == Dense():
-        return w.dequantize()
+        return _dense(w)
     if isinstance(form.format, Latent):
         change = w.stored() - form.format.dequantize(base_of(w.data), k)
         codes = w.data["codes"] + change.astype(w.data["codes"].dtype)
@@ -176,10 +181,33 @@ def _merged(
     grams = None if gram is None else flat(stored_gram(w, gram), lead)
     parts = []
     for i in range(len(values)):
+        _check_sum(f"{path}: the sum of weight and adapter", format, values[i])
         one = jax.tree.map(lambda a, i=i: a[i], (values, grams))
         parts.append(_rounded(rounder, format, *one, draw.of_matrix(f"merge {path}", i)))
     stack = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
     return dataclasses.replace(w, data=jax.tree.map(stack, *parts), format=format)
+
+
+def _dense(w: QTensor) -> PyTree:
+    """Return the merged floats: an array, or a `QTensor` if inputs are rounded or transformed."""
+    if w.activations is None and w.input is None and w.output is None:
+        return w.dequantize()
+    codes = w.stored().astype(w.data["codes"].dtype)
+    return dataclasses.replace(w, data={"codes": codes}, format=Dense())
+
+
+def _check_sum(what: str, format: Format, w: Array) -> None:
+    """Raise ValueError if a matrix cannot be rounded to a format; warn if it loses precision."""
+    if isinstance(jnp.isfinite(w), jax.core.Tracer):
+        return
+    if not bool(jnp.all(jnp.isfinite(w))):
+        raise ValueError(f"{what} is not finite (NaN or infinity); was the training stable?")
+    try:
+        found = format.check(w)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if found:
+        warnings.warn(f"{what}: {found}", stacklevel=5)
 
 
 @partial(compiled, static_argnums=(0, 1, 2))

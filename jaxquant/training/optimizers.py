@@ -1,14 +1,18 @@
 """Optimizers for trees with latent weights: one per kind of array."""
 
+from collections.abc import Sequence
+
 import jax
 import optax
 from jaxtyping import PyTree
 
 from jaxquant.core.standin import is_standin
-from jaxquant.training.latent import LABELS, labels, unit
+from jaxquant.training.latent import LABELS, OTHER, labels, unit
 
 
-def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.GradientTransformation:
+def optimizer(
+    params: PyTree, *, also: Sequence[str] | None = None, **of: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """Combine one optimizer per label into an `optax.multi_transform`.
 
     Arrays whose label has no optimizer do not change and have no optimizer state. Scales should get
@@ -16,7 +20,9 @@ def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.Gradi
 
     Args:
       params: the tree, for its `labels`.
-      of: optimizers by label: weight, scale, range, other.
+      also: globs of plain leaves that "other" trains. Default: all if it is given, else those of
+        `labels`.
+      of: optimizers by label: weight, scale, range, lora_a, lora_b, magnitude, ternary, other.
     Returns:
       The optimizer of the whole tree.
     Raises:
@@ -31,7 +37,8 @@ def optimizer(params: PyTree, **of: optax.GradientTransformation) -> optax.Gradi
     if unknown := set(of) - set(LABELS):
         raise ValueError(f"unknown labels {sorted(unknown)}; there are {', '.join(LABELS)}")
     rest = {label: optax.set_to_zero() for label in LABELS if label not in of}
-    return optax.multi_transform({**rest, **of}, labels(params))
+    also = ("*",) if also is None and OTHER in of else also
+    return optax.multi_transform({**rest, **of}, labels(params, also))
 
 
 def relative() -> optax.GradientTransformation:

@@ -337,8 +337,11 @@ def _adapter(
     """Return the adapter and the settings of its training that the options describe."""
     if method == "peqa" and (rank, alpha) != (None, None):
         raise ValueError("peqa trains scales, which have no rank: leave out --rank and --alpha")
-    if method == "lota" and alpha is not None:
-        raise ValueError("lota changes codes by whole steps: leave out --alpha")
+    if method == "lota" and (alpha is not None or optimizer or paged):
+        raise ValueError(
+            "lota changes codes by whole steps, without a state: leave out --alpha, --optimizer "
+            "and --paged"
+        )
     if init is not None and method != "qlora":
         raise ValueError(f"--init is an option of qlora, not of {method}: leave it out")
     if init not in (None, "zero") and packed:

@@ -1,5 +1,6 @@
 """The command `jaxquant merge`."""
 
+import math
 import time
 
 import click
@@ -14,6 +15,8 @@ from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_model, digest_of_text
 from jaxquant_models.runs.merging import ROUNDERS, is_exact, loss_of, merge_model
 from jaxquant_models.runs.sequences import context_length, token_sequences
+
+CALIBRATION = 16  # sequences
 
 
 @click.command()
@@ -74,6 +77,13 @@ def merge(
             )
     content, start = read_text(text, calibration=True), time.monotonic()
     sequences = token_sequences(source, content, context_length(source))
+    scored = sequences[: chunks if method != "gptq" else max(1, len(sequences) // 2)][:chunks]
+    calibration = sequences[len(scored) :][-CALIBRATION:]
+    if method == "gptq" and not len(calibration):
+        raise ValueError(
+            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens, but gptq "
+            "needs at least 2: one to calibrate on, and one to compare the models on"
+        )
     output.hold()
     finished = output.begin(
         {
@@ -86,15 +96,15 @@ def merge(
     count = sum(isinstance(w, jq.QTensor) for _, w in jq.core.path_leaves(source.params))
     with Bars.stage("merging", count) as step:
         merged, reports = merge_model(
-            source, rounder, bits, sequences[-16:], progress=step, finished=finished
+            source, rounder, bits, calibration, progress=step, finished=finished
         )
     line("comparing the merged model with the adapted one")
-    lost = loss_of(source, merged, reports, sequences[:chunks])
-    output.publish(merged, storage.stored_recipe(model))
+    lost = loss_of(source, merged, reports, scored)
+    output.publish(merged, storage.stored_recipe(model) if bits is None else None)
     report = {
         "out": out,
         "exact": lost.exact,
-        "kept": lost.kept,
+        "kept": None if math.isnan(lost.kept) else lost.kept,
         "kl": lost.kl,
         "bits_per_weight": jq.bits_per_weight(merged.params),
         "bytes": storage.nbytes(out),

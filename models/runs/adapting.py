@@ -3,10 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 import jaxquant as jq
 from jaxquant.durable.store import Finished
+from jaxquant.ptq.layer_stacks import is_apart
+from jaxquant.training.adaptation import check_adapter as check_weight
+from jaxquant.training.adaptation import chosen_weights
 from jaxquant.training.finetuning import Finetuning
 from jaxquant.tuning.trainer import Progress
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
@@ -59,12 +63,33 @@ def base_method(method: str, bits: int, group_size: int) -> jq.Method:
     )
 
 
+def check_adapter(
+    source: Model, method: jq.Method | None, adapter: jq.adapters.Adapter, only: tuple[str, ...]
+) -> None:
+    """Raise ValueError if a model cannot get adapters; nothing is computed.
+
+    Args:
+      source, method, adapter, only: as in `adapted_model`.
+    """
+    params = source.params
+    if is_apart(params, "layers"):
+        params = jax.eval_shape(stacked, params)
+    if method is not None:
+        nearest = dataclasses.replace(method, rounder=jq.rounding.Nearest())
+        pack = lambda p: jq.quantize(p, recipe_of(nearest), source.sites())
+        params = jax.eval_shape(pack, params)
+    for path, w in chosen_weights(params, only or (LAYER_MATRICES,)).items():
+        if isinstance(w, jq.QTensor):
+            check_weight(path, w, adapter)
+
+
 def adapted_model(
     source: Model,
     method: jq.Method | None,
     adapter: jq.adapters.Adapter,
     only: tuple[str, ...],
     sequences: np.ndarray,
+    seed: int,
     finished: Finished,
 ) -> Model:
     """Return a model with adapters, quantized first if it has float weights.
@@ -75,6 +100,7 @@ def adapted_model(
       adapter: the adapter.
       only: patterns of the weights that get one; empty for all of the layers.
       sequences: training sequences, of which the first calibrate.
+      seed: seed of the initial values of the adapters.
       finished: results of finished steps.
     """
     floats, stats, packed = None, None, dataclasses.replace(source, params=stacked(source.params))
@@ -87,7 +113,8 @@ def adapted_model(
         floats = packed.params
         packed = quantize_model(packed, recipe_of(method), stats, finished=finished)
     params = jq.adapt(
-        packed.params, adapter, targets=only or (LAYER_MATRICES,), floats=floats,
+        packed.params, adapter, key=jax.random.key(seed), targets=only or (LAYER_MATRICES,),
+        floats=floats,
         stats=stats if adapter.needs_gram else None,
     )  # fmt: skip
     return dataclasses.replace(source, params=params)

@@ -20,7 +20,7 @@ from jaxquant.tuning.trainer import Progress, relative_error
 from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
 from jaxquant_models.readers.model import Model
-from jaxquant_models.runs.adapting import adapted_model, train_adapters
+from jaxquant_models.runs.adapting import adapted_model, check_adapter, train_adapters
 from jaxquant_models.runs.examples import example_sequences
 from jaxquant_models.runs.finetuning_request import FinetuningRequest
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_model, digest_of_text
@@ -46,6 +46,8 @@ def check(request: FinetuningRequest, source: Model, teacher: Model | None) -> N
         raise ValueError("--block-steps and --generated need a teacher: give --teacher MODEL")
     if request.adapter is None:
         _check_formats(request, source, teacher)
+    else:
+        check_adapter(source, request.method, request.adapter, request.only)
     if teacher is not None and teacher.config != source.config:
         of, ours = (dataclasses.asdict(m.config) for m in (teacher, source))
         names = ", ".join(f"{n} {of[n]}, not {ours[n]}" for n in of if of[n] != ours[n])
@@ -219,8 +221,9 @@ class FinetuningJob:
         if request.adapter is None or not isinstance(request.end_to_end, Finetuning):
             raise ValueError("adapters are trained end to end: give --steps")
         model = adapted_model(
-            self.source, request.method, request.adapter, request.only, training, finished
-        )
+            self.source, request.method, request.adapter, request.only, training, request.seed,
+            finished,
+        )  # fmt: skip
         return train_adapters(
             model, training, request.end_to_end, teacher=self.teacher,
             validation=held_out[:JUDGED], progress=progress, finished=finished,

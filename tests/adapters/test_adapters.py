@@ -355,6 +355,32 @@ def test_rounded_inputs_reach_the_packed_product_only():
     np.testing.assert_allclose(jitted(rounding, rows()), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["qalora", "peqa, offsets", "lora"])
+@pytest.mark.parametrize("form", ["int8", "int8/256"])
+def test_gradients_through_rounded_inputs_are_those_of_the_matrix(name, form):
+    """Straight through: the gradient of the rows is that of the product with unrounded rows."""
+    tree = jq.ptq.with_activations(moved(name), form)
+    g = jax.random.normal(jax.random.key(3), (5, N))
+    dx = jax.grad(lambda x: jnp.sum(g * product(tree, x)))(rows())
+    np.testing.assert_allclose(dx, g @ tree["w"].dequantize().T, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_zeros_stay_zero_with_dora():
+    w = floats()["w"].at[:, 3].set(0)
+    tree = jq.adapt(jq.quantize({"w": w}, jq.nf4(16)), jq.adapters.LoRA(4, dora=True))
+    y = product(tree, rows())
+    assert bool(jnp.isfinite(y).all()) and not y[:, 3].any()
+
+
+def test_offsets_have_the_dtype_of_the_scales():
+    for scale in (1e-6, 1.0, 1e6):
+        w = {"w": scale * floats()["w"]}
+        q = jq.quantize(w, jq.rtn(4, 16, scale_dtype="float32"))
+        with pytest.warns(UserWarning, match="gains offsets"):
+            tree = jq.adapt(q, jq.adapters.QALoRA(2))
+        np.testing.assert_allclose(tree["w"].dequantize(), q["w"].dequantize(), rtol=1e-5)
+
+
 def test_latent_weights_train_on_under_an_adapter():
     latent = jq.latent(floats(), jq.lsq(4, 16))
     tree = jq.adapt(latent, jq.adapters.LoRA(4))

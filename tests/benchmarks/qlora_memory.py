@@ -4,7 +4,7 @@ Run: python -m tests.benchmarks.qlora_memory [--models 7B,65B], with libtpu inst
 A step of LLaMA on 1 x 512 tokens is compiled ahead of time for a TPU that is not there, and never
 run; no array is made. The matrices of the layers are NF4 with double quantization in groups of 64
 and have LoRA of rank 64 in bfloat16; embedding, head and norms are bfloat16. The optimizer is that
-of `jq.training.Finetuning`: a clip, then AdamW with float32 moments, and adapters and state are
+of `Finetuning` in `in_float32`: a clip, then AdamW with float32 moments. Adapters and state are
 donated. Layers are scanned, and each is recomputed in the backward pass. The published totals are
 those of QLoRA (arXiv:2305.14314) on the same batch.
 """
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.training.finetuning import Finetuning
+from jaxquant.training.finetuning import Finetuning, in_float32
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import LAYER_MATRICES, Llama
@@ -48,6 +48,10 @@ MODELS = {
 PUBLISHED = {"7B": "6.9", "13B": "11.3", "33B": "24.7", "65B": "45.0"}
 TOKENS, VOCABULARY, RANK = 512, 32000, 64
 CHIP = "v5p"  # with 95 GB of memory: the compiler refuses what does not fit
+COLUMNS = (
+    "model", "optimizer's state", "base, GB", "adapters", "optimizer", "temporaries", "total",
+    "on the host", "published",
+)  # fmt: skip
 SECONDS = 900  # that one step may take to compile
 
 
@@ -61,7 +65,7 @@ class Step(NamedTuple):
       padding: by which arguments are larger on the device.
       temp: of activations, gradients and workspace.
       output: of results that are not written over an argument.
-      host: of the optimizer's state in host memory.
+      host: of the optimizer's state in host memory, and of copies of it there.
       peak: of all that is on the device at once; less than the sum of the parts.
       peak: of all that is on the device at one time; the total counts workspace that was freed too.
       kernels: number of calls of kernels in the program.
@@ -121,7 +125,7 @@ def compiled(name: str, paged: bool) -> Step:
     config = LlamaConfig(VOCABULARY, width, inner, layers, heads, heads, width // heads)
     params = shapes(config)
     train, rest = eqx.partition(params, jq.trained(params))
-    optimizer = Finetuning(paged=paged).optimizer_of(train)
+    optimizer = in_float32(Finetuning(paged=paged).optimizer_of(train))
     state = _types(optimizer.init, train)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=compiler.TOPOLOGIES[CHIP])
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
@@ -143,14 +147,15 @@ def _step(done: Any, train: Any, state: Any, rest: Any, matrices: Sequence) -> S
     memory, text = done.memory_analysis(), done.as_text()
     held = [_bytes(a for a in jax.tree.leaves(tree) if not _on_host(a))
             for tree in (rest, train, state)]  # fmt: skip
+    host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     floats = "|".join(rf"(?:1,)?{a},{b}" for a, b in matrices)
     return Step(
         *held,
         padding=memory.argument_size_in_bytes - sum(held),
         temp=memory.temp_size_in_bytes,
         output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
+        host=host,
+        peak=memory.peak_memory_in_bytes - host,  # it counts both memories
         kernels=text.count('custom_call_target="tpu_custom_call"'),
         decoded=len(re.findall(rf" = (?:f32|bf16|f16)\[(?:{floats})\]", text)),
     )
@@ -201,17 +206,20 @@ def main():
 
 
 def _print(args: argparse.Namespace) -> None:
-    columns = ("model", "state", "base", "adapters", "optimizer", "temporaries", "total on device",
-               "in host memory", "published")  # fmt: skip
-    table, kept = Table(*columns), Record(args.json, *columns)
-    for name, paging, step in steps(args.models.split(",")):
-        other = step.temp + step.output + step.padding
-        parts = (step.base, step.adapters, step.optimizer, other, step.total, step.host)
-        of = "paged" if paging else "on the device"
-        row = (name, of, *(f"{size / 1e9:.2f}" for size in parts), PUBLISHED[name])
+    table, kept = Table(*COLUMNS), Record(args.json, *COLUMNS)
+    for name, paged, step in steps(args.models.split(",")):
+        row = cells(name, paged, step)
         table.add_row(*row)
         kept.add(*row)
     Console(width=120).print(table)
+
+
+def cells(name: str, paged: bool, step: Step) -> tuple[str, ...]:
+    """A row of the table: bytes in GB."""
+    other = step.temp + step.output + step.padding
+    parts = (step.base, step.adapters, step.optimizer, other, step.total, step.host)
+    place = "in host memory" if paged else "on the device"
+    return name, place, *(f"{size / 1e9:.2f}" for size in parts), PUBLISHED[name]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """`adapt`, `merge`, several adapters on one base, and their training: the path of a user."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -115,6 +117,10 @@ def test_a_format_that_gains_offsets_says_so():
     np.testing.assert_allclose(jq.quantized(fn)(tree, x), want, atol=2e-3)
 
 
+def two_adapters():
+    return together([jq.adapt(packed(), LoRA(2), key=jax.random.key(i)) for i in (0, 1)])
+
+
 BAD = [
     (lambda: jq.adapt(packed(), LoRA(2), targets=["c/*"]), r"'c/\*' matches no leaf.*a/kernel"),
     (
@@ -135,15 +141,37 @@ BAD = [
     (lambda: LoRA(2, dropout=1.0), r"dropout must be in \[0, 1\)"),
     (lambda: jq.merge(packed()), "nothing to merge"),
     (lambda: jq.merge(jq.adapt(packed(), QALoRA(2)), rounder=jq.rounding.LDLQ()), "merge exactly"),
-    (lambda: jq.merge(jq.adapt(packed(), QALoRA(2)), bits=4), "have 3 bits, not 4: leave bits out"),
+    (lambda: jq.merge(jq.adapt(packed(), QALoRA(2)), bits=4), "codes of 3 bits, so bits=4 cannot"),
+    (lambda: jq.merge(jq.adapt(params(), LoRA(2), targets=["a/*"]), bits=4), "keeps floats, so"),
     (lambda: jq.merge(jq.adapt(packed(), LoRA(2)), rounder=jq.rounding.LDLQ()), "needs statistics"),
     (lambda: jq.merge(jq.adapt(packed(), LoRA(2)), bits=5), "a/kernel: bits must be one of"),
-    (lambda: finetune(fn, packed(), np.zeros((4, 2, 32))), "no weight has an adapter"),
+    (lambda: finetune(fn, packed(), np.zeros((4, 2, 32))), "nothing to train: no array has one of"),
+    (lambda: jq.adapt(packed(), LoRA(2), targets=[]), "targets names no weights"),
+    (lambda: jq.adapt(packed(), L4Q(2), floats={"p": params()}), "nearest: p/a/kernel"),
+    (lambda: jq.adapt(packed(), L4Q(2), floats=packed()), "a/kernel: floats holds no array"),
+    (lambda: jq.thaw(jq.adapt(packed(), LoRA(2)), RECIPE(jq.lsq(3, 16))), "merge it first"),
+    (
+        lambda: jq.freeze(jq.adapt(jq.latent(params(), RECIPE(jq.lsq(4, 16))), LoRA(2))),
+        "a/kernel: the latent weight has an adapter: merge it first",
+    ),
+    (
+        lambda: jq.adapt(jq.latent(params(), RECIPE(jq.lsq(4, 16))), LoRA(2, dora=True)),
+        "dora=True needs a matrix that stays as it is",
+    ),
+    (lambda: jq.adapters.sign_descent(5.0), "share must be between 0 and 1"),
+    (lambda: Finetuning(ternary_share=1.0), "ternary_share must be below 1"),
+    (lambda: selected(jq.adapt(packed(), LoRA(2)), [0]), "a/kernel: the weight has one adapter"),
+    (lambda: selected(packed(), [0]), "nothing to select from"),
+    (lambda: selected(two_adapters(), [0, 2]), "ids must be from 0 to 1, .* got 2"),
+    (lambda: selected(two_adapters(), [-1]), "ids must be from 0 to 1, .* got -1"),
+    (lambda: selected(two_adapters(), jnp.array([0.5])), "ids must be a vector of integers"),
+    (lambda: jq.quantized(fn)(two_adapters(), inputs()), "the weight has 2 adapters: say which"),
+    (lambda: jq.dequantize(two_adapters()), "the weight has 2 adapters: say which"),
     (lambda: together([packed(), packed()]), "nothing to combine"),
     (lambda: together([jq.adapt(packed(), LoRA(2))]), "at least two trees, got 1"),
     (
         lambda: together([jq.adapt(packed(), LoRA(2)), jq.adapt(packed(), LoRA(3))]),
-        "a/kernel: the trees differ in its format, shape or adapter",
+        "a/kernel: trees 0 and 1 differ in its format, shape or adapter",
     ),
     (
         lambda: together([jq.adapt(packed(), QALoRA(2)), jq.adapt(packed(), QALoRA(2))]),
@@ -209,6 +237,37 @@ def test_an_adapter_that_learned_nothing_has_nothing_to_keep():
     assert all(np.isnan(r.kept) and r.energy == 0 for r in found)
 
 
+def test_a_merge_into_latent_floats_is_not_called_exact():
+    tree = jq.adapt(jq.latent(params(), RECIPE(jq.lsq(2, 16))), LoRA(2))
+    after = trained(tree, size=0.05)
+    merged, found = reports(after)
+    w = after["a"]["kernel"]
+    none = dataclasses.replace(w, data={**w.data, "lora_b": 0 * w.data["lora_b"]})
+    whole, base = w.stored(), none.stored()
+    lost = jnp.sum((merged["a"]["kernel"].stored() - whole) ** 2) / jnp.sum((whole - base) ** 2)
+    assert not found[0].exact and found[0].kept == pytest.approx(1 - float(lost), rel=1e-3)
+
+
+def test_merged_floats_keep_the_rounding_of_inputs():
+    method = jq.Method("rounds", jq.rounding.Nearest(), jq.formats.Dense(), activations="int4")
+    tree = trained(jq.adapt(packed(method), LoRA(2)))
+    merged, x = jq.merge(tree), inputs()
+    assert str(merged["a"]["kernel"].activations) == "int4"
+    close = np.abs(jq.quantized(fn)(merged, x) - jq.quantized(fn)(tree, x)).max()
+    assert close < 0.5 * np.abs(jq.quantized(fn)(merged, x) - fn(jq.dequantize(merged), x)).max()
+
+
+def test_sums_that_cannot_be_rounded_are_refused():
+    tree = jq.adapt(packed(), LoRA(2))
+    data = tree["a"]["kernel"].data
+    data["lora_b"] = data["lora_b"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="a/kernel: the sum of weight and adapter is not finite"):
+        jq.merge(tree)
+    data["lora_b"] = jnp.full_like(data["lora_b"], 1e9)
+    with pytest.raises(ValueError, match="a/kernel: the sum .* outside the range of float16"):
+        jq.merge(tree)
+
+
 # --- several adapters -----------------------------------------------------------------------------
 
 
@@ -222,14 +281,23 @@ def test_rows_of_a_batch_use_the_adapters_that_they_ask_for():
         np.testing.assert_allclose(got[row], run(trees[i], x[row]), rtol=1e-5, atol=1e-6)
     traced = jax.jit(lambda ids, x: jq.quantized(fn)(selected(many, ids), x))
     np.testing.assert_allclose(traced(jnp.array(ids), x), got, rtol=1e-6, atol=1e-6)
+    wrong = traced(jnp.array([5, 0, -9, 1]), x)
+    assert bool(jnp.isnan(wrong[0]).all()) and not bool(jnp.isnan(wrong[1]).any())
     held = sum(a.nbytes for a in jax.tree.leaves(many))
     assert held < sum(a.nbytes for a in jax.tree.leaves(trees)) / 1.5
 
 
 def test_adapters_of_another_base_are_refused():
     other = jq.quantize(jax.tree.map(lambda a: a + 0.1, params()), RECIPE(OFFSET))
-    with pytest.raises(ValueError, match="a/kernel: tree 1 has another base than tree 0"):
+    with pytest.raises(ValueError, match="a/kernel: tree 1 holds other values than tree 0"):
         together([jq.adapt(packed(), LoRA(2)), jq.adapt(other, LoRA(2))])
+    one, two = (jq.adapt(packed(), LoRA(2)) for _ in range(2))
+    with pytest.raises(ValueError, match="norm: tree 1 holds other values"):
+        together([one, {**two, "norm": 2 * two["norm"]}])
+    with pytest.raises(ValueError, match="b/kernel: trees 0 and 1 differ"):
+        together([jq.adapt(packed(), LoRA(2), targets=["a/*"]), two])
+    with pytest.raises(ValueError, match="v: only one of trees 0 and 1 has this leaf"):
+        together([one, {**two, "v": jnp.ones(2)}])
 
 
 def test_a_batch_of_another_size_than_selected_is_refused():
@@ -276,6 +344,44 @@ def test_lora_plus_is_two_labels_of_the_optimizer():
     step, _ = how.update(ones, how.init(train), train)
     data = step["a"]["kernel"].data
     assert float(data["lora_b"][0, 0] / data["lora_a"][0, 0]) == pytest.approx(16)
+
+
+def test_other_leaves_are_trained_if_they_are_named():
+    tree, goal = jq.adapt(packed(), LoRA(2)), {**params(), "norm": 2 * jnp.ones(32)}
+    how = Finetuning(steps=10, also=("norm",), other_rate=0.05, learning_rate=1e-3)
+    after = finetune(fn, tree, data(), how, teacher=goal)
+    assert float(jnp.abs(after["norm"] - 1).min()) > 0.05
+    train = eqx.filter(tree, jq.trained(tree, also=("norm",)))
+    own = jq.training.optimizer(train, lora_a=optax.sgd(1.0), other=optax.sgd(1.0))
+    step, _ = own.update(jax.tree.map(jnp.ones_like, train), own.init(train), train)
+    assert float(step["norm"][0]) == -1
+
+
+def test_offsets_of_zero_are_trained():
+    with pytest.warns(UserWarning, match="gains offsets"):
+        tree = jq.adapt(packed(jq.rtn(3, 16, symmetric=True)), L4Q(2), floats=params())
+    after = finetune(fn, tree, data(), Finetuning(steps=10, scale_rate=0.01), teacher=target())
+    assert not tree["a"]["kernel"].data["offset"].any()
+    assert float(jnp.abs(after["a"]["kernel"].data["offset"]).max()) > 0
+
+
+def test_adapters_in_bfloat16_are_trained_in_float32():
+    """Steps that bfloat16 could not hold add up."""
+    tree = jq.adapt(packed(), LoRA(2, dtype="bfloat16"))
+    how = Finetuning(steps=100, learning_rate=5e-5, clip=0)
+    after = finetune(fn, tree, data(), how, teacher=target())
+    a, b = (t["a"]["kernel"].data["lora_a"].astype(jnp.float32) for t in (after, tree))
+    assert after["a"]["kernel"].data["lora_a"].dtype == jnp.bfloat16
+    assert float(jnp.mean(jnp.abs(a - b))) > 1e-3
+
+
+def test_a_loss_of_ones_own():
+    x = data()
+    own = finetune(fn, jq.adapt(packed(), LoRA(2)), x, Finetuning(steps=20, learning_rate=0.02),
+                   loss=lambda y, x: jnp.mean((y - fn(target(), x)) ** 2))  # fmt: skip
+    assert far(own) < far(packed())
+    with pytest.raises(ValueError, match="either a loss or a teacher"):
+        finetune(fn, jq.adapt(packed(), LoRA(2)), x, loss=lambda y, x: 0.0, teacher=target())
 
 
 def target():
@@ -330,6 +436,26 @@ def test_training_resumes_to_the_same_bits(how):
     assert seen == [5, 6]
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_paged_state_is_resumed_in_the_memory_of_the_host():
+    """With a leaf that is large enough to be paged."""
+    wide = {"w": 0.1 * jax.random.normal(jax.random.key(0), (2048, 64))}
+    tree = jq.adapt(jq.quantize(wide, jq.rtn(4, 64)), LoRA(64))
+    assert tree["w"].data["lora_a"].size >= 100_000
+    product = lambda p, x: x @ p["w"]
+    x = np.random.default_rng(0).normal(size=(4, 2, 2048)).astype(np.float32)
+    how, store = Finetuning(steps=4, save_every=2, learning_rate=0.01, paged=True), {}
+    whole = finetune(product, tree, x, how, teacher=wide)
+
+    def stop(done):
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(product, tree, x, how, teacher=wide, finished=store, progress=stop)
+    again = finetune(product, tree, x, how, teacher=wide, finished=store)
+    np.testing.assert_array_equal(again["w"].data["lora_a"], whole["w"].data["lora_a"])
 
 
 def test_paging_changes_nothing_in_what_is_learned():

@@ -111,7 +111,7 @@ def test_checkpoints_get_adapters_in_their_own_format(tiny, run, tmp_path):
     assert status == 0, err
     formats = [type(w.format).__name__ for w in packed(load(tmp_path / "o"))]
     assert formats.count("Adapted") == 3 and formats.count("E8P") == 4
-    fails(run(*command, "--steps", 3, "--method", "qa-lora", "--out", tmp_path / "p"), 1,
+    fails(run(*command, "--steps", 3, "--method", "qa-lora", "--out", tmp_path / "p"), 2,
           "QALoRA needs a format with groups of rows")  # fmt: skip
 
 
@@ -150,9 +150,10 @@ def test_starts_that_make_up_for_rounding(tiny, run, tmp_path):
         ("qlora --init loftq --alpha 3", 2, "finds its own scaling"),
         ("qat --rank 2", 2, "--rank is an option of adapters"),
         ("zeroqat --paged", 2, "--paged is an option of adapters"),
-        ("qlora --rank 99", 1, "rank 99 exceeds"),
-        ("qa-lora --rank 4", 1, "rank 4 exceeds the 3 groups of the 24 inputs"),
-        ("qlora --only magic", 1, "'magic' matches no leaf"),
+        ("lota --paged", 2, "without a state: leave out"),
+        ("qlora --rank 99", 2, "rank 99 exceeds"),
+        ("qa-lora --rank 4", 2, "rank 4 exceeds the 3 groups of the 24 inputs"),
+        ("qlora --only magic", 2, "'magic' matches no leaf"),
         ("qlora --set magic=1", 2, "unknown settings ['magic']"),
         ("qlora --rank 0", 2, "0 is not in the range"),
         ("l4q --alpha=-1", 2, "alpha must be positive"),
@@ -178,19 +179,13 @@ def test_a_checkpoint_has_no_floats_to_start_from(tiny, run, tmp_path):
 def test_options_of_a_merge_are_checked_against_the_base(tiny, run, tmp_path):
     out = tmp_path / "qa"
     assert run(*tune(tiny, "qa-lora", out, "--steps", 2, "--rank", 2))[0] == 0
-    merge = (
-        "merge",
-        out,
-        "--text",
-        tiny.parent / "text.txt",
-        "--chunks",
-        1,
-        "--out",
-        tmp_path / "m",
-    )
+    text = tiny.parent / "text.txt"
+    merge = ("merge", out, "--text", text, "--chunks", 1, "--out", tmp_path / "m")
     fails(run(*merge, "--method", "gptq"), 2, "merge exactly, so nothing is rounded again")
-    fails(run(*merge, "--bits", 4), 1, "have 3 bits, not 4: leave bits out")
+    fails(run(*merge, "--bits", 4), 1, "codes of 3 bits, so bits=4 cannot be met")
     assert not (tmp_path / "m").exists()
+    again = ("finetune", out, "--text", text, "--context", 64, "--steps", 2, "--method", "qlora")
+    fails(run(*again, "--out", tmp_path / "n"), 2, "has an adapter already")
     status, _, err = run(*merge, "--bits", 3)
     assert status == 0, err
     assert checkpoint.load(tmp_path / "m")

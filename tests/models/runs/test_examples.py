@@ -158,6 +158,7 @@ def test_the_command_learns_completions(tiny, run, tmp_path):
     again = (*command, "--overwrite")
     fails(run(*again, "--text", file), 2, "leave out --text and --generated")
     fails(run(*again, "--teacher", tiny), 2, "leave out --teacher")
-    assert run(*command[:3], "qat", *command[4:], "--overwrite")[2].count("--data is for adapters")
+    other = ("finetune", tiny, "--method", "qat", "--data", file, "--steps", 2)
+    fails(run(*other, "--out", tmp_path / "p"), 2, "--data is for adapters")
     written(tmp_path / "a.jsonl", PAIR, "{")
     fails(run(*again), 2, "a.jsonl, line 2 is not JSON")
