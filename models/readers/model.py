@@ -22,6 +22,8 @@ from jaxquant_models.readers.tokenizer import Tokenizer
 Apply = Callable[[PyTree, jax.Array], jax.Array]
 ApplyCached = Callable[[PyTree, jax.Array, AnyCache], tuple[jax.Array, AnyCache]]
 
+KEPT = 2**31  # bytes of results of products that training keeps for the backward pass
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -75,16 +77,25 @@ class Model:
         kv.check(self.config.head_dim)
         return _rounding(self.config, jnp.dtype(self.dtype), self.prefix, kv, strict)
 
-    def apply_training(self) -> Apply:
+    def apply_training(self, tokens: int = 0) -> Apply:
         """Return `apply_fn` with rematerialization, for training.
 
         Only the results of matrix products are kept for the backward pass, which halves the memory.
+        If they would take more than `KEPT` bytes, only the inputs of the layers are kept, and every
+        layer is computed again.
+
+        Args:
+          tokens: number of tokens of a batch, [b, t] flattened; 0 if they are few.
         """
         policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(PRODUCT)
         )
-        llama = Llama(self.config, self.dtype, remat=policy)
+        c = self.config
+        widths = 3 * c.d_model + 2 * c.n_kv_heads * c.head_dim + 2 * c.d_ff
+        scores = c.n_heads * min(tokens, c.max_position)
+        kept = 4 * tokens * c.n_layers * (widths + scores)
+        llama = Llama(c, self.dtype, remat=policy if kept <= KEPT else True)
         run = lambda params, tokens: llama.apply({"params": params}, tokens)
         if self.prefix:
             run, _ = exact_prefix(llama, self.prefix)

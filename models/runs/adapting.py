@@ -142,7 +142,8 @@ def train_adapters(
       finished: results of finished steps.
     """
     target = None if teacher is None else stacked(teacher.params)
-    fn, loss = model.apply_training(), None
+    tokens = how.batch_size * sequences.shape[-1]
+    fn, loss = model.apply_training(tokens), None
     if sequences.ndim == 3:  # tokens, and which of them are predicted
         of_tokens, loss = fn, completion_loss
         fn = lambda params, x: of_tokens(params, x[:, 0])

@@ -156,3 +156,19 @@ def test_errors():
         optimizer.update(tree(), plain.init(tree()))
     with pytest.raises(ValueError, match="memory_space of all inputs"):
         jax.jit(plain.update)(tree(), optimizer.init(tree()))
+
+
+@pytest.mark.parametrize("shape", [(6, 256, 8), (2, 128, 8), (256, 8)], ids=str)
+def test_arrays_that_a_tpu_holds_in_another_order(shape):
+    """Whose last axis but one is a multiple of 128, as in LoRA's A; they are stored turned."""
+    params = {"a": jax.random.normal(jax.random.key(0), shape)}
+    grads = {"a": jax.random.normal(jax.random.key(1), shape)}
+    plain, kept = optax.adamw(1e-2), paged(optax.adamw(1e-2), least=1, piece_bytes=1)
+    states = [o.init(params) for o in (plain, kept)]
+    assert states[1][0].mu["a"].shape == (1, *shape[:-2], shape[-1], shape[-2])
+    for _ in range(3):
+        updates = []
+        for i, o in enumerate((plain, kept)):
+            u, states[i] = jax.jit(o.update)(grads, states[i], params)
+            updates.append(u["a"])
+        np.testing.assert_allclose(*updates, rtol=1e-5, atol=1e-8)
