@@ -37,7 +37,7 @@ def trained(optimizer, steps=50, **donate):
     params = tree()
     state = optimizer.init(params)
     update = jax.jit(optimizer.update, **donate)
-    gradient = jax.jit(lambda p, x: jax.tree.map(lambda a: 0.3 * a + jnp.sin(x * a), p))
+    gradient = jax.jit(lambda p, x: jax.tree.map(lambda a: 0.3 * a + jnp.sin(x + a), p))
     for x in range(1, steps + 1):
         updates, state = update(gradient(params, jnp.float32(x)), state, params)
         params = jax.jit(optax.apply_updates)(params, updates)

@@ -47,7 +47,10 @@ def perplexity(model):
     ).perplexity
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("qlora", "qa-lora") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
 def test_an_adapter_learns_the_text_and_is_merged(tiny, run, tmp_path, method):
     out, merged = tmp_path / "adapted", tmp_path / "merged"
     command = tune(tiny, method, out, *METHODS[method].split(), "--steps", 25)
@@ -101,6 +104,7 @@ def test_evaluation_and_inspection_of_an_adapted_model(tiny, run, tmp_path):
     assert status == 0 and "LoRA" in out
 
 
+@pytest.mark.slow
 def test_checkpoints_get_adapters_in_their_own_format(tiny, run, tmp_path):
     base = tmp_path / "base"
     command = ("quantize", tiny, "--method", "quip_sharp", "--bits", 2, "--calibration-tokens", 512)
@@ -115,7 +119,13 @@ def test_checkpoints_get_adapters_in_their_own_format(tiny, run, tmp_path):
           "QALoRA needs a format with groups of rows")  # fmt: skip
 
 
-@pytest.mark.parametrize("options", ["qlora --rank 2 --paged", "l4q --rank 2 --optimizer adam8bit"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "qlora --rank 2 --paged",
+        pytest.param("l4q --rank 2 --optimizer adam8bit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, run, tmp_path, options):
     method, *options = options.split()
     command = lambda name: tune(tiny, method, tmp_path / name, *options, "--steps", 22)
@@ -127,6 +137,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, run, tmp_path, options)
     same_bits(tmp_path)
 
 
+@pytest.mark.slow
 def test_starts_that_make_up_for_rounding(tiny, run, tmp_path):
     found = {}
     for init in ("zero", "loftq", "cloq", "pissa"):
