@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxquant.adapters.adapted import Adapted
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import common_stack_size, path_leaves, replace_leaves
@@ -235,10 +236,16 @@ def open_latent(params: PyTree, how: How) -> Opened:
     Returns:
       The opened tree.
     Raises:
-      ValueError: nothing is latent, or `also` (`others` of `Zeroth`) matches no floating-point
-        leaf.
+      ValueError: nothing is latent, a weight has an adapter, or `also` (`others` of `Zeroth`)
+        matches no floating-point leaf.
     """
     check_globs(params, how.also)
+    for path, w in path_leaves(params):
+        if isinstance(w, QTensor) and isinstance(w.format, Adapted):
+            raise ValueError(
+                f"{path} has an adapter, which jaxquant.training.finetune trains; to train the "
+                "weight itself, merge the adapter first"
+            )
     train, rest = eqx.partition(params, how.trained(params))
     if not jax.tree.leaves(train):
         raise ValueError("nothing to train: no leaf is latent; make some with jq.latent or jq.thaw")

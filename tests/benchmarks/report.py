@@ -17,6 +17,7 @@ SECTIONS = {
     ],
     "Rounded activations and caches": ["activations", "rotations", "kv_cache"],
     "Training": ["qat", "zeroqat", "bitnet"],
+    "Fine-tuning of packed models": ["adapters", "qlora_memory"],
     "Speed on CPUs": ["decode", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512"],
     "Time and memory": ["quantization_time", "calibration_memory", "training_memory"],
     "Kernels, compile-only checks": ["kernels_tpu", "kernels_gpu"],

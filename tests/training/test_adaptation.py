@@ -158,6 +158,10 @@ BAD = [
         lambda: jq.adapt(jq.latent(params(), RECIPE(jq.lsq(4, 16))), LoRA(2, dora=True)),
         "dora=True needs a matrix that stays as it is",
     ),
+    (
+        lambda: jq.qat(fn, jq.adapt(packed(), L4Q(2)), np.zeros((4, 2, 32), np.float32)),
+        "a/kernel has an adapter, which jaxquant.training.finetune trains",
+    ),
     (lambda: jq.adapters.sign_descent(5.0), "share must be between 0 and 1"),
     (lambda: Finetuning(ternary_share=1.0), "ternary_share must be below 1"),
     (lambda: selected(jq.adapt(packed(), LoRA(2)), [0]), "a/kernel: the weight has one adapter"),
