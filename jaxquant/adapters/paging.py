@@ -28,7 +28,8 @@ def paged(
     """Keep the state of an optimizer in pinned host memory.
 
     The state has the structure, dtypes and shardings that it has without `paged`, and the updates
-    are the same. What lies in host memory has one more axis in front, of length 1: JAX pairs
+    are the same: bit for bit, unless XLA rewrites their arithmetic in one program only (a / c as a
+    * (1 / c), say). What lies in host memory has one more axis in front, of length 1: JAX pairs
     donated arguments with results by shape, and would put parameters where their moments were. Its
     last two axes are swapped if only that makes the last a multiple of 128, as for LoRA's A: a TPU
     holds the array in this order anyway.
