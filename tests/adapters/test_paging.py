@@ -56,7 +56,7 @@ def same(a, b, **tolerance):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_updates_are_the_same(name):
-    """After 50 steps, however XLA rewrites them: a / c as a * (1 / c), a * b + c as one operation."""
+    """After 50 steps, however XLA rewrites them: a / c as a * (1 / c), a * b + c at once."""
     optimizer = paged(OPTIMIZERS[name](), least=256, piece_bytes=1)
     (expected, state), (params, own) = trained(OPTIMIZERS[name]()), trained(optimizer)
     same(params, expected, rtol=0, atol=2e-6)
