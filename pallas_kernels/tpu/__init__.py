@@ -81,6 +81,14 @@ def _codebook(x: Aval, codes: Aval, scale: Aval, *, table: Any, bits: int, group
     return _grouped(x, codes, scale, group_size, 256 if bits == 3 else 128)
 
 
+def _codebook_transposed(g: Aval, codes: Aval, scale: Aval, *, table: Any, bits: int,
+                         group_size: int, **_: Any) -> str:  # fmt: skip
+    why = _codebook(g, codes, scale, table=table, bits=bits, group_size=128)
+    if not why and scale.shape[0] > 1 and group_size % 16:
+        return f"groups of {group_size} rows are not multiples of 16"
+    return why
+
+
 def _e8p(x: Aval, codes: Aval, residual: Aval | None, scale: Aval, *, bits: int, **_: Any) -> str:
     if bits != 2 or residual is not None:
         return "E8P codes have a TPU kernel only at 2 bits, without a residual"
@@ -133,6 +141,9 @@ KERNELS = {
     ),
     "ternary_matmul": Kernel(_call("packed", "ternary_matmul", 2), _ternary),
     "codebook_matmul": Kernel(_call("table", "codebook_matmul", 8), _codebook),
+    "codebook_matmul_transposed": Kernel(
+        _call("table_transposed", "codebook_matmul_transposed"), _codebook_transposed
+    ),
     "e8p_matmul": Kernel(_call("lattice", "e8p_matmul", 4), _e8p),
     "trellis_matmul": Kernel(_call("trellis", "trellis_matmul"), _trellis),
     "additive_matmul": Kernel(_none, _additive),

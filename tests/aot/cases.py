@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.codecs import layout
-from pallas_kernels.tpu import blocks, lattice, packed, table, transposed, trellis
+from pallas_kernels.tpu import blocks, lattice, packed, table, table_transposed, transposed, trellis
 
 NF4 = tuple(np.round(np.sinh(np.linspace(-1.8, 1.8, 16)) / np.sinh(1.8), 4).tolist())
 N = 1024  # columns: those of a step
@@ -105,3 +105,11 @@ def packed_matmul_transposed(m, k, bits, group=128):
     f = partial(transposed.packed_matmul_transposed, zero=None, bits=bits, group_size=group, k=k)
     _, codes, scale = _arrays(m, k, bits, group)
     return f, [jax.ShapeDtypeStruct((m, N), jnp.bfloat16), codes, scale]
+
+
+def codebook_matmul_transposed(m, k, bits, group=64, n=N):
+    f = partial(table_transposed.codebook_matmul_transposed, bits=bits, group_size=group, k=k)
+    codes = jax.ShapeDtypeStruct((layout.words(k, bits), n), jnp.int32)
+    scale = jax.ShapeDtypeStruct((-(-k // group), n), jnp.float32)
+    g = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
+    return partial(f, table=NF4[: 1 << bits]), [g, codes, scale]

@@ -69,6 +69,16 @@ CODEBOOK = partial(
     other, "codebook_matmul", arrays=(array(K // 8, N), HALF(K // 128, N)),
     kernel="codebook_matmul_4", columns=128, depth=64, table=EIGHTS, bits=4, group_size=128,
 )  # fmt: skip
+
+
+def transposed(m, ceiling, k=8192, n=22016, dtype=jnp.bfloat16):
+    """A case of `codebook_matmul_transposed` of NF4 in groups of 64."""
+    static = {"table": EIGHTS, "bits": 4, "group_size": 64, "k": k}
+    args = (array(m, n, dtype=dtype), array(k // 8, n), array(k // 64, n, dtype=jnp.float32))
+    call = partial(KERNELS["codebook_matmul_transposed"].call, **static)
+    return Case(call, args, "codebook_matmul_transposed_4", 64 * 32, ceiling)
+
+
 E8P = partial(
     other, "e8p_matmul", arrays=(array(K // 16, N), None, ONE), kernel="e8p_matmul", columns=128,
     depth=128, bits=2,
@@ -96,6 +106,9 @@ CASES = {
     "codebook 4 bits, M 8": CODEBOOK(8),
     "codebook 4 bits, M 16": CODEBOOK(16),
     "codebook 4 bits, M 64": CODEBOOK(64, columns=64, ceiling=12),
+    "codebook 4 bits transposed, M 1": transposed(1, 9),
+    "codebook 4 bits transposed, M 512": transposed(512, 14),
+    "codebook 4 bits transposed, M 512, float32": transposed(512, 18, 4096, 11008, jnp.float32),
     "e8p 2 bits, M 64": E8P(64, columns=64, ceiling=18),
     "trellis 2 bits, L 16, M 64": TRELLIS(64, L=16),
     "e8p 2 bits, M 8": E8P(8),
@@ -133,3 +146,6 @@ WIDTHS = {
         (53248, 16384, 8, "4 bits", "packed_matmul_4"),
     )
 }
+WIDTHS["2304 x 2880, M 128, NF4, backward"] = user(
+    2304, 2880, 128, "NF4", "codebook_matmul_transposed_4", backward=True
+)

@@ -49,11 +49,14 @@ def test_argument_bytes(rows, chip):
 
 
 def test_others_compile():
-    """On every chip: lookups, 3 bits, the transposed product, batches."""
+    """On every chip: lookups, 3 bits, transposed products, batches."""
     jobs = tpu.jobs(LOOKUPS, list(compiler.TOPOLOGIES), [512])
     for chip in compiler.TOPOLOGIES:
         statics = {"m": 16, "k": 512, "bits": 4}
         jobs.append(compiler.Job("tests.aot.cases:packed_matmul_transposed", chip, statics))
+        for bits in (2, 3, 4):
+            statics = {"m": tpu.M, "k": 1024, "bits": bits}
+            jobs.append(compiler.Job("tests.aot.cases:codebook_matmul_transposed", chip, statics))
         statics = {"m": 128, "k": 512, "bits": 2, "unit": chips.unit(chip, 2)}
         jobs.append(compiler.Job("tests.aot.cases:packed_matmul", chip, statics))
     done = compiler.compiled(jobs)
@@ -62,6 +65,20 @@ def test_others_compile():
         assert "tpu_custom_call" in d.hlo
         if job.arguments["m"] == tpu.M:
             assert compiler.kernel(d).spills == 0, job
+
+
+@pytest.mark.parametrize("k, n", [(8192, 22016), (11008, 4096), (4544, 576)])
+def test_transposed_tables_of_real_models_compile(k, n):
+    """For one row and for as many as a training step has; without spills where n is wide."""
+    build, rows = "tests.aot.cases:codebook_matmul_transposed", (1, 512)
+    jobs = [
+        compiler.Job(build, chip, {"m": m, "k": k, "n": n, "bits": 4})
+        for chip in compiler.TOPOLOGIES
+        for m in rows
+    ]
+    done = compiler.compiled(jobs)
+    assert [d.error for d in done] == [""] * len(jobs)
+    assert n < 1024 or [compiler.kernel(d).spills for d in done] == [0] * len(jobs)
 
 
 def test_an_error_is_told():

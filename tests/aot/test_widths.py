@@ -34,6 +34,7 @@ OTHERS = [
     {"k": 4544, "n": 4544, "m": 512, "format": "2 bits"},
     {"k": 7168, "n": 2560, "m": 128, "format": "4 bits", "backward": True},
     {"k": 2560, "n": 7168, "m": 8, "format": "3 bits", "backward": True, "dtype": "float32"},
+    {"k": 11008, "n": 4096, "m": 512, "format": "NF4", "backward": True},
     {"k": 5120, "n": 5120, "m": 8, "format": "4 bits", "layers": 2},
     {"k": 2880, "n": 2880, "m": 8, "format": "4 bits", "experts": 4},
     {"k": 28672, "n": 8192, "m": 128, "format": "4 bits"},

@@ -171,6 +171,36 @@ def test_equals_its_reference_in_other_forms(name):
     assert mean < budget[0] and largest < budget[1]
 
 
+# bits, m, k, n, rows of a group, g: every block of rows; k and n ragged; shares of n.
+TRANSPOSED = [
+    (4, 1, 200, 330, 64, "bfloat16"), (4, 17, 300, 70, 48, "float32"),
+    (4, 100, 100, 130, 16, "float32"), (3, 64, 192, 70, 96, "float16"),
+    (2, 3, 96, 70, 32, "bfloat16"), (4, 9, 320, 70, 320, "bfloat16"),
+    (8, 5, 200, 70, 32, "float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRANSPOSED, ids=str)
+def test_transposed_codebooks(case):
+    bits, m, k, n, group, dtype = case
+    rng = np.random.default_rng(m)
+    arrays, static = float8(rng, k, n) if bits == 8 else codebook(rng, k, n, bits, group)
+    g, static = jnp.asarray(rng.normal(size=(m, n)) * 1e-7).astype(dtype), static | {"k": k}
+    kernel = KERNELS["codebook_matmul_transposed"]
+    assert kernel.serves(g, *arrays, **static) == ""
+    with triton.interpreted():
+        run = jax.jit(partial(kernel.call, **static), compiler_options=QUICK)
+        y = run(g, *arrays)
+        assert_rows_hold(lambda g: run(g, *arrays), g, y)
+    w = np.asarray(reference.weights("codebook", *arrays, **static), np.float64)
+    exact = np.asarray(g, np.float64) @ w.T
+    square = np.mean(np.square(exact), axis=1, keepdims=True)
+    off = np.asarray(y, np.float64) - exact
+    assert y.shape == (m, k) and y.dtype == jnp.float32
+    assert np.mean(off**2 / square) < HALVES[0]
+    assert np.max(np.abs(off) / np.sqrt(square)) < HALVES[1]
+
+
 def test_budget_tells_a_wrong_kernel(monkeypatch):
     """Fields one bit higher than float16 is linear in: what a test must see."""
     op, draw, k, n, budget = FORMATS["2 bits, one scale"]
@@ -193,6 +223,11 @@ def test_rows_of_any_size(size):
 
 
 UNSERVED = {
+    "transposed": (
+        "codebook_matmul_transposed",
+        partial(codebook, bits=4, group_size=24),
+        {"k": 192},
+    ),
     "group": ("packed_matmul", partial(packed, bits=2, group_size=24), {}),
     "8 bits, not mul1": ("trellis_matmul", partial(trellis, rate=8, L=16, code="3inst"), {}),
     "odd rate": ("trellis_matmul", partial(trellis, rate=3, L=16), {}),

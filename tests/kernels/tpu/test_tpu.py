@@ -171,6 +171,27 @@ def test_codebook_matmul(bits, m, k, whole):
     close(y, times(x, tables.dequantize(codes, scale, **statics, k=k), "float"), "16 bits")
 
 
+@pytest.mark.parametrize("case", [
+    (4, 3, 600, 130, 64, "bfloat16", "bfloat16"),
+    (4, 600, 1100, 300, 96, "float32", "float16"),  # three tiles of g, two steps along k
+    (4, 9, 520, 600, 16, "float16", "float32"),
+    (4, 1, 520, 1030, 520, "float32", "float32"),  # a scale a column, three steps along n
+    (3, 8, 2100, 130, 384, "float32", "float32"),  # groups across steps
+    (2, 16, 300, 200, 128, "bfloat16", "float32"),
+], ids=str)  # fmt: skip
+def test_codebook_matmul_transposed(case):
+    bits, m, k, n, group, dtype, scale = case
+    rng = np.random.default_rng()
+    _, codes, scale, _ = made(rng, bits, m, k, n, group, "float32", scale, False)
+    g = jnp.array(rng.normal(size=(m, n)), dtype)
+    values = np.sort(rng.normal(size=1 << bits))
+    statics = {"table": tuple(values.tolist()), "bits": bits, "group_size": group, "k": k}
+    assert KERNELS["codebook_matmul_transposed"].serves(g, codes, scale, **statics) == ""
+    y = product("codebook_matmul_transposed", g, codes, scale, **statics)
+    w = np.asarray(tables.dequantize(codes, scale, **statics), np.float64)
+    close(y, np.asarray(g, np.float64) @ w.T, "bfloat16" if dtype == "bfloat16" else "16 bits")
+
+
 @pytest.mark.parametrize("m, k, activations", [(3, 520, "float"), (8, 1024, "int8")])
 def test_e8p_matmul(m, k, activations):
     """By table and signs, and transcoded to integers."""
@@ -196,4 +217,6 @@ def test_what_is_not_served():
     )
     statics = {"bits": 4, "group_size": 96}
     assert "96" in KERNELS["packed_matmul"].serves(x, codes, scale, None, **statics)
+    table = {"table": tuple(range(16)), "bits": 4, "group_size": 24, "k": 192}
+    assert "24" in KERNELS["codebook_matmul_transposed"].serves(x, codes, scale, **table)
     assert KERNELS["additive_matmul"].serves() and KERNELS["hadamard"].serves()

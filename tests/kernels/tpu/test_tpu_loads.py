@@ -19,7 +19,7 @@ CASES = [
     ("2 bits", "float", False), ("3 bits", "float", False), ("4 bits, zero points", "float", False),
     ("8 bits", "int8", False), ("4 bits", "int8/256", False), ("ternary", "float", False),
     ("NF4", "float", False), ("trellis, a scale a group", "float", False), ("E8P", "float", False),
-    ("4 bits", "float", True), ("3 bits", "float", True),
+    ("4 bits", "float", True), ("3 bits", "float", True), ("NF4", "float", True),
 ]  # fmt: skip
 
 
