@@ -52,7 +52,7 @@ def register(part: type) -> type:
 
     >>> register(dict)
     Traceback (most recent call last):
-    ValueError: expected a class that derives from Format, Transform, Rounder, Estimator or ...
+    ValueError: expected a class that derives from Format, Transform, Rounder, Estimator, ...
     """
     if not (isinstance(part, type) and issubclass(part, KINDS)):
         *others, last = (kind.__name__ for kind in KINDS)
