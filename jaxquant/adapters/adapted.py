@@ -17,6 +17,7 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Adapter, Format, lacking
 from jaxquant.core.straight_through import through
+from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.weight_estimators import chance
 
 # The labels of the arrays that adapters add.
@@ -216,10 +217,10 @@ def cast_through(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
     return through(x.astype(jnp.float32), stored.astype(jnp.float32))
 
 
-def adapter_of(format: Format) -> Adapter | None:
-    """Return the adapter of a format, or None if it has none.
+def is_adapted(w: PyTree) -> bool:
+    """Return whether a leaf is a weight with an adapter.
 
     Args:
-      format: any format.
+      w: leaf of a tree.
     """
-    return format.adapter if isinstance(format, Adapted) else None
+    return isinstance(w, QTensor) and isinstance(w.format, Adapted)

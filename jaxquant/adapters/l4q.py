@@ -6,19 +6,18 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxquant.adapters.adapted import LORA_A as A
 from jaxquant.adapters.adapted import LORA_B as B
-from jaxquant.adapters.lora import check_fits, check_rank, random_a
+from jaxquant.adapters.lora import check_fits, check_rank, random_a, scaling_of
 from jaxquant.adapters.pooled import offset_format, with_offsets
 from jaxquant.adapters.requantized import Requantized, check_integer, summed
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Data, Format, Known
+from jaxquant.estimators.bins import in_bin
 from jaxquant.formats.integer import spread
 from jaxquant.formats.offset import Offset, Shifted
-
-SAFE = 0.45  # of a step: how far a start may be from the value of its code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +48,7 @@ class L4Q(Requantized):
     dtype: Literal["bfloat16", "float32"] = "float32"
 
     floating: ClassVar[bool] = True
+    needs_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,7 +57,7 @@ class L4Q(Requantized):
     @property
     def scaling(self) -> float:
         """The factor of the low-rank change."""
-        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+        return scaling_of(self.rank, self.alpha)
 
     def labels(self, format: Any) -> Mapping[str, str]:
         return {A: A, B: B, "scale": "scale", "offset": "scale"}
@@ -80,7 +80,9 @@ class L4Q(Requantized):
             grid = _range_grid(home, w)
         else:
             grid = home.stored_grid(data)
-            w = _in_bin(home, w, home.decode(data, known.k), grid)
+            rows = spread(grid, home.rows_per_group(known.k), known.k)
+            values = home.decode(data, known.k)
+            w = in_bin(w, values, rows.base.scale, lambda a: home.round(a, rows)[1])
         return {
             "codes": w,
             "scale": grid.base.scale,
@@ -137,13 +139,3 @@ def _range_grid(format: Offset, w: Float[Array, "k n"]) -> Shifted:
     low, high = format.format.ends
     scale = jnp.maximum(jnp.abs(w.min(1) / low), jnp.abs(w.max(1) / high))
     return Shifted(format.format.stored(scale), jnp.zeros_like(scale))
-
-
-def _in_bin(
-    format: Offset, w: Float[Array, "k n"], value: Float[Array, "k n"], grid: Shifted
-) -> Float[Array, "k n"]:
-    """Return w where it rounds to `value`, elsewhere the nearest point that safely does."""
-    rows = spread(grid, format.rows_per_group(len(w)), len(w))
-    same: Bool[Array, "k n"] = format.round(w, rows)[1] == value
-    nearer = value + jnp.clip(w - value, -SAFE * rows.base.scale, SAFE * rows.base.scale)
-    return jnp.where(same, w, nearer)

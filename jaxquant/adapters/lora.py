@@ -76,8 +76,12 @@ class LoRA(Adapter):
         """The factor of the low-rank product."""
         if self.init != "zero":
             return 1.0
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scaling_of(self.rank, self.alpha, self.rslora)
+
+    @property
+    def needs_floats(self) -> bool:  # type: ignore[override]
+        """Whether the start reads the matrix before it was quantized."""
+        return self.init != "zero"
 
     @property
     def needs_gram(self) -> bool:  # type: ignore[override]
@@ -202,6 +206,17 @@ def random_a(key: Array, k: int, rank: int) -> Float[Array, "k r"]:
     """
     bound = 1 / math.sqrt(k)
     return jax.random.uniform(key, (k, rank), jnp.float32, -bound, bound)
+
+
+def scaling_of(rank: int, alpha: float | None, rslora: bool = False) -> float:
+    """Return the factor of a low-rank product, alpha / rank.
+
+    Args:
+      rank: rank of the product.
+      alpha: numerator; None for twice the rank.
+      rslora: divide by the root of the rank instead.
+    """
+    return (2 * rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)
 
 
 def check_rank(rank: int, alpha: float | None) -> None:

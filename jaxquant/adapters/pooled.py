@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxquant.adapters.adapted import LORA_A as A
 from jaxquant.adapters.adapted import LORA_B as B
 from jaxquant.adapters.adapted import cast_through, frozen_product
-from jaxquant.adapters.lora import base_of, check_fits, check_rank, random_a
+from jaxquant.adapters.lora import base_of, check_fits, check_rank, random_a, scaling_of
 from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Adapter, Data, Format, Known, LevelFormat
 from jaxquant.formats.offset import Offset, levels
@@ -58,7 +58,7 @@ class QALoRA(Adapter):
     @property
     def scaling(self) -> float:
         """The factor of the low-rank change."""
-        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+        return scaling_of(self.rank, self.alpha)
 
     def labels(self, format: Any) -> Mapping[str, str]:
         return {A: A, B: B}

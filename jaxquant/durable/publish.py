@@ -136,3 +136,14 @@ def _exchanged(a: Path, b: Path) -> bool:
     if (code := ctypes.get_errno()) in UNKNOWN:
         return False
     raise OSError(code, os.strerror(code), str(b))
+
+
+def check_parent(path: Path) -> None:
+    """Raise ValueError unless a directory can be created at a path.
+
+    Args:
+      path: an absolute path.
+    """
+    parent = next((p for p in path.parents if p.exists()), path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: {parent} is not a writable directory")

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from jaxquant.durable.publish import aside, publish, restore
+from jaxquant.durable.publish import aside, check_parent, publish, restore
 from jaxquant.recipes.recipe import Recipe
 from jaxquant.storage.containers import filled, outline_of_paths, outlined, placed, some
 from jaxquant.storage.description import (
@@ -62,9 +62,7 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
             f"{path} exists and is not an empty directory; pass overwrite=True "
             "(--overwrite), or write elsewhere"
         )
-    parent = next((p for p in path.parents if p.exists()), path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write {path}: {parent} is not a writable directory")
+    check_parent(path)
     return path
 
 

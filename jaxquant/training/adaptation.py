@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,14 +84,14 @@ def adapt(
     if plain or not chosen:
         leaves |= _as_tensors(params, plain, stats)
         chosen = chosen or [path for path, w in leaves.items() if isinstance(w, QTensor)]
-    before = _floats_of(chosen, leaves, floats)
+    before = _floats_of(chosen, leaves, floats) if adapter.needs_floats else {}
     for path in chosen:
         check_adapter(path, leaves[path], adapter)
     draw, new = Draw.of(key), {}
     for path in chosen:
         gram = stats.gram(path) if isinstance(stats, Stats) and adapter.needs_gram else None
         try:
-            new[path] = _adapted(path, leaves[path], adapter, draw, before[path], gram)
+            new[path] = _adapted(path, leaves[path], adapter, draw, before.get(path), gram)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     _tell_gains(leaves, new)
@@ -191,20 +191,16 @@ def _adapted(
     path: str, w: QTensor, adapter: Adapter, draw: Draw, leaf: Array | None, gram: Array | None
 ) -> QTensor:
     k, n = w.stored_rows, _columns(w)
-    batch = w.stored_shape()[: w.leading()]
-    held = w.unnamed()
-    matrices = None if leaf is None else flat(as_stored(held, leaf), len(batch))
-    grams = None if gram is None else flat(stored_gram(held, gram), len(batch))
-    data = jax.tree.map(lambda a: flat(a, len(batch)), w.data)
-    parts = []
-    for i in range(math.prod(batch)):
-        one = jax.tree.map(lambda a, i=i: a[i], (data, matrices, grams))
-        parts.append(
-            _started(adapter, w.format, (k, n), *one, draw.of_matrix(f"adapter {path}", i))
-        )
-    stack = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
+    held, shape = w.unnamed(), (k, n)
+    stored = None if leaf is None else as_stored(held, leaf)
+    grams = None if gram is None else stored_gram(held, gram)
+
+    def one(i: int, data: Data, floats: Array | None, gram: Array | None) -> Data:
+        key = draw.of_matrix(f"adapter {path}", i)
+        return _started(adapter, w.format, shape, data, floats, gram, key)
+
+    data = each_matrix(one, w.leading(), w.data, stored, grams)
     format = Adapted(adapter.home(w.format), adapter)
-    data = jax.tree.map(stack, *parts)
     for name, a in data.items():
         if jnp.issubdtype(a.dtype, jnp.floating) and not _finite(a):
             raise ValueError(
@@ -234,14 +230,19 @@ def _columns(w: QTensor) -> int:
     return n if w.output is None else w.output.size(n)
 
 
-def flat(a: Array, axes: int) -> Array:
-    """Return an array with its leading axes merged into one.
+def each_matrix(fn: Callable[..., PyTree], axes: int, *trees: PyTree) -> PyTree:
+    """Apply a function to the matrices of a weight, one after the other, and stack the results.
 
     Args:
-      a: the array.
-      axes: number of leading axes.
+      fn: function of the number of a matrix and of its arrays.
+      axes: number of leading axes over matrices.
+      trees: trees of arrays that have these axes; None stays None.
     """
-    return a.reshape(math.prod(a.shape[:axes]), *a.shape[axes:])
+    batch = jax.tree.leaves(trees)[0].shape[:axes]
+    flat = jax.tree.map(lambda a: a.reshape(math.prod(batch), *a.shape[axes:]), trees)
+    at = lambda i: jax.tree.map(lambda a: a[i], flat)
+    parts = [fn(i, *at(i)) for i in range(math.prod(batch))]
+    return jax.tree.map(lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape), *parts)
 
 
 def stored_gram(w: QTensor, gram: Float[Array, "... k k"]) -> Float[Array, "... s s"]:
@@ -275,12 +276,3 @@ def _tell_gains(leaves: Mapping[str, QTensor], new: Mapping[str, QTensor]) -> No
         "quantize to jaxquant.formats.Offset to count them from the beginning",
         stacklevel=3,
     )
-
-
-def is_adapted(w: PyTree) -> bool:
-    """Return whether a leaf is a weight with an adapter.
-
-    Args:
-      w: leaf of a tree.
-    """
-    return isinstance(w, QTensor) and isinstance(w.format, Adapted)

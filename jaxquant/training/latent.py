@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxquant.adapters.adapted import LABELS as ADAPTER
-from jaxquant.adapters.adapted import Adapted, adapter_of
+from jaxquant.adapters.adapted import Adapted, is_adapted
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.protocols import Estimator, Format, LevelFormat, RangeEstimator
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor
+from jaxquant.estimators.bins import in_bin
 from jaxquant.estimators.latent_format import Latent, batched
 from jaxquant.estimators.weight_estimators import StraightThrough, spread
 from jaxquant.methods.method import Method
@@ -109,7 +110,7 @@ def thaw(params: PyTree, recipe: Recipe | Method, *, floats: PyTree = None) -> P
 def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
     if isinstance(w.format, Latent):
         raise ValueError("the weight is already latent")
-    if isinstance(w.format, Adapted):
+    if is_adapted(w):
         raise ValueError("the weight has an adapter: merge it first, with jaxquant.merge")
     estimator = method.estimator or StraightThrough()
     estimator.check(w.format)
@@ -165,17 +166,11 @@ def as_stored(w: QTensor, leaf: Array) -> Float[Array, "... s t"]:
 def _near(
     format: Format, w: Float[Array, "k n"], value: Float[Array, "k n"], data: dict[str, Array]
 ) -> Float[Array, "k n"]:
-    """Return w where it has the stored code; elsewhere the nearest point safely in that code's bin.
-
-    The point is at most 0.45 steps from the code's value. If it has another code as well, the value
-    itself is returned.
-    """
+    """Return floats near w that round to the stored codes, in formats with levels; else w."""
     if not isinstance(format, LevelFormat):
         return w
     rows = spread(format.stored_grid(data), format, w.shape)
-    same = lambda a: format.round(a, rows)[1] == value
-    nearer = value + jnp.clip(w - value, -0.45 * rows.scale, 0.45 * rows.scale)
-    return jnp.where(same(w), w, jnp.where(same(nearer), nearer, value))
+    return in_bin(w, value, rows.scale, lambda a: format.round(a, rows)[1])
 
 
 def freeze(params: PyTree) -> PyTree:
@@ -195,7 +190,7 @@ def freeze(params: PyTree) -> PyTree:
     Integer(bits=4, group_size=64, symmetric=True, mse=False, scale_dtype='float16', ...)
     """
     for path, w in path_leaves(params):
-        if isinstance(w, QTensor) and isinstance(w.format, Adapted) and w.format.format.latent:
+        if is_adapted(w) and w.format.format.latent:
             raise ValueError(
                 f"{path}: the latent weight has an adapter: merge it first, with jaxquant.merge"
             )
@@ -279,10 +274,7 @@ def labels(params: PyTree, also: Sequence[str] | None = None) -> PyTree:
     """
     check_arguments(labels, locals())
     if also is None:
-        adapted = any(
-            isinstance(w, QTensor) and adapter_of(w.format) for _, w in path_leaves(params)
-        )
-        also = () if adapted else ("*",)
+        also = () if any(is_adapted(w) for _, w in path_leaves(params)) else ("*",)
 
     def of_weight(w: QTensor) -> QTensor:
         found: dict[str, PyTree] = {

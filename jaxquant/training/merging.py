@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxquant.adapters.adapted import Adapted
+from jaxquant.adapters.adapted import Adapted, is_adapted
 from jaxquant.adapters.lora import base_of
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -24,7 +24,7 @@ from jaxquant.estimators.latent_format import Latent, batched
 from jaxquant.formats.dense import Dense
 from jaxquant.formats.offset import Offset
 from jaxquant.rounding import Moments, Nearest
-from jaxquant.training.adaptation import flat, is_adapted, stored_gram
+from jaxquant.training.adaptation import each_matrix, stored_gram
 from pallas_kernels.context import compiled
 
 
@@ -176,16 +176,13 @@ def _merged(
         change = w.stored() - form.format.dequantize(base_of(w.data), k)
         codes = w.data["codes"] + change.astype(w.data["codes"].dtype)
         return dataclasses.replace(w, data={**base_of(w.data), "codes": codes}, format=form.format)
-    batch = w.stored_shape()[:lead]
-    values = flat(w.stored(), lead)
-    grams = None if gram is None else flat(stored_gram(w, gram), lead)
-    parts = []
-    for i in range(len(values)):
-        _check_sum(f"{path}: the sum of weight and adapter", format, values[i])
-        one = jax.tree.map(lambda a, i=i: a[i], (values, grams))
-        parts.append(_rounded(rounder, format, *one, draw.of_matrix(f"merge {path}", i)))
-    stack = lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape)
-    return dataclasses.replace(w, data=jax.tree.map(stack, *parts), format=format)
+    grams = None if gram is None else stored_gram(w, gram)
+
+    def one(i: int, value: Array, gram: Array | None) -> Data:
+        _check_sum(f"{path}: the sum of weight and adapter", format, value)
+        return _rounded(rounder, format, value, gram, draw.of_matrix(f"merge {path}", i))
+
+    return dataclasses.replace(w, data=each_matrix(one, lead, w.stored(), grams), format=format)
 
 
 def _dense(w: QTensor) -> PyTree:
@@ -207,7 +204,7 @@ def _check_sum(what: str, format: Format, w: Array) -> None:
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     if found:
-        warnings.warn(f"{what}: {found}", stacklevel=5)
+        warnings.warn(f"{what}: {found}", stacklevel=6)
 
 
 @partial(compiled, static_argnums=(0, 1, 2))

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from jaxquant.adapters.adapted import Adapted
+from jaxquant.adapters.adapted import is_adapted
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import common_stack_size, path_leaves, replace_leaves
@@ -241,7 +241,7 @@ def open_latent(params: PyTree, how: How) -> Opened:
     """
     check_globs(params, how.also)
     for path, w in path_leaves(params):
-        if isinstance(w, QTensor) and isinstance(w.format, Adapted):
+        if is_adapted(w):
             raise ValueError(
                 f"{path} has an adapter, which jaxquant.training.finetune trains; to train the "
                 "weight itself, merge the adapter first"

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxquant.adapters.adapted import is_adapted
 from jaxquant.adapters.lora import IDS, LoRA, base_of
 from jaxquant.adapters.lora import A as LORA_A
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.tensor import QTensor
-from jaxquant.training.adaptation import is_adapted
 
 
 def together(trees: Sequence[PyTree]) -> PyTree:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.adapters.adapted import is_adapted
 from jaxquant.adapters.lora import LoRA
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant_models.readers.model import Model
@@ -29,7 +30,7 @@ from jaxquant_models.readers.peft_files import (
     recorded,
     write_peft,
 )
-from jaxquant_models.readers.peft_places import Place, digest_of_base, is_adapted, places_of
+from jaxquant_models.readers.peft_places import Place, digest_of_base, places_of
 
 
 def load_peft(folder: str | Path, model: Model, *, any_base: bool = False) -> Model:

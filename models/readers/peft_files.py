@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxquant.core.fields import shown
-from jaxquant.durable.publish import aside, publish, restore
+from jaxquant.durable.publish import aside, check_parent, publish, restore
 from jaxquant_models.readers.peft_factors import Factors
 from jaxquant_models.readers.peft_places import Place
 from jaxquant_models.readers.safetensors import Tensors
@@ -179,9 +179,7 @@ def check_peft_target(folder: str | Path, overwrite: bool = False) -> Path:
             f"{path} does not hold {CONFIG} and {WEIGHTS} alone, so it will not be overwritten: "
             "move the other files, or write elsewhere"
         )
-    parent = next((p for p in path.parents if p.exists()), path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write {path}: {parent} is not a writable directory")
+    check_parent(path)
     return path
 
 

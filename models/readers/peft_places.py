@@ -77,15 +77,6 @@ def places_of(model: Model) -> list[Place]:
     return found
 
 
-def is_adapted(w: PyTree) -> bool:
-    """Return whether a leaf is a weight with an adapter.
-
-    Args:
-      w: leaf of a tree.
-    """
-    return isinstance(w, jq.QTensor) and isinstance(w.format, Adapted)
-
-
 def digest_of_base(model: Model) -> str:
     """Return the SHA-256 of the matrices of a model, without adapters.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.adapters.adapted import is_adapted
 from jaxquant.durable.store import Finished
 from jaxquant.evaluation import evaluate
 from jaxquant.training.merging import Merged
@@ -40,11 +41,7 @@ def is_exact(model: Model) -> bool:
     Raises:
       ValueError: it has no adapters.
     """
-    adapters = [
-        w.format.adapter
-        for _, w in jq.core.path_leaves(model.params)
-        if isinstance(w, jq.QTensor) and isinstance(w.format, jq.adapters.Adapted)
-    ]
+    adapters = [w.format.adapter for _, w in jq.core.path_leaves(model.params) if is_adapted(w)]
     if not adapters:
         raise ValueError(
             f"{model.name} has no adapters to merge: give a checkpoint that jaxquant finetune "

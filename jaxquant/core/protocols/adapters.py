@@ -38,11 +38,13 @@ class Adapter(abc.ABC):
     Capabilities:
       exact: whether `merged` gives packed arrays that compute what was trained.
       floating: whether the array "codes" holds the unrounded matrix during training.
+      needs_floats: whether `start` reads the matrix before it was quantized, if it is known.
       needs_gram: whether `start` reads the second moment of the inputs.
     """
 
     exact: ClassVar[bool] = False
     floating: ClassVar[bool] = False
+    needs_floats: bool = False
     needs_gram: bool = False
 
     @abc.abstractmethod
