@@ -52,6 +52,7 @@ base = jq.Recipe([("hidden", jq.nf4(double_quant=True)), ("*", jq.KEEP)])
 model = jq.adapt(jq.quantize(params, base), jq.adapters.LoRA(rank=16, dtype="bfloat16"))
 judge = jax.jit(jq.quantized(lambda p: loss(p, batch(held_out, 0))))
 print("before:", judge(model))
-adam = jq.adapters.paged(jq.adapters.adam8bit(2e-3))  # 2 bytes a number, in host memory
+adam = jq.adapters.adam8bit(2e-3)  # 2 bytes of state per number
+adam = jq.adapters.paged(adam, least=4096)  # in the memory of the host
 model = trained(model, jq.trained(model), special, 500, adam)
 print("adapted:", judge(model), "merged:", judge(jq.merge(model)), model["hidden"])

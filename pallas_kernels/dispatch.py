@@ -324,6 +324,7 @@ def _cotangents(
 
 def _cotangent(op: str, static: dict, kernels: str, x: Array, rest: tuple, g: Array) -> Array:
     """Return the cotangent of x: the product of g with the transposed weights."""
+    g = g.astype(x.dtype)  # as it was before the result was widened to float32
     backwards = f"{op}_transposed"
     if backwards in reference.OPS:
         items = tuple(sorted({**static, "k": x.shape[-1]}.items()))

@@ -18,7 +18,7 @@ from jaxquant.core.protocols import Adapter
 if TYPE_CHECKING:
     from jaxquant.adapters.adam_8bit import adam8bit
     from jaxquant.adapters.paging import paged
-    from jaxquant.adapters.signed_steps import sign_descent
+    from jaxquant.adapters.signed_steps import falling, sign_descent
 
 __all__ = [
     "L4Q",
@@ -29,12 +29,14 @@ __all__ = [
     "LoTA",
     "QALoRA",
     "adam8bit",
+    "falling",
     "paged",
     "sign_descent",
 ]
 
 _LATER = {
     "adam8bit": "adam_8bit",
+    "falling": "signed_steps",
     "paged": "paging",
     "sign_descent": "signed_steps",
 }  # name -> module

@@ -32,7 +32,8 @@ class Adam8bitState(NamedTuple):
     Attributes:
       count: number of updates so far.
       m: moving averages of gradients, each a `Moment` or a float32 array.
-      v: those of their squares, or the roots of these, likewise.
+      v: moving averages of their squares: float32 arrays, or `Moment`s, which hold the roots of
+        these if `root` is True.
     """
 
     count: Array  # type: ignore[assignment]
@@ -62,7 +63,8 @@ def adam8bit(
     layers that are stacked share none, and `paged` can walk over them. The first axis of two is
     kept apart only if the last is a multiple of `block`.
 
-    The unsigned map spans a range of 3e6 only, and v that of the squares of m. So with
+    The smallest value of the unsigned map other than 0 is 3.25e-7 times the largest, and v spans
+    the square of the range of m. So with
     `root=False` the v of a parameter rounds to 0 where gradients are 2500 times smaller than the
     largest of the block, while its m does not: updates are then up to 1 / sqrt(1 - b2) times too
     large. With `root=True` the codes are of the root of v, which has the range of m.
@@ -75,9 +77,10 @@ def adam8bit(
       weight_decay: times the learning rate, the share of a parameter that each step takes away; as
         in `optax.adamw`. If it is not 0, updates need the parameters.
       block: number of elements that share a scale, at least 1; 2048 in the paper, 256 in its code.
-      least: parameters with fewer elements keep float32 moments; 0 for none. Embeddings should keep
-        them too: give those `optax.adamw`, by `training.optimizer`.
-      root: store the root of v. If False, v as bitsandbytes stores it.
+      least: parameters with fewer elements keep float32 moments; with 0, all have 8-bit moments.
+        The paper keeps 32-bit moments for embeddings: train those with `optax.adamw`, under another
+        label of `jaxquant.training.optimizer`.
+      root: whether the root of v is stored instead of v. bitsandbytes stores v.
 
     Returns:
       The optimizer. Its updates have the dtypes of the gradients.

@@ -64,6 +64,9 @@ class Adapted(Format):
         self.format.check_shape(k, n)
         self.adapter.check(self.format, k, n)
 
+    def code_rows(self, k: int, n: int) -> int:
+        return k if self.adapter.floating else self.format.code_rows(k, n)
+
     def outputs(self, data: dict[str, Array]) -> int:
         return data["codes"].shape[-1] if self.adapter.floating else self.format.outputs(data)
 
@@ -179,6 +182,7 @@ def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTre
 
 
 def _backward(how: _How, data: PyTree, g: Array) -> tuple:
+    g = g.astype(how.dtype)  # as it was before the result was widened to float32
     back = how.format.matmul_transposed(g, data, how.k).astype(how.dtype)
     return back, None, None, None
 

@@ -72,13 +72,14 @@ def cloq(format: Format, data: Data, w: Floats, gram: Gram, rank: int) -> Start:
 
     With E = W - Q and the second moment H = R^T R of the inputs, the product that minimizes
     |R (E - A B)| is A B = R^-1 [R E]_r, where [.]_r is the best approximation of rank r. Q stays as
-    the rounder chose it.
+    the rounder chose it. Before that, 0.01 times the mean of the diagonal of H is added to the
+    diagonal.
 
     Args:
       format: format of the matrix.
       data: its packed arrays.
       w: its floats.
-      gram: the second moment of its inputs.
+      gram: the second moment H of its inputs, float32 [k, k].
       rank: rank of A B.
     Returns:
       The packed arrays, A and B.

@@ -26,15 +26,21 @@ class L4Q(Requantized):
 
     W stays in floating point until the merge, which stores the codes of the last rounding: the
     merged model computes what was trained, bit for bit. The backward pass keeps x, W, A, B, scales
-    and offsets, and rounds again.
+    and offsets, and rounds again. A weight whose format is not an `Offset` is put into one, as for
+    `QALoRA`; its levels must be those of `Integer`.
 
     Attributes:
-      rank: number of columns of A [k, rank], at least 1.
-      alpha: numerator of `scaling`, which is alpha / rank. Default: twice the rank.
-      init: "format" starts from the grid and the codes that the quantized weight has: W is its
-        float value, moved into the bin of its code where it is outside. "range" starts from the
-        floats and scales max(|min W / lowest code|, |max W / highest code|), as in the paper.
-      dtype: dtype in which A and B are kept, "bfloat16" or "float32".
+      rank: number of columns of A [k, rank], at least 1 and at most min(k, n).
+      alpha: numerator of `scaling`, which is alpha / rank; positive. Default: twice the rank.
+      init: "format" (the default) starts from the grid and the codes that the quantized weight
+        has: W is its float value, moved into the bin of its code where it is outside. "range"
+        starts from the floats and scales max(|min W / lowest code|, |max W / highest code|), as in
+        the paper. Without the argument `floats` of `jaxquant.adapt`, both start from the values of
+        the codes.
+      dtype: dtype in which A and B are kept, "bfloat16" or "float32" (the default).
+    Raises:
+      ValueError: a field is out of its range; or, at `jaxquant.adapt`, the rank exceeds what a
+        matrix allows, or its format does not suit.
 
     Source: Jeon et al. 2024, arXiv:2402.04902; it has no released code.
 

@@ -28,19 +28,26 @@ class LoRA(Adapter):
     learned; see `jaxquant.merge`.
 
     Attributes:
-      rank: number of columns of A, at least 1.
-      alpha: numerator of `scaling`, which is alpha / rank. Default: twice the rank.
+      rank: number of columns of A, at least 1 and at most min(k, n).
+      alpha: numerator of `scaling`, which is alpha / rank, or alpha / sqrt(rank) with `rslora`;
+        positive. Default: twice the rank.
       dropout: fraction of the inputs of A that is dropped, in [0, 1). Inputs are dropped only
-        inside `jaxquant.estimators.randomness(key)`.
-      init: "zero" keeps the function as it is. The others choose W, A and B together: "pissa" moves
-        the principal part of the floats into A B and quantizes the rest; "loftq" alternates between
-        quantization and the best A B five times and keeps the best; "cloq" chooses A B in closed
-        form for the least error of the outputs, given the second moment of the inputs. All need
-        `floats`, and have scaling 1.
-      rslora: divide alpha by sqrt(rank) instead of rank.
+        inside `jaxquant.estimators.randomness(key)`. Default: 0.
+      init: "zero" (the default) keeps the function as it is. The others need the argument `floats`
+        of `jaxquant.adapt`, have scaling 1, and exclude `alpha` and `rslora`. "pissa" moves the
+        principal part of the floats into A B and rounds the rest to nearest. "loftq" finds five
+        pairs of W and the best A B, the first with the given codes and each later one by rounding
+        to nearest, and keeps the pair with the least error. "cloq" keeps the codes and chooses A B
+        in closed form for the least error of the outputs; it also needs the result of `calibrate`
+        as the argument `stats`.
+      rslora: divide alpha by sqrt(rank) instead of rank. Default: False.
       dora: train the norms of the columns of W + scaling A B separately (array "magnitude"). The
         norms are computed from products with the packed W, and no gradient passes through them.
-      dtype: dtype in which A and B are kept, "bfloat16" or "float32".
+        Default: False.
+      dtype: dtype in which A and B are kept, "bfloat16" or "float32" (the default).
+    Raises:
+      ValueError: a field is out of its range; or, at `jaxquant.adapt`, the rank exceeds what a
+        matrix allows, or its format does not suit.
 
     Source: LoRA (Hu et al. 2021, arXiv:2106.09685), QLoRA (Dettmers et al. 2023, arXiv:2305.14314),
     rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), DoRA (Liu et al. 2024, arXiv:2402.09353). For

@@ -36,9 +36,9 @@ def paged(
 
     `update` belongs inside a jitted step. It fetches the state of one leaf, updates it, returns it,
     and only then fetches the next. A leaf of three or more axes, such as layers stacked by
-    `nn.scan`, is walked along its first axis. So the device holds the state of one layer at a time,
-    once as it was and once as it becomes. All of the state crosses to the device and back in every
-    step.
+    `nn.scan`, is walked along its first axis. So the device holds the state of some layers at a
+    time (`piece_bytes`), once as it was and once as it becomes. All of the state crosses to the
+    device and back in every step.
 
     Donate the state to the step, or host memory holds it twice. Results stay in host memory without
     `out_shardings`, those of a jitted `init` too. `jax.eval_shape` does not show memory kinds, so
@@ -53,9 +53,10 @@ def paged(
       optimizer: any Optax optimizer that treats every leaf on its own.
       least: number of elements from which on a leaf's state is kept in host memory; at least 1. The
         state of smaller leaves, and numbers such as step counts, stay on the device.
-      piece_bytes: number of bytes of state that may be on the device at once, at least 1. Of a leaf
-        of three or more axes with more state than that, as many layers at a time as fit are
-        updated, and one at least. Do not let it walk an axis that is sharded over devices.
+      piece_bytes: number of bytes of the state of a leaf of three or more axes that are fetched at
+        once, at least 1. Default: 64 MiB. As many layers as fit, and at least one, are updated at a
+        time. Leaves of one or two axes are fetched whole. If the first axis of a leaf is sharded
+        over devices, pass at least the size of its state, so that it is not cut.
 
     Returns:
       The optimizer. Its `init` creates the state of one leaf at a time.

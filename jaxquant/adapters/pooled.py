@@ -31,10 +31,13 @@ class QALoRA(Adapter):
 
     Attributes:
       rank: number of columns of A, at least 1 and at most the number of groups.
-      alpha: numerator of `scaling`, which is alpha / rank. Default: twice the rank.
-      pooling: "mean" or "sum" of the inputs of a group. With equal learning rates "sum" learns
-        faster, by the number of inputs in a group.
-      dtype: dtype in which A and B are kept, "bfloat16" or "float32".
+      alpha: numerator of `scaling`, which is alpha / rank; positive. Default: twice the rank.
+      pooling: "mean" (the default) or "sum" of the inputs of a group. With equal learning rates
+        "sum" learns faster, by the number of inputs in a group.
+      dtype: dtype in which A and B are kept, "bfloat16" or "float32" (the default).
+    Raises:
+      ValueError: a field is out of its range; or, at `jaxquant.adapt`, the rank exceeds what a
+        matrix allows, or its format does not suit.
 
     Source: Xu et al. 2023, arXiv:2309.14717, and its released code, which pools by the mean. This
     implementation differs: the sum of offset and change is rounded to the storage dtype in training

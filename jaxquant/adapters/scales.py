@@ -1,4 +1,4 @@
-"""PEQA and E2E-QP: the scales of a quantized matrix are trained, its codes stay as they are."""
+"""PEQA and E2E-QP: scales, offsets and codebooks of a matrix are trained, its codes stay."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,13 +16,18 @@ SCALE = "scale"
 
 @dataclasses.dataclass(frozen=True)
 class PEQA(Adapter):
-    """y = x W, where the continuous arrays of W (scales, codebooks) are trained; codes are fixed.
+    """y = x W, where the continuous arrays of W are trained: scales, offsets, codebooks.
 
+    These are the arrays `trained` of its format; codes and zero points are fixed.
     It adds no bytes, and the merged model computes what was trained, bit for bit: training uses the
     arrays as they will be stored.
 
     Attributes:
-      only: name of the only array to train, such as "scale"; "" for all that the format can train.
+      only: name of the only array to train, such as "scale". Default: "", for all that the format
+        can train. Offsets are trained together with their scales, by which their steps are
+        measured.
+    Raises:
+      ValueError: `only` is "offset"; or, at `jaxquant.adapt`, the format has no such array.
 
     Source: PEQA (Kim et al. 2023, arXiv:2305.14152) and the second phase of EfficientQAT, E2E-QP
     (Chen et al. 2024, arXiv:2407.11062), which train the scales.
@@ -36,7 +41,13 @@ class PEQA(Adapter):
 
     exact: ClassVar[bool] = True
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.only == "offset":
+            raise ValueError(
+                'only="offset" would train offsets without the scales that measure their steps: '
+                'use PEQA() for both, or only="scale"'
+            )
 
     def labels(self, format: Any) -> Mapping[str, str]:
         return dict.fromkeys(self._names(format), SCALE)

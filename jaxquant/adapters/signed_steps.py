@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 LEAST = 1e-9  # gradients up to this magnitude move nothing
+LAST_SHARE = 1e-3  # of the paper's schedule, after four fifths of the updates
 
 
 def sign_descent(share: float | Callable[[Array], Array]) -> optax.GradientTransformation:
@@ -19,12 +20,14 @@ def sign_descent(share: float | Callable[[Array], Array]) -> optax.GradientTrans
 
     Args:
       share: fraction of the entries of a matrix that move, in (0, 1), or a function of the number
-        of updates done, such as `falling`.
+        of updates done (int32 scalar), such as `falling`. Gradients of magnitude 1e-9 or less move
+        nothing.
     Returns:
       The optimizer; its update needs the parameters. Leading axes beyond the last two are those of
       a stack of matrices.
     Raises:
-      ValueError: the share is not between 0 and 1.
+      ValueError: the share is a number that is not between 0 and 1; or, at `update`, the parameters
+        are missing.
     Source: t-SignSGD of LoTA-QAF (Chen et al. 2025, arXiv:2505.18724).
 
     >>> optimizer = sign_descent(0.5)
@@ -59,14 +62,18 @@ def _moved(
     return jnp.clip(w - jnp.where(moves, jnp.sign(g), 0).astype(w.dtype), -1, 1)
 
 
-def falling(steps: int, first: float = 0.05, last: float = 1e-3) -> Callable[[Array], Array]:
-    """Return the paper's schedule of shares.
+def falling(steps: int, first: float = 0.05, last: float = LAST_SHARE) -> Callable[[Array], Array]:
+    """Return the schedule of shares of LoTA-QAF (arXiv:2505.18724), for `sign_descent`.
+
+    Over the first four fifths of the updates the share goes in a straight line from `first` to
+    `last`; afterwards it is last / 10.
 
     Args:
-      steps: number of updates.
-      first: share at the beginning.
-      last: share after four fifths of the updates, which the share reaches in a straight line; it
-        is a tenth of that afterwards.
+      steps: number of updates, at least 1.
+      first: share of the first update, in (0, 1). Default: 0.05.
+      last: share at the end of the line, in (0, 1). Default: 1e-3.
+    Returns:
+      A function from the number of updates done, int32, to the share, float32.
 
     >>> [round(float(falling(10)(jnp.int32(i))), 4) for i in (0, 4, 9)]
     [0.05, 0.0255, 0.0001]

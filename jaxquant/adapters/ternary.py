@@ -1,4 +1,4 @@
-"""LoTA: a ternary low-rank change of the codes themselves, and the optimizer that trains it."""
+"""LoTA: a ternary low-rank change of the codes; `signed_steps` holds its optimizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,18 +27,22 @@ class LoTA(Requantized):
     A [k, rank] and B [rank, n] hold -1, 0 and 1, so D = A B holds integers from -rank to rank. With
     w = threshold * rank, M = sign(D) where |D| > w, unless the code would leave its range;
     elsewhere M = 0. What is left, D - w M, is averaged over each group of rows and enters the
-    offset: offset' = offset + scale * mean(D - w M) / w. Everything stays inside the grid, so a
-    merge adds M to the codes and stores offset': it computes what was trained, bit for bit, and
-    adds no bytes. Gradients pass straight through M.
+    offset: offset' = offset + scale * mean(D - w M) / d, where d is w, or 1 if `divided` is False.
+    Everything stays inside the grid, so a merge adds M to the codes and stores offset': it computes
+    what was trained, bit for bit, and takes no more bytes than the format did. Gradients pass
+    straight through M.
 
     A and B are trained by signed steps, `jaxquant.adapters.sign_descent`. A weight whose format is
-    not an `Offset` is put into one, as for `QALoRA`.
+    not an `Offset` is put into one first, as for `QALoRA`, which can add bytes.
 
     Attributes:
-      rank: number of columns of A, at least 1.
-      threshold: w as a fraction of the rank, in (0, 1).
+      rank: number of columns of A, at least 1 and at most min(k, n).
+      threshold: w as a fraction of the rank, in (0, 1). Default: 0.75.
       divided: whether the mean is divided by w, as in the released code; the text of the paper does
-        not divide it.
+        not divide it. Default: True.
+    Raises:
+      ValueError: a field is out of its range; or, at `jaxquant.adapt`, the rank exceeds what a
+        matrix allows, or its format does not hold integers.
 
     Source: Chen et al. 2025, arXiv:2505.18724, and its released code.
 
@@ -75,7 +79,11 @@ class LoTA(Requantized):
         check_fits(self.rank, k, n)
 
     def start(self, format: Any, data: Data, known: Known) -> Data:
-        """Return the arrays at the start: A by the signs of normal numbers, B zero."""
+        """Return the arrays at the start, float32.
+
+        A holds the signs of normal numbers, and 0 where a magnitude is at most 0.75 times their
+        mean; B is zero.
+        """
         home: Any = self.home(format)
         data = data if home == format else with_offsets(format, home, data)
         a = jax.random.normal(known.key, (known.k, self.rank))
@@ -106,8 +114,8 @@ class LoTA(Requantized):
     def cotangents(self, format: Any, data: Data, g: Float[Array, "k n"]) -> Data:
         """Return the cotangents of A and B.
 
-        With G the cotangent of the matrix, s the scale and w the threshold, dD = s (G + mean of G
-        over the group / w), dA = dD B^T and dB = A^T dD.
+        With G the cotangent of the matrix, mean(G) its mean over each group of rows, s the scale
+        and d as above, dD = s (G + mean(G) / d), dA = dD B^T and dB = A^T dD.
         """
         k, rows = len(g), format.rows_per_group(len(g))
         mean = summed(rows, g) / _rows(rows, k) / self._divisor

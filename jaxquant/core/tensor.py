@@ -289,23 +289,24 @@ class QTensor(StandIn):
         return super().picked(pick) if floats or not pick.fills else None
 
     def local(self) -> "QTensor":
-        if self.format.latent:
-            return self
         held, rows = self.data["codes"].shape[self.leading()], self.stored_rows
         n = self.format.outputs(self.data)
-        shapes = _packed_shapes(self.format, rows, n)
-        parts = shapes["codes"][0] / held
+        parts = self.format.code_rows(rows, n) / held
         if parts == 1 or self.format.codes_ndim != 2:
             return self
+        shape = f"{list(self.view.k)} by {list(self.view.n)}"
+        split = f"the rows of a weight {shape} are split over devices"
+        if self.format.latent:
+            raise ValueError(
+                f"{split}, which a weight in training cannot be: split it along its outputs"
+            )
         first = self.view.k[0] / parts
         rest = {name: a.shape[self.leading() :] for name, a in self.data.items()}
         whole = first.is_integer() and (rows / parts).is_integer() and self.input is None
         if not whole or _packed_shapes(self.format, int(rows / parts), n) != rest:
             raise ValueError(
-                f"the rows of a weight {list(self.view.k)} by {list(self.view.n)} are "
-                f"split over devices where its codes cannot be: {self.format} needs whole "
-                "groups and words on every device, and no input transform; split the "
-                "weight along its outputs"
+                f"{split} where its codes cannot be: {self.format} needs whole groups and words on "
+                "every device, and no input transform; split the weight along its outputs"
             )
         view = dataclasses.replace(self.view, k=(int(first), *self.view.k[1:]))
         return dataclasses.replace(self, view=view, shared="")
@@ -335,11 +336,11 @@ def _decoded(weight: QTensor) -> Array:
 
 
 def _packed_shapes(format: Format, k: int, n: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the packed arrays of a [k, n] matrix; {"codes": (0,)} if unsupported."""
+    """Return the shapes of the packed arrays of a [k, n] matrix; none if it cannot be stored."""
     try:
         format.check_shape(k, n)
     except ValueError:
-        return {"codes": (0,)}
+        return {}
     return {name: a.shape for name, a in format.shapes(k, n).items()}
 
 

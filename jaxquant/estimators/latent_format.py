@@ -113,6 +113,10 @@ class Latent(Format):
         """Raise ValueError if the format cannot store a matrix [k, n]."""
         self.format.check_shape(k, n)
 
+    def code_rows(self, k: int, n: int) -> int:
+        """Return k: the codes are the floats."""
+        return k
+
     def value(self, data: dict[str, Array]) -> Float[Array, "k n"]:
         """Return the rounded matrix.
 

@@ -14,7 +14,7 @@ from jaxquant.core.straight_through import through as straight
 from jaxquant.formats.integer import spread
 from jaxquant.formats.scales import (
     SCALE_DTYPES,
-    check_scales,
+    check_offsets,
     check_values,
     grouped,
     rescaled,
@@ -47,8 +47,11 @@ class Offset(GridFormat):
       format: format of the levels, whose zero point (if it had one) the offset replaces: `Integer`
         with `symmetric=True`, or a table such as `NormalFloat`; with groups of rows, or one group
         per output.
-      dtype: storage dtype of the offsets, "float16", "bfloat16" or "float32".
-      mse: search the clipping range of each group for the least squared error.
+      dtype: storage dtype of the offsets, "float16" (the default), "bfloat16" or "float32".
+      mse: search the clipping range of each group for the least squared error. Default: False.
+    Raises:
+      ValueError: `dtype` is another, or `format` has zero points, scales that are quantized, or one
+        scale for the whole matrix.
 
     >>> from jaxquant.formats import Integer
     >>> f = Offset(Integer(bits=2, group_size=4, symmetric=True))
@@ -100,7 +103,7 @@ class Offset(GridFormat):
         """
         groups = sizes(grouped(w, self.rows_per_group(len(w))), 1)
         lost = self.format.check(w)
-        check_scales(groups, 1.0, 1, self.dtype)
+        check_offsets(groups, self.dtype)
         return lost
 
     # --- grids and codes --------------------------------------------------------------------------
@@ -182,7 +185,8 @@ class Offset(GridFormat):
         """Round a matrix to nearest and pack it.
 
         Raises:
-          ValueError: the weights are outside the range of the scales.
+          ValueError: the weights are outside the range of the scales or of the offsets, or the
+            group size does not divide k and `pad` is off.
         """
         check_values(self, w)
         grid = self.grids(w)

@@ -74,6 +74,19 @@ def check_scales(
     return lost(groups, least, dtype, remedy)
 
 
+def check_offsets(groups: Float[np.ndarray, "..."], dtype: str) -> None:
+    """Raise ValueError if offsets as large as the weights do not fit in their storage dtype.
+
+    Args:
+      groups: the largest magnitude in each group.
+      dtype: storage dtype of the offsets.
+    """
+    info: Any = jnp.finfo(dtype)
+    least = float(info.smallest_subnormal) if dtype == "float16" else max(float(info.tiny), _TINY)
+    remedy = 'give the format dtype="bfloat16" or "float32" for its offsets, or rescale the weights'
+    _check_range(groups, least, float(info.max), "offsets", dtype, remedy)
+
+
 def lost(groups: Float[np.ndarray, "..."], least: float, dtype: str, remedy: str) -> str:
     """Return a warning that names the groups whose scales are too small for their dtype, else "".
 

@@ -10,7 +10,8 @@ in. For a layer whose name is removed, a checkpoint holds:
   weight.nested_absmax, weight.nested_quant_map
                          float32 [ceil(blocks / 256)] and [256], under double quantization only
   weight.quant_state.bitsandbytes__nf4
-                         uint8, the bytes of a JSON object: shape, dtype, block sizes, offset
+                         uint8, the bytes of a JSON object: type of the codes, shape, dtype, block
+                         sizes, offset
 
 Under double quantization, the scale of a block is map[absmax] * nested_absmax + offset.
 """
@@ -53,8 +54,8 @@ def from_bitsandbytes(arrays: Arrays) -> QTensor:
         "bias", are ignored.
 
     Returns:
-      The weight. Its format is a `NormalFloat` whose groups are the blocks; the bytes of codes and
-      scales are those of the file, in another order.
+      The weight, in the format `NormalFloat(4)`, whose groups are the blocks. It has the dtype that
+      the file gives, and the codes and scales of the file, in another order.
 
     Raises:
       ValueError: an array is missing or has a wrong dtype or shape, the weight is not in NF4, its

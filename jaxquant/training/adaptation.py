@@ -39,33 +39,36 @@ def adapt(
     adapter: Adapter,
     *,
     key: Array | None = None,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     floats: PyTree = None,
     stats: Stats | Mapping[str, Site] | None = None,
 ) -> PyTree:
-    """Put an adapter on weights of a tree; `jaxquant.merge` undoes it, keeping what was learned.
+    """Put an adapter on weights of a tree.
 
-    The tree then runs in any function wrapped by `jaxquant.quantized`. `jaxquant.trained(tree)`
-    says which arrays are trained, and `jaxquant.labels` gives them labels for
-    `optax.multi_transform`.
+    `jaxquant.merge` merges it into them: `QALoRA`, `L4Q`, `LoTA` and `PEQA` exactly, `LoRA` on
+    packed weights by rounding again. The tree runs in any function wrapped by
+    `jaxquant.quantized`. `jaxquant.trained(tree)` says which arrays are trained, and
+    `jaxquant.labels` gives them labels for `optax.multi_transform`.
 
     Args:
       params: tree of quantized weights, latent weights (`jaxquant.latent`) or floating-point
         arrays.
       adapter: what to train: `jaxquant.adapters.LoRA`, `QALoRA`, `L4Q`, `LoTA`, `PEQA`.
       key: PRNG key for random initial values. Default: `jax.random.key(0)`.
-      targets: globs of the paths of the weights to adapt. Default: all quantized weights; if there
-        are none, all weights that are operands of a matmul according to `stats`.
+      targets: glob, or globs, of the paths of the weights to adapt, such as "layers/*kernel"; "*"
+        also matches "/". Default: all quantized weights; if there are none, all weights that are
+        operands of a matmul according to `stats`.
       floats: the tree from which `params` was quantized, for adapters that start from it: `L4Q`,
         and `LoRA` with an `init`. Default: unknown; L4Q then starts from the values of the codes.
       stats: the result of `calibrate`, needed by `LoRA(init="cloq")`; or of `sites`, which tells
-        how floating-point weights are used (as in `jaxquant.quantize`).
+        how floating-point weights are used. Default: none; the use is guessed, as in
+        `jaxquant.quantize`.
     Returns:
       The tree, with `QTensor`s in the format `jaxquant.adapters.Adapted`.
     Raises:
-      ValueError: a glob matches nothing, a weight is adapted already, its format or its shape does
-        not suit the adapter, `floats` lacks a weight, something that the adapter needs is missing,
-        or the start is not finite.
+      ValueError: `targets` is empty, a glob matches nothing, a weight is adapted already, its
+        format or its shape does not suit the adapter, `floats` lacks a weight, something that the
+        adapter needs is missing, or the start is not finite.
     Warns:
       If a format has to gain offsets, which take bytes.
 

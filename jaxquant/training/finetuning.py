@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from jaxquant.adapters.adam_8bit import adam8bit
 from jaxquant.adapters.paging import paged
-from jaxquant.adapters.signed_steps import falling, sign_descent
+from jaxquant.adapters.signed_steps import LAST_SHARE, falling, sign_descent
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.dispatch import quantized
 from jaxquant.durable.store import Finished
@@ -33,22 +33,35 @@ LORA_A, LORA_B, MAGNITUDE, TERNARY = ADAPTER
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning(Healing):
-    """Settings for training adapters: AdamW with warm-up, then cosine decay to zero.
+    """Settings for training adapters: warm-up over a tenth of the steps, then cosine decay to zero.
+
+    Ternary arrays have no learning rate: they are trained by `jaxquant.adapters.sign_descent`. The
+    fields `steps`, `batch_size`, `validate_every`, `save_every` and `seed` are those of
+    `jaxquant.tuning.Healing`.
 
     Attributes:
-      learning_rate: peak learning rate of the matrices A.
-      b_ratio: factor by which that of the matrices B is larger; 1 is plain LoRA, 16 the value that
-        LoRA+ (Hayou et al. 2024, arXiv:2402.12354) suggests.
-      scale_rate: peak rate of scales and offsets, relative to the magnitude of each; 0 freezes
-        them.
-      ternary_share: fraction of the entries of ternary matrices that move in the first step; it
-        falls as in `adapters.signed_steps.falling`. 0 freezes them.
-      also: globs of plain leaves to train as well ("*norm*"). Default: none.
-      other_rate: peak learning rate of these leaves.
-      weight_decay: weight decay of A and B.
-      clip: largest gradient norm of each kind of array; 0 disables clipping.
-      optimizer: "adamw", or "adam8bit" whose state takes 2 bytes per number instead of 8.
-      paged: whether the state of the optimizer lives in the memory of the host.
+      learning_rate: peak learning rate of the matrices A, and of the magnitudes of DoRA, where it
+        is relative to each magnitude; positive. Default: 2e-4.
+      b_ratio: factor by which the rate of the matrices B is larger, 0 or more. 1 (the default) is
+        plain LoRA, 16 the value that LoRA+ (Hayou et al. 2024, arXiv:2402.12354) suggests, and 0
+        freezes B.
+      scale_rate: peak rate of scales, codebooks and offsets, 0 or more: relative to the magnitude
+        of each number, for an offset to its scale. 0 freezes them. Default: 1e-3.
+      ternary_share: fraction of the entries of each ternary matrix that move in the first step:
+        0, which freezes them, or at least 1e-3 and below 1. It falls as in
+        `jaxquant.adapters.falling`. Default: 0.05.
+      also: globs of plain floating-point leaves to train as well ("*norm*"). Default: none.
+      other_rate: peak learning rate of these leaves, 0 or more. Default: 1e-4.
+      weight_decay: weight decay of A and B, 0 or more. Default: 0.
+      clip: largest gradient norm of each kind of array that has a learning rate; 0 disables
+        clipping. Default: 0.3.
+      optimizer: "adamw" (the default), or "adam8bit", whose state takes 2 bytes per number instead
+        of 8 in arrays of at least 4,096 numbers.
+      paged: whether the state of the optimizer is kept in the memory of the host
+        (`jaxquant.adapters.paged`) for arrays of at least 100,000 numbers; that of smaller arrays
+        stays on the device. Default: False.
+    Raises:
+      ValueError: a field is out of its range.
     """
 
     learning_rate: float = 2e-4
@@ -74,8 +87,11 @@ class Finetuning(Healing):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.ternary_share >= 1:
-            raise ValueError(f"ternary_share must be below 1, got {self.ternary_share}")
+        if self.ternary_share and not LAST_SHARE <= self.ternary_share < 1:
+            raise ValueError(
+                f"ternary_share must be 0, or at least {LAST_SHARE}, to which it falls, and below "
+                f"1, got {self.ternary_share}"
+            )
 
     @property
     def rates(self) -> dict[str, float]:
@@ -128,22 +144,6 @@ class Finetuning(Healing):
         return optimizer(train, also=("*",), **each)  # the leaves of `train` are those of `also`
 
 
-def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return an optimizer that computes, and keeps its state, in float32 for bfloat16 parameters.
-
-    It is for loops of one's own; `finetune` trains float32 copies of the parameters.
-
-    Args:
-      inner: the optimizer.
-    """
-    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        return inner.update(wide(updates), state, None if params is None else wide(params))
-
-    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
-
-
 class _Slots(NamedTuple):
     step: Array
     optimizer: optax.OptState
@@ -193,29 +193,33 @@ def finetune(
     progress: Callable[[Progress], None] | None = None,
     finished: Finished | None = None,
 ) -> PyTree:
-    """Train the adapters of a tree end to end; the weights that they are on stay packed.
+    """Train the adapters of a tree end to end.
+
+    Weights that are packed stay packed; `L4Q` keeps their floats until the merge.
 
     Args:
       fn: fn(params, x [batch, ...]) -> logits [..., vocabulary]; run under `quantized`.
       params: tree with adapters (`jaxquant.adapt`).
-      sequences: training inputs [N, ...]; without a teacher, tokens [N, t], and the loss is the
-        cross-entropy of the next token.
+      sequences: training inputs [N, ...]. Without a teacher and a `loss` they are tokens, int
+        [N, t], and the loss is the cross-entropy of the next token.
       how: settings.
       loss: loss(logits, x) -> scalar, in the place of the cross-entropy; for example one that
         counts completions only. Not allowed with a teacher.
       teacher: tree whose predictions are the target (the loss is the mean KL divergence from them).
         Default: none.
-      validation: held-out inputs; the state with the least loss on them is returned. None: the last
-        state is returned.
-      progress: called with a `tuning.trainer.Progress` after every update.
-      finished: store of the training state, written every `save_every` updates (a field of `how`).
-        A run that was interrupted resumes from it.
+      validation: held-out inputs, like `sequences`. The state with the least loss on them is
+        returned, which may be the initial one. Default: none; the last state is returned.
+      progress: called with a `jaxquant.tuning.trainer.Progress` after every update.
+      finished: mutable mapping that keeps the training state, such as
+        `jaxquant.durable.store.Folder(path, run)`, written every `save_every` updates (a field of
+        `how`). A run that was interrupted resumes from it. Default: none.
     Returns:
       The tree, with trained adapters; `jaxquant.merge` merges them.
     Raises:
       ValueError: there are fewer sequences than one batch needs, there is nothing to train, both a
-        loss and a teacher are given, the store holds an unfinished run with other weights or
-        settings, or a loss is not finite.
+        loss and a teacher are given, a glob of `also` matches no floating-point leaf, the store
+        holds an unfinished run with other weights or settings, or a loss or a gradient is not
+        finite.
 
     >>> import jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))

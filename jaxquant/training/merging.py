@@ -65,7 +65,8 @@ def merge(
     `QALoRA`, `L4Q`, `LoTA` and `PEQA` merge exactly: the result is packed and computes what was
     trained.
     `LoRA` on a packed weight does not: the sum is rounded again, to the format of the weight, and
-    `progress` reports how much survives. `LoRA` on floating-point weights gives floats.
+    `progress` reports how much survives. `LoRA` on floating-point weights gives floats, and on
+    latent weights it is added to their floats.
 
     Args:
       params: tree with adapted weights.
@@ -74,12 +75,16 @@ def merge(
       bits: number of bits per code of sums that are rounded again. Default: that of the weight.
       stats: the result of `calibrate`, for the rounder and to weigh errors by the inputs.
       key: PRNG key for rounders that draw random numbers. Default: `jax.random.key(0)`.
-      progress: called with a `Merged` after every weight.
+      progress: called with a `jaxquant.training.Merged` after every weight.
     Returns:
       The tree, with plain `QTensor`s and arrays.
     Raises:
       ValueError: no weight has an adapter; a rounder, or another number of bits than the weights
-        have, is given though all merges are exact; or statistics are missing.
+        have, is given though all merges are exact; the format does not have `bits`; statistics
+        that the rounder needs are missing; a weight holds several adapters
+        (`jaxquant.training.together`); or a sum is not finite or outside the range of its format.
+    Warns:
+      If scales lose precision when a sum is rounded.
 
     >>> import jaxquant as jq
     >>> q = jq.quantize({"w": jnp.eye(64)}, jq.Method("q", jq.rounding.Nearest(),
@@ -97,7 +102,8 @@ def merge(
     rounder, draw, new = rounder or Nearest(), Draw.of(key), {}
     for path, w in leaves.items():
         gram = stats.gram(path) if stats is not None else None
-        if path in inexact and rounder.needs_gram and gram is None:
+        latent = isinstance(w.format.format, Latent)  # whose floats are not rounded here
+        if path in inexact and not latent and rounder.needs_gram and gram is None:
             raise ValueError(
                 f"{path}: {brief(rounder)} needs statistics: pass stats=calibrate(...)"
             )

@@ -23,12 +23,15 @@ def together(trees: Sequence[PyTree]) -> PyTree:
     The base is held once. `selected` then says which row of a batch uses which adapter.
 
     Args:
-      trees: adapted trees of one base, with adapters of equal shape on the same weights.
+      trees: two or more trees of one base, with `LoRA` adapters of equal settings, without `dora`,
+        on the same weights. An `init` of "pissa" or "loftq" may change the base, and such trees can
+        then not be combined.
     Returns:
       One tree, whose adapters have an axis over the trees; `selected` must be applied to it.
     Raises:
-      ValueError: there are fewer than two trees, or they differ in more than the values of their
-        adapters.
+      ValueError: there are fewer than two trees, they differ in more than the values of their
+        adapters, an adapter is not a `LoRA` without `dora`, a tree holds several adapters already,
+        or none has adapters.
     """
     check_arguments(together, locals())
     if len(trees) < 2:
@@ -56,7 +59,7 @@ def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], i: int) -> 
             continue
         same = is_adapted(w) and is_adapted(another) and w.format == another.format
         if not same or w.shape != another.shape:
-            raise ValueError(f"{path}: trees 0 and {i} differ in its format, shape or adapter")
+            raise ValueError(f"{path}: trees 0 and {i} differ here in format, shape or adapter")
         if not isinstance(w.format.adapter, LoRA) or w.format.adapter.dora:
             raise ValueError(f"{path}: only adapters that are LoRA without dora can be combined")
         if w.data[LORA_A].ndim - w.leading() != 2:

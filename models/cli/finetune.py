@@ -38,8 +38,8 @@ from jaxquant_models.schemas.files import TrainingExample
     "only forward passes, and needs as little memory as inference. The others train adapters, "
     "which jaxquant merge merges afterwards: qlora (low-rank products beside the packed weights), "
     "qa-lora (low-rank changes of the offsets of groups), l4q (low-rank changes and steps, learned "
-    "on the rounded sum), lota (ternary changes of the codes), peqa (scales only). All but qlora "
-    "merge exactly.",
+    "on the rounded sum), lota (ternary changes of the codes), peqa (scales and offsets). All but "
+    "qlora merge exactly.",
 )
 @click.option(
     "--bits",
@@ -67,29 +67,31 @@ from jaxquant_models.schemas.files import TrainingExample
     "--alpha",
     type=float,
     default=None,
-    help="The low-rank products of qlora, qa-lora and l4q are multiplied by ALPHA / RANK. The "
-    "default is twice the rank.",
+    help="The low-rank products of qlora, qa-lora and l4q are multiplied by ALPHA / RANK. Not "
+    "allowed with other methods, nor with an --init other than zero. The default is twice the "
+    "rank.",
 )
 @click.option(
     "--init",
     type=click.Choice(["zero", "loftq", "cloq", "pissa"]),
     default=None,
-    help="Start of the adapters of qlora: zero (the default) leaves the quantized model as it is; "
-    "loftq and cloq make up for the error of quantization, cloq by the inputs that the weights "
-    "see; pissa moves the principal part of the weights into the adapters. All but zero need a "
-    "MODEL with float weights.",
+    help="Start of the adapters; only for qlora. zero (the default) leaves the quantized model as "
+    "it is; loftq and cloq make up for the error of quantization, cloq by the inputs that the "
+    "weights see; pissa moves the principal part of the weights into the adapters. All but zero "
+    "need a MODEL with float weights.",
 )
 @click.option(
     "--optimizer",
     type=click.Choice(["adamw", "adam8bit"]),
     default=None,
-    help="Optimizer of the adapters. The state of adam8bit takes a quarter of the memory. The "
-    "default is adamw.",
+    help="Optimizer of the adapters. The state of adam8bit takes a quarter of the memory. Not "
+    "allowed with lota, whose steps need no state. The default is adamw.",
 )
 @click.option(
     "--paged",
     is_flag=True,
-    help="Keep the state of the optimizer of the adapters in the memory of the host.",
+    help="Keep the optimizer's state in the memory of the host, for adapter arrays of at least "
+    "100,000 numbers. Not allowed with lota.",
 )
 @click.option(
     "--only",
@@ -112,7 +114,10 @@ from jaxquant_models.schemas.files import TrainingExample
     help="Training examples for adapters in the place of a text: a JSONL FILE whose lines have "
     '"messages" (each with "role" and "content", written by the chat template of MODEL) or '
     '"prompt" and "completion". Only the messages of the assistant, or the completions, are '
-    "predicted.",
+    "predicted. A prompt and its completion are joined as they are, so a space between them must "
+    "be in the file; an end-of-sequence token follows. Examples longer than --context are cut, and "
+    "left out if the completion begins after that. The last quarter of the examples, at most 8, is "
+    "held out to choose the best state, so at least 3 are needed.",
 )
 @click.option(
     "--generated",
@@ -164,7 +169,9 @@ from jaxquant_models.schemas.files import TrainingExample
     multiple=True,
     metavar="NAME=VALUE",
     help="Set a field of jaxquant.training.QAT (ZeroQAT with --method zeroqat, Finetuning with "
-    "adapters) for the end-to-end training; the value is JSON, as in --set learning_rate=1e-4. "
+    "adapters) for the end-to-end training; the value is JSON, as in --set learning_rate=1e-4. The "
+    "command's defaults, which differ from those of the class, are in the file "
+    "models/runs/finetuning_request.py. "
     "This option may be given several times.",
 )
 @click.option(
@@ -184,18 +191,23 @@ from jaxquant_models.schemas.files import TrainingExample
     "--seed",
     type=SEED,
     default=0,
-    help="Random seed for the order of the sequences, --generated and zeroqat. The default is 0.",
+    help="Random seed for the order of the sequences, --generated, zeroqat and the initial values "
+    "of adapters. The default is 0.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Directory to write the checkpoint to.")
 @click.option(
     "--peft",
     default=None,
     metavar="DIR",
-    help="Directory to write the adapters of qlora to as well, as a PEFT folder, which eval and "
-    "generate read with --adapter. --overwrite replaces one that exists.",
+    help="Directory to write the adapters of qlora to as well, as a PEFT folder. The --adapter of "
+    "eval and generate puts it on the weights it was trained on and refuses others, so to use it, "
+    "quantize MODEL first and finetune that checkpoint.",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace an existing checkpoint in the --out directory."
+    "--overwrite",
+    is_flag=True,
+    help="Replace an existing checkpoint in the --out directory, and an existing PEFT folder in "
+    "the --peft directory.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def finetune(
@@ -302,6 +314,8 @@ def request_of(
             "--bits and --group-size apply only to a MODEL with float weights; a "
             "checkpoint keeps its own"
         )
+    if not steps and method in ADAPTERS:
+        raise ValueError("adapters are trained end to end: give --steps of at least 1")
     if not steps and not block_steps:
         raise ValueError("nothing to do: give --steps, --block-steps or both")
     common: dict[str, Any] = {"batch_size": batch, "seed": seed}
@@ -311,7 +325,9 @@ def request_of(
     rest: dict[str, Any] = {"only": only, "generated": generated, "context": context, "seed": seed}
     if method in ADAPTERS:
         if block_steps or block_settings:
-            raise ValueError("adapters are trained end to end: leave out --block-steps")
+            raise ValueError(
+                "adapters are trained end to end: leave out --block-steps and --set-blocks"
+            )
         adapter, chosen = _adapter(method, packed, **of_adapters)
         how = _training(ADAPTING[method], steps, common | chosen, settings)
         first = None if packed else base_method(method, bits, group_size)

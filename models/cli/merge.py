@@ -26,7 +26,8 @@ CALIBRATION = 16  # sequences
     type=int,
     default=None,
     help="Number of bits per weight when the sum of adapter and weight is rounded again. The "
-    "default is that of the weights. Exact merges keep theirs.",
+    "default is that of the weights. An exact merge keeps the bits of the weights, and another "
+    "number is refused.",
 )
 @click.option(
     "--method",
@@ -62,9 +63,11 @@ def merge(
 
     MODEL is a checkpoint that jaxquant finetune wrote with adapters. Adapters of qa-lora, l4q, lota
     and peqa merge exactly: the packed weights compute what was trained. Those of qlora do not,
-    since the sum is rounded again. The report gives the share of the energy of the adapters'
-    outputs that survives, and the KL divergence of the merged model's predictions from those of the
-    adapted model, in nats per token.
+    since the sum is rounded again. The report gives the KL divergence of the merged model's
+    predictions from those of the adapted model, in nats per token, and the share of the energy of
+    the adapters' outputs that survives. With gptq, that is for inputs like those of the calibration
+    text; with rtn, for uncorrelated inputs of unit variance, so do not compare the shares of the
+    two.
     """
     with usage_errors():
         output = Output(out, overwrite)

@@ -17,8 +17,9 @@ from jaxquant_models.readers.peft import load_peft
 adapter_option = click.option(
     "--adapter", "adapters", multiple=True, metavar="DIR",
     help="LoRA adapter to put on the weights of MODEL: a PEFT folder with adapter_config.json and "
-    "adapter_model.safetensors. This option may be given several times; the command then reports "
-    "on MODEL with each adapter in turn.",
+    "adapter_model.safetensors. A folder that jaxquant wrote fits only the MODEL that it was "
+    "trained on, packed in the same way. This option may be given several times; the command then "
+    "runs MODEL with each adapter in turn.",
 )  # fmt: skip
 activations_option = click.option(
     "--activations", default=None, metavar="FORM",

@@ -47,8 +47,8 @@ def adapter_of(
 def base_method(method: str, bits: int, group_size: int) -> jq.Method:
     """Return the method that quantizes a float model before it gets adapters.
 
-    QLoRA's base is NormalFloat with double quantization, rounded to nearest. The others need a grid
-    with offsets, in which GPTQ chooses the codes.
+    QLoRA's base is NormalFloat with double quantization, rounded to nearest. The others get a grid
+    with offsets, which all but peqa need, and GPTQ chooses the codes.
 
     Args:
       method: one of `ADAPTERS`.

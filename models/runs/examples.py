@@ -49,8 +49,10 @@ def example_sequences(
       examples: the examples.
       length: number of tokens per sequence. Longer examples are cut off, shorter ones padded.
     Returns:
-      int32 [N, 2, length]: the tokens, and 1 for those that are predicted, else 0. Examples whose
-      completions lie beyond `length` are left out.
+      int32 [N, 2, length]: the tokens, and 1 for those that are predicted, else 0. A prompt and its
+      completion follow each other as they are, and the model's first end-of-sequence token, which
+      is predicted too, ends them; a conversation is written by the chat template. Examples whose
+      completions begin beyond `length` are left out.
     Raises:
       ValueError: the model has no chat template for conversations, the template does not write a
         conversation as a continuation of its beginning, or no example is left.

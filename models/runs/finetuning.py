@@ -169,8 +169,8 @@ class FinetuningJob:
         if len(training) < batch:
             raise ValueError(
                 f"there are {len(training)} sequences of {request.context} tokens to "
-                f"train on, but one step needs {batch}: give a longer text, a smaller "
-                "batch or a shorter context"
+                f"train on, but one step needs {batch}: give a longer text or more examples, "
+                "a smaller batch or a shorter context"
             )
         return training, held_out
 

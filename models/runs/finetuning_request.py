@@ -1,4 +1,4 @@
-"""The request for finetuning: everything that determines the result."""
+"""The request for finetuning: the settings that determine the result."""
 
 import dataclasses
 from typing import NamedTuple
@@ -54,7 +54,7 @@ ADAPTING = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningRequest:
-    """Everything that determines the result, except the models and the contents of the text.
+    """Everything that determines the result, except the models, the text and the examples.
 
     Attributes:
       end_to_end: how the whole model is trained; None skips this.

@@ -23,7 +23,8 @@ class Loss(NamedTuple):
     Attributes:
       exact: whether every adapter merged exactly.
       kept: share of the energy of the adapters' outputs that survives, over all matrices; 1 if all
-        merged exactly, NaN if the adapters changed nothing.
+        merged exactly, NaN if the adapters changed nothing. The inputs are those of the calibration
+        text with gptq; otherwise they are taken as uncorrelated and of unit variance.
       kl: mean KL divergence of the predictions of the merged model from those of the adapted one,
         in nats per token.
     """

@@ -70,9 +70,8 @@ def split(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(sequences) < 3:
         raise ValueError(
-            f"the text has {len(sequences)} sequences of {sequences.shape[1]} tokens, "
-            "but training and --target-bits need at least 3, since some are held "
-            "out: give a longer text"
+            f"there are {len(sequences)} sequences of {sequences.shape[-1]} tokens, but at least "
+            "3 are needed, since some are held out: give a longer text, or more examples"
         )
     kept = max(1, min(HELD_OUT, len(sequences) // 4))
     return sequences[:-kept], sequences[-kept:]

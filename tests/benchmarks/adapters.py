@@ -38,7 +38,7 @@ METHODS = {
     "qlora": (jq.adapters.LoRA(4), {"learning_rate": 2e-3}),
     "qlora, loftq": (jq.adapters.LoRA(4, init="loftq"), {"learning_rate": 2e-3}),
     "qlora, cloq": (jq.adapters.LoRA(4, init="cloq"), {"learning_rate": 2e-3}),
-    "qa-lora": (jq.adapters.QALoRA(8, pooling="sum"), {"learning_rate": 2e-3}),
+    "qa-lora": (jq.adapters.QALoRA(8, pooling="sum"), {"learning_rate": 1e-3}),
     "l4q": (jq.adapters.L4Q(4), {"learning_rate": 2e-3, "scale_rate": 2e-3}),
     "peqa": (jq.adapters.PEQA("scale"), {"scale_rate": 4e-3}),
     "lota": (jq.adapters.LoTA(4), {}),

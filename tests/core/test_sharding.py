@@ -80,6 +80,16 @@ try:
     raise SystemExit("accepted")
 except ValueError as error:
     assert "the rows of a weight [256] by [64] are split" in str(error), error
+learning = [jq.adapt({"w": jq.quantize_array(w4, jq.rtn(4, 32))}, jq.adapters.LoRA(4)),
+            jq.latent({"w": w4}, jq.lsq(4, 32))]
+for tree in learning:  # what learns belongs to all rows
+    specs = jax.tree.map(lambda a: P("d") if a.shape[0] > 4 else P(), tree)
+    try:
+        jax.shard_map(jq.quantized(parts), mesh=mesh, in_specs=(specs, P(None, "d")), out_specs=P(),
+                      check_vma=False)(tree, x4)
+        raise SystemExit("accepted")
+    except ValueError as error:
+        assert "a weight in training cannot be" in str(error), error
 """,
     "quantize split columns": """
 rule = jq.gptq(4, 16)

@@ -14,6 +14,7 @@ from jaxquant.core.protocols import Moments
 from jaxquant.formats.float8 import Float8
 from jaxquant.formats.microscaling import E2M1, MXFP4, NVFP4
 from jaxquant.formats.normal_float import NF4, NormalFloat, dynamic_map, normal_quantiles
+from jaxquant.formats.offset import Offset
 from jaxquant.formats.table import Scales, search
 from jaxquant.rounding.ldlq import LDLQ
 from pallas_kernels.codecs import tables
@@ -346,6 +347,10 @@ def test_double_quantization_refuses_split_outputs():
         (
             lambda: NormalFloat(scale_dtype="float16").check(jnp.full((64, 1), 1e6)),
             "need scales outside the range of float16",
+        ),
+        (
+            lambda: Offset(NormalFloat()).check(jnp.full((64, 1), 1e6)),
+            'need offsets outside the range of float16.*dtype="bfloat16"',
         ),
     ],
 )

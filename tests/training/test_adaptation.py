@@ -135,6 +135,7 @@ BAD = [
     (lambda: jq.adapt(packed(jq.nf4(16)), L4Q(2)), "L4Q learns the steps of integers"),
     (lambda: jq.adapt(packed(jq.nf4(16, double_quant=True)), PEQA()), "can train nothing, but"),
     (lambda: jq.adapt(packed(jq.nf4(16)), LoTA(2)), "LoTA changes the codes of integers"),
+    (lambda: PEQA("offset"), "without the scales that measure their steps"),
     (lambda: LoTA(2, threshold=1.0), "threshold must be between 0 and 1"),
     (lambda: LoRA(0), "rank must be at least 1, got 0"),
     (lambda: LoRA(2, alpha=-1.0), "alpha must be positive"),
@@ -163,7 +164,8 @@ BAD = [
         "a/kernel has an adapter, which jaxquant.training.finetune trains",
     ),
     (lambda: jq.adapters.sign_descent(5.0), "share must be between 0 and 1"),
-    (lambda: Finetuning(ternary_share=1.0), "ternary_share must be below 1"),
+    (lambda: Finetuning(ternary_share=1.0), "ternary_share must be 0, or at least"),
+    (lambda: Finetuning(ternary_share=1e-4), "at least 0.001, to which it falls"),
     (lambda: selected(jq.adapt(packed(), LoRA(2)), [0]), "a/kernel: the weight has one adapter"),
     (lambda: selected(packed(), [0]), "nothing to select from"),
     (lambda: selected(two_adapters(), [0, 2]), "ids must be from 0 to 1, .* got 2"),
@@ -175,7 +177,7 @@ BAD = [
     (lambda: together([jq.adapt(packed(), LoRA(2))]), "at least two trees, got 1"),
     (
         lambda: together([jq.adapt(packed(), LoRA(2)), jq.adapt(packed(), LoRA(3))]),
-        "a/kernel: trees 0 and 1 differ in its format, shape or adapter",
+        "a/kernel: trees 0 and 1 differ here in format, shape or adapter",
     ),
     (
         lambda: together([jq.adapt(packed(), QALoRA(2)), jq.adapt(packed(), QALoRA(2))]),
@@ -244,7 +246,7 @@ def test_an_adapter_that_learned_nothing_has_nothing_to_keep():
 def test_a_merge_into_latent_floats_is_not_called_exact():
     tree = jq.adapt(jq.latent(params(), RECIPE(jq.lsq(2, 16))), LoRA(2))
     after = trained(tree, size=0.05)
-    merged, found = reports(after)
+    merged, found = reports(after, rounder=jq.rounding.LDLQ())  # which rounds no floats
     w = after["a"]["kernel"]
     none = dataclasses.replace(w, data={**w.data, "lora_b": 0 * w.data["lora_b"]})
     whole, base = w.stored(), none.stored()

@@ -57,7 +57,13 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def check(self, format: Format, k: int, n: int) -> None:
-        """Raise ValueError unless matrices [k, n] in this format can be adapted this way."""
+        """Raise ValueError unless matrices can be adapted this way.
+
+        Args:
+          format: format of the matrix before it is adapted, or the format `home`; an adapter that
+            takes the one must take the other.
+          k, n: number of rows and of columns of the stored matrix.
+        """
 
     def home(self, format: Any) -> Format:
         """Return the format in which the adapted matrix is stored: by default, its own.
@@ -88,10 +94,11 @@ class Adapter(abc.ABC):
 
         Args:
           format: the format `home`.
-          form: how inputs are rounded, or None.
-          x: the rows.
+          form: the `jaxquant.Activations` by which the packed product rounds its inputs; None for
+            no rounding.
+          x: the inputs, one per row.
           data: all arrays of the adapted matrix.
-          of_inputs: arrays of the activation format.
+          of_inputs: arrays "scale" and "zero" of a static activation format; else none.
 
         Returns:
           The product, float32.
@@ -122,6 +129,9 @@ class Adapter(abc.ABC):
           format: the format `home`.
           data: all arrays of the adapted matrix.
           k: number of rows.
+
+        Returns:
+          The matrix.
         """
 
     def merged(self, format: Any, data: Data, k: int) -> Data:
@@ -131,5 +141,11 @@ class Adapter(abc.ABC):
           format: the format `home`.
           data: all arrays of the adapted matrix.
           k: number of rows.
+
+        Returns:
+          The arrays in the format `home`.
+
+        Raises:
+          NotImplementedError: the adapter is not `exact`.
         """
         raise NotImplementedError

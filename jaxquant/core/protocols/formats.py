@@ -71,6 +71,10 @@ class Format(abc.ABC):
         """Return the shapes and dtypes of the arrays that `encode` makes of a matrix [k, n]."""
         return _shapes(self, k, n)
 
+    def code_rows(self, k: int, n: int) -> int:
+        """Return the length of the first axis of "codes" for a matrix [k, n]."""
+        return self.shapes(k, n)["codes"].shape[0]
+
     @abc.abstractmethod
     def decode(self, data: Data, k: int) -> Float[Array, "k n"]:
         """Decode the packed arrays of one matrix; traceable.

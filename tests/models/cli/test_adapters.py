@@ -154,7 +154,8 @@ def test_starts_that_make_up_for_rounding(tiny, run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        ("qlora --block-steps 2", 2, "adapters are trained end to end"),
+        ("qlora --set-blocks seed=1", 2, "leave out --block-steps and --set-blocks"),
+        ("qlora --steps 0", 2, "give --steps of at least 1"),
         ("peqa --rank 2", 2, "peqa trains scales, which have no rank"),
         ("lota --alpha 2", 2, "lota changes codes by whole steps"),
         ("qa-lora --init loftq", 2, "--init is an option of qlora"),
