@@ -1,6 +1,6 @@
 """Training with low-bit weights: latent weights, adapters, optimizers, zeroth-order gradients."""
 
-from jaxquant.training.finetuning import Finetuning, finetune
+from jaxquant.training.finetuning import Finetuning, finetune, in_float32
 from jaxquant.training.merging import Merged
 from jaxquant.training.optimizers import optimizer, relative
 from jaxquant.training.qat import QAT, qat_blocks
@@ -15,6 +15,7 @@ __all__ = [
     "ZeroQAT",
     "Zeroth",
     "finetune",
+    "in_float32",
     "optimizer",
     "qat_blocks",
     "relative",

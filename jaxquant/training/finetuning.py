@@ -144,6 +144,29 @@ class Finetuning(Healing):
         return optimizer(train, also=("*",), **each)  # the leaves of `train` are those of `also`
 
 
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return an optimizer that computes, and keeps its state, in float32 for bfloat16 parameters.
+
+    It is for loops of one's own; `finetune` trains float32 copies of the parameters.
+
+    Args:
+      inner: any Optax optimizer.
+    Returns:
+      The optimizer. Its updates are float32; `optax.apply_updates` adds them in the dtype of the
+      parameters.
+
+    >>> p = {"w": jnp.ones(2, "bfloat16")}
+    >>> in_float32(optax.adam(0.1)).init(p)[0].nu["w"].dtype.name
+    'float32'
+    """
+    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        return inner.update(wide(updates), state, None if params is None else wide(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
+
+
 class _Slots(NamedTuple):
     step: Array
     optimizer: optax.OptState
