@@ -324,7 +324,7 @@ def test_a_short_text_is_told_before_any_work(tiny, run, tmp_path):
             "--calibration",
             tmp_path / "t.txt",
         ]
-        fails(run("quantize", tiny, *options, "--out", tmp_path / "o"), 1, "need at least 3")
+        fails(run("quantize", tiny, *options, "--out", tmp_path / "o"), 1, "at least 3 are needed")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
 
