@@ -73,7 +73,7 @@ def cloq(format: Format, data: Data, w: Floats, gram: Gram, rank: int) -> Start:
     With E = W - Q and the second moment H = R^T R of the inputs, the product that minimizes
     |R (E - A B)| is A B = R^-1 [R E]_r, where [.]_r is the best approximation of rank r. Q stays as
     the rounder chose it. Before that, 0.01 times the mean of the diagonal of H is added to the
-    diagonal.
+    diagonal. The factors are balanced: A and B have equal norms, whatever the scale of H.
 
     Args:
       format: format of the matrix.
@@ -94,7 +94,7 @@ def cloq(format: Format, data: Data, w: Floats, gram: Gram, rank: int) -> Start:
     root = jnp.sqrt(values)
     through = root[:, None] * (vectors.T @ (w - format.decode(data, len(w))))
     a, b = best_product(through, rank)
-    return data, vectors @ (a / root[:, None]), b
+    return data, *balanced(vectors @ (a / root[:, None]), b)
 
 
 def best_product(w: Float[Array, "k n"], rank: int) -> tuple[Array, Array]:
@@ -111,6 +111,21 @@ def best_product(w: Float[Array, "k n"], rank: int) -> tuple[Array, Array]:
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(s[:rank])
     return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def balanced(a: Float[Array, "k r"], b: Float[Array, "r n"]) -> tuple[Array, Array]:
+    """Return factors of the product A B of equal norms, so that one learning rate suits both.
+
+    Args:
+      a, b: the factors.
+
+    >>> a, b = balanced(jnp.array([[100.0], [0.0]]), jnp.array([[0.01, 0.0]]))
+    >>> abs(a).ravel().round(3).tolist(), abs(b).ravel().round(3).tolist()
+    ([1.0, 0.0], [1.0, 0.0])
+    """
+    q, rest = jnp.linalg.qr(a)
+    inner, outer = best_product(rest @ b, len(b))
+    return q @ inner, outer
 
 
 STARTS: dict[str, Callable[[Format, Data, Floats, Gram, int], Start]] = {

@@ -72,6 +72,15 @@ def test_cloq_has_the_least_error_of_the_outputs():
     )
 
 
+def test_cloq_gives_both_factors_the_same_size():
+    """Whatever the unit of the inputs: one learning rate has to suit A and B."""
+    w, method, (x, _) = drawn(), jq.rtn(2, 16), correlated()
+    stats = jq.calibrate(lambda p, x: x @ p["w"], {"w": w}, [1e-3 * x])
+    data = started("cloq", w, method, stats=stats).data
+    sizes = [float(jnp.linalg.norm(data[name])) for name in ("lora_a", "lora_b")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
+
+
 def test_cloq_keeps_the_codes_that_the_rounder_chose():
     w, method, (_, stats) = drawn(), jq.rtn(2, 16), correlated()
     q = jq.quantize({"w": w}, method)["w"]
