@@ -22,7 +22,12 @@ from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.adapting import ADAPTERS, adapter_of, base_method
 from jaxquant_models.runs.examples import read_examples
 from jaxquant_models.runs.finetuning import FinetuningJob, check
-from jaxquant_models.runs.finetuning_request import ADAPTING, METHODS, FinetuningRequest
+from jaxquant_models.runs.finetuning_request import (
+    ADAPTING,
+    METHODS,
+    STARTED_RATE,
+    FinetuningRequest,
+)
 from jaxquant_models.runs.sequences import CONTEXT
 from jaxquant_models.schemas.files import TrainingExample
 
@@ -366,7 +371,8 @@ def _adapter(
         raise ValueError(f"--init {init} finds its own scaling: leave out --alpha")
     rank = rank or (8 if method == "qa-lora" else 16)
     adapter = adapter_of(method, rank, alpha, init or "zero")
-    return adapter, {"optimizer": optimizer or "adamw", "paged": paged}
+    chosen = {"optimizer": optimizer or "adamw", "paged": paged}
+    return adapter, chosen | ({"learning_rate": STARTED_RATE} if init not in (None, "zero") else {})
 
 
 def _training(

@@ -10,6 +10,7 @@ import jaxquant as jq
 from jaxquant.evaluation import evaluate
 from jaxquant.storage import checkpoint
 from jaxquant_models import load
+from jaxquant_models.cli.finetune import request_of
 from jaxquant_models.runs.sequences import token_sequences
 from tests.support.command import fails
 from tests.support.stopped import same_bits, stopped_at
@@ -201,3 +202,17 @@ def test_options_of_a_merge_are_checked_against_the_base(tiny, run, tmp_path):
     status, _, err = run(*merge, "--bits", 3)
     assert status == 0, err
     assert checkpoint.load(tmp_path / "m")
+
+
+def test_factors_that_start_large_learn_slowly():
+    options = {
+        "packed": False, "watch": False, "generated": 0, "method": "qlora", "bits": 2,
+        "group_size": None, "only": (), "context": 64, "steps": 8, "block_steps": 0, "batch": 1,
+        "seed": 0, "block_settings": (), "rank": 4, "alpha": None, "optimizer": None,
+        "paged": False,
+    }  # fmt: skip
+    rate = lambda init, *settings: (
+        request_of(**options, init=init, settings=settings).end_to_end.learning_rate
+    )
+    assert rate("cloq") == rate("loftq") == rate("zero") / 4 == rate(None) / 4
+    assert rate("cloq", "learning_rate=0.1") == 0.1
