@@ -50,9 +50,9 @@ ADAPTING = {
     "lota": Finetuning(validate_every=25),
     "peqa": Finetuning(scale_rate=3e-3, clip=1.0, validate_every=25),
 }
-# Matrices A and B that start from the error of rounding are about four times as large as those that
-# start at zero, and a step of either changes the weight by so much more.
-STARTED_RATE = ADAPTING["qlora"].learning_rate / 4
+# Matrices A and B that start from the error of rounding are larger than those that start at zero,
+# and a step of either changes the weight by more.
+STARTED_RATE = ADAPTING["qlora"].learning_rate / 2
 
 
 @dataclasses.dataclass(frozen=True)

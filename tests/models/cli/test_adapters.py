@@ -214,5 +214,5 @@ def test_factors_that_start_large_learn_slowly():
     rate = lambda init, *settings: (
         request_of(**options, init=init, settings=settings).end_to_end.learning_rate
     )
-    assert rate("cloq") == rate("loftq") == rate("zero") / 4 == rate(None) / 4
+    assert rate("cloq") == rate("loftq") == rate("zero") / 2 == rate(None) / 2
     assert rate("cloq", "learning_rate=0.1") == 0.1
