@@ -14,13 +14,15 @@ from jaxquant.core.straight_through import through as straight
 from jaxquant.formats.integer import spread
 from jaxquant.formats.scales import (
     SCALE_DTYPES,
-    check_offsets,
+    check_scales,
     check_values,
     grouped,
     rescaled,
     through,
 )
 from pallas_kernels import activations as forms
+
+WIDER_OFFSETS = 'use Offset(dtype="bfloat16") or "float32", or rescale the weights'
 
 
 class Shifted(NamedTuple):
@@ -103,7 +105,7 @@ class Offset(GridFormat):
         """
         groups = sizes(grouped(w, self.rows_per_group(len(w))), 1)
         lost = self.format.check(w)
-        check_offsets(groups, self.dtype)
+        check_scales(groups, 1.0, 1, self.dtype, WIDER_OFFSETS, "offsets")
         return lost
 
     # --- grids and codes --------------------------------------------------------------------------

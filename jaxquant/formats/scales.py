@@ -47,7 +47,12 @@ def through(x: Float[Array, "..."], dtype: str) -> Float[Array, "..."]:
 
 
 def check_scales(
-    groups: Float[np.ndarray, "..."], top: float, bits: int, dtype: str, remedy: str = WIDER
+    groups: Float[np.ndarray, "..."],
+    top: float,
+    bits: int,
+    dtype: str,
+    remedy: str = WIDER,
+    what: str = "scales",
 ) -> str:
     """Return a warning if groups of weights lose precision when their scales are stored, else "".
 
@@ -60,6 +65,7 @@ def check_scales(
       bits: number of bits per code.
       dtype: storage dtype of the scales.
       remedy: advice to append to the message.
+      what: name in the error of what is stored, such as "offsets".
     Raises:
       ValueError: a scale is too large for the dtype, or all scales are too small.
 
@@ -70,21 +76,8 @@ def check_scales(
     # Subnormal numbers of the other dtypes are flushed to zero.
     half, tiny = 2.0 ** (bits - 1) * float(info.smallest_subnormal), max(float(info.tiny), _TINY)
     least = top * (half if dtype == "float16" else tiny)
-    _check_range(groups, least, top * float(info.max), "scales", dtype, remedy)
+    _check_range(groups, least, top * float(info.max), what, dtype, remedy)
     return lost(groups, least, dtype, remedy)
-
-
-def check_offsets(groups: Float[np.ndarray, "..."], dtype: str) -> None:
-    """Raise ValueError if offsets as large as the weights do not fit in their storage dtype.
-
-    Args:
-      groups: the largest magnitude in each group.
-      dtype: storage dtype of the offsets.
-    """
-    info: Any = jnp.finfo(dtype)
-    least = float(info.smallest_subnormal) if dtype == "float16" else max(float(info.tiny), _TINY)
-    remedy = 'give the format dtype="bfloat16" or "float32" for its offsets, or rescale the weights'
-    _check_range(groups, least, float(info.max), "offsets", dtype, remedy)
 
 
 def lost(groups: Float[np.ndarray, "..."], least: float, dtype: str, remedy: str) -> str:
