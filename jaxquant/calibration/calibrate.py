@@ -8,7 +8,6 @@ Probes attached to the weights receive the statistics as cotangents, so one `jax
 those of all layers (`observe`). Batches are merged.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxquant.calibration.observation import arrays_only, holders, planted, total, zeros
-from jaxquant.calibration.statistics import Kept, Probe, Stats, Weighting
+from jaxquant.calibration.observation import arrays_only, total
+from jaxquant.calibration.probing import Probing, check_globs
+from jaxquant.calibration.statistics import Probe, Stats, Weighting
 from jaxquant.core.arguments import check_arguments, described
-from jaxquant.core.paths import matches
 from jaxquant.core.sites import Site, sites
 from jaxquant.core.standin import run
 from jaxquant.durable.states import as_arrays, as_tree, mark
@@ -127,8 +126,8 @@ def calibrate(
     for i, batch in enumerate(batches):
         if sums is None:
             found = sites(fn, params, *_args(batch))
-            _check_globs(found, output)
-            plan = _Plan.of(found, weighting, gram, tuple(output), sample)
+            check_globs(found, output)
+            plan = Probing.of(found, weighting, gram, tuple(output), sample)
             sums = kept.sums(plan, params, batch)
         if i >= kept.count:
             sums = jax.block_until_ready(_step(sums, params, batch, fn, loss, plan))
@@ -179,57 +178,8 @@ def _doubts(
             )
 
 
-def _check_globs(found: Mapping[str, Site], globs: Sequence[str]) -> None:
-    paths = [path for path, site in found.items() if site.contracted]
-    for glob in globs:
-        if not any(matches(path, glob) for path in paths):
-            raise ValueError(
-                f"output: {glob!r} matches no weight that the function multiplies by; these are "
-                f"{', '.join(paths[:6]) or 'none'}{', ...' * (len(paths) > 6)}"
-            )
-
-
 def _args(batch: PyTree) -> tuple[PyTree, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Which weights have a probe. Hashed by value, so that equal plans share a compiled step."""
-
-    held: tuple[tuple[str, Site], ...]
-    holder: tuple[tuple[str, str], ...]
-    weighting: Weighting
-    gram: bool
-    output: tuple[str, ...]  # globs of paths
-    sample: int
-
-    @staticmethod
-    def of(
-        found: dict[str, Site],
-        weighting: Weighting,
-        gram: bool,
-        output: tuple[str, ...],
-        sample: int,
-    ) -> "_Plan":
-        # Gradient weights depend on a weight's own output, so moments of one input differ.
-        holder = holders(found, shared=weighting != "gradient")
-        held = tuple((p, found[p]) for p in dict.fromkeys(holder.values()))
-        return _Plan(held, tuple(holder.items()), weighting, gram, output, sample)
-
-    def kept(self, path: str) -> Kept:
-        """Return what to keep at a weight."""
-        output = any(matches(path, glob) for glob in self.output)
-        alike = dict(self.held)[path].covered is not None
-        return Kept(self.gram, output, self.weighting, self.sample, alike)
-
-    def probes(self) -> dict[str, Probe]:
-        """Return zeros, by the path of the weight that holds the statistics."""
-        return {p: zeros(site, self.kept(p)) for p, site in self.held}
-
-    def merged(self, a: dict[str, Probe], b: dict[str, Probe]) -> dict[str, Probe]:
-        """Merge the statistics of two sets of batches."""
-        return {p: self.kept(p).merged(a[p], b[p]) for p, _ in self.held}
 
 
 class _Kept:
@@ -242,7 +192,7 @@ class _Kept:
     def __init__(self, finished: Finished | None, name: str) -> None:
         self.finished, self.name, self.count = finished, name, 0
 
-    def sums(self, plan: _Plan, params: PyTree, batch: PyTree) -> dict[str, Probe]:
+    def sums(self, plan: Probing, params: PyTree, batch: PyTree) -> dict[str, Probe]:
         """Return the sums stored for this plan, parameters and first batch; otherwise zeros."""
         if self.finished is None:
             return plan.probes()
@@ -263,12 +213,12 @@ class _Kept:
 
 @partial(jax.jit, static_argnames=("fn", "loss", "plan"), donate_argnames="sums")
 def _step(
-    sums: dict, params: PyTree, batch: PyTree, fn: Callable, loss: Callable | None, plan: _Plan
+    sums: dict, params: PyTree, batch: PyTree, fn: Callable, loss: Callable | None, plan: Probing
 ) -> dict:
     """Merge the statistics of one batch into the sums."""
 
     def scalar(probes: dict) -> Array:
-        out = run(fn, planted(params, plan.held, probes, plan.kept), *_args(batch))
+        out = run(fn, plan.planted(params, probes), *_args(batch))
         if loss is None:
             return total(out)
         value = jnp.asarray(loss(out, batch))

@@ -79,11 +79,17 @@ def sizes(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> 
     >>> sizes(jnp.array([[1.0, -2.0], [0.0, 2.0**-140]]), 1) == [2, 2.0**-140]
     array([ True,  True])
     """
-    return np.asarray(_largest_bits(x, axis)).view(np.float32).astype(np.float64)
+    return np.asarray(largest_bits(x, axis)).view(np.float32).astype(np.float64)
 
 
 @partial(jax.jit, static_argnums=1)
-def _largest_bits(x: Float[Array, "..."], axis: int | tuple[int, ...] | None) -> Int[Array, "..."]:
-    """Compare floats of one sign by their bits, because arithmetic may flush subnormals to zero."""
+def largest_bits(x: Float[Array, "..."], axis: int | tuple[int, ...] | None) -> Int[Array, "..."]:
+    """Return the bits of max |x|; see `sizes`.
+
+    Bits are compared, because arithmetic may flush subnormal numbers to zero.
+
+    Args:
+      x, axis: as in `sizes`.
+    """
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     return jnp.max(bits, axis, initial=0)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -22,6 +23,7 @@ from jaxquant.durable.claims import Claim, Taken, claim
 RUN = "run.json"
 LAYOUT = "layout of what is kept"  # name of a number to increment when the stored arrays change
 FILE = re.compile(r"[0-9a-f]{24}\.bin|(run|[0-9a-f]{24})\.aside")  # our files, temporary ones too
+DIRECTORY = ".parts"  # ending of the names of directories
 HEX = 64  # length of a SHA-256 in hexadecimal
 Arrays = Mapping[str, Any]
 Finished = MutableMapping[str, Arrays]  # results of a long run; on disk, a `Folder`
@@ -78,7 +80,7 @@ class Folder(MutableMapping[str, Arrays]):
         mark = self.path / RUN
         kept = mark.read_bytes() if mark.is_file() else None
         if kept != text.encode():
-            if kept is not None and len(self):
+            if kept is not None and self.started:
                 self.replaced = _differences(kept, json.loads(text))
             if refuse and self.replaced:
                 raise ValueError(
@@ -100,10 +102,21 @@ class Folder(MutableMapping[str, Arrays]):
         self.close()
 
     def __setitem__(self, name: str, arrays: Arrays) -> None:
+        self.put(name, arrays)
+
+    def put(self, name: str, arrays: Arrays, *, sync: bool = True) -> None:
+        """Store an entry.
+
+        Args:
+          name: its name.
+          arrays: its arrays.
+          sync: whether to wait until the disk has it. If False, an entry may be damaged if the
+            machine loses its power, but not if only the process is killed.
+        """
         flat = {key: np.asarray(a) for key, a in arrays.items()}
         kinds = {key: [a.dtype.name, list(a.shape)] for key, a in flat.items()}
         head = json.dumps({"name": name, "arrays": kinds}).encode()
-        _write(self._file(name), head + b"\n", flat)
+        _write(self._file(name), head + b"\n", flat, sync)
 
     def __getitem__(self, name: str) -> dict[str, np.ndarray]:
         with self._sound(self._file(name), name) as found:
@@ -146,12 +159,32 @@ class Folder(MutableMapping[str, Arrays]):
         self._claim.end()
         self.close()
 
+    def directory(self, name: str) -> Path:
+        """Return a directory in the folder, created if necessary, for files of the run.
+
+        It is deleted with the entries of the run. What is in it must be written atomically, and
+        verified when it is read.
+
+        Args:
+          name: its name, of letters, digits and "-".
+        """
+        path = self.path / f"{name}{DIRECTORY}"
+        path.mkdir(exist_ok=True)
+        return path
+
+    @property
+    def started(self) -> bool:
+        """Whether anything of the run is stored."""
+        return is_started(self.path)
+
     def _files(self) -> list[Path]:
         return sorted(p for p in self.path.glob("*.bin") if FILE.fullmatch(p.name))
 
     def _forget(self) -> None:
         for path in self._files():
             path.unlink(missing_ok=True)
+        for path in self.path.glob(f"*{DIRECTORY}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.bin"
@@ -232,6 +265,12 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(mark.read_bytes()).hexdigest() if mark.is_file() else ""
 
 
+def is_started(folder: Path) -> bool:
+    """Return whether anything of a run is stored in a folder."""
+    parts = (any(path.iterdir()) for path in folder.glob(f"*{DIRECTORY}"))
+    return any(folder.glob("*.bin")) or any(parts)
+
+
 def _held(path: Path, run: str) -> Claim:
     held = claim(path)
     if held.runs and held.run != run:
@@ -260,13 +299,13 @@ def _differences(kept: bytes, run: dict[str, Any]) -> tuple[str, ...]:
     return names or (f"{RUN}, which is damaged",)
 
 
-def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray], sync: bool) -> None:
     """Write a line with the digest of the rest, then the rest."""
-    with _aside(path) as file:
+    with _aside(path, sync) as file:
         total = hashlib.sha256(head)
         file.write(b"0" * HEX + b"\n" + head)
         for a in arrays.values():
-            data = np.ascontiguousarray(a).tobytes()
+            data = np.ascontiguousarray(a).reshape(-1).view(np.uint8).data
             total.update(data)
             file.write(data)
         file.seek(0)
@@ -274,14 +313,15 @@ def _write(path: Path, head: bytes, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 @contextlib.contextmanager
-def _aside(path: Path) -> Iterator[BufferedWriter]:
+def _aside(path: Path, sync: bool = True) -> Iterator[BufferedWriter]:
     """Write to a temporary file, sync and rename it: a kill leaves the old file or the new one."""
     aside = path.with_suffix(".aside")
     try:
         with aside.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror}") from error

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.fields import check_fields
-from jaxquant.core.magnitude import exponent, shifted, sizes
+from jaxquant.core.magnitude import exponent, shifted
 from jaxquant.core.protocols import LevelFormat, OpArguments
 from jaxquant.core.straight_through import nearest_codes
 from jaxquant.formats.op_format import WHOLE_BITS, OpFormat
@@ -17,7 +17,7 @@ from jaxquant.formats.scales import (
     check_grouping,
     check_scales,
     check_values,
-    grouped,
+    group_sizes,
     rows_per_group,
 )
 from pallas_kernels.codecs import layout
@@ -92,8 +92,8 @@ class Integer(LevelFormat, OpFormat):
         Raises:
           ValueError: the weights are outside the range of the scales.
         """
-        groups = grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor")
-        return check_scales(sizes(groups, 1), self.limits[1], self.bits, self.scale_dtype)
+        found = group_sizes(w, self.rows_per_group(len(w)), self.group_size == "tensor")
+        return check_scales(found, self.limits[1], self.bits, self.scale_dtype)
 
     def check_shape(self, k: int, n: int) -> None:
         """Raise ValueError if a matrix [k, n] cannot be stored."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.fields import check_fields
-from jaxquant.core.magnitude import exponent, shifted, sizes
+from jaxquant.core.magnitude import exponent, shifted
 from jaxquant.core.protocols import Grid, GridFormat, LevelFormat
 from jaxquant.core.straight_through import through as straight
 from jaxquant.formats.integer import spread
@@ -16,7 +16,7 @@ from jaxquant.formats.scales import (
     SCALE_DTYPES,
     check_scales,
     check_values,
-    grouped,
+    group_sizes,
     rescaled,
     through,
 )
@@ -103,7 +103,7 @@ class Offset(GridFormat):
         Raises:
           ValueError: the weights are outside the range of the scales or of the offsets.
         """
-        groups = sizes(grouped(w, self.rows_per_group(len(w))), 1)
+        groups = group_sizes(w, self.rows_per_group(len(w)))
         lost = self.format.check(w)
         check_scales(groups, 1.0, 1, self.dtype, WIDER_OFFSETS, "offsets")
         return lost

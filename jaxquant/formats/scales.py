@@ -1,13 +1,14 @@
 """Scales as they are after storage, and the groups of rows that share one."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxquant.core.magnitude import shifted, sizes
+from jaxquant.core.magnitude import largest_bits, shifted, sizes
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 LEAST, MOST = 2.0**-110, 2.0**120  # of a matrix's largest weight, leaving float32 room for sums
@@ -202,6 +203,20 @@ def grouped(w: Float[Array, "k n"], rows: int, whole: bool = False) -> Float[Arr
     if whole:
         return w.reshape(1, -1, 1)
     return jnp.pad(w, ((0, -len(w) % rows), (0, 0))).reshape(-1, rows, w.shape[1])
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _in_groups(w: Float[Array, "k n"], rows: int, whole: bool) -> Int[Array, "g n"]:
+    return largest_bits(grouped(w, rows, whole), 1)
+
+
+def group_sizes(w: Float[Array, "k n"], rows: int, whole: bool = False) -> np.ndarray:
+    """Return the largest |w| of each group of rows, in each column, as float64 on the host.
+
+    Args:
+      w, rows, whole: as in `grouped`.
+    """
+    return np.asarray(_in_groups(w, rows, whole)).view(np.float32).astype(np.float64)
 
 
 def rescaled(data: dict[str, Array], e: Array, *names: str) -> dict[str, Array]:

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.fields import check_fields
-from jaxquant.core.magnitude import sizes
 from jaxquant.core.protocols import LevelFormat, OpArguments
 from jaxquant.formats.op_format import OpFormat
 from jaxquant.formats.scales import (
@@ -23,7 +22,7 @@ from jaxquant.formats.scales import (
     check_grouping,
     check_scales,
     check_values,
-    grouped,
+    group_sizes,
     rows_per_group,
 )
 from pallas_kernels.codecs import layout, tables
@@ -95,7 +94,7 @@ class Table(LevelFormat, OpFormat):
 
     def groups(self, w: Float[Array, "k n"]) -> Float[np.ndarray, "g n"]:
         """Return the largest magnitude in each group."""
-        return sizes(grouped(w, self.rows_per_group(len(w)), self.group_size == "tensor"), 1)
+        return group_sizes(w, self.rows_per_group(len(w)), self.group_size == "tensor")
 
     # --- codes ------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from jaxquant.core.random_keys import Draw
 from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
-from jaxquant.ptq.shared_transforms import Inputs, Inspection
+from jaxquant.ptq.shared_transforms import Inputs, Inspection, passed
 from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 from jaxquant.transforms import Chain
 from jaxquant.transforms.scaling import Factors
@@ -52,6 +52,7 @@ def fold(
     key: Array | None = None,
     inspect: Inspection | None = None,
     finished: Finished | None = None,
+    first: int = 0,
 ) -> Folded:
     """Fit the channel factors that begin a recipe's transforms, and fold those that can be folded.
 
@@ -60,7 +61,8 @@ def fold(
     read as well.
 
     Args:
-      params, recipe, stats, key, inspect: as in `quantize`, to which the result is to be passed.
+      params, recipe, stats, key, inspect, first: as in `quantize`, to which the result is to be
+        passed.
       folds: {glob of weights: leaves that produce their input}; see `Folds`.
       finished: store of fitted factors. Factors of other parameters, statistics, methods or keys
         are fitted again; `inspect` is not looked at. It may be the store passed to `quantize`.
@@ -84,7 +86,7 @@ def fold(
     plan = resolve(recipe, params, stats.sites)
     left: dict[str, Any] = {e.path: e.method for e in plan.entries}
     leaves = dict(path_leaves(params))
-    inputs = Inputs.of(plan.weights, stats.sites, leaves, stats, inspect)
+    inputs = Inputs.of(plan.weights, stats.sites, leaves, stats, inspect, first=first)
     settings = f"{[(e.path, str(e.method)) for e in plan.weights]} {Draw.of(key).name}"
     fitted = Remembered(finished, settings, (params, stats.sums))
     new: dict[str, Array] = {}
@@ -93,7 +95,7 @@ def fold(
         targets = _targets(leader, members, stats, folds, leaves)
         if not targets:
             continue
-        factors = _factors(inputs, leader, members, key, fitted)
+        factors = _factors(inputs, leader, key, fitted)
         for name in targets:
             new[name] = _scaled(new.get(name, leaves[name]), factors, name)
         for entry in members:
@@ -143,20 +145,19 @@ def _rest(side: Any) -> PyTree:
     return side.parts[1] if len(side.parts) == 2 else Chain(side.parts[1:])
 
 
-def _factors(
-    inputs: Inputs, leader: str, members: list[WeightEntry], key: Array | None, fitted: Remembered
-) -> Array:
+def _factors(inputs: Inputs, leader: str, key: Array | None, fitted: Remembered) -> Array:
     """Return the factors of every matrix of the stack, float32 [*batch, k]."""
-    *batch, k, _ = members[0].matrix
-    draw, found = Draw.of(key), []
-    prefix = "input.0." if isinstance(members[0].method.input, Chain) else "input."
+    entry = inputs.members[leader][0]
+    *batch, k, _ = entry.matrix
+    draw, found, before = Draw.of(key), [], passed(entry, inputs.first)
+    prefix = "input.0." if isinstance(entry.method.input, Chain) else "input."
     for i in range(math.prod(batch)):
 
         def fit(i: int = i) -> dict[str, Array]:
-            arrays = inputs.arrays(leader, i, draw.of_input(leader, i)) or {}
+            arrays = inputs.arrays(leader, i, draw.of_input(leader, i + before)) or {}
             return {"factors": arrays[f"{prefix}factors"].astype(jnp.float32)}
 
-        kept = fitted.get(f"factors of {leader}[{i}]", fit)
+        kept = fitted.get(f"factors of {leader}[{i + before}]", fit)
         found.append(jnp.asarray(kept["factors"]))
     return jnp.stack(found).reshape(*batch, k)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats, seen
@@ -14,10 +15,9 @@ from jaxquant.core.sites import Site
 from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
-from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob, moments_for
+from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob, Sums
 from jaxquant.ptq.shared_transforms import Inputs, Inspection
 from jaxquant.recipes.recipe import Recipe, resolve
-from jaxquant.rounding import Moments
 
 
 def quantize(
@@ -30,6 +30,7 @@ def quantize(
     transforms: Mapping[tuple[str, int], dict[str, Array]] | None = None,
     progress: Callable[[Done], None] | None = None,
     finished: Finished | None = None,
+    first: int = 0,
 ) -> PyTree:
     """Return `params` with every weight that the recipe covers replaced by a `QTensor`.
 
@@ -59,6 +60,11 @@ def quantize(
         method and key. A matrix with a matching digest is taken from the store; every other one is
         computed and added. A mapping on disk (`jaxquant.durable.store.Folder`) makes a long run
         resumable.
+      first: for `params` that hold only the layers from number `first` on of larger stacks, as
+        when a model is quantized layer by layer: their names, keys and indices are then those that
+        they have in the whole stacks, and so is the result. Leaves without leading axes have no
+        layers, and are not concerned. Methods that plan rates over all layers (`trellis`) need the
+        planned method as recipe. Default: 0.
     Returns:
       The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged.
     Raises:
@@ -89,13 +95,50 @@ def quantize(
     report = Counter(plan.matrices, progress)
     leaves = dict(path_leaves(params))
     known = stats if isinstance(stats, Stats) else None
-    inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms)
+    inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms, first)
     new = {}
     for entry in plan.weights:
-        moments = moments_for(entry.path, entry.method, stats)
-        job = LeafJob(entry, draw, inputs, finished)
-        new[entry.path] = job.run(leaves[entry.path], moments, report)
+        sums = Sums.of(entry.path, entry.method, stats)
+        job = LeafJob(entry, draw, inputs, finished, first)
+        new[entry.path] = job.run(leaves[entry.path], sums, report)
     return replace_leaves(params, new)
+
+
+def importance(
+    params: PyTree,
+    recipe: Recipe | Method,
+    stats: Stats | Mapping[str, Site] | None = None,
+    *,
+    key: Array | None = None,
+    inspect: Inspection | None = None,
+    first: int = 0,
+) -> dict[str, Float[np.ndarray, "blocks"]]:
+    """Return what formats that plan their rates need to know of each weight.
+
+    `quantize` plans the rates of a whole stack of layers. A stack that is quantized a few layers at
+    a time needs a pass before that, over all of it: the sum of the parts' importance is that of
+    the whole, and `planned` gives the method with which `quantize` is then called.
+
+    Args:
+      params, recipe, stats, key, inspect, first: as in `quantize`.
+    Returns:
+      The loss per unit of relative distortion of each block of rows, float64, by the path of each
+      weight whose format has `plans`.
+    Raises:
+      ValueError: as in `quantize`.
+    """
+    found = stats.sites if isinstance(stats, Stats) else stats
+    plan = resolve(recipe, params, found)
+    leaves, draw = dict(path_leaves(params)), Draw.of(key)
+    known = stats if isinstance(stats, Stats) else None
+    inputs = Inputs.of(plan.weights, found, leaves, known, inspect, first=first)
+    out = {}
+    for entry in (e for e in plan.weights if e.method.format.plans):
+        _check_statistics(entry.path, entry.method, stats)
+        job = LeafJob(entry, draw, inputs, None, first)
+        sums = Sums.of(entry.path, entry.method, stats)
+        out[entry.path] = job.importance(leaves[entry.path], sums)
+    return out
 
 
 def quantize_array(
@@ -147,10 +190,10 @@ def quantize_array(
         if given is not None and given.shape != (size, size):
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
     (entry,) = resolve(method, {"w": w}).weights
-    moments = Moments(gram, output_gram)
+    sums = Sums(gram, output_gram)
     shared = Inputs.of([entry], None, {"w": w}, stats)
     job = LeafJob(entry, Draw.of(key), shared, {})
-    return job.run(w, moments, Counter(1, None))
+    return job.run(w, sums, Counter(1, None))
 
 
 def _check_not_differentiated(params: PyTree) -> None:

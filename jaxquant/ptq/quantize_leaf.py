@@ -5,11 +5,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.random_keys import Draw
@@ -19,7 +20,7 @@ from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, block_importance, finite, round_matrix
-from jaxquant.ptq.shared_transforms import Inputs
+from jaxquant.ptq.shared_transforms import Inputs, passed
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.rounding import Moments
 
@@ -53,22 +54,66 @@ class Done:
     seconds: float
 
 
-def moments_for(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> Moments:
-    """Return the second moments that the method needs for one leaf, and no others.
+class Sums(NamedTuple):
+    """Second moments of a leaf as calibration sums them up; None for those that are not needed.
+
+    They are divided by the number of rows where a matrix is rounded, so that there are no copies.
+
+    Attributes:
+      input: sum of x x^T.
+      output: sum of g g^T.
+      rows: number of rows x; None if the sums are means.
+    """
+
+    input: Float[Array, "*batch k k"] | None = None
+    output: Float[Array, "*batch n n"] | None = None
+    rows: Float[Array, "*batch"] | None = None
+
+    @staticmethod
+    def of(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> "Sums":
+        """Return the second moments that the method needs for one leaf, and no others.
+
+        Args:
+          path: path of the leaf.
+          method: its method.
+          stats: result of `calibrate`; with anything else there are no moments.
+        """
+        if not isinstance(stats, Stats) or not (method.needs_gram or method.needs_output):
+            return Sums()
+        return Sums(
+            stats.kept(path, "gram") if method.needs_gram else None,
+            stats.kept(path, "output") if method.needs_output else None,
+            stats.of(path).rows,
+        )
+
+    def matrices(self, entry: WeightEntry) -> "Sums":
+        """Return the sums with flattened batch axes; ValueError if their shapes do not fit."""
+        *batch, k, n = entry.matrix
+        for gram, size in ((self.input, k), (self.output, n)):
+            if gram is not None and gram.shape != (*batch, size, size):
+                raise ValueError(
+                    f"{entry.path}: statistics of shape {list(gram.shape)}, expected "
+                    f"{[*batch, size, size]}; calibrate the function that uses this tree"
+                )
+        flat = lambda a: None if a is None else a.reshape(-1, *a.shape[-2:])
+        rows = None if self.rows is None else self.rows.reshape(-1)
+        return Sums(flat(self.input), flat(self.output), rows)
+
+    def moments(self, i: int | Array) -> Moments:
+        """Return the moments of matrix i of flattened sums."""
+        rows = 1 if self.rows is None else jnp.maximum(self.rows[i], 1)
+        mean = lambda a: None if a is None else a[i] / rows
+        return Moments(mean(self.input), mean(self.output))
+
+
+def planned(method: Method, importance: Float[np.ndarray, "blocks"]) -> Method:
+    """Return a method whose format has planned its rates.
 
     Args:
-      path: path of the leaf.
-      method: its method.
-      stats: result of `calibrate`; with anything else the moments are empty.
-    Returns:
-      The input and output second moments, with the leaf's batch axes first.
+      method: the method, whose format has `plans`.
+      importance: loss per unit of relative distortion of each block of rows; `LeafJob.importance`.
     """
-    if not isinstance(stats, Stats):
-        return Moments()
-    return Moments(
-        stats.gram(path) if method.needs_gram else None,
-        stats.output_gram(path) if method.needs_output else None,
-    )
+    return dataclasses.replace(method, format=method.format.planned(importance))
 
 
 class Counter:
@@ -100,31 +145,33 @@ class LeafJob:
       draw: source of randomness.
       inputs: transforms shared by the weights that read the same input.
       finished: store of finished matrices, or None; see `quantize`.
+      first: index of the leaf's first matrix along the leading axis of its stack; see `quantize`.
     """
 
     entry: WeightEntry
     draw: Draw
     inputs: Inputs
     finished: Finished | None
+    first: int = 0
 
-    def run(self, w: Array, moments: Moments, progress: Counter) -> QTensor:
+    def run(self, w: Array, sums: Sums, progress: Counter) -> QTensor:
         entry = self.entry
         *batch, k, n = entry.matrix
-        moments = self._matrices(moments)
+        sums = sums.matrices(entry)
         # Under tracing there are no values to check. Tracing shows in the result of a jnp call,
         # not in the type of w: eval_shape may close over a concrete array.
         sound = finite(w)
         abstract = isinstance(sound, jax.core.Tracer)
         if not abstract:
-            _check_values(w, sound, entry.path, moments)
+            _check_values(w, sound, entry.path, sums)
         matrices = entry.matrices(w)
         if not abstract:
             self._check_range(matrices)
-        method = self._planned(matrices, moments, abstract)
+        method = self._planned(matrices, sums, abstract)
         parts, reports = [], []
         for i, name in enumerate(self._names()):
-            start, one = time.monotonic(), jax.tree.map(lambda a, i=i: a[i], moments)
-            arrays, report, before = self._one(i, name, _at(matrices, i), one, method, abstract)
+            start = time.monotonic()
+            arrays, report, before = self._one(i, name, matrices, sums, method, abstract)
             # If calibration saw no active channel, the loss is unknown.
             report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
             parts.append(arrays)
@@ -163,41 +210,57 @@ class LeafJob:
             if found:
                 warnings.warn(f"{name}: {found}", stacklevel=5)
 
-    def _planned(self, matrices: Array, moments: Moments, abstract: bool) -> Method:
-        """Return the method, with the rates of its format planned for these matrices."""
-        format = self.entry.method.format
-        if not format.plans:
-            return self.entry.method
-        k = self.entry.method.stored(*matrices.shape[1:])[0]
-        importance = np.full(k // format.block, float(abstract))
-        for i in range(0 if abstract else len(matrices)):
-            w, one = _at(matrices, i), jax.tree.map(lambda a, i=i: a[i], moments)
+    def importance(self, w: Array, sums: Sums) -> Float[np.ndarray, "blocks"]:
+        """Return what a format that plans rates is told of the leaf: the sum over its matrices.
+
+        Args:
+          w: the leaf.
+          sums: its second moments.
+        """
+        return self._importance(self.entry.matrices(w), sums.matrices(self.entry))
+
+    def _importance(self, matrices: Array, sums: Sums) -> Float[np.ndarray, "blocks"]:
+        method = self.entry.method
+        k, block = method.stored(*matrices.shape[1:])[0], method.format.block
+        found = np.zeros(k // block)
+        for i in range(len(matrices)):
             keys, known = self._keys(i), self._known(i).input or None
-            one, e = block_importance(w, one, keys, self.entry.method, format.block, known)
-            importance += np.ldexp(np.asarray(one, np.float64), int(e))
-        return dataclasses.replace(self.entry.method, format=format.planned(importance))
+            one, e = _importance_at(matrices, sums, i, keys, method, block, known)
+            found += np.ldexp(np.asarray(one, np.float64), int(e))
+        return found
+
+    def _planned(self, matrices: Array, sums: Sums, abstract: bool) -> Method:
+        """Return the method, with the rates of its format planned for these matrices."""
+        method = self.entry.method
+        if not method.format.plans:
+            return method
+        if abstract:
+            blocks = method.stored(*matrices.shape[1:])[0] // method.format.block
+            return planned(method, np.ones(blocks))
+        return planned(method, self._importance(matrices, sums))
 
     def _one(
-        self, i: int, name: str, w: Array, moments: Moments, method: Method, abstract: bool
+        self, i: int, name: str, matrices: Array, sums: Sums, method: Method, abstract: bool
     ) -> tuple[Arrays, Report, bool]:
         """Return the arrays of matrix i, its report, and whether both came from the store."""
         finished = None if abstract else self.finished
         kept, made_of = {}, np.zeros(0, np.uint8)
         if finished is not None:  # an entry for another matrix, method or key is ignored
             kept = dict(finished.get(name, {}))
-            made_of = mark(f"{method}{self.draw.name}", (w, moments))
+            parts = jax.tree.map(lambda a: np.asarray(a)[i], (matrices, sums))
+            made_of = mark(f"{method}{self.draw.name}", parts)
         if kept and np.array_equal(kept.pop(MARK, ()), made_of):
             stored = {key: jnp.asarray(a) for key, a in kept.items()}
             report = Report(*(stored.pop(f"report.{f}") for f in Report._fields))
             return by_kind(stored), report, True
         known = self._known(i)
         keys = self._keys(i)
-        arrays, report, sound = round_matrix(w, moments, keys, method, known.input or None)
+        arrays, report, sound = _round_at(matrices, sums, i, keys, method, known.input or None)
         arrays = arrays._replace(activations=known.activations)
         if abstract:
             # Rates planned without values are not a result, and the weights were not checked.
-            planned = method is not self.entry.method
-            sound = jnp.logical_and(not planned, finite((w, moments, known)))
+            rated = method is not self.entry.method
+            sound = jnp.logical_and(not rated, finite((matrices[i], sums.moments(i), known)))
             return _nan_unless(sound, arrays), report, False
         arrays, report, sound = jax.block_until_ready((arrays, report, sound))
         self._check_result(name, arrays, bool(sound))
@@ -235,10 +298,16 @@ class LeafJob:
     def _names(self) -> Iterator[str]:
         batch = self.entry.matrix[:-2]
         for index in np.ndindex(*batch):
-            yield f"{self.entry.path}[{', '.join(map(str, index))}]" if batch else self.entry.path
+            if not batch:
+                yield self.entry.path
+                continue
+            place = (self.first + index[0], *index[1:])
+            yield f"{self.entry.path}[{', '.join(map(str, place))}]"
 
     def _keys(self, i: int) -> Keys:
-        return Keys(self.draw.of_input(self._input, i), self.draw.of_matrix(self.entry.path, i))
+        place = i + passed(self.entry, self.first)
+        own = self.draw.of_matrix(self.entry.path, place)
+        return Keys(self.draw.of_input(self._input, place), own)
 
     @property
     def _input(self) -> str:
@@ -250,22 +319,11 @@ class LeafJob:
         if side is not None and (side.fitted or not self.draw.name):
             return ""
         count = len(self.inputs.members[self._input])
-        name = f"{count} of {self._input} {list(self.entry.matrix[:-2])} {self.draw.name}"
+        name = f"{count} of {self._input} {self.draw.name}"
         if not self.inputs.common(self.entry.path):  # the draw's name identifies drawn arrays
             return name
         made = arrays.input, arrays.activations
         return "" if abstract else f"{name} {mark('', made).tobytes().hex()}"
-
-    def _matrices(self, moments: Moments) -> Moments:
-        """Return the moments with flattened batch axes; ValueError if their shapes do not fit."""
-        *batch, k, n = self.entry.matrix
-        for gram, size in zip(moments, (k, n), strict=True):
-            if gram is not None and gram.shape != (*batch, size, size):
-                raise ValueError(
-                    f"{self.entry.path}: statistics of shape {list(gram.shape)}, expected "
-                    f"{[*batch, size, size]}; calibrate the function that uses this tree"
-                )
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), moments)
 
     def _warn(self, reports: list[Report]) -> None:
         path, k = self.entry.path, self.entry.matrix[-2]
@@ -286,7 +344,7 @@ class LeafJob:
             )
 
 
-def _check_values(w: Array, sound: Bool[Array, ""], path: str, moments: Moments) -> None:
+def _check_values(w: Array, sound: Bool[Array, ""], path: str, sums: Sums) -> None:
     mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
     if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
         raise ValueError(
@@ -295,7 +353,7 @@ def _check_values(w: Array, sound: Bool[Array, ""], path: str, moments: Moments)
         )
     if not bool(sound):
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
-    if not all(bool(finite(m)) for m in moments if m is not None):
+    if not all(bool(finite(m)) for m in sums if m is not None):
         raise ValueError(
             f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
             f"squares float32 cannot hold)"
@@ -306,6 +364,22 @@ def _check_values(w: Array, sound: Bool[Array, ""], path: str, moments: Moments)
 def _at(matrices: Array, i: int) -> Array:
     """Return matrix i, by one program for all of them."""
     return matrices[i]
+
+
+@partial(jax.jit, static_argnames="method")
+def _round_at(
+    matrices: Array, sums: Sums, i: int, keys: Keys, method: Method, known: dict[str, Array] | None
+) -> tuple[Arrays, Report, Bool[Array, ""]]:
+    """Round matrix i; nothing of the stack is copied before."""
+    return round_matrix(matrices[i], sums.moments(i), keys, method, known)
+
+
+@partial(jax.jit, static_argnames=("method", "block"))
+def _importance_at(
+    matrices: Array, sums: Sums, i: int, keys: Keys, method: Method, block: int,
+    known: dict[str, Array] | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    return block_importance(matrices[i], sums.moments(i), keys, method, block, known)
 
 
 @partial(jax.jit, static_argnums=0)

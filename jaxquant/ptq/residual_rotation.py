@@ -30,6 +30,20 @@ class Residual:
     writes: Sequence[str]
     reads: Mapping[str, Sequence[str]]
 
+    def split(self, name: str) -> tuple["Residual", "Residual"]:
+        """Return the use of the stream within the entry `name` of the tree, and that by the rest.
+
+        Args:
+          name: name of the entry, such as "layers"; every glob lies within it or outside of it.
+        """
+        inside = lambda glob: glob.startswith(f"{name}/")
+        parts = []
+        for wanted in (True, False):
+            writes = [glob for glob in self.writes if inside(glob) is wanted]
+            reads = {gain: globs for gain, globs in self.reads.items() if inside(gain) is wanted}
+            parts.append(Residual(writes, reads))
+        return parts[0], parts[1]
+
 
 def rotate_residual(params: PyTree, residual: Residual, rotation: Float[Array, "d d"]) -> PyTree:
     """Rotate the residual stream of a model without changing its function; norm gains become ones.

@@ -8,6 +8,7 @@ both.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -43,6 +44,7 @@ class Inputs:
       stats: statistics of the inputs, or None.
       inspect: scoring function for searches, or None.
       found: arrays fitted so far, by leader and index in the stack.
+      first: index of the leaves' first matrices along the leading axis of their stacks.
     """
 
     leader: dict[str, str]
@@ -51,6 +53,7 @@ class Inputs:
     stats: Stats | None
     inspect: Inspection | None
     found: dict[tuple[str, int], dict[str, Array]] = dataclasses.field(default_factory=dict)
+    first: int = 0
 
     @staticmethod
     def of(
@@ -60,20 +63,21 @@ class Inputs:
         stats: Stats | None,
         inspect: Inspection | None = None,
         known: Mapping[tuple[str, int], dict[str, Array]] | None = None,
+        first: int = 0,
     ) -> "Inputs":
         """Group the weights to quantize by the input that they read.
 
         Args:
           todo: entries of all weights to quantize.
           sites: how each weight is used, by path; with None no weights share an input.
-          leaves, stats, inspect: see the class.
+          leaves, stats, inspect, first: see the class.
           known: arrays that are already fitted, the initial value of `found`.
         Returns:
           The groups.
         Raises:
           ValueError: `known` names a path that is not the leader of an input.
         """
-        first: dict[Any, str] = {}
+        earliest: dict[Any, str] = {}
         leader: dict[str, str] = {}
         members: dict[str, list[WeightEntry]] = {}
         for entry in todo:
@@ -83,14 +87,14 @@ class Inputs:
             if site is not None and site.input and not (method.input and method.input.fitted):
                 form = method.activations if _static(method) else None
                 key = (site.input, entry.matrix[:-1], method.input, form)
-            leader[path] = first.setdefault(key, path)
+            leader[path] = earliest.setdefault(key, path)
             members.setdefault(leader[path], []).append(entry)
         if wrong := {path for path, _ in known or {}} - set(members):
             raise ValueError(
                 f"the transforms of {', '.join(sorted(wrong))} belong to no input here: "
                 "pass those learned for this tree and recipe"
             )
-        return Inputs(leader, members, leaves, stats, inspect, dict(known or {}))
+        return Inputs(leader, members, leaves, stats, inspect, dict(known or {}), first)
 
     def common(self, path: str) -> bool:
         """Return whether the weights that read an input share arrays made from its statistics."""
@@ -102,7 +106,7 @@ class Inputs:
 
         Args:
           path: path of the weight.
-          i: index of the matrix in the stack.
+          i: index of the matrix in its leaf.
           key: PRNG key of the transform.
         Returns:
           Arrays of the transform, named "input.*", and of activations, named "activations.*"; None
@@ -110,9 +114,10 @@ class Inputs:
         """
         if not self.common(path):
             return None
-        place = (self.leader[path], i)
+        leader = self.leader[path]
+        place = (leader, i + passed(self.members[leader][0], self.first))
         if place not in self.found:
-            self.found[place] = self._fitted(self.leader[path], i, key)
+            self.found[place] = self._fitted(leader, i, key)
         return self.found[place]
 
     def _fitted(self, leader: str, i: int, key: Array) -> dict[str, Array]:
@@ -163,7 +168,7 @@ class Inputs:
             if self.inspect is not None:
                 parts = jnp.split(shifted(rounded, e), ends, axis=1)
                 named = {m.path: w for m, w in zip(members, parts, strict=True)}
-                cost = self.inspect(named, i)
+                cost = self.inspect(named, i + passed(members[0], self.first))
             if cost is None:
                 cost = _cost(arrays, channels, rounded, method)
             if least is None:
@@ -173,6 +178,16 @@ class Inputs:
             best = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), arrays, best)
             least = jnp.where(better, cost, least)
         return best
+
+
+def passed(entry: WeightEntry, first: int) -> int:
+    """Return how many matrices of a weight's stack come before its leaf, which begins at `first`.
+
+    Args:
+      entry: the plan's entry for the leaf.
+      first: index of the leaf's first matrix along the leading axis of the stack.
+    """
+    return first * math.prod(entry.matrix[1:-2]) if len(entry.matrix) > 2 else 0
 
 
 @jax.jit

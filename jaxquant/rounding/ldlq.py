@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Data, Format, Grid, GridFormat, Moments, Rounder
-from jaxquant.rounding.moments import living, row_by_row, unit_upper
+from jaxquant.rounding.moments import living, living_diagonal, row_by_row, unit_upper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,29 +95,33 @@ class LDLQ(Rounder):
         if self.act_order and d > 1:
             raise ValueError(f"act_order needs a format that codes one row at a time, got {format}")
         g = format.rows_per_group(k)
-        gram, dead = living(moments.input)
-        order = jnp.argsort(-jnp.where(dead, 0.0, jnp.diagonal(gram)), stable=True)
-        order = order if self.act_order else jnp.arange(k)
-        gram = gram[order][:, order]
-        u, damping = unit_upper(gram, self.damping, d)
+        dead, energies = living_diagonal(moments.input)
+        order = None
+        if self.act_order:
+            order = jnp.argsort(-jnp.where(dead, 0.0, energies), stable=True)
+            energies = energies[order]
+        visited = lambda: (living(moments.input, order)[0], jnp.mean(energies))
+        u, damping = unit_upper(visited, self.damping, d)
         fixed = self.act_order or g >= k or d > 1 or not format.fits
         fixed = fixed or ranges is not None
         grid = format.grids(w if ranges is None else ranges) if fixed else None
         size = block_rows(self.block_size, 1 if fixed else g, d)
-        w = w[order]
-        fed = partial(feedback, u=u, format=format, order=order, g=g, size=size)
+        places = jnp.arange(k) if order is None else order
+        w = w if order is None else w[order]
+        fed = partial(feedback, u=u, format=format, order=places, g=g, size=size)
         if self.scales and grid is None:
             raise ValueError(
                 "scales needs grids that are fixed beforehand: use act_order=True, or "
                 "one group per output"
             )
         if self.scales:
-            grid = _best_scale(w, gram, format, grid, self.scales, fed)
+            grid = _best_scale(w, visited()[0], format, grid, self.scales, fed)
         codes, grid, errors = fed(w, grid=grid)
         if self.passes:
-            damped = gram + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(k)
-            codes = descend(w, damped, format, order, g, self.passes, grid, codes, errors)
-        if d == 1:
+            gram, mean = visited()
+            damped = gram + damping * mean * jnp.eye(k)
+            codes = descend(w, damped, format, places, g, self.passes, grid, codes, errors)
+        if order is not None:
             codes = jnp.zeros_like(codes).at[order].set(codes)
         report = {"damping": damping, "dead": jnp.sum(dead, dtype=jnp.int32)}
         return format.pack(codes, grid), report

@@ -1,8 +1,10 @@
 """Second moments as rounders use them: dead channels isolated, damped and factored."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.protocols import Format, GridFormat
 
@@ -24,7 +26,9 @@ def row_by_row(format: Format) -> GridFormat:
     return format
 
 
-def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
+def living(
+    gram: Float[Array, "k k"] | None, order: Int[Array, "k"] | None = None
+) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
     """Return the second moment with dead channels isolated, and which channels are dead.
 
     A dead channel is one that is always zero. It keeps only a diagonal entry, the mean energy of
@@ -32,8 +36,25 @@ def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[
 
     Args:
       gram: second moment [k, k]; None if it was not measured.
+      order: the order of channels of the result; None leaves it.
     Returns:
-      The second moment [k, k], and a bool mask [k] of dead channels.
+      The second moment [k, k], and a bool mask [k] of dead channels, both in that order.
+    Raises:
+      ValueError: `gram` is None.
+    """
+    dead, diagonal = living_diagonal(gram)
+    assert gram is not None  # checked just above
+    fill = jnp.where(dead, diagonal, 0.0)
+    if order is not None:
+        gram, dead, fill = gram[order][:, order], dead[order], fill[order]
+    return jnp.where(dead[:, None] | dead[None, :], 0.0, gram) + jnp.diag(fill), dead
+
+
+def living_diagonal(gram: Float[Array, "k k"] | None) -> tuple[Bool[Array, "k"], Float[Array, "k"]]:
+    """Return which channels are dead, and the diagonal of the second moment that `living` returns.
+
+    Args:
+      gram: second moment [k, k]; None if it was not measured.
     Raises:
       ValueError: `gram` is None.
     """
@@ -43,9 +64,8 @@ def living(gram: Float[Array, "k k"] | None) -> tuple[Float[Array, "k k"], Bool[
         )
     diagonal = jnp.diagonal(gram)
     dead = ~(diagonal > 0)
-    gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)
     alive = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
-    return gram + jnp.diag(jnp.where(dead, jnp.where(alive > 0, alive, 1.0), 0.0)), dead
+    return dead, jnp.where(dead, jnp.where(alive > 0, alive, 1.0), diagonal)
 
 
 def upper(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
@@ -57,15 +77,21 @@ def upper(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
     return jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
 
 
+TRIES = 8  # how often the damping is raised
+# A matrix, or a function that makes it where it is needed, so that no copy is kept meanwhile, and
+# its mean diagonal entry.
+Made = Float[Array, "k k"] | Callable[[], tuple[Float[Array, "k k"], Float[Array, ""]]]
+
+
 def unit_upper(
-    gram: Float[Array, "k k"], damping: float, d: int = 1
+    gram: Made, damping: float, d: int = 1
 ) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
     """Return the factor U of H + damping mean(diag H) I = U D U^T, and the damping used.
 
     The damping is raised tenfold, up to 8 times, until the factorization is finite.
 
     Args:
-      gram: second moment H [k, k].
+      gram: second moment H [k, k], or a function that returns (H, mean(diag H)).
       damping: initial damping.
       d: block size; for d > 1, U is block-unit upper triangular and D is block-diagonal.
 
@@ -73,8 +99,10 @@ def unit_upper(
     >>> u.round(3).tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    c, damp = _upper(gram / jnp.mean(jnp.diagonal(gram)), damping)
-    return _unit(c, d), damp
+    c, damp = _lower(gram, damping)
+    if d == 1:
+        return (c / jnp.diagonal(c))[::-1, ::-1], damp
+    return _unit(c[::-1, ::-1], d), damp
 
 
 def believed(g: Float[Array, "n n"], share: float) -> Float[Array, "n n"]:
@@ -98,8 +126,8 @@ def feedback_energies(
       damping: initial damping, raised as in `unit_upper`.
     """
     mean = jnp.mean(jnp.diagonal(gram))
-    c, damp = _upper(gram / mean, damping)
-    return mean * jnp.diagonal(c) ** 2, damp
+    c, damp = _lower(gram, damping)
+    return mean * jnp.diagonal(c)[::-1] ** 2, damp
 
 
 def block_energies(
@@ -113,26 +141,35 @@ def block_energies(
       d: block size.
     """
     mean = jnp.mean(jnp.diagonal(gram))
-    c, _ = _upper(gram / mean, damping)
+    c = _lower(gram, damping)[0][::-1, ::-1]
     own = jnp.einsum("bibj->bij", c.reshape(-1, d, len(c) // d, d))
     return _unit(c, d), mean * jnp.sum(own**2, axis=-1).reshape(-1)
 
 
-def _upper(gram: Float[Array, "k k"], damping: float) -> tuple[Array, Array]:
-    """Return the upper triangular C with C C^T = H + damping I, and the damping used."""
+def _lower(gram: Made, damping: float) -> tuple[Array, Array]:
+    """Return the factor C of H / mean(diag H) + damping I = C C^T, turned around, and the damping.
+
+    C is upper triangular. Turned around, C[::-1, ::-1] is lower triangular, as LAPACK makes it;
+    to turn it back is left to the caller, who may do so together with other work.
+    """
 
     def factor(damp: Array) -> Array:
-        return upper(gram + damp * jnp.eye(len(gram), dtype=gram.dtype))
+        h, mean = gram() if callable(gram) else (gram, jnp.mean(jnp.diagonal(gram)))
+        h = h / mean + damp * jnp.eye(len(h), dtype=h.dtype)
+        return jnp.linalg.cholesky(h[::-1, ::-1])
 
     def failed(state: tuple[Array, Array, Array]) -> Array:
         _, c, tries = state
-        return ~jnp.all(jnp.isfinite(c)) & (tries < 8)
+        return ~jnp.all(jnp.isfinite(c)) & (tries < TRIES)
 
     def raised(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        damp, _, tries = state
-        return 10 * damp, factor(10 * damp), tries + 1
+        damp, c, tries = state
+        # The condition always holds. XLA does not see that, and computes nothing of this in
+        # advance, which would keep a matrix in memory for a loop that is hardly ever entered.
+        c = jax.lax.cond(tries < TRIES, lambda: factor(10 * damp), lambda: c)
+        return 10 * damp, c, tries + 1
 
-    start = jnp.asarray(damping, gram.dtype)
+    start = jnp.float32(damping)
     damp, c, _ = jax.lax.while_loop(failed, raised, (start, factor(start), jnp.int32(0)))
     return c, damp
 

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
+from jaxquant.core.paths import path_leaves
 from jaxquant.durable.publish import aside, check_parent, publish, restore
 from jaxquant.recipes.recipe import Recipe
 from jaxquant.storage.containers import filled, outline_of_paths, outlined, placed, some
@@ -27,6 +28,7 @@ from jaxquant.storage.description import (
     write_description,
 )
 from jaxquant.storage.leaves import described, rebuilt
+from jaxquant.storage.parts import PARTS, Parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
 # Dtypes that TensorStore does not know, and those that hold their values.
@@ -52,7 +54,7 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     if held and overwrite:
         if not is_checkpoint(path) or not (path / ARRAYS).is_dir():
             raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
-        if others := sorted(held - {FILE, ARRAYS}):
+        if others := sorted(held - {FILE, ARRAYS, PARTS}):
             raise ValueError(
                 f"{path} holds a checkpoint and also {some(others)}, which would be lost; "
                 "it will not be overwritten: move the other files, or write elsewhere"
@@ -73,6 +75,7 @@ def save(
     recipe: Recipe | None = None,
     metadata: Json | None = None,
     overwrite: bool = False,
+    parts: Parts | None = None,
 ) -> None:
     """Write a tree of arrays and `QTensor`s atomically.
 
@@ -91,6 +94,11 @@ def save(
       metadata: JSON values to store with it (a model's configuration, its tokenizer);
         `storage.stored_metadata` reads them.
       overwrite: whether to replace an existing checkpoint.
+      parts: {name: directories} of entries of the tree, a dict, that are stored in parts, because
+        they need not fit in memory: each directory is a checkpoint of consecutive layers, whose
+        leaves have the layers as their leading axis. `load` joins them along that axis. The files
+        of the parts are shared with the new checkpoint (hard links) where the file system can, and
+        copied elsewhere. Default: none.
     Raises:
       ValueError: the directory exists and may not be replaced (it may have been written by another
         process in the meantime); its parent is not a writable directory; the tree has no leaves, or
@@ -107,16 +115,18 @@ def save(
     """
     target = check_target(directory, overwrite)
     outline, leaves, arrays = _flatten(tree)
+    held = parts_of(tree, parts or {})
     description = {
         "recipe": None if recipe is None else recipe.to_json(),
         "metadata": _as_json(metadata or {}),
         "tree": outline,
         "leaves": leaves,
         "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
+        **held,
     }
     try:
         with aside(target) as new:
-            _fill(new, description, arrays)
+            _fill(new, description, arrays, parts or {})
             if os.path.lexists(target):
                 check_target(target, overwrite)  # it may have changed meanwhile
             publish(new, target, replace=overwrite)
@@ -150,8 +160,9 @@ def _as_json(metadata: Json) -> PyTree:
         raise ValueError(f"metadata must be JSON values: {first_line(error)}") from None
 
 
-def _fill(folder: Path, description: Json, arrays: dict[str, Array]) -> None:
+def _fill(folder: Path, description: Json, arrays: dict[str, Array], parts: Parts) -> None:
     folder.mkdir()
+    linked(parts, folder)
     _check_space(folder, sum(a.nbytes for a in arrays.values()))
     try:
         # In a thread that is always waited for: when Orbax is interrupted, its own threads keep
@@ -219,13 +230,8 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     >>> nnx.update(model, state)
     """
     path = Path(directory).absolute()
-    description = read_description(path)
     # Checked before Orbax opens the files, because its errors are long and come from threads.
-    found = _digests(path / ARRAYS)
-    for name, digest in description["files"].items():
-        if found.get(name) != digest:
-            state = "differs from what was saved" if name in found else "is missing"
-            raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
+    description = check_files(path)
     try:
         arrays = dict(_read(path / ARRAYS, description["arrays"]))
         paths = [said["path"] for said in description["leaves"]]
@@ -233,7 +239,70 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
         tree = filled(_outline(description, paths), leaves)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+    if PARTS in description:
+        tree = tree | joined(path, description[PARTS], load)
+        return tree if like is None else placed(like, dict(path_leaves(tree)))
     return tree if like is None else placed(like, dict(zip(paths, leaves, strict=True)))
+
+
+def outline(directory: str | Path) -> PyTree:
+    """Return the tree of a checkpoint with shapes in place of arrays; no arrays are read.
+
+    Args:
+      directory: the checkpoint.
+    Returns:
+      The tree as `load` returns it, with `jax.ShapeDtypeStruct` for arrays, also within QTensors.
+      Python numbers and strings are themselves.
+    Raises:
+      ValueError: as in `load`, except that the files of arrays are not checked.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, {"w": jnp.ones((2, 3))})
+    ...     outline(folder)
+    {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+    """
+    path = Path(directory).absolute()
+    description = read_description(path)
+    try:
+        arrays = {
+            name: jax.ShapeDtypeStruct(tuple(said["shape"]), said["dtype"])
+            for name, said in description["arrays"].items()
+        }
+        paths = [said["path"] for said in description["leaves"]]
+        leaves = [_leaf_outline(said, arrays) for said in description["leaves"]]
+        tree = filled(_outline(description, paths), leaves)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+    if PARTS in description:
+        tree = tree | joined(path, description[PARTS], outline)
+    return tree
+
+
+def _leaf_outline(said: Json, arrays: dict[str, Any]) -> Any:
+    """Return a leaf with shapes in place of arrays."""
+    if "type" in said:
+        return rebuilt(said, {})
+    if "parts" in said or "key" in said:
+        return jax.eval_shape(lambda a: rebuilt(said, dict(a)), arrays)
+    return rebuilt(said, dict(arrays))
+
+
+def check_files(path: Path) -> Json:
+    """Return the description of a checkpoint after checking the files of its arrays, but no parts.
+
+    Args:
+      path: the checkpoint.
+    Raises:
+      ValueError: there is no checkpoint, or it is damaged or was written in a newer format version.
+    """
+    description = read_description(path)
+    found = _digests(path / ARRAYS)
+    for name, digest in description["files"].items():
+        if found.get(name) != digest:
+            state = "differs from what was saved" if name in found else "is missing"
+            raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
+    return description
 
 
 def _outline(description: Json, paths: list[str]) -> Any:

@@ -76,4 +76,13 @@ def untied(config: LlamaConfig, params: PyTree) -> tuple[LlamaConfig, PyTree]:
     if not config.tie_embeddings:
         return config, params
     head = {"kernel": jnp.transpose(params["embed"]["embedding"])}
-    return dataclasses.replace(config, tie_embeddings=False), {**params, "head": head}
+    return untied_config(config), {**params, "head": head}
+
+
+def untied_config(config: LlamaConfig) -> LlamaConfig:
+    """Return the architecture with an output matrix of its own.
+
+    Args:
+      config: the architecture.
+    """
+    return dataclasses.replace(config, tie_embeddings=False)

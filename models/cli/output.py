@@ -1,7 +1,7 @@
 """The output of a command: locked against other runs during the work, published at the end."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -10,7 +10,7 @@ from pydantic import JsonValue
 import jaxquant as jq
 from jaxquant import storage
 from jaxquant.durable.claims import claim
-from jaxquant.durable.store import Folder, digest
+from jaxquant.durable.store import Folder, digest, is_started
 from jaxquant_models.cli import interrupts
 from jaxquant_models.cli.console import line
 from jaxquant_models.readers.checkpoint import save_model
@@ -66,7 +66,7 @@ class Output:
         self.finished = Folder(self.path, run, refuse=refuse)
         click.get_current_context().with_resource(self.finished)
         self._check()
-        if len(self.finished):
+        if self.finished.started:
             line(f"continuing from {self.path}")
         elif self.finished.replaced:
             names = ", ".join(self.finished.replaced)
@@ -76,15 +76,17 @@ class Output:
             )
         return self.finished
 
-    def publish(self, model: Model, recipe: jq.Recipe | None) -> None:
+    def publish(self, model: Model, recipe: jq.Recipe | None, layers: Sequence[Path] = ()) -> None:
         """Write the result, and remove the folder, which is no longer needed.
 
         Args:
           model: the result.
           recipe: the recipe that made it, or None.
+          layers: as in `readers.checkpoint.save_model`.
         """
         overwrite = self.overwrite or self._is_result()
-        save_model(self.out, model, recipe, overwrite, {RUN: self.finished.digest})
+        metadata = {RUN: self.finished.digest}
+        save_model(self.out, model, recipe, overwrite, metadata, layers)
         interrupts.about(lambda: f"the output is in {self.out}")
         self.finished.remove()
 
@@ -102,7 +104,7 @@ class Output:
             return False
 
     def _about(self) -> str:
-        kept = self.path.is_dir() and any(self.path.glob("*.bin"))
+        kept = self.path.is_dir() and is_started(self.path)
         more = f"; run the same command again to continue from {self.path}" if kept else ""
         return f"no output was written{more}"
 

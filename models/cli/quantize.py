@@ -211,13 +211,14 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     output.hold()
     start = time.monotonic()
     job = set_up(request, model, output.begin, Bars())
-    result, recipe = job.run()
-    output.publish(result, recipe)
-    size = jq.size(result.params)
+    result = job.run()
+    output.publish(result.model, result.recipe, result.layers)
+    params = storage.outline(out)
+    size = jq.size(params)
     line(str(size))
     report = {
         "out": out,
-        "bits_per_weight": jq.bits_per_weight(result.params),
+        "bits_per_weight": jq.bits_per_weight(params),
         "bits_over_all_weights": size.bits_per_weight,
         "bytes": storage.nbytes(out),
         "seconds": time.monotonic() - start,

@@ -1,6 +1,6 @@
 """Reading and writing of jaxquant checkpoints that hold a language model and its tokenizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,7 @@ def save_model(
     recipe: jq.Recipe | None,
     overwrite: bool = False,
     metadata: Mapping[str, JsonValue] | None = None,
+    layers: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint; unquantized matrices are stored in float16, vectors in their own dtype.
 
@@ -67,12 +68,12 @@ def save_model(
       recipe: the recipe that made the model, or None.
       overwrite: whether to replace an existing checkpoint.
       metadata: JSON values to store besides those that `read_checkpoint` needs.
+      layers: directories that `save_layer` wrote, for a model whose params lack the layers.
     Raises:
       ValueError: a weight, packed or not, is not finite after training or rounding; the message
         names it.
     """
-    params = as_stored(model.params, lambda w, dtype: w.astype(dtype))
-    _check_finite(params)
+    params = _storable(model.params)
     needed = {
         "config": model.config.to_json(),
         "tokenizer": model.tokenizer.to_json(),
@@ -81,7 +82,26 @@ def save_model(
     if model.tokenizer.chat is not None:
         needed["chat"] = model.tokenizer.chat.to_json()
     whole = {**needed, **(metadata or {})}
-    save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite)
+    parts = {"layers": layers} if layers else None
+    save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite, parts=parts)
+
+
+def save_layer(directory: Path, layer: PyTree) -> None:
+    """Write one layer, as `save_model` would.
+
+    Args:
+      directory: where to write it; a layer that is there is replaced.
+      layer: the stack of layers cut down to one: every leaf is [1, ...].
+    Raises:
+      ValueError: as in `save_model`; the message names the path within the layer.
+    """
+    save(directory, _storable(layer), overwrite=True)
+
+
+def _storable(params: PyTree) -> PyTree:
+    params = as_stored(params, lambda w, dtype: w.astype(dtype))
+    _check_finite(params)
+    return params
 
 
 def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> PyTree[Stored]:
@@ -91,7 +111,8 @@ def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> 
     dtype.
 
     Args:
-      params: inner "params" tree; packed leaves are returned unchanged.
+      params: inner "params" tree; packed leaves are returned unchanged. Abstract matrices are taken
+        to fit in float16.
       cast: function of a leaf and its storage dtype.
     """
 
@@ -99,7 +120,8 @@ def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> 
         if _packed(w):
             return w
         vector = path[-1].key in ("scale", "bias")  # has rank 2 in a stack of layers
-        large = not vector and jnp.max(jnp.abs(w)) > np.finfo(np.float16).max
+        known = isinstance(w, jax.Array)
+        large = not vector and known and jnp.max(jnp.abs(w)) > np.finfo(np.float16).max
         return cast(w, w.dtype if vector or large else np.dtype(np.float16))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=_packed)

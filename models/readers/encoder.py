@@ -17,7 +17,7 @@ from jaxquant_models.readers.huggingface import SINGLE
 from jaxquant_models.readers.packages import Packaged, packaged_file
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
-from jaxquant_models.readers.weights import assemble, check_room, tensor_names
+from jaxquant_models.readers.weights import Weights, check_room
 from jaxquant_models.schemas.files import BertConfigFile, SentenceConfig
 from jaxquant_models.schemas.strict import checked, read_json
 
@@ -151,6 +151,5 @@ def load_encoder(spec: str | Path, dtype: DTypeLike = jnp.float32) -> Encoder:
     file = Tensors(folder / SINGLE)
     check_room(config, file.nbytes, str(folder / "config.json"))
     shapes = {name: s for name, s in file.shapes.items() if not name.startswith(_UNUSED)}
-    model = Bert(config)
-    params = assemble(model, tensor_names(model, TENSORS), shapes, file.read, dtype)
+    params = Weights(Bert(config), TENSORS, shapes, file.read).whole(dtype)
     return Encoder(config, params, tokenizer, limit, dtype)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
@@ -17,7 +15,7 @@ from jaxquant_models.readers.gguf_file import Tensor, open_gguf
 from jaxquant_models.readers.gguf_metadata import config_from_gguf
 from jaxquant_models.readers.gguf_tokenizer import tokenizer_from_gguf
 from jaxquant_models.readers.tokenizer import Tokenizer
-from jaxquant_models.readers.weights import assemble, check_room, tensor_names
+from jaxquant_models.readers.weights import Weights, check_room, tensor_names
 
 _LAYER = {
     "layers/attn/q/kernel": "attn_q.weight",
@@ -48,14 +46,13 @@ TENSORS = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
-    """Read a model from a GGUF file.
+def read_gguf(path: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
+    """Open a model in a GGUF file; its weights are read later.
 
     Args:
       path: a `.gguf` file of architecture llama, qwen2 or qwen3.
-      dtype: floating dtype of the parameters.
     Returns:
-      (config, inner "params" tree of jax arrays, tokenizer).
+      (config, weights, tokenizer).
     Raises:
       ValueError: the file is not GGUF, truncated or unsupported, or has wrong tensors; the message
         is one line.
@@ -64,7 +61,6 @@ def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
     config = config_from_gguf(fields)
     check_room(config, nbytes, str(path))
     config = _complete(config, tensors)
-    # Read before the weights, so that its large temporaries do not add to their memory.
     tokenizer = tokenizer_from_gguf(fields)
     tokenizer.check_rows(config.vocab_size)
     llama = Llama(config)
@@ -76,8 +72,7 @@ def read_gguf(path: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
         return _half_split(value, reordered[name]) if name in reordered else value
 
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name != ROPE_FACTORS}
-    params = assemble(llama, names, shapes, read, dtype)
-    return config, params, tokenizer
+    return config, Weights(llama, TENSORS, shapes, read), tokenizer
 
 
 def _complete(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:

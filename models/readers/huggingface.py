@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from flax import traverse_util
-from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
@@ -19,7 +18,7 @@ from jaxquant_models.readers.huggingface_config import (
 )
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
-from jaxquant_models.readers.weights import assemble, check_room, tensor_names
+from jaxquant_models.readers.weights import Weights, check_room, tensor_names
 from jaxquant_models.schemas.files import ShardIndex, TokenizerConfig
 from jaxquant_models.schemas.strict import checked, read_json, read_text_file
 
@@ -45,14 +44,13 @@ TENSORS = {
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, Tokenizer]:
-    """Read a model from a Hugging Face folder.
+def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
+    """Open a model in a Hugging Face folder; its weights are read later.
 
     Args:
       folder: holds config.json, tokenizer.json, and model.safetensors or its shards and index.
-      dtype: floating dtype of the parameters; the tensors in the file may have others.
     Returns:
-      (config, inner "params" tree of jax arrays, tokenizer).
+      (config, weights, tokenizer).
     Raises:
       ValueError: a file, shard or tensor is missing, unreadable or not as expected; the message is
         one line.
@@ -66,9 +64,8 @@ def read_hf(folder: str | Path, dtype: DTypeLike) -> tuple[LlamaConfig, PyTree, 
     check_room(config, sum(file.nbytes for file in shards), str(folder / "config.json"))
     shapes = {n: file.shapes[n] for n, file in tensors.items() if not _ignored(n, config)}
     read = lambda name: tensors[name].read(name)
-    llama = Llama(config)
-    params = assemble(llama, tensor_names(llama, TENSORS), shapes, read, dtype)
-    return config, params, tokenizer
+    ahead = lambda name: tensors[name].prefetch(name)
+    return config, Weights(Llama(config), TENSORS, shapes, read, ahead), tokenizer
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:

@@ -1,4 +1,4 @@
-"""`load`: read a named model, a file or a folder of any supported kind into a `Model`."""
+"""`load` and `open_model`: a named model, a file or a folder of any supported kind."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 from jaxquant.storage import is_checkpoint
 from jaxquant_models.architectures.config import LlamaConfig
@@ -16,7 +15,9 @@ from jaxquant_models.readers.gguf import read_gguf
 from jaxquant_models.readers.huggingface import read_hf
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.packages import Packaged, packaged_file
+from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.tokenizer import Tokenizer
+from jaxquant_models.readers.weights import Weights
 
 
 class Reader(NamedTuple):
@@ -24,11 +25,11 @@ class Reader(NamedTuple):
 
     Attributes:
       recognises: returns whether a path is of this kind.
-      read: returns (config, params, tokenizer) of a path, with parameters in a given dtype.
+      read: returns (config, weights, tokenizer) of a path; no weight is read yet.
     """
 
     recognises: Callable[[Path], bool]
-    read: Callable[[Path, DTypeLike], tuple[LlamaConfig, PyTree, Tokenizer]]
+    read: Callable[[Path], tuple[LlamaConfig, Weights, Tokenizer]]
 
 
 NAMED = {
@@ -61,16 +62,42 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
       ValueError: the model does not exist, is not supported or damaged, or has NaN or infinite
         weights.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating-point, got {dtype}")
+    _check_dtype(dtype)
     if _is(is_checkpoint, Path(spec)):
         return read_checkpoint(Path(spec), dtype, widen)
+    return _opened(spec, dtype).load()
+
+
+def open_model(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32) -> Source:
+    """Open a model whose weights are read when they are asked for, layer by layer.
+
+    Args:
+      spec: as in `load`. A jaxquant checkpoint is read at once.
+      dtype: floating dtype of parameters and activations.
+    Raises:
+      ValueError: the model does not exist, is not supported or damaged. Weights that are NaN or
+        infinite raise it when they are read.
+    """
+    _check_dtype(dtype)
+    if _is(is_checkpoint, Path(spec)):
+        return Source.of(read_checkpoint(Path(spec), dtype, widen=True))
+    return _opened(spec, dtype)
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
+
+
+def _opened(spec: str | os.PathLike[str], dtype: DTypeLike) -> Source:
     path = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
     if not _is(Path.exists, path):
         raise ValueError(f"no model {str(spec)!r:.200}: not a path, and not one of {sorted(NAMED)}")
     for reader in READERS:
         if reader.recognises(path):
-            return Model(str(spec), *reader.read(path, dtype), dtype)
+            config, weights, tokenizer = reader.read(path)
+            outline = Model(str(spec), config, weights.outline(dtype), tokenizer, dtype)
+            return Source(outline, weights)
     raise ValueError(f"{path} is neither a .gguf file nor a folder with config.json")
 
 

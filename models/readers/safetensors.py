@@ -4,6 +4,7 @@ The `safetensors` library checks the file, but its arrays are not used because N
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -84,3 +85,17 @@ class Tensors:
             )
         raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
         return np.asarray(raw).view(kind).reshape(entry.shape)
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor into its cache, where it can be asked.
+
+        Args:
+          name: a key of `shapes`.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        begin, end = self._entries[name].data_offsets
+        with self.path.open("rb") as file:
+            os.posix_fadvise(
+                file.fileno(), self._start + begin, end - begin, os.POSIX_FADV_WILLNEED
+            )

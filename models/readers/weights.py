@@ -1,8 +1,10 @@
-"""Assembles a file's named tensors into stacked parameters, one tensor in memory at a time."""
+"""The named tensors of a file as stacked parameters: all of them, or those of one layer."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,40 +47,115 @@ def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, li
     return {p: [templates[p].format(i) for i in range(depth(p))] for p in param_shapes(model)}
 
 
-def assemble(
-    model: nn.Module,
-    names: Mapping[str, list[str]],
-    present: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-    dtype: DTypeLike,
-) -> PyTree:
-    """Return the parameter tree assembled from the tensors of a file.
+class Weights:
+    """The weights of a model file, each read when it is asked for.
+
+    Attributes:
+      shapes: shape of every parameter by path; those of the stack of layers begin with L.
 
     Args:
       model: the model.
-      names: the result of `tensor_names`.
+      templates: as in `tensor_names`.
       present: shape of every tensor in the file that is expected to be used.
       read: function from name to array; matrices are [out, in], as files store them.
-      dtype: floating dtype of the result.
-    Returns:
-      Nested dict of jax arrays, the inner "params" of the model.
+      ahead: tells the system that a tensor is read next; None if it cannot be told.
     Raises:
-      ValueError: a tensor is missing, unknown, of another shape or kind, or not finite; the message
-        names it.
+      ValueError: a tensor is missing, unknown or of another shape; the message names it.
     """
-    shapes = param_shapes(model)
-    _check_names({n for group in names.values() for n in group}, set(present))
-    _check_shapes(shapes, names, present)  # before anything is allocated
-    params = {}
-    # Largest first, so that the largest temporaries exist while little else is in memory.
-    for path in sorted(names, key=lambda path: -math.prod(shapes[path])):
-        stack = np.empty(shapes[path], dtype)
-        slots = stack if path.startswith("layers/") else stack[None]
-        for slot, name in zip(slots, names[path], strict=True):
-            value = read(name)
-            _fill(slot, value.T if path.endswith("/kernel") else value, name)
-        params[path] = jax.device_put(stack)
-    return traverse_util.unflatten_dict(params, sep="/")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        templates: Mapping[str, str],
+        present: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+        ahead: Callable[[str], None] | None = None,
+    ) -> None:
+        self._ahead = ahead
+        self.shapes = param_shapes(model)
+        self._names = tensor_names(model, templates)
+        self._read = read
+        _check_names({n for group in self._names.values() for n in group}, set(present))
+        _check_shapes(self.shapes, self._names, present)  # before anything is allocated
+
+    def outline(self, dtype: DTypeLike) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the parameter tree with shapes in place of arrays; nothing is read.
+
+        Args:
+          dtype: floating dtype of the parameters.
+        """
+        return _tree({p: jax.ShapeDtypeStruct(s, dtype) for p, s in self.shapes.items()})
+
+    def whole(self, dtype: DTypeLike) -> PyTree:
+        """Return the parameter tree, one tensor at a time in memory besides it.
+
+        Args:
+          dtype: floating dtype of the result.
+        Raises:
+          ValueError: a tensor is not floating-point, not finite, or cannot be read.
+        """
+        params = {}
+        # Largest first, so that the largest temporaries exist while little else is in memory.
+        for path in sorted(self.shapes, key=lambda path: -math.prod(self.shapes[path])):
+            stack = np.empty(self.shapes[path], dtype)
+            slots = stack if path.startswith("layers/") else stack[None]
+            for slot, name in zip(slots, self._names[path], strict=True):
+                _fill(slot, self._turned(path, name), name)
+            params[path] = jax.device_put(stack)
+        return _tree(params)
+
+    def layer(self, i: int, dtype: DTypeLike) -> PyTree:
+        """Return the stack of layers cut down to one: every leaf is [1, ...].
+
+        Args:
+          i: number of the layer.
+          dtype, errors: as in `whole`.
+        """
+        stack = [path for path in self.shapes if path.startswith("layers/")]
+        return _tree({p.removeprefix("layers/"): self._one(p, i, dtype) for p in stack})
+
+    def prefetch(self, i: int) -> None:
+        """Tell the system that a layer is read next.
+
+        Args:
+          i: number of the layer.
+        """
+        for path, names in self._names.items():
+            if self._ahead is not None and path.startswith("layers/"):
+                self._ahead(names[i])
+
+    def outer(self, dtype: DTypeLike) -> PyTree:
+        """Return the parameter tree without the stack of layers.
+
+        Args:
+          dtype, errors: as in `whole`.
+        """
+        others = [path for path in self.shapes if not path.startswith("layers/")]
+        return _tree({path: self._one(path, 0, dtype) for path in others})
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all tensors as the file holds them."""
+        found = hashlib.sha256()
+        for path, names in sorted(self._names.items()):
+            for name in names:
+                value = np.ascontiguousarray(self._read(name))
+                found.update(f"{path} {name} {value.dtype} {value.shape}".encode())
+                found.update(value.reshape(-1).view(np.uint8).data)
+        return found.hexdigest()
+
+    def _one(self, path: str, i: int, dtype: DTypeLike) -> jax.Array:
+        name, stacked = self._names[path][i], path.startswith("layers/")
+        slot = np.empty((1, *self.shapes[path][stacked:]), dtype)
+        _fill(slot[0], self._turned(path, name), name)
+        return jax.device_put(slot if stacked else slot[0])
+
+    def _turned(self, path: str, name: str) -> np.ndarray:
+        value = self._read(name)
+        return value.T if path.endswith("/kernel") else value
+
+
+def _tree(flat: dict[str, Any]) -> PyTree:
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _fill(slot: np.ndarray, value: np.ndarray, name: str) -> None:

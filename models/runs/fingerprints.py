@@ -3,10 +3,10 @@
 import hashlib
 
 import jax
-import numpy as np
 
 import jaxquant as jq
 from jaxquant_models.readers.model import Model
+from jaxquant_models.readers.source import Loaded
 
 VERSIONS = {"jaxquant": jq.__version__, "jax": jax.__version__}
 
@@ -17,10 +17,7 @@ def digest_of_model(model: Model) -> str:
     Args:
       model: the model.
     """
-    digest = hashlib.sha256()
-    for path, w in jax.tree_util.tree_leaves_with_path(model.params):
-        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(w).tobytes())
-    return digest.hexdigest()
+    return Loaded(model.params).digest()
 
 
 def digest_of_text(text: str) -> str:

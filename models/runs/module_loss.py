@@ -6,36 +6,55 @@ MLP, on the hidden states of the original model. Other weights are evaluated by 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxquant.calibration.one_block import only
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant_models.architectures.blocks import attention_and_mlp, blockwise
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.readers.model import Model
 
+JUDGED = 4  # number of sequences on which scales are evaluated
 MODULES = {"attn": ("q", "k", "v"), "mlp": ("gate", "up")}  # the weights that each evaluates
 
 
 class ModuleLoss:
-    """An `inspect` argument of `jaxquant.quantize` for a Llama with stacked layers."""
+    """An `inspect` argument of `jaxquant.quantize` for a Llama with stacked layers.
 
-    def __init__(self, model: Model, sequences: np.ndarray, relative: bool = True) -> None:
-        """Run the model on token sequences, keeping the inputs of all layers.
+    Args:
+      config: the architecture.
+      layer: function from the number of a layer to its parameters, leaves [1, ...].
+      hidden: function from the number of a layer to its inputs, [N, t, d].
+      relative: whether the error of a token's output is divided by its energy, so that an attention
+        sink counts as one token among many.
+    """
 
-        These take L * N * t * d floats.
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: Callable[[int], PyTree],
+        hidden: Callable[[int], jax.Array],
+        relative: bool = True,
+    ) -> None:
+        self.config, self.layer, self.hidden, self.relative = config, layer, hidden, relative
+
+    @staticmethod
+    def of(model: Model, sequences: np.ndarray, relative: bool = True) -> "ModuleLoss":
+        """Return the loss of a model in memory, after running it on token sequences.
+
+        The inputs of all layers are kept, which takes L * N * t * d floats.
 
         Args:
           model: the model.
           sequences: token ids, int [N, t].
-          relative: whether the error of a token's output is divided by its energy, so that an
-            attention sink counts as one token among many.
+          relative: see the class.
         """
-        self.config, self.layers, self.relative = model.config, model.params["layers"], relative
-        parts = blockwise(model.config, model.dtype)
+        parts, layers = blockwise(model.config, model.dtype), model.params["layers"]
 
         @jax.jit
         def layer_inputs(params: PyTree, tokens: jax.Array) -> jax.Array:
@@ -43,7 +62,9 @@ class ModuleLoss:
             return jax.lax.scan(step, parts.embed(params, tokens), params["layers"])[1]
 
         each = [layer_inputs(model.params, jnp.asarray(s)[None]) for s in sequences]
-        self.hidden = jnp.concatenate(each, axis=1)
+        hidden = jnp.concatenate(each, axis=1)
+        one = lambda i: jax.tree.map(lambda a: a[i : i + 1], layers)
+        return ModuleLoss(model.config, one, lambda i: hidden[i], relative)
 
     def __call__(self, weights: dict[str, jax.Array], index: int) -> jax.Array | None:
         """Return the error of the module that contains these weights, or None if there is none.
@@ -62,8 +83,8 @@ class ModuleLoss:
     @functools.lru_cache(maxsize=1)  # noqa: B019, few instances, each used for one search at a time
     def _module(self, module: str, index: int) -> tuple[PyTree, jax.Array, jax.Array]:
         """Return a layer's parameters, and the input and the output of one of its modules."""
-        layer = jax.tree.map(lambda a: a[index], self.layers)
-        return layer, *_run(self.config, module, layer, self.hidden[index])
+        layer = self.layer(index)
+        return layer, *_run(self.config, module, layer, self.hidden(index))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -71,6 +92,7 @@ def _run(
     config: LlamaConfig, module: str, layer: PyTree, h: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     attend, feed = attention_and_mlp(config)
+    layer = only(layer)
     if module == "attn":
         return h, attend(layer, h)
     h = h + attend(layer, h)
@@ -88,7 +110,7 @@ def _error(
     want: jax.Array,
 ) -> jax.Array:
     """Return the mean squared error of the module's output with the weights replaced."""
-    run = attention_and_mlp(config)[module == "mlp"]
+    run, layer = attention_and_mlp(config)[module == "mlp"], only(layer)
     shapes = dict(path_leaves(layer))
     changed = replace_leaves(layer, {p: w.reshape(shapes[p].shape) for p, w in new.items()})
     lost = jnp.sum((run(changed, h) - want) ** 2, axis=-1)

@@ -1,7 +1,9 @@
 """Quantization of a language model by a recipe: the plan, the rounding, and learned transforms."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +18,21 @@ from jaxquant.tuning.trainer import Progress
 from jaxquant_models.architectures.invariances import folds
 from jaxquant_models.readers.checkpoint import as_stored
 from jaxquant_models.readers.model import Model
+
+
+class Quantized(NamedTuple):
+    """The result of a quantization job.
+
+    Attributes:
+      model: the quantized model.
+      recipe: the recipe that made it.
+      layers: the directories that hold its layers (`readers.checkpoint.save_layer`), if its
+        parameters lack them.
+    """
+
+    model: Model
+    recipe: jq.Recipe
+    layers: Sequence[Path] = ()
 
 
 def plan_model(model: Model, recipe: jq.Recipe) -> jq.recipes.Plan:

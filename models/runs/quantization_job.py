@@ -1,9 +1,8 @@
-"""A quantization job: its steps in order. It can be killed at any moment and resumed."""
+"""A quantization job with the whole model in memory. It can be killed at any moment and resumed."""
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -18,14 +17,19 @@ from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.calibration import CALIBRATION, calibrate_model
 from jaxquant_models.runs.generated_text import generated_sequences
 from jaxquant_models.runs.healing import heal_model
-from jaxquant_models.runs.module_loss import ModuleLoss
-from jaxquant_models.runs.quantization import learn_transforms, plan_model, quantize_model
+from jaxquant_models.runs.module_loss import JUDGED, ModuleLoss
+from jaxquant_models.runs.needs import Needs
+from jaxquant_models.runs.quantization import (
+    Quantized,
+    learn_transforms,
+    plan_model,
+    quantize_model,
+)
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter, Step
 from jaxquant_models.runs.rotation import learned_rotation, random_rotation, rotate_model
 from jaxquant_models.runs.sequences import HELD_OUT, context_length, split
 
-JUDGED = 4  # number of sequences on which scales are evaluated
 MEASURED = HELD_OUT // 4  # number of sequences on which an allocation is evaluated
 MOST_GENERATED = 128  # limit of the training sequences a model generates, unless a batch is larger
 
@@ -46,30 +50,9 @@ class Sequences(NamedTuple):
     held_out: np.ndarray | None = None
 
 
-class Needs(NamedTuple):
-    """What the methods of a request require.
-
-    Attributes:
-      statistics: whether any input statistics are required.
-      gram: whether second moments of inputs are required.
-      channels: whether magnitudes of single channels, or a sample, are required.
-      output: patterns of the weights whose output-side statistics are required.
-      sample: number of rows of each input to keep, both of those with the largest entries and of
-        random ones.
-      module_loss: whether scales are searched for by the error of a module's output.
-    """
-
-    statistics: bool
-    gram: bool
-    channels: bool
-    output: tuple[str, ...]
-    sample: int
-    module_loss: bool
-
-
 @dataclasses.dataclass(eq=False)
 class QuantizationJob:
-    """A quantization job.
+    """A quantization job some of whose steps need the whole model; others are `LayerwiseJob`s.
 
     Attributes:
       request: the request.
@@ -90,7 +73,7 @@ class QuantizationJob:
     finished: Finished
     reporter: Reporter
 
-    def run(self) -> tuple[Model, jq.Recipe]:
+    def run(self) -> Quantized:
         """Run every unfinished step, and return the model and the recipe that made it."""
         self._rotate()
         stats = self._statistics()
@@ -99,11 +82,7 @@ class QuantizationJob:
             recipe = self._allocated(stats)
         transforms = self._learned_transforms(recipe, stats)
         result = self._quantized(recipe, stats, transforms)
-        return self._healed(result), recipe
-
-    @property
-    def _key(self) -> jax.Array:
-        return jax.random.key(self.request.seed)
+        return Quantized(self._healed(result), recipe)
 
     def _rotate(self) -> None:
         """Replace the source by the model with a rotated residual stream, if requested."""
@@ -111,7 +90,7 @@ class QuantizationJob:
         if not self.request.rotation:
             return
         with self.reporter.stage("rotating", rotating.steps if rotating else 0) as step:
-            rotation = random_rotation(self.source, self._key)
+            rotation = random_rotation(self.source, self.request.key)
             if rotating is not None and self.request.recipe is not None:
                 rotation = self._learned_rotation(self.request.recipe, rotating, rotation, step)
             self.source = rotate_model(self.source, rotation)
@@ -131,7 +110,7 @@ class QuantizationJob:
             begun, name = rotate_model(self.source, start), f"{CALIBRATION} before rotating"
             stats = self._calibrated(begun, lambda _: None, name)
         return learned_rotation(
-            self.source, recipe, training, rotating, start=start, stats=stats, key=self._key,
+            self.source, recipe, training, rotating, start=start, stats=stats, key=self.request.key,
             validation=held_out, progress=step, finished=self.finished,
         )  # fmt: skip
 
@@ -164,7 +143,7 @@ class QuantizationJob:
             allocation = jq.ptq.allocate(
                 source.params, request.choices, request.target_bits, stats,
                 paths=[LAYER_MATRICES], measure=distance, healed=request.healing is not None,
-                key=self._key, progress=step, finished=self.finished,
+                key=request.key, progress=step, finished=self.finished,
             )  # fmt: skip
         self.reporter.tell(str(allocation))
         return allocation.recipe
@@ -178,7 +157,8 @@ class QuantizationJob:
             training, held_out = self._training()
             return learn_transforms(
                 self.source, recipe, stats, training, learning, validation=held_out,
-                key=self._key, inspect=self._module_loss(), progress=step, finished=self.finished,
+                key=self.request.key, inspect=self._module_loss(), progress=step,
+                finished=self.finished,
             )  # fmt: skip
 
     def _quantized(
@@ -188,7 +168,7 @@ class QuantizationJob:
         plan = plan_model(self.source, recipe) if self.plan is None else self.plan
         with self.reporter.stage("quantizing", plan.matrices) as step:
             return quantize_model(
-                self.source, recipe, stats, key=self._key, inspect=self._module_loss(),
+                self.source, recipe, stats, key=self.request.key, inspect=self._module_loss(),
                 transforms=transforms, progress=step, finished=self.finished,
             )  # fmt: skip
 
@@ -210,7 +190,7 @@ class QuantizationJob:
         """Return the loss by which scales are searched for, or None if none are."""
         if not self.needs.module_loss:
             return None
-        return ModuleLoss(self.source, self.sequences.calibration[:JUDGED])
+        return ModuleLoss.of(self.source, self.sequences.calibration[:JUDGED])
 
     def _training(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the training and the held-out sequences, generated by the model if requested."""

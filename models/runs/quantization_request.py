@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 import jaxquant as jq
 from jaxquant.calibration.statistics import Weighting
 from jaxquant_models.architectures.llama import LAYER_MATRICES
@@ -56,3 +58,20 @@ class QuantizationRequest:
         """All training on sequences, in order."""
         stages = (self.rotating, self.learning, self.healing, self.recoding)
         return [how for how in stages if how is not None]
+
+    @property
+    def key(self) -> jax.Array:
+        """The PRNG key of all draws."""
+        return jax.random.key(self.seed)
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The steps that need the whole model in memory; the others go layer by layer."""
+        steps = {
+            "--target-bits": self.recipe is None,
+            "--exact-prefix": self.exact_prefix > 0,
+            "--rotate-residual learned": self.rotating is not None,
+            "--learn": self.learning is not None,
+            "--heal": self.healing is not None,
+        }
+        return tuple(name for name, there in steps.items() if there)

@@ -8,23 +8,24 @@ import numpy as np
 from pydantic import JsonValue
 
 import jaxquant as jq
-from jaxquant.durable.store import Finished
+from jaxquant.durable.store import Folder
 from jaxquant.recipes.serialize import to_json
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
+from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.text import read_text
-from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_model, digest_of_text
+from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_text
 from jaxquant_models.runs.generated_text import GENERATED
+from jaxquant_models.runs.layerwise import LayerwiseJob
+from jaxquant_models.runs.needs import Needs, needs_of
 from jaxquant_models.runs.quantization import plan_model
-from jaxquant_models.runs.quantization_job import Needs, QuantizationJob, Sequences
+from jaxquant_models.runs.quantization_job import QuantizationJob, Sequences
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter
-from jaxquant_models.runs.rotation import untie_model
+from jaxquant_models.runs.rotation import random_rotation, rotated, untied_source
 from jaxquant_models.runs.sequences import context_length, first_tokens, split, token_sequences
 from pallas_kernels import viterbi
-
-SAMPLE = 256  # rows of every input kept to fit transforms: the largest, and as many at random
 
 
 class Texts(NamedTuple):
@@ -43,14 +44,14 @@ class Texts(NamedTuple):
 def set_up(
     request: QuantizationRequest,
     model: str,
-    begin: Callable[[Mapping[str, JsonValue]], Finished],
+    begin: Callable[[Mapping[str, JsonValue]], Folder],
     reporter: Reporter,
-) -> QuantizationJob:
-    """Return the job for a request. The job holds the only reference to the model.
+) -> QuantizationJob | LayerwiseJob:
+    """Return the job for a request; it goes layer by layer unless a step needs the whole model.
 
     Args:
       request: the request.
-      model: the spec of the model, as in `readers.registry.load`.
+      model: the spec of the model, as in `readers.registry.open_model`.
       begin: called with the job's fingerprint once all checks have passed; returns the results that
         earlier runs of the job have finished.
       reporter: receives the plan and later the reports of the work.
@@ -59,14 +60,26 @@ def set_up(
         bits cannot be reached, or a text is too short.
     """
     texts = _read_texts(request)
-    source = dataclasses.replace(registry.load(model), prefix=request.exact_prefix)
-    if request.rotation:
+    source = registry.open_model(model)
+    if request.rotation and source.outline.config.tie_embeddings:
         source = _untied(source, reporter)
-    plan = _plan(request, source, reporter)
-    needs = _needs(request)
-    sequences = _cut(request, needs, source, texts)
+    source = source.with_prefix(request.exact_prefix)
+    plan = _plan(request, source.outline, reporter)
+    needs = needs_of(request)
+    sequences = _cut(request, needs, source.outline, texts)
     finished = begin(_fingerprint(request, source, texts))
-    return QuantizationJob(request, source, needs, sequences, plan, finished, reporter)
+    recipe = request.recipe
+    if recipe is not None and plan is not None and not request.whole:
+        if request.rotation:
+            source = rotated(source, random_rotation(source.outline, request.key))
+        return LayerwiseJob(
+            request, source, needs, sequences.calibration, plan, recipe, finished, reporter
+        )
+    size = 4 * source.outline.config.weights
+    reporter.tell(
+        f"note: {', '.join(request.whole)} needs the whole model in memory, {size:,} bytes"
+    )
+    return QuantizationJob(request, source.load(), needs, sequences, plan, finished, reporter)
 
 
 def _read_texts(request: QuantizationRequest) -> Texts:
@@ -77,12 +90,10 @@ def _read_texts(request: QuantizationRequest) -> Texts:
     )
 
 
-def _untied(source: Model, reporter: Reporter) -> Model:
+def _untied(source: Source, reporter: Reporter) -> Source:
     """Return the model with untied embeddings, reporting the bytes that this adds."""
-    if not source.config.tie_embeddings:
-        return source
-    source = untie_model(source)
-    size = 2 * source.params["head"]["kernel"].size
+    source = untied_source(source)
+    size = 2 * source.outline.params["head"]["kernel"].size
     reporter.tell(
         "note: the model uses one matrix as embedding and as output matrix; the "
         "rotation changes these differently, so they are stored separately, "
@@ -108,24 +119,6 @@ def _plan(
     plan = plan_model(source, request.recipe)
     reporter.tell(str(plan))
     return plan
-
-
-def _needs(request: QuantizationRequest) -> Needs:
-    rules, allocates = request.rules, request.recipe is None
-    methods = [method for _, method in rules]
-    gram = allocates or any(m.needs_gram for m in methods)
-    sample = any(m.needs_sample for m in methods)
-    channels = sample or any(m.needs_channels for m in methods)
-    output = tuple(dict.fromkeys(path for path, m in rules if m.needs_output))
-    searched = (m for m in methods if getattr(m.input, "searched", False))
-    return Needs(
-        statistics=bool(gram or channels or output),
-        gram=gram,
-        channels=channels,
-        output=output,
-        sample=SAMPLE if sample else 0,
-        module_loss=any(m.activations is None for m in searched),
-    )
 
 
 def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts) -> Sequences:
@@ -156,14 +149,16 @@ def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts
     return Sequences(calibration, unseen, *own)
 
 
-def _fingerprint(request: QuantizationRequest, source: Model, texts: Texts) -> dict[str, JsonValue]:
+def _fingerprint(
+    request: QuantizationRequest, source: Source, texts: Texts
+) -> dict[str, JsonValue]:
     """Return the identity of a run: plain values that differ wherever results may differ."""
     training = ("learning", "healing", "recoding", "rotating")
     return {
         **VERSIONS,
         "encoder": viterbi.backend(),
-        "weights": digest_of_model(source),
-        "prefix": source.prefix,
+        "weights": source.weights.digest(),
+        "prefix": request.exact_prefix,
         "recipe": None if request.recipe is None else request.recipe.to_json(),
         "choices": [to_json(m) for m in request.choices],
         **{name: (how := getattr(request, name)) and dataclasses.asdict(how) for name in training},

@@ -13,8 +13,9 @@ from jaxquant.durable.store import Finished
 from jaxquant.rounding import Nearest
 from jaxquant.transforms import Channels
 from jaxquant.tuning.trainer import Progress
-from jaxquant_models.architectures.invariances import residual, untied
+from jaxquant_models.architectures.invariances import residual, untied, untied_config
 from jaxquant_models.readers.model import Model
+from jaxquant_models.readers.source import Source
 
 
 def untie_model(model: Model) -> Model:
@@ -39,6 +40,34 @@ def rotate_model(model: Model, rotation: Float[Array, "d d"]) -> Model:
     model = untie_model(model)
     params = jq.ptq.rotate_residual(model.params, residual(model.config), rotation)
     return dataclasses.replace(model, params=params)
+
+
+def untied_source(source: Source) -> Source:
+    """Return the source of a model with untied embeddings; its function is unchanged.
+
+    Args:
+      source: the model.
+    """
+    outline, config = source.outline, source.outline.config
+    changed = lambda params: untied(config, params)
+    params = jax.eval_shape(lambda p: changed(p)[1], outline.params)
+    new = dataclasses.replace(outline, config=untied_config(config), params=params)
+    return source.changed(new, lambda layer: layer, lambda outer: changed(outer)[1])
+
+
+def rotated(source: Source, rotation: Float[Array, "d d"]) -> Source:
+    """Return the source of a model with its residual stream rotated; its function is unchanged.
+
+    Args:
+      source: the model, with untied embeddings.
+      rotation: orthonormal matrix [d, d].
+    """
+    of_layers, others = residual(source.outline.config).split("layers")
+    return source.changed(
+        source.outline,
+        lambda layer: jq.ptq.rotate_residual({"layers": layer}, of_layers, rotation)["layers"],
+        lambda outer: jq.ptq.rotate_residual(outer, others, rotation),
+    )
 
 
 def random_rotation(model: Model, key: jax.Array) -> Float[Array, "d d"]:

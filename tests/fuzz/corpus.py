@@ -114,7 +114,9 @@ def _gguf(place: Path, write: bool) -> list[Case]:
             folder.mkdir()
             tensors = gguf_files.to_gguf(hf, random_tensors(hf))
             gguf_files.write(folder / "m.gguf", hf, tensors)
-        found.append(_case(folder, ["m.gguf"], lambda f: read_gguf(f / "m.gguf", np.float32)))
+        found.append(
+            _case(folder, ["m.gguf"], lambda f: read_gguf(f / "m.gguf")[1].whole(np.float32))
+        )
     return found
 
 
@@ -125,7 +127,7 @@ def _folders(place: Path, kind: str, names: list[str], write: bool) -> list[Case
         if write:
             write_folder(folder, hf, random_tensors(hf))
             (folder / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
-        found.append(_case(folder, names, lambda f: read_hf(f, np.float32)))
+        found.append(_case(folder, names, lambda f: read_hf(f)[1].whole(np.float32)))
     bert = place / f"{kind}-bert"
     if write:
         bert.mkdir()
@@ -147,7 +149,7 @@ def _index(place: Path, write: bool) -> list[Case]:
     if write:
         tensors = random_tensors(BASE)
         shard(write_folder(folder, BASE, tensors), tensors)
-    read = lambda f: read_hf(f, np.float32)
+    read = lambda f: read_hf(f)[1].whole(np.float32)
     return [_case(folder, ["model.safetensors.index.json"], read)]
 
 

@@ -1,0 +1,161 @@
+"""Parts of a checkpoint: stacks of layers that were written a few layers at a time.
+
+A part is itself a checkpoint, in a directory inside of the whole one. The whole one's description
+holds a digest of each part's description, which holds digests of the part's files.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxquant.core.standin import is_standin
+from jaxquant.core.tensor import QTensor
+from jaxquant.storage.description import FILE, Json, is_checkpoint
+
+PARTS = "parts"  # key of a description, and name of a directory
+Parts = Mapping[str, Sequence[Path]]  # the directories of the parts of each entry of the tree
+
+
+def parts_of(tree: PyTree, parts: Parts) -> Json:
+    """Return what a description says of the parts: {"parts": {name: digests}}, or {} for none.
+
+    Args:
+      tree: the rest of the tree.
+      parts: the parts of each entry.
+    Raises:
+      ValueError: the tree is no dict, an entry is in both, or a directory is no checkpoint.
+    """
+    if not parts:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"a tree with parts must be a dict, got {type(tree).__name__}")
+    if both := sorted(set(tree) & set(parts)):
+        raise ValueError(f"the entry {both[0]!r} is given in the tree and in parts")
+    return {PARTS: {name: [_digest(path) for path in paths] for name, paths in parts.items()}}
+
+
+def linked(parts: Parts, folder: Path) -> None:
+    """Put the parts into a checkpoint that is being written.
+
+    Args:
+      parts: the parts of each entry.
+      folder: the directory of the checkpoint.
+    """
+    for name, paths in parts.items():
+        for i, path in enumerate(paths):
+            shutil.copytree(path, folder / PARTS / name / str(i), copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def joined(
+    folder: Path, said: Mapping[str, list[str]], load: Callable[[Path], PyTree]
+) -> dict[str, PyTree]:
+    """Return the entries that are stored in parts, each joined along the leading axis.
+
+    Besides the result, memory holds one part, and one leaf twice.
+
+    Args:
+      folder: the directory of the checkpoint.
+      said: digests of the parts of each entry, from the description.
+      load: reads a checkpoint.
+    Raises:
+      ValueError: a part is missing, damaged or of another run.
+    """
+    return {name: _joined(folder / PARTS / name, digests, load) for name, digests in said.items()}
+
+
+def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) -> PyTree:
+    structure: Any = None
+    whole: list[_Filling] = []
+    names: list[list[str]] = []
+    for i, digest in enumerate(digests):
+        part = folder / str(i)
+        if not is_checkpoint(part) or _digest(part) != digest:
+            state = "differs from what was saved" if part.exists() else "is missing"
+            raise ValueError(f"{part} is damaged: it {state}")
+        tree = load(part)
+        names.append([_shared(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_standin)])
+        arrays, form = jax.tree.flatten(jax.tree.map(_renamed, tree, is_leaf=is_standin))
+        if structure is None:
+            structure, whole = form, [_Filling(a, len(digests)) for a in arrays]
+        if form != structure:
+            raise ValueError(
+                f"{part} cannot be joined with the other parts: it is packed otherwise"
+            )
+        for filling, a in zip(whole, arrays, strict=True):
+            filling.add(a)
+    if structure is None:
+        raise ValueError(f"{folder} is damaged: it has no parts")
+    filled = jax.tree.unflatten(structure, [filling.array() for filling in whole])
+    leaves, form = jax.tree.flatten(filled, is_leaf=is_standin)
+    named = [
+        _renamed(leaf, _common(of))
+        for leaf, of in zip(leaves, zip(*names, strict=True), strict=True)
+    ]
+    return jax.tree.unflatten(form, named)
+
+
+class _Filling:
+    """An array that is filled part by part along its leading axis; parts have equal lengths."""
+
+    def __init__(self, part: Any, parts: int) -> None:
+        self.shape, self.dtype = (parts * len(part), *part.shape[1:]), part.dtype
+        self.at, self.kind = 0, type(part)
+        abstract = isinstance(part, jax.ShapeDtypeStruct)
+        self.whole = None if abstract else np.empty(self.shape, self.dtype)
+
+    def add(self, part: Any) -> None:
+        kind = np.result_type(self.dtype, part.dtype)
+        if kind != self.dtype:  # one layer's values did not fit in float16
+            self.dtype = kind
+            self.whole = None if self.whole is None else self.whole.astype(kind)
+        if self.whole is not None:
+            self.whole[self.at : self.at + len(part)] = part
+            self.at += len(part)
+
+    def array(self) -> Any:
+        if self.whole is None:
+            return jax.ShapeDtypeStruct(self.shape, self.dtype)
+        whole, self.whole = self.whole, None
+        return whole if self.kind is np.ndarray else jnp.asarray(whole)
+
+
+def _shared(leaf: Any) -> str:
+    return leaf.shared if isinstance(leaf, QTensor) else ""
+
+
+def _renamed(leaf: Any, name: str = "") -> Any:
+    return dataclasses.replace(leaf, shared=name) if isinstance(leaf, QTensor) else leaf
+
+
+def _common(names: tuple[str, ...]) -> str:
+    """Return a name that weights share only if they share one in every part; "" if in some none."""
+    if len(set(names)) == 1:
+        return names[0]
+    if not all(names):
+        return ""
+    # A name begins with the number of its weights, and ends with a digest of their arrays.
+    digest = hashlib.sha256("".join(names).encode()).hexdigest()[:32]
+    return f"{names[0].rpartition(' ')[0]} {digest}"
+
+
+def _digest(part: Path) -> str:
+    """Return the digest of a part's description; ValueError if it is no checkpoint."""
+    if not is_checkpoint(part):
+        raise ValueError(f"{part} is not a jaxquant checkpoint")
+    return hashlib.sha256((part / FILE).read_bytes()).hexdigest()

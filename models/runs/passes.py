@@ -1,0 +1,222 @@
+"""Passes of token sequences through a model of which one layer is in memory at a time.
+
+The hidden states at the input of every layer are kept; then the gradients of the loss walk back
+from layer to layer. If the states are many, they are kept in files, which also makes the passes
+resumable: what is missing there, or damaged, is computed again.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jaxquant.calibration.one_block import Passed, only
+from jaxquant.durable.store import Arrays, Finished, Folder
+from jaxquant.tuning.trainer import next_token_loss
+from jaxquant_models.architectures.blocks import Blockwise, blockwise
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import check_tokens
+from jaxquant_models.readers.source import Source
+
+IN_MEMORY = 256 * 2**20  # bytes of hidden states that are kept in memory rather than in files
+Batches = Iterator[tuple[Array, Array | None]]  # inputs of a layer, gradients at its outputs
+
+
+class Passes:
+    """Hidden states and gradients of sequences at the layers of a model.
+
+    Args:
+      source: the model.
+      sequences: token ids, int [N, t].
+      files: store for hidden states and gradients that are too large for memory.
+    Raises:
+      ValueError: a token id has no row in the embedding.
+    """
+
+    def __init__(self, source: Source, sequences: np.ndarray, files: Folder) -> None:
+        config = source.outline.config
+        check_tokens(sequences, config.vocab_size)
+        self.source, self.sequences, self.layers = source, sequences, config.n_layers
+        in_memory = states_bytes(config, sequences.size) <= IN_MEMORY
+        self._files = None if in_memory else files
+        self._memory: dict[str, Arrays] = {}
+        self._run = _functions(config, jnp.dtype(source.outline.dtype))
+
+    @property
+    def block(self) -> Callable[[PyTree, Array], Array]:
+        """The pure function (parameters of a layer, h) -> h, the same object for equal models."""
+        return self._run.block
+
+    @property
+    def head(self) -> Callable[[PyTree, Array, Array], Array]:
+        """The pure function (parameters outside of the layers, h, tokens) -> logits."""
+        run = self._run
+        return lambda outer, h, tokens: run.head(outer, h)
+
+    def last(self) -> Iterator[tuple[Array, Array]]:
+        """Yield (output of the last layer, tokens) for each sequence."""
+        for j, tokens in enumerate(self.sequences):
+            yield self.state(self.layers, j), jnp.asarray(tokens)[None]
+
+    def forward(self, layer: int, step: Callable[[object], None] = lambda _: None) -> None:
+        """Compute the hidden states at the input of a layer, and of those before it.
+
+        Args:
+          layer: number of the layer; the number of layers for the output of the last one.
+          step: called after each layer.
+        """
+        begin = layer
+        while begin and not self._holds("state", begin):
+            begin -= 1
+        if not self._holds("state", begin):
+            outer = self.source.outer()
+            for j, tokens in enumerate(self.sequences):
+                self._keep("state", 0, j, _embed(self._run, outer, jnp.asarray(tokens)[None]))
+            del outer
+        for i, params in read_ahead(self.source, range(begin, layer)):
+            self.push(i, params)
+            step(i)
+
+    def backward(self, layer: int, step: Callable[[object], None] = lambda _: None) -> None:
+        """Compute the gradients of the loss at the outputs of a layer, from the last layer on.
+
+        Args:
+          layer: number of the layer.
+          step: called after each layer.
+        """
+        begin = layer + 1
+        while begin < self.layers and not self._holds("gradient", begin):
+            begin += 1
+        if not self._holds("gradient", begin):
+            self.forward(self.layers)
+            outer = self.source.outer()
+            for j, tokens in enumerate(self.sequences):
+                h = self.state(self.layers, j)
+                g = _last_gradient(self._run, outer, h, jnp.asarray(tokens)[None])
+                self._keep("gradient", self.layers, j, g)
+            del outer
+        for i, params in read_ahead(self.source, range(begin - 1, layer, -1)):
+            self.forward(i)
+            self.pull(i, params)
+            step(i)
+
+    def batches(self, layer: int, gradients: bool) -> Batches:
+        """Yield (inputs of a layer, gradients at its outputs) for each sequence.
+
+        Args:
+          layer: number of the layer, whose states, and gradients, have been computed.
+          gradients: whether gradients are wanted; they are None otherwise.
+        """
+        for j in range(len(self.sequences)):
+            yield self.state(layer, j), self.gradient(layer + 1, j) if gradients else None
+
+    def state(self, layer: int, j: int) -> Float[Array, "1 t d"]:
+        """Return the hidden states of sequence j at the input of a layer."""
+        return self._held("state", layer, j)
+
+    def gradient(self, layer: int, j: int) -> Float[Array, "1 t d"]:
+        """Return the gradient of the loss of sequence j at the input of a layer."""
+        return self._held("gradient", layer, j)
+
+    def pull(self, layer: int, params: PyTree) -> None:
+        """Compute the gradients at the input of a layer from those at its outputs."""
+        for j in range(len(self.sequences)):
+            g = _pulled(self._run, params, self.state(layer, j), self.gradient(layer + 1, j))
+            self._keep("gradient", layer, j, g)
+
+    def push(self, layer: int, params: PyTree) -> None:
+        """Compute the hidden states after a layer."""
+        for j in range(len(self.sequences)):
+            self._keep("state", layer + 1, j, _forward(self._run, params, self.state(layer, j)))
+
+    def took(self, layer: int, j: int, passed: Passed) -> None:
+        """Keep what came out of a layer in calibration (`calibrate_block`)."""
+        if passed.gradients is None:
+            self._keep("state", layer + 1, j, passed.outputs)
+        else:
+            self._keep("gradient", layer, j, passed.gradients)
+
+    def forget(self, kind: str, layers: Iterable[int]) -> None:
+        """Drop what is kept at the inputs of layers.
+
+        Args:
+          kind: "state" or "gradient".
+          layers: their numbers.
+        """
+        for i in layers:
+            for j in range(len(self.sequences)):
+                self._kept.pop(_name(kind, i, j), None)
+
+    @property
+    def _kept(self) -> Finished:
+        return self._memory if self._files is None else self._files
+
+    def _holds(self, kind: str, layer: int) -> bool:
+        return all(_name(kind, layer, j) in self._kept for j in range(len(self.sequences)))
+
+    def _keep(self, kind: str, layer: int, j: int, a: Array) -> None:
+        name, held = _name(kind, layer, j), {"values": jax.block_until_ready(a)}
+        if self._files is None:
+            self._memory[name] = held
+        else:
+            self._files.put(name, held, sync=False)  # what is damaged is computed again
+
+    def _held(self, kind: str, layer: int, j: int) -> Array:
+        return jnp.asarray(self._kept[_name(kind, layer, j)]["values"])
+
+
+def states_bytes(config: LlamaConfig, tokens: int) -> int:
+    """Return the bytes of the hidden states at the input of all layers.
+
+    Args:
+      config: the architecture.
+      tokens: number of tokens of all sequences.
+    """
+    return 4 * config.n_layers * tokens * config.d_model
+
+
+def read_ahead(source: Source, layers: Sequence[int]) -> Iterator[tuple[int, PyTree]]:
+    """Yield (number, parameters) of layers; the system reads the next one's files meanwhile.
+
+    Args:
+      source: the model.
+      layers: their numbers, in order.
+    """
+    for n, i in enumerate(layers):
+        params = source.layer(i)
+        if n + 1 < len(layers):
+            source.weights.prefetch(layers[n + 1])
+        yield i, params
+        del params
+
+
+def _name(kind: str, layer: int, j: int) -> str:
+    return f"{kind} of sequence {j} at layer {layer}"
+
+
+# One object for equal architectures, so that jit compiles its functions once.
+_functions = functools.cache(blockwise)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(run: Blockwise, outer: PyTree, tokens: Array) -> Array:
+    return run.embed(outer, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(run: Blockwise, params: PyTree, h: Array) -> Array:
+    return run.block(only(params), h)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_gradient(run: Blockwise, outer: PyTree, h: Array, tokens: Array) -> Array:
+    return jax.grad(lambda h: next_token_loss(run.head(outer, h), tokens))(h)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pulled(run: Blockwise, params: PyTree, h: Array, g: Array) -> Array:
+    layer = only(params)
+    return jax.vjp(lambda h: run.block(layer, h), h)[1](g)[0]
