@@ -83,9 +83,10 @@ def evaluate(
     Args:
       logits: the model, a function (params, tokens [1, ctx]) -> [1, ctx, vocabulary]; wrap it in
         `jaxquant.quantized` if `params` contains stand-ins.
-      params: parameters of the model.
+      params: parameters of the model; or, for a model whose parameters depend on the chunk, a
+        function from the number of the chunk to them.
       chunks: token ids [N, ctx], as `jaxquant.evaluation.chunk` makes them.
-      against: (logits, params) of the teacher, for KL and agreement; None for no teacher.
+      against: (logits, params) of the teacher, likewise, for KL and agreement; None for no teacher.
       first: first position whose logits are scored. Default: ctx // 2.
       progress: called with the number of chunks done, after each chunk.
 
@@ -108,9 +109,12 @@ def evaluate(
         raise ValueError(f"first must be in [0, {chunks.shape[1] - 1}), got {first}")
     step = jax.jit(lambda p, t, x: _score(logits, against and against[0], p, t, x, first))
     teacher = against[1] if against else None
+    of = lambda params, i: params(i) if callable(params) else params
     totals = np.zeros(3)
     for i, tokens in enumerate(chunks):
-        *sums, vocabulary = np.asarray(step(params, teacher, jnp.asarray(tokens)[None]), np.float64)
+        *sums, vocabulary = np.asarray(
+            step(of(params, i), of(teacher, i), jnp.asarray(tokens)[None]), np.float64
+        )
         if not 0 <= np.min(tokens) <= np.max(tokens) < vocabulary:
             raise ValueError(
                 f"token ids must lie in [0, {vocabulary:.0f}), the logits' vocabulary; chunk {i} "

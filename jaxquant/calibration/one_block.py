@@ -17,6 +17,7 @@ from jaxquant.calibration.observation import total
 from jaxquant.calibration.probing import Probing
 from jaxquant.calibration.statistics import Probe, Stats, Weighting
 from jaxquant.core.arguments import check_arguments
+from jaxquant.core.programs import program_memory
 from jaxquant.core.sites import Site, sites
 from jaxquant.core.standin import run
 
@@ -83,6 +84,33 @@ def calibrate_block(
     if sums is None or plan is None:
         raise ValueError("calibration needs at least one batch, got none")
     return Stats(stacked_sites(found), sums, dict(plan.holder))
+
+
+def calibration_memory(
+    block: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    h: PyTree,
+    *,
+    weighting: Weighting,
+    gram: bool = True,
+    output: tuple[str, ...] = (),
+    sample: int = 0,
+) -> tuple[int, int]:
+    """Return the bytes of the statistics of a block, and those that collecting them takes besides.
+
+    The latter are those of the compiled program, without its arguments.
+
+    Args:
+      block, weighting, gram, output, sample: as in `calibrate_block`.
+      params: shapes of the parameters, [1, ...].
+      h: shapes of the inputs of one batch.
+    """
+    found = sites(block, jax.eval_shape(only, params), h)
+    plan = Probing.of(found, weighting, gram, output, sample)
+    sums = jax.eval_shape(lambda: jax.tree.map(lambda a: a[None], plan.probes()))
+    g = h if weighting == "gradient" or output else None
+    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(sums))
+    return held, program_memory(_step, sums, params, h, g, block, plan)
 
 
 def stacked_sites(found: Mapping[str, Site]) -> dict[str, Site]:

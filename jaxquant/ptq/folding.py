@@ -16,6 +16,7 @@ from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import matches, path_leaves, replace_leaves
 from jaxquant.core.random_keys import Draw
+from jaxquant.core.sites import Site
 from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
@@ -92,7 +93,7 @@ def fold(
     new: dict[str, Array] = {}
     sums = dict(stats.sums)
     for leader, members in inputs.members.items():
-        targets = _targets(leader, members, stats, folds, leaves)
+        targets = _targets(leader, members, stats.sites, folds, leaves)
         if not targets:
             continue
         factors = _factors(inputs, leader, key, fitted)
@@ -113,10 +114,32 @@ def fold(
     )
 
 
+def unfolded(
+    params: PyTree, recipe: Recipe | Method, sites: Mapping[str, Site], folds: Folds
+) -> Recipe:
+    """Return the recipe that `fold` leaves, without fitting or folding anything.
+
+    Args:
+      params: tree of arrays or shapes.
+      recipe, folds: as in `fold`.
+      sites: how the function uses each weight.
+    Raises:
+      ValueError: the recipe does not resolve.
+    """
+    plan, leaves = resolve(recipe, params, sites), dict(path_leaves(params))
+    left: dict[str, Any] = {e.path: e.method for e in plan.entries}
+    for leader, members in Inputs.of(plan.weights, sites, leaves, None).members.items():
+        if _targets(leader, members, sites, folds, leaves):
+            for entry in members:
+                rest = _rest(entry.method.input)
+                left[entry.path] = dataclasses.replace(entry.method, input=rest)
+    return Recipe(tuple(left.items()))
+
+
 def _targets(
     leader: str,
     members: list[WeightEntry],
-    stats: Stats,
+    sites: Mapping[str, Site],
     folds: Folds,
     leaves: Mapping[str, Array],
 ) -> list[str]:
@@ -124,8 +147,8 @@ def _targets(
     if not isinstance(_first(members[0].method.input), Factors):
         return []
     paths = {m.path for m in members}
-    site = stats.sites[leader]
-    readers = {p for p, s in stats.sites.items() if s.input and s.input == site.input}
+    site = sites[leader]
+    readers = {p for p, s in sites.items() if s.input and s.input == site.input}
     if readers - paths or site.gathered is not None or site.otherwise:
         return []
     for glob, targets in folds.items():

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxquant.calibration.statistics import Stats
+from jaxquant.core.programs import program_memory
 from jaxquant.core.random_keys import Draw
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
@@ -364,6 +365,33 @@ def _check_values(w: Array, sound: Bool[Array, ""], path: str, sums: Sums) -> No
 def _at(matrices: Array, i: int) -> Array:
     """Return matrix i, by one program for all of them."""
     return matrices[i]
+
+
+def rounding_memory(entry: WeightEntry) -> int:
+    """Return the bytes that rounding one matrix of a leaf takes, besides weights and moments.
+
+    They are those of the compiled program.
+
+    Args:
+      entry: the plan's entry for the leaf.
+    """
+    *_, k, n = entry.matrix
+    method, zeros = entry.method, lambda *shape: jnp.zeros((1, *shape))
+    sums = jax.eval_shape(
+        lambda: Sums(
+            zeros(k, k) if method.needs_gram else None,
+            zeros(n, n) if method.needs_output else None,
+            zeros(),
+        )
+    )
+    if method.format.plans:
+        method = planned(method, np.ones(method.stored(k, n)[0] // method.format.block))
+    if method.input is not None and method.input.joint:  # fitted before, or folded
+        method = dataclasses.replace(method, input=None)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    w = jax.ShapeDtypeStruct((1, k, n), jnp.float32)
+    i = jax.ShapeDtypeStruct((), jnp.int32)
+    return program_memory(_round_at, w, sums, i, Keys(key, key), method, None)
 
 
 @partial(jax.jit, static_argnames="method")

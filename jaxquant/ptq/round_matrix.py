@@ -177,4 +177,5 @@ def _side(
 def _energy(e: Float[Array, "k n"], moments: Moments) -> Float[Array, ""]:
     """Return tr(H E H_out E^T)."""
     right = e if moments.output is None else e @ moments.output
-    return jnp.sum(right * (e if moments.input is None else moments.input @ e))
+    # (E^T H)^T is H E, for H is symmetric. XLA's CPU takes thrice as long for H E of 4096 x 4096.
+    return jnp.sum(right * (e if moments.input is None else (e.T @ moments.input).T))

@@ -28,7 +28,7 @@ from jaxquant.storage.description import (
     write_description,
 )
 from jaxquant.storage.leaves import described, rebuilt
-from jaxquant.storage.parts import PARTS, Parts, joined, linked, parts_of
+from jaxquant.storage.parts import PARTS, Parts, check_parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
 # Dtypes that TensorStore does not know, and those that hold their values.
@@ -231,7 +231,7 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     """
     path = Path(directory).absolute()
     # Checked before Orbax opens the files, because its errors are long and come from threads.
-    description = check_files(path)
+    description = check_files(path, parts=False)  # parts are checked when they are loaded
     try:
         arrays = dict(_read(path / ARRAYS, description["arrays"]))
         paths = [said["path"] for said in description["leaves"]]
@@ -288,20 +288,24 @@ def _leaf_outline(said: Json, arrays: dict[str, Any]) -> Any:
     return rebuilt(said, dict(arrays))
 
 
-def check_files(path: Path) -> Json:
-    """Return the description of a checkpoint after checking the files of its arrays, but no parts.
+def check_files(directory: str | Path, parts: bool = True) -> Json:
+    """Return the description of a checkpoint after checking the files of its arrays.
 
     Args:
-      path: the checkpoint.
+      directory: the checkpoint.
+      parts: whether those of its parts are checked too.
     Raises:
       ValueError: there is no checkpoint, or it is damaged or was written in a newer format version.
     """
+    path = Path(directory).absolute()
     description = read_description(path)
     found = _digests(path / ARRAYS)
     for name, digest in description["files"].items():
         if found.get(name) != digest:
             state = "differs from what was saved" if name in found else "is missing"
             raise ValueError(f"{path} is damaged: {ARRAYS}/{name} {state}")
+    if parts and PARTS in description:
+        check_parts(path, description[PARTS], check_files)
     return description
 
 

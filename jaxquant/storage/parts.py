@@ -62,6 +62,29 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def check_parts(
+    folder: Path, said: Mapping[str, list[str]], check: Callable[[Path], object]
+) -> None:
+    """Raise ValueError if a part is missing, damaged or of another run.
+
+    Args:
+      folder: the directory of the checkpoint.
+      said: digests of the parts of each entry, from the description.
+      check: checks a checkpoint.
+    """
+    for name, digests in said.items():
+        for i, digest in enumerate(digests):
+            part = folder / PARTS / name / str(i)
+            _check(part, digest)
+            check(part)
+
+
+def _check(part: Path, digest: str) -> None:
+    if not is_checkpoint(part) or _digest(part) != digest:
+        state = "differs from what was saved" if part.exists() else "is missing"
+        raise ValueError(f"{part} is damaged: it {state}")
+
+
 def joined(
     folder: Path, said: Mapping[str, list[str]], load: Callable[[Path], PyTree]
 ) -> dict[str, PyTree]:
@@ -85,9 +108,7 @@ def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) ->
     names: list[list[str]] = []
     for i, digest in enumerate(digests):
         part = folder / str(i)
-        if not is_checkpoint(part) or _digest(part) != digest:
-            state = "differs from what was saved" if part.exists() else "is missing"
-            raise ValueError(f"{part} is damaged: it {state}")
+        _check(part, digest)
         tree = load(part)
         names.append([_shared(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_standin)])
         arrays, form = jax.tree.flatten(jax.tree.map(_renamed, tree, is_leaf=is_standin))

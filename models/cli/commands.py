@@ -19,6 +19,7 @@ from jaxquant_models.cli.finetune import finetune
 from jaxquant_models.cli.generate import generate
 from jaxquant_models.cli.inspect import inspect
 from jaxquant_models.cli.merge import merge
+from jaxquant_models.cli.plan import plan
 from jaxquant_models.cli.quantize import quantize
 from jaxquant_models.cli.train_bitnet import train_bitnet
 
@@ -30,7 +31,7 @@ def cli() -> None:
 
 
 COMMANDS = (
-    quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect
+    plan, quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

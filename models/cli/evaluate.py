@@ -1,12 +1,18 @@
 """The command `jaxquant eval`."""
 
+import contextlib
 import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 from jaxtyping import PyTree
 
 import jaxquant as jq
+from jaxquant.durable.store import Folder
 from jaxquant.evaluation import check_sizes, evaluate
 from jaxquant_models.cli.console import bar, emit, line, usage_errors
 from jaxquant_models.cli.model_options import (
@@ -21,8 +27,10 @@ from jaxquant_models.cli.sizes import kv_sizes, sizes_of
 from jaxquant_models.cli.speed import scoring_speed
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Apply, Model
+from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.measuring import Phase
+from jaxquant_models.runs.scoring import Scored, layer_by_layer
 from jaxquant_models.runs.sequences import token_sequences
 from jaxquant_models.runs.serving import serving_model
 
@@ -92,20 +100,34 @@ def evaluate_command(
         if kv is None and strict is not None:
             raise ValueError("--strict and --no-strict need --kv-bits; give both")
     content = read_text(text)
-    students = _students(activations, model, adapters)
+    apart = None if kv or activations or adapters else registry.too_large(model)
+    students = _students(activations, model, adapters) if apart is None else [_apart(apart)]
     source = students[0].model
     sequences = token_sequences(source, content, ctx, chunks)
-    teacher = None if against is None else _teacher(against, model, source, content)
-    logits = jq.quantized(
-        source.apply_fn if kv is None else source.apply_kv(kv, strict is not False)
-    )
-    for about, sizes, student in students:
-        phase = Phase(tokens=sequences.size)
-        with bar("evaluating", len(sequences)) as step, phase.timed():
-            result = evaluate(logits, student.params, sequences, against=teacher, progress=step)
-        report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
-        speed = scoring_speed(phase, student.params)
-        emit({**about, **report, **sizes, **kv_sizes(kv, source.config), **speed}, as_json)
+    with contextlib.ExitStack() as stack:
+        scored = lambda source: _layer_by_layer(source, sequences, stack)
+        teacher = None if against is None else _teacher(against, model, source, content, scored)
+        logits = jq.quantized(
+            source.apply_fn if kv is None else source.apply_kv(kv, strict is not False)
+        )
+        for about, sizes, student in students:
+            phase = Phase(tokens=sequences.size)
+            with phase.timed():
+                fn, params = (logits, student.params) if apart is None else scored(apart)
+                with bar("evaluating", len(sequences)) as step:
+                    result = evaluate(fn, params, sequences, against=teacher, progress=step)
+            report = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+            speed = scoring_speed(phase, student.params)
+            emit({**about, **report, **sizes, **kv_sizes(kv, source.config), **speed}, as_json)
+
+
+def _layer_by_layer(source: Source, sequences: np.ndarray, stack: contextlib.ExitStack) -> Scored:
+    """Run a model that does not fit in memory on all sequences; files are removed in the end."""
+    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxquant-"))
+    files = stack.enter_context(Folder(Path(place) / "states", {}))
+    line(f"{source.outline.name} does not fit in memory, so its layers are read one by one")
+    with bar("layers", source.outline.config.n_layers) as step:
+        return layer_by_layer(source, sequences, files, step)
 
 
 class _Student(NamedTuple):
@@ -122,10 +144,20 @@ def _students(activations: str | None, spec: str, adapters: tuple[str, ...]) -> 
     return [_Student(about, sizes_of(m.params), serving_model(m, line)) for about, m in found]
 
 
-def _teacher(against: str, model: str, student: Model, content: str) -> tuple[Apply, PyTree]:
+def _apart(source: Source) -> _Student:
+    """Return a model whose layers are read one by one."""
+    return _Student({}, sizes_of(source.outline.params), source.outline)
+
+
+def _teacher(
+    against: str, model: str, student: Model, content: str, scored: Callable[[Source], Scored]
+) -> tuple[Apply, PyTree]:
     """Return the function and the parameters of the model to compare with."""
-    teacher = registry.load(against)
+    apart = registry.too_large(against)
+    teacher = registry.load(against) if apart is None else apart.outline
     some = content[:10_000]
     if teacher.tokenizer.encode(some) != student.tokenizer.encode(some):
         raise ValueError(f"{against} and {model} have different tokenizers; KL is undefined")
+    if apart is not None:
+        return scored(apart)
     return jq.quantized(teacher.apply_fn), serving_model(teacher, line).params

@@ -102,7 +102,7 @@ def inspect(
 
 def _tensors(model: str, as_json: bool) -> None:
     """Print the bytes and bits of every tensor, as stored."""
-    params = registry.load(model, widen=False).params
+    params = registry.outline(model)
     rows = [Row.of(path, w) for path, w in jq.core.path_leaves(params)]
     sizes = sizes_of(params)
     if as_json:

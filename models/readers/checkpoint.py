@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 from pydantic import JsonValue
 
 import jaxquant as jq
+from jaxquant.storage import outline as storage_outline
 from jaxquant.storage import stored_metadata
-from jaxquant.storage.checkpoint import load, save
+from jaxquant.storage.checkpoint import check_files, load, save
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.readers.model import Model
@@ -36,12 +37,7 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     Raises:
       ValueError: the checkpoint is damaged, or holds no language model.
     """
-    params = load(folder)
-    held = checked(
-        CheckpointMetadata,
-        stored_metadata(folder),
-        f"{folder} is not a checkpoint of a language model: its metadata",
-    )
+    params, held = load(folder), _metadata(folder)
     config = LlamaConfig.from_json(held.config)
     chat = held.chat and ChatTemplate.from_json(held.chat, f"the chat template of {folder}")
     tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}", chat)
@@ -50,6 +46,24 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
         wide = lambda w: w if _packed(w) else w.astype(dtype)
         params = jax.tree.map(wide, params, is_leaf=_packed)
     return Model(str(folder), config, params, tokenizer, dtype, held.prefix)
+
+
+def checkpoint_outline(folder: str | Path) -> PyTree:
+    """Return the parameters of a checkpoint with shapes in place of arrays; its files are checked.
+
+    Args:
+      folder: the checkpoint.
+    Raises:
+      ValueError: the checkpoint is damaged, or holds no language model.
+    """
+    check_files(folder)
+    _metadata(folder)
+    return storage_outline(folder)
+
+
+def _metadata(folder: str | Path) -> CheckpointMetadata:
+    where = f"{folder} is not a checkpoint of a language model: its metadata"
+    return checked(CheckpointMetadata, stored_metadata(folder), where)
 
 
 def save_model(

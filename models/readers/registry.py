@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jaxquant.storage import is_checkpoint
 from jaxquant_models.architectures.config import LlamaConfig
-from jaxquant_models.readers.checkpoint import read_checkpoint
+from jaxquant_models.readers.checkpoint import checkpoint_outline, read_checkpoint
 from jaxquant_models.readers.gguf import read_gguf
 from jaxquant_models.readers.huggingface import read_hf
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.packages import Packaged, packaged_file
+from jaxquant_models.readers.room import check_model_fits, fits
 from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.readers.weights import Weights
@@ -59,13 +61,15 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
     Returns:
       The model. Peak memory is about one copy of its parameters in `dtype`.
     Raises:
-      ValueError: the model does not exist, is not supported or damaged, or has NaN or infinite
-        weights.
+      ValueError: the model does not exist, is not supported or damaged, does not fit in memory, or
+        has NaN or infinite weights.
     """
     _check_dtype(dtype)
     if _is(is_checkpoint, Path(spec)):
         return read_checkpoint(Path(spec), dtype, widen)
-    return _opened(spec, dtype).load()
+    source = _opened(spec, dtype)
+    check_model_fits(source.outline, f"{spec} in {jnp.dtype(dtype).name}")
+    return source.load()
 
 
 def open_model(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32) -> Source:
@@ -82,6 +86,32 @@ def open_model(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32) -> 
     if _is(is_checkpoint, Path(spec)):
         return Source.of(read_checkpoint(Path(spec), dtype, widen=True))
     return _opened(spec, dtype)
+
+
+def outline(spec: str | os.PathLike[str]) -> PyTree:
+    """Return the parameters of a model with shapes in place of arrays, by its headers.
+
+    Args:
+      spec: as in `load`. Of a jaxquant checkpoint the files are checked, and leaves have the dtypes
+        in which they are stored; those of other models are float32.
+    Raises:
+      ValueError: the model does not exist, or is not supported or damaged.
+    """
+    if _is(is_checkpoint, Path(spec)):
+        return checkpoint_outline(Path(spec))
+    return open_model(spec).outline.params
+
+
+def too_large(spec: str | os.PathLike[str]) -> Source | None:
+    """Return the source of a model that does not fit in memory, or None if the model does.
+
+    Args:
+      spec: as in `load`; jaxquant checkpoints are taken to fit.
+    """
+    if _is(is_checkpoint, Path(spec)):
+        return None
+    source = open_model(spec)
+    return None if fits(source.outline) else source
 
 
 def _check_dtype(dtype: DTypeLike) -> None:

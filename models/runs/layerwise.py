@@ -54,7 +54,7 @@ class LayerwiseJob:
       source: the model to quantize.
       needs: what the methods of the request require.
       sequences: the calibration sequences, int [N, t]; empty if none are needed.
-      plan: the resolved recipe.
+      plan: what is made of every leaf.
       recipe: the recipe.
       finished: what has been done, including by earlier runs of the same job.
       reporter: receives reports of the work.
@@ -72,10 +72,12 @@ class LayerwiseJob:
     def __post_init__(self) -> None:
         self._config = self.source.outline.config
         self._place = self.finished.directory(LAYERS)
-        self._methods = {e.path: e.method for e in self.plan.entries}
+        params, sites = self.source.outline.params, self.source.outline.sites()
+        resolved = jq.recipes.resolve(self.recipe, params, sites)
+        self._methods = {e.path: e.method for e in resolved.entries}
         self._sites = {
             path: dataclasses.replace(site, shape=(1, *site.shape[1:])) if _stacked(path) else site
-            for path, site in self.source.outline.sites().items()
+            for path, site in sites.items()
         }
         self._count = 0  # of matrices
 
@@ -84,6 +86,10 @@ class LayerwiseJob:
         return_freed_memory_at_once()
         layers = range(self._config.n_layers)
         todo = [i for i in layers if not self._is_done(i)]
+        if len(todo) < len(layers):
+            self.reporter.tell(
+                f"{len(layers) - len(todo)} of {len(layers)} layers were done before"
+            )
         passes = None
         if self.needs.statistics:
             passes = Passes(self.source, self.sequences, self.finished)

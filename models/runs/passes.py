@@ -14,11 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.one_block import Passed, only
+from jaxquant.core.programs import program_memory
 from jaxquant.durable.store import Arrays, Finished, Folder
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.blocks import Blockwise, blockwise
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import check_tokens
+from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.source import Source
 
 IN_MEMORY = 256 * 2**20  # bytes of hidden states that are kept in memory rather than in files
@@ -32,18 +34,22 @@ class Passes:
       source: the model.
       sequences: token ids, int [N, t].
       files: store for hidden states and gradients that are too large for memory.
+      layers: number of layers whose hidden states are kept at one time; None for all.
     Raises:
       ValueError: a token id has no row in the embedding.
     """
 
-    def __init__(self, source: Source, sequences: np.ndarray, files: Folder) -> None:
+    def __init__(
+        self, source: Source, sequences: np.ndarray, files: Folder, layers: int | None = None
+    ) -> None:
         config = source.outline.config
         check_tokens(sequences, config.vocab_size)
         self.source, self.sequences, self.layers = source, sequences, config.n_layers
-        in_memory = states_bytes(config, sequences.size) <= IN_MEMORY
+        kept = config.n_layers if layers is None else layers
+        in_memory = kept * states_bytes(config, sequences.size) <= IN_MEMORY * config.n_layers
         self._files = None if in_memory else files
         self._memory: dict[str, Arrays] = {}
-        self._run = _functions(config, jnp.dtype(source.outline.dtype))
+        self._run = functions(config, jnp.dtype(source.outline.dtype))
 
     @property
     def block(self) -> Callable[[PyTree, Array], Array]:
@@ -61,12 +67,15 @@ class Passes:
         for j, tokens in enumerate(self.sequences):
             yield self.state(self.layers, j), jnp.asarray(tokens)[None]
 
-    def forward(self, layer: int, step: Callable[[object], None] = lambda _: None) -> None:
+    def forward(
+        self, layer: int, step: Callable[[object], None] = lambda _: None, keep: bool = True
+    ) -> None:
         """Compute the hidden states at the input of a layer, and of those before it.
 
         Args:
           layer: number of the layer; the number of layers for the output of the last one.
           step: called after each layer.
+          keep: whether the states of earlier layers are kept.
         """
         begin = layer
         while begin and not self._holds("state", begin):
@@ -78,6 +87,9 @@ class Passes:
             del outer
         for i, params in read_ahead(self.source, range(begin, layer)):
             self.push(i, params)
+            del params  # before the next ones are read
+            if not keep:
+                self.forget("state", [i])
             step(i)
 
     def backward(self, layer: int, step: Callable[[object], None] = lambda _: None) -> None:
@@ -101,6 +113,7 @@ class Passes:
         for i, params in read_ahead(self.source, range(begin - 1, layer, -1)):
             self.forward(i)
             self.pull(i, params)
+            del params  # before the next ones are read
             step(i)
 
     def batches(self, layer: int, gradients: bool) -> Batches:
@@ -198,7 +211,34 @@ def _name(kind: str, layer: int, j: int) -> str:
 
 
 # One object for equal architectures, so that jit compiles its functions once.
-_functions = functools.cache(blockwise)
+functions = functools.cache(blockwise)
+
+
+def passes_memory(outline: Model, tokens: int) -> tuple[int, int]:
+    """Return the bytes that a sequence takes at a layer, and at the output matrix for gradients.
+
+    They are those of the compiled programs, without their arguments.
+
+    Args:
+      outline: the model, with shapes in place of arrays.
+      tokens: number of tokens of the sequence.
+    """
+    run = functions(outline.config, jnp.dtype(outline.dtype))
+    h = jax.ShapeDtypeStruct((1, tokens, outline.config.d_model), outline.dtype)
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    outer = {name: part for name, part in outline.params.items() if name != "layers"}
+    layer = program_memory(_forward, run, layer_outline(outline), h)
+    return layer, program_memory(_last_gradient, run, outer, h, ids)
+
+
+def layer_outline(outline: Model) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the shapes of the parameters of one layer, [1, ...].
+
+    Args:
+      outline: the model, with shapes in place of arrays.
+    """
+    one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)
+    return jax.tree.map(one, outline.params["layers"])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.durable.store import Finished
-from jaxquant.ptq.folding import Folded
+from jaxquant.ptq.folding import Folded, unfolded
 from jaxquant.ptq.layer_stacks import is_apart
 from jaxquant.ptq.shared_transforms import Inspection
 from jaxquant.tuning.learned_transforms import Transforms
@@ -47,7 +47,10 @@ def plan_model(model: Model, recipe: jq.Recipe) -> jq.recipes.Plan:
       ValueError: the recipe does not fit the model.
     """
     shape = lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype)
-    return jq.recipes.resolve(recipe, as_stored(model.params, shape), model.sites())
+    params, sites = as_stored(model.params, shape), model.sites()
+    if not is_apart(model.params, "layers"):
+        recipe = unfolded(params, recipe, sites, folds(model.config))
+    return jq.recipes.resolve(recipe, params, sites)
 
 
 def quantize_model(

@@ -13,12 +13,14 @@ from jaxquant.recipes.serialize import to_json
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
+from jaxquant_models.readers.room import check_fits, check_model_fits, float_bytes
 from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_text
 from jaxquant_models.runs.generated_text import GENERATED
 from jaxquant_models.runs.layerwise import LayerwiseJob
 from jaxquant_models.runs.needs import Needs, needs_of
+from jaxquant_models.runs.planning import least
 from jaxquant_models.runs.quantization import plan_model
 from jaxquant_models.runs.quantization_job import QuantizationJob, Sequences
 from jaxquant_models.runs.quantization_request import QuantizationRequest
@@ -70,15 +72,16 @@ def set_up(
     finished = begin(_fingerprint(request, source, texts))
     recipe = request.recipe
     if recipe is not None and plan is not None and not request.whole:
+        needed = least(source.outline, plan, needs, request.weighting)
+        check_fits(needed, "one layer with its statistics", "use a larger machine, or rtn")
         if request.rotation:
             source = rotated(source, random_rotation(source.outline, request.key))
         return LayerwiseJob(
             request, source, needs, sequences.calibration, plan, recipe, finished, reporter
         )
-    size = 4 * source.outline.config.weights
-    reporter.tell(
-        f"note: {', '.join(request.whole)} needs the whole model in memory, {size:,} bytes"
-    )
+    whole = f"{' and '.join(request.whole)} (the whole model at once)"
+    check_model_fits(source.outline, whole)
+    reporter.tell(f"{whole}: {float_bytes(source.outline):,} bytes in memory")
     return QuantizationJob(request, source.load(), needs, sequences, plan, finished, reporter)
 
 

@@ -1,0 +1,56 @@
+"""The command `jaxquant plan`."""
+
+from typing import Any
+
+import click
+
+from jaxquant_models.cli.console import emit, usage_errors
+from jaxquant_models.cli.quantize_options import quantization_options
+from jaxquant_models.cli.quantize_request import request_of
+from jaxquant_models.readers import registry
+from jaxquant_models.readers.room import float_bytes
+from jaxquant_models.runs.needs import needs_of
+from jaxquant_models.runs.planning import expected, served_bytes
+from jaxquant_models.runs.quantization import plan_model
+
+
+@click.command()
+@click.argument("model")
+@quantization_options
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
+def plan(model: str, as_json: bool, **options: Any) -> None:
+    """Show what quantizing MODEL would take and give.
+
+    The options are those of jaxquant quantize. The report gives the bytes and bits of every tensor,
+    which are exact, the expected peak memory and time of the run, and the memory of the model when
+    it is served. Only the headers of MODEL are read.
+    """
+    with usage_errors():
+        request = request_of(**options)
+        if request.recipe is None:
+            raise ValueError(
+                "--target-bits chooses methods by measuring MODEL: nothing to plan yet"
+            )
+    outline = registry.open_model(model).outline
+    found = plan_model(outline, request.recipe)
+    if not as_json:
+        click.echo(str(found))
+    needs = needs_of(request)
+    takes = expected(outline, found, needs, request.weighting, request.calibration_tokens)
+    total = sum(entry.bytes for entry in found.entries)
+    report: dict[str, Any] = {
+        "bits_per_weight": found.bits_per_weight,
+        "bytes": total,
+        "bytes_served": served_bytes(found),
+        "peak_memory": takes.peak,
+        "peak_stage": max(takes.stages, key=lambda stage: stage.bytes).name,
+        "bound": takes.bound,
+        "hidden_states": takes.states,
+        "hidden_states_in": "files" if takes.in_files else "memory",
+    }
+    if request.whole:
+        # Source, quantized model, gradients and two moments of Adam, in float32.
+        floats = float_bytes(outline)
+        report |= {"whole_model": ", ".join(request.whole), "float_bytes": floats}
+        report |= {"peak_memory": 5 * floats + takes.peak, "peak_stage": "training"}
+    emit(report, as_json)

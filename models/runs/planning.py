@@ -1,0 +1,176 @@
+"""What quantizing a model layer by layer will take: peak memory and time.
+
+Nothing is read but headers. Of memory, XLA says what each of the programs takes that are compiled
+for the shapes of the model; the rest is counted. Of time, the constants were fitted to runs on one
+machine (`tests.benchmarks.real_sizes`), and are said to be.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.calibration.one_block import calibration_memory
+from jaxquant.ptq.quantize_leaf import rounding_memory
+from jaxquant.recipes.recipe import WeightEntry
+from jaxquant_models.readers.model import Model
+from jaxquant_models.runs.needs import Needs
+from jaxquant_models.runs.passes import (
+    IN_MEMORY,
+    functions,
+    layer_outline,
+    passes_memory,
+    states_bytes,
+)
+from jaxquant_models.runs.sequences import context_length
+
+LIBRARIES = 430_000_000  # bytes of Python, JAX, Orbax and compiled programs
+LAYERS = "layers/"
+
+
+class Stage(NamedTuple):
+    """A stage of a run, and the largest number of bytes that it has in memory."""
+
+    name: str
+    bytes: int
+
+
+class Expected(NamedTuple):
+    """What a run is expected to take.
+
+    Attributes:
+      stages: the stages and their memory.
+      layer: bytes of one layer in float32.
+      statistics: bytes of the statistics of one layer.
+      states: bytes of the hidden states, and whether they are kept in files.
+    """
+
+    stages: list[Stage]
+    layer: int
+    statistics: int
+    states: int
+    in_files: bool
+
+    @property
+    def peak(self) -> int:
+        """The largest number of bytes in memory."""
+        return max(stage.bytes for stage in self.stages)
+
+    @property
+    def bound(self) -> int:
+        """The bound of `runs.layerwise`: two layers, the statistics of one, and 1 GB."""
+        return 2 * self.layer + self.statistics + 10**9
+
+
+def expected(
+    outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str, tokens: int
+) -> Expected:
+    """Return what a layer-by-layer quantization takes.
+
+    Args:
+      outline: the model, with shapes in place of arrays.
+      plan: the resolved recipe.
+      needs: what its methods require.
+      weighting: the weighting of tokens, as in `jaxquant.calibrate`.
+      tokens: number of calibration tokens.
+    """
+    layer, outer = (
+        layer_outline(outline),
+        {k: v for k, v in outline.params.items() if k != "layers"},
+    )
+    of_layer, of_outer = _nbytes(layer), _nbytes(outer)
+    stages = [Stage("embedding and output matrix", of_outer + of_outer // 2)]
+    states = statistics = every = 0
+    if needs.statistics:
+        length = context_length(outline)
+        every = states_bytes(outline.config, max(length, tokens // length * length))
+        states = every if every <= IN_MEMORY else 0
+        forward, last = passes_memory(outline, length)
+        stages.append(Stage("hidden states", states + of_layer + forward))
+        if weighting == "gradient" or needs.output:
+            stages.append(Stage("gradients at the output", states + of_outer + last))
+        statistics, work = _calibration(outline, layer, needs, weighting, length)
+        stages.append(Stage("statistics", states + of_layer + statistics + work))
+    for path, held in _rounding(outline, plan, needs, weighting):
+        stages.append(Stage(f"rounding {path}", states + held))
+    stages = [Stage(name, LIBRARIES + size) for name, size in stages]
+    return Expected(stages, of_layer, statistics, every, every > IN_MEMORY)
+
+
+def least(outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str) -> int:
+    """Return the bytes that a layer-by-layer quantization has in memory at one time at least.
+
+    They are those of the libraries, one layer and its statistics. Nothing is compiled.
+
+    Args:
+      outline, plan, needs, weighting: as in `expected`.
+    """
+    held = _by_input(outline, plan, needs, weighting)
+    return LIBRARIES + max(_nbytes(layer_outline(outline)), sum(size for _, size in held))
+
+
+def served_bytes(plan: jq.recipes.Plan) -> int:
+    """Return the bytes of a model in memory when it is served.
+
+    Packed weights are as in the checkpoint; the others are float32.
+
+    Args:
+      plan: the resolved recipe.
+    """
+    packed = sum(entry.bytes for entry in plan.weights)
+    paths = {entry.path for entry in plan.weights}
+    return packed + sum(4 * entry.size for entry in plan.entries if entry.path not in paths)
+
+
+def _calibration(
+    outline: Model, layer: PyTree, needs: Needs, weighting: str, length: int
+) -> tuple[int, int]:
+    run = functions(outline.config, jax.numpy.dtype(outline.dtype))
+    h = jax.ShapeDtypeStruct((1, length, outline.config.d_model), outline.dtype)
+    return calibration_memory(
+        run.block, layer, h, weighting=weighting, gram=needs.gram,
+        output=tuple(path.removeprefix(LAYERS) for path in needs.output), sample=needs.sample,
+    )  # fmt: skip
+
+
+def _rounding(
+    outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str
+) -> Iterator[tuple[str, int]]:
+    """Yield (path, bytes in memory while its matrices are rounded) of the weights of a layer.
+
+    What is left of the layer and of its statistics counts too; see `LayerwiseJob`.
+    """
+    held = _by_input(outline, plan, needs, weighting)
+    for n, (members, _) in enumerate(held):
+        for entry in members:
+            yield entry.path, sum(size for _, size in held[n:]) + rounding_memory(entry)
+
+
+def _by_input(
+    outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str
+) -> list[tuple[list[WeightEntry], int]]:
+    """Return the weights of a layer by input, in the order of rounding, and the bytes of each."""
+    sites = outline.sites()
+    groups: dict[tuple[str, int, str], list[WeightEntry]] = {}
+    for entry in plan.weights:
+        if entry.path.startswith(LAYERS):
+            module, k = entry.path.split("/")[1], entry.matrix[-2]
+            groups.setdefault((module, k, sites[entry.path].input or entry.path), []).append(entry)
+    layers = outline.config.n_layers
+    return [(groups[key], _held(groups[key], needs, weighting, layers)) for key in sorted(groups)]
+
+
+def _held(members: list[WeightEntry], needs: Needs, weighting: str, layers: int) -> int:
+    """Return the bytes of the weights that read one input, and of their statistics, in a layer."""
+    weights = sum(4 * entry.size for entry in members) // layers
+    k = members[0].matrix[-2]
+    moments = 4 * k * k * (len(members) if weighting == "gradient" else 1) * needs.gram
+    outputs = sum(4 * entry.matrix[-1] ** 2 for entry in members) * bool(needs.output)
+    return weights + moments + outputs
+
+
+def _nbytes(params: PyTree) -> int:
+    return sum(4 * math.prod(a.shape) for a in jax.tree.leaves(params))
