@@ -66,7 +66,7 @@ class Folder(MutableMapping[str, Arrays]):
     def __init__(self, path: str | Path, run: Mapping[str, Any], *, refuse: bool = False) -> None:
         self.path = Path(path)
         self.replaced: tuple[str, ...] = ()
-        text = json.dumps({**run, LAYOUT: 2}, sort_keys=True)
+        text = json.dumps({**run, LAYOUT: 3}, sort_keys=True)
         held = _held(self.path, text)
         self.close = weakref.finalize(self, _leave, held)
         self._claim = held

@@ -15,7 +15,8 @@ from jaxquant.core.sites import Site
 from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
-from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob, Sums
+from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob
+from jaxquant.ptq.round_stacked import Sums
 from jaxquant.ptq.shared_transforms import Inputs, Inspection
 from jaxquant.recipes.recipe import Recipe, resolve
 

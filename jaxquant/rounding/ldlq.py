@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Data, Format, Grid, GridFormat, Moments, Rounder
-from jaxquant.rounding.moments import living, living_diagonal, row_by_row, unit_upper
+from jaxquant.rounding.moments import living, living_diagonal, measured, row_by_row, unit_upper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,13 @@ class LDLQ(Rounder):
         if self.act_order and d > 1:
             raise ValueError(f"act_order needs a format that codes one row at a time, got {format}")
         g = format.rows_per_group(k)
-        dead, energies = living_diagonal(moments.input)
+        gram = measured(moments.input)
+        dead, energies = living_diagonal(gram)
         order = None
         if self.act_order:
             order = jnp.argsort(-jnp.where(dead, 0.0, energies), stable=True)
             energies = energies[order]
-        visited = lambda: (living(moments.input, order)[0], jnp.mean(energies))
+        visited = lambda: (living(gram, order)[0], jnp.mean(energies))
         u, damping = unit_upper(visited, self.damping, d)
         fixed = self.act_order or g >= k or d > 1 or not format.fits
         fixed = fixed or ranges is not None
@@ -118,8 +119,8 @@ class LDLQ(Rounder):
             grid = _best_scale(w, visited()[0], format, grid, self.scales, fed)
         codes, grid, errors = fed(w, grid=grid)
         if self.passes:
-            gram, mean = visited()
-            damped = gram + damping * mean * jnp.eye(k)
+            own, mean = visited()
+            damped = own + damping * mean * jnp.eye(k)
             codes = descend(w, damped, format, places, g, self.passes, grid, codes, errors)
         if order is not None:
             codes = jnp.zeros_like(codes).at[order].set(codes)

@@ -26,6 +26,19 @@ def row_by_row(format: Format) -> GridFormat:
     return format
 
 
+def measured(gram: Float[Array, "k k"] | None) -> Float[Array, "k k"]:
+    """Return the second moment; ValueError if it is None, which it is if it was not measured.
+
+    Args:
+      gram: second moment [k, k], or None.
+    """
+    if gram is None:
+        raise ValueError(
+            "error feedback needs the second moment of this side: pass the result of calibrate"
+        )
+    return gram
+
+
 def living(
     gram: Float[Array, "k k"] | None, order: Int[Array, "k"] | None = None
 ) -> tuple[Float[Array, "k k"], Bool[Array, "k"]]:
@@ -42,26 +55,20 @@ def living(
     Raises:
       ValueError: `gram` is None.
     """
+    gram = measured(gram)
     dead, diagonal = living_diagonal(gram)
-    assert gram is not None  # checked just above
     fill = jnp.where(dead, diagonal, 0.0)
     if order is not None:
         gram, dead, fill = gram[order][:, order], dead[order], fill[order]
     return jnp.where(dead[:, None] | dead[None, :], 0.0, gram) + jnp.diag(fill), dead
 
 
-def living_diagonal(gram: Float[Array, "k k"] | None) -> tuple[Bool[Array, "k"], Float[Array, "k"]]:
+def living_diagonal(gram: Float[Array, "k k"]) -> tuple[Bool[Array, "k"], Float[Array, "k"]]:
     """Return which channels are dead, and the diagonal of the second moment that `living` returns.
 
     Args:
-      gram: second moment [k, k]; None if it was not measured.
-    Raises:
-      ValueError: `gram` is None.
+      gram: second moment [k, k].
     """
-    if gram is None:
-        raise ValueError(
-            "error feedback needs the second moment of this side: pass the result of calibrate"
-        )
     diagonal = jnp.diagonal(gram)
     dead = ~(diagonal > 0)
     alive = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)

@@ -10,7 +10,7 @@ from jaxquant.durable.publish import restore
 from jaxquant.recipes.recipe import Recipe
 
 Json = dict[str, Any]  # a JSON object
-VERSION = 2
+VERSION = 3  # the latest; version 3 has parts, and what has none is written as version 2
 FILE = "jaxquant.json"
 
 
@@ -35,7 +35,8 @@ def write_description(folder: Path, description: Json) -> None:
       folder: the checkpoint's directory.
       description: JSON values by name.
     """
-    description = {"format": "jaxquant", "version": VERSION, **description}
+    version = VERSION if "parts" in description else 2
+    description = {"format": "jaxquant", "version": version, **description}
     description["sha256"] = sha256_of(description)
     (folder / FILE).write_text(json.dumps(description))
 

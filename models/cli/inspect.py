@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
+from jaxquant.core.tree import leaf_bytes
 from jaxquant_models.architectures.hidden_states import FIRST_QUERY
 from jaxquant_models.cli import outlier_report
 from jaxquant_models.cli.console import emit, line, usage_errors
@@ -42,7 +43,7 @@ class Row(NamedTuple):
             method, kind = w.method, repr(w.format)
         else:
             method, kind = "none", str(w.dtype)
-        return Row(path, list(w.shape), method, kind, 8 * w.nbytes / w.size, w.nbytes)
+        return Row(path, list(w.shape), method, kind, 8 * leaf_bytes(w) / w.size, leaf_bytes(w))
 
 
 @click.command()

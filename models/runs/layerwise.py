@@ -26,7 +26,7 @@ import jaxquant as jq
 from jaxquant.calibration.one_block import calibrate_block
 from jaxquant.durable.store import Folder
 from jaxquant.ptq.quantize import importance
-from jaxquant.ptq.quantize_leaf import planned
+from jaxquant.ptq.round_stacked import planned
 from jaxquant.storage.checkpoint import check_files
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.architectures.invariances import folds
@@ -102,7 +102,8 @@ class LayerwiseJob:
             self._count = (len(layers) - len(todo)) * self._of_layer
             for i, layer, stats in self._visited(passes, todo):
                 self._quantize(i, layer, stats, self._inspection(i, layer, passes), step)
-                if passes is not None and self._backward:
+                if passes is not None:
+                    passes.forget("state", [i])
                     passes.forget("gradient", [i + 1])
             outer = self._outer(passes, step)
         return Quantized(outer, self.recipe, [self._place / str(i) for i in layers])

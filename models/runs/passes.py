@@ -178,7 +178,14 @@ class Passes:
             self._files.put(name, held, sync=False)  # what is damaged is computed again
 
     def _held(self, kind: str, layer: int, j: int) -> Array:
-        return jnp.asarray(self._kept[_name(kind, layer, j)]["values"])
+        name = _name(kind, layer, j)
+        try:
+            return jnp.asarray(self._kept[name]["values"])
+        except KeyError:
+            raise ValueError(
+                f"the {name} was lost while it was needed: run the same command again, which "
+                "computes it again"
+            ) from None
 
 
 def states_bytes(config: LlamaConfig, tokens: int) -> int:

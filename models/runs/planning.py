@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.calibration.one_block import calibration_memory
-from jaxquant.ptq.quantize_leaf import rounding_memory
+from jaxquant.ptq.round_stacked import rounding_memory
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.needs import Needs

@@ -100,7 +100,7 @@ def smollm2(text):
     chunks = chunk(model.tokenizer.encode(text), CONTEXT)
     scored, calibration = chunks[:SCORED], chunks[-CALIBRATION:]
     stats = calibrate_model(model, calibration, weighting="uniform")
-    inspect = ModuleLoss(model, calibration[:INSPECTED])
+    inspect = ModuleLoss.of(model, calibration[:INSPECTED])
     fold = lambda r: jq.ptq.fold(model.params, r, stats, folds(model.config), inspect=inspect)
     ask = functools.partial(evaluate, model.apply_fn, chunks=scored, first=CONTEXT // 2 - 1)
     other = lambda params: dataclasses.replace(model, params=params)

@@ -119,7 +119,7 @@ def test_of_another_run_nothing_is_kept_or_all(folder):
     assert (other.replaced, len(other)) == (("seed",), 0)
 
 
-SPACED = json.dumps({"seed": 1, LAYOUT: 2}, indent=1)
+SPACED = json.dumps({"seed": 1, LAYOUT: 3}, indent=1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[]", DEEP, SPACED, "\xff"])
@@ -197,3 +197,31 @@ def test_a_finished_run_fits_no_transform_again():
     assert len(judged) == searched > 0
     assert jax.tree.structure(again) == jax.tree.structure(first)
     assert first["a"].shared == first["b"].shared != ""
+
+
+def test_a_directory_belongs_to_the_run(tmp_path):
+    """What is in it counts as work that has started, and goes with another run, or in the end."""
+    with Folder(tmp_path / "p", RUN) as kept:
+        place = kept.directory("layers")
+        assert not kept.started
+        (place / "0").mkdir()
+        assert kept.started and len(kept) == 0
+    with Folder(tmp_path / "p", RUN) as kept:
+        assert (kept.directory("layers") / "0").is_dir() and kept.replaced == ()
+    with Folder(tmp_path / "p", RUN | {"seed": 2}) as other:
+        assert other.replaced == ("seed",) and not other.started
+        (other.directory("layers") / "1").mkdir()
+        other.remove()
+    assert not (tmp_path / "p").exists()
+
+
+def test_entries_that_need_not_be_durable_are_checked_all_the_same(folder, monkeypatch):
+    def synced(_):
+        raise AssertionError("the disk was waited for")
+
+    monkeypatch.setattr("jaxquant.durable.store.os.fsync", synced)
+    folder.put("a", KEPT, sync=False)
+    np.testing.assert_array_equal(folder["a"]["x"], KEPT["x"])
+    file = file_of(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+    is_done_again(folder)

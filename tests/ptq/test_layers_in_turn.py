@@ -10,7 +10,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.ptq.quantize import importance
-from jaxquant.ptq.quantize_leaf import planned
+from jaxquant.ptq.round_stacked import planned
 from tests.support.arrays import draw
 
 L, K, N = 3, 64, 32

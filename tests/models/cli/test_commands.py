@@ -90,7 +90,7 @@ def test_any_exception_is_one_line(run, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(registry, "load", broken)
+    monkeypatch.setattr(registry, "outline", broken)
     fails(run("inspect", "x"), 1, "RuntimeError: first second")
 
 
@@ -103,7 +103,7 @@ def test_a_warning_is_printed_as_it_is(run, monkeypatch):
             warnings.warn("/tmp/[red]/a[/b]/" + "long" * 60, stacklevel=1)
         raise ValueError("then")
 
-    monkeypatch.setattr(registry, "load", warned)
+    monkeypatch.setattr(registry, "outline", warned)
     result = run("inspect", "x")
     fails(result, 1, "then")
     assert "warning: /tmp/[red]/a[/b]/" + "long" * 60 in result[2].splitlines()

@@ -151,7 +151,7 @@ def test_the_end_of_a_file_is_no_interruption(monkeypatch, run):
     def ended(*_, **__):
         raise EOFError("expected 8 bytes")
 
-    monkeypatch.setattr("jaxquant_models.readers.registry.load", ended)
+    monkeypatch.setattr("jaxquant_models.readers.registry.outline", ended)
     status, _, err = run("inspect", "x")
     assert (status, err.strip().splitlines()[-1]) == (
         1, "error: unexpected end of a file: expected 8 bytes"

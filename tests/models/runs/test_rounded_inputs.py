@@ -109,7 +109,7 @@ def test_statistics_leave_the_prefix_out(tiny):
 
 def test_inspection_is_of_the_module(tiny, stats):
     """The float weights lose nothing, rounded ones what attention or the MLP loses by them."""
-    inspector = ModuleLoss(tiny, TOKENS)
+    inspector = ModuleLoss.of(tiny, TOKENS)
     layers = tiny.params["layers"]
     of = lambda module, names, change: {
         f"layers/{module}/{n}/kernel": change(layers[module][n]["kernel"][1]) for n in names
