@@ -27,7 +27,7 @@ from jaxquant.storage.description import (
     read_description,
     write_description,
 )
-from jaxquant.storage.leaves import described, rebuilt
+from jaxquant.storage.leaves import described, rebuilt, stored_name
 from jaxquant.storage.parts import PARTS, Parts, check_parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
@@ -251,7 +251,8 @@ def outline(directory: str | Path) -> PyTree:
     Args:
       directory: the checkpoint.
     Returns:
-      The tree as `load` returns it, with `jax.ShapeDtypeStruct` for arrays, also within QTensors.
+      The tree as `load` returns it, with `jax.ShapeDtypeStruct` for arrays, also within QTensors;
+      with NumPy arrays that take no memory for those of 64 bits, unless `jax_enable_x64` is on.
       Python numbers and strings are themselves.
     Raises:
       ValueError: as in `load`, except that the files of arrays are not checked.
@@ -265,10 +266,8 @@ def outline(directory: str | Path) -> PyTree:
     path = Path(directory).absolute()
     description = read_description(path)
     try:
-        arrays = {
-            name: jax.ShapeDtypeStruct(tuple(said["shape"]), said["dtype"])
-            for name, said in description["arrays"].items()
-        }
+        said = description["arrays"].items()
+        arrays = {name: _abstract(tuple(d["shape"]), d["dtype"]) for name, d in said}
         paths = [said["path"] for said in description["leaves"]]
         leaves = [_leaf_outline(said, arrays) for said in description["leaves"]]
         tree = filled(_outline(description, paths), leaves)
@@ -279,13 +278,22 @@ def outline(directory: str | Path) -> PyTree:
     return tree
 
 
+def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return a shape in place of an array; JAX has none of the dtypes that it would cut short."""
+    if dtype in WIDE and jnp.result_type(float) != np.float64:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _leaf_outline(said: Json, arrays: dict[str, Any]) -> Any:
     """Return a leaf with shapes in place of arrays."""
     if "type" in said:
         return rebuilt(said, {})
-    if "parts" in said or "key" in said:
-        return jax.eval_shape(lambda a: rebuilt(said, dict(a)), arrays)
-    return rebuilt(said, dict(arrays))
+    if "parts" not in said and "key" not in said:
+        return rebuilt(said, dict(arrays))
+    beginnings = stored_name(said["path"]), said["path"]
+    mine = {name: a for name, a in arrays.items() if name.startswith(beginnings)}
+    return jax.eval_shape(lambda a: rebuilt(said, dict(a)), mine)
 
 
 def check_files(directory: str | Path, parts: bool = True) -> Json:
