@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,16 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 Logits = Callable[[PyTree, Array], Array]
+
+
+class ByChunk(NamedTuple):
+    """Parameters that depend on the chunk, such as those of a model that was run in advance.
+
+    Attributes:
+      of: function from the number of a chunk to the parameters for it.
+    """
+
+    of: Callable[[int], PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +93,7 @@ def evaluate(
     Args:
       logits: the model, a function (params, tokens [1, ctx]) -> [1, ctx, vocabulary]; wrap it in
         `jaxquant.quantized` if `params` contains stand-ins.
-      params: parameters of the model; or, for a model whose parameters depend on the chunk, a
-        function from the number of the chunk to them.
+      params: parameters of the model; or `ByChunk`, if they depend on the chunk.
       chunks: token ids [N, ctx], as `jaxquant.evaluation.chunk` makes them.
       against: (logits, params) of the teacher, likewise, for KL and agreement; None for no teacher.
       first: first position whose logits are scored. Default: ctx // 2.
@@ -109,7 +118,7 @@ def evaluate(
         raise ValueError(f"first must be in [0, {chunks.shape[1] - 1}), got {first}")
     step = jax.jit(lambda p, t, x: _score(logits, against and against[0], p, t, x, first))
     teacher = against[1] if against else None
-    of = lambda params, i: params(i) if callable(params) else params
+    of = lambda params, i: params.of(i) if isinstance(params, ByChunk) else params
     totals = np.zeros(3)
     for i, tokens in enumerate(chunks):
         *sums, vocabulary = np.asarray(

@@ -1,10 +1,12 @@
 """Evaluation against float64 NumPy."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.evaluation import chunk, evaluate
+from jaxquant.evaluation import ByChunk, chunk, evaluate
 from tests.support.arrays import draw
 
 
@@ -85,3 +87,14 @@ def test_a_masked_vocabulary_has_a_finite_kl():
     got = evaluate(model, None, chunk([0] * 16, 8), against=(model, None))
     assert got.kl == 0
     assert got.perplexity == pytest.approx(8)
+
+
+def test_parameters_that_can_be_called_are_parameters():
+    """An Equinox module is; what depends on the chunk is said to."""
+    table = eqx.nn.Embedding(8, 8, key=jax.random.key(0))
+    logits = lambda table, x: jax.vmap(jax.vmap(table))(x)
+    chunks = chunk(range(8), 4)
+    want = evaluate(logits, table, chunks)
+    other = lambda i: {"table": table, "x": jnp.asarray(chunks[i])[None]}
+    got = evaluate(lambda p, _: logits(p["table"], p["x"]), ByChunk(other), chunks)
+    assert (got.nll, got.tokens_scored) == (want.nll, want.tokens_scored)

@@ -160,7 +160,7 @@ class Folder(MutableMapping[str, Arrays]):
         self.close()
 
     def directory(self, name: str) -> Path:
-        """Return a directory in the folder, created if necessary, for files of the run.
+        """Return a directory in the folder for files of the run; it need not exist yet.
 
         It is deleted with the entries of the run. What is in it must be written atomically, and
         verified when it is read.
@@ -168,9 +168,7 @@ class Folder(MutableMapping[str, Arrays]):
         Args:
           name: its name, of letters, digits and "-".
         """
-        path = self.path / f"{name}{DIRECTORY}"
-        path.mkdir(exist_ok=True)
-        return path
+        return self.path / f"{name}{DIRECTORY}"
 
     @property
     def started(self) -> bool:
@@ -184,7 +182,7 @@ class Folder(MutableMapping[str, Arrays]):
         for path in self._files():
             path.unlink(missing_ok=True)
         for path in self.path.glob(f"*{DIRECTORY}"):
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.bin"

@@ -54,7 +54,8 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     if held and overwrite:
         if not is_checkpoint(path) or not (path / ARRAYS).is_dir():
             raise ValueError(f"{path} is not a jaxquant checkpoint; it will not be overwritten")
-        if others := sorted(held - {FILE, ARRAYS, PARTS}):
+        own = {FILE, ARRAYS} | ({PARTS} & read_description(path).keys())
+        if others := sorted(held - own):
             raise ValueError(
                 f"{path} holds a checkpoint and also {some(others)}, which would be lost; "
                 "it will not be overwritten: move the other files, or write elsewhere"
@@ -95,8 +96,9 @@ def save(
         `storage.stored_metadata` reads them.
       overwrite: whether to replace an existing checkpoint.
       parts: {name: directories} of entries of the tree, a dict, that are stored in parts, because
-        they need not fit in memory: each directory is a checkpoint of consecutive layers, whose
-        leaves have the layers as their leading axis. `load` joins them along that axis. The files
+        they need not fit in memory: each directory is a checkpoint of equally many consecutive
+        layers; its leaves are arrays with the layers as their leading axis, and `QTensor`s of such.
+        `load` joins them along that axis, and raises ValueError if they do not fit. The files
         of the parts are shared with the new checkpoint (hard links) where the file system can, and
         copied elsewhere. Default: none.
     Raises:

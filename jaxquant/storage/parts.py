@@ -38,6 +38,8 @@ def parts_of(tree: PyTree, parts: Parts) -> Json:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"a tree with parts must be a dict, got {type(tree).__name__}")
+    if empty := [name for name, paths in parts.items() if not paths]:
+        raise ValueError(f"the entry {empty[0]!r} has no parts")
     if both := sorted(set(tree) & set(parts)):
         raise ValueError(f"the entry {both[0]!r} is given in the tree and in parts")
     return {PARTS: {name: [_digest(path) for path in paths] for name, paths in parts.items()}}
@@ -114,12 +116,13 @@ def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) ->
         arrays, form = jax.tree.flatten(jax.tree.map(_renamed, tree, is_leaf=is_standin))
         if structure is None:
             structure, whole = form, [_Filling(a, len(digests)) for a in arrays]
-        if form != structure:
-            raise ValueError(
-                f"{part} cannot be joined with the other parts: it is packed otherwise"
-            )
-        for filling, a in zip(whole, arrays, strict=True):
-            filling.add(a)
+        try:
+            if form != structure:
+                raise ValueError("it is packed otherwise")
+            for filling, one in zip(whole, arrays, strict=True):
+                filling.add(one)
+        except ValueError as error:
+            raise ValueError(f"{part} cannot be joined with the other parts: {error}") from None
     if structure is None:
         raise ValueError(f"{folder} is damaged: it has no parts")
     filled = jax.tree.unflatten(structure, [filling.array() for filling in whole])
@@ -135,12 +138,15 @@ class _Filling:
     """An array that is filled part by part along its leading axis; parts have equal lengths."""
 
     def __init__(self, part: Any, parts: int) -> None:
+        self.of_part = tuple(part.shape)
         self.shape, self.dtype = (parts * len(part), *part.shape[1:]), part.dtype
         self.at, self.kind = 0, type(part)
         abstract = isinstance(part, jax.ShapeDtypeStruct)
         self.whole = None if abstract else np.empty(self.shape, self.dtype)
 
     def add(self, part: Any) -> None:
+        if tuple(part.shape) != self.of_part:
+            raise ValueError(f"shape {list(part.shape)} instead of {list(self.of_part)}")
         kind = np.result_type(self.dtype, part.dtype)
         if kind != self.dtype:  # one layer's values did not fit in float16
             self.dtype = kind

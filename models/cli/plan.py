@@ -4,14 +4,14 @@ from typing import Any
 
 import click
 
-from jaxquant_models.cli.console import emit, usage_errors
+from jaxquant_models.cli.console import emit, line, usage_errors
 from jaxquant_models.cli.quantize_options import quantization_options
 from jaxquant_models.cli.quantize_request import request_of
-from jaxquant_models.readers import registry
 from jaxquant_models.readers.room import float_bytes
 from jaxquant_models.runs.needs import needs_of
 from jaxquant_models.runs.planning import expected, served_bytes
 from jaxquant_models.runs.quantization import plan_model
+from jaxquant_models.runs.quantization_setup import source_for
 
 
 @click.command()
@@ -22,8 +22,8 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show what quantizing MODEL would take and give.
 
     The options are those of jaxquant quantize. The report gives the bytes and bits of every tensor,
-    which are exact, the expected peak memory and time of the run, and the memory of the model when
-    it is served. Only the headers of MODEL are read.
+    which are exact, the expected peak memory of the run, and the bytes of the model in memory when
+    it is served. Of .gguf files and Hugging Face folders, only the headers are read.
     """
     with usage_errors():
         request = request_of(**options)
@@ -31,7 +31,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
             raise ValueError(
                 "--target-bits chooses methods by measuring MODEL: nothing to plan yet"
             )
-    outline = registry.open_model(model).outline
+    outline = source_for(request, model, line).outline
     found = plan_model(outline, request.recipe)
     if not as_json:
         click.echo(str(found))
@@ -49,8 +49,8 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
         "hidden_states_in": "files" if takes.in_files else "memory",
     }
     if request.whole:
-        # Source, quantized model, gradients and two moments of Adam, in float32.
-        floats = float_bytes(outline)
+        # Trained are a quantized model, with gradients and two moments of Adam, in float32.
+        floats, copies = float_bytes(outline), 5 if request.training else 1
         report |= {"whole_model": ", ".join(request.whole), "float_bytes": floats}
-        report |= {"peak_memory": 5 * floats + takes.peak, "peak_stage": "training"}
+        report |= {"peak_memory": copies * floats + takes.peak, "peak_stage": "the whole model"}
     emit(report, as_json)

@@ -13,8 +13,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def available_memory() -> int:
     """Return the bytes of memory that the process may still take, or 0 if that is not known.
 
-    It is what the system has available or, in a container, what its limit (cgroup v2) leaves, if
-    that is less.
+    It is what the system has available or, in a container, what its limit (cgroup) leaves, if that
+    is less.
     """
     found = [free for free in (_of_system(), _of_cgroup()) if free is not None]
     return min(found, default=0)
@@ -42,6 +42,8 @@ def check_model_fits(outline: Model, what: str) -> None:
       outline: the model, with shapes in place of arrays.
       what: what needs the whole model, the subject of the message.
     """
+    if jax.default_backend() != "cpu":
+        return  # parameters go to the memory of the device
     check_fits(
         float_bytes(outline),
         what,
@@ -55,6 +57,8 @@ def fits(outline: Model) -> bool:
     Args:
       outline: the model, with shapes in place of arrays.
     """
+    if jax.default_backend() != "cpu":
+        return True
     available = available_memory()
     return not available or 5 * float_bytes(outline) <= 4 * available
 
@@ -82,19 +86,22 @@ def _of_system() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """Return what the limit of the control group leaves; page cache that is not in use is free."""
+    """Return what the limit of the control group leaves; its page cache can be reclaimed."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         groups = {kinds: group for _, kinds, group in (line.split(":", 2) for line in lines)}
         if "memory" in groups:  # version 1
             place = CGROUP / "memory" / groups["memory"].lstrip("/")
+            place = place if place.exists() else CGROUP / "memory"  # within a container
             limit, used, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
         else:
             place = CGROUP / groups[""].lstrip("/")
+            place = place if place.exists() else CGROUP
             limit, used, prefix = "memory.max", "memory.current", ""
         number = lambda name: int((place / name).read_text())
         kinds = (place / "memory.stat").read_text().splitlines()
         counts = dict(kind.split() for kind in kinds)
-        return max(0, number(limit) - number(used) + int(counts[f"{prefix}inactive_file"]))
+        cache = sum(int(counts[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
+        return max(0, number(limit) - number(used) + cache)
     except (OSError, KeyError, ValueError):
         return None

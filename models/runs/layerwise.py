@@ -2,9 +2,10 @@
 
 Peak memory is at most
 
-    two layers in float32 + the statistics of one layer + a constant below 1 GB,
+    max(two layers in float32 + the statistics of one layer,
+        3/2 of embedding and output matrix in float32) + a constant below 1 GB,
 
-whatever the number of layers; a model that is small has all of this in less. The statistics of a
+whatever the number of layers. The statistics of a
 layer with gradient weighting are a float32 matrix [k, k] for each matrix [k, n] of it, and [n, n]
 more for methods that need the output side. The constant holds the libraries, the hidden states that
 are kept in memory (`passes.IN_MEMORY`; more go to files) and the work on the largest matrix.
@@ -118,6 +119,11 @@ class LayerwiseJob:
         """The number of matrices of one layer."""
         return sum(e.count for e in self.plan.weights if _stacked(e.path)) // self._config.n_layers
 
+    def _outputs(self, stacked: bool) -> list[str]:
+        """Return the weights of the layers, or the others, that need output-side statistics."""
+        methods = {p: m for p, m in self._methods.items() if isinstance(m, jq.Method)}
+        return [p for p, m in methods.items() if m.needs_output and _stacked(p) is stacked]
+
     def _is_done(self, i: int) -> bool:
         place = self._place / str(i)
         if not place.exists():
@@ -161,7 +167,7 @@ class LayerwiseJob:
                 stats = calibrate_block(
                     passes.block, layer, passes.batches(i, backward),
                     weighting=self.request.weighting, gram=self.needs.gram,
-                    output=tuple(p.removeprefix(f"{LAYERS}/") for p in self.needs.output),
+                    output=tuple(p.removeprefix(f"{LAYERS}/") for p in self._outputs(True)),
                     sample=self.needs.sample, passed=partial(passes.took, i),
                 )  # fmt: skip
                 yield i, layer, stats
@@ -170,6 +176,7 @@ class LayerwiseJob:
                 passes.pull(i, layer)
             else:
                 passes.push(i, layer)
+            del layer  # before the next one is read
 
     def _folded(
         self, i: int, module: PyTree, stats: jq.Stats | None, inspect: ModuleLoss | None
@@ -203,8 +210,9 @@ class LayerwiseJob:
         packed: dict[str, Any] = {}
         for module, its_stats in self._modules(layer, stats):
             params, recipe, known = self._folded(i, module, its_stats, inspect)
-            del module, its_stats
-            for part, rules, its_known in _by_input(params, recipe, known):
+            held = [params]  # emptied by the call, so that weights are freed input by input
+            del module, its_stats, params
+            for part, rules, its_known in _by_input(held.pop(), recipe, known):
                 if _weights(rules):
                     # Without statistics, rounding takes less time than to recognize what is done.
                     part = jq.quantize(
@@ -224,21 +232,21 @@ class LayerwiseJob:
         The layer and the statistics are emptied, so that memory is freed module by module.
         """
         for module in dict.fromkeys(name.removesuffix("_norm") for name in sorted(layer)):
-            part = {name: layer.pop(name) for name in (module, f"{module}_norm") if name in layer}
-            if stats is None:
-                yield part, None
-                continue
-            mine = [path for path in stats.holder if path.startswith(f"{module}/")]
-            held = {path: stats.holder[path] for path in mine}
-            name = lambda path: f"{LAYERS}/{path}"
-            yield (
-                part,
-                jq.Stats(
-                    {path: self._sites[path] for path, _ in jq.core.path_leaves({LAYERS: part})},
-                    {name(path): stats.sums.pop(path) for path in dict.fromkeys(held.values())},
-                    {name(path): name(holder) for path, holder in held.items()},
-                ),
-            )
+            yield self._module(module, layer, stats)
+
+    def _module(
+        self, module: str, layer: dict[str, PyTree], stats: jq.Stats | None
+    ) -> tuple[PyTree, jq.Stats | None]:
+        """Take a module, with its norm, and its statistics."""
+        part = {name: layer.pop(name) for name in (module, f"{module}_norm") if name in layer}
+        if stats is None:
+            return part, None
+        mine = [path for path in stats.holder if path.startswith(f"{module}/")]
+        held = {path: stats.holder[path] for path in mine}
+        name = lambda path: f"{LAYERS}/{path}"
+        sites = {path: self._sites[path] for path, _ in jq.core.path_leaves({LAYERS: part})}
+        sums = {name(path): stats.sums.pop(path) for path in dict.fromkeys(held.values())}
+        return part, jq.Stats(sites, sums, {name(p): name(holder) for p, holder in held.items()})
 
     def _told(self, step: Step, done: jq.ptq.Done) -> None:
         """Report a matrix as one of the whole model."""
@@ -288,7 +296,7 @@ class LayerwiseJob:
             passes.head, params, passes.last(),
             loss=lambda logits, batch: next_token_loss(logits, batch[1]),
             weighting=self.request.weighting, gram=self.needs.gram, sample=self.needs.sample,
-            output=[path for path in self.needs.output if not _stacked(path)],
+            output=self._outputs(False),
         )  # fmt: skip
         outer = {path: site for path, site in self._sites.items() if not _stacked(path)}
         return dataclasses.replace(stats, sites=outer)

@@ -7,6 +7,7 @@ MLP, on the hidden states of the original model. Other weights are evaluated by 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class ModuleLoss:
         relative: bool = True,
     ) -> None:
         self.config, self.layer, self.hidden, self.relative = config, layer, hidden, relative
+        self._last: tuple[Any, Any] = (None, None)
 
     @staticmethod
     def of(model: Model, sequences: np.ndarray, relative: bool = True) -> "ModuleLoss":
@@ -80,11 +82,16 @@ class ModuleLoss:
                 return _error(self.config, module, self.relative, layer, new, h, want)
         return None
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019, few instances, each used for one search at a time
     def _module(self, module: str, index: int) -> tuple[PyTree, jax.Array, jax.Array]:
-        """Return a layer's parameters, and the input and the output of one of its modules."""
-        layer = self.layer(index)
-        return layer, *_run(self.config, module, layer, self.hidden(index))
+        """Return a layer's parameters, and the input and the output of one of its modules.
+
+        Those of the last call are kept, for one search asks for the same ones many times.
+        """
+        if self._last[0] != (module, index):
+            layer = self.layer(index)
+            made = layer, *_run(self.config, module, layer, self.hidden(index))
+            self._last = (module, index), made
+        return self._last[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

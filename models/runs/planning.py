@@ -1,8 +1,7 @@
-"""What quantizing a model layer by layer will take: peak memory and time.
+"""What quantizing a model layer by layer will take of memory.
 
-Nothing is read but headers. Of memory, XLA says what each of the programs takes that are compiled
-for the shapes of the model; the rest is counted. Of time, the constants were fitted to runs on one
-machine (`tests.benchmarks.real_sizes`), and are said to be.
+Nothing is read but headers. XLA says what each of the programs takes that are compiled for the
+shapes of the model; the rest is counted.
 """
 
 import math
@@ -44,12 +43,14 @@ class Expected(NamedTuple):
     Attributes:
       stages: the stages and their memory.
       layer: bytes of one layer in float32.
+      outer: bytes of embedding and output matrix in float32.
       statistics: bytes of the statistics of one layer.
       states: bytes of the hidden states, and whether they are kept in files.
     """
 
     stages: list[Stage]
     layer: int
+    outer: int
     statistics: int
     states: int
     in_files: bool
@@ -61,8 +62,8 @@ class Expected(NamedTuple):
 
     @property
     def bound(self) -> int:
-        """The bound of `runs.layerwise`: two layers, the statistics of one, and 1 GB."""
-        return 2 * self.layer + self.statistics + 10**9
+        """The bound of `runs.layerwise`."""
+        return max(2 * self.layer + self.statistics, 3 * self.outer // 2) + 10**9
 
 
 def expected(
@@ -97,19 +98,22 @@ def expected(
     for path, held in _rounding(outline, plan, needs, weighting):
         stages.append(Stage(f"rounding {path}", states + held))
     stages = [Stage(name, LIBRARIES + size) for name, size in stages]
-    return Expected(stages, of_layer, statistics, every, every > IN_MEMORY)
+    return Expected(stages, of_layer, of_outer, statistics, every, every > IN_MEMORY)
 
 
 def least(outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str) -> int:
     """Return the bytes that a layer-by-layer quantization has in memory at one time at least.
 
-    They are those of the libraries, one layer and its statistics. Nothing is compiled.
+    They are those of the libraries and one layer with its statistics, or embedding and output
+    matrix. Nothing is compiled.
 
     Args:
       outline, plan, needs, weighting: as in `expected`.
     """
     held = _by_input(outline, plan, needs, weighting)
-    return LIBRARIES + max(_nbytes(layer_outline(outline)), sum(size for _, size in held))
+    outer = {name: part for name, part in outline.params.items() if name != "layers"}
+    alone = max(_nbytes(layer_outline(outline)), _nbytes(outer))
+    return LIBRARIES + max(alone, sum(size for _, size in held))
 
 
 def served_bytes(plan: jq.recipes.Plan) -> int:

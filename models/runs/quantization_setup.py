@@ -62,26 +62,26 @@ def set_up(
         bits cannot be reached, or a text is too short.
     """
     texts = _read_texts(request)
-    source = registry.open_model(model)
-    if request.rotation and source.outline.config.tie_embeddings:
-        source = _untied(source, reporter)
-    source = source.with_prefix(request.exact_prefix)
+    source = source_for(request, model, reporter.tell)
     plan = _plan(request, source.outline, reporter)
     needs = needs_of(request)
     sequences = _cut(request, needs, source.outline, texts)
-    finished = begin(_fingerprint(request, source, texts))
-    recipe = request.recipe
-    if recipe is not None and plan is not None and not request.whole:
+    recipe, rotated_source = request.recipe, source
+    if layerwise := recipe is not None and plan is not None and not request.whole:
         needed = least(source.outline, plan, needs, request.weighting)
         check_fits(needed, "one layer with its statistics", "use a larger machine, or rtn")
         if request.rotation:
-            source = rotated(source, random_rotation(source.outline, request.key))
+            rotation = random_rotation(source.outline, request.key)
+            rotated_source = rotated(source, rotation)
+    else:
+        whole = f"{' and '.join(request.whole)} (the whole model at once)"
+        check_model_fits(source.outline, whole)
+        reporter.tell(f"{whole}: {float_bytes(source.outline):,} bytes in memory")
+    finished = begin(_fingerprint(request, source, texts))
+    if layerwise:
         return LayerwiseJob(
-            request, source, needs, sequences.calibration, plan, recipe, finished, reporter
+            request, rotated_source, needs, sequences.calibration, plan, recipe, finished, reporter
         )
-    whole = f"{' and '.join(request.whole)} (the whole model at once)"
-    check_model_fits(source.outline, whole)
-    reporter.tell(f"{whole}: {float_bytes(source.outline):,} bytes in memory")
     return QuantizationJob(request, source.load(), needs, sequences, plan, finished, reporter)
 
 
@@ -93,11 +93,20 @@ def _read_texts(request: QuantizationRequest) -> Texts:
     )
 
 
-def _untied(source: Source, reporter: Reporter) -> Source:
-    """Return the model with untied embeddings, reporting the bytes that this adds."""
+def source_for(request: QuantizationRequest, model: str, tell: Callable[[str], None]) -> Source:
+    """Open the model as a request quantizes it: untied if its residual stream is to be rotated.
+
+    Args:
+      request: the request.
+      model: the spec of the model, as in `readers.registry.open_model`.
+      tell: called with a line about the bytes that untying adds.
+    """
+    source = registry.open_model(model).with_prefix(request.exact_prefix)
+    if not request.rotation or not source.outline.config.tie_embeddings:
+        return source
     source = untied_source(source)
     size = 2 * source.outline.params["head"]["kernel"].size
-    reporter.tell(
+    tell(
         "note: the model uses one matrix as embedding and as output matrix; the "
         "rotation changes these differently, so they are stored separately, "
         f"which adds {size:,} bytes (float16)"

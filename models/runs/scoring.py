@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from jaxquant.durable.store import Folder
+from jaxquant.evaluation import ByChunk
 from jaxquant_models.readers.model import Apply
 from jaxquant_models.readers.source import Source
 from jaxquant_models.runs.passes import Passes, functions
@@ -18,11 +18,11 @@ class Scored(NamedTuple):
 
     Attributes:
       logits: function (params, tokens) -> logits.
-      params: the parameters; or a function from the number of a chunk to them.
+      params: the parameters, which depend on the chunk.
     """
 
     logits: Apply
-    params: PyTree | Callable[[int], PyTree]
+    params: ByChunk
 
 
 def layer_by_layer(
@@ -46,4 +46,4 @@ def layer_by_layer(
     outer = source.outer()
     run = functions(source.outline.config, jnp.dtype(source.outline.dtype))
     of_chunk = lambda i: {"outer": outer, "h": passes.state(passes.layers, i)}
-    return Scored(lambda params, _: run.head(params["outer"], params["h"]), of_chunk)
+    return Scored(lambda params, _: run.head(params["outer"], params["h"]), ByChunk(of_chunk))

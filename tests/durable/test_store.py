@@ -204,13 +204,13 @@ def test_a_directory_belongs_to_the_run(tmp_path):
     with Folder(tmp_path / "p", RUN) as kept:
         place = kept.directory("layers")
         assert not kept.started
-        (place / "0").mkdir()
+        (place / "0").mkdir(parents=True)
         assert kept.started and len(kept) == 0
     with Folder(tmp_path / "p", RUN) as kept:
         assert (kept.directory("layers") / "0").is_dir() and kept.replaced == ()
     with Folder(tmp_path / "p", RUN | {"seed": 2}) as other:
         assert other.replaced == ("seed",) and not other.started
-        (other.directory("layers") / "1").mkdir()
+        (other.directory("layers") / "1").mkdir(parents=True)
         other.remove()
     assert not (tmp_path / "p").exists()
 

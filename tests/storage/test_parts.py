@@ -143,3 +143,22 @@ def test_bad_parts(params, parts, tmp_path):
     save(where, {"b": jnp.ones(2)}, parts={"s": [parts[0], tmp_path / "other"]})
     with pytest.raises(ValueError, match="cannot be joined with the other parts"):
         load(where)
+    with pytest.raises(ValueError, match="the entry 's' has no parts"):
+        save(where, {"b": jnp.ones(2)}, parts={"s": []}, overwrite=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1), (1, 3, 1)])
+def test_parts_of_other_shapes_are_not_joined(tmp_path, shape):
+    save(tmp_path / "0", {"w": jnp.ones((1, 3))})
+    save(tmp_path / "1", {"w": jnp.ones(shape)})
+    save(tmp_path / "o", {"b": jnp.ones(1)}, parts={"s": [tmp_path / "0", tmp_path / "1"]})
+    for read in (load, storage.outline):
+        with pytest.raises(ValueError, match=r"s/1 cannot be joined .* instead of \[1, 3\]"):
+            read(tmp_path / "o")
+
+
+def test_a_users_directory_called_parts_is_not_lost(tmp_path):
+    save(tmp_path / "o", {"b": jnp.ones(1)})
+    (tmp_path / "o" / "parts").mkdir()
+    with pytest.raises(ValueError, match="'parts', which would be lost"):
+        save(tmp_path / "o", {"b": jnp.ones(1)}, overwrite=True)

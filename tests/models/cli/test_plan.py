@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
 from jaxquant_models.readers import room
 from jaxquant_models.readers.weights import Weights
 from tests.support.command import fails
+from tests.support.tiny_llama import FAMILIES, random_tensors, write_folder
 
 
 def plan(run, *args):
@@ -62,6 +65,16 @@ def test_what_needs_the_whole_model_is_said(tiny, run):
     assert found["peak_memory"] > 4 * found["float_bytes"]
 
 
+def test_a_rotation_unties_the_embedding(run, tmp_path):
+    """Then there is an output matrix, whose bytes count."""
+    hf = FAMILIES["llama-tied"]
+    model = write_folder(tmp_path / "m", hf, random_tensors(hf))
+    options = (model, "--method", "rtn", "--group-size", 8)
+    tied = plan(run, *options)
+    found = plan(run, *options, "--rotate-residual", "random")
+    assert found["bytes"] - tied["bytes"] == 2 * 261 * 24
+
+
 def test_bad_usage(tiny, run):
     fails(run("plan", tiny, "--target-bits", 3), 2, "nothing to plan yet")
     fails(run("plan", tiny, "--method", "nothing"), 2, "nothing")
@@ -86,7 +99,10 @@ def test_too_little_memory_says_how_much_is_needed(
         "heal": ("quantize", tiny, *options, "--heal", 5),
         "load": ("generate", tiny, "--prompt", "a"),
     }[command]
+    with Folder(tmp_path / "o.partial", {}) as kept:  # work of another run, which stays
+        kept["a"] = {"x": np.ones(1)}
     result = run(*args)
+    assert len(list((tmp_path / "o.partial").glob("*.bin"))) == 1
     fails(result, 1, message)
     assert "bytes of memory, but 1,000 are available" in " ".join(result[2].split())
     assert not (tmp_path / "o").exists()

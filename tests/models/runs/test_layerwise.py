@@ -206,7 +206,10 @@ def test_an_output_matrix_with_feedback(folder, tmp_path):
     hf = FAMILIES["llama"]
     model = write_folder(tmp_path / "m", hf, random_tensors(hf))
     gptq = jq.gptq(bits=4, group_size=8)
-    rules = [("head/kernel", gptq), ("layers/*down/kernel", gptq), ("embed*", jq.rtn(group_size=8))]
+    two_sided = dataclasses.replace(
+        jq.gptq(bits=4, group_size="tensor"), rounder=jq.rounding.TwoSided()
+    )
+    rules = [("head/kernel", gptq), ("*down/ker*", two_sided), ("embed*", jq.rtn(group_size=8))]
     request = dataclasses.replace(
         request_for(folder, "gptq"), recipe=jq.Recipe([*rules, ("*", jq.KEEP)])
     )
@@ -216,7 +219,8 @@ def test_an_output_matrix_with_feedback(folder, tmp_path):
         chex.assert_trees_all_equal(a.named, b.named)
 
 
-def test_memory_holds_one_layer_at_a_time(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "reads"), [("gptq", 6), ("awq", 6), ("rtn", 3)])
+def test_memory_holds_one_layer_at_a_time(folder, tmp_path, monkeypatch, name, reads):
     """Of the arrays of the layers, those alive when the next one is read."""
     read, most = registry.Weights.layer, []
     outline = registry.open_model(folder).outline.params["layers"]
@@ -230,8 +234,8 @@ def test_memory_holds_one_layer_at_a_time(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(registry.Weights, "layer", counted)
     gc.collect()
     before = alive()
-    run(folder, request_for(folder, "gptq"), tmp_path / "o")
-    assert len(most) == 6 and max(most) == before
+    run(folder, request_for(folder, name), tmp_path / "o")
+    assert len(most) == reads and max(most) == before
 
 
 def test_a_token_without_a_row(folder):
