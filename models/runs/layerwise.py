@@ -97,7 +97,7 @@ class LayerwiseJob:
             if self._backward and todo:
                 with self.reporter.stage("calibrating", len(layers)) as step:
                     passes.forward(len(layers), step)
-        if any(e.method.format.plans for e in self.plan.weights) and todo:
+        if todo and any(e.method.format.plans for e in self.plan.weights if _stacked(e.path)):
             self._plan_rates(passes)
         with self.reporter.stage("quantizing", self.plan.matrices) as step:
             self._count = (len(layers) - len(todo)) * self._of_layer
