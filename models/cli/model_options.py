@@ -13,7 +13,7 @@ from jaxquant_models.cli.options import SEED
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.peft import load_peft
-from jaxquant_models.runs.measuring import return_freed_memory_at_once
+from jaxquant_models.runs.measuring import return_freed_memory
 
 adapter_option = click.option(
     "--adapter", "adapters", multiple=True, metavar="DIR",
@@ -40,8 +40,8 @@ def load_with(activations: str | None, spec: str, widen: bool = True) -> Model:
     """
     with usage_errors():
         jq.Activations.of(activations)
-    return_freed_memory_at_once()  # of the parts of a checkpoint, which are read one by one
     model = registry.load(spec, widen=widen)
+    return_freed_memory()  # of the parts of a checkpoint, which are read one by one
     if activations is None:
         return model
     return dataclasses.replace(model, params=jq.ptq.with_activations(model.params, activations))

@@ -45,7 +45,8 @@ class Expected(NamedTuple):
       layer: bytes of one layer in float32.
       outer: bytes of embedding and output matrix in float32.
       statistics: bytes of the statistics of one layer.
-      states: bytes of the hidden states, and whether they are kept in files.
+      states: bytes of the hidden states.
+      in_files: whether they are kept in files.
     """
 
     stages: list[Stage]
@@ -93,7 +94,8 @@ def expected(
         stages.append(Stage("hidden states", states + of_layer + forward))
         if weighting == "gradient" or needs.output:
             stages.append(Stage("gradients at the output", states + of_outer + last))
-        statistics, work = _calibration(outline, layer, needs, weighting, length)
+        outputs = [e.path for e in plan.weights if e.method.needs_output]
+        statistics, work = _calibration(outline, layer, needs, weighting, length, outputs)
         stages.append(Stage("statistics", states + of_layer + statistics + work))
     for path, held in _rounding(outline, plan, needs, weighting):
         stages.append(Stage(f"rounding {path}", states + held))
@@ -130,13 +132,13 @@ def served_bytes(plan: jq.recipes.Plan) -> int:
 
 
 def _calibration(
-    outline: Model, layer: PyTree, needs: Needs, weighting: str, length: int
+    outline: Model, layer: PyTree, needs: Needs, weighting: str, length: int, outputs: list[str]
 ) -> tuple[int, int]:
     run = functions(outline.config, jax.numpy.dtype(outline.dtype))
     h = jax.ShapeDtypeStruct((1, length, outline.config.d_model), outline.dtype)
     return calibration_memory(
         run.block, layer, h, weighting=weighting, gram=needs.gram,
-        output=tuple(path.removeprefix(LAYERS) for path in needs.output), sample=needs.sample,
+        output=tuple(path.removeprefix(LAYERS) for path in outputs), sample=needs.sample,
     )  # fmt: skip
 
 
@@ -172,7 +174,7 @@ def _held(members: list[WeightEntry], needs: Needs, weighting: str, layers: int)
     weights = sum(4 * entry.size for entry in members) // layers
     k = members[0].matrix[-2]
     moments = 4 * k * k * (len(members) if weighting == "gradient" else 1) * needs.gram
-    outputs = sum(4 * entry.matrix[-1] ** 2 for entry in members) * bool(needs.output)
+    outputs = sum(4 * entry.matrix[-1] ** 2 for entry in members if entry.method.needs_output)
     return weights + moments + outputs
 
 
