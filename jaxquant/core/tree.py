@@ -87,3 +87,8 @@ def with_activations(params: PyTree, activations: Activations | str | None) -> P
 def leaf_bytes(w: PyTree) -> int:
     """Return the number of bytes of an array, a stand-in, or the shape of either."""
     return w.nbytes if is_standin(w) else w.size * w.dtype.itemsize
+
+
+def tree_bytes(params: PyTree) -> int:
+    """Return the number of bytes of all leaves: arrays, stand-ins, or the shapes of either."""
+    return sum(leaf_bytes(w) for _, w in path_leaves(params))

@@ -3,7 +3,7 @@
 from jaxtyping import PyTree
 
 import jaxquant as jq
-from jaxquant.core.tree import leaf_bytes
+from jaxquant.core.tree import tree_bytes
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant_models.architectures.config import LlamaConfig
 
@@ -17,7 +17,7 @@ def sizes_of(params: PyTree) -> dict[str, float]:
     return {
         "bits_per_weight": jq.bits_per_weight(params),
         "bits_over_all_weights": jq.size(params).bits_per_weight,
-        "bytes": sum(leaf_bytes(w) for _, w in jq.core.path_leaves(params)),
+        "bytes": tree_bytes(params),
     }
 
 

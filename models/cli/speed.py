@@ -2,8 +2,7 @@
 
 from jaxtyping import PyTree
 
-import jaxquant as jq
-from jaxquant.core.tree import leaf_bytes
+from jaxquant.core.tree import tree_bytes
 from jaxquant_models.runs.generate import Session
 from jaxquant_models.runs.measuring import Phase, peak_memory
 
@@ -46,7 +45,7 @@ def memory_of(params: PyTree) -> dict[str, int]:
     """
     return {
         "peak_memory_bytes": peak_memory(),
-        "bytes_in_memory": sum(leaf_bytes(w) for _, w in jq.core.path_leaves(params)),
+        "bytes_in_memory": tree_bytes(params),
     }
 
 

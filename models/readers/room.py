@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from jaxquant.core.tree import tree_bytes
 from jaxquant_models.readers.model import Model
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -69,7 +70,7 @@ def float_bytes(outline: Model) -> int:
     Args:
       outline: the model, with shapes in place of arrays.
     """
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(outline.params))
+    return tree_bytes(outline.params)
 
 
 def _of_system() -> int | None:

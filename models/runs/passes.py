@@ -233,9 +233,8 @@ def passes_memory(outline: Model, tokens: int) -> tuple[int, int]:
     run = functions(outline.config, jnp.dtype(outline.dtype))
     h = jax.ShapeDtypeStruct((1, tokens, outline.config.d_model), outline.dtype)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    outer = {name: part for name, part in outline.params.items() if name != "layers"}
     layer = program_memory(_forward, run, layer_outline(outline), h)
-    return layer, program_memory(_last_gradient, run, outer, h, ids)
+    return layer, program_memory(_last_gradient, run, outer_outline(outline), h, ids)
 
 
 def layer_outline(outline: Model) -> PyTree[jax.ShapeDtypeStruct]:
@@ -246,6 +245,15 @@ def layer_outline(outline: Model) -> PyTree[jax.ShapeDtypeStruct]:
     """
     one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)
     return jax.tree.map(one, outline.params["layers"])
+
+
+def outer_outline(outline: Model) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the shapes of the parameters outside of the layers.
+
+    Args:
+      outline: the model, with shapes in place of arrays.
+    """
+    return {name: part for name, part in outline.params.items() if name != "layers"}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,7 +4,6 @@ Nothing is read but headers. XLA says what each of the programs takes that are c
 shapes of the model; the rest is counted.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.calibration.one_block import calibration_memory
+from jaxquant.core.tree import tree_bytes
 from jaxquant.ptq.round_stacked import rounding_memory
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant_models.readers.model import Model
@@ -21,6 +21,7 @@ from jaxquant_models.runs.passes import (
     IN_MEMORY,
     functions,
     layer_outline,
+    outer_outline,
     passes_memory,
     states_bytes,
 )
@@ -79,11 +80,8 @@ def expected(
       weighting: the weighting of tokens, as in `jaxquant.calibrate`.
       tokens: number of calibration tokens.
     """
-    layer, outer = (
-        layer_outline(outline),
-        {k: v for k, v in outline.params.items() if k != "layers"},
-    )
-    of_layer, of_outer = _nbytes(layer), _nbytes(outer)
+    layer, outer = layer_outline(outline), outer_outline(outline)
+    of_layer, of_outer = tree_bytes(layer), tree_bytes(outer)
     stages = [Stage("embedding and output matrix", of_outer + of_outer // 2)]
     states = statistics = every = 0
     if needs.statistics:
@@ -113,8 +111,7 @@ def least(outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str) -
       outline, plan, needs, weighting: as in `expected`.
     """
     held = _by_input(outline, plan, needs, weighting)
-    outer = {name: part for name, part in outline.params.items() if name != "layers"}
-    alone = max(_nbytes(layer_outline(outline)), _nbytes(outer))
+    alone = max(tree_bytes(layer_outline(outline)), tree_bytes(outer_outline(outline)))
     return LIBRARIES + max(alone, sum(size for _, size in held))
 
 
@@ -176,7 +173,3 @@ def _held(members: list[WeightEntry], needs: Needs, weighting: str, layers: int)
     moments = 4 * k * k * (len(members) if weighting == "gradient" else 1) * needs.gram
     outputs = sum(4 * entry.matrix[-1] ** 2 for entry in members if entry.method.needs_output)
     return weights + moments + outputs
-
-
-def _nbytes(params: PyTree) -> int:
-    return sum(4 * math.prod(a.shape) for a in jax.tree.leaves(params))

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-import jaxquant as jq
 from jaxquant import storage
-from jaxquant.core.tree import leaf_bytes
+from jaxquant.core.tree import tree_bytes
 from tests.benchmarks.record import Record, add_option
 from tests.benchmarks.synthetic_model import SIZES, write
 
@@ -91,7 +90,7 @@ def one(size, method, folder, tokens, kills, record):
     limit, serving = LIMITS[size]
     seconds, peak, own, plan = quantized(model, out, method, tokens, kills, limit)
     outline = storage.outline(out)
-    held = sum(leaf_bytes(w) for _, w in jq.core.path_leaves(outline))
+    held = tree_bytes(outline)
     generate = ["generate", out, "--prompt", "The capital", "--max-tokens", 8, "--json"]
     _, _, generating, _ = watched(generate, serving)
     score = ["eval", out, "--text", "builtin", "--chunks", 1, "--json"]
