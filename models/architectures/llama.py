@@ -1,6 +1,6 @@
 """Llama and its relatives (Mistral, SmolLM, Qwen2, Qwen3, BitNet b1.58) in Flax linen.
 
-Every weight is used by a plain `nn.Dense` or `nn.Embed`, so jaxquant can substitute a packed weight
+Every weight is used by a plain `nn.Dense` or `Embed`, so jaxquant can substitute a packed weight
 at its place in the parameter tree. The layers are stacked: their leaves have a leading axis L, over
 which `nn.scan` runs, so that compile time does not grow with depth. The parameter paths:
 
@@ -35,6 +35,14 @@ LAYER_MATRICES = "layers/*kernel"
 RESIDUAL_READERS = ("layers/attn/[qkv]/kernel", "layers/mlp/[gu]*/kernel")
 QUERIES_AND_KEYS = "layers/*attn/[qk]/kernel"
 NORM_SCALES = "*norm/scale"
+
+
+class Embed(nn.Embed):
+    """`nn.Embed` that converts the rows that are looked up, not the whole table, to its dtype."""
+
+    def __call__(self, inputs):
+        rows = jnp.take(self.embedding, inputs, axis=0)
+        return rows.astype(self.dtype or rows.dtype)
 
 
 class Attention(nn.Module):
@@ -128,7 +136,7 @@ class Llama(nn.Module):
         c = self.config
         policy = self.remat if callable(self.remat) else None
         block = nn.remat(Block, prevent_cse=False, policy=policy) if self.remat else Block
-        self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype)
+        self.embed = Embed(c.vocab_size, c.d_model, dtype=self.dtype)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

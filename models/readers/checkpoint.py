@@ -31,9 +31,9 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     Args:
       folder: the checkpoint.
       dtype: dtype of activations.
-      widen: whether unquantized matrices are converted to dtype too, which is faster token by
-        token. If False they stay in the dtype they are stored in, so that the model takes as many
-        bytes as the checkpoint.
+      widen: whether unquantized matrices that products read are converted to dtype too, which is
+        faster token by token. If False all stay in the dtype they are stored in, so that the model
+        takes as many bytes as the checkpoint.
     Raises:
       ValueError: the checkpoint is damaged, or holds no language model.
     """
@@ -42,10 +42,16 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     chat = held.chat and ChatTemplate.from_json(held.chat, f"the chat template of {folder}")
     tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}", chat)
     tokenizer.check_rows(config.vocab_size)
-    if widen:
-        wide = lambda w: w if _packed(w) else w.astype(dtype)
-        params = jax.tree.map(wide, params, is_leaf=_packed)
+    params = _widened(params, dtype) if widen else params
     return Model(str(folder), config, params, tokenizer, dtype, held.prefix)
+
+
+def _widened(params: PyTree, dtype: DTypeLike) -> PyTree:
+    """Return the parameters with unquantized leaves in dtype, except a table only looked up in."""
+    wide = lambda w: w if _packed(w) else w.astype(dtype)
+    kept = {name: params[name] for name in ("embed",) if "head" in params}
+    rest = {name: of for name, of in params.items() if name not in kept}
+    return jax.tree.map(wide, rest, is_leaf=_packed) | kept
 
 
 def checkpoint_outline(folder: str | Path) -> PyTree:

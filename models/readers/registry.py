@@ -55,9 +55,9 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
       spec: a name in `NAMED`, a `.gguf` file, a Hugging Face folder (config.json, safetensors,
         tokenizer.json), or a jaxquant checkpoint.
       dtype: floating dtype of parameters and activations.
-      widen: whether the unquantized matrices of a jaxquant checkpoint are converted to dtype, which
-        is faster token by token. If False they stay in the dtype they are stored in, so that the
-        model takes as many bytes as the checkpoint.
+      widen: whether the unquantized matrices that products read are converted to dtype, if the
+        model is a jaxquant checkpoint; this is faster token by token. If False all stay in the
+        dtype they are stored in, so that the model takes as many bytes as the checkpoint.
     Returns:
       The model. Peak memory is about one copy of its parameters in `dtype`.
     Raises:

@@ -13,6 +13,7 @@ import pytest
 import jaxquant as jq
 from jaxquant import storage
 from jaxquant.storage.checkpoint import load, save
+from jaxquant.storage.parts import _Filling
 from tests.support.arrays import draw
 
 L = 3
@@ -53,6 +54,15 @@ def test_the_parts_come_back_as_one_stack(params, saved):
     back = load(saved)
     chex.assert_trees_all_equal(back, params)
     assert jax.tree.structure(back) == jax.tree.structure(params)
+
+
+def test_joining_copies_no_leaf_twice():
+    filling = _Filling(np.ones((1, 64, 64), np.float32), 2)
+    whole = filling.whole
+    for _ in range(2):
+        filling.add(np.ones((1, 64, 64), np.float32))
+    filling.kind = jax.Array
+    assert filling.array().unsafe_buffer_pointer() == whole.ctypes.data
 
 
 def test_into_containers_like_others(params, saved):

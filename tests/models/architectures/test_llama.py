@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from jaxquant.core.programs import program_memory
 from jaxquant_models import Llama, LlamaConfig, blockwise, init_cache, load
 from jaxquant_models.architectures.config import Llama3Scaling
+from jaxquant_models.architectures.llama import Embed
 from jaxquant_models.architectures.rope import frequencies
 from jaxquant_models.readers.huggingface_config import config_from_hf
 from jaxquant_models.readers.weights import param_shapes
@@ -122,6 +125,26 @@ def test_remat_changes_no_gradient(tiny):
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     plain, again = (gradient(tiny.params, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
+
+
+def test_a_narrow_embedding_is_never_widened_as_a_whole():
+    taken = {}
+    for kind in (Embed, nn.Embed):
+        table = kind(32768, 64, dtype=jnp.float32)
+        params = {"embedding": jax.ShapeDtypeStruct((32768, 64), jnp.float16)}
+        look_up = jax.jit(lambda p, t, table=table: table.apply({"params": p}, t))
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        assert look_up.eval_shape(params, tokens).dtype == jnp.float32
+
+        def steps(p, t, look_up=look_up):  # as a generation does
+            return jax.lax.fori_loop(0, t[0, 0], lambda i, s: s + look_up(p, t + i).sum(), 0.0)
+
+        taken[kind] = program_memory(jax.jit(steps), params, tokens)
+    assert taken[Embed] < 32768 * 64 * 4 <= taken[nn.Embed]
+    table = {"embedding": jnp.asarray(np.random.default_rng(0).normal(size=(40, 8)), jnp.float16)}
+    tokens = jnp.asarray([[3, 39, 0]])
+    got, want = (k(40, 8, dtype=jnp.float32).apply({"params": table}, tokens) for k in taken)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_bfloat16_is_close_and_logits_stay_float32(tiny):

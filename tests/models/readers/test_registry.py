@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxquant.core.paths import path_leaves
 from jaxquant_models import load
 from jaxquant_models.readers import registry
+from jaxquant_models.readers.checkpoint import save_model
 from tests.support.tiny_llama import BASE, random_tensors, write_folder
 
 SHARED = Path("/work/shared/data")
@@ -70,6 +72,20 @@ def smollm2():
     if not INSTALLED:
         pytest.skip("the demo model's package is not installed")
     return load("smollm2-135m")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_what_products_read_is_widened(tied, tmp_path):
+    hf = BASE | {"tie_word_embeddings": tied}
+    model = load(write_folder(tmp_path / "m", hf, random_tensors(hf)))
+    save_model(tmp_path / "o", model, None)
+    stored, wide = (load(tmp_path / "o", widen=widen).params for widen in (False, True))
+    assert {w.dtype for path, w in path_leaves(stored) if "norm" not in path} == {jnp.dtype("float16")}
+    narrow = [path for path, w in path_leaves(wide) if w.dtype == jnp.float16]
+    assert narrow == ([] if tied else ["embed/embedding"])
+    tokens = jnp.asarray([[1, 2, 3]])
+    np.testing.assert_array_equal(*(model.apply_fn(p, tokens) for p in (stored, wide)))
+
 
 
 @pytest.mark.model
