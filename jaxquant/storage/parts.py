@@ -6,7 +6,6 @@ holds a digest of each part's description, which holds digests of the part's fil
 
 import dataclasses
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxquant.core.host_arrays import aligned, taken
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from jaxquant.storage.description import FILE, Json, is_checkpoint
 
-ALIGNED = 64  # bytes
 PARTS = "parts"  # key of a description, and name of a directory
 Parts = Mapping[str, Sequence[Path]]  # the directories of the parts of each entry of the tree
 
@@ -143,7 +142,7 @@ class _Filling:
         self.shape, self.dtype = (parts * len(part), *part.shape[1:]), part.dtype
         self.at, self.kind = 0, type(part)
         abstract = isinstance(part, jax.ShapeDtypeStruct)
-        self.whole = None if abstract else _aligned(self.shape, self.dtype)
+        self.whole = None if abstract else aligned(self.shape, self.dtype)
 
     def add(self, part: Any) -> None:
         if tuple(part.shape) != self.of_part:
@@ -152,7 +151,7 @@ class _Filling:
         if kind != self.dtype:  # one layer's values did not fit in float16
             self.dtype = kind
             if self.whole is not None:
-                narrow, self.whole = self.whole, _aligned(self.shape, kind)
+                narrow, self.whole = self.whole, aligned(self.shape, kind)
                 self.whole[:] = narrow
         if self.whole is not None:
             self.whole[self.at : self.at + len(part)] = part
@@ -162,17 +161,7 @@ class _Filling:
         if self.whole is None:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         whole, self.whole = self.whole, None
-        if self.kind is np.ndarray:
-            return whole
-        return jax.device_put(whole, may_alias=True)  # nothing writes to `whole` any more
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array that JAX takes over on a CPU without a copy: at a multiple of `ALIGNED`."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(size + ALIGNED, np.uint8)
-    start = -room.ctypes.data % ALIGNED
-    return room[start : start + size].view(dtype).reshape(shape)
+        return whole if self.kind is np.ndarray else taken(whole)
 
 
 def _shared(leaf: Any) -> str:

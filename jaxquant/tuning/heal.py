@@ -122,21 +122,68 @@ def heal_blocks(
     (2, 32, 32)
     """
     check_arguments(heal_blocks, locals())
-    blocks = common_stack_size(params, teacher)
-    trainer, plain = Trainer(partial(_block_loss, block), healing), jax.jit(block)
-    of_block = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
-    done = []
-
-    def closed(i: int, opened: Opened, change: Values) -> Callable[[Array], Array]:
-        done.append(close_tree(of_block(params, i), opened, change))
-        return partial(plain, dequantize(done[-1]))  # decode once, not per example
-
-    trainer.fit_blocks(
-        blocks, hidden, lambda i: open_tree(of_block(params, i), also),
-        lambda i: partial(plain, of_block(teacher, i)), closed,
-        name="healing", progress=progress, finished=finished,
+    of_block = lambda tree: lambda i: jax.tree.map(lambda a: a[i], tree)
+    done: list[PyTree] = []
+    heal_each(
+        block, common_stack_size(params, teacher), of_block(params), of_block(teacher), hidden,
+        healing, keep=lambda i, tree: done.append(tree), also=also, progress=progress,
+        finished=finished,
     )  # fmt: skip
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
+
+
+def heal_each(
+    block: Callable[[PyTree, Array], Array],
+    blocks: int,
+    params: Callable[[int], PyTree],
+    teacher: Callable[[int], PyTree],
+    hidden: Float[np.ndarray, "N ..."],
+    healing: Healing = BLOCKS,
+    *,
+    keep: Callable[[int, PyTree], None],
+    also: Sequence[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
+) -> None:
+    """Train blocks as `heal_blocks` does, each of which is read when its turn comes.
+
+    Memory holds one block of the teacher or one of the quantized blocks at a time.
+
+    Args:
+      block, healing, also, progress, finished: as in `heal_blocks`.
+      blocks: number of blocks.
+      params: function of a block's index that returns its quantized tree.
+      teacher: function of a block's index that returns the floating-point tree.
+      hidden: inputs of the first block; the last eighth is held out.
+      keep: called with the index and the trained tree of every block, in order.
+    Raises:
+      ValueError: as in `heal_blocks`.
+
+    >>> import jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (32, 32)) / 4
+    >>> x = np.random.default_rng(0).normal(size=(16, 4, 32)).astype(np.float32)
+    >>> block, healed = lambda p, h: h + jnp.tanh(h @ p["w"]), {}
+    >>> params = lambda i: jq.quantize({"w": w}, jq.rtn(2, 16))
+    >>> heal_each(block, 2, params, lambda i: {"w": w}, x, keep=healed.__setitem__)
+    >>> sorted(healed)
+    [0, 1]
+    """
+    trainer, plain = Trainer(partial(_block_loss, block), healing), jax.jit(block)
+    held: dict[int, PyTree] = {}
+
+    def opened(i: int) -> Opened:
+        held[i] = params(i)
+        return open_tree(held[i], also)
+
+    def closed(i: int, opened: Opened, change: Values) -> Callable[[Array], Array]:
+        tree = close_tree(held.pop(i), opened, change)
+        keep(i, tree)
+        return partial(plain, dequantize(tree))  # decode once, not per example
+
+    trainer.fit_blocks(
+        blocks, hidden, opened, lambda i: partial(plain, teacher(i)), closed,
+        name="healing", progress=progress, finished=finished,
+    )  # fmt: skip
 
 
 def _block_loss(block: Callable, change: Values, opened: Opened, h: Array, after: Array) -> Array:

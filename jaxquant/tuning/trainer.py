@@ -391,7 +391,7 @@ class Trainer:
         """
         if len(hidden) < 2:
             raise ValueError("expected at least two inputs, one of which is held out, got one")
-        ours, theirs = [[jnp.asarray(h)[None] for h in hidden] for _ in range(2)]
+        ours = theirs = [jnp.asarray(h)[None] for h in hidden]
         for i in range(blocks):
             after = list(map(wanted(i), theirs))
             block = opened(i)

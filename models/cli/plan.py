@@ -10,8 +10,7 @@ from jaxquant_models.cli.quantize_request import request_of
 from jaxquant_models.readers.room import float_bytes
 from jaxquant_models.runs.needs import needs_of
 from jaxquant_models.runs.planning import expected, served_bytes
-from jaxquant_models.runs.quantization import plan_model
-from jaxquant_models.runs.quantization_setup import source_for
+from jaxquant_models.runs.quantization_setup import plan_of, source_for
 
 
 @click.command()
@@ -27,12 +26,10 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     """
     with usage_errors():
         request = request_of(**options)
-        if request.recipe is None:
-            raise ValueError(
-                "--target-bits chooses methods by measuring MODEL: nothing to plan yet"
-            )
     outline = source_for(request, model, line).outline
-    found = plan_model(outline, request.recipe)
+    found = plan_of(request, outline)
+    if request.recipe is None:
+        line("--target-bits chooses methods by measuring MODEL; here are those nearest to it")
     if not as_json:
         click.echo(str(found))
     needs = needs_of(request)

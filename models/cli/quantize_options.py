@@ -112,6 +112,12 @@ OPTIONS = (
         "default is 0, or 200 with --effort best.",
     ),
     click.option(
+        "--heal-layers",
+        is_flag=True,
+        help="Train each layer on its own to match that of the original model, and nothing else. "
+        "Unlike --heal, of which this is the first part, it needs only one layer in memory.",
+    ),
+    click.option(
         "--heal-batch",
         type=click.IntRange(1),
         default=1,
@@ -128,7 +134,7 @@ OPTIONS = (
     click.option(
         "--heal-text",
         default=None,
-        help="Text for --learn, --heal and --heal-codes: a FILE, builtin (see --calibration), or "
+        help="Text for --learn and all kinds of healing: a FILE, builtin (see --calibration), or "
         "generated (sampled from MODEL). The default is the calibration text.",
     ),
     click.option(

@@ -15,6 +15,7 @@ from jaxquant.tuning.recoding import CODES
 from jaxquant_models.cli.options import setting
 from jaxquant_models.cli.presets import PRESETS, Preset
 from jaxquant_models.readers.text import BUILTIN
+from jaxquant_models.runs.generated_text import GENERATED
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.recipes import recipe_of
 from jaxquant_models.runs.sequences import CONTEXT
@@ -45,6 +46,7 @@ def request_of(
     exact_prefix: int = 0,
     learn_steps: int = 0,
     heal_steps: int | None = None,
+    heal_layers: bool = False,
     heal_batch: int = 1,
     heal_codes: int = 0,
     heal_text: str | None = None,
@@ -66,8 +68,12 @@ def request_of(
     tokens = preset.tokens if calibration_tokens is None else calibration_tokens
     if tokens < CONTEXT:
         raise ValueError(f"--calibration-tokens must be at least {CONTEXT}, got {tokens}")
-    steps = preset.heal_steps if heal_steps is None else heal_steps
-    _check_healing(steps, learn_steps, text=heal_text, batch=heal_batch, codes=heal_codes)
+    steps = preset.heal_steps if heal_steps is None and not heal_layers else heal_steps or 0
+    if heal_layers:
+        _check_layers(steps, learn_steps, text=heal_text, batch=heal_batch)
+    _check_healing(
+        steps, learn_steps or heal_layers, text=heal_text, batch=heal_batch, codes=heal_codes
+    )
     _check_rotation(rotate_residual, rotate_steps, target_bits)
     recipe: jq.Recipe | None = None
     choices: tuple[jq.Method, ...] = ()
@@ -95,6 +101,7 @@ def request_of(
         learning=_training(END_TO_END, learn_steps, heal_batch),
         healing=_training(jq.tuning.Healing(), steps, heal_batch),
         recoding=_training(CODES, heal_codes, heal_batch),
+        layers_healed=heal_layers,
         heal_text=heal_text or "",
     )
     _check_trainable(request)
@@ -108,8 +115,23 @@ def _check_healing(
     given = {"text": text is not None, "batch": batch > 1, "codes": codes > 0}
     for name in (name for name, asked in given.items() if asked and not steps):
         if name == "codes" or not learn_steps:
-            also = "" if name == "codes" else " or --learn STEPS"
+            also = "" if name == "codes" else ", --heal-layers or --learn STEPS"
             raise ValueError(f"--heal-{name} needs training; give --heal STEPS{also} too")
+
+
+def _check_layers(steps: int, learn_steps: int, *, text: str | None, batch: int) -> None:
+    """Raise ValueError if options contradict training layer by layer."""
+    if steps:
+        raise ValueError("--heal trains the layers one by one first; leave --heal-layers out")
+    if learn_steps:
+        raise ValueError("--learn needs the whole model; use --heal instead of --heal-layers")
+    if batch > 1:
+        raise ValueError("--heal-layers trains on one sequence per step; leave --heal-batch out")
+    if text == GENERATED:
+        raise ValueError(
+            "--heal-layers cannot use --heal-text generated, for which the whole model is needed; "
+            "give a file"
+        )
 
 
 def _check_rotation(

@@ -1,5 +1,7 @@
 """Reading and writing of jaxquant checkpoints that hold a language model and its tokenizer."""
 
+import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,7 +95,7 @@ def save_model(
       ValueError: a weight, packed or not, is not finite after training or rounding; the message
         names it.
     """
-    params = _storable(model.params)
+    params = storable(model.params)
     needed = {
         "config": model.config.to_json(),
         "tokenizer": model.tokenizer.to_json(),
@@ -115,10 +117,34 @@ def save_layer(directory: Path, layer: PyTree) -> None:
     Raises:
       ValueError: as in `save_model`; the message names the path within the layer.
     """
-    save(directory, _storable(layer), overwrite=True)
+    save(directory, storable(layer), overwrite=True)
 
 
-def _storable(params: PyTree) -> PyTree:
+def layer_is_saved(place: Path) -> bool:
+    """Return whether `save_layer` has written a layer; a damaged one is removed, with a warning.
+
+    Args:
+      place: its directory.
+    """
+    if not place.exists():
+        return False
+    try:
+        check_files(place)
+        return True
+    except ValueError as error:
+        warnings.warn(f"{error}; the layer is made again", stacklevel=2)
+        shutil.rmtree(place)
+        return False
+
+
+def storable(params: PyTree) -> PyTree:
+    """Return the parameters in the dtypes in which `save_model` stores them.
+
+    Args:
+      params: inner "params" tree.
+    Raises:
+      ValueError: as in `save_model`.
+    """
     params = as_stored(params, lambda w, dtype: w.astype(dtype))
     _check_finite(params)
     return params
@@ -141,7 +167,7 @@ def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> 
             return w
         vector = path[-1].key in ("scale", "bias")  # has rank 2 in a stack of layers
         known = isinstance(w, jax.Array)
-        large = not vector and known and jnp.max(jnp.abs(w)) > np.finfo(np.float16).max
+        large = not vector and known and _largest(w) > np.finfo(np.float16).max
         return cast(w, w.dtype if vector or large else np.dtype(np.float16))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=_packed)
@@ -150,11 +176,21 @@ def as_stored(params: PyTree, cast: Callable[[jax.Array, np.dtype], Stored]) -> 
 def _check_finite(params: PyTree) -> None:
     for path, w in jq.core.path_leaves(params):
         floats = [a for a in jax.tree.leaves(w) if jnp.issubdtype(a.dtype, jnp.floating)]
-        if not all(bool(jnp.all(jnp.isfinite(a.astype(jnp.float32)))) for a in floats):
+        if not all(map(_finite, floats)):
             raise ValueError(
                 f"{path} holds values that are not finite (NaN or infinity), so the model "
                 "was not saved; use another method, more bits, or a smaller learning rate"
             )
+
+
+@jax.jit  # one program, which needs no memory for what is in between
+def _largest(w: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(w))
+
+
+@jax.jit
+def _finite(a: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(a.astype(jnp.float32)))
 
 
 def _packed(w: object) -> bool:

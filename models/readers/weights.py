@@ -15,9 +15,11 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jaxquant.core.fields import shown
+from jaxquant.core.host_arrays import aligned, taken
 from jaxquant_models.architectures.bert import BertConfig
 from jaxquant_models.architectures.config import LlamaConfig
 
+CHECKED = 2**22  # number of weights that are checked at a time
 SMALL = 2**20  # number of weights that `check_room` always allows
 
 
@@ -97,11 +99,11 @@ class Weights:
         params = {}
         # Largest first, so that the largest temporaries exist while little else is in memory.
         for path in sorted(self.shapes, key=lambda path: -math.prod(self.shapes[path])):
-            stack = np.empty(self.shapes[path], dtype)
+            stack = aligned(self.shapes[path], dtype)
             slots = stack if path.startswith("layers/") else stack[None]
             for slot, name in zip(slots, self._names[path], strict=True):
                 _fill(slot, self._turned(path, name), name)
-            params[path] = jax.device_put(stack)
+            params[path] = taken(stack)
         return _tree(params)
 
     def layer(self, i: int, dtype: DTypeLike) -> PyTree:
@@ -145,9 +147,9 @@ class Weights:
 
     def _one(self, path: str, i: int, dtype: DTypeLike) -> jax.Array:
         name, stacked = self._names[path][i], path.startswith("layers/")
-        slot = np.empty((1, *self.shapes[path][stacked:]), dtype)
+        slot = aligned((1, *self.shapes[path][stacked:]), dtype)
         _fill(slot[0], self._turned(path, name), name)
-        return jax.device_put(slot if stacked else slot[0])
+        return taken(slot if stacked else slot[0])
 
     def _turned(self, path: str, name: str) -> np.ndarray:
         value = self._read(name)
@@ -163,7 +165,8 @@ def _fill(slot: np.ndarray, value: np.ndarray, name: str) -> None:
         raise ValueError(f"tensor {name} must be floating-point, got {value.dtype}")
     with np.errstate(over="ignore", invalid="ignore"):  # reported just below
         slot[...] = value
-    if not np.isfinite(slot).all():
+    parts = np.array_split(slot.reshape(-1), slot.size // CHECKED + 1)  # views
+    if not all(np.isfinite(part).all() for part in parts):
         raise ValueError(f"tensor {name} has NaN or infinite values in {slot.dtype}")
 
 

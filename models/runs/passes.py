@@ -83,7 +83,7 @@ class Passes:
         if not self._holds("state", begin):
             outer = self.source.outer()
             for j, tokens in enumerate(self.sequences):
-                self._keep("state", 0, j, _embed(self._run, outer, jnp.asarray(tokens)[None]))
+                self._keep("state", 0, j, embedded(self._run, outer, jnp.asarray(tokens)[None]))
             del outer
         for i, params in read_ahead(self.source, range(begin, layer)):
             self.push(i, params)
@@ -143,7 +143,7 @@ class Passes:
     def push(self, layer: int, params: PyTree) -> None:
         """Compute the hidden states after a layer."""
         for j in range(len(self.sequences)):
-            self._keep("state", layer + 1, j, _forward(self._run, params, self.state(layer, j)))
+            self._keep("state", layer + 1, j, pushed(self._run, params, self.state(layer, j)))
 
     def took(self, layer: int, j: int, passed: Passed) -> None:
         """Keep what came out of a layer in calibration (`calibrate_block`)."""
@@ -233,7 +233,7 @@ def passes_memory(outline: Model, tokens: int) -> tuple[int, int]:
     run = functions(outline.config, jnp.dtype(outline.dtype))
     h = jax.ShapeDtypeStruct((1, tokens, outline.config.d_model), outline.dtype)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    layer = program_memory(_forward, run, layer_outline(outline), h)
+    layer = program_memory(pushed, run, layer_outline(outline), h)
     return layer, program_memory(_last_gradient, run, outer_outline(outline), h, ids)
 
 
@@ -257,12 +257,26 @@ def outer_outline(outline: Model) -> PyTree[jax.ShapeDtypeStruct]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(run: Blockwise, outer: PyTree, tokens: Array) -> Array:
+def embedded(run: Blockwise, outer: PyTree, tokens: Array) -> Array:
+    """Return the hidden states [1, t, d] at the input of the first layer.
+
+    Args:
+      run: the functions of the architecture.
+      outer: the parameters outside of the layers.
+      tokens: int [1, t].
+    """
     return run.embed(outer, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(run: Blockwise, params: PyTree, h: Array) -> Array:
+def pushed(run: Blockwise, params: PyTree, h: Array) -> Array:
+    """Return the hidden states after a layer.
+
+    Args:
+      run: the functions of the architecture.
+      params: the parameters of the layer, [1, ...].
+      h: the hidden states before it.
+    """
     return run.block(only(params), h)
 
 

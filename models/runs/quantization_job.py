@@ -142,7 +142,7 @@ class QuantizationJob:
         with self.reporter.stage("allocating", len(request.choices) * kinds) as step:
             allocation = jq.ptq.allocate(
                 source.params, request.choices, request.target_bits, stats,
-                paths=[LAYER_MATRICES], measure=distance, healed=request.healing is not None,
+                paths=[LAYER_MATRICES], measure=distance, healed=request.heals,
                 key=request.key, progress=step, finished=self.finished,
             )  # fmt: skip
         self.reporter.tell(str(allocation))
@@ -175,9 +175,9 @@ class QuantizationJob:
     def _healed(self, result: Model) -> Model:
         """Return the quantized model, trained to match the source if requested."""
         healing, recoding = self.request.healing, self.request.recoding
-        if healing is None:
+        if not self.request.heals:
             return result
-        steps = healing.steps + (recoding.steps if recoding else 0)
+        steps = (healing.steps if healing else 0) + (recoding.steps if recoding else 0)
         blocks = BLOCKS.steps * self.source.config.n_layers
         with self.reporter.stage("healing", blocks + steps) as step:
             training, held_out = self._training()

@@ -27,6 +27,7 @@ class QuantizationRequest:
       learning: how input transforms are trained before rounding; None leaves them as fitted.
       healing: how the quantized model is trained; None skips this.
       recoding: how the codes of learned codebooks are trained after that; None skips this.
+      layers_healed: whether the layers are trained one by one, and nothing else is.
       heal_text: the training text, a file or a name; "" for the calibration text; "generated" for
         text that the model generates.
     """
@@ -44,6 +45,7 @@ class QuantizationRequest:
     learning: jq.tuning.Healing | None
     healing: jq.tuning.Healing | None
     recoding: jq.tuning.Healing | None
+    layers_healed: bool
     heal_text: str
 
     @property
@@ -60,6 +62,11 @@ class QuantizationRequest:
         return [how for how in stages if how is not None]
 
     @property
+    def heals(self) -> bool:
+        """Whether the quantized model is trained, so that it may get bytes to train."""
+        return self.layers_healed or self.healing is not None
+
+    @property
     def key(self) -> jax.Array:
         """The PRNG key of all draws."""
         return jax.random.key(self.seed)
@@ -68,7 +75,6 @@ class QuantizationRequest:
     def whole(self) -> tuple[str, ...]:
         """The steps that need the whole model in memory; the others go layer by layer."""
         steps = {
-            "--target-bits": self.recipe is None,
             "--exact-prefix": self.exact_prefix > 0,
             "--rotate-residual learned": self.rotating is not None,
             "--learn": self.learning is not None,

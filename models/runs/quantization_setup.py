@@ -16,17 +16,20 @@ from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.room import check_fits, check_model_fits, float_bytes
 from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.text import read_text
+from jaxquant_models.runs.allocating import AllocatingJob
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_text
 from jaxquant_models.runs.generated_text import GENERATED
+from jaxquant_models.runs.healing import BLOCK_SEQUENCES
 from jaxquant_models.runs.layerwise import LayerwiseJob
 from jaxquant_models.runs.needs import Needs, needs_of
 from jaxquant_models.runs.planning import least
 from jaxquant_models.runs.quantization import plan_model
-from jaxquant_models.runs.quantization_job import QuantizationJob, Sequences
+from jaxquant_models.runs.quantization_job import MEASURED, QuantizationJob, Sequences
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter
 from jaxquant_models.runs.rotation import random_rotation, rotated, untied_source
 from jaxquant_models.runs.sequences import context_length, first_tokens, split, token_sequences
+from jaxquant_models.runs.visits import Visits
 from pallas_kernels import viterbi
 
 
@@ -48,7 +51,7 @@ def set_up(
     model: str,
     begin: Callable[[Mapping[str, JsonValue]], Folder],
     reporter: Reporter,
-) -> QuantizationJob | LayerwiseJob:
+) -> QuantizationJob | LayerwiseJob | AllocatingJob:
     """Return the job for a request; it goes layer by layer unless a step needs the whole model.
 
     Args:
@@ -63,26 +66,32 @@ def set_up(
     """
     texts = _read_texts(request)
     source = source_for(request, model, reporter.tell)
-    plan = _plan(request, source.outline, reporter)
+    plan = plan_of(request, source.outline)
+    if request.recipe is not None:
+        reporter.tell(str(plan))
     needs = needs_of(request)
     sequences = _cut(request, needs, source.outline, texts)
-    recipe, rotated_source = request.recipe, source
-    if layerwise := recipe is not None and plan is not None and not request.whole:
-        needed = least(source.outline, plan, needs, request.weighting)
-        check_fits(needed, "one layer with its statistics", "use a larger machine, or rtn")
-        if request.rotation:
-            rotation = random_rotation(source.outline, request.key)
-            rotated_source = rotated(source, rotation)
-    else:
+    run = lambda: begin(_fingerprint(request, source, texts))
+    if request.whole:
         whole = f"{' and '.join(request.whole)} (the whole model at once)"
         check_model_fits(source.outline, whole)
         reporter.tell(f"{whole}: {float_bytes(source.outline):,} bytes in memory")
-    finished = begin(_fingerprint(request, source, texts))
-    if layerwise:
-        return LayerwiseJob(
-            request, rotated_source, needs, sequences.calibration, plan, recipe, finished, reporter
-        )
-    return QuantizationJob(request, source.load(), needs, sequences, plan, finished, reporter)
+        known = None if request.recipe is None else plan
+        finished = run()
+        return QuantizationJob(request, source.load(), needs, sequences, known, finished, reporter)
+    needed = least(source.outline, plan, needs, request.weighting)
+    check_fits(needed, "one layer with its statistics", "use a larger machine, or rtn")
+    finished = run()
+    if request.rotation:
+        source = rotated(source, random_rotation(source.outline, request.key))
+    training = np.empty((0, 0), np.int32)
+    if request.layers_healed and sequences.training is not None:
+        training = sequences.training[:BLOCK_SEQUENCES]
+    visits = Visits(source, needs, request.weighting, sequences.calibration, finished)
+    if request.recipe is None:
+        judged = sequences.unseen[:MEASURED]
+        return AllocatingJob(request, visits, judged, finished, reporter, training)
+    return LayerwiseJob(request, visits, plan, request.recipe, finished, reporter, training)
 
 
 def _read_texts(request: QuantizationRequest) -> Texts:
@@ -114,23 +123,24 @@ def source_for(request: QuantizationRequest, model: str, tell: Callable[[str], N
     return source
 
 
-def _plan(
-    request: QuantizationRequest, source: Model, reporter: Reporter
-) -> jq.recipes.Plan | None:
-    """Return and report the resolved recipe, or None if methods are to be allocated.
+def plan_of(request: QuantizationRequest, outline: Model) -> jq.recipes.Plan:
+    """Return the resolved recipe; if methods are to be allocated, with those nearest to the target.
 
-    In the latter case, check that the choices can meet the target bits.
+    Args:
+      request: the request.
+      outline: the model, with shapes in place of arrays.
+    Raises:
+      ValueError: the recipe does not fit the model, or the choices cannot meet the target bits.
     """
-    if request.recipe is None:
-        choices = jq.ptq.Choices.of(
-            source.params, request.choices, source.sites(), paths=[LAYER_MATRICES],
-            healed=request.healing is not None,
-        )  # fmt: skip
-        choices.check(request.target_bits)
-        return None
-    plan = plan_model(source, request.recipe)
-    reporter.tell(str(plan))
-    return plan
+    if request.recipe is not None:
+        return plan_model(outline, request.recipe)
+    choices = jq.ptq.Choices.of(
+        outline.params, request.choices, outline.sites(), paths=[LAYER_MATRICES],
+        healed=request.heals,
+    )  # fmt: skip
+    choices.check(request.target_bits)
+    near = [(entry.path, entry.method) for entry in choices.nearest(request.target_bits)]
+    return plan_model(outline, jq.Recipe([*near, ("*", jq.KEEP)]))
 
 
 def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts) -> Sequences:
@@ -140,18 +150,19 @@ def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts
       ValueError: a text is too short to hold a part of it out, or for one batch.
     """
     none, training = np.empty((0, 0), np.int32), request.training
-    if not needs.statistics and not training:
+    trains = bool(training) or request.layers_healed
+    if not needs.statistics and not trains:
         return Sequences(none, none)
     cut = lambda text: token_sequences(source, text, context_length(source))
     tokens = request.calibration_tokens
-    if request.recipe is not None and not training:
+    if request.recipe is not None and not trains:
         return Sequences(first_tokens(cut(texts.calibration), tokens), none)
     fit, unseen = split(cut(texts.calibration))
     calibration = first_tokens(fit, tokens)
     if texts.heal == GENERATED:
         return Sequences(calibration, unseen)
     own = split(cut(texts.heal)) if texts.heal else (fit, unseen)
-    batch = max((how.batch_size for how in training), default=0)
+    batch = max((how.batch_size for how in training), default=2 if request.layers_healed else 0)
     if len(own[0]) < batch:
         raise ValueError(
             f"the healing text has {len(own[0])} sequences of {own[0].shape[1]} "
@@ -174,6 +185,7 @@ def _fingerprint(
         "recipe": None if request.recipe is None else request.recipe.to_json(),
         "choices": [to_json(m) for m in request.choices],
         **{name: (how := getattr(request, name)) and dataclasses.asdict(how) for name in training},
+        "layers_healed": request.layers_healed,
         "rotate": request.rotation,
         "text": digest_of_text(texts.calibration),
         "heal_text": digest_of_text(texts.heal),

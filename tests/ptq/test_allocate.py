@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.ptq.allocation import Option, _cheapest
+from jaxquant.ptq.choices import Option, _cheapest
 from tests.support.arrays import draw
 
 RATES = [jq.rtn(bits=b, group_size=16) for b in (2, 3, 4, 8)]

@@ -59,6 +59,13 @@ def test_every_tensor_is_listed(tiny, run):
     assert "peak_memory:" in out
 
 
+def test_methods_that_are_still_to_be_chosen(tiny, run):
+    budget = ("--target-bits", 7, "--method", "rtn", "--group-size", 8, "--symmetric", "--json")
+    status, out, err = run("plan", tiny, *budget)
+    assert status == 0 and "here are those nearest to it" in err
+    assert 6 <= json.loads(out)["bits_per_weight"] <= 8
+
+
 def test_what_needs_the_whole_model_is_said(tiny, run):
     found = plan(run, tiny, "--method", "rtn", "--group-size", 8, "--heal", 5)
     assert found["whole_model"] == "--heal"
@@ -76,7 +83,10 @@ def test_a_rotation_unties_the_embedding(run, tmp_path):
 
 
 def test_bad_usage(tiny, run):
-    fails(run("plan", tiny, "--target-bits", 3), 2, "nothing to plan yet")
+    budget = ("--target-bits", 9, "--method", "rtn", "--group-size", 8)
+    fails(run("plan", tiny, *budget), 2, "must be above 0 and at most 8")
+    budget = ("--target-bits", 2.5, "--method", "rtn", "--group-size", 8)
+    fails(run("plan", tiny, *budget), 1, "2.5 bits per weight cannot be reached")
     fails(run("plan", tiny, "--method", "nothing"), 2, "nothing")
     fails(run("plan", tiny / "missing", "--method", "rtn"), 1, "no model")
 

@@ -67,3 +67,21 @@ def test_a_fraction_of_bits_names_the_methods_that_take_one():
     assert method.format.bits == 3
     with pytest.raises(ValueError, match="bits must be 1.58, 2, 3 or 4, got 2.5"):
         request_of(method="stretched_elastic", bits=2.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heal_steps": 3}, "leave --heal-layers out"),
+        ({"learn_steps": 3}, "--learn needs the whole model"),
+        ({"heal_batch": 2}, "leave --heal-batch out"),
+        ({"heal_text": "generated"}, "cannot use --heal-text generated"),
+        ({"heal_codes": 2}, "--heal-codes needs training"),
+    ],
+)
+def test_layers_healed_and_nothing_else(options, message):
+    assert request_of(method="rtn", heal_layers=True, heal_text="x").whole == ()
+    # The preset would train end to end.
+    assert request_of(target_bits=2, effort="best", heal_layers=True).healing is None
+    with pytest.raises(ValueError, match=message):
+        request_of(method="rtn", heal_layers=True, **options)

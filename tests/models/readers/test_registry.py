@@ -80,12 +80,13 @@ def test_only_what_products_read_is_widened(tied, tmp_path):
     model = load(write_folder(tmp_path / "m", hf, random_tensors(hf)))
     save_model(tmp_path / "o", model, None)
     stored, wide = (load(tmp_path / "o", widen=widen).params for widen in (False, True))
-    assert {w.dtype for path, w in path_leaves(stored) if "norm" not in path} == {jnp.dtype("float16")}
+    assert {w.dtype for path, w in path_leaves(stored) if "norm" not in path} == {
+        jnp.dtype("float16")
+    }
     narrow = [path for path, w in path_leaves(wide) if w.dtype == jnp.float16]
     assert narrow == ([] if tied else ["embed/embedding"])
     tokens = jnp.asarray([[1, 2, 3]])
     np.testing.assert_array_equal(*(model.apply_fn(p, tokens) for p in (stored, wide)))
-
 
 
 @pytest.mark.model

@@ -17,8 +17,9 @@ from jaxquant.storage.checkpoint import load
 from jaxquant.tuning.trainer import next_token_loss
 from jaxquant_models.cli.quantize_request import request_of
 from jaxquant_models.readers import checkpoint, registry
-from jaxquant_models.runs import layerwise, passes, quantization_setup
+from jaxquant_models.runs import healing, layerwise, passes, quantization_setup
 from jaxquant_models.runs.calibration import calibrate_model
+from jaxquant_models.runs.healing import heal_model
 from jaxquant_models.runs.module_loss import JUDGED, ModuleLoss
 from jaxquant_models.runs.needs import needs_of
 from jaxquant_models.runs.quantization import quantize_model
@@ -261,3 +262,61 @@ def test_gradients_are_those_of_the_loss(folder):
     layer = jax.tree.map(lambda a: a[0], model.params["layers"])
     own = jax.vjp(lambda p: walk.block(p, h), layer)[1](g)[0]
     chex.assert_trees_all_close(own, jax.tree.map(lambda a: a[0], layers), rtol=2e-4, atol=1e-6)
+
+
+def healed_in_memory(folder, request):
+    """The layers healed by the functions for models in memory."""
+    source = registry.load(folder)
+    texts = quantization_setup._read_texts(request)
+    cut = quantization_setup._cut(request, needs_of(request), source, texts)
+    stats = calibrate_model(source, cut.calibration, weighting=request.weighting)
+    made = quantize_model(source, request.recipe, stats, key=request.key)
+    return heal_model(
+        source, made, cut.training, cut.held_out, None, progress=lambda _: None
+    ).params
+
+
+def healing_request(folder):
+    text = folder.parent / "long.txt"
+    text.write_text(TEXT * 3)
+    return request_of(
+        calibration=str(text), calibration_tokens=768, method="gptq", group_size=8, heal_layers=True
+    )
+
+
+def test_layers_healed_one_by_one(folder, tmp_path):
+    """They are those that are healed in memory, and differ from those that are not healed."""
+    request = healing_request(folder)
+    got, want = run(folder, request, tmp_path / "o"), healed_in_memory(folder, request)
+    plain = run(folder, dataclasses.replace(request, layers_healed=False), tmp_path / "p")
+    far = lambda a, b, p: np.linalg.norm(np.float32(wide(a, p)) - np.float32(wide(b, p)))
+    moved = same = 0.0
+    for path, _ in jq.core.path_leaves(got):
+        if path.startswith("layers/"):
+            moved, same = moved + far(got, plain, path), same + far(got, want, path)
+    assert same < 0.02 * moved
+
+
+def wide(tree, path):
+    leaf = dict(jq.core.path_leaves(tree))[path]
+    return leaf.dequantize() if isinstance(leaf, jq.QTensor) else leaf
+
+
+def test_healing_stopped_after_a_layer_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch):
+    request, save = healing_request(folder), healing.save_layer
+    want = run(folder, request, tmp_path / "whole")
+    left = []
+
+    def one(place, layer):
+        left.append(place)
+        if len(left) == 2:
+            raise StoppedError
+        save(place, layer)
+
+    monkeypatch.setattr(healing, "save_layer", one)
+    with Folder(tmp_path / "cut.partial", {}) as kept:
+        with pytest.raises(StoppedError):
+            run(folder, request, tmp_path / "cut", kept)
+        got = run(folder, request, tmp_path / "cut", kept)
+    chex.assert_trees_all_equal(got, want)
+    assert len(left) == 4  # the first layer was not made again

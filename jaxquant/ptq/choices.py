@@ -1,0 +1,263 @@
+"""The methods that each weight can get, their sizes, and the choice among them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxquant.core.paths import matches, path_leaves
+from jaxquant.core.sites import Site, is_weight
+from jaxquant.methods.method import KEEP, Method
+from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
+
+APART = 0.9  # methods of one name are measured at least so many bits apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One weight quantized by one method.
+
+    Attributes:
+      path: path of the weight.
+      method: the method.
+      bytes, size: bytes of the result, and number of weights.
+      loss: expected increase in loss, comparable between weights.
+    """
+
+    path: str
+    method: Method
+    bytes: int
+    size: int
+    loss: float
+
+    def __str__(self) -> str:
+        bits = 8 * self.bytes / self.size
+        return f"{self.path:32} {self.method.name:14} {bits:6.3f} bits  loss {self.loss:.6f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """The chosen options; printing it lists them.
+
+    Attributes:
+      recipe: the recipe to pass to `quantize`.
+      chosen: one option per weight.
+      bits_per_weight: average over these weights.
+      lowest, highest: smallest and largest average that the methods can reach.
+    """
+
+    recipe: Recipe
+    chosen: tuple[Option, ...]
+    bits_per_weight: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        span = f"{self.lowest:.3f} to {self.highest:.3f}"
+        total = f"{self.bits_per_weight:.3f} bits per weight (within reach: {span})"
+        return "\n".join([*map(str, self.chosen), total])
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Sizes of every weight under every method that fits it, known from shapes alone.
+
+    Attributes:
+      weights: for each weight, one entry per method that fits it.
+    """
+
+    weights: tuple[tuple[WeightEntry, ...], ...]
+
+    @staticmethod
+    def of(
+        params: PyTree,
+        methods: Sequence[Method],
+        found: Mapping[str, Site],
+        *,
+        paths: Sequence[str] = ("*",),
+        healed: bool = False,
+    ) -> "Choices":
+        """Build the choices for a tree of arrays (or shapes) and its sites.
+
+        Args:
+          params, methods, paths, healed: as in `allocate`.
+          found: how each weight is used, as `sites` returns it.
+        Returns:
+          The choices.
+        Raises:
+          ValueError: a glob matches nothing, nothing is left to quantize, or no method fits a
+            weight.
+        """
+        leaves = path_leaves(params)
+        for glob in paths:
+            if not any(matches(path, glob) for path, _ in leaves):
+                raise ValueError(f"{glob!r} matches no leaf")
+        if tuple(paths) == ("*",):
+            named = [p for p, w in leaves if is_weight(w) and found[p].contracted]
+        else:
+            named = [p for p, _ in leaves if any(matches(p, glob) for glob in paths)]
+        if not named or not methods:
+            raise ValueError("nothing to allocate: expected at least one weight and one method")
+        fitting = lambda path: _fitting(path, methods, params, found, healed)
+        return Choices(tuple(fitting(path) for path in named))
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return sum(entries[0].size for entries in self.weights)
+
+    @property
+    def lowest(self) -> float:
+        """The average bits per weight if every weight takes its smallest method."""
+        return 8 * sum(min(e.bytes for e in entries) for entries in self.weights) / self.size
+
+    @property
+    def highest(self) -> float:
+        """The average bits per weight if every weight takes its largest method."""
+        return 8 * sum(max(e.bytes for e in entries) for entries in self.weights) / self.size
+
+    def check(self, bits: float) -> None:
+        """Check that an average number of bits is within reach.
+
+        Args:
+          bits: average bits per weight.
+        Raises:
+          ValueError: it is not.
+        """
+        if not self.lowest <= bits <= self.highest:
+            raise ValueError(
+                f"{bits:g} bits per weight cannot be reached: these methods allow "
+                f"{self.lowest:.3f} to {self.highest:.3f}"
+            )
+
+    def nearest(self, bits: float) -> list[WeightEntry]:
+        """Return for each weight the entry with the average bits nearest to a number.
+
+        Args:
+          bits: average bits per weight.
+        """
+        far = lambda e: abs(8 * e.bytes / e.size - bits)
+        return [min(entries, key=far) for entries in self.weights]
+
+    def measured(self) -> list[WeightEntry]:
+        """Return the entries whose loss has to be measured; the others are interpolated."""
+        return [e for entries in self.weights for group in _anchors(entries) for e in group]
+
+    def allocated(
+        self,
+        bits: float,
+        loss: Callable[[WeightEntry], float],
+        distance: Callable[[WeightEntry], float] | None = None,
+        progress: Callable[[Option], None] | None = None,
+    ) -> Allocation:
+        """Choose the entries that minimize the expected loss; `allocate` from what is measured.
+
+        Args:
+          bits: largest average number of bits per weight.
+          loss: returns the loss of an entry of `measured` or `nearest`, on its own matrices.
+          distance: returns the distance of the model with one weight quantized by its entry of
+            `nearest`, by which its losses are rescaled; None: no rescaling.
+          progress: called with every `Option`.
+        """
+        groups = []
+        for entries, nearest in zip(self.weights, self.nearest(bits), strict=True):
+            # The measured difference may be noise around 0.
+            unit = 1.0 if distance is None else max(distance(nearest), 1e-6)
+            unit /= 1.0 if distance is None else max(loss(nearest), 1e-30)
+            group = [
+                Option(e.path, e.method, e.bytes, e.size, unit * of_e)
+                for e, of_e in zip(entries, _interpolated(entries, loss), strict=True)
+            ]
+            if progress is not None:
+                for option in group:
+                    progress(option)
+            groups.append(group)
+        chosen = tuple(_cheapest(groups, bits * self.size / 8))
+        recipe = Recipe([*((o.path, o.method) for o in chosen), ("*", KEEP)])
+        used = 8 * sum(o.bytes for o in chosen) / self.size
+        return Allocation(recipe, chosen, used, self.lowest, self.highest)
+
+
+def _fitting(
+    path: str, methods: Sequence[Method], params: PyTree, found: Mapping[str, Site], healed: bool
+) -> tuple[WeightEntry, ...]:
+    """Return the entries of a weight for the methods that fit it; ValueError if none does."""
+    entries, problem = [], ValueError("")
+    for method in methods:
+        try:
+            plan = resolve(Recipe([(path, method), ("*", KEEP)]), params, found)
+        except ValueError as error:
+            problem = error
+            continue
+        entry = next(e for e in plan.weights if e.path == path)
+        entries.append(_with_added(entry) if healed else entry)
+    if not entries:
+        raise problem
+    return tuple(entries)
+
+
+def _with_added(entry: WeightEntry) -> WeightEntry:
+    """Return the entry with the bytes that healing adds."""
+    added = entry.count * entry.method.healing_bytes(*entry.matrix[-2:])
+    return dataclasses.replace(entry, bytes=entry.bytes + added)
+
+
+def _anchors(entries: Sequence[WeightEntry]) -> list[list[WeightEntry]]:
+    """Return the entries of one weight to measure, by the name of the method and in order."""
+    found = []
+    for name in {e.method.name: None for e in entries}:
+        mine = sorted((e for e in entries if e.method.name == name), key=lambda e: e.bytes)
+        anchors = mine[:1]
+        for e in mine[1:]:
+            if 8 * (e.bytes - anchors[-1].bytes) / e.size > APART or e is mine[-1]:
+                anchors.append(e)
+        found.append(anchors)
+    return found
+
+
+def _interpolated(
+    entries: Sequence[WeightEntry], loss: Callable[[WeightEntry], float]
+) -> list[float]:
+    """Return the losses of one weight by these methods; log loss is interpolated over bytes."""
+    known = {}
+    for anchors in _anchors(entries):
+        logs = [math.log(max(loss(e), 1e-30)) for e in anchors]
+        known[anchors[0].method.name] = [e.bytes for e in anchors], logs
+    return [math.exp(np.interp(e.bytes, *known[e.method.name])) for e in entries]
+
+
+def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Option]:
+    """Return one option per group with least loss within the budget in bytes, greedily by return.
+
+    Only options on the lower convex hull of loss over bytes are considered, each group's in order.
+    Until a step first does not fit, the choice is optimal for the bytes spent; smaller steps then
+    fill what is left.
+    """
+    hulls = [_hull(group) for group in groups]
+    place = [0] * len(hulls)
+    left = budget - sum(hull[0].bytes for hull in hulls)
+    steps = [
+        ((hull[j].loss - hull[j + 1].loss) / (hull[j + 1].bytes - hull[j].bytes), i, j)
+        for i, hull in enumerate(hulls)
+        for j in range(len(hull) - 1)
+    ]
+    for _, i, j in sorted(steps, key=lambda step: -step[0]):
+        cost = hulls[i][j + 1].bytes - hulls[i][j].bytes
+        if place[i] == j and cost <= left:
+            place[i], left = j + 1, left - cost
+    return [hull[j] for hull, j in zip(hulls, place, strict=True)]
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """Return the options on the lower convex hull by increasing bytes and decreasing loss."""
+    hull: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.bytes, o.loss)):
+        if hull and o.loss >= hull[-1].loss:
+            continue
+        slope = lambda a, b: (a.loss - b.loss) / (b.bytes - a.bytes)
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], o):
+            hull.pop()
+        hull.append(o)
+    return hull
