@@ -24,7 +24,7 @@ from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.source import Source
 
 IN_MEMORY = 256 * 2**20  # bytes of hidden states that are kept in memory rather than in files
-Batches = Iterator[tuple[Array, Array | None]]  # inputs of a layer, gradients at its outputs
+Batches = Iterator[tuple[PyTree, Array | None]]  # inputs of a layer, gradients at its outputs
 
 
 class Passes:
@@ -50,11 +50,15 @@ class Passes:
         self._files = None if in_memory else files
         self._memory: dict[str, Arrays] = {}
         self._run = functions(config, jnp.dtype(source.outline.dtype))
+        self.prefix = source.outline.prefix
 
     @property
-    def block(self) -> Callable[[PyTree, Array], Array]:
-        """The pure function (parameters of a layer, h) -> h, the same object for equal models."""
-        return self._run.block
+    def block(self) -> Callable[[PyTree, PyTree], Array]:
+        """The pure function (parameters of a layer, inputs) -> h; the same for equal models.
+
+        The inputs are those that `batches` yields.
+        """
+        return self._run.after if self.prefix else self._run.block
 
     @property
     def head(self) -> Callable[[PyTree, Array, Array], Array]:
@@ -63,9 +67,10 @@ class Passes:
         return lambda outer, h, tokens: run.head(outer, h)
 
     def last(self) -> Iterator[tuple[Array, Array]]:
-        """Yield (output of the last layer, tokens) for each sequence."""
+        """Yield (output of the last layer, tokens) for each sequence, without its prefix."""
         for j, tokens in enumerate(self.sequences):
-            yield self.state(self.layers, j), jnp.asarray(tokens)[None]
+            h = self.state(self.layers, j)
+            yield h[:, self.prefix :], jnp.asarray(tokens)[None, self.prefix :]
 
     def forward(
         self, layer: int, step: Callable[[object], None] = lambda _: None, keep: bool = True
@@ -107,7 +112,7 @@ class Passes:
             outer = self.source.outer()
             for j, tokens in enumerate(self.sequences):
                 h = self.state(self.layers, j)
-                g = _last_gradient(self._run, outer, h, jnp.asarray(tokens)[None])
+                g = _last_gradient(self._run, self.prefix, outer, h, jnp.asarray(tokens)[None])
                 self._keep("gradient", self.layers, j, g)
             del outer
         for i, params in read_ahead(self.source, range(begin - 1, layer, -1)):
@@ -116,15 +121,24 @@ class Passes:
             del params  # before the next ones are read
             step(i)
 
-    def batches(self, layer: int, gradients: bool) -> Batches:
+    def batches(self, layer: int, params: PyTree, gradients: bool) -> Batches:
         """Yield (inputs of a layer, gradients at its outputs) for each sequence.
+
+        If the model has a prefix, they are those of the tokens after it, and the inputs are
+        (h, keys of the prefix, its values).
 
         Args:
           layer: number of the layer, whose states, and gradients, have been computed.
+          params: its parameters.
           gradients: whether gradients are wanted; they are None otherwise.
         """
         for j in range(len(self.sequences)):
-            yield self.state(layer, j), self.gradient(layer + 1, j) if gradients else None
+            h, g = self.state(layer, j), self.gradient(layer + 1, j) if gradients else None
+            if self.prefix:
+                first, h = h[:, : self.prefix], h[:, self.prefix :]
+                h = (h, *_seen(self._run, params, first))
+                g = None if g is None else g[:, self.prefix :]
+            yield h, g
 
     def state(self, layer: int, j: int) -> Float[Array, "1 t d"]:
         """Return the hidden states of sequence j at the input of a layer."""
@@ -234,7 +248,7 @@ def passes_memory(outline: Model, tokens: int) -> tuple[int, int]:
     h = jax.ShapeDtypeStruct((1, tokens, outline.config.d_model), outline.dtype)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     layer = program_memory(pushed, run, layer_outline(outline), h)
-    return layer, program_memory(_last_gradient, run, outer_outline(outline), h, ids)
+    return layer, program_memory(_last_gradient, run, 0, outer_outline(outline), h, ids)
 
 
 def layer_outline(outline: Model) -> PyTree[jax.ShapeDtypeStruct]:
@@ -269,6 +283,11 @@ def embedded(run: Blockwise, outer: PyTree, tokens: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _seen(run: Blockwise, params: PyTree, h: Array) -> tuple[Array, Array]:
+    return run.seen(only(params), h)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def pushed(run: Blockwise, params: PyTree, h: Array) -> Array:
     """Return the hidden states after a layer.
 
@@ -280,9 +299,10 @@ def pushed(run: Blockwise, params: PyTree, h: Array) -> Array:
     return run.block(only(params), h)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _last_gradient(run: Blockwise, outer: PyTree, h: Array, tokens: Array) -> Array:
-    return jax.grad(lambda h: next_token_loss(run.head(outer, h), tokens))(h)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _last_gradient(run: Blockwise, prefix: int, outer: PyTree, h: Array, tokens: Array) -> Array:
+    rest = lambda a: a[:, prefix:]
+    return jax.grad(lambda h: next_token_loss(run.head(outer, rest(h)), rest(tokens)))(h)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -75,7 +75,6 @@ class QuantizationRequest:
     def whole(self) -> tuple[str, ...]:
         """The steps that need the whole model in memory; the others go layer by layer."""
         steps = {
-            "--exact-prefix": self.exact_prefix > 0,
             "--rotate-residual learned": self.rotating is not None,
             "--learn": self.learning is not None,
             "--heal": self.healing is not None,

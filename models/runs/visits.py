@@ -90,17 +90,18 @@ class Visits:
             passes.forward(i)
             if i in todo:
                 stats = calibrate_block(
-                    passes.block, layer, passes.batches(i, self.backward),
+                    passes.block, layer, passes.batches(i, layer, self.backward),
                     weighting=self.weighting, gram=self.needs.gram,
                     output=tuple(path.removeprefix(f"{LAYERS}/") for path in outputs),
-                    sample=self.needs.sample, passed=partial(passes.took, i),
+                    sample=self.needs.sample,
+                    passed=None if passes.prefix else partial(passes.took, i),
                 )  # fmt: skip
+            if i not in todo or passes.prefix:  # whose states calibration has not passed on
+                move = passes.pull if self.backward else passes.push
+                move(i, layer)
+            if i in todo:
                 yield i, layer, stats
                 del stats
-            elif self.backward:
-                passes.pull(i, layer)
-            else:
-                passes.push(i, layer)
             del layer  # before the next one is read
 
     def inspection(self, i: int, layer: dict[str, PyTree]) -> ModuleLoss | None:

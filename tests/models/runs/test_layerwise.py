@@ -39,6 +39,13 @@ REQUESTS = {
     "flatquant": {"method": "flatquant", "group_size": 8},
     "quarot": {"method": "quarot", "rotate_residual": "random"},
     "two-sided": {"method": "gptq", "group_size": 8},
+    "prefix": {"method": "gptq", "group_size": 8, "exact_prefix": 3},
+    "prefix, uniform": {
+        "method": "smoothquant",
+        "weighting": "uniform",
+        "activations": "int8",
+        "exact_prefix": 2,
+    },
 }
 every_request = pytest.mark.parametrize("name", REQUESTS)
 
@@ -72,6 +79,7 @@ def run(folder, request, out, finished=None):
 def in_memory(folder, request):
     """The same with the functions for models in memory."""
     model, needs = registry.load(folder), needs_of(request)
+    model = dataclasses.replace(model, prefix=request.exact_prefix)
     if request.rotation:
         model = rotate_model(model, random_rotation(model, request.key))
     cut = quantization_setup._cut(
