@@ -126,4 +126,5 @@ def emit(report: Mapping[str, object], as_json: bool) -> None:
         click.echo(json.dumps(report))
         return
     for name, value in report.items():
-        click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        click.echo(f"{name}: {'unknown' if shown is None else shown}")

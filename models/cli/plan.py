@@ -11,6 +11,7 @@ from jaxquant_models.readers.room import float_bytes
 from jaxquant_models.runs.needs import needs_of
 from jaxquant_models.runs.planning import expected, served_bytes
 from jaxquant_models.runs.quantization_setup import plan_of, source_for
+from jaxquant_models.runs.seconds import MACHINE, expected_seconds
 
 
 @click.command()
@@ -21,8 +22,9 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show what quantizing MODEL would take and give.
 
     The options are those of jaxquant quantize. The report gives the bytes and bits of every tensor,
-    which are exact, the expected peak memory of the run, and the bytes of the model in memory when
-    it is served. Of .gguf files and Hugging Face folders, only the headers are read.
+    which are exact, the expected peak memory and time of the run, and the bytes of the model in
+    memory when it is served. The time is that on another machine, which the report names. Of .gguf
+    files and Hugging Face folders, only the headers are read.
     """
     with usage_errors():
         request = request_of(**options)
@@ -42,6 +44,8 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
         "peak_memory": takes.peak,
         "peak_stage": max(takes.stages, key=lambda stage: stage.bytes).name,
         "bound": takes.bound,
+        "seconds": expected_seconds(found, needs, request.calibration_tokens),
+        "seconds_on": MACHINE,
         "hidden_states": takes.states,
         "hidden_states_in": "files" if takes.in_files else "memory",
     }

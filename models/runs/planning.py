@@ -27,7 +27,8 @@ from jaxquant_models.runs.passes import (
 )
 from jaxquant_models.runs.sequences import context_length
 
-LIBRARIES = 430_000_000  # bytes of Python, JAX, Orbax and compiled programs
+LIBRARIES = 430_000_000  # bytes of Python, JAX, Orbax and the programs that round to nearest
+COMPILED = 200_000_000  # bytes that compiling the programs of other methods leaves behind
 LAYERS = "layers/"
 
 
@@ -82,7 +83,10 @@ def expected(
     """
     layer, outer = layer_outline(outline), outer_outline(outline)
     of_layer, of_outer = tree_bytes(layer), tree_bytes(outer)
-    stages = [Stage("embedding and output matrix", of_outer + of_outer // 2)]
+    # Beside them in float32 are the pages of one of them as its file has it.
+    last_read = max(4 * a.size for a in jax.tree.leaves(outer)) // 2
+    compiled = COMPILED if needs.statistics else 0
+    stages = [Stage("embedding and output matrix", of_outer + last_read + compiled)]
     states = statistics = every = 0
     if needs.statistics:
         length = context_length(outline)
@@ -96,7 +100,7 @@ def expected(
         statistics, work = _calibration(outline, layer, needs, weighting, length, outputs)
         stages.append(Stage("statistics", states + of_layer + statistics + work))
     for path, held in _rounding(outline, plan, needs, weighting):
-        stages.append(Stage(f"rounding {path}", states + held))
+        stages.append(Stage(f"rounding {path}", states + held + compiled))
     stages = [Stage(name, LIBRARIES + size) for name, size in stages]
     return Expected(stages, of_layer, of_outer, statistics, every, every > IN_MEMORY)
 
@@ -118,14 +122,17 @@ def least(outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str) -
 def served_bytes(plan: jq.recipes.Plan) -> int:
     """Return the bytes of a model in memory when it is served.
 
-    Packed weights are as in the checkpoint; the others are float32.
+    Packed weights are as in the checkpoint, and so is an embedding that is not the output matrix
+    too; the others are float32.
 
     Args:
       plan: the resolved recipe.
     """
-    packed = sum(entry.bytes for entry in plan.weights)
-    paths = {entry.path for entry in plan.weights}
-    return packed + sum(4 * entry.size for entry in plan.entries if entry.path not in paths)
+    kept = {entry.path for entry in plan.weights}
+    if any(entry.path.startswith("head/") for entry in plan.entries):
+        kept.add("embed/embedding")
+    size = lambda entry: entry.bytes if entry.path in kept else 4 * entry.size
+    return sum(map(size, plan.entries))
 
 
 def _calibration(

@@ -8,7 +8,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
-from jaxquant_models.readers import room
+from jaxquant_models.readers import registry, room
 from jaxquant_models.readers.weights import Weights
 from tests.support.command import fails
 from tests.support.tiny_llama import FAMILIES, random_tensors, write_folder
@@ -33,7 +33,8 @@ def test_the_bytes_are_those_of_the_run(tiny, run, tmp_path, method):
     assert status == 0
     assert found["bytes"] == sum(w.nbytes for _, w in jq.core.path_leaves(stored))
     assert found["bits_per_weight"] == report["bits_per_weight"]
-    assert found["bytes_served"] > found["bytes"]  # floats are float32 in memory
+    served = registry.load(tmp_path / "o").params
+    assert found["bytes_served"] == sum(w.nbytes for _, w in jq.core.path_leaves(served))
 
 
 def test_no_weight_is_read(tiny, run, monkeypatch):
@@ -42,6 +43,14 @@ def test_no_weight_is_read(tiny, run, monkeypatch):
     assert 0 < found["peak_memory"] < found["bound"]
     assert found["hidden_states"] == 4 * 3 * 1024 * 24
     assert found["hidden_states_in"] == "memory"
+
+
+def test_the_time_is_that_of_the_machine_it_names(tiny, run):
+    seconds = lambda *options: plan(run, tiny, "--group-size", 8, *options)["seconds"]
+    rtn, gptq = seconds("--method", "rtn"), seconds("--method", "gptq")
+    assert 0 < rtn < gptq < seconds("--method", "gptq", "--calibration-tokens", 10**8)
+    status, out, _ = run("plan", tiny, "--method", "awq", "--group-size", 8)
+    assert status == 0 and "seconds: unknown\nseconds_on: 2 cores" in out
 
 
 def test_a_method_without_statistics_keeps_no_hidden_states(tiny, run):

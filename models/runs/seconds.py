@@ -1,0 +1,33 @@
+"""The time that a layer-by-layer quantization is expected to take.
+
+The constants are fitted to runs on one machine, `MACHINE`, with nothing else running on it; another
+one needs other constants. `python -m tests.benchmarks.real_sizes` measures them.
+"""
+
+import jaxquant as jq
+from jaxquant_models.runs.needs import Needs
+
+MACHINE = "2 cores of a server CPU with AVX-512, without a GPU"
+START = 25.0  # seconds: Python, reading the text, compiling
+READ = 6.0  # seconds per billion weights: two bytes each are read for the digest, and to be used
+STATISTICS = 0.05  # seconds per billion weights and token
+# Seconds per billion weights that a method takes to round them.
+ROUNDING = {"rtn": 20.0, "gptq": 250.0}
+
+
+def expected_seconds(plan: jq.recipes.Plan, needs: Needs, tokens: int) -> float | None:
+    """Return the seconds that a run is expected to take on `MACHINE`.
+
+    Args:
+      plan: the resolved recipe.
+      needs: what its methods require.
+      tokens: number of calibration tokens.
+    Returns:
+      The seconds, or None if a method has not been measured.
+    """
+    if any(entry.method.name not in ROUNDING for entry in plan.weights):
+        return None
+    billions = sum(entry.size for entry in plan.entries) / 1e9
+    rounding = sum(ROUNDING[entry.method.name] * entry.size / 1e9 for entry in plan.weights)
+    statistics = STATISTICS * tokens * billions if needs.statistics else 0.0
+    return START + READ * billions + statistics + rounding
