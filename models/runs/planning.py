@@ -98,7 +98,8 @@ def expected(
             stages.append(Stage("gradients at the output", states + of_outer + last))
         outputs = [e.path for e in plan.weights if e.method.needs_output]
         statistics, work = _calibration(outline, layer, needs, weighting, length, outputs)
-        stages.append(Stage("statistics", states + of_layer + statistics + work))
+        held = states + of_layer + statistics + compiled
+        stages.append(Stage("statistics", held + work))
     for path, held in _rounding(outline, plan, needs, weighting):
         stages.append(Stage(f"rounding {path}", states + held + compiled))
     stages = [Stage(name, LIBRARIES + size) for name, size in stages]

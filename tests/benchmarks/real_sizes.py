@@ -97,8 +97,8 @@ def one(size, method, folder, tokens, kills, record):
     _, _, scoring, _ = watched(score, serving)
     gigabytes = lambda size: f"{size / 1e9:.2f}"
     record.add(
-        size, method, f"{seconds:.0f}", gigabytes(peak), gigabytes(own),
-        gigabytes(plan["peak_memory"]), gigabytes(plan["bound"]),
+        size, method, f"{seconds:.0f}", f"{plan['seconds'] or 0:.0f}", gigabytes(peak),
+        gigabytes(own), gigabytes(plan["peak_memory"]), gigabytes(plan["bound"]),
         "exact" if held == plan["bytes"] else f"{held - plan['bytes']:+,d} bytes",
         gigabytes(generating), gigabytes(scoring),
     )  # fmt: skip
@@ -116,8 +116,8 @@ def main():
     add_option(parser)
     args = parser.parse_args()
     record = Record(
-        args.json, "size", "method", "seconds", "peak GB", "without mapped files", "planned GB",
-        "bound GB", "planned bytes", "generate GB", "eval GB",
+        args.json, "size", "method", "seconds", "planned s", "peak GB", "without mapped files",
+        "planned GB", "bound GB", "planned bytes", "generate GB", "eval GB",
     )  # fmt: skip
     for size in args.sizes:
         write(size, args.folder / size)
