@@ -54,13 +54,14 @@ def calibrate_block(
         shapes are compiled once if this is the same function object.
       params: a stack of blocks cut down to one: every leaf is [1, ...].
       batches: pairs (inputs h of the block, gradients of the loss at its outputs). The gradients
-        may be None if the weighting is not "gradient" and `output` is empty.
+        may be None if the weighting is not "gradient".
       weighting, gram, output, sample: as in `calibrate`.
       passed: called with the number of each batch, from 0, and what came out of the block.
     Returns:
       `Stats`, by the paths of `params`; the sums have a leading axis of 1.
     Raises:
-      ValueError: there are no batches, or gradients are needed and not given.
+      ValueError: there are no batches, gradients are needed and not given, or `output` is asked for
+        with another weighting.
 
     >>> block = lambda p, h: jnp.tanh(h @ p["w"])
     >>> h, w = jnp.ones((2, 4)), jnp.eye(4)
@@ -69,13 +70,15 @@ def calibrate_block(
     (1, 4, 4)
     """
     check_arguments(calibrate_block, locals())
+    if output and weighting != "gradient":
+        raise ValueError('output= needs weighting="gradient"')
     sums, plan = None, None
     for i, (h, g) in enumerate(batches):
         if sums is None:
             found = sites(block, jax.eval_shape(only, params), h)
             plan = Probing.of(found, weighting, gram, output, sample)
             sums = jax.tree.map(lambda a: a[None], plan.probes())
-        if g is None and (weighting == "gradient" or output):
+        if g is None and weighting == "gradient":
             raise ValueError("gradients of the loss at the outputs of the block are needed")
         sums, out = _step(sums, params, h, g, block, plan)
         jax.block_until_ready(sums)
@@ -108,7 +111,7 @@ def calibration_memory(
     found = sites(block, jax.eval_shape(only, params), h)
     plan = Probing.of(found, weighting, gram, output, sample)
     sums = jax.eval_shape(lambda: jax.tree.map(lambda a: a[None], plan.probes()))
-    g = h if weighting == "gradient" or output else None
+    g = h if weighting == "gradient" else None
     held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(sums))
     return held, program_memory(_step, sums, params, h, g, block, plan)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from jaxquant.calibration.statistics import Stats
 from jaxquant.core.arguments import check_arguments
@@ -116,7 +116,10 @@ class _Table:
         losses = []
         for i in sampled(count, self.samples):
             other = None if output is None else output.reshape(count, n, n)[i]
-            losses.append(matrix_loss(matrices[i], method, gram[i], other, self.key))
+            w = matrices[i]
+            q = quantize_array(w, method, gram[i], output_gram=other, key=self.key)
+            error = w - q.dequantize()
+            losses.append(float(jnp.sum(error * (gram[i] @ error))) / n)
         return float(np.mean(losses)) * count
 
     def distance(self, measure: Callable[[PyTree], float], entry: WeightEntry) -> float:
@@ -143,23 +146,3 @@ def sampled(count: int, samples: int = 1) -> list[int]:
     """
     between = np.linspace(0, count - 1, samples + 2).round().astype(int)[1:-1]
     return [int(i) for i in np.unique(between)]
-
-
-def matrix_loss(
-    w: Float[Array, "k n"],
-    method: Method,
-    gram: Float[Array, "k k"],
-    output: Float[Array, "n n"] | None,
-    key: Array | None,
-) -> float:
-    """Return the loss tr(E^T H E) / n of a matrix that is quantized by a method.
-
-    Args:
-      w: the matrix.
-      method: the method.
-      gram: second moments H of its inputs.
-      output: second moments of its output side, for methods that need them.
-      key: PRNG key, as in `quantize`.
-    """
-    error = w - quantize_array(w, method, gram, output_gram=output, key=key).dequantize()
-    return float(jnp.sum(error * (gram @ error))) / w.shape[1]

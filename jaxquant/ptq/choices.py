@@ -152,7 +152,7 @@ class Choices:
         distance: Callable[[WeightEntry], float] | None = None,
         progress: Callable[[Option], None] | None = None,
     ) -> Allocation:
-        """Choose the entries that minimize the expected loss; `allocate` from what is measured.
+        """Choose the entries that minimize the expected loss, given what has been measured.
 
         Args:
           bits: largest average number of bits per weight.
@@ -163,9 +163,9 @@ class Choices:
         """
         groups = []
         for entries, nearest in zip(self.weights, self.nearest(bits), strict=True):
-            # The measured difference may be noise around 0.
-            unit = 1.0 if distance is None else max(distance(nearest), 1e-6)
-            unit /= 1.0 if distance is None else max(loss(nearest), 1e-30)
+            unit = 1.0
+            if distance is not None:  # which may be noise around 0
+                unit = max(distance(nearest), 1e-6) / max(loss(nearest), 1e-30)
             group = [
                 Option(e.path, e.method, e.bytes, e.size, unit * of_e)
                 for e, of_e in zip(entries, _interpolated(entries, loss), strict=True)

@@ -92,7 +92,8 @@ def joined(
 ) -> dict[str, PyTree]:
     """Return the entries that are stored in parts, each joined along the leading axis.
 
-    Besides the result, the memory of a CPU holds one part.
+    Besides the result, the memory of a CPU holds one part, and a leaf in which only some parts need
+    a wide dtype twice for a moment.
 
     Args:
       folder: the directory of the checkpoint.

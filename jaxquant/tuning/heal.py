@@ -147,7 +147,8 @@ def heal_each(
 ) -> None:
     """Train blocks as `heal_blocks` does, each of which is read when its turn comes.
 
-    Memory holds one block of the teacher or one of the quantized blocks at a time.
+    Memory holds one block of the teacher or one of the quantized blocks at a time, and the hidden
+    states three times: as they are given, and after the last block of either.
 
     Args:
       block, healing, also, progress, finished: as in `heal_blocks`.

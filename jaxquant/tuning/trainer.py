@@ -188,6 +188,12 @@ def divergence(logits: Array, target: Array) -> Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
+def _replace(states: list[Array], function: Callable[[Array], Array]) -> None:
+    """Replace every array by the function of it, so that memory holds only one more."""
+    for j, h in enumerate(states):
+        states[j] = function(h)
+
+
 def next_token_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Array:
     """Return the mean cross-entropy of the next token, in nats.
 
@@ -391,9 +397,11 @@ class Trainer:
         """
         if len(hidden) < 2:
             raise ValueError("expected at least two inputs, one of which is held out, got one")
-        ours = theirs = [jnp.asarray(h)[None] for h in hidden]
+        ours = [jnp.asarray(h)[None] for h in hidden]
+        theirs = list(ours)
         for i in range(blocks):
-            after = list(map(wanted(i), theirs))
+            _replace(theirs, wanted(i))
             block = opened(i)
-            change = self.fit_examples(block, ours, after, name=f"{name} of block {i}", **options)
-            ours, theirs = list(map(closed(i, block, change), ours)), after
+            change = self.fit_examples(block, ours, theirs, name=f"{name} of block {i}", **options)
+            _replace(ours, closed(i, block, change))
+            del block, change  # before the next block is read

@@ -37,7 +37,7 @@ def blockwise(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Blockwise:
       block(layer_params, h) -> h, where layer_params is `params["layers"]` without the axis L;
       head(params, h) -> logits [b, t, V] float32;
       seen(layer_params, h [b, p, d]) -> keys and values [1, b, n_kv_heads, p, head_dim] of a text
-      that begins with h; and after(layer_params, (h, *these)) -> h for the tokens that follow.
+      that begins with h; and after(layer_params, (h, keys, values)) -> h of the tokens that follow.
       `params` is the inner "params" dict. Chained, the first three equal
       `Llama(config, dtype).apply`.
     """

@@ -35,8 +35,11 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     if not as_json:
         click.echo(str(found))
     needs = needs_of(request)
-    takes = expected(outline, found, needs, request.weighting, request.calibration_tokens)
+    takes = expected(outline, found, needs, request)
     total = sum(entry.bytes for entry in found.entries)
+    if request.heals:
+        added = sum(e.count * e.method.healing_bytes(*e.matrix[-2:]) for e in found.weights)
+        line(f"healing may add up to {added:,} bytes, which are not counted here")
     report: dict[str, Any] = {
         "bits_per_weight": found.bits_per_weight,
         "bytes": total,
@@ -44,8 +47,9 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
         "peak_memory": takes.peak,
         "peak_stage": max(takes.stages, key=lambda stage: stage.bytes).name,
         "bound": takes.bound,
-        "seconds": expected_seconds(found, needs, request.calibration_tokens),
+        "seconds": expected_seconds(found, needs, request),
         "seconds_on": MACHINE,
+        "methods": "given" if request.recipe is not None else "nearest to the target",
         "hidden_states": takes.states,
         "hidden_states_in": "files" if takes.in_files else "memory",
     }

@@ -109,7 +109,7 @@ OPTIONS = (
         help="Number of end-to-end training steps after rounding, to recover accuracy: scales, "
         "codebooks and norms are trained so that the predictions match those of the "
         "original model. Before that, each layer is briefly trained on its own. The "
-        "default is 0, or 200 with --effort best.",
+        "default is 0, or 200 with --effort best and without --heal-layers.",
     ),
     click.option(
         "--heal-layers",
@@ -134,7 +134,7 @@ OPTIONS = (
     click.option(
         "--heal-text",
         default=None,
-        help="Text for --learn and all kinds of healing: a FILE, builtin (see --calibration), or "
+        help="Text for --learn and for healing: a FILE, builtin (see --calibration), or "
         "generated (sampled from MODEL). The default is the calibration text.",
     ),
     click.option(

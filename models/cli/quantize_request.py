@@ -72,8 +72,9 @@ def request_of(
     if heal_layers:
         _check_layers(steps, learn_steps, text=heal_text, batch=heal_batch)
     _check_healing(
-        steps, learn_steps or heal_layers, text=heal_text, batch=heal_batch, codes=heal_codes
-    )
+        steps, trains=learn_steps > 0, layers=heal_layers, text=heal_text, batch=heal_batch,
+        codes=heal_codes,
+    )  # fmt: skip
     _check_rotation(rotate_residual, rotate_steps, target_bits)
     recipe: jq.Recipe | None = None
     choices: tuple[jq.Method, ...] = ()
@@ -105,17 +106,25 @@ def request_of(
         heal_text=heal_text or "",
     )
     _check_trainable(request)
+    if weighting != "gradient" and any(m.needs_output for _, m in request.rules):
+        raise ValueError(
+            "two-sided rounding needs gradients of the loss: use --weighting gradient, or a method "
+            "without it"
+        )
     return request
 
 
 def _check_healing(
-    steps: int, learn_steps: int, *, text: str | None, batch: int, codes: int
+    steps: int, *, trains: bool, layers: bool, text: str | None, batch: int, codes: int
 ) -> None:
-    """Raise ValueError if training options are given but nothing is trained."""
-    given = {"text": text is not None, "batch": batch > 1, "codes": codes > 0}
-    for name in (name for name, asked in given.items() if asked and not steps):
-        if name == "codes" or not learn_steps:
-            also = "" if name == "codes" else ", --heal-layers or --learn STEPS"
+    """Raise ValueError if training options are given but nothing is trained that they concern."""
+    other = {
+        "text": (text is not None, trains or layers, ", --heal-layers or --learn STEPS"),
+        "batch": (batch > 1, trains, " or --learn STEPS"),
+        "codes": (codes > 0, False, ""),
+    }
+    for name, (given, used, also) in other.items():
+        if given and not steps and not used:
             raise ValueError(f"--heal-{name} needs training; give --heal STEPS{also} too")
 
 

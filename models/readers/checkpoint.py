@@ -27,15 +27,19 @@ from jaxquant_models.schemas.strict import checked
 Stored = TypeVar("Stored")
 
 
-def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
+def read_checkpoint(
+    folder: str | Path, dtype: DTypeLike, widen: bool, tables: bool = True
+) -> Model:
     """Return the model stored in a checkpoint.
 
     Args:
       folder: the checkpoint.
       dtype: dtype of activations.
-      widen: whether unquantized matrices that products read are converted to dtype too, which is
-        faster token by token. If False all stay in the dtype they are stored in, so that the model
-        takes as many bytes as the checkpoint.
+      widen: whether unquantized matrices are converted to dtype too, which is faster token by
+        token. If False they stay in the dtype they are stored in, so that the model takes as many
+        bytes as the checkpoint.
+      tables: whether that includes an embedding that is not also the output matrix. No product
+        reads it.
     Raises:
       ValueError: the checkpoint is damaged, or holds no language model.
     """
@@ -44,14 +48,13 @@ def read_checkpoint(folder: str | Path, dtype: DTypeLike, widen: bool) -> Model:
     chat = held.chat and ChatTemplate.from_json(held.chat, f"the chat template of {folder}")
     tokenizer = Tokenizer.from_json(held.tokenizer, f"the tokenizer of {folder}", chat)
     tokenizer.check_rows(config.vocab_size)
-    params = _widened(params, dtype) if widen else params
+    params = _widened(params, dtype, tables) if widen else params
     return Model(str(folder), config, params, tokenizer, dtype, held.prefix)
 
 
-def _widened(params: PyTree, dtype: DTypeLike) -> PyTree:
-    """Return the parameters with unquantized leaves in dtype, except a table only looked up in."""
+def _widened(params: PyTree, dtype: DTypeLike, tables: bool) -> PyTree:
     wide = lambda w: w if _packed(w) else w.astype(dtype)
-    kept = {name: params[name] for name in ("embed",) if "head" in params}
+    kept = {"embed": params["embed"]} if "head" in params and not tables else {}
     rest = {name: of for name, of in params.items() if name not in kept}
     return jax.tree.map(wide, rest, is_leaf=_packed) | kept
 

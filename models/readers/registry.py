@@ -66,7 +66,7 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
     """
     _check_dtype(dtype)
     if _is(is_checkpoint, Path(spec)):
-        return read_checkpoint(Path(spec), dtype, widen)
+        return read_checkpoint(Path(spec), dtype, widen, tables=False)
     source = _opened(spec, dtype)
     check_model_fits(source.outline, f"{spec} in {jnp.dtype(dtype).name}")
     return source.load()

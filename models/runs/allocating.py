@@ -6,12 +6,14 @@ layer; each stack rounded by itself, in a visit of all layers; and, in a pass fo
 between the outputs of the model and those of the model with one stack rounded.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -21,25 +23,27 @@ import jaxquant as jq
 from jaxquant.core.paths import replace_leaves
 from jaxquant.durable.store import Folder
 from jaxquant.evaluation import ByChunk, evaluate
-from jaxquant.ptq.allocation import matrix_loss, sampled
+from jaxquant.ptq.allocation import sampled
 from jaxquant.ptq.quantize import importance
-from jaxquant.ptq.round_stacked import planned
+from jaxquant.ptq.round_stacked import Sums, planned
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.storage.checkpoint import load
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers.checkpoint import layer_is_saved, save_layer
 from jaxquant_models.runs.layerwise import LayerwiseJob
+from jaxquant_models.runs.measuring import return_freed_memory_at_once
+from jaxquant_models.runs.needs import needs_of
 from jaxquant_models.runs.passes import embedded, functions, pushed, read_ahead
 from jaxquant_models.runs.quantization import Quantized, plan_model
 from jaxquant_models.runs.quantization_request import QuantizationRequest
-from jaxquant_models.runs.reporting import Reporter
-from jaxquant_models.runs.visits import LAYERS, Visits
+from jaxquant_models.runs.reporting import Reporter, Step
+from jaxquant_models.runs.visits import LAYERS, Known, Visits, by_input
 
 ALONE = "alone"  # directory of the layers in which each stack is rounded by itself
 ORIGINAL = "original"  # stands for the model in which nothing is rounded
 # Names of what is kept.
-LOSS, RATES, DISTANCES, STATES = (
-    f"allocation: {what}" for what in ("loss of", "rates", "distances", "states before layer")
+RATES, DISTANCES, STATES = (
+    f"allocation: {what}" for what in ("rates", "distances", "states before layer")
 )
 
 
@@ -76,7 +80,7 @@ class AllocatingJob:
 
     def run(self) -> Quantized:
         """Run what is not finished, and return the model, its layers being in directories."""
-        self.visits.begin(self.reporter)
+        return_freed_memory_at_once()
         losses = self._losses()
         self._plan_rates()
         self._round_alone()
@@ -90,88 +94,115 @@ class AllocatingJob:
             )
         self.reporter.tell(str(allocation))
         recipe = allocation.recipe
+        needs = needs_of(dataclasses.replace(self.request, recipe=recipe))
         plan = plan_model(self.visits.source.outline, recipe)
-        job = LayerwiseJob(
-            self.request, self.visits, plan, recipe, self.finished, self.reporter, self.training
-        )
-        return job.run()
+        visits = self.visits.narrowed(needs)
+        return LayerwiseJob(
+            self.request, visits, plan, recipe, self.finished, self.reporter, self.training
+        ).run()
 
     def _losses(self) -> dict[str, float]:
         """Return the losses of the methods that are measured, by entry."""
         entries = [*self._choices.measured(), *self._choices.nearest(self.request.target_bits)]
-        names = {f"{LOSS} {_name(entry)}": entry for entry in entries}
+        names = {_name(entry): entry for entry in entries}
         todo = {name: entry for name, entry in names.items() if name not in self.finished}
         if todo:
+            self.visits.begin(self.reporter)
             outputs = dict.fromkeys(e.path for e in todo.values() if e.method.needs_output)
             with self.reporter.stage("measuring", len(todo)) as step:
                 middle = sampled(len(self._layers))
-                for _, layer, stats in self.visits.layers(middle, list(outputs)):
-                    leaves = dict(jq.core.path_leaves(layer))
-                    for name, entry in todo.items():
-                        loss = self._loss(entry, leaves, stats)
-                        self.finished[name] = {"loss": np.float64(loss)}
-                        step(entry)
+                for i, layer, stats in self.visits.layers(middle, list(outputs)):
+                    self._measure(i, layer, stats, list(todo.values()), step)
             self._forget_gradients()
-        return {_name(e): float(self.finished[name]["loss"]) for name, e in names.items()}
+        return {name: float(self.finished[name]["loss"]) for name in names}
 
-    def _loss(self, entry: WeightEntry, leaves: dict[str, Array], stats: Any) -> float:
-        """Return the loss of a method for a weight of the layer in the middle, for all layers."""
-        path, method = entry.path.removeprefix(f"{LAYERS}/"), entry.method
-        output = stats.output_gram(path)[0] if method.needs_output else None
-        gram = stats.gram(path)[0]
-        lost = matrix_loss(leaves[path][0], method, gram, output, self.request.key)
-        return lost * len(self._layers)
+    def _measure(
+        self, i: int, layer: PyTree, stats: jq.Stats | None, todo: list[WeightEntry], step: Step
+    ) -> None:
+        """Measure the losses of methods on the weights of one layer, for all layers."""
+        for path, tree, known in self._alone(layer, stats, [entry.path for entry in todo]):
+            for entry in todo:
+                if entry.path != path:
+                    continue
+                rule = jq.Recipe([(path, entry.method)])
+                packed = jq.quantize(tree, rule, known, key=self.request.key, first=i)
+                (w,), (q,) = (jax.tree.leaves(t, is_leaf=_packed) for t in (tree, packed))
+                sums = Sums(known.kept(path, "gram"), rows=known.of(path).rows)
+                loss = float(_energy(w, q, sums)) * len(self._layers)
+                self.finished[_name(entry)] = {"loss": np.float64(loss)}
+                step(entry)
 
     def _plan_rates(self) -> None:
         """Plan the rates of formats that do so over all layers, in a visit of its own."""
         plans = [path for path, method in self._nearest.items() if method.format.plans]
         if not plans:
             return
-        found = dict[str, Any].fromkeys(plans, 0)
         if RATES not in self.finished:
+            found = dict[str, Any].fromkeys(plans, 0)
+            self.visits.begin(self.reporter)
             with self.reporter.stage("planning", len(self._layers)) as step:
                 for i, layer, stats in self.visits.layers(self._layers, self._outputs):
-                    for tree, rule, known in self._alone(layer, stats, plans):
-                        one = importance(tree, rule, known, key=self.request.key, first=i)
-                        found |= {path: found[path] + blocks for path, blocks in one.items()}
+                    one = self._importance(i, layer, stats, plans)
+                    found |= {path: found[path] + blocks for path, blocks in one.items()}
+                    del layer, stats  # before the next ones
                     step(i)
             self._forget_gradients()
             self.finished[RATES] = found
         for path, blocks in self.finished[RATES].items():
             self._nearest[path] = planned(self._nearest[path], blocks)
 
+    def _importance(
+        self, i: int, layer: PyTree, stats: jq.Stats | None, plans: list[str]
+    ) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for path, tree, known in self._alone(layer, stats, plans):
+            rule = jq.Recipe([(path, self._nearest[path])])
+            found |= importance(tree, rule, known, key=self.request.key, first=i)
+        return found
+
     def _round_alone(self) -> None:
         """Round every stack by its method nearest to the target, and keep the result."""
         todo = [i for i in self._layers if not layer_is_saved(self._place / str(i))]
         if DISTANCES in self.finished or not todo:
             return
-        with self.reporter.stage("rounding alone", len(todo) * len(self._nearest)) as step:
+        self.visits.begin(self.reporter)
+        total = len(self._layers) * len(self._nearest)
+        count = itertools.count(1 + total - len(todo) * len(self._nearest))
+        with self.reporter.stage("rounding alone", total) as step:
+            told = lambda done: step(dataclasses.replace(done, index=next(count), total=total))
             for i, layer, stats in self.visits.layers(todo, self._outputs):
-                packed: dict[str, Any] = {}
-                for tree, rule, known in self._alone(layer, stats, list(self._nearest)):
-                    packed |= jq.core.path_leaves(
-                        jq.quantize(
-                            tree, rule, known, key=self.request.key, progress=step, first=i
-                        )[LAYERS]
-                    )
-                save_layer(self._place / str(i), traverse_util.unflatten_dict(packed, sep="/"))
+                self._round(i, layer, stats, told)
+                del layer, stats  # before the next ones
         self._forget_gradients()
+
+    def _round(self, i: int, layer: PyTree, stats: jq.Stats | None, told: Step) -> None:
+        """Round every weight of a layer by itself, and write them."""
+        packed: dict[str, Any] = {}
+        for path, tree, known in self._alone(layer, stats, list(self._nearest)):
+            rule = jq.Recipe([(path, self._nearest[path])])
+            done = jq.quantize(
+                tree, rule, known, key=self.request.key, progress=told, first=i
+            )  # fmt: skip
+            packed |= jq.core.path_leaves(done[LAYERS])
+        save_layer(self._place / str(i), traverse_util.unflatten_dict(packed, sep="/"))
 
     def _alone(
         self, layer: dict[str, PyTree], stats: jq.Stats | None, paths: list[str]
-    ) -> Iterator[tuple[PyTree, jq.Recipe, jq.Stats]]:
-        """Yield (tree, recipe, statistics) of each of these weights of a layer by itself."""
+    ) -> Iterator[tuple[str, PyTree, jq.Stats]]:
+        """Yield (path, tree, statistics) of each of these weights of a layer by itself.
+
+        Layer and statistics are emptied; weights of wide inputs come last.
+        """
         for module, known in self.visits.modules(layer, stats):
-            if known is None:
-                raise ValueError("an allocation needs calibration sequences")
-            for path, w in jq.core.path_leaves({LAYERS: module}):
-                if path in paths:
-                    holder = known.holder[path]
-                    its = jq.Stats(
-                        {path: known.sites[path]}, {holder: known.sums[holder]}, {path: holder}
-                    )
-                    tree = traverse_util.unflatten_dict({path: w}, sep="/")
-                    yield tree, jq.Recipe([(path, self._nearest[path])]), its
+            held = [{LAYERS: module}]
+            keep = jq.Recipe([(path, jq.KEEP) for path, _ in jq.core.path_leaves(held[0])])
+            del module
+            for part, _, its in by_input(held.pop(), keep, known or {}):
+                leaves = dict(jq.core.path_leaves(part))
+                del part
+                for path in [path for path in leaves if path in paths]:
+                    tree = traverse_util.unflatten_dict({path: leaves.pop(path)}, sep="/")
+                    yield path, tree, _of(its, path)
 
     def _distances(self) -> dict[str, float]:
         """Return the distance of the model with one stack rounded, by its path."""
@@ -189,9 +220,10 @@ class AllocatingJob:
                     found[path] = np.float64(score.kl)
                     step(path)
             self.finished[DISTANCES] = found
-            for name in [name for name in self.finished if name.startswith(STATES)]:
-                self.finished.pop(name, None)
-            shutil.rmtree(self._place, ignore_errors=True)
+        for i in range(len(self._layers) + 1):
+            with contextlib.suppress(KeyError):
+                del self.finished[f"{STATES} {i}"]
+        shutil.rmtree(self._place, ignore_errors=True)
         return {path: float(kl) for path, kl in self.finished[DISTANCES].items()}
 
     def _states(self) -> dict[str, np.ndarray]:
@@ -212,9 +244,11 @@ class AllocatingJob:
         with self.reporter.stage("running each", len(self._layers) - begin) as step:
             for i, layer in read_ahead(self.visits.source, self._layers[begin:]):
                 rounded = dict(jq.core.path_leaves(load(self._place / str(i))))
-                states = {name: self._through(layer, rounded, name, states[name]) for name in names}
+                for name in names:
+                    states[name] = self._through(layer, rounded, name, states[name])
                 self.finished.put(place(i + 1), states, sync=False)
-                self.finished.pop(place(i), None)
+                with contextlib.suppress(KeyError):
+                    del self.finished[place(i)]
                 del layer  # before the next one is read
                 step(i)
         return states
@@ -240,5 +274,25 @@ class AllocatingJob:
 
 
 def _name(entry: WeightEntry) -> str:
-    """Return a name of a weight and a method."""
-    return hashlib.sha256(f"{entry.path} by {entry.method}".encode()).hexdigest()
+    """Return the name under which the loss of a weight by a method is kept."""
+    return f"allocation: loss of {entry.path} by {entry.method}"
+
+
+def _of(known: Known, path: str) -> jq.Stats:
+    """Return the statistics of one weight."""
+    if not isinstance(known, jq.Stats):
+        raise ValueError("an allocation needs calibration sequences")
+    holder = known.holder[path]
+    return jq.Stats({path: known.sites[path]}, {holder: known.sums[holder]}, {path: holder})
+
+
+def _packed(leaf: Any) -> bool:
+    return isinstance(leaf, jq.QTensor)
+
+
+@jax.jit  # one program, which holds no more than it needs at a time
+def _energy(w: Array, q: jq.QTensor, sums: Sums) -> Array:
+    """Return tr(E^T H E) / n of the only matrix of a stack; see `jaxquant.ptq.allocate`."""
+    error, gram = (w - q.dequantize())[0], sums.input[0]
+    rows = 1 if sums.rows is None else jnp.maximum(sums.rows[0], 1)
+    return jnp.sum(error * (error.T @ gram).T) / rows / error.shape[1]

@@ -17,7 +17,7 @@ from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from jaxquant.storage.checkpoint import load
 from jaxquant.tuning.heal import heal_each
 from jaxquant.tuning.trainer import Progress
-from jaxquant_models.architectures.blocks import blockwise
+from jaxquant_models.architectures.blocks import Blockwise, blockwise
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import NORM_SCALES
 from jaxquant_models.readers.checkpoint import layer_is_saved, save_layer
@@ -88,7 +88,8 @@ def heal_layers(
 ) -> list[Path]:
     """Train the layers of a quantized model one by one, each to match the source's layer.
 
-    This is how `heal_model` begins, with one layer in memory at a time.
+    This is how `heal_model` begins, with one layer in memory at a time. A run that was stopped runs
+    the layers that it has trained again, without training them.
 
     Args:
       source: the original model.
@@ -102,8 +103,7 @@ def heal_layers(
       The directories of the trained layers.
     """
     config, dtype = source.outline.config, jnp.dtype(source.outline.dtype)
-    embed = jq.quantized(functions(config, dtype).embed)
-    hidden = [embed(outer, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_SEQUENCES]]
+    hidden = _embedded(functions(config, dtype), outer, sequences)
     stored = lambda i: load(layers[i])
 
     def keep(i: int, healed: PyTree) -> None:
@@ -112,7 +112,7 @@ def heal_layers(
 
     heal_each(
         _only_block(config, dtype), len(layers), lambda i: jq.tuning.decoded(stored(i)),
-        source.layer, np.stack(hidden),
+        source.layer, hidden,
         keep=keep, also=[NORM_SCALES], progress=progress, finished=finished,
     )  # fmt: skip
     return [place / str(i) for i in range(len(layers))]
@@ -134,10 +134,8 @@ def _healed_layers(
 ) -> PyTree:
     """Return the stack of layers, each trained by itself to match the source's layer."""
     parts = blockwise(source.config, source.dtype)
-    embed = jq.quantized(parts.embed)
-    hidden = [embed(params, jnp.asarray(s)[None])[0] for s in sequences[:BLOCK_SEQUENCES]]
     return jq.tuning.heal_blocks(
-        parts.block, params["layers"], source.params["layers"], np.stack(hidden),
+        parts.block, params["layers"], source.params["layers"], _embedded(parts, params, sequences),
         also=[NORM_SCALES], progress=progress, finished=finished,
     )  # fmt: skip
 
@@ -151,3 +149,9 @@ def _restacked(params: PyTree) -> PyTree:
             "formats with nothing to train"
         )
     return jq.ptq.restack(params, "layers")
+
+
+def _embedded(run: Blockwise, outer: PyTree, sequences: np.ndarray) -> np.ndarray:
+    """Return the hidden states [N, t, d] of the first sequences at the input of the first layer."""
+    embed, some = jq.quantized(run.embed), sequences[:BLOCK_SEQUENCES]
+    return np.concatenate([embed(outer, jnp.asarray(s)[None]) for s in some])

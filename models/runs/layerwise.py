@@ -36,7 +36,7 @@ from jaxquant_models.runs.module_loss import ModuleLoss
 from jaxquant_models.runs.quantization import Quantized
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter, Step
-from jaxquant_models.runs.visits import LAYERS, Visits, stacked
+from jaxquant_models.runs.visits import LAYERS, Known, Visits, by_input, stacked
 
 RATES = "rates of"  # begins the keys under which the importance of blocks of rows is stored
 
@@ -121,7 +121,7 @@ class LayerwiseJob:
 
     def _folded(
         self, i: int, module: PyTree, stats: jq.Stats | None, inspect: ModuleLoss | None
-    ) -> tuple[PyTree, jq.Recipe, "Known"]:
+    ) -> tuple[PyTree, jq.Recipe, Known]:
         """Return tree, recipe and statistics of a module after folding its input factors."""
         params = {LAYERS: module}
         paths = [path for path, _ in jq.core.path_leaves(params)]
@@ -149,7 +149,7 @@ class LayerwiseJob:
             params, recipe, known = self._folded(i, module, its_stats, inspect)
             held = [params]  # emptied by the call, so that weights are freed input by input
             del module, its_stats, params
-            for part, rules, its_known in _by_input(held.pop(), recipe, known):
+            for part, rules, its_known in by_input(held.pop(), recipe, known):
                 if _weights(rules):
                     # Without statistics, rounding takes less time than to recognize what is done.
                     part = jq.quantize(
@@ -173,19 +173,27 @@ class LayerwiseJob:
         if f"{RATES} all" not in self.finished:
             with self.reporter.stage("planning", len(layers)) as step:
                 for i, layer, stats in self._visited(layers):
-                    inspect = self.visits.inspection(i, layer)
-                    for module, its_stats in self.visits.modules(layer, stats):
-                        params, recipe, known = self._folded(i, module, its_stats, inspect)
-                        one = importance(
-                            params, recipe, known, key=self.request.key, inspect=inspect, first=i
-                        )
-                        found |= {path: found.get(path, 0) + a for path, a in one.items()}
+                    one = self._importance(i, layer, stats)
+                    found |= {path: found.get(path, 0) + a for path, a in one.items()}
+                    del layer, stats  # before the next ones
                     step(i)
             if self.visits.passes is not None:
                 self.visits.passes.forget("gradient", layers)
             self.finished[f"{RATES} all"] = found
         for path, blocks in self.finished[f"{RATES} all"].items():
             self._methods[path] = planned(self._methods[path], blocks)
+
+    def _importance(
+        self, i: int, layer: dict[str, PyTree], stats: jq.Stats | None
+    ) -> dict[str, np.ndarray]:
+        """Return what formats that plan their rates need to know of the weights of a layer."""
+        inspect, found = self.visits.inspection(i, layer), {}
+        for module, its_stats in self.visits.modules(layer, stats):
+            params, recipe, known = self._folded(i, module, its_stats, inspect)
+            found |= importance(
+                params, recipe, known, key=self.request.key, inspect=inspect, first=i
+            )
+        return found
 
     def _outer(self, step: Step) -> Model:
         """Return the model without its layers, as stored, with what the recipe quantizes of it."""
@@ -220,34 +228,6 @@ class LayerwiseJob:
         )  # fmt: skip
         outer = {path: site for path, site in self.visits.sites.items() if not stacked(path)}
         return dataclasses.replace(stats, sites=outer)
-
-
-Known = jq.Stats | dict[str, jq.core.Site]
-
-
-def _by_input(
-    params: PyTree, recipe: jq.Recipe, known: Known
-) -> Iterator[tuple[PyTree, jq.Recipe, Known]]:
-    """Yield the weights that read one input, with rules and statistics; those of wide inputs last.
-
-    The statistics are emptied, so that memory is freed input by input.
-    """
-    sites = known.sites if isinstance(known, jq.Stats) else known
-    leaves, methods = dict(jq.core.path_leaves(params)), dict(recipe.rules)
-    del params
-    groups: dict[str, list[str]] = {}
-    for path in leaves:
-        groups.setdefault(sites[path].input or "" if path in sites else "", []).append(path)
-    width = lambda paths: max((leaves[path].shape[-2:][0] for path in paths), default=0)
-    for paths in sorted(groups.values(), key=width):
-        part = traverse_util.unflatten_dict({path: leaves.pop(path) for path in paths}, sep="/")
-        rules = jq.Recipe(tuple((path, methods[path]) for path in paths))
-        if not isinstance(known, jq.Stats):
-            yield part, rules, known
-            continue
-        held = {path: known.holder[path] for path in paths if path in known.holder}
-        sums = {path: known.sums.pop(path) for path in dict.fromkeys(held.values())}
-        yield part, rules, jq.Stats({path: sites[path] for path in paths}, sums, held)
 
 
 def _weights(recipe: jq.Recipe) -> bool:

@@ -2,7 +2,8 @@
 
 The hidden states at the input of every layer are kept; then the gradients of the loss walk back
 from layer to layer. If the states are many, they are kept in files, which also makes the passes
-resumable: what is missing there, or damaged, is computed again.
+resumable: what is missing there, or damaged, is computed again. The first tokens of a model with an
+exact prefix pass the layers too, but only the others are calibrated on.
 """
 
 import functools
@@ -83,9 +84,9 @@ class Passes:
           keep: whether the states of earlier layers are kept.
         """
         begin = layer
-        while begin and not self._holds("state", begin):
+        while begin and not self.holds("state", begin):
             begin -= 1
-        if not self._holds("state", begin):
+        if not self.holds("state", begin):
             outer = self.source.outer()
             for j, tokens in enumerate(self.sequences):
                 self._keep("state", 0, j, embedded(self._run, outer, jnp.asarray(tokens)[None]))
@@ -105,9 +106,9 @@ class Passes:
           step: called after each layer.
         """
         begin = layer + 1
-        while begin < self.layers and not self._holds("gradient", begin):
+        while begin < self.layers and not self.holds("gradient", begin):
             begin += 1
-        if not self._holds("gradient", begin):
+        if not self.holds("gradient", begin):
             self.forward(self.layers)
             outer = self.source.outer()
             for j, tokens in enumerate(self.sequences):
@@ -181,7 +182,13 @@ class Passes:
     def _kept(self) -> Finished:
         return self._memory if self._files is None else self._files
 
-    def _holds(self, kind: str, layer: int) -> bool:
+    def holds(self, kind: str, layer: int) -> bool:
+        """Return whether what belongs to the input of a layer is kept, for all sequences.
+
+        Args:
+          kind: "state" or "gradient".
+          layer: number of the layer.
+        """
         return all(_name(kind, layer, j) in self._kept for j in range(len(self.sequences)))
 
     def _keep(self, kind: str, layer: int, j: int, a: Array) -> None:

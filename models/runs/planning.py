@@ -16,6 +16,7 @@ from jaxquant.core.tree import tree_bytes
 from jaxquant.ptq.round_stacked import rounding_memory
 from jaxquant.recipes.recipe import WeightEntry
 from jaxquant_models.readers.model import Model
+from jaxquant_models.runs.healing import BLOCK_SEQUENCES
 from jaxquant_models.runs.needs import Needs
 from jaxquant_models.runs.passes import (
     IN_MEMORY,
@@ -25,7 +26,8 @@ from jaxquant_models.runs.passes import (
     passes_memory,
     states_bytes,
 )
-from jaxquant_models.runs.sequences import context_length
+from jaxquant_models.runs.quantization_request import QuantizationRequest
+from jaxquant_models.runs.sequences import MEASURED, context_length
 
 LIBRARIES = 430_000_000  # bytes of Python, JAX, Orbax and the programs that round to nearest
 COMPILED = 200_000_000  # bytes that compiling the programs of other methods leaves behind
@@ -70,7 +72,7 @@ class Expected(NamedTuple):
 
 
 def expected(
-    outline: Model, plan: jq.recipes.Plan, needs: Needs, weighting: str, tokens: int
+    outline: Model, plan: jq.recipes.Plan, needs: Needs, request: QuantizationRequest
 ) -> Expected:
     """Return what a layer-by-layer quantization takes.
 
@@ -78,9 +80,9 @@ def expected(
       outline: the model, with shapes in place of arrays.
       plan: the resolved recipe.
       needs: what its methods require.
-      weighting: the weighting of tokens, as in `jaxquant.calibrate`.
-      tokens: number of calibration tokens.
+      request: the request.
     """
+    weighting, length = request.weighting, context_length(outline)
     layer, outer = layer_outline(outline), outer_outline(outline)
     of_layer, of_outer = tree_bytes(layer), tree_bytes(outer)
     # Beside them in float32 are the pages of one of them as its file has it.
@@ -89,12 +91,12 @@ def expected(
     stages = [Stage("embedding and output matrix", of_outer + last_read + compiled)]
     states = statistics = every = 0
     if needs.statistics:
-        length = context_length(outline)
-        every = states_bytes(outline.config, max(length, tokens // length * length))
+        tokens = request.calibration_tokens // length * length
+        every = states_bytes(outline.config, max(length, tokens))
         states = every if every <= IN_MEMORY else 0
         forward, last = passes_memory(outline, length)
         stages.append(Stage("hidden states", states + of_layer + forward))
-        if weighting == "gradient" or needs.output:
+        if weighting == "gradient":
             stages.append(Stage("gradients at the output", states + of_outer + last))
         outputs = [e.path for e in plan.weights if e.method.needs_output]
         statistics, work = _calibration(outline, layer, needs, weighting, length, outputs)
@@ -102,6 +104,12 @@ def expected(
         stages.append(Stage("statistics", held + work))
     for path, held in _rounding(outline, plan, needs, weighting):
         stages.append(Stage(f"rounding {path}", states + held + compiled))
+    one = 4 * length * outline.config.d_model  # bytes of the hidden states of a sequence
+    if request.recipe is None:  # those of the model, and with each kind of weight rounded
+        kinds = 1 + len(plan.weights)
+        stages.append(Stage("comparing", states + 2 * of_layer + kinds * MEASURED * one))
+    if request.heals:  # its input, and the outputs of both
+        stages.append(Stage("healing", 3 * of_layer + 3 * BLOCK_SEQUENCES * one + compiled))
     stages = [Stage(name, LIBRARIES + size) for name, size in stages]
     return Expected(stages, of_layer, of_outer, statistics, every, every > IN_MEMORY)
 

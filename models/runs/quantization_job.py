@@ -28,9 +28,8 @@ from jaxquant_models.runs.quantization import (
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter, Step
 from jaxquant_models.runs.rotation import learned_rotation, random_rotation, rotate_model
-from jaxquant_models.runs.sequences import HELD_OUT, context_length, split
+from jaxquant_models.runs.sequences import HELD_OUT, MEASURED, context_length, split
 
-MEASURED = HELD_OUT // 4  # number of sequences on which an allocation is evaluated
 MOST_GENERATED = 128  # limit of the training sequences a model generates, unless a batch is larger
 
 
@@ -52,7 +51,7 @@ class Sequences(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class QuantizationJob:
-    """A quantization job some of whose steps need the whole model; others are `LayerwiseJob`s.
+    """A quantization job some of whose steps need the whole model; the others go layer by layer.
 
     Attributes:
       request: the request.

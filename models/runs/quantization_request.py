@@ -27,7 +27,7 @@ class QuantizationRequest:
       learning: how input transforms are trained before rounding; None leaves them as fitted.
       healing: how the quantized model is trained; None skips this.
       recoding: how the codes of learned codebooks are trained after that; None skips this.
-      layers_healed: whether the layers are trained one by one, and nothing else is.
+      layers_healed: whether the rounded layers are trained one by one, instead of `healing`.
       heal_text: the training text, a file or a name; "" for the calibration text; "generated" for
         text that the model generates.
     """

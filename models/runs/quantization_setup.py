@@ -19,16 +19,21 @@ from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.allocating import AllocatingJob
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_text
 from jaxquant_models.runs.generated_text import GENERATED
-from jaxquant_models.runs.healing import BLOCK_SEQUENCES
 from jaxquant_models.runs.layerwise import LayerwiseJob
 from jaxquant_models.runs.needs import Needs, needs_of
 from jaxquant_models.runs.planning import least
 from jaxquant_models.runs.quantization import plan_model
-from jaxquant_models.runs.quantization_job import MEASURED, QuantizationJob, Sequences
+from jaxquant_models.runs.quantization_job import QuantizationJob, Sequences
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 from jaxquant_models.runs.reporting import Reporter
 from jaxquant_models.runs.rotation import random_rotation, rotated, untied_source
-from jaxquant_models.runs.sequences import context_length, first_tokens, split, token_sequences
+from jaxquant_models.runs.sequences import (
+    MEASURED,
+    context_length,
+    first_tokens,
+    split,
+    token_sequences,
+)
 from jaxquant_models.runs.visits import Visits
 from pallas_kernels import viterbi
 
@@ -71,22 +76,22 @@ def set_up(
         reporter.tell(str(plan))
     needs = needs_of(request)
     sequences = _cut(request, needs, source.outline, texts)
-    run = lambda: begin(_fingerprint(request, source, texts))
     if request.whole:
         whole = f"{' and '.join(request.whole)} (the whole model at once)"
         check_model_fits(source.outline, whole)
         reporter.tell(f"{whole}: {float_bytes(source.outline):,} bytes in memory")
         known = None if request.recipe is None else plan
-        finished = run()
+        finished = begin(_fingerprint(request, source, texts))
         return QuantizationJob(request, source.load(), needs, sequences, known, finished, reporter)
     needed = least(source.outline, plan, needs, request.weighting)
-    check_fits(needed, "one layer with its statistics", "use a larger machine, or rtn")
-    finished = run()
-    if request.rotation:
-        source = rotated(source, random_rotation(source.outline, request.key))
+    check_fits(needed, "one layer with its statistics", "use a larger machine, or --method rtn")
+    rotation = random_rotation(source.outline, request.key) if request.rotation else None
+    finished = begin(_fingerprint(request, source, texts))
+    if rotation is not None:
+        source = rotated(source, rotation)
     training = np.empty((0, 0), np.int32)
     if request.layers_healed and sequences.training is not None:
-        training = sequences.training[:BLOCK_SEQUENCES]
+        training = sequences.training
     visits = Visits(source, needs, request.weighting, sequences.calibration, finished)
     if request.recipe is None:
         judged = sequences.unseen[:MEASURED]
@@ -153,7 +158,13 @@ def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts
     trains = bool(training) or request.layers_healed
     if not needs.statistics and not trains:
         return Sequences(none, none)
-    cut = lambda text: token_sequences(source, text, context_length(source))
+    length = context_length(source)
+    if needs.statistics and request.exact_prefix > length - 2:
+        raise ValueError(
+            f"--exact-prefix {request.exact_prefix} leaves nothing to calibrate on of sequences of "
+            f"{length} tokens; give a smaller one"
+        )
+    cut = lambda text: token_sequences(source, text, length)
     tokens = request.calibration_tokens
     if request.recipe is not None and not trains:
         return Sequences(first_tokens(cut(texts.calibration), tokens), none)
@@ -162,7 +173,7 @@ def _cut(request: QuantizationRequest, needs: Needs, source: Model, texts: Texts
     if texts.heal == GENERATED:
         return Sequences(calibration, unseen)
     own = split(cut(texts.heal)) if texts.heal else (fit, unseen)
-    batch = max((how.batch_size for how in training), default=2 if request.layers_healed else 0)
+    batch = max((how.batch_size for how in training), default=0)
     if len(own[0]) < batch:
         raise ValueError(
             f"the healing text has {len(own[0])} sequences of {own[0].shape[1]} "

@@ -1,11 +1,12 @@
 """The time that a layer-by-layer quantization is expected to take.
 
 The constants are fitted to runs on one machine, `MACHINE`, with nothing else running on it; another
-one needs other constants. `python -m tests.benchmarks.real_sizes` measures them.
+one needs other constants. `python -m tests.benchmarks.real_sizes` measures runs to fit them to.
 """
 
 import jaxquant as jq
 from jaxquant_models.runs.needs import Needs
+from jaxquant_models.runs.quantization_request import QuantizationRequest
 
 MACHINE = "2 cores of a server CPU with AVX-512, without a GPU"
 START = 25.0  # seconds: Python, reading the text, compiling
@@ -15,19 +16,22 @@ STATISTICS = 0.05  # seconds per billion weights and token
 ROUNDING = {"rtn": 20.0, "gptq": 250.0}
 
 
-def expected_seconds(plan: jq.recipes.Plan, needs: Needs, tokens: int) -> float | None:
+def expected_seconds(
+    plan: jq.recipes.Plan, needs: Needs, request: QuantizationRequest
+) -> float | None:
     """Return the seconds that a run is expected to take on `MACHINE`.
 
     Args:
       plan: the resolved recipe.
       needs: what its methods require.
-      tokens: number of calibration tokens.
+      request: the request.
     Returns:
-      The seconds, or None if a method has not been measured.
+      The seconds, or None if a method or a step of the request has not been measured.
     """
-    if any(entry.method.name not in ROUNDING for entry in plan.weights):
+    steps = request.recipe is None or request.heals or request.training or request.rotation
+    if steps or any(entry.method.name not in ROUNDING for entry in plan.weights):
         return None
     billions = sum(entry.size for entry in plan.entries) / 1e9
     rounding = sum(ROUNDING[entry.method.name] * entry.size / 1e9 for entry in plan.weights)
-    statistics = STATISTICS * tokens * billions if needs.statistics else 0.0
+    statistics = STATISTICS * request.calibration_tokens * billions if needs.statistics else 0.0
     return START + READ * billions + statistics + rounding

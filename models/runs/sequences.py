@@ -9,6 +9,7 @@ from jaxquant_models.readers.model import Model
 
 CONTEXT = 512  # number of tokens of a calibration or training sequence
 HELD_OUT = 8  # maximum number of sequences held out to evaluate training
+MEASURED = HELD_OUT // 4  # number of these on which an allocation is evaluated
 
 
 def context_length(model: Model) -> int:

@@ -1,5 +1,6 @@
 """Visits of the layers of a model: one is in memory at a time, with its input statistics."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import PyTree
 
 import jaxquant as jq
@@ -52,7 +54,7 @@ class Visits:
     @property
     def backward(self) -> bool:
         """Whether the statistics need gradients of the loss."""
-        return bool(self.needs.statistics and (self.weighting == "gradient" or self.needs.output))
+        return self.needs.statistics and self.weighting == "gradient"
 
     def begin(self, reporter: Reporter) -> None:
         """Compute the hidden states at all layers, where gradients need them.
@@ -60,9 +62,23 @@ class Visits:
         Args:
           reporter: receives reports of the work.
         """
-        if self.passes is not None and self.backward:
-            with reporter.stage("calibrating", self.config.n_layers) as step:
-                self.passes.forward(self.config.n_layers, step)
+        last = self.config.n_layers
+        if self.passes is not None and self.backward and not self.passes.holds("state", last):
+            with reporter.stage("calibrating", last) as step:
+                self.passes.forward(last, step)
+
+    def narrowed(self, needs: Needs) -> "Visits":
+        """Return visits that collect less, of the same hidden states.
+
+        Args:
+          needs: what the methods require now.
+        """
+        new = copy.copy(self)
+        new.needs = needs
+        if not needs.statistics and self.passes is not None:
+            self.passes.forget("state", range(self.config.n_layers + 1))
+            new.passes = None
+        return new
 
     def layers(
         self, todo: Sequence[int], outputs: Sequence[str] = ()
@@ -148,6 +164,39 @@ class Visits:
             name(path): stats.sums.pop(path) for path in dict.fromkeys(held.values())
         }
         return part, jq.Stats(sites, sums, {name(p): name(holder) for p, holder in held.items()})
+
+
+Known = jq.Stats | dict[str, jq.core.Site]
+
+
+def by_input(
+    params: PyTree, recipe: jq.Recipe, known: Known
+) -> Iterator[tuple[PyTree, jq.Recipe, Known]]:
+    """Yield the weights that read one input, with rules and statistics; those of wide inputs last.
+
+    The statistics are emptied, so that memory is freed input by input.
+
+    Args:
+      params: the parameters of a module, which the caller should not hold.
+      recipe: a rule for every path.
+      known: their statistics or sites.
+    """
+    sites = known.sites if isinstance(known, jq.Stats) else known
+    leaves, methods = dict(jq.core.path_leaves(params)), dict(recipe.rules)
+    del params
+    groups: dict[str, list[str]] = {}
+    for path in leaves:
+        groups.setdefault(sites[path].input or "" if path in sites else "", []).append(path)
+    width = lambda paths: max((leaves[path].shape[-2:][0] for path in paths), default=0)
+    for paths in sorted(groups.values(), key=width):
+        part = traverse_util.unflatten_dict({path: leaves.pop(path) for path in paths}, sep="/")
+        rules = jq.Recipe(tuple((path, methods[path]) for path in paths))
+        if not isinstance(known, jq.Stats):
+            yield part, rules, known
+            continue
+        held = {path: known.holder[path] for path in paths if path in known.holder}
+        sums = {path: known.sums.pop(path) for path in dict.fromkeys(held.values())}
+        yield part, rules, jq.Stats({path: sites[path] for path in paths}, sums, held)
 
 
 def stacked(path: str) -> bool:

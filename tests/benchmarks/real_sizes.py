@@ -97,7 +97,7 @@ def one(size, method, folder, tokens, kills, record):
     _, _, scoring, _ = watched(score, serving)
     gigabytes = lambda size: f"{size / 1e9:.2f}"
     record.add(
-        size, method, f"{seconds:.0f}", f"{plan['seconds'] or 0:.0f}", gigabytes(peak),
+        size, method, f"{seconds:.0f}", f"{plan['seconds'] or np.nan:.0f}", gigabytes(peak),
         gigabytes(own), gigabytes(plan["peak_memory"]), gigabytes(plan["bound"]),
         "exact" if held == plan["bytes"] else f"{held - plan['bytes']:+,d} bytes",
         gigabytes(generating), gigabytes(scoring),

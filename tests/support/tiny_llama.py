@@ -51,24 +51,25 @@ FAMILIES = {
 def random_tensors(hf, seed=0):
     """Every tensor of the family, float32, by its Hugging Face name."""
     rng = np.random.default_rng(seed)
+    d, ff = hf["hidden_size"], hf["intermediate_size"]
     qwen2, qwen3 = hf["model_type"] == "qwen2", hf["model_type"] == "qwen3"
     matrix = lambda out, into: rng.normal(0, into**-0.5, (out, into)).astype(np.float32)
     scale = lambda n: rng.uniform(0.5, 1.5, n).astype(np.float32)
-    tensors = {"model.embed_tokens.weight": matrix(VOCAB, D), "model.norm.weight": scale(D)}
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB, d), "model.norm.weight": scale(d)}
     if not hf.get("tie_word_embeddings"):
-        tensors["lm_head.weight"] = matrix(VOCAB, D)
+        tensors["lm_head.weight"] = matrix(VOCAB, d)
     for i in range(LAYERS):
         at = f"model.layers.{i}."
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}{name}.weight"] = scale(D)
-        shapes = {"q": (HEADS * HD, D), "k": (KV * HD, D), "v": (KV * HD, D), "o": (D, HEADS * HD)}
+            tensors[f"{at}{name}.weight"] = scale(d)
+        shapes = {"q": (HEADS * HD, d), "k": (KV * HD, d), "v": (KV * HD, d), "o": (d, HEADS * HD)}
         for p, shape in shapes.items():
             tensors[f"{at}self_attn.{p}_proj.weight"] = matrix(*shape)
             if hf.get("attention_bias") or (qwen2 and p != "o"):
                 tensors[f"{at}self_attn.{p}_proj.bias"] = scale(shape[0])
             if qwen3 and p in "qk":
                 tensors[f"{at}self_attn.{p}_norm.weight"] = scale(HD)
-        for p, shape in {"gate": (FF, D), "up": (FF, D), "down": (D, FF)}.items():
+        for p, shape in {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}.items():
             tensors[f"{at}mlp.{p}_proj.weight"] = matrix(*shape)
             if hf.get("mlp_bias"):
                 tensors[f"{at}mlp.{p}_proj.bias"] = scale(shape[0])

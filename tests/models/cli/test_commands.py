@@ -377,7 +377,7 @@ def test_a_quantized_model_is_not_quantized_again(packed, run, tmp_path):
         ("", "give --method, --recipe or --target-bits"),
         ("--method rtn --bits 3 --target-bits 3", "give either --bits or --target-bits, not both"),
         ("--method rtn --heal-text builtin", "--heal-text needs training"),
-        ("--method rtn --heal-batch 2", "--heal-batch needs training"),
+        ("--method rtn --heal-batch 2", "give --heal STEPS or --learn STEPS too"),
         ("--method rtn --heal 2 --heal-codes 2", "aqlm or vptq"),
         ("--method rtn --learn 2", "can be learned: flatquant"),
         ("--method rtn --target-bits -3", "--target-bits must be above 0 and at most 8"),

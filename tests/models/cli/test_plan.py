@@ -10,6 +10,7 @@ from jaxquant.durable.store import Folder
 from jaxquant.storage import checkpoint
 from jaxquant_models.readers import registry, room
 from jaxquant_models.readers.weights import Weights
+from jaxquant_models.runs.seconds import START
 from tests.support.command import fails
 from tests.support.tiny_llama import FAMILIES, random_tensors, write_folder
 
@@ -49,6 +50,8 @@ def test_the_time_is_that_of_the_machine_it_names(tiny, run):
     seconds = lambda *options: plan(run, tiny, "--group-size", 8, *options)["seconds"]
     rtn, gptq = seconds("--method", "rtn"), seconds("--method", "gptq")
     assert 0 < rtn < gptq < seconds("--method", "gptq", "--calibration-tokens", 10**8)
+    assert rtn == pytest.approx(START, abs=0.01)  # the model is tiny
+    assert seconds("--method", "rtn", "--heal-layers") is None
     status, out, _ = run("plan", tiny, "--method", "awq", "--group-size", 8)
     assert status == 0 and "seconds: unknown\nseconds_on: 2 cores" in out
 
@@ -72,7 +75,8 @@ def test_methods_that_are_still_to_be_chosen(tiny, run):
     budget = ("--target-bits", 7, "--method", "rtn", "--group-size", 8, "--symmetric", "--json")
     status, out, err = run("plan", tiny, *budget)
     assert status == 0 and "here are those nearest to it" in err
-    assert 6 <= json.loads(out)["bits_per_weight"] <= 8
+    report = json.loads(out)
+    assert 6 <= report["bits_per_weight"] <= 8 and report["methods"] == "nearest to the target"
 
 
 def test_what_needs_the_whole_model_is_said(tiny, run):
