@@ -28,17 +28,9 @@ from jaxquant.training import stability
 from jaxquant.training.latent import OTHER, RANGE, SCALE, WEIGHT, freeze, trained
 from jaxquant.training.optimizers import optimizer, relative
 from jaxquant.training.zeroqat import ZeroQAT
+from jaxquant.tuning.losses import divergence, next_token_loss, relative_error
 from jaxquant.tuning.trainable import Opened, check_globs
-from jaxquant.tuning.trainer import (
-    Healing,
-    Loss,
-    Progress,
-    Rule,
-    Trainer,
-    divergence,
-    next_token_loss,
-    relative_error,
-)
+from jaxquant.tuning.trainer import Healing, Loss, Progress, Rule, Trainer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from jaxquant.core.dispatch import quantized
 from jaxquant.core.paths import common_stack_size
 from jaxquant.core.tree import dequantize
 from jaxquant.durable.store import Finished
+from jaxquant.tuning.losses import divergence, relative_error
 from jaxquant.tuning.trainable import Opened, Values, close_tree, open_tree, trained
-from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence, relative_error
+from jaxquant.tuning.trainer import Healing, Progress, Trainer
 
 END_TO_END, BLOCKS = Healing(), Healing(steps=20)
 

@@ -32,8 +32,9 @@ from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 from jaxquant.transforms import Channels
 from jaxquant.tuning.cayley import Cayley
 from jaxquant.tuning.learned_transforms import each
+from jaxquant.tuning.losses import divergence
 from jaxquant.tuning.trainable import Opened, Values
-from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence
+from jaxquant.tuning.trainer import Healing, Progress, Trainer
 from pallas_kernels import activations as forms
 
 ROTATING = Healing(steps=100, learning_rate=0.002, batch_size=2, validate_every=10)

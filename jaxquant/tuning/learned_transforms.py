@@ -25,8 +25,9 @@ from jaxquant.formats import Dense
 from jaxquant.methods.method import Method
 from jaxquant.ptq.shared_transforms import Inputs
 from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
+from jaxquant.tuning.losses import divergence, relative_error
 from jaxquant.tuning.trainable import Opened, Values
-from jaxquant.tuning.trainer import Healing, Progress, Trainer, divergence, relative_error
+from jaxquant.tuning.trainer import Healing, Progress, Trainer
 
 Transforms = Mapping[tuple[str, int], dict[str, Array]]  # (leader of an input, index) -> arrays
 END_TO_END = Healing(steps=60, learning_rate=3e-3, validate_every=20)

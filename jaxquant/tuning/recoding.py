@@ -160,7 +160,7 @@ def recode(
       Malinovskii et al. 2024, arXiv:2405.14852; see `recoding` for where it differs.
 
     >>> import jaxquant as jq
-    >>> from jaxquant.tuning.trainer import divergence
+    >>> from jaxquant.tuning.losses import divergence
     >>> w = jax.random.normal(jax.random.key(0), (32, 32))
     >>> x = np.random.default_rng(0).normal(size=(8, 4, 32)).astype(np.float32)
     >>> q = jq.quantize_array(w, jq.Method("vq", jq.rtn().rounder, jq.formats.Vector(2, 4, 0)))

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 import jaxquant as jq
 from jaxquant.calibration.statistics import Weighting
 from jaxquant.durable.store import Finished
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.architectures.cache import AnyCache
 from jaxquant_models.architectures.llama import Llama, check_tokens
 from jaxquant_models.architectures.prefix import after_prefix

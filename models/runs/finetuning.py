@@ -15,8 +15,9 @@ from jaxquant.ptq.layer_stacks import is_apart, layers_of
 from jaxquant.rounding import Nearest
 from jaxquant.training.finetuning import Finetuning
 from jaxquant.training.qat import How
+from jaxquant.tuning.losses import relative_error
 from jaxquant.tuning.recoding import CODES, can_recode
-from jaxquant.tuning.trainer import Progress, relative_error
+from jaxquant.tuning.trainer import Progress
 from jaxquant_models.architectures.blocks import blockwise
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
 from jaxquant_models.readers.model import Model

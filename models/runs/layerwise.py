@@ -26,7 +26,7 @@ from jaxquant.durable.store import Folder
 from jaxquant.ptq.quantize import importance
 from jaxquant.ptq.round_stacked import planned
 from jaxquant.tuning.heal import BLOCKS
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.architectures.invariances import folds
 from jaxquant_models.readers.checkpoint import layer_is_saved, save_layer, storable
 from jaxquant_models.readers.model import Model

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxquant.calibration.one_block import Passed, only
 from jaxquant.core.programs import program_memory
 from jaxquant.durable.store import Arrays, Finished, Folder
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.architectures.blocks import Blockwise, blockwise
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import check_tokens

@@ -25,7 +25,7 @@ from jaxquant.durable.states import as_arrays, as_tree
 from jaxquant.durable.store import Finished
 from jaxquant.evaluation import chunk
 from jaxquant.training import stability
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
 from jaxquant_models.readers.model import Model

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.readers.text import docstrings
 from jaxquant_models.runs import pretraining
 from jaxquant_models.runs.generate import generate

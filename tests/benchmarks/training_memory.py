@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxquant as jq
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import LAYER_MATRICES, Llama
 from jaxquant_models.readers.model import Model

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.tuning.trainer import divergence
+from jaxquant.tuning.losses import divergence
 from tests.support.arrays import draw
 
 WIDTH = 32

@@ -12,9 +12,10 @@ import pytest
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.tuning.heal import heal, heal_blocks
+from jaxquant.tuning.losses import divergence
 from jaxquant.tuning.recoding import recode
 from jaxquant.tuning.trainable import at_start, close_tree, open_tree, trained
-from jaxquant.tuning.trainer import Healing, divergence
+from jaxquant.tuning.trainer import Healing
 from tests.support.arrays import draw
 
 METHODS = [

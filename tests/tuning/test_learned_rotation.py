@@ -9,8 +9,9 @@ import pytest
 import jaxquant as jq
 from jaxquant.tuning.cayley import Cayley
 from jaxquant.tuning.learned_rotation import _loss, _Stream
+from jaxquant.tuning.losses import divergence
 from jaxquant.tuning.trainable import Opened
-from jaxquant.tuning.trainer import Trainer, divergence
+from jaxquant.tuning.trainer import Trainer
 from tests.support.arrays import draw
 
 D = 24

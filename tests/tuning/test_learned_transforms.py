@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.tuning.trainer import divergence
+from jaxquant.tuning.losses import divergence
 from tests.support.arrays import draw, outlying
 
 block = lambda p, h: h + jnp.tanh(h @ p["up"]) @ p["down"]

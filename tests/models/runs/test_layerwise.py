@@ -14,7 +14,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.storage.checkpoint import load
-from jaxquant.tuning.trainer import next_token_loss
+from jaxquant.tuning.losses import next_token_loss
 from jaxquant_models.cli.quantize_request import request_of
 from jaxquant_models.readers import checkpoint, registry
 from jaxquant_models.runs import healing, layerwise, passes, quantization_setup
