@@ -2,13 +2,14 @@
 
 Peak memory is at most
 
-    max(two layers in float32 + the statistics of one layer,
+    max(two layers in float32 + twice the statistics of one layer,
         3/2 of embedding and output matrix in float32) + a constant below 1 GB,
 
-whatever the number of layers. The statistics of a
-layer with gradient weighting are a float32 matrix [k, k] for each matrix [k, n] of it, and [n, n]
-more for methods that need the output side. The constant holds the libraries, the hidden states that
-are kept in memory (`passes.IN_MEMORY`; more go to files) and the work on the largest matrix.
+whatever the number of layers. The statistics of a layer with gradient weighting are a float32
+matrix [k, k] for each matrix [k, n] of it, and [n, n] more for methods that need the output side;
+while those of a sequence are added to the sum, both are in memory. The constant holds the
+libraries, the hidden states that are kept in memory (`passes.IN_MEMORY`; more go to files) and the
+work on the largest matrix.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ class Expected(NamedTuple):
     @property
     def bound(self) -> int:
         """The bound of `runs.layerwise`."""
-        return max(2 * self.layer + self.statistics, 3 * self.outer // 2) + 10**9
+        return max(2 * (self.layer + self.statistics), 3 * self.outer // 2) + 10**9
 
 
 def expected(
