@@ -237,7 +237,7 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         status, _, err = run(*quick)
-    assert (status, " ".join(err.split()).count("the layer is quantized again")) == (0, 1)
+    assert (status, " ".join(err.split()).count("the layer is made again")) == (0, 1)
     assert "2 of 3 layers were done before" in err
     chex.assert_trees_all_equal(*(checkpoint.load(tmp_path / n) for n in ("whole", "o")))
 
