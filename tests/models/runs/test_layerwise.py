@@ -188,7 +188,7 @@ def test_a_damaged_layer_is_quantized_again(folder, tmp_path, monkeypatch, few):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             got = run(folder, request, tmp_path / "o", kept)
-    assert sum("the layer is quantized again" in str(w.message) for w in told) == 2
+    assert sum("the layer is made again" in str(w.message) for w in told) == 2
     chex.assert_trees_all_equal(got, want)
 
 
