@@ -9,7 +9,7 @@ from jaxquant_models.runs.needs import Needs
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 
 MACHINE = "2 cores of a server CPU with AVX-512, without a GPU"
-START = 25.0  # seconds: Python, reading the text, compiling
+START = 20.0  # seconds: Python, reading the text, compiling
 READ = 6.0  # seconds per billion weights: two bytes each are read for the digest, and to be used
 STATISTICS = 0.05  # seconds per billion weights and token
 # Seconds per billion weights that a method takes to round them.
