@@ -30,6 +30,7 @@ from jaxquant.recipes.recipe import WeightEntry
 from jaxquant.storage.checkpoint import load
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers.checkpoint import layer_is_saved, save_layer
+from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.layerwise import LayerwiseJob
 from jaxquant_models.runs.measuring import return_freed_memory_at_once
 from jaxquant_models.runs.needs import needs_of
@@ -69,10 +70,7 @@ class AllocatingJob:
 
     def __post_init__(self) -> None:
         outline, request = self.visits.source.outline, self.request
-        self._choices = jq.ptq.Choices.of(
-            outline.params, request.choices, outline.sites(), paths=[LAYER_MATRICES],
-            healed=request.heals,
-        )  # fmt: skip
+        self._choices = choices_of(request, outline)
         self._nearest = {e.path: e.method for e in self._choices.nearest(request.target_bits)}
         self._layers = range(outline.config.n_layers)
         self._place = self.finished.directory(ALONE)
@@ -126,7 +124,7 @@ class AllocatingJob:
                     continue
                 rule = jq.Recipe([(path, entry.method)])
                 packed = jq.quantize(tree, rule, known, key=self.request.key, first=i)
-                (w,), (q,) = (jax.tree.leaves(t, is_leaf=_packed) for t in (tree, packed))
+                w, q = (dict(jq.core.path_leaves(of))[path] for of in (tree, packed))
                 sums = Sums(known.kept(path, "gram"), rows=known.of(path).rows)
                 loss = float(_energy(w, q, sums)) * len(self._layers)
                 self.finished[_name(entry)] = {"loss": np.float64(loss)}
@@ -273,6 +271,19 @@ class AllocatingJob:
             self.visits.passes.forget("gradient", range(len(self._layers) + 1))
 
 
+def choices_of(request: QuantizationRequest, outline: Model) -> jq.ptq.Choices:
+    """Return the methods that the weights of the layers can get.
+
+    Args:
+      request: the request.
+      outline: the model, with shapes in place of arrays.
+    """
+    return jq.ptq.Choices.of(
+        outline.params, request.choices, outline.sites(), paths=[LAYER_MATRICES],
+        healed=request.heals,
+    )  # fmt: skip
+
+
 def _name(entry: WeightEntry) -> str:
     """Return the name under which the loss of a weight by a method is kept."""
     return f"allocation: loss of {entry.path} by {entry.method}"
@@ -284,10 +295,6 @@ def _of(known: Known, path: str) -> jq.Stats:
         raise ValueError("an allocation needs calibration sequences")
     holder = known.holder[path]
     return jq.Stats({path: known.sites[path]}, {holder: known.sums[holder]}, {path: holder})
-
-
-def _packed(leaf: Any) -> bool:
-    return isinstance(leaf, jq.QTensor)
 
 
 @jax.jit  # one program, which holds no more than it needs at a time

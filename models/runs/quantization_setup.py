@@ -10,13 +10,12 @@ from pydantic import JsonValue
 import jaxquant as jq
 from jaxquant.durable.store import Folder
 from jaxquant.recipes.serialize import to_json
-from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.room import check_fits, check_model_fits, float_bytes
 from jaxquant_models.readers.source import Source
 from jaxquant_models.readers.text import read_text
-from jaxquant_models.runs.allocating import AllocatingJob
+from jaxquant_models.runs.allocating import AllocatingJob, choices_of
 from jaxquant_models.runs.fingerprints import VERSIONS, digest_of_text
 from jaxquant_models.runs.generated_text import GENERATED
 from jaxquant_models.runs.layerwise import LayerwiseJob
@@ -139,10 +138,7 @@ def plan_of(request: QuantizationRequest, outline: Model) -> jq.recipes.Plan:
     """
     if request.recipe is not None:
         return plan_model(outline, request.recipe)
-    choices = jq.ptq.Choices.of(
-        outline.params, request.choices, outline.sites(), paths=[LAYER_MATRICES],
-        healed=request.heals,
-    )  # fmt: skip
+    choices = choices_of(request, outline)
     choices.check(request.target_bits)
     near = [(entry.path, entry.method) for entry in choices.nearest(request.target_bits)]
     return plan_model(outline, jq.Recipe([*near, ("*", jq.KEEP)]))

@@ -1,14 +1,15 @@
 """The time that a layer-by-layer quantization is expected to take.
 
-The constants are fitted to runs on one machine, `MACHINE`, with nothing else running on it; another
-one needs other constants. `python -m tests.benchmarks.real_sizes` measures runs to fit them to.
+The constants were set by hand to agree with runs on one machine, `MACHINE`: those of rtn with the
+three sizes of `python -m tests.benchmarks.real_sizes`, those of gptq with one run of 135 million
+weights and with the seconds per layer of 7 billion. Another machine needs other constants.
 """
 
 import jaxquant as jq
 from jaxquant_models.runs.needs import Needs
 from jaxquant_models.runs.quantization_request import QuantizationRequest
 
-MACHINE = "2 cores of a server CPU with AVX-512, without a GPU"
+MACHINE = "2 cores of an AMD EPYC, without a GPU"
 START = 20.0  # seconds: Python, reading the text, compiling
 READ = 6.0  # seconds per billion weights: two bytes each are read for the digest, and to be used
 STATISTICS = 0.05  # seconds per billion weights and token
