@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import activations, checks, reference
+from pallas_kernels import activations, checks, explicit, reference
 from pallas_kernels.context import Setting
 from pallas_kernels.kernel import Kernel
 from pallas_kernels.lowering import by_lowering, default_platform
@@ -101,6 +101,8 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
       ValueError: an argument is not what the op requires; the message names it.
     """
     checks.product(op, arrays, static)
+    if (mesh := explicit.mesh_of(*arrays)) is not None:
+        return explicit.product(product, op, mesh, *arrays, **static)
     static_items = tuple(sorted(static.items()))
     kernels, why = _asked()
     _tell(lambda *of: describe(op, *of, arrays, static, kernels, why))
@@ -123,7 +125,8 @@ def products(
       ValueError: an argument is not what the op requires; the message names it.
     """
     kernels, why = _asked()
-    one_call = len(matrices) > 1 and kernels in ("auto", "cpu")
+    split = explicit.mesh_of(x, *(a for matrix in matrices for a in matrix)) is not None
+    one_call = len(matrices) > 1 and kernels in ("auto", "cpu") and not split
     if one_call:
         chosen = [choose(op, "cpu", (x, *matrix), static)[0] for matrix in matrices]
         one_call = all(kernel and kernel.together for kernel in chosen)

@@ -81,10 +81,20 @@ class Contraction:
           axes: the stored axis of every axis of w.
           leading: number of leading stored axes.
         """
-        paired = {axes[w] for _, w in (*self.contract, *self.batch)}
+        paired = self.paired(axes, leading)
         for a in reversed(range(leading)):
             matmul = jax.vmap(matmul, in_axes=(0 if a in paired else None, 0))
         return matmul
+
+    def paired(self, axes: tuple[int, ...], leading: int) -> list[int]:
+        """Return the leading stored axes of w that are paired with axes of x.
+
+        Args:
+          axes: the stored axis of every axis of w.
+          leading: number of leading stored axes.
+        """
+        found = {axes[w] for _, w in (*self.contract, *self.batch)}
+        return [a for a in range(leading) if a in found]
 
     def result(
         self,

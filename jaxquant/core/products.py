@@ -16,6 +16,7 @@ from jaxquant.core.contraction import Contraction
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
+from pallas_kernels import explicit
 from pallas_kernels.checks import FLOATS
 
 # Name of the results of products with packed weights, for policies of `jax.checkpoint`: policies
@@ -54,11 +55,14 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     axes, leading, out = w.axes(), w.leading(), w.outputs if layout.forward else w.view.k
     with kernels.listening() as served:
         stacked = c.mapped(matmul, axes, leading)
-        y = stacked(c.rows(rows, axes, leading, layout.contracted), w.arrays)
+        given = c.rows(rows, axes, leading, layout.contracted)
+        y = explicit.stack(stacked, given, w.arrays, leading, c.paired(axes, leading))
     y = c.result(y, x, out, axes, leading, layout.contracted)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]
     note(layout.rule, "; ".join([w.format.kernel(), *rounds, *heard]))
+    if params.get("out_sharding") is not None:
+        y = jax.sharding.reshard(y, params["out_sharding"])
     return checkpoint_name(y.astype(params.get("preferred_element_type") or dtype), PRODUCT)
 
 

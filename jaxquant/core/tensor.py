@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,6 +16,7 @@ from jaxquant.core.fields import brief, check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.core.protocols import Format, Transform
 from jaxquant.core.standin import Pick, StandIn, arguments, is_array, note
+from pallas_kernels import explicit
 from pallas_kernels.context import compiled
 
 
@@ -271,7 +272,18 @@ class QTensor(StandIn):
         return y if self.input is None else self.input.transposed(y, arrays.input, k)
 
     def aval(self) -> jax.core.ShapedArray:
-        return jax.core.ShapedArray(self.view_shape(), jnp.dtype(self.logical_dtype))
+        sharding = explicit.sharding(self.data["codes"], self._spec)
+        return jax.core.ShapedArray(
+            self.view_shape(), jnp.dtype(self.logical_dtype), sharding=sharding
+        )
+
+    def _spec(self, codes: Sequence[Any]) -> list[Any]:
+        """Return how the axes of the weight are split, where those of the codes are split so."""
+        leading = self.leading()
+        k, n = [None] * len(self.view.k), [None] * len(self.view.n)
+        k[0], n[0] = codes[leading], codes[-1]
+        stored = [*codes[:leading], *k, *n]
+        return [stored[axis] for axis in self.axes()]
 
     def reordered(self, order: tuple[int, ...]) -> "QTensor":
         return dataclasses.replace(self, view=dataclasses.replace(self.view, order=order))

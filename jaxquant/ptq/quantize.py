@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats, seen
 from jaxquant.core.arguments import check_arguments, differentiated
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.random_keys import Draw
+from jaxquant.core.shardings import on_auto_axes, packed_sharding
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
@@ -94,14 +97,16 @@ def quantize(
         _check_statistics(entry.path, entry.method, stats)
     draw = Draw.of(key)
     report = Counter(plan.matrices, progress)
-    leaves = dict(path_leaves(params))
+    given = dict(path_leaves(params))
+    (leaves, stats), mesh = on_auto_axes((given, stats))
     known = stats if isinstance(stats, Stats) else None
     inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms, first)
     new = {}
     for entry in plan.weights:
         sums = Sums.of(entry.path, entry.method, stats)
         job = LeafJob(entry, draw, inputs, finished, first)
-        new[entry.path] = job.run(leaves[entry.path], sums, report)
+        packed = job.run(leaves[entry.path], sums, report)
+        new[entry.path] = packed if mesh is None else _split(packed, mesh, given[entry.path])
     return replace_leaves(params, new)
 
 
@@ -190,11 +195,21 @@ def quantize_array(
             raise ValueError(f"method {method.name!r} needs {name}=, an array [{size}, {size}]")
         if given is not None and given.shape != (size, size):
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
+    given = w
+    (w, gram, output_gram), mesh = on_auto_axes((w, gram, output_gram))
     (entry,) = resolve(method, {"w": w}).weights
     sums = Sums(gram, output_gram)
     shared = Inputs.of([entry], None, {"w": w}, stats)
     job = LeafJob(entry, Draw.of(key), shared, {})
-    return job.run(w, sums, Counter(1, None))
+    packed = job.run(w, sums, Counter(1, None))
+    return packed if mesh is None else _split(packed, mesh, given)
+
+
+def _split(packed: QTensor, mesh: Mesh, w: Array) -> QTensor:
+    """Return a packed weight on the mesh, split as the weight w is."""
+    sharding = w.sharding
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
+    return jax.device_put(packed, packed_sharding(packed, mesh, spec))
 
 
 def _check_not_differentiated(params: PyTree) -> None:

@@ -280,12 +280,6 @@ class LeafJob:
 
 
 def _check_values(w: Array, sound: Bool[Array, ""], path: str, sums: Sums) -> None:
-    mesh = getattr(w.sharding, "mesh", None) if isinstance(w, jax.Array) else None
-    if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
-        raise ValueError(
-            f"{path} lies on a mesh with Explicit axes; quantize on one with Auto axes: "
-            f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
-        )
     if not bool(sound):
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
     if not all(bool(finite(m)) for m in sums if m is not None):

@@ -1,11 +1,8 @@
 """Packed weights split over devices; four CPU devices in a process of their own."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.support.devices import failures_of
 
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
@@ -156,42 +153,15 @@ for op, error in ((shard.row_parallel, "multiples of 16 rows"), (shard.fsdp, "mu
     except ValueError as found:
         assert error in str(found), found
 """,
-    "explicit axes are refused": """
-explicit = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
-try:
-    jq.quantize_array(jax.device_put(w, NamedSharding(explicit, P())), jq.rtn(4, 16))
-    raise SystemExit("accepted")
-except ValueError as error:
-    assert "w lies on a mesh with Explicit axes" in str(error), error
-y = want
-""",
 }
 
 
 CHECK = "np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)\n"
-RUN = """
-import json, sys, traceback
-failures = {}
-for name, code in json.load(sys.stdin).items():
-    try:
-        exec(code, {})
-    except BaseException:
-        failures[name] = traceback.format_exc()
-json.dump(failures, sys.stdout)
-"""
 
 
 @pytest.fixture(scope="module")
 def failures():
-    """The tracebacks of the cases that fail. They share a process, which takes seconds to start."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps({name: SETUP + case + CHECK for name, case in CASES.items()}),
-        capture_output=True, text=True, check=False, env=env | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return failures_of({name: SETUP + case + CHECK for name, case in CASES.items()}, devices=4)
 
 
 @pytest.mark.parametrize("case", CASES)

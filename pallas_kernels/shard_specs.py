@@ -1,0 +1,112 @@
+"""How the arrays of an op are split over a mesh axis, so that every shard is a weight itself."""
+
+import math
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from pallas_kernels.codecs import layout, lookup, trellis
+
+# What the first axis of each array of an op indexes: words of codes, groups, or nothing that rows
+# of the weight are split by. The last axis indexes columns, except of arrays that are "whole".
+ROWS = {
+    "packed_matmul": ("words", "groups", "groups"),
+    "ternary_matmul": ("words", "groups"),
+    "codebook_matmul": ("words", "groups"),
+    "e8p_matmul": ("words", "words", "all"),
+    "trellis_matmul": ("words", "groups"),
+    "additive_matmul": ("words", "whole", "all"),
+    "dual_scale_matmul": ("words", "all", "whole", "all", "whole"),
+}
+
+
+def column_specs(op: str, size: int, axis: str, *arrays: Array | None) -> tuple[P, ...]:
+    """Return how the arrays of an op are split along columns over a mesh axis of `size` devices.
+
+    Args:
+      op: name of the op.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      *arrays: the arrays of the op after x.
+    Returns:
+      The partition specification of each array.
+    Raises:
+      ValueError: size does not divide the columns of an array.
+    """
+    specs = []
+    for a, kind in zip(arrays, ROWS[op], strict=True):
+        whole = a is None or a.shape[-1] == 1 or kind == "whole"
+        if not whole and a.shape[-1] % size:
+            raise ValueError(
+                f"{op}: the {a.shape[-1]} columns of an array {list(a.shape)} do not divide over "
+                f"{size} devices; split fewer ways, or another weight"
+            )
+        specs.append(P() if whole else P(None, axis))
+    return tuple(specs)
+
+
+def row_specs(
+    op: str, size: int, axis: str, *arrays: Array | None, k: int, **static: Any
+) -> tuple[P, ...]:
+    """Return how the arrays of an op are split along rows over a mesh axis of `size` devices.
+
+    Args:
+      op: name of the op.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      *arrays: the arrays of the op after x.
+      k: number of rows of the weight.
+      **static: the static arguments of the op.
+    Returns:
+      The partition specification of each array.
+    Raises:
+      ValueError: a shard would not consist of whole words, whole groups or whole tiles.
+    """
+    unit = _unit(op, static, k)
+    if k % (unit * size):
+        raise ValueError(
+            f"{op}: k = {k} rows in {size} shards must be whole words and groups, multiples of "
+            f"{unit} rows each; split fewer ways, or along columns"
+        )
+    splits = lambda a, kind: (
+        a is not None and (kind == "words" or (kind == "groups" and a.shape[0] > 1))
+    )
+    return tuple(P(axis) if splits(*pair) else P() for pair in zip(arrays, ROWS[op], strict=True))
+
+
+def local_static(static: dict[str, Any], k: int, size: int) -> dict[str, Any]:
+    """Return the static arguments for one of `size` shards of k rows in total.
+
+    Args:
+      static: the static arguments of the whole product.
+      k: number of rows of the whole weight.
+      size: number of shards.
+    """
+    if static.get("group_size") == k:  # a single group of all rows
+        return static | {"group_size": k // size}
+    if len(static.get("rates", ())) > 1:
+        return static | {"rates": static["rates"][: len(static["rates"]) // size]}
+    return static
+
+
+def _unit(op: str, static: dict[str, Any], k: int) -> int:
+    """Return the number of rows of the smallest possible shard."""
+    if op == "trellis_matmul":
+        if len(set(static["rates"])) > 1:
+            raise ValueError(
+                f"trellis_matmul: rates that differ by block cannot be split along rows, got "
+                f"{static['rates']}; split along columns"
+            )
+        return k // len(static["rates"]) if len(static["rates"]) > 1 else trellis.SIDE
+    if op == "dual_scale_matmul":
+        raise ValueError(
+            "dual_scale_matmul: escapes hold the numbers of rows, so the weight cannot be split "
+            "along rows; split along columns"
+        )
+    if op == "e8p_matmul":
+        return 8 * layout.unit(8)[0]  # a word of 8-bit residual codes covers this many octets
+    if op == "additive_matmul":
+        return static["group"] * layout.unit(lookup.digit(static["bits"]))[0]
+    group = static["group_size"]
+    return math.lcm(layout.unit(static.get("bits", 2))[0], 1 if group == k else group)

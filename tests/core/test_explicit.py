@@ -1,0 +1,137 @@
+"""Packed weights on meshes with Explicit axes; eight CPU devices in a process of their own."""
+
+import pytest
+
+from tests.support.devices import failures_of
+
+SETUP = """
+import dataclasses, re
+import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
+from pallas_kernels.cpu import native
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2, 4), ("data", "model"))  # Explicit axes are the default
+assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+w = jax.random.normal(jax.random.key(0), (256, 256)) / 16
+x = jax.random.normal(jax.random.key(1), (8, 256))
+fn = lambda p, x: jnp.tanh(x @ p["w"])
+q = {"w": jq.quantize_array(w, jq.rtn(4, 32))}
+split = lambda q, *spec: {"w": jax.device_put(q["w"], jq.core.packed_sharding(q["w"], mesh, P(*spec)))}
+
+def served(fn, q, x, spec, *, gathers="", native_call=True):
+    run = jax.jit(jq.quantized(fn))
+    y = run(q, x)
+    assert jax.typeof(y).sharding.spec == P(*spec), jax.typeof(y)
+    text = run.lower(q, x).compile().as_text()
+    if native.load() == "" and native_call:
+        assert "jaxquant_packed" in text
+    moved = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\\(", line)]
+    assert bool(moved) == bool(gathers), moved
+    for line in moved:
+        assert re.match(gathers, line.split(" = ")[1].strip(" (")), line
+    return y
+
+WORDS = r"\\(?(s32|f16|u8)\\["
+want = jq.quantized(fn)(q, x)
+"""
+CASES = {
+    "tokens": 'y = served(fn, split(q), put(x, "data"), ("data", None))',
+    "columns": 'y = served(fn, split(q, None, "model"), put(x), (None, "model"))',
+    "tokens and columns": """
+y = served(fn, split(q, None, "model"), put(x, "data"), ("data", "model"))
+assert "cpu kernel" in str(jq.explain(fn, split(q, None, "model"), put(x, "data"))) or native.load()
+""",
+    "rows": 'y = served(fn, split(q, "model"), put(x, "data"), ("data", None))',
+    "rows and channels": """
+summed = lambda p, x: jnp.tanh(jnp.dot(x, p["w"], out_sharding=NamedSharding(mesh, P("data"))))
+y = served(summed, split(q, "model"), put(x, "data", "model"), ("data", None))
+try:
+    jax.jit(jq.quantized(fn))(split(q, "model"), put(x, "data", "model"))
+    raise SystemExit("accepted")
+except jax.errors.ShardingTypeError if hasattr(jax.errors, "ShardingTypeError") else Exception as e:
+    assert "out_sharding" in str(e), e  # as for floats
+""",
+    "fully sharded: words are gathered": """
+y = served(fn, split(q, "data"), put(x, "data"), ("data", None), gathers=WORDS)
+""",
+    "two axes": """
+y = served(fn, split(q, "data", "model"), put(x, "data"), ("data", "model"), gathers=WORDS)
+""",
+    "activations are rounded in whole tokens": """
+rounded = dataclasses.replace(jq.rtn(4, 32), activations=jq.Activations.of("int8"))
+q = {"w": jq.quantize_array(w, rounded)}
+want = jq.quantized(fn)(q, x)
+y = served(fn, split(q, "model"), put(x, "data"), ("data", None), gathers=WORDS)
+""",
+    "a rotated input": """
+q = {"w": jq.quantize_array(w, dataclasses.replace(jq.rtn(4, 32), input=jq.transforms.Rotation()))}
+want = jq.quantized(fn)(q, x)
+y = served(fn, split(q, None, "model"), put(x, "data"), ("data", "model"))
+""",
+    "gradients": """
+loss = lambda x, q: jnp.sum(jq.quantized(fn)(q, x) ** 2)
+want = jax.grad(loss)(x, q)
+for spec in ((None, "model"), ("data",), ()):
+    y = jax.jit(jax.grad(loss))(put(x, "data"), split(q, *spec))
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+""",
+    "layers of a scan": """
+stack = jax.random.normal(jax.random.key(0), (3, 256, 256)) / 16
+tokens = NamedSharding(mesh, P("data", None))
+def fn(p, x):
+    step = lambda h, w: (jax.sharding.reshard(jnp.tanh(h @ w), tokens), None)
+    return jax.lax.scan(step, x, p["w"])[0]
+plain = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+q = jq.quantize({"w": stack}, jq.rtn(4, 32), jq.sites(plain, {"w": stack}, x))
+want = jq.quantized(plain)(q, x)
+y = jax.jit(jq.quantized(fn))(split(q, None, None, "model"), put(x, "data"))
+""",
+    "experts": """
+stack = jax.random.normal(jax.random.key(0), (4, 256, 128)) / 16
+x = jax.random.normal(jax.random.key(1), (4, 8, 256))
+fn = lambda p, x: jnp.einsum("emk,ekn->emn", x, p["w"])
+q = jq.quantize({"w": stack}, jq.rtn(4, 32), jq.sites(fn, {"w": stack}, x))
+want = jq.quantized(fn)(q, x)
+y = served(fn, split(q, "model"), put(x, "model"), ("model", None, None))
+""",
+    "quantize": """
+sites = jq.sites(fn, {"w": w}, x)
+for spec in ((None, "model"), ("model",), ("data", "model"), ()):
+    got = jq.quantize({"w": put(w, *spec)}, jq.rtn(4, 32), sites)
+    assert {a.sharding.mesh for a in jax.tree.leaves(got)} == {mesh}
+    for name, a in got["w"].named.items():
+        np.testing.assert_array_equal(a, q["w"].named[name])
+    assert jax.typeof(got["w"].data["codes"]).sharding.spec == P(*spec, *(None,) * (2 - len(spec)))
+gram = put(x.T @ x)
+got = jq.quantize_array(put(w, None, "model"), jq.gptq(4, 32), gram)
+assert jax.typeof(got.data["codes"]).sharding.spec == P(None, "model")
+try:
+    jq.quantize_array(put(w, "model"), jq.gptq(4, 128), gram)
+    raise SystemExit("accepted")
+except ValueError as error:
+    assert "256 rows in 4 shards must be whole words and groups" in str(error), error
+y = x @ got.dequantize()
+want = x @ jq.quantize_array(w, jq.gptq(4, 32), x.T @ x).dequantize()
+""",
+    "arrays that are split in different ways are refused": """
+q = {"w": q["w"].with_named({n: put(a, None, "model") if n == "codes" else put(a)
+                             for n, a in q["w"].named.items()})}
+try:
+    jax.jit(jq.quantized(fn))(q, put(x))
+    raise SystemExit("accepted")
+except ValueError as error:
+    assert "split in different ways" in str(error), error
+y = want
+""",
+}
+CHECK = "\nnp.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)\n"
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return failures_of({name: SETUP + case + CHECK for name, case in CASES.items()}, devices=8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices(case, failures):
+    assert case not in failures, failures[case]

@@ -1,0 +1,28 @@
+"""Pieces of code that run in a process with several CPU devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+RUN = """
+import json, sys, traceback
+failures = {}
+for name, code in json.load(sys.stdin).items():
+    try:
+        exec(code, {})
+    except BaseException:
+        failures[name] = traceback.format_exc()
+json.dump(failures, sys.stdout)
+"""
+
+
+def failures_of(cases, devices):
+    """The tracebacks of the cases that fail. They share a process, which takes seconds to start."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(cases), capture_output=True, text=True,
+        check=False, env=env | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
