@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import activations, checks, explicit, reference
+from pallas_kernels import activations, checks, partition, reference
 from pallas_kernels.context import Setting
 from pallas_kernels.kernel import Kernel
 from pallas_kernels.lowering import by_lowering, default_platform
@@ -101,8 +101,8 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
       ValueError: an argument is not what the op requires; the message names it.
     """
     checks.product(op, arrays, static)
-    if (mesh := explicit.mesh_of(*arrays)) is not None:
-        return explicit.product(product, op, mesh, *arrays, **static)
+    if (placement := partition.of_product(op, *arrays)) is not None:
+        return partition.product(product, op, placement, *arrays, **static)
     static_items = tuple(sorted(static.items()))
     kernels, why = _asked()
     _tell(lambda *of: describe(op, *of, arrays, static, kernels, why))
@@ -125,7 +125,7 @@ def products(
       ValueError: an argument is not what the op requires; the message names it.
     """
     kernels, why = _asked()
-    split = explicit.mesh_of(x, *(a for matrix in matrices for a in matrix)) is not None
+    split = any(partition.of_product(op, x, *matrix) is not None for matrix in matrices)
     one_call = len(matrices) > 1 and kernels in ("auto", "cpu") and not split
     if one_call:
         chosen = [choose(op, "cpu", (x, *matrix), static)[0] for matrix in matrices]

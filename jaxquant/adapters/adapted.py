@@ -19,6 +19,7 @@ from jaxquant.core.protocols import Adapter, Format, lacking
 from jaxquant.core.straight_through import through
 from jaxquant.core.tensor import QTensor
 from jaxquant.estimators.weight_estimators import chance
+from pallas_kernels import partition
 
 # The labels of the arrays that adapters add.
 LABELS = LORA_A, LORA_B, MAGNITUDE, TERNARY = ("lora_a", "lora_b", "magnitude", "ternary")
@@ -178,12 +179,14 @@ def _frozen(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree
 
 
 def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> tuple:
-    return _frozen(how, rounded, x, data, of_inputs), data
+    return _frozen(how, rounded, x, data, of_inputs), (data, partition.said())
 
 
-def _backward(how: _How, data: PyTree, g: Array) -> tuple:
+def _backward(how: _How, kept: tuple, g: Array) -> tuple:
+    data, placement = kept
     g = g.astype(how.dtype)  # as it was before the result was widened to float32
-    back = how.format.matmul_transposed(g, data, how.k).astype(how.dtype)
+    with partition.placed(placement):
+        back = how.format.matmul_transposed(g, data, how.k).astype(how.dtype)
     return back, None, None, None
 
 

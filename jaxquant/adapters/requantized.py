@@ -17,6 +17,7 @@ from jaxquant.adapters.adapted import served_product
 from jaxquant.core.protocols import Adapter, Data, Format
 from jaxquant.formats.integer import Integer
 from jaxquant.formats.offset import Offset
+from pallas_kernels import partition
 
 
 class Requantized(Adapter):
@@ -61,13 +62,14 @@ def _product(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTre
 
 
 def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> tuple:
-    return _product(how, rounded, x, data, of_inputs), (rounded, data)
+    return _product(how, rounded, x, data, of_inputs), (rounded, data, partition.said())
 
 
 def _backward(how: _How, kept: tuple, g: Array) -> tuple:
-    rounded, data = kept
+    rounded, data, placement = kept
     packed = how.adapter.merged(how.format, data, rounded.shape[-1])
-    back = how.format.matmul_transposed(g, packed, rounded.shape[-1]).astype(rounded.dtype)
+    with partition.placed(placement):
+        back = how.format.matmul_transposed(g, packed, rounded.shape[-1]).astype(rounded.dtype)
     outer = jnp.dot(rounded.T, g.astype(rounded.dtype), preferred_element_type=jnp.float32)
     return back, None, _all(how, data, outer), None
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -13,14 +13,23 @@ from jaxtyping import Array, PyTree
 from jaxquant.core import products  # noqa: F401  its rules are registered by the import
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
+from jaxquant.core.shardings import with_placements, without_placements
 from jaxquant.core.standin import StandIn, dispatching, is_standin, listening
 from jaxquant.core.text_table import aligned
 from pallas_kernels import dispatch as table
 from pallas_kernels.cost.chips import CHIPS
 from pallas_kernels.lowering import devices_of
 
+OPTIONS = "jaxquant_options"  # attribute of functions that `quantized` returns, for `explain`
 
-def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[..., PyTree]:
+
+def quantized(
+    fn: Callable[..., PyTree],
+    *,
+    kernels: str = "auto",
+    shardings: PyTree = None,
+    data_axes: Sequence[str] | None = None,
+) -> Callable[..., PyTree]:
     """Return a version of `fn` that accepts stand-ins such as `QTensor` in its arguments.
 
     A stand-in is an object that takes the place of an array leaf.
@@ -36,8 +45,11 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
     hold several packed codes).
 
     Kernels are used in programs for a single device, however many the machine has, and inside
-    `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so a program that it
-    partitions over several devices runs the reference implementations in plain JAX.
+    `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so in a program for
+    several devices every product runs in a `shard_map` of its own. How its arrays are split is
+    known where the axes of the mesh are Explicit (the default of `jax.make_mesh`). Where they are
+    Auto, pass `shardings`; without them, or called outside of `jax.jit` on weights that lie on a
+    mesh, such a program runs the reference implementations in plain JAX.
 
     Outside a function wrapped by `quantized`, a stand-in is not an array, and code that uses it as
     one raises TypeError. So you must also wrap functions that take a model and call it, as in
@@ -48,9 +60,19 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
       kernels: "auto" (default) uses the kernels of the platform the program is lowered for, where
         they support the matmul; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
         backend's kernels only, and a matmul that they do not support is a ValueError.
+      shardings: how the first argument is split over a mesh with Auto axes, as
+        `jaxquant.distributed.sharding` returns it. Default: as the weights lie, which is known
+        unless they are arguments of a function under `jax.jit`.
+      data_axes: names of the axes of that mesh that split the rows (tokens) of the inputs. A weight
+        that is split over one of them too is all-gathered for its product, in packed form. Default:
+        the axes that split no weight.
 
     Returns:
       A function of the same arguments.
+
+    Raises:
+      ValueError: `shardings` is not a tree like the first argument, or the mesh lacks `data_axes`;
+        both when the function is called.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> w = jq.quantize_array(jnp.eye(4), jq.rtn(bits=8, group_size=-1))
@@ -59,7 +81,16 @@ def quantized(fn: Callable[..., PyTree], *, kernels: str = "auto") -> Callable[.
     (2, 4)
     """
     check_arguments(quantized, locals())
-    return functools.wraps(fn)(dispatching(fn, lambda: table.using(kernels)))
+    run = dispatching(fn, lambda: table.using(kernels))
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> PyTree:
+        first = with_placements(args[:1], None if shardings is None else (shardings,), data_axes)
+        others = with_placements((args[1:], kwargs), None, data_axes)
+        return without_placements(run(*first, *others[0], **others[1]))
+
+    call.__dict__[OPTIONS] = {"kernels": kernels, "shardings": shardings, "data_axes": data_axes}
+    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +137,7 @@ def explain(
     passed on unchanged.
 
     Args:
-      fn: the function, as given to `quantized`.
+      fn: the function, as given to `quantized`, or what that returned.
       params: tree with `QTensor` leaves, or the same tree with `jax.ShapeDtypeStruct`s in place of
         the arrays (`jax.eval_shape`).
       *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them, or a
@@ -125,11 +156,16 @@ def explain(
     check_arguments(explain, locals())
     platform = _platform(platform)
     log = _Log([])
+    options = getattr(fn, OPTIONS, {})
+    fn = getattr(fn, "__wrapped__", fn) if options else fn
+    if options.get("shardings") is not None:
+        params = with_placements(params, options["shardings"], options["data_axes"])
+    run = dispatching(fn, lambda: table.using(options.get("kernels", "auto")))
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
     )
     with table.describing(platform, devices_of(params, args, kwargs)):
-        eqx.filter_eval_shape(lambda p, a, k: quantized(fn)(p, *a, **k), spied, args, kwargs)
+        eqx.filter_eval_shape(lambda p, a, k: run(p, *a, **k), spied, args, kwargs)
     return Explanation(tuple(dict.fromkeys(log.uses)))
 
 

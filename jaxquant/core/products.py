@@ -16,7 +16,7 @@ from jaxquant.core.contraction import Contraction
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
-from pallas_kernels import explicit
+from pallas_kernels import partition
 from pallas_kernels.checks import FLOATS
 
 # Name of the results of products with packed weights, for policies of `jax.checkpoint`: policies
@@ -53,10 +53,10 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
         return w.finished(y, arrays)
 
     axes, leading, out = w.axes(), w.leading(), w.outputs if layout.forward else w.view.k
-    with kernels.listening() as served:
+    with kernels.listening() as served, partition.placed(w.placement):
         stacked = c.mapped(matmul, axes, leading)
         given = c.rows(rows, axes, leading, layout.contracted)
-        y = explicit.stack(stacked, given, w.arrays, leading, c.paired(axes, leading))
+        y = partition.stack(stacked, given, w.arrays, leading, c.paired(axes, leading))
     y = c.result(y, x, out, axes, leading, layout.contracted)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]

@@ -1,6 +1,8 @@
 """How the packed arrays of a weight are split over a mesh, where the weight itself is split so."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import shard_specs
+from pallas_kernels.partition import Placement, axes_of
 
 Names = tuple[str, ...]
 
@@ -36,18 +40,79 @@ def packed_sharding(w: QTensor, mesh: Mesh, spec: P) -> QTensor:
     PartitionSpec(None, 'model')
     """
     leading, rows, columns = _parts(w, spec)
-    kinds = _kinds(w, mesh, rows, columns)
+    splits = _splits(w, mesh, rows, columns)
+    _check_stack(w, mesh, leading)
 
     def one(name: str, a: Any) -> NamedSharding:
-        kind, own = kinds.get(name, "whole"), a.shape[len(leading) :]
-        parts: list[Names | None] = [None] * len(own)
-        if kind == "words" or (kind == "groups" and own[0] > 1):
-            parts[0] = rows
-        if kind != "whole" and len(own) > 1 and own[-1] > 1:
-            parts[-1] = columns
+        own = a.ndim - len(leading)
+        parts: list[Names] = [()] * own
+        if own and name in splits:
+            first, last = splits[name]
+            parts[0] = first
+            parts[-1] = parts[-1] or last
         return NamedSharding(mesh, P(*(part or None for part in (*leading, *parts))))
 
     return w.with_named({name: one(name, a) for name, a in w.named.items()})
+
+
+def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | None) -> PyTree:
+    """Return a tree whose weights know how they are split over a mesh with Auto axes.
+
+    Args:
+      tree: tree of stand-ins and arrays.
+      shardings: the same tree with `NamedSharding`s in place of arrays; None takes the shardings
+        that arrays have, those of traced arrays excepted, which have none on Auto axes.
+      data_axes: names of the mesh axes that split the inputs' rows (tokens); None for those that
+        split no weight.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_standin)
+    given = leaves
+    if shardings is not None:
+        given, other = jax.tree.flatten(shardings, is_leaf=is_standin)
+        if other != structure:
+            raise ValueError(
+                "shardings: the tree must be that of the first argument, as "
+                "jq.distributed.sharding returns it"
+            )
+    found = [_placement(w, of) for w, of in zip(leaves, given, strict=True)]
+    known = [p for p in found if p is not None]
+    used = {name for p in known for part in (p.rows, p.columns, *p.stack) for name in part}
+
+    def one(w: QTensor, placement: Placement) -> QTensor:
+        names = placement.mesh.axis_names
+        tokens = [name for name in names if name not in used] if data_axes is None else data_axes
+        if unknown := [name for name in tokens if name not in names]:
+            raise ValueError(f"data_axes: the mesh has no axes {unknown}; it has {list(names)}")
+        return dataclasses.replace(w, placement=dataclasses.replace(placement, tokens=tuple(tokens)))
+
+    new = [w if p is None else one(w, p) for w, p in zip(leaves, found, strict=True)]
+    return jax.tree.unflatten(structure, new)
+
+
+def without_placements(tree: PyTree) -> PyTree:
+    """Return a tree whose weights know nothing of meshes; the inverse of `with_placements`.
+
+    Args:
+      tree: any tree.
+    """
+    one = lambda w: dataclasses.replace(w, placement=None) if isinstance(w, QTensor) else w
+    return jax.tree.map(one, tree, is_leaf=is_standin)
+
+
+def _placement(w: Any, of: Any) -> Placement | None:
+    """Return how a weight is split according to the sharding of its codes; None if it is not."""
+    if not (isinstance(w, QTensor) and isinstance(of, QTensor)):
+        return None
+    codes = of.data["codes"]
+    if isinstance(codes, jax.core.Tracer):
+        return None
+    found = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
+    mesh = getattr(found, "mesh", None)
+    if not isinstance(mesh, Mesh) or mesh.size == 1 or is_explicit(mesh):
+        return None
+    ndim, leading = w.data["codes"].ndim, w.leading()
+    parts = axes_of(found.spec, ndim)
+    return Placement(mesh, parts[leading], parts[-1], (), parts[:leading])
 
 
 def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
@@ -88,8 +153,8 @@ def _parts(w: QTensor, spec: P) -> tuple[list[Names], Names, Names]:
     if len(spec) > w.ndim:
         raise ValueError(f"{spec} has {len(spec)} parts, but the weight has {w.ndim} axes")
     stored: list[Names] = [()] * w.ndim
-    for axis, part in zip(w.axes(), spec, strict=False):
-        stored[axis] = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+    for axis, part in zip(w.axes(), axes_of(spec, w.ndim), strict=True):
+        stored[axis] = part
     leading = w.leading()
     n = leading + len(w.view.k)
     inner = [*stored[leading + 1 : n], *stored[n + 1 :]]
@@ -101,29 +166,93 @@ def _parts(w: QTensor, spec: P) -> tuple[list[Names], Names, Names]:
     return stored[:leading], stored[leading], stored[n]
 
 
-def _kinds(w: QTensor, mesh: Mesh, rows: Names, columns: Names) -> dict[str, str]:
-    """Return what the first axis of each of the format's arrays indexes; see `shard_specs.ROWS`."""
-    op = f"{w.format.storage}_matmul" if w.format.storage else ""
+def _check_stack(w: QTensor, mesh: Mesh, leading: list[Names]) -> None:
+    for length, names in zip(w.data["codes"].shape, leading, strict=False):
+        if length % _size(mesh, names):
+            raise ValueError(
+                f"{w!r}: a stack of {length} matrices cannot be split over the "
+                f"{_size(mesh, names)} devices of {list(names)}"
+            )
+
+
+def _splits(w: QTensor, mesh: Mesh, rows: Names, columns: Names) -> dict[str, tuple[Names, Names]]:
+    """Return the mesh axes over which the first and the last axis of each array are split.
+
+    Arrays of the kernel's op are split as `shard_specs` says. Others, such as those that a weight
+    in training has, are split along axes that are as long as the matrix or as a split array of the
+    op. Arrays of transforms and of activation formats are not split.
+    """
+    known = _of_op(w, mesh, rows, columns)
+    if known is None and not w.format.latent and (rows or columns):
+        raise ValueError(f"weights of the format {w.format} cannot be split; split the stack")
+    own = lambda a: a.shape[w.leading() :]
+    found = dict(known or {})
+    firsts = {w.stored_rows: rows} | {
+        own(w.data[name])[0]: first for name, (first, _) in found.items() if first
+    }
+    lasts = {math.prod(w.outputs): columns}
+    for name, a in w.data.items():
+        if name in found or not own(a):
+            continue
+        first, *_, last = own(a) if len(own(a)) > 1 else (*own(a), 0)
+        found[name] = firsts.get(first, ()), lasts.get(last, ())
+        _check_divides(w, mesh, name, own(a), found[name])
+    return found
+
+
+def _check_divides(
+    w: QTensor, mesh: Mesh, name: str, shape: Sequence[int], parts: tuple[Names, Names]
+) -> None:
+    for length, names in zip((shape[0], shape[-1]), parts, strict=True):
+        if length % _size(mesh, names):
+            raise ValueError(
+                f"{name} {list(shape)} of {w!r} cannot be split over the {_size(mesh, names)} "
+                f"devices of {list(names)}, which do not divide {length}"
+            )
+
+
+def _of_op(
+    w: QTensor, mesh: Mesh, rows: Names, columns: Names
+) -> dict[str, tuple[Names, Names]] | None:
+    """Return what `_splits` does for the arrays that the kernel's op takes; None if it has no op."""
+    format = w.format
+    while hasattr(format, "adapter"):  # a frozen matrix, which its own format's op multiplies
+        if format.adapter.floating:
+            return None
+        format = format.format
+    op = f"{format.storage}_matmul" if format.storage else ""
     if op not in shard_specs.ROWS:
-        if rows or columns:
-            raise ValueError(f"weights of the format {w.format} cannot be split; split the stack")
-        return {}
-    kinds: dict[str, str] = {}
+        return None
     static: dict[str, Any] = {}
+    named: list[str | None] = []
     k = w.stored_rows
 
     def arguments(data: dict[str, Array]) -> tuple:
-        given, named = w.format.arguments(data, k)
-        static.update(named)
-        for a, kind in zip(given, shard_specs.ROWS[op], strict=True):
-            kinds.update({name: kind for name, of in data.items() if of is a})
+        given, found = format.arguments(data, k)
+        static.update(found)
+        named.extend(next((n for n, of in data.items() if of is a), None) for a in given)
         return given
 
     own = lambda a: jax.ShapeDtypeStruct(a.shape[w.leading() :], a.dtype)
     given = jax.eval_shape(arguments, {name: own(a) for name, a in w.data.items()})
-    size = lambda names: math.prod(mesh.shape[name] for name in names)
+    unsplit = (P(),) * len(given)
+    by_row = by_column = unsplit
     if rows:
-        shard_specs.row_specs(op, size(rows), "rows", *given, k=k, **static)
+        by_row = shard_specs.row_specs(op, _size(mesh, rows), "rows", *given, k=k, **static)
     if columns:
-        shard_specs.column_specs(op, size(columns), "columns", *given)
-    return kinds
+        by_column = shard_specs.column_specs(op, _size(mesh, columns), "columns", *given)
+    parts = [
+        (rows if tuple(r) else (), columns if tuple(c) else ())
+        for r, c in zip(by_row, by_column, strict=True)
+    ]
+    found = {name: part for name, part in zip(named, parts, strict=True) if name is not None}
+    # What an argument is computed from, as scales that are stored in codes are, is split as it is.
+    shapes = {a.shape: part for a, part in zip(given, parts, strict=True) if a is not None}
+    for name, a in w.data.items():
+        if name not in found and own(a).shape in shapes:
+            found[name] = shapes[own(a).shape]
+    return found
+
+
+def _size(mesh: Mesh, names: Names) -> int:
+    return math.prod(mesh.shape[name] for name in names)

@@ -16,7 +16,7 @@ from jaxquant.core.fields import brief, check_fields
 from jaxquant.core.magnitude import shifted, unit
 from jaxquant.core.protocols import Format, Transform
 from jaxquant.core.standin import Pick, StandIn, arguments, is_array, note
-from pallas_kernels import explicit
+from pallas_kernels import partition
 from pallas_kernels.context import compiled
 
 
@@ -81,6 +81,8 @@ class QTensor(StandIn):
         `Activations`; None leaves it unrounded.
       input_data, output_data, activations_data: arrays of the transforms and of the activation
         format.
+      placement: how its products are split over a mesh whose axes are Auto; None outside of
+        functions wrapped by `quantized`.
     """
 
     data: dict[str, Array]
@@ -95,6 +97,7 @@ class QTensor(StandIn):
     input_data: dict[str, Array] = eqx.field(default_factory=dict)
     output_data: dict[str, Array] = eqx.field(default_factory=dict)
     activations_data: dict[str, Array] = eqx.field(default_factory=dict)
+    placement: partition.Placement | None = eqx.field(static=True, default=None)
 
     @property
     def arrays(self) -> Arrays:
@@ -241,7 +244,9 @@ class QTensor(StandIn):
         They agree in `shared`, `rows_k`, `format`, `input`, `activations`, `logical_dtype` and the
         number of batch axes.
         """
-        alike = lambda w: (w.rows_k, w.format, w.input, w.activations, w.leading(), w.logical_dtype)
+        alike = lambda w: (
+            w.rows_k, w.format, w.input, w.activations, w.leading(), w.logical_dtype, w.placement
+        )  # fmt: skip
         named = [w for w in arguments() if isinstance(w, QTensor) and w.shared == self.shared]
         different = {tuple(map(id, jax.tree.leaves(w.arrays))) for w in named}
         if len(different) > _readers(self.shared):  # from several trees, so with several inputs
@@ -272,7 +277,7 @@ class QTensor(StandIn):
         return y if self.input is None else self.input.transposed(y, arrays.input, k)
 
     def aval(self) -> jax.core.ShapedArray:
-        sharding = explicit.sharding(self.data["codes"], self._spec)
+        sharding = partition.sharding(self.data["codes"], self._spec)
         return jax.core.ShapedArray(
             self.view_shape(), jnp.dtype(self.logical_dtype), sharding=sharding
         )

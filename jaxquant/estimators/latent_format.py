@@ -21,6 +21,7 @@ from jaxquant.core.fields import check_fields
 from jaxquant.core.protocols import Estimator, Format, LevelFormat, RangeEstimator
 from jaxquant.estimators.kurtosis import watched
 from jaxquant.estimators.weight_estimators import chance, randomness, spread
+from pallas_kernels import partition
 
 KEY, EPSILON = "key", "epsilon"  # arrays of a weight that is perturbed where it is used
 
@@ -274,12 +275,13 @@ def _product(
 
 
 def _forward(how: tuple, rounded: Array, value: Array, *fixed: PyTree) -> tuple[Array, tuple]:
-    return _product(how, rounded, value, *fixed), (rounded, *fixed)
+    return _product(how, rounded, value, *fixed), (rounded, *fixed, partition.said())
 
 
 def _backward(how: tuple, kept: tuple, g: Array) -> tuple:
-    rounded, x, packed, _ = kept
-    back = how[0].matmul_transposed(g, packed, rounded.shape[-1])
+    rounded, x, packed, _, placement = kept
+    with partition.placed(placement):
+        back = how[0].matmul_transposed(g, packed, rounded.shape[-1])
     return back, rounded.T @ g, jnp.zeros_like(x), None, None
 
 
@@ -294,12 +296,13 @@ def _product_transposed(
 
 
 def _transposed_forward(format: Format, k: int, x: Array, value: Array, packed: dict) -> tuple:
-    return format.matmul_transposed(x, packed, k), (x, packed)
+    return format.matmul_transposed(x, packed, k), (x, packed, partition.said())
 
 
 def _transposed_backward(format: Format, k: int, kept: tuple, g: Array) -> tuple:
-    x, packed = kept
-    return format.matmul(g, packed), g.T @ x, None
+    x, packed, placement = kept
+    with partition.placed(placement):
+        return format.matmul(g, packed), g.T @ x, None
 
 
 _product_transposed.defvjp(_transposed_forward, _transposed_backward)

@@ -114,7 +114,7 @@ y = x @ got.dequantize()
 want = x @ jq.quantize_array(w, jq.gptq(4, 32), x.T @ x).dequantize()
 """,
     "arrays that are split in different ways are refused": """
-q = {"w": q["w"].with_named({n: put(a, None, "model") if n == "codes" else put(a)
+q = {"w": q["w"].with_named({n: put(a, None, "model") if n == "codes" else put(a, None, "data")
                              for n, a in q["w"].named.items()})}
 try:
     jax.jit(jq.quantized(fn))(q, put(x))

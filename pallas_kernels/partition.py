@@ -1,0 +1,302 @@
+"""Products whose arrays are split over the devices of a mesh.
+
+The compiler does not partition kernels, so a product runs inside a `shard_map`. How its arrays are
+split is read off their types where the axes of the mesh are Explicit, and has to be said (`placed`)
+where they are Auto. Words of a weight that is split along an axis which splits the tokens too are
+all-gathered in packed form, as `shard.fsdp` does.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from pallas_kernels import shard_specs as shard
+from pallas_kernels.context import Setting
+
+Axes = tuple[str, ...]
+
+
+@jax.tree_util.register_static  # derivative rules keep it among their residuals
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a weight, or a stack of weights, and the inputs that it meets are split over a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      rows: mesh axes that split the rows of the weight, which are contracted with the input.
+      columns: mesh axes that split its columns.
+      tokens: mesh axes that split the rows of the input.
+      stack: mesh axes that split each leading axis of the stack, the last leading axis last.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rows: Axes = ()
+    columns: Axes = ()
+    tokens: Axes = ()
+    stack: tuple[Axes, ...] = ()
+
+
+_placed = Setting[Placement | None]("placed", None)
+
+
+@contextlib.contextmanager
+def placed(placement: Placement | None) -> Iterator[None]:
+    """Say how the arrays of the products are split that are traced inside the `with` block.
+
+    It has no effect on products of arrays whose types say it.
+
+    Args:
+      placement: how they are split; None says nothing.
+    """
+    with _placed.set(placement):
+        yield
+
+
+def said() -> Placement | None:
+    """Return what `placed` says here; None if nothing, or in a `shard_map` over all of the mesh."""
+    placement = _placed.get()
+    if placement is None or placement.mesh.size == 1:
+        return None
+    by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
+    return None if by_hand >= set(placement.mesh.axis_names) else placement
+
+
+def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
+    """Return how the arrays of a product are split; None if this is not known, or if they are not.
+
+    Args:
+      op: name of the op.
+      x: the input [m, k].
+      *weight: the arrays of the op after x; None for absent ones.
+    Raises:
+      ValueError: the types of the weight's arrays say that they are split in different ways.
+    """
+    mesh = explicit_mesh(x, *weight)
+    if mesh is not None:
+        return Placement(mesh, *_of_weight(op, weight), tokens=_axes(x)[0])
+    placement = said()
+    if placement is None:
+        return None
+    by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
+    # A stack that is split has been split by `stack`.
+    left = lambda axes: tuple(a for a in axes if a not in by_hand)
+    mesh = jax.sharding.get_abstract_mesh() if by_hand else placement.mesh
+    rows, columns, tokens = map(left, (placement.rows, placement.columns, placement.tokens))
+    while tokens and x.shape[0] % _size(mesh, tokens):
+        tokens = tokens[:-1]
+    return Placement(mesh, rows, columns, tokens)
+
+
+def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:
+    """Return the mesh with Explicit axes over which arrays are split; None if there is none.
+
+    Args:
+      *arrays: traced arrays, or None for absent ones.
+    """
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
+    for mesh in (jax.sharding.get_abstract_mesh(), *meshes):
+        if not mesh.empty and AxisType.Explicit in mesh.axis_types and mesh.size > 1:
+            return mesh
+    return None
+
+
+def sharding(a: Array, spec: Callable[[list[Any]], list[Any]]) -> NamedSharding | None:
+    """Return the sharding of a value whose axes are split as those of an array are.
+
+    Args:
+      a: the array, which may also be a `jax.ShapeDtypeStruct`.
+      spec: function of the mesh axes of each axis of the array (None, a name or names), that
+        returns those of the value.
+    Returns:
+      The sharding; None where no axis of the mesh is Explicit.
+    """
+    mesh = explicit_mesh(a) if isinstance(a, jax.Array) else None
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, P(*spec([part or None for part in _axes(a)])))
+
+
+def product(
+    local: Callable[..., Array],
+    op: str,
+    placement: Placement,
+    x: Float[Array, "m k"],
+    *weight: Array | None,
+    **static: Any,
+) -> Float[Array, "m n"]:
+    """Return the product `op` of arrays that are split over the axes of a mesh.
+
+    Args:
+      local: function of the op's name, its arrays and its static arguments, which runs it on the
+        shards of one device.
+      op: name of the op.
+      placement: how the arrays are split.
+      x: the input.
+      *weight: the arrays of the weight, as in `dispatch.product`.
+      **static: the static arguments of the op.
+    Returns:
+      float32 [m, n], split as x along m and as the weight along n.
+    Raises:
+      ValueError: a shard would not consist of whole words, whole groups or whole tiles.
+    """
+    mesh, rows, columns, tokens = (
+        placement.mesh, placement.rows, placement.columns, placement.tokens
+    )  # fmt: skip
+    transposed = op.endswith("_transposed")
+    shared = tuple(a for a in (*rows, *columns) if a in tokens)
+    if rows and not transposed and static.get("activations", "float") != "float":
+        shared = tuple(dict.fromkeys((*shared, *rows)))  # scales of a token belong to whole rows
+    own_rows, own_columns = (
+        tuple(a for a in axes if a not in shared) for axes in (rows, columns)
+    )
+    left, kept = (own_columns, own_rows) if transposed else (own_rows, own_columns)
+    k = static["k"] if transposed else x.shape[1]
+    specs = _weight_specs(op, placement, weight, k, static)
+    here = shard.local_static(static, k, _size(mesh, own_rows))
+
+    def run(x: Array, *parts: Array | None) -> Array:
+        whole = [a if a is None else _gathered(a, s, shared) for a, s in zip(parts, specs, strict=True)]
+        y = local(op, x, *whole, **here)
+        return jax.lax.psum(y, left) if left else y
+
+    into = (P(tokens or None, left or None), *specs)
+    out = P(tokens or None, kept or None)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)
+    return mapped(*(_split(a, mesh, spec) for a, spec in zip((x, *weight), into, strict=True)))
+
+
+def stack(
+    mapped: Callable[[Array, Any], Array],
+    x: Array,
+    weights: Any,
+    leading: int,
+    paired: Sequence[int],
+) -> Array:
+    """Return mapped(x, weights), each device taking its own matrices of stacks that are split.
+
+    Args:
+      mapped: function of x and a tree of stacks, that maps a product over their leading axes.
+      x: the input; its leading axes are those of the stacks that are mapped over together with it.
+      weights: tree of stacks.
+      leading: number of leading axes of the stacks.
+      paired: the leading axes that x has.
+    """
+    mesh, by_stack, rest = _of_stack(x, jax.tree.leaves(weights), leading, len(paired))
+    if mesh is None or not any(by_stack):
+        return mapped(x, weights)
+    spec = lambda kept: P(*(by_stack[a] or None for a in kept))
+    names = {name for part in by_stack for name in part}
+    rest = [tuple(name for name in part if name not in names) or None for part in rest]
+    x = _split(x, mesh, P(*spec(paired), *rest))
+    split = jax.shard_map(
+        mapped, mesh=mesh, in_specs=(spec(paired), spec(range(leading))),
+        out_specs=spec(range(leading)), axis_names=names, check_vma=False,
+    )  # fmt: skip
+    return split(x, weights)
+
+
+def _of_stack(
+    x: Array, arrays: list[Array], leading: int, paired: int
+) -> tuple[Mesh | AbstractMesh | None, Sequence[Axes], Sequence[Axes]]:
+    """Return the mesh, the axes that split each leading axis of stacks, and each other axis of x."""
+    mesh = explicit_mesh(x, *arrays) if leading else None
+    if mesh is not None:
+        return mesh, _axes(arrays[0])[:leading], _axes(x)[paired:]
+    placement = said() if leading else None
+    if placement is None:
+        return None, (), ()
+    missing = leading - len(placement.stack)
+    return placement.mesh, ((),) * missing + placement.stack[-leading:], ()
+
+
+def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
+    """Return the axes over which the types of a weight's arrays say that rows and columns are split.
+
+    Arrays that are not split are taken as shards where others are.
+    """
+    rows, columns = set(), set()
+    for a, kind in zip(weight, shard.ROWS[op.removesuffix("_transposed")], strict=True):
+        if a is None:
+            continue
+        first, *_, last = _axes(a) if a.ndim > 1 else (_axes(a)[0], ())
+        if kind == "words" or (kind == "groups" and a.shape[0] > 1):
+            rows.add(first)
+        if kind != "whole" and a.ndim > 1 and a.shape[-1] > 1:
+            columns.add(last)
+    rows, columns = rows - {()}, columns - {()}
+    if len(rows) > 1 or len(columns) > 1:
+        raise ValueError(
+            f"{op}: the arrays of one weight are split in different ways, "
+            f"{[str(_spec(a)) for a in weight if a is not None]}; split all of them alike"
+        )
+    return next(iter(rows), ()), next(iter(columns), ())
+
+
+def _weight_specs(
+    op: str, placement: Placement, weight: Sequence[Array | None], k: int, static: dict[str, Any]
+) -> list[P]:
+    """Return how each array of a weight is split; ValueError if some shards would be broken."""
+    op, mesh = op.removesuffix("_transposed"), placement.mesh
+    static = {name: value for name, value in static.items() if name != "k"}
+    parts: list[list[Axes | None]] = [[None] * (0 if a is None else a.ndim) for a in weight]
+    if placement.rows:
+        size = _size(mesh, placement.rows)
+        for found, spec in zip(parts, shard.row_specs(op, size, "r", *weight, k=k, **static), strict=True):
+            if tuple(spec):
+                found[0] = placement.rows
+    if placement.columns:
+        size = _size(mesh, placement.columns)
+        for found, spec in zip(parts, shard.column_specs(op, size, "c", *weight), strict=True):
+            if tuple(spec):
+                found[-1] = placement.columns
+    return [P(*found) for found in parts]
+
+
+def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
+    """Return the names of the mesh axes that split each axis of an array, one tuple for each.
+
+    Args:
+      spec: the partition specification, which may have fewer parts than the array has axes.
+      ndim: number of axes of the array.
+
+    >>> axes_of(P(None, "model"), 3)
+    ((), ('model',), ())
+    """
+    parts = (*spec, *(None,) * (ndim - len(spec)))
+    return tuple(() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in parts)
+
+
+def _split(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:
+    """Return an array split so; on Auto axes `shard_map` itself sees to it."""
+    if a is None or AxisType.Explicit not in mesh.axis_types:
+        return a
+    return jax.sharding.reshard(a, NamedSharding(mesh, spec))
+
+
+def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _axes(a: Array) -> tuple[Axes, ...]:
+    """Return the mesh axes over which the type of an array says that each of its axes is split."""
+    return axes_of(_spec(a), a.ndim)
+
+
+def _spec(a: Array) -> P:
+    return jax.typeof(a).sharding.spec
+
+
+def _gathered(a: Array, spec: P, axes: Axes) -> Array:
+    """Return a shard all-gathered along those of its mesh axes that are among `axes`."""
+    for i, names in enumerate(axes_of(spec, a.ndim)):
+        for name in reversed(names):
+            if name in axes:
+                a = jax.lax.all_gather(a, name, axis=i, tiled=True)
+    return a
