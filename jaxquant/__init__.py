@@ -2,7 +2,7 @@
 
 The names here are those that a user meets first. Every other public name is exported from one
 subpackage: `jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`,
-`adapters`, `recipes`, `ptq`, `storage`, `theory`, `tuning`, `training` and `core`. What trains and
+`adapters`, `recipes`, `ptq`, `storage`, `theory`, `tuning`, `training`, `distributed` and `core`. What trains and
 what saves is imported on first access, because it needs Optax and Orbax; quantization and inference
 do not.
 """
@@ -14,6 +14,7 @@ from jaxquant import (
     adapters,
     calibration,
     core,
+    distributed,
     estimators,
     formats,
     methods,

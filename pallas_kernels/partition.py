@@ -153,21 +153,23 @@ def product(
     shared = tuple(a for a in (*rows, *columns) if a in tokens)
     if rows and not transposed and static.get("activations", "float") != "float":
         shared = tuple(dict.fromkeys((*shared, *rows)))  # scales of a token belong to whole rows
-    own_rows, own_columns = (
-        tuple(a for a in axes if a not in shared) for axes in (rows, columns)
-    )
+    own_rows, own_columns = (tuple(a for a in axes if a not in shared) for axes in (rows, columns))
     left, kept = (own_columns, own_rows) if transposed else (own_rows, own_columns)
     k = static["k"] if transposed else x.shape[1]
     specs = _weight_specs(op, placement, weight, k, static)
     here = shard.local_static(static, k, _size(mesh, own_rows))
+    if transposed:
+        here = here | {"k": k // _size(mesh, own_rows)}
 
     def run(x: Array, *parts: Array | None) -> Array:
-        whole = [a if a is None else _gathered(a, s, shared) for a, s in zip(parts, specs, strict=True)]
+        whole = [
+            a if a is None else _gathered(a, s, shared) for a, s in zip(parts, specs, strict=True)
+        ]
         y = local(op, x, *whole, **here)
         return jax.lax.psum(y, left) if left else y
 
-    into = (P(tokens or None, left or None), *specs)
-    out = P(tokens or None, kept or None)
+    into = (spec_of((tokens, left)), *specs)
+    out = spec_of((tokens, kept))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)
     return mapped(*(_split(a, mesh, spec) for a, spec in zip((x, *weight), into, strict=True)))
 
@@ -191,10 +193,10 @@ def stack(
     mesh, by_stack, rest = _of_stack(x, jax.tree.leaves(weights), leading, len(paired))
     if mesh is None or not any(by_stack):
         return mapped(x, weights)
-    spec = lambda kept: P(*(by_stack[a] or None for a in kept))
+    spec = lambda kept: spec_of([by_stack[a] for a in kept])
     names = {name for part in by_stack for name in part}
-    rest = [tuple(name for name in part if name not in names) or None for part in rest]
-    x = _split(x, mesh, P(*spec(paired), *rest))
+    rest = [tuple(name for name in part if name not in names) for part in rest]
+    x = _split(x, mesh, P(*spec(paired), *spec_of(rest)))
     split = jax.shard_map(
         mapped, mesh=mesh, in_specs=(spec(paired), spec(range(leading))),
         out_specs=spec(range(leading)), axis_names=names, check_vma=False,
@@ -245,10 +247,12 @@ def _weight_specs(
     """Return how each array of a weight is split; ValueError if some shards would be broken."""
     op, mesh = op.removesuffix("_transposed"), placement.mesh
     static = {name: value for name, value in static.items() if name != "k"}
-    parts: list[list[Axes | None]] = [[None] * (0 if a is None else a.ndim) for a in weight]
+    parts: list[list[Axes]] = [[()] * (0 if a is None else a.ndim) for a in weight]
     if placement.rows:
         size = _size(mesh, placement.rows)
-        for found, spec in zip(parts, shard.row_specs(op, size, "r", *weight, k=k, **static), strict=True):
+        for found, spec in zip(
+            parts, shard.row_specs(op, size, "r", *weight, k=k, **static), strict=True
+        ):
             if tuple(spec):
                 found[0] = placement.rows
     if placement.columns:
@@ -256,7 +260,7 @@ def _weight_specs(
         for found, spec in zip(parts, shard.column_specs(op, size, "c", *weight), strict=True):
             if tuple(spec):
                 found[-1] = placement.columns
-    return [P(*found) for found in parts]
+    return [spec_of(found) for found in parts]
 
 
 def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
@@ -271,6 +275,18 @@ def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
     """
     parts = (*spec, *(None,) * (ndim - len(spec)))
     return tuple(() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in parts)
+
+
+def spec_of(parts: Sequence[Axes]) -> P:
+    """Return the partition specification of such tuples; the inverse of `axes_of`.
+
+    Args:
+      parts: for each axis of an array, the names of the mesh axes that split it.
+
+    >>> tuple(spec_of(((), ("model",), ("data", "model"), ())))
+    (None, 'model', ('data', 'model'), None)
+    """
+    return P(*((part if len(part) > 1 else part[0]) if part else None for part in parts))
 
 
 def _split(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:

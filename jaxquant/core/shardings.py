@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import shard_specs
-from pallas_kernels.partition import Placement, axes_of
+from pallas_kernels.partition import Placement, axes_of, spec_of
 
 Names = tuple[str, ...]
 
@@ -36,8 +36,8 @@ def packed_sharding(w: QTensor, mesh: Mesh, spec: P) -> QTensor:
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> mesh = jax.make_mesh((1,), ("model",))
     >>> w = jq.quantize_array(jnp.ones((64, 32)), jq.rtn(bits=4))
-    >>> packed_sharding(w, mesh, P(None, "model")).data["codes"].spec
-    PartitionSpec(None, 'model')
+    >>> tuple(packed_sharding(w, mesh, P(None, "model")).data["codes"].spec)
+    (None, 'model')
     """
     leading, rows, columns = _parts(w, spec)
     splits = _splits(w, mesh, rows, columns)
@@ -50,7 +50,7 @@ def packed_sharding(w: QTensor, mesh: Mesh, spec: P) -> QTensor:
             first, last = splits[name]
             parts[0] = first
             parts[-1] = parts[-1] or last
-        return NamedSharding(mesh, P(*(part or None for part in (*leading, *parts))))
+        return NamedSharding(mesh, spec_of((*leading, *parts)))
 
     return w.with_named({name: one(name, a) for name, a in w.named.items()})
 
@@ -83,7 +83,9 @@ def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | 
         tokens = [name for name in names if name not in used] if data_axes is None else data_axes
         if unknown := [name for name in tokens if name not in names]:
             raise ValueError(f"data_axes: the mesh has no axes {unknown}; it has {list(names)}")
-        return dataclasses.replace(w, placement=dataclasses.replace(placement, tokens=tuple(tokens)))
+        return dataclasses.replace(
+            w, placement=dataclasses.replace(placement, tokens=tuple(tokens))
+        )
 
     new = [w if p is None else one(w, p) for w, p in zip(leaves, found, strict=True)]
     return jax.tree.unflatten(structure, new)

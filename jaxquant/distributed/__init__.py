@@ -1,0 +1,5 @@
+"""Models over several devices and several hosts, on JAX's own distributed engine."""
+
+from jaxquant.distributed.shardings import sharding
+
+__all__ = ["sharding"]

@@ -1,0 +1,124 @@
+"""How the weights and the cache of a Llama are split over a mesh."""
+
+import math
+from collections.abc import Sequence
+
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.core.paths import matches
+from jaxquant.ptq.layer_stacks import is_apart
+from jaxquant_models.architectures.cache import Cache
+from jaxquant_models.architectures.config import LlamaConfig
+
+Rule = tuple[str, str | tuple[str, ...] | None]
+
+# Pattern of a path, without "layers/" and a layer's number -> the logical axes of its leaf.
+AXES = {
+    "embed/embedding": ("vocab", "embed"),
+    "head/kernel": ("embed", "vocab"),
+    "attn/q/kernel": ("embed", "heads"),
+    "attn/[kv]/kernel": ("embed", "kv_heads"),
+    "attn/o/kernel": ("heads", "embed"),
+    "attn/q/bias": ("heads",),
+    "attn/[kv]/bias": ("kv_heads",),
+    "attn/sub_norm/scale": ("heads",),
+    "mlp/router/kernel": ("embed", None),
+    "mlp/experts/[gu]*/kernel": ("experts", "embed", "mlp"),
+    "mlp/experts/down/kernel": ("experts", "mlp", "embed"),
+    "mlp/[gu]*/kernel": ("embed", "mlp"),
+    "mlp/down/kernel": ("mlp", "embed"),
+    "mlp/[gu]*/bias": ("mlp",),
+    "mlp/sub_norm/scale": ("mlp",),
+}
+
+
+def rules_for(mesh: Mesh) -> tuple[Rule, ...]:
+    """Return the rules for a mesh whose axes are among "data", "model" and "expert".
+
+    The batch is split over "data", and so is each weight, which is gathered for its product (fully
+    sharded); heads, the hidden units of the MLP and the vocabulary are split over "model" (tensor
+    parallel), experts over "expert".
+
+    Args:
+      mesh: the mesh.
+    Raises:
+      ValueError: the mesh has other axes.
+    """
+    if unknown := set(mesh.axis_names) - {"data", "model", "expert"}:
+        raise ValueError(
+            f'mesh: its axes must be among "data", "model" and "expert", got {sorted(unknown)}; '
+            "pass rules of your own"
+        )
+    known: dict[str, tuple[str, ...]] = {
+        "data": ("batch", "embed"),
+        "model": ("heads", "kv_heads", "mlp", "vocab"),
+        "expert": ("experts",),
+    }
+    return tuple((name, axis) for axis in mesh.axis_names for name in known[axis])
+
+
+def logical_axes(params: PyTree) -> dict[str, tuple[str | None, ...] | None]:
+    """Return the logical axes of every leaf of a Llama by its path.
+
+    Args:
+      params: inner "params" tree, its layers stacked or unstacked.
+    """
+    stack = () if is_apart(params, "layers") else ("layers",)
+
+    def one(path: str) -> tuple[str | None, ...] | None:
+        own = path.removeprefix("layers/")
+        within = own.partition("/")[2] if path != own and not stack else own
+        names = next((of for pattern, of in AXES.items() if matches(pattern, within)), None)
+        return names if names is None or path == own else (*stack, *names)
+
+    return {path: one(path) for path, _ in jq.core.path_leaves(params)}
+
+
+def model_sharding(
+    params: PyTree, config: LlamaConfig, mesh: Mesh, rules: Sequence[Rule] | None = None
+) -> PyTree:
+    """Return how the arrays of a Llama are split over a mesh.
+
+    Args:
+      params: inner "params" tree; its arrays may be `jax.ShapeDtypeStruct`s.
+      config: the architecture.
+      mesh: the mesh.
+      rules: as in `jaxquant.distributed.sharding`. Default: those of `rules_for`.
+    Raises:
+      ValueError: the mesh splits a head, or a group, word or tile of codes.
+    """
+    rules = rules_for(mesh) if rules is None else tuple(rules)
+    _check_heads(config, mesh, rules)
+    return jq.distributed.sharding(params, mesh, rules, logical_axes(params))
+
+
+def cache_sharding(cache: Cache, mesh: Mesh, rules: Sequence[Rule] | None = None) -> Cache:
+    """Return how a cache is split: sequences as the batch is, heads as those of keys and values.
+
+    Args:
+      cache: an unquantized cache, or its shapes.
+      mesh, rules: as in `model_sharding`.
+    """
+    found = dict(reversed(rules_for(mesh) if rules is None else tuple(rules)))
+    spec = (found.get("batch"), found.get("kv_heads"))
+    one = lambda a: NamedSharding(mesh, P(*(None,) * (a.ndim - 4), *spec))
+    whole = NamedSharding(mesh, P())
+    of = lambda held: tuple(map(one, held)) if isinstance(held, tuple) else one(held)
+    end = None if cache.end is None else whole
+    return Cache(of(cache.k), of(cache.v), whole, end)
+
+
+def _check_heads(config: LlamaConfig, mesh: Mesh, rules: Sequence[Rule]) -> None:
+    found = dict(reversed(rules))
+    for name, heads in (("heads", config.n_heads), ("kv_heads", config.n_kv_heads)):
+        parts = found.get(name) or ()
+        axes = (parts,) if isinstance(parts, str) else parts
+        size = math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
+        if heads % size:
+            raise ValueError(
+                f"the {size} devices of {list(axes)} do not divide the {heads} {name}; use a "
+                f"smaller axis, or the rule ({name!r}, None), which keeps them whole"
+            )
