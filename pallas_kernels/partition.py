@@ -84,10 +84,10 @@ def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
     placement = said()
     if placement is None:
         return None
+    mesh = _in_context(placement.mesh)
     by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
     # A stack that is split has been split by `stack`.
     left = lambda axes: tuple(a for a in axes if a not in by_hand)
-    mesh = jax.sharding.get_abstract_mesh() if by_hand else placement.mesh
     rows, columns, tokens = map(left, (placement.rows, placement.columns, placement.tokens))
     while tokens and x.shape[0] % _size(mesh, tokens):
         tokens = tokens[:-1]
@@ -215,7 +215,13 @@ def _of_stack(
     if placement is None:
         return None, (), ()
     missing = leading - len(placement.stack)
-    return placement.mesh, ((),) * missing + placement.stack[-leading:], ()
+    return _in_context(placement.mesh), ((),) * missing + placement.stack[-leading:], ()
+
+
+def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """Return the mesh in force, whose axes may have other types, such as within `auto_axes`."""
+    context = jax.sharding.get_abstract_mesh()
+    return mesh if context.empty else context
 
 
 def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:

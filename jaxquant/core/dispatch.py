@@ -158,15 +158,22 @@ def explain(
     log = _Log([])
     options = getattr(fn, OPTIONS, {})
     fn = getattr(fn, "__wrapped__", fn) if options else fn
+    devices = devices_of(params, args, kwargs)
     if options.get("shardings") is not None:
         params = with_placements(params, options["shardings"], options["data_axes"])
+        params, args, kwargs = jax.tree.map(_untyped, (params, args, kwargs))
     run = dispatching(fn, lambda: table.using(options.get("kernels", "auto")))
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
     )
-    with table.describing(platform, devices_of(params, args, kwargs)):
+    with table.describing(platform, devices):
         eqx.filter_eval_shape(lambda p, a, k: run(p, *a, **k), spied, args, kwargs)
     return Explanation(tuple(dict.fromkeys(log.uses)))
+
+
+def _untyped(a: Any) -> Any:
+    """Return the shape of an array without its sharding, as a function over Auto axes has it."""
+    return jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, jax.Array) else a
 
 
 def _platform(name: str | None) -> str | None:

@@ -110,7 +110,7 @@ def _placement(w: Any, of: Any) -> Placement | None:
         return None
     found = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
     mesh = getattr(found, "mesh", None)
-    if not isinstance(mesh, Mesh) or mesh.size == 1 or is_explicit(mesh):
+    if not isinstance(mesh, Mesh) or mesh.size == 1 or (of is w and is_explicit(mesh)):
         return None
     ndim, leading = w.data["codes"].ndim, w.leading()
     parts = axes_of(found.spec, ndim)
