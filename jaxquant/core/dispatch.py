@@ -56,7 +56,10 @@ def quantized(
     `jq.quantized(nnx.tabulate)(model, x)`.
 
     Args:
-      fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX.
+      fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX. What `quantized`
+        returned is returned as it is, unless another option is given: so functions such as
+        `jaxquant.qat`, which apply `quantized` to their argument, also take
+        `quantized(fn, shardings=...)`.
       kernels: "auto" (default) uses the kernels of the platform the program is lowered for, where
         they support the matmul; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
         backend's kernels only, and a matmul that they do not support is a ValueError.
@@ -81,6 +84,8 @@ def quantized(
     (2, 4)
     """
     check_arguments(quantized, locals())
+    if hasattr(fn, OPTIONS) and (kernels, shardings, data_axes) == ("auto", None, None):
+        return fn
     run = dispatching(fn, lambda: table.using(kernels))
 
     @functools.wraps(fn)

@@ -181,17 +181,15 @@ def _splits(w: QTensor, mesh: Mesh, rows: Names, columns: Names) -> dict[str, tu
     """Return the mesh axes over which the first and the last axis of each array are split.
 
     Arrays of the kernel's op are split as `shard_specs` says. Others, such as those that a weight
-    in training has, are split along axes that are as long as the matrix or as a split array of the
-    op. Arrays of transforms and of activation formats are not split.
+    in training has, are split along axes that are as long as those of the matrix. Arrays of
+    transforms and of activation formats are not split.
     """
     known = _of_op(w, mesh, rows, columns)
     if known is None and not w.format.latent and (rows or columns):
         raise ValueError(f"weights of the format {w.format} cannot be split; split the stack")
     own = lambda a: a.shape[w.leading() :]
     found = dict(known or {})
-    firsts = {w.stored_rows: rows} | {
-        own(w.data[name])[0]: first for name, (first, _) in found.items() if first
-    }
+    firsts = {w.stored_rows: rows}
     lasts = {math.prod(w.outputs): columns}
     for name, a in w.data.items():
         if name in found or not own(a):

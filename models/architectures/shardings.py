@@ -16,7 +16,7 @@ from jaxquant_models.architectures.config import LlamaConfig
 Rule = tuple[str, str | tuple[str, ...] | None]
 
 # Pattern of a path, without "layers/" and a layer's number -> the logical axes of its leaf.
-AXES = {
+AXES: dict[str, tuple[str | None, ...] | None] = {
     "embed/embedding": ("vocab", "embed"),
     "head/kernel": ("embed", "vocab"),
     "attn/q/kernel": ("embed", "heads"),
@@ -32,6 +32,8 @@ AXES = {
     "mlp/down/kernel": ("mlp", "embed"),
     "mlp/[gu]*/bias": ("mlp",),
     "mlp/sub_norm/scale": ("mlp",),
+    "*norm/scale": None,
+    "*/bias": None,
 }
 
 
@@ -65,14 +67,18 @@ def logical_axes(params: PyTree) -> dict[str, tuple[str | None, ...] | None]:
 
     Args:
       params: inner "params" tree, its layers stacked or unstacked.
+    Raises:
+      ValueError: a leaf is not one of a Llama.
     """
     stack = () if is_apart(params, "layers") else ("layers",)
 
     def one(path: str) -> tuple[str | None, ...] | None:
         own = path.removeprefix("layers/")
         within = own.partition("/")[2] if path != own and not stack else own
-        names = next((of for pattern, of in AXES.items() if matches(pattern, within)), None)
-        return names if names is None or path == own else (*stack, *names)
+        found = [names for pattern, names in AXES.items() if matches(within, pattern)]
+        if not found:
+            raise ValueError(f"the axes of {path} are not known; is it the weight of a Llama?")
+        return found[0] if found[0] is None or path == own else (*stack, *found[0])
 
     return {path: one(path) for path, _ in jq.core.path_leaves(params)}
 
