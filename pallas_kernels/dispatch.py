@@ -104,9 +104,9 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
     if (placement := partition.of_product(op, *arrays)) is not None:
         return partition.product(product, op, placement, *arrays, **static)
     static_items = tuple(sorted(static.items()))
-    kernels, why = _asked()
-    _tell(lambda *of: describe(op, *of, arrays, static, kernels, why))
-    return _product(op, static_items, kernels, arrays)
+    kernels = _using.get()
+    _tell(lambda *of: describe(op, *of, arrays, static, kernels))
+    return _product(op, static_items, kernels, partition.varied(*arrays))
 
 
 def products(
@@ -124,7 +124,7 @@ def products(
     Raises:
       ValueError: an argument is not what the op requires; the message names it.
     """
-    kernels, why = _asked()
+    kernels = _using.get()
     split = any(partition.of_product(op, x, *matrix) is not None for matrix in matrices)
     one_call = len(matrices) > 1 and kernels in ("auto", "cpu") and not split
     if one_call:
@@ -136,11 +136,11 @@ def products(
         checks.product(op, (x, *matrix), static)
 
     def described(platform: str, devices: int) -> str:
-        said = describe(op, platform, devices, (x, *matrices[0]), static, kernels, why)
+        said = describe(op, platform, devices, (x, *matrices[0]), static, kernels)
         return f"{said}, one call for {len(matrices)}" if said == "cpu kernel" else said
 
     _tell(described)
-    return _together(op, tuple(sorted(static.items())), kernels, x, tuple(matrices))
+    return _together(op, tuple(sorted(static.items())), kernels, *partition.varied(x, tuple(matrices)))
 
 
 def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
@@ -154,7 +154,7 @@ def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:
       reference: the jnp function that defines the op.
       *arrays: its arguments.
     """
-    kernels, _ = _asked()
+    kernels = _using.get()
     if kernels == "reference":
         return reference(*arrays)
     found = {p: choose(op, p, arrays, {}, spare_small=False)[0] for p in BACKENDS}
@@ -180,19 +180,6 @@ def _tell(described: Callable[[str, int], str]) -> None:
         heard.append(described(*asked))
 
 
-def _asked() -> tuple[str, str]:
-    """Return what is to run the product being traced, one of `KERNELS`, and why.
-
-    With its replication check on, `shard_map` needs to know which mesh axes a result varies over,
-    and kernels do not declare that.
-    """
-    kernels = _using.get()
-    by_hand = jax.sharding.get_abstract_mesh().manual_axes
-    if kernels == "auto" and by_hand and jax.config.check_vma:
-        return "reference", "inside shard_map, kernels need check_vma=False"
-    return kernels, "requested"
-
-
 def describe(
     op: str,
     platform: str,
@@ -200,7 +187,6 @@ def describe(
     arrays: tuple,
     static: dict[str, Any],
     kernels: str,
-    why: str,
 ) -> str:
     """Return what runs a product in such a program: a kernel, or the reference and the reason.
 
@@ -211,10 +197,9 @@ def describe(
       arrays: the arguments of the op, arrays or their `jax.ShapeDtypeStruct`.
       static: the static arguments of the op.
       kernels: the selection in force, one of `KERNELS`.
-      why: the reason for that selection.
     """
     if kernels == "reference":
-        return f"reference (XLA): {why}"
+        return "reference (XLA): requested"
     if kernels == "auto" and devices > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
         return f"reference (XLA): only shard_map can split a kernel over {devices} devices"
     platform, small = (platform, True) if kernels == "auto" else (kernels, False)

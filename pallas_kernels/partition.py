@@ -204,6 +204,21 @@ def stack(
     return split(x, weights)
 
 
+def varied(*arrays: Any) -> tuple:
+    """Return arrays that all vary over the axes of a checked `shard_map` that any of them does.
+
+    The cotangent of each then has its type, which JAX requires of derivative rules, and is summed
+    over the axes that the array did not vary over.
+
+    Args:
+      *arrays: arrays, or trees of them.
+    """
+    over = lambda a: getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", frozenset())
+    every = frozenset().union(*map(over, jax.tree.leaves(arrays)))
+    one = lambda a: jax.lax.pcast(a, tuple(every - over(a)), to="varying") if every - over(a) else a
+    return jax.tree.map(one, arrays) if every else arrays
+
+
 def _of_stack(
     x: Array, arrays: list[Array], leading: int, paired: int
 ) -> tuple[Mesh | AbstractMesh | None, Sequence[Axes], Sequence[Axes]]:

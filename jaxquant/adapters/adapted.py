@@ -143,7 +143,8 @@ def frozen_product(
         return format.product(form, x, data, of_inputs)
     rounded = x if form is None else form.straight(x, of_inputs)
     how = _How(format, form, x.shape[-1], rounded.dtype.name)
-    return _frozen(how, rounded, *jax.lax.stop_gradient((x, data, of_inputs)))
+    fixed = jax.lax.stop_gradient((x, data, of_inputs))
+    return _frozen(how, *partition.varied(rounded, *fixed))
 
 
 def served_product(

@@ -40,7 +40,7 @@ class Requantized(Adapter):
     ) -> Float[Array, "m n"]:
         rounded = x if form is None else form.straight(x, of_inputs)
         how = _How(self, format, form)
-        return _product(how, rounded, jax.lax.stop_gradient(x), data, of_inputs)
+        return _product(how, *partition.varied(rounded, jax.lax.stop_gradient(x), data, of_inputs))
 
     def value(self, format: Any, data: Data, k: int) -> Float[Array, "k n"]:
         return _value(_How(self, format, None), data, k)

@@ -45,7 +45,7 @@ def quantized(
     hold several packed codes).
 
     Kernels are used in programs for a single device, however many the machine has, and inside
-    `shard_map(..., check_vma=False)`. The compiler cannot partition a kernel, so in a program for
+    `shard_map`. The compiler cannot partition a kernel, so in a program for
     several devices every product runs in a `shard_map` of its own. How its arrays are split is
     known where the axes of the mesh are Explicit (the default of `jax.make_mesh`). Where they are
     Auto, pass `shardings`; without them, or called outside of `jax.jit` on weights that lie on a

@@ -200,7 +200,8 @@ class Latent(Format):
         else:
             rounded = x.astype(jnp.float32) if form is None else form.straight(x, of_inputs)
         fixed = jax.lax.stop_gradient((x, self.packed(data), of_inputs))
-        return watched(_product((self.format, form), rounded, self.value(data), *fixed))
+        args = partition.varied(rounded, self.value(data), *fixed)
+        return watched(_product((self.format, form), *args))
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -214,7 +215,7 @@ class Latent(Format):
         """Return x @ w.T."""
         packed = jax.lax.stop_gradient(self.packed(data))
         x = x.astype(jnp.float32)
-        return _product_transposed(self.format, k, x, self.value(data), packed)
+        return _product_transposed(self.format, k, *partition.varied(x, self.value(data), packed))
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         return self.value(data)[:, ids]

@@ -58,6 +58,29 @@ y = jax.shard_map(
     jq.quantized(fn), mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P(None, "d")
 )(q, x)
 """,
+    "kernels inside a checked shard_map, and their derivatives": """
+w4 = jax.random.normal(jax.random.key(0), (256, 64))
+x4 = jax.random.normal(jax.random.key(1), (8, 256))
+q4 = {"w": jq.quantize_array(w4, jq.rtn(4, 16))}
+y, want = jq.quantized(fn)(q4, x4), jq.quantized(fn)(q4, x4)
+slope = jax.grad(lambda x: jnp.sum(jnp.sin(jq.quantized(fn)(q4, x))))(x4)
+adapted = jq.adapt(q4, jq.adapters.LoRA(4))
+latent = jq.latent({"w": w4}, jq.lsq(4, 16))
+parts = lambda p, x: jax.lax.psum(x @ p["w"], "d")
+for of, into, out in (
+    (fn, (P(None, "d"), P()), P(None, "d")), (parts, (P("d"), P(None, "d")), P()),
+    (fn, (P(), P("d")), P("d")),
+):
+    run = jax.jit(jax.shard_map(jq.quantized(of), mesh=mesh, in_specs=into, out_specs=out))
+    assert native.load() or "jaxquant_packed" in run.lower(q4, x4).compile().as_text()
+    np.testing.assert_allclose(run(q4, x4), want, rtol=1e-4, atol=1e-4)
+    got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(run(q4, x)))))(x4)
+    np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-4)
+for tree in (adapted, latent):
+    run = jax.jit(jax.shard_map(jq.quantized(fn), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d")))
+    loss = lambda run: jax.grad(lambda x: jnp.sum(jnp.sin(run(tree, x))))(x4)
+    np.testing.assert_allclose(loss(run), loss(jq.quantized(fn)), rtol=1e-4, atol=1e-4)
+""",
     "rows, shard_map": """
 w4 = jax.random.normal(jax.random.key(0), (256, 64))
 x4 = jax.random.normal(jax.random.key(1), (8, 256))
