@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxquant.core.hosts import on_host
 from jaxquant.core.random_keys import Draw
 from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.states import mark
@@ -182,7 +183,7 @@ class LeafJob:
         kept, made_of = {}, np.zeros(0, np.uint8)
         if finished is not None:  # an entry for another matrix, method or key is ignored
             kept = dict(finished.get(name, {}))
-            parts = jax.tree.map(lambda a: np.asarray(a)[i], (matrices, sums))
+            parts = jax.tree.map(lambda a: on_host(a[i]), (matrices, sums))
             made_of = mark(f"{method}{self.draw.name}", parts)
         if kept and np.array_equal(kept.pop(MARK, ()), made_of):
             stored = {key: jnp.asarray(a) for key, a in kept.items()}

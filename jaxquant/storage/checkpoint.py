@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding
 from jaxtyping import Array, PyTree
 
+from jaxquant.core import hosts
 from jaxquant.core.paths import path_leaves
 from jaxquant.durable.publish import aside, check_parent, publish, restore
 from jaxquant.recipes.recipe import Recipe
@@ -27,7 +29,7 @@ from jaxquant.storage.description import (
     read_description,
     write_description,
 )
-from jaxquant.storage.leaves import described, rebuilt, stored_name
+from jaxquant.storage.leaves import described, rebuilt, shardings_of, stored_name
 from jaxquant.storage.parts import PARTS, Parts, check_parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
@@ -83,6 +85,9 @@ def save(
     If the process is killed, the directory holds either what it held before or the new checkpoint;
     the next `save` to the same place removes leftover temporary files.
 
+    In a program of several processes (`jax.distributed`), all of them call `save` with the same
+    arguments; each writes its own shards, to a file system that they share.
+
     Args:
       directory: created if missing. It may exist only if it is empty or, with `overwrite`, if it is
         a checkpoint.
@@ -115,7 +120,7 @@ def save(
     >>> back["step"], type(back["params"]["w"]).__name__
     (100, 'QTensor')
     """
-    target = check_target(directory, overwrite)
+    target = Path(hosts.first(lambda: str(check_target(directory, overwrite))))
     outline, leaves, arrays = _flatten(tree)
     held = parts_of(tree, parts or {})
     description = {
@@ -126,18 +131,24 @@ def save(
         "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
         **held,
     }
+    hosts.agree(directory=str(target), tree=description)
     try:
-        with aside(target) as new:
+        with hosts.led(aside(target)) as new:
             _fill(new, description, arrays, parts or {})
-            if os.path.lexists(target):
-                check_target(target, overwrite)  # it may have changed meanwhile
-            publish(new, target, replace=overwrite)
+            hosts.first(lambda: _publish(new, target, overwrite))
+    except OSError as error:
+        raise OSError(f"could not write {target}: {first_line(error)}") from error
+
+
+def _publish(new: Path, target: Path, overwrite: bool) -> None:
+    try:
+        if os.path.lexists(target):
+            check_target(target, overwrite)  # it may have changed meanwhile
+        publish(new, target, replace=overwrite)
     except FileExistsError:
         raise ValueError(
             f"{target} was created by another process in the meantime; it was not overwritten"
         ) from None
-    except OSError as error:
-        raise OSError(f"could not write {target}: {first_line(error)}") from error
 
 
 def _flatten(tree: PyTree) -> tuple[Any, list[Json], dict[str, Array]]:
@@ -163,9 +174,12 @@ def _as_json(metadata: Json) -> PyTree:
 
 
 def _fill(folder: Path, description: Json, arrays: dict[str, Array], parts: Parts) -> None:
-    folder.mkdir()
-    linked(parts, folder)
-    _check_space(folder, sum(a.nbytes for a in arrays.values()))
+    def begin() -> None:
+        folder.mkdir()
+        linked(parts, folder)
+        _check_space(folder, sum(a.nbytes for a in arrays.values()))
+
+    hosts.first(begin)
     try:
         # In a thread that is always waited for: when Orbax is interrupted, its own threads keep
         # writing, and would recreate the folder after it is removed.
@@ -173,21 +187,26 @@ def _fill(folder: Path, description: Json, arrays: dict[str, Array], parts: Part
             waited.submit(_write, folder / ARRAYS, arrays).result()
     except Exception as error:
         raise OSError(first_line(error)) from error
-    write_description(folder, {**description, "files": _digests(folder / ARRAYS)})
+    hosts.wait("the arrays")
+    hosts.first(
+        lambda: write_description(folder, {**description, "files": _digests(folder / ARRAYS)})
+    )
 
 
 def _write(directory: Path, arrays: dict[str, Array]) -> None:
     """Write all arrays but the empty ones, which Orbax does not store."""
     kept = {name: _storable(a) for name, a in arrays.items() if a.size}
     if not kept:
-        directory.mkdir()
+        if hosts.is_first():
+            directory.mkdir()
         return
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
         writer.save(directory, args=ocp.args.StandardSave(kept))
 
 
 def _storable(a: Array) -> Array:
-    a = np.asarray(a) if isinstance(a, np.generic) else a
+    own = hosts.several() and isinstance(a, jax.Array) and a.is_fully_addressable
+    a = np.asarray(a) if own or isinstance(a, np.generic) else a  # the first process writes these
     return a.astype(STORED_AS[a.dtype.name]) if a.dtype.name in STORED_AS else a
 
 
@@ -233,9 +252,10 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     """
     path = Path(directory).absolute()
     # Checked before Orbax opens the files, because its errors are long and come from threads.
-    description = check_files(path, parts=False)  # parts are checked when they are loaded
+    hosts.first(lambda: check_files(path, parts=False) and None)  # parts: when they are loaded
+    description = read_description(path)
     try:
-        arrays = dict(_read(path / ARRAYS, description["arrays"]))
+        arrays = dict(_read(path / ARRAYS, description["arrays"], shardings_of(like)))
         paths = [said["path"] for said in description["leaves"]]
         leaves = [rebuilt(said, arrays) for said in description["leaves"]]
         tree = filled(_outline(description, paths), leaves)
@@ -328,11 +348,15 @@ def _outline(description: Json, paths: list[str]) -> Any:
     )
 
 
-def _read(directory: Path, said: Mapping[str, Json]) -> dict[str, Any]:
-    """Read all arrays; see `_write` and `_storable`."""
+def _read(
+    directory: Path, said: Mapping[str, Json], places: Mapping[tuple, Sharding]
+) -> dict[str, Any]:
+    """Read all arrays, of those in `places` only the shards of this process; see `_write`."""
     found: dict[str, Any] = {}
     wanted: dict[str, Any] = {}
     enabled = jnp.result_type(float) == np.float64  # jax_enable_x64
+    here = jnp.zeros(()).sharding  # for arrays whose devices are not in this process
+    own = here if hosts.several() else None
     for name, d in said.items():
         shape, dtype = tuple(d["shape"]), d["dtype"]
         as_numpy = dtype in WIDE and not enabled  # JAX would cut these to 32 bits
@@ -341,11 +365,11 @@ def _read(directory: Path, said: Mapping[str, Json]) -> dict[str, Any]:
         elif as_numpy:
             wanted[name] = np.empty(shape, dtype)
         else:
-            wanted[name] = jax.ShapeDtypeStruct(shape, STORED_AS.get(dtype, dtype))
+            place, stored = places.get((name, shape), own), STORED_AS.get(dtype, dtype)
+            wanted[name] = jax.ShapeDtypeStruct(shape, stored, sharding=place)
     if not wanted:
         return found
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        here = jnp.zeros(()).sharding  # for arrays whose devices are not in this process
         args = ocp.args.StandardRestore(wanted, fallback_sharding=here)
         arrays = reader.restore(directory, args=args)
     for name, a in arrays.items():

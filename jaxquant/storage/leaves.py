@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, PyTree
 
 from jaxquant.core.activations import Activations
+from jaxquant.core.paths import path_leaves
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from jaxquant.recipes.serialize import from_json, to_json
@@ -137,3 +139,23 @@ def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> Any:
         raise ValueError(f"two leaves of the tree use the stored array {name!r}")
     array, arrays[name] = arrays[name], None
     return array
+
+
+def shardings_of(like: PyTree) -> dict[tuple[str, tuple[int, ...]], Sharding]:
+    """Return the shardings of those arrays of a tree that lie on several devices.
+
+    Args:
+      like: tree of arrays or abstract values, and `QTensor`s of such.
+    Returns:
+      The shardings by name on disk and shape.
+    """
+    found = {}
+    for path, leaf in path_leaves(like):
+        parts = leaf.named if isinstance(leaf, QTensor) else {"": leaf}
+        for part, a in parts.items():
+            place = getattr(a, "sharding", None)
+            on_mesh = isinstance(getattr(place, "mesh", None), Mesh)
+            if on_mesh and len(place.device_set) > 1:
+                name = f"{stored_name(path)}:{part}" if part else stored_name(path)
+                found[name, tuple(a.shape)] = place
+    return found

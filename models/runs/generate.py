@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from jaxquant.core.hosts import on_host
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.ptq.layer_stacks import is_apart
 from jaxquant_models.architectures.cache import AnyCache, Cache, init_cache
@@ -146,7 +147,7 @@ class Session:
             token, self._cache, key = _prefill(
                 self.apply_cached, self.params, tokens, jnp.int32(len(new)), heat, key, cache=cache
             )
-            first = [int(token)]
+            first = [int(on_host(token))]
         self.prefill.tokens += len(new)
         self._held = prompt
         return first, key
@@ -160,7 +161,7 @@ class Session:
                 self.apply_cached, room, self.params, jnp.int32(last), jnp.int32(count), stops,
                 heat, key, cache=cache,
             )  # fmt: skip
-            new = tokens[: int(steps)].tolist()
+            new = on_host(tokens)[: int(on_host(steps))].tolist()
         self.decode.tokens += len(new)
         self._held = [*self._held, last, *new[:-1]]
         return new, key
