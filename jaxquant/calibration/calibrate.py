@@ -22,6 +22,7 @@ from jaxquant.calibration.observation import arrays_only, total
 from jaxquant.calibration.probing import Probing, check_globs
 from jaxquant.calibration.statistics import Probe, Stats, Weighting
 from jaxquant.core.arguments import check_arguments, described
+from jaxquant.core.hosts import on_host, whole
 from jaxquant.core.sites import Site, sites
 from jaxquant.core.standin import run
 from jaxquant.durable.states import as_arrays, as_tree, mark
@@ -160,7 +161,7 @@ def _doubts(
                 f"over {others} elsewhere; its statistics are those of the first way only"
             )
     for path, probe in sums.items():
-        unseen = np.asarray(jnp.sum(probe.magnitude, axis=-1) == 0)
+        unseen = on_host(jnp.sum(probe.magnitude, axis=-1) == 0)
         if not unseen.any():
             continue
         names = ", ".join(p for p, h in holder if h == path)
@@ -196,7 +197,7 @@ class _Kept:
         """Return the sums stored for this plan, parameters and first batch; otherwise zeros."""
         if self.finished is None:
             return plan.probes()
-        self.begun = mark(str(plan), (params, batch))
+        self.begun = mark(str(plan), whole((params, batch)))
         kept = self.finished.get(self.name, {})
         if not kept or not np.array_equal(kept.get("begun", ()), self.begun):
             return plan.probes()

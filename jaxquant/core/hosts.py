@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 T = TypeVar("T")
 
@@ -40,6 +41,17 @@ def on_host(a: Any) -> np.ndarray:
     if isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(a, tiled=True))
     return np.asarray(a)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Return a tree with whole arrays: as it is in a single process, else with those of `on_host`.
+
+    All processes must call it.
+
+    Args:
+      tree: tree of arrays.
+    """
+    return jax.tree.map(on_host, tree) if several() else tree
 
 
 def first(fn: Callable[[], T]) -> T:

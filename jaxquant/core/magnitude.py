@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxquant.core.hosts import on_host
+
 
 def exponent(
     x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None
@@ -79,7 +81,7 @@ def sizes(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> 
     >>> sizes(jnp.array([[1.0, -2.0], [0.0, 2.0**-140]]), 1) == [2, 2.0**-140]
     array([ True,  True])
     """
-    return np.asarray(largest_bits(x, axis)).view(np.float32).astype(np.float64)
+    return on_host(largest_bits(x, axis)).view(np.float32).astype(np.float64)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.core.hosts import on_host
 from jaxquant.core.magnitude import exponent, shifted
 from jaxquant.core.protocols import OpArguments
 from jaxquant.formats.codebook_format import CodebookFormat
@@ -85,8 +86,8 @@ class Additive(CodebookFormat, OpFormat):
           ValueError: the weights are outside the range of the scales.
         """
         e = exponent(w, 0)
-        rms = np.asarray(jnp.sqrt(jnp.mean(shifted(w, -e) ** 2, 0)), np.float64)
-        return check_scales(np.ldexp(rms, np.asarray(e[0])), 1.0, self.bits, "float16", RESCALE)
+        rms = on_host(jnp.sqrt(jnp.mean(shifted(w, -e) ** 2, 0))).astype(np.float64)
+        return check_scales(np.ldexp(rms, on_host(e[0])), 1.0, self.bits, "float16", RESCALE)
 
     # --- codes ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxquant.core.hosts import on_host
 from jaxquant.core.magnitude import largest_bits, shifted, sizes
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
@@ -216,7 +217,7 @@ def group_sizes(w: Float[Array, "k n"], rows: int, whole: bool = False) -> np.nd
     Args:
       w, rows, whole: as in `grouped`.
     """
-    return np.asarray(_in_groups(w, rows, whole)).view(np.float32).astype(np.float64)
+    return on_host(_in_groups(w, rows, whole)).view(np.float32).astype(np.float64)
 
 
 def rescaled(data: dict[str, Array], e: Array, *names: str) -> dict[str, Array]:

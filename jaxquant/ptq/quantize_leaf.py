@@ -162,7 +162,7 @@ class LeafJob:
         for i in range(len(matrices)):
             keys, known = self._keys(i), self._known(i).input or None
             one, e = importance_at(matrices, sums, i, keys, method, block, known)
-            found += np.ldexp(np.asarray(one, np.float64), int(e))
+            found += np.ldexp(on_host(one).astype(np.float64), int(e))
         return found
 
     def _planned(self, matrices: Array, sums: Sums, abstract: bool) -> Method:

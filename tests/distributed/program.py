@@ -72,7 +72,7 @@ def quantize(mesh, folder, bits, dies):
     def rounded(done):
         if jax.process_index() == 0:
             print(done.path, file=sys.stderr, flush=True)
-        if dies and jax.process_index() == 1 and done.count == 5:
+        if dies and jax.process_index() == 1 and done.index == 5:
             os.kill(os.getpid(), 9)
 
     with jq.distributed.folder(folder / "work", {"bits": bits}) as finished:
