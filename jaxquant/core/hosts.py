@@ -110,7 +110,7 @@ def arrays(of: Callable[[], Mapping[str, Any] | None]) -> dict[str, np.ndarray] 
         given = of()
         if given is None:
             return None
-        found = {name: np.ascontiguousarray(a) for name, a in given.items()}
+        found = {name: np.asarray(a) for name, a in given.items()}
         return {name: [list(a.shape), a.dtype.name] for name, a in found.items()}
 
     said = first(outline)

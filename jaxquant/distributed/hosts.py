@@ -1,5 +1,6 @@
 """A program over several hosts, on `jax.distributed`."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -19,6 +20,7 @@ from jaxquant.durable.store import Folder
 
 LOST = 70  # exit status of a host that ends because another one did
 SIGABRT = 6
+LINGER = 2.0  # seconds
 # What messages of collectives have in common that failed because of another host.
 GONE = ("Gloo", "Connection closed", "Connection reset", "coordination service", "UNAVAILABLE")
 
@@ -35,8 +37,9 @@ def joined(
 
     The other processes run the same program with their own `index`. Inside the block,
     `jax.devices()` are those of all of them. If a host ends before the others have left the block,
-    they end too: with `HostLost` where they were computing together, and otherwise with exit
-    status 70 and the same message on stderr.
+    or leaves it with an error, they end too: with `HostLost` where they were computing together, and
+    otherwise with exit status 70 and the same message on stderr. After an error in the block a
+    process can do nothing more with JAX but end.
 
     Args:
       coordinator: "address:port" of host 0, which must be free there.
@@ -70,7 +73,9 @@ def joined(
         try:
             yield
         except Exception as error:
-            if any(sign in str(error) for sign in GONE):
+            gone = any(sign in str(error) for sign in GONE)
+            atexit.register(_leave, LOST if gone else 1, LINGER if index == 0 else 0.0)
+            if gone:
                 raise HostLost(f"{lost} ({str(error).splitlines()[0]})") from error
             raise
         hosts.wait("the end")
@@ -139,6 +144,20 @@ def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]
         hosts.agree(run=dict(run))
         hosts.first(start)
         yield Shared(opened[0] if opened else None)
+
+
+def _leave(status: int, linger: float) -> None:
+    """End this process without waiting for the others, as JAX would.
+
+    Args:
+      status: exit status.
+      linger: seconds in which the others can report an error of their own, which host 0 gives them:
+        they are aborted when it ends.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(linger)
+    os._exit(status)
 
 
 def _check(coordinator: str, count: int, index: int, wait: int, patience: int) -> None:
