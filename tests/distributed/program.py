@@ -2,13 +2,14 @@
 
     python -m tests.distributed.program PORT COUNT INDEX FOLDER COMMAND...
 
-A command is "quantize", "score", "die:NAME", which kills this process when it has rounded a weight,
-or "recipe:BITS".
+The commands: "quantize" or "quantize:BITS"; "die", at which host 1 is killed while it quantizes;
+"score"; "leave:HOST", which kills that host; and "wait".
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -55,6 +56,8 @@ def main(port, count, index, folder, commands):
                 found |= score(mesh, Path(folder))
             if name == "leave" and index == int(value):
                 os.kill(os.getpid(), 9)
+            if name == "wait":
+                time.sleep(60)
         if index == 0:
             print(json.dumps(found))
 
@@ -71,7 +74,7 @@ def quantize(mesh, folder, bits, dies):
 
     def rounded(done):
         if jax.process_index() == 0:
-            print(done.path, file=sys.stderr, flush=True)
+            print(done.path, "now" if done.seconds else "before", file=sys.stderr, flush=True)
         if dies and jax.process_index() == 1 and done.index == 5:
             os.kill(os.getpid(), 9)
 
@@ -94,7 +97,8 @@ def score(mesh, folder):
     step = jq.quantized(cached, shardings=at, data_axes=("data",))
     found = jq.evaluate(run, q, tokens())
     ids = generate(step, q, CONFIG, [1, 2, 3], max_tokens=8)
-    digest = {p: float(jnp.sum(jnp.abs(w.dequantize()))) for p, w in jq.core.path_leaves(q) if hasattr(w, "named")}
+    weights = [(p, w) for p, w in jq.core.path_leaves(q) if isinstance(w, jq.QTensor)]
+    digest = {p: float(jnp.sum(jnp.abs(w.dequantize()))) for p, w in weights}
     return {"perplexity": found.perplexity, "ids": ids, "weights": digest}
 
 

@@ -1,0 +1,122 @@
+"""Programs of two and four processes, on loopback, beside the same program in one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(count, folder, *commands, only=None, last=()):
+    """Start the hosts, or one of them; `last` are the commands of the last one, if they differ."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    of = lambda i: last if last and i == count - 1 else commands
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.program", port, str(count), str(i),
+             str(folder), *of(i)],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in (range(count) if only is None else [only])
+    ]  # fmt: skip
+
+
+def ended(hosts, seconds=300):
+    """Exit status, output and errors of each host."""
+    return [(h.returncode, out, err) for h in hosts for out, err in [h.communicate(timeout=seconds)]]
+
+
+def found(hosts):
+    """What host 0 found, where all hosts succeeded."""
+    results = ended(hosts)
+    assert [status for status, _, _ in results] == [0] * len(results), results[0][2][-2000:]
+    return json.loads(results[0][1].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return found(start(1, tmp_path_factory.mktemp("one"), "quantize", "score"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """Host 1 of 2 is killed when five weights are rounded."""
+    begun = time.monotonic()
+    results = ended(start(2, folder, "quantize", "die"))
+    return results, time.monotonic() - begun, sorted(os.listdir(folder))
+
+
+@pytest.fixture(scope="module")
+def two(folder, killed):
+    """The same command again."""
+    hosts = start(2, folder, "quantize", "score")
+    results = ended(hosts)
+    assert [status for status, _, _ in results] == [0, 0], results[0][2][-2000:]
+    return json.loads(results[0][1].splitlines()[-1]), results[0][2]
+
+
+def same(a, b):
+    assert a["ids"] == b["ids"]
+    assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-5)
+    assert a["weights"] == pytest.approx(b["weights"], rel=1e-5)
+
+
+def test_a_killed_host_ends_the_others_and_nothing_is_half_written(killed):
+    (first, second), seconds, left = killed
+    assert second[0] == -9 and first[0] == 70, first
+    assert "another host has ended or cannot be reached; run the same command again" in first[2]
+    assert left == ["work"]
+    assert seconds < 120  # a host that hangs would wait for minutes
+
+
+def test_the_same_command_goes_on_and_equals_one_process(two, one):
+    same(two[0], one)
+
+
+def test_what_was_rounded_before_is_not_rounded_again(two):
+    assert "layers/attn/k/kernel[0] before" in two[1]
+    assert "layers/mlp/up/kernel[1] now" in two[1]
+
+
+def test_four_hosts_restore_what_two_have_saved(folder, two, one):
+    same(found(start(4, folder, "score")), one)
+
+
+def test_a_host_that_waits_for_a_lost_one_says_so(folder, two):
+    waiting, lost = ended(start(2, folder, "leave:1", "wait"))
+    assert lost[0] == -9 and waiting[0] == 70, waiting
+    assert "another host has ended or cannot be reached" in waiting[2]
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (0, "host 0 of 2: not all hosts arrived at 127.0.0.1:"),
+        (1, "host 1 of 2: host 0 did not answer at 127.0.0.1:"),
+    ],
+)
+def test_a_host_that_never_arrives(folder, index, message):
+    ((status, _, errors),) = ended(start(2, folder, "score", only=index))
+    assert status in (1, 70) and message in errors, errors
+
+
+def test_hosts_with_different_recipes(tmp_path):
+    results = ended(start(2, tmp_path, "quantize:4", last=("quantize:3",)))
+    for status, _, errors in results:
+        assert status == 1
+        assert "run differs between hosts: that of host 1 is not that of host 0" in errors
+    assert os.listdir(tmp_path) == []
