@@ -140,7 +140,9 @@ def products(
         return f"{said}, one call for {len(matrices)}" if said == "cpu kernel" else said
 
     _tell(described)
-    return _together(op, tuple(sorted(static.items())), kernels, *partition.varied(x, tuple(matrices)))
+    return _together(
+        op, tuple(sorted(static.items())), kernels, *partition.varied(x, tuple(matrices))
+    )
 
 
 def function(op: str, reference: Callable[..., Array], *arrays: Array) -> Array:

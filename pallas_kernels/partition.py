@@ -213,7 +213,9 @@ def varied(*arrays: Any) -> tuple:
     Args:
       *arrays: arrays, or trees of them.
     """
-    over = lambda a: getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", frozenset())
+    over = lambda a: getattr(
+        getattr(jax.typeof(a), "manual_axis_type", None), "varying", frozenset()
+    )
     every = frozenset().union(*map(over, jax.tree.leaves(arrays)))
     one = lambda a: jax.lax.pcast(a, tuple(every - over(a)), to="varying") if every - over(a) else a
     return jax.tree.map(one, arrays) if every else arrays

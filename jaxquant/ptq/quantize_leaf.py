@@ -18,11 +18,15 @@ from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, finite
+from jaxquant.ptq.round_over_mesh import Split, interleaved, round_each, split_of, together
 from jaxquant.ptq.round_stacked import Sums, importance_at, planned, round_at
 from jaxquant.ptq.shared_transforms import Inputs, passed
 from jaxquant.recipes.recipe import WeightEntry
 
 MARK = "report.of"  # name of the digest in a stored entry
+# Indices of matrices that were rounded together, their arrays, and of each its name, its report and
+# whether it came from the store.
+Step = tuple[list[int], Arrays, list[tuple[str, Report, bool]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +108,35 @@ class LeafJob:
         if not abstract:
             self._check_range(matrices)
         method = self._planned(matrices, sums, abstract)
-        parts, reports = [], []
-        for i, name in enumerate(self._names()):
-            start = time.monotonic()
-            arrays, report, before = self._one(i, name, matrices, sums, method, abstract)
-            # If calibration saw no active channel, the loss is unknown.
-            report = report._replace(loss=jnp.where(report.dead == k, jnp.nan, report.loss))
+        split = None if abstract else split_of(w, entry)
+        steps = (
+            self._over_mesh(split, matrices, sums, method)
+            if split
+            else self._in_turn(matrices, sums, method, abstract)
+        )
+        parts, reports = [], {}
+        start = time.monotonic()
+        for indices, arrays, found in steps:
             parts.append(arrays)
-            reports.append(report)
-            if not abstract:
-                bits = 8 * sum(a.nbytes for a in jax.tree.leaves(arrays)) / (k * n)
-                seconds = 0.0 if before else time.monotonic() - start
-                progress.done(name, method.name, report, bits, seconds)
+            seconds = time.monotonic() - start
+            for i, (name, report, before) in zip(indices, found, strict=True):
+                # If calibration saw no active channel, the loss is unknown.
+                loss = jnp.where(report.dead == k, jnp.nan, report.loss)
+                reports[i] = report._replace(loss=loss)
+                if not abstract:
+                    size = sum(a.nbytes for a in jax.tree.leaves(arrays)) // len(indices)
+                    progress.done(
+                        name,
+                        method.name,
+                        reports[i],
+                        8 * size / (k * n),
+                        0.0 if before else seconds,
+                    )
+            start = time.monotonic()
+        reports = [reports[i] for i in sorted(reports)]
         if not abstract:
             self._warn(reports)
-        arrays = _stacked(tuple(batch), *parts)
+        arrays = interleaved(split, *parts) if split else _stacked(tuple(batch), *parts)
         return QTensor(
             data=arrays.data,
             format=method.format,
@@ -175,41 +193,92 @@ class LeafJob:
             return planned(method, np.ones(blocks))
         return planned(method, self._importance(matrices, sums))
 
-    def _one(
-        self, i: int, name: str, matrices: Array, sums: Sums, method: Method, abstract: bool
-    ) -> tuple[Arrays, Report, bool]:
-        """Return the arrays of matrix i, its report, and whether both came from the store."""
-        finished = None if abstract else self.finished
-        kept, made_of = {}, np.zeros(0, np.uint8)
-        if finished is not None:  # an entry for another matrix, method or key is ignored
-            kept = dict(finished.get(name, {}))
-            parts = jax.tree.map(lambda a: on_host(a[i]), (matrices, sums))
-            made_of = mark(f"{method}{self.draw.name}", parts)
-        if kept and np.array_equal(kept.pop(MARK, ()), made_of):
-            stored = {key: jnp.asarray(a) for key, a in kept.items()}
-            report = Report(*(stored.pop(f"report.{f}") for f in Report._fields))
-            return by_kind(stored), report, True
-        known = self._known(i)
-        keys = self._keys(i)
-        arrays, report, sound = round_at(matrices, sums, i, keys, method, known.input or None)
-        arrays = arrays._replace(activations=known.activations)
-        if abstract:
-            # Rates planned without values are not a result, and the weights were not checked.
-            rated = method is not self.entry.method
-            sound = jnp.logical_and(not rated, finite((matrices[i], sums.moments(i), known)))
-            return _nan_unless(sound, arrays), report, False
-        arrays, report, sound = jax.block_until_ready((arrays, report, sound))
-        self._check_result(name, arrays, bool(sound))
-        if finished is not None:
-            reports = {f"report.{field}": a for field, a in report._asdict().items()}
-            named = flat_names(arrays)
-            if taken := sorted(named.keys() & {*reports, MARK}):
-                raise ValueError(
-                    f"{name}: the format must not name an array {taken[0]!r}, which jaxquant "
-                    "reserves; rename it"
+    def _in_turn(
+        self, matrices: Array, sums: Sums, method: Method, abstract: bool
+    ) -> Iterator[Step]:
+        """Yield the index, the arrays and the report of each matrix."""
+        for i, name in enumerate(self._names()):
+            kept, made_of = ({}, None) if abstract else self._kept(i, name, matrices, sums, method)
+            if kept:
+                report = Report(*(kept.pop(f"report.{f}") for f in Report._fields))
+                yield [i], by_kind(kept), [(name, report, True)]
+                continue
+            known, keys = self._known(i), self._keys(i)
+            arrays, report, sound = round_at(matrices, sums, i, keys, method, known.input or None)
+            arrays = arrays._replace(activations=known.activations)
+            if abstract:
+                # Rates planned without values are not a result, and the weights were not checked.
+                rated = method is not self.entry.method
+                sound = jnp.logical_and(not rated, finite((matrices[i], sums.moments(i), known)))
+                yield [i], _nan_unless(sound, arrays), [(name, report, False)]
+                continue
+            arrays, report, sound = jax.block_until_ready((arrays, report, sound))
+            self._check_result(name, arrays, bool(sound))
+            self._keep(name, arrays, report, made_of)
+            yield [i], arrays, [(name, report, False)]
+
+    def _over_mesh(
+        self, split: Split, matrices: Array, sums: Sums, method: Method
+    ) -> Iterator[Step]:
+        """Yield what `_in_turn` does for one matrix of every part of the stack at a time."""
+        names = list(self._names())
+        for j in range(len(matrices) // split.parts):
+            indices = split.indices(j)
+            stored = [self._kept(i, names[i], matrices, sums, method) for i in indices]
+            if all(kept for kept, _ in stored):
+                found = [
+                    Report(*(kept.pop(f"report.{f}") for f in Report._fields)) for kept, _ in stored
+                ]
+                arrays = together([by_kind(kept) for kept, _ in stored], split)
+                yield (
+                    indices,
+                    arrays,
+                    [(names[i], r, True) for i, r in zip(indices, found, strict=True)],
                 )
-            finished[name] = {**named, **reports, MARK: made_of}
-        return arrays, report, False
+                continue
+            keys = together([self._keys(i) for i in indices], split)
+            known = together([self._known(i) for i in indices], split)
+            arrays, report, sound = jax.block_until_ready(
+                round_each(matrices, sums, j, keys, method, known.input or None, split)
+            )
+            arrays = arrays._replace(activations=known.activations)
+            report, sound = jax.tree.map(on_host, (report, sound))
+            found = [Report(*(a[d] for a in report)) for d in range(split.parts)]
+            for d, i in enumerate(indices):
+                one = jax.tree.map(lambda a, d=d: a[d], arrays)
+                self._check_result(names[i], one, bool(sound[d]))
+                self._keep(names[i], one, found[d], stored[d][1])
+            yield (
+                indices,
+                arrays,
+                [(names[i], r, False) for i, r in zip(indices, found, strict=True)],
+            )
+
+    def _kept(
+        self, i: int, name: str, matrices: Array, sums: Sums, method: Method
+    ) -> tuple[dict[str, Array], np.ndarray | None]:
+        """Return what the store holds of matrix i, and what it has to be made of; {} for nothing."""
+        if self.finished is None:
+            return {}, None
+        kept = dict(self.finished.get(name, {}))
+        parts = jax.tree.map(lambda a: on_host(a[i]), (matrices, sums))
+        made_of = mark(f"{method}{self.draw.name}", parts)
+        if not kept or not np.array_equal(kept.pop(MARK, ()), made_of):
+            return {}, made_of  # an entry for another matrix, method or key is ignored
+        return {key: jnp.asarray(a) for key, a in kept.items()}, made_of
+
+    def _keep(self, name: str, arrays: Arrays, report: Report, made_of: np.ndarray | None) -> None:
+        """Store a matrix; ValueError if its format uses a name that is taken."""
+        if self.finished is None:
+            return
+        reports = {f"report.{field}": a for field, a in report._asdict().items()}
+        named = flat_names(arrays)
+        if taken := sorted(named.keys() & {*reports, MARK}):
+            raise ValueError(
+                f"{name}: the format must not name an array {taken[0]!r}, which jaxquant "
+                "reserves; rename it"
+            )
+        self.finished[name] = {**named, **reports, MARK: made_of}
 
     def _check_result(self, name: str, arrays: Arrays, sound: bool) -> None:
         """Raise ValueError if the packed matrix is not finite.

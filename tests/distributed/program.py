@@ -87,7 +87,9 @@ def score(mesh, folder):
     """Restore to this mesh, each host its own shards, and use the model."""
     outline = jq.storage.outline(folder / "packed")["params"]
     at = model_sharding(outline, CONFIG, mesh)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), outline, at)
+    like = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), outline, at
+    )
     q = jq.load(folder / "packed", like={"params": like})["params"]
     codes = q["layers"]["mlp"]["up"]["kernel"].data["codes"]
     part = codes.addressable_shards[0].data.shape

@@ -32,7 +32,9 @@ def start(count, folder, *commands, only=None, last=()):
 
 def ended(hosts, seconds=300):
     """Exit status, output and errors of each host."""
-    return [(h.returncode, out, err) for h in hosts for out, err in [h.communicate(timeout=seconds)]]
+    return [
+        (h.returncode, out, err) for h in hosts for out, err in [h.communicate(timeout=seconds)]
+    ]
 
 
 def found(hosts):
