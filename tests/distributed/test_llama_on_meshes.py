@@ -121,6 +121,32 @@ for path in stats.sites:
     if path in stats.holder and "kernel" in path:
         np.testing.assert_allclose(found.gram(path), stats.gram(path), rtol=1e-4, atol=1e-5)
 """,
+    "healing": """
+q = jq.quantize(params, recipe(jq.rtn(2, 32)), sites)
+how = jq.tuning.Healing(steps=2, batch_size=8)
+want = jq.heal(fn, q, params, sequences, how)
+mesh = mesh_of("data")
+qs, at = placed(q, mesh)
+teacher, _ = placed(params, mesh)
+got = jq.heal(jq.quantized(fn, shardings=at, data_axes=("data",)), qs, teacher, sequences, how)
+for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+""",
+    "checkpoints": """
+import tempfile
+q = jq.quantize(params, recipe(jq.rtn(4, 32)), sites)
+qs, at = placed(q, mesh_of("tensor"))
+with tempfile.TemporaryDirectory() as folder:
+    jq.save(folder, {"params": qs})
+    other = model_sharding(jq.storage.outline(folder)["params"], config, mesh_of("both"))
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), q, other)
+    back = jq.load(folder, like={"params": like})["params"]
+    whole = jq.load(folder)["params"]
+for a, b, c, place in zip(*map(jax.tree.leaves, (back, whole, q, other)), strict=True):
+    np.testing.assert_array_equal(a, c)
+    np.testing.assert_array_equal(b, c)
+    assert a.sharding.is_equivalent_to(place, a.ndim), (a.sharding, place)
+""",
     "a mesh that does not divide the heads": """
 q = jq.quantize(params, recipe(jq.rtn(4, 32)), sites)
 mesh = jax.make_mesh((1, 8), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
