@@ -315,10 +315,10 @@ def product(op: str, arrays: tuple, static: dict[str, Any]) -> None:
 
 
 def single(op: str) -> None:
-    """Raise ValueError unless op is the name of a product with one matrix.
+    """Raise ValueError unless op is the name of a product with one matrix, or with its transpose.
 
     Args:
       op: the name.
     """
-    if op not in _PRODUCTS:
+    if op.removesuffix("_transposed") not in _PRODUCTS:
         raise ValueError(f"op must be one of {', '.join(_PRODUCTS)}, got {op!r}")

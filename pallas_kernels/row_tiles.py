@@ -22,12 +22,14 @@ class RowTiles(NamedTuple):
       experts: the expert of each tile [t]; tiles that have no rows carry that of the last one that
         has.
       rows: the row that stands at each place of a tile [t, r], or m where there is none.
-      places: the place t * r of each row [m], or t * r if the row belongs to no expert.
+      places: the place of each row among the t * r [m], or t * r if the row belongs to no expert.
+      used: the number of tiles that have rows [1]; the others are last.
     """
 
     experts: Int32[Array, "t"]
     rows: Int32[Array, "t r"]
     places: Int32[Array, " m"]
+    used: Int32[Array, "1"]
 
     def gathered(self, x: Float[Array, "m k"]) -> Float[Array, "t r k"]:
         """Return the rows of x tile by tile, with zeros where a tile has no row.
@@ -86,8 +88,8 @@ def cut(group_sizes: Int[Array, "e"], m: int, rows: int) -> RowTiles:
       rows: number of rows of a tile.
 
     >>> tiles = cut(jnp.array([1, 0, 3]), 5, 2)
-    >>> tiles.experts.tolist(), tiles.rows.tolist(), tiles.places.tolist()
-    ([0, 2, 2, 2], [[0, 5], [1, 2], [3, 5], [5, 5]], [0, 2, 3, 4, 8])
+    >>> tiles.experts.tolist(), tiles.rows.tolist(), tiles.places.tolist(), tiles.used.tolist()
+    ([0, 2, 2, 2], [[0, 5], [1, 2], [3, 5], [5, 5]], [0, 2, 3, 4, 8], [3])
     """
     experts = len(group_sizes)
     tiles = count(m, experts, rows)
@@ -106,6 +108,7 @@ def cut(group_sizes: Int[Array, "e"], m: int, rows: int) -> RowTiles:
         of_tile,
         jnp.where(held, place, m).astype(jnp.int32),
         jnp.where(row < ends[-1], places, tiles * rows).astype(jnp.int32),
+        last[-1:],
     )
 
 
