@@ -8,6 +8,7 @@ a single expert.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jaxquant.core.standin import is_standin, note
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
 from pallas_kernels import row_tiles
-from pallas_kernels.grouped import grouped_matmul
+from pallas_kernels.grouped import by_experts, grouped_matmul
 
 Rows = Float[Array, "m k"]
 Sizes = Int32[Array, "e"]
@@ -38,19 +39,20 @@ def _(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
         x = x.materialise()
     dimensions = params["ragged_dot_dimension_numbers"]
     c = Contraction.of(dimensions.dot_dimension_numbers, x.ndim, w.ndim, weight_left=False)
-    partial = params.get("group_offset") is not None or group_sizes.ndim != 1
-    layout = None if partial else _layout(w, c, dimensions)
+    odd = params.get("group_offset") is not None or group_sizes.ndim != 1
+    layout = None if odd else _layout(w, c, dimensions)
     if layout is None:
         return ragged_dot_general_p.bind(x, w.materialise(), group_sizes, **params)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     x_of = {w.axes()[b]: a for a, b in c.contract}
     rows = jnp.transpose(x, (*c.x_free(), *(x_of[a] for a in sorted(layout.contracted))))
-    rows = rows.reshape(len(rows), -1).astype(_dtype_of_rows(dtype))
+    rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
+    product, how = _of_group(w, form, layout.forward)
     with kernels.listening() as heard:
-        y = _product(w, rows, group_sizes.astype(jnp.int32), form, layout.forward)
+        y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays)
     rounds = [] if form is None else [form.describe()]
-    told = dict.fromkeys([w.format.kernel(), *rounds, *heard])
+    told = dict.fromkeys(filter(None, [w.format.kernel(), how, *rounds, *heard]))
     note(layout.rule.replace("matmul", "grouped matmul"), "; ".join(told))
     y = y.reshape(len(rows), *(w.outputs if layout.forward else w.view.k))
     kept = [a for a in w.axes() if a != 0 and a not in layout.contracted]
@@ -72,31 +74,40 @@ def _layout(w: QTensor, c: Contraction, dimensions: Any) -> _Layout | None:
     return _Layout.of(w, c) if w.axes()[experts[0]] == 0 else None
 
 
-def _product(
-    w: QTensor, rows: Rows, sizes: Sizes, form: Activations | None, forward: bool
-) -> Float[Array, "m n"]:
-    """Return the product of every row with the matrix of its expert, or with its transpose."""
-    direct = w.format.storage and not w.format.latent
+def _of_group(
+    w: QTensor, form: Activations | None, forward: bool
+) -> tuple[Callable[[Rows, Sizes, Arrays], Array], str]:
+    """Return the product of rows with the matrices of their experts, and how it is computed.
+
+    With `forward` False it is the product with the transposed matrices.
+    """
+    one_by_one = "one tile of rows after the other"
+    direct = bool(w.format.storage) and not w.format.latent
     if not forward:
-        if not direct or w.input is not None or w.output is not None:
-            return _by_tile(w.matmul_transposed, rows, w.arrays, sizes)
-        return _grouped(w, "_transposed", rows, sizes, k=w.rows_k)
+        if direct and w.input is None and w.output is None:
+            return partial(_grouped, w, "_transposed", k=w.rows_k), ""
+        return partial(_by_tile, w.matmul_transposed), one_by_one
     # Zero points and static scales of x belong to an expert, and so do the sums they need.
-    shared = form is None or not (form.static or (form.bits == 8 and not form.symmetric))
-    if not direct or not shared:
-        return _by_tile(lambda rows, arrays: _one(w, form, rows, arrays), rows, w.arrays, sizes)
+    if direct and (form is None or not (form.static or (form.bits == 8 and not form.symmetric))):
+        return partial(_whole, w, form), ""
+    return partial(_by_tile, partial(_one, w, form)), one_by_one
+
+
+def _whole(
+    w: QTensor, form: Activations | None, rows: Rows, sizes: Sizes, of: Arrays
+) -> Float[Array, "m n"]:
+    """Return the products of all rows, by one grouped product of the stored matrices."""
     if w.input is not None:
-        rows = _by_tile(w.input.apply, rows, w.input_data, sizes)
+        rows = _by_tile(w.input.apply, rows, sizes, of.input)
     rows, kernel_form, leave = activations.entered(form, rows, {})
-    y = leave(_grouped(w, "", rows, sizes, activations=kernel_form))
+    y = leave(_grouped(w, "", rows, sizes, of, activations=kernel_form))
     if w.output is not None:
-        n = math.prod(w.view.n)
-        y = _by_tile(lambda y, a: w.output.transposed(y, a, n), y, w.output_data, sizes)
+        y = _by_tile(partial(w.output.transposed, n=math.prod(w.view.n)), y, sizes, of.output)
     # A row of no expert may be anything, and so may its scale.
     return jnp.where(jnp.arange(len(y))[:, None] < jnp.sum(sizes), y, 0)
 
 
-def _grouped(w: QTensor, way: str, rows: Rows, sizes: Sizes, **static: Any) -> Array:
+def _grouped(w: QTensor, way: str, rows: Rows, sizes: Sizes, of: Arrays, **static: Any) -> Array:
     """Return the product by the grouped op of the format."""
     found: dict[str, Any] = {}
 
@@ -105,8 +116,10 @@ def _grouped(w: QTensor, way: str, rows: Rows, sizes: Sizes, **static: Any) -> A
         found.update(of_format)
         return arrays
 
-    stacks = jax.vmap(arrays)(w.data)
-    return grouped_matmul(f"{w.format.storage}_matmul{way}", rows, sizes, *stacks, **found, **static)
+    stacks = jax.vmap(arrays)(of.data)
+    return grouped_matmul(
+        f"{w.format.storage}_matmul{way}", rows, sizes, *stacks, **found, **static
+    )
 
 
 def _one(w: QTensor, form: Activations | None, rows: Rows, arrays: Arrays) -> Array:
@@ -121,7 +134,7 @@ def _one(w: QTensor, form: Activations | None, rows: Rows, arrays: Arrays) -> Ar
 
 
 def _by_tile(
-    fn: Callable[[Rows, Any], Array], rows: Rows, arrays: PyTree, sizes: Sizes
+    fn: Callable[[Rows, Any], Array], rows: Rows, sizes: Sizes, arrays: PyTree
 ) -> Float[Array, "m n"]:
     """Return fn(rows, arrays of an expert) for the rows of every expert."""
     leaves, tree = jax.tree.flatten(arrays)
