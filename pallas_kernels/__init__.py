@@ -1,5 +1,6 @@
 """Quantized kernels: functions of arrays and static values, independent of the rest of jaxquant."""
 
+from pallas_kernels.grouped import grouped_matmul
 from pallas_kernels.hadamard import transform as hadamard_transform
 from pallas_kernels.ops import (
     additive_matmul,
@@ -16,6 +17,7 @@ __all__ = [
     "codebook_matmul",
     "dual_scale_matmul",
     "e8p_matmul",
+    "grouped_matmul",
     "hadamard_transform",
     "packed_matmul",
     "ternary_matmul",

@@ -82,13 +82,14 @@ def quantize(
         x, factor = finite_rows(x)
         return jnp.clip(x, -127, 127).astype(jnp.int8), factor
     size = k if activations == "int8" else BLOCK
-    blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % size))).reshape(m, -1, size)
+    runs = -(-k // size)
+    blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % size))).reshape(m, runs, size)
     blocks, factor = finite_rows(blocks)
     # Reciprocals, as in the native kernels: XLA may or may not turn a division into one.
     s = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) * (1 / 127)
     s = jnp.where(s >= LEAST, s, 1.0)
     q = jnp.clip(jnp.round(blocks * (1 / s)), -127, 127).astype(jnp.int8)
-    return q.reshape(m, -1)[:, :k], (s * factor)[..., 0]
+    return q.reshape(m, runs * size)[:, :k], (s * factor)[..., 0]
 
 
 @partial(compiled, static_argnums=1)

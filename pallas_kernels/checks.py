@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
+from pallas_kernels import row_tiles
 from pallas_kernels.codecs import layout, lookup, trellis
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -130,6 +131,30 @@ def lookup_words(groups: int, m: int, width: int) -> int:
     """Return the number of words per column for `groups` groups of m codes of `width` bits."""
     digit = lookup.digit(width)
     return layout.words(groups * m * width // digit, digit)
+
+
+def experts(stacks: Sequence[Array | None], group_sizes: Int32[Array, "e"]) -> None:
+    """Raise ValueError unless the arrays of a grouped product have an axis of experts.
+
+    Args:
+      stacks: the arrays of the op after x, each with a leading axis of experts.
+      group_sizes: number of rows of each expert.
+    """
+    if group_sizes is None or group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
+        raise ValueError(
+            f"group_sizes must be int32 [experts], got {_brief(group_sizes)}; give the number of "
+            "rows of each expert"
+        )
+    for i, a in enumerate(stacks):
+        if a is not None and (a.ndim < 2 or len(a) != len(group_sizes)):
+            raise ValueError(
+                f"array {i + 1} after group_sizes must have a leading axis of {len(group_sizes)} "
+                f"experts, as group_sizes has, got {_brief(a)}; stack the arrays of the experts"
+            )
+
+
+def _brief(a: Array | None) -> str:
+    return "None" if a is None else f"{a.dtype} {list(a.shape)}"
 
 
 # --- checks of single ops: their arguments are those of the op ------------------------------------
@@ -278,8 +303,22 @@ def product(op: str, arrays: tuple, static: dict[str, Any]) -> None:
       static: the static arguments of the op.
     """
     x, *matrix = arrays
+    if op.startswith("grouped_"):
+        *stacks, group_sizes = matrix
+        experts(stacks, group_sizes)
+        op, matrix = op.removeprefix("grouped_"), row_tiles.one(stacks)
     known = {"activations": "float", **static}
     if op not in _PRODUCTS:
         rows(x, "float")
         op, x = op.removesuffix("_transposed"), jax.ShapeDtypeStruct((1, known.pop("k")), "float32")
     _PRODUCTS[op](x, *matrix, **known)
+
+
+def single(op: str) -> None:
+    """Raise ValueError unless op is the name of a product with one matrix, or with its transpose.
+
+    Args:
+      op: the name.
+    """
+    if op.removesuffix("_transposed") not in _PRODUCTS:
+        raise ValueError(f"op must be one of {', '.join(_PRODUCTS)}, got {op!r}")

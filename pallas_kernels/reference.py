@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import activations as forms
-from pallas_kernels import dual_scale, tiled_product
+from pallas_kernels import dual_scale, row_tiles, tiled_product
 from pallas_kernels.codecs import e8p, layout, lookup, tables, trellis
 
 # --- decoding of packed arrays --------------------------------------------------------------
@@ -177,6 +177,8 @@ OPS = {
     for name, parts in STORAGES.items()
     for way, f in (("", _matmul), ("_transposed", _transposed))
 }
+# Op grouped_packed_matmul multiplies rows by the matrices of their experts (`row_tiles.over`).
+OPS |= {f"grouped_{name}": partial(row_tiles.over, op) for name, op in OPS.items()}
 packed_matmul, ternary_matmul = OPS["packed_matmul"], OPS["ternary_matmul"]
 codebook_matmul, e8p_matmul = OPS["codebook_matmul"], OPS["e8p_matmul"]
 trellis_matmul, additive_matmul = OPS["trellis_matmul"], OPS["additive_matmul"]

@@ -10,7 +10,7 @@ import jax
 import quax
 from jaxtyping import Array, PyTree
 
-from jaxquant.core import products  # noqa: F401  its rules are registered by the import
+from jaxquant.core import grouped, products  # noqa: F401  the import registers their rules
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.shardings import with_placements, without_placements

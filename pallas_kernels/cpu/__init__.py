@@ -1,8 +1,9 @@
 """CPU kernels in C++, called through `jax.ffi` on the stored words (see `native`).
 
 Every op also accepts several matrices that share x (`shared`): x is prepared once, and one call
-distributes the columns of all matrices over the threads. The instruction set is selected at run
-time.
+distributes the columns of all matrices over the threads. In its grouped form, an op reads the words
+of those experts that have rows from the stack, in place; experts with equally many rows share the
+work as the matrices of `shared` do. The instruction set is selected at run time.
 """
 
 import functools
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import activations as forms
+from pallas_kernels import row_tiles
 from pallas_kernels.codecs import e8p, trellis
 from pallas_kernels.cpu import native
 from pallas_kernels.kernel import Kernel
@@ -61,15 +63,20 @@ def shared(
 
 
 def _call(
-    target: str, x: Array, first: tuple, rest: Sequence[Array], widths: Sequence[int], **static: Any
-) -> tuple[Array, ...]:
-    """Make one foreign call with a result [m, n] for every n of `widths`."""
+    target: str, x: Array, first: tuple, rest: Sequence[Array], widths: Sequence[int],
+    groups: Array | None = None, **static: Any,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Make one foreign call with a result [m, n] for every n of `widths`.
+
+    With `groups`, the number of rows of each expert, every array of `rest` is a stack.
+    """
     if reason := native.load():
         raise RuntimeError(f"no native kernels: {reason}")
     form = forms.FORMS.index(static.pop("activations"))
     shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32) for n in widths)
     call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential")
-    return tuple(call(x.astype(jnp.float32), *first, *rest, activations=np.int32(form), **static))
+    x, groups = x.astype(jnp.float32), _none() if groups is None else groups
+    return tuple(call(x, groups, *first, *rest, activations=np.int32(form), **static))
 
 
 def _none() -> Array:
@@ -86,12 +93,13 @@ def _packed(
     activations: str = "float",
     table: tuple[float, ...] = (),
     most: int = _BEST,
+    groups: Array | None = None,
 ) -> tuple[Array, ...]:
     arrays = [_none() if a is None else a for matrix in matrices for a in matrix]
     return _call(
         "jaxquant_packed", x, (), arrays, [codes.shape[-1] for codes, *_ in matrices],
         bits=np.int32(bits), group_size=np.int32(group_size), activations=activations,
-        table=np.asarray(table, np.float32), most=np.int32(most),
+        table=np.asarray(table, np.float32), most=np.int32(most), groups=groups,
     )  # fmt: skip
 
 
@@ -106,13 +114,14 @@ def _e8p(
     bits: int,
     activations: str = "float",
     most: int = _BEST,
+    groups: Array | None = None,
 ) -> tuple[Array, ...]:
     arrays = [_none() if a is None else a for matrix in matrices for a in matrix]
     fine = np.float32(0 if bits == 2 else e8p.FINE[bits])
     return _call(
         "jaxquant_e8p", x, (jnp.asarray(_nibbles()),), arrays,
         [codes.shape[-1] for codes, *_ in matrices],
-        bits=np.int32(bits), fine=fine, activations=activations, most=np.int32(most),
+        bits=np.int32(bits), fine=fine, activations=activations, most=np.int32(most), groups=groups,
     )  # fmt: skip
 
 
@@ -148,6 +157,7 @@ def _trellis(
     code: str,
     activations: str = "float",
     most: int = _BEST,
+    groups: Array | None = None,
 ) -> tuple[Array, ...]:
     weights = trellis.CODES[code]
     if weights == 4:
@@ -161,7 +171,7 @@ def _trellis(
         [codes.shape[-1] * trellis.SIDE for codes, *_ in matrices],
         rates=np.asarray(rates, np.int32), L=np.int32(L), weights=np.int32(weights),
         factor=np.uint32(factor).astype(np.int32), term=np.uint32(term).astype(np.int32),
-        unit=unit, activations=activations, most=np.int32(most),
+        unit=unit, activations=activations, most=np.int32(most), groups=groups,
     )  # fmt: skip
 
 
@@ -173,11 +183,13 @@ def _additive(
     group: int,
     activations: str = "float",
     most: int = _BEST,
+    groups: Array | None = None,
 ) -> tuple[Array, ...]:
     return _call(
         "jaxquant_additive", x, (), [a for matrix in matrices for a in matrix],
         [codes.shape[-1] for codes, *_ in matrices],
         bits=np.int32(bits), group=np.int32(group), activations=activations, most=np.int32(most),
+        groups=groups,
     )  # fmt: skip
 
 
@@ -188,11 +200,12 @@ def _dual_scale(
     bits: int,
     activations: str = "float",
     most: int = _BEST,
+    groups: Array | None = None,
 ) -> tuple[Array, ...]:
     return _call(
         "jaxquant_dual_scale", x, (), [a for matrix in matrices for a in matrix],
         [codes.shape[-1] for codes, *_ in matrices],
-        bits=np.int32(bits), activations=activations, most=np.int32(most),
+        bits=np.int32(bits), activations=activations, most=np.int32(most), groups=groups,
     )  # fmt: skip
 
 
@@ -211,6 +224,11 @@ _CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {
 
 def _alone(op: str, x: Array, *matrix: Array | None, **static: Any) -> Float[Array, "m n"]:
     return shared(op, x, [matrix], **static)[0]
+
+
+def _grouped(op: str, x: Array, *arrays: Array | None, **static: Any) -> Float[Array, "m n"]:
+    *stacks, groups = arrays
+    return _CALLS[op](x, [tuple(stacks)], groups=groups, **static)[0]
 
 
 # --- what is served -------------------------------------------------------------------------
@@ -232,6 +250,10 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
     stored = [str(a.dtype) for a in matrix if a is not None and a.dtype != jnp.int32]
     odd = [dtype for dtype in stored if dtype not in _FLOATS]
     return f"scales of dtype {odd[0]} have no native kernel" if odd else ""
+
+
+def _serves_grouped(op: str, x: jax.ShapeDtypeStruct, *arrays: Any, **static: Any) -> str:
+    return _serves(op, x, *row_tiles.one(arrays[:-1]), **static)
 
 
 # --- attention ------------------------------------------------------------------------------
@@ -278,6 +300,9 @@ def _serves_kv_attention(q: Any, k: Any, v: Any, *arrays: Any) -> str:
 
 KERNELS = {
     op: Kernel(partial(_alone, op), partial(_serves, op), partial(shared, op)) for op in _CALLS
+}
+KERNELS |= {
+    f"grouped_{op}": Kernel(partial(_grouped, op), partial(_serves_grouped, op)) for op in _CALLS
 }
 KERNELS["attention"] = Kernel(_attention, _serves_attention)
 KERNELS["kv_attention"] = Kernel(_kv_attention, _serves_kv_attention)

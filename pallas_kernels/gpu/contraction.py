@@ -7,6 +7,8 @@ the number of processors). XLA adds the shares in a fixed order, so results are 
 
 Each step decodes a tile [columns, depth] of one group of rows. Codes have an offset (`lanes`), and
 zero points are an offset too; their contribution, the offset times a sum of x, is subtracted.
+
+A stack of matrices is one tall matrix, of which every block of rows meets the band of its expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +59,15 @@ def shape(x: Float[Array, "m k"], activations: str) -> Shape:
     >>> [shape(jnp.ones((m, 1), jnp.bfloat16), "float").rows for m in (1, 16, 33, 200)]
     [8, 16, 64, 64]
     """
-    count = len(x) * rows.parts(x.dtype, activations)
+    return of_rows(len(x) * rows.parts(x.dtype, activations))
+
+
+def of_rows(count: int) -> Shape:
+    """Return the block shape for a number of rows.
+
+    Args:
+      count: number of rows.
+    """
     return next((one for one in DECODE if count <= one.rows), PREFILL)
 
 
@@ -81,6 +91,9 @@ class Weights(NamedTuple):
         None.
       integer: whether numbers are int8; otherwise they are float16.
       columns: position of each column within a tile; None if they are in order.
+      experts: for a stack of matrices, the expert of each block of rows, -1 where there are no rows;
+        else None. `arrays` then hold the matrices one below the other, of whole steps each, and
+        `scale` and `zero` those of the blocks' experts.
     """
 
     n: int
@@ -98,6 +111,12 @@ class Weights(NamedTuple):
     zero: tuple[Callable, Array] | None = None
     integer: bool = False
     columns: np.ndarray | None = None
+    experts: Array | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of one matrix that have scales of their own."""
+        return len(self.scale) // (1 if self.experts is None else len(self.experts))
 
 
 def split(steps: int, programs: int) -> tuple[int, int]:
@@ -133,13 +152,16 @@ def product(x: Float[Array, "m k"], weights: Weights, activations: str, name: st
     placed = codes[:, :, weights.order]
     if weights.factor is not None:
         placed = placed * weights.factor.astype(placed.dtype)
-    one_scale = weights.scale.shape[0] == 1
+    one_scale = weights.scale.shape[0] == 1 and weights.experts is None
     stepwise = not one_scale or weights.zero is not None or made.scale is not None
     inputs = [placed.reshape(len(placed), -1)]
     blocks = [((block, steps * places), lambda i, j, r: (r, 0))]
     if stepwise:
         extra, where = _stepwise(weights, made, sums, pad[0][1], block, k)
         inputs, blocks = inputs + extra, blocks + where
+    if weights.experts is not None:
+        inputs.append(weights.experts)
+        blocks.append((weights.experts.shape, lambda i, j, r: (0,)))
     columns = weights.shape.columns
     tiles = -(-weights.n // columns)
     shares, share = split(steps, tiles * tall)
@@ -193,8 +215,8 @@ def _body(
 ) -> Callable:
     """Return the kernel.
 
-    Its arguments are references to x, the inputs of `_stepwise`, the weights' arrays, and the
-    output.
+    Its arguments are references to x, the inputs of `_stepwise`, the experts (for a stack), the
+    weights' arrays, and the output.
     """
     depth, places, columns = weights.depth, len(weights.order), weights.shape.columns
 
@@ -207,9 +229,16 @@ def _body(
         extra = 2 + (weights.zero is not None) + scaled_rows if stepwise else 0
         epilogue = refs[:extra]
         packed = refs[extra:]
+        above, band = 0, 0  # steps and groups of the matrices above this block's
+        if weights.experts is not None:
+            experts, *packed = packed
+            place = triton.program(2) % len(weights.experts)
+            expert = triton.load(experts.at[place])
+            above, band = expert * steps, place * weights.groups
+            last = jnp.where(expert < 0, first, last)
 
         def part(step: Array) -> Array:
-            w = weights.decode(packed, step, tile)
+            w = weights.decode(packed, above + step, tile)
             x = triton.load(x_ref.at[:, triton.span(step * places, places)])
             exact = jnp.int32 if weights.integer else jnp.float32
             return jax.lax.dot_general(
@@ -221,7 +250,7 @@ def _body(
 
         def read(step: Array) -> tuple[Array, ...]:
             """Return the inputs of a step's epilogue."""
-            group = step * depth // weights.group_size
+            group = band + step * depth // weights.group_size
             found = [
                 triton.load(epilogue[0].at[step, :]),
                 triton.load(epilogue[1].at[group, :]).astype(jnp.float32),

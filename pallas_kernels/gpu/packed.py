@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import row_tiles
 from pallas_kernels.codecs import layout
 from pallas_kernels.gpu import contraction, lanes, rows, tiles, triton
 from pallas_kernels.kernel import Kernel
@@ -90,6 +91,50 @@ def packed_matmul(x, codes, scale, zero, *, bits: int, group_size: int, activati
     return contraction.product(x, made, activations, f"packed_matmul_{bits}")
 
 
+def grouped_packed_matmul(
+    x, codes, scale, zero, group_sizes, *, bits: int, group_size: int, activations: str = "float"
+):
+    """Return the products of rows with the matrices of their experts.
+
+    Args:
+      x, bits, group_size, activations: as in `ops.packed_matmul`.
+      codes, scale, zero: as in `ops.packed_matmul`, each with a leading axis of experts.
+      group_sizes: number of rows of each expert.
+    """
+    (m, k), (experts, _, n) = x.shape, codes.shape
+    shape = _of_tiles(m, k, experts)
+    cut = row_tiles.cut(group_sizes, m, shape.rows)
+    band = lambda a: a[cut.experts].reshape(-1, a.shape[-1])
+    made = weights(
+        codes.reshape(-1, n), band(scale), None if zero is None else band(zero), bits=bits,
+        group_size=group_size, activations=activations, k=k, shape=shape,
+    )  # fmt: skip
+    held = jnp.arange(len(cut.experts)) < cut.used
+    made = made._replace(experts=jnp.where(held, cut.experts, -1))
+    rows = cut.gathered(x).reshape(-1, k)
+    y = contraction.product(rows, made, activations, f"grouped_packed_matmul_{bits}")
+    return cut.scattered(y.reshape(-1, shape.rows, n))
+
+
+def _of_tiles(m: int, k: int, experts: int) -> contraction.Shape:
+    """Return the block shape of tiles of rows; steps divide k, or bands would not be whole."""
+    shape = contraction.of_rows(row_tiles.size(m, experts))
+    return shape._replace(depth=min(shape.depth, k & -k))
+
+
+def serves_grouped(x, *arrays, bits: int, group_size: int, activations: str = "float") -> str:
+    """Return "" if the kernel supports the arguments of `grouped_packed_matmul`, or the reason."""
+    *stacks, group_sizes = arrays
+    m, k = x.shape
+    most = _of_tiles(m, k, len(group_sizes)).depth
+    depth = tiles.depth(layout.unit(bits)[0], group_size, k, activations, most)
+    if depth > most:
+        return f"on a GPU, experts of k = {k} rows must be multiples of {depth}"
+    return serves(
+        x, *row_tiles.one(stacks), bits=bits, group_size=group_size, activations=activations
+    )
+
+
 def serves(x, codes, scale, zero, *, bits: int, group_size: int, activations: str = "float") -> str:
     """Return "" if the kernel supports the arguments of `packed_matmul`, otherwise the reason."""
     unit = layout.unit(bits)[0]
@@ -112,5 +157,6 @@ def serves_ternary(x, codes, scale, *, group_size: int, activations: str = "floa
 
 KERNELS = {
     "packed_matmul": Kernel(packed_matmul, serves),
+    "grouped_packed_matmul": Kernel(grouped_packed_matmul, serves_grouped),
     "ternary_matmul": Kernel(ternary_matmul, serves_ternary),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dual_scale
+from pallas_kernels import dual_scale, row_tiles
 from pallas_kernels.cost import chips
 from pallas_kernels.kernel import Kernel
 
@@ -134,11 +134,16 @@ def _transposed(g: Aval, codes: Aval, scale: Aval, zero: Aval | None, **statics:
     return _packed(g, codes, scale, zero, **statics)
 
 
+def _grouped_packed(x: Aval, *arrays: Aval | None, **statics: Any) -> str:
+    return _packed(x, *row_tiles.one(arrays[:-1]), **statics)
+
+
 KERNELS = {
     "packed_matmul": Kernel(_call("packed", "packed_matmul"), _packed),
     "packed_matmul_transposed": Kernel(
         _call("transposed", "packed_matmul_transposed"), _transposed
     ),
+    "grouped_packed_matmul": Kernel(_call("packed", "grouped_packed_matmul"), _grouped_packed),
     "ternary_matmul": Kernel(_call("packed", "ternary_matmul", 2), _ternary),
     "codebook_matmul": Kernel(_call("table", "codebook_matmul", 8), _codebook),
     "codebook_matmul_transposed": Kernel(

@@ -1,13 +1,17 @@
 """Products with packed integer codes, including ternary ones, and zero points."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
+from pallas_kernels import row_tiles
 from pallas_kernels.codecs import layout
 from pallas_kernels.tpu import planes, unpack
 from pallas_kernels.tpu.blocks import Blocks
-from pallas_kernels.tpu.product import product
+from pallas_kernels.tpu.product import fitting, product, tile
 
 
 def packed_matmul(
@@ -56,6 +60,44 @@ def ternary_matmul(
       **options: activations, unit, blocks and interpret, as in `packed_matmul`.
     """
     return packed_matmul(x, codes, scale, None, bits=2, group_size=group_size, **options)
+
+
+def grouped_packed_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "e w n"],
+    scale: Float[Array, "e g n"],
+    zero: Int32[Array, "e g wn"] | None,
+    group_sizes: Int32[Array, "e"],
+    *,
+    bits: int,
+    group_size: int,
+    activations: str = "float",
+    unit: str = planes.INT8,
+    interpret: bool = False,
+) -> Float[Array, "m n"]:
+    """Return the products of rows sorted by expert with the matrices of their experts.
+
+    Args:
+      x: activations [m, k].
+      codes, scale, zero: as in `ops.packed_matmul`, each with a leading axis of experts.
+      group_sizes: number of rows of each expert.
+      bits, group_size, activations, unit, interpret: as in `packed_matmul`.
+    """
+    decoder = unpack.decoder(bits, unit, f"grouped_packed_matmul_{bits}")
+    (m, k), n, groups = x.shape, codes.shape[-1], scale.shape[1]
+    facts = {"groups": groups, "group": group_size, "activations": activations, "unit": unit}
+    rows = tile(m, len(codes), x.dtype, decoder, **facts)
+    tiles = row_tiles.cut(group_sizes, m, rows)
+    x, scale = tiles.gathered(x), scale[tiles.experts]
+    blocks = fitting(rows, k, n, x.dtype, decoder, **facts)._replace(m=rows)
+    y = product(
+        x.reshape(-1, k), (codes,), scale, decoder, group=group_size, activations=activations,
+        unit=unit, blocks=blocks, tiles=tiles, interpret=interpret,
+    ).reshape(*x.shape[:2], n)  # fmt: skip
+    if zero is not None:
+        of_tile = partial(_zeros, bits=bits, group_size=group_size, activations=activations)
+        y = y - jax.vmap(of_tile)(x, scale, zero[tiles.experts])
+    return tiles.scattered(y)
 
 
 def _zeros(

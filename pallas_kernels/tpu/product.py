@@ -15,9 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Num
 
+from pallas_kernels import row_tiles
 from pallas_kernels.activations import BLOCK
+from pallas_kernels.row_tiles import RowTiles
 from pallas_kernels.tpu import planes
-from pallas_kernels.tpu.blocks import Blocks, choose
+from pallas_kernels.tpu.blocks import STACKED, Blocks, choose, whole
 
 # Rows of sums, before and after planes are combined, kept in registers while later products run.
 REGISTERS = 120
@@ -79,31 +81,37 @@ def product(
     unit: str,
     tables: Sequence[Array] = (),
     blocks: Blocks | None = None,
+    tiles: RowTiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
     """Return x @ (scale * the weights of the words), float32 [m, n].
 
+    With `tiles`, every tile of rows of x meets the words of its expert, which the kernel takes from
+    the stack; tiles without rows are skipped, and their results are undefined.
+
     Args:
-      x: activations [m, k].
-      words: the arrays of words.
-      scale: [g, n], one row per group of rows of w, of which the last may be short; or [1, 1].
+      x: activations [m, k]; with `tiles`, the rows of all tiles.
+      words: the arrays of words, with `tiles` [e, w, n].
+      scale: [g, n], one row per group of rows of w, of which the last may be short; or [1, 1]. With
+        `tiles` [t, g, n], the scales of each tile's expert.
       decoder: how weights are decoded from words.
       group: number of rows that share scales, a multiple of 128 or a power of two; ignored if g =
         1.
       activations: how x is rounded.
       unit: dtype of the matrix unit's operands, one of `planes.UNITS`.
       tables: arrays that the decoder looks up, available whole in every step.
-      blocks: sizes of the blocks; None computes them.
+      blocks: sizes of the blocks; None computes them. With `tiles`, they have the rows of a tile.
+      tiles: the tiles of rows sorted by expert, for a stack of matrices.
       interpret: whether to run in interpret mode, on any device.
     """
-    (m, k), n = x.shape, words[0].shape[1]
-    groups, blocked = scale.shape[0], activations == "int8/256"
+    (m, k), n = x.shape, words[0].shape[-1]
+    groups, blocked = scale.shape[-2], activations == "int8/256"
     group = group if groups > 1 else 1 << 20
-    size, parts = sliced(math.gcd(group, BLOCK) if blocked and group > BLOCK else group, decoder)
+    size, parts = _sliced(group, activations, decoder)
     count = planes.count(x.dtype, activations, unit)
-    # Each scale takes a row of lanes of its own: 512 bytes for 256 channels.
-    bytes_ = count * parts * jnp.dtype(unit).itemsize + 2 * blocked
-    blocks = blocks or choose(m, k, n, stacked=count * parts, size=bytes_)
+    blocks = blocks or fitting(
+        m, k, n, x.dtype, decoder, groups=groups, group=group, activations=activations, unit=unit
+    )
     grid = blocks.steps(m, k, n)
     rows, row_scale = planes.split(x, activations, unit)
     rows = planes.stack(
@@ -117,36 +125,125 @@ def product(
         decoder, groups > 1, count, parts, planes.radix(activations, unit), size, grid[2], blocked
     )
     stacked = blocks.m * count * parts
-    scale = jnp.broadcast_to(scale.astype(jnp.float32), (groups, n))
+    scale = jnp.broadcast_to(scale.astype(jnp.float32), (*scale.shape[:-2], groups, n))
     scale, per = by_slice(scale, group, size, slices, grid[2])
+    of_weight = _Weight(groups > 1, grid, stack=tiles is not None)
     call = pl.pallas_call(
-        partial(_body, shape=shape),
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((stacked, blocks.k), lambda i, j, s: (i, s)),
-            pl.BlockSpec((runs, blocks.m, 1), lambda i, j, s: (s * blocked, i, 0)),
-            pl.BlockSpec((per, 1, blocks.n), lambda i, j, s: (s * (groups > 1), 0, j)),
-            *[
-                pl.BlockSpec((blocks.k * bits // 32, blocks.n), lambda i, j, s: (s, j))
-                for bits in decoder.bits
+        partial(_body if tiles is None else _tile, shape=shape),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0 if tiles is None else 2,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((stacked, blocks.k), lambda i, j, s, *_: (i, s)),
+                pl.BlockSpec((runs, blocks.m, 1), lambda i, j, s, *_: (s * blocked, i, 0)),
+                of_weight.scales(per, blocks.n),
+                *[of_weight.words(blocks.k * bits // 32, blocks.n) for bits in decoder.bits],
+                *[pl.BlockSpec(t.shape, lambda *_: (0, 0)) for t in tables],
             ],
-            *[pl.BlockSpec(t.shape, lambda i, j, s: (0, 0)) for t in tables],
-        ],
-        out_specs=pl.BlockSpec((blocks.m, blocks.n), lambda i, j, s: (i, j)),
+            out_specs=pl.BlockSpec((blocks.m, blocks.n), lambda i, j, s, *_: (i, j)),
+        ),
         out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * len(rows) * k * n,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (rows, scale, *words))
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (rows, scale))
+            + sum(4 * math.prod(w.shape[-2:]) for w in words) * (1 if tiles is None else grid[0])
             + 4 * m * n,
             transcendentals=0,
         ),
         name=decoder.name,
         interpret=interpret,
     )
-    return call(rows, row_scale, scale, *words, *tables)
+    prefetched = () if tiles is None else (tiles.experts, tiles.used)
+    return call(*prefetched, rows, row_scale, scale, *words, *tables)
+
+
+class _Weight(NamedTuple):
+    """Where the blocks of a weight are, or those of the weights of a stack that tiles meet.
+
+    A tile without rows names the block that the tile before it ended with, which is there already.
+
+    Attributes:
+      grouped: whether a column has a scale for every group of rows.
+      grid: the grid of the kernel.
+      stack: whether there are tiles, each with an expert.
+    """
+
+    grouped: bool
+    grid: tuple[int, int, int]
+    stack: bool
+
+    def words(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Return the specification of blocks of words."""
+        if not self.stack:
+            return pl.BlockSpec((rows, columns), lambda i, j, s: (s, j))
+
+        def place(i: Any, j: Any, s: Any, experts: Any, used: Any) -> tuple:
+            held = i < used[0]
+            last = (self.grid[2] - 1, self.grid[1] - 1)
+            return experts[i], jnp.where(held, s, last[0]), jnp.where(held, j, last[1])
+
+        return pl.BlockSpec((None, rows, columns), place)
+
+    def scales(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Return the specification of blocks of scales."""
+        if not self.stack:
+            return pl.BlockSpec((rows, 1, columns), lambda i, j, s: (s * self.grouped, 0, j))
+        place = lambda i, j, s, *_: (i, s * self.grouped, 0, j)
+        return pl.BlockSpec((None, rows, 1, columns), place)
+
+
+def fitting(
+    m: int, k: int, n: int, dtype: jnp.dtype, decoder: Decoder, *, groups: int, group: int,
+    activations: str, unit: str,
+) -> Blocks:  # fmt: skip
+    """Return the sizes of the blocks of a product; arguments as in `product`.
+
+    Args:
+      m, k, n: shape of the product.
+      dtype: dtype of x.
+      decoder: how weights are decoded from words.
+      groups: number of groups.
+      group, activations, unit: as in `product`.
+    """
+    stacked, bytes_ = _stacked(dtype, decoder, groups, group, activations, unit)
+    return choose(m, k, n, stacked=stacked, size=bytes_)
+
+
+def tile(
+    m: int, experts: int, dtype: jnp.dtype, decoder: Decoder, *, groups: int, group: int,
+    activations: str, unit: str,
+) -> int:  # fmt: skip
+    """Return the number of rows of the tiles of a grouped product.
+
+    Args:
+      m: number of rows.
+      experts: number of experts.
+      dtype: dtype of x.
+      decoder: how weights are decoded from words.
+      groups: number of groups.
+      group, activations, unit: as in `product`.
+    """
+    stacked, _ = _stacked(dtype, decoder, groups, group, activations, unit)
+    return whole(min(STACKED // stacked, row_tiles.size(m, experts)), stacked)
+
+
+def _stacked(
+    dtype: jnp.dtype, decoder: Decoder, groups: int, group: int, activations: str, unit: str
+) -> tuple[int, int]:
+    """Return the rows in the matrix unit for each row of x, and the bytes per entry of x."""
+    _, parts = _sliced(group if groups > 1 else 1 << 20, activations, decoder)
+    stacked = planes.count(dtype, activations, unit) * parts
+    # Each scale takes a row of lanes of its own: 512 bytes for 256 channels.
+    return stacked, stacked * jnp.dtype(unit).itemsize + 2 * (activations == "int8/256")
+
+
+def _sliced(group: int, activations: str, decoder: Decoder) -> tuple[int, int]:
+    """Return `sliced` of groups that share scales of w and of x."""
+    blocked = activations == "int8/256" and group > BLOCK
+    return sliced(math.gcd(group, BLOCK) if blocked else group, decoder)
 
 
 def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
@@ -163,8 +260,8 @@ def sliced(group: int, decoder: Decoder) -> tuple[int, int]:
 
 
 def by_slice(
-    scale: Float[Array, "g n"], group: int, size: int, slices: int, steps: int
-) -> tuple[Float[Array, "s 1 n"], int]:
+    scale: Float[Array, "*t g n"], group: int, size: int, slices: int, steps: int
+) -> tuple[Float[Array, "*t s 1 n"], int]:
     """Return the scales of each step's slices of w, group by group, and their number per step.
 
     Each step then knows at compile time where each scale is; the compiler rejects dynamic indices
@@ -173,17 +270,26 @@ def by_slice(
     group of all rows is returned as it is, for all steps.
 
     Args:
-      scale: [g, n].
+      scale: [..., g, n].
       group: number of rows that share scales.
       size: number of rows of w in a product.
       slices: number of slices per step.
       steps: number of steps along k.
     """
-    if len(scale) == 1:
-        return scale[:, None], 1
-    rows = jnp.repeat(scale, max(1, group // size), axis=0)
+    if scale.shape[-2] == 1:
+        return scale[..., None, :], 1
+    rows = jnp.repeat(scale, max(1, group // size), axis=-2)
     per = slices * max(1, size // group)
-    return jnp.pad(rows, ((0, max(0, per * steps - len(rows))), (0, 0)))[: per * steps, None], per
+    more = [(0, 0)] * (scale.ndim - 2) + [(0, max(0, per * steps - rows.shape[-2])), (0, 0)]
+    return jnp.pad(rows, more)[..., : per * steps, None, :], per
+
+
+def _tile(experts, used, *refs, shape: _Shape):
+    """Run one step of a tile of rows, if it has any."""
+
+    @pl.when(pl.program_id(0) < used[0])
+    def _() -> None:
+        _body(*refs, shape=shape)
 
 
 def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):

@@ -101,6 +101,19 @@ def trellis_matmul(m, k, unit, **options):
     return f, [x, codes, jax.ShapeDtypeStruct((1, 1), jnp.float32)]
 
 
+def grouped_packed_matmul(m, k, n, experts, bits, group=128, zero=False, **options):
+    """Of a mixture of experts: m rows, each of which meets the matrix of its expert."""
+    groups, words = -(-k // group), layout.words(n, bits)
+    shapes = [
+        jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
+        jax.ShapeDtypeStruct((experts, layout.words(k, bits), n), jnp.int32),
+        jax.ShapeDtypeStruct((experts, groups, n), jnp.float16),
+        jax.ShapeDtypeStruct((experts, groups, words), jnp.int32) if zero else None,
+        jax.ShapeDtypeStruct((experts,), jnp.int32),
+    ]
+    return partial(packed.grouped_packed_matmul, bits=bits, group_size=group, **options), shapes
+
+
 def packed_matmul_transposed(m, k, bits, group=128):
     f = partial(transposed.packed_matmul_transposed, zero=None, bits=bits, group_size=group, k=k)
     _, codes, scale = _arrays(m, k, bits, group)

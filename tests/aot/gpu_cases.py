@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import row_tiles
 from pallas_kernels.codecs import layout
 from pallas_kernels.gpu import KERNELS, contraction, packed, tiles
 from tests.aot import real
@@ -64,6 +65,18 @@ def other(op, m, arrays, kernel, columns, depth, ceiling=8, **static):
     return Case(partial(KERNELS[op].call, **static), (x, *arrays), kernel, columns * depth, ceiling)
 
 
+def grouped(tokens, ceiling, *, k=2048, n=768, experts=128, bits=4, zero=False):
+    """A case of `grouped_packed_matmul`: tokens that have 8 experts each, of Qwen3-30B-A3B."""
+    m, groups, words = 8 * tokens, k // 128, layout.words(n, bits)
+    args = (
+        array(m, k, dtype=jnp.bfloat16), array(experts, layout.words(k, bits), n),
+        HALF(experts, groups, n), array(experts, groups, words) if zero else None, array(experts),
+    )  # fmt: skip
+    call = partial(KERNELS["grouped_packed_matmul"].call, bits=bits, group_size=128)
+    size = contraction.of_rows(row_tiles.size(m, experts)).columns * 128
+    return Case(call, args, f"grouped_packed_matmul_{bits}", size, ceiling)
+
+
 EIGHTS = tuple(i / 8 for i in range(-8, 8))
 CODEBOOK = partial(
     other, "codebook_matmul", arrays=(array(K // 8, N), HALF(K // 128, N)),
@@ -103,6 +116,9 @@ CASES = {
     "packed 4 bits, M 8": integer(8, 4, 4.4),
     "packed 4 bits, int8": integer(8, 4, 4.4, activations="int8"),
     "packed 8 bits, M 8": integer(8, 8, 8.8),
+    "grouped 4 bits, 1 token": grouped(1, 4.4),
+    "grouped 4 bits, zero points, 64 tokens": grouped(64, 4.4, zero=True),
+    "grouped 2 bits, 256 tokens": grouped(256, 2.6, bits=2),
     "codebook 4 bits, M 8": CODEBOOK(8),
     "codebook 4 bits, M 16": CODEBOOK(16),
     "codebook 4 bits, M 64": CODEBOOK(64, columns=64, ceiling=12),

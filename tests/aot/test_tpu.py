@@ -1,6 +1,8 @@
 """The TPU kernels through the real compiler: they compile, they pass nothing but packed bytes, they
 do not spill, and their schedules keep up with the memory."""
 
+import re
+
 import pytest
 
 from pallas_kernels.codecs import layout
@@ -79,6 +81,22 @@ def test_transposed_tables_of_real_models_compile(k, n):
     done = compiler.compiled(jobs)
     assert [d.error for d in done] == [""] * len(jobs)
     assert n < 1024 or [compiler.kernel(d).spills for d in done] == [0] * len(jobs)
+
+
+def test_experts_of_real_models_compile():
+    """Those of Qwen3-30B-A3B, where a token has 8 of 128, for one token and for 64; their words are
+    passed as they are stored, and nothing else has the size of the stack."""
+    up, down = {"k": 2048, "n": 768}, {"k": 768, "n": 2048, "zero": True}
+    asked = [(chip, {**up, "m": 8}) for chip in compiler.TOPOLOGIES]
+    asked.append(("v5e", {**down, "m": 8 * 64}))
+    build, rest = "tests.aot.cases:grouped_packed_matmul", {"experts": 128, "bits": 4}
+    jobs = [compiler.Job(build, c, {**of, **rest, "unit": chips.unit(c, 4)}) for c, of in asked]
+    done = compiler.compiled(jobs)
+    assert [d.error for d in done] == [""] * len(jobs)
+    for d in done:
+        assert "tpu_custom_call" in d.hlo
+        assert compiler.kernel(d).spills == 0
+        assert not re.search(r"(f32|bf16|s8)\[128,(2048|768|256|96),", d.hlo)
 
 
 def test_an_error_is_told():

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <new>
 
-#include "arguments.h"
+#include "calls.h"
 
 namespace jaxquant {
 namespace {
@@ -49,36 +49,37 @@ class Sums : public Operand {
 };
 
 // Of every matrix: codes, codebooks [books, 2^bits, group], scale [1, n].
-ffi::Error additive(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs args,
-                    ffi::RemainingRets results, int32_t bits, int32_t group, int32_t activations,
-                    int32_t most) try {
+ffi::Error additive(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> groups,
+                    ffi::RemainingArgs args, ffi::RemainingRets results, int32_t bits,
+                    int32_t group, int32_t activations, int32_t most) try {
   if (group > kMostGroup) return invalid("groups of more than 64 rows");
   const Kernels& kernels = choose(most);
-  std::vector<Sums> matrices(results.size());
-  std::vector<Task> tasks(results.size());
-  for (size_t i = 0; i < results.size(); ++i) {
-    auto codes = args.get<ffi::AnyBuffer>(3 * i), scale = args.get<ffi::AnyBuffer>(3 * i + 2);
-    auto books = args.get<ffi::AnyBuffer>(3 * i + 1);
-    auto y = results.get<ffi::AnyBuffer>(i);
-    if (!codes || !books || !scale || !y) return invalid("a matrix lacks an array");
-    auto found = scales(*scale), vectors = scales(*books);
-    if (!found || !vectors) return invalid("floats must be float16, bfloat16 or float32");
-    Sums& sums = matrices[i];
-    sums.form = kFloat32;
-    sums.scales = *found;
-    sums.codes = static_cast<const uint32_t*>(codes->untyped_data());
-    sums.n = codes->dimensions().back();
-    sums.books = books->dimensions()[0];
-    sums.bits = bits;
-    sums.group = group;
-    sums.vectors.resize(books->element_count());
-    kernels.widen(vectors->data, vectors->type, books->element_count(), sums.vectors.data());
-    tasks[i] = {{&sums}, static_cast<float*>((*y)->untyped_data()), sums.n};
+  const auto asked = calls(x, groups, args, results, 3);
+  if (!asked) return invalid("a matrix lacks an array");
+  for (const auto& [m, alike] : *asked) {
+    std::vector<Sums> matrices(alike.size());
+    std::vector<Task> tasks(alike.size());
+    for (size_t i = 0; i < alike.size(); ++i) {
+      const Call& call = alike[i];
+      const Array &codes = call.arrays[0], &books = call.arrays[1], &scale = call.arrays[2];
+      auto found = scales(scale), vectors = scales(books);
+      if (!found || !vectors) return invalid("floats must be float16, bfloat16 or float32");
+      Sums& sums = matrices[i];
+      sums.form = kFloat32;
+      sums.scales = *found;
+      sums.codes = codes.as<uint32_t>();
+      sums.n = call.n;
+      sums.books = books.dimensions[0];
+      sums.bits = bits;
+      sums.group = group;
+      sums.vectors.resize(books.count);
+      kernels.widen(vectors->data, vectors->type, books.count, sums.vectors.data());
+      tasks[i] = {{&sums}, call.y, call.n, 1, call.x};
+    }
+    const int64_t k = x.dimensions()[1], longest = std::max<int64_t>(1, 32 / group) * group;
+    multiply(pool.num_threads(), kernels,
+             {m, k, k, longest, 256, static_cast<Activations>(activations)}, tasks);
   }
-  const auto size = x.dimensions();
-  const int64_t longest = std::max<int64_t>(1, 32 / group) * group;
-  multiply(pool.num_threads(), kernels, x.typed_data(),
-           {size[0], size[1], size[1], longest, 256, static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a product of codebooks");
@@ -91,6 +92,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_additive, jaxquant::additive,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int32_t>("bits")

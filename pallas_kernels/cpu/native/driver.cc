@@ -270,8 +270,8 @@ void add_escapes(const Shape& shape, const Columns& block) {
 
 }  // namespace
 
-void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
-              const Shape& shape, const std::vector<Task>& tasks) {
+void multiply(int64_t most_threads, const Kernels& kernels, const Shape& shape,
+              const std::vector<Task>& tasks) {
   int64_t n = 0;
   for (const Task& task : tasks) n += task.n;
   if (shape.m == 0 || n == 0) return;
@@ -293,11 +293,9 @@ void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
                                shape.longest);
   const auto few = rows(shape.m, by_rows);
   std::map<const float*, Prepared> prepared;
-  for (const Task& task : tasks) {
-    const float* own = task.x ? task.x : x;
-    prepared.try_emplace(own, own, shape.m, shape.k, pieces, few, unit, shape.activations,
+  for (const Task& task : tasks)
+    prepared.try_emplace(task.x, task.x, shape.m, shape.k, pieces, few, unit, shape.activations,
                          integers, kernels, share);
-  }
   const auto blocks = cut(shape, tasks, kernels.lanes, threads);
   share(blocks.size(), [&](int64_t i) {
     thread_local std::vector<float> sums_room;
@@ -307,7 +305,7 @@ void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
     const int64_t columns = up(block.count, align);
     float* sums = scratch(sums_room, shape.m * columns);
     std::fill_n(sums, shape.m * columns, 0.0f);
-    const Prepared& own = prepared.at(task.x ? task.x : x);
+    const Prepared& own = prepared.at(task.x);
     const Job job{kernels, shape, pieces, few, own, integers, unpacked};
     add_products(job, block, columns, sums);
     copy(job, block, columns, sums);

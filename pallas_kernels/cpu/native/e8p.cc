@@ -12,7 +12,7 @@
 #include <cstring>
 #include <new>
 
-#include "arguments.h"
+#include "calls.h"
 
 namespace jaxquant {
 namespace {
@@ -56,41 +56,40 @@ class Points : public Operand {
 
 // tables: int32 [3, 256], nibbles of rows, of signs and of the bytes of a 3-bit code's residual.
 // Of every matrix: codes, residual (empty at 2 bits), scale. fine: the residual's factor.
-ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> tables,
-               ffi::RemainingArgs args, ffi::RemainingRets results, int32_t bits, float fine,
-               int32_t activations, int32_t most) try {
+ffi::Error e8p(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> groups,
+               ffi::Buffer<ffi::S32> tables, ffi::RemainingArgs args, ffi::RemainingRets results,
+               int32_t bits, float fine, int32_t activations, int32_t most) try {
   const Kernels& kernels = choose(most);
-  const auto size = x.dimensions();
-  std::vector<std::array<Points, 2>> matrices(results.size());
-  std::vector<Task> tasks(results.size());
   const auto* table = reinterpret_cast<const uint32_t*>(tables.typed_data());
-  for (size_t i = 0; i < results.size(); ++i) {
-    auto scale = args.get<ffi::AnyBuffer>(3 * i + 2);
-    auto y = results.get<ffi::AnyBuffer>(i);
-    if (!scale || !y) return invalid("a matrix lacks an array");
-    auto found = scales(*scale);
-    if (!found) return invalid("scales must be float16, bfloat16 or float32");
-    tasks[i] = {{}, static_cast<float*>((*y)->untyped_data()), (*y)->dimensions().back()};
-    for (int part = 0; part < (bits == 2 ? 1 : 2); ++part) {
-      auto codes = args.get<ffi::AnyBuffer>(3 * i + part);
-      if (!codes) return invalid("a matrix lacks its codes");
-      const bool bytes = part == 1 && bits == 3;
-      Points& points = matrices[i][part];
-      points.form = bits != 3 && size[0] == 1 ? kLattice : kInt4;
-      points.codes = static_cast<const uint32_t*>(codes->untyped_data());
-      points.rows = bytes ? table + 512 : table;
-      points.signs = bytes ? nullptr : table + 256;
-      points.n = tasks[i].n;
-      points.kernels = &kernels;
-      points.twice = bytes ? 0 : -1;
-      points.scales = *found;
-      points.scales.factor = part ? 0.5f * fine : 0.5f;
-      tasks[i].operands.push_back(&points);
+  const auto asked = calls(x, groups, args, results, 3);
+  if (!asked) return invalid("a matrix lacks an array");
+  for (const auto& [m, alike] : *asked) {
+    std::vector<std::array<Points, 2>> matrices(alike.size());
+    std::vector<Task> tasks(alike.size());
+    for (size_t i = 0; i < alike.size(); ++i) {
+      const Call& call = alike[i];
+      auto found = scales(call.arrays[2]);
+      if (!found) return invalid("scales must be float16, bfloat16 or float32");
+      tasks[i] = {{}, call.y, call.n, 1, call.x};
+      for (int part = 0; part < (bits == 2 ? 1 : 2); ++part) {
+        const bool bytes = part == 1 && bits == 3;
+        Points& points = matrices[i][part];
+        points.form = bits != 3 && m == 1 ? kLattice : kInt4;
+        points.codes = call.arrays[part].as<uint32_t>();
+        points.rows = bytes ? table + 512 : table;
+        points.signs = bytes ? nullptr : table + 256;
+        points.n = call.n;
+        points.kernels = &kernels;
+        points.twice = bytes ? 0 : -1;
+        points.scales = *found;
+        points.scales.factor = part ? 0.5f * fine : 0.5f;
+        tasks[i].operands.push_back(&points);
+      }
     }
+    const int64_t k = x.dimensions()[1];
+    multiply(pool.num_threads(), kernels,
+             {m, k, k, 8 * kOctet, 512, static_cast<Activations>(activations)}, tasks);
   }
-  multiply(pool.num_threads(), kernels, x.typed_data(),
-           {size[0], size[1], size[1], 8 * kOctet, 512, static_cast<Activations>(activations)},
-           tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for an E8P product");
@@ -103,6 +102,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_e8p, jaxquant::e8p,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets()

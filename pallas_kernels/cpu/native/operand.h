@@ -58,14 +58,14 @@ struct Escapes {
   const float* scale;  // [n]
 };
 
-// One product y = x @ (sum of operands), all with the segments of one x; or of an x of its own.
+// One product y = x @ (sum of operands). Tasks of one x share what is prepared of it.
 struct Task {
   std::vector<const Operand*> operands;
   float* y;  // [m, n]
   int64_t n;
   int64_t interleaved = 1;  // columns that a tile of the words has side by side
-  const float* x = nullptr;
-  const Escapes* escapes = nullptr;  // with an x of its own, in floats
+  const float* x = nullptr;  // [m, k]
+  const Escapes* escapes = nullptr;  // with an x in floats
 };
 
 // y of all tasks. group_size: rows that share scales; longest: rows of a segment at most;
@@ -78,7 +78,7 @@ struct Shape {
 // From so many rows of x on, floats are worth making in memory first.
 constexpr int64_t kManyRows = 12;
 
-void multiply(int64_t most_threads, const Kernels& kernels, const float* x,
-              const Shape& shape, const std::vector<Task>& tasks);
+void multiply(int64_t most_threads, const Kernels& kernels, const Shape& shape,
+              const std::vector<Task>& tasks);
 
 }  // namespace jaxquant

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-#include "arguments.h"
+#include "calls.h"
 
 namespace jaxquant {
 namespace {
@@ -73,45 +73,47 @@ class Tiles : public Operand {
 
 // table: float32 [states, weights], the code's; empty: a weight is `unit` times the sum of the
 // bytes of factor * state + term, less 510. Of every matrix: codes, scale.
-ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> table,
-                   ffi::RemainingArgs args, ffi::RemainingRets results,
-                   ffi::Span<const int32_t> rates, int32_t L, int32_t weights, int32_t factor,
-                   int32_t term, float unit, int32_t activations, int32_t most) try {
+ffi::Error trellis(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> groups,
+                   ffi::Buffer<ffi::F32> table, ffi::RemainingArgs args,
+                   ffi::RemainingRets results, ffi::Span<const int32_t> rates, int32_t L,
+                   int32_t weights, int32_t factor, int32_t term, float unit, int32_t activations,
+                   int32_t most) try {
   const Kernels& kernels = choose(most);
-  const auto size = x.dimensions();
-  const int64_t k = size[1], group = k / static_cast<int64_t>(rates.size());
+  const int64_t k = x.dimensions()[1], group = k / static_cast<int64_t>(rates.size());
   if (group % kSide) return invalid("blocks of rows must be multiples of 16");
   const float* values = table.element_count() ? table.typed_data() : nullptr;
-  const bool fused = !values && size[0] < kManyRows &&
-      *std::max_element(rates.begin(), rates.end()) <= kMostFused;
-  std::vector<Tiles> matrices(results.size());
-  std::vector<Task> tasks(results.size());
-  for (size_t i = 0; i < results.size(); ++i) {
-    auto codes = args.get<ffi::AnyBuffer>(2 * i), scale = args.get<ffi::AnyBuffer>(2 * i + 1);
-    auto y = results.get<ffi::AnyBuffer>(i);
-    if (!codes || !scale || !y) return invalid("a matrix lacks an array");
-    auto found = scales(*scale);
-    if (!found) return invalid("scales must be float16, bfloat16 or float32");
-    Tiles& tiles = matrices[i];
-    tiles.form = fused ? kByteSums : kFloat32;
-    tiles.scales = *found;
-    tiles.codes = static_cast<const uint32_t*>(codes->untyped_data());
-    tiles.tiles = codes->dimensions().back();
-    tiles.rows_per_group = group;
-    tiles.rates = rates;
-    for (int64_t start = 0, g = 0; g < static_cast<int64_t>(rates.size()); ++g) {
-      tiles.starts.push_back(start);
-      start += 8 * rates[g] * (group / kSide);
+  const bool narrow = *std::max_element(rates.begin(), rates.end()) <= kMostFused;
+  const auto asked = calls(x, groups, args, results, 2);
+  if (!asked) return invalid("a matrix lacks an array");
+  for (const auto& [m, alike] : *asked) {
+    const bool fused = !values && m < kManyRows && narrow;
+    std::vector<Tiles> matrices(alike.size());
+    std::vector<Task> tasks(alike.size());
+    for (size_t i = 0; i < alike.size(); ++i) {
+      const Call& call = alike[i];
+      auto found = scales(call.arrays[1]);
+      if (!found) return invalid("scales must be float16, bfloat16 or float32");
+      Tiles& tiles = matrices[i];
+      tiles.form = fused ? kByteSums : kFloat32;
+      tiles.scales = *found;
+      tiles.codes = call.arrays[0].as<uint32_t>();
+      tiles.tiles = call.n / kSide;
+      tiles.rows_per_group = group;
+      tiles.rates = rates;
+      for (int64_t start = 0, g = 0; g < static_cast<int64_t>(rates.size()); ++g) {
+        tiles.starts.push_back(start);
+        start += 8 * rates[g] * (group / kSide);
+      }
+      tiles.code = {L, weights, static_cast<uint32_t>(factor), static_cast<uint32_t>(term), values};
+      tiles.trellis = &tiles.code;
+      if (!values) tiles.scales.factor = unit;
+      tiles.kernels = &kernels;
+      tasks[i] = {{&tiles}, call.y, call.n, kSide, call.x};
     }
-    tiles.code = {L, weights, static_cast<uint32_t>(factor), static_cast<uint32_t>(term), values};
-    tiles.trellis = &tiles.code;
-    if (!values) tiles.scales.factor = unit;
-    tiles.kernels = &kernels;
-    tasks[i] = {{&tiles}, static_cast<float*>((*y)->untyped_data()), tiles.tiles * kSide, kSide};
+    multiply(pool.num_threads(), kernels,
+             {m, k, group, (fused ? 4 : 2) * kSide, fused ? 2048 : 256,
+              static_cast<Activations>(activations)}, tasks);
   }
-  multiply(pool.num_threads(), kernels, x.typed_data(),
-           {size[0], k, group, (fused ? 4 : 2) * kSide, fused ? 2048 : 256,
-            static_cast<Activations>(activations)}, tasks);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a trellis product");
@@ -124,6 +126,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_trellis, jaxquant::trellis,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .RemainingArgs()
                                   .RemainingRets()
