@@ -4,8 +4,8 @@ They serve mixtures of experts. The op "packed_matmul" has the grouped form "gro
 and so has every op; its arrays are those of the op with a leading axis of experts, followed by the
 number of rows of each expert. Kernels read only the words of experts that have rows.
 
-Where the experts are split over a mesh with Explicit axes, every device multiplies the rows of its
-own experts, and the results are added.
+Where the experts are split over a mesh, every device multiplies the rows of its own experts, and
+the results are added.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, PyTree
 
-from pallas_kernels import checks, explicit
+from pallas_kernels import checks, partition
 from pallas_kernels.dispatch import product
 
 
@@ -65,8 +65,9 @@ def by_experts(
 ) -> Float[Array, "m n"]:
     """Return of_group(x, group_sizes, stacks), each device taking the experts that it holds.
 
-    On a mesh with Explicit axes all rows go to every device, and stacks that are split along other
-    axes are gathered. Elsewhere the function is called as it is.
+    Rows that the mesh splits stay split. Stacks that are split along other axes than that of experts
+    are gathered, in packed form. Where no array is split, or it is not known how, the function is
+    called as it is.
 
     Args:
       of_group: a grouped product; rows past the sum of the sizes give zeros.
@@ -74,23 +75,34 @@ def by_experts(
       group_sizes: number of rows of each expert [e].
       stacks: tree of arrays with a leading axis of experts.
     """
-    leaves = jax.tree.leaves(stacks)
-    mesh = explicit.mesh_of(x, group_sizes, *leaves)
-    if mesh is None:
+    placement = partition.of_experts(x, group_sizes, *jax.tree.leaves(stacks))
+    if placement is None:
         return of_group(x, group_sizes, stacks)
-    split = (*jax.typeof(leaves[0]).sharding.spec, None)[0]
+    (experts,), tokens = placement.stack, placement.tokens
 
     def local(x: Array, sizes: Array, stacks: Any) -> Array:
-        if split is None:
+        if tokens:
+            sizes = _within(sizes, jax.lax.axis_index(tokens) * len(x), len(x))
+        if not experts:
             return of_group(x, sizes, stacks)
         held = len(jax.tree.leaves(stacks)[0])
-        first = jax.lax.axis_index(split) * held
+        first = jax.lax.axis_index(experts) * held
         start = jnp.sum(jnp.where(jnp.arange(len(sizes)) < first, sizes, 0))
         mine = jax.lax.dynamic_slice_in_dim(sizes, first, held)
         y = of_group(jnp.roll(x, -start, axis=0), mine, stacks)
-        return jax.lax.psum(jnp.roll(y, start, axis=0), split)
+        return jax.lax.psum(jnp.roll(y, start, axis=0), experts)
 
-    specs = (P(), P(), P(split))
-    put = lambda a, spec: jax.sharding.reshard(a, jax.sharding.NamedSharding(mesh, spec))
-    given = put(x, P()), put(group_sizes, P()), jax.tree.map(lambda a: put(a, P(split)), stacks)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*given)
+    rows, stack = partition.spec_of([tokens]), partition.spec_of([experts])
+    mapped = jax.shard_map(
+        local, mesh=placement.mesh, in_specs=(rows, P(), stack), out_specs=rows, check_vma=False
+    )
+    on = lambda a, spec: partition.resharded(a, placement.mesh, spec)
+    return mapped(
+        on(x, rows), on(group_sizes, P()), jax.tree.map(lambda a: on(a, stack), stacks)
+    )
+
+
+def _within(sizes: Int32[Array, "e"], start: Array, count: int) -> Int32[Array, "e"]:
+    """Return how many of the rows start, ..., start + count - 1 belong to each expert."""
+    end = jnp.clip(jnp.cumsum(sizes) - start, 0, count)
+    return jnp.diff(end, prepend=0).astype(sizes.dtype)

@@ -89,9 +89,30 @@ def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
     # A stack that is split has been split by `stack`.
     left = lambda axes: tuple(a for a in axes if a not in by_hand)
     rows, columns, tokens = map(left, (placement.rows, placement.columns, placement.tokens))
-    while tokens and x.shape[0] % _size(mesh, tokens):
-        tokens = tokens[:-1]
-    return Placement(mesh, rows, columns, tokens)
+    return Placement(mesh, rows, columns, _dividing(mesh, tokens, len(x)))
+
+
+def of_experts(x: Array, group_sizes: Array, *stacks: Array) -> Placement | None:
+    """Return how rows sorted by expert and stacks of experts are split; None if not known, or not.
+
+    Args:
+      x: the rows [m, k].
+      group_sizes: the number of rows of each expert.
+      *stacks: arrays with a leading axis of experts.
+    Returns:
+      The mesh, the axes that split the rows, evenly, and in `stack` those that split the experts.
+    """
+    mesh = explicit_mesh(x, group_sizes, *stacks)
+    placement = said() if mesh is None else None
+    if mesh is not None:
+        experts, tokens = _axes(stacks[0])[0], _axes(x)[0]
+    elif placement is not None:
+        mesh = _in_context(placement.mesh)
+        experts, tokens = (placement.stack or ((),))[-1], placement.tokens
+    else:
+        return None
+    tokens = _dividing(mesh, tuple(a for a in tokens if a not in experts), len(x))
+    return Placement(mesh, tokens=tokens, stack=(experts,))
 
 
 def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:
@@ -171,7 +192,7 @@ def product(
     into = (spec_of((tokens, left)), *specs)
     out = spec_of((tokens, kept))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)
-    return mapped(*(_split(a, mesh, spec) for a, spec in zip((x, *weight), into, strict=True)))
+    return mapped(*(resharded(a, mesh, spec) for a, spec in zip((x, *weight), into, strict=True)))
 
 
 def stack(
@@ -196,7 +217,7 @@ def stack(
     spec = lambda kept: spec_of([by_stack[a] for a in kept])
     names = {name for part in by_stack for name in part}
     rest = [tuple(name for name in part if name not in names) for part in rest]
-    x = _split(x, mesh, P(*spec(paired), *spec_of(rest)))
+    x = resharded(x, mesh, P(*spec(paired), *spec_of(rest)))
     split = jax.shard_map(
         mapped, mesh=mesh, in_specs=(spec(paired), spec(range(leading))),
         out_specs=spec(range(leading)), axis_names=names, check_vma=False,
@@ -312,11 +333,24 @@ def spec_of(parts: Sequence[Axes]) -> P:
     return P(*((part if len(part) > 1 else part[0]) if part else None for part in parts))
 
 
-def _split(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:
-    """Return an array split so; on Auto axes `shard_map` itself sees to it."""
+def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:
+    """Return an array split as specified; on Auto axes `shard_map` itself sees to it.
+
+    Args:
+      a: the array, or None.
+      mesh: the mesh.
+      spec: how it is to be split.
+    """
     if a is None or AxisType.Explicit not in mesh.axis_types:
         return a
     return jax.sharding.reshard(a, NamedSharding(mesh, spec))
+
+
+def _dividing(mesh: Mesh | AbstractMesh, axes: Axes, length: int) -> Axes:
+    """Return the first of these mesh axes that together divide a length."""
+    while axes and length % _size(mesh, axes):
+        axes = axes[:-1]
+    return axes
 
 
 def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:

@@ -25,7 +25,7 @@ from jaxquant.core.products import PRODUCT, _dtype_of_rows, _Layout
 from jaxquant.core.standin import is_standin, note
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
-from pallas_kernels import row_tiles
+from pallas_kernels import partition, row_tiles
 from pallas_kernels.grouped import by_experts, grouped_matmul
 
 Rows = Float[Array, "m k"]
@@ -49,7 +49,7 @@ def _(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
     product, how = _of_group(w, form, layout.forward)
-    with kernels.listening() as heard:
+    with kernels.listening() as heard, partition.placed(w.placement):
         y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays)
     rounds = [] if form is None else [form.describe()]
     told = dict.fromkeys(filter(None, [w.format.kernel(), how, *rounds, *heard]))

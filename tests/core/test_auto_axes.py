@@ -81,6 +81,23 @@ q = jq.quantize({"w": stack}, jq.rtn(4, 32), jq.sites(fn, {"w": stack}, x))
 want = jq.quantized(fn)(q, x)
 y = served(fn, q, put(x, "model"), "model", gathers="none" if jax.__version_info__ >= (0, 11) else "")
 """,
+    "experts of ragged_dot": """
+stack = jax.random.normal(jax.random.key(0), (8, 64, 32)) / 8
+x, sizes = jax.random.normal(jax.random.key(1), (48, 64)), jnp.array([5, 0, 7, 9, 3, 0, 20, 2])
+dense = lambda p, x: jnp.einsum("emk,ekn->emn", x, p["w"])
+q = jq.quantize({"w": stack}, jq.rtn(4, 32), jq.sites(dense, {"w": stack}, jnp.ones((8, 4, 64))))
+fn = lambda p, x: jnp.tanh(jax.lax.ragged_dot(x, p["w"], sizes))
+want = fn(jq.dequantize(q), x)
+slope = jax.grad(lambda x: jnp.sum(fn(jq.dequantize(q), x) ** 2))(x)
+for spec, gathers in ((("model",), "none"), ((None,), "none"), (("model", "data"), "words")):
+    y = served(fn, q, put(x, "data"), *spec, gathers=gathers)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+    assert y.sharding.spec[0] == "data", y.sharding
+    at = {"w": jq.core.packed_sharding(q["w"], mesh, P(*spec))}
+    run = jq.quantized(fn, shardings=at, data_axes=("data",))
+    got = jax.jit(jax.grad(lambda x, q: jnp.sum(run(q, x) ** 2)))(put(x, "data"), jax.device_put(q, at))
+    np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-4)
+""",
     "gradients": """
 loss = lambda q, x: jnp.sum(fn(q, x) ** 2)
 want = jax.grad(jq.quantized(loss), 1)(q, x)
