@@ -11,6 +11,7 @@ from jaxquant.core.jax_private import ragged_dot_general_p
 from tests.support.arrays import draw
 
 E, K, N = 5, 16, 8
+LEAST = K // 2  # tokens that an expert needs for statistics of its own
 IDS = np.array([0] * 40 + [1] * 3 + [3] * 60 + [4] * 20)[np.random.default_rng(0).permutation(123)]
 COUNTS = [40, 3, 0, 60, 20]
 X = draw(123, K, seed=1) @ draw(K, K, seed=9) / 4  # channels that are correlated
@@ -159,7 +160,7 @@ def test_the_primitive_is_the_one_that_jax_binds():
 def completed_by_hand():
     own, rows = by_hand(X), np.array(COUNTS)[:, None, None]
     mean = own.sum(0) / sum(COUNTS)
-    missing = np.maximum(K - rows, 0)
+    missing = np.maximum(LEAST - rows, 0)
     return (own + missing * mean) / (rows + missing)
 
 
@@ -170,7 +171,7 @@ def test_moments_of_few_tokens_are_completed():
     got = np.stack([sums.moments(e).input for e in range(E)])
     np.testing.assert_allclose(got, completed_by_hand(), rtol=1e-4, atol=1e-4)
     own = by_hand(X) / np.maximum(np.array(COUNTS), 1)[:, None, None]
-    for e in (0, 3, 4):  # at least as many tokens as channels: their own
+    for e in (0, 3, 4):  # enough: their own
         np.testing.assert_allclose(got[e], own[e], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[2], X.T @ X / len(X), rtol=1e-4, atol=1e-4)  # none: all
     assert np.linalg.matrix_rank(own[1]) == 3 < np.linalg.matrix_rank(got[1]) == K
@@ -182,12 +183,12 @@ def test_all_statistics_are_completed():
     pools = Pools.from_sums(probe, stats.sites["up"])
     of = lambda e: pools.completed(jax.tree.map(lambda a: a[e], probe), e)
     none, many, some = of(2), of(0), of(1)
-    assert (float(none.rows), float(some.rows), float(many.rows)) == (K, K, 40)
+    assert (float(none.rows), float(some.rows), float(many.rows)) == (LEAST, LEAST, 40)
     np.testing.assert_allclose(none.high, np.max(X, axis=0), rtol=1e-6)
-    np.testing.assert_allclose(none.magnitude / K, np.abs(X).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(none.magnitude / LEAST, np.abs(X).mean(0), rtol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, many, jax.tree.map(lambda a: a[0], probe))
     own, all_of = np.asarray(probe.high[1]), np.max(X, axis=0)
-    np.testing.assert_allclose(some.high, 3 / K * own + (1 - 3 / K) * all_of, rtol=1e-5)
+    np.testing.assert_allclose(some.high, 3 / LEAST * own + (1 - 3 / LEAST) * all_of, rtol=1e-5)
     rows = np.asarray(some.extreme)
     np.testing.assert_array_equal(rows[:3], probe.extreme[1][:3])
     assert rows[3].any() and any(np.allclose(rows[3], row) for row in np.asarray(X))
@@ -211,7 +212,7 @@ def test_layers_are_not_pooled_with_each_other():
 @pytest.mark.filterwarnings("ignore:.*no input reached")
 def test_rounding_uses_the_completed_moments_and_says_so():
     stats = calibrated()
-    text = r"up\[2\] \(0\), up\[1\] \(3\): fewer than 16 tokens reached 2 of 5 experts"
+    text = r"up\[2\] \(0\), up\[1\] \(3\): fewer than 8 tokens reached 2 of 5 experts"
     with pytest.warns(UserWarning, match=text):
         packed = jq.quantize(PARAMS, jq.Recipe([("up", jq.gptq(3, 8)), ("*", jq.KEEP)]), stats)
     want = completed_by_hand().astype(np.float32)
