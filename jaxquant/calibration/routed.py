@@ -7,12 +7,12 @@ about as long as one of all rows.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import quax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.calibration.observed import Observed, Seen
 from jaxquant.core.contraction import group_axis
@@ -44,7 +44,9 @@ def _(x: Any, w: Observed, sizes: Any, **params: PyTree) -> Array:
         found = by_group(w.summary.of, rows, g.astype(jnp.float32), sizes)
         return jax.tree.map(lambda a, like: a.astype(like.dtype), found, probe)
 
-    return _observed_dot(dot, summary, x, w.materialise(), w.probe, sizes)
+    plain = (axis, over) == (0, 1)
+    form = _Form(dot, summary, k, params["preferred_element_type"] if plain else None, plain)
+    return _observed_dot(form, x, w.materialise(), w.probe, sizes)
 
 
 def by_group(
@@ -61,49 +63,133 @@ def by_group(
       g: the gradients at the outputs.
       sizes: number of rows of every group.
     """
-    windows = _windows(len(x))
-    ends = jnp.cumsum(sizes)
 
-    def cut(size: int, first: Array, end: Array) -> PyTree:
-        start = jnp.clip(first, 0, len(x) - size)
-        place = start + jnp.arange(size)
-        mine = ((place >= first) & (place < end)).astype(jnp.float32)
-        rows, out = (jax.lax.dynamic_slice_in_dim(a, start, size) * mine[:, None] for a in (x, g))
+    def of_group(window: _Window) -> PyTree:
+        rows, out = (window.cut(a) for a in (x, g))
+        mine = window.mine.astype(jnp.float32)
         return of(Seen(rows, jnp.sum(jnp.square(out), axis=-1), out, mine, mine))
 
-    def one(ends: tuple[Array, Array]) -> PyTree:
-        first, end = ends
-        kind = jnp.sum(jnp.array(windows) < end - first)
-        return jax.lax.switch(kind, [partial(cut, size) for size in windows], first, end)
-
+    ends = jnp.cumsum(sizes)
+    one = lambda group: _windowed(len(x), group[0], group[1], of_group)
     return jax.lax.map(one, (ends - sizes, ends))
 
 
-def _windows(m: int) -> list[int]:
-    """Return the sizes of windows, ascending; the last one takes all m rows."""
-    sizes = []
-    size = min(SMALLEST, m)
-    while size < m:
-        sizes.append(size)
-        size *= 2
-    return [*sizes, m]
+def product(
+    x: Float[Array, "m k"], w: Float[Array, "E a b"], sizes: Int[Array, " E"], k: int, dtype: Any
+) -> Float[Array, "m n"]:
+    """Return `ragged_dot` of rows and a stack, group by group.
+
+    On a CPU, XLA multiplies all rows by the matrices of all groups, with zeros for the rows of the
+    others: E times the work, and E times the memory of the rows.
+
+    Args:
+      x: the rows, sorted by group.
+      w: the stack [E, k, n], or [E, n, k].
+      sizes: number of rows of every group.
+      k: the axis of the stack that is summed over, 1 or 2.
+      dtype: dtype of the sums, None for that of the operands.
+    """
+    over = (((1,), (k - 1,)), ((), ()))
+    dot = lambda a, b: jax.lax.dot_general(a, b, over, preferred_element_type=dtype)
+    out = jax.eval_shape(dot, x, w[0])
+
+    def add(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        matrix, first, end = group
+
+        def of_group(window: _Window) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(y, window.start, len(window.mine))
+            part = jnp.where(window.mine[:, None], dot(window.cut(x), matrix), part)
+            return jax.lax.dynamic_update_slice_in_dim(y, part, window.start, axis=0)
+
+        return _windowed(len(x), first, end, of_group), None
+
+    ends = jnp.cumsum(sizes)
+    return jax.lax.scan(add, jnp.zeros(out.shape, out.dtype), (w, ends - sizes, ends))[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _observed_dot(
-    dot: Callable, summary: Callable, x: Array, w: Array, probe: PyTree, sizes: Array
-) -> Array:
-    return dot(x, w, sizes)
+class _Window(NamedTuple):
+    """Consecutive rows among which all rows of a group are.
+
+    Attributes:
+      start: the first one.
+      mine: whether each is of the group.
+    """
+
+    start: Int[Array, ""]
+    mine: Bool[Array, " size"]
+
+    def cut(self, a: Float[Array, "m k"]) -> Float[Array, "size k"]:
+        """Return the rows, with zeros for those of other groups."""
+        rows = jax.lax.dynamic_slice_in_dim(a, self.start, len(self.mine))
+        return jnp.where(self.mine[:, None], rows, 0)
 
 
-def _forward(dot: Callable, summary: Callable, x: Array, w: Array, *other: PyTree) -> PyTree:
-    return dot(x, w, other[-1]), (x, w, *other)
+def _windowed(m: int, first: Array, end: Array, of: Callable[[_Window], PyTree]) -> PyTree:
+    """Return `of` the smallest window that holds the rows from `first` to before `end`, of m."""
+    sizes = [min(SMALLEST, m)]
+    while sizes[-1] < m:
+        sizes.append(min(2 * sizes[-1], m))
+
+    def of_size(size: int) -> PyTree:
+        start = jnp.clip(first, 0, m - size)
+        place = start + jnp.arange(size)
+        return of(_Window(start, (place >= first) & (place < end)))
+
+    kind = jnp.sum(jnp.array(sizes) < end - first)
+    return jax.lax.switch(kind, [partial(of_size, size) for size in sizes])
 
 
-def _backward(dot: Callable, summary: Callable, residuals: PyTree, g: Array) -> PyTree:
+class _Form(NamedTuple):
+    """What is static of an observed product.
+
+    Attributes:
+      dot: the product itself.
+      summary: what fills the probe.
+      k: the axis of the stack that is summed over.
+      dtype: dtype of the sums, or None.
+      plain: whether the product is of rows [m, k] and a stack whose groups come first.
+    """
+
+    dot: Callable[..., Array]
+    summary: Callable[..., PyTree]
+    k: int
+    dtype: Any
+    plain: bool
+
+    def forward(self, x: Array, w: Array, sizes: Array) -> Array:
+        """Return the product."""
+        if not self.plain:
+            return self.dot(x, w, sizes)
+        by_hand = lambda x, w, sizes: product(x, w, sizes, self.k, self.dtype)
+        return jax.lax.platform_dependent(x, w, sizes, cpu=by_hand, default=self.dot)
+
+    def backward(self, x: Array, w: Array, sizes: Array, g: Array) -> Array:
+        """Return the gradient at x, given that at the product."""
+
+        def default(x: Array, w: Array, sizes: Array, g: Array) -> Array:
+            return jax.vjp(lambda x: self.dot(x, w, sizes), x)[1](g)[0]
+
+        def by_hand(x: Array, w: Array, sizes: Array, g: Array) -> Array:
+            return product(g, w, sizes, 3 - self.k, None).astype(x.dtype)
+
+        if not self.plain:
+            return default(x, w, sizes, g)
+        return jax.lax.platform_dependent(x, w, sizes, g, cpu=by_hand, default=default)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _observed_dot(form: _Form, x: Array, w: Array, probe: PyTree, sizes: Array) -> Array:
+    return form.forward(x, w, sizes)
+
+
+def _forward(form: _Form, x: Array, w: Array, probe: PyTree, sizes: Array) -> PyTree:
+    return form.forward(x, w, sizes), (x, w, probe, sizes)
+
+
+def _backward(form: _Form, residuals: PyTree, g: Array) -> PyTree:
     x, w, probe, sizes = residuals
-    _, pull = jax.vjp(lambda x, w: dot(x, w, sizes), x, w)
-    return *pull(g), summary(x, g, probe, sizes), None
+    _, pull = jax.vjp(lambda w: form.dot(x, w, sizes), w)  # never computed where it is not used
+    return form.backward(x, w, sizes, g), *pull(g), form.summary(x, g, probe, sizes), None
 
 
 _observed_dot.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ from jaxquant.ptq.choices import Allocation, Choices, Option
 from jaxquant.ptq.quantize import quantize, quantize_array
 from jaxquant.ptq.round_stacked import Sums
 from jaxquant.recipes.recipe import Recipe, WeightEntry
+from jaxquant.rounding.moments import measured
 
 
 def allocate(
@@ -115,9 +116,10 @@ class _Table:
         sums = Sums.measured(entry.path, self.stats, output=method.needs_output).matrices(entry)
         losses = []
         for i in sampled(count, self.samples):
-            gram, output = sums.moments(i)
+            moments = sums.moments(i)
+            gram = measured(moments.input)
             w = matrices[i]
-            q = quantize_array(w, method, gram, output_gram=output, key=self.key)
+            q = quantize_array(w, method, gram, output_gram=moments.output, key=self.key)
             error = w - q.dequantize()
             losses.append(float(jnp.sum(error * (gram @ error))) / n)
         return float(np.mean(losses)) * count

@@ -7,6 +7,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.calibration.few_tokens import Pools
+from jaxquant.calibration.routed import product
 from jaxquant.core.jax_private import ragged_dot_general_p
 from tests.support.arrays import draw
 
@@ -147,6 +148,26 @@ def test_other_ragged_products_are_not_followed():
     assert site.otherwise and not site.contracted
     want = jnp.stack([x[:2].T @ params["w"][:2], x[2:].T @ params["w"][2:]])
     np.testing.assert_allclose(fn(params, x), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_product_by_groups_is_that_of_jax(k):
+    x, w, sizes = X, PARAMS["up"], jnp.array([40, 3, 0, 60, 11], jnp.int32)  # 9 rows of no group
+    w = w if k == 1 else w.swapaxes(1, 2)
+    got = product(x, w, sizes, k, None)
+    np.testing.assert_allclose(got, grouped(x, w, sizes, over=k), rtol=1e-5, atol=1e-5)
+    text = jax.jit(lambda *a: product(*a, k, None)).lower(x, w, sizes).as_text()
+    assert f"{E}x{len(x)}x" not in text  # there is no copy of the rows for every expert
+    assert f"{E}x{len(x)}x" in jax.jit(jax.lax.ragged_dot).lower(x, PARAMS["up"], sizes).as_text()
+
+
+@few
+def test_rows_of_other_experts_do_not_leak_into_statistics():
+    """Not even if they are not finite."""
+    x = X.at[int(np.flatnonzero(IDS == 4)[0])].set(jnp.inf)
+    stats = calibrated(lambda p, x: grouped(x[jnp.argsort(IDS)], p["up"], jnp.array(COUNTS)), x=x)
+    finite = np.isfinite(np.asarray(stats.of("up").gram)).all(axis=(1, 2))
+    assert finite.tolist() == [True, True, True, True, False]
 
 
 def test_the_primitive_is_the_one_that_jax_binds():
