@@ -104,19 +104,26 @@ def round_each(
       split: how the matrices are split.
     """
 
-    def local(matrices: Array, sums: Sums, i: Array, keys: Keys, known: Any) -> Any:
+    def local(matrices: Array, sums: Sums, pools: Any, i: Array, keys: Keys, known: Any) -> Any:
         flat = lambda a: a.reshape(-1, *a.shape[len(split.batch) :])
         own = lambda tree: jax.tree.map(lambda a: a[0], tree)
         matrices, sums = jax.tree.map(flat, (matrices, sums))
+        if pools is not None:
+            sums = sums._replace(pools=pools._replace(of=pools.of.reshape(-1)))
         out = round_matrix(matrices[i], sums.moments(i), own(keys), method, own(known))
         return jax.tree.map(lambda a: jnp.asarray(a)[None], out)
 
     apart = lambda a: a.reshape(*split.batch, *a.shape[1:])
+    pools, of_pools = sums.pools, None
+    if pools is not None:  # that of every matrix is split as the matrices are; the pools are not
+        pools = pools._replace(of=apart(pools.of))
+        of_pools = jax.tree.map(lambda _: P(), pools)._replace(of=split.whole)
     mapped = jax.shard_map(
-        local, mesh=split.mesh, in_specs=(split.whole, split.whole, P(), split.each, split.each),
-        out_specs=split.each, check_vma=False,
+        local, mesh=split.mesh, out_specs=split.each, check_vma=False,
+        in_specs=(split.whole, split.whole, of_pools, P(), split.each, split.each),
     )  # fmt: skip
-    return mapped(*jax.tree.map(apart, (matrices, sums)), i, keys, known)
+    stacks = jax.tree.map(apart, (matrices, sums._replace(pools=None)))
+    return mapped(*stacks, pools, i, keys, known)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -46,6 +46,15 @@ check({what}, w, {spec}, AxisType.{kind})
     )
     for kind in ("Auto", "Explicit")
 } | {
+    "experts that few tokens reach": """
+import warnings
+warnings.simplefilter("ignore")
+w = jax.random.normal(jax.random.key(0), (4, 64, 32))
+sizes = jnp.array([14, 1, 0, 1])
+def routed(p, x):
+    return jax.lax.ragged_dot(x, p["w"], sizes)
+check(routed, w, ("stack",), AxisType.Auto)
+""",
     "each device rounds its own": """
 from jaxquant.ptq import round_over_mesh
 w = jax.random.normal(jax.random.key(0), (8, 64, 32))
