@@ -71,7 +71,7 @@ def logical_axes(params: PyTree) -> dict[str, tuple[str | None, ...] | None]:
     def one(path: str) -> tuple[str | None, ...] | None:
         own = path.removeprefix("layers/")
         within = own.partition("/")[2] if path != own and not stack else own
-        names = next((of for pattern, of in AXES.items() if matches(pattern, within)), None)
+        names = next((of for pattern, of in AXES.items() if matches(within, pattern)), None)
         return names if names is None or path == own else (*stack, *names)
 
     return {path: one(path) for path, _ in jq.core.path_leaves(params)}
