@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from jaxquant_models.architectures.cache import Cache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
-from jaxquant_models.architectures.llama import MLP, Attention, Block, Llama
+from jaxquant_models.architectures.llama import Attention, Block, Llama, feed_forward
 from jaxquant_models.architectures.rope import rotation_angles
 
 
@@ -88,10 +88,13 @@ def attention_and_mlp(
     def run(module, name, layer_params, h, *args):
         norm = nn.RMSNorm(config.norm_eps, dtype=dtype)
         x = norm.apply({"params": layer_params[f"{name}_norm"]}, h)
-        return module(config, dtype).apply({"params": layer_params[name]}, x, *args)
+        return module.apply({"params": layer_params[name]}, x, *args)
 
     def attend(layer_params, h):
         angles = rotation_angles(config, positions := jnp.arange(h.shape[1], dtype=jnp.int32))
-        return run(Attention, "attn", layer_params, h, None, None, positions, angles)[0]
+        return run(
+            Attention(config, dtype), "attn", layer_params, h, None, None, positions, angles
+        )[0]
 
-    return attend, lambda layer_params, h: run(MLP, "mlp", layer_params, h)
+    after = feed_forward(config, dtype)
+    return attend, lambda layer_params, h: run(after, "mlp", layer_params, h)

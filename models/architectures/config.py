@@ -9,11 +9,13 @@ from pydantic import JsonValue, model_validator
 
 from jaxquant.core.fields import shown
 from jaxquant_models.schemas.fields import (
+    Count,
     Epsilon,
     Factor,
     Size,
     Theta,
     TokenId,
+    check_experts,
     check_heads,
     check_ids,
 )
@@ -66,6 +68,12 @@ class LlamaConfig:
       qkv_bias, o_bias, mlp_bias: whether these matrices have biases.
       sub_norms: whether the inputs of o and down pass an RMSNorm (BitNet b1.58).
       activation: activation of the gate, "silu", or "relu2", the square of ReLU (BitNet b1.58).
+      n_experts: number of experts of every layer, which then has them in place of the MLP; 0 for
+        none.
+      experts_per_token: number of experts that a token is sent to.
+      expert_d_ff: hidden width of an expert.
+      norm_topk_prob: whether the router's weights of these experts are divided by their sum. It is
+        so in Mixtral, and a setting in Qwen3-MoE.
       max_position: maximum number of positions.
       eos_ids: ids of the stop tokens.
       bos_id: id of the token that begins a text, or None.
@@ -88,6 +96,10 @@ class LlamaConfig:
     mlp_bias: bool = False
     sub_norms: bool = False
     activation: str = "silu"
+    n_experts: int = 0
+    experts_per_token: int = 0
+    expert_d_ff: int = 0
+    norm_topk_prob: bool = True
     max_position: int = 2048
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -110,9 +122,19 @@ class LlamaConfig:
     def weights(self) -> int:
         """A lower bound of the number of weights: those of all matrices."""
         inner, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        layer = self.d_model * (2 * inner + 2 * keys + 3 * self.d_ff)
+        layer = self.d_model * (2 * inner + 2 * keys + self.n_experts + 3 * self._hidden)
         tables = 1 if self.tie_embeddings else 2
         return self.n_layers * layer + tables * self.vocab_size * self.d_model
+
+    @property
+    def _hidden(self) -> int:
+        """Hidden channels of a layer: those of its MLP, or of all of its experts."""
+        return self.n_experts * self.expert_d_ff if self.n_experts else self.d_ff
+
+    @property
+    def active_d_ff(self) -> int:
+        """Hidden channels that one token passes: those of the MLP, or of its experts."""
+        return self.experts_per_token * self.expert_d_ff if self.n_experts else self.d_ff
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the configuration as a dict of JSON values; `from_json` is the inverse."""
@@ -178,6 +200,10 @@ class _ConfigFields(Schema):
     mlp_bias: bool
     sub_norms: bool
     activation: Literal["silu", "relu2"]
+    n_experts: Count
+    experts_per_token: Count
+    expert_d_ff: Count
+    norm_topk_prob: bool
     max_position: Size
     eos_ids: tuple[TokenId, ...]
     bos_id: TokenId | None
@@ -186,5 +212,9 @@ class _ConfigFields(Schema):
     def _together(self) -> Self:
         check_heads(("n_heads", "n_kv_heads", "head_dim"), self.n_heads, self.n_kv_heads,
                     self.head_dim)  # fmt: skip
+        sizes = self.n_experts, self.experts_per_token, self.expert_d_ff
+        check_experts(("n_experts", "experts_per_token", "expert_d_ff"), *sizes)
+        if self.n_experts and (self.mlp_bias or self.sub_norms):
+            raise ValueError("mlp_bias and sub_norms must be False: experts have neither")
         check_ids(self.vocab_size, bos_id=[] if self.bos_id is None else [self.bos_id])
         return self

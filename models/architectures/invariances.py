@@ -33,7 +33,11 @@ def folds(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
             "layers/attn/o/kernel": ("layers/attn/sub_norm/scale",),
             "layers/mlp/down/kernel": ("layers/mlp/sub_norm/scale",),
         }
-    found["layers/mlp/down/kernel"] = ("layers/mlp/up/kernel", "layers/mlp/up/bias")
+    if config.n_experts:  # each expert scales its inputs in its own way, and a norm has only one
+        del found["layers/mlp/[gu]*/kernel"]
+        found["layers/mlp/experts/down/kernel"] = ("layers/mlp/experts/up/kernel",)
+    else:
+        found["layers/mlp/down/kernel"] = ("layers/mlp/up/kernel", "layers/mlp/up/bias")
     if config.n_kv_heads == config.n_heads:
         found["layers/attn/o/kernel"] = ("layers/attn/v/kernel", "layers/attn/v/bias")
     return found
@@ -56,11 +60,13 @@ def residual(config: LlamaConfig) -> jq.ptq.Residual:
         for name, there in (("attn/o", config.o_bias), ("mlp/down", config.mlp_bias))
         if there
     ]
+    experts = "experts/" * bool(config.n_experts)
+    routers = ["layers/mlp/router/kernel"] * bool(config.n_experts)
     return jq.ptq.Residual(
-        ["embed/embedding", "layers/attn/o/kernel", "layers/mlp/down/kernel", *biases],
+        ["embed/embedding", "layers/attn/o/kernel", f"layers/mlp/{experts}down/kernel", *biases],
         {
             "layers/attn_norm/scale": ["layers/attn/[qkv]/kernel"],
-            "layers/mlp_norm/scale": ["layers/mlp/[gu]*/kernel"],
+            "layers/mlp_norm/scale": [f"layers/mlp/{experts}[gu]*/kernel", *routers],
             "norm/scale": ["head/kernel"],
         },
     )

@@ -1,7 +1,7 @@
-"""Llama and its relatives (Mistral, SmolLM, Qwen2, Qwen3, BitNet b1.58) in Flax linen.
+"""Llama, Mistral, Mixtral, SmolLM, Qwen2, Qwen3, Qwen3-MoE and BitNet b1.58 in Flax linen.
 
-Every weight is used by a plain `nn.Dense` or `Embed`, so jaxquant can substitute a packed weight
-at its place in the parameter tree. The layers are stacked: their leaves have a leading axis L, over
+Every weight is used by a plain `nn.Dense`, `Embed` or `ragged_dot`, so jaxquant can substitute a
+packed weight at its place in the parameter tree. The layers are stacked: their leaves have a leading axis L, over
 which `nn.scan` runs, so that compile time does not grow with depth. The parameter paths:
 
     embed/embedding [V, d]                    norm/scale [d]          head/kernel [d, V] if untied
@@ -9,6 +9,8 @@ which `nn.scan` runs, so that compile time does not grow with depth. The paramet
     layers/attn/{q_norm,k_norm}/scale [L, head_dim]                   Qwen3
     layers/attn/sub_norm/scale [L, heads x head_dim], layers/mlp/sub_norm/scale [L, d_ff]  BitNet
     layers/mlp/{gate,up,down}/kernel [L, in, out] (and bias [L, out])
+    layers/mlp/router/kernel [L, d, E], layers/mlp/experts/{gate,up,down}/kernel [L, E, in, out]
+                                                                      experts, in place of these
     layers/{attn_norm,mlp_norm}/scale [L, d]
 
 Unstacked params, layers/0/attn/..., are supported too (`apply`); the layers then run one after the
@@ -27,12 +29,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxquant.ptq.layer_stacks import is_apart, layers_of, restack
 from jaxquant_models.architectures.cache import AnyCache
 from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.experts import MixtureOfExperts, activated
 from jaxquant_models.architectures.rope import rotate, rotation_angles
 from pallas_kernels.attention import attention
 
-# Patterns of parameter paths.
-LAYER_MATRICES = "layers/*kernel"
-RESIDUAL_READERS = ("layers/attn/[qkv]/kernel", "layers/mlp/[gu]*/kernel")
+# Patterns of parameter paths. The matrices of the layers are all but the routers of experts, whose
+# name is the only one that ends in "r": they are small, and an error there sends a token to another
+# expert.
+LAYER_MATRICES = "layers/*[!r]/kernel"
+RESIDUAL_READERS = ("layers/attn/[qkv]/kernel", "layers/mlp*/[gu]*/kernel")
 QUERIES_AND_KEYS = "layers/*attn/[qk]/kernel"
 NORM_SCALES = "*norm/scale"
 
@@ -86,10 +91,21 @@ class MLP(nn.Module):
         c = self.config
         gate = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="gate")(x)
         up = nn.Dense(c.d_ff, c.mlp_bias, dtype=self.dtype, name="up")(x)
-        h = (nn.silu(gate) if c.activation == "silu" else jnp.square(nn.relu(gate))) * up
+        h = activated(c, gate) * up
         if c.sub_norms:
             h = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="sub_norm")(h)
         return nn.Dense(c.d_model, c.mlp_bias, dtype=self.dtype, name="down")(h)
+
+
+def feed_forward(config: LlamaConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
+    """Return what follows the attention in a layer: an MLP or a mixture of experts.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of activations.
+      name: name of the module; None for one by itself.
+    """
+    return (MixtureOfExperts if config.n_experts else MLP)(config, dtype, name=name)
 
 
 class Block(nn.Module):
@@ -109,7 +125,7 @@ class Block(nn.Module):
         attention = Attention(self.config, self.dtype, name="attn")
         mixed, cache, kept = attention(norm("attn_norm")(h), cache, layer, positions, angles)
         h = h + mixed
-        h = h + MLP(self.config, self.dtype, name="mlp")(norm("mlp_norm")(h))
+        h = h + feed_forward(self.config, self.dtype, "mlp")(norm("mlp_norm")(h))
         return (h, cache), kept
 
 

@@ -34,6 +34,10 @@ _LAYER = {
     "layers/mlp/gate/bias": "ffn_gate.bias",
     "layers/mlp/up/bias": "ffn_up.bias",
     "layers/mlp/down/bias": "ffn_down.bias",
+    "layers/mlp/router/kernel": "ffn_gate_inp.weight",
+    "layers/mlp/experts/gate/kernel": "ffn_gate_exps.weight",
+    "layers/mlp/experts/up/kernel": "ffn_up_exps.weight",
+    "layers/mlp/experts/down/kernel": "ffn_down_exps.weight",
     "layers/attn_norm/scale": "attn_norm.weight",
     "layers/mlp_norm/scale": "ffn_norm.weight",
 }
@@ -50,7 +54,7 @@ def read_gguf(path: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
     """Open a model in a GGUF file; its weights are read later.
 
     Args:
-      path: a `.gguf` file of architecture llama, qwen2 or qwen3.
+      path: a `.gguf` file of architecture llama, qwen2, qwen3 or qwen3moe.
     Returns:
       (config, weights, tokenizer).
     Raises:

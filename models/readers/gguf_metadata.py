@@ -10,7 +10,8 @@ from jaxquant_models.readers.chat_template import ChatTemplate
 from jaxquant_models.schemas.files import GGUFArchitecture, GGUFTokenizer
 from jaxquant_models.schemas.strict import checked
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF calls Mistral "llama"
+# GGUF calls Mistral and Mixtral "llama".
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
 GGUF = "the GGUF metadata"
 
 
@@ -18,7 +19,8 @@ def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
     """Return the architecture that the metadata describe.
 
     Options that only the tensors reveal keep their defaults: `readers.gguf` sets tie_embeddings,
-    biases and per-frequency RoPE factors.
+    biases and per-frequency RoPE factors. The weights of a token's experts are divided by their
+    sum, as in llama.cpp.
 
     Args:
       fields: the metadata, as plain values.
@@ -42,7 +44,10 @@ def config_from_gguf(fields: Mapping[str, JsonValue]) -> LlamaConfig:
         norm_eps=own.norm_eps,
         rope_theta=own.theta,
         rope_scaling=own.rope_factor,
-        qk_norm=arch == "qwen3",
+        qk_norm=arch in ("qwen3", "qwen3moe"),
+        n_experts=own.experts,
+        experts_per_token=own.experts_per_token,
+        expert_d_ff=own.expert_d_ff,
         max_position=own.context_length,
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         bos_id=words.bos_token_id,

@@ -35,13 +35,34 @@ _LAYER = {
     "attn_norm/scale": "input_layernorm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
 }  # fmt: skip
+_EXPERTS = {  # of Qwen3-MoE
+    "mlp/router/kernel": "mlp.gate.weight",
+    **{f"mlp/experts/{p}/kernel": "mlp.experts.{}." + p + "_proj.weight"
+       for p in ("gate", "up", "down")},
+}  # fmt: skip
+_MIXTRAL = {
+    "mlp/router/kernel": "block_sparse_moe.gate.weight",
+    **{f"mlp/experts/{p}/kernel": "block_sparse_moe.experts.{}." + w + ".weight"
+       for p, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
+}  # fmt: skip
 TENSORS = {
     "embed/embedding": "model.embed_tokens.weight",
     "norm/scale": "model.norm.weight",
     "head/kernel": "lm_head.weight",
-    **{f"layers/{path}": "model.layers.{}." + name for path, name in _LAYER.items()},
+    **{f"layers/{path}": "model.layers.{}." + name for path, name in (_LAYER | _EXPERTS).items()},
 }
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def tensors_of(config: LlamaConfig) -> dict[str, str]:
+    """Return the tensor of every parameter, as in `weights.tensor_names`.
+
+    Args:
+      config: the architecture. With experts and no norms of queries and keys, it is Mixtral's,
+        whose tensors have names of their own.
+    """
+    own = _MIXTRAL if config.n_experts and not config.qk_norm else {}
+    return TENSORS | {f"layers/{path}": "model.layers.{}." + name for path, name in own.items()}
 
 
 def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
@@ -65,7 +86,7 @@ def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
     shapes = {n: file.shapes[n] for n, file in tensors.items() if not _ignored(n, config)}
     read = lambda name: tensors[name].read(name)
     ahead = lambda name: tensors[name].prefetch(name)
-    return config, Weights(Llama(config), TENSORS, shapes, read, ahead), tokenizer
+    return config, Weights(Llama(config), tensors_of(config), shapes, read, ahead), tokenizer
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
@@ -100,10 +121,10 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_j
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {}
-    for path, names in tensor_names(Llama(config), TENSORS).items():
+    for path, names in tensor_names(Llama(config), tensors_of(config)).items():
         leaf = np.asarray(flat[path])
-        leaf = leaf if path.startswith("layers/") else leaf[None]
-        for value, name in zip(leaf, names, strict=True):
+        spread = leaf.ndim - (2 if path.endswith(("/kernel", "/embedding")) else 1)
+        for value, name in zip(leaf.reshape(-1, *leaf.shape[spread:]), names, strict=True):
             value = value.T if path.endswith("/kernel") else value
             tensors[name] = np.ascontiguousarray(value)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2))

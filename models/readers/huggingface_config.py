@@ -6,8 +6,9 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from jaxquant_models.architectures.config import Llama3Scaling, LlamaConfig, RopeScaling
+from jaxquant_models.schemas.decoder import HFConfig, Rope
 from jaxquant_models.schemas.fields import as_list
-from jaxquant_models.schemas.files import GenerationConfig, HFConfig, Rope
+from jaxquant_models.schemas.files import GenerationConfig
 from jaxquant_models.schemas.strict import checked, read_json
 
 
@@ -38,6 +39,7 @@ def config_from_hf(hf: Mapping[str, JsonValue]) -> LlamaConfig:
     file = checked(HFConfig, hf, "config.json")
     heads, kv_heads, head_dim = file.sizes
     qwen2 = file.model_type == "qwen2"
+    experts, chosen, width = file.experts
     return LlamaConfig(
         vocab_size=file.vocab_size,
         d_model=file.hidden_size,
@@ -50,10 +52,14 @@ def config_from_hf(hf: Mapping[str, JsonValue]) -> LlamaConfig:
         rope_theta=float(file.theta),
         rope_scaling=_scaling(file.rope, file.max_position_embeddings),
         tie_embeddings=file.tie_word_embeddings,
-        qk_norm=file.model_type == "qwen3",
+        qk_norm=file.model_type in ("qwen3", "qwen3_moe"),
         qkv_bias=qwen2 or file.attention_bias,
         o_bias=file.attention_bias and not qwen2,
         mlp_bias=file.mlp_bias,
+        n_experts=experts,
+        experts_per_token=chosen,
+        expert_d_ff=width,
+        norm_topk_prob=file.norm_topk_prob or file.model_type != "qwen3_moe",
         max_position=file.max_position_embeddings,
         eos_ids=tuple(dict.fromkeys(file.eos_token_id)),
         bos_id=next(iter(file.bos_token_id), None),
@@ -79,12 +85,10 @@ def config_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
     Raises:
       ValueError: the configuration has no Hugging Face form.
     """
-    family = "qwen3" if config.qk_norm else "llama"
-    if config.qkv_bias and not config.o_bias:
-        family = "qwen2"
+    family, name = _family(config)
     hf = {
         "model_type": family,
-        "architectures": [family.capitalize() + "ForCausalLM"],
+        "architectures": [name + "ForCausalLM"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -102,10 +106,32 @@ def config_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
         "max_position_embeddings": config.max_position,
         "eos_token_id": list(config.eos_ids) or None,
         "bos_token_id": config.bos_id,
+        **_experts_to_hf(config),
     }
     if config_from_hf(hf) != config:
         raise ValueError(f"no Hugging Face family has this combination of settings: {config}")
     return hf
+
+
+def _family(config: LlamaConfig) -> tuple[str, str]:
+    """Return the family's `model_type`, and its name in the names of Transformers' classes."""
+    if config.n_experts:
+        return ("qwen3_moe", "Qwen3Moe") if config.qk_norm else ("mixtral", "Mixtral")
+    if config.qkv_bias and not config.o_bias:
+        return "qwen2", "Qwen2"
+    return ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
+
+
+def _experts_to_hf(config: LlamaConfig) -> dict[str, JsonValue]:
+    if not config.n_experts:
+        return {}
+    return {
+        "num_experts": config.n_experts,
+        "num_local_experts": config.n_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.expert_d_ff,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
 
 
 def _scaling_to_hf(config: LlamaConfig) -> dict[str, JsonValue] | None:

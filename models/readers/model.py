@@ -92,7 +92,7 @@ class Model:
             policies.dots_saveable, policies.save_only_these_names(PRODUCT)
         )
         c = self.config
-        widths = 3 * c.d_model + 2 * c.n_kv_heads * c.head_dim + 2 * c.d_ff
+        widths = 3 * c.d_model + 2 * c.n_kv_heads * c.head_dim + 2 * c.active_d_ff
         scores = c.n_heads * min(tokens, c.max_position)
         kept = 4 * tokens * c.n_layers * (widths + scores)
         llama = Llama(c, self.dtype, remat=policy if kept <= KEPT else True)

@@ -64,7 +64,13 @@ def places_of(model: Model) -> list[Place]:
 
     Args:
       model: the model.
+    Raises:
+      ValueError: the model has experts.
     """
+    if model.config.n_experts:
+        raise ValueError(
+            "a PEFT folder holds no adapters of experts; leave out --peft and --adapter"
+        )
     found = []
     for path, names in tensor_names(Llama(model.config), TENSORS).items():
         start, _, rest = path.partition("/")

@@ -39,14 +39,17 @@ def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return, for every parameter path, the names of its tensors in the file, in layer order.
+    """Return, for every parameter path, the names of its tensors in the file, in order.
 
     Args:
-      model: a model of tokens whose layers are a stack of `config.n_layers`.
-      templates: parameter path -> tensor name, in which "{}" stands for the layer's number.
+      model: a model of tokens.
+      templates: parameter path -> tensor name, in which "{}" stands for the index along the first
+        axis of the parameter, the layer's number. A second one stands for the index along the next
+        axis, the expert's number; without it, a tensor holds all experts.
     """
-    depth = lambda path: model.config.n_layers if path.startswith("layers/") else 1
-    return {p: [templates[p].format(i) for i in range(depth(p))] for p in param_shapes(model)}
+    shapes = param_shapes(model)
+    places = lambda path: np.ndindex(*shapes[path][: templates[path].count("{}")])
+    return {path: [templates[path].format(*i) for i in places(path)] for path in shapes}
 
 
 class Weights:
@@ -59,7 +62,7 @@ class Weights:
       model: the model.
       templates: as in `tensor_names`.
       present: shape of every tensor in the file that is expected to be used.
-      read: function from name to array; matrices are [out, in], as files store them.
+      read: function from name to array; matrices are [..., out, in], as files store them.
       ahead: tells the system that a tensor is read next; None if it cannot be told.
     Raises:
       ValueError: a tensor is missing, unknown or of another shape; the message names it.
@@ -73,12 +76,12 @@ class Weights:
         read: Callable[[str], np.ndarray],
         ahead: Callable[[str], None] | None = None,
     ) -> None:
-        self._ahead = ahead
+        self._ahead, self._templates = ahead, templates
         self.shapes = param_shapes(model)
         self._names = tensor_names(model, templates)
         self._read = read
         _check_names({n for group in self._names.values() for n in group}, set(present))
-        _check_shapes(self.shapes, self._names, present)  # before anything is allocated
+        _check_shapes(self.shapes, self._names, templates, present)  # before anything is allocated
 
     def outline(self, dtype: DTypeLike) -> PyTree[jax.ShapeDtypeStruct]:
         """Return the parameter tree with shapes in place of arrays; nothing is read.
@@ -99,11 +102,7 @@ class Weights:
         params = {}
         # Largest first, so that the largest temporaries exist while little else is in memory.
         for path in sorted(self.shapes, key=lambda path: -math.prod(self.shapes[path])):
-            stack = aligned(self.shapes[path], dtype)
-            slots = stack if path.startswith("layers/") else stack[None]
-            for slot, name in zip(slots, self._names[path], strict=True):
-                _fill(slot, self._turned(path, name), name)
-            params[path] = taken(stack)
+            params[path] = self._joined(path, self._names[path], self.shapes[path], dtype)
         return _tree(params)
 
     def layer(self, i: int, dtype: DTypeLike) -> PyTree:
@@ -122,9 +121,10 @@ class Weights:
         Args:
           i: number of the layer.
         """
-        for path, names in self._names.items():
+        for path in self._names:
             if self._ahead is not None and path.startswith("layers/"):
-                self._ahead(names[i])
+                for name in self._of_layer(path, i):
+                    self._ahead(name)
 
     def outer(self, dtype: DTypeLike) -> PyTree:
         """Return the parameter tree without the stack of layers.
@@ -146,14 +146,32 @@ class Weights:
         return found.hexdigest()
 
     def _one(self, path: str, i: int, dtype: DTypeLike) -> jax.Array:
-        name, stacked = self._names[path][i], path.startswith("layers/")
-        slot = aligned((1, *self.shapes[path][stacked:]), dtype)
-        _fill(slot[0], self._turned(path, name), name)
-        return taken(slot if stacked else slot[0])
+        if not path.startswith("layers/"):
+            return self._joined(path, self._names[path], self.shapes[path], dtype)
+        shape = (1, *self.shapes[path][1:])
+        return self._joined(path, self._of_layer(path, i), shape, dtype)
 
-    def _turned(self, path: str, name: str) -> np.ndarray:
-        value = self._read(name)
-        return value.T if path.endswith("/kernel") else value
+    def _of_layer(self, path: str, i: int) -> list[str]:
+        """Return the names of the tensors of a layer: one, or one for each expert."""
+        names = self._names[path]
+        count = len(names) // self.shapes[path][0]
+        return names[i * count : (i + 1) * count]
+
+    def _joined(
+        self, path: str, names: list[str], shape: tuple[int, ...], dtype: DTypeLike
+    ) -> jax.Array:
+        """Read the tensors one by one into an array of this shape, which JAX takes over."""
+        stack = aligned(shape, dtype)
+        slots = stack.reshape(len(names), *_of_tensor(path, self.shapes[path], self._templates))
+        for slot, name in zip(slots, names, strict=True):
+            value = self._read(name)
+            _fill(slot, value.swapaxes(-1, -2) if path.endswith("/kernel") else value, name)
+        return taken(stack)
+
+
+def _of_tensor(path: str, shape: tuple[int, ...], templates: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the shape that a tensor of the file has in the parameter."""
+    return shape[templates[path].count("{}") :]
 
 
 def _tree(flat: dict[str, Any]) -> PyTree:
@@ -191,11 +209,13 @@ def check_room(config: LlamaConfig | BertConfig, nbytes: int, where: str) -> Non
 def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
     names: Mapping[str, list[str]],
+    templates: Mapping[str, str],
     present: Mapping[str, tuple[int, ...]],
 ) -> None:
     for path, group in names.items():
-        shape = shapes[path][1:] if path.startswith("layers/") else shapes[path]
-        expected = shape[::-1] if path.endswith("/kernel") else shape
+        shape = _of_tensor(path, shapes[path], templates)
+        turned = (*shape[:-2], *shape[:-3:-1])
+        expected = turned if path.endswith("/kernel") else shape
         for name in group:
             if present[name] != expected:
                 raise ValueError(

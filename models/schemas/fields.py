@@ -19,6 +19,7 @@ def as_list(value: JsonValue) -> list[JsonValue]:
 
 
 MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Size = Annotated[int, Field(ge=1, le=MOST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**24)]
 Ids = Annotated[list[TokenId], BeforeValidator(as_list)]
@@ -41,6 +42,22 @@ def check_heads(names: tuple[str, str, str], heads: int, kv_heads: int, head_dim
         raise ValueError(f"{names[0]} must be a multiple of {names[1]}, got {heads} and {kv_heads}")
     if head_dim % 2:
         raise ValueError(f"{names[2]} must be even (RoPE turns pairs), got {head_dim}")
+
+
+def check_experts(names: tuple[str, str, str], experts: int, chosen: int, width: int) -> None:
+    """Raise ValueError unless the sizes of experts are all given, or all 0.
+
+    Args:
+      names: names of the three fields, for the message.
+      experts: number of experts of a layer.
+      chosen: number of experts that a token is sent to, at most `experts`.
+      width: hidden width of an expert.
+    """
+    if any((experts, chosen, width)) and not (1 <= chosen <= experts and width):
+        raise ValueError(
+            f"{', '.join(names)} must all be 0, for a model without experts, or at least 1, the "
+            f"second at most the first, got {experts}, {chosen}, {width}"
+        )
 
 
 def check_window(window: int | None, max_position: int) -> None:

@@ -8,6 +8,7 @@ from tests.support.tiny_llama import (
     HD,
     HEADS,
     KV,
+    expert_names,
     inverse_frequencies,
 )
 
@@ -26,6 +27,11 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.": "attn_",
     "mlp.": "ffn_",
+    "block_sparse_moe.": "ffn_",
+    "ffn_gate.weight": "ffn_gate_inp.weight",
+    "w1.": "gate.",
+    "w2.": "down.",
+    "w3.": "up.",
     "_proj": "",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -41,11 +47,19 @@ def interleaved(rows, heads):
 def to_gguf(hf, tensors):
     out = {}
     for name, value in tensors.items():
-        if hf["model_type"] in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
+        if hf["model_type"] in ("llama", "mistral", "mixtral") and (
+            "q_proj" in name or "k_proj" in name
+        ):
             value = interleaved(value, HEADS if "q_proj" in name else KV)
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         out[name] = value
+    for name in [name for name in out if ".ffn_experts.0." in name]:  # experts lie in one tensor
+        each = [name.replace("experts.0", f"experts.{e}") for e in range(expert_names(hf)[4])]
+        start, matrix = name.split("experts.0.")
+        out[f"{start}{matrix.removesuffix('.weight')}_exps.weight"] = np.stack(
+            [out.pop(one) for one in each]
+        )
     if hf.get("rope_scaling", {}).get("rope_type") == "llama3":
         plain = inverse_frequencies(hf | {"rope_scaling": None})
         out["rope_freqs.weight"] = (plain / inverse_frequencies(hf)).astype(np.float32)
@@ -54,7 +68,9 @@ def to_gguf(hf, tensors):
 
 def write(path, hf, tensors, kinds=None, **changes):
     """kinds: tensor name to the type it is stored in; changes: metadata after the arch's dot."""
-    arch = "llama" if hf["model_type"] == "mistral" else hf["model_type"]
+    arch = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(
+        hf["model_type"], hf["model_type"]
+    )
     writer = gguf.GGUFWriter(path, changes.pop("arch", arch))
     writer.add_block_count(hf["num_hidden_layers"])
     writer.add_context_length(hf["max_position_embeddings"])
@@ -68,6 +84,11 @@ def write(path, hf, tensors, kinds=None, **changes):
     if hf.get("rope_scaling", {}).get("type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(hf["rope_scaling"]["factor"])
+    if experts := expert_names(hf)[4]:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
+    if "moe_intermediate_size" in hf:
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
     for key, value in changes.items():
         writer.add_uint32(f"{arch}.{key.replace('__', '.')}", value)
     writer.add_tokenizer_model("gpt2")

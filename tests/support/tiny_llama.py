@@ -45,6 +45,12 @@ FAMILIES = {
     | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}
     | {"tie_word_embeddings": True},
     "qwen3": BASE | {"model_type": "qwen3", "attention_bias": False},
+    "qwen3_moe": BASE
+    | {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 16, "norm_topk_prob": True},
+    "mixtral": BASE
+    | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    | {"sliding_window": None},
 }
 
 
@@ -52,7 +58,8 @@ def random_tensors(hf, seed=0):
     """Every tensor of the family, float32, by its Hugging Face name."""
     rng = np.random.default_rng(seed)
     d, ff = hf["hidden_size"], hf["intermediate_size"]
-    qwen2, qwen3 = hf["model_type"] == "qwen2", hf["model_type"] == "qwen3"
+    qwen2, qwen3 = hf["model_type"] == "qwen2", hf["model_type"] in ("qwen3", "qwen3_moe")
+    router, gate, up, down, experts, wide = expert_names(hf)
     matrix = lambda out, into: rng.normal(0, into**-0.5, (out, into)).astype(np.float32)
     scale = lambda n: rng.uniform(0.5, 1.5, n).astype(np.float32)
     tensors = {"model.embed_tokens.weight": matrix(VOCAB, d), "model.norm.weight": scale(d)}
@@ -69,11 +76,28 @@ def random_tensors(hf, seed=0):
                 tensors[f"{at}self_attn.{p}_proj.bias"] = scale(shape[0])
             if qwen3 and p in "qk":
                 tensors[f"{at}self_attn.{p}_norm.weight"] = scale(HD)
-        for p, shape in {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}.items():
+        if experts:
+            tensors[f"{at}{router}.weight"] = matrix(experts, d)
+        for e in range(experts):
+            for name, shape in ((gate, (wide, d)), (up, (wide, d)), (down, (d, wide))):
+                tensors[f"{at}{name.format(e)}.weight"] = matrix(*shape)
+        dense = {} if experts else {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
+        for p, shape in dense.items():
             tensors[f"{at}mlp.{p}_proj.weight"] = matrix(*shape)
             if hf.get("mlp_bias"):
                 tensors[f"{at}mlp.{p}_proj.bias"] = scale(shape[0])
     return tensors
+
+
+def expert_names(hf):
+    """Names of router, gate, up and down, number of experts (0 for a dense model) and width."""
+    if hf["model_type"] == "mixtral":
+        at, wide = "block_sparse_moe", hf["intermediate_size"]
+        names = [f"{at}.gate", *(f"{at}.experts.{{}}.{w}" for w in ("w1", "w3", "w2"))]
+    else:
+        wide, own = hf.get("moe_intermediate_size"), ("gate_proj", "up_proj", "down_proj")
+        names = ["mlp.gate", *(f"mlp.experts.{{}}.{w}" for w in own)]
+    return *names, hf.get("num_experts") or hf.get("num_local_experts") or 0, wide
 
 
 def byte_tokenizer_json():
@@ -141,7 +165,7 @@ def forward(hf, tensors, tokens, states=None):
         for n in range(HEADS):
             g = n // (HEADS // KV)
             a, b = q[:, n * HD : (n + 1) * HD], k[:, g * HD : (g + 1) * HD]
-            if hf["model_type"] == "qwen3":
+            if hf["model_type"] in ("qwen3", "qwen3_moe"):
                 a = norm(a, f"{at}self_attn.q_norm.weight")
                 b = norm(b, f"{at}self_attn.k_norm.weight")
             scores = rotated(a) @ rotated(b).T / np.sqrt(HD)
@@ -153,13 +177,33 @@ def forward(hf, tensors, tokens, states=None):
             heads.append(out)
         h = h + linear(np.concatenate(heads, axis=1), f"{at}self_attn.o_proj")
         x = norm(h, f"{at}post_attention_layernorm.weight")
-        gate = linear(x, f"{at}mlp.gate_proj")
-        silu = gate / (1 + np.exp(-gate))
-        h = h + linear(silu * linear(x, f"{at}mlp.up_proj"), f"{at}mlp.down_proj")
+        h = h + feed_forward(hf, linear, at, x)
         if states is not None:
             states.append((h, attention))
     h = norm(h, "model.norm.weight")
     return h @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+def feed_forward(hf, linear, at, x):
+    """What the MLP adds, or the experts, token by token."""
+
+    def mlp(x, gate, up, down):
+        z = linear(x, at + gate)
+        return linear(z / (1 + np.exp(-z)) * linear(x, at + up), at + down)
+
+    router, *names, experts, _ = expert_names(hf)
+    if not experts:
+        return mlp(x, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    out = np.zeros_like(x)
+    for t, row in enumerate(x):
+        scores = np.exp(linear(row, at + router))
+        scores /= scores.sum()
+        chosen = np.argsort(-scores)[: hf["num_experts_per_tok"]]
+        kept = hf["model_type"] == "qwen3_moe" and not hf["norm_topk_prob"]
+        total = 1.0 if kept else scores[chosen].sum()
+        for e in chosen:
+            out[t] += scores[e] / total * mlp(row, *(name.format(e) for name in names))
+    return out
 
 
 def shard(folder, tensors):

@@ -72,7 +72,10 @@ def test_wrong_tensors(change, message, tmp_path):
     "change, message",
     [
         ({"arch": "mamba"}, "general.architecture must be one of .* got 'mamba'"),
-        ({"expert_count": 8}, "mixture-of-experts"),
+        (
+            {"expert_count": 8},
+            "expert_count, expert_used_count, .* must all be 0, .* got 8, 0, 40",
+        ),
         ({"attention__sliding_window": 32}, "sliding-window attention is not supported"),
         ({"rope__dimension_count": 4}, "rope.dimension_count must equal head_dim 8, got 4"),
     ],
