@@ -1,0 +1,194 @@
+"""The programs that a plan is about, on shapes only: decode step, prefill, training step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.calibration.probing import Probing
+from jaxquant.calibration.statistics import Stats
+from jaxquant_models.architectures.cache import init_cache
+from jaxquant_models.architectures.llama import Llama, apply
+from jaxquant_models.architectures.shardings import cache_sharding, model_sharding, rules_for
+from jaxquant_models.readers.weights import param_outline
+from jaxquant_models.runs.pod_request import PodRequest
+
+AnyMesh = Mesh | AbstractMesh
+DTYPE = jnp.bfloat16  # of activations, of the cache and of weights that are not quantized
+LORA = jq.adapters.LoRA(rank=16, dtype="bfloat16")
+ADAPTED = ("layers/attn/*kernel", "layers/mlp/[gud]*/kernel")
+SAMPLE = 128  # rows that a method keeps of its calibration inputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A function, its abstract arguments, and how these are split over a mesh.
+
+    Attributes:
+      fn: the function; its weights run through `jaxquant.quantized`.
+      arguments: shapes of its arguments, by what they are: "weights", "cache", "tokens",
+        "trained" (what is trained of the weights) and "optimizer" (the state of the optimizer).
+      shardings: how they are split.
+      updated: names of the arguments whose memory the results take over.
+      outputs: how the results are split; None leaves it to the compiler.
+      forward: the function of weights and tokens, for `jaxquant.explain`.
+    """
+
+    fn: Callable[..., PyTree]
+    arguments: dict[str, PyTree]
+    shardings: dict[str, PyTree]
+    updated: tuple[str, ...]
+    outputs: PyTree
+    forward: Callable[..., PyTree]
+
+    def lowered(self) -> jax.stages.Lowered:
+        """Return the program lowered for the devices of its mesh."""
+        given = tuple(self.shardings[name] for name in self.arguments)
+        donated = tuple(i for i, name in enumerate(self.arguments) if name in self.updated)
+        # The compiler chooses the layout of a cache: in any other, each step would copy it.
+        out = {} if self.outputs is None else {"out_shardings": self.outputs}
+        fn = jax.jit(self.fn, in_shardings=given, donate_argnums=donated, **out)
+        return fn.lower(*self.arguments.values())
+
+
+def abstract_mesh(request: PodRequest, mesh: tuple[tuple[str, int], ...]) -> AbstractMesh:
+    """Return a mesh of devices that need not exist.
+
+    Args:
+      request: the request.
+      mesh: name and size of each axis.
+    """
+    names, sizes = zip(*mesh, strict=True)
+    return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def packed_shapes(request: PodRequest) -> PyTree:
+    """Return the weights of a request with shapes in place of arrays.
+
+    Args:
+      request: the request.
+    Raises:
+      ValueError: the recipe does not fit the model.
+    """
+    model = Llama(request.config, DTYPE)
+    floats = param_outline(model, jnp.float32 if request.work == "qat" else DTYPE)
+    fn = lambda params, tokens: apply(model, params, tokens)
+    uses = jq.sites(fn, floats, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    methods = [m for _, m in request.recipe.rules if isinstance(m, jq.Method)]
+    if not methods:
+        return floats
+    make = jq.latent if request.work == "qat" else jq.quantize
+
+    def made(params: PyTree) -> PyTree:
+        plan = Probing.of(uses, "uniform", any(m.needs_gram for m in methods), (), SAMPLE)
+        stats = Stats(uses, plan.probes(), dict(plan.holder))
+        return make(params, request.recipe, stats)
+
+    packed = jax.eval_shape(made, floats)
+    if request.work != "qlora":
+        return packed
+    # Experts have no adapters, as in most QLoRA runs.
+    globs = ADAPTED[:1] if request.config.n_experts else ADAPTED
+    return jax.eval_shape(lambda q: jq.adapt(q, LORA, targets=globs), packed)
+
+
+def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
+    """Return the program of a request on a mesh.
+
+    In decoding, weights stay where they are: every device multiplies all tokens by its own part of
+    a weight, and sums are exchanged. In a prefill and in training, the tokens are split over
+    "data", and packed words are all-gathered for each product.
+
+    Args:
+      request: the request.
+      weights: its `packed_shapes`.
+      mesh: the mesh.
+    Raises:
+      ValueError: the mesh does not divide heads, groups or tiles, or, in training, the batch.
+    """
+    at = model_sharding(weights, request.config, mesh)
+    data = dict(mesh.shape).get("data", 1)
+    split = request.work != "decode" and "data" in mesh.axis_names and request.batch % data == 0
+    if request.trains and not split and data > 1:
+        raise ValueError(
+            f'the {data} devices of "data" do not divide a batch of {request.batch}; give a larger '
+            "--batch or another --mesh"
+        )
+    tokens = jax.ShapeDtypeStruct((request.batch, request.tokens), jnp.int32)
+    spread = NamedSharding(mesh, P("data") if split else P())
+    model = Llama(request.config, DTYPE, remat=request.trains)
+    run = jq.quantized(
+        lambda params, tokens, cache=None: apply(model, params, tokens, cache),
+        shardings=at, data_axes=("data",) if split else (),
+    )  # fmt: skip
+    if request.trains:
+        return _training(run, weights, at, tokens, spread)
+    return _serving(request, mesh, run, weights, at, tokens, spread)
+
+
+def _serving(
+    request: PodRequest, mesh: AnyMesh, run: Callable[..., PyTree], weights: PyTree, at: PyTree,
+    tokens: Any, spread: NamedSharding,
+) -> Program:  # fmt: skip
+    cache = jax.eval_shape(
+        lambda: init_cache(request.config, request.batch, request.context, DTYPE)
+    )
+    rules = rules_for(mesh)
+    if request.batch % dict(mesh.shape).get("data", 1):
+        rules = (("batch", None), *rules)
+    held = cache_sharding(cache, mesh, rules)
+    large = lambda a, s: Format(Layout.AUTO, s) if a.ndim > 1 and isinstance(mesh, Mesh) else s
+    held = jax.tree.map(large, cache, held)
+    columns = "model" if "model" in mesh.axis_names else None
+    columns = columns if request.config.vocab_size % dict(mesh.shape).get("model", 1) == 0 else None
+    logits = NamedSharding(mesh, P(*(tuple(spread.spec) or (None,)), None, columns))
+    return Program(
+        run,
+        {"weights": weights, "tokens": tokens, "cache": cache},
+        {"weights": at, "tokens": spread, "cache": held},
+        ("cache",),
+        (logits, held),
+        run,
+    )
+
+
+def _training(
+    run: Callable[..., PyTree], weights: PyTree, at: PyTree, tokens: Any, spread: NamedSharding
+) -> Program:
+    """Return a step of AdamW on the trained arrays, with the next token as target."""
+    adam = optax.adamw(1e-4)
+    which = jq.trained(weights)
+    learning, fixed = eqx.partition(weights, which)
+    of_learning, of_fixed = eqx.partition(at, which)
+    state = jax.eval_shape(adam.init, learning)
+    alone = NamedSharding(spread.mesh, P())
+    of_state = optax.tree_map_params(
+        adam, lambda _, s: s, state, of_learning, transform_non_params=lambda _: alone
+    )
+
+    def loss(learning: PyTree, fixed: PyTree, tokens: Any) -> Any:
+        logits = run(eqx.combine(learning, fixed), tokens)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def step(learning: PyTree, fixed: PyTree, state: PyTree, tokens: Any) -> tuple:
+        value, slope = jax.value_and_grad(loss)(learning, fixed, tokens)
+        updates, state = adam.update(slope, state, learning)
+        return optax.apply_updates(learning, updates), state, value
+
+    return Program(
+        step,
+        {"trained": learning, "weights": fixed, "optimizer": state, "tokens": tokens},
+        {"trained": of_learning, "weights": of_fixed, "optimizer": of_state, "tokens": spread},
+        ("trained", "optimizer"),
+        (of_learning, of_state, alone),
+        run,
+    )
