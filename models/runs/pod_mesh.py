@@ -32,7 +32,7 @@ def mesh_of(request: PodRequest, weights: PyTree) -> Axes:
     why = ""
     for axes in _candidates(request):
         try:
-            model_sharding(weights, request.config, abstract_mesh(request, axes))
+            model_sharding(weights, request.config, abstract_mesh(axes))
             return axes
         except ValueError as error:
             why = why or str(error)

@@ -1,7 +1,8 @@
 """The programs that a plan is about, on shapes only: decode step, prefill, training step."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -39,8 +40,10 @@ class Program:
         "trained" (what is trained of the weights) and "optimizer" (the state of the optimizer).
       shardings: how they are split.
       updated: names of the arguments whose memory the results take over.
-      outputs: how the results are split; None leaves it to the compiler.
-      forward: the function of weights and tokens, for `jaxquant.explain`.
+      outputs: how the results are split.
+      forward: the function of all weights and of the tokens, for `jaxquant.explain`.
+      weights: all weights, those in training among them.
+      placed: how they are split.
     """
 
     fn: Callable[..., PyTree]
@@ -49,22 +52,27 @@ class Program:
     updated: tuple[str, ...]
     outputs: PyTree
     forward: Callable[..., PyTree]
+    weights: PyTree
+    placed: PyTree
 
     def lowered(self) -> jax.stages.Lowered:
         """Return the program lowered for the devices of its mesh."""
         given = tuple(self.shardings[name] for name in self.arguments)
         donated = tuple(i for i, name in enumerate(self.arguments) if name in self.updated)
-        # The compiler chooses the layout of a cache: in any other, each step would copy it.
-        out = {} if self.outputs is None else {"out_shardings": self.outputs}
-        fn = jax.jit(self.fn, in_shardings=given, donate_argnums=donated, **out)
+        fn = jax.jit(
+            self.fn, in_shardings=given, out_shardings=self.outputs, donate_argnums=donated
+        )
         return fn.lower(*self.arguments.values())
 
+    def uses(self) -> jq.core.Explanation:
+        """Return what serves the uses of the packed weights on a TPU."""
+        return jq.explain(self.forward, self.weights, self.arguments["tokens"], platform="tpu")
 
-def abstract_mesh(request: PodRequest, mesh: tuple[tuple[str, int], ...]) -> AbstractMesh:
+
+def abstract_mesh(mesh: tuple[tuple[str, int], ...]) -> AbstractMesh:
     """Return a mesh of devices that need not exist.
 
     Args:
-      request: the request.
       mesh: name and size of each axis.
     """
     names, sizes = zip(*mesh, strict=True)
@@ -116,8 +124,7 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
       ValueError: the mesh does not divide heads, groups or tiles, or, in training, the batch.
     """
     at = model_sharding(weights, request.config, mesh)
-    data = dict(mesh.shape).get("data", 1)
-    split = request.work != "decode" and "data" in mesh.axis_names and request.batch % data == 0
+    data, split = dict(mesh.shape).get("data", 1), gathers(request, dict(mesh.shape))
     if request.trains and not split and data > 1:
         raise ValueError(
             f'the {data} devices of "data" do not divide a batch of {request.batch}; give a larger '
@@ -125,20 +132,44 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
         )
     tokens = jax.ShapeDtypeStruct((request.batch, request.tokens), jnp.int32)
     spread = NamedSharding(mesh, P("data") if split else P())
-    model = Llama(request.config, DTYPE, remat=request.trains)
-    run = jq.quantized(
-        lambda params, tokens, cache=None: apply(model, params, tokens, cache),
-        shardings=at, data_axes=("data",) if split else (),
-    )  # fmt: skip
+    quantized = partial(jq.quantized, shardings=at, data_axes=("data",) if split else ())
+    model = Llama(request.config, DTYPE)
+    forward = quantized(lambda params, tokens: apply(model, params, tokens))
     if request.trains:
-        return _training(run, weights, at, tokens, spread)
-    return _serving(request, mesh, run, weights, at, tokens, spread)
+        model = Llama(request.config, DTYPE, remat=True)
+        run = quantized(lambda params, tokens: apply(model, params, tokens))
+        return _training(run, forward, weights, at, tokens, spread)
+    run = quantized(lambda params, tokens, cache: apply(model, params, tokens, cache))
+    held = _cache(request, mesh)
+    columns = "model" if "model" in mesh.axis_names else None
+    logits = NamedSharding(mesh, P("data" if split else None, None, columns))
+    return Program(
+        run,
+        {"weights": weights, "tokens": tokens, "cache": held[0]},
+        {"weights": at, "tokens": spread, "cache": held[1]},
+        ("cache",),
+        (logits, held[1]),
+        forward,
+        weights,
+        at,
+    )
 
 
-def _serving(
-    request: PodRequest, mesh: AnyMesh, run: Callable[..., PyTree], weights: PyTree, at: PyTree,
-    tokens: Any, spread: NamedSharding,
-) -> Program:  # fmt: skip
+def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
+    """Return whether the tokens are split over "data", so that packed words are gathered.
+
+    Args:
+      request: the request.
+      mesh: size of every mesh axis.
+    """
+    return request.work != "decode" and "data" in mesh and request.batch % mesh["data"] == 0
+
+
+def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:
+    """Return the shapes of the cache, and how it is split; the batch only where it divides.
+
+    On devices, the compiler chooses the layout, as a step would copy the cache from any other.
+    """
     cache = jax.eval_shape(
         lambda: init_cache(request.config, request.batch, request.context, DTYPE)
     )
@@ -148,22 +179,13 @@ def _serving(
     held = cache_sharding(cache, mesh, rules)
     large = lambda a, s: Format(Layout.AUTO, s) if a.ndim > 1 and isinstance(mesh, Mesh) else s
     held = jax.tree.map(large, cache, held)
-    columns = "model" if "model" in mesh.axis_names else None
-    columns = columns if request.config.vocab_size % dict(mesh.shape).get("model", 1) == 0 else None
-    logits = NamedSharding(mesh, P(*(tuple(spread.spec) or (None,)), None, columns))
-    return Program(
-        run,
-        {"weights": weights, "tokens": tokens, "cache": cache},
-        {"weights": at, "tokens": spread, "cache": held},
-        ("cache",),
-        (logits, held),
-        run,
-    )
+    return cache, held
 
 
 def _training(
-    run: Callable[..., PyTree], weights: PyTree, at: PyTree, tokens: Any, spread: NamedSharding
-) -> Program:
+    run: Callable[..., PyTree], forward: Callable[..., PyTree], weights: PyTree, at: PyTree,
+    tokens: Any, spread: NamedSharding,
+) -> Program:  # fmt: skip
     """Return a step of AdamW on the trained arrays, with the next token as target."""
     adam = optax.adamw(1e-4)
     which = jq.trained(weights)
@@ -190,5 +212,7 @@ def _training(
         {"trained": of_learning, "weights": of_fixed, "optimizer": of_state, "tokens": spread},
         ("trained", "optimizer"),
         (of_learning, of_state, alone),
-        run,
+        forward,
+        weights,
+        at,
     )
