@@ -16,6 +16,7 @@ _COUNT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
 _GROUPS = (
     re.compile(r"replica_groups=\{\{([\d,]+)\}"),
     re.compile(r"replica_groups=\[\d+,(\d+)\]"),
@@ -57,8 +58,9 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Return the collectives of a compiled program.
 
-    The pieces in which the compiler has one run, between other things, share a channel and count as
-    one. One in the body of a loop runs as often as the constant in the loop's condition says.
+    The pieces in which the compiler has one run, between other things, share a channel and the name
+    of the operation that they come from, and count as one. One in the body of a loop runs as often
+    as the constant in the loop's condition says.
 
     Args:
       text: the program, as `jax.stages.Compiled.as_text` returns it.
@@ -70,13 +72,16 @@ def collectives(text: str) -> list[Collective]:
     """
     lines = dict(_computations(text))
     times = _times(lines)
-    found: dict[str, list[Collective]] = {}
+    found: dict[tuple, list[Collective]] = {}
     for name, body in lines.items():
         for i, line in enumerate(body):
             parts = list(_of_line(line, times[name]))
-            channel = _CHANNEL.search(line)
-            key = channel[1] if channel else f"{name} {i}"
-            if parts and (key not in found or found[key][0].times < parts[0].times):
+            if not parts:
+                continue
+            channel, origin = _CHANNEL.search(line), _ORIGIN.search(line)
+            own = (channel[1], origin and origin[1]) if channel else (name, i)
+            key = (*own, *(part[:4] for part in parts))
+            if key not in found or found[key][0].times < parts[0].times:
                 found[key] = parts
     return [one for parts in found.values() for one in parts]
 

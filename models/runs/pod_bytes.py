@@ -43,9 +43,9 @@ def tree_device_bytes(tree: PyTree, shardings: PyTree) -> int:
 def padded_bytes(shape: Sequence[int], itemsize: int) -> int:
     """Return the bytes of an array in the memory of a TPU.
 
-    It consists of tiles of 128 numbers along the minor axis, and of 8 along the next, or fewer where
-    that axis is shorter: a power of two, and at least one 32-bit word. The compiler lays out the
-    axes in the order that takes the fewest bytes.
+    It consists of tiles of 128 numbers along the minor axis, and of 8 along the next, or fewer
+    where that axis is shorter: a power of two, and at least one 32-bit word. The compiler lays out
+    the axes in the order that takes the fewest bytes.
 
     Args:
       shape: the shape.

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
@@ -22,6 +21,7 @@ from pallas_kernels.partition import axes_of
 # Passes over a weight in a step: forward, again since a layer's activations are not kept, the
 # transposed product, and that of the weight's own gradient.
 PASSES = {"decode": 1, "prefill": 1, "qlora": 3, "qat": 4}
+GATHERED = {"decode": 0, "prefill": 1, "qlora": 2, "qat": 2}  # the backward passes share one
 NAMES = {"int32": "s32", "uint8": "u8", "uint16": "u16", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -91,7 +91,7 @@ def _of_weight(
         return
     split = gathers(request, sizes)
     layers = w.shape[0] if path.startswith("layers/") else 1
-    passes = layers * PASSES[request.work]
+    passes = layers * GATHERED[request.work]
     data = sizes.get("data", 1)
     if split:
         for a, s in zip(jax.tree.leaves(w), jax.tree.leaves(at), strict=True):

@@ -1,4 +1,4 @@
-"""What a model takes on a slice of a pod, and on which slice it fits: `jaxquant plan --topology`."""
+"""What a model takes on a slice of a pod, and the smallest that holds it: `plan --topology`."""
 
 import dataclasses
 from collections import Counter
@@ -137,7 +137,7 @@ def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> str:
     return ""
 
 
-def report(plan: PodPlan) -> dict[str, Any]:
+def report_of(plan: PodPlan) -> dict[str, Any]:
     """Return a plan as JSON values.
 
     Args:
