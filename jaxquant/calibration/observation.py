@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxquant.calibration import routed  # noqa: F401  its rule is registered by the import
 from jaxquant.calibration.observed import Observed, Seen, Summary
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves

@@ -129,6 +129,7 @@ def stacked_sites(found: Mapping[str, Site]) -> dict[str, Site]:
             shape=(1, *site.shape),
             contracted=more(site.contracted),
             batch=(0, *more(site.batch)),
+            experts=more(site.experts),
             gathered=None if site.gathered is None else site.gathered + 1,
             also=tuple(map(more, site.also)),
         )

@@ -87,7 +87,9 @@ class Kept:
         if not self.sample:
             return one
         rows = jnp.pad(x, ((0, self.sample), (0, 0)))
-        return one._replace(**{name: share * _best(rows, name, self.sample) for name in _SCORES})
+        return one._replace(
+            **{name: share * best_rows(rows, name, self.sample) for name in SAMPLES}
+        )
 
     def _weights(self, seen: Seen) -> Float[Array, " m"]:
         """Return the weight a of every row."""
@@ -105,20 +107,27 @@ class Kept:
         }
         if not self.sample:
             return added._replace(**largest)
-        both = {name: jnp.concatenate([getattr(a, name), getattr(b, name)], -2) for name in _SCORES}
-        rows = {name: _best(r, name, self.sample) for name, r in both.items()}
+        both = {name: jnp.concatenate([getattr(a, name), getattr(b, name)], -2) for name in SAMPLES}
+        rows = {name: best_rows(r, name, self.sample) for name, r in both.items()}
         return added._replace(**largest, **rows)
 
 
 # Scores by which rows are kept: the largest entry; a hash of the content, which is 0 for zeros.
-_SCORES: dict[str, Callable[[Array], Array]] = {
+SAMPLES: dict[str, Callable[[Array], Array]] = {
     "extreme": lambda x: jnp.max(jnp.abs(x), axis=-1),
     "typical": lambda x: jnp.abs(jnp.sin(1e4 * jnp.sum(x, axis=-1))),
 }
 
 
-def _best(rows: Float[Array, "... m k"], name: str, count: int) -> Float[Array, "... t k"]:
-    _, index = jax.lax.top_k(_SCORES[name](rows), count)
+def best_rows(rows: Float[Array, "... m k"], name: str, count: int) -> Float[Array, "... t k"]:
+    """Return the rows with the highest scores, in descending order.
+
+    Args:
+      rows: the rows.
+      name: a field of `Probe` that holds rows, whose score counts.
+      count: how many.
+    """
+    _, index = jax.lax.top_k(SAMPLES[name](rows), count)
     return jnp.take_along_axis(rows, index[..., None], axis=-2)
 
 

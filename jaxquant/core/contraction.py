@@ -10,6 +10,22 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
+def group_axis(numbers: Any, x_ndim: int, w_ndim: int) -> int | None:
+    """Return the axis of w whose matrices multiply a group of rows each in `jax.lax.ragged_dot`.
+
+    Args:
+      numbers: the `ragged_dot_dimension_numbers`.
+      x_ndim, w_ndim: ranks.
+    Returns:
+      The axis; None if the product is not of rows [m, k], or [k, m], and a stack of matrices.
+    """
+    (contract, _), (batch, _) = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    rows = tuple(contract) != tuple(numbers.lhs_ragged_dimensions)
+    plain = (x_ndim, w_ndim, len(contract), len(batch), len(groups)) == (2, 3, 1, 0, 1)
+    return groups[0] if plain and rows else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Contraction:
     """The axes of x and of the weight w that a dot_general pairs.

@@ -1,6 +1,7 @@
 """All uses of private names of JAX and quax, so that only this file depends on their versions.
 
-`jax.extend` has no trace context, no `vmap` handlers and no `remat_p`. quax has no rules for
+`jax.extend` has no trace context, no `vmap` handlers, no `remat_p` and no primitive of
+`jax.lax.ragged_dot`. quax has no rules for
 `custom_vjp`, and its rules for `scan` and `jit` have to be called by name.
 """
 
@@ -14,12 +15,13 @@ from jax._src import core as jax_core
 from jax._src import source_info_util
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import batching
+from jax._src.lax.lax import ragged_dot_general_p
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 from quax._compat import jit_p
 from quax._trace import _dense, _QuaxTrace, _QuaxTracer
 
-__all__ = ["jit_p", "remat_p"]
+__all__ = ["jit_p", "ragged_dot_general_p", "remat_p"]
 
 # Marks arrays as varying over a mesh axis inside `shard_map`; absent from older versions of JAX.
 pvary_p: Any = vars(jax_core).get("pvary_p")

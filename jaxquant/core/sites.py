@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from jaxquant.core import indexing, jax_private
 from jaxquant.core.arguments import check_arguments
-from jaxquant.core.contraction import Contraction
+from jaxquant.core.contraction import Contraction, group_axis
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.standin import Pick, StandIn, is_array, is_standin, run
 
@@ -30,6 +30,8 @@ class Site:
       batch: axes that are scanned, mapped (`vmap`) or paired with axes of the input in the matmul,
         and leading axes along which matrices are looked up or sliced (the experts chosen by a
         router).
+      experts: the batch axes among whose matrices a router divides the rows of an input
+        (`jax.lax.ragged_dot`).
       gathered: axis along which it is looked up, or None.
       input: identifier of the input arrays of its matmuls, in order of use; weights with equal
         identifiers read the same arrays. "" if it is in no matmul.
@@ -44,6 +46,7 @@ class Site:
     shape: tuple[int, ...]
     contracted: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
     gathered: int | None = None
     input: str = ""
     otherwise: bool = False
@@ -122,6 +125,7 @@ class _Use:
       input: identifier of the array it multiplies.
       sizes: sizes of the axes that were still present.
       parts: axes that were sliced or looked up earlier, each with a text that identifies the part.
+      experts: the axis of a stack whose matrices multiply a group of rows each.
     """
 
     path: str
@@ -131,6 +135,7 @@ class _Use:
     input: str = ""
     sizes: dict[int, int] = dataclasses.field(default_factory=dict)
     parts: tuple[tuple[int, str], ...] = ()
+    experts: tuple[int, ...] = ()
 
     def input_of(self, axes: set[int]) -> str:
         """Return `input`, extended by the parts taken along these axes."""
@@ -261,6 +266,21 @@ def _(w: _Tracked, x: Any, **params: PyTree) -> Any:
     return jax.lax.dot_general_p.bind(w.array, x, **params)
 
 
+@quax.register(jax_private.ragged_dot_general_p)
+def _(x: Any, w: _Tracked, sizes: Any, **params: PyTree) -> Any:
+    x = x.materialise() if is_standin(x) else x
+    numbers = params["ragged_dot_dimension_numbers"]
+    axis = group_axis(numbers, x.ndim, w.ndim)
+    if axis is None:
+        return jax_private.ragged_dot_general_p.bind(x, w.materialise(), sizes, **params)
+    (over,), (k,) = numbers.dot_dimension_numbers[0]
+    present = dict(zip(w.own(range(w.ndim)), w.shape, strict=True))
+    use = _Use(w.path, "dot", w.own((k,)), (*w.own((axis,)), *w.looked_up),
+               f"{w.log.input_id(x)}{[over]}", present, w.parts, w.own((axis,)))  # fmt: skip
+    w.log.uses.append(use)
+    return jax_private.ragged_dot_general_p.bind(x, w.array, sizes, **params)
+
+
 @quax.register(jax.lax.gather_p)
 def _(w: _Tracked, ids: Any, **params: PyTree) -> Any:
     cut = tuple(i for i, d in enumerate(w.shape) if params["slice_sizes"][i] != d)
@@ -290,6 +310,7 @@ def _summary(path: str, w: jax.Array, uses: list[_Use], mapped: set[int]) -> Sit
         found,
         contracted=front(first.axes),
         batch=front(batch),
+        experts=front({axis for u in alike for axis in u.experts} & batch),
         input=" ".join(u.input_of({*u.axes, *batch}) for u in dots),
         also=tuple(dict.fromkeys(front(u.axes) for u in dots if u not in alike)),
         covered=_covered(alike, {*range(-len(shape), 0)} - batch - {*first.axes}, shape),

@@ -17,7 +17,9 @@ from jaxquant.durable.store import Finished
 from jaxquant.methods.method import KEEP, Method
 from jaxquant.ptq.choices import Allocation, Choices, Option
 from jaxquant.ptq.quantize import quantize, quantize_array
+from jaxquant.ptq.round_stacked import Sums
 from jaxquant.recipes.recipe import Recipe, WeightEntry
+from jaxquant.rounding.moments import measured
 
 
 def allocate(
@@ -110,16 +112,16 @@ class _Table:
     def _loss(self, entry: WeightEntry) -> float:
         method = entry.method
         matrices = entry.matrices(dict(path_leaves(self.params))[entry.path])
-        count, k, n = matrices.shape
-        gram = self.stats.gram(entry.path).reshape(count, k, k)
-        output = self.stats.output_gram(entry.path) if method.needs_output else None
+        count, _, n = matrices.shape
+        sums = Sums.measured(entry.path, self.stats, output=method.needs_output).matrices(entry)
         losses = []
         for i in sampled(count, self.samples):
-            other = None if output is None else output.reshape(count, n, n)[i]
+            moments = sums.moments(i)
+            gram = measured(moments.input)
             w = matrices[i]
-            q = quantize_array(w, method, gram[i], output_gram=other, key=self.key)
+            q = quantize_array(w, method, gram, output_gram=moments.output, key=self.key)
             error = w - q.dequantize()
-            losses.append(float(jnp.sum(error * (gram[i] @ error))) / n)
+            losses.append(float(jnp.sum(error * (gram @ error))) / n)
         return float(np.mean(losses)) * count
 
     def distance(self, measure: Callable[[PyTree], float], entry: WeightEntry) -> float:

@@ -168,6 +168,7 @@ def _layer(site: Site, path: str, i: int) -> Site:
         shape=site.shape[1:],
         contracted=less(site.contracted),
         batch=less(site.batch),
+        experts=less(site.experts),
         gathered=site.gathered - 1 if site.gathered else None,  # axis 0 is the layer axis
         also=tuple(map(less, site.also)),
         input=site.input and f"{site.input} {i}",

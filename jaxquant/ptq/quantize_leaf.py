@@ -117,6 +117,7 @@ class LeafJob:
                 progress.done(name, method.name, report, bits, seconds)
         if not abstract:
             self._warn(reports)
+            self._warn_of_few(sums)
         arrays = _stacked(tuple(batch), *parts)
         return QTensor(
             data=arrays.data,
@@ -182,7 +183,7 @@ class LeafJob:
         kept, made_of = {}, np.zeros(0, np.uint8)
         if finished is not None:  # an entry for another matrix, method or key is ignored
             kept = dict(finished.get(name, {}))
-            parts = jax.tree.map(lambda a: np.asarray(a)[i], (matrices, sums))
+            parts = np.asarray(matrices)[i], sums.own(i)
             made_of = mark(f"{method}{self.draw.name}", parts)
         if kept and np.array_equal(kept.pop(MARK, ()), made_of):
             stored = {key: jnp.asarray(a) for key, a in kept.items()}
@@ -278,11 +279,29 @@ class LeafJob:
                 stacklevel=4,
             )
 
+    def _warn_of_few(self, sums: Sums) -> None:
+        """Warn about experts that so few tokens reached that their statistics are completed."""
+        if sums.pools is None or sums.rows is None:
+            return
+        least, rows = int(sums.pools.least), np.asarray(sums.rows)
+        few = [(float(n), name) for name, n in zip(self._names(), rows, strict=True) if n < least]
+        if few:
+            named = ", ".join(f"{name} ({n:,.0f})" for n, name in sorted(few)[:_NAMED])
+            warnings.warn(
+                f"{named}{', ...' * (len(few) > _NAMED)}: fewer than {least} tokens reached "
+                f"{len(few)} of {len(rows)} experts, so that their statistics are completed with "
+                "those of all experts; calibrate on more tokens",
+                stacklevel=4,
+            )
+
+
+_NAMED = 4  # experts that a warning names, those with the fewest tokens
+
 
 def _check_values(w: Array, sound: Bool[Array, ""], path: str, sums: Sums) -> None:
     if not bool(sound):
         raise ValueError(f"{path}: weights are not finite (NaN or infinity)")
-    if not all(bool(finite(m)) for m in sums if m is not None):
+    if not bool(finite(sums)):
         raise ValueError(
             f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
             f"squares float32 cannot hold)"

@@ -49,7 +49,8 @@ def rotate_residual(params: PyTree, residual: Residual, rotation: Float[Array, "
     """Rotate the residual stream of a model without changing its function; norm gains become ones.
 
     Args:
-      params: tree of floating-point arrays; stacks of layers have the layer axis first.
+      params: tree of floating-point arrays; stacks of layers have the layer axis first, and stacks
+        of experts within them the axis of experts next.
       residual: which leaves read and write the stream.
       rotation: orthonormal matrix [d, d].
     Returns:
@@ -83,7 +84,7 @@ def rotate_residual(params: PyTree, residual: Residual, rotation: Float[Array, "
         _check(gain, leaves[gain].shape[-1], d)
         for path in _named(leaves, globs):
             _check(path, leaves[path].shape[-2], d)
-            new[path] = exact(rotation.T, leaves[gain][..., :, None] * new[path])
+            new[path] = exact(rotation.T, _rows(leaves[gain], new[path]) * new[path])
         new[gain] = jnp.ones_like(leaves[gain])
     changed = {p: new[p].astype(leaves[p].dtype) for p in new if new[p] is not leaves[p]}
     return replace_leaves(params, changed)
@@ -95,6 +96,12 @@ def _named(leaves: Mapping[str, Array], globs: Sequence[str]) -> list[str]:
         if not paths:
             raise ValueError(f"{glob!r} matches no leaf of the tree")
     return list(dict.fromkeys(path for paths in found for path in paths))
+
+
+def _rows(gain: Array, w: Array) -> Array:
+    """Return the gain [*batch, d] as factors of the rows of w [*batch, ..., d, n]."""
+    more = (1,) * (w.ndim - gain.ndim - 1)  # such as the axis of experts
+    return gain.reshape(*gain.shape[:-1], *more, gain.shape[-1], 1)
 
 
 def _check(path: str, size: int, d: int) -> None:

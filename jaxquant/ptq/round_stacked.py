@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxquant.calibration.statistics import Stats
+from jaxquant.calibration.few_tokens import Pools
+from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.programs import program_memory
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import Arrays
@@ -29,11 +30,13 @@ class Sums(NamedTuple):
       input: sum of x x^T.
       output: sum of g g^T.
       rows: number of rows x; None if the sums are means.
+      pools: what completes the sums of experts that few tokens reached; None without experts.
     """
 
     input: Float[Array, "*batch k k"] | None = None
     output: Float[Array, "*batch n n"] | None = None
     rows: Float[Array, "*batch"] | None = None
+    pools: Pools | None = None
 
     @staticmethod
     def of(path: str, method: Method, stats: Stats | Mapping[str, Site] | None) -> "Sums":
@@ -46,11 +49,25 @@ class Sums(NamedTuple):
         """
         if not isinstance(stats, Stats) or not (method.needs_gram or method.needs_output):
             return Sums()
-        return Sums(
-            stats.kept(path, "gram") if method.needs_gram else None,
-            stats.kept(path, "output") if method.needs_output else None,
-            stats.of(path).rows,
+        return Sums.measured(path, stats, method.needs_gram, method.needs_output)
+
+    @staticmethod
+    def measured(path: str, stats: Stats, gram: bool = True, output: bool = False) -> "Sums":
+        """Return the second moments of one leaf.
+
+        Args:
+          path: path of the leaf.
+          stats: the statistics.
+          gram, output: which of the moments are wanted.
+        """
+        found = stats.of(path)._replace(
+            gram=stats.kept(path, "gram") if gram else None,
+            output=stats.kept(path, "output") if output else None,
+            extreme=None,
+            typical=None,
         )
+        pools = Pools.from_sums(found, stats.sites[path])
+        return Sums(found.gram, found.output, found.rows, pools)
 
     def matrices(self, entry: WeightEntry) -> "Sums":
         """Return the sums with flattened batch axes; ValueError if their shapes do not fit."""
@@ -63,13 +80,24 @@ class Sums(NamedTuple):
                 )
         flat = lambda a: None if a is None else a.reshape(-1, *a.shape[-2:])
         rows = None if self.rows is None else self.rows.reshape(-1)
-        return Sums(flat(self.input), flat(self.output), rows)
+        return Sums(flat(self.input), flat(self.output), rows, self.pools)
 
     def moments(self, i: int | Array) -> Moments:
-        """Return the moments of matrix i of flattened sums."""
-        rows = 1 if self.rows is None else jnp.maximum(self.rows[i], 1)
-        mean = lambda a: None if a is None else a[i] / rows
-        return Moments(mean(self.input), mean(self.output))
+        """Return the moments of matrix i of flattened sums, completed if few tokens reached it."""
+        at = lambda a: None if a is None else a[i]
+        none = jnp.zeros(())
+        own = Probe(at(self.input), none if self.rows is None else self.rows[i], at(self.output),
+                    none, none, none)  # fmt: skip
+        if self.pools is not None:
+            own = self.pools.completed(own, i)
+        mean = lambda a: None if a is None else a / jnp.maximum(own.rows, 1)
+        return Moments(mean(own.gram), mean(own.output))
+
+    def own(self, i: int) -> "Sums":
+        """Return the sums of matrix i, and of its pool, as NumPy arrays."""
+        one = jax.tree.map(lambda a: np.asarray(a)[i], self._replace(pools=None))
+        pool = None if self.pools is None else self.pools.only(i)
+        return one._replace(pools=jax.tree.map(np.asarray, pool))
 
 
 def planned(method: Method, importance: Float[np.ndarray, "blocks"]) -> Method:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxquant.calibration.few_tokens import Pools
 from jaxquant.calibration.statistics import Probe, Stats
 from jaxquant.core.activations import Activations
 from jaxquant.core.magnitude import exponent, ratios, shifted, unit
@@ -45,6 +46,7 @@ class Inputs:
       inspect: scoring function for searches, or None.
       found: arrays fitted so far, by leader and index in the stack.
       first: index of the leaves' first matrices along the leading axis of their stacks.
+      pools: what completes the statistics of experts with few tokens, by path of their holder.
     """
 
     leader: dict[str, str]
@@ -54,6 +56,7 @@ class Inputs:
     inspect: Inspection | None
     found: dict[tuple[str, int], dict[str, Array]] = dataclasses.field(default_factory=dict)
     first: int = 0
+    pools: dict[str, Pools | None] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -144,12 +147,21 @@ class Inputs:
         if self.stats is None:
             return Channels(weights)
         probe = _of_matrix(self.stats.of(path), i)
+        if (pools := self._pools(self.stats, path)) is not None:
+            probe = pools.completed(probe, i)
         count = jnp.maximum(probe.rows, 1)
         sample = None
         if probe.extreme is not None and probe.typical is not None:
             sample = jnp.concatenate([probe.extreme, probe.typical])
         gram = None if probe.gram is None else probe.gram / count
         return Channels(weights, gram, probe.magnitude / count, probe.low, probe.high, sample)
+
+    def _pools(self, stats: Stats, path: str) -> Pools | None:
+        """Return what completes the statistics of a weight, made once; None without experts."""
+        holder = stats.holder[path]
+        if holder not in self.pools:
+            self.pools[holder] = Pools.from_sums(stats.of(path), stats.sites[path])
+        return self.pools[holder]
 
     def _searched(
         self, members: list[WeightEntry], channels: Channels, e: Array, i: int, key: Array

@@ -1,8 +1,9 @@
 """Llama, Mistral, Mixtral, SmolLM, Qwen2, Qwen3, Qwen3-MoE and BitNet b1.58 in Flax linen.
 
 Every weight is used by a plain `nn.Dense`, `Embed` or `ragged_dot`, so jaxquant can substitute a
-packed weight at its place in the parameter tree. The layers are stacked: their leaves have a leading axis L, over
-which `nn.scan` runs, so that compile time does not grow with depth. The parameter paths:
+packed weight at its place in the parameter tree. The layers are stacked: their leaves have a
+leading axis L, over which `nn.scan` runs, so that compile time does not grow with depth. The
+parameter paths:
 
     embed/embedding [V, d]                    norm/scale [d]          head/kernel [d, V] if untied
     layers/attn/{q,k,v,o}/kernel [L, in, out] (and bias [L, out])

@@ -125,7 +125,8 @@ class AllocatingJob:
                 rule = jq.Recipe([(path, entry.method)])
                 packed = jq.quantize(tree, rule, known, key=self.request.key, first=i)
                 w, q = (dict(jq.core.path_leaves(of))[path] for of in (tree, packed))
-                sums = Sums(known.kept(path, "gram"), rows=known.of(path).rows)
+                of_layer = dataclasses.replace(entry, shape=(1, *entry.shape[1:]))
+                sums = Sums.measured(path, known).matrices(of_layer)
                 loss = float(_energy(w, q, sums)) * len(self._layers)
                 self.finished[_name(entry)] = {"loss": np.float64(loss)}
                 step(entry)
@@ -299,7 +300,11 @@ def _of(known: Known, path: str) -> jq.Stats:
 
 @jax.jit  # one program, which holds no more than it needs at a time
 def _energy(w: Array, q: jq.QTensor, sums: Sums) -> Array:
-    """Return tr(E^T H E) / n of the only matrix of a stack; see `jaxquant.ptq.allocate`."""
-    error, gram = (w - q.dequantize())[0], sums.input[0]
-    rows = 1 if sums.rows is None else jnp.maximum(sums.rows[0], 1)
-    return jnp.sum(error * (error.T @ gram).T) / rows / error.shape[1]
+    """Return tr(E^T H E) / n, summed over the experts of a layer; see `jaxquant.ptq.allocate`."""
+    errors = (w - q.dequantize()).reshape(-1, *w.shape[-2:])
+
+    def of(i: Array) -> Array:
+        error, gram = errors[i], sums.moments(i).input
+        return jnp.sum(error * (error.T @ gram).T) / error.shape[1]
+
+    return jnp.sum(jax.lax.map(of, jnp.arange(len(errors))))

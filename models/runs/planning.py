@@ -4,6 +4,7 @@ Nothing is read but headers. XLA says what each of the programs takes that are c
 shapes of the model; the rest is counted.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -186,6 +187,7 @@ def _held(members: list[WeightEntry], needs: Needs, weighting: str, layers: int)
     """Return the bytes of the weights that read one input, and of their statistics, in a layer."""
     weights = sum(4 * entry.size for entry in members) // layers
     k = members[0].matrix[-2]
+    experts = math.prod(members[0].matrix[1:-2])  # 1 without any; they have moments of their own
     moments = 4 * k * k * (len(members) if weighting == "gradient" else 1) * needs.gram
     outputs = sum(4 * entry.matrix[-1] ** 2 for entry in members if entry.method.needs_output)
-    return weights + moments + outputs
+    return weights + experts * (moments + outputs)

@@ -13,6 +13,7 @@ from jaxquant_models.architectures.experts import routed
 from jaxquant_models.architectures.llama import LAYER_MATRICES
 from jaxquant_models.readers.huggingface_config import config_from_hf
 from jaxquant_models.readers.weights import param_shapes
+from jaxquant_models.runs.rotation import random_rotation, rotate_model
 from tests.support.tiny_llama import FAMILIES, VOCAB, random_tensors, write_folder
 
 QWEN3 = FAMILIES["qwen3_moe"]
@@ -87,6 +88,14 @@ def test_one_token_reaches_few_experts(tmp_path):
         got = logits(load(write_folder(tmp_path / "b", QWEN3, less)), few)
         used[i, e] = not np.array_equal(got, want)
     assert used.sum(1).tolist() == [2, 2, 2]
+
+
+def test_a_rotated_residual_stream_changes_nothing(tmp_path):
+    model = load(write_folder(tmp_path, QWEN3, random_tensors(QWEN3)))
+    turned = rotate_model(model, random_rotation(model, jax.random.key(0)))
+    np.testing.assert_allclose(logits(turned), logits(model), atol=1e-4)
+    routers = [m.params["layers"]["mlp"]["router"]["kernel"] for m in (model, turned)]
+    assert np.abs(routers[0] - routers[1]).max() > 0.1
 
 
 def test_bfloat16_is_close(tmp_path):

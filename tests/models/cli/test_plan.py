@@ -39,7 +39,7 @@ def test_the_bytes_are_those_of_the_run(tiny, run, tmp_path, method):
 
 
 def test_no_weight_is_read(tiny, run, monkeypatch):
-    monkeypatch.setattr(Weights, "_turned", None)
+    monkeypatch.setattr(Weights, "_joined", None)
     found = plan(run, tiny, "--method", "gptq", "--group-size", 8, "--calibration-tokens", 1024)
     assert 0 < found["peak_memory"] < found["bound"]
     assert found["hidden_states"] == 4 * 3 * 1024 * 24

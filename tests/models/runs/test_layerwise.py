@@ -99,7 +99,20 @@ def in_memory(folder, request):
 
 @every_request
 def test_the_bits_of_a_run_in_memory(folder, tmp_path, name):
-    request = request_for(folder, name)
+    same_bits(folder, tmp_path, request_for(folder, name))
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens reached", "ignore:.*no input reached")
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq, uniform", "smoothquant", "quarot"])
+def test_the_bits_of_experts(family, tmp_path, name):
+    (tmp_path / "text.txt").write_text(TEXT)
+    tensors = random_tensors(FAMILIES[family])
+    folder = write_folder(tmp_path / "model", FAMILIES[family], tensors)
+    same_bits(folder, tmp_path, request_for(folder, name))
+
+
+def same_bits(folder, tmp_path, request):
     got, want = run(folder, request, tmp_path / "o"), in_memory(folder, request)
     paths = dict(jq.core.path_leaves(want))
     for path, leaf in jq.core.path_leaves(got):
