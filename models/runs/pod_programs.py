@@ -18,6 +18,7 @@ import jaxquant as jq
 from jaxquant.calibration.probing import Probing
 from jaxquant.calibration.statistics import Stats
 from jaxquant_models.architectures.cache import init_cache
+from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama, apply
 from jaxquant_models.architectures.shardings import cache_sharding, model_sharding, rules_for
 from jaxquant_models.readers.weights import param_outline
@@ -87,25 +88,32 @@ def packed_shapes(request: PodRequest) -> PyTree:
     Raises:
       ValueError: the recipe does not fit the model.
     """
-    model = Llama(request.config, DTYPE)
-    floats = param_outline(model, jnp.float32 if request.work == "qat" else DTYPE)
+    one = _packed(dataclasses.replace(request.config, n_layers=1), request.recipe, request.work)
+    layers = request.config.n_layers  # which are all alike
+    taller = lambda a: jax.ShapeDtypeStruct((layers, *a.shape[1:]), a.dtype)
+    return {**one, "layers": jax.tree.map(taller, one["layers"])}
+
+
+def _packed(config: LlamaConfig, recipe: jq.Recipe, work: str) -> PyTree:
+    """Return the shapes of the packed weights of an architecture, which are traced."""
+    model = Llama(config, DTYPE)
+    floats = param_outline(model, jnp.float32 if work == "qat" else DTYPE)
     fn = lambda params, tokens: apply(model, params, tokens)
     uses = jq.sites(fn, floats, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    methods = [m for _, m in request.recipe.rules if isinstance(m, jq.Method)]
+    methods = [m for _, m in recipe.rules if isinstance(m, jq.Method)]
     if not methods:
         return floats
-    make = jq.latent if request.work == "qat" else jq.quantize
+    make = jq.latent if work == "qat" else jq.quantize
 
     def made(params: PyTree) -> PyTree:
         plan = Probing.of(uses, "uniform", any(m.needs_gram for m in methods), (), SAMPLE)
-        stats = Stats(uses, plan.probes(), dict(plan.holder))
-        return make(params, request.recipe, stats)
+        return make(params, recipe, Stats(uses, plan.probes(), dict(plan.holder)))
 
     packed = jax.eval_shape(made, floats)
-    if request.work != "qlora":
+    if work != "qlora":
         return packed
     # Experts have no adapters, as in most QLoRA runs.
-    globs = ADAPTED[:1] if request.config.n_experts else ADAPTED
+    globs = ADAPTED[:1] if config.n_experts else ADAPTED
     return jax.eval_shape(lambda q: jq.adapt(q, LORA, targets=globs), packed)
 
 
