@@ -20,7 +20,7 @@ _ORIGIN = re.compile(r'op_name="([^"]*)"')
 _GROUPS = (
     re.compile(r"replica_groups=\{\{([\d,]+)\}"),
     re.compile(r"replica_groups=\[\d+,(\d+)\]"),
-    re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}"),
+    re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}"),
 )
 
 
@@ -64,6 +64,8 @@ def collectives(text: str) -> list[Collective]:
 
     Args:
       text: the program, as `jax.stages.Compiled.as_text` returns it.
+    Raises:
+      ValueError: the text says in an unknown way which devices take part.
 
     >>> line = "%g = s32[8,4]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3}}"
     >>> (one,) = collectives("ENTRY %main (p: s32[4,4]) -> s32[8,4] {\\n  " + line + "\\n}")
@@ -151,4 +153,6 @@ def _group(line: str) -> int:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # 'x':(2)4 is a part of x
         return math.prod(int(part) if part else sizes[name] for name, part in parts)
-    return 2
+    if "source_target_pairs=" in line:
+        return 2
+    raise ValueError(f"unknown groups of devices in {line.strip()[:300]!r}")
