@@ -23,7 +23,6 @@ from pallas_kernels.context import Setting
 Axes = tuple[str, ...]
 
 
-@jax.tree_util.register_static  # derivative rules keep it among their residuals
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """How a weight, or a stack of weights, and the inputs that it meets are split over a mesh.

@@ -142,7 +142,7 @@ def frozen_product(
     if format.latent:
         return format.product(form, x, data, of_inputs)
     rounded = x if form is None else form.straight(x, of_inputs)
-    how = _How(format, form, x.shape[-1], rounded.dtype.name)
+    how = _How(format, form, x.shape[-1], rounded.dtype.name, partition.said())
     fixed = jax.lax.stop_gradient((x, data, of_inputs))
     return _frozen(how, *partition.varied(rounded, *fixed))
 
@@ -165,28 +165,32 @@ def served_product(
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """What is static in a product: the formats, the number of rows of w, and the dtype of x."""
+    """What is static in a product: the formats, the rows of w, the dtype of x, and the mesh.
+
+    JAX traces derivatives of a scan later, where `partition.placed` is no longer in force.
+    """
 
     format: Format
     form: Activations | None
     k: int
     dtype: str
+    placement: partition.Placement | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> Array:
     """Return the kernel's product of x; gradients treat it as that of `rounded`."""
-    return served_product(how.format, how.form, x, data, of_inputs)
+    with partition.placed(how.placement):
+        return served_product(how.format, how.form, x, data, of_inputs)
 
 
 def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> tuple:
-    return _frozen(how, rounded, x, data, of_inputs), (data, partition.said())
+    return _frozen(how, rounded, x, data, of_inputs), data
 
 
-def _backward(how: _How, kept: tuple, g: Array) -> tuple:
-    data, placement = kept
+def _backward(how: _How, data: PyTree, g: Array) -> tuple:
     g = g.astype(how.dtype)  # as it was before the result was widened to float32
-    with partition.placed(placement):
+    with partition.placed(how.placement):
         back = how.format.matmul_transposed(g, data, how.k).astype(how.dtype)
     return back, None, None, None
 

@@ -39,36 +39,38 @@ class Requantized(Adapter):
         self, format: Any, form: Any, x: Float[Array, "m k"], data: Data, of_inputs: Data
     ) -> Float[Array, "m n"]:
         rounded = x if form is None else form.straight(x, of_inputs)
-        how = _How(self, format, form)
+        how = _How(self, format, form, partition.said())
         return _product(how, *partition.varied(rounded, jax.lax.stop_gradient(x), data, of_inputs))
 
     def value(self, format: Any, data: Data, k: int) -> Float[Array, "k n"]:
-        return _value(_How(self, format, None), data, k)
+        return _value(_How(self, format, None, None), data, k)
 
 
 class _How(NamedTuple):
-    """What is static in a product: the adapter, the format and how inputs are rounded."""
+    """What is static in a product: the adapter, the format, how inputs are rounded, the mesh."""
 
     adapter: Requantized
     format: Any
     form: Any
+    placement: partition.Placement | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> Array:
     """Return the kernel's product with the merged matrix; x is rounded as `rounded` is."""
     packed = how.adapter.merged(how.format, data, x.shape[-1])
-    return served_product(how.format, how.form, x, packed, of_inputs)
+    with partition.placed(how.placement):
+        return served_product(how.format, how.form, x, packed, of_inputs)
 
 
 def _forward(how: _How, rounded: Array, x: Array, data: PyTree, of_inputs: PyTree) -> tuple:
-    return _product(how, rounded, x, data, of_inputs), (rounded, data, partition.said())
+    return _product(how, rounded, x, data, of_inputs), (rounded, data)
 
 
 def _backward(how: _How, kept: tuple, g: Array) -> tuple:
-    rounded, data, placement = kept
+    rounded, data = kept
     packed = how.adapter.merged(how.format, data, rounded.shape[-1])
-    with partition.placed(placement):
+    with partition.placed(how.placement):
         back = how.format.matmul_transposed(g, packed, rounded.shape[-1]).astype(rounded.dtype)
     outer = jnp.dot(rounded.T, g.astype(rounded.dtype), preferred_element_type=jnp.float32)
     return back, None, _all(how, data, outer), None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
@@ -18,7 +18,7 @@ from pallas_kernels.partition import Placement, axes_of, spec_of
 Names = tuple[str, ...]
 
 
-def packed_sharding(w: QTensor, mesh: Mesh, spec: P) -> QTensor:
+def packed_sharding(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> QTensor:
     """Return the shardings of the arrays of a packed weight, as `jax.device_put` takes them.
 
     Args:
@@ -110,7 +110,9 @@ def _placement(w: Any, of: Any) -> Placement | None:
         return None
     found = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
     mesh = getattr(found, "mesh", None)
-    if not isinstance(mesh, Mesh) or mesh.size == 1 or (of is w and is_explicit(mesh)):
+    if not isinstance(mesh, Mesh | AbstractMesh) or mesh.size == 1:
+        return None
+    if of is w and AxisType.Explicit in mesh.axis_types:
         return None
     ndim, leading = w.data["codes"].ndim, w.leading()
     parts = axes_of(found.spec, ndim)
@@ -168,7 +170,7 @@ def _parts(w: QTensor, spec: P) -> tuple[list[Names], Names, Names]:
     return stored[:leading], stored[leading], stored[n]
 
 
-def _check_stack(w: QTensor, mesh: Mesh, leading: list[Names]) -> None:
+def _check_stack(w: QTensor, mesh: Mesh | AbstractMesh, leading: list[Names]) -> None:
     for length, names in zip(w.data["codes"].shape, leading, strict=False):
         if length % _size(mesh, names):
             raise ValueError(
@@ -177,7 +179,9 @@ def _check_stack(w: QTensor, mesh: Mesh, leading: list[Names]) -> None:
             )
 
 
-def _splits(w: QTensor, mesh: Mesh, rows: Names, columns: Names) -> dict[str, tuple[Names, Names]]:
+def _splits(
+    w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
+) -> dict[str, tuple[Names, Names]]:
     """Return the mesh axes over which the first and the last axis of each array are split.
 
     Arrays of the kernel's op are split as `shard_specs` says. Others, such as those that a weight
@@ -201,7 +205,11 @@ def _splits(w: QTensor, mesh: Mesh, rows: Names, columns: Names) -> dict[str, tu
 
 
 def _check_divides(
-    w: QTensor, mesh: Mesh, name: str, shape: Sequence[int], parts: tuple[Names, Names]
+    w: QTensor,
+    mesh: Mesh | AbstractMesh,
+    name: str,
+    shape: Sequence[int],
+    parts: tuple[Names, Names],
 ) -> None:
     for length, names in zip((shape[0], shape[-1]), parts, strict=True):
         if length % _size(mesh, names):
@@ -212,7 +220,7 @@ def _check_divides(
 
 
 def _of_op(
-    w: QTensor, mesh: Mesh, rows: Names, columns: Names
+    w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
 ) -> dict[str, tuple[Names, Names]] | None:
     """Return what `_splits` does for the arrays that the kernel's op takes; None if it has no op."""
     format = w.format
@@ -254,5 +262,5 @@ def _of_op(
     return found
 
 
-def _size(mesh: Mesh, names: Names) -> int:
+def _size(mesh: Mesh | AbstractMesh, names: Names) -> int:
     return math.prod(mesh.shape[name] for name in names)

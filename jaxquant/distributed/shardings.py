@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -19,7 +19,7 @@ Names = tuple[str | None, ...] | P | None
 Rules = Iterable[tuple[str, str | tuple[str, ...] | None]]
 
 
-def sharding(qparams: PyTree, mesh: Mesh, rules: Rules, axes: PyTree) -> PyTree:
+def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyTree) -> PyTree:
     """Return how the arrays of a quantized tree are split over a mesh.
 
     The result can be passed to `jax.device_put`, to `jax.jit` and, for a mesh with Auto axes, to
@@ -27,7 +27,7 @@ def sharding(qparams: PyTree, mesh: Mesh, rules: Rules, axes: PyTree) -> PyTree:
 
     Args:
       qparams: tree of `QTensor`s and arrays; the arrays may be `jax.ShapeDtypeStruct`s.
-      mesh: the mesh.
+      mesh: the mesh; an `AbstractMesh` for a plan, whose devices need not exist.
       rules: pairs of the name of a logical axis and the mesh axis, or axes, that split it; None
         leaves it whole. The first rule of a name applies whose mesh axes no earlier axis of the
         same weight has, as in Flax. An axis whose name has no rule is whole.
@@ -64,7 +64,7 @@ def sharding(qparams: PyTree, mesh: Mesh, rules: Rules, axes: PyTree) -> PyTree:
     return replace_leaves(qparams, found)
 
 
-def _checked(rules: Rules, mesh: Mesh) -> list[tuple[str, tuple[str, ...]]]:
+def _checked(rules: Rules, mesh: Mesh | AbstractMesh) -> list[tuple[str, tuple[str, ...]]]:
     """Return the rules with tuples of mesh axes; ValueError if the mesh lacks one of them."""
     found = []
     for rule in rules.items() if isinstance(rules, Mapping) else rules:
@@ -101,7 +101,7 @@ def _spec(path: str, w: Any, names: Names, rules: list[tuple[str, tuple[str, ...
     return spec_of(parts)
 
 
-def _leaf(path: str, w: Any, mesh: Mesh, spec: P) -> Any:
+def _leaf(path: str, w: Any, mesh: Mesh | AbstractMesh, spec: P) -> Any:
     """Return the shardings of a leaf; ValueError, with its path, if it cannot be split so."""
     if isinstance(w, QTensor):
         try:

@@ -201,7 +201,7 @@ class Latent(Format):
             rounded = x.astype(jnp.float32) if form is None else form.straight(x, of_inputs)
         fixed = jax.lax.stop_gradient((x, self.packed(data), of_inputs))
         args = partition.varied(rounded, self.value(data), *fixed)
-        return watched(_product((self.format, form), *args))
+        return watched(_product((self.format, form, partition.said()), *args))
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -215,7 +215,8 @@ class Latent(Format):
         """Return x @ w.T."""
         packed = jax.lax.stop_gradient(self.packed(data))
         x = x.astype(jnp.float32)
-        return _product_transposed(self.format, k, *partition.varied(x, self.value(data), packed))
+        args = partition.varied(x, self.value(data), packed)
+        return _product_transposed((self.format, k, partition.said()), *args)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         return self.value(data)[:, ids]
@@ -262,7 +263,7 @@ def _learned(data: dict[str, Array]) -> dict[str, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(
-    how: tuple[Format, Activations | None],
+    how: tuple[Format, Activations | None, partition.Placement | None],
     rounded: Float[Array, "m k"],
     value: Float[Array, "k n"],
     x: Float[Array, "m k"],
@@ -270,18 +271,19 @@ def _product(
     of_inputs: dict[str, Array],
 ) -> Float[Array, "m n"]:
     """Return the kernel's product; gradients treat it as that of `rounded` and `value`."""
-    format, form = how
+    format, form, placement = how
     rows, kernel_form, leave = activations.entered(form, x, of_inputs)
-    return leave(format.matmul(rows, packed, kernel_form))
+    with partition.placed(placement):  # again, as derivatives of a scan are traced later
+        return leave(format.matmul(rows, packed, kernel_form))
 
 
 def _forward(how: tuple, rounded: Array, value: Array, *fixed: PyTree) -> tuple[Array, tuple]:
-    return _product(how, rounded, value, *fixed), (rounded, *fixed, partition.said())
+    return _product(how, rounded, value, *fixed), (rounded, *fixed)
 
 
 def _backward(how: tuple, kept: tuple, g: Array) -> tuple:
-    rounded, x, packed, _, placement = kept
-    with partition.placed(placement):
+    rounded, x, packed, _ = kept
+    with partition.placed(how[2]):
         back = how[0].matmul_transposed(g, packed, rounded.shape[-1])
     return back, rounded.T @ g, jnp.zeros_like(x), None, None
 
@@ -289,19 +291,25 @@ def _backward(how: tuple, kept: tuple, g: Array) -> tuple:
 _product.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product_transposed(
-    format: Format, k: int, x: Float[Array, "m n"], value: Float[Array, "k n"], packed: dict
+    how: tuple[Format, int, partition.Placement | None],
+    x: Float[Array, "m n"],
+    value: Float[Array, "k n"],
+    packed: dict[str, Array],
 ) -> Float[Array, "m k"]:
-    return format.matmul_transposed(x, packed, k)
+    format, k, placement = how
+    with partition.placed(placement):
+        return format.matmul_transposed(x, packed, k)
 
 
-def _transposed_forward(format: Format, k: int, x: Array, value: Array, packed: dict) -> tuple:
-    return format.matmul_transposed(x, packed, k), (x, packed, partition.said())
+def _transposed_forward(how: tuple, x: Array, value: Array, packed: dict) -> tuple:
+    return _product_transposed(how, x, value, packed), (x, packed)
 
 
-def _transposed_backward(format: Format, k: int, kept: tuple, g: Array) -> tuple:
-    x, packed, placement = kept
+def _transposed_backward(how: tuple, kept: tuple, g: Array) -> tuple:
+    format, _, placement = how
+    x, packed = kept
     with partition.placed(placement):
         return format.matmul(g, packed), g.T @ x, None
 

@@ -216,7 +216,7 @@ def _bound(path: str, w: PyTree, chip: str, chips: int, use: _Use) -> Bound:
     of, size, nbytes = table.CHIPS[chip], math.prod(w.shape), leaf_bytes(w)
     rate, peak = math.inf, of.flops
     if isinstance(w, QTensor) and use.rows:
-        rate, peak = _rate(w, chip), table.peak(chip, kernel_form(w.activations))
+        rate, peak = kernel_rate(w, chip), table.peak(chip, kernel_form(w.activations))
     moved = use.share * nbytes + (0 if rate else 4 * size)  # bfloat16, written and read again
     times = {
         "memory": moved / of.bandwidth,
@@ -228,8 +228,13 @@ def _bound(path: str, w: PyTree, chip: str, chips: int, use: _Use) -> Bound:
     return Bound(path, nbytes, round(moved), times[bound] / chips, label)
 
 
-def _rate(w: QTensor, chip: str) -> float:
-    """Return the weights per cycle and core of the kernel for this weight; 0 if there is none."""
+def kernel_rate(w: QTensor, chip: str) -> float:
+    """Return the weights per cycle and core of the kernel for a weight; 0 if there is none.
+
+    Args:
+      w: the weight, or the same with shapes in place of arrays.
+      chip: a key of `pallas_kernels.cost.chips.CHIPS`. If no rate of it is known, all are infinite.
+    """
     if not w.format.storage:
         return 0.0
     if not rates.has_rates(chip):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -37,7 +37,7 @@ AXES: dict[str, tuple[str | None, ...] | None] = {
 }
 
 
-def rules_for(mesh: Mesh) -> tuple[Rule, ...]:
+def rules_for(mesh: Mesh | AbstractMesh) -> tuple[Rule, ...]:
     """Return the rules for a mesh whose axes are among "data", "model" and "expert".
 
     The batch is split over "data", and so is each weight, which is gathered for its product (fully
@@ -84,7 +84,10 @@ def logical_axes(params: PyTree) -> dict[str, tuple[str | None, ...] | None]:
 
 
 def model_sharding(
-    params: PyTree, config: LlamaConfig, mesh: Mesh, rules: Sequence[Rule] | None = None
+    params: PyTree,
+    config: LlamaConfig,
+    mesh: Mesh | AbstractMesh,
+    rules: Sequence[Rule] | None = None,
 ) -> PyTree:
     """Return how the arrays of a Llama are split over a mesh.
 
@@ -101,7 +104,9 @@ def model_sharding(
     return jq.distributed.sharding(params, mesh, rules, logical_axes(params))
 
 
-def cache_sharding(cache: Cache, mesh: Mesh, rules: Sequence[Rule] | None = None) -> Cache:
+def cache_sharding(
+    cache: Cache, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] | None = None
+) -> Cache:
     """Return how a cache is split: sequences as the batch is, heads as those of keys and values.
 
     Args:
@@ -117,7 +122,7 @@ def cache_sharding(cache: Cache, mesh: Mesh, rules: Sequence[Rule] | None = None
     return Cache(of(cache.k), of(cache.v), whole, end)
 
 
-def _check_heads(config: LlamaConfig, mesh: Mesh, rules: Sequence[Rule]) -> None:
+def _check_heads(config: LlamaConfig, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> None:
     found = dict(reversed(rules))
     for name, heads in (("heads", config.n_heads), ("kv_heads", config.n_kv_heads)):
         parts = found.get(name) or ()

@@ -5,18 +5,23 @@ from typing import Any
 import click
 
 from jaxquant_models.cli.console import emit, line, usage_errors
+from jaxquant_models.cli.pod_options import check_without_topology, pod_options, pod_request
 from jaxquant_models.cli.quantize_options import quantization_options
 from jaxquant_models.cli.quantize_request import request_of
 from jaxquant_models.readers.room import float_bytes
 from jaxquant_models.runs.needs import needs_of
 from jaxquant_models.runs.planning import expected, served_bytes
+from jaxquant_models.runs.pod_plan import lines, plan_pod, report_of
 from jaxquant_models.runs.quantization_setup import plan_of, source_for
 from jaxquant_models.runs.seconds import MACHINE, expected_seconds
+
+POD = ("topology", "mesh", "batch", "context", "train", "prefill")
 
 
 @click.command()
 @click.argument("model")
 @quantization_options
+@pod_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show what quantizing MODEL would take and give.
@@ -25,7 +30,17 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     which are exact, the expected peak memory and time of the run, and the bytes of the model in
     memory when it is served. The time is that on another machine, which the report names. Of .gguf
     files and Hugging Face folders, only the headers are read.
+
+    With --topology, the report is about running or training MODEL on a slice of a TPU pod: bytes
+    per device, whether it fits, what the devices send each other, the least time of a step, and the
+    smallest slices on which it fits.
     """
+    if options["topology"] is not None:
+        _of_pod(model, as_json, **options)
+        return
+    pod = {name: options.pop(name) for name in POD}
+    with usage_errors():
+        check_without_topology(**pod)
     with usage_errors():
         request = request_of(**options)
     outline = source_for(request, model, line).outline
@@ -59,3 +74,12 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
         report |= {"whole_model": ", ".join(request.whole), "float_bytes": floats}
         report |= {"peak_memory": copies * floats + takes.peak, "peak_stage": "the whole model"}
     emit(report, as_json)
+
+
+def _of_pod(model: str, as_json: bool, **options: Any) -> None:
+    with usage_errors():
+        found = plan_pod(pod_request(model, **options))
+    if as_json:
+        emit(report_of(found), as_json)
+    else:
+        click.echo("\n".join(lines(found)))

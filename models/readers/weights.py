@@ -38,6 +38,16 @@ def param_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
+def param_outline(model: nn.Module, dtype: DTypeLike) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the parameter tree of a model with shapes in place of arrays.
+
+    Args:
+      model: as in `param_shapes`.
+      dtype: floating dtype of the parameters.
+    """
+    return _tree({p: jax.ShapeDtypeStruct(s, dtype) for p, s in param_shapes(model).items()})
+
+
 def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, list[str]]:
     """Return, for every parameter path, the names of its tensors in the file, in order.
 

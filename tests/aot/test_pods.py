@@ -1,39 +1,95 @@
-"""A decoder layer compiled for whole pods: only packed words and scales are gathered."""
+"""Llama-3-70B compiled for whole pods through `jq.quantized`: memory, kernels, and what is sent.
+
+The program is that of `jaxquant plan --topology`: the project's own Llama with `jq.quantized`.
+"""
 
 import math
 
 import pytest
 
-from tests.aot import compiler, pods
+import jaxquant as jq
+from jaxquant_models.architectures.named import ARCHITECTURES
+from jaxquant_models.runs import pod_compiler
+from jaxquant_models.runs.pod_formula import expected_temporaries
+from jaxquant_models.runs.pod_plan import plan_pod
+from jaxquant_models.runs.pod_programs import abstract_mesh, packed_shapes, program
+from jaxquant_models.runs.pod_request import PodRequest
+from jaxquant_models.runs.recipes import recipe_of
+from pallas_kernels.cost.topologies import slice_of
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(bool(compiler.missing()), reason=compiler.missing() or "-"),
+    pytest.mark.skipif(bool(pod_compiler.missing()), reason=pod_compiler.missing() or "-"),
 ]
-# Widths of 2560 do not fill whole tiles of scales: 3 % of padding.
-PADDING = {"70B": 1.01, "Qwen3-4B": 1.03}
+CONFIG = ARCHITECTURES["llama-3-70b"]
+LAYERS = CONFIG.weights - 2 * CONFIG.vocab_size * CONFIG.d_model
+TWO_BITS = recipe_of(jq.rtn(2, 128, symmetric=True))
+NF4 = recipe_of(jq.nf4(double_quant=True))
+# Products of a step, and those of training again: forward without "down", and transposed.
+PRODUCTS, TRAINED = 7, 7 + 6 + 7
+FLOATS = ("f32", "bf16", "f16")
 
 
-@pytest.mark.parametrize(
-    ("topology", "data", "model", "name"),
-    [("v5e:16x16", 16, 16, "70B"), ("v5p:8x8x8", 32, 16, "70B"), ("v5e:2x2", 2, 2, "Qwen3-4B")],
-)
-def test_no_unpacked_weight_moves(topology, data, model, name):
-    pod, of = pods.compiled(topology, data, model, name), pods.MODELS[name]
-    weights = of.weights().values()
-    assert pod.devices == data * model
-    # Of one device: its share of what is packed, its tokens, and padding.
-    tokens = 2 * pods.TOKENS * of.d
-    assert pod.packed_bytes / pod.devices + tokens <= pod.argument_bytes
-    assert pod.argument_bytes <= PADDING[name] * (pod.packed_bytes / pod.devices + tokens)
-    kinds = {kind for kind, _, _ in pod.collectives}
-    assert kinds == {"all-gather", "all-reduce"}
-    sums = [(dtype, shape) for kind, dtype, shape in pod.collectives if kind == "all-reduce"]
-    assert all(math.prod(shape) == pods.TOKENS * of.d for _, shape in sums), sums
-    # A gather in pieces, under way while other things run, is written down once a piece.
-    gathers = {(d, math.prod(shape)) for kind, d, shape in pod.collectives if kind == "all-gather"}
-    words = {("s32", k * n // 16 // model) for k, n, _ in weights}
-    scales = {("bf16", k * n // pods.GROUP // model) for k, n, _ in weights}
-    assert gathers == words | scales
-    moved = sum(4 * k * n // 16 + 2 * k * n // pods.GROUP for k, n, _ in weights)
-    assert moved // model == pod.gathered
+def planned(work, topology, recipe, batch, context):
+    plan = plan_pod(PodRequest(CONFIG, recipe, work, batch, context, slice_of(topology)))
+    assert plan.compiled.error == "" and plan.fits
+    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=0.02)
+    return plan
+
+
+def largest_gathered(plan):
+    """Numbers in the largest array of floats that is gathered in a layer."""
+    gathers = [one for one in plan.sent if one.kind == "all-gather" and one.dtype in FLOATS]
+    return max((math.prod(one.shape) for one in gathers if one.times > 1), default=0)
+
+
+@pytest.mark.parametrize(("topology", "served"), [("v5e:16x16", 7), ("v5p:8x8x8", 5)])
+def test_in_decoding_no_weight_moves(topology, served):
+    """Keys and values of 512 devices have too few words on each for a kernel."""
+    plan = planned("decode", topology, TWO_BITS, 64, 8192)
+    assert plan.compiled.kernels == served and plan.served == (7, served)
+    moved = {one.dtype for one in plan.sent if one.times > 1}
+    assert moved <= {"f32", "bf16"}  # sums of products and activations
+    assert largest_gathered(plan) <= 64 * CONFIG.d_model
+    assert plan.temporaries < 0.1e9  # the cache is updated in place
+
+
+def test_in_a_prefill_packed_words_are_gathered():
+    plan = planned("prefill", "v5e:16x16", TWO_BITS, 32, 1024)
+    model = dict(plan.mesh)["model"]
+    assert plan.compiled.kernels == PRODUCTS and plan.served == (7, 7)
+    words = sum(one.bytes for one in plan.sent if one.dtype == "s32" and one.times > 1)
+    assert words == LAYERS * 2 // 8 // model
+    # Scales are float16, one for 128 weights; the smallest weight is that of the keys.
+    assert largest_gathered(plan) <= CONFIG.d_model * CONFIG.d_ff // 128 // model
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8"])
+def test_in_qlora_packed_words_and_adapters_are_gathered(topology):
+    """Words twice: forward, and once for both passes of the backward one."""
+    batch = slice_of(topology).devices // 8
+    plan = planned("qlora", topology, NF4, batch, 512)
+    model = dict(plan.mesh)["model"]
+    assert plan.compiled.kernels >= TRAINED
+    words = sum(one.bytes for one in plan.sent if one.dtype == "s32" and one.times > 1)
+    assert LAYERS * 4 // 8 // model <= words / 2 <= 1.5 * LAYERS * 4 // 8 // model
+    # Scales of 64 weights, or a factor of the adapters, each far below a weight.
+    assert largest_gathered(plan) <= CONFIG.d_model * CONFIG.d_ff // 64 // model
+
+
+def test_70b_in_16_bits_does_not_fit_where_it_does_in_2():
+    kept = jq.Recipe([("*", jq.KEEP)])
+    of = lambda recipe: PodRequest(CONFIG, recipe, "decode", 64, 8192, slice_of("v5e:4x4"))
+    assert plan_pod(of(TWO_BITS)).fits
+    plan = plan_pod(of(kept))
+    assert plan.compiled.exhausted and not plan.fits
+    assert plan.smallest["v5e"] == "v5e:4x8"
+
+
+def test_the_formula_of_temporaries_is_near_what_the_compiler_takes():
+    """Within a factor of three, for a layer that takes gigabytes."""
+    request = PodRequest(CONFIG, TWO_BITS, "prefill", 32, 2048, slice_of("v5e:16x16"))
+    found = pod_compiler.compiled(request).temporaries
+    plan = plan_pod(request, compile_=False)
+    of = program(request, packed_shapes(request), abstract_mesh(plan.mesh))
+    assert 1 / 3 < expected_temporaries(request, of, plan.mesh) / found < 3

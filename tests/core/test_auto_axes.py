@@ -127,6 +127,26 @@ for spec in ((None, "model"), ("data", "model"), ("model", None), ()):
     y = jnp.concatenate([a.ravel() for a in jax.tree.leaves(y)])
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 """,
+    "adapters in a scan that is computed again": """
+stack = jax.random.normal(jax.random.key(0), (3, 256, 256)) / 16
+layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+fn = lambda p, x: jax.lax.scan(layer, x, p["w"])[0]
+q = jq.quantize({"w": stack}, jq.rtn(4, 32), jq.sites(fn, {"w": stack}, x))
+q = jq.adapt(q, jq.adapters.LoRA(4), key=jax.random.key(3))
+loss = lambda p, x: jnp.sum(jnp.sin(fn(p, x)))
+train, rest = eqx.partition(q, jq.trained(q))
+both = lambda t, r, x, of: of(eqx.combine(t, r), x)
+flat = lambda tree: jnp.concatenate([a.ravel() for a in jax.tree.leaves(tree)])
+want = flat(jax.jit(jax.grad(both), static_argnums=3)(train, rest, x, jq.quantized(loss)))
+at = {"w": jq.core.packed_sharding(q["w"], mesh, P(None, "data", "model"))}
+of = jq.quantized(loss, shardings=at, data_axes=("data",))
+of_t, of_r = eqx.partition(jax.device_put(q, at), jq.trained(q))
+run = jax.jit(jax.grad(both), static_argnums=3)
+text = run.lower(of_t, of_r, put(x, "data"), of).compile().as_text()
+calls = re.findall(r'custom_call_target="(jaxquant\\w+)"', text)
+assert native.load() or len(calls) >= 2, calls  # forward and transposed
+y = flat(run(of_t, of_r, put(x, "data"), of))
+""",
     "from the stand-ins": """
 at = {"w": jq.core.packed_sharding(q["w"], mesh, P(None, "model"))}
 lying = jax.device_put(q, at)

@@ -1,0 +1,158 @@
+"""What a compiled program sends between devices, read off its text."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?(%?[\w.\-]+(?:, %[\w.\-]+)*)"
+)
+_LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_COUNT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+_GROUPS = (
+    re.compile(r"replica_groups=\{\{([\d,]+)\}"),
+    re.compile(r"replica_groups=\[\d+,(\d+)\]"),
+    re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}"),
+)
+
+
+class Collective(NamedTuple):
+    """An operation between devices.
+
+    Attributes:
+      kind: one of `KINDS`.
+      dtype: name of the dtype in XLA's text, such as "s32".
+      shape: shape of the result on a device.
+      group: number of devices that take part together.
+      times: how often it runs in one run of the program.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    group: int
+    times: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result on a device, of all times together."""
+        return self.times * math.prod(self.shape) * width(self.dtype)
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device receives from others at least, of all times together."""
+        others = (self.group - 1) / self.group
+        factor = {"all-reduce": 2 * others, "reduce-scatter": self.group - 1}
+        factor |= {"all-gather": others, "all-to-all": others}
+        return self.bytes * factor.get(self.kind, 1.0)
+
+
+def collectives(text: str) -> list[Collective]:
+    """Return the collectives of a compiled program.
+
+    The pieces in which the compiler has one run, between other things, share a channel and the name
+    of the operation that they come from, and count as one. One in the body of a loop runs as often
+    as the constant in the loop's condition says.
+
+    Args:
+      text: the program, as `jax.stages.Compiled.as_text` returns it.
+    Raises:
+      ValueError: the text says in an unknown way which devices take part.
+
+    >>> line = "%g = s32[8,4]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3}}"
+    >>> (one,) = collectives("ENTRY %main (p: s32[4,4]) -> s32[8,4] {\\n  " + line + "\\n}")
+    >>> one.kind, one.bytes, one.received
+    ('all-gather', 128, 64.0)
+    """
+    lines = dict(_computations(text))
+    times = _times(lines)
+    found: dict[tuple, list[Collective]] = {}
+    for name, body in lines.items():
+        for i, line in enumerate(body):
+            parts = list(_of_line(line, times[name]))
+            if not parts:
+                continue
+            channel, origin = _CHANNEL.search(line), _ORIGIN.search(line)
+            own = (channel[1], origin and origin[1]) if channel else (name, i)
+            key = (*own, *(part[:4] for part in parts))
+            if key not in found or found[key][0].times < parts[0].times:
+                found[key] = parts
+    return [one for parts in found.values() for one in parts]
+
+
+def width(dtype: str) -> int:
+    """Return the number of bytes of a number, by the name of its dtype in XLA's text.
+
+    Args:
+      dtype: the name.
+
+    >>> width("bf16"), width("pred"), width("f8e4m3fn"), width("s4")
+    (2, 1, 1, 1)
+    """
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of every computation, that of the entry being "", and its lines."""
+    name, lines = None, []
+    for line in text.splitlines():
+        if (head := _HEAD.match(line)) is not None:
+            name, lines = "" if head[1] else head[2], []
+        elif line == "}" and name is not None:
+            yield name, lines
+            name = None
+        elif name is not None:
+            lines.append(line)
+
+
+def _times(lines: Mapping[str, list[str]]) -> dict[str, int]:
+    """Return how often every computation runs. One is written before those that call it."""
+    times = dict.fromkeys(lines, 0) | {"": 1}
+    for name in reversed(list(lines)):
+        for line in lines[name]:
+            loop = _LOOP.search(line)
+            counts = {} if loop is None else {loop[2]: _trips(lines.get(loop[1], []))}
+            called = [n.lstrip("%") for of in _CALLED.findall(line) for n in of.split(", ")]
+            for other in filter(times.__contains__, called):
+                times[other] += times[name] * counts.get(other, 1)
+    return times
+
+
+def _trips(condition: list[str]) -> int:
+    return max((int(n) for line in condition for n in _COUNT.findall(line)), default=1)
+
+
+def _of_line(line: str, times: int) -> Iterator[Collective]:
+    match = _COLLECTIVE.search(line)
+    if match is None:
+        return
+    arrays = [(d, tuple(int(n) for n in s.split(",") if n)) for d, s in _ARRAY.findall(match[1])]
+    if match[3]:  # a pair of what goes in and what comes out
+        arrays = arrays[len(arrays) // 2 :][: max(1, len(arrays) // 2)]
+    for dtype, shape in arrays:
+        yield Collective(match[2], dtype, shape, _group(line), times)
+
+
+def _group(line: str) -> int:
+    """Return the number of devices in a group, in any of the three ways that XLA writes them."""
+    listed, counted, named = (pattern.search(line) for pattern in _GROUPS)
+    if listed is not None:
+        return listed[1].count(",") + 1
+    if counted is not None:
+        return int(counted[1])
+    if named is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # 'x':(2)4 is a part of x
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    if "source_target_pairs=" in line:
+        return 2
+    raise ValueError(f"unknown groups of devices in {line.strip()[:300]!r}")

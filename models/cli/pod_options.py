@@ -1,0 +1,160 @@
+"""The options of `jaxquant plan` that are about a slice of a TPU pod."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import jaxquant as jq
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.named import ARCHITECTURES
+from jaxquant_models.cli.quantize_request import request_of
+from jaxquant_models.readers.huggingface_config import config_from_hf, read_config_json
+from jaxquant_models.readers.registry import open_model
+from jaxquant_models.runs.pod_mesh import mesh_of_text
+from jaxquant_models.runs.pod_request import PodRequest
+from pallas_kernels.cost.topologies import slice_of
+
+BATCH, CONTEXT = 64, 8192  # used where the options are left out
+UNQUANTIZED = 16  # bits of bfloat16
+METHODS = {"": "rtn", "qlora": "nf4", "qat": "lsq"}  # used where --method is left out
+
+OPTIONS = (
+    click.option(
+        "--topology",
+        default=None,
+        metavar="NAME",
+        help="Plan MODEL for a slice of a TPU pod, such as v5e:4x4 or v5p:8x8x8, instead of its "
+        "quantization on this machine. MODEL may then also be the name of an architecture "
+        f"({', '.join(ARCHITECTURES)}) or a config.json file of Hugging Face. --bits 16 leaves all "
+        "weights in bfloat16. No weights and no TPU are needed. If the package libtpu is "
+        "installed, its compiler compiles the program; otherwise, a formula estimates what the "
+        "compiler would say.",
+    ),
+    click.option(
+        "--mesh",
+        default=None,
+        metavar="AXES",
+        help="Sizes of the axes of the mesh of devices, such as data=2,model=8. The axis model "
+        "splits heads, hidden units and the vocabulary, the axis expert the experts of a mixture, "
+        "and the axis data the batch and what is left of every weight. By default, model is as "
+        "large as the model allows. Requires --topology.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=None,
+        help=f"Number of sequences of a step. The default is {BATCH}. Requires --topology.",
+    ),
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        default=None,
+        help="Number of tokens for which the cache of a sequence has room, or number of tokens of "
+        f"a sequence in --prefill and --train. The default is {CONTEXT}, or the maximum number of "
+        "positions of MODEL if that is smaller. Requires --topology.",
+    ),
+    click.option(
+        "--train",
+        type=click.Choice(("qlora", "qat")),
+        default=None,
+        help="Plan a training step instead of a decoding step: of LoRA adapters on quantized "
+        "weights (qlora), or of weights that are rounded as they are used (qat). Requires "
+        "--topology.",
+    ),
+    click.option(
+        "--prefill",
+        is_flag=True,
+        help="Plan the step that reads prompts of --context tokens, instead of a decoding step. "
+        "Requires --topology.",
+    ),
+)
+
+
+def pod_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a command, for `pod_request`.
+
+    Args:
+      command: the function of the command.
+    """
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def check_without_topology(**options: Any) -> None:
+    """Raise ValueError if options of slices are given without a slice.
+
+    Args:
+      **options: option name -> value.
+    """
+    if given := [name for name, value in options.items() if value]:
+        raise ValueError(f"--{given[0]} needs --topology")
+
+
+def pod_request(
+    model: str, *, topology: str, mesh: str | None, batch: int | None, context: int | None,
+    train: str | None, prefill: bool, **quantization: Any,
+) -> PodRequest:  # fmt: skip
+    """Return the request described by the options.
+
+    Args:
+      model: the name of an architecture, a config.json, its folder, or the spec of a model.
+      topology, mesh, batch, context, train, prefill: the values of the options.
+      **quantization: those of `quantize_options`.
+    Raises:
+      ValueError: options contradict each other or are out of range.
+    """
+    if train and prefill:
+        raise ValueError("--prefill and --train plan different steps; give one of them")
+    where, config = slice_of(topology), config_of(model)
+    return PodRequest(
+        config,
+        _recipe(train or "", quantization),
+        train or ("prefill" if prefill else "decode"),
+        BATCH if batch is None else batch,
+        min(CONTEXT, config.max_position) if context is None else context,
+        where,
+        () if mesh is None else mesh_of_text(mesh),
+    )
+
+
+def config_of(model: str) -> LlamaConfig:
+    """Return an architecture by its name, or that of a model; no weight is read.
+
+    Args:
+      model: as in `pod_request`.
+    Raises:
+      ValueError: there is no such architecture and no such model.
+    """
+    if model.lower() in ARCHITECTURES:
+        return ARCHITECTURES[model.lower()]
+    path = Path(model)
+    if path.name == "config.json" and path.is_file():
+        return config_from_hf(read_config_json(path.parent))
+    if path.is_dir() and (path / "config.json").is_file():
+        return config_from_hf(read_config_json(path))
+    try:
+        return open_model(model).outline.config
+    except ValueError as error:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{error}; nor is it one of the architectures {known}") from None
+
+
+def _recipe(train: str, options: dict[str, Any]) -> jq.Recipe:
+    """Return the recipe of the options; without --method, that of the usual method."""
+    if options.get("bits") == UNQUANTIZED:
+        if train or options.get("method") or options.get("recipe_file"):
+            raise ValueError("--bits 16 leaves weights as they are: leave out --method and --train")
+        return jq.Recipe([("*", jq.KEEP)])
+    if options.get("target_bits") is not None:
+        raise ValueError("--target-bits measures a model; give --method and --bits with --topology")
+    if options.get("method") is None and options.get("recipe_file") is None:
+        options = options | {"method": METHODS[train]}
+        if train == "qlora":
+            options["settings"] = (*options["settings"], "double_quant=true")
+    recipe = request_of(**options).recipe
+    if recipe is None:
+        raise ValueError("give --method or --recipe with --topology")
+    return recipe

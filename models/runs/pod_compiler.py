@@ -1,0 +1,131 @@
+"""Compiles the program of a plan for TPUs that are not there, in a process of its own.
+
+libtpu may abort, and the devices of a process are chosen when it starts. The process reads a
+request as JSON from its standard input and prints what came of it on one line of its output.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxquant.distributed.collectives import Collective, collectives
+from jaxquant_models.runs.pod_mesh import Axes, mesh_of
+from jaxquant_models.runs.pod_programs import packed_shapes, program
+from jaxquant_models.runs.pod_request import PodRequest
+
+KERNEL = 'custom_call_target="tpu_custom_call"'
+TIMEOUT = 900.0  # seconds
+_RESULT = "compiled: "  # begins the line that says what came of it
+
+# Of a process that compiles for TPUs without one.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to lock
+    # Of no effect but that libtpu does not warn of what it cannot find.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Compiled(NamedTuple):
+    """What came of compiling.
+
+    Attributes:
+      error: "" or why it did not compile.
+      arguments: bytes of the arguments on a device, as the compiler laid them out.
+      temporaries: bytes of everything else on a device, results included that take over no
+        argument's memory.
+      kernels: number of calls of kernels in the text of the program.
+      sent: the collectives.
+    """
+
+    error: str
+    arguments: int = 0
+    temporaries: int = 0
+    kernels: int = 0
+    sent: tuple[Collective, ...] = ()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it did not compile since the memory of a device does not suffice."""
+        return "RESOURCE_EXHAUSTED" in self.error
+
+
+def missing() -> str:
+    """Return why nothing can be compiled for TPUs here, or ""."""
+    found = importlib.util.find_spec("libtpu") is not None
+    return "" if found else "libtpu is not installed (pip install jax[tpu])"
+
+
+def compiled(request: PodRequest, timeout: float = TIMEOUT) -> Compiled:
+    """Compile the program of a request.
+
+    Args:
+      request: the request.
+      timeout: seconds after which the process is ended.
+    """
+    command = [sys.executable, "-m", __spec__.name]
+    # A program from the cache has no text.
+    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment.pop("XLA_FLAGS", None)  # those of another platform end the process
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request.to_json()), env=environment, capture_output=True,
+            text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Compiled(f"the compiler took more than {timeout:g} s")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+    if not lines:
+        return Compiled(f"the compiler's process ended: {done.stderr[-2000:]}")
+    found = json.loads(lines[-1].removeprefix(_RESULT))
+    sent = tuple(Collective(k, d, tuple(s), g, n) for k, d, s, g, n in found.pop("sent"))
+    return Compiled(**found, sent=sent)
+
+
+def devices_mesh(request: PodRequest, axes: Axes) -> Mesh:
+    """Return the mesh of the devices that libtpu describes.
+
+    Args:
+      request: the request.
+      axes: name and size of each axis.
+    """
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if request.where.chips == 1 else {}
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=request.where.name, **alone
+    ).devices
+    names, sizes = zip(*axes, strict=True)
+    return Mesh(np.array(found).reshape(sizes), names)
+
+
+def _compiled(request: PodRequest) -> Compiled:
+    weights = packed_shapes(request)
+    mesh = devices_mesh(request, mesh_of(request, weights))
+    lowered = program(request, weights, mesh).lowered()
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(str(error)[:2000])
+    memory, text = done.memory_analysis(), done.as_text()
+    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        "",
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes + own,
+        text.count(KERNEL),
+        tuple(collectives(text)),
+    )
+
+
+if __name__ == "__main__":
+    result = _compiled(PodRequest.from_json(json.load(sys.stdin)))
+    sys.stdout.write(f"{_RESULT}{json.dumps(result._asdict())}\n")

@@ -1,0 +1,226 @@
+"""The programs that a plan is about, on shapes only: decode step, prefill, training step."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+import jaxquant as jq
+from jaxquant.calibration.probing import Probing
+from jaxquant.calibration.statistics import Stats
+from jaxquant_models.architectures.cache import init_cache
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import Llama, apply
+from jaxquant_models.architectures.shardings import cache_sharding, model_sharding, rules_for
+from jaxquant_models.readers.weights import param_outline
+from jaxquant_models.runs.pod_request import PodRequest
+
+AnyMesh = Mesh | AbstractMesh
+DTYPE = jnp.bfloat16  # of activations, of the cache and of weights that are not quantized
+LORA = jq.adapters.LoRA(rank=16, dtype="bfloat16")
+ADAPTED = ("layers/attn/*kernel", "layers/mlp/[gud]*/kernel")
+SAMPLE = 128  # rows that a method keeps of its calibration inputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A function, its abstract arguments, and how these are split over a mesh.
+
+    Attributes:
+      fn: the function; its weights run through `jaxquant.quantized`.
+      arguments: shapes of its arguments, by what they are: "weights", "cache", "tokens",
+        "trained" (what is trained of the weights) and "optimizer" (the state of the optimizer).
+      shardings: how they are split.
+      updated: names of the arguments whose memory the results take over.
+      outputs: how the results are split.
+      forward: the function of all weights and of the tokens, for `jaxquant.explain`.
+      weights: all weights, those in training among them.
+      placed: how they are split.
+    """
+
+    fn: Callable[..., PyTree]
+    arguments: dict[str, PyTree]
+    shardings: dict[str, PyTree]
+    updated: tuple[str, ...]
+    outputs: PyTree
+    forward: Callable[..., PyTree]
+    weights: PyTree
+    placed: PyTree
+
+    def lowered(self) -> jax.stages.Lowered:
+        """Return the program lowered for the devices of its mesh."""
+        given = tuple(self.shardings[name] for name in self.arguments)
+        donated = tuple(i for i, name in enumerate(self.arguments) if name in self.updated)
+        fn = jax.jit(
+            self.fn, in_shardings=given, out_shardings=self.outputs, donate_argnums=donated
+        )
+        return fn.lower(*self.arguments.values())
+
+    def uses(self) -> jq.core.Explanation:
+        """Return what serves the uses of the packed weights on a TPU."""
+        return jq.explain(self.forward, self.weights, self.arguments["tokens"], platform="tpu")
+
+
+def abstract_mesh(mesh: tuple[tuple[str, int], ...]) -> AbstractMesh:
+    """Return a mesh of devices that need not exist.
+
+    Args:
+      mesh: name and size of each axis.
+    """
+    names, sizes = zip(*mesh, strict=True)
+    return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def packed_shapes(request: PodRequest) -> PyTree:
+    """Return the weights of a request with shapes in place of arrays.
+
+    Args:
+      request: the request.
+    Raises:
+      ValueError: the recipe does not fit the model.
+    """
+    one = _packed(dataclasses.replace(request.config, n_layers=1), request.recipe, request.work)
+    layers = request.config.n_layers  # which are all alike
+    taller = lambda a: jax.ShapeDtypeStruct((layers, *a.shape[1:]), a.dtype)
+    return {**one, "layers": jax.tree.map(taller, one["layers"])}
+
+
+def _packed(config: LlamaConfig, recipe: jq.Recipe, work: str) -> PyTree:
+    """Return the shapes of the packed weights of an architecture, which are traced."""
+    model = Llama(config, DTYPE)
+    floats = param_outline(model, jnp.float32 if work == "qat" else DTYPE)
+    fn = lambda params, tokens: apply(model, params, tokens)
+    uses = jq.sites(fn, floats, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    methods = [m for _, m in recipe.rules if isinstance(m, jq.Method)]
+    if not methods:
+        return floats
+    make = jq.latent if work == "qat" else jq.quantize
+
+    def made(params: PyTree) -> PyTree:
+        plan = Probing.of(uses, "uniform", any(m.needs_gram for m in methods), (), SAMPLE)
+        return make(params, recipe, Stats(uses, plan.probes(), dict(plan.holder)))
+
+    packed = jax.eval_shape(made, floats)
+    if work != "qlora":
+        return packed
+    # Experts have no adapters, as in most QLoRA runs.
+    globs = ADAPTED[:1] if config.n_experts else ADAPTED
+    return jax.eval_shape(lambda q: jq.adapt(q, LORA, targets=globs), packed)
+
+
+def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
+    """Return the program of a request on a mesh.
+
+    In decoding, weights stay where they are: every device multiplies all tokens by its own part of
+    a weight, and sums are exchanged. In a prefill and in training, the tokens are split over
+    "data", and packed words are all-gathered for each product.
+
+    Args:
+      request: the request.
+      weights: its `packed_shapes`.
+      mesh: the mesh.
+    Raises:
+      ValueError: the mesh does not divide heads, groups or tiles, or, in training, the batch.
+    """
+    at = model_sharding(weights, request.config, mesh)
+    data, split = dict(mesh.shape).get("data", 1), gathers(request, dict(mesh.shape))
+    if request.trains and not split and data > 1:
+        raise ValueError(
+            f'the {data} devices of "data" do not divide a batch of {request.batch}; give a larger '
+            "--batch or another --mesh"
+        )
+    tokens = jax.ShapeDtypeStruct((request.batch, request.tokens), jnp.int32)
+    spread = NamedSharding(mesh, P("data") if split else P())
+    quantized = partial(jq.quantized, shardings=at, data_axes=("data",) if split else ())
+    model = Llama(request.config, DTYPE)
+    forward = quantized(lambda params, tokens: apply(model, params, tokens))
+    if request.trains:
+        model = Llama(request.config, DTYPE, remat=True)
+        run = quantized(lambda params, tokens: apply(model, params, tokens))
+        return _training(run, forward, weights, at, tokens, spread)
+    run = quantized(lambda params, tokens, cache: apply(model, params, tokens, cache))
+    held = _cache(request, mesh)
+    columns = "model" if "model" in mesh.axis_names else None
+    logits = NamedSharding(mesh, P("data" if split else None, None, columns))
+    return Program(
+        run,
+        {"weights": weights, "tokens": tokens, "cache": held[0]},
+        {"weights": at, "tokens": spread, "cache": held[1]},
+        ("cache",),
+        (logits, held[1]),
+        forward,
+        weights,
+        at,
+    )
+
+
+def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
+    """Return whether the tokens are split over "data", so that packed words are gathered.
+
+    Args:
+      request: the request.
+      mesh: size of every mesh axis.
+    """
+    return request.work != "decode" and "data" in mesh and request.batch % mesh["data"] == 0
+
+
+def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:
+    """Return the shapes of the cache, and how it is split; the batch only where it divides.
+
+    On devices, the compiler chooses the layout, as a step would copy the cache from any other.
+    """
+    cache = jax.eval_shape(
+        lambda: init_cache(request.config, request.batch, request.context, DTYPE)
+    )
+    rules = rules_for(mesh)
+    if request.batch % dict(mesh.shape).get("data", 1):
+        rules = (("batch", None), *rules)
+    held = cache_sharding(cache, mesh, rules)
+    large = lambda a, s: Format(Layout.AUTO, s) if a.ndim > 1 and isinstance(mesh, Mesh) else s
+    held = jax.tree.map(large, cache, held)
+    return cache, held
+
+
+def _training(
+    run: Callable[..., PyTree], forward: Callable[..., PyTree], weights: PyTree, at: PyTree,
+    tokens: Any, spread: NamedSharding,
+) -> Program:  # fmt: skip
+    """Return a step of AdamW on the trained arrays, with the next token as target."""
+    adam = optax.adamw(1e-4)
+    which = jq.trained(weights)
+    learning, fixed = eqx.partition(weights, which)
+    of_learning, of_fixed = eqx.partition(at, which)
+    state = jax.eval_shape(adam.init, learning)
+    alone = NamedSharding(spread.mesh, P())
+    of_state = optax.tree_map_params(
+        adam, lambda _, s: s, state, of_learning, transform_non_params=lambda _: alone
+    )
+
+    def loss(learning: PyTree, fixed: PyTree, tokens: Any) -> Any:
+        logits = run(eqx.combine(learning, fixed), tokens)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def step(learning: PyTree, fixed: PyTree, state: PyTree, tokens: Any) -> tuple:
+        value, slope = jax.value_and_grad(loss)(learning, fixed, tokens)
+        updates, state = adam.update(slope, state, learning)
+        return optax.apply_updates(learning, updates), state, value
+
+    return Program(
+        step,
+        {"trained": learning, "weights": fixed, "optimizer": state, "tokens": tokens},
+        {"trained": of_learning, "weights": of_fixed, "optimizer": of_state, "tokens": spread},
+        ("trained", "optimizer"),
+        (of_learning, of_state, alone),
+        forward,
+        weights,
+        at,
+    )

@@ -1,0 +1,96 @@
+"""The request for a plan of a model on a slice of a pod: everything that determines it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jaxquant as jq
+from jaxquant_models.architectures.config import LlamaConfig
+from pallas_kernels.cost.topologies import Slice, slice_of
+
+WORK = ("decode", "prefill", "qlora", "qat")
+TRAINING = ("qlora", "qat")
+
+
+@dataclasses.dataclass(frozen=True)
+class PodRequest:
+    """A model, how it is packed, what it is to do, and where.
+
+    Attributes:
+      config: the architecture.
+      recipe: the method of every weight.
+      work: one of `WORK`: "decode" is a step that adds one token to every sequence, "prefill" the
+        step that reads prompts of `context` tokens; "qlora" and "qat" are training steps.
+      batch: number of sequences.
+      context: number of tokens of a sequence.
+      where: the slice.
+      mesh: name and size of each mesh axis; () for the default.
+    """
+
+    config: LlamaConfig
+    recipe: jq.Recipe
+    work: str
+    batch: int
+    context: int
+    where: Slice
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.work not in WORK:
+            raise ValueError(f"work must be one of {', '.join(WORK)}, got {self.work!r}")
+        if min(self.batch, self.context) < 1:
+            raise ValueError(
+                f"batch and context must be at least 1, got {self.batch} and {self.context}"
+            )
+        if self.context > self.config.max_position:
+            raise ValueError(
+                f"a context of {self.context} tokens exceeds the {self.config.max_position} "
+                "positions of the model"
+            )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the work is a training step."""
+        return self.work in TRAINING
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of a sequence that one step reads."""
+        return 1 if self.work == "decode" else self.context
+
+    def on(self, where: Slice) -> "PodRequest":
+        """Return the same on another slice, with the default mesh.
+
+        Args:
+          where: the slice.
+        """
+        return dataclasses.replace(self, where=where, mesh=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the request as JSON values; `from_json` is the inverse."""
+        return {
+            "config": self.config.to_json(),
+            "recipe": self.recipe.to_json(),
+            "work": self.work,
+            "batch": self.batch,
+            "context": self.context,
+            "where": self.where.name,
+            "mesh": [list(axis) for axis in self.mesh],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "PodRequest":
+        """Return the request that `to_json` serialized.
+
+        Args:
+          data: the dict of JSON values.
+        """
+        return cls(
+            LlamaConfig.from_json(data["config"]),
+            jq.Recipe.from_json(data["recipe"]),
+            data["work"],
+            data["batch"],
+            data["context"],
+            slice_of(data["where"]),
+            tuple((name, size) for name, size in data["mesh"]),
+        )
