@@ -2,9 +2,9 @@
 
 The names here are those that a user meets first. Every other public name is exported from one
 subpackage: `jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`,
-`adapters`, `recipes`, `ptq`, `storage`, `theory`, `tuning`, `training`, `distributed` and `core`. What trains and
-what saves is imported on first access, because it needs Optax and Orbax; quantization and inference
-do not.
+`adapters`, `recipes`, `ptq`, `storage`, `theory`, `tuning`, `training`, `distributed` and `core`.
+What trains and what saves is imported on first access, because it needs Optax and Orbax;
+quantization and inference do not.
 """
 
 import importlib
@@ -140,7 +140,7 @@ _LATER = {
 }
 _LATER_ROOMS = ("storage", "training", "tuning")
 _ROOMS = (
-    adapters, calibration, core, estimators, formats, methods, ptq, recipes, rounding, theory,
+    adapters, calibration, core, distributed, estimators, formats, methods, ptq, recipes, rounding, theory,
     transforms,
 )  # fmt: skip
 

@@ -65,8 +65,8 @@ def by_experts(
 ) -> Float[Array, "m n"]:
     """Return of_group(x, group_sizes, stacks), each device taking the experts that it holds.
 
-    Rows that the mesh splits stay split. Stacks that are split along other axes than that of experts
-    are gathered, in packed form. Where no array is split, or it is not known how, the function is
+    Rows that the mesh splits stay split. Stacks that are split along other axes than that of
+    experts are gathered, in packed form. Where no array is split, or it is not known how, the function is
     called as it is.
 
     Args:
@@ -97,9 +97,7 @@ def by_experts(
         local, mesh=placement.mesh, in_specs=(rows, P(), stack), out_specs=rows, check_vma=False
     )
     on = lambda a, spec: partition.resharded(a, placement.mesh, spec)
-    return mapped(
-        on(x, rows), on(group_sizes, P()), jax.tree.map(lambda a: on(a, stack), stacks)
-    )
+    return mapped(on(x, rows), on(group_sizes, P()), jax.tree.map(lambda a: on(a, stack), stacks))
 
 
 def _within(sizes: Int32[Array, "e"], start: Array, count: int) -> Int32[Array, "e"]:

@@ -244,7 +244,7 @@ def varied(*arrays: Any) -> tuple:
 def _of_stack(
     x: Array, arrays: list[Array], leading: int, paired: int
 ) -> tuple[Mesh | AbstractMesh | None, Sequence[Axes], Sequence[Axes]]:
-    """Return the mesh, the axes that split each leading axis of stacks, and each other axis of x."""
+    """Return the mesh, and the axes that split each leading axis of stacks and the rest of x."""
     mesh = explicit_mesh(x, *arrays) if leading else None
     if mesh is not None:
         return mesh, _axes(arrays[0])[:leading], _axes(x)[paired:]
@@ -262,7 +262,7 @@ def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
 
 
 def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
-    """Return the axes over which the types of a weight's arrays say that rows and columns are split.
+    """Return the axes that split rows and columns, according to the types of a weight's arrays.
 
     Arrays that are not split are taken as shards where others are.
     """

@@ -69,7 +69,7 @@ def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | 
     given = leaves
     if shardings is not None:
         given, other = jax.tree.flatten(shardings, is_leaf=is_standin)
-        if other != structure:
+        if bool(other != structure):  # type: ignore[operator]
             raise ValueError(
                 "shardings: the tree must be that of the first argument, as "
                 "jq.distributed.sharding returns it"
@@ -108,7 +108,7 @@ def _placement(w: Any, of: Any) -> Placement | None:
     codes = of.data["codes"]
     if isinstance(codes, jax.core.Tracer):
         return None
-    found = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
+    found: Any = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
     mesh = getattr(found, "mesh", None)
     if not isinstance(mesh, Mesh | AbstractMesh) or mesh.size == 1:
         return None
@@ -133,12 +133,14 @@ def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
     found: list[Mesh] = []
 
     def one(a: Any) -> Any:
-        mesh = getattr(getattr(a, "sharding", None), "mesh", None)
-        if not isinstance(a, jax.Array) or not is_explicit(mesh):
+        place = getattr(a, "sharding", None)
+        if not (isinstance(a, jax.Array) and isinstance(place, NamedSharding)):
             return a
-        found.append(mesh)
-        auto = Mesh(mesh.devices, mesh.axis_names)
-        return jax.device_put(a, NamedSharding(auto, a.sharding.spec))
+        if not isinstance(place.mesh, Mesh) or not is_explicit(place.mesh):
+            return a
+        found.append(place.mesh)
+        auto = Mesh(place.mesh.devices, place.mesh.axis_names)
+        return jax.device_put(a, NamedSharding(auto, place.spec))
 
     return jax.tree.map(one, tree), found[0] if found else None
 
@@ -222,8 +224,8 @@ def _check_divides(
 def _of_op(
     w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
 ) -> dict[str, tuple[Names, Names]] | None:
-    """Return what `_splits` does for the arrays that the kernel's op takes; None if it has no op."""
-    format = w.format
+    """Return what `_splits` does for the arrays of the kernel's op; None if there is no op."""
+    format: Any = w.format
     while hasattr(format, "adapter"):  # a frozen matrix, which its own format's op multiplies
         if format.adapter.floating:
             return None

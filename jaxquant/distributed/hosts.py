@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def joined(
 
     The other processes run the same program with their own `index`. Inside the block,
     `jax.devices()` are those of all of them. If a host ends before the others have left the block,
-    or leaves it with an error, they end too: with `HostLost` where they were computing together, and
-    otherwise with exit status 70 and the same message on stderr. After an error in the block a
+    or leaves it with an error, they end too: with `HostLost` where they were computing together,
+    and otherwise with exit status 70 and the same message on stderr. After an error in the block a
     process can do nothing more with JAX but end.
 
     Args:
@@ -203,7 +203,7 @@ def _explained(message: str) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(LOST)
 
-    signal: Callable[..., Any] = ctypes.CDLL(None).signal
+    signal: Any = ctypes.CDLL(None).signal
     signal.argtypes, signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     before = signal(SIGABRT, ctypes.cast(ended, ctypes.c_void_p))
     try:

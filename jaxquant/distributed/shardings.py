@@ -38,8 +38,8 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
     Returns:
       The tree with `NamedSharding`s in place of arrays.
     Raises:
-      ValueError: a weight has no names, or more than axes; the mesh lacks an axis; or a split leaves
-        a shard that does not consist of whole words, groups or tiles of codes.
+      ValueError: a weight has no names, or more than axes; the mesh lacks an axis; or a shard would
+        not consist of whole words, groups or tiles of codes.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = jq.quantize({"up": jnp.ones((64, 32)), "norm": jnp.ones(64)}, jq.rtn(bits=4))

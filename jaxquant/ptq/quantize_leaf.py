@@ -114,28 +114,23 @@ class LeafJob:
             if split
             else self._in_turn(matrices, sums, method, abstract)
         )
-        parts, reports = [], {}
+        parts: list[Arrays] = []
+        reports: dict[int, Report] = {}
         start = time.monotonic()
         for indices, arrays, found in steps:
             parts.append(arrays)
+            bits = 8 * sum(a.nbytes for a in jax.tree.leaves(arrays)) / (k * n * len(indices))
             seconds = time.monotonic() - start
             for i, (name, report, before) in zip(indices, found, strict=True):
                 # If calibration saw no active channel, the loss is unknown.
                 loss = jnp.where(report.dead == k, jnp.nan, report.loss)
                 reports[i] = report._replace(loss=loss)
                 if not abstract:
-                    size = sum(a.nbytes for a in jax.tree.leaves(arrays)) // len(indices)
-                    progress.done(
-                        name,
-                        method.name,
-                        reports[i],
-                        8 * size / (k * n),
-                        0.0 if before else seconds,
-                    )
+                    taken = 0.0 if before else seconds
+                    progress.done(name, method.name, reports[i], bits, taken)
             start = time.monotonic()
-        reports = [reports[i] for i in sorted(reports)]
         if not abstract:
-            self._warn(reports)
+            self._warn([reports[i] for i in sorted(reports)])
             self._warn_of_few(sums)
         arrays = interleaved(split, *parts) if split else _stacked(tuple(batch), *parts)
         return QTensor(
@@ -258,7 +253,7 @@ class LeafJob:
     def _kept(
         self, i: int, name: str, matrices: Array, sums: Sums, method: Method
     ) -> tuple[dict[str, Array], np.ndarray | None]:
-        """Return what the store holds of matrix i, and what it has to be made of; {} for nothing."""
+        """Return what the store holds of matrix i, and a digest of what it has to be made of."""
         if self.finished is None:
             return {}, None
         kept = dict(self.finished.get(name, {}))

@@ -67,7 +67,7 @@ def split_of(w: Any, entry: WeightEntry) -> Split | None:
     """
     place = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
     *batch, _, _ = entry.matrix
-    if not isinstance(place, NamedSharding):
+    if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
         return None
     by_axis = [axes_of(place.spec, w.ndim)[axis] for axis in entry.order[: len(batch)]]
     split = [axis for axis, names in enumerate(by_axis) if names]
@@ -92,7 +92,7 @@ def together(trees: list[Any], split: Split) -> Any:
 @partial(jax.jit, static_argnames=("method", "split"))
 def round_each(
     matrices: Array, sums: Sums, i: Array, keys: Keys, method: Method, known: Any, split: Split
-) -> tuple[Arrays, Report, Bool[Array, "parts"]]:
+) -> tuple[Arrays, Report, Bool[Array, " parts"]]:
     """Return `round_matrix` of matrix i of every part, with a leading axis over the parts.
 
     Args:
@@ -118,7 +118,7 @@ def round_each(
     if pools is not None:  # that of every matrix is split as the matrices are; the pools are not
         pools = pools._replace(of=apart(pools.of))
         of_pools = jax.tree.map(lambda _: P(), pools)._replace(of=split.whole)
-    mapped = jax.shard_map(
+    mapped: Any = jax.shard_map(
         local, mesh=split.mesh, out_specs=split.each, check_vma=False,
         in_specs=(split.whole, split.whole, of_pools, P(), split.each, split.each),
     )  # fmt: skip

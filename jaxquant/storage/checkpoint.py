@@ -204,7 +204,7 @@ def _write(directory: Path, arrays: dict[str, Array]) -> None:
         writer.save(directory, args=ocp.args.StandardSave(kept))
 
 
-def _storable(a: Array) -> Array:
+def _storable(a: Any) -> Any:
     own = hosts.several() and isinstance(a, jax.Array) and a.is_fully_addressable
     a = np.asarray(a) if own or isinstance(a, np.generic) else a  # the first process writes these
     return a.astype(STORED_AS[a.dtype.name]) if a.dtype.name in STORED_AS else a

@@ -149,11 +149,11 @@ def shardings_of(like: PyTree) -> dict[tuple[str, tuple[int, ...]], Sharding]:
     Returns:
       The shardings by name on disk and shape.
     """
-    found = {}
+    found: dict[tuple[str, tuple[int, ...]], Sharding] = {}
     for path, leaf in path_leaves(like):
         parts = leaf.named if isinstance(leaf, QTensor) else {"": leaf}
         for part, a in parts.items():
-            place = getattr(a, "sharding", None)
+            place: Any = getattr(a, "sharding", None)
             on_mesh = isinstance(getattr(place, "mesh", None), Mesh)
             if on_mesh and len(place.device_set) > 1:
                 name = f"{stored_name(path)}:{part}" if part else stored_name(path)

@@ -16,7 +16,8 @@ w = jax.random.normal(jax.random.key(0), (256, 256)) / 16
 x = jax.random.normal(jax.random.key(1), (8, 256))
 fn = lambda p, x: jnp.tanh(x @ p["w"])
 q = {"w": jq.quantize_array(w, jq.rtn(4, 32))}
-split = lambda q, *spec: {"w": jax.device_put(q["w"], jq.core.packed_sharding(q["w"], mesh, P(*spec)))}
+at = lambda q, *spec: jq.core.packed_sharding(q["w"], mesh, P(*spec))
+split = lambda q, *spec: {"w": jax.device_put(q["w"], at(q, *spec))}
 
 def served(fn, q, x, spec, *, gathers="", native_call=True):
     run = jax.jit(jq.quantized(fn))

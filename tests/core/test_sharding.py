@@ -77,7 +77,8 @@ for of, into, out in (
     got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(run(q4, x)))))(x4)
     np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-4)
 for tree in (adapted, latent):
-    run = jax.jit(jax.shard_map(jq.quantized(fn), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d")))
+    of = jq.quantized(fn)
+    run = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d")))
     loss = lambda run: jax.grad(lambda x: jnp.sum(jnp.sin(run(tree, x))))(x4)
     np.testing.assert_allclose(loss(run), loss(jq.quantized(fn)), rtol=1e-4, atol=1e-4)
 """,

@@ -99,7 +99,8 @@ for method in (jq.nf4(32, double_quant=True),):
             close(a, b)
         w = got["layers"]["mlp"]["up"]["kernel"]
         there = at["layers"]["mlp"]["up"]["kernel"].data["lora_b"]
-        assert w.data["lora_b"].sharding.is_equivalent_to(there, 3), (w.data["lora_b"].sharding, there)
+        here = w.data["lora_b"].sharding
+        assert here.is_equivalent_to(there, 3), (here, there)
 """,
     "latent weights": """
 p = jq.latent(params, recipe(jq.lsq(4, 32)), sites)
@@ -108,7 +109,8 @@ want = jq.qat(fn, p, sequences, how, teacher=params)
 for name in ("both",):
     ps, at = placed(p, mesh_of(name))
     teacher, _ = placed(params, mesh_of(name))
-    got = jq.qat(jq.quantized(fn, shardings=at, data_axes=("data",)), ps, sequences, how, teacher=teacher)
+    run = jq.quantized(fn, shardings=at, data_axes=("data",))
+    got = jq.qat(run, ps, sequences, how, teacher=teacher)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 """,

@@ -24,7 +24,8 @@ def check(fn, w, spec, kind):
     for method in METHODS:
         want, seen, store = jq.quantize({"w": w}, method, stats)["w"], [], {}
         for again in (False, True):
-            got = jq.quantize({"w": split}, method, stats, progress=seen.append, finished=store)["w"]
+            options = {"progress": seen.append, "finished": store}
+            got = jq.quantize({"w": split}, method, stats, **options)["w"]
             for name, a in want.named.items():
                 np.testing.assert_array_equal(got.named[name], a, err_msg=f"{method.name} {name}")
             codes = got.data["codes"]
