@@ -140,8 +140,8 @@ _LATER = {
 }
 _LATER_ROOMS = ("storage", "training", "tuning")
 _ROOMS = (
-    adapters, calibration, core, distributed, estimators, formats, methods, ptq, recipes, rounding, theory,
-    transforms,
+    adapters, calibration, core, distributed, estimators, formats, methods, ptq, recipes, rounding,
+    theory, transforms,
 )  # fmt: skip
 
 

@@ -66,8 +66,8 @@ def by_experts(
     """Return of_group(x, group_sizes, stacks), each device taking the experts that it holds.
 
     Rows that the mesh splits stay split. Stacks that are split along other axes than that of
-    experts are gathered, in packed form. Where no array is split, or it is not known how, the function is
-    called as it is.
+    experts are gathered, in packed form. Where no array is split, or it is not known how, the
+    function is called as it is.
 
     Args:
       of_group: a grouped product; rows past the sum of the sizes give zeros.

@@ -92,8 +92,8 @@ class Weights(NamedTuple):
       integer: whether numbers are int8; otherwise they are float16.
       columns: position of each column within a tile; None if they are in order.
       experts: for a stack of matrices, the expert of each block of rows, -1 where there are no
-        rows; else None. `arrays` then hold the matrices one below the other, of whole steps each, and
-        `scale` and `zero` those of the blocks' experts.
+        rows; else None. `arrays` then hold the matrices one below the other, of whole steps each,
+        and `scale` and `zero` those of the blocks' experts.
     """
 
     n: int
