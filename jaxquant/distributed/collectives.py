@@ -103,7 +103,8 @@ def width(dtype: str) -> int:
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of every computation, that of the entry being "", and its lines."""
-    name, lines = None, []
+    name: str | None = None
+    lines: list[str] = []
     for line in text.splitlines():
         if (head := _HEAD.match(line)) is not None:
             name, lines = "" if head[1] else head[2], []

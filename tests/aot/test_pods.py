@@ -43,11 +43,11 @@ def largest_gathered(plan):
     return max((math.prod(one.shape) for one in gathers if one.times > 1), default=0)
 
 
-@pytest.mark.parametrize(("topology", "served"), [("v5e:16x16", 7), ("v5p:8x8x8", 5)])
-def test_in_decoding_no_weight_moves(topology, served):
-    """Keys and values of 512 devices have too few words on each for a kernel."""
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8"])
+def test_in_decoding_no_weight_moves(topology):
+    """Of keys and values, each of so many devices has too few words for a kernel to pay."""
     plan = planned("decode", topology, TWO_BITS, 64, 8192)
-    assert plan.compiled.kernels == served and plan.served == (7, served)
+    assert plan.compiled.kernels == 5 and plan.served == (7, 5)
     moved = {one.dtype for one in plan.sent if one.times > 1}
     assert moved <= {"f32", "bf16"}  # sums of products and activations
     assert largest_gathered(plan) <= 64 * CONFIG.d_model
@@ -80,7 +80,8 @@ def test_in_qlora_packed_words_and_adapters_are_gathered(topology):
 def test_70b_in_16_bits_does_not_fit_where_it_does_in_2():
     kept = jq.Recipe([("*", jq.KEEP)])
     of = lambda recipe: PodRequest(CONFIG, recipe, "decode", 64, 8192, slice_of("v5e:4x4"))
-    assert plan_pod(of(TWO_BITS)).fits
+    packed = plan_pod(of(TWO_BITS))
+    assert packed.fits and packed.compiled.kernels == PRODUCTS and packed.served == (7, 7)
     plan = plan_pod(of(kept))
     assert plan.compiled.exhausted and not plan.fits
     assert plan.smallest["v5e"] == "v5e:4x8"

@@ -20,6 +20,7 @@ SECTIONS = {
     "Fine-tuning of packed models": ["adapters", "qlora_memory"],
     "Speed on CPUs": ["decode", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512"],
     "Time and memory": ["real_sizes", "quantization_time", "calibration_memory", "training_memory"],
+    "Plans of pods": ["pods"],
     "Kernels, compile-only checks": ["kernels_tpu", "kernels_gpu"],
     "Agreement with other implementations": ["outliers"],
 }  # fmt: skip
