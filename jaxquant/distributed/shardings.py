@@ -33,7 +33,7 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
         same weight has, as in Flax. An axis whose name has no rule is whole.
       axes: tree of the names of the logical axes of every leaf, those of a `QTensor` as for the
         floating-point weight: a tuple with a name or None for each axis, or a `PartitionSpec`, as
-        `flax.linen.get_partition_spec` returns them. None leaves a weight whole. A flat dict from
+        Flax linen's get_partition_spec returns them. None leaves a weight whole. A flat dict from
         paths, such as "layers/attn/q/kernel", is accepted too.
     Returns:
       The tree with `NamedSharding`s in place of arrays.
