@@ -32,7 +32,6 @@ def tree_device_bytes(tree: PyTree, shardings: PyTree) -> int:
       shardings: the same tree with shardings, or layouts with shardings.
     """
     leaves, at = jax.tree.leaves(tree), jax.tree.leaves(shardings)
-    at = at * (len(leaves) // len(at))  # one for all of a tree
     total = 0
     for a, s in zip(leaves, at, strict=True):
         shape = getattr(s, "sharding", s).shard_shape(a.shape)

@@ -84,7 +84,7 @@ def step_time(
             unpacking += passes * seen * size * own / per_device
     read += _kept(request, program)
     exchange = sum(one.received for one in sent) / where.incoming
-    return StepTime(read / (chip.bandwidth / parts), multiplying * 1.0, unpacking, exchange)
+    return StepTime(read / (chip.bandwidth / parts), multiplying, unpacking, exchange)
 
 
 def _used(config: LlamaConfig, path: str, tokens: int) -> tuple[float, float]:

@@ -89,6 +89,13 @@ def test_training_keeps_moments_of_the_adapters_only():
         plan_pod(request(where="v5e:16x16", work="qlora", batch=8), False)
 
 
+def test_qat_trains_every_weight_in_float32_and_keeps_two_moments():
+    plan = plan_pod(request(where="v5e:16x16", work="qat", batch=32, context=512), False)
+    assert plan.held["trained"] == pytest.approx(4 * 70.55e9 / 256, rel=0.4)
+    assert plan.held["optimizer"] == pytest.approx(2 * plan.held["trained"], rel=1e-3)
+    assert plan.held["weights"] < 0.1 * plan.held["trained"]
+
+
 @pytest.mark.parametrize(
     ("mesh", "error"),
     [("data=1,model=16", "do not divide the 8 kv_heads"), ("model=8", "has 8 devices"),
