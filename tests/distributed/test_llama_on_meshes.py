@@ -123,6 +123,26 @@ for path in stats.sites:
     if path in stats.holder and "kernel" in path:
         np.testing.assert_allclose(found.gram(path), stats.gram(path), rtol=1e-4, atol=1e-5)
 """,
+    "experts": """
+config = LlamaConfig(vocab_size=256, d_model=128, d_ff=128, n_layers=2, n_heads=4, n_kv_heads=4,
+                     head_dim=32, n_experts=8, experts_per_token=2, expert_d_ff=64)
+model = llama.Llama(config)
+tokens = tokens % 256
+params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+q = jq.quantize(params, jq.Recipe([("layers/*[!r]/kernel", jq.rtn(4, 16)), ("*", jq.KEEP)]),
+                jq.sites(fn, params, tokens))
+want = jax.jit(jq.quantized(fn))(q, tokens)
+for shape in ((2, 2, 2),):
+    mesh = jax.make_mesh(shape, ("data", "model", "expert"), axis_types=(AxisType.Auto,) * 3)
+    qs, at = placed(q, mesh)
+    run = jq.quantized(fn, shardings=at, data_axes=("data",))
+    uses = [use for use in jq.explain(run, qs, split(mesh, tokens)).uses if "dot" in use.primitive]
+    kernels = [use for use in uses if "cpu kernel" in use.why]
+    assert native.load() or len(kernels) == 7, uses
+    text = jax.jit(run).lower(qs, split(mesh, tokens)).compile().as_text()
+    check_moved(text, 128 * 128)
+    close(jax.jit(run)(qs, split(mesh, tokens)), want)
+""",
     "healing": """
 q = jq.quantize(params, recipe(jq.rtn(2, 32)), sites)
 how = jq.tuning.Healing(steps=2, batch_size=8)
