@@ -8,6 +8,7 @@ Where the experts are split over a mesh, every device multiplies the rows of its
 the results are added.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from pallas_kernels import checks, partition
 from pallas_kernels.dispatch import product
+from pallas_kernels.partition import Axes, Placement
 
 
 def grouped_matmul(
@@ -62,42 +64,63 @@ def by_experts(
     x: Float[Array, "m k"],
     group_sizes: Int32[Array, "e"],
     stacks: PyTree,
+    split: Callable[[Placement], PyTree] | None = None,
 ) -> Float[Array, "m n"]:
     """Return of_group(x, group_sizes, stacks), each device taking the experts that it holds.
 
-    Rows that the mesh splits stay split. Stacks that are split along other axes than that of
-    experts are gathered, in packed form. Where no array is split, or it is not known how, the
-    function is called as it is.
+    Rows that the mesh splits stay split. Without `split`, stacks that are split along other axes
+    than that of experts are gathered, in packed form. Where no array is split, or it is not known
+    how, the function is called as it is.
 
     Args:
       of_group: a grouped product; rows past the sum of the sizes give zeros.
       x: rows sorted by expert [m, k].
       group_sizes: number of rows of each expert [e].
       stacks: tree of arrays with a leading axis of experts.
+      split: function that returns, for a placement of one matrix, the tree of the mesh axes that
+        split the first and the last axis of every array, after the axis of experts; rows and
+        columns of matrices that are split over Auto axes then stay so, except along axes that split
+        the rows of x.
     """
     placement = partition.of_experts(x, group_sizes, *jax.tree.leaves(stacks))
     if placement is None:
         return of_group(x, group_sizes, stacks)
-    (experts,), tokens = placement.stack, placement.tokens
+    if split is None:
+        placement = dataclasses.replace(placement, rows=(), columns=())
+    (experts,), tokens, added = placement.stack, placement.tokens, placement.rows
 
     def local(x: Array, sizes: Array, stacks: Any) -> Array:
         if tokens:
             sizes = _within(sizes, jax.lax.axis_index(tokens) * len(x), len(x))
-        if not experts:
-            return of_group(x, sizes, stacks)
-        held = len(jax.tree.leaves(stacks)[0])
-        first = jax.lax.axis_index(experts) * held
-        start = jnp.sum(jnp.where(jnp.arange(len(sizes)) < first, sizes, 0))
-        mine = jax.lax.dynamic_slice_in_dim(sizes, first, held)
-        y = of_group(jnp.roll(x, -start, axis=0), mine, stacks)
-        return jax.lax.psum(jnp.roll(y, start, axis=0), experts)
+        if experts:
+            held = len(jax.tree.leaves(stacks)[0])
+            first = jax.lax.axis_index(experts) * held
+            start = jnp.sum(jnp.where(jnp.arange(len(sizes)) < first, sizes, 0))
+            mine = jax.lax.dynamic_slice_in_dim(sizes, first, held)
+            y = jnp.roll(of_group(jnp.roll(x, -start, axis=0), mine, stacks), start, axis=0)
+        else:
+            y = of_group(x, sizes, stacks)
+        return jax.lax.psum(y, (*experts, *added)) if (*experts, *added) else y
 
-    rows, stack = partition.spec_of([tokens]), partition.spec_of([experts])
+    rows, columns = (partition.spec_of((tokens, axes)) for axes in (added, placement.columns))
+    whole = jax.tree.map(lambda _: ((), ()), stacks) if split is None else split(placement)
+    specs = jax.tree.map(
+        lambda a, parts: partition.spec_of([experts, *_spread(parts, a.ndim - 1)]), stacks, whole
+    )
     mapped = jax.shard_map(
-        local, mesh=placement.mesh, in_specs=(rows, P(), stack), out_specs=rows, check_vma=False
+        local, mesh=placement.mesh, in_specs=(rows, P(), specs), out_specs=columns, check_vma=False
     )
     on = lambda a, spec: partition.resharded(a, placement.mesh, spec)
-    return mapped(on(x, rows), on(group_sizes, P()), jax.tree.map(lambda a: on(a, stack), stacks))
+    return mapped(on(x, rows), on(group_sizes, P()), jax.tree.map(on, stacks, specs))
+
+
+def _spread(parts: tuple[Axes, Axes], ndim: int) -> list[Axes]:
+    """Return the mesh axes of every axis of an array, where those of the first and last are given."""
+    found: list[Axes] = [()] * ndim
+    if ndim:
+        found[0] = parts[0]
+        found[-1] = found[-1] or parts[1]
+    return found
 
 
 def _within(sizes: Int32[Array, "e"], start: Array, count: int) -> Int32[Array, "e"]:

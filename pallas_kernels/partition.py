@@ -99,19 +99,24 @@ def of_experts(x: Array, group_sizes: Array, *stacks: Array) -> Placement | None
       group_sizes: the number of rows of each expert.
       *stacks: arrays with a leading axis of experts.
     Returns:
-      The mesh, the axes that split the rows, evenly, and in `stack` those that split the experts.
+      The mesh, the axes that split the rows of x, evenly, in `stack` those that split the experts,
+      and of a mesh with Auto axes those that split the rows and columns of each expert's matrix,
+      except the axes that split the rows of x.
     """
     mesh = explicit_mesh(x, group_sizes, *stacks)
     placement = said() if mesh is None else None
     if mesh is not None:
         experts, tokens = _axes(stacks[0])[0], _axes(x)[0]
+        rows = columns = ()
     elif placement is not None:
         mesh = _in_context(placement.mesh)
         experts, tokens = (placement.stack or ((),))[-1], placement.tokens
+        rows, columns = placement.rows, placement.columns
     else:
         return None
     tokens = _dividing(mesh, tuple(a for a in tokens if a not in experts), len(x))
-    return Placement(mesh, tokens=tokens, stack=(experts,))
+    left = lambda axes: tuple(a for a in axes if a not in tokens)
+    return Placement(mesh, left(rows), left(columns), tokens, (experts,))
 
 
 def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:

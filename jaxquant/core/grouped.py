@@ -6,6 +6,7 @@ that belongs to an expert (transforms, static scales of activations) is applied 
 a single expert.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.products import PRODUCT, _dtype_of_rows, _Layout
+from jaxquant.core.shardings import splits
 from jaxquant.core.standin import is_standin, note
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
@@ -49,8 +51,9 @@ def _(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
     product, how = _of_group(w, form, layout.forward)
-    with kernels.listening() as heard, partition.placed(w.placement):
-        y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays)
+    split = partial(_split, w) if layout.forward and _is_direct(w, form) else None
+    with kernels.listening() as heard, partition.placed(_placement(w, form)):
+        y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays, split)
     rounds = [] if form is None else [form.describe()]
     told = dict.fromkeys(filter(None, [w.format.kernel(), how, *rounds, *heard]))
     note(layout.rule.replace("matmul", "grouped matmul"), "; ".join(told))
@@ -82,15 +85,41 @@ def _of_group(
     With `forward` False it is the product with the transposed matrices.
     """
     one_by_one = "one tile of rows after the other"
-    direct = bool(w.format.storage) and not w.format.latent
     if not forward:
-        if direct and w.input is None and w.output is None:
+        if _is_direct(w, None) and w.input is None and w.output is None:
             return partial(_grouped, w, "_transposed", k=w.rows_k), ""
         return partial(_by_tile, w.matmul_transposed), one_by_one
-    # Zero points and static scales of x belong to an expert, and so do the sums they need.
-    if direct and (form is None or not (form.static or (form.bits == 8 and not form.symmetric))):
-        return partial(_whole, w, form), ""
+    if _is_direct(w, form):
+        return lambda rows, sizes, of: _whole(w.with_arrays(of).local(), form, rows, sizes, of), ""
     return partial(_by_tile, partial(_one, w, form)), one_by_one
+
+
+def _is_direct(w: QTensor, form: Activations | None) -> bool:
+    """Return whether one grouped product of the stored matrices can compute the product.
+
+    Zero points and static scales of x belong to an expert, and so do the sums they need.
+    """
+    by_token = form is None or not (form.static or (form.bits == 8 and not form.symmetric))
+    return bool(w.format.storage) and not w.format.latent and by_token
+
+
+def _placement(w: QTensor, form: Activations | None) -> partition.Placement | None:
+    """Return how the matrices of experts are split, except where what meets them is whole.
+
+    Rows of a matrix whose input is transformed or rounded belong together, and so do columns of one
+    whose output is transformed.
+    """
+    if w.placement is None:
+        return None
+    rows = w.placement.rows if w.input is None and form is None else ()
+    columns = w.placement.columns if w.output is None else ()
+    return dataclasses.replace(w.placement, rows=rows, columns=columns)
+
+
+def _split(w: QTensor, placement: partition.Placement) -> PyTree:
+    """Return the mesh axes that split the first and the last axis of every array of a matrix."""
+    found = splits(w, placement.mesh, placement.rows, placement.columns)
+    return w.with_named({name: found.get(name, ((), ())) for name in w.named}).arrays
 
 
 def _whole(

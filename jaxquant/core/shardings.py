@@ -40,14 +40,14 @@ def packed_sharding(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> QTensor:
     (None, 'model')
     """
     leading, rows, columns = _parts(w, spec)
-    splits = _splits(w, mesh, rows, columns)
+    found = splits(w, mesh, rows, columns)
     _check_stack(w, mesh, leading)
 
     def one(name: str, a: Any) -> NamedSharding:
         own = a.ndim - len(leading)
         parts: list[Names] = [()] * own
-        if own and name in splits:
-            first, last = splits[name]
+        if own and name in found:
+            first, last = found[name]
             parts[0] = first
             parts[-1] = parts[-1] or last
         return NamedSharding(mesh, spec_of((*leading, *parts)))
@@ -181,7 +181,7 @@ def _check_stack(w: QTensor, mesh: Mesh | AbstractMesh, leading: list[Names]) ->
             )
 
 
-def _splits(
+def splits(
     w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
 ) -> dict[str, tuple[Names, Names]]:
     """Return the mesh axes over which the first and the last axis of each array are split.
@@ -189,6 +189,15 @@ def _splits(
     Arrays of the kernel's op are split as `shard_specs` says. Others, such as those that a weight
     in training has, are split along axes that are as long as those of the matrix. Arrays of
     transforms and of activation formats are not split.
+
+    Args:
+      w: the weight.
+      mesh: the mesh.
+      rows, columns: names of the mesh axes that split the rows and the columns of each matrix.
+    Returns:
+      The axes by the name of the array; arrays that are not in it are whole.
+    Raises:
+      ValueError: a shard would not consist of whole words, groups or tiles of codes.
     """
     known = _of_op(w, mesh, rows, columns)
     if known is None and not w.format.latent and (rows or columns):
@@ -224,7 +233,7 @@ def _check_divides(
 def _of_op(
     w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
 ) -> dict[str, tuple[Names, Names]] | None:
-    """Return what `_splits` does for the arrays of the kernel's op; None if there is no op."""
+    """Return what `splits` does for the arrays of the kernel's op; None if there is no op."""
     format: Any = w.format
     while hasattr(format, "adapter"):  # a frozen matrix, which its own format's op multiplies
         if format.adapter.floating:

@@ -102,6 +102,30 @@ for spec, gathers in ((("model",), "none"), ((None,), "none"), (("model", "data"
     got = jax.jit(jax.grad(loss))(put(x, "data"), jax.device_put(q, at))
     np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-4)
 """,
+    "experts whose matrices are split too": """
+mesh = jax.make_mesh((2, 2, 2), ("data", "model", "expert"), axis_types=(AxisType.Auto,) * 3)
+put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+stack = jax.random.normal(jax.random.key(0), (8, 64, 32)) / 8
+x, sizes = jax.random.normal(jax.random.key(1), (48, 64)), jnp.array([5, 0, 7, 9, 3, 0, 20, 2])
+dense = lambda p, x: jnp.einsum("emk,ekn->emn", x, p["w"])
+sites = jq.sites(dense, {"w": stack}, jnp.ones((8, 4, 64)))
+fn = lambda p, x: jnp.tanh(jax.lax.ragged_dot(x, p["w"], sizes))
+plain = jq.rtn(4, 32)
+rounded = dataclasses.replace(plain, activations=jq.Activations.of("int8"))
+turned = dataclasses.replace(plain, input=jq.transforms.Rotation())
+for rule, spec, data_axes, gathers in (
+    (plain, ("expert", "data", "model"), (), "none"),
+    (plain, ("expert", "data", "model"), ("data",), "words"),
+    (rounded, ("expert", None, "model"), ("data",), "none"),
+    (rounded, ("expert", "model"), ("data",), "words"),  # a token's scale belongs to its whole row
+    (turned, ("expert", None, "model"), (), "none"),
+    (turned, ("expert", "data"), (), "words"),  # and so does its rotation
+):
+    q = jq.quantize({"w": stack}, rule, sites)
+    want = jq.quantized(fn)(q, x)
+    y = served(fn, q, put(x, *data_axes), *spec, data_axes=data_axes, gathers=gathers)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+""",
     "gradients": """
 loss = lambda q, x: jnp.sum(fn(q, x) ** 2)
 want = jax.grad(jq.quantized(loss), 1)(q, x)
