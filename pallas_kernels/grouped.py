@@ -115,7 +115,7 @@ def by_experts(
 
 
 def _spread(parts: tuple[Axes, Axes], ndim: int) -> list[Axes]:
-    """Return the mesh axes of every axis of an array, where those of the first and last are given."""
+    """Return the mesh axes of every axis of an array, given those of the first and the last."""
     found: list[Axes] = [()] * ndim
     if ndim:
         found[0] = parts[0]
