@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from pallas_kernels import checks, partition
 from pallas_kernels.dispatch import product
-from pallas_kernels.partition import Axes, Placement
+from pallas_kernels.partition import Placement
+from pallas_kernels.shard_specs import Axes, spec_of
 
 
 def grouped_matmul(
@@ -102,10 +103,10 @@ def by_experts(
             y = of_group(x, sizes, stacks)
         return jax.lax.psum(y, (*experts, *added)) if (*experts, *added) else y
 
-    rows, columns = (partition.spec_of((tokens, axes)) for axes in (added, placement.columns))
+    rows, columns = (spec_of((tokens, axes)) for axes in (added, placement.columns))
     whole = jax.tree.map(lambda _: ((), ()), stacks) if split is None else split(placement)
     specs = jax.tree.map(
-        lambda a, parts: partition.spec_of([experts, *_spread(parts, a.ndim - 1)]), stacks, whole
+        lambda a, parts: spec_of([experts, *_spread(parts, a.ndim - 1)]), stacks, whole
     )
     mapped = jax.shard_map(
         local, mesh=placement.mesh, in_specs=(rows, P(), specs), out_specs=columns, check_vma=False

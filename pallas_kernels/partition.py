@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import shard_specs as shard
 from pallas_kernels.context import Setting
-
-Axes = tuple[str, ...]
+from pallas_kernels.shard_specs import Axes, axes_of, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +83,9 @@ def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
     if placement is None:
         return None
     mesh = _in_context(placement.mesh)
-    by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
     # A stack that is split has been split by `stack`.
-    left = lambda axes: tuple(a for a in axes if a not in by_hand)
-    rows, columns, tokens = map(left, (placement.rows, placement.columns, placement.tokens))
+    of = placement.rows, placement.columns, placement.tokens
+    rows, columns, tokens = map(_free(), of)
     return Placement(mesh, rows, columns, _dividing(mesh, tokens, len(x)))
 
 
@@ -110,12 +108,13 @@ def of_experts(x: Array, group_sizes: Array, *stacks: Array) -> Placement | None
         rows = columns = ()
     elif placement is not None:
         mesh = _in_context(placement.mesh)
-        experts, tokens = (placement.stack or ((),))[-1], placement.tokens
-        rows, columns = placement.rows, placement.columns
+        free = _free()
+        experts, tokens = free((placement.stack or ((),))[-1]), free(placement.tokens)
+        rows, columns = free(placement.rows), free(placement.columns)
     else:
         return None
     tokens = _dividing(mesh, tuple(a for a in tokens if a not in experts), len(x))
-    left = lambda axes: tuple(a for a in axes if a not in tokens)
+    left = lambda axes: tuple(a for a in axes if a not in _shared(axes, tokens))
     return Placement(mesh, left(rows), left(columns), tokens, (experts,))
 
 
@@ -175,7 +174,7 @@ def product(
         placement.mesh, placement.rows, placement.columns, placement.tokens
     )  # fmt: skip
     transposed = op.endswith("_transposed")
-    shared = tuple(a for a in (*rows, *columns) if a in tokens)
+    shared = (*_shared(rows, tokens), *_shared(columns, tokens))
     if rows and not transposed and static.get("activations", "float") != "float":
         shared = tuple(dict.fromkeys((*shared, *rows)))  # scales of a token belong to whole rows
     own_rows, own_columns = (tuple(a for a in axes if a not in shared) for axes in (rows, columns))
@@ -246,6 +245,16 @@ def varied(*arrays: Any) -> tuple:
     return jax.tree.map(one, arrays) if every else arrays
 
 
+def _shared(axes: Axes, tokens: Axes) -> Axes:
+    """Return which of the axes that split an array are gathered, as axes that split tokens too are.
+
+    Shards along a later axis of a tuple are parts of those along the earlier ones, so that nothing
+    can stay split along it alone.
+    """
+    first = next((i for i, a in enumerate(axes) if a in tokens), len(axes))
+    return axes[first:]
+
+
 def _of_stack(
     x: Array, arrays: list[Array], leading: int, paired: int
 ) -> tuple[Mesh | AbstractMesh | None, Sequence[Axes], Sequence[Axes]]:
@@ -257,13 +266,26 @@ def _of_stack(
     if placement is None:
         return None, (), ()
     missing = leading - len(placement.stack)
-    return _in_context(placement.mesh), ((),) * missing + placement.stack[-leading:], ()
+    mesh = _in_context(placement.mesh)
+    split = map(_free(), placement.stack[-leading:])
+    return mesh, (*((),) * missing, *split), ()
 
 
 def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
     """Return the mesh in force, whose axes may have other types, such as within `auto_axes`."""
     context = jax.sharding.get_abstract_mesh()
+    if not context.empty and context.axis_names != mesh.axis_names:
+        raise ValueError(
+            f"the weights are split over a mesh with the axes {list(mesh.axis_names)}, but the "
+            f"mesh in force (jax.set_mesh) has {list(context.axis_names)}; use one mesh"
+        )
     return mesh if context.empty else context
+
+
+def _free() -> Callable[[Axes], Axes]:
+    """Return a function that drops mesh axes over which a `shard_map` has split arrays already."""
+    by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
+    return lambda axes: tuple(a for a in axes if a not in by_hand)
 
 
 def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
@@ -309,32 +331,6 @@ def _weight_specs(
             if tuple(spec):
                 found[-1] = placement.columns
     return [spec_of(found) for found in parts]
-
-
-def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
-    """Return the names of the mesh axes that split each axis of an array, one tuple for each.
-
-    Args:
-      spec: the partition specification, which may have fewer parts than the array has axes.
-      ndim: number of axes of the array.
-
-    >>> axes_of(P(None, "model"), 3)
-    ((), ('model',), ())
-    """
-    parts = (*spec, *(None,) * (ndim - len(spec)))
-    return tuple(() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in parts)
-
-
-def spec_of(parts: Sequence[Axes]) -> P:
-    """Return the partition specification of such tuples; the inverse of `axes_of`.
-
-    Args:
-      parts: for each axis of an array, the names of the mesh axes that split it.
-
-    >>> tuple(spec_of(((), ("model",), ("data", "model"), ())))
-    (None, 'model', ('data', 'model'), None)
-    """
-    return P(*((part if len(part) > 1 else part[0]) if part else None for part in parts))
 
 
 def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:

@@ -1,12 +1,15 @@
 """How the arrays of an op are split over a mesh axis, so that every shard is a weight itself."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from pallas_kernels.codecs import layout, lookup, trellis
+
+Axes = tuple[str, ...]  # names of mesh axes
 
 # What the first axis of each array of an op indexes: words of codes, groups, or nothing that rows
 # of the weight are split by. The last axis indexes columns, except of arrays that are "whole".
@@ -110,3 +113,29 @@ def _unit(op: str, static: dict[str, Any], k: int) -> int:
         return static["group"] * layout.unit(lookup.digit(static["bits"]))[0]
     group = static["group_size"]
     return math.lcm(layout.unit(static.get("bits", 2))[0], 1 if group == k else group)
+
+
+def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
+    """Return the names of the mesh axes that split each axis of an array, one tuple for each.
+
+    Args:
+      spec: the partition specification, which may have fewer parts than the array has axes.
+      ndim: number of axes of the array.
+
+    >>> axes_of(P(None, "model"), 3)
+    ((), ('model',), ())
+    """
+    parts = (*spec, *(None,) * (ndim - len(spec)))
+    return tuple(() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in parts)
+
+
+def spec_of(parts: Sequence[Axes]) -> P:
+    """Return the partition specification of such tuples; the inverse of `axes_of`.
+
+    Args:
+      parts: for each axis of an array, the names of the mesh axes that split it.
+
+    >>> tuple(spec_of(((), ("model",), ("data", "model"), ())))
+    (None, 'model', ('data', 'model'), None)
+    """
+    return P(*((part if len(part) > 1 else part[0]) if part else None for part in parts))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -48,8 +48,8 @@ def quantized(
     `shard_map`. The compiler cannot partition a kernel, so in a program for
     several devices every product runs in a `shard_map` of its own. How its arrays are split is
     known where the axes of the mesh are Explicit (the default of `jax.make_mesh`). Where they are
-    Auto, pass `shardings`; without them, or called outside of `jax.jit` on weights that lie on a
-    mesh, such a program runs the reference implementations in plain JAX.
+    Auto, pass `shardings`; without them, a jitted function of the weights runs the reference
+    implementations in plain JAX.
 
     Outside a function wrapped by `quantized`, a stand-in is not an array, and code that uses it as
     one raises TypeError. So you must also wrap functions that take a model and call it, as in
@@ -57,7 +57,7 @@ def quantized(
 
     Args:
       fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX. What `quantized`
-        returned is returned as it is, unless another option is given: so functions such as
+        returned keeps its options, except those that are given again: so functions such as
         `jaxquant.qat`, which apply `quantized` to their argument, also take
         `quantized(fn, shardings=...)`.
       kernels: "auto" (default) uses the kernels of the platform the program is lowered for, where
@@ -74,8 +74,8 @@ def quantized(
       A function of the same arguments.
 
     Raises:
-      ValueError: `shardings` is not a tree like the first argument, or the mesh lacks `data_axes`;
-        both when the function is called.
+      ValueError: `shardings` is not a tree like the first argument, or the mesh lacks `data_axes`,
+        or is not that in force; all of these when the function is called.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> w = jq.quantize_array(jnp.eye(4), jq.rtn(bits=8, group_size=-1))
@@ -84,8 +84,13 @@ def quantized(
     (2, 4)
     """
     check_arguments(quantized, locals())
-    if hasattr(fn, OPTIONS) and (kernels, shardings, data_axes) == ("auto", None, None):
-        return fn
+    if (before := _options(fn)) is not None:
+        if kernels == "auto" and shardings is None and data_axes is None:
+            return fn
+        fn = fn.__wrapped__  # type: ignore[attr-defined]
+        kernels = before.kernels if kernels == "auto" else kernels
+        shardings = before.shardings if shardings is None else shardings
+        data_axes = before.data_axes if data_axes is None else data_axes
     run = dispatching(fn, lambda: table.using(kernels))
 
     @functools.wraps(fn)
@@ -94,8 +99,23 @@ def quantized(
         others = with_placements((args[1:], kwargs), None, data_axes)
         return without_placements(run(*first, *others[0], **others[1]))
 
-    call.__dict__[OPTIONS] = {"kernels": kernels, "shardings": shardings, "data_axes": data_axes}
+    call.__dict__[OPTIONS] = _Options(call, kernels, shardings, data_axes)
     return call
+
+
+class _Options(NamedTuple):
+    """The options of a function that `quantized` returned, `call`."""
+
+    call: Callable[..., PyTree]
+    kernels: str
+    shardings: PyTree
+    data_axes: Sequence[str] | None
+
+
+def _options(fn: Callable[..., PyTree]) -> _Options | None:
+    """Return the options if `quantized` returned fn; wrappers, such as `jax.grad`'s, copy them."""
+    found = getattr(fn, OPTIONS, None)
+    return found if found is not None and found.call is fn else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +181,13 @@ def explain(
     check_arguments(explain, locals())
     platform = _platform(platform)
     log = _Log([])
-    options = getattr(fn, OPTIONS, {})
-    fn = getattr(fn, "__wrapped__", fn) if options else fn
+    options = _options(fn) or _Options(fn, "auto", None, None)
+    fn = getattr(fn, "__wrapped__", fn) if _options(fn) is not None else fn
     devices = devices_of(params, args, kwargs)
-    if options.get("shardings") is not None:
-        params = with_placements(params, options["shardings"], options["data_axes"])
+    if options.shardings is not None:
+        params = with_placements(params, options.shardings, options.data_axes)
         params, args, kwargs = jax.tree.map(_untyped, (params, args, kwargs))
-    run = dispatching(fn, lambda: table.using(options.get("kernels", "auto")))
+    run = dispatching(fn, lambda: table.using(options.kernels))
     spied = replace_leaves(
         params, {p: _Spy(w, p, log) for p, w in path_leaves(params) if is_standin(w)}
     )

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 T = TypeVar("T")
+PIECE = 1 << 28  # bytes that are broadcast at a time
 
 
 def several() -> bool:
@@ -62,7 +63,8 @@ def first(fn: Callable[[], T]) -> T:
     Args:
       fn: function that returns a JSON value.
     Raises:
-      ValueError, OSError: what `fn` raised on the first process, on every process.
+      Exception: what `fn` raised, on the first process; on the others a ValueError if that was
+        one, else an OSError.
     """
     if not several():
         return fn()
@@ -71,15 +73,37 @@ def first(fn: Callable[[], T]) -> T:
     if is_first():
         try:
             said = {"value": fn()}
-        except (ValueError, OSError) as error:
-            said, failed = {"error": type(error).__name__, "text": str(error)}, error
+        except Exception as error:
+            said, failed = {"error": isinstance(error, ValueError), "text": str(error)}, error
     said = json.loads(_broadcast(json.dumps(said).encode()))
     if failed is not None:
         raise failed
     if "error" in said:
-        kind = ValueError if said["error"] == "ValueError" else OSError
+        kind = ValueError if said["error"] else OSError
         raise kind(f"on the first host: {said['text']}")
     return said["value"]
+
+
+def everywhere(fn: Callable[[], None]) -> None:
+    """Run `fn` on every process, and raise on all of them where it failed on one.
+
+    Args:
+      fn: the function, in which the processes may wait for each other.
+    Raises:
+      Exception: what `fn` raised on this process.
+      OSError: it failed on other processes only.
+    """
+    failed: Exception | None = None
+    try:
+        fn()
+    except Exception as error:
+        failed = error
+    if several():
+        every = multihost_utils.process_allgather(np.int32(failed is not None)).reshape(-1)
+        if failed is None and every.any():
+            raise OSError(f"host {int(np.argmax(every))} failed; see its error")
+    if failed is not None:
+        raise failed
 
 
 @contextlib.contextmanager
@@ -157,8 +181,13 @@ def wait(name: str) -> None:
 
 def _broadcast(data: bytes) -> bytes:
     """Return the bytes that the first process passed."""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    sent = np.zeros(size, np.uint8)
-    if is_first():
-        sent[:] = np.frombuffer(data, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes() if size else b""
+    send = lambda a: np.asarray(multihost_utils.broadcast_one_to_all(a))
+    # As bytes, because JAX cuts integers to 32 bits.
+    size = int.from_bytes(send(np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)), "little")
+    mine = np.frombuffer(data, np.uint8)
+    parts = []
+    for start in range(0, size, PIECE):
+        length = min(PIECE, size - start)
+        one = mine[start : start + length] if is_first() else np.zeros(length, np.uint8)
+        parts.append(send(one).tobytes())
+    return b"".join(parts)

@@ -1,8 +1,9 @@
 """How the packed arrays of a weight are split over a mesh, where the weight itself is split so."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jaxtyping import Array, PyTree
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import shard_specs
-from pallas_kernels.partition import Placement, axes_of, spec_of
+from pallas_kernels.partition import Placement
+from pallas_kernels.shard_specs import axes_of, spec_of
 
 Names = tuple[str, ...]
 
@@ -39,7 +41,7 @@ def packed_sharding(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> QTensor:
     >>> tuple(packed_sharding(w, mesh, P(None, "model")).data["codes"].spec)
     (None, 'model')
     """
-    leading, rows, columns = _parts(w, spec)
+    leading, rows, columns = _parts(w, mesh, spec)
     found = splits(w, mesh, rows, columns)
     _check_stack(w, mesh, leading)
 
@@ -87,6 +89,8 @@ def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | 
             w, placement=dataclasses.replace(placement, tokens=tuple(tokens))
         )
 
+    if not known:
+        return tree
     new = [w if p is None else one(w, p) for w, p in zip(leaves, found, strict=True)]
     return jax.tree.unflatten(structure, new)
 
@@ -97,25 +101,39 @@ def without_placements(tree: PyTree) -> PyTree:
     Args:
       tree: any tree.
     """
-    one = lambda w: dataclasses.replace(w, placement=None) if isinstance(w, QTensor) else w
+    placed = lambda w: isinstance(w, QTensor) and w.placement is not None
+    one = lambda w: dataclasses.replace(w, placement=None) if placed(w) else w
     return jax.tree.map(one, tree, is_leaf=is_standin)
 
 
 def _placement(w: Any, of: Any) -> Placement | None:
     """Return how a weight is split according to the sharding of its codes; None if it is not."""
+    if of is not w and isinstance(of, QTensor) and not isinstance(w, QTensor):
+        raise ValueError(
+            "shardings: the argument has no packed weight where they have one; where functions "
+            "that `quantized` returned call each other, give them to the outermost"
+        )
     if not (isinstance(w, QTensor) and isinstance(of, QTensor)):
         return None
     codes = of.data["codes"]
     if isinstance(codes, jax.core.Tracer):
         return None
     found: Any = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
+    if of is not w and not isinstance(found, NamedSharding):
+        raise ValueError(f"shardings: expected a NamedSharding of every array, got {found!r}")
     mesh = getattr(found, "mesh", None)
     if not isinstance(mesh, Mesh | AbstractMesh) or mesh.size == 1:
         return None
     if of is w and AxisType.Explicit in mesh.axis_types:
         return None
     ndim, leading = w.data["codes"].ndim, w.leading()
-    parts = axes_of(found.spec, ndim)
+    mapped = max(0, len(found.spec) - ndim)  # axes over which jax.vmap maps
+    if any(found.spec[:mapped]):
+        raise ValueError(
+            f"{w!r} is a part of a stack that is split over {found.spec[:mapped]}, over which "
+            "jax.vmap maps; use shard_map, or a product with the whole stack"
+        )
+    parts = axes_of(P(*found.spec[mapped:]), ndim)
     return Placement(mesh, parts[leading], parts[-1], (), parts[:leading])
 
 
@@ -145,6 +163,20 @@ def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
     return jax.tree.map(one, tree), found[0] if found else None
 
 
+@contextlib.contextmanager
+def auto_axes_in_force(mesh: Mesh | None) -> Iterator[None]:
+    """Within the block, give the mesh in force (`jax.set_mesh`) Auto axes for Explicit ones.
+
+    Args:
+      mesh: the mesh that `on_auto_axes` found; None changes nothing.
+    """
+    if mesh is None or not is_explicit(jax.sharding.get_mesh()):
+        yield
+        return
+    with jax.set_mesh(Mesh(mesh.devices, mesh.axis_names)):
+        yield
+
+
 def is_explicit(mesh: Any) -> bool:
     """Return whether a mesh has Explicit axes; anything else has not.
 
@@ -154,7 +186,7 @@ def is_explicit(mesh: Any) -> bool:
     return isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
 
 
-def _parts(w: QTensor, spec: P) -> tuple[list[Names], Names, Names]:
+def _parts(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> tuple[list[Names], Names, Names]:
     """Return the mesh axes of each leading axis, of the rows and of the columns of a weight."""
     if len(spec) > w.ndim:
         raise ValueError(f"{spec} has {len(spec)} parts, but the weight has {w.ndim} axes")
@@ -169,6 +201,12 @@ def _parts(w: QTensor, spec: P) -> tuple[list[Names], Names, Names]:
             f"{spec} splits an axis of {list(w.shape)} that is not the first of those merged into "
             f"rows or columns; split the first one, or none"
         )
+    for length, names in ((w.view.k[0], stored[leading]), (w.view.n[0], stored[n])):
+        if length % _size(mesh, names):
+            raise ValueError(
+                f"an axis of length {length} cannot be split over the {_size(mesh, names)} devices "
+                f"of {list(names)}; change the mesh, or leave it whole"
+            )
     return stored[:leading], stored[leading], stored[n]
 
 

@@ -298,7 +298,9 @@ class QTensor(StandIn):
 
     def at_leading(self, fn: Callable[[Array], Array]) -> "QTensor":
         # The other weights no longer know which matrix of the stack this is, so nothing is shared.
-        return self.with_arrays(jax.tree.map(fn, self.arrays), shared="")
+        # Neither is it known how what is left of the stack lies on a mesh.
+        placement = self.placement and dataclasses.replace(self.placement, stack=())
+        return self.with_arrays(jax.tree.map(fn, self.arrays), shared="", placement=placement)
 
     def picked(self, pick: Pick) -> "StandIn | None":
         # A matrix looked up out of range is NaN. Only float arrays (scales) can express that.

@@ -60,25 +60,29 @@ def joined(
     me = f"host {index} of {count}"
     if index:
         _reach(coordinator, me, wait)
-    with _explained(
+    late = (
         f"{me}: not all hosts arrived at {coordinator} within {wait} s; start all of them, or wait "
         "longer"
-    ):
-        jax.distributed.initialize(
-            coordinator, count, index, initialization_timeout=wait,
-            heartbeat_timeout_seconds=patience,
-        )  # fmt: skip
+    )
+    with _explained(late):
+        try:
+            jax.distributed.initialize(
+                coordinator, count, index, initialization_timeout=wait,
+                heartbeat_timeout_seconds=patience,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise HostLost(f"{late} ({str(error).splitlines()[0]})") from error
     lost = f"{me}: another host has ended or cannot be reached; run the same command again on all"
-    with _explained(lost):
+    with _explained(f"{lost} (unless this process was aborted for a reason that is given above)"):
         try:
             yield
-        except Exception as error:
+            hosts.wait("the end")
+        except BaseException as error:
             gone = any(sign in str(error) for sign in GONE)
             atexit.register(_leave, LOST if gone else 1, LINGER if index == 0 else 0.0)
             if gone:
                 raise HostLost(f"{lost} ({str(error).splitlines()[0]})") from error
             raise
-        hosts.wait("the end")
         jax.distributed.shutdown()
 
 
@@ -162,7 +166,7 @@ def _leave(status: int, linger: float) -> None:
 
 def _check(coordinator: str, count: int, index: int, wait: int, patience: int) -> None:
     _, colon, port = coordinator.rpartition(":")
-    if not colon or not port.isdecimal():
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f'coordinator must be "address:port", got {coordinator!r}')
     if count < 1 or not 0 <= index < count:
         raise ValueError(f"index must be in [0, {count}), the number of hosts, got {index}")

@@ -13,7 +13,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, path_name, replace_leaves
 from jaxquant.core.shardings import packed_sharding
 from jaxquant.core.tensor import QTensor
-from pallas_kernels.partition import axes_of, spec_of
+from pallas_kernels.shard_specs import axes_of, spec_of
 
 Names = tuple[str | None, ...] | P | None
 Rules = Iterable[tuple[str, str | tuple[str, ...] | None]]

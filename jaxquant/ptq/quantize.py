@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.calibration.statistics import Stats, seen
 from jaxquant.core.arguments import check_arguments, differentiated
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.random_keys import Draw
-from jaxquant.core.shardings import on_auto_axes, packed_sharding
+from jaxquant.core.shardings import (
+    auto_axes_in_force,
+    is_explicit,
+    on_auto_axes,
+    packed_sharding,
+)
 from jaxquant.core.sites import Site
 from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
@@ -70,7 +74,10 @@ def quantize(
         layers, and are not concerned. Methods that plan rates over all layers (`trellis`) need the
         planned method as recipe. Default: 0.
     Returns:
-      The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged.
+      The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged. A
+      weight that lies on a mesh gives one that does, split as the weight is. Where that would break
+      groups, words or tiles of codes it lies as the compiler chose; on Explicit axes, this is a
+      ValueError.
     Raises:
       ValueError: the recipe does not fit the tree, weights or statistics are not finite, a method
         needs statistics that are missing, or the result for a matrix is not finite. The recipe is
@@ -100,13 +107,14 @@ def quantize(
     given = dict(path_leaves(params))
     (leaves, stats), mesh = on_auto_axes((given, stats))
     known = stats if isinstance(stats, Stats) else None
-    inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms, first)
     new = {}
-    for entry in plan.weights:
-        sums = Sums.of(entry.path, entry.method, stats)
-        job = LeafJob(entry, draw, inputs, finished, first)
-        packed = job.run(leaves[entry.path], sums, report)
-        new[entry.path] = packed if mesh is None else _split(packed, mesh, given[entry.path])
+    with auto_axes_in_force(mesh):
+        inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms, first)
+        for entry in plan.weights:
+            sums = Sums.of(entry.path, entry.method, stats)
+            job = LeafJob(entry, draw, inputs, finished, first)
+            packed = job.run(leaves[entry.path], sums, report)
+            new[entry.path] = _placed(entry.path, packed, given[entry.path])
     return replace_leaves(params, new)
 
 
@@ -135,15 +143,17 @@ def importance(
     """
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
-    leaves, draw = dict(path_leaves(params)), Draw.of(key)
+    draw = Draw.of(key)
+    (leaves, stats), mesh = on_auto_axes((dict(path_leaves(params)), stats))
     known = stats if isinstance(stats, Stats) else None
-    inputs = Inputs.of(plan.weights, found, leaves, known, inspect, first=first)
     out = {}
-    for entry in (e for e in plan.weights if e.method.format.plans):
-        _check_statistics(entry.path, entry.method, stats)
-        job = LeafJob(entry, draw, inputs, None, first)
-        sums = Sums.of(entry.path, entry.method, stats)
-        out[entry.path] = job.importance(leaves[entry.path], sums)
+    with auto_axes_in_force(mesh):
+        inputs = Inputs.of(plan.weights, found, leaves, known, inspect, first=first)
+        for entry in (e for e in plan.weights if e.method.format.plans):
+            _check_statistics(entry.path, entry.method, stats)
+            job = LeafJob(entry, draw, inputs, None, first)
+            sums = Sums.of(entry.path, entry.method, stats)
+            out[entry.path] = job.importance(leaves[entry.path], sums)
     return out
 
 
@@ -198,18 +208,26 @@ def quantize_array(
     given = w
     (w, gram, output_gram), mesh = on_auto_axes((w, gram, output_gram))
     (entry,) = resolve(method, {"w": w}).weights
-    sums = Sums(gram, output_gram)
-    shared = Inputs.of([entry], None, {"w": w}, stats)
-    job = LeafJob(entry, Draw.of(key), shared, {})
-    packed = job.run(w, sums, Counter(1, None))
-    return packed if mesh is None else _split(packed, mesh, given)
+    with auto_axes_in_force(mesh):
+        shared = Inputs.of([entry], None, {"w": w}, stats)
+        job = LeafJob(entry, Draw.of(key), shared, {})
+        packed = job.run(w, Sums(gram, output_gram), Counter(1, None))
+        return _placed("w", packed, given)
 
 
-def _split(packed: QTensor, mesh: Mesh, w: Array) -> QTensor:
-    """Return a packed weight on the mesh, split as the weight w is."""
-    sharding = w.sharding
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
-    return jax.device_put(packed, packed_sharding(packed, mesh, spec))
+def _placed(path: str, packed: QTensor, w: Array) -> QTensor:
+    """Return a packed weight on the mesh of the weight w, if it lies on one, and split as it is."""
+    place = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
+    if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
+        return packed
+    if place.mesh.size == 1:
+        return packed
+    try:
+        return jax.device_put(packed, packed_sharding(packed, place.mesh, place.spec))
+    except ValueError as error:
+        if is_explicit(place.mesh):
+            raise ValueError(f"{path}: {error}") from None
+        return packed  # it lies where the compiler of the rounding put it
 
 
 def _check_not_differentiated(params: PyTree) -> None:

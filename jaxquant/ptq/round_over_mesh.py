@@ -16,7 +16,7 @@ from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, round_matrix
 from jaxquant.ptq.round_stacked import Sums
 from jaxquant.recipes.recipe import WeightEntry
-from pallas_kernels.partition import axes_of
+from pallas_kernels.shard_specs import axes_of
 
 
 class Split(NamedTuple):

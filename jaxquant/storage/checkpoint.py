@@ -1,6 +1,5 @@
 """Checkpoints: one self-describing directory, with arrays stored by Orbax and one JSON file."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from jaxquant.storage.containers import filled, outline_of_paths, outlined, plac
 from jaxquant.storage.description import (
     FILE,
     Json,
+    digests,
     first_line,
     is_checkpoint,
     read_description,
@@ -131,7 +131,7 @@ def save(
         "arrays": {n: {"shape": a.shape, "dtype": a.dtype.name} for n, a in arrays.items()},
         **held,
     }
-    hosts.agree(directory=str(target), tree=description)
+    hosts.agree(directory=str(directory), tree=description, overwrite=overwrite)
     try:
         with hosts.led(aside(target)) as new:
             _fill(new, description, arrays, parts or {})
@@ -180,17 +180,26 @@ def _fill(folder: Path, description: Json, arrays: dict[str, Array], parts: Part
         _check_space(folder, sum(a.nbytes for a in arrays.values()))
 
     hosts.first(begin)
-    try:
+    hosts.everywhere(lambda: _check_shared(folder))
+
+    def write() -> None:
         # In a thread that is always waited for: when Orbax is interrupted, its own threads keep
         # writing, and would recreate the folder after it is removed.
         with ThreadPoolExecutor(1) as waited:
             waited.submit(_write, folder / ARRAYS, arrays).result()
+
+    try:
+        hosts.everywhere(write)
     except Exception as error:
         raise OSError(first_line(error)) from error
-    hosts.wait("the arrays")
     hosts.first(
-        lambda: write_description(folder, {**description, "files": _digests(folder / ARRAYS)})
+        lambda: write_description(folder, {**description, "files": digests(folder / ARRAYS)})
     )
+
+
+def _check_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OSError(f"the first host made {folder}, which this one lacks; write to a shared disk")
 
 
 def _write(directory: Path, arrays: dict[str, Array]) -> None:
@@ -225,8 +234,9 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     """Read the tree of a checkpoint.
 
     Arrays return to the devices they were saved from, or to the default device if this process does
-    not have those. 64-bit arrays (and complex128 ones) are returned as NumPy arrays unless
-    `jax_enable_x64` is on.
+    not have those, or is one of several: all processes must then call `load`, and each reads its
+    shards of arrays that are sharded in `like`, and all of the others. 64-bit arrays (and
+    complex128 ones) are returned as NumPy arrays unless `jax_enable_x64` is on.
 
     Args:
       directory: the checkpoint.
@@ -235,7 +245,7 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
         of dicts, lists and tuples, and other containers become dicts of their fields. For a
         quantized checkpoint the unquantized tree may be given: QTensors replace its weights, and
         dtypes are the saved ones. Where the arrays of `like` are sharded over several devices, so
-        is the result.
+        is the result; of a quantized checkpoint, only if `like` is quantized too.
     Returns:
       The tree.
     Raises:
@@ -329,7 +339,7 @@ def check_files(directory: str | Path, parts: bool = True) -> Json:
     """
     path = Path(directory).absolute()
     description = read_description(path)
-    found = _digests(path / ARRAYS)
+    found = digests(path / ARRAYS)
     for name, digest in description["files"].items():
         if found.get(name) != digest:
             state = "differs from what was saved" if name in found else "is missing"
@@ -381,13 +391,3 @@ def _read(
 def nbytes(directory: str | Path) -> int:
     """Return the total size of a checkpoint's files, in bytes."""
     return sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder, by relative path."""
-    out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        out[path.relative_to(folder).as_posix()] = found
-    return out

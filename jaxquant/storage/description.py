@@ -115,3 +115,17 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error's message, at most 300 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by relative path.
+
+    Args:
+      folder: the folder.
+    """
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        out[path.relative_to(folder).as_posix()] = found
+    return out

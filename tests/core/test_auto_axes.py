@@ -48,6 +48,47 @@ CASES = {
     "rows and channels": 'y = served(fn, q, put(x, "data", "model"), "model", gathers="none")',
     "fully sharded": 'y = served(fn, q, put(x, "data"), "data", gathers="words")',
     "two axes": 'y = served(fn, q, put(x, "data"), "data", "model", gathers="words")',
+    "an axis of tokens, then another": """
+for spec in ((("data", "model"),), (("model", "data"),), (None, ("data", "model")),
+             (None, ("model", "data"))):
+    y = served(fn, q, put(x, "data"), *spec, gathers="words")
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+""",
+    "parts of a stack": """
+stack = jax.random.normal(jax.random.key(0), (4, 256, 256)) / 16
+each = lambda p, x: jnp.einsum("emk,ekn->emn", x, p["w"])
+sites = jq.sites(each, {"w": stack}, jnp.ones((4, 2, 256)))
+q = jq.quantize({"w": stack}, jq.rtn(4, 32), sites)
+at = {"w": jq.core.packed_sharding(q["w"], mesh, P("model", None, "data"))}
+for pick in (lambda w: w[jnp.array([0, 2, 3])], lambda w: w[:3], lambda w: w[1:2]):
+    fn = lambda p, x: jnp.einsum("mk,ekn->emn", x, pick(p["w"]))
+    want = jq.quantized(fn)(q, x)
+    y = jax.jit(jq.quantized(fn, shardings=at))(jax.device_put(q, at), put(x))
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+""",
+    "options that are given in turn": """
+at = {"w": jq.core.packed_sharding(q["w"], mesh, P(None, "model"))}
+run = jq.quantized(fn, shardings=at)
+assert jq.quantized(run) is run
+slow = jq.quantized(run, kernels="reference")
+assert "requested" in str(jq.explain(slow, q, x))
+assert "shard_map" in str(jax.make_jaxpr(slow)(q, x))
+loss = jax.grad(jq.quantized(lambda p, x: jnp.sum(fn(p, x) ** 2)), 1)
+assert len(jq.explain(loss, q, x).uses) == 2  # the product, and that of the derivative
+try:
+    jax.jit(jq.quantized(lambda p, x: run(p, x)))(q, x)
+    raise SystemExit("accepted")
+except ValueError as error:
+    assert "give them to the outermost" in str(error), error
+y = want
+""",
+    "a shard_map over some axes": """
+at = {"w": jq.core.packed_sharding(q["w"], mesh, P(None, "model"))}
+run = jq.quantized(fn, shardings=at, data_axes=("data",))
+of = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"),
+                   axis_names={"data"}, check_vma=False)
+y = jax.jit(of)(jax.device_put(q, at), put(x, "data"))
+""",
     "axes that split no weight": 'y = served(fn, q, put(x, "data"), None, "model", data_axes=None)',
     "three tokens do not divide": """
 x, want = x[:3], want[:3]
@@ -189,12 +230,28 @@ at = {"w": jq.core.packed_sharding(q["w"], mesh, P(None, "model"))}
 for of, error in (
     (jq.quantized(fn, shardings=[at]), "must be that of the first argument"),
     (jq.quantized(fn, shardings=at, data_axes=("batch",)), "has no axes ['batch']"),
+    (jq.quantized(fn, shardings=jax.tree.map(lambda s: s.spec, at)), "expected a NamedSharding"),
 ):
     try:
         of(q, x)
         raise SystemExit("accepted")
     except ValueError as found:
         assert error in str(found), found
+heads = {"w": jnp.zeros((64, 3, 32))}
+sites = jq.sites(lambda p, x: jnp.einsum("mk,khd->mhd", x, p["w"]), heads, jnp.ones((2, 64)))
+apart = jq.quantize(heads, jq.rtn(4, 32), sites)
+try:
+    jq.core.packed_sharding(apart["w"], mesh, P(None, "data"))
+    raise SystemExit("accepted")
+except ValueError as found:
+    assert "an axis of length 3 cannot be split over the 2 devices" in str(found), found
+other = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
+try:
+    with jax.set_mesh(other):
+        jq.quantized(fn, shardings=at)(q, x)
+    raise SystemExit("accepted")
+except ValueError as found:
+    assert "use one mesh" in str(found), found
 y = want
 """,
 }

@@ -114,6 +114,25 @@ except ValueError as error:
 y = x @ got.dequantize()
 want = x @ jq.quantize_array(w, jq.gptq(4, 32), x.T @ x).dequantize()
 """,
+    "an axis of tokens, then another": """
+for spec in ((("data", "model"),), (("model", "data"),), (None, ("data", "model"))):
+    y = jax.jit(jq.quantized(fn))(split(q, *spec), put(x, "data"))
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+""",
+    "quantize under set_mesh": """
+sites = jq.sites(fn, {"w": w}, x)
+stats = jq.calibrate(fn, {"w": w}, [x])
+from jaxquant.ptq.quantize import importance
+near = importance({"w": w}, jq.trellis(2), stats)
+with jax.set_mesh(mesh):
+    got = jq.quantize({"w": put(w, None, "model")}, jq.rtn(4, 32), sites)
+    one = jq.quantize_array(put(w, None, "model"), jq.rtn(4, 32))
+    y = jax.jit(jq.quantized(fn))(got, put(x, "data"))
+    found = importance({"w": put(w, None, "model")}, jq.trellis(2), stats)
+np.testing.assert_array_equal(got["w"].data["codes"], q["w"].data["codes"])
+np.testing.assert_array_equal(one.data["codes"], q["w"].data["codes"])
+np.testing.assert_allclose(found["w"], near["w"], rtol=1e-3)
+""",
     "arrays that are split in different ways are refused": """
 q = {"w": q["w"].with_named({n: put(a, None, "model") if n == "codes" else put(a, None, "data")
                              for n, a in q["w"].named.items()})}

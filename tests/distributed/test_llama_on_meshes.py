@@ -119,9 +119,19 @@ stats = jq.calibrate(fn, params, [tokens])
 mesh = mesh_of("data")
 whole = jax.device_put(params, NamedSharding(mesh, P()))
 found = jq.calibrate(fn, whole, [split(mesh, tokens)])
-for path in stats.sites:
-    if path in stats.holder and "kernel" in path:
-        np.testing.assert_allclose(found.gram(path), stats.gram(path), rtol=1e-4, atol=1e-5)
+paths = [path for path in stats.holder if path.endswith("kernel")]
+assert len(paths) == 8, paths
+for path in paths:
+    np.testing.assert_allclose(found.gram(path), stats.gram(path), rtol=1e-4, atol=1e-5)
+q, want = (jq.quantize(p, recipe(jq.rtn(4, 32)), s) for p, s in ((whole, found), (params, stats)))
+for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(a, b)
+columns = [(name, "model") for name in ("heads", "kv_heads", "mlp", "vocab")]
+placed_params, at = placed(params, mesh_of("tensor"), columns)
+q, want = (jq.quantize(p, recipe(jq.gptq(4, 32)), stats) for p in (placed_params, params))
+up, of = q["layers"]["mlp"]["up"]["kernel"], want["layers"]["mlp"]["up"]["kernel"]
+np.testing.assert_array_equal(up.data["codes"], of.data["codes"])
+assert tuple(up.data["codes"].sharding.spec) == (None, None, "model"), up.data["codes"].sharding
 """,
     "experts": """
 config = LlamaConfig(vocab_size=256, d_model=128, d_ff=128, n_layers=2, n_heads=4, n_kv_heads=4,
