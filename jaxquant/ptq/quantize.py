@@ -102,13 +102,13 @@ def quantize(
     plan = resolve(recipe, params, found)
     for entry in plan.weights:
         _check_statistics(entry.path, entry.method, stats)
-    draw = Draw.of(key)
     report = Counter(plan.matrices, progress)
     given = dict(path_leaves(params))
-    (leaves, stats), mesh = on_auto_axes((given, stats))
+    (leaves, stats, key), mesh = on_auto_axes((given, stats, key))
     known = stats if isinstance(stats, Stats) else None
     new = {}
     with auto_axes_in_force(mesh):
+        draw = Draw.of(key)
         inputs = Inputs.of(plan.weights, found, leaves, known, inspect, transforms, first)
         for entry in plan.weights:
             sums = Sums.of(entry.path, entry.method, stats)
@@ -143,11 +143,11 @@ def importance(
     """
     found = stats.sites if isinstance(stats, Stats) else stats
     plan = resolve(recipe, params, found)
-    draw = Draw.of(key)
-    (leaves, stats), mesh = on_auto_axes((dict(path_leaves(params)), stats))
+    (leaves, stats, key), mesh = on_auto_axes((dict(path_leaves(params)), stats, key))
     known = stats if isinstance(stats, Stats) else None
     out = {}
     with auto_axes_in_force(mesh):
+        draw = Draw.of(key)
         inputs = Inputs.of(plan.weights, found, leaves, known, inspect, first=first)
         for entry in (e for e in plan.weights if e.method.format.plans):
             _check_statistics(entry.path, entry.method, stats)
@@ -206,7 +206,7 @@ def quantize_array(
         if given is not None and given.shape != (size, size):
             raise ValueError(f"{name} must be [{size}, {size}], got {list(given.shape)}")
     given = w
-    (w, gram, output_gram), mesh = on_auto_axes((w, gram, output_gram))
+    (w, gram, output_gram, key), mesh = on_auto_axes((w, gram, output_gram, key))
     (entry,) = resolve(method, {"w": w}).weights
     with auto_axes_in_force(mesh):
         shared = Inputs.of([entry], None, {"w": w}, stats)

@@ -1,7 +1,8 @@
 """How the weights and the cache of a Llama are split over a mesh."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -99,7 +100,7 @@ def model_sharding(
     Raises:
       ValueError: the mesh splits a head, or a group, word or tile of codes.
     """
-    rules = rules_for(mesh) if rules is None else tuple(rules)
+    rules = rules_for(mesh) if rules is None else _pairs(rules)
     _check_heads(config, mesh, rules)
     return jq.distributed.sharding(params, mesh, rules, logical_axes(params))
 
@@ -110,16 +111,21 @@ def cache_sharding(
     """Return how a cache is split: sequences as the batch is, heads as those of keys and values.
 
     Args:
-      cache: an unquantized cache, or its shapes.
+      cache: an unquantized cache, or its shapes; the number of sequences must be a multiple of the
+        devices over which the batch is split.
       mesh, rules: as in `model_sharding`.
     """
-    found = dict(reversed(rules_for(mesh) if rules is None else tuple(rules)))
+    found = dict(reversed(rules_for(mesh) if rules is None else _pairs(rules)))
     spec = (found.get("batch"), found.get("kv_heads"))
     one = lambda a: NamedSharding(mesh, P(*(None,) * (a.ndim - 4), *spec))
     whole = NamedSharding(mesh, P())
     of = lambda held: tuple(map(one, held)) if isinstance(held, tuple) else one(held)
     end = None if cache.end is None else whole
     return Cache(of(cache.k), of(cache.v), whole, end)
+
+
+def _pairs(rules: Sequence[Rule] | Mapping[str, Any]) -> tuple[Rule, ...]:
+    return tuple(rules.items() if isinstance(rules, Mapping) else rules)
 
 
 def _check_heads(config: LlamaConfig, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> None:
