@@ -117,14 +117,14 @@ def test_what_is_at_work_or_not_ours_stays(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_was_made_meanwhile_stays(tmp_path, monkeypatch, overwrite):
     """Another process writes there while this one does: that is seen at the last moment."""
-    digests = checkpoint._digests
+    digests = checkpoint.digests
 
     def meanwhile(folder):
         (tmp_path / "c").mkdir()
         (tmp_path / "c" / "thesis.txt").write_text("precious")
         return digests(folder)
 
-    monkeypatch.setattr(checkpoint, "_digests", meanwhile)
+    monkeypatch.setattr(checkpoint, "digests", meanwhile)
     message = "not a jaxquant checkpoint" if overwrite else "exists and is not an empty directory"
     with pytest.raises(ValueError, match=message):
         checkpoint.save(tmp_path / "c", NEW, overwrite=overwrite)

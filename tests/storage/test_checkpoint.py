@@ -233,7 +233,7 @@ def test_an_interrupted_write_leaves_nothing(saved, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_digests", interrupt)
+    monkeypatch.setattr(checkpoint, "digests", interrupt)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, params, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["c"]
