@@ -63,6 +63,12 @@ class PodPlan:
         return self.arguments + self.temporaries
 
     @property
+    def compiled_arguments(self) -> int | None:
+        """Bytes of all arguments on a device by the compiler; None if it did not succeed."""
+        done = self.compiled
+        return done.arguments if done is not None and not done.error else None
+
+    @property
     def fits(self) -> bool:
         """Whether the program fits: it compiled, or else, by the formula."""
         if self.compiled is not None and (not self.compiled.error or self.compiled.exhausted):
@@ -152,7 +158,7 @@ def report_of(plan: PodPlan) -> dict[str, Any]:
         "bytes": {**plan.held, "temporaries": plan.temporaries},
         "total": plan.total, "memory": int(r.where.memory), "fits": plan.fits,
         "source": plan.source,
-        "compiled_arguments": plan.compiled.arguments if plan.compiled else None,
+        "compiled_arguments": plan.compiled_arguments,
         "compiler_error": (plan.compiled.error or None) if plan.compiled else None,
         "collectives": kinds,
         "roofline": {**t._asdict(), "seconds": t.seconds, "bound": t.bound},
@@ -171,7 +177,7 @@ def lines(plan: PodPlan) -> list[str]:
     r, t, gb = plan.request, plan.time, lambda n: f"{n / 1e9:10.3f} GB"
     rows = [(name, size) for name, size in plan.held.items() if name != "tokens"]
     rows += [("temporaries", plan.temporaries), ("together", plan.total)]
-    step = "token of every sequence" if r.work == "decode" else "step"
+    step = {"decode": "a decoding step", "prefill": "a prefill"}.get(r.work, "a training step")
     verdict = "it fits" if plan.fits else "it does not fit"
     return [
         f"{r.work} of {r.batch} sequences with {r.context} tokens on {r.where.name}: "
@@ -182,14 +188,18 @@ def lines(plan: PodPlan) -> list[str]:
         *_said(plan),
         f"sent per step, bytes of the results on a device (by the {plan.source}):",
         *(f"  {kind:20}{dtype:6}{gb(n)}" for (kind, dtype), n in plan.moved.items()),
-        f"least time per {step}, if all of these go on at the same time:",
-        *(f"  {name:12}{1e3 * seconds:10.3f} ms" for name, seconds in t._asdict().items()),
+        f"lower bound on the time of {step}, with all of the following overlapped:",
+        *(f"  {name:12}{_milliseconds(time)}" for name, time in t._asdict().items()),
         f"  bound by {t.bound}: {1e3 * t.seconds:.3f} ms, at most "
         f"{plan.tokens_per_second:,.0f} tokens/s",
         f"packed weights served by kernels: {plan.served[1]} of {plan.served[0]}",
         "smallest slices that hold it (by the formula): "
         + ", ".join(name or f"none of {chip}" for chip, name in plan.smallest.items()),
     ]
+
+
+def _milliseconds(time: float | None) -> str:
+    return " not known" if time is None else f"{1e3 * time:10.3f} ms"
 
 
 def _said(plan: PodPlan) -> list[str]:
