@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
@@ -17,6 +17,19 @@ from jaxquant_models.runs.pod_programs import Program, abstract_mesh, packed_sha
 from jaxquant_models.runs.pod_request import PodRequest
 from jaxquant_models.runs.pod_roofline import StepTime, step_time, weight_bytes
 from pallas_kernels.cost.topologies import GENERATIONS, slices
+
+
+class Smallest(NamedTuple):
+    """The smallest slice of a generation that holds a program by the formula.
+
+    Attributes:
+      name: its name; "" if no slice holds the program.
+      refused: the first slice whose devices do not divide the model or the batch, and why; "" if
+        the smallest comes before any such slice.
+    """
+
+    name: str
+    refused: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +46,7 @@ class PodPlan:
       sent: the collectives of a step.
       time: the least time of a step.
       served: number of packed weights, and of those that kernels serve.
-      smallest: generation -> the smallest slice that holds the program; "" if none does.
+      smallest: generation -> the smallest slice that holds the program.
     """
 
     request: PodRequest
@@ -45,7 +58,7 @@ class PodPlan:
     sent: tuple[Collective, ...]
     time: StepTime
     served: tuple[int, int]
-    smallest: dict[str, str]
+    smallest: dict[str, "Smallest"]
 
     @property
     def source(self) -> str:
@@ -119,16 +132,15 @@ def plan_pod(request: PodRequest, compile_: bool = True) -> PodPlan:
     )
 
 
-def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> str:
-    """Return the name of the smallest slice of a generation that holds a program by the formula.
+def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> Smallest:
+    """Return the smallest slice of a generation that holds a program by the formula.
 
     Args:
       request: the request; its slice and its mesh are left aside.
       weights: its packed shapes.
       chip: the generation.
-    Returns:
-      The name; "" if no slice holds it.
     """
+    refused = ""
     for where in slices(chip):
         if weight_bytes(weights) > where.devices * where.memory:
             continue
@@ -136,11 +148,12 @@ def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> str:
         try:
             mesh = mesh_of(there, weights)
             of = program(there, weights, abstract_mesh(mesh))
-        except ValueError:  # its devices do not divide the model or the batch
+        except ValueError as error:  # its devices do not divide the model or the batch
+            refused = refused or f"{where.name} is passed over: {error}"
             continue
         if sum(device_bytes(of).values()) + expected_temporaries(there, of, mesh) <= where.memory:
-            return where.name
-    return ""
+            return Smallest(where.name, refused)
+    return Smallest("", refused)
 
 
 def report_of(plan: PodPlan) -> dict[str, Any]:
@@ -164,7 +177,8 @@ def report_of(plan: PodPlan) -> dict[str, Any]:
         "roofline": {**t._asdict(), "seconds": t.seconds, "bound": t.bound},
         "tokens_per_second": plan.tokens_per_second,
         "packed_weights": plan.served[0], "served_by_kernels": plan.served[1],
-        "smallest": plan.smallest,
+        "smallest": {chip: of.name for chip, of in plan.smallest.items()},
+        "passed_over": {chip: of.refused for chip, of in plan.smallest.items() if of.refused},
     }  # fmt: skip
 
 
@@ -194,7 +208,8 @@ def lines(plan: PodPlan) -> list[str]:
         f"{plan.tokens_per_second:,.0f} tokens/s",
         f"packed weights served by kernels: {plan.served[1]} of {plan.served[0]}",
         "smallest slices that hold it (by the formula): "
-        + ", ".join(name or f"none of {chip}" for chip, name in plan.smallest.items()),
+        + ", ".join(of.name or f"none of {chip}" for chip, of in plan.smallest.items()),
+        *(f"  {of.refused}" for of in plan.smallest.values() if of.refused),
     ]
 
 
