@@ -156,19 +156,7 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
         run = quantized(lambda params, tokens: apply(model, params, tokens))
         return _training(run, forward, weights, at, tokens, spread)
     run = quantized(lambda params, tokens, cache: apply(model, params, tokens, cache))
-    held = _cache(request, mesh)
-    columns = "model" if "model" in mesh.axis_names else None
-    logits = NamedSharding(mesh, P("data" if split else None, None, columns))
-    return Program(
-        run,
-        {"weights": weights, "tokens": tokens, "cache": held[0]},
-        {"weights": at, "tokens": spread, "cache": held[1]},
-        ("cache",),
-        (logits, held[1]),
-        forward,
-        weights,
-        at,
-    )
+    return _inference(run, forward, weights, at, tokens, spread, _cache(request, mesh))
 
 
 def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
@@ -196,6 +184,27 @@ def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:
     large = lambda a, s: Format(Layout.AUTO, s) if a.ndim > 1 and isinstance(mesh, Mesh) else s
     held = jax.tree.map(large, cache, held)
     return cache, held
+
+
+def _inference(
+    run: Callable[..., PyTree], forward: Callable[..., PyTree], weights: PyTree, at: PyTree,
+    tokens: Any, spread: NamedSharding, cache: tuple[PyTree, PyTree],
+) -> Program:  # fmt: skip
+    """Return a step that reads tokens, and writes their keys and values into a cache."""
+    columns = "model" if "model" in spread.mesh.axis_names else None
+    rows = spread.spec[0] if len(spread.spec) else None
+    logits = NamedSharding(spread.mesh, P(rows, None, columns))
+    shapes, held = cache
+    return Program(
+        run,
+        {"weights": weights, "tokens": tokens, "cache": shapes},
+        {"weights": at, "tokens": spread, "cache": held},
+        ("cache",),
+        (logits, held),
+        forward,
+        weights,
+        at,
+    )
 
 
 def _training(

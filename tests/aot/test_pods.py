@@ -33,7 +33,7 @@ FLOATS = ("f32", "bf16", "f16")
 def planned(work, topology, recipe, batch, context):
     plan = plan_pod(PodRequest(CONFIG, recipe, work, batch, context, slice_of(topology)))
     assert plan.compiled.error == "" and plan.fits
-    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=0.02)
+    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=1e-4)
     return plan
 
 

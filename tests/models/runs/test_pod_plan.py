@@ -98,6 +98,15 @@ def test_experts_are_split_and_read_as_far_as_tokens_reach_them():
     assert plans[1].time.memory == pytest.approx(5.14e-3, rel=1e-3)
 
 
+def test_temporaries_of_experts_are_those_of_the_rows_that_are_sent_to_them():
+    """Rows enter and leave in bfloat16, and leave the product in float32; logits are both too."""
+    of = request(2, "v5e:8x8", "qwen3-235b-a22b", batch=64, context=128)
+    of = dataclasses.replace(of, mesh=mesh_of_text("data=1,expert=16,model=4"))
+    rows = 64 * 8 * (4096 * (2 + 2 + 4) + 3 * 2 * 1536 // 4)
+    logits = 64 * 151936 // 4 * (4 + 2)
+    assert plan_pod(of, False).temporaries == max(rows, logits)
+
+
 SMALL = LlamaConfig(
     vocab_size=1024, d_model=1024, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=4096,
     max_position=256,
