@@ -23,8 +23,8 @@ from pallas_kernels.partition import axes_of
 # Passes over a weight in a step: forward, again since a layer's activations are not kept, the
 # transposed product, and that of the weight's own gradient.
 PASSES = {"decode": 1, "prefill": 1, "qlora": 3, "qat": 4}
-EXPERTS = "layers/mlp/experts/"
 GATHERED = {"decode": 0, "prefill": 1, "qlora": 2, "qat": 2}  # the backward passes share one
+EXPERTS = "layers/mlp/experts/"
 # Names of dtypes in XLA's text.
 NAMES = {
     "bool": "pred", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float8_e4m3": "f8e4m3",

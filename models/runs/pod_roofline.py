@@ -1,9 +1,10 @@
 """A lower bound on the time of a step on a slice: memory, multiplication, unpacking, exchange."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 from jaxtyping import PyTree
 
 import jaxquant as jq
@@ -13,7 +14,7 @@ from jaxquant.distributed.collectives import Collective
 from jaxquant.theory.roofline import kernel_rate
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.runs.pod_bytes import tree_device_bytes
-from jaxquant_models.runs.pod_formula import EXPERTS, PASSES, gathered
+from jaxquant_models.runs.pod_formula import EXPERTS, GATHERED, PASSES, gathered
 from jaxquant_models.runs.pod_mesh import Axes
 from jaxquant_models.runs.pod_programs import Program, gathers
 from jaxquant_models.runs.pod_request import PodRequest
@@ -96,11 +97,10 @@ def _of_weight(
     where, split = request.where, gathers(request, sizes)
     chip, tokens = chips.CHIPS[where.chip], request.batch * request.tokens
     used, seen = _used(request.config, path, tokens)
-    own, moved = tree_device_bytes(w, at), 0.0
+    moved = float(tree_device_bytes(w, at))
     if split and used:
+        moved = sum(_with_gathering(request.work, *one) for one in _arrays(w, at))
         at, tokens = gathered(w, at), tokens // sizes["data"]
-        whole = tree_device_bytes(w, at)
-        moved = 2.0 * whole if whole > own else 0.0  # gathered parts are written and read
     matrix, form = (w.data["codes"], kernel_form(w.activations)) if _packed(w) else (w, "float")
     place = at.data["codes"] if _packed(w) else at
     part = math.prod(place.shard_shape(matrix.shape)) / math.prod(matrix.shape)
@@ -112,7 +112,18 @@ def _of_weight(
         moved += 0 if rate else 4 * size  # bfloat16, written and read again
         known = 0 < rate < math.inf
         unpacking = seen * size / (rate * chip.clock * chip.cores) if known else math.nan
-    return seen * (own + moved), multiplying, unpacking
+    return seen * moved, multiplying, unpacking
+
+
+def _arrays(w: PyTree, at: PyTree) -> Iterator[tuple[PyTree, PyTree]]:
+    return zip(jax.tree.leaves(w), jax.tree.leaves(at), strict=True)
+
+
+def _with_gathering(work: str, a: PyTree, at: PyTree) -> float:
+    """Return the bytes of an array that a pass moves: gathered parts are written, and read."""
+    own, whole = tree_device_bytes(a, at), tree_device_bytes(a, gathered(a, at))
+    share = GATHERED[work] / PASSES[work]
+    return share * own + (share + 1) * whole if whole > own else own
 
 
 def _packed(w: PyTree) -> bool:

@@ -140,6 +140,29 @@ def test_the_roofline_by_hand(where, data, bandwidth, peak, incoming):
     assert plan.time.unpacking == 0
 
 
+def test_training_by_hand():
+    """Of float32 weights that are gathered twice and read in four passes, and of their moments."""
+    small = dataclasses.replace(
+        request(where="v5e:2x2"), config=SMALL, work="qat", batch=4, context=256,
+        recipe=recipe_of(jq.lsq(bits=4)), mesh=mesh_of_text("data=2,model=2"),
+    )  # fmt: skip
+    plan = plan_pod(small, False)
+    layers, head = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 4096), 1024 * 1024
+    # Scales of 64 weights are split by columns only, over "model" or, of o and down, over "data".
+    still = 2 * (2 * 1024 * 1024 + 2 * 1024 * 4096) / 64
+    moving = 2 * (1024 * 1024 + 4096 * 1024) / 64
+    scales = 4 * 4 / 2 * still + 4 * (2 / 2 + 2 + 4) * moving
+    # Two gathers read a quarter and write a half, which four passes read; no kernel reads latent
+    # weights, so that bfloat16 is written and read too.
+    gathered = 4 * (2 / 4 + 2 / 2 + 4 / 2) * (layers + head) + 4 * (2 + 2) / 2 * layers
+    gathered += scales
+    own = 2 * (plan.held["trained"] + plan.held["optimizer"]) + 4 * 4 * head / 4  # and embedding
+    inputs = 2 * 2 * 512 * 1024 * 2
+    assert plan.time.memory == pytest.approx((gathered + own + inputs) / 819e9, rel=1e-6)
+    products = 2 * 512 * (layers + head) / 2 + 4 * 1024 * 128.5 * 8 * 128 * 2 / 4
+    assert plan.time.multiplying == pytest.approx(4 * products / 197e12, rel=1e-6)
+
+
 def test_weights_without_a_kernel_are_written_and_read_in_bfloat16():
     """Of QTIP no rate is known, so that unpacking is not either."""
     trellis = recipe_of(jq.qtip(2))
