@@ -1,5 +1,6 @@
 """A lower bound on the time of a step on a slice: memory, multiplication, unpacking, exchange."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import jax
 from jaxtyping import PyTree
 
 import jaxquant as jq
+from jaxquant.adapters.lora import base_of
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.tree import leaf_bytes
 from jaxquant.distributed.collectives import Collective
@@ -108,11 +110,18 @@ def _of_weight(
     multiplying = 2 * size * used * tokens / chips.peak(where.chip, form)
     unpacking = 0.0
     if _packed(w) and used:
-        rate = kernel_rate(w, where.chip)
+        rate = kernel_rate(_frozen(w), where.chip)
         moved += 0 if rate else 4 * size  # bfloat16, written and read again
         known = 0 < rate < math.inf
         unpacking = seen * size / (rate * chip.clock * chip.cores) if known else math.nan
     return seen * moved, multiplying, unpacking
+
+
+def _frozen(w: jq.QTensor) -> jq.QTensor:
+    """Return the packed matrix below an adapter, whose products are those of its own kernels."""
+    if not isinstance(w.format, jq.adapters.Adapted) or w.format.adapter.floating:
+        return w
+    return dataclasses.replace(w, data=base_of(w.data), format=w.format.format)
 
 
 def _arrays(w: PyTree, at: PyTree) -> Iterator[tuple[PyTree, PyTree]]:

@@ -19,6 +19,7 @@ from jaxquant_models.runs.pod_plan import lines, plan_pod, report_of
 from jaxquant_models.runs.pod_programs import _packed, packed_shapes
 from jaxquant_models.runs.pod_request import PodRequest
 from jaxquant_models.runs.recipes import recipe_of
+from pallas_kernels.cost.rates import weights_per_cycle
 from pallas_kernels.cost.topologies import slice_of
 
 KEPT = jq.Recipe([("*", jq.KEEP)])
@@ -187,6 +188,9 @@ def test_training_keeps_moments_of_the_adapters_only():
     assert plan.held["optimizer"] == pytest.approx(2 * plan.held["trained"], rel=1e-3)
     assert plan.held["trained"] < plan.held["weights"] and plan.fits
     assert plan.moved["reduce-scatter", "bf16"] <= plan.held["trained"]
+    rate = weights_per_cycle("codebook_matmul", "v5e", bits=4)  # of the matrices below adapters
+    passes = 3 * 68.45e9 / 8
+    assert plan.time.unpacking == pytest.approx(passes / rate / 1.5e9, rel=1e-3)
     with pytest.raises(ValueError, match="do not divide a batch of 8"):
         plan_pod(request(where="v5e:16x16", work="qlora", batch=8), False)
 
