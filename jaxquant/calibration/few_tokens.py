@@ -84,11 +84,19 @@ class Pools(NamedTuple):
         return Pools(mean, jnp.asarray(of), jnp.float32(_least(site)))
 
     def at(self, i: int | Array) -> Probe:
-        """Return the pool of matrix i."""
+        """Return the pool of a matrix.
+
+        Args:
+          i: index of the matrix.
+        """
         return jax.tree.map(lambda a: a[self.of[i]], self.mean)
 
     def only(self, i: int) -> "Pools":
-        """Return the pools of the stack that has matrix i only."""
+        """Return the pools of the stack that consists of one matrix.
+
+        Args:
+          i: index of the matrix.
+        """
         mean = jax.tree.map(lambda a: a[None], self.at(i))
         return Pools(mean, jnp.zeros(1, jnp.int32), self.least)
 

@@ -9,9 +9,11 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?(%?[\w.\-]+(?:, %[\w.\-]+)*)"
+    r"\b(?:calls|to_apply|body|condition|(?:branch|true|false)_computations?)="
+    r"\{?(%?[\w.\-]+(?:, %[\w.\-]+)*)"
 )
 _LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COUNT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -22,6 +24,8 @@ _GROUPS = (
     re.compile(r"replica_groups=\[\d+,(\d+)\]"),
     re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}"),
 )
+_MODULE = re.compile(r"^HloModule .*$", re.M)
+_DEVICES = re.compile(r"\b(?:replica_count|num_partitions)=(\d+)")
 
 
 class Collective(NamedTuple):
@@ -60,24 +64,26 @@ def collectives(text: str) -> list[Collective]:
 
     The pieces in which the compiler has one run, between other things, share a channel and the name
     of the operation that they come from, and count as one. One in the body of a loop runs as often
-    as the constant in the loop's condition says.
+    as the compiler knows the loop to, or else as the constant in the loop's condition says; of a
+    conditional, all branches count.
 
     Args:
       text: the program, as `jax.stages.Compiled.as_text` returns it.
     Raises:
-      ValueError: the text says in an unknown way which devices take part.
+      ValueError: the text says in an unknown way which devices take part, or not how often a loop
+        runs that has collectives.
 
     >>> line = "%g = s32[8,4]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3}}"
     >>> (one,) = collectives("ENTRY %main (p: s32[4,4]) -> s32[8,4] {\\n  " + line + "\\n}")
     >>> one.kind, one.bytes, one.received
     ('all-gather', 128, 64.0)
     """
-    lines = dict(_computations(text))
+    lines, devices = dict(_computations(text)), _devices(text)
     times = _times(lines)
     found: dict[tuple, list[Collective]] = {}
     for name, body in lines.items():
         for i, line in enumerate(body):
-            parts = list(_of_line(line, times[name]))
+            parts = list(_of_line(line, times[name], devices))
             if not parts:
                 continue
             channel, origin = _CHANNEL.search(line), _ORIGIN.search(line)
@@ -115,36 +121,64 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _times(lines: Mapping[str, list[str]]) -> dict[str, int]:
-    """Return how often every computation runs. One is written before those that call it."""
-    times = dict.fromkeys(lines, 0) | {"": 1}
+def _devices(text: str) -> int:
+    """Return the number of devices of a program; 0 if the text does not say it."""
+    module = _MODULE.search(text)
+    counts = _DEVICES.findall(module[0]) if module else ()
+    return math.prod(map(int, counts)) if counts else 0
+
+
+def _times(lines: Mapping[str, list[str]]) -> dict[str, float]:
+    """Return how often every computation runs. One is written before those that call it.
+
+    It is not a number where the text does not say how often a loop runs.
+    """
+    times: dict[str, float] = {**dict.fromkeys(lines, 0), "": 1}
     for name in reversed(list(lines)):
         for line in lines[name]:
             loop = _LOOP.search(line)
-            counts = {} if loop is None else {loop[2]: _trips(lines.get(loop[1], []))}
+            counts = {} if loop is None else {loop[2]: _trips(line, lines.get(loop[1], []))}
             called = [n.lstrip("%") for of in _CALLED.findall(line) for n in of.split(", ")]
             for other in filter(times.__contains__, called):
                 times[other] += times[name] * counts.get(other, 1)
     return times
 
 
-def _trips(condition: list[str]) -> int:
-    return max((int(n) for line in condition for n in _COUNT.findall(line)), default=1)
+def _trips(loop: str, condition: list[str]) -> float:
+    if (known := _KNOWN.search(loop)) is not None:
+        return int(known[1])
+    return max((int(n) for line in condition for n in _COUNT.findall(line)), default=math.nan)
 
 
-def _of_line(line: str, times: int) -> Iterator[Collective]:
+def _of_line(line: str, times: float, devices: int) -> Iterator[Collective]:
     match = _COLLECTIVE.search(line)
     if match is None:
         return
+    if math.isnan(times):
+        raise ValueError(
+            "the program must say how often its loops run, but it does not of the one around "
+            f"{line.strip()[:300]!r}"
+        )
+    for dtype, shape in _results(match):
+        yield Collective(match[2], dtype, shape, _group(line, devices), int(times))
+
+
+def _results(match: re.Match[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of the results of a collective, without what else a start returns.
+
+    The start of an all-gather returns what goes in, and what comes out; that of a permutation two
+    counters more. The start of an all-reduce returns its results.
+    """
     arrays = [(d, tuple(int(n) for n in s.split(",") if n)) for d, s in _ARRAY.findall(match[1])]
-    if match[3]:  # a pair of what goes in and what comes out
-        arrays = arrays[len(arrays) // 2 :][: max(1, len(arrays) // 2)]
-    for dtype, shape in arrays:
-        yield Collective(match[2], dtype, shape, _group(line), times)
+    if not match[3] or match[2] == "all-reduce":
+        return arrays
+    if match[2] == "collective-permute":
+        arrays = [one for one in arrays if one != ("u32", ())]
+    return arrays[len(arrays) // 2 :]
 
 
-def _group(line: str) -> int:
-    """Return the number of devices in a group, in any of the three ways that XLA writes them."""
+def _group(line: str, devices: int) -> int:
+    """Return the number of devices in a group, in any of the ways that XLA writes them."""
     listed, counted, named = (pattern.search(line) for pattern in _GROUPS)
     if listed is not None:
         return listed[1].count(",") + 1
@@ -156,4 +190,6 @@ def _group(line: str) -> int:
         return math.prod(int(part) if part else sizes[name] for name, part in parts)
     if "source_target_pairs=" in line:
         return 2
+    if "replica_groups={}" in line and devices:
+        return devices
     raise ValueError(f"unknown groups of devices in {line.strip()[:300]!r}")

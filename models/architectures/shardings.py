@@ -136,6 +136,7 @@ def _check_heads(config: LlamaConfig, mesh: Mesh | AbstractMesh, rules: Sequence
         size = math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
         if heads % size:
             raise ValueError(
-                f"the {size} devices of {list(axes)} do not divide the {heads} {name}; use a "
-                f"smaller axis, or the rule ({name!r}, None), which keeps them whole"
+                f"the {size} devices of {list(axes)} do not divide the {heads} {name}; make the "
+                f"axis of the mesh smaller, or pass the rule ({name!r}, None), which keeps them "
+                "whole"
             )

@@ -1,23 +1,35 @@
 """The options of `jaxquant plan` that are about a slice of a TPU pod."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 import jaxquant as jq
+from jaxquant.storage import is_checkpoint
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.named import ARCHITECTURES
 from jaxquant_models.cli.quantize_request import request_of
 from jaxquant_models.readers.huggingface_config import config_from_hf, read_config_json
-from jaxquant_models.readers.registry import open_model
+from jaxquant_models.readers.registry import is_kind, open_model
 from jaxquant_models.runs.pod_mesh import mesh_of_text
 from jaxquant_models.runs.pod_request import PodRequest
 from pallas_kernels.cost.topologies import slice_of
 
 BATCH, CONTEXT = 64, 8192  # used where the options are left out
 UNQUANTIZED = 16  # bits of bfloat16
+NOT_PLANNED = {
+    "heal_steps": "--heal", "heal_layers": "--heal-layers", "heal_codes": "--heal-codes",
+    "heal_text": "--heal-text", "learn_steps": "--learn", "rotate_residual": "--rotate-residual",
+    "rotate_steps": "--rotate-steps", "exact_prefix": "--exact-prefix",
+}  # fmt: skip
+OF_METHODS = {
+    "method": "--method", "recipe_file": "--recipe", "train": "--train",
+    "target_bits": "--target-bits", "group_size": "--group-size",
+    "symmetric": "--symmetric and --asymmetric", "activations": "--activations",
+    "act_order": "--act-order and --no-act-order", "settings": "--set",
+}  # fmt: skip
 METHODS = {"": "rtn", "qlora": "nf4", "qat": "lsq"}  # used where --method is left out
 
 OPTIONS = (
@@ -126,14 +138,19 @@ def config_of(model: str) -> LlamaConfig:
     Args:
       model: as in `pod_request`.
     Raises:
-      ValueError: there is no such architecture and no such model.
+      ValueError: there is no such architecture and no such model, or it is quantized already.
     """
     if model.lower() in ARCHITECTURES:
         return ARCHITECTURES[model.lower()]
     path = Path(model)
-    if path.name == "config.json" and path.is_file():
+    if is_kind(is_checkpoint, path):
+        raise ValueError(
+            f"{model} is quantized already, and --topology plans how to quantize a model: give the "
+            f"unquantized one, or one of the architectures {', '.join(ARCHITECTURES)}"
+        )
+    if path.name == "config.json" and is_kind(Path.is_file, path):
         return config_from_hf(read_config_json(path.parent))
-    if path.is_dir() and (path / "config.json").is_file():
+    if is_kind(Path.is_dir, path) and (path / "config.json").is_file():
         return config_from_hf(read_config_json(path))
     try:
         return open_model(model).outline.config
@@ -144,9 +161,11 @@ def config_of(model: str) -> LlamaConfig:
 
 def _recipe(train: str, options: dict[str, Any]) -> jq.Recipe:
     """Return the recipe of the options; without --method, that of the usual method."""
+    for flag in _given(options, NOT_PLANNED):
+        raise ValueError(f"--topology does not plan {flag}: leave it out")
     if options.get("bits") == UNQUANTIZED:
-        if train or options.get("method") or options.get("recipe_file"):
-            raise ValueError("--bits 16 leaves weights as they are: leave out --method and --train")
+        for flag in _given({**options, "train": train}, OF_METHODS):
+            raise ValueError(f"--bits 16 leaves weights as they are: leave out {flag}")
         return jq.Recipe([("*", jq.KEEP)])
     if options.get("target_bits") is not None:
         raise ValueError("--target-bits measures a model; give --method and --bits with --topology")
@@ -158,3 +177,10 @@ def _recipe(train: str, options: dict[str, Any]) -> jq.Recipe:
     if recipe is None:
         raise ValueError("give --method or --recipe with --topology")
     return recipe
+
+
+def _given(options: dict[str, Any], flags: dict[str, str]) -> Iterator[str]:
+    """Yield those of the flags that are given; a switch of two is None where neither is."""
+    for name, flag in flags.items():
+        if options.get(name) or (" and " in flag and options.get(name) is False):
+            yield flag

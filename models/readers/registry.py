@@ -65,7 +65,7 @@ def load(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, widen: bo
         has NaN or infinite weights.
     """
     _check_dtype(dtype)
-    if _is(is_checkpoint, Path(spec)):
+    if is_kind(is_checkpoint, Path(spec)):
         return read_checkpoint(Path(spec), dtype, widen, tables=False)
     source = _opened(spec, dtype)
     check_model_fits(source.outline, f"{spec} in {jnp.dtype(dtype).name}")
@@ -83,7 +83,7 @@ def open_model(spec: str | os.PathLike[str], dtype: DTypeLike = jnp.float32) -> 
         infinite raise it when they are read.
     """
     _check_dtype(dtype)
-    if _is(is_checkpoint, Path(spec)):
+    if is_kind(is_checkpoint, Path(spec)):
         return Source.of(read_checkpoint(Path(spec), dtype, widen=True))
     return _opened(spec, dtype)
 
@@ -97,7 +97,7 @@ def outline(spec: str | os.PathLike[str]) -> PyTree:
     Raises:
       ValueError: the model does not exist, or is not supported or damaged.
     """
-    if _is(is_checkpoint, Path(spec)):
+    if is_kind(is_checkpoint, Path(spec)):
         return checkpoint_outline(Path(spec))
     return open_model(spec).outline.params
 
@@ -108,7 +108,7 @@ def too_large(spec: str | os.PathLike[str]) -> Source | None:
     Args:
       spec: as in `load`; jaxquant checkpoints are taken to fit.
     """
-    if _is(is_checkpoint, Path(spec)):
+    if is_kind(is_checkpoint, Path(spec)):
         return None
     source = open_model(spec)
     return None if fits(source.outline) else source
@@ -121,7 +121,7 @@ def _check_dtype(dtype: DTypeLike) -> None:
 
 def _opened(spec: str | os.PathLike[str], dtype: DTypeLike) -> Source:
     path = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
-    if not _is(Path.exists, path):
+    if not is_kind(Path.exists, path):
         raise ValueError(f"no model {str(spec)!r:.200}: not a path, and not one of {sorted(NAMED)}")
     for reader in READERS:
         if reader.recognises(path):
@@ -131,7 +131,13 @@ def _opened(spec: str | os.PathLike[str], dtype: DTypeLike) -> Source:
     raise ValueError(f"{path} is neither a .gguf file nor a folder with config.json")
 
 
-def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+def is_kind(kind: Callable[[Path], bool], path: Path) -> bool:
+    """Return whether a path is of a kind; False if it is no valid file name, or inaccessible.
+
+    Args:
+      kind: function that tests it, such as `Path.is_dir`.
+      path: the path.
+    """
     try:
         return kind(path)
     except (OSError, ValueError):  # not a valid file name, or inside an inaccessible folder

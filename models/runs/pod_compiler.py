@@ -1,7 +1,7 @@
-"""Compiles the program of a plan for TPUs that are not there, in a process of its own.
+"""Compiles the program of a plan for a TPU slice that this machine lacks, in a separate process.
 
 libtpu may abort, and the devices of a process are chosen when it starts. The process reads a
-request as JSON from its standard input and prints what came of it on one line of its output.
+request as JSON from its standard input and prints the result on one line of its output.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from jaxquant_models.runs.pod_request import PodRequest
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
 TIMEOUT = 900.0  # seconds
-_RESULT = "compiled: "  # begins the line that says what came of it
+_RESULT = "compiled: "  # begins the line with the result
 
 # Of a process that compiles for TPUs without one.
 ENVIRONMENT = {
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 
 
 class Compiled(NamedTuple):
-    """What came of compiling.
+    """The result of compiling.
 
     Attributes:
       error: "" or why it did not compile.
@@ -86,7 +86,10 @@ def compiled(request: PodRequest, timeout: float = TIMEOUT) -> Compiled:
         return Compiled(f"the compiler took more than {timeout:g} s")
     lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if not lines:
-        return Compiled(f"the compiler's process ended: {done.stderr[-2000:]}")
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+        return Compiled(
+            f"the compiler's process ended with status {done.returncode}: {last[:2000]}"
+        )
     found = json.loads(lines[-1].removeprefix(_RESULT))
     sent = tuple(Collective(k, d, tuple(s), g, n) for k, d, s, g, n in found.pop("sent"))
     return Compiled(**found, sent=sent)

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.distributed.collectives import Collective
+from jaxquant_models.runs.pod_bytes import tree_device_bytes
 from jaxquant_models.runs.pod_mesh import Axes
 from jaxquant_models.runs.pod_programs import Program, gathers
 from jaxquant_models.runs.pod_request import PodRequest
@@ -22,7 +24,14 @@ from pallas_kernels.partition import axes_of
 # transposed product, and that of the weight's own gradient.
 PASSES = {"decode": 1, "prefill": 1, "qlora": 3, "qat": 4}
 GATHERED = {"decode": 0, "prefill": 1, "qlora": 2, "qat": 2}  # the backward passes share one
-NAMES = {"int32": "s32", "uint8": "u8", "uint16": "u16", "float16": "f16", "bfloat16": "bf16"}
+EXPERTS = "layers/mlp/experts/"
+# Names of dtypes in XLA's text.
+NAMES = {
+    "bool": "pred", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float8_e4m3": "f8e4m3",
+    "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2", "float8_e8m0fnu": "f8e8m0fnu",
+    "float4_e2m1fn": "f4e2m1fn", **{f"int{n}": f"s{n}" for n in (2, 4, 8, 16, 32)},
+    **{f"uint{n}": f"u{n}" for n in (2, 4, 8, 16, 32)},
+}  # fmt: skip
 
 
 def expected_collectives(request: PodRequest, program: Program, mesh: Axes) -> list[Collective]:
@@ -32,20 +41,41 @@ def expected_collectives(request: PodRequest, program: Program, mesh: Axes) -> l
       request: the request.
       program: its program.
       mesh: name and size of each mesh axis.
+    Raises:
+      ValueError: a weight has arrays of a dtype whose name in XLA's text is not known.
     """
     found: list[Collective] = []
     at = dict(jq.core.path_leaves(program.placed))
     for path, w in jq.core.path_leaves(program.weights):
         if path.startswith("layers/") or path == "head/kernel":
             found.extend(_of_weight(request, w, at[path], dict(mesh), path))
+    if request.trains:
+        found.extend(_of_gradients(program, dict(mesh)))
     return [one for one in found if one.group > 1]
+
+
+def xla_name(dtype: np.dtype) -> str:
+    """Return the name of a dtype in XLA's text.
+
+    Args:
+      dtype: the dtype.
+    Raises:
+      ValueError: its name is not known.
+
+    >>> xla_name(np.dtype("uint8"))
+    'u8'
+    """
+    if dtype.name not in NAMES:
+        raise ValueError(f"the dtype must be one of {', '.join(NAMES)}, got {dtype.name}")
+    return NAMES[dtype.name]
 
 
 def expected_temporaries(request: PodRequest, program: Program, mesh: Axes) -> int:
     """Return the bytes of the largest arrays that are alive together, without arguments.
 
     They are the logits; the words of two layers, if they are gathered; and the scores of attention
-    and the hidden units of the MLP of one layer. In training, the input of every layer is kept.
+    and the hidden units of the MLP of one layer. In training, the input of every layer is kept, and
+    what is trained has gradients.
 
     Args:
       request: the request.
@@ -55,21 +85,32 @@ def expected_temporaries(request: PodRequest, program: Program, mesh: Axes) -> i
     c, sizes = request.config, dict(mesh)
     model = sizes.get("model", 1)
     split = gathers(request, sizes)
-    share = sizes.get("data", 1) if split else 1
-    rows = request.batch * request.tokens // share
-    held = -(-request.batch // math.gcd(request.batch, sizes.get("data", 1)))  # by attention
-    width = max(c.d_ff, c.experts_per_token * c.expert_d_ff) // model
-    logits = rows * c.vocab_size // model * (2 if request.work == "decode" else 6)
-    mlp = rows * (2 * c.d_model + 3 * width) * 2
+    rows = request.batch * request.tokens // (sizes.get("data", 1) if split else 1)
+    held = request.batch // math.gcd(request.batch, sizes.get("data", 1))  # by attention
+    logits = rows * c.vocab_size // model * (4 + 2)  # float32, and bfloat16 before
     scores = 4 * held * request.tokens * request.context * c.n_heads // model
     scores = scores if request.tokens > 1 else 0  # those of one query are fused
+    mlp, words = _mlp(request, rows, model), 2 * _layer_bytes(program, split)
     if request.trains:
         kept = 2 * rows * c.d_model * c.n_layers
-        return 2 * logits + kept + 2 * mlp + 2 * scores + 2 * _gathered(program, split)
-    return max(logits, mlp + 2 * scores) + 2 * _gathered(program, split)
+        slopes = tree_device_bytes(program.arguments["trained"], program.shardings["trained"])
+        return 2 * logits + kept + slopes + 2 * mlp + 2 * scores + words
+    return max(logits, mlp + 2 * scores) + words
 
 
-def _gathered(program: Program, split: bool) -> int:
+def _mlp(request: PodRequest, rows: int, model: int) -> int:
+    """Return the bytes of the inputs, hidden units and outputs of an MLP.
+
+    Rows of experts are those of every token that chose one: bfloat16 in and out, float32 between.
+    """
+    c = request.config
+    if not c.n_experts:
+        return rows * (2 * c.d_model + 3 * c.d_ff // model) * 2
+    sorted_rows = rows * c.experts_per_token
+    return sorted_rows * ((2 + 2 + 4) * c.d_model + 3 * c.expert_d_ff // model * 2)
+
+
+def _layer_bytes(program: Program, split: bool) -> int:
     """Return the largest number of bytes of a layer, or of the output matrix, after gathering."""
     if not split:
         return 0
@@ -77,11 +118,21 @@ def _gathered(program: Program, split: bool) -> int:
     for path, w in jq.core.path_leaves(program.weights):
         part = path.split("/")[0]
         if part in sizes:
-            for a, s in zip(jax.tree.leaves(w), jax.tree.leaves(at[path]), strict=True):
-                whole = math.prod(_without(s, "data", a.ndim).shard_shape(a.shape))
+            places = jax.tree.leaves(gathered(w, at[path]))
+            for a, s in zip(jax.tree.leaves(w), places, strict=True):
                 layers = a.shape[0] if part == "layers" else 1
-                sizes[part] += whole // layers * a.dtype.itemsize
+                sizes[part] += math.prod(s.shard_shape(a.shape)) // layers * a.dtype.itemsize
     return max(sizes.values())
+
+
+def gathered(w: PyTree, at: PyTree) -> PyTree:
+    """Return how a weight is split after all-gathering it over "data".
+
+    Args:
+      w: the weight, or its shapes.
+      at: how it is split before.
+    """
+    return jax.tree.map(lambda a, s: _without(s, "data", a.ndim), w, at)
 
 
 def _of_weight(
@@ -94,22 +145,37 @@ def _of_weight(
     passes = layers * GATHERED[request.work]
     data = sizes.get("data", 1)
     if split:
-        for a, s in zip(jax.tree.leaves(w), jax.tree.leaves(at), strict=True):
+        places = jax.tree.leaves(at), jax.tree.leaves(gathered(w, at))
+        for a, s, whole in zip(jax.tree.leaves(w), *places, strict=True):
             if any("data" in part for part in axes_of(s.spec, a.ndim)):
-                shape = _without(s, "data", a.ndim).shard_shape(a.shape)[layers > 1 :]
-                yield Collective("all-gather", NAMES.get(a.dtype.name, "f32"), shape, data, passes)
+                shape = whole.shard_shape(a.shape)[path.startswith("layers/") :]
+                yield Collective("all-gather", xla_name(a.dtype), shape, data, passes)
     matrix = at.data["codes"] if isinstance(w, jq.QTensor) else at
-    rows, columns = axes_of(matrix.spec, len(w.shape))[-2:]
+    *stack, rows, columns = axes_of(matrix.spec, len(w.shape))
     own = lambda part: tuple(name for name in part if not (split and name == "data"))
     tokens = request.batch * request.tokens // (data if split else 1)
+    of_experts = path.startswith(EXPERTS)  # every device multiplies the rows of its own experts
+    experts = stack[-1] if of_experts else ()
+    tokens *= request.config.experts_per_token if of_experts else 1
+    dtype = "f32" if of_experts else "bf16"
     ways = [(own(rows), w.shape[-1], own(columns), layers)]
     if request.trains:  # forward twice, and the transposed product
         ways = [(own(rows), w.shape[-1], own(columns), 2 * layers)]
         ways.append((own(columns), w.shape[-2], own(rows), layers))
     for summed, length, kept, times in ways:
-        group = math.prod(sizes[name] for name in summed)
+        group = math.prod(sizes[name] for name in (*experts, *summed))
         shape = (tokens, length // math.prod(sizes[name] for name in kept))
-        yield Collective("all-reduce", "bf16", shape, group, times)
+        yield Collective("all-reduce", dtype, shape, group, times)
+
+
+def _of_gradients(program: Program, sizes: dict[str, int]) -> Iterator[Collective]:
+    """Yield the sums over "data" of the gradients of the trained arrays."""
+    trained = (program.arguments["trained"], program.shardings["trained"])
+    for a, s in zip(*map(jax.tree.leaves, trained), strict=True):
+        kept = any("data" in part for part in axes_of(s.spec, a.ndim))
+        kind = "reduce-scatter" if kept else "all-reduce"
+        shape = s.shard_shape(a.shape)
+        yield Collective(kind, xla_name(a.dtype), shape, sizes.get("data", 1), 1)
 
 
 def _without(s: NamedSharding, axis: str, ndim: int) -> NamedSharding:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
@@ -17,6 +17,19 @@ from jaxquant_models.runs.pod_programs import Program, abstract_mesh, packed_sha
 from jaxquant_models.runs.pod_request import PodRequest
 from jaxquant_models.runs.pod_roofline import StepTime, step_time, weight_bytes
 from pallas_kernels.cost.topologies import GENERATIONS, slices
+
+
+class Smallest(NamedTuple):
+    """The smallest slice of a generation that holds a program by the formula.
+
+    Attributes:
+      name: its name; "" if no slice holds the program.
+      refused: the first slice whose devices do not divide the model or the batch, and why; "" if
+        the smallest comes before any such slice.
+    """
+
+    name: str
+    refused: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +46,7 @@ class PodPlan:
       sent: the collectives of a step.
       time: the least time of a step.
       served: number of packed weights, and of those that kernels serve.
-      smallest: generation -> the smallest slice that holds the program; "" if none does.
+      smallest: generation -> the smallest slice that holds the program.
     """
 
     request: PodRequest
@@ -45,7 +58,7 @@ class PodPlan:
     sent: tuple[Collective, ...]
     time: StepTime
     served: tuple[int, int]
-    smallest: dict[str, str]
+    smallest: dict[str, "Smallest"]
 
     @property
     def source(self) -> str:
@@ -61,6 +74,12 @@ class PodPlan:
     def total(self) -> int:
         """Bytes of a device."""
         return self.arguments + self.temporaries
+
+    @property
+    def compiled_arguments(self) -> int | None:
+        """Bytes of all arguments on a device by the compiler; None if it did not succeed."""
+        done = self.compiled
+        return done.arguments if done is not None and not done.error else None
 
     @property
     def fits(self) -> bool:
@@ -113,16 +132,15 @@ def plan_pod(request: PodRequest, compile_: bool = True) -> PodPlan:
     )
 
 
-def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> str:
-    """Return the name of the smallest slice of a generation that holds a program by the formula.
+def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> Smallest:
+    """Return the smallest slice of a generation that holds a program by the formula.
 
     Args:
       request: the request; its slice and its mesh are left aside.
       weights: its packed shapes.
       chip: the generation.
-    Returns:
-      The name; "" if no slice holds it.
     """
+    refused = ""
     for where in slices(chip):
         if weight_bytes(weights) > where.devices * where.memory:
             continue
@@ -130,11 +148,12 @@ def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> str:
         try:
             mesh = mesh_of(there, weights)
             of = program(there, weights, abstract_mesh(mesh))
-        except ValueError:  # its devices do not divide the model or the batch
+        except ValueError as error:  # its devices do not divide the model or the batch
+            refused = refused or f"{where.name} is passed over: {error}"
             continue
         if sum(device_bytes(of).values()) + expected_temporaries(there, of, mesh) <= where.memory:
-            return where.name
-    return ""
+            return Smallest(where.name, refused)
+    return Smallest("", refused)
 
 
 def report_of(plan: PodPlan) -> dict[str, Any]:
@@ -152,13 +171,14 @@ def report_of(plan: PodPlan) -> dict[str, Any]:
         "bytes": {**plan.held, "temporaries": plan.temporaries},
         "total": plan.total, "memory": int(r.where.memory), "fits": plan.fits,
         "source": plan.source,
-        "compiled_arguments": plan.compiled.arguments if plan.compiled else None,
+        "compiled_arguments": plan.compiled_arguments,
         "compiler_error": (plan.compiled.error or None) if plan.compiled else None,
         "collectives": kinds,
         "roofline": {**t._asdict(), "seconds": t.seconds, "bound": t.bound},
         "tokens_per_second": plan.tokens_per_second,
         "packed_weights": plan.served[0], "served_by_kernels": plan.served[1],
-        "smallest": plan.smallest,
+        "smallest": {chip: of.name for chip, of in plan.smallest.items()},
+        "passed_over": {chip: of.refused for chip, of in plan.smallest.items() if of.refused},
     }  # fmt: skip
 
 
@@ -171,7 +191,7 @@ def lines(plan: PodPlan) -> list[str]:
     r, t, gb = plan.request, plan.time, lambda n: f"{n / 1e9:10.3f} GB"
     rows = [(name, size) for name, size in plan.held.items() if name != "tokens"]
     rows += [("temporaries", plan.temporaries), ("together", plan.total)]
-    step = "token of every sequence" if r.work == "decode" else "step"
+    step = {"decode": "a decoding step", "prefill": "a prefill"}.get(r.work, "a training step")
     verdict = "it fits" if plan.fits else "it does not fit"
     return [
         f"{r.work} of {r.batch} sequences with {r.context} tokens on {r.where.name}: "
@@ -182,14 +202,19 @@ def lines(plan: PodPlan) -> list[str]:
         *_said(plan),
         f"sent per step, bytes of the results on a device (by the {plan.source}):",
         *(f"  {kind:20}{dtype:6}{gb(n)}" for (kind, dtype), n in plan.moved.items()),
-        f"least time per {step}, if all of these go on at the same time:",
-        *(f"  {name:12}{1e3 * seconds:10.3f} ms" for name, seconds in t._asdict().items()),
+        f"lower bound on the time of {step}, with all of the following overlapped:",
+        *(f"  {name:12}{_milliseconds(time)}" for name, time in t._asdict().items()),
         f"  bound by {t.bound}: {1e3 * t.seconds:.3f} ms, at most "
         f"{plan.tokens_per_second:,.0f} tokens/s",
         f"packed weights served by kernels: {plan.served[1]} of {plan.served[0]}",
         "smallest slices that hold it (by the formula): "
-        + ", ".join(name or f"none of {chip}" for chip, name in plan.smallest.items()),
+        + ", ".join(of.name or f"none of {chip}" for chip, of in plan.smallest.items()),
+        *(f"  {of.refused}" for of in plan.smallest.values() if of.refused),
     ]
+
+
+def _milliseconds(time: float | None) -> str:
+    return " not known" if time is None else f"{1e3 * time:10.3f} ms"
 
 
 def _said(plan: PodPlan) -> list[str]:

@@ -16,13 +16,13 @@ from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.calibration.probing import Probing
-from jaxquant.calibration.statistics import Stats
+from jaxquant.calibration.statistics import Stats, Weighting
 from jaxquant_models.architectures.cache import init_cache
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama, apply
 from jaxquant_models.architectures.shardings import cache_sharding, model_sharding, rules_for
 from jaxquant_models.readers.weights import param_outline
-from jaxquant_models.runs.pod_request import PodRequest
+from jaxquant_models.runs.pod_request import TRAINING, PodRequest
 
 AnyMesh = Mesh | AbstractMesh
 DTYPE = jnp.bfloat16  # of activations, of the cache and of weights that are not quantized
@@ -86,7 +86,7 @@ def packed_shapes(request: PodRequest) -> PyTree:
     Args:
       request: the request.
     Raises:
-      ValueError: the recipe does not fit the model.
+      ValueError: the recipe does not fit the model, or quantizes nothing in training.
     """
     one = _packed(dataclasses.replace(request.config, n_layers=1), request.recipe, request.work)
     layers = request.config.n_layers  # which are all alike
@@ -100,13 +100,20 @@ def _packed(config: LlamaConfig, recipe: jq.Recipe, work: str) -> PyTree:
     floats = param_outline(model, jnp.float32 if work == "qat" else DTYPE)
     fn = lambda params, tokens: apply(model, params, tokens)
     uses = jq.sites(fn, floats, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    methods = [m for _, m in recipe.rules if isinstance(m, jq.Method)]
+    methods = {glob: m for glob, m in recipe.rules if isinstance(m, jq.Method)}
+    if not methods and work in TRAINING:
+        raise ValueError(f"--train {work} needs a recipe that quantizes weights; this one does not")
     if not methods:
         return floats
     make = jq.latent if work == "qat" else jq.quantize
 
     def made(params: PyTree) -> PyTree:
-        plan = Probing.of(uses, "uniform", any(m.needs_gram for m in methods), (), SAMPLE)
+        grams = any(m.needs_gram for m in methods.values())
+        outputs = tuple(glob for glob, m in methods.items() if m.needs_output)
+        weighting: Weighting = (
+            "gradient" if outputs else "uniform"
+        )  # the moments of outputs are of gradients
+        plan = Probing.of(uses, weighting, grams, outputs, SAMPLE)
         return make(params, recipe, Stats(uses, plan.probes(), dict(plan.holder)))
 
     packed = jax.eval_shape(made, floats)
@@ -129,11 +136,12 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
       weights: its `packed_shapes`.
       mesh: the mesh.
     Raises:
-      ValueError: the mesh does not divide heads, groups or tiles, or, in training, the batch.
+      ValueError: the mesh does not divide heads, groups or tiles, or, where the tokens are split
+        over "data", the batch.
     """
     at = model_sharding(weights, request.config, mesh)
     data, split = dict(mesh.shape).get("data", 1), gathers(request, dict(mesh.shape))
-    if request.trains and not split and data > 1:
+    if split and request.batch % data:
         raise ValueError(
             f'the {data} devices of "data" do not divide a batch of {request.batch}; give a larger '
             "--batch or another --mesh"
@@ -148,19 +156,7 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
         run = quantized(lambda params, tokens: apply(model, params, tokens))
         return _training(run, forward, weights, at, tokens, spread)
     run = quantized(lambda params, tokens, cache: apply(model, params, tokens, cache))
-    held = _cache(request, mesh)
-    columns = "model" if "model" in mesh.axis_names else None
-    logits = NamedSharding(mesh, P("data" if split else None, None, columns))
-    return Program(
-        run,
-        {"weights": weights, "tokens": tokens, "cache": held[0]},
-        {"weights": at, "tokens": spread, "cache": held[1]},
-        ("cache",),
-        (logits, held[1]),
-        forward,
-        weights,
-        at,
-    )
+    return _inference(run, forward, weights, at, tokens, spread, _cache(request, mesh))
 
 
 def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
@@ -170,7 +166,7 @@ def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
       request: the request.
       mesh: size of every mesh axis.
     """
-    return request.work != "decode" and "data" in mesh and request.batch % mesh["data"] == 0
+    return request.work != "decode" and "data" in mesh
 
 
 def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:
@@ -188,6 +184,27 @@ def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:
     large = lambda a, s: Format(Layout.AUTO, s) if a.ndim > 1 and isinstance(mesh, Mesh) else s
     held = jax.tree.map(large, cache, held)
     return cache, held
+
+
+def _inference(
+    run: Callable[..., PyTree], forward: Callable[..., PyTree], weights: PyTree, at: PyTree,
+    tokens: Any, spread: NamedSharding, cache: tuple[PyTree, PyTree],
+) -> Program:  # fmt: skip
+    """Return a step that reads tokens, and writes their keys and values into a cache."""
+    columns = "model" if "model" in spread.mesh.axis_names else None
+    rows = spread.spec[0] if len(spread.spec) else None
+    logits = NamedSharding(spread.mesh, P(rows, None, columns))
+    shapes, held = cache
+    return Program(
+        run,
+        {"weights": weights, "tokens": tokens, "cache": shapes},
+        {"weights": at, "tokens": spread, "cache": held},
+        ("cache",),
+        (logits, held),
+        forward,
+        weights,
+        at,
+    )
 
 
 def _training(

@@ -14,7 +14,7 @@ TRAINING = ("qlora", "qat")
 
 @dataclasses.dataclass(frozen=True)
 class PodRequest:
-    """A model, how it is packed, what it is to do, and where.
+    """A model, how it is packed, the work of a step, and the slice that does it.
 
     Attributes:
       config: the architecture.

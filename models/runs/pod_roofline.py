@@ -1,52 +1,61 @@
 """A lower bound on the time of a step on a slice: memory, multiplication, unpacking, exchange."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 from jaxtyping import PyTree
 
 import jaxquant as jq
+from jaxquant.adapters.lora import base_of
 from jaxquant.core.activations import kernel_form
 from jaxquant.core.tree import leaf_bytes
 from jaxquant.distributed.collectives import Collective
 from jaxquant.theory.roofline import kernel_rate
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.runs.pod_bytes import tree_device_bytes
-from jaxquant_models.runs.pod_formula import PASSES
+from jaxquant_models.runs.pod_formula import EXPERTS, GATHERED, PASSES, gathered
 from jaxquant_models.runs.pod_mesh import Axes
 from jaxquant_models.runs.pod_programs import Program, gathers
 from jaxquant_models.runs.pod_request import PodRequest
 from pallas_kernels.cost import chips
 from pallas_kernels.cost.topologies import GENERATIONS
 
-EXPERTS = "layers/mlp/experts/"
-
 
 class StepTime(NamedTuple):
     """Seconds that a step takes at least, by what limits it; these go on at the same time.
 
+    Links within a chip, and those that are missing at the edge of a slice, are not modelled: every
+    device receives at an equal part of the published bandwidth of its chip.
+
     Attributes:
       memory: reading and writing weights, cache and what training keeps.
       multiplying: multiplication at the peak of the chip.
-      unpacking: unpacking codes, where the rate of the kernel is known.
+      unpacking: unpacking codes; None if the rate at which some are unpacked is not known.
       exchange: receiving what the other devices send.
     """
 
     memory: float
     multiplying: float
-    unpacking: float
+    unpacking: float | None
     exchange: float
 
     @property
     def seconds(self) -> float:
         """The time of a step at least."""
-        return max(self)
+        return max(self.known.values())
 
     @property
     def bound(self) -> str:
         """What takes longest."""
-        return max(self._fields, key=lambda name: getattr(self, name))
+        return max(self.known, key=lambda name: self.known[name])
+
+    @property
+    def known(self) -> dict[str, float]:
+        """The times that are known, by name."""
+        return {name: time for name, time in self._asdict().items() if time is not None}
 
 
 def step_time(
@@ -60,37 +69,81 @@ def step_time(
       mesh: name and size of each mesh axis.
       sent: its collectives.
     """
-    where, devices = request.where, request.where.devices
-    chip, parts = chips.CHIPS[where.chip], GENERATIONS[where.chip].devices
-    tokens, passes = request.batch * request.tokens, PASSES[request.work]
-    share = 1 / math.prod(n for name, n in mesh if name != "data")  # of a weight, once gathered
-    split = gathers(request, dict(mesh))
-    multiplying = _attention(request) * passes / chip.flops / devices
-    unpacking = read = 0.0
-    for path, w in jq.core.path_leaves(program.weights):
-        if len(w.shape) < 2 + path.startswith("layers/"):
-            continue
-        used, seen = _used(request.config, path, tokens)
-        size = math.prod(w.shape)
-        form = kernel_form(w.activations) if isinstance(w, jq.QTensor) else "float"
-        peak = chips.peak(where.chip, form)
-        multiplying += 2 * size * used * tokens * passes / peak / devices
-        own = share if split else 1 / devices
-        gathered = 2 * share * split  # written and read
-        read += passes * seen * leaf_bytes(w) * (1 / devices + gathered)
-        rate = kernel_rate(w, where.chip) if isinstance(w, jq.QTensor) else 0
-        if rate:
-            per_device = rate * chip.clock * chip.cores / parts
-            unpacking += passes * seen * size * own / per_device
-    read += _kept(request, program)
-    exchange = sum(one.received for one in sent) / where.incoming
-    return StepTime(read / (chip.bandwidth / parts), multiplying, unpacking, exchange)
+    chip, passes = chips.CHIPS[request.where.chip], PASSES[request.work]
+    at = dict(jq.core.path_leaves(program.placed))
+    each = [
+        _of_weight(request, path, w, at[path], dict(mesh))
+        for path, w in jq.core.path_leaves(program.weights)
+        if len(w.shape) >= 2 + path.startswith("layers/")
+    ]
+    read, multiplying, unpacking = (sum(times) for times in zip(*each, strict=True))
+    multiplying += _attention(request, dict(mesh)) / chip.flops
+    parts = GENERATIONS[request.where.chip].devices  # which share the memory and units of a chip
+    return StepTime(
+        parts * (passes * read + _kept(request, program, dict(mesh))) / chip.bandwidth,
+        parts * passes * multiplying,
+        parts * passes * unpacking if math.isfinite(unpacking) else None,
+        sum(one.received for one in sent) / request.where.incoming,
+    )
+
+
+def _of_weight(
+    request: PodRequest, path: str, w: PyTree, at: PyTree, sizes: dict[str, int]
+) -> tuple[float, float, float]:
+    """Return what a device does in a pass over a weight, alone on its chip.
+
+    Returns:
+      Bytes moved to and from memory, seconds of multiplication, and seconds of unpacking, which are
+      not finite where the rate is not known.
+    """
+    where, split = request.where, gathers(request, sizes)
+    chip, tokens = chips.CHIPS[where.chip], request.batch * request.tokens
+    used, seen = _used(request.config, path, tokens)
+    moved = float(tree_device_bytes(w, at))
+    if split and used:
+        moved = sum(_with_gathering(request.work, *one) for one in _arrays(w, at))
+        at, tokens = gathered(w, at), tokens // sizes["data"]
+    matrix, form = (w.data["codes"], kernel_form(w.activations)) if _packed(w) else (w, "float")
+    place = at.data["codes"] if _packed(w) else at
+    part = math.prod(place.shard_shape(matrix.shape)) / math.prod(matrix.shape)
+    size = part * math.prod(w.shape)
+    multiplying = 2 * size * used * tokens / chips.peak(where.chip, form)
+    unpacking = 0.0
+    if _packed(w) and used:
+        rate = kernel_rate(_frozen(w), where.chip)
+        moved += 0 if rate else 4 * size  # bfloat16, written and read again
+        known = 0 < rate < math.inf
+        unpacking = seen * size / (rate * chip.clock * chip.cores) if known else math.nan
+    return seen * moved, multiplying, unpacking
+
+
+def _frozen(w: jq.QTensor) -> jq.QTensor:
+    """Return the packed matrix below an adapter, whose products are those of its own kernels."""
+    if not isinstance(w.format, jq.adapters.Adapted) or w.format.adapter.floating:
+        return w
+    return dataclasses.replace(w, data=base_of(w.data), format=w.format.format)
+
+
+def _arrays(w: PyTree, at: PyTree) -> Iterator[tuple[PyTree, PyTree]]:
+    return zip(jax.tree.leaves(w), jax.tree.leaves(at), strict=True)
+
+
+def _with_gathering(work: str, a: PyTree, at: PyTree) -> float:
+    """Return the bytes of an array that a pass moves: gathered parts are written, and read."""
+    own, whole = tree_device_bytes(a, at), tree_device_bytes(a, gathered(a, at))
+    share = GATHERED[work] / PASSES[work]
+    return share * own + (share + 1) * whole if whole > own else own
+
+
+def _packed(w: PyTree) -> bool:
+    return isinstance(w, jq.QTensor)
 
 
 def _used(config: LlamaConfig, path: str, tokens: int) -> tuple[float, float]:
     """Return which part of a weight a token is multiplied by, and which part is read in a step.
 
-    A look-up reads a row for each token. Experts are taken as chosen at random.
+    A look-up reads a row for each token. Experts are taken as chosen at random, and as evenly on
+    all devices: those that are read are at most those that the tokens chose.
     """
     if path == "embed/embedding" and not config.tie_embeddings:
         return 0.0, min(1.0, tokens / config.vocab_size)
@@ -100,21 +153,22 @@ def _used(config: LlamaConfig, path: str, tokens: int) -> tuple[float, float]:
     return part, 1 - (1 - part) ** tokens
 
 
-def _kept(request: PodRequest, program: Program) -> float:
+def _kept(request: PodRequest, program: Program, sizes: dict[str, int]) -> float:
     """Return the bytes of cache, optimizer and kept activations that a device reads and writes."""
     here = lambda name: tree_device_bytes(program.arguments[name], program.shardings[name])
     if not request.trains:
         return here("cache")
-    c, tokens = request.config, request.batch * request.tokens
-    inputs = 2 * 2 * tokens * c.d_model * c.n_layers / request.where.devices
+    c, tokens = request.config, request.batch * request.tokens // sizes.get("data", 1)
+    inputs = 2 * 2 * tokens * c.d_model * c.n_layers
     return 2 * here("optimizer") + 2 * here("trained") + inputs
 
 
-def _attention(request: PodRequest) -> float:
-    """Return the operations of scores and sums of attention over what each token sees."""
-    c = request.config
+def _attention(request: PodRequest, sizes: dict[str, int]) -> float:
+    """Return the operations of scores and sums of attention on a device, over what tokens see."""
+    c, data = request.config, sizes.get("data", 1)
     seen = request.context if request.work == "decode" else (request.context + 1) / 2
-    return 4.0 * request.batch * request.tokens * seen * c.n_heads * c.head_dim * c.n_layers
+    parts = sizes.get("model", 1) * (1 if request.batch % data else data)
+    return 4 * request.batch * request.tokens * seen * c.n_heads * c.head_dim * c.n_layers / parts
 
 
 def weight_bytes(weights: PyTree) -> int:

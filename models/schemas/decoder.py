@@ -147,10 +147,12 @@ class HFConfig(Schema):
 
     def _check_experts(self) -> None:
         count, chosen, width = self.experts
+        qwen = self.model_type == "qwen3_moe"
+        key = "num_experts" if qwen and not self.num_local_experts else "num_local_experts"
         if self.model_type in ("qwen3_moe", "mixtral") and not count:
-            raise ValueError(f"a model of type {self.model_type} must have num_local_experts")
-        names = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
-        check_experts(names, count, chosen, width)
+            raise ValueError(f"a model of type {self.model_type} must have {key}")
+        own = "moe_intermediate_size" if qwen else "intermediate_size"
+        check_experts((key, "num_experts_per_tok", own), count, chosen, width)
         if self.model_type == "qwen3_moe" and (
             self.mlp_only_layers or self.decoder_sparse_step > 1
         ):

@@ -3,7 +3,7 @@
 A slice has the name that libtpu knows it by, such as "v5p:8x8x8": a generation, and the number of
 chips along each axis of its grid. Shapes of up to one host, and of whole hosts, are those of the
 page of each version under docs.cloud.google.com/tpu/docs; larger ones of v5p and tpu7x consist of
-cubes of 4x4x4 chips.
+cubes of 4x4x4 chips, in any grid of them; the usual ones are listed.
 
 Source of the bandwidths between chips: the same pages, "bidirectional inter-chip interconnect (ICI)
 bandwidth per chip", of which half arrives at a chip. Read 2026-12.
@@ -21,12 +21,14 @@ class Generation(NamedTuple):
     Attributes:
       devices: number of devices of a chip, as JAX sees them.
       incoming: bytes / s that arrive at a chip from the others of its slice, on all links together.
-      shapes: the grids of its slices, in order of their size.
+      shapes: the grids of its usual slices, in order of their size.
+      cubes: largest number of chips of a slice that consists of cubes of 4x4x4; 0 if none does.
     """
 
     devices: int
     incoming: float
     shapes: tuple[str, ...]
+    cubes: int = 0
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -36,9 +38,9 @@ _CUBES = (
 )  # fmt: skip
 GENERATIONS = {
     "v5e": Generation(1, 200e9, _FLAT),
-    "v5p": Generation(1, 600e9, _CUBES),
+    "v5p": Generation(1, 600e9, _CUBES, 6144),
     "v6e": Generation(1, 400e9, _FLAT),
-    "tpu7x": Generation(2, 600e9, _CUBES),
+    "tpu7x": Generation(2, 600e9, _CUBES, 9216),
 }
 
 
@@ -97,19 +99,24 @@ def slice_of(name: str) -> Slice:
             f"topology must be a generation and a grid, such as v5e:4x4, with one of the "
             f"generations {', '.join(GENERATIONS)}, got {name!r}"
         )
+    of_chip = GENERATIONS[chip]
     known = {shape.shape: shape for shape in slices(chip)}
     parts = tuple(int(n) if n.isdecimal() else 0 for n in grid.split("x"))
     found = next((of for shape, of in known.items() if sorted(shape) == sorted(parts)), None)
-    if found is None:
-        raise ValueError(
-            f"there is no slice {name!r}; those of {chip} are "
-            f"{', '.join(of.name for of in known.values())}"
-        )
-    return found
+    if found is not None:
+        return found
+    whole = len(parts) == 3 and all(n and n % 4 == 0 for n in parts)
+    if whole and math.prod(parts) <= of_chip.cubes:
+        return Slice(chip, tuple(sorted(parts)))
+    cubes = f", and grids of whole cubes of 4x4x4, of up to {of_chip.cubes:,} chips"
+    raise ValueError(
+        f"there is no slice {name!r} among those known here; those of {chip} are "
+        f"{', '.join(of.name for of in known.values())}{cubes if of_chip.cubes else ''}"
+    )
 
 
 def slices(chip: str) -> list[Slice]:
-    """Return the slices of a generation, in order of their size.
+    """Return the usual slices of a generation, in order of their size.
 
     Args:
       chip: a key of `GENERATIONS`.

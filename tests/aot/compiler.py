@@ -53,7 +53,7 @@ class Job(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What came of it.
+    """The result of a job.
 
     Attributes:
       error: "" or why it did not compile.

@@ -33,7 +33,7 @@ FLOATS = ("f32", "bf16", "f16")
 def planned(work, topology, recipe, batch, context):
     plan = plan_pod(PodRequest(CONFIG, recipe, work, batch, context, slice_of(topology)))
     assert plan.compiled.error == "" and plan.fits
-    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=0.02)
+    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=1e-4)
     return plan
 
 
@@ -84,7 +84,7 @@ def test_70b_in_16_bits_does_not_fit_where_it_does_in_2():
     assert packed.fits and packed.compiled.kernels == PRODUCTS and packed.served == (7, 7)
     plan = plan_pod(of(kept))
     assert plan.compiled.exhausted and not plan.fits
-    assert plan.smallest["v5e"] == "v5e:4x8"
+    assert plan.smallest["v5e"].name == "v5e:4x8"
 
 
 def test_the_formula_of_temporaries_is_near_what_the_compiler_takes():

@@ -25,7 +25,7 @@ BITS = (16, 8, 4, 2)
 
 def cell(request, weights, chip):
     """The smallest slice, and the milliseconds of a step on it."""
-    name = smallest_slice(request, weights, chip)
+    name = smallest_slice(request, weights, chip).name
     if not name:
         return "none"
     there = request.on(slice_of(name))

@@ -32,6 +32,81 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs_and_pieces_count_once():
     ]
 
 
+def entry(*lines, head="HloModule jit_f, replica_count=1, num_partitions=8\n"):
+    return head + "ENTRY %main (x: f32[]) -> f32[] {\n  " + "\n  ".join(lines) + "\n}"
+
+
+GROUP = "channel_id=1, replica_groups=[2,4]<=[8]"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (f"%g = (s32[2,4]{{1,0}}, s32[8,4]{{1,0}}) all-gather-start(%p), {GROUP}",
+         [Collective("all-gather", "s32", (8, 4), 4, 1)]),
+        ("%g = ((s32[2], f16[1]{0}), (s32[8], f16[4]{0})) all-gather-start(%p, %q), " + GROUP,
+         [Collective("all-gather", "s32", (8,), 4, 1),
+          Collective("all-gather", "f16", (4,), 4, 1)]),
+        ("%c = (bf16[3,5]{1,0}, bf16[3,5]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) "
+         "collective-permute-start(%p), channel_id=2, source_target_pairs={{0,1},{1,0}}",
+         [Collective("collective-permute", "bf16", (3, 5), 2, 1)]),
+        (f"%r = (f32[16]{{0}}, bf16[2,3]{{1,0}}) all-reduce-start(%a, %b), {GROUP}, to_apply=%add",
+         [Collective("all-reduce", "f32", (16,), 4, 1),
+          Collective("all-reduce", "bf16", (2, 3), 4, 1)]),
+        (f"%r = f32[16]{{0}} all-reduce-start(%a), {GROUP}, to_apply=%add",
+         [Collective("all-reduce", "f32", (16,), 4, 1)]),
+        ("%r = f32[16]{0} all-reduce(%a), channel_id=1, replica_groups={}, to_apply=%add",
+         [Collective("all-reduce", "f32", (16,), 8, 1)]),
+    ],
+)  # fmt: skip
+def test_what_a_start_returns_and_who_takes_part(line, found):
+    assert collectives(entry(line)) == found
+
+
+def test_groups_of_a_program_that_does_not_say_how_many_devices_it_has():
+    with pytest.raises(ValueError, match="unknown groups of devices"):
+        collectives(entry("%r = f32[16]{0} all-reduce(%a), replica_groups={}", head=""))
+
+
+BRANCH = """
+%yes (p: f32[4]) -> f32[4] {
+  %r = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+}
+
+%no (p: f32[4]) -> f32[4] {
+  %s = f32[4]{0} all-gather(%p), channel_id=2, replica_groups={{0,1}}
+}
+
+"""
+
+
+def test_both_branches_of_a_conditional_count():
+    line = "%c = f32[4] conditional(%i, %x, %x), true_computation=%yes, false_computation=%no"
+    assert [one.kind for one in collectives(BRANCH + entry(line))] == ["all-reduce", "all-gather"]
+
+
+@pytest.mark.parametrize(
+    ("config", "condition", "times"),
+    [(', backend_config={"known_trip_count":{"n":"5"}}', "constant(80)", 5),
+     ("", "constant(80)", 80), (', backend_config={"known_trip_count":{"n":"5"}}', "x()", 5)],
+)  # fmt: skip
+def test_what_the_compiler_knows_of_a_loop_comes_first(config, condition, times):
+    (one, *_) = collectives(looped(config, condition))
+    assert one.times == times
+
+
+def looped(config, condition):
+    text = LOOP.replace("constant(80)", condition)
+    return text.replace("body=%body", f"body=%body{config}")
+
+
+def test_a_loop_that_may_run_any_number_of_times():
+    with pytest.raises(ValueError, match="must say how often its loops run"):
+        collectives(looped("", "x()"))
+    alone = "\n".join(line for line in looped("", "x()").splitlines() if "all-gather" not in line)
+    assert [one.times for one in collectives(alone)] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("kind", "received"),
     [("all-gather", 96), ("all-reduce", 192), ("reduce-scatter", 384), ("all-to-all", 96),

@@ -116,8 +116,11 @@ def test_the_pattern_of_matrices_leaves_out_the_router():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_experts_per_tok": 7}, "num_local_experts, num_experts_per_tok, .* got 6, 7, 16"),
-        ({"num_experts": 0}, "a model of type qwen3_moe must have num_local_experts"),
+        (
+            {"num_experts_per_tok": 7},
+            "num_experts, num_experts_per_tok, moe_inter.* got 6, 7, 16",
+        ),
+        ({"num_experts": 0}, "a model of type qwen3_moe must have num_experts"),
         ({"moe_intermediate_size": 0}, "must all be 0, .* got 6, 2, 0"),
         ({"mlp_only_layers": [0]}, "every layer must have experts"),
         ({"decoder_sparse_step": 2}, "every layer must have experts"),
@@ -127,3 +130,9 @@ def test_the_pattern_of_matrices_leaves_out_the_router():
 def test_unsupported_experts(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(QWEN3 | change)
+
+
+def test_messages_name_the_keys_of_mixtral():
+    keys = "num_local_experts, num_experts_per_tok, intermediate_size .* got 4, 5, "
+    with pytest.raises(ValueError, match=keys):
+        config_from_hf(FAMILIES["mixtral"] | {"num_experts_per_tok": 5})

@@ -4,18 +4,22 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
+from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
 from jaxquant_models.architectures.named import ARCHITECTURES
 from jaxquant_models.readers.weights import param_shapes
 from jaxquant_models.runs.pod_bytes import padded_bytes
+from jaxquant_models.runs.pod_formula import xla_name
 from jaxquant_models.runs.pod_mesh import mesh_of_text
 from jaxquant_models.runs.pod_plan import lines, plan_pod, report_of
 from jaxquant_models.runs.pod_programs import _packed, packed_shapes
 from jaxquant_models.runs.pod_request import PodRequest
 from jaxquant_models.runs.recipes import recipe_of
+from pallas_kernels.cost.rates import weights_per_cycle
 from pallas_kernels.cost.topologies import slice_of
 
 KEPT = jq.Recipe([("*", jq.KEEP)])
@@ -43,7 +47,8 @@ def test_architectures_have_the_published_numbers_of_weights():
 def test_70b_fits_in_2_bits_and_not_in_16():
     packed, floats = (plan_pod(request(bits), compile_=False) for bits in (2, 16))
     assert packed.fits and not floats.fits
-    assert packed.smallest["v5e"] == "v5e:4x4" and floats.smallest["v5e"] == "v5e:4x8"
+    assert packed.smallest["v5e"].name == "v5e:4x4"
+    assert floats.smallest["v5e"].name == "v5e:4x8"
     # Of 2 bits and float16 scales of 128 weights, and of two tables of bfloat16.
     layers, tables = 68.45e9, 2 * 128256 * 8192
     assert packed.held["weights"] == pytest.approx((layers * 2.125 / 8 + 2 * tables) / 16, rel=0.01)
@@ -72,19 +77,120 @@ def test_the_shapes_of_all_layers_are_those_of_one():
 
 
 def test_experts_are_split_and_read_as_far_as_tokens_reach_them():
-    one, many = (
-        plan_pod(request(2, "v5e:8x8", "qwen3-235b-a22b", batch=b, context=128), False)
-        for b in (1, 64)
-    )
-    assert dict(one.mesh)["expert"] > 1
-    assert 5 * one.time.memory < many.time.memory < 128 / 8 * one.time.memory
-    assert one.fits and many.fits
+    """Everything else is whole on all 16 devices of "expert", and a quarter on each of "model"."""
+    mesh = mesh_of_text("data=1,expert=16,model=4")
+    c, plans = ARCHITECTURES["qwen3-235b-a22b"], {}
+    others = 94 * (2 * 4096 * 64 * 128 + 2 * 4096 * 4 * 128) + 4096 * 151936
+    router, one_expert = 94 * 4096 * 128, 94 * 3 * 4096 * 1536
+    for batch in (1, 64):
+        of = request(16, "v5e:8x8", "qwen3-235b-a22b", batch=batch, context=128, mesh=mesh)
+        plans[batch] = plan = plan_pod(of, False)
+        reached = 128 * (1 - (1 - 8 / 128) ** batch)
+        assert reached <= batch * c.experts_per_token
+        read = 2 * (others / 4 + router + one_expert * reached / 64 + batch * 4096 / 4)
+        read += plan.held["cache"]
+        assert plan.time.memory == pytest.approx(read / 819e9, rel=1e-6) and plan.fits
+        products = 2 * batch * (others / 4 + router + one_expert * 8 / 64)
+        attention = 4 * batch * 128 * 64 * 128 * 94 / 4
+        assert plan.time.multiplying == pytest.approx((products + attention) / 197e12, rel=1e-6)
+        # The rows of all experts are added: over "expert", and those of "down" over "model" too.
+        rows = 94 * 4 * batch * 8 * (2 * 1536 / 4 + 4096)
+        assert plan.moved["all-reduce", "f32"] == rows
+    assert plans[1].time.memory == pytest.approx(5.14e-3, rel=1e-3)
+
+
+def test_temporaries_of_experts_are_those_of_the_rows_that_are_sent_to_them():
+    """Rows enter and leave in bfloat16, and leave the product in float32; logits are both too."""
+    of = request(2, "v5e:8x8", "qwen3-235b-a22b", batch=64, context=128)
+    of = dataclasses.replace(of, mesh=mesh_of_text("data=1,expert=16,model=4"))
+    rows = 64 * 8 * (4096 * (2 + 2 + 4) + 3 * 2 * 1536 // 4)
+    logits = 64 * 151936 // 4 * (4 + 2)
+    assert plan_pod(of, False).temporaries == max(rows, logits)
+
+
+SMALL = LlamaConfig(
+    vocab_size=1024, d_model=1024, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=4096,
+    max_position=256,
+)  # fmt: skip
+
+
+def received(parts, *numbers):
+    """Bytes that a device receives of sums in bfloat16 over so many devices."""
+    return 2 * 2 * sum(numbers) * (parts - 1) / parts
+
+
+@pytest.mark.parametrize(
+    ("where", "data", "bandwidth", "peak", "incoming"),
+    [("v5e:2x2", 2, 819e9, 197e12, 200e9), ("tpu7x:2x2x1", 4, 7380e9 / 2, 2307e12 / 2, 300e9)],
+)
+def test_the_roofline_by_hand(where, data, bandwidth, peak, incoming):
+    """A chip of tpu7x is two devices, each with half of its bandwidth, peak and links."""
+    mesh = mesh_of_text(f"data={data},model=2")
+    of = dataclasses.replace(request(16, where), config=SMALL, batch=4, context=256, mesh=mesh)
+    plan, devices = plan_pod(of, False), 2 * data
+    matrices = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 4096) + 1024 * 1024
+    cache = 2 * 2 * (2 * 4 * 4 * 256 * 128) / devices + 4  # and the number of tokens in it
+    read = 2 * (matrices + 4 * 1024) / devices + cache
+    assert plan.time.memory == pytest.approx(read / bandwidth, rel=1e-6)
+    operations = 2 * 4 * matrices + 4 * 4 * 256 * 8 * 128 * 2
+    assert plan.time.multiplying == pytest.approx(operations / devices / peak, rel=1e-6)
+    into = 4 * (2 * (1024 + 2 * 512 + 2 * 4096) + 1024) / 2  # q, k, v, gate, up and head
+    back = 4 * 2 * 2 * 1024 / data  # o and down
+    sent = received(data, into) + received(2, back)
+    assert plan.time.exchange == pytest.approx(sent / incoming, rel=1e-6)
+    assert plan.time.unpacking == 0
+
+
+def test_training_by_hand():
+    """Of float32 weights that are gathered twice and read in four passes, and of their moments."""
+    small = dataclasses.replace(
+        request(where="v5e:2x2"), config=SMALL, work="qat", batch=4, context=256,
+        recipe=recipe_of(jq.lsq(bits=4)), mesh=mesh_of_text("data=2,model=2"),
+    )  # fmt: skip
+    plan = plan_pod(small, False)
+    layers, head = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 4096), 1024 * 1024
+    # Scales of 64 weights are split by columns only, over "model" or, of o and down, over "data".
+    still = 2 * (2 * 1024 * 1024 + 2 * 1024 * 4096) / 64
+    moving = 2 * (1024 * 1024 + 4096 * 1024) / 64
+    scales = 4 * 4 / 2 * still + 4 * (2 / 2 + 2 + 4) * moving
+    # Two gathers read a quarter and write a half, which four passes read; no kernel reads latent
+    # weights, so that bfloat16 is written and read too.
+    gathered = 4 * (2 / 4 + 2 / 2 + 4 / 2) * (layers + head) + 4 * (2 + 2) / 2 * layers
+    gathered += scales
+    own = 2 * (plan.held["trained"] + plan.held["optimizer"]) + 4 * 4 * head / 4  # and embedding
+    inputs = 2 * 2 * 512 * 1024 * 2
+    assert plan.time.memory == pytest.approx((gathered + own + inputs) / 819e9, rel=1e-6)
+    products = 2 * 512 * (layers + head) / 2 + 4 * 1024 * 128.5 * 8 * 128 * 2 / 4
+    assert plan.time.multiplying == pytest.approx(4 * products / 197e12, rel=1e-6)
+
+
+def test_weights_without_a_kernel_are_written_and_read_in_bfloat16():
+    """Of QTIP no rate is known, so that unpacking is not either."""
+    trellis = recipe_of(jq.qtip(2))
+    small = dataclasses.replace(request(where="v5e:1x1"), config=SMALL, context=256, batch=1)
+    plan = plan_pod(dataclasses.replace(small, recipe=trellis), False)
+    matrices = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 4096)
+    own = plan.held["weights"] + plan.held["cache"] - 2 * 1024 * 1024  # of the embedding, a row
+    assert plan.time.memory == pytest.approx((own + 4 * matrices) / 819e9, rel=1e-3)
+    assert plan.time.unpacking is None and report_of(plan)["roofline"]["unpacking"] is None
+    assert any(line.split() == ["unpacking", "not", "known"] for line in lines(plan))
+
+
+def test_dtypes_have_the_names_of_xla():
+    names = ("float32", "float8_e4m3fn", "float8_e8m0fnu", "int8", "uint32")
+    assert [xla_name(jnp.dtype(n)) for n in names] == ["f32", "f8e4m3fn", "f8e8m0fnu", "s8", "u32"]
+    with pytest.raises(ValueError, match="must be one of .*bfloat16.*got complex64"):
+        xla_name(jnp.dtype("complex64"))
 
 
 def test_training_keeps_moments_of_the_adapters_only():
     plan = plan_pod(request(where="v5e:16x16", work="qlora", batch=32, context=1024), False)
     assert plan.held["optimizer"] == pytest.approx(2 * plan.held["trained"], rel=1e-3)
     assert plan.held["trained"] < plan.held["weights"] and plan.fits
+    assert plan.moved["reduce-scatter", "bf16"] <= plan.held["trained"]
+    rate = weights_per_cycle("codebook_matmul", "v5e", bits=4)  # of the matrices below adapters
+    passes = 3 * 68.45e9 / 8
+    assert plan.time.unpacking == pytest.approx(passes / rate / 1.5e9, rel=1e-3)
     with pytest.raises(ValueError, match="do not divide a batch of 8"):
         plan_pod(request(where="v5e:16x16", work="qlora", batch=8), False)
 
@@ -94,6 +200,10 @@ def test_qat_trains_every_weight_in_float32_and_keeps_two_moments():
     assert plan.held["trained"] == pytest.approx(4 * 70.55e9 / 256, rel=0.4)
     assert plan.held["optimizer"] == pytest.approx(2 * plan.held["trained"], rel=1e-3)
     assert plan.held["weights"] < 0.1 * plan.held["trained"]
+    # Gradients of what is split over "data" are summed into its parts, of norms as they are.
+    sums = plan.moved["reduce-scatter", "f32"] + plan.moved["all-reduce", "f32"]
+    assert sums == pytest.approx(plan.held["trained"], rel=1e-2)
+    assert plan.temporaries > plan.held["trained"]
 
 
 @pytest.mark.parametrize(
