@@ -91,14 +91,15 @@ def quantized(
         kernels = before.kernels if kernels == "auto" else kernels
         shardings = before.shardings if shardings is None else shardings
         data_axes = before.data_axes if data_axes is None else data_axes
-    run = dispatching(fn, lambda: table.using(kernels))
 
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> PyTree:
+    def entering(called: tuple) -> tuple:
+        args, kwargs = called
         first = with_placements(args[:1], None if shardings is None else (shardings,), data_axes)
-        others = with_placements((args[1:], kwargs), None, data_axes)
-        return without_placements(run(*first, *others[0], **others[1]))
+        others, kwargs = with_placements((args[1:], kwargs), None, data_axes)
+        return (*first, *others), kwargs
 
+    run = dispatching(fn, lambda: table.using(kernels), entering, without_placements)
+    call = functools.wraps(fn)(run)
     call.__dict__[OPTIONS] = _Options(call, kernels, shardings, data_axes)
     return call
 

@@ -37,6 +37,11 @@ def as_function(jaxpr: Any) -> Callable[..., PyTree]:
     return jex_core.jaxpr_as_fun(closed)
 
 
+def quax_value(x: Any) -> Any:
+    """Return what a tracer of quax stands for; anything else is returned as it is."""
+    return x.value if isinstance(x, _QuaxTracer) else x
+
+
 def scan(args: tuple, params: dict[str, Any], each: Callable[[PyTree], Any]) -> Any:
     """Apply quax's rule for `lax.scan`, with `each` applied to the values scanned over."""
     consts, carry, xs = quax._compat.unpack_scan_args(args, params)

@@ -56,7 +56,10 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     with kernels.listening() as served, partition.placed(w.placement):
         stacked = c.mapped(matmul, axes, leading)
         given = c.rows(rows, axes, leading, layout.contracted)
-        y = partition.stack(stacked, given, w.arrays, leading, c.paired(axes, leading))
+        if leading:
+            y = partition.stack(stacked, given, w.arrays, leading, c.paired(axes, leading))
+        else:
+            y = stacked(given, w.arrays)
     y = c.result(y, x, out, axes, leading, layout.contracted)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from jaxquant.core import jax_private
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import shard_specs
@@ -108,10 +109,10 @@ def without_placements(tree: PyTree) -> PyTree:
 
 def _placement(w: Any, of: Any) -> Placement | None:
     """Return how a weight is split according to the sharding of its codes; None if it is not."""
-    if of is not w and isinstance(of, QTensor) and not isinstance(w, QTensor):
+    if of is not w and jax_private.quax_value(w) is not w and isinstance(of, QTensor):
         raise ValueError(
-            "shardings: the argument has no packed weight where they have one; where functions "
-            "that `quantized` returned call each other, give them to the outermost"
+            "shardings: where functions that `quantized` returned call each other, give them to "
+            "the outermost"
         )
     if not (isinstance(w, QTensor) and isinstance(of, QTensor)):
         return None

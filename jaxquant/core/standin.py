@@ -215,7 +215,10 @@ def is_standin(x: Any) -> bool:
 
 
 def dispatching(
-    fn: Callable[..., PyTree], within: Callable[[], AbstractContextManager] = nullcontext
+    fn: Callable[..., PyTree],
+    within: Callable[[], AbstractContextManager] = nullcontext,
+    entering: Callable[[tuple], tuple] = lambda args: args,
+    leaving: Callable[[PyTree], PyTree] = lambda out: out,
 ) -> Callable[..., PyTree]:
     """Return `fn` with the quax values among its arguments dispatching on primitives.
 
@@ -225,6 +228,8 @@ def dispatching(
     Args:
       fn: a function of trees of arrays and stand-ins.
       within: makes the context that the function is traced in.
+      entering: changes the arguments (args, kwargs) first.
+      leaving: changes the result.
 
     Returns:
       A function of the same arguments.
@@ -232,7 +237,7 @@ def dispatching(
     is_value = lambda x: isinstance(x, quax.Value)
 
     def call(*args: Any, **kwargs: Any) -> PyTree:
-        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_value)
+        leaves, tree = jax.tree.flatten(entering((args, kwargs)), is_leaf=is_value)
         if jax.sharding.get_abstract_mesh().manual_axes:
             leaves = [leaf.local() if is_standin(leaf) else leaf for leaf in leaves]
         trees = []
@@ -247,7 +252,7 @@ def dispatching(
         values = [getattr(leaf, "inner", leaf) for leaf in leaves if is_value(leaf)]
         with within(), _running.set(_Run(values, {})):
             out = quax.quaxify(flat)(leaves)
-        return jax.tree.unflatten(trees[0], out)
+        return leaving(jax.tree.unflatten(trees[0], out))
 
     return call
 

@@ -6,10 +6,6 @@ One process with two devices, the two in turn, medians. The weights are random, 
 """
 
 import argparse
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-
 import statistics
 import time
 
@@ -41,6 +37,7 @@ def main():
     """Print the tokens a second of both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_option(parser)
+    jax.config.update("jax_num_cpu_devices", 2)  # before JAX asks for its devices
     record = Record(parser.parse_args().json, "devices", "tokens/s", "ratio")
     tokens = jax.random.randint(jax.random.key(1), (BATCH, CONTEXT), 0, CONFIG.vocab_size)
     params = jax.jit(MODEL.init)(jax.random.key(0), tokens[:1])["params"]
