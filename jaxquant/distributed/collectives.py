@@ -14,7 +14,7 @@ _CALLED = re.compile(
 )
 _LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_COUNT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_COUNT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")

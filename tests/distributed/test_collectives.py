@@ -30,6 +30,8 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs_and_pieces_count_once():
         Collective("all-reduce", "f32", (16,), 2, 1),
         Collective("all-reduce", "bf16", (2, 3), 2, 1),
     ]
+    unsigned = LOOP.replace("= s32[]{:T(128)} constant", "= u32[] constant")
+    assert unsigned != LOOP and collectives(unsigned) == collectives(LOOP)
 
 
 def entry(*lines, head="HloModule jit_f, replica_count=1, num_partitions=8\n"):
