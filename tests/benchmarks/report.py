@@ -18,7 +18,9 @@ SECTIONS = {
     "Rounded activations and caches": ["activations", "rotations", "kv_cache"],
     "Training": ["qat", "zeroqat", "bitnet"],
     "Fine-tuning of packed models": ["adapters", "qlora_memory"],
-    "Speed on CPUs": ["decode", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512"],
+    "Speed on CPUs": [
+        "decode", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512", "data_parallel",
+    ],
     "Time and memory": ["real_sizes", "quantization_time", "calibration_memory", "training_memory"],
     "Plans of pods": ["pods"],
     "Kernels, compile-only checks": ["kernels_tpu", "kernels_gpu"],
