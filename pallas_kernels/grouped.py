@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from pallas_kernels import checks, partition
 from pallas_kernels.dispatch import product
 from pallas_kernels.partition import Placement
-from pallas_kernels.shard_specs import Axes, spec_of
+from pallas_kernels.shard_specs import spec_of, spread
 
 
 def grouped_matmul(
@@ -106,22 +106,13 @@ def by_experts(
     rows, columns = (spec_of((tokens, axes)) for axes in (added, placement.columns))
     whole = jax.tree.map(lambda _: ((), ()), stacks) if split is None else split(placement)
     specs = jax.tree.map(
-        lambda a, parts: spec_of([experts, *_spread(parts, a.ndim - 1)]), stacks, whole
+        lambda a, parts: spec_of([experts, *spread(parts, a.ndim - 1)]), stacks, whole
     )
     mapped = jax.shard_map(
         local, mesh=placement.mesh, in_specs=(rows, P(), specs), out_specs=columns, check_vma=False
     )
     on = lambda a, spec: partition.resharded(a, placement.mesh, spec)
     return mapped(on(x, rows), on(group_sizes, P()), jax.tree.map(on, stacks, specs))
-
-
-def _spread(parts: tuple[Axes, Axes], ndim: int) -> list[Axes]:
-    """Return the mesh axes of every axis of an array, given those of the first and the last."""
-    found: list[Axes] = [()] * ndim
-    if ndim:
-        found[0] = parts[0]
-        found[-1] = found[-1] or parts[1]
-    return found
 
 
 def _within(sizes: Int32[Array, "e"], start: Array, count: int) -> Int32[Array, "e"]:

@@ -8,7 +8,6 @@ all-gathered in packed form, as `shard.fsdp` does.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import shard_specs as shard
 from pallas_kernels.context import Setting
-from pallas_kernels.shard_specs import Axes, axes_of, spec_of
+from pallas_kernels.shard_specs import Axes, axes_of, size_of, spec_of, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +180,9 @@ def product(
     left, kept = (own_columns, own_rows) if transposed else (own_rows, own_columns)
     k = static["k"] if transposed else x.shape[1]
     specs = _weight_specs(op, placement, weight, k, static)
-    here = shard.local_static(static, k, _size(mesh, own_rows))
+    here = shard.local_static(static, k, size_of(mesh, own_rows))
     if transposed:
-        here = here | {"k": k // _size(mesh, own_rows)}
+        here = here | {"k": k // size_of(mesh, own_rows)}
 
     def run(x: Array, *parts: Array | None) -> Array:
         whole = [
@@ -317,20 +316,9 @@ def _weight_specs(
     """Return how each array of a weight is split; ValueError if some shards would be broken."""
     op, mesh = op.removesuffix("_transposed"), placement.mesh
     static = {name: value for name, value in static.items() if name != "k"}
-    parts: list[list[Axes]] = [[()] * (0 if a is None else a.ndim) for a in weight]
-    if placement.rows:
-        size = _size(mesh, placement.rows)
-        for found, spec in zip(
-            parts, shard.row_specs(op, size, "r", *weight, k=k, **static), strict=True
-        ):
-            if tuple(spec):
-                found[0] = placement.rows
-    if placement.columns:
-        size = _size(mesh, placement.columns)
-        for found, spec in zip(parts, shard.column_specs(op, size, "c", *weight), strict=True):
-            if tuple(spec):
-                found[-1] = placement.columns
-    return [spec_of(found) for found in parts]
+    parts = shard.ends(op, mesh, placement.rows, placement.columns, *weight, k=k, **static)
+    ndims = (0 if a is None else a.ndim for a in weight)
+    return [spec_of(spread(part, ndim)) for part, ndim in zip(parts, ndims, strict=True)]
 
 
 def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:
@@ -348,13 +336,9 @@ def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | No
 
 def _dividing(mesh: Mesh | AbstractMesh, axes: Axes, length: int) -> Axes:
     """Return the first of these mesh axes that together divide a length."""
-    while axes and length % _size(mesh, axes):
+    while axes and length % size_of(mesh, axes):
         axes = axes[:-1]
     return axes
-
-
-def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
-    return math.prod(mesh.shape[a] for a in axes)
 
 
 def _axes(a: Array) -> tuple[Axes, ...]:

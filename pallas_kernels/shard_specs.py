@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -113,6 +114,65 @@ def _unit(op: str, static: dict[str, Any], k: int) -> int:
         return static["group"] * layout.unit(lookup.digit(static["bits"]))[0]
     group = static["group_size"]
     return math.lcm(layout.unit(static.get("bits", 2))[0], 1 if group == k else group)
+
+
+def ends(
+    op: str,
+    mesh: Mesh | AbstractMesh,
+    rows: Axes,
+    columns: Axes,
+    *arrays: Array | None,
+    k: int,
+    **static: Any,
+) -> list[tuple[Axes, Axes]]:
+    """Return the mesh axes that split the first and the last axis of each array of a weight.
+
+    Args:
+      op: name of the op.
+      mesh: the mesh.
+      rows, columns: names of the mesh axes that split the rows and the columns of the weight.
+      *arrays: the arrays of the op after x.
+      k: number of rows of the weight.
+      **static: the static arguments of the op.
+    Raises:
+      ValueError: a shard would not consist of whole words, whole groups or whole tiles.
+    """
+    by_row = by_column = (P(),) * len(arrays)
+    if rows:
+        by_row = row_specs(op, size_of(mesh, rows), "rows", *arrays, k=k, **static)
+    if columns:
+        by_column = column_specs(op, size_of(mesh, columns), "columns", *arrays)
+    return [
+        (rows if tuple(r) else (), columns if tuple(c) else ())
+        for r, c in zip(by_row, by_column, strict=True)
+    ]
+
+
+def spread(parts: tuple[Axes, Axes], ndim: int) -> list[Axes]:
+    """Return the mesh axes of every axis of an array, given those of the first and the last.
+
+    Args:
+      parts: names of the mesh axes that split its first axis, and its last.
+      ndim: number of axes of the array.
+
+    >>> spread((("data",), ("model",)), 3)
+    [('data',), (), ('model',)]
+    """
+    found: list[Axes] = [()] * ndim
+    if ndim:
+        found[0] = parts[0]
+        found[-1] = found[-1] or parts[1]
+    return found
+
+
+def size_of(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    """Return the number of devices along mesh axes.
+
+    Args:
+      mesh: the mesh.
+      axes: names of the axes.
+    """
+    return math.prod(mesh.shape[a] for a in axes)
 
 
 def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:

@@ -182,8 +182,11 @@ def explain(
     check_arguments(explain, locals())
     platform = _platform(platform)
     log = _Log([])
-    options = _options(fn) or _Options(fn, "auto", None, None)
-    fn = getattr(fn, "__wrapped__", fn) if _options(fn) is not None else fn
+    options = _options(fn)
+    if options is None:
+        options = _Options(fn, "auto", None, None)
+    else:
+        fn = fn.__wrapped__  # type: ignore[attr-defined]
     devices = devices_of(params, args, kwargs)
     if options.shardings is not None:
         params = with_placements(params, options.shardings, options.data_axes)

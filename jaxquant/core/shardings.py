@@ -16,7 +16,7 @@ from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import shard_specs
 from pallas_kernels.partition import Placement
-from pallas_kernels.shard_specs import axes_of, spec_of
+from pallas_kernels.shard_specs import axes_of, size_of, spec_of, spread
 
 Names = tuple[str, ...]
 
@@ -47,12 +47,7 @@ def packed_sharding(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> QTensor:
     _check_stack(w, mesh, leading)
 
     def one(name: str, a: Any) -> NamedSharding:
-        own = a.ndim - len(leading)
-        parts: list[Names] = [()] * own
-        if own and name in found:
-            first, last = found[name]
-            parts[0] = first
-            parts[-1] = parts[-1] or last
+        parts = spread(found.get(name, ((), ())), a.ndim - len(leading))
         return NamedSharding(mesh, spec_of((*leading, *parts)))
 
     return w.with_named({name: one(name, a) for name, a in w.named.items()})
@@ -203,20 +198,20 @@ def _parts(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> tuple[list[Names],
             f"rows or columns; split the first one, or none"
         )
     for length, names in ((w.view.k[0], stored[leading]), (w.view.n[0], stored[n])):
-        if length % _size(mesh, names):
+        if length % size_of(mesh, names):
             raise ValueError(
-                f"an axis of length {length} cannot be split over the {_size(mesh, names)} devices "
-                f"of {list(names)}; change the mesh, or leave it whole"
+                f"an axis of length {length} cannot be split over the {size_of(mesh, names)} "
+                f"devices of {list(names)}; change the mesh, or leave it whole"
             )
     return stored[:leading], stored[leading], stored[n]
 
 
 def _check_stack(w: QTensor, mesh: Mesh | AbstractMesh, leading: list[Names]) -> None:
     for length, names in zip(w.data["codes"].shape, leading, strict=False):
-        if length % _size(mesh, names):
+        if length % size_of(mesh, names):
             raise ValueError(
                 f"{w!r}: a stack of {length} matrices cannot be split over the "
-                f"{_size(mesh, names)} devices of {list(names)}"
+                f"{size_of(mesh, names)} devices of {list(names)}"
             )
 
 
@@ -262,9 +257,9 @@ def _check_divides(
     parts: tuple[Names, Names],
 ) -> None:
     for length, names in zip((shape[0], shape[-1]), parts, strict=True):
-        if length % _size(mesh, names):
+        if length % size_of(mesh, names):
             raise ValueError(
-                f"{name} {list(shape)} of {w!r} cannot be split over the {_size(mesh, names)} "
+                f"{name} {list(shape)} of {w!r} cannot be split over the {size_of(mesh, names)} "
                 f"devices of {list(names)}, which do not divide {length}"
             )
 
@@ -293,16 +288,7 @@ def _of_op(
 
     own = lambda a: jax.ShapeDtypeStruct(a.shape[w.leading() :], a.dtype)
     given = jax.eval_shape(arguments, {name: own(a) for name, a in w.data.items()})
-    unsplit = (P(),) * len(given)
-    by_row = by_column = unsplit
-    if rows:
-        by_row = shard_specs.row_specs(op, _size(mesh, rows), "rows", *given, k=k, **static)
-    if columns:
-        by_column = shard_specs.column_specs(op, _size(mesh, columns), "columns", *given)
-    parts = [
-        (rows if tuple(r) else (), columns if tuple(c) else ())
-        for r, c in zip(by_row, by_column, strict=True)
-    ]
+    parts = shard_specs.ends(op, mesh, rows, columns, *given, k=k, **static)
     found = {name: part for name, part in zip(named, parts, strict=True) if name is not None}
     # What an argument is computed from, as scales that are stored in codes are, is split as it is.
     shapes = {a.shape: part for a, part in zip(given, parts, strict=True) if a is not None}
@@ -310,7 +296,3 @@ def _of_op(
         if name not in found and own(a).shape in shapes:
             found[name] = shapes[own(a).shape]
     return found
-
-
-def _size(mesh: Mesh | AbstractMesh, names: Names) -> int:
-    return math.prod(mesh.shape[name] for name in names)

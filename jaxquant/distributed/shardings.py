@@ -1,6 +1,5 @@
 """How the arrays of a quantized tree are split over a mesh, from the float model's logical axes."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, path_name, replace_leaves
 from jaxquant.core.shardings import packed_sharding
 from jaxquant.core.tensor import QTensor
-from pallas_kernels.shard_specs import axes_of, spec_of
+from pallas_kernels.shard_specs import axes_of, size_of, spec_of
 
 Names = tuple[str | None, ...] | P | None
 Rules = Iterable[tuple[str, str | tuple[str, ...] | None]]
@@ -109,7 +108,7 @@ def _leaf(path: str, w: Any, mesh: Mesh | AbstractMesh, spec: P) -> Any:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     for length, part in zip(w.shape, axes_of(spec, len(w.shape)), strict=True):
-        size = math.prod(mesh.shape[axis] for axis in part)
+        size = size_of(mesh, part)
         if length % size:
             raise ValueError(
                 f"{path}: an axis of length {length} cannot be split over the {size} devices of "

@@ -196,8 +196,8 @@ class LeafJob:
         for i, name in enumerate(self._names()):
             kept, made_of = ({}, None) if abstract else self._kept(i, name, matrices, sums, method)
             if kept:
-                report = Report(*(kept.pop(f"report.{f}") for f in Report._fields))
-                yield [i], by_kind(kept), [(name, report, True)]
+                arrays, report = _restored(kept)
+                yield [i], arrays, [(name, report, True)]
                 continue
             known, keys = self._known(i), self._keys(i)
             arrays, report, sound = round_at(matrices, sums, i, keys, method, known.input or None)
@@ -222,15 +222,9 @@ class LeafJob:
             indices = split.indices(j)
             stored = [self._kept(i, names[i], matrices, sums, method) for i in indices]
             if all(kept for kept, _ in stored):
-                found = [
-                    Report(*(kept.pop(f"report.{f}") for f in Report._fields)) for kept, _ in stored
-                ]
-                arrays = together([by_kind(kept) for kept, _ in stored], split)
-                yield (
-                    indices,
-                    arrays,
-                    [(names[i], r, True) for i, r in zip(indices, found, strict=True)],
-                )
+                before = [_restored(kept) for kept, _ in stored]
+                told = [(names[i], r, True) for i, (_, r) in zip(indices, before, strict=True)]
+                yield indices, together([arrays for arrays, _ in before], split), told
                 continue
             keys = together([self._keys(i) for i in indices], split)
             known = together([self._known(i) for i in indices], split)
@@ -244,11 +238,8 @@ class LeafJob:
                 one = jax.tree.map(lambda a, d=d: a[d], arrays)
                 self._check_result(names[i], one, bool(sound[d]))
                 self._keep(names[i], one, found[d], stored[d][1])
-            yield (
-                indices,
-                arrays,
-                [(names[i], r, False) for i, r in zip(indices, found, strict=True)],
-            )
+            told = [(names[i], r, False) for i, r in zip(indices, found, strict=True)]
+            yield indices, arrays, told
 
     def _kept(
         self, i: int, name: str, matrices: Array, sums: Sums, method: Method
@@ -370,6 +361,12 @@ def _check_values(w: Array, sound: Bool[Array, ""], path: str, sums: Sums) -> No
             f"{path}: statistics are not finite; check the calibration data (NaN, or numbers whose "
             f"squares float32 cannot hold)"
         )
+
+
+def _restored(kept: dict[str, Array]) -> tuple[Arrays, Report]:
+    """Return the arrays of a stored matrix, and its report."""
+    report = Report(*(kept.pop(f"report.{f}") for f in Report._fields))
+    return by_kind(kept), report
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """Rounding of a stack that is split over a mesh: each device rounds its own layers or experts."""
 
-import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, round_matrix
 from jaxquant.ptq.round_stacked import Sums
 from jaxquant.recipes.recipe import WeightEntry
-from pallas_kernels.shard_specs import axes_of
+from pallas_kernels.shard_specs import axes_of, size_of
 
 
 class Split(NamedTuple):
@@ -74,11 +74,11 @@ def split_of(w: Any, entry: WeightEntry) -> Split | None:
     if len(split) != 1:
         return None
     names = by_axis[split[0]]
-    parts = math.prod(place.mesh.shape[name] for name in names)
+    parts = size_of(place.mesh, names)
     return Split(place.mesh, names, parts, tuple(batch), split[0]) if parts > 1 else None
 
 
-def together(trees: list[Any], split: Split) -> Any:
+def together(trees: Sequence[Any], split: Split) -> Any:
     """Return trees of whole arrays, one for each part, stacked and split as the matrices are.
 
     Args:
