@@ -101,7 +101,7 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
       ValueError: an argument is not what the op requires; the message names it.
     """
     checks.product(op, arrays, static)
-    if (placement := partition.of_product(op, *arrays)) is not None:
+    if (placement := partition.of_product(arrays[0])) is not None:
         return partition.product(product, op, placement, *arrays, **static)
     static_items = tuple(sorted(static.items()))
     kernels = _using.get()
@@ -125,7 +125,7 @@ def products(
       ValueError: an argument is not what the op requires; the message names it.
     """
     kernels = _using.get()
-    split = any(partition.of_product(op, x, *matrix) is not None for matrix in matrices)
+    split = partition.of_product(x) is not None
     one_call = len(matrices) > 1 and kernels in ("auto", "cpu") and not split
     if one_call:
         chosen = [choose(op, "cpu", (x, *matrix), static)[0] for matrix in matrices]

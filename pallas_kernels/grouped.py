@@ -83,7 +83,7 @@ def by_experts(
         columns of matrices that are split over Auto axes then stay so, except along axes that split
         the rows of x.
     """
-    placement = partition.of_experts(x, group_sizes, *jax.tree.leaves(stacks))
+    placement = partition.of_experts(x)
     if placement is None:
         return of_group(x, group_sizes, stacks)
     if split is None:
@@ -111,8 +111,7 @@ def by_experts(
     mapped = jax.shard_map(
         local, mesh=placement.mesh, in_specs=(rows, P(), specs), out_specs=columns, check_vma=False
     )
-    on = lambda a, spec: partition.resharded(a, placement.mesh, spec)
-    return mapped(on(x, rows), on(group_sizes, P()), jax.tree.map(on, stacks, specs))
+    return mapped(x, group_sizes, stacks)
 
 
 def _within(sizes: Int32[Array, "e"], start: Array, count: int) -> Int32[Array, "e"]:

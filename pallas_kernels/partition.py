@@ -1,9 +1,9 @@
 """Products whose arrays are split over the devices of a mesh.
 
 The compiler does not partition kernels, so a product runs inside a `shard_map`. How its arrays are
-split is read off their types where the axes of the mesh are Explicit, and has to be said (`placed`)
-where they are Auto. Words of a weight that is split along an axis which splits the tokens too are
-all-gathered in packed form, as `shard.fsdp` does.
+split has to be told (`placed`), because on a mesh with Auto axes their types do not say it. Words
+of a weight that is split along an axis which splits the tokens too are all-gathered in packed form,
+as `shard.fsdp` does.
 """
 
 import contextlib
@@ -47,8 +47,6 @@ _placed = Setting[Placement | None]("placed", None)
 def placed(placement: Placement | None) -> Iterator[None]:
     """Say how the arrays of the products are split that are traced inside the `with` block.
 
-    It has no effect on products of arrays whose types say it.
-
     Args:
       placement: how they are split; None says nothing.
     """
@@ -65,19 +63,12 @@ def said() -> Placement | None:
     return None if by_hand >= set(placement.mesh.axis_names) else placement
 
 
-def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
+def of_product(x: Array) -> Placement | None:
     """Return how the arrays of a product are split; None if this is not known, or if they are not.
 
     Args:
-      op: name of the op.
       x: the input [m, k].
-      *weight: the arrays of the op after x; None for absent ones.
-    Raises:
-      ValueError: the types of the weight's arrays say that they are split in different ways.
     """
-    mesh = explicit_mesh(x, *weight)
-    if mesh is not None:
-        return Placement(mesh, *_of_weight(op, weight), tokens=_axes(x)[0])
     placement = said()
     if placement is None:
         return None
@@ -88,30 +79,22 @@ def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
     return Placement(mesh, rows, columns, _dividing(mesh, tokens, len(x)))
 
 
-def of_experts(x: Array, group_sizes: Array, *stacks: Array) -> Placement | None:
+def of_experts(x: Array) -> Placement | None:
     """Return how rows sorted by expert and stacks of experts are split; None if not known, or not.
 
     Args:
       x: the rows [m, k].
-      group_sizes: the number of rows of each expert.
-      *stacks: arrays with a leading axis of experts.
     Returns:
       The mesh, the axes that split the rows of x, evenly, in `stack` those that split the experts,
-      and of a mesh with Auto axes those that split the rows and columns of each expert's matrix,
-      except the axes that split the rows of x.
+      and those that split the rows and columns of each expert's matrix, except the axes that split
+      the rows of x.
     """
-    mesh = explicit_mesh(x, group_sizes, *stacks)
-    placement = said() if mesh is None else None
-    if mesh is not None:
-        experts, tokens = _axes(stacks[0])[0], _axes(x)[0]
-        rows = columns = ()
-    elif placement is not None:
-        mesh = _in_context(placement.mesh)
-        free = _free()
-        experts, tokens = free((placement.stack or ((),))[-1]), free(placement.tokens)
-        rows, columns = free(placement.rows), free(placement.columns)
-    else:
+    placement = said()
+    if placement is None:
         return None
+    mesh, free = _in_context(placement.mesh), _free()
+    experts, tokens = free((placement.stack or ((),))[-1]), free(placement.tokens)
+    rows, columns = free(placement.rows), free(placement.columns)
     tokens = _dividing(mesh, tuple(a for a in tokens if a not in experts), len(x))
     left = lambda axes: tuple(a for a in axes if a not in _shared(axes, tokens))
     return Placement(mesh, left(rows), left(columns), tokens, (experts,))
@@ -194,7 +177,7 @@ def product(
     into = (spec_of((tokens, left)), *specs)
     out = spec_of((tokens, kept))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)
-    return mapped(*(resharded(a, mesh, spec) for a, spec in zip((x, *weight), into, strict=True)))
+    return mapped(x, *weight)
 
 
 def stack(
@@ -213,16 +196,14 @@ def stack(
       leading: number of leading axes of the stacks.
       paired: the leading axes that x has.
     """
-    mesh, by_stack, rest = _of_stack(x, jax.tree.leaves(weights), leading, len(paired))
-    if mesh is None or not any(by_stack):
+    placement = said() if leading else None
+    if placement is None or not any(by_stack := _of_stack(placement, leading)):
         return mapped(x, weights)
     spec = lambda kept: spec_of([by_stack[a] for a in kept])
-    names = {name for part in by_stack for name in part}
-    rest = [tuple(name for name in part if name not in names) for part in rest]
-    x = resharded(x, mesh, P(*spec(paired), *spec_of(rest)))
     split = jax.shard_map(
-        mapped, mesh=mesh, in_specs=(spec(paired), spec(range(leading))),
-        out_specs=spec(range(leading)), axis_names=names, check_vma=False,
+        mapped, mesh=_in_context(placement.mesh), in_specs=(spec(paired), spec(range(leading))),
+        out_specs=spec(range(leading)), axis_names={n for part in by_stack for n in part},
+        check_vma=False,
     )  # fmt: skip
     return split(x, weights)
 
@@ -254,20 +235,10 @@ def _shared(axes: Axes, tokens: Axes) -> Axes:
     return axes[first:]
 
 
-def _of_stack(
-    x: Array, arrays: list[Array], leading: int, paired: int
-) -> tuple[Mesh | AbstractMesh | None, Sequence[Axes], Sequence[Axes]]:
-    """Return the mesh, and the axes that split each leading axis of stacks and the rest of x."""
-    mesh = explicit_mesh(x, *arrays) if leading else None
-    if mesh is not None:
-        return mesh, _axes(arrays[0])[:leading], _axes(x)[paired:]
-    placement = said() if leading else None
-    if placement is None:
-        return None, (), ()
+def _of_stack(placement: Placement, leading: int) -> tuple[Axes, ...]:
+    """Return the mesh axes that split each of the `leading` leading axes of a stack."""
     missing = leading - len(placement.stack)
-    mesh = _in_context(placement.mesh)
-    split = map(_free(), placement.stack[-leading:])
-    return mesh, (*((),) * missing, *split), ()
+    return (*((),) * missing, *map(_free(), placement.stack[-leading:]))
 
 
 def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
@@ -287,29 +258,6 @@ def _free() -> Callable[[Axes], Axes]:
     return lambda axes: tuple(a for a in axes if a not in by_hand)
 
 
-def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
-    """Return the axes that split rows and columns, according to the types of a weight's arrays.
-
-    Arrays that are not split are taken as shards where others are.
-    """
-    rows, columns = set(), set()
-    for a, kind in zip(weight, shard.ROWS[op.removesuffix("_transposed")], strict=True):
-        if a is None:
-            continue
-        first, *_, last = _axes(a) if a.ndim > 1 else (_axes(a)[0], ())
-        if kind == "words" or (kind == "groups" and a.shape[0] > 1):
-            rows.add(first)
-        if kind != "whole" and a.ndim > 1 and a.shape[-1] > 1:
-            columns.add(last)
-    rows, columns = rows - {()}, columns - {()}
-    if len(rows) > 1 or len(columns) > 1:
-        raise ValueError(
-            f"{op}: the arrays of one weight are split in different ways, "
-            f"{[str(_spec(a)) for a in weight if a is not None]}; split all of them alike"
-        )
-    return next(iter(rows), ()), next(iter(columns), ())
-
-
 def _weight_specs(
     op: str, placement: Placement, weight: Sequence[Array | None], k: int, static: dict[str, Any]
 ) -> list[P]:
@@ -319,19 +267,6 @@ def _weight_specs(
     parts = shard.ends(op, mesh, placement.rows, placement.columns, *weight, k=k, **static)
     ndims = (0 if a is None else a.ndim for a in weight)
     return [spec_of(spread(part, ndim)) for part, ndim in zip(parts, ndims, strict=True)]
-
-
-def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:
-    """Return an array split as specified; on Auto axes `shard_map` itself sees to it.
-
-    Args:
-      a: the array, or None.
-      mesh: the mesh.
-      spec: how it is to be split.
-    """
-    if a is None or AxisType.Explicit not in mesh.axis_types:
-        return a
-    return jax.sharding.reshard(a, NamedSharding(mesh, spec))
 
 
 def _dividing(mesh: Mesh | AbstractMesh, axes: Axes, length: int) -> Axes:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.core.contraction import Contraction
+from jaxquant.core.explicit_axes import split_as
 from jaxquant.core.standin import Pick, StandIn, is_standin
 
 
@@ -281,7 +282,7 @@ def _forward(dot: Callable, summary: Callable, x: Array, w: Array, *other: PyTre
 def _backward(dot: Callable, summary: Callable, residuals: PyTree, g: Array) -> PyTree:
     x, w, *other = residuals
     _, pull = jax.vjp(dot, x, w)
-    return *pull(g), summary(x, g, *other), None, None
+    return *pull(g), split_as(other[0], summary, x, g, *other), None, None
 
 
 _observed_dot.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.calibration.observed import Observed, Seen
 from jaxquant.core.contraction import group_axis
+from jaxquant.core.explicit_axes import split_as
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.standin import is_standin
 
@@ -189,7 +190,12 @@ def _forward(form: _Form, x: Array, w: Array, probe: PyTree, sizes: Array) -> Py
 def _backward(form: _Form, residuals: PyTree, g: Array) -> PyTree:
     x, w, probe, sizes = residuals
     _, pull = jax.vjp(lambda w: form.dot(x, w, sizes), w)  # never computed where it is not used
-    return form.backward(x, w, sizes, g), *pull(g), form.summary(x, g, probe, sizes), None
+    return (
+        form.backward(x, w, sizes, g),
+        *pull(g),
+        split_as(probe, form.summary, x, g, probe, sizes),
+        None,
+    )
 
 
 _observed_dot.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from jaxquant.core import activations
 from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
+from jaxquant.core.explicit_axes import over_auto_axes
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.products import PRODUCT, _dtype_of_rows, _Layout
 from jaxquant.core.shardings import splits
@@ -35,7 +36,7 @@ Sizes = Int32[Array, "e"]
 
 
 @quax.register(ragged_dot_general_p)
-def _(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
+def _product(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     """Compute the traced ragged_dot of x and w, from packed codes where the layout allows."""
     if is_standin(x):
         x = x.materialise()
@@ -45,23 +46,30 @@ def _(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     layout = None if odd else _layout(w, c, dimensions)
     if layout is None:
         return ragged_dot_general_p.bind(x, w.materialise(), group_sizes, **params)
+    free = [("x", a) for a in c.x_free()]
+    columns = [("w", a) for a in w.axes() if a != 0 and a not in layout.contracted]
+    again = {**params, "out_sharding": None}
+    split = over_auto_axes(
+        lambda x, w, sizes: _product(x, w, sizes, **again),
+        x, w, c.x_free(), [*free, *columns], params.get("out_sharding"), group_sizes,
+    )  # fmt: skip
+    if split is not None:
+        return split
     dtype = jnp.promote_types(x.dtype, w.dtype)
     x_of = {w.axes()[b]: a for a, b in c.contract}
     rows = jnp.transpose(x, (*c.x_free(), *(x_of[a] for a in sorted(layout.contracted))))
     rows = rows.reshape(len(rows), math.prod(rows.shape[1:])).astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
     product, how = _of_group(w, form, layout.forward)
-    split = partial(_split, w) if layout.forward and _is_direct(w, form) else None
+    parts = partial(_split, w) if layout.forward and _is_direct(w, form) else None
     with kernels.listening() as heard, partition.placed(_placement(w, form)):
-        y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays, split)
+        y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays, parts)
     rounds = [] if form is None else [form.describe()]
     told = dict.fromkeys(filter(None, [w.format.kernel(), how, *rounds, *heard]))
     note(layout.rule.replace("matmul", "grouped matmul"), "; ".join(told))
     y = y.reshape(len(rows), *(w.outputs if layout.forward else w.view.k))
     kept = [a for a in w.axes() if a != 0 and a not in layout.contracted]
     y = jnp.transpose(y, (0, *(1 + sorted(kept).index(a) for a in kept)))
-    if params.get("out_sharding") is not None:
-        y = jax.sharding.reshard(y, params["out_sharding"])
     return checkpoint_name(y.astype(params["preferred_element_type"] or dtype), PRODUCT)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from jaxquant.core import activations, indexing
 from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
+from jaxquant.core.explicit_axes import over_auto_axes
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
@@ -34,6 +35,13 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     if layout is None:
         sides = (w.materialise(), x) if weight_left else (x, w.materialise())
         return jax.lax.dot_general_p.bind(*sides, **params)
+    again = {**params, "out_sharding": None, "weight_left": weight_left}
+    split = over_auto_axes(
+        lambda x, w: _product(x, w, **again),
+        x, w, c.x_free(), c.output_labels(w.axes()), params.get("out_sharding"),
+    )  # fmt: skip
+    if split is not None:
+        return split
     dtype = jnp.promote_types(x.dtype, w.dtype)  # dot_general accepts operands of two dtypes
     rows = x.astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
@@ -64,8 +72,6 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]
     note(layout.rule, "; ".join([w.format.kernel(), *rounds, *heard]))
-    if params.get("out_sharding") is not None:
-        y = jax.sharding.reshard(y, params["out_sharding"])
     return checkpoint_name(y.astype(params.get("preferred_element_type") or dtype), PRODUCT)
 
 

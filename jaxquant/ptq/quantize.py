@@ -25,7 +25,7 @@ from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob
 from jaxquant.ptq.round_stacked import Sums
 from jaxquant.ptq.shared_transforms import Inputs, Inspection
-from jaxquant.recipes.recipe import Recipe, resolve
+from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 
 
 def quantize(
@@ -104,6 +104,8 @@ def quantize(
         _check_statistics(entry.path, entry.method, stats)
     report = Counter(plan.matrices, progress)
     given = dict(path_leaves(params))
+    for entry in plan.weights:
+        _check_split(entry, given[entry.path])
     (leaves, stats, key), mesh = on_auto_axes((given, stats, key))
     known = stats if isinstance(stats, Stats) else None
     new = {}
@@ -208,6 +210,7 @@ def quantize_array(
     given = w
     (w, gram, output_gram, key), mesh = on_auto_axes((w, gram, output_gram, key))
     (entry,) = resolve(method, {"w": w}).weights
+    _check_split(entry, given)
     with auto_axes_in_force(mesh):
         shared = Inputs.of([entry], None, {"w": w}, stats)
         job = LeafJob(entry, Draw.of(key), shared, {})
@@ -215,12 +218,33 @@ def quantize_array(
         return _placed("w", packed, given)
 
 
-def _placed(path: str, packed: QTensor, w: Array) -> QTensor:
-    """Return a packed weight on the mesh of the weight w, if it lies on one, and split as it is."""
+def _split(w: Array) -> NamedSharding | None:
+    """Return how an array is split over the devices of a mesh, or None."""
     place = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
     if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
-        return packed
-    if place.mesh.size == 1:
+        return None
+    return place if place.mesh.size > 1 else None
+
+
+def _check_split(entry: WeightEntry, w: Array) -> None:
+    """Raise ValueError if the packed weight cannot be split over Explicit axes as w is."""
+    place = _split(w)
+    if place is None or not is_explicit(place.mesh):
+        return
+    method, (*batch, k, n) = entry.method, entry.matrix
+    stack = lambda a: jax.ShapeDtypeStruct((*batch, *a.shape), a.dtype)
+    shapes = jax.tree.map(stack, method.format.shapes(*method.stored(k, n)))
+    packed = QTensor(shapes, method.format, entry.view, w.dtype.name, input=method.input)
+    try:
+        packed_sharding(packed, place.mesh, place.spec)
+    except ValueError as error:
+        raise ValueError(f"{entry.path}: {error}") from None
+
+
+def _placed(path: str, packed: QTensor, w: Array) -> QTensor:
+    """Return a packed weight on the mesh of the weight w, if it lies on one, and split as it is."""
+    place = _split(w)
+    if place is None:
         return packed
     try:
         return jax.device_put(packed, packed_sharding(packed, place.mesh, place.spec))

@@ -76,6 +76,77 @@ for spec in ((None, "model"), ("data",), ()):
     y = jax.jit(jax.grad(loss))(put(x, "data"), split(q, *spec))
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
 """,
+    "training": """
+at = lambda *spec: NamedSharding(mesh, P(*spec))
+values = {"up": w, "down": w.T}
+x = jax.random.normal(jax.random.key(1), (8, 16, 256)) / 16
+def network(tokens, inner):
+    "A function that says how its results are split, as functions of split floats have to."
+    def fn(p, x):
+        split = isinstance(tokens, P)
+        to = lambda *axes: {"out_sharding": at(*tokens, *axes)} if split else {}
+        h = jnp.tanh(jnp.einsum("bti,io->bto", x, p["up"], **to(inner)))
+        return jnp.einsum("bti,io->bto", h, p["down"], **to())
+    return fn
+plain = network(None, None)
+rows = jq.rtn(4, 64)
+q = jq.quantize(values, jq.Recipe([("*", rows)]), jq.sites(plain, values, x))
+KINDS = {
+    "packed": q, "LoRA": jq.adapt(q, jq.adapters.LoRA(4, dora=True)),
+    "QA-LoRA": jq.adapt(jq.quantize(values, jq.Recipe([("*", jq.rtn(4, 64, symmetric=False))]),
+                                    jq.sites(plain, values, x)), jq.adapters.QALoRA(4)),
+    "latent": jq.latent(values, jq.Recipe([("*", jq.lsq(4, 32))]), jq.sites(plain, values, x)),
+}
+def slopes(fn):
+    def of(q, x):
+        leaves, tree = jax.tree.flatten(q)
+        trained = [a.dtype == jnp.float32 for a in leaves]
+        def loss(floats, x):
+            left = iter(floats)
+            new = [next(left) if is_trained else a for a, is_trained in zip(leaves, trained)]
+            return jnp.mean(jq.quantized(fn)(jax.tree.unflatten(tree, new), x) ** 2)
+        floats = [a for a, is_trained in zip(leaves, trained) if is_trained]
+        return jax.value_and_grad(loss, argnums=(0, 1))(floats, x)
+    return jax.jit(of)
+AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+for kind, value in KINDS.items():
+    want = slopes(plain)(value, x)
+    for embed, mlp in ((None, "model"), ("data", None), ("data", "model")):
+        rules = [pair for pair in (("embed", embed), ("mlp", mlp)) if pair[1]]
+        there = jax.device_put(value, jq.distributed.sharding(value, mesh, rules, AXES))
+        for tokens in (P("data", None), P(None, "data")):
+            got = slopes(network(tokens, mlp))(there, put(x, *tokens))
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()),
+                                           err_msg=f"{kind} {embed} {mlp} {tokens}")
+y = want = 0.0
+""",
+    "Auto axes beside Explicit ones": """
+for kinds in (("Explicit", "Auto"), ("Auto", "Explicit")):
+    mixed = jax.make_mesh((2, 4), ("data", "model"),
+                          axis_types=tuple(jax.sharding.AxisType[kind] for kind in kinds))
+    there = jax.device_put(x, NamedSharding(mixed, P("data")))
+    for spec in (P(None, "model"), P("model"), P("data"), P("data", "model")):
+        at = {"w": jq.core.packed_sharding(q["w"], mixed, spec)}
+        run = jax.jit(jq.quantized(fn, shardings=at, data_axes=["data"]))
+        on = jax.device_put(q, at)
+        np.testing.assert_allclose(run(on, there), want, rtol=1e-5, atol=1e-5)
+        moved = "all-gather" in run.lower(on, there).compile().as_text()
+        assert moved == ("data" in spec), spec
+y = want
+""",
+    "calibrate": """
+def fn(p, x):
+    h = jnp.tanh(jnp.matmul(x, p["up"], out_sharding=NamedSharding(mesh, P("data", "model"))))
+    return jnp.matmul(h, p["down"], out_sharding=NamedSharding(mesh, P("data")))
+plain = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+values = {"up": w, "down": w.T}
+there = {"up": put(w, None, "model"), "down": put(w.T, "model")}
+found, stats = jq.calibrate(fn, there, [put(x, "data")]), jq.calibrate(plain, values, [x])
+for path in values:
+    np.testing.assert_allclose(found.gram(path), stats.gram(path), rtol=1e-4, atol=1e-5)
+y = want = 0.0
+""",
     "layers of a scan": """
 stack = jax.random.normal(jax.random.key(0), (3, 256, 256)) / 16
 tokens = NamedSharding(mesh, P("data", None))
@@ -111,6 +182,13 @@ try:
     raise SystemExit("accepted")
 except ValueError as error:
     assert "256 rows in 4 shards must be whole words and groups" in str(error), error
+rounded = []
+try:
+    values = {"a": put(w), "w": put(w, "model")}
+    jq.quantize(values, jq.rtn(4, 128), progress=rounded.append)
+    raise SystemExit("accepted")
+except ValueError as error:
+    assert str(error).startswith("w: ") and not rounded, error  # before anything is rounded
 y = x @ got.dequantize()
 want = x @ jq.quantize_array(w, jq.gptq(4, 32), x.T @ x).dequantize()
 """,
