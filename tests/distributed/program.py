@@ -62,6 +62,14 @@ def main(port, count, index, folder, commands):
             print(json.dumps(found))
 
 
+def logged(out, err, *given):
+    """Run `main` in a process of its own that writes its output and errors to two files."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the work
+    main(*given)
+
+
 def quantize(mesh, folder, bits, dies):
     """Calibrate on the hosts' parts of the batch, round, and save."""
     params = jax.jit(MODEL.init)(jax.random.key(0), tokens()[:1])["params"]

@@ -1,40 +1,43 @@
 """Programs of two and four processes, on loopback, beside the same program in one process."""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed import program
+
+# Hosts are forked from a process that has imported everything and started no backend: importing JAX
+# fifteen times would take half of the time of these tests.
+HOSTS = multiprocessing.get_context("forkserver")
+HOSTS.set_forkserver_preload([program.__name__])
 
 
 def start(count, folder, *commands, only=None, last=()):
     """Start the hosts, or one of them; `last` are the commands of the last one, if they differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        port = free.getsockname()[1]
     of = lambda i: last if last and i == count - 1 else commands
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.program", port, str(count), str(i),
-             str(folder), *of(i)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in (range(count) if only is None else [only])
-    ]  # fmt: skip
+    logs = Path(folder).parent / f"{Path(folder).name} {port}"
+    logs.mkdir()
+    hosts = []
+    for i in range(count) if only is None else [only]:
+        files = [str(logs / f"{kind} {i}") for kind in ("out", "err")]
+        given = (*files, port, count, i, str(folder), of(i))
+        hosts.append((HOSTS.Process(target=program.logged, args=given), *files))
+        hosts[-1][0].start()
+    return hosts
 
 
 def ended(hosts, seconds=300):
     """Exit status, output and errors of each host."""
-    with ThreadPoolExecutor(len(hosts)) as readers:  # a full pipe would stop a host
-        said = list(readers.map(lambda host: host.communicate(timeout=seconds), hosts))
-    return [(host.returncode, *both) for host, both in zip(hosts, said, strict=True)]
+    for process, *_ in hosts:
+        process.join(seconds)
+    return [(process.exitcode, *(Path(f).read_text() for f in files)) for process, *files in hosts]
 
 
 def found(hosts):
