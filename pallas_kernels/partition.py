@@ -1,9 +1,9 @@
 """Products whose arrays are split over the devices of a mesh.
 
-The compiler does not partition kernels, so a product runs inside a `shard_map`. How its arrays are
-split is read off their types where the axes of the mesh are Explicit, and has to be said (`placed`)
-where they are Auto. Words of a weight that is split along an axis which splits the tokens too are
-all-gathered in packed form, as `shard.fsdp` does.
+The compiler does not partition kernels, so a product runs inside a `shard_map`. If the axes of the
+mesh are Explicit, the types of the arrays state how they are split; if they are Auto, the caller
+has to state it (`placed`). If a mesh axis splits both the weight and the tokens, the words of the
+weight are all-gathered in packed form, as in `shard.fsdp`.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from pallas_kernels.shard_specs import Axes, axes_of, size_of, spec_of, spread
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How a weight, or a stack of weights, and the inputs that it meets are split over a mesh.
+    """How a weight, or a stack of weights, and the inputs of its products are split over a mesh.
 
     Attributes:
       mesh: the mesh.
-      rows: mesh axes that split the rows of the weight, which are contracted with the input.
-      columns: mesh axes that split its columns.
+      rows: mesh axes that split the rows of the weight, over which the product sums.
+      columns: mesh axes that split the columns of the weight.
       tokens: mesh axes that split the rows of the input.
-      stack: mesh axes that split each leading axis of the stack, the last leading axis last.
+      stack: for each leading axis of the stack, in order, the mesh axes that split it.
     """
 
     mesh: Mesh | AbstractMesh
@@ -45,19 +45,24 @@ _placed = Setting[Placement | None]("placed", None)
 
 @contextlib.contextmanager
 def placed(placement: Placement | None) -> Iterator[None]:
-    """Say how the arrays of the products are split that are traced inside the `with` block.
+    """State how the arrays of those products are split that are traced inside the `with` block.
 
-    It has no effect on products of arrays whose types say it.
+    Products of arrays over Explicit axes ignore this, because the types of the arrays state it.
 
     Args:
-      placement: how they are split; None says nothing.
+      placement: how the arrays are split; None states nothing.
     """
     with _placed.set(placement):
         yield
 
 
-def said() -> Placement | None:
-    """Return what `placed` says here; None if nothing, or in a `shard_map` over all of the mesh."""
+def in_force() -> Placement | None:
+    """Return the placement that `placed` states here.
+
+    Returns:
+      The placement; None if there is none, if its mesh is a single device, or inside a `shard_map`
+      over all axes of its mesh.
+    """
     placement = _placed.get()
     if placement is None or placement.mesh.size == 1:
         return None
@@ -66,42 +71,44 @@ def said() -> Placement | None:
 
 
 def of_product(op: str, x: Array, *weight: Array | None) -> Placement | None:
-    """Return how the arrays of a product are split; None if this is not known, or if they are not.
+    """Return how the arrays of a product are split; None if they are not, or if it is not known.
 
     Args:
       op: name of the op.
       x: the input [m, k].
       *weight: the arrays of the op after x; None for absent ones.
     Raises:
-      ValueError: the types of the weight's arrays say that they are split in different ways.
+      ValueError: according to their types, the arrays of the weight are split in different ways, or
+        the weight is split over another mesh than the one in force.
     """
     mesh = explicit_mesh(x, *weight)
     if mesh is not None:
         return Placement(mesh, *_of_weight(op, weight), tokens=_axes(x)[0])
-    placement = said()
+    placement = in_force()
     if placement is None:
         return None
     mesh = _in_context(placement.mesh)
-    # A stack that is split has been split by `stack`.
+    # `stack` has split the leading axes already.
     of = placement.rows, placement.columns, placement.tokens
     rows, columns, tokens = map(_free(), of)
     return Placement(mesh, rows, columns, _dividing(mesh, tokens, len(x)))
 
 
 def of_experts(x: Array, group_sizes: Array, *stacks: Array) -> Placement | None:
-    """Return how rows sorted by expert and stacks of experts are split; None if not known, or not.
+    """Return how rows sorted by expert and the matrices of the experts are split over a mesh.
 
     Args:
       x: the rows [m, k].
-      group_sizes: the number of rows of each expert.
+      group_sizes: the number of rows of each expert [e].
       *stacks: arrays with a leading axis of experts.
     Returns:
-      The mesh, the axes that split the rows of x, evenly, in `stack` those that split the experts,
-      and of a mesh with Auto axes those that split the rows and columns of each expert's matrix,
-      except the axes that split the rows of x.
+      A placement whose `tokens` divide the rows of x evenly, and whose `stack` holds the axes that
+      split the experts. On Auto axes, it also has the axes that split the rows and columns of each
+      matrix, without those that split the rows of x. None if nothing is split, or if it is not
+      known how.
     """
     mesh = explicit_mesh(x, group_sizes, *stacks)
-    placement = said() if mesh is None else None
+    placement = in_force() if mesh is None else None
     if mesh is not None:
         experts, tokens = _axes(stacks[0])[0], _axes(x)[0]
         rows = columns = ()
@@ -118,10 +125,13 @@ def of_experts(x: Array, group_sizes: Array, *stacks: Array) -> Placement | None
 
 
 def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:
-    """Return the mesh with Explicit axes over which arrays are split; None if there is none.
+    """Return the mesh with Explicit axes, and more than one device, that arrays are on.
 
     Args:
       *arrays: traced arrays, or None for absent ones.
+    Returns:
+      The mesh in force or, if that has no Explicit axes, the first such mesh of an array; None if
+      there is none.
     """
     meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
     for mesh in (jax.sharding.get_abstract_mesh(), *meshes):
@@ -131,14 +141,14 @@ def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:
 
 
 def sharding(a: Array, spec: Callable[[list[Any]], list[Any]]) -> NamedSharding | None:
-    """Return the sharding of a value whose axes are split as those of an array are.
+    """Return the sharding of a value that is computed from an array and split like it.
 
     Args:
-      a: the array, which may also be a `jax.ShapeDtypeStruct`.
-      spec: function of the mesh axes of each axis of the array (None, a name or names), that
-        returns those of the value.
+      a: the array, or a `jax.ShapeDtypeStruct`.
+      spec: function from the list of the mesh axes of each axis of the array (None or a tuple of
+        names) to the list of those of the value.
     Returns:
-      The sharding; None where no axis of the mesh is Explicit.
+      The sharding; None if no axis of the mesh is Explicit.
     """
     mesh = explicit_mesh(a) if isinstance(a, jax.Array) else None
     if mesh is None:
@@ -157,15 +167,16 @@ def product(
     """Return the product `op` of arrays that are split over the axes of a mesh.
 
     Args:
-      local: function of the op's name, its arrays and its static arguments, which runs it on the
-        shards of one device.
+      local: function that computes the op on the shards of one device, given the op's name, its
+        arrays and its static arguments.
       op: name of the op.
       placement: how the arrays are split.
-      x: the input.
+      x: the input [m, k], of a dtype that the op supports.
       *weight: the arrays of the weight, as in `dispatch.product`.
       **static: the static arguments of the op.
     Returns:
-      float32 [m, n], split as x along m and as the weight along n.
+      float32 [m, n], split like x along m and like the weight along n, except over the mesh axes
+      along which the weight is gathered.
     Raises:
       ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
@@ -175,7 +186,7 @@ def product(
     transposed = op.endswith("_transposed")
     shared = (*_shared(rows, tokens), *_shared(columns, tokens))
     if rows and not transposed and static.get("activations", "float") != "float":
-        shared = tuple(dict.fromkeys((*shared, *rows)))  # scales of a token belong to whole rows
+        shared = tuple(dict.fromkeys((*shared, *rows)))  # the scale of a token needs its whole row
     own_rows, own_columns = (tuple(a for a in axes if a not in shared) for axes in (rows, columns))
     left, kept = (own_columns, own_rows) if transposed else (own_rows, own_columns)
     k = static["k"] if transposed else x.shape[1]
@@ -204,14 +215,14 @@ def stack(
     leading: int,
     paired: Sequence[int],
 ) -> Array:
-    """Return mapped(x, weights), each device taking its own matrices of stacks that are split.
+    """Return mapped(x, weights), where each device multiplies by the matrices that it holds.
 
     Args:
-      mapped: function of x and a tree of stacks, that maps a product over their leading axes.
-      x: the input; its leading axes are those of the stacks that are mapped over together with it.
+      mapped: function of x and a tree of stacks that maps a product over their leading axes.
+      x: the input; its leading axes are the axes `paired` of the stacks.
       weights: tree of stacks.
       leading: number of leading axes of the stacks.
-      paired: the leading axes that x has.
+      paired: those of the leading axes of the stacks that x has too.
     """
     mesh, by_stack, rest = _of_stack(x, jax.tree.leaves(weights), leading, len(paired))
     if mesh is None or not any(by_stack):
@@ -228,10 +239,10 @@ def stack(
 
 
 def varied(*arrays: Any) -> tuple:
-    """Return arrays that all vary over the axes of a checked `shard_map` that any of them does.
+    """Return arrays that all vary over those axes of a checked `shard_map` over which any varies.
 
-    The cotangent of each then has its type, which JAX requires of derivative rules, and is summed
-    over the axes that the array did not vary over.
+    JAX requires of a derivative rule that the cotangent of an array has the type of the array. With
+    this cast it does, and JAX sums the cotangent over the axes that the cast added.
 
     Args:
       *arrays: arrays, or trees of them.
@@ -245,10 +256,10 @@ def varied(*arrays: Any) -> tuple:
 
 
 def _shared(axes: Axes, tokens: Axes) -> Axes:
-    """Return which of the axes that split an array are gathered, as axes that split tokens too are.
+    """Return those of the axes that split an array along which it has to be gathered.
 
-    Shards along a later axis of a tuple are parts of those along the earlier ones, so that nothing
-    can stay split along it alone.
+    They are the first axis that also splits the tokens, and all axes after it: a later axis of the
+    tuple subdivides the shards of the earlier ones, so an array cannot stay split along it alone.
     """
     first = next((i for i, a in enumerate(axes) if a in tokens), len(axes))
     return axes[first:]
@@ -261,7 +272,7 @@ def _of_stack(
     mesh = explicit_mesh(x, *arrays) if leading else None
     if mesh is not None:
         return mesh, _axes(arrays[0])[:leading], _axes(x)[paired:]
-    placement = said() if leading else None
+    placement = in_force() if leading else None
     if placement is None:
         return None, (), ()
     missing = leading - len(placement.stack)
@@ -271,18 +282,19 @@ def _of_stack(
 
 
 def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """Return the mesh in force, whose axes may have other types, such as within `auto_axes`."""
+    """Return the mesh in force, the types of whose axes may differ, as within `auto_axes`."""
     context = jax.sharding.get_abstract_mesh()
     if not context.empty and context.axis_names != mesh.axis_names:
         raise ValueError(
             f"the weights are split over a mesh with the axes {list(mesh.axis_names)}, but the "
-            f"mesh in force (jax.set_mesh) has {list(context.axis_names)}; use one mesh"
+            f"mesh in force (jax.set_mesh) has the axes {list(context.axis_names)}; use one mesh "
+            "for both"
         )
     return mesh if context.empty else context
 
 
 def _free() -> Callable[[Axes], Axes]:
-    """Return a function that drops mesh axes over which a `shard_map` has split arrays already."""
+    """Return a function that drops the mesh axes over which a `shard_map` has split arrays."""
     by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
     return lambda axes: tuple(a for a in axes if a not in by_hand)
 
@@ -290,7 +302,7 @@ def _free() -> Callable[[Axes], Axes]:
 def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
     """Return the axes that split rows and columns, according to the types of a weight's arrays.
 
-    Arrays that are not split are taken as shards where others are.
+    If some arrays are split and others are not, the others count as split in the same way.
     """
     rows, columns = set(), set()
     for a, kind in zip(weight, shard.ROWS[op.removesuffix("_transposed")], strict=True):
@@ -305,7 +317,8 @@ def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
     if len(rows) > 1 or len(columns) > 1:
         raise ValueError(
             f"{op}: the arrays of one weight are split in different ways, "
-            f"{[str(_spec(a)) for a in weight if a is not None]}; split all of them alike"
+            f"{[str(_spec(a)) for a in weight if a is not None]}; split all of them in the same "
+            "way, as jq.distributed.sharding does"
         )
     return next(iter(rows), ()), next(iter(columns), ())
 
@@ -313,7 +326,7 @@ def _of_weight(op: str, weight: Sequence[Array | None]) -> tuple[Axes, Axes]:
 def _weight_specs(
     op: str, placement: Placement, weight: Sequence[Array | None], k: int, static: dict[str, Any]
 ) -> list[P]:
-    """Return how each array of a weight is split; ValueError if some shards would be broken."""
+    """Return how each array is split; raise ValueError if that breaks words, groups or tiles."""
     op, mesh = op.removesuffix("_transposed"), placement.mesh
     static = {name: value for name, value in static.items() if name != "k"}
     parts = shard.ends(op, mesh, placement.rows, placement.columns, *weight, k=k, **static)
@@ -322,12 +335,12 @@ def _weight_specs(
 
 
 def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | None:
-    """Return an array split as specified; on Auto axes `shard_map` itself sees to it.
+    """Return an array split as specified; on Auto axes it is unchanged, as `shard_map` splits it.
 
     Args:
       a: the array, or None.
       mesh: the mesh.
-      spec: how it is to be split.
+      spec: the partition specification of the result.
     """
     if a is None or AxisType.Explicit not in mesh.axis_types:
         return a
@@ -335,14 +348,14 @@ def resharded(a: Array | None, mesh: Mesh | AbstractMesh, spec: P) -> Array | No
 
 
 def _dividing(mesh: Mesh | AbstractMesh, axes: Axes, length: int) -> Axes:
-    """Return the first of these mesh axes that together divide a length."""
+    """Return the longest prefix of mesh axes whose number of devices divides a length."""
     while axes and length % size_of(mesh, axes):
         axes = axes[:-1]
     return axes
 
 
 def _axes(a: Array) -> tuple[Axes, ...]:
-    """Return the mesh axes over which the type of an array says that each of its axes is split."""
+    """Return the mesh axes that split each axis of an array, according to its type."""
     return axes_of(_spec(a), a.ndim)
 
 
