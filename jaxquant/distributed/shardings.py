@@ -57,7 +57,8 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
     if missing := [path for path in leaves if path not in named]:
         raise ValueError(
             f"axes: expected the logical axes of every leaf, got no names for {missing[:3]}"
-            f"{' and others' * (len(missing) > 3)}; add them, or None for a leaf that is not split"
+            f"{' and others' * (len(missing) > 3)}; add a tuple of names, or None for a leaf that "
+            "is not split"
         )
     found = {
         path: _leaf(path, w, mesh, _spec(path, w, named[path], ruled)) for path, w in leaves.items()

@@ -158,13 +158,13 @@ def _flatten(tree: PyTree) -> tuple[Any, list[Json], dict[str, Array]]:
     outline, leaves = outlined(tree)
     if not leaves:
         raise ValueError("the tree holds no leaves; there is nothing to save")
-    said: list[Json] = []
+    entries: list[Json] = []
     arrays: dict[str, Array] = {}
     for path, leaf in leaves.items():
         one, its = described(path, leaf)
-        said.append(one)
+        entries.append(one)
         arrays.update(its)
-    return outline, said, arrays
+    return outline, entries, arrays
 
 
 def _as_json(metadata: Json) -> PyTree:
@@ -273,8 +273,8 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     description = read_description(path)
     try:
         arrays = dict(_read(path / ARRAYS, description["arrays"], shardings_of(like)))
-        paths = [said["path"] for said in description["leaves"]]
-        leaves = [rebuilt(said, arrays) for said in description["leaves"]]
+        paths = [entry["path"] for entry in description["leaves"]]
+        leaves = [rebuilt(entry, arrays) for entry in description["leaves"]]
         tree = filled(_outline(description, paths), leaves)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -305,10 +305,10 @@ def outline(directory: str | Path) -> PyTree:
     path = Path(directory).absolute()
     description = read_description(path)
     try:
-        said = description["arrays"].items()
-        arrays = {name: _abstract(tuple(d["shape"]), d["dtype"]) for name, d in said}
-        paths = [said["path"] for said in description["leaves"]]
-        leaves = [_leaf_outline(said, arrays) for said in description["leaves"]]
+        stored = description["arrays"].items()
+        arrays = {name: _abstract(tuple(d["shape"]), d["dtype"]) for name, d in stored}
+        paths = [entry["path"] for entry in description["leaves"]]
+        leaves = [_leaf_outline(entry, arrays) for entry in description["leaves"]]
         tree = filled(_outline(description, paths), leaves)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -324,15 +324,15 @@ def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _leaf_outline(said: Json, arrays: dict[str, Any]) -> Any:
+def _leaf_outline(entry: Json, arrays: dict[str, Any]) -> Any:
     """Return a leaf with shapes in place of arrays."""
-    if "type" in said:
-        return rebuilt(said, {})
-    if "parts" not in said and "key" not in said:
-        return rebuilt(said, dict(arrays))
-    beginnings = stored_name(said["path"]), said["path"]
+    if "type" in entry:
+        return rebuilt(entry, {})
+    if "parts" not in entry and "key" not in entry:
+        return rebuilt(entry, dict(arrays))
+    beginnings = stored_name(entry["path"]), entry["path"]
     mine = {name: a for name, a in arrays.items() if name.startswith(beginnings)}
-    return jax.eval_shape(lambda a: rebuilt(said, dict(a)), mine)
+    return jax.eval_shape(lambda a: rebuilt(entry, dict(a)), mine)
 
 
 def check_files(directory: str | Path, parts: bool = True) -> Json:
@@ -366,7 +366,7 @@ def _outline(description: Json, paths: list[str]) -> Any:
 
 
 def _read(
-    directory: Path, said: Mapping[str, Json], places: Mapping[tuple, Sharding]
+    directory: Path, specs: Mapping[str, Json], places: Mapping[tuple, Sharding]
 ) -> dict[str, Any]:
     """Read all arrays of `_write`; of those in `places`, only the shards of this process."""
     found: dict[str, Any] = {}
@@ -374,7 +374,7 @@ def _read(
     enabled = jnp.result_type(float) == np.float64  # jax_enable_x64
     here = jnp.zeros(()).sharding  # for arrays whose devices are not in this process
     own = here if hosts.several() else None
-    for name, d in said.items():
+    for name, d in specs.items():
         shape, dtype = tuple(d["shape"]), d["dtype"]
         as_numpy = dtype in WIDE and not enabled  # JAX would cut these to 32 bits
         if 0 in shape:
@@ -390,7 +390,7 @@ def _read(
         args = ocp.args.StandardRestore(wanted, fallback_sharding=here)
         arrays = reader.restore(directory, args=args)
     for name, a in arrays.items():
-        dtype = said[name]["dtype"]
+        dtype = specs[name]["dtype"]
         found[name] = a.astype(dtype) if dtype in STORED_AS else a
     return found
 

@@ -106,11 +106,11 @@ def stored_name(path: str) -> str:
     return "/".join(key or "%" for key in keys)  # Orbax 0.12.0 stores no empty key
 
 
-def rebuilt(said: Json, arrays: dict[str, Array | None]) -> Any:
+def rebuilt(description: Json, arrays: dict[str, Array | None]) -> Any:
     """Return the leaf of a description; the inverse of `described`.
 
     Args:
-      said: the description.
+      description: the description of the leaf.
       arrays: all arrays by their names on disk. Those of the leaf are replaced by None in place.
     Returns:
       The leaf.
@@ -121,21 +121,23 @@ def rebuilt(said: Json, arrays: dict[str, Array | None]) -> Any:
     >>> rebuilt({"path": "step", "type": "int", "value": 3}, {})
     3
     """
-    if "parts" in said:
-        return _rebuilt_tensor(said, arrays)
-    if "type" in said:
-        return SCALARS[said["type"]](said["value"])
-    array = _taken(arrays, said["path"])
-    return jax.random.wrap_key_data(array, impl=said["key"]) if "key" in said else array
+    if "parts" in description:
+        return _rebuilt_tensor(description, arrays)
+    if "type" in description:
+        return SCALARS[description["type"]](description["value"])
+    array = _taken(arrays, description["path"])
+    return (
+        jax.random.wrap_key_data(array, impl=description["key"]) if "key" in description else array
+    )
 
 
-def _rebuilt_tensor(said: Json, arrays: dict[str, Array | None]) -> QTensor:
-    named = {part: _taken(arrays, said["path"], f":{part}") for part in said["parts"]}
-    static = {field: from_json(said[field]) for field in STATIC if field in said}
+def _rebuilt_tensor(description: Json, arrays: dict[str, Array | None]) -> QTensor:
+    named = {part: _taken(arrays, description["path"], f":{part}") for part in description["parts"]}
+    static = {field: from_json(description[field]) for field in STATIC if field in description}
     # Earlier versions stored a string.
     static["activations"] = Activations.of(static.get("activations"))
     w = QTensor(data={}, **static).with_named(named)
-    if "kept" not in said:
+    if "kept" not in description:
         return w
     return dataclasses.replace(w, data=w.format.from_disk(w.data, w.stored_rows))
 

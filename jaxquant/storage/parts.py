@@ -70,16 +70,16 @@ def _link(source: str, target: str) -> None:
 
 
 def check_parts(
-    folder: Path, said: Mapping[str, list[str]], check: Callable[[Path], object]
+    folder: Path, stored: Mapping[str, list[str]], check: Callable[[Path], object]
 ) -> None:
     """Raise ValueError if a part is missing, damaged or from another run.
 
     Args:
       folder: the directory of the checkpoint.
-      said: digests of the parts of each entry, from the description.
+      stored: digests of the parts of each entry, from the description.
       check: function that checks the checkpoint in a directory.
     """
-    for name, digests in said.items():
+    for name, digests in stored.items():
         for i, digest in enumerate(digests):
             part = folder / PARTS / name / str(i)
             _check(part, digest)
@@ -93,7 +93,7 @@ def _check(part: Path, digest: str) -> None:
 
 
 def joined(
-    folder: Path, said: Mapping[str, list[str]], load: Callable[[Path], PyTree]
+    folder: Path, stored: Mapping[str, list[str]], load: Callable[[Path], PyTree]
 ) -> dict[str, PyTree]:
     """Return the entries that are stored in parts, each joined along the leading axis.
 
@@ -102,14 +102,14 @@ def joined(
 
     Args:
       folder: the directory of the checkpoint.
-      said: digests of the parts of each entry, from the description.
+      stored: digests of the parts of each entry, from the description.
       load: function that reads the checkpoint in a directory.
     Returns:
       The tree of each entry, by name.
     Raises:
       ValueError: a part is missing, damaged, from another run, or does not match the other parts.
     """
-    return {name: _joined(folder / PARTS / name, digests, load) for name, digests in said.items()}
+    return {name: _joined(folder / PARTS / name, digests, load) for name, digests in stored.items()}
 
 
 def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) -> PyTree:
