@@ -1,11 +1,11 @@
-"""Grouped products: rows sorted by expert, each times the packed matrix of its expert.
+"""Grouped products: rows sorted by expert, each multiplied by the packed matrix of its expert.
 
-They serve mixtures of experts. The op "packed_matmul" has the grouped form "grouped_packed_matmul",
-and so has every op; its arrays are those of the op with a leading axis of experts, followed by the
-number of rows of each expert. Kernels read only the words of experts that have rows.
+They serve mixtures of experts. Every op has a grouped form, such as "grouped_packed_matmul" for
+"packed_matmul". Its arrays are those of the op, each with a leading axis of experts, followed by
+the number of rows of each expert. Kernels read only the words of experts that have rows.
 
-Where the experts are split over a mesh, every device multiplies the rows of its own experts, and
-the results are added.
+If the experts are split over a mesh, every device multiplies the rows of its own experts, and the
+results are added.
 """
 
 import dataclasses
@@ -32,15 +32,16 @@ def grouped_matmul(
 ) -> Float[Array, "m n"]:
     """Return the product of every row of x with the matrix of its expert.
 
-    The first group_sizes[0] rows meet matrix 0, the next group_sizes[1] rows matrix 1, and so on.
-    Rows past sum(group_sizes) give zeros, as in `jax.lax.ragged_dot`. It is differentiable as
-    `dispatch.product` is.
+    The first group_sizes[0] rows are multiplied by matrix 0, the next group_sizes[1] rows by matrix
+    1, and so on. Rows past sum(group_sizes) give zeros, as in `jax.lax.ragged_dot`. The product is
+    differentiable in the same way as `dispatch.product`.
 
     Args:
       op: name of the product with one matrix, a function of this package such as "packed_matmul".
-      x: activations [m, k], float32, bfloat16 or float16.
-      group_sizes: int32 [e], the number of rows of each expert.
-      *arrays: the arrays of the op after x, each with a leading axis of e experts.
+      x: activations [m, k] sorted by expert, float32, bfloat16 or float16.
+      group_sizes: int32 [e], the number of rows of each expert, 0 or more.
+      *arrays: the arrays of the op after x, each with a leading axis of e experts; None for absent
+        ones.
       **static: the static arguments of the op.
     Returns:
       float32 [m, n].
@@ -67,21 +68,23 @@ def by_experts(
     stacks: PyTree,
     split: Callable[[Placement], PyTree] | None = None,
 ) -> Float[Array, "m n"]:
-    """Return of_group(x, group_sizes, stacks), each device taking the experts that it holds.
+    """Return of_group(x, group_sizes, stacks), where each device serves the experts that it holds.
 
-    Rows that the mesh splits stay split. Without `split`, stacks that are split along other axes
-    than that of experts are gathered, in packed form. Where no array is split, or it is not known
-    how, the function is called as it is.
+    If no array is split, or if it is not known how, this is a plain call of the function. Rows that
+    the mesh splits stay split. Without `split`, stacks that are split along axes other than that of
+    the experts are gathered, in packed form.
 
     Args:
-      of_group: a grouped product; rows past the sum of the sizes give zeros.
+      of_group: a grouped product that returns zeros for rows past the sum of the sizes.
       x: rows sorted by expert [m, k].
-      group_sizes: number of rows of each expert [e].
+      group_sizes: int32 [e], the number of rows of each expert.
       stacks: tree of arrays with a leading axis of experts.
-      split: function that returns, for a placement of one matrix, the tree of the mesh axes that
-        split the first and the last axis of every array, after the axis of experts; rows and
-        columns of matrices that are split over Auto axes then stay so, except along axes that split
-        the rows of x.
+      split: function from a placement of one matrix to a tree like `stacks`, which holds, for every
+        array, the mesh axes that split its first and its last axis after the axis of experts. With
+        it, rows and columns of matrices that are split over Auto axes stay split, except along axes
+        that split the rows of x. Default: None.
+    Returns:
+      The result of `of_group` for all rows [m, n].
     """
     placement = partition.of_experts(x)
     if placement is None:

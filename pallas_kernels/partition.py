@@ -1,9 +1,9 @@
 """Products whose arrays are split over the devices of a mesh.
 
-The compiler does not partition kernels, so a product runs inside a `shard_map`. How its arrays are
-split has to be told (`placed`), because on a mesh with Auto axes their types do not say it. Words
-of a weight that is split along an axis which splits the tokens too are all-gathered in packed form,
-as `shard.fsdp` does.
+The compiler does not partition kernels, so a product runs inside a `shard_map`. The caller has to
+state how its arrays are split (`placed`), because on a mesh with Auto axes their types do not. If a
+mesh axis splits both the weight and the tokens, the words of the weight are all-gathered in packed
+form, as in `shard.fsdp`.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from pallas_kernels.shard_specs import Axes, axes_of, size_of, spec_of, spread
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How a weight, or a stack of weights, and the inputs that it meets are split over a mesh.
+    """How a weight, or a stack of weights, and the inputs of its products are split over a mesh.
 
     Attributes:
       mesh: the mesh.
-      rows: mesh axes that split the rows of the weight, which are contracted with the input.
-      columns: mesh axes that split its columns.
+      rows: mesh axes that split the rows of the weight, over which the product sums.
+      columns: mesh axes that split the columns of the weight.
       tokens: mesh axes that split the rows of the input.
-      stack: mesh axes that split each leading axis of the stack, the last leading axis last.
+      stack: for each leading axis of the stack, in order, the mesh axes that split it.
     """
 
     mesh: Mesh | AbstractMesh
@@ -45,17 +45,22 @@ _placed = Setting[Placement | None]("placed", None)
 
 @contextlib.contextmanager
 def placed(placement: Placement | None) -> Iterator[None]:
-    """Say how the arrays of the products are split that are traced inside the `with` block.
+    """State how the arrays of those products are split that are traced inside the `with` block.
 
     Args:
-      placement: how they are split; None says nothing.
+      placement: how the arrays are split; None states nothing.
     """
     with _placed.set(placement):
         yield
 
 
-def said() -> Placement | None:
-    """Return what `placed` says here; None if nothing, or in a `shard_map` over all of the mesh."""
+def in_force() -> Placement | None:
+    """Return the placement that `placed` states here.
+
+    Returns:
+      The placement; None if there is none, if its mesh is a single device, or inside a `shard_map`
+      over all axes of its mesh.
+    """
     placement = _placed.get()
     if placement is None or placement.mesh.size == 1:
         return None
@@ -64,32 +69,36 @@ def said() -> Placement | None:
 
 
 def of_product(x: Array) -> Placement | None:
-    """Return how the arrays of a product are split; None if this is not known, or if they are not.
+    """Return how the arrays of a product are split; None if they are not, or if it is not known.
 
     Args:
       x: the input [m, k].
+    Raises:
+      ValueError: the weight is split over another mesh than the one in force.
     """
-    placement = said()
+    placement = in_force()
     if placement is None:
         return None
     mesh = _in_context(placement.mesh)
-    # A stack that is split has been split by `stack`.
+    # `stack` has split the leading axes already.
     of = placement.rows, placement.columns, placement.tokens
     rows, columns, tokens = map(_free(), of)
     return Placement(mesh, rows, columns, _dividing(mesh, tokens, len(x)))
 
 
 def of_experts(x: Array) -> Placement | None:
-    """Return how rows sorted by expert and stacks of experts are split; None if not known, or not.
+    """Return how rows sorted by expert and the matrices of the experts are split over a mesh.
 
     Args:
       x: the rows [m, k].
     Returns:
-      The mesh, the axes that split the rows of x, evenly, in `stack` those that split the experts,
-      and those that split the rows and columns of each expert's matrix, except the axes that split
-      the rows of x.
+      A placement whose `tokens` divide the rows of x evenly, and whose `stack` holds the axes that
+      split the experts. Its `rows` and `columns` hold those that split each matrix, without those
+      that split the rows of x. None if nothing is split, or if it is not known how.
+    Raises:
+      ValueError: the weight is split over another mesh than the one in force.
     """
-    placement = said()
+    placement = in_force()
     if placement is None:
         return None
     mesh, free = _in_context(placement.mesh), _free()
@@ -101,10 +110,13 @@ def of_experts(x: Array) -> Placement | None:
 
 
 def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:
-    """Return the mesh with Explicit axes over which arrays are split; None if there is none.
+    """Return the mesh with Explicit axes, and more than one device, that arrays are on.
 
     Args:
       *arrays: traced arrays, or None for absent ones.
+    Returns:
+      The mesh in force or, if that has no Explicit axes, the first such mesh of an array; None if
+      there is none.
     """
     meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
     for mesh in (jax.sharding.get_abstract_mesh(), *meshes):
@@ -114,14 +126,14 @@ def explicit_mesh(*arrays: Array | None) -> AbstractMesh | None:
 
 
 def sharding(a: Array, spec: Callable[[list[Any]], list[Any]]) -> NamedSharding | None:
-    """Return the sharding of a value whose axes are split as those of an array are.
+    """Return the sharding of a value that is computed from an array and split like it.
 
     Args:
-      a: the array, which may also be a `jax.ShapeDtypeStruct`.
-      spec: function of the mesh axes of each axis of the array (None, a name or names), that
-        returns those of the value.
+      a: the array, or a `jax.ShapeDtypeStruct`.
+      spec: function from the list of the mesh axes of each axis of the array (None or a tuple of
+        names) to the list of those of the value.
     Returns:
-      The sharding; None where no axis of the mesh is Explicit.
+      The sharding; None if no axis of the mesh is Explicit.
     """
     mesh = explicit_mesh(a) if isinstance(a, jax.Array) else None
     if mesh is None:
@@ -140,15 +152,16 @@ def product(
     """Return the product `op` of arrays that are split over the axes of a mesh.
 
     Args:
-      local: function of the op's name, its arrays and its static arguments, which runs it on the
-        shards of one device.
+      local: function that computes the op on the shards of one device, given the op's name, its
+        arrays and its static arguments.
       op: name of the op.
       placement: how the arrays are split.
-      x: the input.
+      x: the input [m, k], of a dtype that the op supports.
       *weight: the arrays of the weight, as in `dispatch.product`.
       **static: the static arguments of the op.
     Returns:
-      float32 [m, n], split as x along m and as the weight along n.
+      float32 [m, n], split like x along m and like the weight along n, except over the mesh axes
+      along which the weight is gathered.
     Raises:
       ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
@@ -158,7 +171,7 @@ def product(
     transposed = op.endswith("_transposed")
     shared = (*_shared(rows, tokens), *_shared(columns, tokens))
     if rows and not transposed and static.get("activations", "float") != "float":
-        shared = tuple(dict.fromkeys((*shared, *rows)))  # scales of a token belong to whole rows
+        shared = tuple(dict.fromkeys((*shared, *rows)))  # the scale of a token needs its whole row
     own_rows, own_columns = (tuple(a for a in axes if a not in shared) for axes in (rows, columns))
     left, kept = (own_columns, own_rows) if transposed else (own_rows, own_columns)
     k = static["k"] if transposed else x.shape[1]
@@ -187,16 +200,16 @@ def stack(
     leading: int,
     paired: Sequence[int],
 ) -> Array:
-    """Return mapped(x, weights), each device taking its own matrices of stacks that are split.
+    """Return mapped(x, weights), where each device multiplies by the matrices that it holds.
 
     Args:
-      mapped: function of x and a tree of stacks, that maps a product over their leading axes.
-      x: the input; its leading axes are those of the stacks that are mapped over together with it.
+      mapped: function of x and a tree of stacks that maps a product over their leading axes.
+      x: the input; its leading axes are the axes `paired` of the stacks.
       weights: tree of stacks.
       leading: number of leading axes of the stacks.
-      paired: the leading axes that x has.
+      paired: those of the leading axes of the stacks that x has too.
     """
-    placement = said() if leading else None
+    placement = in_force() if leading else None
     if placement is None or not any(by_stack := _of_stack(placement, leading)):
         return mapped(x, weights)
     spec = lambda kept: spec_of([by_stack[a] for a in kept])
@@ -209,10 +222,10 @@ def stack(
 
 
 def varied(*arrays: Any) -> tuple:
-    """Return arrays that all vary over the axes of a checked `shard_map` that any of them does.
+    """Return arrays that all vary over those axes of a checked `shard_map` over which any varies.
 
-    The cotangent of each then has its type, which JAX requires of derivative rules, and is summed
-    over the axes that the array did not vary over.
+    JAX requires of a derivative rule that the cotangent of an array has the type of the array. With
+    this cast it does, and JAX sums the cotangent over the axes that the cast added.
 
     Args:
       *arrays: arrays, or trees of them.
@@ -226,10 +239,10 @@ def varied(*arrays: Any) -> tuple:
 
 
 def _shared(axes: Axes, tokens: Axes) -> Axes:
-    """Return which of the axes that split an array are gathered, as axes that split tokens too are.
+    """Return those of the axes that split an array along which it has to be gathered.
 
-    Shards along a later axis of a tuple are parts of those along the earlier ones, so that nothing
-    can stay split along it alone.
+    They are the first axis that also splits the tokens, and all axes after it: a later axis of the
+    tuple subdivides the shards of the earlier ones, so an array cannot stay split along it alone.
     """
     first = next((i for i, a in enumerate(axes) if a in tokens), len(axes))
     return axes[first:]
@@ -242,18 +255,18 @@ def _of_stack(placement: Placement, leading: int) -> tuple[Axes, ...]:
 
 
 def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """Return the mesh in force, whose axes may have other types, such as within `auto_axes`."""
+    """Return the mesh in force, the types of whose axes may differ, as within `auto_axes`."""
     context = jax.sharding.get_abstract_mesh()
-    if not context.empty and context.axis_names != mesh.axis_names:
+    if not context.empty and context.shape != mesh.shape:
         raise ValueError(
-            f"the weights are split over a mesh with the axes {list(mesh.axis_names)}, but the "
-            f"mesh in force (jax.set_mesh) has {list(context.axis_names)}; use one mesh"
+            f"the weights are split over a mesh with the axes {dict(mesh.shape)}, but the mesh in "
+            f"force (jax.set_mesh) has the axes {dict(context.shape)}; use one mesh for both"
         )
     return mesh if context.empty else context
 
 
 def _free() -> Callable[[Axes], Axes]:
-    """Return a function that drops mesh axes over which a `shard_map` has split arrays already."""
+    """Return a function that drops the mesh axes over which a `shard_map` has split arrays."""
     by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
     return lambda axes: tuple(a for a in axes if a not in by_hand)
 
@@ -261,7 +274,7 @@ def _free() -> Callable[[Axes], Axes]:
 def _weight_specs(
     op: str, placement: Placement, weight: Sequence[Array | None], k: int, static: dict[str, Any]
 ) -> list[P]:
-    """Return how each array of a weight is split; ValueError if some shards would be broken."""
+    """Return how each array is split; raise ValueError if that breaks words, groups or tiles."""
     op, mesh = op.removesuffix("_transposed"), placement.mesh
     static = {name: value for name, value in static.items() if name != "k"}
     parts = shard.ends(op, mesh, placement.rows, placement.columns, *weight, k=k, **static)
@@ -270,19 +283,15 @@ def _weight_specs(
 
 
 def _dividing(mesh: Mesh | AbstractMesh, axes: Axes, length: int) -> Axes:
-    """Return the first of these mesh axes that together divide a length."""
+    """Return the longest prefix of mesh axes whose number of devices divides a length."""
     while axes and length % size_of(mesh, axes):
         axes = axes[:-1]
     return axes
 
 
 def _axes(a: Array) -> tuple[Axes, ...]:
-    """Return the mesh axes over which the type of an array says that each of its axes is split."""
-    return axes_of(_spec(a), a.ndim)
-
-
-def _spec(a: Array) -> P:
-    return jax.typeof(a).sharding.spec
+    """Return the mesh axes that split each axis of an array, according to its type."""
+    return axes_of(jax.typeof(a).sharding.spec, a.ndim)
 
 
 def _gathered(a: Array, spec: P, axes: Axes) -> Array:

@@ -1,8 +1,8 @@
-"""Rows sorted by expert, cut into tiles of equally many rows that each meet a single expert.
+"""Rows sorted by expert, divided into tiles of equal size, each of which has a single expert.
 
-The number of rows of an expert is known only when the program runs, but the number of tiles has a
-static bound, so that a grid of tiles, each with the number of its expert, serves every division of
-the rows.
+The number of rows of an expert is known only when the program runs. The number of tiles has a
+static bound, so a grid of that many tiles, each with the index of its expert, serves every division
+of the rows.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-LEAST, MOST = 8, 128  # rows of a tile
+LEAST, MOST = 8, 128  # smallest and largest number of rows of a tile
 
 
 class RowTiles(NamedTuple):
     """A division of m rows, sorted by expert, into t tiles of r rows.
 
     Attributes:
-      experts: the expert of each tile [t]; tiles that have no rows carry that of the last one that
-        has.
-      rows: the row that stands at each place of a tile [t, r], or m where there is none.
-      places: the place of each row among the t * r [m], or t * r if the row belongs to no expert.
-      used: the number of tiles that have rows [1]; the others are last.
+      experts: index of the expert of each tile, int32 [t]; a tile without rows has the expert of
+        the last tile that has rows.
+      rows: index of the row at each place of a tile, int32 [t, r], or m for an empty place.
+      places: place of each row, counted over all t * r places, int32 [m], or t * r if the row
+        belongs to no expert.
+      used: number of tiles that have rows, int32 [1]; the tiles without rows come last.
     """
 
     experts: Int32[Array, "t"]
@@ -32,7 +33,7 @@ class RowTiles(NamedTuple):
     used: Int32[Array, "1"]
 
     def gathered(self, x: Float[Array, "m k"]) -> Float[Array, "t r k"]:
-        """Return the rows of x tile by tile, with zeros where a tile has no row.
+        """Return the rows of x tile by tile, with zeros in empty places.
 
         Args:
           x: the rows.
@@ -40,7 +41,7 @@ class RowTiles(NamedTuple):
         return x.at[self.rows].get(mode="fill", fill_value=0)
 
     def scattered(self, y: Float[Array, "t r n"]) -> Float[Array, "m n"]:
-        """Return the results of the rows in their order, with zeros for rows of no expert.
+        """Return the results in the order of the rows, with zeros for rows of no expert.
 
         Args:
           y: the results tile by tile.
@@ -50,7 +51,9 @@ class RowTiles(NamedTuple):
 
 
 def size(m: int, experts: int) -> int:
-    """Return the number of rows of a tile: a power of two near the mean number of rows.
+    """Return the number of rows of a tile, a power of two from 8 to 128.
+
+    Within this range, it is the mean number of rows of an expert, rounded up to a power of two.
 
     Args:
       m: number of rows.
@@ -64,7 +67,7 @@ def size(m: int, experts: int) -> int:
 
 
 def count(m: int, experts: int, rows: int) -> int:
-    """Return the maximum number of tiles, however the rows are divided.
+    """Return the largest number of tiles that any division of the rows can need.
 
     Args:
       m: number of rows.
@@ -78,12 +81,12 @@ def count(m: int, experts: int, rows: int) -> int:
 
 
 def cut(group_sizes: Int[Array, "e"], m: int, rows: int) -> RowTiles:
-    """Return the tiles of m rows of which the first group_sizes[0] belong to expert 0, and so on.
+    """Divide m rows into tiles; the first group_sizes[0] rows belong to expert 0, and so on.
 
-    Sizes below zero count as zero, and rows past the last are cut off.
+    Sizes below zero count as zero, and the part of the sizes that exceeds m is ignored.
 
     Args:
-      group_sizes: number of rows of each expert [e].
+      group_sizes: number of rows of each expert [e], integers.
       m: number of rows.
       rows: number of rows of a tile.
 
@@ -123,16 +126,16 @@ def one(stacks: tuple) -> list[jax.ShapeDtypeStruct | None]:
 
 
 def over(op: Callable[..., Array], x: Float[Array, "m k"], *arrays: Any, **static: Any) -> Array:
-    """Return the products of the rows of x with the matrix of their expert, tile by tile.
+    """Return the products of the rows of x with the matrices of their experts, tile by tile.
 
-    The words of one expert are decoded at a time. The backward pass decodes them again.
+    The words of one expert are decoded at a time, and decoded again in the backward pass.
 
     Args:
       op: the product with one matrix, a function of rows [m, k], the arrays of a matrix, and
         static arguments.
       x: rows sorted by expert [m, k].
-      *arrays: the arrays of `op` after x, with a leading axis of experts; then the number of rows
-        of each expert.
+      *arrays: the arrays of `op` after x, each with a leading axis of experts (None for absent
+        ones), followed by the number of rows of each expert.
       **static: the static arguments of `op`.
     Returns:
       float32 [m, n].

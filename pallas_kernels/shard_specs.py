@@ -1,4 +1,4 @@
-"""How the arrays of an op are split over a mesh axis, so that every shard is a weight itself."""
+"""How the arrays of an op are split over mesh axes, so that every shard is itself a weight."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from pallas_kernels.codecs import layout, lookup, trellis
 
 Axes = tuple[str, ...]  # names of mesh axes
 
-# What the first axis of each array of an op indexes: words of codes, groups, or nothing that rows
-# of the weight are split by. The last axis indexes columns, except of arrays that are "whole".
+# What the first axis of each array of an op indexes: words of codes, groups, or, for "all" and
+# "whole", nothing that a split of the weight's rows divides. The last axis indexes columns, except
+# in arrays that are "whole".
 ROWS = {
     "packed_matmul": ("words", "groups", "groups"),
     "ternary_matmul": ("words", "groups"),
@@ -43,8 +44,8 @@ def column_specs(op: str, size: int, axis: str, *arrays: Array | None) -> tuple[
         whole = a is None or a.shape[-1] == 1 or kind == "whole"
         if not whole and a.shape[-1] % size:
             raise ValueError(
-                f"{op}: the {a.shape[-1]} columns of an array {list(a.shape)} do not divide over "
-                f"{size} devices; split fewer ways, or another weight"
+                f"{op}: the {a.shape[-1]} columns of an array {list(a.shape)} cannot be divided "
+                f"evenly over {size} devices; split the weight over fewer devices, or along rows"
             )
         specs.append(P() if whole else P(None, axis))
     return tuple(specs)
@@ -71,7 +72,7 @@ def row_specs(
     if k % (unit * size):
         raise ValueError(
             f"{op}: k = {k} rows in {size} shards must be whole words and groups, multiples of "
-            f"{unit} rows each; split fewer ways, or along columns"
+            f"{unit} rows each; split the weight over fewer devices, or along columns"
         )
     splits = lambda a, kind: (
         a is not None and (kind == "words" or (kind == "groups" and a.shape[0] > 1))
@@ -86,6 +87,8 @@ def local_static(static: dict[str, Any], k: int, size: int) -> dict[str, Any]:
       static: the static arguments of the whole product.
       k: number of rows of the whole weight.
       size: number of shards.
+    Returns:
+      The static arguments of the product of one shard.
     """
     if static.get("group_size") == k:  # a single group of all rows
         return static | {"group_size": k // size}
@@ -105,8 +108,8 @@ def _unit(op: str, static: dict[str, Any], k: int) -> int:
         return k // len(static["rates"]) if len(static["rates"]) > 1 else trellis.SIDE
     if op == "dual_scale_matmul":
         raise ValueError(
-            "dual_scale_matmul: escapes hold the numbers of rows, so the weight cannot be split "
-            "along rows; split along columns"
+            "dual_scale_matmul: the weight cannot be split along rows, because its escapes hold "
+            "row numbers; split along columns"
         )
     if op == "e8p_matmul":
         return 8 * layout.unit(8)[0]  # a word of 8-bit residual codes covers this many octets
@@ -128,12 +131,14 @@ def ends(
     """Return the mesh axes that split the first and the last axis of each array of a weight.
 
     Args:
-      op: name of the op.
+      op: name of the op, a key of `ROWS`.
       mesh: the mesh.
       rows, columns: names of the mesh axes that split the rows and the columns of the weight.
-      *arrays: the arrays of the op after x.
+      *arrays: the arrays of the op after x, or their shapes; None for absent ones.
       k: number of rows of the weight.
       **static: the static arguments of the op.
+    Returns:
+      For each array, the axes that split its first axis and those that split its last axis.
     Raises:
       ValueError: a shard would not consist of whole words, whole groups or whole tiles.
     """
@@ -149,10 +154,10 @@ def ends(
 
 
 def spread(parts: tuple[Axes, Axes], ndim: int) -> list[Axes]:
-    """Return the mesh axes of every axis of an array, given those of the first and the last.
+    """Return the mesh axes that split each axis of an array, given those of its first and its last.
 
     Args:
-      parts: names of the mesh axes that split its first axis, and its last.
+      parts: names of the mesh axes that split the first axis, and of those that split the last.
       ndim: number of axes of the array.
 
     >>> spread((("data",), ("model",)), 3)
@@ -166,20 +171,23 @@ def spread(parts: tuple[Axes, Axes], ndim: int) -> list[Axes]:
 
 
 def size_of(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
-    """Return the number of devices along mesh axes.
+    """Return the number of devices along mesh axes: the product of their sizes.
 
     Args:
       mesh: the mesh.
-      axes: names of the axes.
+      axes: names of the axes; for no axes, the number is 1.
+
+    >>> size_of(AbstractMesh((2, 4), ("data", "model")), ("data", "model"))
+    8
     """
     return math.prod(mesh.shape[a] for a in axes)
 
 
 def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
-    """Return the names of the mesh axes that split each axis of an array, one tuple for each.
+    """Return, for each axis of an array, the tuple of the names of the mesh axes that split it.
 
     Args:
-      spec: the partition specification, which may have fewer parts than the array has axes.
+      spec: the partition specification; it may have fewer parts than the array has axes.
       ndim: number of axes of the array.
 
     >>> axes_of(P(None, "model"), 3)
@@ -190,7 +198,7 @@ def axes_of(spec: P, ndim: int) -> tuple[Axes, ...]:
 
 
 def spec_of(parts: Sequence[Axes]) -> P:
-    """Return the partition specification of such tuples; the inverse of `axes_of`.
+    """Return the partition specification for tuples of mesh axes; the inverse of `axes_of`.
 
     Args:
       parts: for each axis of an array, the names of the mesh axes that split it.

@@ -142,7 +142,7 @@ def frozen_product(
     if format.latent:
         return format.product(form, x, data, of_inputs)
     rounded = x if form is None else form.straight(x, of_inputs)
-    how = _How(format, form, x.shape[-1], rounded.dtype.name, partition.said())
+    how = _How(format, form, x.shape[-1], rounded.dtype.name, partition.in_force())
     fixed = jax.lax.stop_gradient((x, data, of_inputs))
     return _frozen(how, *partition.varied(rounded, *fixed))
 

@@ -39,7 +39,7 @@ class Requantized(Adapter):
         self, format: Any, form: Any, x: Float[Array, "m k"], data: Data, of_inputs: Data
     ) -> Float[Array, "m n"]:
         rounded = x if form is None else form.straight(x, of_inputs)
-        how = _How(self, format, form, partition.said())
+        how = _How(self, format, form, partition.in_force())
         return _product(how, *partition.varied(rounded, jax.lax.stop_gradient(x), data, of_inputs))
 
     def value(self, format: Any, data: Data, k: int) -> Float[Array, "k n"]:

@@ -1,23 +1,25 @@
-"""Experts that few tokens reached: their statistics are completed with those of all experts.
+"""Statistics of experts that few tokens reached, completed with those of all experts.
 
 A router sends few of the calibration tokens to some experts, and none to others. The second moment
-of a few tokens is that of a plane among k channels: error feedback takes directions for free that
-are not, but that no token showed. An expert with fewer than m = k / 2 tokens, r of them, is
-therefore given m - r average tokens of its layer:
+H of a few tokens has low rank: it does not constrain most directions of the k channels, so error
+feedback puts errors of any size into directions that no calibration token happened to have.
+Therefore, the statistics of an expert with r tokens, fewer than m = k / 2, are completed with those
+of m - r average tokens of its layer:
 
-    H = (r H_own + (m - r) H_all) / m      H_all: the mean over the tokens of all experts
+    H = (r H_own + (m - r) H_all) / m      H_own, H_all: means over its tokens, over all tokens
 
-With no tokens this is H_all, with m or more H_own. It is the shrinkage of a covariance toward a
-common one, with an intensity that falls linearly in the number of tokens. All other statistics are
-completed alike: magnitudes and bounds in the same proportion, and rows of other experts take the
-places that are free among the rows that are kept.
+Without tokens, this is H_all; with m or more, H is H_own. It is the shrinkage of a covariance
+toward a common one, with an intensity that falls linearly in the number of tokens. The other
+statistics are completed in the same way: magnitudes and bounds in the same proportion, and rows of
+other experts fill the free places among the stored sample rows.
 
-On Gaussian inputs of 256 channels, with spectra from flat to steep and experts from alike to
-unrelated, GPTQ at 3 bits then lost between 0.5 and 1.5 times what it loses with H_own. With m = k
-it was 0.5 to 2.1 times; with m = k / 4, 0.6 to 1.4 times, but only up to k / 4 tokens.
+On Gaussian inputs of 256 channels, with spectra from flat to steep and experts from similar to
+unrelated, the loss of GPTQ at 3 bits was 0.5 to 1.5 times its loss with H_own. With m = k, it was
+0.5 to 2.1 times as large; with m = k / 4, it was 0.6 to 1.4 times as large, but only experts with
+fewer than k / 4 tokens were completed.
 
 Source: MoEQuant (arXiv:2505.03804) names the problem, and chooses a calibration text that reaches
-all experts; here the text is the user's. Shrinkage: Ledoit and Wolf 2004.
+all experts; here, the user chooses the text. Shrinkage: Ledoit and Wolf 2004.
 """
 
 import math
@@ -35,10 +37,12 @@ from jaxquant.core.sites import Site
 class Pools(NamedTuple):
     """The statistics of all experts of every layer, which complete those of single experts.
 
+    A pool combines the experts of one layer.
+
     Attributes:
-      mean: sums over the tokens of all experts divided by their number; their bounds, some of their
-        rows, and their number. The leading axis is that of the pools.
-      of: the pool of every matrix of the stack.
+      mean: the statistics of each pool, with a leading axis of pools: sums over the tokens of all
+        its experts, divided by the number of tokens; bounds; sample rows; and the number of tokens.
+      of: index of the pool of every matrix of the stack, integers [N].
       least: number of tokens below which the statistics of an expert are completed.
     """
 
@@ -48,11 +52,11 @@ class Pools(NamedTuple):
 
     @staticmethod
     def from_sums(probe: Probe, site: Site) -> "Pools | None":
-        """Return the pools of a weight; None if it has no experts.
+        """Return the pools of a weight; None if the weight has no experts.
 
         Args:
           probe: statistics of the weight, with leading axes [*batch].
-          site: how it is used.
+          site: how the weight is used.
         """
         if not site.experts:
             return None
@@ -84,37 +88,39 @@ class Pools(NamedTuple):
         return Pools(mean, jnp.asarray(of), jnp.float32(_least(site)))
 
     def at(self, i: int | Array) -> Probe:
-        """Return the pool of a matrix.
+        """Return the statistics of the pool of a matrix.
 
         Args:
-          i: index of the matrix.
+          i: index of the matrix in the stack.
         """
         return jax.tree.map(lambda a: a[self.of[i]], self.mean)
 
     def only(self, i: int) -> "Pools":
-        """Return the pools of the stack that consists of one matrix.
+        """Return the pools for a stack that consists of one matrix of this stack.
 
         Args:
-          i: index of the matrix.
+          i: index of the matrix in this stack.
         """
         mean = jax.tree.map(lambda a: a[None], self.at(i))
         return Pools(mean, jnp.zeros(1, jnp.int32), self.least)
 
     def missing(self, i: int | Array, rows: Array) -> Float[Array, ""]:
-        """Return the number of average tokens that complete those of matrix i.
+        """Return the number of average tokens with which the statistics of matrix i are completed.
 
         Args:
-          i: index of the matrix.
-          rows: number of its own tokens.
+          i: index of the matrix in the stack.
+          rows: number of tokens of the matrix itself.
+        Returns:
+          The number, float32 []; 0 if the matrix has enough tokens or its pool has none.
         """
         return jnp.where(self.at(i).rows > 0, jnp.maximum(self.least - rows, 0), 0)
 
     def completed(self, own: Probe, i: int | Array) -> Probe:
-        """Return the statistics of matrix i, completed.
+        """Return the statistics of matrix i after completion.
 
         Args:
-          own: its own statistics, without leading axes.
-          i: its index.
+          own: the statistics of the matrix itself, without leading axes.
+          i: index of the matrix in the stack.
 
         >>> site = Site("w", (2, 4, 3), contracted=(1,), batch=(0,), experts=(0,))
         >>> sums = Probe(None, jnp.array([0.0, 4.0]), None, *[jnp.array([[0.0] * 4, [4] * 4])] * 3)

@@ -1,8 +1,8 @@
-"""The statistics of experts: `Observed` in `jax.lax.ragged_dot`.
+"""The statistics of experts: the rule for `Observed` in `jax.lax.ragged_dot`.
 
-Each matrix multiplies a group of the rows, which lie together. They are cut out of all rows with a
-window of one of a few sizes, twice the group at most, so that the summaries of all experts take
-about as long as one of all rows.
+Each matrix multiplies a group of consecutive rows. A window cuts the group out of all rows. Windows
+have one of a few sizes, at most twice the size of the group beyond the smallest, so the summaries
+of all experts together take about as long as one summary of all rows.
 """
 
 from collections.abc import Callable
@@ -56,13 +56,15 @@ def by_group(
     g: Float[Array, "m n"],
     sizes: Int[Array, " E"],
 ) -> PyTree:
-    """Return the summaries of groups of rows, stacked.
+    """Return the summaries of groups of rows, stacked along a leading axis.
 
     Args:
-      of: the summary of a matmul.
-      x: the rows, sorted by group.
-      g: the gradients at the outputs.
-      sizes: number of rows of every group.
+      of: function that summarizes what it sees of a matmul.
+      x: the rows, sorted by group [m, k], float32.
+      g: the gradients at the outputs [m, n], float32.
+      sizes: number of rows of every group [E].
+    Returns:
+      The tree that `of` returns, with a leading axis of E groups.
     """
 
     def of_group(window: _Window) -> PyTree:
@@ -78,17 +80,23 @@ def by_group(
 def product(
     x: Float[Array, "m k"], w: Float[Array, "E a b"], sizes: Int[Array, " E"], k: int, dtype: Any
 ) -> Float[Array, "m n"]:
-    """Return `ragged_dot` of rows and a stack, group by group.
+    """Return the `ragged_dot` of rows and a stack, computed group by group.
 
-    On a CPU, XLA multiplies all rows by the matrices of all groups, with zeros for the rows of the
-    others: E times the work, and E times the memory of the rows.
+    On a CPU, XLA would multiply all rows by the matrices of all groups, after it has replaced the
+    rows of other groups by zeros: E times the work, and E times the memory of the rows.
 
     Args:
-      x: the rows, sorted by group.
+      x: the rows, sorted by group [m, k].
       w: the stack [E, k, n], or [E, n, k].
-      sizes: number of rows of every group.
+      sizes: number of rows of every group [E].
       k: the axis of the stack that is summed over, 1 or 2.
-      dtype: dtype of the sums, None for that of the operands.
+      dtype: dtype of the sums and of the result; None for that of the operands.
+    Returns:
+      The products [m, n]; rows past the last group are zero.
+
+    >>> x, w = jnp.ones((3, 2)), jnp.array([[[1.0], [1.0]], [[2.0], [2.0]]])
+    >>> product(x, w, jnp.array([2, 1]), 1, None).ravel().tolist()
+    [2.0, 2.0, 4.0]
     """
     over = (((1,), (k - 1,)), ((), ()))
     dot = lambda a, b: jax.lax.dot_general(a, b, over, preferred_element_type=dtype)
@@ -109,24 +117,24 @@ def product(
 
 
 class _Window(NamedTuple):
-    """Consecutive rows among which all rows of a group are.
+    """Consecutive rows that include all rows of a group.
 
     Attributes:
-      start: the first one.
-      mine: whether each is of the group.
+      start: index of the first row of the window.
+      mine: for each row of the window, whether it belongs to the group.
     """
 
     start: Int[Array, ""]
     mine: Bool[Array, " size"]
 
     def cut(self, a: Float[Array, "m k"]) -> Float[Array, "size k"]:
-        """Return the rows, with zeros for those of other groups."""
+        """Return the rows of the window, with zeros in place of rows of other groups."""
         rows = jax.lax.dynamic_slice_in_dim(a, self.start, len(self.mine))
         return jnp.where(self.mine[:, None], rows, 0)
 
 
 def _windowed(m: int, first: Array, end: Array, of: Callable[[_Window], PyTree]) -> PyTree:
-    """Return `of` the smallest window that holds the rows from `first` to before `end`, of m."""
+    """Return `of` the smallest window that holds the rows `first`, ..., `end` - 1, of m rows."""
     sizes = [min(SMALLEST, m)]
     while sizes[-1] < m:
         sizes.append(min(2 * sizes[-1], m))
@@ -141,14 +149,14 @@ def _windowed(m: int, first: Array, end: Array, of: Callable[[_Window], PyTree])
 
 
 class _Form(NamedTuple):
-    """What is static of an observed product.
+    """The static properties of an observed product.
 
     Attributes:
-      dot: the product itself.
-      summary: what fills the probe.
+      dot: function that computes the product.
+      summary: function that computes the statistics for the probe.
       k: the axis of the stack that is summed over.
-      dtype: dtype of the sums, or None.
-      plain: whether the product is of rows [m, k] and a stack whose groups come first.
+      dtype: dtype of the sums, or None for that of the operands.
+      plain: whether the product is that of rows [m, k] and a stack whose first axis is the groups.
     """
 
     dot: Callable[..., Array]
@@ -165,7 +173,7 @@ class _Form(NamedTuple):
         return jax.lax.platform_dependent(x, w, sizes, cpu=by_hand, default=self.dot)
 
     def backward(self, x: Array, w: Array, sizes: Array, g: Array) -> Array:
-        """Return the gradient at x, given that at the product."""
+        """Return the gradient at x, given the gradient g at the product."""
 
         def default(x: Array, w: Array, sizes: Array, g: Array) -> Array:
             return jax.vjp(lambda x: self.dot(x, w, sizes), x)[1](g)[0]

@@ -1,4 +1,4 @@
-"""A traced `dot_general` described from the weight's side: contracted, batch and free axes."""
+"""A description of a traced `dot_general` by the weight's contracted, batch and free axes."""
 
 import dataclasses
 import math
@@ -11,13 +11,17 @@ from jaxtyping import Array
 
 
 def group_axis(numbers: Any, x_ndim: int, w_ndim: int) -> int | None:
-    """Return the axis of w whose matrices multiply a group of rows each in `jax.lax.ragged_dot`.
+    """Return the axis of w along which the groups of a `jax.lax.ragged_dot` lie.
 
     Args:
       numbers: the `ragged_dot_dimension_numbers`.
-      x_ndim, w_ndim: ranks.
+      x_ndim, w_ndim: the ranks of x and w.
     Returns:
-      The axis; None if the product is not of rows [m, k], or [k, m], and a stack of matrices.
+      The axis; None unless the product is that of rows [m, k], or [k, m], and a stack of matrices.
+
+    >>> numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+    >>> group_axis(numbers, 2, 3)
+    0
     """
     (contract, _), (batch, _) = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
@@ -30,13 +34,13 @@ def group_axis(numbers: Any, x_ndim: int, w_ndim: int) -> int | None:
 class Contraction:
     """The axes of x and of the weight w that a dot_general pairs.
 
-    In the methods, axis i of w is stored axis axes[i], and the first `leading` stored axes are
-    batch axes.
+    In the methods, axes[i] is the stored axis of axis i of w, and the first `leading` stored axes
+    are the leading axes of the stack of matrices.
 
     Attributes:
       contract: pairs (axis of x, axis of w) that are summed over.
-      batch: pairs (axis of x, axis of w) that are kept, in order.
-      x_ndim, w_ndim: ranks.
+      batch: pairs (axis of x, axis of w) that are batch axes of the product, in order.
+      x_ndim, w_ndim: the ranks of x and w.
       weight_left: whether w is the left operand, whose free axes come first in the output.
     """
 
@@ -48,7 +52,16 @@ class Contraction:
 
     @staticmethod
     def of(dimension_numbers: Any, x_ndim: int, w_ndim: int, *, weight_left: bool) -> "Contraction":
-        """Build it from the `dimension_numbers` of `jax.lax.dot_general`."""
+        """Return the description of a `jax.lax.dot_general`.
+
+        Args:
+          dimension_numbers: its dimension numbers.
+          x_ndim, w_ndim: the ranks of x and w.
+          weight_left: whether w is the left operand.
+
+        >>> Contraction.of((((1,), (0,)), ((), ())), 2, 2, weight_left=False).contract
+        ((1, 0),)
+        """
         contract, batch = (
             tuple(zip(r, l, strict=True) if weight_left else zip(l, r, strict=True))
             for l, r in dimension_numbers
@@ -56,20 +69,28 @@ class Contraction:
         return Contraction(contract, batch, x_ndim, w_ndim, weight_left)
 
     def contracted(self, axes: tuple[int, ...]) -> set[int]:
-        """Return the stored axes of w that are summed over."""
+        """Return the stored axes of w that are summed over.
+
+        Args:
+          axes: the stored axis of every axis of w.
+        """
         return {axes[w] for _, w in self.contract}
 
     def batched(self, axes: tuple[int, ...]) -> set[int]:
-        """Return the stored axes of w that are batch axes of the product."""
+        """Return the stored axes of w that are batch axes of the product.
+
+        Args:
+          axes: the stored axis of every axis of w.
+        """
         return {axes[w] for _, w in self.batch}
 
     def x_free(self) -> list[int]:
-        """Return the axes of x that go to the output."""
+        """Return the free axes of x: neither contracted nor batch axes."""
         used = {x for x, _ in (*self.contract, *self.batch)}
         return [a for a in range(self.x_ndim) if a not in used]
 
     def rows(self, x: Array, axes: tuple[int, ...], leading: int, contracted: set[int]) -> Array:
-        """Return x as [*leading axes of w paired with x, m, k], its free axes merged into m.
+        """Return x as [*leading axes of w paired with x, m, k], with its free axes merged into m.
 
         Args:
           x: the input of the dot_general.
@@ -87,15 +108,17 @@ class Contraction:
     def mapped(
         self, matmul: Callable[[Array, Any], Array], axes: tuple[int, ...], leading: int
     ) -> Callable[[Array, Any], Array]:
-        """Map `matmul([m, k], data of one matrix) -> [m, n]` over `rows` and the data of a stack.
+        """Map a product with one matrix over `rows` and the data of a stack of matrices.
 
-        Leading (batch) axes of w that the product keeps or sums over are mapped over together with
-        x; for those that are not paired with x, x is broadcast.
+        Leading axes of w that are paired with axes of x are mapped over together with x; along the
+        others, x is broadcast.
 
         Args:
-          matmul: the product with one matrix.
+          matmul: the product with one matrix: (x [m, k], data of the matrix) -> [m, n].
           axes: the stored axis of every axis of w.
           leading: number of leading stored axes.
+        Returns:
+          The mapped function: ([*paired, m, k], data with leading axes) -> [*leading, m, n].
         """
         paired = self.paired(axes, leading)
         for a in reversed(range(leading)):
@@ -124,19 +147,23 @@ class Contraction:
         """Arrange the result of the mapped matmul as the dot_general returns it.
 
         Args:
-          y: the result.
+          y: the result [*leading, m, n].
           x: the input of the dot_general.
           out_shape: sizes of the output axes of w.
           axes: the stored axis of every axis of w.
           leading: number of leading stored axes.
-          contracted: the stored axes summed over by the matmul.
+          contracted: the stored axes that the matmul sums over.
         """
         free = [x.shape[a] for a in self.x_free()]
         y = y.reshape(*y.shape[:leading], *free, *out_shape)
         return self._ordered(y, axes, leading, contracted)
 
     def output_labels(self, axes: tuple[int, ...]) -> list[tuple[str, int]]:
-        """Label each axis of the output: ("x", axis of x) or ("w", stored axis of w)."""
+        """Return a label for each axis of the output: ("x", axis of x) or ("w", stored axis of w).
+
+        Args:
+          axes: the stored axis of every axis of w.
+        """
         used = self.contracted(axes) | self.batched(axes)
         batch = [("w", axes[w]) for _, w in self.batch]
         w_free = [("w", a) for a in axes if a not in used]
@@ -144,7 +171,7 @@ class Contraction:
         return batch + (w_free + x_free if self.weight_left else x_free + w_free)
 
     def output_rows(self, g: Array, axes: tuple[int, ...], leading: int) -> Array:
-        """Return the output g as float32 rows [*leading axes of w, m, n], with m as in `rows`.
+        """Return g as float32 rows [*leading axes of w, m, n], where m is that of `rows`.
 
         Leading axes that are not in the output have size 1.
 

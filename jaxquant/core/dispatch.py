@@ -1,4 +1,4 @@
-"""Run functions on quantized parameters (`quantized`) and report how (`explain`)."""
+"""Run functions on quantized parameters (`quantized`), and report how they run (`explain`)."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from pallas_kernels import dispatch as table
 from pallas_kernels.cost.chips import CHIPS
 from pallas_kernels.lowering import devices_of
 
-OPTIONS = "jaxquant_options"  # attribute of functions that `quantized` returns, for `explain`
+OPTIONS = "jaxquant_options"  # attribute of the functions that `quantized` returns, for `explain`
 
 
 def quantized(
@@ -34,9 +34,8 @@ def quantized(
 
     A stand-in is an object that takes the place of an array leaf.
 
-    Calls are dispatched on JAX primitives (by quax): a matmul or look-up that meets a `QTensor`
-    works from its packed codes, and a primitive without a rule dequantizes it first (see
-    `explain`).
+    Calls are dispatched on JAX primitives (by quax): a matmul or look-up of a `QTensor` reads its
+    packed codes, and a primitive without a rule dequantizes the `QTensor` first (see `explain`).
 
     The result composes with `jax.jit`, `jax.grad` and `jax.vmap` inside and outside; derivatives
     taken outside must be reverse-mode (`jax.grad`, `jax.vjp`). It composes with `jax.shard_map`
@@ -44,38 +43,40 @@ def quantized(
     whole groups (weights that share a scale) and whole words (integers, mostly int32, that each
     hold several packed codes).
 
-    Kernels are used in programs for a single device, however many the machine has, and inside
-    `shard_map`. The compiler cannot partition a kernel, so in a program for
-    several devices every product runs in a `shard_map` of its own. How its arrays are split is
-    known where the axes of the mesh are Explicit (the default of `jax.make_mesh`). Where they are
-    Auto, pass `shardings`; without them, a jitted function of the weights runs the reference
-    implementations in plain JAX.
+    Kernels run in programs for a single device, even on a machine with several, and inside
+    `shard_map`. The compiler cannot partition a kernel, so in a program for several devices every
+    product runs in its own `shard_map`. For this, it has to know how its arrays are split. If the
+    axes of the mesh are Explicit (the default of `jax.make_mesh`), the types of the arrays state
+    it. If they are Auto, pass `shardings`; without them, a jitted function of the weights runs the
+    reference implementations in plain JAX.
 
     Outside a function wrapped by `quantized`, a stand-in is not an array, and code that uses it as
     one raises TypeError. So you must also wrap functions that take a model and call it, as in
     `jq.quantized(nnx.tabulate)(model, x)`.
 
     Args:
-      fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX. What `quantized`
-        returned keeps its options, except those that are given again: so functions such as
-        `jaxquant.qat`, which apply `quantized` to their argument, also take
+      fn: any function of parameter trees and arrays: Flax, Equinox, plain JAX. If `quantized`
+        returned it, it keeps its options, except those that are given again. Functions such as
+        `jaxquant.qat`, which apply `quantized` to their argument, therefore also accept
         `quantized(fn, shardings=...)`.
-      kernels: "auto" (default) uses the kernels of the platform the program is lowered for, where
-        they support the matmul; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses that
-        backend's kernels only, and a matmul that they do not support is a ValueError.
-      shardings: how the first argument is split over a mesh with Auto axes, as
-        `jaxquant.distributed.sharding` returns it. Default: as the weights lie, which is known
-        unless they are arguments of a function under `jax.jit`.
-      data_axes: names of the axes of that mesh that split the rows (tokens) of the inputs. A weight
-        that is split over one of them too is all-gathered for its product, in packed form. Default:
-        the axes that split no weight.
+      kernels: "auto" (default) uses the kernels of the platform for which the program is lowered,
+        where they support the matmul; "reference" uses plain JAX only; "cpu", "tpu" or "cuda" uses
+        that backend's kernels only, and raises ValueError for a matmul that they do not support.
+      shardings: how the first argument is split over a mesh with Auto axes: a tree like the first
+        argument with a `NamedSharding` in place of every array, as `jaxquant.distributed.sharding`
+        returns it. Default (None): the shardings of the arrays themselves, which are known unless
+        the weights are arguments of a function under `jax.jit`.
+      data_axes: a sequence of the names of those axes of that mesh that split the rows (tokens) of
+        the inputs. If one of them also splits a weight, the weight is all-gathered for its product,
+        in packed form. Default (None): the axes that split no weight.
 
     Returns:
-      A function of the same arguments.
+      A function of the same arguments as `fn`.
 
     Raises:
-      ValueError: `shardings` is not a tree like the first argument, or the mesh lacks `data_axes`,
-        or is not that in force; all of these when the function is called.
+      ValueError: an argument has the wrong type. When the function is called: `shardings` is not a
+        tree like the first argument; the mesh lacks one of `data_axes`; or another mesh is in force
+        (`jax.set_mesh`).
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> w = jq.quantize_array(jnp.eye(4), jq.rtn(bits=8, group_size=-1))
@@ -105,7 +106,7 @@ def quantized(
 
 
 class _Options(NamedTuple):
-    """The options of a function that `quantized` returned, `call`."""
+    """The options of `call`, a function that `quantized` returned."""
 
     call: Callable[..., PyTree]
     kernels: str
@@ -114,7 +115,7 @@ class _Options(NamedTuple):
 
 
 def _options(fn: Callable[..., PyTree]) -> _Options | None:
-    """Return the options if `quantized` returned fn; wrappers, such as `jax.grad`'s, copy them."""
+    """Return the options of `fn` if `quantized` returned it; None for wrappers that copied them."""
     found = getattr(fn, OPTIONS, None)
     return found if found is not None and found.call is fn else None
 
@@ -159,25 +160,32 @@ def explain(
 ) -> Explanation:
     """Report which kernel or rule handles each use of a quantized weight in `fn(params, *args)`.
 
-    The function is only traced: nothing is computed. Values that are not arrays (a flag, say) are
-    passed on unchanged.
+    The function is only traced; nothing is computed. Values that are not arrays (such as a flag)
+    are passed on unchanged.
 
     Args:
-      fn: the function, as given to `quantized`, or what that returned.
+      fn: the function that would be passed to `quantized`, or the function that `quantized`
+        returned, whose options are then considered.
       params: tree with `QTensor` leaves, or the same tree with `jax.ShapeDtypeStruct`s in place of
         the arrays (`jax.eval_shape`).
-      *args, **kwargs: the other arguments; arrays or `jax.ShapeDtypeStruct`. If one of them, or a
-        weight, is sharded over several devices, the report is for a program that the compiler
-        partitions.
+      *args, **kwargs: the other arguments: arrays, `jax.ShapeDtypeStruct`s or other values. If an
+        argument or a weight is sharded over several devices, the report is for a program that the
+        compiler partitions.
       platform: the platform whose kernels are considered: "cpu", "tpu", "cuda", or "rocm" (which
-        has none); the name of a chip ("v5e", "h100", ...) selects its platform, since all chips of
+        has none). The name of a chip ("v5e", "h100", ...) selects its platform, since all chips of
         a platform have the same kernels. Default: the platform of this machine.
 
     Returns:
-      An `Explanation`; print it for a table.
+      An `Explanation`; `print` shows it as a table.
 
     Raises:
-      ValueError: `platform` is unknown.
+      ValueError: `platform` is unknown, or as for the function that `quantized` returns.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> w = jq.quantize_array(jnp.eye(4), jq.rtn(bits=8, group_size=-1))
+    >>> found = explain(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((2, 4)))
+    >>> [(use.path, use.primitive, use.rule) for use in found.uses]
+    [('w', 'dot_general', 'packed matmul')]
     """
     check_arguments(explain, locals())
     platform = _platform(platform)
@@ -201,12 +209,12 @@ def explain(
 
 
 def _untyped(a: Any) -> Any:
-    """Return the shape of an array without its sharding, as a function over Auto axes has it."""
+    """Return the shape of an array without its sharding, as in a traced function on Auto axes."""
     return jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, jax.Array) else a
 
 
 def _platform(name: str | None) -> str | None:
-    """Return the platform of this name, or that of the chip of this name."""
+    """Return the platform of this name, or the platform of the chip of this name."""
     if name is None or name in (*table.BACKENDS, "rocm"):
         return name
     if name.lower() in CHIPS:
@@ -219,7 +227,7 @@ def _platform(name: str | None) -> str | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Log:
-    """The uses found so far. Hashed by identity, so that every `explain` traces afresh."""
+    """The uses found so far. It is hashed by identity, so that every `explain` traces anew."""
 
     uses: list
 

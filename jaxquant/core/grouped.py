@@ -1,9 +1,9 @@
-"""The rule for `jax.lax.ragged_dot` of tokens with a stack of packed weights: mixtures of experts.
+"""The rule for `jax.lax.ragged_dot` of tokens and a stack of packed weights: mixtures of experts.
 
-Rows of the left operand are sorted by expert, and each meets the matrix of its expert. Where the
-format has an op, one grouped product reads the words of the experts that have rows. Everything else
-that belongs to an expert (transforms, static scales of activations) is applied to tiles of rows of
-a single expert.
+The rows of the left operand are sorted by expert, and each is multiplied by the matrix of its
+expert. If the format has an op, one grouped product reads the words of the experts that have rows.
+Whatever else belongs to an expert (transforms, static scales of activations) is applied to tiles of
+rows, each of which belongs to a single expert.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ Sizes = Int32[Array, "e"]
 
 @quax.register(ragged_dot_general_p)
 def _product(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
-    """Compute the traced ragged_dot of x and w, from packed codes where the layout allows."""
+    """Compute the traced ragged_dot of x and w, from packed codes if the layout allows it."""
     if is_standin(x):
         x = x.materialise()
     dimensions = params["ragged_dot_dimension_numbers"]
@@ -65,8 +65,8 @@ def _product(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     with kernels.listening() as heard, partition.placed(_placement(w, form)):
         y = by_experts(product, rows, group_sizes.astype(jnp.int32), w.arrays, parts)
     rounds = [] if form is None else [form.describe()]
-    told = dict.fromkeys(filter(None, [w.format.kernel(), how, *rounds, *heard]))
-    note(layout.rule.replace("matmul", "grouped matmul"), "; ".join(told))
+    reasons = dict.fromkeys(filter(None, [w.format.kernel(), how, *rounds, *heard]))
+    note(layout.rule.replace("matmul", "grouped matmul"), "; ".join(reasons))
     y = y.reshape(len(rows), *(w.outputs if layout.forward else w.view.k))
     kept = [a for a in w.axes() if a != 0 and a not in layout.contracted]
     y = jnp.transpose(y, (0, *(1 + sorted(kept).index(a) for a in kept)))
@@ -88,9 +88,9 @@ def _layout(w: QTensor, c: Contraction, dimensions: Any) -> _Layout | None:
 def _of_group(
     w: QTensor, form: Activations | None, forward: bool
 ) -> tuple[Callable[[Rows, Sizes, Arrays], Array], str]:
-    """Return the product of rows with the matrices of their experts, and how it is computed.
+    """Return a function that multiplies rows by the matrices of their experts, and a description.
 
-    With `forward` False it is the product with the transposed matrices.
+    If `forward` is False, the function multiplies by the transposed matrices.
     """
     one_by_one = "one tile of rows after the other"
     if not forward:
@@ -105,17 +105,18 @@ def _of_group(
 def _is_direct(w: QTensor, form: Activations | None) -> bool:
     """Return whether one grouped product of the stored matrices can compute the product.
 
-    Zero points and static scales of x belong to an expert, and so do the sums they need.
+    It cannot if x has static scales or 8-bit zero points: these, and the sums that zero points
+    require, differ between experts.
     """
     by_token = form is None or not (form.static or (form.bits == 8 and not form.symmetric))
     return bool(w.format.storage) and not w.format.latent and by_token
 
 
 def _placement(w: QTensor, form: Activations | None) -> partition.Placement | None:
-    """Return how the matrices of experts are split, except where what meets them is whole.
+    """Return how the matrices of experts are split, without the splits that have to be undone.
 
-    Rows of a matrix whose input is transformed or rounded belong together, and so do columns of one
-    whose output is transformed.
+    A transform or rounding of the input needs all rows of a matrix, and a transform of the output
+    needs all columns.
     """
     if w.placement is None:
         return None
@@ -140,7 +141,7 @@ def _whole(
     y = leave(_grouped(w, "", rows, sizes, of, activations=kernel_form))
     if w.output is not None:
         y = _by_tile(partial(w.output.transposed, n=math.prod(w.view.n)), y, sizes, of.output)
-    # A row of no expert may be anything, and so may its scale.
+    # A row that belongs to no expert may hold any values, and so may its scale.
     return jnp.where(jnp.arange(len(y))[:, None] < jnp.sum(sizes), y, 0)
 
 

@@ -1,6 +1,6 @@
-"""What the processes of one distributed program (hosts) do together.
+"""Operations that the processes (hosts) of a distributed program carry out together.
 
-With a single process, everything here is what that process does alone.
+In a program of a single process, each of them is the corresponding operation of that process.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 T = TypeVar("T")
-PIECE = 1 << 28  # bytes that are broadcast at a time
+PIECE = 1 << 28  # bytes of one broadcast
 
 
 def several() -> bool:
-    """Return whether this process is one of several."""
+    """Return whether the program runs in more than one process."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Return whether this process is the one that writes for all."""
+    """Return whether this process is host 0, which writes files for all."""
     return jax.process_index() == 0
 
 
 def on_host(a: Any) -> np.ndarray:
-    """Return a whole array as NumPy, also where this process holds only a part of it.
+    """Return a whole array as a NumPy array, even if this process holds only a part of it.
 
     All processes must call it.
 
     Args:
-      a: the array.
+      a: the array, of any shape and dtype.
     """
     if isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(a, tiled=True))
@@ -45,7 +45,7 @@ def on_host(a: Any) -> np.ndarray:
 
 
 def whole(tree: PyTree) -> PyTree:
-    """Return a tree with whole arrays: as it is in a single process, else with those of `on_host`.
+    """Return a tree whose arrays are whole: unchanged in a single process, else of `on_host`.
 
     All processes must call it.
 
@@ -56,42 +56,44 @@ def whole(tree: PyTree) -> PyTree:
 
 
 def first(fn: Callable[[], T]) -> T:
-    """Return what `fn` returns on the first process; it runs there only.
+    """Run `fn` on host 0 only, and return its result on every host.
 
     All processes must call it.
 
     Args:
       fn: function that returns a JSON value.
     Raises:
-      Exception: what `fn` raised, on the first process; on the others a ValueError if that was
-        one, else an OSError.
+      Exception: on host 0, whatever `fn` raised. The other hosts raise ValueError if that was a
+        ValueError, and otherwise OSError.
     """
     if not several():
         return fn()
-    said: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     failed: BaseException | None = None
     if is_first():
         try:
-            said = {"value": fn()}
+            result = {"value": fn()}
         except Exception as error:
-            said, failed = {"error": isinstance(error, ValueError), "text": str(error)}, error
-    said = json.loads(_broadcast(json.dumps(said).encode()))
+            result, failed = {"error": isinstance(error, ValueError), "text": str(error)}, error
+    result = json.loads(_broadcast(json.dumps(result).encode()))
     if failed is not None:
         raise failed
-    if "error" in said:
-        kind = ValueError if said["error"] else OSError
-        raise kind(f"on the first host: {said['text']}")
-    return said["value"]
+    if "error" in result:
+        kind = ValueError if result["error"] else OSError
+        raise kind(f"on the first host: {result['text']}")
+    return result["value"]
 
 
 def everywhere(fn: Callable[[], None]) -> None:
-    """Run `fn` on every process, and raise on all of them where it failed on one.
+    """Run `fn` on every process, and raise an error on all of them if it fails on any.
+
+    All processes must call it.
 
     Args:
-      fn: the function, in which the processes may wait for each other.
+      fn: the function; the processes may wait for each other in it.
     Raises:
-      Exception: what `fn` raised on this process.
-      OSError: it failed on other processes only.
+      Exception: whatever `fn` raised on this process.
+      OSError: `fn` failed on other processes only.
     """
     failed: Exception | None = None
     try:
@@ -101,17 +103,19 @@ def everywhere(fn: Callable[[], None]) -> None:
     if several():
         every = multihost_utils.process_allgather(np.int32(failed is not None)).reshape(-1)
         if failed is None and every.any():
-            raise OSError(f"host {int(np.argmax(every))} failed; see its error")
+            raise OSError(f"host {int(np.argmax(every))} failed; see the error in its output")
     if failed is not None:
         raise failed
 
 
 @contextlib.contextmanager
 def led(path: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Enter a context on the first process only, and yield its path on all of them.
+    """Enter a context manager on host 0 only, and yield its path on all hosts.
+
+    All processes must call it.
 
     Args:
-      path: the context.
+      path: the context manager; only that of host 0 is entered.
     """
     if not several():
         with path as found:
@@ -122,10 +126,16 @@ def led(path: AbstractContextManager[Path]) -> Iterator[Path]:
 
 
 def arrays(of: Callable[[], Mapping[str, Any] | None]) -> dict[str, np.ndarray] | None:
-    """Return the arrays, or None, that `of` returns on the first process; it runs there only.
+    """Run `of` on host 0 only, and return its arrays on every host.
+
+    All processes must call it.
 
     Args:
-      of: function that returns arrays by name, or None.
+      of: function that returns a mapping from names to arrays, or None.
+    Returns:
+      A dict of NumPy arrays, or None if `of` returned None.
+    Raises:
+      Exception: as in `first`.
     """
     found: dict[str, np.ndarray] | None = None
 
@@ -137,12 +147,12 @@ def arrays(of: Callable[[], Mapping[str, Any] | None]) -> dict[str, np.ndarray] 
         found = {name: np.asarray(a) for name, a in given.items()}
         return {name: [list(a.shape), a.dtype.name] for name, a in found.items()}
 
-    said = first(outline)
-    if said is None:
+    described = first(outline)
+    if described is None:
         return None
     data = b"" if found is None else b"".join(a.tobytes() for a in found.values())
     data, out, at = _broadcast(data), {}, 0
-    for name, (shape, dtype) in said.items():
+    for name, (shape, dtype) in described.items():
         count = int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
         out[name] = np.frombuffer(data[at : at + count], jnp.dtype(dtype)).reshape(shape)
         at += count
@@ -152,8 +162,12 @@ def arrays(of: Callable[[], Mapping[str, Any] | None]) -> dict[str, np.ndarray] 
 def agree(**values: Any) -> None:
     """Raise ValueError on every process unless all processes pass equal values.
 
+    All processes must call it.
+
     Args:
-      **values: what must be equal, by name; compared by `repr`.
+      **values: the values that must be equal, by name. They are compared by `repr`.
+    Raises:
+      ValueError: a value differs between hosts; the message names it and the hosts.
     """
     if not several():
         return
@@ -165,15 +179,15 @@ def agree(**values: Any) -> None:
         if differs:
             raise ValueError(
                 f"{name} differs between hosts: that of host {', '.join(map(str, differs))} is not "
-                "that of host 0; run the same command on all of them"
+                "that of host 0; run the same command on all hosts"
             )
 
 
 def wait(name: str) -> None:
-    """Return once all processes have called it.
+    """Wait until all processes have called this function with the same name.
 
     Args:
-      name: what is waited for.
+      name: name of the point in the program at which the processes wait for each other.
     """
     if several():
         multihost_utils.sync_global_devices(name)
@@ -182,7 +196,7 @@ def wait(name: str) -> None:
 def _broadcast(data: bytes) -> bytes:
     """Return the bytes that the first process passed."""
     send = lambda a: np.asarray(multihost_utils.broadcast_one_to_all(a))
-    # As bytes, because JAX cuts integers to 32 bits.
+    # The size travels as bytes, because JAX truncates integers to 32 bits.
     size = int.from_bytes(send(np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)), "little")
     mine = np.frombuffer(data, np.uint8)
     parts = []

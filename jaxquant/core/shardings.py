@@ -1,4 +1,4 @@
-"""How the packed arrays of a weight are split over a mesh, where the weight itself is split so."""
+"""The shardings of the packed arrays of a weight, from the sharding of the weight itself."""
 
 import contextlib
 import dataclasses
@@ -22,19 +22,19 @@ Names = tuple[str, ...]
 
 
 def packed_sharding(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> QTensor:
-    """Return the shardings of the arrays of a packed weight, as `jax.device_put` takes them.
+    """Return the shardings of the arrays of a packed weight, as `jax.device_put` accepts them.
 
     Args:
       w: the weight; its arrays may be `jax.ShapeDtypeStruct`s.
-      mesh: the mesh.
-      spec: the mesh axes over which the axes of the weight are split, as for the floating-point
-        weight. Axes that are merged with others into rows or columns are split at the first of
-        them only.
+      mesh: the mesh; it may be an `AbstractMesh`.
+      spec: the mesh axes that split each axis of the floating-point weight. Where several axes of
+        the weight are merged into rows or columns, only the first of them may be split.
     Returns:
       A `QTensor` with `NamedSharding`s in place of arrays.
     Raises:
-      ValueError: `spec` has more parts than the weight has axes, or splits it where no shard would
-        consist of whole words, groups or tiles of codes.
+      ValueError: `spec` has more parts than the weight has axes; it splits an axis whose length the
+        devices do not divide; or a shard would not consist of whole words, groups or tiles of
+        codes.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> mesh = jax.make_mesh((1,), ("model",))
@@ -54,14 +54,19 @@ def packed_sharding(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> QTensor:
 
 
 def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | None) -> PyTree:
-    """Return a tree whose weights know how they are split over a mesh with Auto axes.
+    """Return a tree whose weights record how they are split over a mesh with Auto axes.
 
     Args:
       tree: tree of stand-ins and arrays.
-      shardings: the same tree with `NamedSharding`s in place of arrays; None takes the shardings
-        that arrays have, those of traced arrays excepted, which have none on Auto axes.
-      data_axes: names of the mesh axes that split the inputs' rows (tokens); None for those that
-        split no weight.
+      shardings: the same tree with `NamedSharding`s in place of arrays. None reads the shardings of
+        the arrays themselves; traced arrays are skipped, since they have none on Auto axes.
+      data_axes: names of the mesh axes that split the rows (tokens) of the inputs. None selects the
+        axes that split no weight.
+    Returns:
+      The tree; weights that are not split are unchanged.
+    Raises:
+      ValueError: `shardings` is not a tree like `tree` with a `NamedSharding` for every array; the
+        mesh lacks one of `data_axes`; or `jax.vmap` maps over an axis that is split.
     """
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_standin)
     given = leaves
@@ -69,8 +74,9 @@ def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | 
         given, other = jax.tree.flatten(shardings, is_leaf=is_standin)
         if bool(other != structure):  # type: ignore[operator]
             raise ValueError(
-                "shardings: the tree must be that of the first argument, as "
-                "jq.distributed.sharding returns it"
+                "shardings: the tree must be that of the first argument, with a NamedSharding in "
+                "place of every array, but its structure differs; pass what "
+                "jq.distributed.sharding returns for that argument"
             )
     found = [_placement(w, of) for w, of in zip(leaves, given, strict=True)]
     known = [p for p in found if p is not None]
@@ -80,7 +86,10 @@ def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | 
         names = placement.mesh.axis_names
         tokens = [name for name in names if name not in used] if data_axes is None else data_axes
         if unknown := [name for name in tokens if name not in names]:
-            raise ValueError(f"data_axes: the mesh has no axes {unknown}; it has {list(names)}")
+            raise ValueError(
+                f"data_axes: the mesh has no axes {unknown}; use some of its axes, which are "
+                f"{list(names)}"
+            )
         return dataclasses.replace(
             w, placement=dataclasses.replace(placement, tokens=tuple(tokens))
         )
@@ -92,7 +101,7 @@ def with_placements(tree: PyTree, shardings: PyTree, data_axes: Sequence[str] | 
 
 
 def without_placements(tree: PyTree) -> PyTree:
-    """Return a tree whose weights know nothing of meshes; the inverse of `with_placements`.
+    """Return a tree whose weights record no placement; the inverse of `with_placements`.
 
     Args:
       tree: any tree.
@@ -103,11 +112,12 @@ def without_placements(tree: PyTree) -> PyTree:
 
 
 def _placement(w: Any, of: Any) -> Placement | None:
-    """Return how a weight is split according to the sharding of its codes; None if it is not."""
+    """Return how a weight is split, according to the sharding of its codes; None if it is not."""
     if of is not w and jax_private.quax_value(w) is not w and isinstance(of, QTensor):
         raise ValueError(
-            "shardings: where functions that `quantized` returned call each other, give them to "
-            "the outermost"
+            "shardings: where functions that `quantized` returned call each other, only the "
+            "outermost may have shardings, but an inner one was given some; give them to the "
+            "outermost"
         )
     if not (isinstance(w, QTensor) and isinstance(of, QTensor)):
         return None
@@ -116,7 +126,10 @@ def _placement(w: Any, of: Any) -> Placement | None:
         return None
     found: Any = codes if isinstance(codes, NamedSharding) else getattr(codes, "sharding", None)
     if of is not w and not isinstance(found, NamedSharding):
-        raise ValueError(f"shardings: expected a NamedSharding of every array, got {found!r}")
+        raise ValueError(
+            f"shardings: expected a NamedSharding in place of every array, got {found!r}; pass "
+            "what jq.distributed.sharding returns"
+        )
     mesh = getattr(found, "mesh", None)
     if not isinstance(mesh, Mesh | AbstractMesh) or mesh.size == 1:
         return None
@@ -126,23 +139,23 @@ def _placement(w: Any, of: Any) -> Placement | None:
     mapped = max(0, len(found.spec) - ndim)  # axes over which jax.vmap maps
     if any(found.spec[:mapped]):
         raise ValueError(
-            f"{w!r} is a part of a stack that is split over {found.spec[:mapped]}, over which "
-            "jax.vmap maps; use shard_map, or a product with the whole stack"
+            f"{w!r}: jax.vmap maps over an axis of the stack that is split over the mesh axes "
+            f"{found.spec[:mapped]}; use shard_map, or multiply by the whole stack"
         )
     parts = axes_of(P(*found.spec[mapped:]), ndim)
     return Placement(mesh, parts[leading], parts[-1], (), parts[:leading])
 
 
 def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
-    """Return a tree whose arrays lie on meshes with Auto axes, and the mesh that had Explicit ones.
+    """Move the arrays of a tree from meshes with Explicit axes to the same meshes with Auto axes.
 
-    Nothing is copied. Programs over Explicit axes have to say how everything in them is split;
-    over Auto axes the compiler finds out.
+    Nothing is copied. A program over Explicit axes has to state how each of its values is split;
+    over Auto axes the compiler decides.
 
     Args:
       tree: any tree.
     Returns:
-      The tree, and the mesh, or None if no array lies on a mesh with Explicit axes.
+      The tree on Auto axes, and the first mesh with Explicit axes, or None if no array was on one.
     """
     found: list[Mesh] = []
 
@@ -161,10 +174,10 @@ def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
 
 @contextlib.contextmanager
 def auto_axes_in_force(mesh: Mesh | None) -> Iterator[None]:
-    """Within the block, give the mesh in force (`jax.set_mesh`) Auto axes for Explicit ones.
+    """Within the block, give the mesh in force (`jax.set_mesh`) Auto axes instead of Explicit ones.
 
     Args:
-      mesh: the mesh that `on_auto_axes` found; None changes nothing.
+      mesh: the mesh that `on_auto_axes` returned; None changes nothing.
     """
     if mesh is None or not is_explicit(jax.sharding.get_mesh()):
         yield
@@ -174,10 +187,10 @@ def auto_axes_in_force(mesh: Mesh | None) -> Iterator[None]:
 
 
 def is_explicit(mesh: Any) -> bool:
-    """Return whether a mesh has Explicit axes; anything else has not.
+    """Return whether an object is a mesh with at least one Explicit axis.
 
     Args:
-      mesh: the mesh.
+      mesh: any object.
     """
     return isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
 
@@ -185,7 +198,10 @@ def is_explicit(mesh: Any) -> bool:
 def _parts(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> tuple[list[Names], Names, Names]:
     """Return the mesh axes of each leading axis, of the rows and of the columns of a weight."""
     if len(spec) > w.ndim:
-        raise ValueError(f"{spec} has {len(spec)} parts, but the weight has {w.ndim} axes")
+        raise ValueError(
+            f"{spec} has {len(spec)} parts, but the weight has {w.ndim} axes; give at most one "
+            "part for each axis"
+        )
     stored: list[Names] = [()] * w.ndim
     for axis, part in zip(w.axes(), axes_of(spec, w.ndim), strict=True):
         stored[axis] = part
@@ -194,14 +210,14 @@ def _parts(w: QTensor, mesh: Mesh | AbstractMesh, spec: P) -> tuple[list[Names],
     inner = [*stored[leading + 1 : n], *stored[n + 1 :]]
     if any(inner):
         raise ValueError(
-            f"{spec} splits an axis of {list(w.shape)} that is not the first of those merged into "
-            f"rows or columns; split the first one, or none"
+            f"{spec} splits an axis of a weight {list(w.shape)} that is merged with others into "
+            "rows or columns and is not the first of them; split the first one, or none"
         )
     for length, names in ((w.view.k[0], stored[leading]), (w.view.n[0], stored[n])):
         if length % size_of(mesh, names):
             raise ValueError(
                 f"an axis of length {length} cannot be split over the {size_of(mesh, names)} "
-                f"devices of {list(names)}; change the mesh, or leave it whole"
+                f"devices of {list(names)}; change the mesh, or leave the axis whole"
             )
     return stored[:leading], stored[leading], stored[n]
 
@@ -211,31 +227,37 @@ def _check_stack(w: QTensor, mesh: Mesh | AbstractMesh, leading: list[Names]) ->
         if length % size_of(mesh, names):
             raise ValueError(
                 f"{w!r}: a stack of {length} matrices cannot be split over the "
-                f"{size_of(mesh, names)} devices of {list(names)}"
+                f"{size_of(mesh, names)} devices of {list(names)}; change the mesh, or leave the "
+                "axis whole"
             )
 
 
 def splits(
     w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
 ) -> dict[str, tuple[Names, Names]]:
-    """Return the mesh axes over which the first and the last axis of each array are split.
+    """Return the mesh axes that split the first and the last axis of each array of a weight.
 
-    Arrays of the kernel's op are split as `shard_specs` says. Others, such as those that a weight
-    in training has, are split along axes that are as long as those of the matrix. Arrays of
-    transforms and of activation formats are not split.
+    `shard_specs` determines how the arrays of the kernel's op are split. Other arrays, such as
+    those of a weight in training, are split along the axes whose lengths equal those of the matrix.
+    Arrays of transforms and of activation formats are not split.
 
     Args:
       w: the weight.
       mesh: the mesh.
       rows, columns: names of the mesh axes that split the rows and the columns of each matrix.
     Returns:
-      The axes by the name of the array; arrays that are not in it are whole.
+      For each name of an array, the axes of its first and of its last axis; arrays that are missing
+      from the dict are whole.
     Raises:
-      ValueError: a shard would not consist of whole words, groups or tiles of codes.
+      ValueError: the format supports no split of a matrix, or a shard would not consist of whole
+        words, groups or tiles of codes.
     """
     known = _of_op(w, mesh, rows, columns)
     if known is None and not w.format.latent and (rows or columns):
-        raise ValueError(f"weights of the format {w.format} cannot be split; split the stack")
+        raise ValueError(
+            f"matrices of the format {w.format} cannot be split along rows or columns; split the "
+            "leading axes of the stack, or leave the weight whole"
+        )
     own = lambda a: a.shape[w.leading() :]
     found = dict(known or {})
     firsts = {w.stored_rows: rows}
@@ -260,14 +282,15 @@ def _check_divides(
         if length % size_of(mesh, names):
             raise ValueError(
                 f"{name} {list(shape)} of {w!r} cannot be split over the {size_of(mesh, names)} "
-                f"devices of {list(names)}, which do not divide {length}"
+                f"devices of {list(names)}, which do not divide {length}; change the mesh, or "
+                "leave the axis whole"
             )
 
 
 def _of_op(
     w: QTensor, mesh: Mesh | AbstractMesh, rows: Names, columns: Names
 ) -> dict[str, tuple[Names, Names]] | None:
-    """Return what `splits` does for the arrays of the kernel's op; None if there is no op."""
+    """Return the result of `splits` for the arrays of the kernel's op; None if there is no op."""
     format: Any = w.format
     while hasattr(format, "adapter"):  # a frozen matrix, which its own format's op multiplies
         if format.adapter.floating:
@@ -290,7 +313,7 @@ def _of_op(
     given = jax.eval_shape(arguments, {name: own(a) for name, a in w.data.items()})
     parts = shard_specs.ends(op, mesh, rows, columns, *given, k=k, **static)
     found = {name: part for name, part in zip(named, parts, strict=True) if name is not None}
-    # What an argument is computed from, as scales that are stored in codes are, is split as it is.
+    # An array from which an argument is computed, such as scales stored as codes, is split like it.
     shapes = {a.shape: part for a, part in zip(given, parts, strict=True) if a is not None}
     for name, a in w.data.items():
         if name not in found and own(a).shape in shapes:

@@ -1,4 +1,4 @@
-"""Models over several devices and several hosts, on JAX's own distributed engine."""
+"""Models on several devices and several hosts, built on JAX's own distributed runtime."""
 
 from jaxquant.distributed.hosts import HostLost, folder, joined
 from jaxquant.distributed.shardings import sharding

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read off its text."""
+"""The collectives of a compiled program, parsed from its HLO text."""
 
 import math
 import re
@@ -29,14 +29,14 @@ _DEVICES = re.compile(r"\b(?:replica_count|num_partitions)=(\d+)")
 
 
 class Collective(NamedTuple):
-    """An operation between devices.
+    """A collective operation of a program.
 
     Attributes:
       kind: one of `KINDS`.
-      dtype: name of the dtype in XLA's text, such as "s32".
-      shape: shape of the result on a device.
-      group: number of devices that take part together.
-      times: how often it runs in one run of the program.
+      dtype: the dtype as HLO text spells it, such as "s32".
+      shape: shape of the result on one device.
+      group: number of devices in each group that takes part.
+      times: how often the operation runs in one run of the program.
     """
 
     kind: str
@@ -47,12 +47,12 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of the result on a device, of all times together."""
+        """Bytes of the result on one device, summed over all its runs."""
         return self.times * math.prod(self.shape) * width(self.dtype)
 
     @property
     def received(self) -> float:
-        """Bytes that a device receives from others at least, of all times together."""
+        """Least number of bytes that one device receives from others, summed over all its runs."""
         others = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * others, "reduce-scatter": self.group - 1}
         factor |= {"all-gather": others, "all-to-all": others}
@@ -62,16 +62,19 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Return the collectives of a compiled program.
 
-    The pieces in which the compiler has one run, between other things, share a channel and the name
-    of the operation that they come from, and count as one. One in the body of a loop runs as often
-    as the compiler knows the loop to, or else as the constant in the loop's condition says; of a
-    conditional, all branches count.
+    If the compiler splits a collective into pieces, to overlap it with computation, the pieces
+    share a channel and the name of the operation that they come from, and they count as one
+    collective. A collective in the body of a loop runs once per trip; the number of trips is the
+    one that the compiler recorded or, without it, the largest constant in the loop's condition.
+    The collectives of all branches of a conditional are counted.
 
     Args:
-      text: the program, as `jax.stages.Compiled.as_text` returns it.
+      text: the HLO text of the program, as `jax.stages.Compiled.as_text` returns it.
+    Returns:
+      One `Collective` for each result of each collective operation.
     Raises:
-      ValueError: the text says in an unknown way which devices take part, or not how often a loop
-        runs that has collectives.
+      ValueError: the text gives the participating devices in an unknown form, or the number of
+        trips of a loop that contains collectives is not known.
 
     >>> line = "%g = s32[8,4]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3}}"
     >>> (one,) = collectives("ENTRY %main (p: s32[4,4]) -> s32[8,4] {\\n  " + line + "\\n}")
@@ -95,10 +98,10 @@ def collectives(text: str) -> list[Collective]:
 
 
 def width(dtype: str) -> int:
-    """Return the number of bytes of a number, by the name of its dtype in XLA's text.
+    """Return the number of bytes that one element of a dtype takes; fractions count as 1.
 
     Args:
-      dtype: the name.
+      dtype: the dtype as HLO text spells it.
 
     >>> width("bf16"), width("pred"), width("f8e4m3fn"), width("s4")
     (2, 1, 1, 1)
@@ -108,7 +111,7 @@ def width(dtype: str) -> int:
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name of every computation, that of the entry being "", and its lines."""
+    """Yield the name and the lines of every computation; the name of the entry is ""."""
     name: str | None = None
     lines: list[str] = []
     for line in text.splitlines():
@@ -122,16 +125,16 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _devices(text: str) -> int:
-    """Return the number of devices of a program; 0 if the text does not say it."""
+    """Return the number of devices of a program; 0 if the text does not state it."""
     module = _MODULE.search(text)
     counts = _DEVICES.findall(module[0]) if module else ()
     return math.prod(map(int, counts)) if counts else 0
 
 
 def _times(lines: Mapping[str, list[str]]) -> dict[str, float]:
-    """Return how often every computation runs. One is written before those that call it.
+    """Return how often every computation runs; NaN where the trips of a loop are not known.
 
-    It is not a number where the text does not say how often a loop runs.
+    The text lists every computation before those that call it.
     """
     times: dict[str, float] = {**dict.fromkeys(lines, 0), "": 1}
     for name in reversed(list(lines)):
@@ -156,18 +159,20 @@ def _of_line(line: str, times: float, devices: int) -> Iterator[Collective]:
         return
     if math.isnan(times):
         raise ValueError(
-            "the program must say how often its loops run, but it does not of the one around "
-            f"{line.strip()[:300]!r}"
+            "the text must say how often its loops run, but the number of trips of the loop around "
+            f"this collective is not known: {line.strip()[:300]!r}; pass the text of a program "
+            "whose loops have constant lengths, such as jax.lax.scan"
         )
     for dtype, shape in _results(match):
         yield Collective(match[2], dtype, shape, _group(line, devices), int(times))
 
 
 def _results(match: re.Match[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of the results of a collective, without what else a start returns.
+    """Return the dtype and shape of each result of a collective.
 
-    The start of an all-gather returns what goes in, and what comes out; that of a permutation two
-    counters more. The start of an all-reduce returns its results.
+    An asynchronous start may return more than the results. The start of an all-gather returns its
+    operands, then its results; that of a collective-permute also returns two counters. The start of
+    an all-reduce returns only its results.
     """
     arrays = [(d, tuple(int(n) for n in s.split(",") if n)) for d, s in _ARRAY.findall(match[1])]
     if not match[3] or match[2] == "all-reduce":
@@ -178,7 +183,7 @@ def _results(match: re.Match[str]) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _group(line: str, devices: int) -> int:
-    """Return the number of devices in a group, in any of the ways that XLA writes them."""
+    """Return the number of devices in a group, from any of the forms in which XLA writes groups."""
     listed, counted, named = (pattern.search(line) for pattern in _GROUPS)
     if listed is not None:
         return listed[1].count(",") + 1
@@ -192,4 +197,8 @@ def _group(line: str, devices: int) -> int:
         return 2
     if "replica_groups={}" in line and devices:
         return devices
-    raise ValueError(f"unknown groups of devices in {line.strip()[:300]!r}")
+    raise ValueError(
+        "expected replica_groups or source_target_pairs in a known form, got unknown groups of "
+        f"devices in {line.strip()[:300]!r}; this version of XLA may write them in a new form: "
+        "report it with this message"
+    )

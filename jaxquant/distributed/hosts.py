@@ -1,4 +1,4 @@
-"""A program over several hosts, on `jax.distributed`."""
+"""Programs that run on several hosts, built on `jax.distributed`."""
 
 import atexit
 import contextlib
@@ -18,10 +18,10 @@ from jaxquant.core import hosts
 from jaxquant.core.arguments import check_arguments
 from jaxquant.durable.store import Folder
 
-LOST = 70  # exit status of a host that ends because another one did
+LOST = 70  # exit status of a host that ends because another host was lost
 SIGABRT = 6
 LINGER = 2.0  # seconds
-# What messages of collectives have in common that failed because of another host.
+# Texts by which to recognize the error of a collective that failed because of another host.
 GONE = ("Gloo", "Connection closed", "Connection reset", "coordination service", "UNAVAILABLE")
 
 
@@ -33,24 +33,34 @@ class HostLost(RuntimeError):
 def joined(
     coordinator: str, count: int, index: int, *, wait: int = 60, patience: int = 20
 ) -> Iterator[None]:
-    """Make this process one of several hosts of a program, within a `with` block.
+    """Connect this process to the other hosts of a program, within a `with` block.
 
-    The other processes run the same program with their own `index`. Inside the block,
-    `jax.devices()` are those of all of them. If a host ends before the others have left the block,
-    or leaves it with an error, they end too: with `HostLost` where they were computing together,
-    and otherwise with exit status 70 and the same message on stderr. After an error in the block a
-    process can do nothing more with JAX but end.
+    Every host runs the same program with its own `index`, and must enter the block before its first
+    use of JAX's devices. Inside the block, `jax.devices()` lists the devices of all hosts.
+
+    If a host ends before the others have left the block, or leaves the block with an error, the
+    others end too. A host that was computing together with the lost one raises `HostLost`; any
+    other host writes the same message to stderr and ends with exit status 70. After an error in the
+    block, a process cannot use JAX any more and can only end. Its exit status is then 70 for
+    `HostLost` and 1 for any other error, and `atexit` handlers registered earlier do not run.
 
     Args:
-      coordinator: "address:port" of host 0, which must be free there.
-      count: number of hosts, 1 or more. With 1 nothing is joined.
-      index: number of this host, from 0.
-      wait: seconds in which all hosts must have arrived, 1 or more. Default: 60.
-      patience: seconds after which a host that no longer answers counts as lost, 10 or more.
-        Default: 20.
+      coordinator: "address:port" of host 0. The port must be free on host 0, and the other hosts
+        must be able to reach it.
+      count: number of hosts, 1 or more. With 1, the block runs in this process alone.
+      index: number of this host, from 0 to count - 1.
+      wait: seconds within which all hosts must start, 1 or more. Default: 60.
+      patience: seconds without an answer after which a host counts as lost, 10 or more. Default:
+        20.
+    Yields:
+      None.
     Raises:
       ValueError: an argument is out of range.
-      HostLost: host 0 did not answer in time, or a host has ended.
+      HostLost: not all hosts started in time, or another host was lost.
+
+    >>> with joined("127.0.0.1:8476", count=1, index=0):
+    ...     jax.process_count()
+    1
     """
     check_arguments(joined, locals())
     _check(coordinator, count, index, wait, patience)
@@ -61,8 +71,8 @@ def joined(
     if index:
         _reach(coordinator, me, wait)
     late = (
-        f"{me}: not all hosts arrived at {coordinator} within {wait} s; start all of them, or wait "
-        "longer"
+        f"{me}: not all hosts arrived at {coordinator} within {wait} s; start all of them within "
+        "this time, or pass a larger wait"
     )
     with _explained(late):
         try:
@@ -72,8 +82,11 @@ def joined(
             )  # fmt: skip
         except RuntimeError as error:
             raise HostLost(f"{late} ({str(error).splitlines()[0]})") from error
-    lost = f"{me}: another host has ended or cannot be reached; run the same command again on all"
-    with _explained(f"{lost} (unless this process was aborted for a reason that is given above)"):
+    lost = (
+        f"{me}: another host has ended or cannot be reached; run the same command again on all "
+        "hosts"
+    )
+    with _explained(f"{lost} (unless a message above gives another reason for the abort)"):
         try:
             yield
             hosts.wait("the end")
@@ -87,10 +100,12 @@ def joined(
 
 
 class Shared(MutableMapping):
-    """A store of finished work that one host keeps for all; see `jaxquant.quantize`.
+    """A mapping of finished work that host 0 stores for all hosts; see `folder`.
+
+    All hosts must make the same calls in the same order.
 
     Args:
-      inner: the store, on the first host; None on the others.
+      inner: the mapping that stores the work, on host 0; None on the others.
     """
 
     def __init__(self, inner: MutableMapping[str, Mapping[str, Any]] | None) -> None:
@@ -127,13 +142,30 @@ class Shared(MutableMapping):
 
 @contextlib.contextmanager
 def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]:
-    """Open a store of finished work, on disk, which all hosts can use.
+    """Open a folder of finished work on host 0 as a mapping for all hosts, within a `with` block.
+
+    Pass the mapping as `finished=` to `jaxquant.calibrate`, `quantize`, `heal` or `qat`. A repeated
+    run then resumes after the last finished entry. Entries that were stored with other values of
+    `run` are deleted. In a program of a single process, the mapping is a
+    `jaxquant.durable.store.Folder`. Otherwise, all hosts must call `folder`, and must use the
+    mapping in the same order; only host 0 reads and writes files.
 
     Args:
-      path: the folder, on the first host.
-      run: JSON values that determine the results; see `jaxquant.durable.store.Folder`.
+      path: the folder on host 0, which is created if it is missing.
+      run: JSON values that determine the results, such as the bits per weight; they must be equal
+        on all hosts.
+    Yields:
+      A mutable mapping from names to dicts of arrays.
     Raises:
-      ValueError: the folder is in use or holds another run.
+      ValueError: another process uses the folder; its files were not made by jaxquant; or `run`
+        differs between hosts.
+      OSError: the folder cannot be created or read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as path, folder(path, {"bits": 4}) as finished:
+    ...     finished["w"] = {"codes": np.arange(3)}
+    ...     list(finished)
+    ['w']
     """
     if not hosts.several():
         with Folder(path, run) as store:
@@ -151,12 +183,12 @@ def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]
 
 
 def _leave(status: int, linger: float) -> None:
-    """End this process without waiting for the others, as JAX would.
+    """End this process without waiting for the other hosts, for which JAX would wait.
 
     Args:
       status: exit status.
-      linger: seconds in which the others can report an error of their own, which host 0 gives them:
-        they are aborted when it ends.
+      linger: seconds to wait before the end. The other hosts are aborted when host 0 ends, so host
+        0 gives them this time to report errors of their own.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -167,9 +199,16 @@ def _leave(status: int, linger: float) -> None:
 def _check(coordinator: str, count: int, index: int, wait: int, patience: int) -> None:
     _, colon, port = coordinator.rpartition(":")
     if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f'coordinator must be "address:port", got {coordinator!r}')
-    if count < 1 or not 0 <= index < count:
-        raise ValueError(f"index must be in [0, {count}), the number of hosts, got {index}")
+        raise ValueError(
+            'coordinator must be "address:port" of host 0, such as "10.0.0.1:8476", with a port '
+            f"from 1 to 65535, got {coordinator!r}"
+        )
+    if count < 1:
+        raise ValueError(f"count must be the number of hosts, at least 1, got {count}")
+    if not 0 <= index < count:
+        raise ValueError(
+            f"index must be from 0 to {count - 1}, since count is {count}, got {index}"
+        )
     if wait < 1 or patience < 10:
         raise ValueError(
             f"wait must be at least 1 and patience at least 10 seconds, got {wait} and {patience}"
@@ -177,7 +216,7 @@ def _check(coordinator: str, count: int, index: int, wait: int, patience: int) -
 
 
 def _reach(coordinator: str, me: str, wait: int) -> None:
-    """Return once host 0 answers; HostLost if it does not in time."""
+    """Wait until host 0 answers; raise HostLost if it does not answer in time."""
     address, _, port = coordinator.rpartition(":")
     until = time.monotonic() + wait
     while True:
@@ -188,17 +227,17 @@ def _reach(coordinator: str, me: str, wait: int) -> None:
             if time.monotonic() > until:
                 raise HostLost(
                     f"{me}: host 0 did not answer at {coordinator} within {wait} s ({error}); "
-                    "start it, or correct the address"
+                    "start host 0, or correct the address"
                 ) from error
             time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def _explained(message: str) -> Iterator[None]:
-    """Within the block, let a process that JAX aborts say why, and end with status `LOST`.
+    """Within the block, print `message` if JAX aborts this process, and end with status `LOST`.
 
-    JAX's coordination service aborts a process, from a thread of its own, when another one is lost.
-    No exception of Python can be raised then.
+    JAX's coordination service aborts a process from one of its own threads when another process is
+    lost. No Python exception can be raised at that point.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)

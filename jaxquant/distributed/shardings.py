@@ -1,4 +1,4 @@
-"""How the arrays of a quantized tree are split over a mesh, from the float model's logical axes."""
+"""The shardings of a quantized tree, from the logical axes of the floating-point model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,26 +19,28 @@ Rules = Iterable[tuple[str, str | tuple[str, ...] | None]]
 
 
 def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyTree) -> PyTree:
-    """Return how the arrays of a quantized tree are split over a mesh.
+    """Return the shardings of the arrays of a quantized tree over a mesh.
 
-    The result can be passed to `jax.device_put`, to `jax.jit` and, for a mesh with Auto axes, to
+    Pass the result to `jax.device_put`, to `jax.jit` and, for a mesh with Auto axes, to
     `jaxquant.quantized`.
 
     Args:
       qparams: tree of `QTensor`s and arrays; the arrays may be `jax.ShapeDtypeStruct`s.
-      mesh: the mesh; an `AbstractMesh` for a plan, whose devices need not exist.
-      rules: pairs of the name of a logical axis and the mesh axis, or axes, that split it; None
-        leaves it whole. The first rule of a name applies whose mesh axes no earlier axis of the
-        same weight has, as in Flax. An axis whose name has no rule is whole.
-      axes: tree of the names of the logical axes of every leaf, those of a `QTensor` as for the
-        floating-point weight: a tuple with a name or None for each axis, or a `PartitionSpec`, as
-        Flax linen's get_partition_spec returns them. None leaves a weight whole. A flat dict from
-        paths, such as "layers/attn/q/kernel", is accepted too.
+      mesh: the mesh. It may be an `AbstractMesh`, whose devices need not exist, for planning.
+      rules: pairs (name of a logical axis, mesh axis or tuple of mesh axes that split it), or a
+        mapping of the same. None as the mesh axis leaves the logical axis whole. If a name has
+        several rules, the first one applies whose mesh axes do not split an earlier axis of the
+        same weight already, as in Flax. A logical axis without a rule is whole.
+      axes: tree with the logical axes of every leaf: a tuple with a name or None for each axis, or
+        a `PartitionSpec` of names, as Flax linen's get_partition_spec returns. Those of a `QTensor`
+        are the axes of the floating-point weight. None leaves a weight whole. A flat dict whose
+        keys are paths, such as "layers/attn/q/kernel", is accepted too.
     Returns:
       The tree with `NamedSharding`s in place of arrays.
     Raises:
-      ValueError: a weight has no names, or more than axes; the mesh lacks an axis; or a shard would
-        not consist of whole words, groups or tiles of codes.
+      ValueError: `axes` lacks a leaf, or has more names than a leaf has axes; the mesh lacks an
+        axis that a rule names; or a shard would not consist of whole words (integers that each
+        hold several codes), groups (weights that share a scale) or tiles of codes.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> q = jq.quantize({"up": jnp.ones((64, 32)), "norm": jnp.ones(64)}, jq.rtn(bits=4))
@@ -54,8 +56,9 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
     leaves = dict(path_leaves(qparams))
     if missing := [path for path in leaves if path not in named]:
         raise ValueError(
-            f"axes: no names for {missing[:3]}{' and others' * (len(missing) > 3)}; give the "
-            "logical axes of every leaf, or None for one that is not split"
+            f"axes: expected the logical axes of every leaf, got no names for {missing[:3]}"
+            f"{' and others' * (len(missing) > 3)}; add a tuple of names, or None for a leaf that "
+            "is not split"
         )
     found = {
         path: _leaf(path, w, mesh, _spec(path, w, named[path], ruled)) for path, w in leaves.items()
@@ -64,15 +67,15 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
 
 
 def _checked(rules: Rules, mesh: Mesh | AbstractMesh) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the rules with tuples of mesh axes; ValueError if the mesh lacks one of them."""
+    """Return the rules with tuples of mesh axes; raise ValueError if the mesh lacks one of them."""
     found = []
     for rule in rules.items() if isinstance(rules, Mapping) else rules:
         name, parts = rule
         split = () if parts is None else (parts,) if isinstance(parts, str) else tuple(parts)
         if unknown := [axis for axis in split if axis not in mesh.axis_names]:
             raise ValueError(
-                f"rules: {name!r} is split over {unknown}, which the mesh lacks; its axes are "
-                f"{list(mesh.axis_names)}"
+                f"rules: {name!r} is split over {unknown}, which the mesh lacks; use some of its "
+                f"axes, which are {list(mesh.axis_names)}, or None"
             )
         found.append((name, split))
     return found
@@ -89,7 +92,10 @@ def _spec(path: str, w: Any, names: Names, rules: list[tuple[str, tuple[str, ...
     """Return the mesh axes that split each axis of a leaf."""
     names = () if names is None else tuple(names)
     if len(names) > len(w.shape):
-        raise ValueError(f"axes: {path} has {len(w.shape)} axes, but {len(names)} names: {names}")
+        raise ValueError(
+            f"axes: {path} has {len(w.shape)} axes, but {len(names)} names: {names}; give at most "
+            "one name for each axis"
+        )
     taken: set[str] = set()
     parts: list[tuple[str, ...]] = []
     for name in names:
@@ -101,7 +107,7 @@ def _spec(path: str, w: Any, names: Names, rules: list[tuple[str, tuple[str, ...
 
 
 def _leaf(path: str, w: Any, mesh: Mesh | AbstractMesh, spec: P) -> Any:
-    """Return the shardings of a leaf; ValueError, with its path, if it cannot be split so."""
+    """Return the shardings of a leaf; raise ValueError, with its path, if they are not possible."""
     if isinstance(w, QTensor):
         try:
             return packed_sharding(w, mesh, spec)

@@ -201,7 +201,7 @@ class Latent(Format):
             rounded = x.astype(jnp.float32) if form is None else form.straight(x, of_inputs)
         fixed = jax.lax.stop_gradient((x, self.packed(data), of_inputs))
         args = partition.varied(rounded, self.value(data), *fixed)
-        return watched(_product((self.format, form, partition.said()), *args))
+        return watched(_product((self.format, form, partition.in_force()), *args))
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
@@ -216,7 +216,7 @@ class Latent(Format):
         packed = jax.lax.stop_gradient(self.packed(data))
         x = x.astype(jnp.float32)
         args = partition.varied(x, self.value(data), packed)
-        return _product_transposed((self.format, k, partition.said()), *args)
+        return _product_transposed((self.format, k, partition.in_force()), *args)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         return self.value(data)[:, ids]

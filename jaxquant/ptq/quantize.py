@@ -75,9 +75,9 @@ def quantize(
         planned method as recipe. Default: 0.
     Returns:
       The tree, with `QTensor` leaves for the quantized weights and the other leaves unchanged. A
-      weight that lies on a mesh gives one that does, split as the weight is. Where that would break
-      groups, words or tiles of codes it lies as the compiler chose; on Explicit axes, this is a
-      ValueError.
+      weight that is on a mesh gives a quantized weight on the same mesh, split in the same way. If
+      that would break groups, words or tiles of codes, the compiler chooses the sharding; on
+      Explicit axes, this raises ValueError instead.
     Raises:
       ValueError: the recipe does not fit the tree, weights or statistics are not finite, a method
         needs statistics that are missing, or the result for a matrix is not finite. The recipe is

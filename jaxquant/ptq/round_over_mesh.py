@@ -1,4 +1,4 @@
-"""Rounding of a stack that is split over a mesh: each device rounds its own layers or experts."""
+"""Rounding of a stack that is split over a mesh: each device rounds the matrices that it holds."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,10 +24,10 @@ class Split(NamedTuple):
 
     Attributes:
       mesh: the mesh.
-      axes: names of the mesh axes that split it.
-      parts: number of parts.
-      batch: lengths of the leading axes.
-      axis: the leading axis that is split.
+      axes: names of the mesh axes that split the leading axis `axis`.
+      parts: number of equal parts into which they split it.
+      batch: lengths of all leading axes of the stack.
+      axis: index of the leading axis that is split.
     """
 
     mesh: Mesh
@@ -43,27 +43,38 @@ class Split(NamedTuple):
 
     @property
     def whole(self) -> P:
-        """Partition specification of an array with the leading axes of the stack."""
+        """Partition specification of an array that has the leading axes of the stack."""
         return P(*(None,) * self.axis, self.axes)
 
     @property
     def each(self) -> P:
-        """Partition specification of an array with a leading axis over the parts."""
+        """Partition specification of an array whose leading axis runs over the parts."""
         return P(self.axes)
 
     def indices(self, i: int) -> list[int]:
-        """Return the indices, among all matrices, of matrix i of every part."""
+        """Return the index, among all matrices of the stack, of matrix i of every part.
+
+        Args:
+          i: index of a matrix within each part.
+
+        >>> mesh = jax.make_mesh((1,), ("x",))
+        >>> Split(mesh, ("x",), 2, (3, 4), 1).indices(1)
+        [1, 3]
+        """
         place, length = np.unravel_index(i, self.own), self.own[self.axis]
         move = lambda part: (at + part * length * (a == self.axis) for a, at in enumerate(place))
         return [int(np.ravel_multi_index([*move(p)], self.batch)) for p in range(self.parts)]
 
 
 def split_of(w: Any, entry: WeightEntry) -> Split | None:
-    """Return how the matrices of a leaf are split over a mesh by one leading axis, or None.
+    """Return how the matrices of a leaf are split over a mesh along one leading axis.
 
     Args:
       w: the leaf.
-      entry: the plan's entry for it.
+      entry: the plan's entry for the leaf.
+    Returns:
+      The split; None if the leaf is traced, is not on a mesh, or is not split along exactly one
+      leading axis.
     """
     place = None if isinstance(w, jax.core.Tracer) else getattr(w, "sharding", None)
     *batch, _, _ = entry.matrix
@@ -79,11 +90,13 @@ def split_of(w: Any, entry: WeightEntry) -> Split | None:
 
 
 def together(trees: Sequence[Any], split: Split) -> Any:
-    """Return trees of whole arrays, one for each part, stacked and split as the matrices are.
+    """Stack one tree of whole arrays per part, and split the result as the matrices are split.
 
     Args:
-      trees: the trees.
+      trees: the trees, one for each part, of equal structure and shapes.
       split: how the matrices are split.
+    Returns:
+      The tree of arrays with a leading axis over the parts.
     """
     place = NamedSharding(split.mesh, split.each)
     return jax.tree.map(lambda *a: jax.device_put(jnp.stack(a), place), *trees)
@@ -93,15 +106,17 @@ def together(trees: Sequence[Any], split: Split) -> Any:
 def round_each(
     matrices: Array, sums: Sums, i: Array, keys: Keys, method: Method, known: Any, split: Split
 ) -> tuple[Arrays, Report, Bool[Array, " parts"]]:
-    """Return `round_matrix` of matrix i of every part, with a leading axis over the parts.
+    """Round matrix i of every part, each on the devices that hold it.
 
     Args:
       matrices: the matrices [N, k, n].
-      sums: their second moments, with flattened batch axes.
-      i: index of the matrix within each part.
+      sums: their second moments, with flattened leading axes [N, ...].
+      i: index of the matrix within each part, an integer.
       keys, known: as in `round_matrix`, with a leading axis over the parts.
       method: as in `round_matrix`.
       split: how the matrices are split.
+    Returns:
+      What `round_matrix` returns, with a leading axis over the parts.
     """
 
     def local(matrices: Array, sums: Sums, pools: Any, i: Array, keys: Keys, known: Any) -> Any:
@@ -115,7 +130,7 @@ def round_each(
 
     apart = lambda a: a.reshape(*split.batch, *a.shape[1:])
     pools, of_pools = sums.pools, None
-    if pools is not None:  # that of every matrix is split as the matrices are; the pools are not
+    if pools is not None:  # the index of every matrix's pool is split like the matrices
         pools = pools._replace(of=apart(pools.of))
         of_pools = jax.tree.map(lambda _: P(), pools)._replace(of=split.whole)
     mapped: Any = jax.shard_map(
@@ -128,11 +143,13 @@ def round_each(
 
 @partial(jax.jit, static_argnums=0)
 def interleaved(split: Split, *groups: Arrays) -> Arrays:
-    """Return the arrays of all matrices, from those of matrix 0, 1, ... of every part.
+    """Return the arrays of all matrices, given those of matrix 0, 1, ... of every part.
 
     Args:
       split: how the matrices are split.
-      *groups: arrays with a leading axis over the parts.
+      *groups: for each index within a part, the arrays with a leading axis over the parts.
+    Returns:
+      The arrays with the leading axes of the stack.
     """
 
     def one(*a: Array) -> Array:

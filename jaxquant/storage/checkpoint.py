@@ -33,7 +33,7 @@ from jaxquant.storage.leaves import described, rebuilt, shardings_of, stored_nam
 from jaxquant.storage.parts import PARTS, Parts, check_parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
-# Dtypes that TensorStore does not know, and those that hold their values.
+# Dtypes that TensorStore does not support, and the dtypes in which their values are stored.
 STORED_AS = {
     "int1": "int8", "uint1": "uint8", "uint2": "uint8", "uint4": "uint8", "float8_e4m3": "float16",
 }  # fmt: skip
@@ -41,14 +41,14 @@ WIDE = ("int64", "uint64", "float64", "complex128")
 
 
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
-    """Return the resolved path if a checkpoint may be written there.
+    """Return the resolved path of a directory if a checkpoint may be written there.
 
     Args:
-      directory: where to write.
-      overwrite: whether an existing checkpoint may be replaced.
+      directory: the directory to write.
+      overwrite: whether an existing checkpoint may be replaced. Default: False.
     Raises:
-      ValueError: it exists, is not an empty directory, and `overwrite` is off; it contains anything
-        but a checkpoint; or its parent is not a writable directory.
+      ValueError: the directory is not empty and `overwrite` is False; it contains anything but a
+        checkpoint; it is a file; or its parent is not a writable directory.
     """
     path = Path(directory).resolve()  # follow symbolic links
     restore(path)
@@ -82,15 +82,15 @@ def save(
 ) -> None:
     """Write a tree of arrays and `QTensor`s atomically.
 
-    If the process is killed, the directory holds either what it held before or the new checkpoint;
-    the next `save` to the same place removes leftover temporary files.
+    If the process is killed, the directory holds either its previous contents or the new
+    checkpoint; the next `save` to the same directory removes leftover temporary files.
 
-    In a program of several processes (`jax.distributed`), all of them call `save` with the same
-    arguments; each writes its own shards, to a file system that they share.
+    In a program of several processes (`jax.distributed`), all of them must call `save` with the
+    same arguments. Each process writes its own shards, to a file system that all of them share.
 
     Args:
-      directory: created if missing. It may exist only if it is empty or, with `overwrite`, if it is
-        a checkpoint.
+      directory: the directory to write, which is created if it is missing. It may exist only if it
+        is empty or, with `overwrite`, if it is a checkpoint.
       tree: any JAX pytree: parameters, a Flax NNX `State`, an Equinox module, a whole training
         state. For an NNX model, pass `nnx.state(model)`, which holds each shared `Variable` only
         once (`nnx.split(model)` works too). Leaves are arrays of any numeric dtype, random keys,
@@ -99,18 +99,20 @@ def save(
       recipe: the recipe that made the tree, to store with it; `storage.stored_recipe` reads it.
       metadata: JSON values to store with it (a model's configuration, its tokenizer);
         `storage.stored_metadata` reads them.
-      overwrite: whether to replace an existing checkpoint.
-      parts: {name: directories} of entries of the tree, a dict, that are stored in parts, because
-        they need not fit in memory: each directory is a checkpoint of equally many consecutive
-        layers; its leaves are arrays with the layers as their leading axis, and `QTensor`s of such.
-        `load` joins them along that axis, and raises ValueError if they do not fit. The files
-        of the parts are shared with the new checkpoint (hard links) where the file system can, and
-        copied elsewhere. Default: none.
+      overwrite: whether to replace an existing checkpoint. Default: False.
+      parts: {name: directories} for further entries of `tree`, which must then be a dict, that were
+        saved a few layers at a time, because they may not fit in memory. Each directory is a
+        checkpoint of the same number of consecutive layers; its leaves are arrays whose leading
+        axis is that of the layers, or `QTensor`s of such arrays. `load` joins them along that axis,
+        and raises ValueError if they do not match. The new checkpoint shares the files of the parts
+        by hard links, or copies them if the file system does not support these. Default: none.
     Raises:
-      ValueError: the directory exists and may not be replaced (it may have been written by another
-        process in the meantime); its parent is not a writable directory; the tree has no leaves, or
-        a leaf or a key that cannot be stored; or the metadata is not JSON.
-      OSError: the disk is full or not writable; nothing is left behind.
+      ValueError: the directory exists and may not be replaced (another process may have written it
+        in the meantime); its parent is not a writable directory; the tree has no leaves, or it has
+        a leaf or a key that cannot be stored; the metadata is not JSON; `parts` is not as described
+        above; or the arguments differ between processes.
+      OSError: the disk is full or not writable, or the processes do not share it; no incomplete
+        checkpoint remains.
 
     >>> import tempfile, jaxquant as jq
     >>> params = jq.quantize({"w": jnp.eye(64), "b": jnp.zeros(64)}, jq.rtn(bits=4))
@@ -156,17 +158,17 @@ def _flatten(tree: PyTree) -> tuple[Any, list[Json], dict[str, Array]]:
     outline, leaves = outlined(tree)
     if not leaves:
         raise ValueError("the tree holds no leaves; there is nothing to save")
-    said: list[Json] = []
+    entries: list[Json] = []
     arrays: dict[str, Array] = {}
     for path, leaf in leaves.items():
         one, its = described(path, leaf)
-        said.append(one)
+        entries.append(one)
         arrays.update(its)
-    return outline, said, arrays
+    return outline, entries, arrays
 
 
 def _as_json(metadata: Json) -> PyTree:
-    """Return the values as they will be read back."""
+    """Return the values as JSON returns them when they are read back."""
     try:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError, RecursionError) as error:
@@ -183,8 +185,8 @@ def _fill(folder: Path, description: Json, arrays: dict[str, Array], parts: Part
     hosts.everywhere(lambda: _check_shared(folder))
 
     def write() -> None:
-        # In a thread that is always waited for: when Orbax is interrupted, its own threads keep
-        # writing, and would recreate the folder after it is removed.
+        # This runs in a thread, and the program always waits for it: when Orbax is interrupted, its
+        # own threads keep writing, and would recreate the folder after it has been removed.
         with ThreadPoolExecutor(1) as waited:
             waited.submit(_write, folder / ARRAYS, arrays).result()
 
@@ -199,11 +201,14 @@ def _fill(folder: Path, description: Json, arrays: dict[str, Array], parts: Part
 
 def _check_shared(folder: Path) -> None:
     if not folder.is_dir():
-        raise OSError(f"the first host made {folder}, which this one lacks; write to a shared disk")
+        raise OSError(
+            f"host 0 created {folder}, but this host cannot see it; save to a file system that all "
+            "hosts share"
+        )
 
 
 def _write(directory: Path, arrays: dict[str, Array]) -> None:
-    """Write all arrays but the empty ones, which Orbax does not store."""
+    """Write all arrays except the empty ones, which Orbax does not store."""
     kept = {name: _storable(a) for name, a in arrays.items() if a.size}
     if not kept:
         if hosts.is_first():
@@ -215,15 +220,14 @@ def _write(directory: Path, arrays: dict[str, Array]) -> None:
 
 def _storable(a: Any) -> Any:
     own = hosts.several() and isinstance(a, jax.Array) and a.is_fully_addressable
-    a = np.asarray(a) if own or isinstance(a, np.generic) else a  # the first process writes these
+    a = np.asarray(a) if own or isinstance(a, np.generic) else a  # host 0 writes these
     return a.astype(STORED_AS[a.dtype.name]) if a.dtype.name in STORED_AS else a
 
 
 def _check_space(folder: Path, needed: int) -> None:
     """Raise OSError if the disk lacks space for the uncompressed arrays.
 
-    That is a little more than Orbax needs, but on a full disk its threads print tracebacks that
-    cannot be caught.
+    Orbax needs a little less, but on a full disk its threads print uncatchable tracebacks.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -233,19 +237,22 @@ def _check_space(folder: Path, needed: int) -> None:
 def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     """Read the tree of a checkpoint.
 
-    Arrays return to the devices they were saved from, or to the default device if this process does
-    not have those, or is one of several: all processes must then call `load`, and each reads its
-    shards of arrays that are sharded in `like`, and all of the others. 64-bit arrays (and
-    complex128 ones) are returned as NumPy arrays unless `jax_enable_x64` is on.
+    Each array is placed on the devices from which it was saved, or on the default device if this
+    process does not have them. Arrays that are sharded over several devices in `like` get those
+    shardings. Arrays of 64 bits per number, and complex128 ones, are returned as NumPy arrays
+    unless `jax_enable_x64` is on.
+
+    In a program of several processes (`jax.distributed`), all of them must call `load`. Each
+    process reads its own shards of the arrays that are sharded in `like`, and the whole of the
+    other arrays, which it places on its default device.
 
     Args:
       directory: the checkpoint.
       like: a tree of arrays or abstract values (`jax.eval_shape`) with the same paths and shapes as
-        the saved tree; the result has the same containers as `like`. If None, the result consists
-        of dicts, lists and tuples, and other containers become dicts of their fields. For a
-        quantized checkpoint the unquantized tree may be given: QTensors replace its weights, and
-        dtypes are the saved ones. Where the arrays of `like` are sharded over several devices, so
-        is the result; of a quantized checkpoint, only if `like` is quantized too.
+        the saved tree. The result has the containers of `like`, and the dtypes that were saved. For
+        a quantized checkpoint, `like` may be the unquantized tree: `QTensor`s then replace its
+        weights, and shardings of these weights have no effect. If None (the default), the result
+        consists of dicts, lists and tuples; other containers become dicts of their fields.
     Returns:
       The tree.
     Raises:
@@ -266,8 +273,8 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     description = read_description(path)
     try:
         arrays = dict(_read(path / ARRAYS, description["arrays"], shardings_of(like)))
-        paths = [said["path"] for said in description["leaves"]]
-        leaves = [rebuilt(said, arrays) for said in description["leaves"]]
+        paths = [entry["path"] for entry in description["leaves"]]
+        leaves = [rebuilt(entry, arrays) for entry in description["leaves"]]
         tree = filled(_outline(description, paths), leaves)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -278,14 +285,14 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
 
 
 def outline(directory: str | Path) -> PyTree:
-    """Return the tree of a checkpoint with shapes in place of arrays; no arrays are read.
+    """Return the tree of a checkpoint with shapes in place of arrays, without reading arrays.
 
     Args:
       directory: the checkpoint.
     Returns:
-      The tree as `load` returns it, with `jax.ShapeDtypeStruct` for arrays, also within QTensors;
-      with NumPy arrays that take no memory for those of 64 bits, unless `jax_enable_x64` is on.
-      Python numbers and strings are themselves.
+      The tree that `load` returns, with a `jax.ShapeDtypeStruct` in place of every array, including
+      those of `QTensor`s. Arrays of 64 bits per number are NumPy arrays that take no memory, unless
+      `jax_enable_x64` is on. Python numbers and strings are unchanged.
     Raises:
       ValueError: as in `load`, except that the files of arrays are not checked.
 
@@ -298,10 +305,10 @@ def outline(directory: str | Path) -> PyTree:
     path = Path(directory).absolute()
     description = read_description(path)
     try:
-        said = description["arrays"].items()
-        arrays = {name: _abstract(tuple(d["shape"]), d["dtype"]) for name, d in said}
-        paths = [said["path"] for said in description["leaves"]]
-        leaves = [_leaf_outline(said, arrays) for said in description["leaves"]]
+        stored = description["arrays"].items()
+        arrays = {name: _abstract(tuple(d["shape"]), d["dtype"]) for name, d in stored}
+        paths = [entry["path"] for entry in description["leaves"]]
+        leaves = [_leaf_outline(entry, arrays) for entry in description["leaves"]]
         tree = filled(_outline(description, paths), leaves)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -311,29 +318,29 @@ def outline(directory: str | Path) -> PyTree:
 
 
 def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
-    """Return a shape in place of an array; JAX has none of the dtypes that it would cut short."""
+    """Return a shape in place of an array; a NumPy array for a dtype that JAX would truncate."""
     if dtype in WIDE and jnp.result_type(float) != np.float64:
         return np.broadcast_to(np.zeros((), dtype), shape)
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _leaf_outline(said: Json, arrays: dict[str, Any]) -> Any:
+def _leaf_outline(entry: Json, arrays: dict[str, Any]) -> Any:
     """Return a leaf with shapes in place of arrays."""
-    if "type" in said:
-        return rebuilt(said, {})
-    if "parts" not in said and "key" not in said:
-        return rebuilt(said, dict(arrays))
-    beginnings = stored_name(said["path"]), said["path"]
+    if "type" in entry:
+        return rebuilt(entry, {})
+    if "parts" not in entry and "key" not in entry:
+        return rebuilt(entry, dict(arrays))
+    beginnings = stored_name(entry["path"]), entry["path"]
     mine = {name: a for name, a in arrays.items() if name.startswith(beginnings)}
-    return jax.eval_shape(lambda a: rebuilt(said, dict(a)), mine)
+    return jax.eval_shape(lambda a: rebuilt(entry, dict(a)), mine)
 
 
 def check_files(directory: str | Path, parts: bool = True) -> Json:
-    """Return the description of a checkpoint after checking the files of its arrays.
+    """Check the files of a checkpoint's arrays, and return the description of the checkpoint.
 
     Args:
       directory: the checkpoint.
-      parts: whether those of its parts are checked too.
+      parts: whether the files of its parts are checked too. Default: True.
     Raises:
       ValueError: there is no checkpoint, or it is damaged or was written in a newer format version.
     """
@@ -359,15 +366,15 @@ def _outline(description: Json, paths: list[str]) -> Any:
 
 
 def _read(
-    directory: Path, said: Mapping[str, Json], places: Mapping[tuple, Sharding]
+    directory: Path, specs: Mapping[str, Json], places: Mapping[tuple, Sharding]
 ) -> dict[str, Any]:
-    """Read all arrays, of those in `places` only the shards of this process; see `_write`."""
+    """Read all arrays of `_write`; of those in `places`, only the shards of this process."""
     found: dict[str, Any] = {}
     wanted: dict[str, Any] = {}
     enabled = jnp.result_type(float) == np.float64  # jax_enable_x64
     here = jnp.zeros(()).sharding  # for arrays whose devices are not in this process
     own = here if hosts.several() else None
-    for name, d in said.items():
+    for name, d in specs.items():
         shape, dtype = tuple(d["shape"]), d["dtype"]
         as_numpy = dtype in WIDE and not enabled  # JAX would cut these to 32 bits
         if 0 in shape:
@@ -383,11 +390,11 @@ def _read(
         args = ocp.args.StandardRestore(wanted, fallback_sharding=here)
         arrays = reader.restore(directory, args=args)
     for name, a in arrays.items():
-        dtype = said[name]["dtype"]
+        dtype = specs[name]["dtype"]
         found[name] = a.astype(dtype) if dtype in STORED_AS else a
     return found
 
 
 def nbytes(directory: str | Path) -> int:
-    """Return the total size of a checkpoint's files, in bytes."""
+    """Return the total size of the files in a checkpoint's directory, in bytes."""
     return sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())

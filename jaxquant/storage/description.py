@@ -56,7 +56,7 @@ def read_description(path: Path) -> Json:
     try:
         value = json.loads(file.read_text())
         version = int(value["version"])
-        said = value.pop("sha256", None)
+        recorded = value.pop("sha256", None)
         found = sha256_of(value)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {first_line(error)}") from error
@@ -64,7 +64,7 @@ def read_description(path: Path) -> Json:
         raise ValueError(
             f"{path} has format version {version}, this jaxquant reads up to {VERSION}; upgrade it"
         )
-    if said != found:
+    if recorded != found:
         raise ValueError(f"{file} is damaged: it differs from what was saved")
     if lacks := {"recipe", "metadata", "leaves", "arrays", "files"} - set(value):
         raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(lacks))}")

@@ -1,4 +1,4 @@
-"""Leaves of a saved tree: each is described in JSON, and its arrays are named."""
+"""The leaves of a saved tree: a JSON description of each, and the names of its arrays."""
 
 import dataclasses
 from typing import Any
@@ -23,14 +23,15 @@ SCALARS = {kind.__name__: kind for kind in (bool, int, float, complex, str)}
 
 
 def described(path: str, leaf: Any) -> tuple[Json, dict[str, Array]]:
-    """Return the description of a leaf, and its arrays by their names on disk.
+    """Return the JSON description of a leaf, and its arrays by their names on disk.
 
     Args:
       path: the leaf's path.
-      leaf: an array, a Python number or text, a random key or a `QTensor`.
-
+      leaf: an array, a Python number or string, a random key or a `QTensor`.
+    Returns:
+      The description, and a dict of the arrays.
     Raises:
-      ValueError: the leaf is something else.
+      ValueError: the leaf is anything else, is traced, or was donated.
 
     >>> described("a:b", jax.random.key(3))
     ({'path': 'a:b', 'key': 'threefry2x32'}, {'a%3Ab': Array([0, 3], dtype=uint32)})
@@ -42,51 +43,58 @@ def described(path: str, leaf: Any) -> tuple[Json, dict[str, Array]]:
     if type(leaf) in SCALARS.values():
         value = str(leaf) if isinstance(leaf, complex) else leaf
         return {"path": path, "type": type(leaf).__name__, "value": value}, {}
-    said = {"path": path}
+    description = {"path": path}
     _check_array(path, leaf)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        said["key"] = str(jax.random.key_impl(leaf))
+        description["key"] = str(jax.random.key_impl(leaf))
         leaf = jax.random.key_data(leaf)
-    return said, {stored_name(path): leaf}
+    return description, {stored_name(path): leaf}
 
 
 def _described_tensor(path: str, w: QTensor) -> tuple[Json, dict[str, Array]]:
     for part, a in w.named.items():
         _check_array(f"{path}:{part}", a)
-    said = {f: to_json(getattr(w, f)) for f in STATIC}
+    static = {f: to_json(getattr(w, f)) for f in STATIC}
     data = w.format.to_disk(w.data, w.stored_rows)
-    kept = dataclasses.replace(w, data=data).named
+    stored = dataclasses.replace(w, data=data).named
     if data is not w.data:  # packed more tightly than for matmuls
-        said["kept"] = True
-    arrays = {f"{stored_name(path)}:{part}": a for part, a in kept.items()}
-    return {"path": path, "parts": list(kept), **said}, arrays
+        static["kept"] = True
+    arrays = {f"{stored_name(path)}:{part}": a for part, a in stored.items()}
+    return {"path": path, "parts": list(stored), **static}, arrays
 
 
 def _check_array(path: str, leaf: Any) -> None:
-    """Raise ValueError unless a leaf is an array of numbers, or of random keys, with its values."""
+    """Raise ValueError unless a leaf is an array of numbers or random keys that has its values."""
     holds = "a checkpoint holds arrays, numbers, text, random keys and QTensors"
     if is_standin(leaf):
         raise ValueError(
-            f"{path!r} is a {type(leaf).__name__}; {holds}: pack it with jaxquant.freeze"
+            f"{path!r} is a {type(leaf).__name__}; {holds}: convert it to a QTensor with "
+            "jaxquant.freeze"
         )
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(f"{path!r} is traced; save the tree outside jit, grad and vmap")
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise ValueError(
-            f"{path!r} is a {type(leaf).__name__}; {holds}: convert it, or leave it out"
+            f"{path!r} is a {type(leaf).__name__}; {holds}: convert it to one of these, or leave "
+            "it out"
         )
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         raise ValueError(
-            f"{path!r} was donated to a jitted function, so its values are gone; save what that "
-            f"function returned"
+            f"{path!r} was donated to a jitted function, so its values no longer exist; save the "
+            "array that the function returned instead"
         )
     kept_by_jax = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
     if not kept_by_jax and (leaf.dtype.kind in "OSUmM" or leaf.dtype.names):
-        raise ValueError(f"{path!r} is an array of {leaf.dtype}; {holds}: convert it")
+        raise ValueError(
+            f"{path!r} is an array of {leaf.dtype}; {holds}: convert it to a numeric dtype, or "
+            "leave it out"
+        )
 
 
 def stored_name(path: str) -> str:
-    """Return a leaf's name on disk: ":", before the name of a part, and empty keys are escaped.
+    """Return the name of a leaf on disk.
+
+    In the path, "%", ":" (which separates the name of a part) and empty keys are escaped.
 
     Args:
       path: the leaf's path.
@@ -98,41 +106,44 @@ def stored_name(path: str) -> str:
     return "/".join(key or "%" for key in keys)  # Orbax 0.12.0 stores no empty key
 
 
-def rebuilt(said: Json, arrays: dict[str, Array | None]) -> Any:
-    """Return a leaf; the inverse of `described`.
+def rebuilt(description: Json, arrays: dict[str, Array | None]) -> Any:
+    """Return the leaf of a description; the inverse of `described`.
 
     Args:
-      said: the description.
-      arrays: all arrays by their names on disk; those of the leaf are replaced by None.
-
+      description: the description of the leaf.
+      arrays: all arrays by their names on disk. Those of the leaf are replaced by None in place.
+    Returns:
+      The leaf.
     Raises:
-      ValueError: an array is of another leaf too, or the description has a bad value.
+      ValueError: another leaf has taken an array already, or the description has an invalid value.
       KeyError: an array or a field is missing.
 
     >>> rebuilt({"path": "step", "type": "int", "value": 3}, {})
     3
     """
-    if "parts" in said:
-        return _rebuilt_tensor(said, arrays)
-    if "type" in said:
-        return SCALARS[said["type"]](said["value"])
-    array = _taken(arrays, said["path"])
-    return jax.random.wrap_key_data(array, impl=said["key"]) if "key" in said else array
+    if "parts" in description:
+        return _rebuilt_tensor(description, arrays)
+    if "type" in description:
+        return SCALARS[description["type"]](description["value"])
+    array = _taken(arrays, description["path"])
+    return (
+        jax.random.wrap_key_data(array, impl=description["key"]) if "key" in description else array
+    )
 
 
-def _rebuilt_tensor(said: Json, arrays: dict[str, Array | None]) -> QTensor:
-    named = {part: _taken(arrays, said["path"], f":{part}") for part in said["parts"]}
-    static = {field: from_json(said[field]) for field in STATIC if field in said}
-    # Earlier versions stored a text.
+def _rebuilt_tensor(description: Json, arrays: dict[str, Array | None]) -> QTensor:
+    named = {part: _taken(arrays, description["path"], f":{part}") for part in description["parts"]}
+    static = {field: from_json(description[field]) for field in STATIC if field in description}
+    # Earlier versions stored a string.
     static["activations"] = Activations.of(static.get("activations"))
     w = QTensor(data={}, **static).with_named(named)
-    if "kept" not in said:
+    if "kept" not in description:
         return w
     return dataclasses.replace(w, data=w.format.from_disk(w.data, w.stored_rows))
 
 
 def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> Any:
-    """Take an array, once, by its name on disk or, as in earlier versions, by its bare path."""
+    """Return an array by its name on disk, or by its bare path (earlier versions), only once."""
     name = f"{stored_name(path)}{part}"
     name = name if name in arrays else f"{path}{part}"
     if arrays[name] is None:
@@ -142,12 +153,12 @@ def _taken(arrays: dict[str, Array | None], path: str, part: str = "") -> Any:
 
 
 def shardings_of(like: PyTree) -> dict[tuple[str, tuple[int, ...]], Sharding]:
-    """Return the shardings of those arrays of a tree that lie on several devices.
+    """Return the shardings of those arrays of a tree that are on several devices.
 
     Args:
-      like: tree of arrays or abstract values, and `QTensor`s of such.
+      like: tree of arrays or abstract values, and `QTensor`s of these.
     Returns:
-      The shardings by name on disk and shape.
+      The shardings by (name on disk, shape) of the array.
     """
     found: dict[tuple[str, tuple[int, ...]], Sharding] = {}
     for path, leaf in path_leaves(like):

@@ -1,7 +1,7 @@
 """Parts of a checkpoint: stacks of layers that were written a few layers at a time.
 
-A part is itself a checkpoint, in a directory inside of the whole one. The whole one's description
-holds a digest of each part's description, which holds digests of the part's files.
+A part is itself a checkpoint, in a directory inside that of the whole checkpoint. The description
+of the whole holds a digest of each part's description, which holds digests of the part's files.
 """
 
 import dataclasses
@@ -26,30 +26,35 @@ Parts = Mapping[str, Sequence[Path]]  # the directories of the parts of each ent
 
 
 def parts_of(tree: PyTree, parts: Parts) -> Json:
-    """Return what a description says of the parts: {"parts": {name: digests}}, or {} for none.
+    """Return the description of the parts: {"parts": {name: digests}}, or {} if there are none.
 
     Args:
       tree: the rest of the tree.
-      parts: the parts of each entry.
+      parts: the directories of the parts of each entry.
     Raises:
-      ValueError: the tree is no dict, an entry is in both, or a directory is no checkpoint.
+      ValueError: the tree is not a dict, an entry has no parts or is in the tree too, or a
+        directory is not a checkpoint.
     """
     if not parts:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"a tree with parts must be a dict, got {type(tree).__name__}")
     if empty := [name for name, paths in parts.items() if not paths]:
-        raise ValueError(f"the entry {empty[0]!r} has no parts")
+        raise ValueError(
+            f"the entry {empty[0]!r} has no parts; give at least one directory, or leave it out"
+        )
     if both := sorted(set(tree) & set(parts)):
-        raise ValueError(f"the entry {both[0]!r} is given in the tree and in parts")
+        raise ValueError(
+            f"the entry {both[0]!r} is given in the tree and in parts; give it in one of them"
+        )
     return {PARTS: {name: [_digest(path) for path in paths] for name, paths in parts.items()}}
 
 
 def linked(parts: Parts, folder: Path) -> None:
-    """Put the parts into a checkpoint that is being written.
+    """Put the parts into a checkpoint that is being written, by hard links if possible.
 
     Args:
-      parts: the parts of each entry.
+      parts: the directories of the parts of each entry.
       folder: the directory of the checkpoint.
     """
     for name, paths in parts.items():
@@ -65,16 +70,16 @@ def _link(source: str, target: str) -> None:
 
 
 def check_parts(
-    folder: Path, said: Mapping[str, list[str]], check: Callable[[Path], object]
+    folder: Path, stored: Mapping[str, list[str]], check: Callable[[Path], object]
 ) -> None:
-    """Raise ValueError if a part is missing, damaged or of another run.
+    """Raise ValueError if a part is missing, damaged or from another run.
 
     Args:
       folder: the directory of the checkpoint.
-      said: digests of the parts of each entry, from the description.
-      check: checks a checkpoint.
+      stored: digests of the parts of each entry, from the description.
+      check: function that checks the checkpoint in a directory.
     """
-    for name, digests in said.items():
+    for name, digests in stored.items():
         for i, digest in enumerate(digests):
             part = folder / PARTS / name / str(i)
             _check(part, digest)
@@ -88,21 +93,23 @@ def _check(part: Path, digest: str) -> None:
 
 
 def joined(
-    folder: Path, said: Mapping[str, list[str]], load: Callable[[Path], PyTree]
+    folder: Path, stored: Mapping[str, list[str]], load: Callable[[Path], PyTree]
 ) -> dict[str, PyTree]:
     """Return the entries that are stored in parts, each joined along the leading axis.
 
-    Besides the result, the memory of a CPU holds one part, and a leaf in which only some parts need
-    a wide dtype twice for a moment.
+    On a CPU, memory holds one part in addition to the result. A leaf whose parts differ in dtype is
+    briefly held twice, when it is converted to the wider dtype.
 
     Args:
       folder: the directory of the checkpoint.
-      said: digests of the parts of each entry, from the description.
-      load: reads a checkpoint.
+      stored: digests of the parts of each entry, from the description.
+      load: function that reads the checkpoint in a directory.
+    Returns:
+      The tree of each entry, by name.
     Raises:
-      ValueError: a part is missing, damaged or of another run.
+      ValueError: a part is missing, damaged, from another run, or does not match the other parts.
     """
-    return {name: _joined(folder / PARTS / name, digests, load) for name, digests in said.items()}
+    return {name: _joined(folder / PARTS / name, digests, load) for name, digests in stored.items()}
 
 
 def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) -> PyTree:
@@ -119,7 +126,7 @@ def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) ->
             structure, whole = form, [_Filling(a, len(digests)) for a in arrays]
         try:
             if form != structure:
-                raise ValueError("it is packed otherwise")
+                raise ValueError("its leaves are packed in another way")
             for filling, one in zip(whole, arrays, strict=True):
                 filling.add(one)
         except ValueError as error:
@@ -147,7 +154,7 @@ class _Filling:
 
     def add(self, part: Any) -> None:
         if tuple(part.shape) != self.of_part:
-            raise ValueError(f"shape {list(part.shape)} instead of {list(self.of_part)}")
+            raise ValueError(f"it has shape {list(part.shape)} instead of {list(self.of_part)}")
         kind = np.result_type(self.dtype, part.dtype)
         if kind != self.dtype:  # one layer's values did not fit in float16
             self.dtype = kind
@@ -174,7 +181,7 @@ def _renamed(leaf: Any, name: str = "") -> Any:
 
 
 def _common(names: tuple[str, ...]) -> str:
-    """Return a name that weights share only if they share one in every part; "" if in some none."""
+    """Return a name that weights share only if they share one in every part; "" if one has none."""
     if len(set(names)) == 1:
         return names[0]
     if not all(names):
@@ -185,7 +192,9 @@ def _common(names: tuple[str, ...]) -> str:
 
 
 def _digest(part: Path) -> str:
-    """Return the digest of a part's description; ValueError if it is no checkpoint."""
+    """Return the digest of a part's description; raise ValueError if it is not a checkpoint."""
     if not is_checkpoint(part):
-        raise ValueError(f"{part} is not a jaxquant checkpoint")
+        raise ValueError(
+            f"{part} is not a jaxquant checkpoint; give a directory that jq.save wrote"
+        )
     return hashlib.sha256((part / FILE).read_bytes()).hexdigest()

@@ -1,12 +1,12 @@
-"""A mixture of experts in the place of the MLP of a layer (Mixtral, Qwen3-MoE).
+"""A mixture of experts in place of the MLP of a layer (Mixtral, Qwen3-MoE).
 
-A router sends every token to a few of E experts, each an MLP of its own, and sums their outputs
-with weights. The rows of all tokens are sorted by expert, so that `jax.lax.ragged_dot` multiplies
-the rows of an expert by its matrix, and a token costs as much as its experts, not as all of them.
-A stack of matrices reaches `ragged_dot` as it is in the tree, so that a packed one can take its
-place.
+A router sends every token to a few of E experts, each of which is an MLP, and the layer returns the
+weighted sum of their outputs. The rows of all tokens are sorted by expert, so that
+`jax.lax.ragged_dot` multiplies the rows of each expert by its matrix; a token then costs only as
+much as the experts that it is sent to. `ragged_dot` receives each stack of matrices directly from
+the tree, so that a packed stack can replace it.
 
-    router/kernel [d, E]                      float: jaxquant's own recipes leave it out
+    router/kernel [d, E]                      float: jaxquant's own recipes do not quantize it
     experts/{gate,up}/kernel [E, d, d_e], experts/down/kernel [E, d_e, d]
 """
 
@@ -23,13 +23,13 @@ from jaxquant_models.architectures.config import LlamaConfig
 
 
 class Routed(NamedTuple):
-    """Where the tokens go; a token has c rows, one for each expert that it is sent to.
+    """The experts of each of t tokens; a token has c rows, one for each of its experts.
 
     Attributes:
-      token: the token of every row, the rows being sorted by expert.
-      place: the position of a token's rows among them.
-      sizes: number of rows of every expert.
-      weights: the factors of the outputs of a token's experts.
+      token: index of the token of every row, where rows are sorted by expert, integers [t * c].
+      place: index of each of a token's rows in that order, integers [t, c].
+      sizes: number of rows of every expert, int32 [E].
+      weights: factors of the outputs of a token's experts, float32 [t, c].
     """
 
     token: Int[Array, " rows"]
@@ -39,14 +39,14 @@ class Routed(NamedTuple):
 
 
 def routed(logits: Float[Array, "t E"], chosen: int, normalized: bool) -> Routed:
-    """Return where a router sends the tokens: to the experts with the largest logits.
+    """Return the routing of tokens to the experts with the largest logits.
 
-    The weights are the softmax over all experts. Divided by their sum, they are the softmax over
-    the chosen ones.
+    The weights are the softmax over all experts. If they are divided by their sum, they are the
+    softmax over the chosen experts.
 
     Args:
-      logits: the router's logits, float32.
-      chosen: number of experts of a token.
+      logits: the router's logits, float32 [t, E].
+      chosen: number of experts per token, from 1 to E.
       normalized: whether the weights of a token's experts are divided by their sum.
 
     >>> to = routed(jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), 1, True)
@@ -63,7 +63,7 @@ def routed(logits: Float[Array, "t E"], chosen: int, normalized: bool) -> Routed
 
 
 class Stack(nn.Module):
-    """The same matrix of every expert; rows [m, in], grouped by expert, become [m, features]."""
+    """One matrix for every expert, which maps rows [m, in], sorted by expert, to [m, features]."""
 
     experts: int
     features: int
@@ -78,7 +78,7 @@ class Stack(nn.Module):
 
 
 class Experts(nn.Module):
-    """down(act(gate(x)) * up(x)) of the expert of every row."""
+    """The experts' MLPs: down(act(gate(x)) * up(x)) with the matrices of the expert of each row."""
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
@@ -92,7 +92,7 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The outputs of a token's experts, summed with the router's weights, in float32."""
+    """The sum of the outputs of a token's experts with the router's weights, taken in float32."""
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
@@ -108,10 +108,10 @@ class MixtureOfExperts(nn.Module):
 
 
 def activated(config: LlamaConfig, gate: Array) -> Array:
-    """Return the gate after its activation.
+    """Return the gate after the activation function of the architecture.
 
     Args:
-      config: the architecture.
-      gate: the outputs of the gate.
+      config: the architecture: SiLU if its `activation` is "silu", else the squared ReLU.
+      gate: the outputs of the gate, of any shape.
     """
     return nn.silu(gate) if config.activation == "silu" else jnp.square(nn.relu(gate))

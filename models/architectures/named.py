@@ -1,12 +1,12 @@
-"""The architectures of well-known models, for plans that read no file.
+"""The architectures of well-known models, for plans that read no files.
 
 Source: the config.json of each model on huggingface.co (meta-llama/Meta-Llama-3-8B,
 Meta-Llama-3-70B and Llama-3.1-405B; Qwen/Qwen3-8B, Qwen3-32B and Qwen3-235B-A22B).
 
 "deepseek-v3-sized" has the widths, experts and heads of deepseek-ai/DeepSeek-V3 and about as many
-weights (670 billion), but the layers of this project: all 58 have experts (of the model's 61, the
-first three have none), there is no shared expert, and attention has 8 key-value heads in place of
-latent attention, so that its cache is 3.4 times as large.
+weights (670 billion), but uses the layers of this project. All its 58 layers have experts, whereas
+the first three of the model's 61 layers have none; it has no shared expert; and its attention has 8
+key-value heads instead of latent attention, so its cache is 3.4 times as large.
 """
 
 from jaxquant_models.architectures.config import Llama3Scaling, LlamaConfig

@@ -1,4 +1,4 @@
-"""How the weights and the cache of a Llama are split over a mesh."""
+"""The shardings of the weights and the cache of a Llama over a mesh."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from jaxquant_models.architectures.config import LlamaConfig
 
 Rule = tuple[str, str | tuple[str, ...] | None]
 
-# Pattern of a path, without "layers/" and a layer's number -> the logical axes of its leaf.
+# The logical axes of every leaf, by a pattern of its path without "layers/" and a layer's number.
 AXES: dict[str, tuple[str | None, ...] | None] = {
     "embed/embedding": ("vocab", "embed"),
     "head/kernel": ("embed", "vocab"),
@@ -41,19 +41,21 @@ AXES: dict[str, tuple[str | None, ...] | None] = {
 def rules_for(mesh: Mesh | AbstractMesh) -> tuple[Rule, ...]:
     """Return the rules for a mesh whose axes are among "data", "model" and "expert".
 
-    The batch is split over "data", and so is each weight, which is gathered for its product (fully
-    sharded); heads, the hidden units of the MLP and the vocabulary are split over "model" (tensor
-    parallel), experts over "expert".
+    "data" splits the batch and also each weight, which is gathered for its product (fully sharded).
+    "model" splits attention heads, the hidden units of the MLP and the vocabulary (tensor
+    parallel). "expert" splits the experts.
 
     Args:
       mesh: the mesh.
+    Returns:
+      The rules for `jaxquant.distributed.sharding`.
     Raises:
       ValueError: the mesh has other axes.
     """
     if unknown := set(mesh.axis_names) - {"data", "model", "expert"}:
         raise ValueError(
             f'mesh: its axes must be among "data", "model" and "expert", got {sorted(unknown)}; '
-            "pass rules of your own"
+            "rename them, or pass your own rules"
         )
     known: dict[str, tuple[str, ...]] = {
         "data": ("batch", "embed"),
@@ -64,12 +66,15 @@ def rules_for(mesh: Mesh | AbstractMesh) -> tuple[Rule, ...]:
 
 
 def logical_axes(params: PyTree) -> dict[str, tuple[str | None, ...] | None]:
-    """Return the logical axes of every leaf of a Llama by its path.
+    """Return the logical axes of every leaf of a Llama, by its path.
 
     Args:
-      params: inner "params" tree, its layers stacked or unstacked.
+      params: the inner "params" tree, with layers stacked or unstacked.
+    Returns:
+      For each path, the name of each axis (None for an axis that is not split), or None for a leaf
+      that is not split.
     Raises:
-      ValueError: a leaf is not one of a Llama.
+      ValueError: a leaf does not belong to a Llama.
     """
     stack = () if is_apart(params, "layers") else ("layers",)
 
@@ -78,7 +83,10 @@ def logical_axes(params: PyTree) -> dict[str, tuple[str | None, ...] | None]:
         within = own.partition("/")[2] if path != own and not stack else own
         found = [names for pattern, names in AXES.items() if matches(within, pattern)]
         if not found:
-            raise ValueError(f"the axes of {path} are not known; is it the weight of a Llama?")
+            raise ValueError(
+                f"params: expected the weights of a Llama, got {path}, whose axes are not known; "
+                "pass your own axes to jaxquant.distributed.sharding"
+            )
         return found[0] if found[0] is None or path == own else (*stack, *found[0])
 
     return {path: one(path) for path, _ in jq.core.path_leaves(params)}
@@ -90,15 +98,18 @@ def model_sharding(
     mesh: Mesh | AbstractMesh,
     rules: Sequence[Rule] | None = None,
 ) -> PyTree:
-    """Return how the arrays of a Llama are split over a mesh.
+    """Return the shardings of the arrays of a Llama over a mesh.
 
     Args:
-      params: inner "params" tree; its arrays may be `jax.ShapeDtypeStruct`s.
+      params: the inner "params" tree; its arrays may be `jax.ShapeDtypeStruct`s.
       config: the architecture.
-      mesh: the mesh.
+      mesh: the mesh; it may be an `AbstractMesh`.
       rules: as in `jaxquant.distributed.sharding`. Default: those of `rules_for`.
+    Returns:
+      The tree with `NamedSharding`s in place of arrays.
     Raises:
-      ValueError: the mesh splits a head, or a group, word or tile of codes.
+      ValueError: the mesh would split a head, or a group, word or tile of codes; or it has unknown
+        axes.
     """
     rules = rules_for(mesh) if rules is None else _pairs(rules)
     _check_heads(config, mesh, rules)
@@ -108,12 +119,14 @@ def model_sharding(
 def cache_sharding(
     cache: Cache, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] | None = None
 ) -> Cache:
-    """Return how a cache is split: sequences as the batch is, heads as those of keys and values.
+    """Return the shardings of a cache: sequences are split like the batch, heads like "kv_heads".
 
     Args:
-      cache: an unquantized cache, or its shapes; the number of sequences must be a multiple of the
-        devices over which the batch is split.
+      cache: an unquantized cache, or its shapes. The number of sequences must be a multiple of the
+        number of devices over which the batch is split.
       mesh, rules: as in `model_sharding`.
+    Returns:
+      The cache with `NamedSharding`s in place of arrays.
     """
     found = dict(reversed(rules_for(mesh) if rules is None else _pairs(rules)))
     spec = (found.get("batch"), found.get("kv_heads"))
@@ -136,7 +149,7 @@ def _check_heads(config: LlamaConfig, mesh: Mesh | AbstractMesh, rules: Sequence
         size = math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
         if heads % size:
             raise ValueError(
-                f"the {size} devices of {list(axes)} do not divide the {heads} {name}; make the "
-                f"axis of the mesh smaller, or pass the rule ({name!r}, None), which keeps them "
-                "whole"
+                f"the {size} devices of {list(axes)} do not divide the {heads} {name}; make these "
+                f"axes of the mesh smaller, or pass the rule ({name!r}, None), which leaves "
+                f"{name} whole"
             )

@@ -24,16 +24,16 @@ POD = ("topology", "mesh", "batch", "context", "train", "prefill")
 @pod_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def plan(model: str, as_json: bool, **options: Any) -> None:
-    """Show what quantizing MODEL would take and give.
+    """Show what quantizing MODEL would need and produce.
 
-    The options are those of jaxquant quantize. The report gives the bytes and bits of every tensor,
-    which are exact, the expected peak memory and time of the run, and the bytes of the model in
-    memory when it is served. The time is that on another machine, which the report names. Of .gguf
-    files and Hugging Face folders, only the headers are read.
+    The options are those of jaxquant quantize. The report gives the exact bytes and bits of every
+    tensor, the expected peak memory and time of the run, and the bytes of memory that the quantized
+    model takes when it is served. The time was measured on another machine, which the report names.
+    Only the headers of .gguf files and Hugging Face folders are read.
 
-    With --topology, the report is about running or training MODEL on a slice of a TPU pod: bytes
-    per device, whether it fits, what the devices send each other, the least time of a step, and the
-    smallest slices on which it fits.
+    With --topology, the report is about running or training MODEL on a slice of a TPU pod: the
+    bytes per device, whether they fit in its memory, the collectives between the devices, a lower
+    bound on the time of a step, and the smallest slices on which the model fits.
     """
     if options["topology"] is not None:
         _of_pod(model, as_json, **options)
@@ -46,7 +46,10 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     outline = source_for(request, model, line).outline
     found = plan_of(request, outline)
     if request.recipe is None:
-        line("--target-bits chooses methods by measuring MODEL; here are those nearest to it")
+        line(
+            "--target-bits chooses methods by measuring MODEL; this report assumes the methods "
+            "whose bits are nearest to the target"
+        )
     if not as_json:
         click.echo(str(found))
     needs = needs_of(request)
@@ -54,7 +57,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     total = sum(entry.bytes for entry in found.entries)
     if request.heals:
         added = sum(e.count * e.method.healing_bytes(*e.matrix[-2:]) for e in found.weights)
-        line(f"healing may add up to {added:,} bytes, which are not counted here")
+        line(f"healing may add up to {added:,} bytes, which this report does not include")
     report: dict[str, Any] = {
         "bits_per_weight": found.bits_per_weight,
         "bytes": total,
@@ -69,7 +72,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
         "hidden_states_in": "files" if takes.in_files else "memory",
     }
     if request.whole:
-        # Trained are a quantized model, with gradients and two moments of Adam, in float32.
+        # Training holds, in float32, the weights, the model, its gradients and two moments of Adam.
         floats, copies = float_bytes(outline), 5 if request.training else 1
         report |= {"whole_model": ", ".join(request.whole), "float_bytes": floats}
         report |= {"peak_memory": copies * floats + takes.peak, "peak_stage": "the whole model"}

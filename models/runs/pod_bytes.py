@@ -1,4 +1,4 @@
-"""Bytes that the arrays of a program take on every device of a slice."""
+"""The number of bytes that the arrays of a program take on each device of a slice."""
 
 import itertools
 import math
@@ -9,14 +9,16 @@ from jaxtyping import PyTree
 
 from jaxquant_models.runs.pod_programs import Program
 
-LANES, SUBLANES = 128, 8  # of a TPU's vector registers, whose tiles arrays are padded to
+LANES, SUBLANES = 128, 8  # of a TPU's vector register; arrays are padded to tiles of its shape
 
 
 def device_bytes(program: Program) -> dict[str, int]:
-    """Return the bytes of a device's part of each argument of a program, with padding.
+    """Return the bytes that each argument of a program takes on one device, with padding.
 
     Args:
       program: the program.
+    Returns:
+      The bytes by the name of the argument.
     """
     return {
         name: tree_device_bytes(tree, program.shardings[name])
@@ -25,11 +27,12 @@ def device_bytes(program: Program) -> dict[str, int]:
 
 
 def tree_device_bytes(tree: PyTree, shardings: PyTree) -> int:
-    """Return the bytes of a device's part of a tree of shapes, with padding.
+    """Return the bytes that a tree of arrays takes on one device, with padding.
 
     Args:
-      tree: tree of shapes.
-      shardings: the same tree with shardings, or layouts with shardings.
+      tree: tree of `jax.ShapeDtypeStruct`s.
+      shardings: a tree of the same structure, of `Sharding`s or of `Format`s (a layout and a
+        sharding).
     """
     leaves, at = jax.tree.leaves(tree), jax.tree.leaves(shardings)
     total = 0
@@ -40,15 +43,15 @@ def tree_device_bytes(tree: PyTree, shardings: PyTree) -> int:
 
 
 def padded_bytes(shape: Sequence[int], itemsize: int) -> int:
-    """Return the bytes of an array in the memory of a TPU.
+    """Return the number of bytes that an array takes in the memory of a TPU.
 
-    It consists of tiles of 128 numbers along the minor axis, and of 8 along the next, or fewer
-    where that axis is shorter: a power of two, and at least one 32-bit word. The compiler lays out
-    the axes in the order that takes the fewest bytes.
+    The array is stored in tiles. A tile has 128 elements along the minor axis and 8 along the next
+    axis, or fewer if that axis is shorter: a power of two that fills at least one 32-bit word. The
+    compiler is assumed to order the axes in the way that takes the fewest bytes.
 
     Args:
-      shape: the shape.
-      itemsize: bytes of a number.
+      shape: shape of the array.
+      itemsize: bytes of one element.
 
     >>> padded_bytes((80, 16, 1024), 4) == 80 * 16 * 1024 * 4
     True

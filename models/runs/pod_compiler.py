@@ -1,7 +1,7 @@
 """Compiles the program of a plan for a TPU slice that this machine lacks, in a separate process.
 
-libtpu may abort, and the devices of a process are chosen when it starts. The process reads a
-request as JSON from its standard input and prints the result on one line of its output.
+The process is separate because libtpu may abort it, and because a process chooses its devices when
+it starts. It reads a request as JSON from standard input and prints the result as one line.
 """
 
 import importlib.util
@@ -23,29 +23,29 @@ from jaxquant_models.runs.pod_request import PodRequest
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
 TIMEOUT = 900.0  # seconds
-_RESULT = "compiled: "  # begins the line with the result
+_RESULT = "compiled: "  # the line with the result begins with this
 
-# Of a process that compiles for TPUs without one.
+# Environment variables for compiling for TPUs on a machine without one.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to lock
-    # Of no effect but that libtpu does not warn of what it cannot find.
+    # These only silence warnings of libtpu about what it cannot find.
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
 
 class Compiled(NamedTuple):
-    """The result of compiling.
+    """The result of compiling a program.
 
     Attributes:
-      error: "" or why it did not compile.
-      arguments: bytes of the arguments on a device, as the compiler laid them out.
-      temporaries: bytes of everything else on a device, results included that take over no
-        argument's memory.
+      error: why the program did not compile; "" if it compiled.
+      arguments: bytes of the arguments on one device, in the layouts that the compiler chose.
+      temporaries: bytes of everything else on one device, including the results that do not reuse
+        the memory of an argument.
       kernels: number of calls of kernels in the text of the program.
-      sent: the collectives.
+      sent: the collectives of the program.
     """
 
     error: str
@@ -56,34 +56,36 @@ class Compiled(NamedTuple):
 
     @property
     def exhausted(self) -> bool:
-        """Whether it did not compile since the memory of a device does not suffice."""
+        """Whether the program did not compile because a device has too little memory."""
         return "RESOURCE_EXHAUSTED" in self.error
 
 
 def missing() -> str:
-    """Return why nothing can be compiled for TPUs here, or ""."""
+    """Return why this machine cannot compile for TPUs; "" if it can."""
     found = importlib.util.find_spec("libtpu") is not None
-    return "" if found else "libtpu is not installed (pip install jax[tpu])"
+    return "" if found else "libtpu is not installed (pip install 'jax[tpu]')"
 
 
 def compiled(request: PodRequest, timeout: float = TIMEOUT) -> Compiled:
-    """Compile the program of a request.
+    """Compile the program of a request in a separate process.
 
     Args:
       request: the request.
-      timeout: seconds after which the process is ended.
+      timeout: seconds after which the process is terminated. Default: 900.
+    Returns:
+      The result; if the compiler fails or takes too long, its `error` says so.
     """
     command = [sys.executable, "-m", __spec__.name]
-    # A program from the cache has no text.
+    # A program that comes from the cache has no text.
     environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    environment.pop("XLA_FLAGS", None)  # those of another platform end the process
+    environment.pop("XLA_FLAGS", None)  # flags of another platform abort the process
     try:
         done = subprocess.run(
             command, input=json.dumps(request.to_json()), env=environment, capture_output=True,
             text=True, timeout=timeout, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Compiled(f"the compiler took more than {timeout:g} s")
+        return Compiled(f"the compiler took more than {timeout:g} s and was stopped")
     lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if not lines:
         last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
@@ -96,11 +98,11 @@ def compiled(request: PodRequest, timeout: float = TIMEOUT) -> Compiled:
 
 
 def devices_mesh(request: PodRequest, axes: Axes) -> Mesh:
-    """Return the mesh of the devices that libtpu describes.
+    """Return a mesh of the devices that libtpu describes for the slice of a request.
 
     Args:
       request: the request.
-      axes: name and size of each axis.
+      axes: name and size of each mesh axis.
     """
     alone = {"chips_per_host_bounds": [1, 1, 1]} if request.where.chips == 1 else {}
     found = topologies.get_topology_desc(

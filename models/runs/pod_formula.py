@@ -1,7 +1,8 @@
-"""What a program takes beside its arguments, by formula: where no compiler for TPUs is at hand.
+"""Formulas for the temporaries and collectives of a program, for use without a compiler for TPUs.
 
-Collectives are those that the products need. What the compiler adds for look-ups and for attention
-is left out, as it is small. Temporaries are the largest arrays that are alive together.
+The collectives are those that the products need; those that the compiler adds for look-ups and
+attention are small, and are left out. The temporaries are the largest arrays that are alive at the
+same time.
 """
 
 import math
@@ -20,12 +21,13 @@ from jaxquant_models.runs.pod_programs import Program, gathers
 from jaxquant_models.runs.pod_request import PodRequest
 from pallas_kernels.partition import axes_of
 
-# Passes over a weight in a step: forward, again since a layer's activations are not kept, the
-# transposed product, and that of the weight's own gradient.
+# Number of products with a weight in a step: forward; forward again, because the activations of a
+# layer are not stored; the transposed product; and the product for the gradient of the weight.
 PASSES = {"decode": 1, "prefill": 1, "qlora": 3, "qat": 4}
-GATHERED = {"decode": 0, "prefill": 1, "qlora": 2, "qat": 2}  # the backward passes share one
+# Number of times that a weight is gathered; the products of the backward pass share one.
+GATHERED = {"decode": 0, "prefill": 1, "qlora": 2, "qat": 2}
 EXPERTS = "layers/mlp/experts/"
-# Names of dtypes in XLA's text.
+# Dtypes as HLO text spells them.
 NAMES = {
     "bool": "pred", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float8_e4m3": "f8e4m3",
     "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2", "float8_e8m0fnu": "f8e8m0fnu",
@@ -39,10 +41,12 @@ def expected_collectives(request: PodRequest, program: Program, mesh: Axes) -> l
 
     Args:
       request: the request.
-      program: its program.
+      program: the program of the request.
       mesh: name and size of each mesh axis.
+    Returns:
+      The collectives in which more than one device takes part.
     Raises:
-      ValueError: a weight has arrays of a dtype whose name in XLA's text is not known.
+      ValueError: a weight has an array of a dtype that is not in `NAMES`.
     """
     found: list[Collective] = []
     at = dict(jq.core.path_leaves(program.placed))
@@ -55,12 +59,12 @@ def expected_collectives(request: PodRequest, program: Program, mesh: Axes) -> l
 
 
 def xla_name(dtype: np.dtype) -> str:
-    """Return the name of a dtype in XLA's text.
+    """Return a dtype as HLO text spells it.
 
     Args:
       dtype: the dtype.
     Raises:
-      ValueError: its name is not known.
+      ValueError: the dtype is not in `NAMES`.
 
     >>> xla_name(np.dtype("uint8"))
     'u8'
@@ -71,25 +75,27 @@ def xla_name(dtype: np.dtype) -> str:
 
 
 def expected_temporaries(request: PodRequest, program: Program, mesh: Axes) -> int:
-    """Return the bytes of the largest arrays that are alive together, without arguments.
+    """Return the bytes of the largest arrays, without arguments, that are alive at the same time.
 
-    They are the logits; the words of two layers, if they are gathered; and the scores of attention
-    and the hidden units of the MLP of one layer. In training, the input of every layer is kept, and
-    what is trained has gradients.
+    They are the logits; the words of two layers, if they are gathered; and the attention scores and
+    the hidden units of the MLP of one layer. In training, the input of every layer and the
+    gradients of the trained arrays are added.
 
     Args:
       request: the request.
-      program: its program.
+      program: the program of the request.
       mesh: name and size of each mesh axis.
+    Returns:
+      The bytes on one device.
     """
     c, sizes = request.config, dict(mesh)
     model = sizes.get("model", 1)
     split = gathers(request, sizes)
     rows = request.batch * request.tokens // (sizes.get("data", 1) if split else 1)
-    held = request.batch // math.gcd(request.batch, sizes.get("data", 1))  # by attention
-    logits = rows * c.vocab_size // model * (4 + 2)  # float32, and bfloat16 before
+    held = request.batch // math.gcd(request.batch, sizes.get("data", 1))  # sequences in attention
+    logits = rows * c.vocab_size // model * (4 + 2)  # in bfloat16, then in float32
     scores = 4 * held * request.tokens * request.context * c.n_heads // model
-    scores = scores if request.tokens > 1 else 0  # those of one query are fused
+    scores = scores if request.tokens > 1 else 0  # the compiler fuses the scores of one query
     mlp, words = _mlp(request, rows, model), 2 * _layer_bytes(program, split)
     if request.trains:
         kept = 2 * rows * c.d_model * c.n_layers
@@ -101,7 +107,8 @@ def expected_temporaries(request: PodRequest, program: Program, mesh: Axes) -> i
 def _mlp(request: PodRequest, rows: int, model: int) -> int:
     """Return the bytes of the inputs, hidden units and outputs of an MLP.
 
-    Rows of experts are those of every token that chose one: bfloat16 in and out, float32 between.
+    With experts, every token has a row for each of its experts: inputs and outputs are bfloat16,
+    the sums in between float32.
     """
     c = request.config
     if not c.n_experts:
@@ -111,7 +118,7 @@ def _mlp(request: PodRequest, rows: int, model: int) -> int:
 
 
 def _layer_bytes(program: Program, split: bool) -> int:
-    """Return the largest number of bytes of a layer, or of the output matrix, after gathering."""
+    """Return the bytes of a layer or of the output matrix after gathering, whichever is larger."""
     if not split:
         return 0
     at, sizes = dict(jq.core.path_leaves(program.placed)), {"layers": 0, "head": 0}
@@ -126,11 +133,11 @@ def _layer_bytes(program: Program, split: bool) -> int:
 
 
 def gathered(w: PyTree, at: PyTree) -> PyTree:
-    """Return how a weight is split after all-gathering it over "data".
+    """Return the shardings of a weight after an all-gather over "data".
 
     Args:
       w: the weight, or its shapes.
-      at: how it is split before.
+      at: its shardings before the all-gather.
     """
     return jax.tree.map(lambda a, s: _without(s, "data", a.ndim), w, at)
 
@@ -154,7 +161,7 @@ def _of_weight(
     *stack, rows, columns = axes_of(matrix.spec, len(w.shape))
     own = lambda part: tuple(name for name in part if not (split and name == "data"))
     tokens = request.batch * request.tokens // (data if split else 1)
-    of_experts = path.startswith(EXPERTS)  # every device multiplies the rows of its own experts
+    of_experts = path.startswith(EXPERTS)  # each device multiplies the rows of its own experts
     experts = stack[-1] if of_experts else ()
     tokens *= request.config.experts_per_token if of_experts else 1
     dtype = "f32" if of_experts else "bf16"
@@ -179,6 +186,6 @@ def _of_gradients(program: Program, sizes: dict[str, int]) -> Iterator[Collectiv
 
 
 def _without(s: NamedSharding, axis: str, ndim: int) -> NamedSharding:
-    """Return a sharding without one axis of its mesh."""
+    """Return a sharding that no longer splits anything over one axis of its mesh."""
     parts = [tuple(n for n in part if n != axis) or None for part in axes_of(s.spec, ndim)]
     return NamedSharding(s.mesh, jax.sharding.PartitionSpec(*parts))

@@ -1,4 +1,4 @@
-"""The mesh of a plan: given, or the one that splits a model over most devices."""
+"""The mesh of a plan: the given one, or by default the one with the largest "model" axis."""
 
 import math
 from collections.abc import Iterator
@@ -16,15 +16,17 @@ NAMES = ("data", "expert", "model")
 def mesh_of(request: PodRequest, weights: PyTree) -> Axes:
     """Return the names and sizes of the mesh axes of a request.
 
-    By default "model" is the largest number of devices that divides the key-value heads and leaves
-    whole groups, words and tiles of every weight. "expert" splits the experts of a mixture over
-    what the batch leaves; "data" is the rest.
+    By default, "model" is the largest divisor of the number of devices and of the key-value heads
+    whose shards consist of whole groups, words and tiles of every weight. For a mixture of experts,
+    "expert" divides the experts over those devices that the batch does not need. "data" is the
+    rest.
 
     Args:
       request: the request.
-      weights: its packed shapes.
+      weights: the shapes of its packed weights.
     Raises:
-      ValueError: the given axes do not multiply to the devices of the slice, or no mesh suits.
+      ValueError: the product of the given sizes is not the number of devices of the slice, or no
+        default mesh splits the model evenly.
     """
     if request.mesh:
         _check(request)
@@ -36,16 +38,21 @@ def mesh_of(request: PodRequest, weights: PyTree) -> Axes:
             return axes
         except ValueError as error:
             why = why or str(error)
-    raise ValueError(f"{request.where.name}: no mesh of its devices splits this model: {why}")
+    raise ValueError(
+        f"{request.where.name}: no default mesh of its devices splits this model evenly ({why}); "
+        "give --mesh, or another slice"
+    )
 
 
 def mesh_of_text(text: str) -> Axes:
-    """Return the axes that an option such as "data=16,model=16" names.
+    """Return the mesh axes that a value of `--mesh` describes.
 
     Args:
-      text: pairs NAME=SIZE, separated by commas.
+      text: pairs NAME=SIZE, separated by commas, such as "data=16,model=16". The names are among
+        "data", "expert" and "model", and the sizes are at least 1.
     Raises:
-      ValueError: the text does not have this form, or an axis is unknown or named twice.
+      ValueError: the text does not have this form, or it names an axis that is unknown, or one
+        axis twice.
 
     >>> mesh_of_text("data=4,model=8")
     (('data', 4), ('model', 8))
@@ -55,16 +62,20 @@ def mesh_of_text(text: str) -> Axes:
     right = all(name in NAMES and size.isdecimal() and int(size) for name, size in pairs)
     if not right or len(set(names)) < len(names):
         raise ValueError(
-            f"--mesh takes sizes of the axes {', '.join(NAMES)}, as in data=4,model=8, got {text!r}"
+            f"--mesh takes sizes of the axes {', '.join(NAMES)}, each at most once, as in "
+            f"data=4,model=8, got {text!r}"
         )
     return tuple((name, int(size)) for name, size in pairs)
 
 
 def shown(axes: Axes) -> str:
-    """Return axes in the form of the option `--mesh`.
+    """Return mesh axes in the form of the option `--mesh`.
 
     Args:
       axes: name and size of each axis.
+
+    >>> shown((("data", 4), ("model", 8)))
+    'data=4,model=8'
     """
     return ",".join(f"{name}={size}" for name, size in axes)
 
@@ -74,7 +85,7 @@ def _check(request: PodRequest) -> None:
     if product != devices:
         raise ValueError(
             f"the mesh {shown(request.mesh)} has {product} devices, but {request.where.name} has "
-            f"{devices}"
+            f"{devices}; give --mesh sizes whose product is {devices}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a model takes on a slice of a pod, and the smallest that holds it: `plan --topology`."""
+"""The plan of a model on a slice of a TPU pod, and the smallest slices that hold it."""
 
 import dataclasses
 from collections import Counter
@@ -20,12 +20,12 @@ from pallas_kernels.cost.topologies import GENERATIONS, slices
 
 
 class Smallest(NamedTuple):
-    """The smallest slice of a generation that holds a program by the formula.
+    """The smallest slice of a generation whose memory holds a program, according to the formula.
 
     Attributes:
-      name: its name; "" if no slice holds the program.
-      refused: the first slice whose devices do not divide the model or the batch, and why; "" if
-        the smallest comes before any such slice.
+      name: name of the slice; "" if no slice holds the program.
+      refused: the first slice that was skipped because its devices do not divide the model or the
+        batch, with the reason; "" if no smaller slice was skipped.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Smallest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PodPlan:
-    """What a plan says.
+    """The plan of a model on a slice of a TPU pod.
 
     Attributes:
-      request: what was asked.
+      request: the request.
       mesh: name and size of each mesh axis.
-      bits: average number of bits of a weight of the whole model.
-      held: bytes of a device's part of each argument.
-      temporaries: bytes of a device beside them.
-      compiled: what the compiler for TPUs said; None if it was not asked.
+      bits: average number of bits per weight of the whole model.
+      held: bytes of each argument on one device, by its name.
+      temporaries: bytes of everything else on one device.
+      compiled: the result of the compiler for TPUs; None if it was not used.
       sent: the collectives of a step.
-      time: the least time of a step.
-      served: number of packed weights, and of those that kernels serve.
-      smallest: generation -> the smallest slice that holds the program.
+      time: a lower bound on the time of a step.
+      served: number of packed weights, and number of those whose products all have kernels.
+      smallest: the smallest slice of each generation that holds the program.
     """
 
     request: PodRequest
@@ -62,35 +62,41 @@ class PodPlan:
 
     @property
     def source(self) -> str:
-        """What temporaries and collectives come from: the compiler or the formula."""
+        """Where temporaries and collectives come from: "compiler" or "formula"."""
         return "compiler" if self.compiled and not self.compiled.error else "formula"
 
     @property
     def arguments(self) -> int:
-        """Bytes of all arguments on a device."""
+        """Bytes of all arguments on one device."""
         return sum(self.held.values())
 
     @property
     def total(self) -> int:
-        """Bytes of a device."""
+        """Bytes of arguments and temporaries on one device."""
         return self.arguments + self.temporaries
 
     @property
     def compiled_arguments(self) -> int | None:
-        """Bytes of all arguments on a device by the compiler; None if it did not succeed."""
+        """Bytes of all arguments on one device according to the compiler; None without a result."""
         done = self.compiled
         return done.arguments if done is not None and not done.error else None
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits: it compiled, or else, by the formula."""
+        """Whether the program fits in memory: it compiled or, if that failed, the formula says so.
+
+        A compiler that ran out of memory on a device means that it does not fit.
+        """
         if self.compiled is not None and (not self.compiled.error or self.compiled.exhausted):
             return not self.compiled.error
         return self.total <= self.request.where.memory
 
     @property
     def moved(self) -> dict[tuple[str, str], int]:
-        """Bytes of a step's collectives on a device, by kind and dtype, largest first."""
+        """Bytes of the results of a step's collectives on one device, by (kind, dtype).
+
+        The largest come first.
+        """
         found: Counter[tuple[str, str]] = Counter()
         for one in self.sent:
             found[one.kind, one.dtype] += one.bytes
@@ -98,7 +104,7 @@ class PodPlan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Number of tokens per second at most, of all sequences together."""
+        """Largest possible number of tokens per second, over all sequences."""
         return self.request.batch * self.request.tokens / self.time.seconds
 
 
@@ -107,24 +113,25 @@ def plan_pod(request: PodRequest, compile_: bool = True) -> PodPlan:
 
     Args:
       request: the request.
-      compile_: whether to ask the compiler for TPUs, if it is installed.
+      compile_: whether to use the compiler for TPUs, if it is installed. Default: True.
     Raises:
-      ValueError: the recipe does not fit the model, or the mesh does not divide it.
+      ValueError: the recipe does not fit the model, or the mesh does not divide the model or the
+        batch.
     """
     weights = packed_shapes(request)
     mesh = mesh_of(request, weights)
     of = program(request, weights, abstract_mesh(mesh))
-    said = pod_compiler.compiled(request) if compile_ and not pod_compiler.missing() else None
-    found = said is not None and not said.error
-    sent = said.sent if said and found else tuple(expected_collectives(request, of, mesh))
-    spare = said.temporaries if said and found else expected_temporaries(request, of, mesh)
+    done = pod_compiler.compiled(request) if compile_ and not pod_compiler.missing() else None
+    found = done is not None and not done.error
+    sent = done.sent if done and found else tuple(expected_collectives(request, of, mesh))
+    spare = done.temporaries if done and found else expected_temporaries(request, of, mesh)
     return PodPlan(
         request=request,
         mesh=mesh,
         bits=8 * weight_bytes(weights) / _size(weights),
         held=device_bytes(of),
         temporaries=spare,
-        compiled=said,
+        compiled=done,
         sent=sent,
         time=step_time(request, of, mesh, sent),
         served=_served(of),
@@ -133,12 +140,12 @@ def plan_pod(request: PodRequest, compile_: bool = True) -> PodPlan:
 
 
 def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> Smallest:
-    """Return the smallest slice of a generation that holds a program by the formula.
+    """Return the smallest slice of a generation that holds a program, according to the formula.
 
     Args:
-      request: the request; its slice and its mesh are left aside.
-      weights: its packed shapes.
-      chip: the generation.
+      request: the request; its slice and its mesh are ignored.
+      weights: the shapes of its packed weights.
+      chip: the generation, a key of `topologies.GENERATIONS`.
     """
     refused = ""
     for where in slices(chip):
@@ -157,7 +164,7 @@ def smallest_slice(request: PodRequest, weights: PyTree, chip: str) -> Smallest:
 
 
 def report_of(plan: PodPlan) -> dict[str, Any]:
-    """Return a plan as JSON values.
+    """Return a plan as JSON values; bytes are those on one device, times are in seconds.
 
     Args:
       plan: the plan.
@@ -190,41 +197,44 @@ def lines(plan: PodPlan) -> list[str]:
     """
     r, t, gb = plan.request, plan.time, lambda n: f"{n / 1e9:10.3f} GB"
     rows = [(name, size) for name, size in plan.held.items() if name != "tokens"]
-    rows += [("temporaries", plan.temporaries), ("together", plan.total)]
+    rows += [("temporaries", plan.temporaries), ("total", plan.total)]
     step = {"decode": "a decoding step", "prefill": "a prefill"}.get(r.work, "a training step")
     verdict = "it fits" if plan.fits else "it does not fit"
     return [
         f"{r.work} of {r.batch} sequences with {r.context} tokens on {r.where.name}: "
         f"{r.where.devices} devices, {shown(plan.mesh)}; {plan.bits:.3f} bits per weight",
-        f"bytes per device (weights and cache counted, temporaries by the {plan.source}):",
+        f"bytes per device (temporaries from the {plan.source}, the rest counted from shapes):",
         *(f"  {name:12}{gb(size)}" for name, size in rows),
-        f"  of {gb(r.where.memory).strip()}: {verdict}",
-        *_said(plan),
-        f"sent per step, bytes of the results on a device (by the {plan.source}):",
+        f"  of {gb(r.where.memory).strip()} of memory: {verdict}",
+        *_of_compiler(plan),
+        f"collectives per step, bytes of their results per device (from the {plan.source}):",
         *(f"  {kind:20}{dtype:6}{gb(n)}" for (kind, dtype), n in plan.moved.items()),
-        f"lower bound on the time of {step}, with all of the following overlapped:",
+        f"lower bound on the time of {step}, if all of the following overlap:",
         *(f"  {name:12}{_milliseconds(time)}" for name, time in t._asdict().items()),
-        f"  bound by {t.bound}: {1e3 * t.seconds:.3f} ms, at most "
+        f"  limited by {t.bound}: {1e3 * t.seconds:.3f} ms, at most "
         f"{plan.tokens_per_second:,.0f} tokens/s",
         f"packed weights served by kernels: {plan.served[1]} of {plan.served[0]}",
-        "smallest slices that hold it (by the formula): "
+        "smallest slices on which it fits (from the formula): "
         + ", ".join(of.name or f"none of {chip}" for chip, of in plan.smallest.items()),
         *(f"  {of.refused}" for of in plan.smallest.values() if of.refused),
     ]
 
 
 def _milliseconds(time: float | None) -> str:
-    return " not known" if time is None else f"{1e3 * time:10.3f} ms"
+    return "   not known" if time is None else f"{1e3 * time:10.3f} ms"
 
 
-def _said(plan: PodPlan) -> list[str]:
+def _of_compiler(plan: PodPlan) -> list[str]:
+    """Return the line that says why there is no result of the compiler, or none."""
     if plan.compiled is None:
-        return [f"  {pod_compiler.missing() or 'the compiler was not asked'}"]
-    return [f"  the compiler: {plan.compiled.error.splitlines()[0]}"] if plan.compiled.error else []
+        return [f"  not compiled: {pod_compiler.missing() or 'the compiler was not used'}"]
+    if not plan.compiled.error:
+        return []
+    return [f"  error of the compiler: {plan.compiled.error.splitlines()[0]}"]
 
 
 def _served(of: Program) -> tuple[int, int]:
-    """Return the number of packed weights, and of those all of whose uses a kernel serves."""
+    """Return the number of packed weights, and the number of those whose uses all have kernels."""
     packed = [p for p, w in jq.core.path_leaves(of.weights) if isinstance(w, jq.QTensor)]
     if not packed:
         return 0, 0

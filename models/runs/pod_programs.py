@@ -1,4 +1,4 @@
-"""The programs that a plan is about, on shapes only: decode step, prefill, training step."""
+"""The programs that are planned, on shapes only: decoding step, prefill, training step."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -28,23 +28,23 @@ AnyMesh = Mesh | AbstractMesh
 DTYPE = jnp.bfloat16  # of activations, of the cache and of weights that are not quantized
 LORA = jq.adapters.LoRA(rank=16, dtype="bfloat16")
 ADAPTED = ("layers/attn/*kernel", "layers/mlp/[gud]*/kernel")
-SAMPLE = 128  # rows that a method keeps of its calibration inputs
+SAMPLE = 128  # number of calibration rows that a method stores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A function, its abstract arguments, and how these are split over a mesh.
+    """A function, its abstract arguments, and their shardings over a mesh.
 
     Attributes:
-      fn: the function; its weights run through `jaxquant.quantized`.
-      arguments: shapes of its arguments, by what they are: "weights", "cache", "tokens",
-        "trained" (what is trained of the weights) and "optimizer" (the state of the optimizer).
-      shardings: how they are split.
-      updated: names of the arguments whose memory the results take over.
-      outputs: how the results are split.
-      forward: the function of all weights and of the tokens, for `jaxquant.explain`.
-      weights: all weights, those in training among them.
-      placed: how they are split.
+      fn: the function, whose products run through `jaxquant.quantized`.
+      arguments: the shapes of its arguments by name, in order: "weights", "cache", "tokens",
+        "trained" (those arrays of the weights that are trained) and "optimizer" (its state).
+      shardings: the shardings of the arguments by name.
+      updated: names of the arguments that are donated: results reuse their memory.
+      outputs: the shardings of the results.
+      forward: the function (all weights, tokens) -> logits, for `jaxquant.explain`.
+      weights: the shapes of all weights, including the trained ones.
+      placed: the shardings of `weights`.
     """
 
     fn: Callable[..., PyTree]
@@ -66,12 +66,12 @@ class Program:
         return fn.lower(*self.arguments.values())
 
     def uses(self) -> jq.core.Explanation:
-        """Return what serves the uses of the packed weights on a TPU."""
+        """Return the kernels and rules that serve the uses of the packed weights on a TPU."""
         return jq.explain(self.forward, self.weights, self.arguments["tokens"], platform="tpu")
 
 
 def abstract_mesh(mesh: tuple[tuple[str, int], ...]) -> AbstractMesh:
-    """Return a mesh of devices that need not exist.
+    """Return a mesh with Auto axes whose devices need not exist.
 
     Args:
       mesh: name and size of each axis.
@@ -86,10 +86,11 @@ def packed_shapes(request: PodRequest) -> PyTree:
     Args:
       request: the request.
     Raises:
-      ValueError: the recipe does not fit the model, or quantizes nothing in training.
+      ValueError: the recipe does not fit the model, or the request is a training step and the
+        recipe quantizes nothing.
     """
     one = _packed(dataclasses.replace(request.config, n_layers=1), request.recipe, request.work)
-    layers = request.config.n_layers  # which are all alike
+    layers = request.config.n_layers  # all of equal shapes
     taller = lambda a: jax.ShapeDtypeStruct((layers, *a.shape[1:]), a.dtype)
     return {**one, "layers": jax.tree.map(taller, one["layers"])}
 
@@ -102,7 +103,10 @@ def _packed(config: LlamaConfig, recipe: jq.Recipe, work: str) -> PyTree:
     uses = jq.sites(fn, floats, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     methods = {glob: m for glob, m in recipe.rules if isinstance(m, jq.Method)}
     if not methods and work in TRAINING:
-        raise ValueError(f"--train {work} needs a recipe that quantizes weights; this one does not")
+        raise ValueError(
+            f"--train {work} needs a recipe that quantizes weights, but this one quantizes none; "
+            "give another --recipe, or --method"
+        )
     if not methods:
         return floats
     make = jq.latent if work == "qat" else jq.quantize
@@ -143,8 +147,8 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
     data, split = dict(mesh.shape).get("data", 1), gathers(request, dict(mesh.shape))
     if split and request.batch % data:
         raise ValueError(
-            f'the {data} devices of "data" do not divide a batch of {request.batch}; give a larger '
-            "--batch or another --mesh"
+            f'the {data} devices of "data" do not divide a batch of {request.batch}; give a '
+            f"--batch that is a multiple of {data}, or another --mesh"
         )
     tokens = jax.ShapeDtypeStruct((request.batch, request.tokens), jnp.int32)
     spread = NamedSharding(mesh, P("data") if split else P())
@@ -160,19 +164,20 @@ def program(request: PodRequest, weights: PyTree, mesh: AnyMesh) -> Program:
 
 
 def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
-    """Return whether the tokens are split over "data", so that packed words are gathered.
+    """Return whether "data" splits the tokens, so that packed words have to be gathered.
 
     Args:
       request: the request.
-      mesh: size of every mesh axis.
+      mesh: the size of each mesh axis by its name.
     """
     return request.work != "decode" and "data" in mesh
 
 
 def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:
-    """Return the shapes of the cache, and how it is split; the batch only where it divides.
+    """Return the shapes and the shardings of the cache; "data" splits it if it divides the batch.
 
-    On devices, the compiler chooses the layout, as a step would copy the cache from any other.
+    On a mesh of devices, the compiler chooses the layout, because a step would copy the cache from
+    any other layout.
     """
     cache = jax.eval_shape(
         lambda: init_cache(request.config, request.batch, request.context, DTYPE)
@@ -190,7 +195,7 @@ def _inference(
     run: Callable[..., PyTree], forward: Callable[..., PyTree], weights: PyTree, at: PyTree,
     tokens: Any, spread: NamedSharding, cache: tuple[PyTree, PyTree],
 ) -> Program:  # fmt: skip
-    """Return a step that reads tokens, and writes their keys and values into a cache."""
+    """Return a step that reads tokens and writes their keys and values into a cache."""
     columns = "model" if "model" in spread.mesh.axis_names else None
     rows = spread.spec[0] if len(spread.spec) else None
     logits = NamedSharding(spread.mesh, P(rows, None, columns))
@@ -211,7 +216,7 @@ def _training(
     run: Callable[..., PyTree], forward: Callable[..., PyTree], weights: PyTree, at: PyTree,
     tokens: Any, spread: NamedSharding,
 ) -> Program:  # fmt: skip
-    """Return a step of AdamW on the trained arrays, with the next token as target."""
+    """Return a step of AdamW on the trained arrays, with the next token as the target."""
     adam = optax.adamw(1e-4)
     which = jq.trained(weights)
     learning, fixed = eqx.partition(weights, which)

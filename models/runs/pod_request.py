@@ -1,4 +1,4 @@
-"""The request for a plan of a model on a slice of a pod: everything that determines it."""
+"""A request for a plan of a model on a slice of a TPU pod: everything that determines the plan."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +14,21 @@ TRAINING = ("qlora", "qat")
 
 @dataclasses.dataclass(frozen=True)
 class PodRequest:
-    """A model, how it is packed, the work of a step, and the slice that does it.
+    """A model, how it is quantized, the work of a step, and the slice that does the work.
 
     Attributes:
       config: the architecture.
-      recipe: the method of every weight.
+      recipe: the recipe that assigns a method to every weight.
       work: one of `WORK`: "decode" is a step that adds one token to every sequence, "prefill" the
         step that reads prompts of `context` tokens; "qlora" and "qat" are training steps.
-      batch: number of sequences.
-      context: number of tokens of a sequence.
+      batch: number of sequences, 1 or more.
+      context: number of tokens per sequence, from 1 to the number of positions of the model. In
+        decoding, it is the number of tokens for which the cache has room.
       where: the slice.
-      mesh: name and size of each mesh axis; () for the default.
+      mesh: name and size of each mesh axis. Default: (), which selects the mesh of `mesh_of`.
+
+    Raises:
+      ValueError: a value is out of its range.
     """
 
     config: LlamaConfig
@@ -45,7 +49,7 @@ class PodRequest:
         if self.context > self.config.max_position:
             raise ValueError(
                 f"a context of {self.context} tokens exceeds the {self.config.max_position} "
-                "positions of the model"
+                f"positions of the model; give a context of at most {self.config.max_position}"
             )
 
     @property
@@ -55,14 +59,14 @@ class PodRequest:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of a sequence that one step reads."""
+        """Number of tokens of each sequence that one step reads."""
         return 1 if self.work == "decode" else self.context
 
     def on(self, where: Slice) -> "PodRequest":
-        """Return the same on another slice, with the default mesh.
+        """Return the same request for another slice, with the default mesh.
 
         Args:
-          where: the slice.
+          where: the other slice.
         """
         return dataclasses.replace(self, where=where, mesh=())
 
@@ -83,7 +87,7 @@ class PodRequest:
         """Return the request that `to_json` serialized.
 
         Args:
-          data: the dict of JSON values.
+          data: the dict that `to_json` returned.
         """
         return cls(
             LlamaConfig.from_json(data["config"]),

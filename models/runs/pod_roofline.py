@@ -1,4 +1,4 @@
-"""A lower bound on the time of a step on a slice: memory, multiplication, unpacking, exchange."""
+"""A lower bound on the time of a step on a slice: memory, products, unpacking and collectives."""
 
 import dataclasses
 import math
@@ -25,16 +25,18 @@ from pallas_kernels.cost.topologies import GENERATIONS
 
 
 class StepTime(NamedTuple):
-    """Seconds that a step takes at least, by what limits it; these go on at the same time.
+    """Lower bounds on the time of a step, in seconds, one for each resource.
 
-    Links within a chip, and those that are missing at the edge of a slice, are not modelled: every
-    device receives at an equal part of the published bandwidth of its chip.
+    The resources work at the same time, so the largest bound is that of the step. Neither the links
+    within a chip nor the missing links at the edges of a slice are modelled: every device receives
+    at an equal share of the published bandwidth of its chip.
 
     Attributes:
-      memory: reading and writing weights, cache and what training keeps.
-      multiplying: multiplication at the peak of the chip.
-      unpacking: unpacking codes; None if the rate at which some are unpacked is not known.
-      exchange: receiving what the other devices send.
+      memory: time to read and write weights and cache and, in training, the optimizer's state and
+        stored activations.
+      multiplying: time to multiply at the peak rate of the chip.
+      unpacking: time to unpack codes; None if the rate of a kernel is not known.
+      exchange: time to receive what other devices send.
     """
 
     memory: float
@@ -44,30 +46,30 @@ class StepTime(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The time of a step at least."""
+        """The lower bound on the time of a step, in seconds."""
         return max(self.known.values())
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The name of the largest bound."""
         return max(self.known, key=lambda name: self.known[name])
 
     @property
     def known(self) -> dict[str, float]:
-        """The times that are known, by name."""
+        """The bounds that are known, by name."""
         return {name: time for name, time in self._asdict().items() if time is not None}
 
 
 def step_time(
     request: PodRequest, program: Program, mesh: Axes, sent: Sequence[Collective]
 ) -> StepTime:
-    """Return the least time of a step.
+    """Return the lower bounds on the time of a step.
 
     Args:
       request: the request.
-      program: its program.
+      program: the program of the request.
       mesh: name and size of each mesh axis.
-      sent: its collectives.
+      sent: the collectives of the program.
     """
     chip, passes = chips.CHIPS[request.where.chip], PASSES[request.work]
     at = dict(jq.core.path_leaves(program.placed))
@@ -78,7 +80,7 @@ def step_time(
     ]
     read, multiplying, unpacking = (sum(times) for times in zip(*each, strict=True))
     multiplying += _attention(request, dict(mesh)) / chip.flops
-    parts = GENERATIONS[request.where.chip].devices  # which share the memory and units of a chip
+    parts = GENERATIONS[request.where.chip].devices  # these share the memory and units of a chip
     return StepTime(
         parts * (passes * read + _kept(request, program, dict(mesh))) / chip.bandwidth,
         parts * passes * multiplying,
@@ -90,11 +92,11 @@ def step_time(
 def _of_weight(
     request: PodRequest, path: str, w: PyTree, at: PyTree, sizes: dict[str, int]
 ) -> tuple[float, float, float]:
-    """Return what a device does in a pass over a weight, alone on its chip.
+    """Return the cost of one product with a weight for a device that has its chip to itself.
 
     Returns:
-      Bytes moved to and from memory, seconds of multiplication, and seconds of unpacking, which are
-      not finite where the rate is not known.
+      Bytes moved to and from memory, seconds of multiplication, and seconds of unpacking (NaN if
+      the rate is not known).
     """
     where, split = request.where, gathers(request, sizes)
     chip, tokens = chips.CHIPS[where.chip], request.batch * request.tokens
@@ -111,14 +113,14 @@ def _of_weight(
     unpacking = 0.0
     if _packed(w) and used:
         rate = kernel_rate(_frozen(w), where.chip)
-        moved += 0 if rate else 4 * size  # bfloat16, written and read again
+        moved += 0 if rate else 4 * size  # without a kernel, bfloat16 is written and read again
         known = 0 < rate < math.inf
         unpacking = seen * size / (rate * chip.clock * chip.cores) if known else math.nan
     return seen * moved, multiplying, unpacking
 
 
 def _frozen(w: jq.QTensor) -> jq.QTensor:
-    """Return the packed matrix below an adapter, whose products are those of its own kernels."""
+    """Return the packed matrix under an adapter, whose own kernels compute the product."""
     if not isinstance(w.format, jq.adapters.Adapted) or w.format.adapter.floating:
         return w
     return dataclasses.replace(w, data=base_of(w.data), format=w.format.format)
@@ -129,7 +131,7 @@ def _arrays(w: PyTree, at: PyTree) -> Iterator[tuple[PyTree, PyTree]]:
 
 
 def _with_gathering(work: str, a: PyTree, at: PyTree) -> float:
-    """Return the bytes of an array that a pass moves: gathered parts are written, and read."""
+    """Return the bytes of an array that one product moves; a gathered array is written and read."""
     own, whole = tree_device_bytes(a, at), tree_device_bytes(a, gathered(a, at))
     share = GATHERED[work] / PASSES[work]
     return share * own + (share + 1) * whole if whole > own else own
@@ -140,10 +142,10 @@ def _packed(w: PyTree) -> bool:
 
 
 def _used(config: LlamaConfig, path: str, tokens: int) -> tuple[float, float]:
-    """Return which part of a weight a token is multiplied by, and which part is read in a step.
+    """Return the part of a weight that multiplies one token, and the part that a step reads.
 
-    A look-up reads a row for each token. Experts are taken as chosen at random, and as evenly on
-    all devices: those that are read are at most those that the tokens chose.
+    A look-up reads one row for each token. Tokens are assumed to choose experts at random and
+    evenly over the devices; a step reads only the experts that some token chose.
     """
     if path == "embed/embedding" and not config.tie_embeddings:
         return 0.0, min(1.0, tokens / config.vocab_size)
@@ -154,7 +156,7 @@ def _used(config: LlamaConfig, path: str, tokens: int) -> tuple[float, float]:
 
 
 def _kept(request: PodRequest, program: Program, sizes: dict[str, int]) -> float:
-    """Return the bytes of cache, optimizer and kept activations that a device reads and writes."""
+    """Return the bytes of cache, optimizer state and stored inputs that a device moves."""
     here = lambda name: tree_device_bytes(program.arguments[name], program.shardings[name])
     if not request.trains:
         return here("cache")
@@ -164,7 +166,7 @@ def _kept(request: PodRequest, program: Program, sizes: dict[str, int]) -> float
 
 
 def _attention(request: PodRequest, sizes: dict[str, int]) -> float:
-    """Return the operations of scores and sums of attention on a device, over what tokens see."""
+    """Return the number of operations of attention on one device, causal masking considered."""
     c, data = request.config, sizes.get("data", 1)
     seen = request.context if request.work == "decode" else (request.context + 1) / 2
     parts = sizes.get("model", 1) * (1 if request.batch % data else data)
@@ -172,7 +174,7 @@ def _attention(request: PodRequest, sizes: dict[str, int]) -> float:
 
 
 def weight_bytes(weights: PyTree) -> int:
-    """Return the bytes of all weights, without padding.
+    """Return the bytes of all weights, summed over all devices and without padding.
 
     Args:
       weights: tree of shapes.

@@ -1,12 +1,12 @@
-"""Slices of TPU pods: which exist, and what every device of one has.
+"""Slices of TPU pods: which slices exist, and the memory and bandwidth of their devices.
 
-A slice has the name that libtpu knows it by, such as "v5p:8x8x8": a generation, and the number of
-chips along each axis of its grid. Shapes of up to one host, and of whole hosts, are those of the
-page of each version under docs.cloud.google.com/tpu/docs; larger ones of v5p and tpu7x consist of
-cubes of 4x4x4 chips, in any grid of them; the usual ones are listed.
+The name of a slice is the one that libtpu uses, such as "v5p:8x8x8": a generation, and the number
+of chips along each axis of the grid. The shapes are those listed for each version under
+docs.cloud.google.com/tpu/docs. Larger slices of v5p and tpu7x consist of cubes of 4x4x4 chips in a
+grid of any shape, of which the usual ones are listed here.
 
 Source of the bandwidths between chips: the same pages, "bidirectional inter-chip interconnect (ICI)
-bandwidth per chip", of which half arrives at a chip. Read 2026-12.
+bandwidth per chip", of which half arrives at a chip. Read in 2026-12.
 """
 
 import math
@@ -16,13 +16,14 @@ from pallas_kernels.cost.chips import CHIPS
 
 
 class Generation(NamedTuple):
-    """What the slices of a generation have in common.
+    """The properties that all slices of a TPU generation share.
 
     Attributes:
-      devices: number of devices of a chip, as JAX sees them.
-      incoming: bytes / s that arrive at a chip from the others of its slice, on all links together.
-      shapes: the grids of its usual slices, in order of their size.
-      cubes: largest number of chips of a slice that consists of cubes of 4x4x4; 0 if none does.
+      devices: number of JAX devices per chip.
+      incoming: bytes per second that a chip receives from the other chips, over all its links.
+      shapes: the grids of the usual slices, in order of size.
+      cubes: largest number of chips of a slice that consists of cubes of 4x4x4 chips; 0 if the
+        generation has no such slices.
     """
 
     devices: int
@@ -45,11 +46,11 @@ GENERATIONS = {
 
 
 class Slice(NamedTuple):
-    """A slice of a pod.
+    """A slice of a TPU pod.
 
     Attributes:
-      chip: its generation, a key of `GENERATIONS` and of `chips.CHIPS`.
-      shape: number of chips along each axis.
+      chip: the generation, a key of `GENERATIONS` and of `chips.CHIPS`.
+      shape: number of chips along each axis of the grid.
     """
 
     chip: str
@@ -57,7 +58,7 @@ class Slice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that libtpu knows it by."""
+        """The name that libtpu uses, such as "v5e:4x4"."""
         return f"{self.chip}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -67,28 +68,29 @@ class Slice(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Number of devices, as JAX sees them."""
+        """Number of JAX devices."""
         return self.chips * GENERATIONS[self.chip].devices
 
     @property
     def memory(self) -> float:
-        """Bytes of memory of a device."""
+        """Bytes of memory per device."""
         return CHIPS[self.chip].memory / GENERATIONS[self.chip].devices
 
     @property
     def incoming(self) -> float:
-        """Bytes / s that arrive at a device from others; infinite if there are none."""
+        """Bytes per second that a device receives from others; infinite if there are no others."""
         of = GENERATIONS[self.chip]
         return of.incoming / of.devices if self.devices > 1 else math.inf
 
 
 def slice_of(name: str) -> Slice:
-    """Return the slice of a name.
+    """Return the slice of this name.
 
     Args:
-      name: a generation and a grid, such as "v5e:4x4", in small or capital letters.
+      name: a generation and a grid, such as "v5e:4x4". Neither the case of the letters nor the
+        order of the axes matters.
     Raises:
-      ValueError: there is no such generation, or no such slice of it.
+      ValueError: the generation is unknown, or it has no such slice.
 
     >>> slice_of("v5p:8x8x8").devices, slice_of("TPU7x:2x2x1").devices
     (512, 8)
@@ -108,15 +110,15 @@ def slice_of(name: str) -> Slice:
     whole = len(parts) == 3 and all(n and n % 4 == 0 for n in parts)
     if whole and math.prod(parts) <= of_chip.cubes:
         return Slice(chip, tuple(sorted(parts)))
-    cubes = f", and grids of whole cubes of 4x4x4, of up to {of_chip.cubes:,} chips"
+    cubes = f", and all grids of whole cubes of 4x4x4 chips with up to {of_chip.cubes:,} chips"
     raise ValueError(
-        f"there is no slice {name!r} among those known here; those of {chip} are "
+        f"there is no slice {name!r} among those known here; use another: those of {chip} are "
         f"{', '.join(of.name for of in known.values())}{cubes if of_chip.cubes else ''}"
     )
 
 
 def slices(chip: str) -> list[Slice]:
-    """Return the usual slices of a generation, in order of their size.
+    """Return the usual slices of a generation, in order of size.
 
     Args:
       chip: a key of `GENERATIONS`.

@@ -1,8 +1,9 @@
-"""Prefill of SmolLM2-135M's sizes on two CPU devices, its batch split, beside the same on one.
+"""Prefill with the sizes of SmolLM2-135M and a split batch on two CPU devices, compared with one.
 
     python -m tests.benchmarks.data_parallel
 
-One process with two devices, the two in turn, medians. The weights are random, of 4 bits.
+One process has two devices; runs on one and on both alternate, and medians are printed. The weights
+are random, and quantized to 4 bits.
 """
 
 import argparse
@@ -29,12 +30,12 @@ MODEL = llama.Llama(CONFIG)
 
 
 def last(params, tokens):
-    """The logits after the last token of each sequence."""
+    """Return the logits after the last token of each sequence."""
     return llama.apply(MODEL, params, tokens)[:, -1]
 
 
 def main():
-    """Print the tokens a second of both, and their ratio."""
+    """Print the tokens per second on one device and on two, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_option(parser)
     jax.config.update("jax_num_cpu_devices", 2)  # before JAX asks for its devices

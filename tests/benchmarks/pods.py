@@ -1,8 +1,8 @@
-"""The smallest slice of a TPU pod on which large models decode, by the formula of `jaxquant plan`.
+"""The smallest slices of TPU pods on which large models decode, by the formula of `jaxquant plan`.
 
 Run: python -m tests.benchmarks.pods [--batch 8] [--context 8192] [--json FILE]. No weights and no
-TPU are needed. Packed are the matrices of the layers; embedding, output matrix and cache are
-bfloat16. The number in parentheses is the least time of a step in milliseconds.
+TPU are needed. The matrices of the layers are quantized; embedding, output matrix and cache are
+bfloat16. The number in parentheses is a lower bound on the time of a step, in milliseconds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BITS = (16, 8, 4, 2)
 
 
 def cell(request, weights, chip):
-    """The smallest slice, and the milliseconds of a step on it."""
+    """Return the smallest slice, and the lower bound in milliseconds of a step on it."""
     name = smallest_slice(request, weights, chip).name
     if not name:
         return "none"

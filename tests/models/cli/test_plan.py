@@ -74,7 +74,7 @@ def test_every_tensor_is_listed(tiny, run):
 def test_methods_that_are_still_to_be_chosen(tiny, run):
     budget = ("--target-bits", 7, "--method", "rtn", "--group-size", 8, "--symmetric", "--json")
     status, out, err = run("plan", tiny, *budget)
-    assert status == 0 and "here are those nearest to it" in err
+    assert status == 0 and "bits are nearest to the target" in err
     report = json.loads(out)
     assert 6 <= report["bits_per_weight"] <= 8 and report["methods"] == "nearest to the target"
 

@@ -37,7 +37,7 @@ def test_text_and_a_folder(run, tiny):
         (("--topology", "v5e:4x4", "--mesh", "data=1,model=16"), "do not divide the 8 kv_heads"),
         (("--topology", "v5e:4x4", "--mesh", "model=8"), "has 8 devices, but v5e:4x4 has 16"),
         (("--topology", "v5e:4x4", "--bits", 16, "--method", "rtn"), "leave out --method"),
-        (("--topology", "v5e:4x4", "--train", "qlora", "--prefill"), "give one of them"),
+        (("--topology", "v5e:4x4", "--train", "qlora", "--prefill"), "give only one of them"),
         (("--topology", "v5e:4x4", "--target-bits", 3), "give --method and --bits"),
         (("--topology", "v5e:4x4", "--context", 9000), "exceeds the 8192 positions"),
         (("--method", "rtn", "--batch", 3), "--batch needs --topology"),

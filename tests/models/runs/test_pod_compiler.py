@@ -54,7 +54,7 @@ def test_a_result(process):
         ({"stderr": "Traceback\n  ...\nFatal: no such chip\n\n", "status": -6},
          "the compiler's process ended with status -6: Fatal: no such chip"),
         ({"stdout": "nothing of use\n"}, "the compiler's process ended with status 0: no message"),
-        ({"late": True}, "the compiler took more than 900 s"),
+        ({"late": True}, "the compiler took more than 900 s and was stopped"),
     ],
 )  # fmt: skip
 def test_without_a_result_the_formula_is_used(process, ends, error):
@@ -62,7 +62,7 @@ def test_without_a_result_the_formula_is_used(process, ends, error):
     plan = pod_plan.plan_pod(REQUEST)
     assert plan.compiled.error == error and not plan.compiled.exhausted
     assert plan.source == "formula" and plan.fits
-    assert f"  the compiler: {error}" in pod_plan.lines(plan)
+    assert f"  error of the compiler: {error}" in pod_plan.lines(plan)
     report = pod_plan.report_of(plan)
     assert report["compiled_arguments"] is None and report["compiler_error"] == error
 
@@ -73,5 +73,5 @@ def test_memory_that_does_not_suffice(process):
     process("compiled: " + json.dumps(DONE | {"error": error, "arguments": 0, "sent": []}))
     plan = pod_plan.plan_pod(REQUEST)
     assert plan.compiled.exhausted and not plan.fits and plan.total < REQUEST.where.memory
-    assert f"  the compiler: {error.splitlines()[0]}" in pod_plan.lines(plan)
+    assert f"  error of the compiler: {error.splitlines()[0]}" in pod_plan.lines(plan)
     assert pod_plan.report_of(plan)["compiled_arguments"] is None
