@@ -68,14 +68,15 @@ def first(fn: Callable[[], T]) -> T:
     """
     if not several():
         return fn()
-    result: dict[str, Any] = {}
+    text = ""
     failed: BaseException | None = None
     if is_first():
         try:
-            result = {"value": fn()}
+            text = json.dumps({"value": fn()})
         except Exception as error:
-            result, failed = {"error": isinstance(error, ValueError), "text": str(error)}, error
-    result = json.loads(_broadcast(json.dumps(result).encode()))
+            text = json.dumps({"error": isinstance(error, ValueError), "text": str(error)})
+            failed = error
+    result = json.loads(_broadcast(text.encode()))
     if failed is not None:
         raise failed
     if "error" in result:
@@ -165,13 +166,15 @@ def agree(**values: Any) -> None:
     All processes must call it.
 
     Args:
-      **values: the values that must be equal, by name. They are compared by `repr`.
+      **values: the values that must be equal, by name. They are compared as JSON, and what JSON
+        does not know by `repr`.
     Raises:
       ValueError: a value differs between hosts; the message names it and the hosts.
     """
     if not several():
         return
-    mine = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
+    text = lambda value: json.dumps(value, sort_keys=True, default=repr)
+    mine = [hashlib.sha256(text(value).encode()).digest() for value in values.values()]
     every = multihost_utils.process_allgather(np.frombuffer(b"".join(mine), np.uint8))
     every = every.reshape(jax.process_count(), len(values), -1)
     for i, name in enumerate(values):

@@ -30,77 +30,110 @@ class HostLost(RuntimeError):
 
 
 @contextlib.contextmanager
-def joined(
-    coordinator: str, count: int, index: int, *, wait: int = 60, patience: int = 20
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    initialization_timeout: int = 60,
+    heartbeat_timeout_seconds: int = 20,
 ) -> Iterator[None]:
     """Connect this process to the other hosts of a program, within a `with` block.
 
-    Every host runs the same program with its own `index`, and must enter the block before its first
-    use of JAX's devices. Inside the block, `jax.devices()` lists the devices of all hosts.
+    It wraps `jax.distributed.initialize`, and adds clear errors. Every host runs the same program,
+    and must enter the block before its first use of JAX's devices. Inside the block,
+    `jax.devices()` lists the devices of all hosts.
 
     If a host ends before the others have left the block, or leaves the block with an error, the
     others end too. A host that was computing together with the lost one raises `HostLost`; any
     other host writes the same message to stderr and ends with exit status 70. After an error in the
     block, a process cannot use JAX any more and can only end. Its exit status is then 70 for
-    `HostLost` and 1 for any other error, and `atexit` handlers registered earlier do not run.
+    `HostLost`, that of a `SystemExit`, and 1 for any other error; `atexit` handlers registered
+    earlier do not run.
 
     Args:
-      coordinator: "address:port" of host 0. The port must be free on host 0, and the other hosts
-        must be able to reach it.
-      count: number of hosts, 1 or more. With 1, the block runs in this process alone.
-      index: number of this host, from 0 to count - 1.
-      wait: seconds within which all hosts must start, 1 or more. Default: 60.
-      patience: seconds without an answer after which a host counts as lost, 10 or more. Default:
-        20.
+      coordinator_address: "address:port" of host 0. The port must be free on host 0, and the other
+        hosts must be able to reach it. Default: None, for which JAX finds this and the next two
+        arguments itself, on TPU pods, under Slurm and under Open MPI.
+      num_processes: number of hosts, 1 or more. With 1, the block runs in this process alone.
+      process_id: number of this host, from 0 to num_processes - 1.
+      initialization_timeout: seconds within which all hosts must start, 1 or more. Default: 60.
+      heartbeat_timeout_seconds: seconds without an answer after which a host counts as lost, 10 or
+        more. Default: 20.
     Yields:
       None.
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range, or some of the first three are missing.
+      RuntimeError: the process has used JAX's devices already.
       HostLost: not all hosts started in time, or another host was lost.
 
-    >>> with joined("127.0.0.1:8476", count=1, index=0):
+    >>> with initialize("127.0.0.1:8476", num_processes=1, process_id=0):
     ...     jax.process_count()
     1
     """
-    check_arguments(joined, locals())
-    _check(coordinator, count, index, wait, patience)
-    if count == 1:
-        yield
-        return
-    me = f"host {index} of {count}"
-    if index:
-        _reach(coordinator, me, wait)
+    check_arguments(initialize, locals())
+    _check_timeouts(initialization_timeout, heartbeat_timeout_seconds)
+    me, address = "this host", "the coordinator"
+    if coordinator_address is not None or num_processes is not None or process_id is not None:
+        address = _checked_address(coordinator_address, num_processes, process_id)
+        if num_processes == 1:
+            yield
+            return
+        me = f"host {process_id} of {num_processes}"
+        if process_id:
+            _reach(address, me, initialization_timeout)
     late = (
-        f"{me}: not all hosts arrived at {coordinator} within {wait} s; start all of them within "
-        "this time, or pass a larger wait"
+        f"{me}: not all hosts arrived at {address} within {initialization_timeout} s; start all of "
+        "them within this time, or pass a larger initialization_timeout"
     )
     with _explained(late):
         try:
             jax.distributed.initialize(
-                coordinator, count, index, initialization_timeout=wait,
-                heartbeat_timeout_seconds=patience,
+                coordinator_address, num_processes, process_id,
+                initialization_timeout=initialization_timeout,
+                heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(
+                f"JAX recognizes no cluster on this machine ({error}); pass coordinator_address, "
+                "num_processes and process_id"
+            ) from error
         except RuntimeError as error:
+            if "before any JAX calls" in str(error):
+                raise RuntimeError(
+                    f"{me} has used JAX already: enter jaxquant.distributed.initialize before the "
+                    "first use of arrays or devices"
+                ) from error
             raise HostLost(f"{late} ({str(error).splitlines()[0]})") from error
     lost = (
         f"{me}: another host has ended or cannot be reached; run the same command again on all "
         "hosts"
     )
     with _explained(f"{lost} (unless a message above gives another reason for the abort)"):
+        left: SystemExit | None = None
         try:
-            yield
+            try:
+                yield
+            except SystemExit as error:  # `sys.exit(0)` is no error
+                if error.code:
+                    raise
+                left = error
             hosts.wait("the end")
         except BaseException as error:
-            gone = any(sign in str(error) for sign in GONE)
-            atexit.register(_leave, LOST if gone else 1, LINGER if index == 0 else 0.0)
+            of_jax = isinstance(error, ValueError | jax.errors.JaxRuntimeError)
+            gone = of_jax and any(sign in str(error) for sign in GONE)
+            status = LOST if gone else _status(error)
+            atexit.register(_leave, status, LINGER if jax.process_index() == 0 else 0.0)
             if gone:
                 raise HostLost(f"{lost} ({str(error).splitlines()[0]})") from error
             raise
         jax.distributed.shutdown()
+    if left is not None:
+        raise left
 
 
 class Shared(MutableMapping):
-    """A mapping of finished work that host 0 stores for all hosts; see `folder`.
+    """A mapping of finished work that host 0 stores for all hosts; see `shared_store`.
 
     All hosts must make the same calls in the same order.
 
@@ -110,6 +143,12 @@ class Shared(MutableMapping):
 
     def __init__(self, inner: MutableMapping[str, Mapping[str, Any]] | None) -> None:
         self.inner = inner
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of the values of `run` that differed in the run stored before; see `Folder`."""
+        stored = lambda: list(getattr(self.inner, "replaced", ()))
+        return tuple(hosts.first(stored))
 
     def __getitem__(self, name: str) -> Mapping[str, np.ndarray]:
         found = hosts.arrays(lambda: None if self.inner is None else self.inner.get(name))
@@ -141,14 +180,14 @@ class Shared(MutableMapping):
 
 
 @contextlib.contextmanager
-def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]:
+def shared_store(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]:
     """Open a folder of finished work on host 0 as a mapping for all hosts, within a `with` block.
 
     Pass the mapping as `finished=` to `jaxquant.calibrate`, `quantize`, `heal` or `qat`. A repeated
     run then resumes after the last finished entry. Entries that were stored with other values of
-    `run` are deleted. In a program of a single process, the mapping is a
-    `jaxquant.durable.store.Folder`. Otherwise, all hosts must call `folder`, and must use the
-    mapping in the same order; only host 0 reads and writes files.
+    `run` are deleted, and the mapping's attribute `replaced` names these values. In a program of a
+    single process, the mapping is a `jaxquant.durable.store.Folder`. Otherwise, all hosts must call
+    `shared_store`, and must use the mapping in the same order; only host 0 reads and writes files.
 
     Args:
       path: the folder on host 0, which is created if it is missing.
@@ -162,7 +201,7 @@ def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]
       OSError: the folder cannot be created or read.
 
     >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as path, folder(path, {"bits": 4}) as finished:
+    >>> with tempfile.TemporaryDirectory() as path, shared_store(path, {"bits": 4}) as finished:
     ...     finished["w"] = {"codes": np.arange(3)}
     ...     list(finished)
     ['w']
@@ -196,23 +235,39 @@ def _leave(status: int, linger: float) -> None:
     os._exit(status)
 
 
-def _check(coordinator: str, count: int, index: int, wait: int, patience: int) -> None:
-    _, colon, port = coordinator.rpartition(":")
+def _status(error: BaseException) -> int:
+    """Return the exit status of a process that ends with an error."""
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+
+
+def _check_timeouts(start: int, heartbeat: int) -> None:
+    if start < 1 or heartbeat < 10:
+        raise ValueError(
+            "initialization_timeout must be at least 1 and heartbeat_timeout_seconds at least 10 "
+            f"seconds, got {start} and {heartbeat}"
+        )
+
+
+def _checked_address(address: str | None, count: int | None, index: int | None) -> str:
+    """Return the coordinator's address; raise ValueError unless host `index` of `count` exists."""
+    if address is None or count is None or index is None:
+        raise ValueError(
+            "pass coordinator_address, num_processes and process_id together, or none of them on a "
+            f"cluster that JAX recognizes; got {address!r}, {count} and {index}"
+        )
+    _, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(
-            'coordinator must be "address:port" of host 0, such as "10.0.0.1:8476", with a port '
-            f"from 1 to 65535, got {coordinator!r}"
+            'coordinator_address must be "address:port" of host 0, such as "10.0.0.1:8476", with a '
+            f"port from 1 to 65535, got {address!r}"
         )
     if count < 1:
-        raise ValueError(f"count must be the number of hosts, at least 1, got {count}")
+        raise ValueError(f"num_processes must be the number of hosts, at least 1, got {count}")
     if not 0 <= index < count:
         raise ValueError(
-            f"index must be from 0 to {count - 1}, since count is {count}, got {index}"
+            f"process_id must be from 0 to {count - 1}, since num_processes is {count}, got {index}"
         )
-    if wait < 1 or patience < 10:
-        raise ValueError(
-            f"wait must be at least 1 and patience at least 10 seconds, got {wait} and {patience}"
-        )
+    return address
 
 
 def _reach(coordinator: str, me: str, wait: int) -> None:
@@ -221,7 +276,8 @@ def _reach(coordinator: str, me: str, wait: int) -> None:
     until = time.monotonic() + wait
     while True:
         try:
-            with socket.create_connection((address, int(port)), timeout=wait):
+            left = max(0.1, until - time.monotonic())
+            with socket.create_connection((address, int(port)), timeout=left):
                 return
         except OSError as error:
             if time.monotonic() > until:

@@ -1,5 +1,6 @@
 """The quantization driver: from parameters, recipe and statistics to quantized parameters."""
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import jax
@@ -85,7 +86,8 @@ def quantize(
     Warns:
       If the damping of a second moment had to be raised, statistics are all zero, the scales of the
       format cannot represent the smallest or the largest weights, a single `Method` passed as the
-      recipe leaves weights unquantized, or `stats` is None and the guess is likely to be wrong.
+      recipe leaves weights unquantized, a weight on Auto axes is split so that its packed arrays
+      cannot be, or `stats` is None and the guess is likely to be wrong.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: x @ p["w"].T + p["b"]
@@ -251,7 +253,12 @@ def _placed(path: str, packed: QTensor, w: Array) -> QTensor:
     except ValueError as error:
         if is_explicit(place.mesh):
             raise ValueError(f"{path}: {error}") from None
-        return packed  # it lies where the compiler of the rounding put it
+        warnings.warn(
+            f"{path} stays where the compiler of the rounding put it, because its packed arrays "
+            f"cannot be split as the weight is: {error}",
+            stacklevel=3,
+        )
+        return packed
 
 
 def _check_not_differentiated(params: PyTree) -> None:

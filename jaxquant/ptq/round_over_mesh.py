@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
+from jaxquant.core.hosts import on_host
 from jaxquant.core.tensor import Arrays
 from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, round_matrix
@@ -99,7 +100,18 @@ def together(trees: Sequence[Any], split: Split) -> Any:
       The tree of arrays with a leading axis over the parts.
     """
     place = NamedSharding(split.mesh, split.each)
-    return jax.tree.map(lambda *a: jax.device_put(jnp.stack(a), place), *trees)
+
+    def put(*parts: Any) -> Array:
+        a = np.stack([on_host(part) for part in parts])
+        return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+
+    def one(*parts: Array) -> Array:
+        if not jnp.issubdtype(parts[0].dtype, jax.dtypes.prng_key):
+            return put(*parts)
+        data = put(*map(jax.random.key_data, parts))  # a key is no NumPy array
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(parts[0]))
+
+    return jax.tree.map(one, *trees)
 
 
 @partial(jax.jit, static_argnames=("method", "split"))

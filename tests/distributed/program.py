@@ -3,13 +3,15 @@
     python -m tests.distributed.program PORT COUNT INDEX FOLDER COMMAND...
 
 The commands: "quantize" or "quantize:BITS"; "die", at which host 1 is killed while it quantizes;
-"score"; "leave:HOST", which kills that host; and "wait".
+"score"; "stack"; "leave:HOST", which kills that host; "wait"; "fail"; and "exit:STATUS".
 """
 
+import atexit
 import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import jax
@@ -42,9 +44,15 @@ def tokens():
     return np.asarray(np.random.default_rng(0).integers(0, 128, (8, 32)), np.int32)
 
 
-def main(port, count, index, folder, commands):
-    """Run as one of `count` hosts."""
-    with jq.distributed.joined(f"127.0.0.1:{port}", count, index, wait=10, patience=10):
+def main(port, count, index, folder, commands, wait=20):
+    """Run as one of `count` hosts, which start within `wait` seconds."""
+    with jq.distributed.initialize(
+        f"127.0.0.1:{port}",
+        count,
+        index,
+        initialization_timeout=wait,
+        heartbeat_timeout_seconds=10,
+    ):
         devices = np.array(jax.devices()).reshape(-1, 1)
         mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         found = {}
@@ -54,10 +62,16 @@ def main(port, count, index, folder, commands):
                 quantize(mesh, Path(folder), int(value or 4), "die" in " ".join(commands))
             if name == "score":
                 found |= score(mesh, Path(folder))
+            if name == "stack":
+                found |= stack(mesh)
             if name == "leave" and index == int(value):
                 os.kill(os.getpid(), 9)
             if name == "wait":
                 time.sleep(60)
+            if name == "fail":
+                raise ConnectionResetError("Connection reset by the user's own peer")
+            if name == "exit":
+                sys.exit(int(value))
         if index == 0:
             print(json.dumps(found))
 
@@ -67,7 +81,13 @@ def logged(out, err, *given):
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the work
-    main(*given)
+    try:
+        main(*given)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        atexit._run_exitfuncs()  # as any program does at its end, but not multiprocessing's
 
 
 def quantize(mesh, folder, bits, dies):
@@ -86,9 +106,22 @@ def quantize(mesh, folder, bits, dies):
         if dies and jax.process_index() == 1 and done.index == 5:
             os.kill(os.getpid(), 9)
 
-    with jq.distributed.folder(folder / "work", {"bits": bits}) as finished:
+    with jq.distributed.shared_store(folder / "work", {"bits": bits}) as finished:
         q = jq.quantize(params, recipe, stats, progress=rounded, finished=finished)
         jq.save(folder / "packed", {"params": q}, overwrite=True)
+
+
+def stack(mesh):
+    """Round a stack of which every host holds some of the layers, and only rounds these."""
+    key = jax.random.key(0)
+    layers, x = (np.asarray(jax.random.normal(key, shape)) for shape in ((4, 64, 32), (16, 64)))
+    fn = lambda p, x: jax.lax.scan(lambda h, w: (h, h @ w), x, p["w"])[1]
+    stats = jq.calibrate(fn, {"w": layers}, [x])
+    split = jax.device_put(layers, NamedSharding(mesh, P("data")))
+    q = jq.quantize({"w": split}, jq.gptq(3, 32), stats)["w"]
+    if q.data["codes"].addressable_shards[0].data.shape[0] * len(jax.devices()) != 4:
+        raise SystemExit(f"a host holds {q.data['codes'].addressable_shards[0].data.shape}")
+    return {"stack": float(jax.jit(lambda q: jnp.sum(jnp.abs(q.dequantize())))(q))}
 
 
 def score(mesh, folder):

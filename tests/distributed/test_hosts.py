@@ -6,8 +6,10 @@ import os
 import socket
 from pathlib import Path
 
+import jax
 import pytest
 
+import jaxquant as jq
 from tests.distributed import program
 
 # Hosts are forked from a process that has imported everything and started no backend: importing JAX
@@ -16,7 +18,7 @@ HOSTS = multiprocessing.get_context("forkserver")
 HOSTS.set_forkserver_preload([program.__name__])
 
 
-def start(count, folder, *commands, only=None, last=()):
+def start(count, folder, *commands, only=None, last=(), wait=20):
     """Start the hosts, or one of them; `last` are the commands of the last one, if they differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +29,7 @@ def start(count, folder, *commands, only=None, last=()):
     hosts = []
     for i in range(count) if only is None else [only]:
         files = [str(logs / f"{kind} {i}") for kind in ("out", "err")]
-        given = (*files, port, count, i, str(folder), of(i))
+        given = (*files, port, count, i, str(folder), of(i), wait)
         hosts.append((HOSTS.Process(target=program.logged, args=given), *files))
         hosts[-1][0].start()
     return hosts
@@ -49,7 +51,7 @@ def found(hosts):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return found(start(1, tmp_path_factory.mktemp("one"), "quantize", "score"))
+    return found(start(1, tmp_path_factory.mktemp("one"), "quantize", "score", "stack"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def killed(folder):
 @pytest.fixture(scope="module")
 def two(folder, killed):
     """The same command again."""
-    hosts = start(2, folder, "quantize", "score")
+    hosts = start(2, folder, "quantize", "score", "stack")
     results = ended(hosts)
     assert [status for status, _, _ in results] == [0, 0], results[0][2][-2000:]
     return json.loads(results[0][1].splitlines()[-1]), results[0][2]
@@ -87,6 +89,10 @@ def test_a_killed_host_ends_the_others_and_nothing_is_half_written(killed):
 
 def test_the_same_command_goes_on_and_equals_one_process(two, one):
     same(two[0], one)
+
+
+def test_every_host_rounds_its_own_layers(two, one):
+    assert two[0]["stack"] == pytest.approx(one["stack"], rel=1e-5)
 
 
 def test_what_was_rounded_before_is_not_rounded_again(two):
@@ -112,8 +118,54 @@ def test_a_host_that_waits_for_a_lost_one_says_so(folder, two):
     ],
 )
 def test_a_host_that_never_arrives(folder, index, message):
-    ((status, _, errors),) = ended(start(2, folder, "score", only=index))
+    ((status, _, errors),) = ended(start(2, folder, "score", only=index, wait=3))
     assert status in (1, 70) and message in errors, errors
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_program_may_exit_within_the_block(folder, status):
+    for found, _, errors in ended(start(2, folder, f"exit:{status}")):
+        assert found == status and "another host" not in errors, errors
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_lost_host(folder):
+    first, second = ended(start(2, folder, "wait", last=("fail",)))
+    assert second[0] == 1 and "Connection reset by the user's own peer" in second[2]
+    assert "another host" not in second[2]
+    assert first[0] == 70 and "another host has ended" in first[2]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("10.0.0.1:8476", 4), "process_id together"),
+        (("10.0.0.1", 4, 0), "coordinator_address must be"),
+        (("10.0.0.1:99999", 4, 0), "from 1 to 65535"),
+        (("10.0.0.1:8476", 0, 0), "num_processes must be"),
+        (("10.0.0.1:8476", 4, 4), "process_id must be from 0 to 3"),
+    ],
+)
+def test_arguments_that_name_no_host(given, message):
+    with pytest.raises(ValueError, match=message), jq.distributed.initialize(*given):
+        pass
+
+
+def test_a_machine_that_is_in_no_cluster(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(ValueError, match="recognizes no cluster"), jq.distributed.initialize():
+        pass
+
+
+def test_a_process_that_has_used_jax_before():
+    jax.devices()
+    with (
+        pytest.raises(RuntimeError, match="has used JAX already"),
+        jq.distributed.initialize("127.0.0.1:8476", 2, 0),
+    ):
+        pass
 
 
 def test_hosts_with_different_recipes(tmp_path):
