@@ -25,8 +25,8 @@ def mesh_of(request: PodRequest, weights: PyTree) -> Axes:
       request: the request.
       weights: the shapes of its packed weights.
     Raises:
-      ValueError: the product of the given sizes is not the number of devices of the slice, or no
-        default mesh splits the model evenly.
+      ValueError: the product of the given sizes is not the number of devices of the slice; "expert"
+        is given for a model without experts; or no default mesh splits the model evenly.
     """
     if request.mesh:
         _check(request)
@@ -81,6 +81,11 @@ def shown(axes: Axes) -> str:
 
 
 def _check(request: PodRequest) -> None:
+    if "expert" in dict(request.mesh) and not request.config.n_experts:
+        raise ValueError(
+            f"the mesh {shown(request.mesh)} splits experts, but the model has none; give --mesh "
+            "sizes of the axes data and model only"
+        )
     product, devices = math.prod(size for _, size in request.mesh), request.where.devices
     if product != devices:
         raise ValueError(

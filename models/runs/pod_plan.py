@@ -207,8 +207,7 @@ def lines(plan: PodPlan) -> list[str]:
         *(f"  {name:12}{gb(size)}" for name, size in rows),
         f"  of {gb(r.where.memory).strip()} of memory: {verdict}",
         *_of_compiler(plan),
-        f"collectives per step, bytes of their results per device (from the {plan.source}):",
-        *(f"  {kind:20}{dtype:6}{gb(n)}" for (kind, dtype), n in plan.moved.items()),
+        *_of_collectives(plan),
         f"lower bound on the time of {step}, if all of the following overlap:",
         *(f"  {name:12}{_milliseconds(time)}" for name, time in t._asdict().items()),
         f"  limited by {t.bound}: {1e3 * t.seconds:.3f} ms, at most "
@@ -231,6 +230,16 @@ def _of_compiler(plan: PodPlan) -> list[str]:
     if not plan.compiled.error:
         return []
     return [f"  error of the compiler: {plan.compiled.error.splitlines()[0]}"]
+
+
+def _of_collectives(plan: PodPlan) -> list[str]:
+    """Return the lines about what devices send to each other."""
+    if not plan.moved:
+        return [f"collectives per step: none, devices send nothing (from the {plan.source})"]
+    return [
+        f"collectives per step, bytes of their results per device (from the {plan.source}):",
+        *(f"  {kind:20}{dtype:6}{n / 1e9:10.3f} GB" for (kind, dtype), n in plan.moved.items()),
+    ]
 
 
 def _served(of: Program) -> tuple[int, int]:
