@@ -16,6 +16,7 @@ from jaxquant_models.runs.pod_programs import abstract_mesh, packed_shapes, prog
 from jaxquant_models.runs.pod_request import PodRequest
 from jaxquant_models.runs.recipes import recipe_of
 from pallas_kernels.cost.topologies import slice_of
+from tests.support.pods import BYTES_WITHIN
 
 pytestmark = [
     pytest.mark.kernels,
@@ -33,7 +34,7 @@ FLOATS = ("f32", "bf16", "f16")
 def planned(work, topology, recipe, batch, context):
     plan = plan_pod(PodRequest(CONFIG, recipe, work, batch, context, slice_of(topology)))
     assert plan.compiled.error == "" and plan.fits
-    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=1e-4)
+    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=BYTES_WITHIN)
     return plan
 
 
