@@ -157,8 +157,8 @@ def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]
     Yields:
       A mutable mapping from names to dicts of arrays.
     Raises:
-      ValueError: another process uses the folder; its files were not made by jaxquant; or `run`
-        differs between hosts.
+      ValueError: another process uses the folder; its files were not made by jaxquant; `run`
+        differs between hosts; or an argument has the wrong type.
       OSError: the folder cannot be created or read.
 
     >>> import tempfile
@@ -167,6 +167,7 @@ def folder(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMapping]
     ...     list(finished)
     ['w']
     """
+    check_arguments(folder, locals())
     if not hosts.several():
         with Folder(path, run) as store:
             yield store
