@@ -1,9 +1,9 @@
 """The collectives of a compiled program, parsed from its HLO text."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -46,27 +46,28 @@ _MODULE = re.compile(r"^HloModule .*$", re.M)
 _DEVICES = re.compile(r"\b(?:replica_count|num_partitions)=(\d+)")
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """A collective operation of a program.
 
     Attributes:
       kind: one of `KINDS`.
       dtype: the dtype as HLO text spells it, such as "s32".
       shape: shape of the result on one device.
-      group: number of devices in each group that takes part.
-      times: how often the operation runs in one run of the program.
+      group_size: number of devices in each group that takes part.
+      count: how often the operation runs in one run of the program.
     """
 
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    group: int
-    times: int
+    group_size: int
+    count: int
 
     @property
     def bytes(self) -> int:
         """Bytes of the result on one device, summed over all its runs."""
-        return self.times * math.ceil(math.prod(self.shape) * width(self.dtype))
+        return self.count * math.ceil(math.prod(self.shape) * width(self.dtype))
 
     @property
     def received(self) -> float:
@@ -74,9 +75,9 @@ class Collective(NamedTuple):
 
         The result of a ragged all-to-all is assumed to be full, with equal parts from all devices.
         """
-        others = (self.group - 1) / self.group
+        others = (self.group_size - 1) / self.group_size
         factor = {
-            "all-reduce": 2 * others, "reduce-scatter": self.group - 1, "all-gather": others,
+            "all-reduce": 2 * others, "reduce-scatter": self.group_size - 1, "all-gather": others,
             "all-to-all": others, "ragged-all-to-all": others, "collective-permute": 1.0,
             "collective-broadcast": 1.0,
         }  # fmt: skip
@@ -116,8 +117,8 @@ def collectives(text: str) -> list[Collective]:
                 continue
             channel, origin = _CHANNEL.search(line), _ORIGIN.search(line)
             own = (channel[1], origin and origin[1]) if channel else (name, i)
-            key = (*own, *(part[:4] for part in parts))
-            if key not in found or found[key][0].times < parts[0].times:
+            key = (*own, *(dataclasses.replace(part, count=1) for part in parts))
+            if key not in found or found[key][0].count < parts[0].count:
                 found[key] = parts
     return [one for parts in found.values() for one in parts]
 

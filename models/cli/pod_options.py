@@ -131,14 +131,14 @@ def pod_request(
     """
     if train and prefill:
         raise ValueError("--prefill and --train plan different steps; give only one of them")
-    where, config = slice_of(topology), config_of(model)
+    at, config = slice_of(topology), config_of(model)
     return PodRequest(
         config,
         _recipe(train or "", quantization),
         train or ("prefill" if prefill else "decode"),
         BATCH if batch is None else batch,
         min(CONTEXT, config.max_position) if context is None else context,
-        where,
+        at,
         () if mesh is None else mesh_of_text(mesh),
     )
 

@@ -136,7 +136,7 @@ def test_both_branches_of_a_conditional_count():
 )  # fmt: skip
 def test_what_the_compiler_knows_of_a_loop_comes_first(config, condition, times):
     (one, *_) = collectives(looped(config, condition))
-    assert one.times == times
+    assert one.count == times
 
 
 def looped(config, condition):
@@ -148,7 +148,7 @@ def test_a_loop_that_may_run_any_number_of_times():
     with pytest.raises(ValueError, match="must say how often its loops run"):
         collectives(looped("", "x()"))
     alone = "\n".join(line for line in looped("", "x()").splitlines() if "all-gather" not in line)
-    assert [one.times for one in collectives(alone)] == [1, 1]
+    assert [one.count for one in collectives(alone)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ fn = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0])
 text = fn.lower(put(jnp.ones((8, 64)), None, "model"), put(jnp.ones((5, 64, 64)), None, "model"))
 found = collectives(text.compile().as_text())
 sums = [one for one in found if one.kind == "all-reduce"]
-assert sums and all(one.group == 4 and one.times == 5 for one in sums), found
+assert sums and all(one.group_size == 4 and one.count == 5 for one in sums), found
 """
 
 
