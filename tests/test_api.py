@@ -42,6 +42,12 @@ def test_every_name_has_one_home():
     assert set(ROOMS) <= set(dir(jq))
 
 
+def test_every_room_is_tested():
+    assert set(ROOMS) == {room.__name__.rpartition(".")[2] for room in jq._ROOMS} | set(
+        jq._LATER_ROOMS
+    )
+
+
 def test_an_old_name_says_where_it_is():
     with pytest.raises(AttributeError, match=r"'Integer'; it is jaxquant\.formats\.Integer"):
         jq.Integer  # noqa: B018

@@ -11,6 +11,7 @@ from jaxquant_models.cli.commands import cli
 from pallas_kernels.cpu import native
 from tests.benchmarks import record, report
 from tests.documents import commands, pages, support_table
+from tests.support.pods import BYTES_WITHIN
 
 PAGES = pages.found()
 HISTORY = pages.ROOT / "CHANGELOG.md"  # which speaks of what was
@@ -93,6 +94,13 @@ def test_the_readme_is_short_and_prints_what_it_says(capsys, tmp_path, monkeypat
     exec(compile(first.text, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert "4.3125" in out and "packed matmul" in out
+
+
+@pytest.mark.parametrize("name", ["models/README.md", "tests/benchmarks/README.md"])
+def test_pages_say_how_near_the_planned_bytes_are_as_the_test_checks_it(name):
+    """In the unit of the pages, which is percent."""
+    found = re.findall(r"differ[^.]* by less than ([\d.]+) %", (pages.ROOT / name).read_text())
+    assert [float(percent) for percent in found] == [pytest.approx(100 * BYTES_WITHIN)]
 
 
 # --- what is generated

@@ -128,7 +128,7 @@ def _elements_fit(value: Any, kind: Any) -> bool:
     """Check the elements of a sequence, and the values of a mapping, against a class they name."""
     origin, of = typing.get_origin(kind), (typing.get_args(kind) or (Any,))[-1]
     of = typing.get_origin(of) or of
-    if not inspect.isclass(of) or isinstance(value, str):
+    if of is Any or not inspect.isclass(of) or isinstance(value, str):  # Any is a class
         return True
     if origin is collections.abc.Sequence:
         return all(isinstance(one, of) for one in value)
@@ -152,6 +152,7 @@ def _named(kind: Any, name: str) -> str:
     class_name = getattr(origin, "__name__", str(origin))
     text = _NAMES.get(origin, _CLASSES.get(class_name, f"a {class_name}"))
     of = (typing.get_args(kind) or (Any,))[-1]
-    if origin in (collections.abc.Sequence, collections.abc.Mapping) and inspect.isclass(of):
+    of_class = of is not Any and inspect.isclass(of)
+    if of_class and origin in (collections.abc.Sequence, collections.abc.Mapping):
         return f"{text} of {of.__name__}"
     return text

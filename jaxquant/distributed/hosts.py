@@ -196,8 +196,8 @@ def shared_store(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMa
     Yields:
       A mutable mapping from names to dicts of arrays.
     Raises:
-      ValueError: another process uses the folder; its files were not made by jaxquant; or `run`
-        differs between hosts.
+      ValueError: another process uses the folder; its files were not made by jaxquant; `run`
+        differs between hosts; or an argument has the wrong type.
       OSError: the folder cannot be created or read.
 
     >>> import tempfile
@@ -206,6 +206,7 @@ def shared_store(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMa
     ...     list(finished)
     ['w']
     """
+    check_arguments(folder, locals())
     if not hosts.several():
         with Folder(path, run) as store:
             yield store

@@ -1,6 +1,6 @@
 """The shardings of a quantized tree, from the logical axes of the floating-point model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxquant.core.shardings import packed_sharding
 from jaxquant.core.tensor import QTensor
 from pallas_kernels.shard_specs import axes_of, size_of, spec_of
 
-Names = tuple[str | None, ...] | P | None
+Names = Sequence[str | None] | P | None
 Rules = Iterable[tuple[str, str | tuple[str, ...] | None]]
 
 
@@ -30,16 +30,18 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
       rules: pairs (name of a logical axis, mesh axis or tuple of mesh axes that split it), or a
         mapping of the same. None as the mesh axis leaves the logical axis whole. If a name has
         several rules, the first one applies whose mesh axes do not split an earlier axis of the
-        same weight already, as in Flax. A logical axis without a rule is whole.
-      axes: tree with the logical axes of every leaf: a tuple with a name or None for each axis, or
-        a `PartitionSpec` of names, as Flax linen's get_partition_spec returns. Those of a `QTensor`
-        are the axes of the floating-point weight. None leaves a weight whole. A flat dict whose
-        keys are paths, such as "layers/attn/q/kernel", is accepted too.
+        same weight already, as in Flax. A logical axis without a rule is whole. A rule whose name
+        no weight has is ignored, as in Flax, so that models can share one list of rules.
+      axes: tree with the logical axes of every leaf: a tuple or list with a name or None for each
+        axis, or a `PartitionSpec` of names, as Flax linen's get_partition_spec returns. Those of a
+        `QTensor` are the axes of the floating-point weight. None leaves a weight whole. A flat dict
+        whose keys are paths, such as "layers/attn/q/kernel", is accepted too.
     Returns:
       The tree with `NamedSharding`s in place of arrays.
     Raises:
-      ValueError: `axes` lacks a leaf, or has more names than a leaf has axes; the mesh lacks an
-        axis that a rule names; or a shard would not consist of whole words (integers that each
+      ValueError: `axes` lacks a leaf, has names for a path that is no leaf, has more names than a
+        leaf has axes, or has a plain string in place of a tuple; a rule is not a pair, or names an
+        axis that the mesh lacks; or a shard would not consist of whole words (integers that each
         hold several codes), groups (weights that share a scale) or tiles of codes.
 
     >>> import jax.numpy as jnp, jaxquant as jq
@@ -52,14 +54,8 @@ def sharding(qparams: PyTree, mesh: Mesh | AbstractMesh, rules: Rules, axes: PyT
     """
     check_arguments(sharding, locals())
     ruled = _checked(rules, mesh)
-    named = _named(axes)
     leaves = dict(path_leaves(qparams))
-    if missing := [path for path in leaves if path not in named]:
-        raise ValueError(
-            f"axes: expected the logical axes of every leaf, got no names for {missing[:3]}"
-            f"{' and others' * (len(missing) > 3)}; add a tuple of names, or None for a leaf that "
-            "is not split"
-        )
+    named = _named(axes, leaves)
     found = {
         path: _leaf(path, w, mesh, _spec(path, w, named[path], ruled)) for path, w in leaves.items()
     }
@@ -70,6 +66,11 @@ def _checked(rules: Rules, mesh: Mesh | AbstractMesh) -> list[tuple[str, tuple[s
     """Return the rules with tuples of mesh axes; raise ValueError if the mesh lacks one of them."""
     found = []
     for rule in rules.items() if isinstance(rules, Mapping) else rules:
+        if not _is_pair(rule):
+            raise ValueError(
+                "rules: expected pairs (name of a logical axis, mesh axis or tuple of mesh axes, "
+                f'or None), such as ("mlp", "model"), got {rule!r}'
+            )
         name, parts = rule
         split = () if parts is None else (parts,) if isinstance(parts, str) else tuple(parts)
         if unknown := [axis for axis in split if axis not in mesh.axis_names]:
@@ -81,11 +82,50 @@ def _checked(rules: Rules, mesh: Mesh | AbstractMesh) -> list[tuple[str, tuple[s
     return found
 
 
-def _named(axes: PyTree) -> dict[str, Names]:
+def _is_pair(rule: Any) -> bool:
+    if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str):
+        return False
+    of = rule[1]
+    return of is None or isinstance(of, str) or (_are_names(of) and None not in of)
+
+
+def _are_names(value: Any) -> bool:
+    """Return whether a value is a tuple or list of names or None, and not a container of these."""
+    sequence = isinstance(value, tuple | list) and not isinstance(value, P)
+    return sequence and all(one is None or isinstance(one, str) for one in value)
+
+
+def _named(axes: PyTree, leaves: Mapping[str, Any]) -> dict[str, Names]:
     """Return the names of the axes of every leaf by its path."""
-    is_names = lambda a: a is None or isinstance(a, tuple | P)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_names)
-    return {path_name(keys): names for keys, names in leaves}
+    ends = lambda a: a is None or isinstance(a, P) or _are_names(a)
+    found: dict[str, Any] = {}
+    for keys, names in jax.tree_util.tree_flatten_with_path(axes, is_leaf=ends)[0]:
+        path = path_name(keys)
+        if _are_names(names) and path not in leaves and f"{path}/0" in leaves:
+            found |= {f"{path}/{i}": name for i, name in enumerate(names)}  # a list of leaves
+        else:
+            found[path] = names
+    for path, names in found.items():
+        if names is not None and not isinstance(names, P) and not _are_names(names):
+            raise ValueError(
+                f"axes: {path}: expected a tuple with a name or None for each axis, such as "
+                f'("embed", "mlp"), or None, got {names!r}'
+            )
+    missing = [path for path in leaves if path not in found]
+    # Without names, it may be an empty container or a None of the tree, which are not leaves.
+    unknown = [path for path, names in found.items() if names and path not in leaves]
+    if missing or unknown:
+        lists = (("no names for", missing), ("names for paths that are no leaves,", unknown))
+        got = " and ".join(f"{what} {_some(paths)}" for what, paths in lists if paths)
+        raise ValueError(
+            f"axes: expected the logical axes of every leaf of qparams, got {got}; correct the "
+            "paths, or add a tuple of names, or None for a leaf that is not split"
+        )
+    return {path: found[path] for path in leaves}
+
+
+def _some(paths: list[str]) -> str:
+    return f"{paths[:3]}{' and others' * (len(paths) > 3)}"
 
 
 def _spec(path: str, w: Any, names: Names, rules: list[tuple[str, tuple[str, ...]]]) -> P:

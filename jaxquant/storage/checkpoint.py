@@ -19,7 +19,7 @@ from jaxquant.core import hosts
 from jaxquant.core.paths import path_leaves
 from jaxquant.durable.publish import aside, check_parent, publish, restore
 from jaxquant.recipes.recipe import Recipe
-from jaxquant.storage.containers import filled, outline_of_paths, outlined, placed, some
+from jaxquant.storage.containers import check_like, filled, outlined, placed, some
 from jaxquant.storage.description import (
     FILE,
     Json,
@@ -29,7 +29,8 @@ from jaxquant.storage.description import (
     read_description,
     write_description,
 )
-from jaxquant.storage.leaves import described, rebuilt, shardings_of, stored_name
+from jaxquant.storage.leaves import described, rebuilt, shardings_of
+from jaxquant.storage.outlines import WIDE, outline, outline_in
 from jaxquant.storage.parts import PARTS, Parts, check_parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
@@ -37,7 +38,6 @@ ARRAYS = "arrays"
 STORED_AS = {
     "int1": "int8", "uint1": "uint8", "uint2": "uint8", "uint4": "uint8", "float8_e4m3": "float16",
 }  # fmt: skip
-WIDE = ("int64", "uint64", "float64", "complex128")
 
 
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
@@ -249,7 +249,8 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     Args:
       directory: the checkpoint.
       like: a tree of arrays or abstract values (`jax.eval_shape`) with the same paths and shapes as
-        the saved tree. The result has the containers of `like`, and the dtypes that were saved. For
+        the saved tree. The result has the containers of `like`, and the dtypes that were saved,
+        even if those of `like` differ. For
         a quantized checkpoint, `like` may be the unquantized tree: `QTensor`s then replace its
         weights, and shardings of these weights have no effect. If None (the default), the result
         consists of dicts, lists and tuples; other containers become dicts of their fields.
@@ -257,7 +258,10 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
       The tree.
     Raises:
       ValueError: there is no checkpoint; the checkpoint is damaged or was written in a newer format
-        version; or `like` has different paths or shapes.
+        version; `like` has different paths or shapes; or a sharding in `like` does not divide its
+        array evenly.
+      PermissionError: the files may not be read.
+      MemoryError, jax.errors.JaxRuntimeError: the arrays do not fit in memory.
 
     >>> import tempfile
     >>> from flax import nnx
@@ -268,71 +272,28 @@ def load(directory: str | Path, *, like: PyTree = None) -> PyTree:
     >>> nnx.update(model, state)
     """
     path = Path(directory).absolute()
-    # Checked before Orbax opens the files, because its errors are long and come from threads.
-    hosts.first(lambda: check_files(path, parts=False) and None)  # parts: when they are loaded
-    description = read_description(path)
+
+    def check() -> None:
+        if like is not None:
+            check_like(like, dict(path_leaves(outline(path))))
+        # Checked before Orbax opens the files, because its errors are long and come from threads.
+        check_files(path, parts=False)  # parts: when they are loaded
+
+    hosts.first(check)
+    description, places = read_description(path), shardings_of(like)
     try:
-        arrays = dict(_read(path / ARRAYS, description["arrays"], shardings_of(like)))
+        arrays = dict(_read(path / ARRAYS, description["arrays"], places))
         paths = [entry["path"] for entry in description["leaves"]]
         leaves = [rebuilt(entry, arrays) for entry in description["leaves"]]
-        tree = filled(_outline(description, paths), leaves)
+        tree = filled(outline_in(description, paths), leaves)
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # of this machine, such as too little memory; the checkpoint is not damaged
     except Exception as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
     if PARTS in description:
         tree = tree | joined(path, description[PARTS], load)
         return tree if like is None else placed(like, dict(path_leaves(tree)))
     return tree if like is None else placed(like, dict(zip(paths, leaves, strict=True)))
-
-
-def outline(directory: str | Path) -> PyTree:
-    """Return the tree of a checkpoint with shapes in place of arrays, without reading arrays.
-
-    Args:
-      directory: the checkpoint.
-    Returns:
-      The tree that `load` returns, with a `jax.ShapeDtypeStruct` in place of every array, including
-      those of `QTensor`s. Arrays of 64 bits per number are NumPy arrays that take no memory, unless
-      `jax_enable_x64` is on. Python numbers and strings are unchanged.
-    Raises:
-      ValueError: as in `load`, except that the files of arrays are not checked.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, {"w": jnp.ones((2, 3))})
-    ...     outline(folder)
-    {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
-    """
-    path = Path(directory).absolute()
-    description = read_description(path)
-    try:
-        stored = description["arrays"].items()
-        arrays = {name: _abstract(tuple(d["shape"]), d["dtype"]) for name, d in stored}
-        paths = [entry["path"] for entry in description["leaves"]]
-        leaves = [_leaf_outline(entry, arrays) for entry in description["leaves"]]
-        tree = filled(_outline(description, paths), leaves)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
-    if PARTS in description:
-        tree = tree | joined(path, description[PARTS], outline)
-    return tree
-
-
-def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
-    """Return a shape in place of an array; a NumPy array for a dtype that JAX would truncate."""
-    if dtype in WIDE and jnp.result_type(float) != np.float64:
-        return np.broadcast_to(np.zeros((), dtype), shape)
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _leaf_outline(entry: Json, arrays: dict[str, Any]) -> Any:
-    """Return a leaf with shapes in place of arrays."""
-    if "type" in entry:
-        return rebuilt(entry, {})
-    if "parts" not in entry and "key" not in entry:
-        return rebuilt(entry, dict(arrays))
-    beginnings = stored_name(entry["path"]), entry["path"]
-    mine = {name: a for name, a in arrays.items() if name.startswith(beginnings)}
-    return jax.eval_shape(lambda a: rebuilt(entry, dict(a)), mine)
 
 
 def check_files(directory: str | Path, parts: bool = True) -> Json:
@@ -354,15 +315,6 @@ def check_files(directory: str | Path, parts: bool = True) -> Json:
     if parts and PARTS in description:
         check_parts(path, description[PARTS], check_files)
     return description
-
-
-def _outline(description: Json, paths: list[str]) -> Any:
-    """Return the outline; checkpoints of version 1 do not hold it."""
-    if "tree" in description:
-        return description["tree"]
-    return outline_of_paths(
-        paths, description.get("empty", []), description.get("integer_keys", [])
-    )
 
 
 def _read(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyEntry, SequenceKey
 from jaxtyping import PyTree
 
@@ -189,23 +189,73 @@ def placed(like: PyTree, leaves: Leaves) -> PyTree:
       leaves: the leaves by path.
 
     Raises:
-      ValueError: the trees differ in a path, or in the shape of a leaf.
+      ValueError: as in `check_like`.
 
     >>> placed([0.0, {"b": 0.0}], {"0": 1.0, "1/b": 2.0})
     [1.0, {'b': 2.0}]
     """
     keyed, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_standin_leaf)
     wanted = [(path_name(keys), leaf) for keys, leaf in keyed]
+    check_like(like, leaves)
+    return jax.tree.unflatten(
+        structure, [_spread(leaf, leaves[p]) if p in leaves else leaf for p, leaf in wanted]
+    )
+
+
+def check_like(like: PyTree, leaves: Leaves) -> None:
+    """Raise ValueError unless leaves can be put into the containers of a tree, and on its devices.
+
+    Args:
+      like: the tree, as in `placed`.
+      leaves: the leaves by path, which may be abstract.
+
+    Raises:
+      ValueError: the trees differ in a path, or in the shape of a leaf; or the sharding of a leaf
+        in `like` does not divide its shape evenly.
+    """
+    keyed = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_standin_leaf)[0]
+    wanted = [(path_name(keys), leaf) for keys, leaf in keyed]
     _check_paths({path for path, leaf in wanted if not _is_function(leaf)}, set(leaves))
     for path, leaf in wanted:
-        if path in leaves and np.shape(leaf) != np.shape(leaves[path]):
+        if path not in leaves:
+            continue
+        if np.shape(leaf) != np.shape(leaves[path]):
             raise ValueError(
                 f"{path!r} has shape {np.shape(leaf)} in `like`, and was saved with shape "
                 f"{np.shape(leaves[path])}: pass the tree of the model that was saved"
             )
-    return jax.tree.unflatten(
-        structure, [_spread(leaf, leaves[p]) if p in leaves else leaf for p, leaf in wanted]
-    )
+        here, there = jax.tree.structure(leaf), jax.tree.structure(leaves[path])
+        if here == there:  # type: ignore[operator]  # otherwise, it was packed meanwhile
+            for name, a in getattr(leaf, "named", {"": leaf}).items():
+                _check_sharding(f"{path}:{name}" if name else path, a)
+
+
+def _check_sharding(path: str, a: Any) -> None:
+    """Raise ValueError if the sharding of an array does not divide its shape evenly."""
+    sharding = _sharding(a)
+    if sharding is None:
+        return
+    try:
+        sharding.shard_shape(np.shape(a))
+    except ValueError as error:
+        over = f"{sharding}"
+        if isinstance(sharding, NamedSharding):
+            sizes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+            over = f"{sharding.spec} over the mesh axes {sizes}"
+        raise ValueError(
+            f"the sharding of {path!r} in `like` must divide its shape {np.shape(a)} evenly, but "
+            f"it is {over}; leave the axis that it does not divide whole (None), or use a mesh "
+            "whose axis divides its length"
+        ) from error
+
+
+def _sharding(a: Any) -> Sharding | None:
+    """Return the sharding of an array if it is on several devices, which must exist."""
+    sharding = getattr(a, "sharding", None)
+    abstract = isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+    if sharding is None or abstract or len(sharding.device_set) == 1:
+        return None
+    return sharding
 
 
 def _is_standin_leaf(node: Any) -> bool:
@@ -242,11 +292,8 @@ def _spread(like: Any, leaf: Any) -> Any:
     """Move a leaf to the devices of the leaf in `like`, if those are several."""
 
     def put(like: Any, a: Any) -> Any:
-        sharding = getattr(like, "sharding", None)
-        abstract = isinstance(getattr(sharding, "mesh", None), AbstractMesh)
-        if sharding is None or abstract or len(sharding.device_set) == 1:
-            return a
-        return jax.device_put(a, sharding)
+        sharding = _sharding(like)
+        return a if sharding is None else jax.device_put(a, sharding)
 
     leaves, structure = jax.tree.flatten(leaf)
     places, placing = jax.tree.flatten(like)

@@ -1,5 +1,6 @@
 """The options of `jaxquant plan` for a slice of a TPU pod."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ NOT_PLANNED = {
     "heal_steps": "--heal", "heal_layers": "--heal-layers", "heal_codes": "--heal-codes",
     "heal_text": "--heal-text", "learn_steps": "--learn", "rotate_residual": "--rotate-residual",
     "rotate_steps": "--rotate-steps", "exact_prefix": "--exact-prefix",
+    "heal_batch": "--heal-batch", "effort": "--effort", "calibration": "--calibration",
+    "calibration_tokens": "--calibration-tokens", "weighting": "--weighting", "seed": "--seed",
 }  # fmt: skip
 OF_METHODS = {
     "method": "--method", "recipe_file": "--recipe", "train": "--train",
@@ -30,6 +33,8 @@ OF_METHODS = {
     "symmetric": "--symmetric and --asymmetric", "activations": "--activations",
     "act_order": "--act-order and --no-act-order", "settings": "--set",
 }  # fmt: skip
+# Defaults of the options of `quantize`.
+DEFAULTS = {name: of.default for name, of in inspect.signature(request_of).parameters.items()}
 METHODS = {"": "rtn", "qlora": "nf4", "qat": "lsq"}  # default of --method, by --train
 
 OPTIONS = (
@@ -126,14 +131,14 @@ def pod_request(
     """
     if train and prefill:
         raise ValueError("--prefill and --train plan different steps; give only one of them")
-    where, config = slice_of(topology), config_of(model)
+    at, config = slice_of(topology), config_of(model)
     return PodRequest(
         config,
         _recipe(train or "", quantization),
         train or ("prefill" if prefill else "decode"),
         BATCH if batch is None else batch,
         min(CONTEXT, config.max_position) if context is None else context,
-        where,
+        at,
         () if mesh is None else mesh_of_text(mesh),
     )
 
@@ -169,7 +174,7 @@ def config_of(model: str) -> LlamaConfig:
 def _recipe(train: str, options: dict[str, Any]) -> jq.Recipe:
     """Return the recipe of the options; without --method and --recipe, that of `METHODS`."""
     for flag in _given(options, NOT_PLANNED):
-        raise ValueError(f"--topology does not plan {flag}: leave it out")
+        raise ValueError(f"a plan with --topology does not consider {flag}: leave it out")
     if options.get("bits") == UNQUANTIZED:
         for flag in _given({**options, "train": train}, OF_METHODS):
             raise ValueError(f"--bits 16 leaves weights as they are: leave out {flag}")
@@ -192,5 +197,7 @@ def _recipe(train: str, options: dict[str, Any]) -> jq.Recipe:
 def _given(options: dict[str, Any], flags: dict[str, str]) -> Iterator[str]:
     """Yield the flags that are given; a pair of opposite flags is None if neither is given."""
     for name, flag in flags.items():
-        if options.get(name) or (" and " in flag and options.get(name) is False):
+        value = options.get(name)
+        given = value and value != DEFAULTS.get(name)
+        if given or (" and " in flag and value is False):
             yield flag

@@ -4,6 +4,7 @@ The process is separate because libtpu may abort it, and because a process choos
 it starts. It reads a request as JSON from standard input and prints the result as one line.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -45,14 +46,14 @@ class Compiled(NamedTuple):
       temporaries: bytes of everything else on one device, including the results that do not reuse
         the memory of an argument.
       kernels: number of calls of kernels in the text of the program.
-      sent: the collectives of the program.
+      collectives: the collectives of the program.
     """
 
     error: str
     arguments: int = 0
     temporaries: int = 0
     kernels: int = 0
-    sent: tuple[Collective, ...] = ()
+    collectives: tuple[Collective, ...] = ()
 
     @property
     def exhausted(self) -> bool:
@@ -93,8 +94,8 @@ def compiled(request: PodRequest, timeout: float = TIMEOUT) -> Compiled:
             f"the compiler's process ended with status {done.returncode}: {last[:2000]}"
         )
     found = json.loads(lines[-1].removeprefix(_RESULT))
-    sent = tuple(Collective(k, d, tuple(s), g, n) for k, d, s, g, n in found.pop("sent"))
-    return Compiled(**found, sent=sent)
+    sent = tuple(Collective(k, d, tuple(s), g, n) for k, d, s, g, n in found.pop("collectives"))
+    return Compiled(**found, collectives=sent)
 
 
 def devices_mesh(request: PodRequest, axes: Axes) -> Mesh:
@@ -104,9 +105,9 @@ def devices_mesh(request: PodRequest, axes: Axes) -> Mesh:
       request: the request.
       axes: name and size of each mesh axis.
     """
-    alone = {"chips_per_host_bounds": [1, 1, 1]} if request.where.chips == 1 else {}
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if request.topology.chips == 1 else {}
     found = topologies.get_topology_desc(
-        platform="tpu", topology_name=request.where.name, **alone
+        platform="tpu", topology_name=request.topology.name, **alone
     ).devices
     names, sizes = zip(*axes, strict=True)
     return Mesh(np.array(found).reshape(sizes), names)
@@ -133,4 +134,5 @@ def _compiled(request: PodRequest) -> Compiled:
 
 if __name__ == "__main__":
     result = _compiled(PodRequest.from_json(json.load(sys.stdin)))
-    sys.stdout.write(f"{_RESULT}{json.dumps(result._asdict())}\n")
+    found = {**result._asdict(), "collectives": [*map(dataclasses.astuple, result.collectives)]}
+    sys.stdout.write(f"{_RESULT}{json.dumps(found)}\n")

@@ -55,7 +55,7 @@ def expected_collectives(request: PodRequest, program: Program, mesh: Axes) -> l
             found.extend(_of_weight(request, w, at[path], dict(mesh), path))
     if request.trains:
         found.extend(_of_gradients(program, dict(mesh)))
-    return [one for one in found if one.group > 1]
+    return [one for one in found if one.group_size > 1]
 
 
 def xla_name(dtype: np.dtype) -> str:
@@ -149,7 +149,7 @@ def _of_weight(
         return
     split = gathers(request, sizes)
     layers = w.shape[0] if path.startswith("layers/") else 1
-    passes = layers * GATHERED[request.work]
+    passes = layers * GATHERED[request.workload]
     data = sizes.get("data", 1)
     if split:
         places = jax.tree.leaves(at), jax.tree.leaves(gathered(w, at))

@@ -25,8 +25,8 @@ def mesh_of(request: PodRequest, weights: PyTree) -> Axes:
       request: the request.
       weights: the shapes of its packed weights.
     Raises:
-      ValueError: the product of the given sizes is not the number of devices of the slice, or no
-        default mesh splits the model evenly.
+      ValueError: the product of the given sizes is not the number of devices of the slice; "expert"
+        is given for a model without experts; or no default mesh splits the model evenly.
     """
     if request.mesh:
         _check(request)
@@ -39,8 +39,8 @@ def mesh_of(request: PodRequest, weights: PyTree) -> Axes:
         except ValueError as error:
             why = why or str(error)
     raise ValueError(
-        f"{request.where.name}: no default mesh of its devices splits this model evenly ({why}); "
-        "give --mesh, or another slice"
+        f"{request.topology.name}: no default mesh of its devices splits this model evenly "
+        f"({why}); give --mesh, or another slice"
     )
 
 
@@ -81,17 +81,22 @@ def shown(axes: Axes) -> str:
 
 
 def _check(request: PodRequest) -> None:
-    product, devices = math.prod(size for _, size in request.mesh), request.where.devices
+    if "expert" in dict(request.mesh) and not request.config.n_experts:
+        raise ValueError(
+            f"the mesh {shown(request.mesh)} splits experts, but the model has none; give --mesh "
+            "sizes of the axes data and model only"
+        )
+    product, devices = math.prod(size for _, size in request.mesh), request.topology.devices
     if product != devices:
         raise ValueError(
-            f"the mesh {shown(request.mesh)} has {product} devices, but {request.where.name} has "
-            f"{devices}; give --mesh sizes whose product is {devices}"
+            f"the mesh {shown(request.mesh)} has {product} devices, but {request.topology.name} "
+            f"has {devices}; give --mesh sizes whose product is {devices}"
         )
 
 
 def _candidates(request: PodRequest) -> Iterator[Axes]:
     """Yield the meshes to try, those with the largest "model" first."""
-    devices, config = request.where.devices, request.config
+    devices, config = request.topology.devices, request.config
     for model in _divisors(math.gcd(devices, config.n_kv_heads)):
         rest = devices // model
         if not config.n_experts:

@@ -40,24 +40,25 @@ class PodPlan:
       request: the request.
       mesh: name and size of each mesh axis.
       bits: average number of bits per weight of the whole model.
-      held: bytes of each argument on one device, by its name.
+      argument_bytes: bytes of each argument on one device, by its name.
       temporaries: bytes of everything else on one device.
       compiled: the result of the compiler for TPUs; None if it was not used.
-      sent: the collectives of a step.
+      collectives: the collectives of a step.
       time: a lower bound on the time of a step.
-      served: number of packed weights, and number of those whose products all have kernels.
+      kernel_coverage: number of packed weights, and number of those whose products all have
+        kernels.
       smallest: the smallest slice of each generation that holds the program.
     """
 
     request: PodRequest
     mesh: Axes
     bits: float
-    held: dict[str, int]
+    argument_bytes: dict[str, int]
     temporaries: int
     compiled: pod_compiler.Compiled | None
-    sent: tuple[Collective, ...]
+    collectives: tuple[Collective, ...]
     time: StepTime
-    served: tuple[int, int]
+    kernel_coverage: tuple[int, int]
     smallest: dict[str, "Smallest"]
 
     @property
@@ -68,7 +69,7 @@ class PodPlan:
     @property
     def arguments(self) -> int:
         """Bytes of all arguments on one device."""
-        return sum(self.held.values())
+        return sum(self.argument_bytes.values())
 
     @property
     def total(self) -> int:
@@ -89,7 +90,7 @@ class PodPlan:
         """
         if self.compiled is not None and (not self.compiled.error or self.compiled.exhausted):
             return not self.compiled.error
-        return self.total <= self.request.where.memory
+        return self.total <= self.request.topology.memory
 
     @property
     def moved(self) -> dict[tuple[str, str], int]:
@@ -98,7 +99,7 @@ class PodPlan:
         The largest come first.
         """
         found: Counter[tuple[str, str]] = Counter()
-        for one in self.sent:
+        for one in self.collectives:
             found[one.kind, one.dtype] += one.bytes
         return dict(found.most_common())
 
@@ -123,18 +124,18 @@ def plan_pod(request: PodRequest, compile_: bool = True) -> PodPlan:
     of = program(request, weights, abstract_mesh(mesh))
     done = pod_compiler.compiled(request) if compile_ and not pod_compiler.missing() else None
     found = done is not None and not done.error
-    sent = done.sent if done and found else tuple(expected_collectives(request, of, mesh))
+    sent = done.collectives if done and found else tuple(expected_collectives(request, of, mesh))
     spare = done.temporaries if done and found else expected_temporaries(request, of, mesh)
     return PodPlan(
         request=request,
         mesh=mesh,
         bits=8 * weight_bytes(weights) / _size(weights),
-        held=device_bytes(of),
+        argument_bytes=device_bytes(of),
         temporaries=spare,
         compiled=done,
-        sent=sent,
+        collectives=sent,
         time=step_time(request, of, mesh, sent),
-        served=_served(of),
+        kernel_coverage=_kernel_coverage(of),
         smallest={chip: smallest_slice(request, weights, chip) for chip in GENERATIONS},
     )
 
@@ -172,18 +173,18 @@ def report_of(plan: PodPlan) -> dict[str, Any]:
     r, t = plan.request, plan.time
     kinds = {f"{kind} {dtype}": size for (kind, dtype), size in plan.moved.items()}
     return {
-        "work": r.work, "batch": r.batch, "context": r.context,
-        "topology": r.where.name, "devices": r.where.devices, "mesh": shown(plan.mesh),
+        "workload": r.workload, "batch": r.batch, "context": r.context,
+        "topology": r.topology.name, "devices": r.topology.devices, "mesh": shown(plan.mesh),
         "bits_per_weight": plan.bits,
-        "bytes": {**plan.held, "temporaries": plan.temporaries},
-        "total": plan.total, "memory": int(r.where.memory), "fits": plan.fits,
+        "bytes": {**plan.argument_bytes, "temporaries": plan.temporaries},
+        "total": plan.total, "memory": int(r.topology.memory), "fits": plan.fits,
         "source": plan.source,
         "compiled_arguments": plan.compiled_arguments,
         "compiler_error": (plan.compiled.error or None) if plan.compiled else None,
         "collectives": kinds,
         "roofline": {**t._asdict(), "seconds": t.seconds, "bound": t.bound},
         "tokens_per_second": plan.tokens_per_second,
-        "packed_weights": plan.served[0], "served_by_kernels": plan.served[1],
+        "packed_weights": plan.kernel_coverage[0], "served_by_kernels": plan.kernel_coverage[1],
         "smallest": {chip: of.name for chip, of in plan.smallest.items()},
         "passed_over": {chip: of.refused for chip, of in plan.smallest.items() if of.refused},
     }  # fmt: skip
@@ -196,24 +197,23 @@ def lines(plan: PodPlan) -> list[str]:
       plan: the plan.
     """
     r, t, gb = plan.request, plan.time, lambda n: f"{n / 1e9:10.3f} GB"
-    rows = [(name, size) for name, size in plan.held.items() if name != "tokens"]
+    rows = [(name, size) for name, size in plan.argument_bytes.items() if name != "tokens"]
     rows += [("temporaries", plan.temporaries), ("total", plan.total)]
-    step = {"decode": "a decoding step", "prefill": "a prefill"}.get(r.work, "a training step")
+    step = {"decode": "a decoding step", "prefill": "a prefill"}.get(r.workload, "a training step")
     verdict = "it fits" if plan.fits else "it does not fit"
     return [
-        f"{r.work} of {r.batch} sequences with {r.context} tokens on {r.where.name}: "
-        f"{r.where.devices} devices, {shown(plan.mesh)}; {plan.bits:.3f} bits per weight",
+        f"{r.workload} of {r.batch} sequences with {r.context} tokens on {r.topology.name}: "
+        f"{r.topology.devices} devices, {shown(plan.mesh)}; {plan.bits:.3f} bits per weight",
         f"bytes per device (temporaries from the {plan.source}, the rest counted from shapes):",
         *(f"  {name:12}{gb(size)}" for name, size in rows),
-        f"  of {gb(r.where.memory).strip()} of memory: {verdict}",
+        f"  of {gb(r.topology.memory).strip()} of memory: {verdict}",
         *_of_compiler(plan),
-        f"collectives per step, bytes of their results per device (from the {plan.source}):",
-        *(f"  {kind:20}{dtype:6}{gb(n)}" for (kind, dtype), n in plan.moved.items()),
+        *_of_collectives(plan),
         f"lower bound on the time of {step}, if all of the following overlap:",
-        *(f"  {name:12}{_milliseconds(time)}" for name, time in t._asdict().items()),
+        *(f"  {name:14}{_milliseconds(time)}" for name, time in t._asdict().items()),
         f"  limited by {t.bound}: {1e3 * t.seconds:.3f} ms, at most "
         f"{plan.tokens_per_second:,.0f} tokens/s",
-        f"packed weights served by kernels: {plan.served[1]} of {plan.served[0]}",
+        f"packed weights served by kernels: {plan.kernel_coverage[1]} of {plan.kernel_coverage[0]}",
         "smallest slices on which it fits (from the formula): "
         + ", ".join(of.name or f"none of {chip}" for chip, of in plan.smallest.items()),
         *(f"  {of.refused}" for of in plan.smallest.values() if of.refused),
@@ -233,7 +233,17 @@ def _of_compiler(plan: PodPlan) -> list[str]:
     return [f"  error of the compiler: {plan.compiled.error.splitlines()[0]}"]
 
 
-def _served(of: Program) -> tuple[int, int]:
+def _of_collectives(plan: PodPlan) -> list[str]:
+    """Return the lines about what devices send to each other."""
+    if not plan.moved:
+        return [f"collectives per step: none, devices send nothing (from the {plan.source})"]
+    return [
+        f"collectives per step, bytes of their results per device (from the {plan.source}):",
+        *(f"  {kind:20}{dtype:6}{n / 1e9:10.3f} GB" for (kind, dtype), n in plan.moved.items()),
+    ]
+
+
+def _kernel_coverage(of: Program) -> tuple[int, int]:
     """Return the number of packed weights, and the number of those whose uses all have kernels."""
     packed = [p for p, w in jq.core.path_leaves(of.weights) if isinstance(w, jq.QTensor)]
     if not packed:

@@ -89,27 +89,27 @@ def packed_shapes(request: PodRequest) -> PyTree:
       ValueError: the recipe does not fit the model, or the request is a training step and the
         recipe quantizes nothing.
     """
-    one = _packed(dataclasses.replace(request.config, n_layers=1), request.recipe, request.work)
+    one = _packed(dataclasses.replace(request.config, n_layers=1), request.recipe, request.workload)
     layers = request.config.n_layers  # all of equal shapes
     taller = lambda a: jax.ShapeDtypeStruct((layers, *a.shape[1:]), a.dtype)
     return {**one, "layers": jax.tree.map(taller, one["layers"])}
 
 
-def _packed(config: LlamaConfig, recipe: jq.Recipe, work: str) -> PyTree:
+def _packed(config: LlamaConfig, recipe: jq.Recipe, workload: str) -> PyTree:
     """Return the shapes of the packed weights of an architecture, which are traced."""
     model = Llama(config, DTYPE)
-    floats = param_outline(model, jnp.float32 if work == "qat" else DTYPE)
+    floats = param_outline(model, jnp.float32 if workload == "qat" else DTYPE)
     fn = lambda params, tokens: apply(model, params, tokens)
     uses = jq.sites(fn, floats, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     methods = {glob: m for glob, m in recipe.rules if isinstance(m, jq.Method)}
-    if not methods and work in TRAINING:
+    if not methods and workload in TRAINING:
         raise ValueError(
-            f"--train {work} needs a recipe that quantizes weights, but this one quantizes none; "
-            "give another --recipe, or --method"
+            f"--train {workload} needs a recipe that quantizes weights, but this one quantizes "
+            "none; give another --recipe, or --method"
         )
     if not methods:
         return floats
-    make = jq.latent if work == "qat" else jq.quantize
+    make = jq.latent if workload == "qat" else jq.quantize
 
     def made(params: PyTree) -> PyTree:
         grams = any(m.needs_gram for m in methods.values())
@@ -121,7 +121,7 @@ def _packed(config: LlamaConfig, recipe: jq.Recipe, work: str) -> PyTree:
         return make(params, recipe, Stats(uses, plan.probes(), dict(plan.holder)))
 
     packed = jax.eval_shape(made, floats)
-    if work != "qlora":
+    if workload != "qlora":
         return packed
     # Experts have no adapters, as in most QLoRA runs.
     globs = ADAPTED[:1] if config.n_experts else ADAPTED
@@ -170,7 +170,7 @@ def gathers(request: PodRequest, mesh: Mapping[str, int]) -> bool:
       request: the request.
       mesh: the size of each mesh axis by its name.
     """
-    return request.work != "decode" and "data" in mesh
+    return request.workload != "decode" and "data" in mesh
 
 
 def _cache(request: PodRequest, mesh: AnyMesh) -> tuple[PyTree, PyTree]:

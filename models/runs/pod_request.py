@@ -8,23 +8,24 @@ import jaxquant as jq
 from jaxquant_models.architectures.config import LlamaConfig
 from pallas_kernels.cost.topologies import Slice, slice_of
 
-WORK = ("decode", "prefill", "qlora", "qat")
+WORKLOADS = ("decode", "prefill", "qlora", "qat")
 TRAINING = ("qlora", "qat")
 
 
 @dataclasses.dataclass(frozen=True)
 class PodRequest:
-    """A model, how it is quantized, the work of a step, and the slice that does the work.
+    """A model, how it is quantized, what a step does, and the slice that does it.
 
     Attributes:
       config: the architecture.
       recipe: the recipe that assigns a method to every weight.
-      work: one of `WORK`: "decode" is a step that adds one token to every sequence, "prefill" the
-        step that reads prompts of `context` tokens; "qlora" and "qat" are training steps.
+      workload: one of `WORKLOADS`: "decode" is a step that adds one token to every sequence,
+        "prefill" the step that reads prompts of `context` tokens; "qlora" and "qat" are training
+        steps.
       batch: number of sequences, 1 or more.
       context: number of tokens per sequence, from 1 to the number of positions of the model. In
         decoding, it is the number of tokens for which the cache has room.
-      where: the slice.
+      topology: the slice.
       mesh: name and size of each mesh axis. Default: (), which selects the mesh of `mesh_of`.
 
     Raises:
@@ -33,15 +34,17 @@ class PodRequest:
 
     config: LlamaConfig
     recipe: jq.Recipe
-    work: str
+    workload: str
     batch: int
     context: int
-    where: Slice
+    topology: Slice
     mesh: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.work not in WORK:
-            raise ValueError(f"work must be one of {', '.join(WORK)}, got {self.work!r}")
+        if self.workload not in WORKLOADS:
+            raise ValueError(
+                f"workload must be one of {', '.join(WORKLOADS)}, got {self.workload!r}"
+            )
         if min(self.batch, self.context) < 1:
             raise ValueError(
                 f"batch and context must be at least 1, got {self.batch} and {self.context}"
@@ -54,31 +57,31 @@ class PodRequest:
 
     @property
     def trains(self) -> bool:
-        """Whether the work is a training step."""
-        return self.work in TRAINING
+        """Whether the workload is a training step."""
+        return self.workload in TRAINING
 
     @property
     def tokens(self) -> int:
         """Number of tokens of each sequence that one step reads."""
-        return 1 if self.work == "decode" else self.context
+        return 1 if self.workload == "decode" else self.context
 
-    def on(self, where: Slice) -> "PodRequest":
+    def on(self, topology: Slice) -> "PodRequest":
         """Return the same request for another slice, with the default mesh.
 
         Args:
-          where: the other slice.
+          topology: the other slice.
         """
-        return dataclasses.replace(self, where=where, mesh=())
+        return dataclasses.replace(self, topology=topology, mesh=())
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as JSON values; `from_json` is the inverse."""
         return {
             "config": self.config.to_json(),
             "recipe": self.recipe.to_json(),
-            "work": self.work,
+            "workload": self.workload,
             "batch": self.batch,
             "context": self.context,
-            "where": self.where.name,
+            "topology": self.topology.name,
             "mesh": [list(axis) for axis in self.mesh],
         }
 
@@ -92,9 +95,9 @@ class PodRequest:
         return cls(
             LlamaConfig.from_json(data["config"]),
             jq.Recipe.from_json(data["recipe"]),
-            data["work"],
+            data["workload"],
             data["batch"],
             data["context"],
-            slice_of(data["where"]),
+            slice_of(data["topology"]),
             tuple((name, size) for name, size in data["mesh"]),
         )

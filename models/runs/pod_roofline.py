@@ -1,4 +1,4 @@
-"""A lower bound on the time of a step on a slice: memory, products, unpacking and collectives."""
+"""A lower bound on the time of a step: memory, compute, dequantization and communication."""
 
 import dataclasses
 import math
@@ -34,15 +34,15 @@ class StepTime(NamedTuple):
     Attributes:
       memory: time to read and write weights and cache and, in training, the optimizer's state and
         stored activations.
-      multiplying: time to multiply at the peak rate of the chip.
-      unpacking: time to unpack codes; None if the rate of a kernel is not known.
-      exchange: time to receive what other devices send.
+      compute: time to multiply at the peak rate of the chip.
+      dequantize: time to dequantize codes; None if the rate of a kernel is not known.
+      communication: time to receive what other devices send.
     """
 
     memory: float
-    multiplying: float
-    unpacking: float | None
-    exchange: float
+    compute: float
+    dequantize: float | None
+    communication: float
 
     @property
     def seconds(self) -> float:
@@ -61,7 +61,7 @@ class StepTime(NamedTuple):
 
 
 def step_time(
-    request: PodRequest, program: Program, mesh: Axes, sent: Sequence[Collective]
+    request: PodRequest, program: Program, mesh: Axes, collectives: Sequence[Collective]
 ) -> StepTime:
     """Return the lower bounds on the time of a step.
 
@@ -69,23 +69,23 @@ def step_time(
       request: the request.
       program: the program of the request.
       mesh: name and size of each mesh axis.
-      sent: the collectives of the program.
+      collectives: the collectives of the program.
     """
-    chip, passes = chips.CHIPS[request.where.chip], PASSES[request.work]
+    chip, passes = chips.CHIPS[request.topology.chip], PASSES[request.workload]
     at = dict(jq.core.path_leaves(program.placed))
     each = [
         _of_weight(request, path, w, at[path], dict(mesh))
         for path, w in jq.core.path_leaves(program.weights)
         if len(w.shape) >= 2 + path.startswith("layers/")
     ]
-    read, multiplying, unpacking = (sum(times) for times in zip(*each, strict=True))
-    multiplying += _attention(request, dict(mesh)) / chip.flops
-    parts = GENERATIONS[request.where.chip].devices  # these share the memory and units of a chip
+    read, compute, dequantize = (sum(times) for times in zip(*each, strict=True))
+    compute += _attention(request, dict(mesh)) / chip.flops
+    parts = GENERATIONS[request.topology.chip].devices  # these share the memory and units of a chip
     return StepTime(
         parts * (passes * read + _kept(request, program, dict(mesh))) / chip.bandwidth,
-        parts * passes * multiplying,
-        parts * passes * unpacking if math.isfinite(unpacking) else None,
-        sum(one.received for one in sent) / request.where.incoming,
+        parts * passes * compute,
+        parts * passes * dequantize if math.isfinite(dequantize) else None,
+        sum(one.received for one in collectives) / request.topology.ici_bandwidth,
     )
 
 
@@ -95,28 +95,28 @@ def _of_weight(
     """Return the cost of one product with a weight for a device that has its chip to itself.
 
     Returns:
-      Bytes moved to and from memory, seconds of multiplication, and seconds of unpacking (NaN if
-      the rate is not known).
+      Bytes moved to and from memory, seconds of multiplication, and seconds of dequantization
+      (NaN if the rate is not known).
     """
-    where, split = request.where, gathers(request, sizes)
-    chip, tokens = chips.CHIPS[where.chip], request.batch * request.tokens
+    name, split = request.topology.chip, gathers(request, sizes)
+    chip, tokens = chips.CHIPS[name], request.batch * request.tokens
     used, seen = _used(request.config, path, tokens)
     moved = float(tree_device_bytes(w, at))
     if split and used:
-        moved = sum(_with_gathering(request.work, *one) for one in _arrays(w, at))
+        moved = sum(_with_gathering(request.workload, *one) for one in _arrays(w, at))
         at, tokens = gathered(w, at), tokens // sizes["data"]
     matrix, form = (w.data["codes"], kernel_form(w.activations)) if _packed(w) else (w, "float")
     place = at.data["codes"] if _packed(w) else at
     part = math.prod(place.shard_shape(matrix.shape)) / math.prod(matrix.shape)
     size = part * math.prod(w.shape)
-    multiplying = 2 * size * used * tokens / chips.peak(where.chip, form)
-    unpacking = 0.0
+    compute = 2 * size * used * tokens / chips.peak(name, form)
+    dequantize = 0.0
     if _packed(w) and used:
-        rate = kernel_rate(_frozen(w), where.chip)
+        rate = kernel_rate(_frozen(w), name)
         moved += 0 if rate else 4 * size  # without a kernel, bfloat16 is written and read again
         known = 0 < rate < math.inf
-        unpacking = seen * size / (rate * chip.clock * chip.cores) if known else math.nan
-    return seen * moved, multiplying, unpacking
+        dequantize = seen * size / (rate * chip.clock * chip.cores) if known else math.nan
+    return seen * moved, compute, dequantize
 
 
 def _frozen(w: jq.QTensor) -> jq.QTensor:
@@ -130,10 +130,10 @@ def _arrays(w: PyTree, at: PyTree) -> Iterator[tuple[PyTree, PyTree]]:
     return zip(jax.tree.leaves(w), jax.tree.leaves(at), strict=True)
 
 
-def _with_gathering(work: str, a: PyTree, at: PyTree) -> float:
+def _with_gathering(workload: str, a: PyTree, at: PyTree) -> float:
     """Return the bytes of an array that one product moves; a gathered array is written and read."""
     own, whole = tree_device_bytes(a, at), tree_device_bytes(a, gathered(a, at))
-    share = GATHERED[work] / PASSES[work]
+    share = GATHERED[workload] / PASSES[workload]
     return share * own + (share + 1) * whole if whole > own else own
 
 
@@ -168,7 +168,7 @@ def _kept(request: PodRequest, program: Program, sizes: dict[str, int]) -> float
 def _attention(request: PodRequest, sizes: dict[str, int]) -> float:
     """Return the number of operations of attention on one device, causal masking considered."""
     c, data = request.config, sizes.get("data", 1)
-    seen = request.context if request.work == "decode" else (request.context + 1) / 2
+    seen = request.context if request.workload == "decode" else (request.context + 1) / 2
     parts = sizes.get("model", 1) * (1 if request.batch % data else data)
     return 4 * request.batch * request.tokens * seen * c.n_heads * c.head_dim * c.n_layers / parts
 

@@ -20,14 +20,14 @@ class Generation(NamedTuple):
 
     Attributes:
       devices: number of JAX devices per chip.
-      incoming: bytes per second that a chip receives from the other chips, over all its links.
+      ici_bandwidth: bytes per second that a chip receives from the other chips, over all its links.
       shapes: the grids of the usual slices, in order of size.
       cubes: largest number of chips of a slice that consists of cubes of 4x4x4 chips; 0 if the
         generation has no such slices.
     """
 
     devices: int
-    incoming: float
+    ici_bandwidth: float
     shapes: tuple[str, ...]
     cubes: int = 0
 
@@ -77,10 +77,10 @@ class Slice(NamedTuple):
         return CHIPS[self.chip].memory / GENERATIONS[self.chip].devices
 
     @property
-    def incoming(self) -> float:
+    def ici_bandwidth(self) -> float:
         """Bytes per second that a device receives from others; infinite if there are no others."""
         of = GENERATIONS[self.chip]
-        return of.incoming / of.devices if self.devices > 1 else math.inf
+        return of.ici_bandwidth / of.devices if self.devices > 1 else math.inf
 
 
 def slice_of(name: str) -> Slice:

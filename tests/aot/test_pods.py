@@ -16,6 +16,7 @@ from jaxquant_models.runs.pod_programs import abstract_mesh, packed_shapes, prog
 from jaxquant_models.runs.pod_request import PodRequest
 from jaxquant_models.runs.recipes import recipe_of
 from pallas_kernels.cost.topologies import slice_of
+from tests.support.pods import BYTES_WITHIN
 
 pytestmark = [
     pytest.mark.kernels,
@@ -30,25 +31,25 @@ PRODUCTS, TRAINED = 7, 7 + 6 + 7
 FLOATS = ("f32", "bf16", "f16")
 
 
-def planned(work, topology, recipe, batch, context):
-    plan = plan_pod(PodRequest(CONFIG, recipe, work, batch, context, slice_of(topology)))
+def planned(workload, topology, recipe, batch, context):
+    plan = plan_pod(PodRequest(CONFIG, recipe, workload, batch, context, slice_of(topology)))
     assert plan.compiled.error == "" and plan.fits
-    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=1e-4)
+    assert plan.compiled.arguments == pytest.approx(plan.arguments, rel=BYTES_WITHIN)
     return plan
 
 
 def largest_gathered(plan):
     """Numbers in the largest array of floats that is gathered in a layer."""
-    gathers = [one for one in plan.sent if one.kind == "all-gather" and one.dtype in FLOATS]
-    return max((math.prod(one.shape) for one in gathers if one.times > 1), default=0)
+    gathers = [one for one in plan.collectives if one.kind == "all-gather" and one.dtype in FLOATS]
+    return max((math.prod(one.shape) for one in gathers if one.count > 1), default=0)
 
 
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8"])
 def test_in_decoding_no_weight_moves(topology):
     """Of keys and values, each of so many devices has too few words for a kernel to pay."""
     plan = planned("decode", topology, TWO_BITS, 64, 8192)
-    assert plan.compiled.kernels == 5 and plan.served == (7, 5)
-    moved = {one.dtype for one in plan.sent if one.times > 1}
+    assert plan.compiled.kernels == 5 and plan.kernel_coverage == (7, 5)
+    moved = {one.dtype for one in plan.collectives if one.count > 1}
     assert moved <= {"f32", "bf16"}  # sums of products and activations
     assert largest_gathered(plan) <= 64 * CONFIG.d_model
     assert plan.temporaries < 0.1e9  # the cache is updated in place
@@ -57,8 +58,8 @@ def test_in_decoding_no_weight_moves(topology):
 def test_in_a_prefill_packed_words_are_gathered():
     plan = planned("prefill", "v5e:16x16", TWO_BITS, 32, 1024)
     model = dict(plan.mesh)["model"]
-    assert plan.compiled.kernels == PRODUCTS and plan.served == (7, 7)
-    words = sum(one.bytes for one in plan.sent if one.dtype == "s32" and one.times > 1)
+    assert plan.compiled.kernels == PRODUCTS and plan.kernel_coverage == (7, 7)
+    words = sum(one.bytes for one in plan.collectives if one.dtype == "s32" and one.count > 1)
     assert words == LAYERS * 2 // 8 // model
     # Scales are float16, one for 128 weights; the smallest weight is that of the keys.
     assert largest_gathered(plan) <= CONFIG.d_model * CONFIG.d_ff // 128 // model
@@ -71,7 +72,7 @@ def test_in_qlora_packed_words_and_adapters_are_gathered(topology):
     plan = planned("qlora", topology, NF4, batch, 512)
     model = dict(plan.mesh)["model"]
     assert plan.compiled.kernels >= TRAINED
-    words = sum(one.bytes for one in plan.sent if one.dtype == "s32" and one.times > 1)
+    words = sum(one.bytes for one in plan.collectives if one.dtype == "s32" and one.count > 1)
     assert LAYERS * 4 // 8 // model <= words / 2 <= 1.5 * LAYERS * 4 // 8 // model
     # Scales of 64 weights, or a factor of the adapters, each far below a weight.
     assert largest_gathered(plan) <= CONFIG.d_model * CONFIG.d_ff // 64 // model
@@ -81,7 +82,7 @@ def test_70b_in_16_bits_does_not_fit_where_it_does_in_2():
     kept = jq.Recipe([("*", jq.KEEP)])
     of = lambda recipe: PodRequest(CONFIG, recipe, "decode", 64, 8192, slice_of("v5e:4x4"))
     packed = plan_pod(of(TWO_BITS))
-    assert packed.fits and packed.compiled.kernels == PRODUCTS and packed.served == (7, 7)
+    assert packed.fits and packed.compiled.kernels == PRODUCTS and packed.kernel_coverage == (7, 7)
     plan = plan_pod(of(kept))
     assert plan.compiled.exhausted and not plan.fits
     assert plan.smallest["v5e"].name == "v5e:4x8"

@@ -99,6 +99,10 @@ WRONG = {
         "summary: expected a Summary",
     ),
     "no name": (lambda: jq.ptq.unstack({"a": W}, 3), "name: expected a string, got 3"),
+    "no values of a run": (
+        lambda: jq.distributed.folder("work", 3).__enter__(),
+        "folder: run: expected a mapping, got 3 .int.$",
+    ),
     "no progress": (
         lambda: jq.quantize(PARAMS, METHOD, progress=3),
         "progress: expected a function or None, got 3",
@@ -127,7 +131,7 @@ def test_every_public_function_with_its_annotations():
             with pytest.raises(ValueError, match=f"{name}: {parameter.name}: expected"):
                 check_arguments(fn, {parameter.name: object()})
             found += 1
-    assert found > 120
+    assert found > 140
 
 
 def test_what_serves_is_taken():

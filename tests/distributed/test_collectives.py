@@ -57,12 +57,54 @@ GROUP = "channel_id=1, replica_groups=[2,4]<=[8]"
           Collective("all-reduce", "bf16", (2, 3), 4, 1)]),
         (f"%r = f32[16]{{0}} all-reduce-start(%a), {GROUP}, to_apply=%add",
          [Collective("all-reduce", "f32", (16,), 4, 1)]),
+        ("%r = f32[8,4]{1,0} ragged-all-to-all(%a, %b, %c, %d, %e, %f), " + GROUP,
+         [Collective("ragged-all-to-all", "f32", (8, 4), 4, 1)]),
+        ("%r = ((f32[2,4], f32[8,4], s32[4], s32[4], s32[4], s32[4]), f32[8,4]{1,0:T(8,128)}, "
+         f"u32[]) ragged-all-to-all-start(%a, %b, %c, %d, %e, %f), {GROUP}",
+         [Collective("ragged-all-to-all", "f32", (8, 4), 4, 1)]),
+        (f"%b = bf16[3,5]{{1,0}} collective-broadcast(%p), {GROUP}",
+         [Collective("collective-broadcast", "bf16", (3, 5), 4, 1)]),
+        ("%b = ((bf16[3,5]{1,0:T(8,128)(2,1)}), bf16[3,5]{1,0}, u32[]{:S(2)}) "
+         f"collective-broadcast-start(%p), {GROUP}",
+         [Collective("collective-broadcast", "bf16", (3, 5), 4, 1)]),
+        (f"%s = ((f32[16]{{0}}), f32[4]{{0}}, u32[]) reduce-scatter-start(%p), {GROUP}",
+         [Collective("reduce-scatter", "f32", (4,), 4, 1)]),
+        ("%d = bf16[3,5]{1,0} collective-broadcast-done(%b)", []),
+        ('%f = f32[4]{0} fusion(%p), calls=%c, metadata={op_name="a replica_groups={{0,1}}"}', []),
+        ("f = f32[4]{0} add(p, all-reduce.1, collective-x)", []),
+        ("%s = (f32[4]{0}, u32[], token[]) send(%p, %t), channel_id=3, is_host_transfer=true", []),
+        (f"%g = f32[<=8,4]{{1,0}} all-gather(%p), {GROUP}",
+         [Collective("all-gather", "f32", (8, 4), 4, 1)]),
         ("%r = f32[16]{0} all-reduce(%a), channel_id=1, replica_groups={}, to_apply=%add",
          [Collective("all-reduce", "f32", (16,), 8, 1)]),
     ],
 )  # fmt: skip
 def test_what_a_start_returns_and_who_takes_part(line, found):
     assert collectives(entry(line)) == found
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"%g = f32[8]{{0}} all-sort(%p), {GROUP}", "got 'all-sort' in "),
+        (f"%g = f32[8]{{0}} gather-some(%p), {GROUP}", "got 'gather-some' in "),
+        ("%g = f32[8]{0} collective-swap-start(%p)", "got 'collective-swap' in "),
+        ("%s = (f32[4]{0}, u32[], token[]) send(%p, %t), channel_id=3", "got 'send' in "),
+        (f"%g = f7e3[8]{{0}} all-gather(%p), {GROUP}", "got 'f7e3'; this version of XLA may"),
+    ],
+)
+def test_what_is_not_known_is_not_counted_in_silence(line, said):
+    with pytest.raises(ValueError, match=said):
+        collectives(entry(line))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "taken"),
+    [("s4", 12), ("u4", 12), ("s2", 6), ("u2", 6), ("pred", 24), ("s8", 24), ("f4e2m1fn", 12),
+     ("bf16", 48), ("f8e4m3fn", 24), ("c64", 192)],
+)  # fmt: skip
+def test_bytes_of_narrow_numbers(dtype, taken):
+    assert Collective("all-gather", dtype, (2, 4), 4, 3).bytes == taken
 
 
 def test_groups_of_a_program_that_does_not_say_how_many_devices_it_has():
@@ -94,7 +136,7 @@ def test_both_branches_of_a_conditional_count():
 )  # fmt: skip
 def test_what_the_compiler_knows_of_a_loop_comes_first(config, condition, times):
     (one, *_) = collectives(looped(config, condition))
-    assert one.times == times
+    assert one.count == times
 
 
 def looped(config, condition):
@@ -106,13 +148,13 @@ def test_a_loop_that_may_run_any_number_of_times():
     with pytest.raises(ValueError, match="must say how often its loops run"):
         collectives(looped("", "x()"))
     alone = "\n".join(line for line in looped("", "x()").splitlines() if "all-gather" not in line)
-    assert [one.times for one in collectives(alone)] == [1, 1]
+    assert [one.count for one in collectives(alone)] == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("kind", "received"),
     [("all-gather", 96), ("all-reduce", 192), ("reduce-scatter", 384), ("all-to-all", 96),
-     ("collective-permute", 128)],
+     ("ragged-all-to-all", 96), ("collective-permute", 128), ("collective-broadcast", 128)],
 )  # fmt: skip
 def test_what_a_device_receives(kind, received):
     """Of 128 bytes of results among four devices, which all have the same share of the data."""
@@ -130,7 +172,7 @@ fn = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0])
 text = fn.lower(put(jnp.ones((8, 64)), None, "model"), put(jnp.ones((5, 64, 64)), None, "model"))
 found = collectives(text.compile().as_text())
 sums = [one for one in found if one.kind == "all-reduce"]
-assert sums and all(one.group == 4 and one.times == 5 for one in sums), found
+assert sums and all(one.group_size == 4 and one.count == 5 for one in sums), found
 """
 
 

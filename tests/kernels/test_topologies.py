@@ -24,8 +24,8 @@ def test_sizes_grow_and_every_generation_is_a_chip():
 
 
 def test_one_device_receives_nothing_and_two_share_the_links_of_a_chip():
-    assert slice_of("v5e:1x1").incoming == float("inf")
-    assert slice_of("tpu7x:2x2x1").incoming == GENERATIONS["tpu7x"].incoming / 2
+    assert slice_of("v5e:1x1").ici_bandwidth == float("inf")
+    assert slice_of("tpu7x:2x2x1").ici_bandwidth == GENERATIONS["tpu7x"].ici_bandwidth / 2
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import jaxquant as jq
 from jaxquant.storage import checkpoint, description
+from tests.support.devices import failures_of
 from tests.support.saved_trees import TREES, Net, abstract, check_same, floats, net
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +211,56 @@ def test_what_was_saved_on_more_devices_comes_back_on_one(tmp_path):
     assert jax.device_count() == 1
     check_same(back, {"w": jq.quantize_array(jnp.ones((64, 32)), jq.rtn()),
                       "a": jnp.ones((2, 4)), "step": 3})  # fmt: skip
+
+
+UNEVEN = """
+import sys, jax, jax.numpy as jnp, jaxquant as jq
+from jaxquant.storage import checkpoint
+mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+split = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))
+tree = {"w": jq.quantize_array(jnp.ones((64, 30)), jq.rtn()), "a": jnp.ones((6, 4))}
+checkpoint.save(sys.argv[1], tree)
+checkpoint.check_files = checkpoint._read = lambda *_, **__: sys.exit("arrays were read")
+shapes = jax.eval_shape(lambda: tree)
+at = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+for like, words in (
+    ({**shapes, "a": at(tree["a"], split("d"))},
+     ("sharding of 'a'", "(6, 4)", "('d',) over the mesh axes d=4", "(None)")),
+    ({**shapes, "w": jax.tree.map(lambda a: at(a, split(None, "d")), tree["w"])},
+     ("sharding of 'w:codes'", "divide its shape")),
+    ({**shapes, "a": jnp.ones((4, 6))}, ("'a' has shape (4, 6)", "with shape (6, 4)")),
+    ({"w": shapes["w"]}, ("`like` lacks 'a'",)),
+):
+    try:
+        checkpoint.load(sys.argv[1], like=like)
+    except ValueError as error:
+        assert "damaged" not in str(error) and "\\n" not in str(error), error
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError(words)
+"""
+
+
+def test_a_mistake_in_like_is_told_before_anything_is_read(tmp_path):
+    where = f"import sys; sys.argv[1:] = [{str(tmp_path / 'c')!r}]"
+    assert failures_of({"uneven": where + UNEVEN}, devices=4) == {}
+
+
+@pytest.mark.parametrize("kind", [MemoryError, PermissionError, jax.errors.JaxRuntimeError])
+def test_an_error_of_this_machine_is_no_damage(tmp_path, monkeypatch, kind):
+    def fails(*_):
+        raise kind("RESOURCE_EXHAUSTED: Out of memory")
+
+    checkpoint.save(tmp_path / "c", {"a": jnp.ones(3)})
+    monkeypatch.setattr(checkpoint, "_read", fails)
+    with pytest.raises(kind, match="^RESOURCE_EXHAUSTED"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_other_dtypes_in_like_have_no_effect(tmp_path):
+    checkpoint.save(tmp_path / "c", {"a": jnp.ones(3)})
+    back = checkpoint.load(tmp_path / "c", like={"a": jnp.ones(3, jnp.int8)})
+    assert back["a"].dtype == jnp.float32
 
 
 def test_like_must_be_the_tree_that_was_saved(tmp_path):

@@ -27,6 +27,7 @@ def test_text_and_a_folder(run, tiny):
     for model in (tiny, tiny / "config.json"):
         status, out, err = run("plan", model, "--topology", "v5e:1x1", "--group-size", 8)
         assert status == 0, err
+        assert "collectives per step: none, devices send nothing (from the formula)" in out
         assert "it fits" in out and "libtpu is not installed" in out and "smallest slices" in out
 
 
@@ -44,10 +45,24 @@ def test_text_and_a_folder(run, tiny):
         (("--topology", "v5e:4x4", "--bits", 16, "--group-size", 64), "leave out --group-size"),
         (("--topology", "v5e:4x4", "--bits", 16, "--target-bits", 3), "leave out --target-bits"),
         (("--topology", "v5e:4x4", "--bits", 16, "--asymmetric"), "--symmetric and --asymmetric"),
-        (("--topology", "v5e:4x4", "--heal", 20), "--topology does not plan --heal:"),
-        (("--topology", "v5e:4x4", "--heal-layers"), "does not plan --heal-layers"),
-        (("--topology", "v5e:4x4", "--learn", 20), "does not plan --learn"),
-        (("--topology", "v5e:4x4", "--rotate-residual", "random"), "plan --rotate-residual"),
+        (("--topology", "v5e:4x4", "--heal", 20), "does not consider --heal:"),
+        (("--topology", "v5e:4x4", "--heal-layers"), "does not consider --heal-layers"),
+        (("--topology", "v5e:4x4", "--learn", 20), "does not consider --learn"),
+        (("--topology", "v5e:4x4", "--rotate-residual", "random"), "consider --rotate-residual"),
+        (
+            ("--topology", "v5e:4x4", "--seed", 7),
+            "a plan with --topology does not consider --seed: leave it out",
+        ),
+        (("--topology", "v5e:4x4", "--weighting", "energy"), "does not consider --weighting"),
+        (("--topology", "v5e:4x4", "--effort", "best"), "does not consider --effort"),
+        (("--topology", "v5e:4x4", "--calibration", "a.txt"), "does not consider --calibration:"),
+        (("--topology", "v5e:4x4", "--calibration-tokens", 512), "consider --calibration-tokens:"),
+        (("--topology", "v5e:4x4", "--heal-batch", 2), "does not consider --heal-batch"),
+        (
+            ("--topology", "v5e:4x4", "--mesh", "expert=8,model=2"),
+            "the mesh expert=8,model=2 splits experts, but the model has none; give --mesh sizes "
+            "of the axes data and model only",
+        ),
         (("--topology", "v5e:4x4", "--prefill", "--batch", 3), "do not divide a batch of 3"),
     ],
 )

@@ -18,7 +18,7 @@ CONFIG = LlamaConfig(
 REQUEST = PodRequest(CONFIG, jq.Recipe([("*", jq.KEEP)]), "decode", 2, 64, slice_of("v5e:2x2"))
 DONE = {
     "error": "", "arguments": 5, "temporaries": 7, "kernels": 2,
-    "sent": [["all-reduce", "f32", [2, 3], 4, 2]],
+    "collectives": [["all-reduce", "f32", [2, 3], 4, 2]],
 }  # fmt: skip
 
 
@@ -44,7 +44,11 @@ def test_a_result(process):
     found = pod_compiler.compiled(REQUEST)
     assert found == ("", 5, 7, 2, (Collective("all-reduce", "f32", (2, 3), 4, 2),))
     plan = pod_plan.plan_pod(REQUEST)
-    assert plan.source == "compiler" and plan.sent == found.sent and plan.temporaries == 7
+    assert (
+        plan.source == "compiler"
+        and plan.collectives == found.collectives
+        and plan.temporaries == 7
+    )
     assert pod_plan.report_of(plan)["compiled_arguments"] == 5
 
 
@@ -70,8 +74,8 @@ def test_without_a_result_the_formula_is_used(process, ends, error):
 def test_memory_that_does_not_suffice(process):
     """The program does not fit, whatever the formula says."""
     error = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm\nUsed 17G of 15G"
-    process("compiled: " + json.dumps(DONE | {"error": error, "arguments": 0, "sent": []}))
+    process("compiled: " + json.dumps(DONE | {"error": error, "arguments": 0, "collectives": []}))
     plan = pod_plan.plan_pod(REQUEST)
-    assert plan.compiled.exhausted and not plan.fits and plan.total < REQUEST.where.memory
+    assert plan.compiled.exhausted and not plan.fits and plan.total < REQUEST.topology.memory
     assert f"  error of the compiler: {error.splitlines()[0]}" in pod_plan.lines(plan)
     assert pod_plan.report_of(plan)["compiled_arguments"] is None

@@ -29,13 +29,15 @@ BILLIONS = {
 }  # fmt: skip
 
 
-def request(bits=2, where="v5e:4x4", name="llama-3-70b", work="decode", batch=64, **more):
+def request(bits=2, topology="v5e:4x4", name="llama-3-70b", workload="decode", batch=64, **more):
     method = None if bits == 16 else jq.rtn(bits, 128, symmetric=True)
-    if work == "qlora":
+    if workload == "qlora":
         method = jq.nf4(double_quant=True)
     recipe = KEPT if method is None else recipe_of(method)
     given = {"context": 8192} | more
-    return PodRequest(ARCHITECTURES[name], recipe, work, batch, where=slice_of(where), **given)
+    return PodRequest(
+        ARCHITECTURES[name], recipe, workload, batch, topology=slice_of(topology), **given
+    )
 
 
 def test_architectures_have_the_published_numbers_of_weights():
@@ -51,27 +53,33 @@ def test_70b_fits_in_2_bits_and_not_in_16():
     assert floats.smallest["v5e"].name == "v5e:4x8"
     # Of 2 bits and float16 scales of 128 weights, and of two tables of bfloat16.
     layers, tables = 68.45e9, 2 * 128256 * 8192
-    assert packed.held["weights"] == pytest.approx((layers * 2.125 / 8 + 2 * tables) / 16, rel=0.01)
+    assert packed.argument_bytes["weights"] == pytest.approx(
+        (layers * 2.125 / 8 + 2 * tables) / 16, rel=0.01
+    )
     cache = 2 * 2 * 80 * 64 * 8192 * 8 * 128
-    assert packed.held["cache"] == pytest.approx(cache / 16, rel=1e-6)
-    assert packed.time.memory == pytest.approx((packed.held["weights"] + cache / 16) / 819e9, 0.02)
-    assert packed.time.bound == "memory" and packed.served == (7, 7)
+    assert packed.argument_bytes["cache"] == pytest.approx(cache / 16, rel=1e-6)
+    assert packed.time.memory == pytest.approx(
+        (packed.argument_bytes["weights"] + cache / 16) / 819e9, 0.02
+    )
+    assert packed.time.bound == "memory" and packed.kernel_coverage == (7, 7)
     assert floats.time.memory - packed.time.memory > 8e-3
 
 
 def test_words_are_gathered_and_weights_are_not():
-    plan = plan_pod(request(2, "v5e:16x16", work="prefill", batch=32, context=2048), False)
+    plan = plan_pod(request(2, "v5e:16x16", workload="prefill", batch=32, context=2048), False)
     words, scales = plan.moved["all-gather", "s32"], plan.moved["all-gather", "f16"]
     assert words == pytest.approx(68.45e9 * 2 / 8 / 8, rel=0.01)
     assert scales == pytest.approx(words / 16, rel=0.01)
-    assert plan.time.bound == "multiplying"
+    assert plan.time.bound == "compute"
 
 
 def test_the_shapes_of_all_layers_are_those_of_one():
     small = dataclasses.replace(ARCHITECTURES["llama-3-8b"], n_layers=3)
-    for work, method in (("decode", jq.gptq(2)), ("qlora", jq.nf4()), ("qat", jq.lsq(bits=4))):
-        of = dataclasses.replace(request(), config=small, recipe=recipe_of(method), work=work)
-        ours, traced = packed_shapes(of), _packed(small, of.recipe, work)
+    for workload, method in (("decode", jq.gptq(2)), ("qlora", jq.nf4()), ("qat", jq.lsq(bits=4))):
+        of = dataclasses.replace(
+            request(), config=small, recipe=recipe_of(method), workload=workload
+        )
+        ours, traced = packed_shapes(of), _packed(small, of.recipe, workload)
         assert jax.tree.structure(ours) == jax.tree.structure(traced)
         assert jax.tree.leaves(ours) == jax.tree.leaves(traced)
 
@@ -88,11 +96,11 @@ def test_experts_are_split_and_read_as_far_as_tokens_reach_them():
         reached = 128 * (1 - (1 - 8 / 128) ** batch)
         assert reached <= batch * c.experts_per_token
         read = 2 * (others / 4 + router + one_expert * reached / 64 + batch * 4096 / 4)
-        read += plan.held["cache"]
+        read += plan.argument_bytes["cache"]
         assert plan.time.memory == pytest.approx(read / 819e9, rel=1e-6) and plan.fits
         products = 2 * batch * (others / 4 + router + one_expert * 8 / 64)
         attention = 4 * batch * 128 * 64 * 128 * 94 / 4
-        assert plan.time.multiplying == pytest.approx((products + attention) / 197e12, rel=1e-6)
+        assert plan.time.compute == pytest.approx((products + attention) / 197e12, rel=1e-6)
         # The rows of all experts are added: over "expert", and those of "down" over "model" too.
         rows = 94 * 4 * batch * 8 * (2 * 1536 / 4 + 4096)
         assert plan.moved["all-reduce", "f32"] == rows
@@ -120,31 +128,31 @@ def received(parts, *numbers):
 
 
 @pytest.mark.parametrize(
-    ("where", "data", "bandwidth", "peak", "incoming"),
+    ("topology", "data", "bandwidth", "peak", "ici_bandwidth"),
     [("v5e:2x2", 2, 819e9, 197e12, 200e9), ("tpu7x:2x2x1", 4, 7380e9 / 2, 2307e12 / 2, 300e9)],
 )
-def test_the_roofline_by_hand(where, data, bandwidth, peak, incoming):
+def test_the_roofline_by_hand(topology, data, bandwidth, peak, ici_bandwidth):
     """A chip of tpu7x is two devices, each with half of its bandwidth, peak and links."""
     mesh = mesh_of_text(f"data={data},model=2")
-    of = dataclasses.replace(request(16, where), config=SMALL, batch=4, context=256, mesh=mesh)
+    of = dataclasses.replace(request(16, topology), config=SMALL, batch=4, context=256, mesh=mesh)
     plan, devices = plan_pod(of, False), 2 * data
     matrices = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 4096) + 1024 * 1024
     cache = 2 * 2 * (2 * 4 * 4 * 256 * 128) / devices + 4  # and the number of tokens in it
     read = 2 * (matrices + 4 * 1024) / devices + cache
     assert plan.time.memory == pytest.approx(read / bandwidth, rel=1e-6)
     operations = 2 * 4 * matrices + 4 * 4 * 256 * 8 * 128 * 2
-    assert plan.time.multiplying == pytest.approx(operations / devices / peak, rel=1e-6)
+    assert plan.time.compute == pytest.approx(operations / devices / peak, rel=1e-6)
     into = 4 * (2 * (1024 + 2 * 512 + 2 * 4096) + 1024) / 2  # q, k, v, gate, up and head
     back = 4 * 2 * 2 * 1024 / data  # o and down
     sent = received(data, into) + received(2, back)
-    assert plan.time.exchange == pytest.approx(sent / incoming, rel=1e-6)
-    assert plan.time.unpacking == 0
+    assert plan.time.communication == pytest.approx(sent / ici_bandwidth, rel=1e-6)
+    assert plan.time.dequantize == 0
 
 
 def test_training_by_hand():
     """Of float32 weights that are gathered twice and read in four passes, and of their moments."""
     small = dataclasses.replace(
-        request(where="v5e:2x2"), config=SMALL, work="qat", batch=4, context=256,
+        request(topology="v5e:2x2"), config=SMALL, workload="qat", batch=4, context=256,
         recipe=recipe_of(jq.lsq(bits=4)), mesh=mesh_of_text("data=2,model=2"),
     )  # fmt: skip
     plan = plan_pod(small, False)
@@ -157,23 +165,27 @@ def test_training_by_hand():
     # weights, so that bfloat16 is written and read too.
     gathered = 4 * (2 / 4 + 2 / 2 + 4 / 2) * (layers + head) + 4 * (2 + 2) / 2 * layers
     gathered += scales
-    own = 2 * (plan.held["trained"] + plan.held["optimizer"]) + 4 * 4 * head / 4  # and embedding
+    own = (
+        2 * (plan.argument_bytes["trained"] + plan.argument_bytes["optimizer"]) + 4 * 4 * head / 4
+    )  # and embedding
     inputs = 2 * 2 * 512 * 1024 * 2
     assert plan.time.memory == pytest.approx((gathered + own + inputs) / 819e9, rel=1e-6)
     products = 2 * 512 * (layers + head) / 2 + 4 * 1024 * 128.5 * 8 * 128 * 2 / 4
-    assert plan.time.multiplying == pytest.approx(4 * products / 197e12, rel=1e-6)
+    assert plan.time.compute == pytest.approx(4 * products / 197e12, rel=1e-6)
 
 
 def test_weights_without_a_kernel_are_written_and_read_in_bfloat16():
-    """Of QTIP no rate is known, so that unpacking is not either."""
+    """Of QTIP no rate is known, so that the time to dequantize is not either."""
     trellis = recipe_of(jq.qtip(2))
-    small = dataclasses.replace(request(where="v5e:1x1"), config=SMALL, context=256, batch=1)
+    small = dataclasses.replace(request(topology="v5e:1x1"), config=SMALL, context=256, batch=1)
     plan = plan_pod(dataclasses.replace(small, recipe=trellis), False)
     matrices = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 4096)
-    own = plan.held["weights"] + plan.held["cache"] - 2 * 1024 * 1024  # of the embedding, a row
+    own = (
+        plan.argument_bytes["weights"] + plan.argument_bytes["cache"] - 2 * 1024 * 1024
+    )  # of the embedding, a row
     assert plan.time.memory == pytest.approx((own + 4 * matrices) / 819e9, rel=1e-3)
-    assert plan.time.unpacking is None and report_of(plan)["roofline"]["unpacking"] is None
-    assert any(line.split() == ["unpacking", "not", "known"] for line in lines(plan))
+    assert plan.time.dequantize is None and report_of(plan)["roofline"]["dequantize"] is None
+    assert any(line.split() == ["dequantize", "not", "known"] for line in lines(plan))
 
 
 def test_dtypes_have_the_names_of_xla():
@@ -184,26 +196,30 @@ def test_dtypes_have_the_names_of_xla():
 
 
 def test_training_keeps_moments_of_the_adapters_only():
-    plan = plan_pod(request(where="v5e:16x16", work="qlora", batch=32, context=1024), False)
-    assert plan.held["optimizer"] == pytest.approx(2 * plan.held["trained"], rel=1e-3)
-    assert plan.held["trained"] < plan.held["weights"] and plan.fits
-    assert plan.moved["reduce-scatter", "bf16"] <= plan.held["trained"]
+    plan = plan_pod(request(topology="v5e:16x16", workload="qlora", batch=32, context=1024), False)
+    assert plan.argument_bytes["optimizer"] == pytest.approx(
+        2 * plan.argument_bytes["trained"], rel=1e-3
+    )
+    assert plan.argument_bytes["trained"] < plan.argument_bytes["weights"] and plan.fits
+    assert plan.moved["reduce-scatter", "bf16"] <= plan.argument_bytes["trained"]
     rate = weights_per_cycle("codebook_matmul", "v5e", bits=4)  # of the matrices below adapters
     passes = 3 * 68.45e9 / 8
-    assert plan.time.unpacking == pytest.approx(passes / rate / 1.5e9, rel=1e-3)
+    assert plan.time.dequantize == pytest.approx(passes / rate / 1.5e9, rel=1e-3)
     with pytest.raises(ValueError, match="do not divide a batch of 8"):
-        plan_pod(request(where="v5e:16x16", work="qlora", batch=8), False)
+        plan_pod(request(topology="v5e:16x16", workload="qlora", batch=8), False)
 
 
 def test_qat_trains_every_weight_in_float32_and_keeps_two_moments():
-    plan = plan_pod(request(where="v5e:16x16", work="qat", batch=32, context=512), False)
-    assert plan.held["trained"] == pytest.approx(4 * 70.55e9 / 256, rel=0.4)
-    assert plan.held["optimizer"] == pytest.approx(2 * plan.held["trained"], rel=1e-3)
-    assert plan.held["weights"] < 0.1 * plan.held["trained"]
+    plan = plan_pod(request(topology="v5e:16x16", workload="qat", batch=32, context=512), False)
+    assert plan.argument_bytes["trained"] == pytest.approx(4 * 70.55e9 / 256, rel=0.4)
+    assert plan.argument_bytes["optimizer"] == pytest.approx(
+        2 * plan.argument_bytes["trained"], rel=1e-3
+    )
+    assert plan.argument_bytes["weights"] < 0.1 * plan.argument_bytes["trained"]
     # Gradients of what is split over "data" are summed into its parts, of norms as they are.
     sums = plan.moved["reduce-scatter", "f32"] + plan.moved["all-reduce", "f32"]
-    assert sums == pytest.approx(plan.held["trained"], rel=1e-2)
-    assert plan.temporaries > plan.held["trained"]
+    assert sums == pytest.approx(plan.argument_bytes["trained"], rel=1e-2)
+    assert plan.temporaries > plan.argument_bytes["trained"]
 
 
 @pytest.mark.parametrize(
