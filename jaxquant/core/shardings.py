@@ -143,7 +143,15 @@ def _placement(w: Any, of: Any) -> Placement | None:
             f"{found.spec[:mapped]}; use shard_map, or multiply by the whole stack"
         )
     parts = axes_of(P(*found.spec[mapped:]), ndim)
-    return Placement(mesh, parts[leading], parts[-1], (), parts[:leading])
+    # In a program over Explicit axes, the mesh in force (`auto_axes`) takes the place of this one.
+    return Placement(_with_auto_axes(mesh), parts[leading], parts[-1], (), parts[:leading])
+
+
+def _with_auto_axes(mesh: Any) -> Any:
+    """Return the mesh with Auto axes only."""
+    if isinstance(mesh, Mesh):
+        return Mesh(mesh.devices, mesh.axis_names)
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
@@ -166,8 +174,7 @@ def on_auto_axes(tree: PyTree) -> tuple[PyTree, Mesh | None]:
         if not isinstance(place.mesh, Mesh) or not is_explicit(place.mesh):
             return a
         found.append(place.mesh)
-        auto = Mesh(place.mesh.devices, place.mesh.axis_names)
-        return jax.device_put(a, NamedSharding(auto, place.spec))
+        return jax.device_put(a, NamedSharding(_with_auto_axes(place.mesh), place.spec))
 
     return jax.tree.map(one, tree), found[0] if found else None
 
@@ -182,7 +189,7 @@ def auto_axes_in_force(mesh: Mesh | None) -> Iterator[None]:
     if mesh is None or not is_explicit(jax.sharding.get_mesh()):
         yield
         return
-    with jax.set_mesh(Mesh(mesh.devices, mesh.axis_names)):
+    with jax.set_mesh(_with_auto_axes(mesh)):
         yield
 
 

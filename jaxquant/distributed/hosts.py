@@ -206,7 +206,7 @@ def shared_store(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMa
     ...     list(finished)
     ['w']
     """
-    check_arguments(folder, locals())
+    check_arguments(shared_store, locals())
     if not hosts.several():
         with Folder(path, run) as store:
             yield store
