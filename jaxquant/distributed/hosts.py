@@ -114,7 +114,7 @@ def initialize(
         try:
             try:
                 yield
-            except SystemExit as error:  # `sys.exit(0)` is no error
+            except SystemExit as error:  # status 0 is no error
                 if error.code:
                     raise
                 left = error

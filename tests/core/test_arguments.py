@@ -100,8 +100,8 @@ WRONG = {
     ),
     "no name": (lambda: jq.ptq.unstack({"a": W}, 3), "name: expected a string, got 3"),
     "no values of a run": (
-        lambda: jq.distributed.folder("work", 3).__enter__(),
-        "folder: run: expected a mapping, got 3 .int.$",
+        lambda: jq.distributed.shared_store("work", 3).__enter__(),
+        "shared_store: run: expected a mapping, got 3 .int.$",
     ),
     "no progress": (
         lambda: jq.quantize(PARAMS, METHOD, progress=3),
