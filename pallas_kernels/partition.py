@@ -138,7 +138,7 @@ def sharding(a: Array, spec: Callable[[list[Any]], list[Any]]) -> NamedSharding 
     mesh = explicit_mesh(a) if isinstance(a, jax.Array) else None
     if mesh is None:
         return None
-    return NamedSharding(mesh, P(*spec([part or None for part in _axes(a)])))
+    return NamedSharding(mesh, P(*spec([part or None for part in typed_axes(a)])))
 
 
 def product(
@@ -289,8 +289,12 @@ def _dividing(mesh: Mesh | AbstractMesh, axes: Axes, length: int) -> Axes:
     return axes
 
 
-def _axes(a: Array) -> tuple[Axes, ...]:
-    """Return the mesh axes that split each axis of an array, according to its type."""
+def typed_axes(a: Array) -> tuple[Axes, ...]:
+    """Return the mesh axes that split each axis of an array, according to its type.
+
+    Args:
+      a: the array; on a mesh with Auto axes, its type does not tell.
+    """
     return axes_of(jax.typeof(a).sharding.spec, a.ndim)
 
 

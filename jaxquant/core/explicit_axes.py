@@ -1,7 +1,7 @@
-"""Products of arrays whose types say how they are split, as on meshes with Explicit axes.
+"""Products of arrays whose types state how they are split, as on meshes with Explicit axes.
 
-The types are read once, for the whole product. Inside it the axes are Auto, so that nothing within
-(transforms, adapters, scales, reshapes) has to say how its result is split.
+The types are read once, for the whole product. Within it the axes are Auto, so that its parts
+(transforms, adapters, scales, reshapes) need not state how their results are split.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxtyping import Array, PyTree
 from jaxquant.core.shardings import splits
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import partition
-from pallas_kernels.partition import Placement
-from pallas_kernels.shard_specs import Axes, axes_of, spec_of
+from pallas_kernels.partition import Placement, typed_axes
+from pallas_kernels.shard_specs import Axes, spec_of
 
 
 def over_auto_axes(
@@ -39,12 +39,12 @@ def over_auto_axes(
       out_sharding: how the result is split; None splits it as the kept axes of x and w are.
       *others: more arrays that the product takes.
     Raises:
-      ValueError: the types of the weight's arrays say that they are split in different ways.
+      ValueError: the arrays of the weight are split in different ways, according to their types.
     """
     mesh = partition.explicit_mesh(x, *jax.tree.leaves(w.arrays), *others)
     if mesh is None:
         return None
-    of_x, of_w = _split(x), _placement(w, mesh)
+    of_x, of_w = typed_axes(x), _placement(w, mesh)
     tokens = tuple(name for axis in free for name in of_x[axis])
     placed = dataclasses.replace(of_w, tokens=tuple(dict.fromkeys((*tokens, *of_w.tokens))))
     if out_sharding is None:
@@ -83,42 +83,37 @@ def _explicit(mesh: Any) -> Axes:
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
-def _split(a: Array) -> tuple[Axes, ...]:
-    """Return the mesh axes over which the type of an array says that each of its axes is split."""
-    return axes_of(jax.typeof(a).sharding.spec, a.ndim)
-
-
 def _placement(w: QTensor, mesh: Mesh | AbstractMesh) -> Placement:
-    """Return how a weight is split: by the type of its codes, and over Auto axes as it was told."""
-    leading, parts = w.leading(), _split(w.data["codes"])
+    """Return how a weight is split: by the type of its codes, and over Auto axes as was given."""
+    leading, parts = w.leading(), typed_axes(w.data["codes"])
     stack, rows, columns = parts[:leading], parts[leading], parts[-1]
     _check_alike(w, splits(w, mesh, rows, columns))
-    told = w.placement or Placement(mesh)
+    known = w.placement or Placement(mesh)
     both = lambda typed, other: (*typed, *(name for name in other if name not in typed))
-    given = ((),) * (leading - len(told.stack)) + told.stack
+    of_stack = ((),) * (leading - len(known.stack)) + known.stack
     return Placement(
         mesh,
-        both(rows, told.rows),
-        both(columns, told.columns),
-        told.tokens,
-        tuple(map(both, stack, given)),
+        both(rows, known.rows),
+        both(columns, known.columns),
+        known.tokens,
+        tuple(map(both, stack, of_stack)),
     )
 
 
 def _check_alike(w: QTensor, expected: dict[str, tuple[Axes, Axes]]) -> None:
-    """Raise ValueError if arrays are split, and not as those of one matrix are.
+    """Raise ValueError if an array is split in another way than the codes.
 
-    Arrays that are not split are taken as shards where others are.
+    Arrays that are whole are accepted, and split where the product needs it.
     """
     for name, a in w.data.items():
-        own = _split(a)[w.leading() :]
+        own = typed_axes(a)[w.leading() :]
         ends = (own[0], own[-1] if len(own) > 1 else ()) if own else ((), ())
         first, last = expected.get(name, ((), ()))
         if ends[0] not in ((), first) or ends[1] not in ((), last):
             raise ValueError(
-                f"{w!r}: its arrays are split in different ways: {name} over {own}, where its "
-                f"codes ask for {first} and {last}; split all of them alike, as "
-                "jaxquant.distributed.sharding does"
+                f"{w!r}: its arrays are split in different ways: {name} over {ends}, but its codes "
+                f"so that {name} must be split over {(first, last)}; use the shardings that "
+                "jaxquant.distributed.sharding returns"
             )
 
 
