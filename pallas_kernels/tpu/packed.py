@@ -34,7 +34,8 @@ def packed_matmul(
       unit: dtype of the matrix unit's operands, one of `planes.UNITS`: "int8" where supported; on
         TPU7x "float8_e4m3fn", but "bfloat16" at 8 bits.
       blocks: sizes of the blocks; None computes them.
-      interpret: whether to run in interpret mode, on any device.
+      interpret: whether to run in interpret mode, on any device. A jitted function must then take
+        the arrays as arguments: XLA for CPUs (JAX 0.10) folds constants of int4 wrongly.
     """
     y = product(
         x, (codes,), scale, unpack.decoder(bits, unit, f"packed_matmul_{bits}"),
