@@ -101,9 +101,12 @@ def by_experts(
             first = jax.lax.axis_index(experts) * held
             start = jnp.sum(jnp.where(jnp.arange(len(sizes)) < first, sizes, 0))
             mine = jax.lax.dynamic_slice_in_dim(sizes, first, held)
-            y = jnp.roll(of_group(jnp.roll(x, -start, axis=0), mine, stacks), start, axis=0)
+            with partition.placed(None):
+                y = of_group(jnp.roll(x, -start, axis=0), mine, stacks)
+            y = jnp.roll(y, start, axis=0)
         else:
-            y = of_group(x, sizes, stacks)
+            with partition.placed(None):
+                y = of_group(x, sizes, stacks)
         return jax.lax.psum(y, (*experts, *added)) if (*experts, *added) else y
 
     rows, columns = (spec_of((tokens, axes)) for axes in (added, placement.columns))

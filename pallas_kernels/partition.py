@@ -184,7 +184,8 @@ def product(
         whole = [
             a if a is None else _gathered(a, s, shared) for a, s in zip(parts, specs, strict=True)
         ]
-        y = local(op, x, *whole, **here)
+        with placed(None):  # a mapped axis of `jax.vmap` is not among the axes split by hand
+            y = local(op, x, *whole, **here)
         return jax.lax.psum(y, left) if left else y
 
     into = (spec_of((tokens, left)), *specs)

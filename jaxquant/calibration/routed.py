@@ -12,21 +12,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import quax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.calibration.observed import Observed, Seen
 from jaxquant.core.contraction import group_axis
-from jaxquant.core.explicit_axes import split_as
+from jaxquant.core.explicit_axes import over_auto
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.standin import is_standin
+from pallas_kernels.partition import explicit_mesh
 
 SMALLEST = 64  # rows of the smallest window
 
 
 @quax.register(ragged_dot_general_p)
-def _(x: Any, w: Observed, sizes: Any, **params: PyTree) -> Array:
+def _observe(x: Any, w: Observed, sizes: Any, **params: PyTree) -> Array:
     """Compute the plain product, with a backward rule that fills the probe."""
     x = x.materialise() if is_standin(x) else x
+    if (mesh := explicit_mesh(x, w.array, sizes)) is not None:
+        out = params["out_sharding"] or NamedSharding(mesh, P())
+        again = partial(_observe, **{**params, "out_sharding": None})
+        return over_auto(again, mesh, out, x, w, sizes)
     numbers, axes = params["ragged_dot_dimension_numbers"], w.axes()
     axis = group_axis(numbers, x.ndim, w.ndim)
 
@@ -198,12 +205,7 @@ def _forward(form: _Form, x: Array, w: Array, probe: PyTree, sizes: Array) -> Py
 def _backward(form: _Form, residuals: PyTree, g: Array) -> PyTree:
     x, w, probe, sizes = residuals
     _, pull = jax.vjp(lambda w: form.dot(x, w, sizes), w)  # never computed where it is not used
-    return (
-        form.backward(x, w, sizes, g),
-        *pull(g),
-        split_as(probe, form.summary, x, g, probe, sizes),
-        None,
-    )
+    return form.backward(x, w, sizes, g), *pull(g), form.summary(x, g, probe, sizes), None
 
 
 _observed_dot.defvjp(_forward, _backward)

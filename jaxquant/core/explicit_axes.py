@@ -5,8 +5,8 @@ The types are read once, for the whole product. Within it the axes are Auto, so 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -16,15 +16,29 @@ from jaxquant.core.shardings import splits
 from jaxquant.core.tensor import QTensor
 from pallas_kernels import partition
 from pallas_kernels.partition import Placement, typed_axes
-from pallas_kernels.shard_specs import Axes, spec_of
+from pallas_kernels.shard_specs import Axes as Names
+from pallas_kernels.shard_specs import spec_of
+
+
+class Axes(NamedTuple):
+    """What a product does with the axes of its operands.
+
+    Attributes:
+      free: the axes of x that are neither summed over nor paired.
+      paired: leading stored axis of w -> the axis of x that it is paired with (batch axes).
+      labels: the axes of the result, in order: ("x", axis of x) or ("w", stored axis of w).
+    """
+
+    free: tuple[int, ...]
+    paired: Mapping[int, int]
+    labels: tuple[tuple[str, int], ...]
 
 
 def over_auto_axes(
     product: Callable[..., Array],
     x: Array,
     w: QTensor,
-    free: Iterable[int],
-    labels: Iterable[tuple[str, int]],
+    axes: Axes,
     out_sharding: NamedSharding | None,
     *others: Array,
 ) -> Array | None:
@@ -34,26 +48,28 @@ def over_auto_axes(
       product: the product of arrays on Auto axes with a weight that knows how it is split.
       x: the input.
       w: the weight.
-      free: the axes of x that the product keeps.
-      labels: the axes of the result, in order: ("x", axis of x) or ("w", stored axis of w).
+      axes: what the product does with the axes of x and w.
       out_sharding: how the result is split; None splits it as the kept axes of x and w are.
       *others: more arrays that the product takes.
     Raises:
-      ValueError: the arrays of the weight are split in different ways, according to their types.
+      ValueError: the arrays of the weight are split in different ways, according to their types; or
+        it was given shardings over another mesh.
     """
     mesh = partition.explicit_mesh(x, *jax.tree.leaves(w.arrays), *others)
     if mesh is None:
         return None
-    of_x, of_w = typed_axes(x), _placement(w, mesh)
-    tokens = tuple(name for axis in free for name in of_x[axis])
-    placed = dataclasses.replace(of_w, tokens=tuple(dict.fromkeys((*tokens, *of_w.tokens))))
+    of_x = typed_axes(x)
+    placement = _with_batch(_placement(w, mesh), axes.paired, of_x)
+    typed = [name for axis in axes.free for name in of_x[axis]]
+    tokens = tuple(dict.fromkeys((*typed, *placement.tokens)))
+    placement = dataclasses.replace(placement, tokens=tokens)
     if out_sharding is None:
-        parts = _of_result(of_x, _by_stored_axis(w, of_w), labels)
+        parts = _of_result(of_x, _by_stored_axis(w, placement), axes.labels)
         explicit = _explicit(mesh)
-        typed = [tuple(name for name in part if name in explicit) for part in parts]
-        out_sharding = NamedSharding(mesh, spec_of(typed))
-    run = lambda x, w, *others: product(x, dataclasses.replace(w, placement=placed), *others)
-    return _run(run, mesh, out_sharding, x, w, *others)
+        kept = [tuple(name for name in part if name in explicit) for part in parts]
+        out_sharding = NamedSharding(mesh, spec_of(kept))
+    run = lambda x, w, *others: product(x, dataclasses.replace(w, placement=placement), *others)
+    return over_auto(run, mesh, out_sharding, x, w, *others)
 
 
 def split_as(like: PyTree, fn: Callable[..., PyTree], *args: Any) -> PyTree:
@@ -68,16 +84,23 @@ def split_as(like: PyTree, fn: Callable[..., PyTree], *args: Any) -> PyTree:
     if mesh is None:
         return fn(*args)
     out = jax.tree.map(lambda a: NamedSharding(mesh, jax.typeof(a).sharding.spec), like)
-    return _run(fn, mesh, out, *args)
+    return over_auto(fn, mesh, out, *args)
 
 
-def _run(fn: Callable[..., PyTree], mesh: Any, out_sharding: PyTree, *args: Any) -> PyTree:
-    """Return fn(*args), computed over Auto axes in place of the Explicit ones of the mesh."""
+def over_auto(fn: Callable[..., PyTree], mesh: Any, out_sharding: PyTree, *args: Any) -> PyTree:
+    """Return fn(*args), computed over Auto axes in place of the Explicit ones of a mesh.
+
+    Args:
+      fn: the function.
+      mesh: the mesh.
+      out_sharding: sharding of each array of the result, in a tree that may be a prefix.
+      *args: trees of arrays on the mesh.
+    """
     run = jax.sharding.auto_axes(fn, axes=_explicit(mesh), out_sharding=out_sharding)
     return run(*args)
 
 
-def _explicit(mesh: Any) -> Axes:
+def _explicit(mesh: Any) -> Names:
     """Return the names of the Explicit axes of a mesh."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
@@ -89,18 +112,40 @@ def _placement(w: QTensor, mesh: Mesh | AbstractMesh) -> Placement:
     stack, rows, columns = parts[:leading], parts[leading], parts[-1]
     _check_alike(w, splits(w, mesh, rows, columns))
     known = w.placement or Placement(mesh)
-    both = lambda typed, other: (*typed, *(name for name in other if name not in typed))
-    of_stack = ((),) * (leading - len(known.stack)) + known.stack
+    if known.mesh.shape != mesh.shape:
+        raise ValueError(
+            f"{w!r}: its shardings are given over a mesh with the axes {dict(known.mesh.shape)}, "
+            f"but its arrays are on a mesh with the axes {dict(mesh.shape)}; use one mesh for both"
+        )
+    of_stack = known.stack[len(known.stack) - leading :] if leading else ()
+    of_stack = ((),) * (leading - len(of_stack)) + of_stack
     return Placement(
         mesh,
-        both(rows, known.rows),
-        both(columns, known.columns),
+        _both(rows, known.rows),
+        _both(columns, known.columns),
         known.tokens,
-        tuple(map(both, stack, of_stack)),
+        tuple(map(_both, stack, of_stack)),
     )
 
 
-def _check_alike(w: QTensor, expected: dict[str, tuple[Axes, Axes]]) -> None:
+def _both(typed: Names, known: Names) -> Names:
+    """Return the mesh axes that split an axis by its type or as was given, in the given order."""
+    return known if {*typed} <= {*known} else (*typed, *(n for n in known if n not in typed))
+
+
+def _with_batch(
+    placement: Placement, paired: Mapping[int, int], of_x: tuple[Names, ...]
+) -> Placement:
+    """Return the placement with leading axes that are whole split as those of x that they meet."""
+    stack = list(placement.stack)
+    for axis, of in paired.items():
+        used = {n for part in (placement.rows, placement.columns, *stack) for n in part}
+        if axis < len(stack) and not stack[axis] and not used & {*of_x[of]}:
+            stack[axis] = of_x[of]
+    return dataclasses.replace(placement, stack=tuple(stack))
+
+
+def _check_alike(w: QTensor, expected: dict[str, tuple[Names, Names]]) -> None:
     """Raise ValueError if an array is split in another way than the codes.
 
     Arrays that are whole are accepted, and split where the product needs it.
@@ -117,7 +162,7 @@ def _check_alike(w: QTensor, expected: dict[str, tuple[Axes, Axes]]) -> None:
             )
 
 
-def _by_stored_axis(w: QTensor, placement: Placement) -> dict[int, Axes]:
+def _by_stored_axis(w: QTensor, placement: Placement) -> dict[int, Names]:
     """Return the mesh axes that split each stored axis of a weight; axes left out are whole."""
     leading = w.leading()
     inner = {leading: placement.rows, leading + len(w.view.k): placement.columns}
@@ -125,8 +170,8 @@ def _by_stored_axis(w: QTensor, placement: Placement) -> dict[int, Axes]:
 
 
 def _of_result(
-    of_x: tuple[Axes, ...], of_w: dict[int, Axes], labels: Iterable[tuple[str, int]]
-) -> list[Axes]:
+    of_x: tuple[Names, ...], of_w: dict[int, Names], labels: Iterable[tuple[str, int]]
+) -> list[Names]:
     """Return how the result is split; of axes that split x and w, those of x stay."""
     labels = list(labels)
     used = {name for side, axis in labels if side == "x" for name in of_x[axis]}

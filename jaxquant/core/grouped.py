@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from jaxquant.core import activations
 from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
-from jaxquant.core.explicit_axes import over_auto_axes
+from jaxquant.core.explicit_axes import Axes, over_auto_axes
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.products import PRODUCT, _dtype_of_rows, _Layout
 from jaxquant.core.shardings import splits
@@ -51,7 +51,8 @@ def _product(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     again = {**params, "out_sharding": None}
     split = over_auto_axes(
         lambda x, w, sizes: _product(x, w, sizes, **again),
-        x, w, c.x_free(), [*free, *columns], params.get("out_sharding"), group_sizes,
+        x, w, Axes(tuple(c.x_free()), {}, (*free, *columns)), params.get("out_sharding"),
+        group_sizes,
     )  # fmt: skip
     if split is not None:
         return split
@@ -70,6 +71,8 @@ def _product(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     y = y.reshape(len(rows), *(w.outputs if layout.forward else w.view.k))
     kept = [a for a in w.axes() if a != 0 and a not in layout.contracted]
     y = jnp.transpose(y, (0, *(1 + sorted(kept).index(a) for a in kept)))
+    if params.get("out_sharding") is not None:  # on a mesh of one device
+        y = jax.sharding.reshard(y, params["out_sharding"])
     return checkpoint_name(y.astype(params["preferred_element_type"] or dtype), PRODUCT)
 
 

@@ -1,6 +1,7 @@
 """All uses of private names of JAX and quax, so that only this file depends on their versions.
 
-`jax.extend` has no trace context, no `vmap` handlers, no `remat_p` and no `ragged_dot_general_p`.
+`jax.extend` has no trace context, no `vmap` handlers, no `remat_p`, `reshard_p` and
+`ragged_dot_general_p`, and no number of a host before its devices are used.
 quax has no rules for `custom_vjp`, and its rules for `scan` and `jit` have to be called by name.
 """
 
@@ -11,16 +12,17 @@ from typing import Any
 import jax
 import quax
 from jax._src import core as jax_core
-from jax._src import source_info_util
+from jax._src import distributed, source_info_util
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import batching
 from jax._src.lax.lax import ragged_dot_general_p
+from jax._src.pjit import reshard_p
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 from quax._compat import jit_p
 from quax._trace import _dense, _QuaxTrace, _QuaxTracer
 
-__all__ = ["jit_p", "ragged_dot_general_p", "remat_p"]
+__all__ = ["jit_p", "ragged_dot_general_p", "remat_p", "reshard_p"]
 
 # Marks arrays as varying over a mesh axis inside `shard_map`; absent from older versions of JAX.
 pvary_p: Any = vars(jax_core).get("pvary_p")
@@ -29,6 +31,11 @@ pvary_p: Any = vars(jax_core).get("pvary_p")
 def current_trace() -> Any:
     """Return the trace that primitives are currently bound by."""
     return jax_core.trace_ctx.trace
+
+
+def process_id() -> int:
+    """Return the number of this host; unlike `jax.process_index`, it waits for no other host."""
+    return distributed.global_state.process_id or 0
 
 
 def as_function(jaxpr: Any) -> Callable[..., PyTree]:

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import quax
 from jax.ad_checkpoint import checkpoint_name
 from jax.lax import GatherScatterMode
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from jaxquant.core import activations, indexing
+from jaxquant.core import activations, indexing, jax_private
 from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
-from jaxquant.core.explicit_axes import over_auto_axes
+from jaxquant.core.explicit_axes import Axes, over_auto_axes
+from jaxquant.core.shardings import packed_sharding
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
 from pallas_kernels import dispatch as kernels
@@ -26,8 +29,13 @@ PRODUCT = "jaxquant product"
 
 
 @quax.register(jax.lax.dot_general_p)
-def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree) -> Array:
-    """Compute the traced dot_general of x and w, from packed codes where the layout of w allows."""
+def _product(
+    x: Any, w: QTensor, *, weight_left: bool = False, read: Any = None, **params: PyTree
+) -> Array:
+    """Compute the traced dot_general of x and w, from packed codes where the layout of w allows.
+
+    `read` is the input in the user's function, if x is that input on other axes.
+    """
     if is_standin(x):
         x = x.materialise()
     c = Contraction.of(params["dimension_numbers"], x.ndim, w.ndim, weight_left=weight_left)
@@ -35,22 +43,23 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     if layout is None:
         sides = (w.materialise(), x) if weight_left else (x, w.materialise())
         return jax.lax.dot_general_p.bind(*sides, **params)
-    again = {**params, "out_sharding": None, "weight_left": weight_left}
+    again = {**params, "out_sharding": None, "weight_left": weight_left, "read": x}
     split = over_auto_axes(
         lambda x, w: _product(x, w, **again),
-        x, w, c.x_free(), c.output_labels(w.axes()), params.get("out_sharding"),
+        x, w, _axes_of_product(c, w), params.get("out_sharding"),
     )  # fmt: skip
     if split is not None:
         return split
     dtype = jnp.promote_types(x.dtype, w.dtype)  # dot_general accepts operands of two dtypes
     rows = x.astype(_dtype_of_rows(dtype))
     form = activations.in_force(w.activations) if layout.forward else None
-    call = _SharedCall.of(x, rows, w, c) if layout.forward else None
+    read = x if read is None else read
+    call = _SharedCall.of(read, rows, w, c) if layout.forward else None
 
     def matmul(rows: Array, arrays: Arrays) -> Array:
         if call is None:
             return w.matmul_transposed(rows, arrays)
-        rows = once(call.key, x, lambda: w.transformed(rows, arrays))
+        rows = once(call.key, read, lambda: w.transformed(rows, arrays))
         if w.format.latent:  # it rounds the rows itself, for training
             y = w.format.product(form, rows, arrays.data, arrays.activations)
         elif len(call.family) > 1:
@@ -72,7 +81,24 @@ def _product(x: Any, w: QTensor, *, weight_left: bool = False, **params: PyTree)
     heard = served if call is None else [*served, *call.heard]
     rounds = [] if form is None else [form.describe()]
     note(layout.rule, "; ".join([w.format.kernel(), *rounds, *heard]))
+    if params.get("out_sharding") is not None:  # on a mesh of one device
+        y = jax.sharding.reshard(y, params["out_sharding"])
     return checkpoint_name(y.astype(params.get("preferred_element_type") or dtype), PRODUCT)
+
+
+def _axes_of_product(c: Contraction, w: QTensor) -> Axes:
+    """Return which axes of x and of w are split alike, and which the result has."""
+    paired = {w.axes()[b]: a for a, b in c.batch}
+    return Axes(tuple(c.x_free()), paired, tuple(c.output_labels(w.axes())))
+
+
+@quax.register(jax_private.reshard_p)
+def _(w: QTensor, *, dst_sharding: Any, **_: PyTree) -> QTensor:
+    """Move the packed arrays to another mesh, such as the same one with Auto axes."""
+    mesh, spec = dst_sharding.mesh, dst_sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return jax.tree.map(lambda a: jax.sharding.reshard(a, NamedSharding(mesh, P())), w)
+    return jax.tree.map(jax.sharding.reshard, w, packed_sharding(w, mesh, spec))
 
 
 @quax.register(jax.lax.dot_general_p, precedence=1)

@@ -133,8 +133,8 @@ def _placement(w: Any, of: Any) -> Placement | None:
     mesh = getattr(found, "mesh", None)
     if not isinstance(mesh, Mesh | AbstractMesh) or mesh.size == 1:
         return None
-    if of is w and AxisType.Explicit in mesh.axis_types:
-        return None
+    if of is w and {*mesh.axis_types} == {AxisType.Explicit}:
+        return None  # the types state it
     ndim, leading = w.data["codes"].ndim, w.leading()
     mapped = max(0, len(found.spec) - ndim)  # axes over which jax.vmap maps
     if any(found.spec[:mapped]):

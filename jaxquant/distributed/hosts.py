@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.core import hosts
+from jaxquant.core import hosts, jax_private
 from jaxquant.core.arguments import check_arguments
 from jaxquant.durable.store import Folder
 
@@ -64,7 +64,7 @@ def initialize(
       None.
     Raises:
       ValueError: an argument is out of range, or some of the first three are missing.
-      RuntimeError: the process has used JAX's devices already.
+      RuntimeError: the process is connected, or has used JAX's devices, already.
       HostLost: not all hosts started in time, or another host was lost.
 
     >>> with initialize("127.0.0.1:8476", num_processes=1, process_id=0):
@@ -94,11 +94,18 @@ def initialize(
                 heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             )  # fmt: skip
         except ValueError as error:
+            if coordinator_address is not None:
+                raise
             raise ValueError(
                 f"JAX recognizes no cluster on this machine ({error}); pass coordinator_address, "
                 "num_processes and process_id"
             ) from error
         except RuntimeError as error:
+            if "only be called once" in str(error):
+                raise RuntimeError(
+                    f"{me} is connected already: enter jaxquant.distributed.initialize once, and "
+                    "do not call jax.distributed.initialize before"
+                ) from error
             if "before any JAX calls" in str(error):
                 raise RuntimeError(
                     f"{me} has used JAX already: enter jaxquant.distributed.initialize before the "
@@ -123,7 +130,7 @@ def initialize(
             of_jax = isinstance(error, ValueError | jax.errors.JaxRuntimeError)
             gone = of_jax and any(sign in str(error) for sign in GONE)
             status = LOST if gone else _status(error)
-            atexit.register(_leave, status, LINGER if jax.process_index() == 0 else 0.0)
+            atexit.register(_leave, status, LINGER if jax_private.process_id() == 0 else 0.0)
             if gone:
                 raise HostLost(f"{lost} ({str(error).splitlines()[0]})") from error
             raise
@@ -139,16 +146,15 @@ class Shared(MutableMapping):
 
     Args:
       inner: the mapping that stores the work, on host 0; None on the others.
+      replaced: names of the values of `run` that differed in the run stored before; see `Folder`.
     """
 
-    def __init__(self, inner: MutableMapping[str, Mapping[str, Any]] | None) -> None:
-        self.inner = inner
-
-    @property
-    def replaced(self) -> tuple[str, ...]:
-        """Names of the values of `run` that differed in the run stored before; see `Folder`."""
-        stored = lambda: list(getattr(self.inner, "replaced", ()))
-        return tuple(hosts.first(stored))
+    def __init__(
+        self,
+        inner: MutableMapping[str, Mapping[str, Any]] | None,
+        replaced: tuple[str, ...] = (),
+    ) -> None:
+        self.inner, self.replaced = inner, replaced
 
     def __getitem__(self, name: str) -> Mapping[str, np.ndarray]:
         found = hosts.arrays(lambda: None if self.inner is None else self.inner.get(name))
@@ -214,12 +220,13 @@ def shared_store(path: str | Path, run: Mapping[str, Any]) -> Iterator[MutableMa
     with contextlib.ExitStack() as held:
         opened: list[Any] = []
 
-        def start() -> None:
+        def start() -> list[str]:
             opened.append(held.enter_context(Folder(path, run)))
+            return list(opened[0].replaced)
 
         hosts.agree(run=dict(run))
-        hosts.first(start)
-        yield Shared(opened[0] if opened else None)
+        replaced = hosts.first(start)
+        yield Shared(opened[0] if opened else None, tuple(replaced))
 
 
 def _leave(status: int, linger: float) -> None:

@@ -24,7 +24,7 @@ from jaxquant.core.tensor import QTensor
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
 from jaxquant.ptq.quantize_leaf import Counter, Done, LeafJob
-from jaxquant.ptq.round_stacked import Sums
+from jaxquant.ptq.round_stacked import Sums, planned
 from jaxquant.ptq.shared_transforms import Inputs, Inspection
 from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 
@@ -234,9 +234,13 @@ def _check_split(entry: WeightEntry, w: Array) -> None:
     if place is None or not is_explicit(place.mesh):
         return
     method, (*batch, k, n) = entry.method, entry.matrix
+    if method.format.plans:
+        method = planned(method, np.ones(method.stored(k, n)[0] // method.format.block))
     stack = lambda a: jax.ShapeDtypeStruct((*batch, *a.shape), a.dtype)
     shapes = jax.tree.map(stack, method.format.shapes(*method.stored(k, n)))
-    packed = QTensor(shapes, method.format, entry.view, w.dtype.name, input=method.input)
+    packed = QTensor(
+        shapes, method.format, entry.view, w.dtype.name, input=method.input, output=method.output
+    )
     try:
         packed_sharding(packed, place.mesh, place.spec)
     except ValueError as error:

@@ -3,10 +3,12 @@
     python -m tests.distributed.program PORT COUNT INDEX FOLDER COMMAND...
 
 The commands: "quantize" or "quantize:BITS"; "die", at which host 1 is killed while it quantizes;
-"score"; "stack"; "leave:HOST", which kills that host; "wait"; "fail"; and "exit:STATUS".
+"score"; "stack"; "leave:HOST", which kills that host; "wait"; "fail"; "early",
+at which host 1 fails before anyone uses JAX; and "exit:STATUS".
 """
 
 import atexit
+import dataclasses
 import json
 import os
 import sys
@@ -46,6 +48,7 @@ def tokens():
 
 def main(port, count, index, folder, commands, wait=20):
     """Run as one of `count` hosts, which start within `wait` seconds."""
+    early = "early" in commands
     with jq.distributed.initialize(
         f"127.0.0.1:{port}",
         count,
@@ -53,6 +56,10 @@ def main(port, count, index, folder, commands, wait=20):
         initialization_timeout=wait,
         heartbeat_timeout_seconds=10,
     ):
+        if early and index:
+            raise ValueError("bad configuration")
+        if early:
+            time.sleep(60)
         devices = np.array(jax.devices()).reshape(-1, 1)
         mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         found = {}
@@ -114,14 +121,17 @@ def quantize(mesh, folder, bits, dies):
 def stack(mesh):
     """Round a stack of which every host holds some of the layers, and only rounds these."""
     key = jax.random.key(0)
-    layers, x = (np.asarray(jax.random.normal(key, shape)) for shape in ((4, 64, 32), (16, 64)))
-    fn = lambda p, x: jax.lax.scan(lambda h, w: (h, h @ w), x, p["w"])[1]
+    layers, x = (np.asarray(jax.random.normal(key, shape)) for shape in ((4, 64, 32), (4, 16, 64)))
+    fn = lambda p, x: jnp.einsum("lmk,lkn->lmn", x, p["w"])
     stats = jq.calibrate(fn, {"w": layers}, [x])
     split = jax.device_put(layers, NamedSharding(mesh, P("data")))
-    q = jq.quantize({"w": split}, jq.gptq(3, 32), stats)["w"]
+    method = dataclasses.replace(jq.gptq(3, 32), input=jq.transforms.Rotation())  # draws signs
+    q = jq.quantize({"w": split}, method, stats)["w"]
     if q.data["codes"].addressable_shards[0].data.shape[0] * len(jax.devices()) != 4:
         raise SystemExit(f"a host holds {q.data['codes'].addressable_shards[0].data.shape}")
-    return {"stack": float(jax.jit(lambda q: jnp.sum(jnp.abs(q.dequantize())))(q))}
+    digest = jax.jit(lambda q: jnp.einsum("lkn,n,l->", q.dequantize(), jnp.arange(32.0), powers))
+    powers = 3.0 ** jnp.arange(4)
+    return {"stack": float(digest(q))}
 
 
 def score(mesh, folder):

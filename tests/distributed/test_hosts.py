@@ -104,10 +104,36 @@ def test_four_hosts_restore_what_two_have_saved(folder, two, one):
     same(found(start(4, folder, "score")), one)
 
 
-def test_a_host_that_waits_for_a_lost_one_says_so(folder, two):
-    waiting, lost = ended(start(2, folder, "leave:1", "wait"))
-    assert lost[0] == -9 and waiting[0] == 70, waiting
-    assert "another host has ended or cannot be reached" in waiting[2]
+@pytest.fixture(scope="module")
+def lost(folder, two):
+    """Three programs at once, for their hosts only wait: host 1 of each ends."""
+    programs = {
+        "killed": start(2, folder, "leave:1", "wait"),
+        "failed": start(2, folder, "wait", last=("fail",)),
+        "early": start(2, folder, "early"),
+    }
+    programs["early"][1][0].join(20)
+    at_once = programs["early"][1][0].exitcode is not None
+    return {name: ended(hosts) for name, hosts in programs.items()} | {"at once": at_once}
+
+
+@pytest.mark.parametrize(
+    "end, status, message",
+    [
+        ("killed", -9, ""),
+        ("failed", 1, "Connection reset by the user's own peer"),
+        ("early", 1, "bad configuration"),
+    ],
+)
+def test_a_host_that_waits_for_a_lost_one_says_so(lost, end, status, message):
+    waiting, ended_first = lost[end]
+    assert waiting[0] == 70 and "another host has ended or cannot be reached" in waiting[2]
+    assert ended_first[0] == status and message in ended_first[2], ended_first
+    assert "another host" not in ended_first[2]  # an error of the program is no lost host
+
+
+def test_an_error_before_jax_is_used_ends_its_host_at_once(lost):
+    assert lost["at once"], "it waits for the other host"
 
 
 @pytest.mark.parametrize(
@@ -126,13 +152,6 @@ def test_a_host_that_never_arrives(folder, index, message):
 def test_a_program_may_exit_within_the_block(folder, status):
     for found, _, errors in ended(start(2, folder, f"exit:{status}")):
         assert found == status and "another host" not in errors, errors
-
-
-def test_an_error_of_the_program_is_not_taken_for_a_lost_host(folder):
-    first, second = ended(start(2, folder, "wait", last=("fail",)))
-    assert second[0] == 1 and "Connection reset by the user's own peer" in second[2]
-    assert "another host" not in second[2]
-    assert first[0] == 70 and "another host has ended" in first[2]
 
 
 @pytest.mark.parametrize(
