@@ -211,7 +211,10 @@ def stack(
       paired: those of the leading axes of the stacks that x has too.
     """
     placement = in_force() if leading else None
-    if placement is None or not any(by_stack := _of_stack(placement, leading)):
+    if placement is None:
+        return mapped(x, weights)
+    by_stack = [*map(_free(), last_axes(placement.stack, leading))]
+    if not any(by_stack):
         return mapped(x, weights)
     spec = lambda kept: spec_of([by_stack[a] for a in kept])
     split = jax.shard_map(
@@ -249,10 +252,17 @@ def _shared(axes: Axes, tokens: Axes) -> Axes:
     return axes[first:]
 
 
-def _of_stack(placement: Placement, leading: int) -> tuple[Axes, ...]:
-    """Return the mesh axes that split each of the `leading` leading axes of a stack."""
-    missing = leading - len(placement.stack)
-    return (*((),) * missing, *map(_free(), placement.stack[-leading:]))
+def last_axes(stack: tuple[Axes, ...], leading: int) -> tuple[Axes, ...]:
+    """Return the mesh axes that split each of the leading axes that a stack has here.
+
+    A scan or a look-up takes leading axes away, from the first on.
+
+    Args:
+      stack: the mesh axes of every leading axis of the whole stack; axes left out are whole.
+      leading: number of leading axes.
+    """
+    known = stack[max(0, len(stack) - leading) :]
+    return (*((),) * (leading - len(known)), *known)
 
 
 def _in_context(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.calibration.observed import Observed, Seen
 from jaxquant.core.contraction import group_axis
-from jaxquant.core.explicit_axes import over_auto
+from jaxquant.core.explicit_axes import over_auto_axes
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.standin import is_standin
 from pallas_kernels.partition import explicit_mesh
@@ -33,7 +33,7 @@ def _observe(x: Any, w: Observed, sizes: Any, **params: PyTree) -> Array:
     if (mesh := explicit_mesh(x, w.array, sizes)) is not None:
         out = params["out_sharding"] or NamedSharding(mesh, P())
         again = partial(_observe, **{**params, "out_sharding": None})
-        return over_auto(again, mesh, out, x, w, sizes)
+        return over_auto_axes(again, mesh, out, x, w, sizes)
     numbers, axes = params["ragged_dot_dimension_numbers"], w.axes()
     axis = group_axis(numbers, x.ndim, w.ndim)
 

@@ -34,7 +34,7 @@ class Axes(NamedTuple):
     labels: tuple[tuple[str, int], ...]
 
 
-def over_auto_axes(
+def product_over_auto_axes(
     product: Callable[..., Array],
     x: Array,
     w: QTensor,
@@ -69,7 +69,7 @@ def over_auto_axes(
         kept = [tuple(name for name in part if name in explicit) for part in parts]
         out_sharding = NamedSharding(mesh, spec_of(kept))
     run = lambda x, w, *others: product(x, dataclasses.replace(w, placement=placement), *others)
-    return over_auto(run, mesh, out_sharding, x, w, *others)
+    return over_auto_axes(run, mesh, out_sharding, x, w, *others)
 
 
 def split_as(like: PyTree, fn: Callable[..., PyTree], *args: Any) -> PyTree:
@@ -84,10 +84,12 @@ def split_as(like: PyTree, fn: Callable[..., PyTree], *args: Any) -> PyTree:
     if mesh is None:
         return fn(*args)
     out = jax.tree.map(lambda a: NamedSharding(mesh, jax.typeof(a).sharding.spec), like)
-    return over_auto(fn, mesh, out, *args)
+    return over_auto_axes(fn, mesh, out, *args)
 
 
-def over_auto(fn: Callable[..., PyTree], mesh: Any, out_sharding: PyTree, *args: Any) -> PyTree:
+def over_auto_axes(
+    fn: Callable[..., PyTree], mesh: Any, out_sharding: PyTree, *args: Any
+) -> PyTree:
     """Return fn(*args), computed over Auto axes in place of the Explicit ones of a mesh.
 
     Args:
@@ -117,14 +119,12 @@ def _placement(w: QTensor, mesh: Mesh | AbstractMesh) -> Placement:
             f"{w!r}: its shardings are given over a mesh with the axes {dict(known.mesh.shape)}, "
             f"but its arrays are on a mesh with the axes {dict(mesh.shape)}; use one mesh for both"
         )
-    of_stack = known.stack[len(known.stack) - leading :] if leading else ()
-    of_stack = ((),) * (leading - len(of_stack)) + of_stack
     return Placement(
         mesh,
         _both(rows, known.rows),
         _both(columns, known.columns),
         known.tokens,
-        tuple(map(_both, stack, of_stack)),
+        tuple(map(_both, stack, partition.last_axes(known.stack, leading))),
     )
 
 
@@ -156,8 +156,8 @@ def _check_alike(w: QTensor, expected: dict[str, tuple[Names, Names]]) -> None:
         first, last = expected.get(name, ((), ()))
         if ends[0] not in ((), first) or ends[1] not in ((), last):
             raise ValueError(
-                f"{w!r}: its arrays are split in different ways: {name} over {ends}, but its codes "
-                f"so that {name} must be split over {(first, last)}; use the shardings that "
+                f"{w!r}: its arrays are split in different ways: {name} is split over {ends}, but "
+                f"the split of its codes requires {(first, last)}; use the shardings that "
                 "jaxquant.distributed.sharding returns"
             )
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from jaxquant.core import activations
 from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
-from jaxquant.core.explicit_axes import Axes, over_auto_axes
+from jaxquant.core.explicit_axes import Axes, product_over_auto_axes
 from jaxquant.core.jax_private import ragged_dot_general_p
 from jaxquant.core.products import PRODUCT, _dtype_of_rows, _Layout
 from jaxquant.core.shardings import splits
@@ -49,7 +49,7 @@ def _product(x: Any, w: QTensor, group_sizes: Any, **params: PyTree) -> Array:
     free = [("x", a) for a in c.x_free()]
     columns = [("w", a) for a in w.axes() if a != 0 and a not in layout.contracted]
     again = {**params, "out_sharding": None}
-    split = over_auto_axes(
+    split = product_over_auto_axes(
         lambda x, w, sizes: _product(x, w, sizes, **again),
         x, w, Axes(tuple(c.x_free()), {}, (*free, *columns)), params.get("out_sharding"),
         group_sizes,

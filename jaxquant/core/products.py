@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from jaxquant.core import activations, indexing, jax_private
 from jaxquant.core.activations import Activations
 from jaxquant.core.contraction import Contraction
-from jaxquant.core.explicit_axes import Axes, over_auto_axes
+from jaxquant.core.explicit_axes import Axes, product_over_auto_axes
 from jaxquant.core.shardings import packed_sharding
 from jaxquant.core.standin import is_standin, note, once
 from jaxquant.core.tensor import Arrays, QTensor
@@ -44,7 +44,7 @@ def _product(
         sides = (w.materialise(), x) if weight_left else (x, w.materialise())
         return jax.lax.dot_general_p.bind(*sides, **params)
     again = {**params, "out_sharding": None, "weight_left": weight_left, "read": x}
-    split = over_auto_axes(
+    split = product_over_auto_axes(
         lambda x, w: _product(x, w, **again),
         x, w, _axes_of_product(c, w), params.get("out_sharding"),
     )  # fmt: skip
