@@ -63,7 +63,7 @@ test-slow: venv model lint test-fast
 	$(BIN)/python $(SLOW)
 
 test-fast: venv  ## the tests that take seconds
-	$(call CHEAP,$(BIN)/python) $(BIN)/python $(FAST)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(call CHEAP,$(BIN)/python) $(BIN)/python $(FAST)
 
 # One case of each fast test on other versions of everything: NAME's Python, how it installs jaxquant.
 # They show that it runs there and is right; XLA's optimizations would double the time to compile.

@@ -20,10 +20,14 @@ json.dump(failures, sys.stdout)
 def failures_of(cases, devices):
     """The tracebacks of the cases that fail. They share a process, which takes seconds to start."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags.strip()}  # a leading space aborts JAX 0.11
+    env = os.environ | {
+        "XLA_FLAGS": flags.strip(),  # a leading space aborts JAX 0.11
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as for other tests, in tests/conftest.py
+    }
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(cases), capture_output=True, text=True,
-        check=False, env=env | {"JAX_PLATFORMS": "cpu"},
+        check=False, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
