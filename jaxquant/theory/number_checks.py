@@ -3,7 +3,9 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+Numbers = float | Float[Array, "..."]
 
 
 def nonnegative(value: Any, name: str, *, finite: bool = False) -> Float[np.ndarray, "..."]:
