@@ -16,6 +16,7 @@ from jaxquant.theory.number_checks import finite
 
 TAIL = 1e-12  # probability on either side of what the range of a source holds
 KNOTS, NODES = 2048, 10  # intervals of a table, points of Gauss-Legendre quadrature in each
+SMALLEST = 1e-150  # standard deviation of samples, the square of which float64 can hold
 RESOLVED = 1e-6  # largest error of the table's mass, mean and second moment
 
 
@@ -171,9 +172,15 @@ def source_of(source: Any) -> Source:
 
 
 def _samples(x: Float[np.ndarray, "n"]) -> Samples:
-    mean, std = float(x.mean()), float(x.std())
     if x.min() == x.max():
         raise ValueError(f"the samples must not all be equal: one level, {x[0]:g}, is exact")
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = float(x.mean()), float(x.std())
+    if not SMALLEST < std < 1 / SMALLEST:
+        raise ValueError(
+            f"the standard deviation of the samples must lie between {SMALLEST:g} and "
+            f"{1 / SMALLEST:g}, got {std:g}: rescale the samples"
+        )
     z = np.sort((x - mean) / std)
     sums = np.cumsum(np.stack([np.ones_like(z), z, z * z]), 1) / len(z)
     sums = np.pad(sums, ((0, 0), (1, 0)))

@@ -137,6 +137,7 @@ def test_normal_float_is_not_optimal():
         (lambda: lloyd_max(np.zeros(0), 2), r"samples must not be empty, got shape \[0\]"),
         (lambda: lloyd_max(np.array([1, np.nan]), 2), "1 of 2 elements are not"),
         (lambda: lloyd_max(np.ones(5), 2), "must not all be equal: one level, 1, is exact"),
+        (lambda: lloyd_max(np.array([0, 1e-200, 2e-200]), 2), "rescale the samples"),
         (lambda: scalar_quantizer(NORMAL), "expected levels, thresholds or both, got neither"),
         (lambda: scalar_quantizer(NORMAL, levels=np.array([1.0, 1.0])), "levels must be one axis"),
         (lambda: scalar_quantizer(NORMAL, thresholds=np.array([2.0, 1.0])), "strictly ascending"),
