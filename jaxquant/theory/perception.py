@@ -44,7 +44,7 @@ def perception_rate(
       ValueError: a number is negative or NaN, or a variance is infinite.
     Source:
       Zhang, Qian, Chen and Khisti 2021, Universal rate-distortion-perception representations for
-      lossy compression, arXiv:2106.10311, theorem 1; Blau and Michaeli 2019, arXiv:1901.07821.
+      lossy compression, arXiv:2106.10311; Blau and Michaeli 2019, arXiv:1901.07821.
 
     >>> round(float(perception_rate(0.25, 0.0)), 4), round(float(perception_rate(1.0, 0.05)), 4)
     (1.0466, 0.1178)

@@ -174,7 +174,7 @@ def blahut_arimoto(
       ValueError: shapes do not match, a number is out of its range, or the bounds are not within
         `tolerance` after `max_iterations`.
     Source:
-      Blahut 1972, Computation of channel capacity and rate-distortion functions, theorems 6 and 7;
+      Blahut 1972, Computation of channel capacity and rate-distortion functions;
       the adaptive powers are those of Salakhutdinov and Roweis 2003, Adaptive overrelaxed bound
       optimization methods.
 
