@@ -1,0 +1,72 @@
+"""Float64 copies of numbers and arrays that a formula takes, checked before it is applied."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+Numbers = float | Float[Array, "..."]
+
+
+def nonnegative(value: Any, name: str, *, finite: bool = False) -> Float[np.ndarray, "..."]:
+    """Return a float64 array of the value; refuse negative numbers and NaN.
+
+    Args:
+      value: a number, or an array of any shape.
+      name: what an error message calls it.
+      finite: whether infinity is refused too.
+    Raises:
+      ValueError: an element is refused.
+
+    >>> nonnegative(2, "rate")
+    array(2.)
+    """
+    x = np.asarray(value, np.float64)
+    bad = ~(x >= 0) | (np.isinf(x) if finite else False)
+    if bad.any():
+        kind = "finite and nonnegative" if finite else "nonnegative"
+        raise ValueError(f"{name} must be {kind}, got {x[bad][0]:g}")
+    return x
+
+
+def finite(value: Any, name: str) -> Float[np.ndarray, "..."]:
+    """Return a float64 array of the value; refuse empty arrays, NaN and infinities.
+
+    Args:
+      value: an array of any shape.
+      name: what an error message calls it.
+    Raises:
+      ValueError: the array is empty, or an element is refused.
+
+    >>> finite(np.arange(2), "samples")
+    array([0., 1.])
+    """
+    x = np.asarray(value, np.float64)
+    if x.size == 0:
+        raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}")
+    bad = ~np.isfinite(x)
+    if bad.any():
+        raise ValueError(f"{name} must be finite, but {bad.sum()} of {x.size} elements are not")
+    return x
+
+
+def probabilities(value: Any, name: str) -> Float[np.ndarray, "..."]:
+    """Return float64 weights divided by their sum over the last axis.
+
+    Args:
+      value: nonnegative weights; those of every row have a positive sum.
+      name: what an error message calls them.
+    Raises:
+      ValueError: the array is empty or a number, an element is negative, infinite or NaN, or the
+        sum of a row is 0.
+
+    >>> probabilities(np.array([1, 3]), "p")
+    array([0.25, 0.75])
+    """
+    x = nonnegative(value, name, finite=True)
+    if x.ndim == 0 or x.size == 0:
+        raise ValueError(f"{name} must be a nonempty array, got shape {list(x.shape)}")
+    total = x.sum(-1, keepdims=True)
+    if not total.all():
+        raise ValueError(f"{name} must have a positive sum, got only zeros")
+    return x / total
