@@ -117,14 +117,14 @@ def spread(least: Float[Array, "t"], greatest: Float[Array, "t"] | None = None) 
     Args:
       least: temperature of every tensor, 0 or more; with `greatest` the first values of
         `step_temperatures`. Leave out tensors without bits if rates are continuous.
-      greatest: the second values of `step_temperatures`, positive. Default: `least`.
+      greatest: the second values of `step_temperatures`. Default: `least`.
     Returns:
-      max(least) / min(greatest). For discrete options a value of 1 or less means that one
+      max(least) / min(greatest), infinite if a tensor has bits that save nothing. For discrete options a value of 1 or less means that one
       multiplier makes every choice optimal; it is the factor by which a bit is worth more where
       it is missing than where it is spent.
     Raises:
-      ValueError: the temperatures are not vectors of one length of 1 or more, or one is NaN,
-        negative or, in `greatest`, 0.
+      ValueError: the temperatures are not vectors of one length of 1 or more, one is NaN, or one of
+        `least` is negative or infinite.
 
     >>> import numpy as np
     >>> spread(np.array([1.0, 2.0])), spread(np.array([1.0, 2.0]), np.array([4.0, 8.0]))
@@ -137,9 +137,12 @@ def spread(least: Float[Array, "t"], greatest: Float[Array, "t"] | None = None) 
         raise ValueError(
             f"expected temperatures of one shape [t], got {list(low.shape)} and {list(high.shape)}"
         )
-    if not (np.all(low >= 0) and np.all(high > 0) and np.all(np.isfinite(low))):
-        raise ValueError("temperatures must be 0 or more and finite, and the greatest positive")
-    return float(np.max(low) / np.min(high))
+    if not (np.all(low >= 0) and np.all(np.isfinite(low))) or np.any(np.isnan(high)):
+        raise ValueError("temperatures must be 0 or more and finite, and none may be NaN")
+    hottest, coldest = float(np.max(low)), float(np.min(high))
+    if coldest <= 0:
+        return 1.0 if hottest == coldest else math.inf
+    return hottest / coldest
 
 
 def in_equilibrium(
