@@ -1,4 +1,4 @@
-"""Temperatures are equal where `shares` and `allocate` call an allocation optimal; not elsewhere."""
+"""Temperatures are equal where `shares` and `allocate` call an allocation optimal, and only so."""
 
 from functools import lru_cache
 
