@@ -50,14 +50,17 @@ def at_no_bits(w, path, stats):
 
 def temperatures(rates, at_no_bits):
     """Of every weight, per weight."""
-    return np.array(
-        [gaussian_temperature(gaussian_distortion(rates[p], at_no_bits[p])) for p in SHAPES]
-    )
+    return np.array([gaussian_temperature(loss(rates[p], at_no_bits[p])) for p in SHAPES])
+
+
+def loss(share, at_no_bits):
+    """Per weight, at an average of 4 bits."""
+    return gaussian_distortion(4 + share, at_no_bits)
 
 
 def total(rates, at_no_bits):
     size = {p: np.prod(shape) for p, shape in SHAPES.items()}
-    return sum(size[p] * gaussian_distortion(rates[p], at_no_bits[p]) for p in SHAPES)
+    return sum(size[p] * loss(rates[p], at_no_bits[p]) for p in SHAPES)
 
 
 def test_shares_are_in_equilibrium(shared):
