@@ -18,7 +18,7 @@ from jaxquant.core.arguments import check_arguments
 
 
 class Continuous(Protocol):
-    """A distribution with a density, such as a frozen one of `scipy.stats`."""
+    """A distribution with a density, such as a frozen one of SciPy."""
 
     def entropy(self) -> float:
         """Return its differential entropy in nats."""
@@ -28,8 +28,8 @@ def distribution_entropy(distribution: Continuous) -> float:
     """Return the differential entropy of a distribution, in bits.
 
     Args:
-      distribution: a frozen continuous distribution of `scipy.stats`, such as `stats.norm(0, 2)`.
-        SciPy has closed forms for most of them, and integrates numerically for the others.
+      distribution: a frozen continuous distribution of SciPy, such as scipy.stats.norm(0, 2). There
+        are closed forms for most of them, and numerical integrals for the others.
     Returns:
       h(X) in bits.
     Raises:
@@ -60,7 +60,7 @@ def spacing_entropy(samples: Float[Array, "n"], window: int | None = None) -> fl
       ValueError: the samples are not a finite vector of 4 or more, or the window is out of range.
     Source:
       Vasicek 1976, "A test for normality based on sample entropy", as
-      `scipy.stats.differential_entropy` computes it.
+      SciPy's function differential_entropy computes it.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).normal(size=10000)
