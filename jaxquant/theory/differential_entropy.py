@@ -96,7 +96,7 @@ def neighbor_entropy(samples: Float[Array, "n d"], neighbors: int = 3) -> float:
     Raises:
       ValueError: the samples are not a finite matrix, or `neighbors` is out of range.
     Source:
-      Kozachenko and Leonenko 1987; Kraskov et al. 2004, arXiv:cond-mat/0305641, equation 20.
+      Kozachenko and Leonenko 1987; Kraskov et al. 2004, arXiv:cond-mat/0305641.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).normal(size=(5000, 2))

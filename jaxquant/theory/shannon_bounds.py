@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.number_checks import nonnegative
 from jaxquant.theory.scale_mixture import fit_scale_mixture
 from jaxquant.theory.water_filling import component_energies, reverse_water_filling
 
@@ -37,7 +38,7 @@ def shannon_lower_bound(
     Raises:
       ValueError: the distortion is not above 0, or the entropy is NaN or infinite.
     Source:
-      Shannon 1959; Cover and Thomas, Elements of Information Theory, problem 10.8.
+      Shannon 1959; Cover and Thomas, Elements of Information Theory, on rate distortion.
 
     >>> from scipy import stats
     >>> from jaxquant.theory.differential_entropy import distribution_entropy
@@ -72,10 +73,7 @@ def shannon_distortion(
     """
     check_arguments(shannon_distortion, locals())
     _check_finite(entropy)
-    r = np.asarray(rate, np.float64)
-    if not np.all(r >= 0):
-        raise ValueError(f"the rate must be 0 bits or more, got {r.min()}")
-    return np.exp2(2 * (entropy - r)) / _POWER
+    return np.exp2(2 * (entropy - nonnegative(rate, "rate"))) / _POWER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +100,7 @@ class LayerBound:
         Raises:
           ValueError: the rate is negative or not finite.
         """
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"the rate must be 0 bits or more, got {rate}")
+        nonnegative(rate, "rate", finite=True)
         if self.gaussian:
             bits = rate * self.energies.size
             return reverse_water_filling(self.energies, bits=bits).loss / self.total

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.greedy_allocation import lower_hull
+from jaxquant.theory.number_checks import nonnegative
 
 
 def gaussian_temperature(distortion: Float[Array, "..."] | float) -> Float[np.ndarray, "..."]:
@@ -30,10 +31,7 @@ def gaussian_temperature(distortion: Float[Array, "..."] | float) -> Float[np.nd
     0.3466
     """
     check_arguments(gaussian_temperature, locals())
-    d = np.asarray(distortion, np.float64)
-    if not np.all(d >= 0):
-        raise ValueError(f"the distortion must be 0 or more, got {d.min()}")
-    return 2 * math.log(2) * d
+    return 2 * math.log(2) * nonnegative(distortion, "distortion")
 
 
 def measured_temperature(

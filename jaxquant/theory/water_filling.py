@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.number_checks import nonnegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,11 @@ def reverse_water_filling(
       ValueError: not exactly one of `bits` and `loss` is given or it is out of range, or an
         argument has a wrong shape or a value out of range.
     Source:
-      Cover and Thomas, Elements of Information Theory, theorem 10.3.3. Gao et al. 2019,
-      arXiv:1810.06401, "Rate distortion for model compression", apply it to linear models with
-      h_i = E[x_i^2]. Only their abstract was read here (a lower bound, which is achieved for linear
-      models); the theorem's exact text was not checked against this function.
+      Cover and Thomas, Elements of Information Theory, on parallel Gaussian sources. Gao et al.
+      2019, arXiv:1810.06401, "Rate distortion for model compression", apply it to linear models
+      with h_i = E[x_i^2]. Of that paper only the abstract was read (a lower bound, which is
+      achieved for linear models); the text of its theorem was not checked against this function.
+      The solution itself is checked against a numerical minimum in the tests.
 
     >>> import numpy as np
     >>> found = reverse_water_filling(np.array([16.0, 4.0, 1.0, 0.25]), loss=1.0)
@@ -107,12 +109,11 @@ def component_energies(
     [1.0, 3.0]
     """
     check_arguments(component_energies, locals())
-    h, var = np.asarray(gram, np.float64), np.asarray(variances, np.float64)
+    h, var = np.asarray(gram, np.float64), nonnegative(variances, "variances", finite=True)
     if var.ndim != 1 or not var.size or h.shape != (len(var), len(var)):
         raise ValueError(
             f"expected gram [k, k] and variances [k], got {list(h.shape)} and {list(var.shape)}"
         )
-    _check_range("variances", var)
     largest = np.max(np.abs(h))
     if not np.isfinite(largest) or np.max(np.abs(h - h.T)) > 1e-4 * largest:
         raise ValueError("gram must be finite and symmetric; pass E[x x^T]")
@@ -162,31 +163,22 @@ def _components(
     variances: Array | np.ndarray, weights: Array | None, sizes: Array | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return variances, weights and sizes in float64, checked."""
-    var = np.asarray(variances, np.float64)
-    h = np.ones_like(var) if weights is None else np.asarray(weights, np.float64)
-    n = np.ones_like(var) if sizes is None else np.asarray(sizes, np.float64)
+    var = nonnegative(variances, "variances", finite=True)
+    h = np.ones_like(var) if weights is None else nonnegative(weights, "weights", finite=True)
+    n = np.ones_like(var) if sizes is None else nonnegative(sizes, "sizes", finite=True)
     if var.ndim != 1 or not var.size or h.shape != var.shape or n.shape != var.shape:
         raise ValueError(
             "expected variances, weights and sizes of one shape [t] with t >= 1, got "
             f"{list(var.shape)}, {list(h.shape)} and {list(n.shape)}"
         )
-    _check_range("variances", var)
-    _check_range("weights", h)
-    _check_range("sizes", n)
     if not np.all(n > 0):
         raise ValueError("sizes must be positive")
     return var, h, n
 
 
-def _check_range(name: str, values: np.ndarray) -> None:
-    if not np.all(np.isfinite(values)) or np.any(values < 0):
-        raise ValueError(f"{name} must be finite and 0 or more, got {values.min()} as the least")
-
-
 def _level_of_bits(energy: np.ndarray, n: np.ndarray, bits: float) -> float:
     """Return the level at which the components take so many bits together."""
-    if not (np.isfinite(bits) and bits >= 0):
-        raise ValueError(f"bits must be finite and 0 or more, got {bits}")
+    nonnegative(bits, "bits", finite=True)
     if not np.any(energy > 0):
         return 0.0
     order = np.argsort(-energy, kind="stable")

@@ -216,8 +216,8 @@ def test_bits_that_save_nothing_are_no_equilibrium():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gaussian_temperature(-1.0), "distortion must be 0 or more, got -1.0"),
-        (lambda: gaussian_temperature(np.nan), "distortion must be 0 or more, got nan"),
+        (lambda: gaussian_temperature(-1.0), "distortion must be nonnegative, got -1"),
+        (lambda: gaussian_temperature(np.nan), "distortion must be nonnegative, got nan"),
         (lambda: measured_temperature(np.ones(1), np.ones(1), 1.0), r"n 2 or more, got \[1\] and"),
         (lambda: measured_temperature(np.ones(2), np.ones(2), 1.0), "no bits may occur twice"),
         (lambda: measured_temperature(np.arange(2), np.arange(2), 1.0), "losses must be positive"),
