@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxquant.core.greedy_allocation import cheapest
 from jaxquant.core.paths import matches, path_leaves
 from jaxquant.core.sites import Site, is_weight
 from jaxquant.methods.method import KEEP, Method
@@ -174,7 +175,9 @@ class Choices:
                 for option in group:
                     progress(option)
             groups.append(group)
-        chosen = tuple(_cheapest(groups, bits * self.size / 8))
+        of = lambda name: [[getattr(o, name) for o in group] for group in groups]
+        found = cheapest(of("bytes"), of("loss"), bits * self.size / 8)
+        chosen = tuple(group[i] for group, i in zip(groups, found, strict=True))
         recipe = Recipe([*((o.path, o.method) for o in chosen), ("*", KEEP)])
         used = 8 * sum(o.bytes for o in chosen) / self.size
         return Allocation(recipe, chosen, used, self.lowest, self.highest)
@@ -226,38 +229,3 @@ def _interpolated(
         logs = [math.log(max(loss(e), 1e-30)) for e in anchors]
         known[anchors[0].method.name] = [e.bytes for e in anchors], logs
     return [math.exp(np.interp(e.bytes, *known[e.method.name])) for e in entries]
-
-
-def _cheapest(groups: Sequence[Sequence[Option]], budget: float) -> Iterable[Option]:
-    """Return one option per group with least loss within the budget in bytes, greedily by return.
-
-    Only options on the lower convex hull of loss over bytes are considered, each group's in order.
-    Until a step first does not fit, the choice is optimal for the bytes spent; smaller steps then
-    fill what is left.
-    """
-    hulls = [_hull(group) for group in groups]
-    place = [0] * len(hulls)
-    left = budget - sum(hull[0].bytes for hull in hulls)
-    steps = [
-        ((hull[j].loss - hull[j + 1].loss) / (hull[j + 1].bytes - hull[j].bytes), i, j)
-        for i, hull in enumerate(hulls)
-        for j in range(len(hull) - 1)
-    ]
-    for _, i, j in sorted(steps, key=lambda step: -step[0]):
-        cost = hulls[i][j + 1].bytes - hulls[i][j].bytes
-        if place[i] == j and cost <= left:
-            place[i], left = j + 1, left - cost
-    return [hull[j] for hull, j in zip(hulls, place, strict=True)]
-
-
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """Return the options on the lower convex hull by increasing bytes and decreasing loss."""
-    hull: list[Option] = []
-    for o in sorted(options, key=lambda o: (o.bytes, o.loss)):
-        if hull and o.loss >= hull[-1].loss:
-            continue
-        slope = lambda a, b: (a.loss - b.loss) / (b.bytes - a.bytes)
-        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], o):
-            hull.pop()
-        hull.append(o)
-    return hull

@@ -38,6 +38,7 @@ from jaxquant_models.runs.calibration import calibrate_model
 from jaxquant_models.runs.healing import heal_model
 from jaxquant_models.runs.quantization import quantize_model
 from jaxquant_models.runs.recipes import recipe_of
+from tests.benchmarks import report
 from tests.support.layer import made_layer, relative_loss
 
 CHUNKS, CONTEXT, HELD_OUT = 16, 512, 8
@@ -278,6 +279,9 @@ def draw(args, results):
         axis.set(xlabel="bits per weight, everything counted", ylabel=measure, yscale="log")
         axis.set_title({"layer": "one hard layer", "model": "SmolLM2-135M, WikiText-2"}[kind])
         table(kind, measure, found)
+    curve = report.load(report.BOUND)["curve"]
+    drawn = [at for at in zip(curve["bits"], curve["loss"], strict=True) if 1 <= at[0] <= 4]
+    axes[0].plot(*zip(*drawn, strict=True), color="gray", linewidth=0.7, label="bound (Gaussian)")
     floats = results.points.get("model float")
     if floats:
         axes[1].axhline(floats["perplexity"], color="gray", linewidth=0.7, label="float32")

@@ -4,16 +4,21 @@ Run: python -m tests.benchmarks.report, after a benchmark has written a file the
 """
 
 import json
+import math
 from pathlib import Path
+
+import numpy as np
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 PAGE = FOLDER / "README.md"
 CURVE = "rate_quality"  # its points, which two sections show
+BOUND = "layer_bound"  # the lower bound on the losses of the hard layer
 # Every file of results by its section; `Record` says what is in a file.
 SECTIONS = {
     "Quality of rounded weights": [
-        "perplexity", "low_bits", "layer_curve", "layer_task", "awq_minilm", "awq_smollm2",
+        "perplexity", "low_bits", "layer_curve", "layer_task", "layer_bound",
+        "awq_minilm", "awq_smollm2",
     ],
     "Rounded activations and caches": ["activations", "rotations", "kv_cache"],
     "Training": ["qat", "zeroqat", "bitnet"],
@@ -39,7 +44,11 @@ Perplexities of SmolLM2-135M are comparable within a table; the protocols of two
 The weights of the SmolLM2-135M that the benchmarks load are decoded from Q4_1 (4 bits in groups of
 32), **which makes integer formats without a rotation look better than they would on the original
 weights**, since their groups line up with those of Q4_1. Bits per weight count every stored byte:
-codes, scales, zero points, codebooks, signs."""
+codes, scales, zero points, codebooks, signs.
+
+Tables of a layer's loss show a lower bound from rate-distortion theory, and how many bits above it
+every entry is. Perplexities, cosines and scores of models have none: the rate-distortion function
+of a model under such a measure is not known, and the losses of its layers were not recorded."""
 CLOSING = """## To add a benchmark
 
 A benchmark is a module in this folder with a `main` and a docstring that says what it measures and
@@ -69,6 +78,8 @@ def section(name):
     found = load(name)
     if "points" in found:
         found |= {"model": model_curve, "layer": layer_curve}[found["points"]](load(CURVE))
+    if "bound" in found:
+        found |= with_bound(found)
     if wrong := [r for r in found["rows"] if len(r) != len(found["columns"])]:
         raise ValueError(f"{name}: rows of another length than the header: {wrong}")
     at = f", commit {found['commit']}" if "commit" in found else ""
@@ -107,10 +118,37 @@ def layer_curve(points):
     rates = sorted({p["rate"] for p in found})
     rows = []
     for family in dict.fromkeys(p["family"] for p in found):
-        by_rate = {p["rate"]: f"{p['loss']:.3g} ({p['bits']:.3f})" for p in found
-                   if p["family"] == family}  # fmt: skip
+        by_rate = {p["rate"]: f"{p['loss']:.3g} ({p['bits']:.3f}, {gap(p['bits'], p['loss'])})"
+                   for p in found if p["family"] == family}  # fmt: skip
         rows.append([family, *(by_rate.get(rate, "") for rate in rates)])
+    rows.append(["bound", *(f"{bound(rate):.3g} ({rate:.3f})" for rate in rates)])
     return {"columns": ["family", *(f"{rate:g}" for rate in rates)], "rows": rows}
+
+
+def with_bound(found):
+    """A table of bits and losses of the hard layer, with gaps and with the bound at its rates."""
+    columns = [*found["columns"], "gap, bits"]
+    bits, loss = map(columns.index, ("bits per weight", "loss"))
+    rows = [[*row, gap(float(row[bits]), float(row[loss]))] for row in found["rows"]]
+    for rate in found["bound"]:
+        shown = {"method": "bound", "bits per weight": f"{rate:.3f}", "loss": f"{bound(rate):.6f}"}
+        rows.append([shown.get(column, "") for column in columns])
+    return {"columns": columns, "rows": rows}
+
+
+def bound(bits):
+    """The least loss of the hard layer at this rate, between the rates of its file."""
+    curve = load(BOUND)["curve"]
+    return math.exp(np.interp(bits, curve["bits"], np.log(curve["loss"])))
+
+
+def gap(bits, loss):
+    """The bits above the rate at which the bound has this loss, with two decimals and a sign."""
+    curve = load(BOUND)["curve"]
+    if not curve["loss"][-1] <= loss <= curve["loss"][0]:
+        raise ValueError(f"the curve of {BOUND} does not reach the loss {loss:g}")
+    least = np.interp(-math.log(loss), -np.log(curve["loss"]), curve["bits"])
+    return f"{bits - least:+.2f}"
 
 
 def page():

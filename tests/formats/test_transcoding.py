@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.formats.symbols import symbols
 from jaxquant.ptq.layer_stacks import layers_of
 from jaxquant.storage import checkpoint
 from pallas_kernels import dual_scale
@@ -189,3 +190,16 @@ def test_scales_are_those_of_the_stream(matrix):
     same(jq.formats.transcoded(matrix).data["step"], step)
     codes = layout.unpack(jq.formats.transcoded(matrix).data["codes"], 4, K)
     assert int(jnp.sum(codes != got.values)) > 0  # some are beyond four bits
+
+
+def test_its_integers_are_those_that_the_stream_codes(matrix):
+    """Of the code k of quantizer q, v = 2 k - q."""
+    t = jq.formats.transcoded(matrix)
+    of = lambda w: symbols(w.format, w.data, w.stored_rows)
+    kinds = of(matrix)
+    assert len(kinds) == 2
+    coded = np.concatenate([2 * kind.codes - q for q, kind in enumerate(kinds)])
+    [integers] = of(t)
+    np.testing.assert_array_equal(np.sort(integers.codes), np.sort(coded))
+    words = layout.unpack(t.data["codes"], t.format.bits, K)  # without the escapes: the twin
+    assert (np.sort(words, None) != np.sort(coded)).any()

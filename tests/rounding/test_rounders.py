@@ -9,6 +9,7 @@ import pytest
 
 from jaxquant.core.protocols import Moments
 from jaxquant.recipes.serialize import from_json, to_json
+from jaxquant.theory.rate_distortion import gap_in_bits
 from tests.support.layer import problem, relative_loss
 from tests.support.rounders import ROUNDERS
 
@@ -90,6 +91,15 @@ def test_statistics_lower_the_loss(rounder, format):
         assert relative_loss(w, value, h) < share * relative_loss(w, blind, h)
     else:
         np.testing.assert_array_equal(value, blind)
+
+
+@every_rounder
+def test_no_rounder_beats_shannon(rounder, format):
+    """On independent Gaussian weights, which `problem` draws, with all bytes counted."""
+    w, one = statistics()[0], lambda size: np.eye(size, dtype=np.float32)
+    data, _, value = compiled(rounder, format)(w, one(K), one(N))
+    bits = 8 * sum(a.nbytes for a in jax.tree.leaves(data)) / w.size
+    assert gap_in_bits(bits, np.mean((w - value) ** 2), np.mean(w**2)) > -0.01
 
 
 @every_rounder

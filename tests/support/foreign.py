@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.formats.symbols import Symbols, symbols
 from pallas_kernels.codecs import layout
 
 LEVELS = np.array([s * 2.0**-e for s in (1, -1) for e in range(8)], np.float32)
@@ -56,6 +57,13 @@ class SignLog(jq.formats.GridFormat):
 
     def scaled(self, data, e):
         return data | {"scale": jnp.ldexp(data["scale"], e)}
+
+
+@symbols.register
+def _(format: SignLog, data, k):
+    codes = np.asarray(layout.unpack(data["codes"], 4, k))
+    columns = np.broadcast_to(np.arange(codes.shape[1]), codes.shape)
+    return [Symbols(codes.ravel(), columns.ravel(), 16, 4)]
 
 
 @jq.recipes.register
