@@ -13,7 +13,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.entropy import entropy, symbol_entropy
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")
-_FAINT = 1e-18  # probability of an octave that no sum in float64 would notice
+_FAINT = 1e-12  # probability of an octave that does not matter
 
 
 class Distribution(Protocol):
