@@ -13,7 +13,7 @@ from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.entropy import entropy, symbol_entropy
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")
-_FAINT = 1e-18  # probability of an octave that no sum in float64 would notice
+_FAINT = 1e-12  # probability of an octave that does not matter
 
 
 class Distribution(Protocol):
@@ -167,8 +167,8 @@ def float_entropy(distribution: Distribution, precision: int) -> float:
     Underflow and overflow are not considered.
 
     Args:
-      distribution: a continuous distribution with the methods `pdf` and `cdf`, such as
-        a frozen one of SciPy.
+      distribution: a continuous distribution with the methods `pdf` and `cdf`, such as a frozen one
+        of SciPy.
       precision: number p of significand bits, the hidden one included: 24 for float32, 11 for
         float16, 8 for bfloat16, 4 for float8_e4m3fn, 3 for float8_e5m2.
     Returns:
