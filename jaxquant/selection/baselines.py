@@ -1,6 +1,7 @@
 """Random draws, with which a selection is compared."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -9,7 +10,7 @@ from jaxquant.core.arguments import check_arguments
 
 
 def random_draw(
-    sizes: Sequence[int] | Int[np.ndarray, "n"], budget: int, seed: int
+    sizes: Sequence[Any] | Int[np.ndarray, "n"], budget: int, seed: int
 ) -> Int[np.ndarray, "n"]:
     """Return a random part of a pool that takes as much of a budget as fits.
 
@@ -32,10 +33,16 @@ def random_draw(
     """
     check_arguments(random_draw, locals())
     takes = np.asarray(sizes)
-    if takes.ndim != 1 or not takes.size or (takes < 0).any() or budget < 1:
+    if (
+        takes.dtype.kind not in "iu"
+        or takes.ndim != 1
+        or not takes.size
+        or (takes < 0).any()
+        or budget < 1
+    ):
         raise ValueError(
-            "random_draw needs one size of 0 or more per item and a budget of at least 1, got "
-            f"sizes of shape {list(takes.shape)} and budget {budget}"
+            "random_draw needs one integer of 0 or more per item and a budget of at least 1, got "
+            f"{takes.dtype} of shape {list(takes.shape)} and budget {budget}"
         )
     left, drawn = budget, []
     for i in np.random.default_rng(seed).permutation(takes.size):

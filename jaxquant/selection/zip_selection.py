@@ -55,7 +55,7 @@ def zip_select(
     budget: int,
     *,
     faithful: bool = False,
-    sizes: Sequence[int] | Int[np.ndarray, "n"] | None = None,
+    sizes: Sequence[Any] | Int[np.ndarray, "n"] | None = None,
     k1: int = 10_000,
     k2: int = 200,
     k3: int = 100,
@@ -184,7 +184,7 @@ def _check(
 
 
 def _sizes(
-    sizes: Sequence[int] | Int[np.ndarray, "n"] | None, raw: Int[np.ndarray, "n"]
+    sizes: Sequence[Any] | Int[np.ndarray, "n"] | None, raw: Int[np.ndarray, "n"]
 ) -> Int[np.ndarray, "n"]:
     """Return how much of the budget each item takes, int64."""
     if sizes is None:

@@ -241,7 +241,7 @@ def test_progress_ends_at_the_budget():
         ({"history": 0}, "history must be at least 1"),
         ({"sizes": [1, 2]}, "sizes must be 3 integers of 0 or more"),
         ({"sizes": [1, -2, 1]}, "some negative"),
-        ({"sizes": np.ones(3)}, "got float64"),
+        ({"sizes": [1.0, 1.0, 1.0]}, "got float64"),
         ({"sizes": [1, 1, 1], "faithful": True}, "without sizes"),
         ({"codec": "lzma", "faithful": True}, 'needs codec="zlib"'),
     ],
@@ -255,6 +255,6 @@ def test_bad_arguments(options, message):
 
 
 def test_bad_draws():
-    for sizes, budget in (([], 1), (np.ones((1, 1), int), 1), ([-1], 1), ([1], 0)):
-        with pytest.raises(ValueError, match="random_draw needs one size of 0 or more per item"):
+    for sizes, budget in (([], 1), (np.ones((1, 1), int), 1), ([-1], 1), ([1.5], 1), ([1], 0)):
+        with pytest.raises(ValueError, match="random_draw needs one integer of 0 or more per item"):
             random_draw(sizes, budget, 0)
