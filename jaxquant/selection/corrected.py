@@ -1,5 +1,7 @@
 """ZIP with its deviations corrected: marginal ratios, within windows, under a budget of tokens."""
 
+import itertools
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,7 +12,7 @@ from jaxquant.selection.rounds import Items, Stages, smallest
 
 SLACK = 1.1  # how much a score may exceed the best of those that the second stage rejected
 Pieces = dict[int, list[bytes]]  # of items, by their index
-NOTHING_SEEN = np.iinfo(np.int64).max
+NOTHING_SEEN = int(np.iinfo(np.int64).max)
 
 
 class Buffers:
@@ -18,25 +20,26 @@ class Buffers:
 
     A buffer holds whole pieces, up to half a window, and a piece is at most as long; so a piece
     that is compressed after a buffer is compared with all of it. A codec without a window has one
-    buffer, which is never full. Full buffers are kept as bytes; one at a time is compressed again
-    when a batch of candidates is compared with it.
+    buffer, which is never full.
 
     Args:
       codec: a key of `selection.compression.CODECS`.
+      history: number of the newest full buffers to keep; None: all.
     """
 
-    def __init__(self, codec: str) -> None:
-        self._codec = codec
+    def __init__(self, codec: str, history: int | None) -> None:
+        self._codec, self._history = codec, history
+        self._streams: deque[tuple[Stream, int]] = deque(maxlen=history)
+        self.count = 0  # of full buffers, those that were dropped too
         self.open = new_stream(codec)
-        self._data: list[bytes] = []  # of the open buffer
-        self._full: list[bytes] = []
         self._base = self.open.size_with(b"")
         window = self.open.window
         self.capacity = window and window // 2
 
-    def __len__(self) -> int:
-        """Number of full buffers."""
-        return len(self._full)
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest full buffer that is kept."""
+        return self.count - len(self._streams)
 
     def pieces(self, data: bytes) -> list[bytes]:
         """Return the pieces of an item, in order."""
@@ -46,21 +49,25 @@ class Buffers:
     def append(self, piece: bytes) -> None:
         """Add a piece to the selection."""
         if self.capacity and self.open.raw and self.open.raw + len(piece) > self.capacity:
-            self._full.append(b"".join(self._data))
-            self.open, self._data = new_stream(self._codec), []
+            self._streams.append((self.open, self._base))
+            self.count += 1
+            self.open = new_stream(self._codec)
         self.open.append(piece)
-        self._data.append(piece)
         self._base = self.open.size_with(b"")
 
     def added(self, piece: bytes) -> int:
         """Return the bytes by which a piece lengthens the compressed open buffer."""
         return self.open.size_with(piece) - self._base
 
-    def full(self, number: int) -> tuple[Stream, int]:
-        """Return a full buffer, compressed again, and its compressed size."""
-        stream = new_stream(self._codec)
-        stream.append(self._full[number])
-        return stream, stream.size_with(b"")
+    def least(self, piece: bytes, since: int) -> int:
+        """Return the fewest bytes by which a piece lengthens a full buffer.
+
+        Args:
+          piece: the piece.
+          since: number of the first buffer to compare it with.
+        """
+        streams = itertools.islice(self._streams, max(0, since - self.oldest), None)
+        return min((s.size_with(piece) - base for s, base in streams), default=NOTHING_SEEN)
 
 
 class Corrected:
@@ -97,7 +104,7 @@ class Corrected:
         history: int | None,
     ) -> None:
         self._items, self._budget, self._stages = items, budget, stages
-        self._sizes, self._history, self._buffers = sizes, history, Buffers(codec)
+        self._sizes, self._buffers = sizes, Buffers(codec, history)
         self._raw = raw + len(items.between)
         counts = -(-self._raw // self._buffers.capacity) if self._buffers.capacity else 1
         self._first = np.concatenate([[0], np.cumsum(counts * np.ones_like(raw))])
@@ -111,7 +118,7 @@ class Corrected:
     def score(self, index: int) -> None:
         """Set the score of an item to its ratio by itself, without the bytes of an empty stream."""
         if self._left[index]:
-            self._ratio[index] = self._against_open(index, self._pieces(index))
+            self._compare(index, self._pieces(index))
 
     def round(self) -> bool:
         """Run the three stages once."""
@@ -120,7 +127,8 @@ class Corrected:
         left = np.flatnonzero(self._left)
         first = left[smallest(self._ratio[left], k1)]
         pieces = {int(i): self._pieces(i) for i in first}
-        self._compare(pieces)
+        for i, parts in pieces.items():
+            self._compare(i, parts)
         first = first[smallest(self._ratio[first], k1)]
         best_rejected = self._ratio[first[k2]] if len(first) > k2 else np.inf
         self._third({int(i): pieces[int(i)] for i in first[:k2]}, k3, SLACK * best_rejected)
@@ -137,38 +145,31 @@ class Corrected:
             pieces = {i: parts for i, parts in pieces.items() if self._sizes[i] <= room}
             if not pieces:
                 return
-            best = min(pieces, key=lambda i: self._ratio[i])  # the first of equal ones
+            best = self._best(pieces)
             if self._ratio[best] > limit:
                 return
             self._append(best, pieces.pop(best))
-            self._compare(pieces)
 
-    def _compare(self, pieces: Pieces) -> None:
-        """Score items anew: after the full buffers that are new to them, and the open one."""
-        indices = np.array(list(pieces), np.int64)
-        total = len(self._buffers)
-        oldest = 0 if self._history is None else max(0, total - self._history)
-        self._seen[indices] = np.maximum(self._seen[indices], oldest)
-        for number in range(self._seen[indices].min(initial=total), total):
-            stream, base = self._buffers.full(number)
-            for i in indices[self._seen[indices] <= number]:
-                self._lower(i, pieces[i], stream, base)
-        self._seen[indices] = total
-        for i, parts in pieces.items():
-            self._ratio[i] = self._against_open(i, parts)
+    def _best(self, pieces: Pieces) -> int:
+        """Return the item with the smallest score, the first of equal ones.
 
-    def _lower(self, index: int, pieces: Iterable[bytes], stream: Stream, base: int) -> None:
-        """Compare the pieces of an item with a full buffer."""
+        Scores are lower bounds, so the smallest of them is computed anew until it is up to date.
+        """
+        known: set[int] = set()
+        while (best := min(pieces, key=lambda i: self._ratio[i])) not in known:
+            self._compare(best, pieces[best])
+            known.add(best)
+        return best
+
+    def _compare(self, index: int, pieces: Iterable[bytes]) -> None:
+        """Score an item anew: after the full buffers that are new to it, and the open one."""
+        since, added = self._seen[index], 0
         for place, piece in enumerate(pieces, self._first[index]):
-            self._least[place] = min(self._least[place], stream.size_with(piece) - base)
-
-    def _against_open(self, index: int, pieces: Iterable[bytes]) -> float:
-        """Return the marginal ratio of an item, compared with the open buffer too."""
-        added = sum(
-            min(self._least[place], self._buffers.added(piece))
-            for place, piece in enumerate(pieces, self._first[index])
-        )
-        return self._raw[index] / max(1, added)
+            if since < self._buffers.count:
+                self._least[place] = min(self._least[place], self._buffers.least(piece, since))
+            added += min(self._least[place], self._buffers.added(piece))
+        self._seen[index] = self._buffers.count
+        self._ratio[index] = self._raw[index] / max(1, added)
 
     def _pieces(self, index: int) -> list[bytes]:
         return self._buffers.pieces(self._items[index] + self._items.between)

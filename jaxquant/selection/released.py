@@ -27,7 +27,7 @@ class Released:
 
     def __init__(self, items: Items, budget: int, stages: Stages) -> None:
         self._items, self._budget = items, budget
-        self._stages = stages.within(len(items))
+        self._stages = stages
         self.picks: list[int] = []
         self._ratio = np.full(len(items), np.nan)
         self._selected = self._list()
@@ -44,14 +44,27 @@ class Released:
     def round(self) -> bool:
         """Run the three stages once."""
         k1, k2, k3 = self._stages
-        first = smallest(self._ratio, k1)
+        candidates = self._candidates()
+        first = candidates[smallest(self._ratio[candidates], k1)]
         for i in first:
             self._ratio[i] = self._ratio_with(self._selected, self._items[i], not self.picks)
         second = first[smallest(self._ratio[first], k2)]
         self._ratio[second] = MARKED
-        for i in self._third(second, k3):
+        for i in self._third(second, min(k3, len(second))):
             self._append(i)
         return self.spent < self._budget
+
+    def _candidates(self) -> Int[np.ndarray, "k"]:
+        """Return what the first stage chooses from: every item, if the pool is as large as k1.
+
+        A smaller pool, on which the released code fails, offers the items without a mark; when
+        there are none left, those that were not selected.
+        """
+        every = np.arange(len(self._items))
+        if len(every) >= self._stages.k1:
+            return every
+        unmarked = every[self._ratio < MARKED]
+        return unmarked if len(unmarked) else np.setdiff1d(every, self.picks)
 
     def _third(self, second: Int[np.ndarray, "k"], count: int) -> list[int]:
         """Choose among the items of the second stage, greedily and without regard to S."""

@@ -31,10 +31,6 @@ class Stages(NamedTuple):
                 f"k3={self.k3}"
             )
 
-    def within(self, count: int) -> "Stages":
-        """Return the stages for a pool of `count` items, of which none can pass on more."""
-        return Stages(*(min(k, count) for k in self))
-
 
 class Items:
     """The items of a pool as bytes; each is read from the pool whenever it is needed.

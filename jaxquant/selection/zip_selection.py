@@ -70,7 +70,8 @@ def zip_select(
     ZIP selects in rounds. A round computes the scores of the k1 items with the lowest scores anew,
     passes on the k2 lowest of these, and selects k3 of them one by one, each with regard to those
     that it has just selected. Scores of all other items stay as they were. A round takes k1 + k2 k3
-    compressions (30,000 by default, two to three seconds for items of 1 kB).
+    compressions with `faithful` (30,000 by default, two to three seconds for items of 1 kB), and
+    fewer without, where the third stage computes only those scores anew that can be the lowest.
 
     With `faithful`, scores are ratios of whole sets, R(S + {i}), and the picks are those of the
     authors' code, index for index, up to the order of equal ratios (the first comes first here; it
@@ -80,7 +81,9 @@ def zip_select(
        back, unless fewer than k1 unmarked items are left. Then marked items are scored again, and
        one that was selected before can be selected a second time.
     2. The budget counts items, and is exceeded up to the next multiple of k3.
-    3. The code fails on a pool smaller than k1. Here k1, k2 and k3 are cut to the size of the pool.
+    3. The code fails on a pool smaller than k1. Here the first stage of such a pool scores all
+       items that are not marked, so that none is selected twice; when all are marked, it scores
+       those that were rejected.
     4. zlib finds no repeat beyond 32 KiB, so the first stage sees only the end of a larger S, and
        the third stage does not look at S at all.
     5. The header and the Huffman tables of a compressed stream weigh more in a short item, whose
@@ -95,7 +98,7 @@ def zip_select(
        would exceed it are passed over, until no item fits.
     3. A stage passes on fewer items when fewer are left.
     4. S is kept in buffers of 16 KiB (for zlib), and an item is compared with each of them, also in
-       the third stage; what counts is the buffer that it repeats most. Items are cut into pieces of
+       the third stage. What counts is the buffer that it repeats most. Items are cut into pieces of
        16 KiB for this, so that a long document is recognized too. `history` limits the number of
        buffers. The codec "lzma", whose window covers everything, compresses all of S for every
        candidate, which takes minutes from about 100 kB on.
@@ -104,9 +107,9 @@ def zip_select(
        the information that a byte of them adds. (Only the very first item is compared with nothing;
        the size of an empty stream is subtracted then.)
 
-    Memory holds three numbers per item (and one per further 16 KiB of a long one), the bytes of k1
-    items, and those of the selection; the pool may be a `selection.json_lines.JsonLines`, which
-    reads items from a file.
+    Memory holds six numbers per item (and one per further 16 KiB of a long one), the bytes of k1
+    items and, without `faithful`, 0.3 MB per buffer of S, 70 MB at most by default. The pool may be
+    a `selection.json_lines.JsonLines`, which reads items from a file.
 
     Args:
       pool: the items, any values with "repr", strings or bytes with "text". They are read once to

@@ -10,7 +10,7 @@ from jaxquant.selection import zip_selection as module
 from jaxquant.selection.baselines import random_draw
 from jaxquant.selection.compression import compression_ratio
 from jaxquant.selection.zip_selection import zip_select
-from tests.support.text_pools import pool_of_texts, vocabulary
+from tests.support.text_pools import BASES, pool_of_texts, vocabulary
 
 SMALL = {"k1": 300, "k2": 60, "k3": 30}
 
@@ -19,7 +19,7 @@ def items_of(texts):
     return [{"text": text} for text in texts]
 
 
-TEXTS, DIVERSE = pool_of_texts()
+TEXTS, SOURCES = pool_of_texts()
 POOL = items_of(TEXTS)
 FEW = POOL[:120]
 UNEQUAL = items_of(pool_of_texts(1, length=lambda draw: draw.randint(5, 60))[0])
@@ -82,9 +82,17 @@ def test_equal_ratios_are_ordered_by_index():
 
 
 def test_a_pool_smaller_than_the_stages():
+    """Where the released code fails; nothing is selected twice."""
     few = POOL[:7]
     assert zip_select(few, 3, faithful=True).indices.tolist() == transcribed(few, 3, 7, 7, 7)
     assert len(zip_select(few, bytes_of(range(7)) - 1).indices) == 6
+    found = zip_select(UNEQUAL, 299, faithful=True, k1=301, k2=20, k3=15)
+    assert sorted(found.indices) == list(range(300))
+    # As long as there are enough items, as if k1 were their number in every round.
+    options = {"faithful": True, "k2": 40, "k3": 25}
+    small, large = (zip_select(UNEQUAL, 50, k1=k1, **options).indices for k1 in (10_000, 260))
+    assert small[:25].tolist() == transcribed(UNEQUAL, 25, 300, 40, 25)
+    assert small.tolist() == large.tolist()
 
 
 @pytest.mark.parametrize("mode", ["faithful", "corrected", "corrected, few at a time"])
@@ -96,8 +104,12 @@ def test_picks_are_less_redundant_than_random_draws(mode, faithful):
     ratio = lambda indices: compression_ratio([POOL[i] for i in indices])
     draws = [ratio(random_draw(sizes, budget, seed)) for seed in range(20)]
     assert ratio(picks) < min(draws)
-    assert np.mean([DIVERSE[i] for i in picks]) >= 0.85
-    assert len(set(picks.tolist())) == len(picks)
+    sources = [SOURCES[i] for i in picks]
+    assert len(set(sources)) == len(sources)  # no two near-duplicates of one base
+    diverse = np.mean([source >= BASES for source in sources])
+    assert diverse >= (0.85 if mode == "faithful" else 1 - BASES / len(picks))
+    random_sources = [SOURCES[i] for i in random_draw(sizes, budget, 0)]
+    assert len(set(random_sources)) < 0.8 * len(random_sources)
 
 
 @pytest.mark.parametrize("unit", ["bytes", "tokens"])
@@ -155,6 +167,14 @@ def test_lengths_do_not_decide():
     share = by_bytes(range(200)) / sum(map(len, texts))
     found = zip_select(texts, budget, serialize="text", **stages).indices
     assert by_bytes(found) / budget < 2.1 * share
+
+
+def test_the_third_stage_passes_over_copies():
+    """Also if both copies reached it, and k3 is not smaller than k2."""
+    texts = unique_twice(20)
+    stages = {"k1": 40, "k2": 10, "k3": 10}
+    half = sum(map(len, texts)) // 2
+    assert repeats(texts, zip_select(texts, half, serialize="text", **stages).indices) == 0
 
 
 def test_a_codec_without_a_window():

@@ -3,6 +3,7 @@
 import random
 
 WORDS = 60  # of a text
+BASES = 10  # of near-duplicates
 MUTATED = 6  # words in which a near-duplicate differs from its base
 
 
@@ -12,8 +13,10 @@ def vocabulary(draw, count=2000):
     return ["".join(draw.choices(letters, k=draw.randint(3, 9))) for _ in range(count)]
 
 
-def pool_of_texts(seed=0, each=150, bases=10, length=lambda draw: WORDS):
-    """(texts, whether each is diverse): near-duplicates of few bases, then diverse texts.
+def pool_of_texts(seed=0, each=150, length=lambda draw: WORDS):
+    """(texts, sources): near-duplicates of few bases among as many diverse texts.
+
+    The source of a near-duplicate is its base, 0 to BASES - 1; a diverse text is its own.
 
     Args:
       length: function of a generator that returns the number of words of a text.
@@ -21,11 +24,11 @@ def pool_of_texts(seed=0, each=150, bases=10, length=lambda draw: WORDS):
     draw = random.Random(seed)
     words = vocabulary(draw)
     text = lambda: draw.choices(words, k=length(draw))
-    originals = [text() for _ in range(bases)]
-    found = [_mutated(draw, originals[i % bases], words) for i in range(each)]
+    originals = [text() for _ in range(BASES)]
+    found = [_mutated(draw, originals[i % BASES], words) for i in range(each)]
     found += [text() for _ in range(each)]
     order = draw.sample(range(2 * each), 2 * each)
-    return [" ".join(found[i]) for i in order], [i >= each for i in order]
+    return [" ".join(found[i]) for i in order], [i % BASES if i < each else i for i in order]
 
 
 def _mutated(draw, text, words):
