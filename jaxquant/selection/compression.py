@@ -41,8 +41,8 @@ class ZlibStream(Stream):
     """zlib at level 9 (DEFLATE, RFC 1951), which finds no repeat at a distance above 32 KiB.
 
     A candidate costs the compression of its own bytes: the state of the compressor is copied. The
-    size is that of `zlib.compress(data + candidate, 9)`, byte for byte, since the output of zlib
-    does not depend on how its input is cut.
+    size is that of the whole compressed in one call, byte for byte, since the output of zlib does
+    not depend on how its input is cut.
     """
 
     window = 1 << 15

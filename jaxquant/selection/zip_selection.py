@@ -104,8 +104,8 @@ def zip_select(
        candidate, which takes minutes from about 100 kB on.
     5. The score is marginal: raw bytes of the item over the bytes by which it lengthens the
        compressed buffer, whose tables exist already. So items of all lengths are scored alike, by
-       the information that a byte of them adds. (Only the very first item is compared with nothing;
-       the size of an empty stream is subtracted then.)
+       the information that a byte of them adds. Only while the first few texts fill the first
+       buffer are short items still preferred.
 
     Memory holds six numbers per item (and one per further 16 KiB of a long one), the bytes of k1
     items and, without `faithful`, 0.3 MB per buffer of S, 70 MB at most by default. The pool may be

@@ -6,10 +6,10 @@ some of them (one word of ten replaced). From it, subsets of equal numbers of to
 modes, random draws from the pool and from its distinct paragraphs, whole topics, and subsets in
 which a share of the tokens is distinct and the rest near-duplicates of it. On each, the same Llama
 (0.5 million weights) is trained for the same number of steps, and judged by its loss, in nats a
-token, on the topics that were kept out; losses are means over two initial values and orders. Prints Spearman's rank
-correlation of the negative of that loss with the compression ratio R of the subset and with the
-mean loss of the first epoch, with 95 % bootstrap intervals, over all subsets and over those that
-were not made redundant on purpose.
+token, on the topics that were kept out; losses are means over two initial values and orders. Prints
+Spearman's rank correlation of the negative of that loss with the compression ratio R of the subset
+and with the mean loss of the first epoch, with 95 % bootstrap intervals, over all subsets and over
+those that were not made redundant on purpose.
 """
 
 import argparse

@@ -27,9 +27,9 @@ def test_the_interval_is_that_of_scipy():
     found = entropy_law(RATIOS, score, resamples=4000).ratio
     other = scipy.stats.bootstrap(
         (RATIOS, score), lambda a, b: scipy.stats.spearmanr(a, b).statistic, paired=True,
-        vectorized=False, n_resamples=1000, method="percentile", random_state=1,
+        vectorized=False, n_resamples=400, method="percentile", random_state=1,
     ).confidence_interval  # fmt: skip
-    assert (found.low, found.high) == pytest.approx(tuple(other), abs=0.06)
+    assert (found.low, found.high) == pytest.approx(tuple(other), abs=0.1)
 
 
 @pytest.mark.parametrize(
