@@ -21,6 +21,7 @@ from jaxquant_models.cli.inspect import inspect
 from jaxquant_models.cli.merge import merge
 from jaxquant_models.cli.plan import plan
 from jaxquant_models.cli.quantize import quantize
+from jaxquant_models.cli.select import select
 from jaxquant_models.cli.train_bitnet import train_bitnet
 
 
@@ -31,7 +32,8 @@ def cli() -> None:
 
 
 COMMANDS = (
-    plan, quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect
+    plan, quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect,
+    select,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)
