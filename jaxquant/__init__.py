@@ -2,9 +2,9 @@
 
 The names here are those that a user meets first. Every other public name is exported from one
 subpackage: `jaxquant.formats`, `transforms`, `rounding`, `estimators`, `calibration`, `methods`,
-`adapters`, `recipes`, `ptq`, `storage`, `theory`, `tuning`, `training`, `distributed` and `core`.
-What trains and what saves is imported on first access, because it needs Optax and Orbax;
-quantization and inference do not.
+`adapters`, `recipes`, `ptq`, `storage`, `theory`, `selection`, `tuning`, `training`, `distributed`
+and `core`. What trains, saves or selects is imported on first access, because it needs Optax, Orbax
+or SciPy; quantization and inference do not.
 """
 
 import importlib
@@ -54,6 +54,7 @@ from jaxquant.recipes.summary import summary
 from jaxquant.theory.roofline import roofline
 
 if TYPE_CHECKING:
+    from jaxquant import selection as selection
     from jaxquant import storage as storage
     from jaxquant import training as training
     from jaxquant import tuning as tuning
@@ -138,7 +139,7 @@ _LATER = {
     "thaw": "training.latent",
     "trained": "training.latent",
 }
-_LATER_ROOMS = ("storage", "training", "tuning")
+_LATER_ROOMS = ("selection", "storage", "training", "tuning")
 _ROOMS = (
     adapters, calibration, core, distributed, estimators, formats, methods, ptq, recipes, rounding,
     theory, transforms,

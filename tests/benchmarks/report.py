@@ -18,11 +18,12 @@ BOUND = "layer_bound"  # the lower bound on the losses of the hard layer
 SECTIONS = {
     "Quality of rounded weights": [
         "perplexity", "low_bits", "layer_curve", "layer_task", "layer_bound",
-        "awq_minilm", "awq_smollm2",
+        "awq_minilm", "awq_smollm2", "description_length",
     ],
     "Rounded activations and caches": ["activations", "rotations", "kv_cache"],
     "Training": ["qat", "zeroqat", "bitnet"],
     "Fine-tuning of packed models": ["adapters", "qlora_memory"],
+    "Selection of training data": ["entropy_law"],
     "Speed on CPUs": [
         "decode", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512", "data_parallel",
     ],
