@@ -25,7 +25,7 @@ from jaxquant.theory.neighbors import Neighbors, distinct, neighbor_distances
 Points = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 
 _MEANS: dict[str, Callable[[np.ndarray], float]] = {
-    "harmonic": lambda m: 1 / float(np.mean(1 / m)),
+    "harmonic": lambda m: float(1 / np.mean(1 / m)),
     "mean": lambda m: float(np.mean(m)),
     "median": lambda m: float(np.median(m)),
 }
