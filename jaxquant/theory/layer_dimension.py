@@ -204,14 +204,14 @@ class DimensionHistory:
         Args:
           update: the report of a training loop.
         Raises:
-          ValueError: the report holds no parameters, since a single block is trained.
+          ValueError: the report holds no parameters.
         """
         if update.step % self.every:
             return
         if update.params is None:
             raise ValueError(
-                "the training loop reports no parameters, since it trains one block at a time; "
-                "measure the dimension after it, with `measure`"
+                "this training loop reports no parameters; qat, finetune and heal do, those that "
+                "train block by block, codes or transforms do not: call `measure` after them"
             )
         self.measure(update.step, update.params())
 

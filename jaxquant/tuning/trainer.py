@@ -108,7 +108,7 @@ class Progress(NamedTuple):
       measured: every number that the rule measures, the loss included.
       params: function that returns the tree as the loss sees it after the update, trained arrays in
         float32. Use its result before the callback returns, since the next update overwrites the
-        trained arrays. None if a single block is trained.
+        trained arrays. None in loops that train block by block, codes or transforms.
     """
 
     name: str

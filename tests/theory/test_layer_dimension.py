@@ -130,7 +130,7 @@ class Block(NamedTuple):
 def test_a_loop_without_parameters():
     history = DimensionHistory(states, KEY, every=2)
     history(Block(1))
-    with pytest.raises(ValueError, match="reports no parameters, since it trains one block"):
+    with pytest.raises(ValueError, match="reports no parameters; qat, finetune and heal do"):
         history(Block(2))
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         DimensionHistory(states, KEY, every=0)
