@@ -5,8 +5,8 @@ Run: python -m tests.benchmarks.intrinsic_dimension [TEXT] --part layers|trainin
 layers: TwoNN and Levina-Bickel (k = 64) after every layer of SmolLM2-135M, with float weights and
 with weights rounded to the nearest of 8, 4, 3 and 2 bits in groups of 64, on 2,000 of the tokens of
 the first 4 chunks of 512 of TEXT (else of CPython's help topics); and of 3,000 word embeddings of
-MiniLM, one scale per row. Rounding is noise at the smallest scale: it raises TwoNN, which looks at
-two neighbors, before it shows at 64.
+MiniLM, one scale per row. Rounding points is noise at the smallest scale: it raises TwoNN, which
+looks at two neighbors, and lowers the estimate at 64. Does rounding weights do the same?
 
 training: a Llama of 1 million weights is trained on rows of 128 tokens of CPython's help topics,
 from scratch or after 300 steps on docstrings of the standard library. At some steps it prints the
@@ -65,8 +65,10 @@ def embeddings(record):
         x = weights if bits is None else rounded(weights, bits)
         known = neighbor_distances(x, 64)
         found[bits] = (two_nn(known).value, levina_bickel(known, 64).value)
-        print(f"MiniLM embeddings, {bits or 'float'}: {found[bits]}, {known.duplicates} equal rows")
-    record.add("MiniLM", *(f"{found[b][i]:.2f}" for i in range(2) for b in BITS))
+        print(
+            f"MiniLM's embeddings, {bits or 'float'}: {found[bits]}, {known.duplicates} equal rows"
+        )
+    record.add("MiniLM's embeddings", *(f"{found[b][i]:.2f}" for i in range(2) for b in BITS))
 
 
 def layers(args):
