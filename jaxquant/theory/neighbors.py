@@ -48,7 +48,7 @@ def neighbor_distances(
 
     The time is O(n^2 d), and O(n log n) in at most 10 dimensions, where a k-d tree is used.
     Besides the argument, memory holds the points two times in float64, the result, and at most 4
-    temporary arrays of `BLOCK` numbers, 64 MiB each (of n (k + 4) numbers, if that is more).
+    temporary arrays of `BLOCK` numbers, 64 MiB each (of n or (k + 4) d numbers, if these are more).
 
     Args:
       x: points [n, d], finite, of any dtype that float64 can represent. Of equal points all but
