@@ -264,7 +264,7 @@ def finetune(
     opened = open_adapted(params, how)
     change = trainer.fit_sequences(
         opened, sequences, validation, teacher, name="finetuning", progress=progress,
-        finished=finished,
+        finished=finished, tree=lambda change: eqx.combine(change, opened.params),
     )  # fmt: skip
     cast = lambda a, like: a.astype(like.dtype)
     return jax.tree.map(cast, eqx.combine(change, opened.params), params)

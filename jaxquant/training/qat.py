@@ -290,8 +290,9 @@ def qat(
     opened = open_latent(params, how)
     trainer = Trainer(partial(sequence_loss, fn), how, how.rule())
     change = trainer.fit_sequences(
-        opened, sequences, validation, teacher, name="qat", progress=progress, finished=finished
-    )
+        opened, sequences, validation, teacher, name="qat", progress=progress, finished=finished,
+        tree=lambda change: eqx.combine(change, opened.params),
+    )  # fmt: skip
     return stored_as(params, eqx.combine(change, opened.params))
 
 

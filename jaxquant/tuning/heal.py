@@ -75,8 +75,9 @@ def heal(
     opened = open_tree(params, also)
     trainer = Trainer(partial(distillation, fn), healing)
     change = trainer.fit_sequences(
-        opened, sequences, validation, teacher, name="healing", progress=progress, finished=finished
-    )
+        opened, sequences, validation, teacher, name="healing", progress=progress,
+        finished=finished, tree=partial(trained, opened),
+    )  # fmt: skip
     return close_tree(params, opened, change)
 
 

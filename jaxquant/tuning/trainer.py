@@ -106,6 +106,9 @@ class Progress(NamedTuple):
       loss: training loss before the update.
       validation: held-out loss, or None if it was not evaluated at this step.
       measured: every number that the rule measures, the loss included.
+      params: function that returns the tree as the loss sees it after the update, trained arrays in
+        float32. Use its result before the callback returns, since the next update overwrites the
+        trained arrays. None in loops that train block by block, codes or transforms.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Progress(NamedTuple):
     loss: float
     validation: float | None
     measured: Mapping[str, float] = {}
+    params: Callable[[], PyTree] | None = None
 
 
 class Rule(Protocol):
@@ -211,6 +215,7 @@ class Trainer:
         held_out: Sequence[tuple] = (),
         *,
         name: str,
+        tree: Callable[[Values], PyTree] | None = None,
         progress: Callable[[Progress], None] | None = None,
         finished: Finished | None = None,
     ) -> Values:
@@ -223,6 +228,8 @@ class Trainer:
           count: number of training sequences.
           held_out: arguments of the loss on held-out data, one tuple per evaluation.
           name: name of the state in the store and in progress reports.
+          tree: function of the changes that returns the tree as the loss sees it, for progress
+            reports. Default: none; they then have no `params`.
           progress: called with a `Progress` after every update.
           finished: store of the state, written every `save_every` updates.
         Returns:
@@ -266,7 +273,8 @@ class Trainer:
             if finished is not None and (last or state.step % healing.save_every == 0):
                 finished[name] = state.stored(begun, last)
             if progress is not None:
-                progress(Progress(name, state.step, measured["loss"], held, measured))
+                params = None if tree is None else partial(tree, state.change)
+                progress(Progress(name, state.step, measured["loss"], held, measured, params))
         return state.change if state.best is None else state.best
 
     def fit_sequences(
@@ -280,7 +288,8 @@ class Trainer:
         """Run `fit` for a loss (change, opened, *before, x) of rows x of an array.
 
         Args:
-          opened, options: as in `fit`; the options are `name`, `progress` and `finished`.
+          opened, options: as in `fit`; the options are `name`, `tree`, `progress` and
+            `finished`.
           sequences: training rows.
           validation: held-out rows, or None.
           before: arguments that are the same for every batch.
