@@ -18,10 +18,10 @@ BOUND = "layer_bound"  # the lower bound on the losses of the hard layer
 SECTIONS = {
     "Quality of rounded weights": [
         "perplexity", "low_bits", "layer_curve", "layer_task", "layer_bound",
-        "awq_minilm", "awq_smollm2", "description_length",
+        "awq_minilm", "awq_smollm2", "description_length", "intrinsic_dimension",
     ],
     "Rounded activations and caches": ["activations", "rotations", "kv_cache"],
-    "Training": ["qat", "zeroqat", "bitnet"],
+    "Training": ["qat", "zeroqat", "bitnet", "intrinsic_dimension_training"],
     "Fine-tuning of packed models": ["adapters", "qlora_memory"],
     "Selection of training data": ["entropy_law"],
     "Speed on CPUs": [
