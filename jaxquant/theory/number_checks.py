@@ -15,6 +15,8 @@ def nonnegative(value: Any, name: str, *, finite: bool = False) -> Float[np.ndar
       value: a number, or an array of any shape.
       name: what an error message calls it.
       finite: whether infinity is refused too.
+    Returns:
+      The numbers, of the shape of `value`.
     Raises:
       ValueError: an element is refused.
 
@@ -29,12 +31,35 @@ def nonnegative(value: Any, name: str, *, finite: bool = False) -> Float[np.ndar
     return x
 
 
+def positive(value: Any, name: str) -> Float[np.ndarray, "..."]:
+    """Return a float64 array of the value; refuse 0, negative numbers, NaN and infinity.
+
+    Args:
+      value: a number, or an array of any shape.
+      name: what an error message calls it.
+    Returns:
+      The numbers, of the shape of `value`.
+    Raises:
+      ValueError: an element is refused.
+
+    >>> positive(2, "step")
+    array(2.)
+    """
+    x = np.asarray(value, np.float64)
+    bad = ~((x > 0) & np.isfinite(x))
+    if bad.any():
+        raise ValueError(f"{name} must be positive and finite, got {x[bad][0]:g}")
+    return x
+
+
 def finite(value: Any, name: str) -> Float[np.ndarray, "..."]:
     """Return a float64 array of the value; refuse empty arrays, NaN and infinities.
 
     Args:
       value: an array of any shape.
       name: what an error message calls it.
+    Returns:
+      The numbers, of the shape of `value`.
     Raises:
       ValueError: the array is empty, or an element is refused.
 
@@ -56,6 +81,8 @@ def probabilities(value: Any, name: str) -> Float[np.ndarray, "..."]:
     Args:
       value: nonnegative weights; those of every row have a positive sum.
       name: what an error message calls them.
+    Returns:
+      The probabilities, of the shape of `value`.
     Raises:
       ValueError: the array is empty or a number, an element is negative, infinite or NaN, or the
         sum of a row is 0.
@@ -66,7 +93,8 @@ def probabilities(value: Any, name: str) -> Float[np.ndarray, "..."]:
     x = nonnegative(value, name, finite=True)
     if x.ndim == 0 or x.size == 0:
         raise ValueError(f"{name} must be a nonempty array, got shape {list(x.shape)}")
-    total = x.sum(-1, keepdims=True)
-    if not total.all():
+    largest = x.max(-1, keepdims=True)
+    if not largest.all():
         raise ValueError(f"{name} must have a positive sum, got only zeros")
-    return x / total
+    x = np.ldexp(x, -np.frexp(largest)[1])  # so that no sum overflows; powers of 2 round nothing
+    return x / x.sum(-1, keepdims=True)
