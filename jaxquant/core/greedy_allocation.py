@@ -48,6 +48,8 @@ def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
     Args:
       costs: cost of each option.
       losses: loss of each option.
+    Returns:
+      Indices of the options on the hull. Of options that cost and lose the same, the first.
 
     >>> lower_hull([3, 1, 2, 4], [1.0, 4.0, 3.0, 2.0])
     [1, 0]

@@ -84,7 +84,7 @@ def allocate(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     choices = Choices.of(params, methods, stats.sites, paths=paths, healed=healed)
-    choices.check(bits)
+    choices.check(bits)  # before anything is computed
     settings = f"{samples} samples, {Draw.of(key).name}"
     table = _Table(
         params, stats, key, samples, Remembered(finished, settings, (params, stats.sums))

@@ -14,6 +14,7 @@ from jaxquant.methods.method import KEEP, Method
 from jaxquant.recipes.recipe import Recipe, WeightEntry, resolve
 
 APART = 0.9  # methods of one name are measured at least so many bits apart
+ROUNDING = 1e-15  # relative error, at most, of bytes that are computed from an average of bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,8 @@ class Choices:
 
         Args:
           bits: average bits per weight.
+        Returns:
+          One entry per weight, in the order of `weights`.
         """
         far = lambda e: abs(8 * e.bytes / e.size - bits)
         return [min(entries, key=far) for entries in self.weights]
@@ -161,7 +164,13 @@ class Choices:
           distance: returns the distance of the model with one weight quantized by its entry of
             `nearest`, by which its losses are rescaled; None: no rescaling.
           progress: called with every `Option`.
+        Returns:
+          The `Allocation`: one option per weight, of `bits` on average at most. Its
+            `bits_per_weight`, passed as `bits`, can be reached again.
+        Raises:
+          ValueError: `bits` is out of reach.
         """
+        self.check(bits)
         groups = []
         for entries, nearest in zip(self.weights, self.nearest(bits), strict=True):
             unit = 1.0
@@ -176,7 +185,9 @@ class Choices:
                     progress(option)
             groups.append(group)
         of = lambda name: [[getattr(o, name) for o in group] for group in groups]
-        found = cheapest(of("bytes"), of("loss"), bits * self.size / 8)
+        # An average that comes from whole bytes gives them back in spite of rounding.
+        budget = math.floor(bits * self.size / 8 * (1 + ROUNDING))
+        found = cheapest(of("bytes"), of("loss"), budget)
         chosen = tuple(group[i] for group, i in zip(groups, found, strict=True))
         recipe = Recipe([*((o.path, o.method) for o in chosen), ("*", KEEP)])
         used = 8 * sum(o.bytes for o in chosen) / self.size

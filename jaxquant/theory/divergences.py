@@ -10,7 +10,13 @@ from jaxtyping import Array, Float
 from scipy.special import log_softmax
 
 from jaxquant.core.arguments import check_arguments
-from jaxquant.theory.number_checks import Numbers, finite, nonnegative, probabilities
+from jaxquant.theory.number_checks import (
+    Numbers,
+    check_shapes,
+    finite,
+    nonnegative,
+    probabilities,
+)
 
 
 def wasserstein2(
@@ -81,7 +87,8 @@ def gaussian_wasserstein2(
     Returns:
       W2, of the broadcast shape.
     Raises:
-      ValueError: a number is not finite, or a standard deviation is negative.
+      ValueError: a number is not finite, a standard deviation is negative, or shapes do not
+        broadcast.
     Source:
       Gelbrich 1990, On a formula for the L2 Wasserstein metric, theorem 2.1.
 
@@ -89,9 +96,10 @@ def gaussian_wasserstein2(
     5.0
     """
     check_arguments(gaussian_wasserstein2, locals())
-    means = finite(x_mean, "x_mean") - finite(y_mean, "y_mean")
-    x_deviation = nonnegative(x_std, "x_std", finite=True)
-    return np.hypot(means, x_deviation - nonnegative(y_std, "y_std", finite=True))
+    means = finite(x_mean, "x_mean"), finite(y_mean, "y_mean")
+    stds = nonnegative(x_std, "x_std", finite=True), nonnegative(y_std, "y_std", finite=True)
+    check_shapes(x_mean=means[0], x_std=stds[0], y_mean=means[1], y_std=stds[1])
+    return np.hypot(means[0] - means[1], stds[0] - stds[1])
 
 
 def kl_divergence(
@@ -154,6 +162,7 @@ def _steps(
     shares = probabilities(weights, f"{name}_weights")
     if shares.shape[-1] != n:
         raise ValueError(f"expected weights for {n} points of {name}, got {shares.shape[-1]}")
+    check_shapes(**{name: points, f"{name}_weights": shares})
     points, shares = np.broadcast_arrays(points, shares)
     order = np.argsort(points, -1)
     return (

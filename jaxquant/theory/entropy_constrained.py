@@ -11,13 +11,19 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.number_checks import positive
 from jaxquant.theory.scalar_quantizers import ScalarQuantizer, midpoints, quantizer_of
-from jaxquant.theory.scalar_sources import Source, source_of
+from jaxquant.theory.scalar_sources import Source, graded, source_of
 
 CELLS = 1_000_000  # of a quantizer at most
 PRECISION = 1e-11  # relative decrease of D + lambda H that ends the iteration
 MOST = 20_000  # iterations
-EMPTY = 1e-14  # probability below which a cell is left out; rounding errors stay below it
+SMALLEST = np.finfo(np.float64).tiny
+EMPTY = 1e-14  # a cell is left out below this times the probability on either side of it, to which
+# rounding errors are proportional
+# Relative excess of D that is allowed to the cells at both ends, and the largest number of cells
+# for which it is the aim.
+TAILS = ((1e-12, 10_000), (1e-6, 100_000), (1e-3, CELLS))
 
 
 def high_rate_gap(second_moment: float = 1 / 12) -> float:
@@ -30,6 +36,8 @@ def high_rate_gap(second_moment: float = 1 / 12) -> float:
 
     Args:
       second_moment: G, at least 1 / (2 pi e) = 0.058550. Default: 1/12.
+    Returns:
+      The gap in bits per symbol, 0 or more.
     Raises:
       ValueError: G is below that of a sphere, which no cell has.
     Source:
@@ -68,10 +76,12 @@ def uniform_threshold_quantizer(
       entropy: entropy of the codes that is wanted instead of a step, in bits per symbol, positive.
         Samples reach it up to the granularity of their number.
     Returns:
-      The `ScalarQuantizer`; cells without probability are left out.
+      The `ScalarQuantizer`; cells without probability are left out. In each tail of a density, all
+        cells beyond some point are one, which adds less than a thousandth to D.
     Raises:
       ValueError: not exactly one of step and entropy is given, it is not positive, it takes more
-        than a million cells, or the source is not accepted.
+        than a million cells, the tails of the density are too heavy for the step, or the source is
+        not accepted.
     Source:
       Farvardin and Modestino 1984, Optimum quantizer performance for a class of non-Gaussian
       memoryless sources.
@@ -86,8 +96,8 @@ def uniform_threshold_quantizer(
         raise ValueError(f"expected a step or an entropy, got step={step}, entropy={entropy}")
     z = source_of(source)
     if step is not None:
-        return _uniform(z, _positive(step, "step") / z.std)
-    return _uniform(z, _width(z, _positive(entropy, "entropy")))
+        return _uniform(z, float(positive(step, "step")) / z.std)
+    return _uniform(z, _width(z, float(positive(entropy, "entropy"))))
 
 
 def ecsq(source: Any, multiplier: float) -> ScalarQuantizer:
@@ -112,8 +122,9 @@ def ecsq(source: Any, multiplier: float) -> ScalarQuantizer:
       The `ScalarQuantizer`. One level is left if the multiplier is so large that no bit is worth
         its cost.
     Raises:
-      ValueError: the multiplier is not positive, it takes more than a million cells, or the source
-        is not accepted.
+      ValueError: the multiplier is not positive, it takes more than a million cells, the tails of
+        the density are too heavy for it, the iteration does not converge, or the source is not
+        accepted.
     Source:
       Chou, Lookabaugh and Gray 1989, Entropy-constrained vector quantization.
 
@@ -125,7 +136,7 @@ def ecsq(source: Any, multiplier: float) -> ScalarQuantizer:
     """
     check_arguments(ecsq, locals())
     z = source_of(source)
-    multiplier = _positive(multiplier, "multiplier") / z.std**2
+    multiplier = float(positive(multiplier, "multiplier")) / z.std**2
     # At high rates D = step^2 / 12, and H = const - log2(step).
     width = float(np.sqrt(6 * multiplier / np.log(2)))
     starts = [_uniform(z, width, shift) for shift in (0.5, 0.0)]
@@ -133,28 +144,54 @@ def ecsq(source: Any, multiplier: float) -> ScalarQuantizer:
     return min(found, key=lambda q: q.distortion / z.std**2 + multiplier * q.entropy)
 
 
-def _positive(value: Any, name: str) -> float:
-    if not 0 < value < np.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
-
-
 def _uniform(z: Source, width: float, shift: float = 0.5) -> ScalarQuantizer:
     """Return the quantizer with thresholds (i + shift) * width, without its empty cells."""
-    cells = (z.high - z.low) / width
+    low, high = _ends(z, width) if z.smooth else (z.low, z.high)
+    cells = (high - low) / width
     if cells > CELLS:
         raise ValueError(
             f"expected at most {CELLS:,} cells, but it takes {cells:,.0f}: use a larger step, a "
             "larger multiplier or a smaller entropy"
         )
-    thresholds = (np.arange(z.low // width - 1, z.high // width + 2) + shift) * width
+    thresholds = (np.arange(low // width - 1, high // width + 2) + shift) * width
     return _occupied(z, thresholds[(thresholds > z.low) & (thresholds < z.high)])
+
+
+def _ends(z: Source, width: float) -> tuple[float, float]:
+    """Return the ends of a density beyond which one cell on either side is enough."""
+    grid = graded(z.low, z.high, 512)
+    middle = len(grid) // 2
+    parts = z.moments(np.concatenate([[-np.inf], grid, [np.inf]]))
+    below = _spread(np.cumsum(parts, 1)[:, : middle + 1])  # of the grid's middle, and outwards
+    above = _spread(np.cumsum(parts[:, ::-1], 1)[:, : middle + 1])
+    for excess, most in TAILS:
+        allowed = excess / 2 * min(width**2 / 12, 1.0)  # D is less than the variance, too
+        # The error of a cell that ends a tail falls outwards.
+        i, j = np.sum(below <= allowed), np.sum(above <= allowed)
+        if not i or not j:
+            continue
+        ends = float(grid[i - 1]), float(grid[-j])
+        if excess == TAILS[-1][0] or ends[1] - ends[0] <= most * width:
+            return ends
+    raise ValueError(
+        f"expected at most {CELLS:,} cells, but these do not cover the density with steps of "
+        f"{width:.3g} standard deviations: use a larger step, a larger multiplier or a smaller "
+        "entropy"
+    )
+
+
+def _spread(moments: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, "n"]:
+    """Return the squared error of cells around their centroids."""
+    mass, first, second = moments
+    return second - np.divide(first**2, mass, out=np.zeros_like(mass), where=mass > 0)
 
 
 def _occupied(z: Source, thresholds: Float[np.ndarray, "n-1"]) -> ScalarQuantizer:
     """Return the quantizer with these standardized thresholds, without its empty cells."""
     edges = np.concatenate([[-np.inf], thresholds, [np.inf]])
-    return quantizer_of(z, edges[1:][z.moments(edges)[0] > EMPTY][:-1])
+    mass = z.moments(edges)[0]
+    tail = np.minimum(np.cumsum(mass), np.cumsum(mass[::-1])[::-1])
+    return quantizer_of(z, edges[1:][mass > EMPTY * tail][:-1])
 
 
 def _width(z: Source, entropy: float) -> float:

@@ -75,6 +75,23 @@ def finite(value: Any, name: str) -> Float[np.ndarray, "..."]:
     return x
 
 
+def check_shapes(**arrays: Float[np.ndarray, "..."]) -> None:
+    """Check that arrays broadcast.
+
+    Args:
+      arrays: the arrays, by the names that an error message calls them.
+    Raises:
+      ValueError: their shapes do not broadcast.
+
+    >>> check_shapes(rate=np.ones((2, 1)), variance=np.ones(3))
+    """
+    try:
+        np.broadcast_shapes(*(x.shape for x in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items())
+        raise ValueError(f"the arrays must broadcast, got the shapes {shapes}") from None
+
+
 def probabilities(value: Any, name: str) -> Float[np.ndarray, "..."]:
     """Return float64 weights divided by their sum over the last axis.
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxquant.core.arguments import check_arguments
-from jaxquant.theory.number_checks import Numbers, nonnegative
+from jaxquant.theory.number_checks import Numbers, check_shapes, nonnegative
 from jaxquant.theory.rate_distortion import gaussian_rate
 
 
@@ -38,10 +38,11 @@ def perception_rate(
         broadcast with `distortion`. Infinity gives `gaussian_rate`.
       variance: s^2, finite, 0 or more; broadcast likewise. Default: 1.
     Returns:
-      The rates, of the broadcast shape. They are infinite for D = 0, and for D >= s^2 positive
-        until D = s^2 + (s - sqrt(P))^2, beyond which independent output is good enough.
+      The rates, of the broadcast shape. They are infinite for D = 0 unless the variance is 0 too,
+        and for D >= s^2 positive until D = s^2 + (s - sqrt(P))^2, beyond which independent output
+        is good enough.
     Raises:
-      ValueError: a number is negative or NaN, or a variance is infinite.
+      ValueError: a number is negative or NaN, a variance is infinite, or shapes do not broadcast.
     Source:
       Zhang, Qian, Chen and Khisti 2021, Universal rate-distortion-perception representations for
       lossy compression, arXiv:2106.10311; Blau and Michaeli 2019, arXiv:1901.07821.
@@ -52,6 +53,7 @@ def perception_rate(
     check_arguments(perception_rate, locals())
     d, p = nonnegative(distortion, "distortion"), nonnegative(perception, "perception")
     v = nonnegative(variance, "variance", finite=True)
+    check_shapes(distortion=d, perception=p, variance=v)
     s = np.sqrt(v)
     narrower = np.minimum(np.sqrt(p), s)
     t = s - narrower
@@ -80,7 +82,7 @@ def perception_distortion(
     Returns:
       Mean squared errors per symbol, of the broadcast shape.
     Raises:
-      ValueError: a number is negative or NaN, or a variance is infinite.
+      ValueError: a number is negative or NaN, a variance is infinite, or shapes do not broadcast.
     Source:
       As `perception_rate`.
 
@@ -90,6 +92,7 @@ def perception_distortion(
     check_arguments(perception_distortion, locals())
     r, p = nonnegative(rate, "rate"), nonnegative(perception, "perception")
     v = nonnegative(variance, "variance", finite=True)
+    check_shapes(rate=r, perception=p, variance=v)
     s = np.sqrt(v)
     least = v * np.exp2(-2 * r)
     t = np.sqrt(v - least)  # the classical output
@@ -112,7 +115,8 @@ def centroid_perception(distortion: Numbers, variance: Numbers = 1.0) -> Float[n
     Returns:
       Lower bounds on W2^2, of the broadcast shape, in the unit of D.
     Raises:
-      ValueError: a number is negative or NaN, or D is above the variance, as for no centroids.
+      ValueError: a number is negative or NaN, D is above the variance, as for no centroids, or
+        shapes do not broadcast.
 
     >>> round(float(centroid_perception(0.117482)), 4)
     0.0037
@@ -120,6 +124,7 @@ def centroid_perception(distortion: Numbers, variance: Numbers = 1.0) -> Float[n
     check_arguments(centroid_perception, locals())
     d = nonnegative(distortion, "distortion")
     v = nonnegative(variance, "variance", finite=True)
+    check_shapes(distortion=d, variance=v)
     if np.any(d > v):
         raise ValueError(
             "the distortion of centroids is at most the variance, got a distortion of up to "

@@ -11,7 +11,14 @@ from jaxtyping import Array, Float
 from scipy.special import xlogy
 
 from jaxquant.core.arguments import check_arguments
-from jaxquant.theory.number_checks import Numbers, finite, nonnegative, probabilities
+from jaxquant.theory.number_checks import (
+    Numbers,
+    check_shapes,
+    finite,
+    nonnegative,
+    positive,
+    probabilities,
+)
 
 DECIBELS_PER_BIT = 20 * np.log10(2)  # one more bit per symbol divides the squared error by 4
 GROWTH = 1.2  # of the exponent of an update, as long as updates help
@@ -31,7 +38,7 @@ def gaussian_rate(distortion: Numbers, variance: Numbers = 1.0) -> Float[np.ndar
     Returns:
       The rates, of the broadcast shape.
     Raises:
-      ValueError: a number is negative or NaN, or a variance is infinite.
+      ValueError: a number is negative or NaN, a variance is infinite, or shapes do not broadcast.
     Source:
       Cover and Thomas, Elements of Information Theory, theorem 10.3.2.
 
@@ -41,6 +48,7 @@ def gaussian_rate(distortion: Numbers, variance: Numbers = 1.0) -> Float[np.ndar
     check_arguments(gaussian_rate, locals())
     d = nonnegative(distortion, "distortion")
     v = nonnegative(variance, "variance", finite=True)
+    check_shapes(distortion=d, variance=v)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(d < v, (np.log2(v) - np.log2(d)) / 2, 0.0)[()]
 
@@ -54,7 +62,7 @@ def gaussian_distortion(rate: Numbers, variance: Numbers = 1.0) -> Float[np.ndar
     Returns:
       Mean squared errors per symbol, of the broadcast shape.
     Raises:
-      ValueError: a number is negative or NaN, or a variance is infinite.
+      ValueError: a number is negative or NaN, a variance is infinite, or shapes do not broadcast.
     Source:
       Cover and Thomas, Elements of Information Theory, theorem 10.3.2.
 
@@ -62,8 +70,9 @@ def gaussian_distortion(rate: Numbers, variance: Numbers = 1.0) -> Float[np.ndar
     (0.0625, 1.0)
     """
     check_arguments(gaussian_distortion, locals())
-    r = nonnegative(rate, "rate")
-    return nonnegative(variance, "variance", finite=True) * np.exp2(-2 * r)
+    r, v = nonnegative(rate, "rate"), nonnegative(variance, "variance", finite=True)
+    check_shapes(rate=r, variance=v)
+    return v * np.exp2(-2 * r)
 
 
 def gap_in_bits(
@@ -84,13 +93,16 @@ def gap_in_bits(
       Bits per symbol, of the broadcast shape. Below D = variance, one bit is
         `DECIBELS_PER_BIT` = 6.02 dB of squared error.
     Raises:
-      ValueError: a number is negative or NaN, or a rate or variance is infinite.
+      ValueError: a number is negative or NaN, a rate or variance is infinite, or shapes do not
+        broadcast.
 
     >>> round(float(gap_in_bits(2.0, 0.117482)), 4)
     0.4553
     """
     check_arguments(gap_in_bits, locals())
-    return nonnegative(rate, "rate", finite=True) - gaussian_rate(distortion, variance)
+    r, bound = nonnegative(rate, "rate", finite=True), gaussian_rate(distortion, variance)
+    check_shapes(rate=r, distortion_and_variance=bound)
+    return r - bound
 
 
 def gap_in_decibels(
@@ -108,19 +120,18 @@ def gap_in_decibels(
     Returns:
       Decibels, of the broadcast shape.
     Raises:
-      ValueError: a number is negative or NaN, a rate or variance is infinite, or a variance is 0.
+      ValueError: a number is negative or NaN, a rate or variance is infinite, a variance is 0, or
+        shapes do not broadcast.
 
     >>> round(float(gap_in_decibels(2.0, 0.117482)), 2)
     2.74
     """
     check_arguments(gap_in_decibels, locals())
-    r, v = nonnegative(rate, "rate", finite=True), nonnegative(variance, "variance", finite=True)
-    if not v.all():
-        raise ValueError(
-            "variance must be positive: no distortion compares with that of variance 0"
-        )
+    r, d = nonnegative(rate, "rate", finite=True), nonnegative(distortion, "distortion")
+    v = positive(variance, "variance")  # no distortion compares with that of variance 0
+    check_shapes(rate=r, distortion=d, variance=v)
     with np.errstate(divide="ignore"):
-        log_ratio = np.log2(nonnegative(distortion, "distortion")) - np.log2(v)
+        log_ratio = np.log2(d) - np.log2(v)
     return (r + log_ratio / 2) * DECIBELS_PER_BIT
 
 
@@ -184,9 +195,7 @@ def blahut_arimoto(
     """
     check_arguments(blahut_arimoto, locals())
     weights, d = _source(p, distortion_matrix)
-    for name, value in (("slope", slope), ("tolerance", tolerance)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    positive(slope, "slope"), positive(tolerance, "tolerance")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be 1 or more, got {max_iterations}")
     # Each row is shifted so that its largest entry is 1: no row vanishes, whatever the slope.

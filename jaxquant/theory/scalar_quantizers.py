@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 from scipy.optimize import minimize_scalar, root
-from scipy.special import entr
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.entropy import entropy
 from jaxquant.theory.number_checks import finite
 from jaxquant.theory.scalar_sources import Source, high_rate_levels, source_of
 
 LLOYD = 50  # iterations before Newton's method takes over, for a density
 PRECISION = 1e-12  # relative decrease of D that ends Lloyd's iterations over samples
 MOST = 100_000  # of those iterations
-STEPS = 200  # tried before the best uniform step is refined
+RATIO = 1.035  # of steps tried before the best uniform step is refined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ScalarQuantizer:
     @property
     def entropy(self) -> float:
         """The entropy of the codes, in bits per symbol: the rate under ideal entropy coding."""
-        return float(np.sum(entr(self.probabilities)) / np.log(2))
+        return float(entropy(self.probabilities))
 
     @property
     def rate(self) -> float:
@@ -132,8 +132,9 @@ def lloyd_max(source: Any, levels: int) -> ScalarQuantizer:
 def best_uniform(source: Any, levels: int) -> tuple[ScalarQuantizer, float]:
     """Return the uniform quantizer of a number of levels with the least mean squared error.
 
-    Its levels are equally spaced around the mean, its thresholds halfway between them. For a
-    symmetric density that is the best center.
+    Its levels are equally spaced around the mean, its thresholds halfway between them.
+    For a log-concave symmetric density the mean is the best center; for others, such as one with
+    two peaks, or heavy tails and few levels, another center can be better.
 
     Args:
       source: a continuous SciPy distribution with its parameters, such as `norm(0, 1)`, of
@@ -158,13 +159,25 @@ def best_uniform(source: Any, levels: int) -> tuple[ScalarQuantizer, float]:
     offsets = np.arange(levels) - (levels - 1) / 2
     at = lambda step: quantizer_of(z, midpoints(offsets * step), offsets * step)
     distortion = lambda step: at(step).distortion
-    widest = 2 * max(-z.low, z.high) / (levels - 1)
-    # The distortion of samples has local minima, so the whole range is scanned first.
-    tried = np.geomspace(widest / 1000, widest, STEPS)
+    tried = _steps(z, levels)
     best = int(np.argmin([distortion(step) for step in tried]))
-    around = (tried[max(best - 1, 0)], tried[min(best + 1, STEPS - 1)])
+    around = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
     step = float(minimize_scalar(distortion, bounds=around, options={"xatol": 1e-10}).x)
     return at(step), step * z.std
+
+
+def _steps(z: Source, levels: int) -> Float[np.ndarray, "n"]:
+    """Return standardized steps, from below the best uniform one to above it.
+
+    There can be local minima between. With y = o * step for the level of Z, D falls with the step
+    as long as step * E[o^2] < E[o Z]. As |o| is at least 1/2, or 0 where |Z| < step / 2, and at
+    most (levels - 1) / 2, this holds below 2 E|Z| / (levels - 1)^2. Above 2 max|Z| all levels but
+    one in the middle are out of range, and D falls no more.
+    """
+    first = z.moments(np.array([-np.inf, 0.0, np.inf]))[1]
+    narrowest = 2 * (first[1] - first[0]) / (levels - 1) ** 2 / RATIO
+    widest = 2 * max(-z.low, z.high) * RATIO
+    return np.geomspace(narrowest, widest, 2 + int(np.log(widest / narrowest) / np.log(RATIO)))
 
 
 def midpoints(levels: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n-1"]:

@@ -14,7 +14,7 @@ from scipy.special import ndtr, ndtri
 
 from jaxquant.theory.number_checks import finite
 
-TAIL = 1e-12  # probability on either side of what the range of a source holds
+TAIL = 1e-15  # probability on either side of what the range of a source holds
 KNOTS, NODES = 2048, 10  # intervals of a table, points of Gauss-Legendre quadrature in each
 SMALLEST = 1e-150  # standard deviation of samples, the square of which float64 can hold
 RESOLVED = 1e-6  # largest error of the table's mass, mean and second moment
@@ -81,10 +81,8 @@ class Density(Source):
         low, high = (float((end - mean) / std) for end in ends)
         knots = graded(low, high, KNOTS)
         parts = _quadrature(density, knots[:-1], knots[1:])
-        left, right = (
-            [quad(lambda z, i=i: z**i * density(z), *ends)[0] for i in range(3)]
-            for ends in ((-np.inf, low), (high, np.inf))
-        )
+        support = ((np.array(distribution.support(), np.float64) - mean) / std).tolist()
+        left, right = (_beyond(density, *ends) for ends in zip((low, high), support, strict=True))
         below = np.cumsum(np.column_stack([left, parts]), 1)
         above = np.cumsum(np.column_stack([parts, right])[:, ::-1], 1)[:, ::-1]
         whole = below[:, 0] + above[:, 0]
@@ -109,6 +107,14 @@ class Density(Source):
         left, right = edges[1:] <= 0, edges[:-1] >= 0
         across = whole - below[:, :-1] - above[:, 1:]
         return np.where(left, np.diff(below), np.where(right, -np.diff(above), across))
+
+
+def _beyond(density: Callable[[Any], Any], start: float, end: float) -> list[float]:
+    """Return E[1], E[Z] and E[Z^2] over a tail; its end may be infinite."""
+    # In multiples of the start, a tail has the scale 1, and no tail is too small to be resolved.
+    sign, at = np.sign(start), abs(start)
+    part = lambda u, i: (start * u) ** i * density(start * u) * at
+    return [quad(part, 1.0, sign * end / at, (i,), epsabs=0.0, epsrel=1e-9)[0] for i in range(3)]
 
 
 def _quadrature(
@@ -149,16 +155,27 @@ def source_of(source: Any) -> Source:
     Args:
       source: a continuous distribution of SciPy with its parameters, such as `norm(0, 1)`,
         of finite variance; or an array of samples of any shape, not all equal.
+    Returns:
+      The `Source`.
     Raises:
-      ValueError: the source is something else, its variance is zero or not finite, or an array has
-        elements that are not finite.
+      ValueError: the source is something else, such as a list; parameters of the distribution are
+        arrays; its variance is zero or not finite; or an array has elements that are not finite.
     """
     if hasattr(source, "dtype") and hasattr(source, "shape"):
         return _samples(finite(source, "samples").ravel())
+    if isinstance(source, list | tuple):
+        raise ValueError(
+            f"expected an array of samples, got a {type(source).__name__}: wrap it in np.asarray"
+        )
     if not all(hasattr(source, name) for name in ("pdf", "ppf", "isf", "support", "mean", "std")):
         raise ValueError(
             "expected an array of samples, or a continuous distribution with its parameters, like "
             f"scipy.stats.norm(0, 1), got {type(source).__name__}"
+        )
+    if np.ndim(source.mean()) or np.ndim(source.std()):
+        raise ValueError(
+            "the parameters of the distribution must be numbers, got arrays of the shape "
+            f"{list(np.shape(source.std()))}: pass one distribution at a time"
         )
     mean, std = float(source.mean()), float(source.std())
     if not np.isfinite(mean) or not 0 < std < np.inf:

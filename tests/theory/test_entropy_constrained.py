@@ -60,6 +60,22 @@ def test_a_laplace_step_in_closed_form():
     assert q.probabilities.max() == pytest.approx(center)
 
 
+@pytest.mark.parametrize(
+    "source, step", [(stats.t(5), 0.03), (stats.t(5), 0.01), (stats.laplace(), 1e-3)]
+)
+def test_fine_cells_have_the_error_of_a_uniform_variable(source, step):
+    """In heavy tails too, where most cells have hardly any probability."""
+    width = step * source.std()
+    q = uniform_threshold_quantizer(source, step=width)
+    assert q.distortion == pytest.approx(width**2 / 12, rel=2e-3)
+
+
+def test_tails_that_too_many_cells_would_cover():
+    """A quantizer whose tails have most of the error is not returned as if it were uniform."""
+    with pytest.raises(ValueError, match="at most 1,000,000 cells"):
+        uniform_threshold_quantizer(stats.t(5), step=1e-3)
+
+
 def test_one_cell():
     """A step that holds the whole range leaves one level and no bits."""
     q = uniform_threshold_quantizer(stats.norm(1, 2), step=100.0)

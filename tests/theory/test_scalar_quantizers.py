@@ -151,3 +151,14 @@ def test_normal_float_is_not_optimal():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("degrees, levels", [(3, 2), (3, 16)])
+def test_the_best_step_for_heavy_tails(degrees, levels):
+    """The range of such a density is far wider than the best quantizer's."""
+    source = stats.t(degrees)
+    found, step = best_uniform(source, levels)
+    offsets = np.arange(levels) - (levels - 1) / 2
+    at = lambda x: scalar_quantizer(source, levels=offsets * x).distortion
+    assert found.distortion <= min(map(at, np.geomspace(step / 3, 3 * step, 30))) * (1 + 1e-9)
+    assert found.distortion < source.var()
