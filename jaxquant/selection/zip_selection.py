@@ -193,11 +193,14 @@ def _sizes(
     if sizes is None:
         return raw
     given = np.asarray(sizes)
-    if given.shape != raw.shape or given.dtype.kind not in "iu" or (given < 0).any():
+    integers = given.shape == raw.shape and given.dtype.kind in "iu"
+    if not integers or (given < 0).any():
         raise ValueError(
             f"sizes must be {len(raw)} integers of 0 or more, one per item, got {given.dtype} "
-            f"of shape {list(given.shape)}" + (", some negative" * (given.shape == raw.shape))
+            f"of shape {list(given.shape)}" + ", some negative" * integers
         )
+    if sum(given.tolist()) > np.iinfo(np.int64).max:
+        raise ValueError("sizes must be integers whose sum is below 2^63; give a larger unit")
     return given.astype(np.int64)
 
 

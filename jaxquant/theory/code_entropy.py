@@ -59,8 +59,14 @@ class CodeEntropy:
 
         Args:
           several: at least one.
+        Returns:
+          The averages, and the number of all weights.
+        Raises:
+          ValueError: there are none.
         """
         rows = np.array([dataclasses.astuple(one) for one in several], np.float64)
+        if not len(rows):
+            raise ValueError("expected the entropies of at least one weight, got none")
         return cls(int(rows[:, 0].sum()), *np.average(rows[:, 1:], 0, rows[:, 0]).tolist())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxquant.recipes.size import size
 from jaxquant.theory.entropy import contingency
 
 LN2 = math.log(2)  # nats per bit
+STIRLING = 1e4  # from which three terms of Stirling's series are exact in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Coding:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not (isinstance(value, int | float | np.number) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a finite number of 0 or more, got {value!r}")
+            # NumPy's and JAX's numbers would compute in their own precision, and wrap.
+            object.__setattr__(self, name, _number(name, value))
 
     @classmethod
     def of(cls, params: PyTree, nats_per_token: float) -> "Coding":
@@ -69,7 +71,7 @@ class Coding:
         Raises:
           ValueError: the number is negative or not finite.
         """
-        return float(self.bits + _tokens(tokens) * (self.nats_per_token / LN2))
+        return float(self.bits + _number("tokens", tokens) * (self.nats_per_token / LN2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +200,33 @@ def adaptive_bits(
     3.585
     """
     check_arguments(adaptive_bits, locals())
-    if not 0 < prior < math.inf:
-        raise ValueError(f"prior must be a finite number above 0, got {prior}")
+    if not 0 < alphabet * prior < math.inf:
+        raise ValueError(
+            "prior must be above 0 and its product with alphabet finite, got "
+            f"{prior} and {alphabet}"
+        )
     table = contingency(symbols, groups)
     occur = len(np.unique(table.indices))
     if occur > alphabet:
         raise ValueError(f"alphabet is {alphabet}, but {occur} different symbols occur")
-    of_symbols = special.gammaln(table.data + prior) - special.gammaln(prior)
-    start = alphabet * prior
-    of_groups = special.gammaln(table.sum(1) + start) - special.gammaln(start)
-    return max(0.0, float(of_groups.sum() - of_symbols.sum()) / LN2)
+    of_groups = _log_rising(alphabet * prior, table.sum(1))
+    return float(of_groups.sum() - _log_rising(prior, table.data).sum()) / LN2
 
 
-def _tokens(tokens: float) -> float:
-    if not 0 <= tokens < math.inf:
-        raise ValueError(f"tokens must be a finite number of 0 or more, got {tokens!r}")
-    return tokens
+def _log_rising(start: float, steps: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Return ln(start (start + 1) ... (start + steps - 1))."""
+    if start < STIRLING:
+        return special.gammaln(start + steps) - special.gammaln(start)
+    end = start + steps  # the difference of two large numbers, by Stirling's series
+    rest = (1 / end - 1 / start) / 12
+    return (end - 0.5) * np.log1p(steps / start) + steps * (math.log(start) - 1) + rest
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        found = int(value) if isinstance(value, numbers.Integral) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if isinstance(value, str) or not 0 <= found < math.inf:
+        raise ValueError(f"{name} must be a finite number of 0 or more, got {value!r}")
+    return found

@@ -33,14 +33,21 @@ def distribution_entropy(distribution: Continuous) -> float:
     Returns:
       h(X) in bits.
     Raises:
-      ValueError: the distribution has no method `entropy`.
+      ValueError: the distribution has no density, parameters out of range, or arrays as parameters.
 
     >>> from scipy import stats
     >>> round(distribution_entropy(stats.norm(0, 1)), 4), distribution_entropy(stats.uniform(0, 8))
     (2.0471, 3.0)
     """
     check_arguments(distribution_entropy, locals())
-    return float(distribution.entropy()) / math.log(2)
+    with np.errstate(all="ignore"):  # of parameters out of range
+        nats = np.asarray(distribution.entropy(), np.float64)
+    if not hasattr(distribution, "pdf") or nats.ndim or np.isnan(nats):
+        raise ValueError(
+            "expected one distribution with a density and valid parameters, such as "
+            f"scipy.stats.norm(0, 2), got {type(distribution).__name__} of the entropy {nats}"
+        )
+    return float(nats) / math.log(2)
 
 
 def spacing_entropy(samples: Float[Array, "n"], window: int | None = None) -> float:

@@ -26,7 +26,7 @@ Points = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 
 _MEANS: dict[str, Callable[[np.ndarray], float]] = {
     "harmonic": lambda m: float(1 / np.mean(1 / m)),
-    "mean": lambda m: float(np.mean(m)),
+    "mean": lambda m: _mean(m),
     "median": lambda m: float(np.median(m)),
 }
 
@@ -37,6 +37,7 @@ class Dimension:
 
     Attributes:
       value: the dimension; infinite if every point has its neighbors at one and the same distance.
+        Such points are left out of a mean if there are others.
       points: number of distinct points that it was estimated from.
       duplicates: number of points that were dropped because they equal an earlier one.
       pointwise: the estimate at every distinct point, float64 [m], or None for a global estimator.
@@ -93,7 +94,7 @@ def levina_bickel(
     found = _neighbors(x, k)
     r = found.distances[:, :k]
     with np.errstate(divide="ignore"):  # equal distances give an infinite dimension
-        logs = np.log(r[:, -1:] / r[:, :-1]).sum(1)
+        logs = _clean(np.log(r[:, -1:] / r[:, :-1])).sum(1)
         pointwise = (k - 1 - unbiased) / logs
         value = _MEANS[combine](pointwise)
     return Dimension(value, len(r), found.duplicates, pointwise)
@@ -178,7 +179,7 @@ def local_two_nn(
     found = _neighbors(x, neighborhood)
     ratios = (_ratios_around(found, i, neighborhood) for i in range(len(found.points)))
     pointwise = np.array([_of_ratios(mu, discard, method) for mu in ratios])
-    return Dimension(float(pointwise.mean()), len(pointwise), found.duplicates, pointwise)
+    return Dimension(_mean(pointwise), len(pointwise), found.duplicates, pointwise)
 
 
 def participation_ratio(x: Points) -> float:
@@ -220,6 +221,17 @@ def _neighbors(x: Points | Neighbors, k: int) -> Neighbors:
     return x
 
 
+def _clean(logs: np.ndarray) -> np.ndarray:
+    """Return 0 for the logarithm of two distances that differ by rounding only."""
+    return np.where(logs < 16 * np.finfo(np.float64).eps, 0.0, logs)
+
+
+def _mean(pointwise: np.ndarray) -> float:
+    """Return the mean of the finite values; a regular neighborhood alone decides nothing."""
+    finite = np.isfinite(pointwise)
+    return float(np.mean(pointwise[finite])) if finite.any() else math.inf
+
+
 def _check_two_nn(discard: float, method: str) -> None:
     if method not in ("fit", "mle"):
         raise ValueError(f"method must be 'fit' or 'mle', got {method!r}")
@@ -237,7 +249,7 @@ def _of_ratios(mu: np.ndarray, discard: float, method: str) -> float:
             f"expected at least 2 ratios after discarding {discard:.0%} of {n}, got {kept}; give "
             "more points or a smaller discard"
         )
-    logs = np.log(np.sort(mu)[:kept])
+    logs = _clean(np.log(np.sort(mu)[:kept]))
     if not logs[-1]:  # each point has both neighbors at one distance
         return math.inf
     if method == "mle":

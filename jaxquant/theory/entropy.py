@@ -7,6 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from scipy import sparse, special
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.number_checks import probabilities
 
 
 def entropy(counts: Shaped[Any, "... a"]) -> Float[np.ndarray, "..."]:
@@ -31,9 +32,7 @@ def entropy(counts: Shaped[Any, "... a"]) -> Float[np.ndarray, "..."]:
     1.5 0.0
     """
     check_arguments(entropy, locals())
-    n = np.asarray(counts, np.float64)
-    total = _checked(n).sum(-1, keepdims=True)
-    return special.entr(n / total).sum(-1) / np.log(2)
+    return special.entr(probabilities(counts, "counts")).sum(-1) / np.log(2)
 
 
 def symbol_entropy(symbols: Int[Any, "..."], groups: Int[Any, "..."] | None = None) -> float:
@@ -77,7 +76,7 @@ def contingency(
         None for one group.
     Returns:
       Counts, a float64 sparse matrix [groups, symbols] in which no stored entry is 0. Its rows and
-        columns are in the order of the values; a value between two others may be missing.
+        columns are the values that occur, in their order.
     Raises:
       ValueError: there are no symbols, they are no integers, or the shape of `groups` does not fit.
 
@@ -98,14 +97,15 @@ def contingency(
             f"{list(of.shape)}; pass one index for each symbol, or for each row as [rows, 1]"
         ) from None
     pairs = _places(of.ravel()), _places(flat.ravel())
-    return sparse.coo_array((np.ones(flat.size), pairs)).tocsr()  # adds what is equal
+    table = sparse.coo_array((np.ones(flat.size), pairs)).tocsr()  # adds what is equal
+    return table[np.flatnonzero(table.sum(1))][:, np.flatnonzero(table.sum(0))]
 
 
 def _places(values: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """Return small nonnegative numbers that differ where the values do, in their order."""
     low, high = int(values.min()), int(values.max())
     if high - low < 4 * values.size:  # then a subtraction will do, which is faster than a sort
-        return values.astype(np.int64) - low
+        return (values - values.min()).astype(np.int64)
     return np.unique(values, return_inverse=True)[1]
 
 
@@ -116,14 +116,4 @@ def _integers(name: str, values: Int[Any, "..."]) -> Int[np.ndarray, "..."]:
             f"{name} must be integers, got {found.dtype}; for floats, see "
             "jaxquant.theory.float_entropy"
         )
-    return found
-
-
-def _checked(counts: Float[np.ndarray, "... a"]) -> Float[np.ndarray, "... a"]:
-    good = counts.ndim and np.isfinite(counts).all() and (counts >= 0).all()
-    if not good or not counts.shape[-1] or not (counts.sum(-1) > 0).all():
-        raise ValueError(
-            "counts must be finite and 0 or more, with a positive sum over the last axis; got "
-            f"shape {list(counts.shape)}, the least {counts.min() if counts.size else 'missing'}"
-        )
-    return counts
+    return found if found.dtype == np.uint64 else found.astype(np.int64)

@@ -167,7 +167,7 @@ def _ends(z: Source, width: float) -> tuple[float, float]:
     for excess, most in TAILS:
         allowed = excess / 2 * min(width**2 / 12, 1.0)  # D is less than the variance, too
         # The error of a cell that ends a tail falls outwards.
-        i, j = np.sum(below <= allowed), np.sum(above <= allowed)
+        i, j = int(np.sum(below <= allowed)), int(np.sum(above <= allowed))
         if not i or not j:
             continue
         ends = float(grid[i - 1]), float(grid[-j])

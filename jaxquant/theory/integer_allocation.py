@@ -19,8 +19,9 @@ def integer_allocation(
 
     This is greedy marginal analysis on the lower convex hulls, by the same solver as
     `jaxquant.ptq.allocate`, whose options are methods with bytes. The result is optimal for the
-    bits that it spends if losses are convex in bits and tensors are equal in size. Otherwise it is
-    optimal for the bits spent before a step first did not fit; smaller steps then fill the rest.
+    bits that it spends if losses are convex in bits and all steps cost the same (tensors of one
+    size, bits that are equally spaced). Otherwise it is optimal for the bits spent before a step
+    first did not fit; smaller steps then fill the rest.
 
     Args:
       losses: total loss of each tensor at each of the bits, finite; for a Gaussian,
@@ -50,7 +51,7 @@ def integer_allocation(
         )
     n = np.ones(len(table)) if sizes is None else np.asarray(sizes, np.float64)
     if n.shape != (len(table),) or not (np.all(np.isfinite(n)) and np.all(n > 0)):
-        raise ValueError(f"expected {len(table)} positive sizes, got shape {list(n.shape)}")
+        raise ValueError(f"expected {len(table)} positive sizes, got {n.tolist()}")
     if not (np.all(np.isfinite(options)) and np.all(options >= 0)):
         raise ValueError("bits must be finite and 0 or more")
     if len(np.unique(options)) < len(options) or not np.all(np.isfinite(table)):

@@ -103,9 +103,12 @@ def dimension_by_layer(
     if not estimators:
         raise ValueError("expected at least one estimator, got none")
     layers = []
-    for layer in hidden:
-        drawn, duplicates = drawn_points(layer, points, key)
-        found = dataclasses.replace(neighbor_distances(drawn, k), duplicates=duplicates)
+    for number, layer in enumerate(hidden):
+        try:
+            drawn, duplicates = drawn_points(layer, points, key)
+            found = dataclasses.replace(neighbor_distances(drawn, k), duplicates=duplicates)
+        except ValueError as error:
+            raise ValueError(f"layer {number} of {len(hidden)}: {error}") from None
         layers.append(tuple(estimate(found) for estimate in estimators.values()))
         if progress is not None:
             progress(len(layers))
@@ -197,6 +200,11 @@ class DimensionHistory:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every}")
+        if not 4 <= self.neighborhood < self.points:
+            raise ValueError(
+                "neighborhood must be at least 4 and less than points, got "
+                f"{self.neighborhood} and {self.points}"
+            )
 
     def __call__(self, update: Update) -> None:
         """Measure the dimension if the number of updates is a multiple of `every`.

@@ -94,6 +94,8 @@ def distinct(x: Float[Array, "n d"] | Float[np.ndarray, "n d"]) -> Float[np.ndar
     """
     if np.ndim(x) != 2 or not np.size(x):
         raise ValueError(f"expected points [n, d], got shape {list(np.shape(x))}")
+    if np.iscomplexobj(x):
+        raise ValueError("expected real points, got complex ones; stack real and imaginary parts")
     points = np.array(x, np.float64, order="C")
     points += 0.0  # turns -0 into 0, whose bytes differ
     if not np.isfinite(points).all():

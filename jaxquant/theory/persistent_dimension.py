@@ -39,7 +39,7 @@ def spanning_tree_energy(x: Points, alpha: float = 1.0) -> float:
     """Return the sum of the edges' lengths, each raised to a power, of the minimum spanning tree.
 
     Args:
-      x: points [n, d], two or more, finite.
+      x: points [n, d], two or more, finite. Memory holds the distances of all pairs, 4 n^2 bytes.
       alpha: the exponent a, positive. Default: 1, the total length.
     Returns:
       The sum, in the unit of x to the power a. The edges of the tree are the lifetimes of the
@@ -54,7 +54,9 @@ def spanning_tree_energy(x: Points, alpha: float = 1.0) -> float:
     if len(distinct(x)) < 2:
         raise ValueError(f"expected two or more distinct points, got {len(x)} equal points")
     _check_alpha(alpha)
-    return _energy(np.asarray(x, np.float64), alpha)
+    points = np.asarray(x, np.float64)
+    unit = _extent(points)  # squares of very small or large distances are no float64 numbers
+    return unit**alpha * _energy(points / unit, alpha)
 
 
 def persistent_dimension(
@@ -103,6 +105,7 @@ def persistent_dimension(
     """
     check_arguments(persistent_dimension, locals())
     points = distinct(x)
+    points /= _extent(points)  # which leaves the slope as it is
     _check_alpha(alpha)
     _check_sizes(points, len(x), sizes)
     for name, count in (
@@ -115,7 +118,10 @@ def persistent_dimension(
     def median_energy(size: int) -> float:
         count = samples_of_half if len(points) <= 2 * size else samples
         drawn = (random.choice(len(points), size, replace=False) for _ in range(count))
-        return float(np.median([_energy(points[rows], alpha) for rows in drawn]))
+        found = float(np.median([_energy(points[rows], alpha) for rows in drawn]))
+        if found == 0:
+            raise ValueError(f"the energy underflows for alpha = {alpha:g}; give a smaller alpha")
+        return found
 
     def slope() -> float:
         energies = [median_energy(size) for size in sizes]
@@ -125,6 +131,11 @@ def persistent_dimension(
     mean = float(np.mean(slopes))
     value = alpha / (1 - mean) if mean < 1 else float("inf")
     return PersistentDimension(value, mean, slopes, len(points), len(x) - len(points))
+
+
+def _extent(points: Float[np.ndarray, "n d"]) -> float:
+    """Return the largest extent of the points along a coordinate, or 1 if there is but one."""
+    return float(np.max(np.ptp(points, axis=0))) or 1.0
 
 
 def _energy(points: Float[np.ndarray, "n d"], alpha: float) -> float:

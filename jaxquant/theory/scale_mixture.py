@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 from scipy import optimize, special, stats
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.number_checks import finite
 
 ROUNDS, CLOSE = 500, 1e-9  # most rounds of the fit, and the change of a log scale that ends it
+SETTLED = 1e-5  # the change that is accepted after these rounds
 DEGREES = 0.5, 200.0  # of freedom that the fit searches
 
 
@@ -85,8 +87,8 @@ def fit_scale_mixture(w: Float[Array, "k n"], degrees: float | None = None) -> S
     Returns:
       The `ScaleMixture`.
     Raises:
-      ValueError: the matrix is not finite or has another rank, a row or a column is zero, or
-        `degrees` is not above 0.
+      ValueError: the matrix is not finite or has another rank, a row or a column is zero, so many
+        weights are exactly 0 that the likelihood has no maximum, or `degrees` is not above 0.
     Source:
       Liu and Rubin 1995, "ML estimation of the t distribution using EM and its extensions", for
       Student-t (cited from memory); rows and columns in turn are ours.
@@ -98,7 +100,7 @@ def fit_scale_mixture(w: Float[Array, "k n"], degrees: float | None = None) -> S
     (True, True)
     """
     check_arguments(fit_scale_mixture, locals())
-    squares = _squares(w)
+    unit, squares = _squares(w)
     if degrees is not None and not degrees > 0:
         raise ValueError(f"degrees must be above 0, got {degrees}")
     rows, columns = _fitted(squares, math.inf, squares.mean(axis=1), np.ones(squares.shape[1]))
@@ -107,20 +109,21 @@ def fit_scale_mixture(w: Float[Array, "k n"], degrees: float | None = None) -> S
     elif not math.isinf(degrees):
         rows, columns = _fitted(squares, degrees, rows, columns)
     mean = math.exp(np.mean(np.log(columns)))
-    return ScaleMixture(rows * mean, columns / mean, degrees)
+    return ScaleMixture(rows * mean * unit**2, columns / mean, degrees)
 
 
-def _squares(w: Array) -> np.ndarray:
-    """Return the squares of a matrix that can be fitted, in float64."""
-    squares = np.asarray(w, np.float64) ** 2
-    if squares.ndim != 2 or squares.size == 0 or not np.all(np.isfinite(squares)):
-        raise ValueError(f"expected a finite matrix [k, n], got shape {list(squares.shape)}"
-                         + " with NaN or infinite values" * (squares.ndim == 2))  # fmt: skip
+def _squares(w: Array) -> tuple[float, np.ndarray]:
+    """Return the largest magnitude of a matrix, and the squares of its multiples of that."""
+    weights = finite(w, "w")
+    if weights.ndim != 2:
+        raise ValueError(f"w must be a matrix [k, n], got shape {list(weights.shape)}")
+    unit = float(np.max(np.abs(weights)))
+    squares = (weights / (unit or 1.0)) ** 2
     for name, axis in (("row", 1), ("column", 0)):
         empty = np.flatnonzero(~np.any(squares, axis=axis))
         if len(empty):
             raise ValueError(f"{name} {empty[0]} is zero, so it has no scale: leave it out")
-    return squares
+    return unit, squares
 
 
 def _fitted(
@@ -138,6 +141,13 @@ def _fitted(
         changes = [np.log(a / b) for a, b in zip((rows, columns), before, strict=True)]
         if max(np.max(np.abs(change)) for change in changes) < CLOSE:
             break
+    else:
+        change = max(float(np.max(np.abs(change))) for change in changes)
+        if rounds == ROUNDS and change > SETTLED:
+            raise ValueError(
+                f"the scales still change by {change:.2g} (relative) after {rounds} rounds: "
+                "weights that are exactly 0 may leave no scales of greatest likelihood"
+            )
     return rows, columns
 
 
@@ -151,6 +161,13 @@ def _fitted_together(
         rows, columns = _fitted(squares, degrees, rows, columns, rounds=5)
         if abs(degrees - before) < 1e-5 * degrees:
             break
+    if degrees < 1.01 * DEGREES[0]:
+        zeros = float(np.mean(squares == 0))
+        raise ValueError(
+            f"no Student-t distribution fits: its degrees of freedom fall to {degrees:.2g}, and "
+            f"{zeros:.0%} of the weights are exactly 0, which no density allows for; pass "
+            "degrees=math.inf for a Gaussian"
+        )
     return (degrees, *_fitted(squares, degrees, rows, columns))
 
 

@@ -18,6 +18,7 @@ from jaxquant.theory.scale_mixture import fit_scale_mixture
 from jaxquant.theory.water_filling import component_energies, reverse_water_filling
 
 _POWER = 2 * math.pi * math.e
+RANK = 1e-12  # eigenvalues below this times the largest are 0
 
 
 def shannon_lower_bound(
@@ -97,25 +98,32 @@ class LayerBound:
 
         Args:
           rate: bits per weight, 0 or more.
+        Returns:
+          The loss, at most 1, which weights of zeros have. Close to 1 it carries the sampling error
+            of tr(W^T H W), the energy of the one matrix that losses are relative to.
         Raises:
           ValueError: the rate is negative or not finite.
         """
         nonnegative(rate, "rate", finite=True)
         if self.gaussian:
             bits = rate * self.energies.size
-            return reverse_water_filling(self.energies, bits=bits).loss / self.total
-        return self._intercept * 4.0**-rate
+            return min(reverse_water_filling(self.energies, bits=bits).loss / self.total, 1.0)
+        return min(self._intercept * 4.0**-rate, 1.0)
 
     def rate(self, loss: float) -> float:
         """Return the least bits per weight at which the mean loss can be this small.
 
         Args:
-          loss: relative loss, above 0. Where no bits are needed, the rate is 0.
+          loss: relative loss, above 0.
+        Returns:
+          Bits per weight; 0 from a loss of 1 on.
         Raises:
           ValueError: the loss is not above 0.
         """
         if not loss > 0:
             raise ValueError(f"the loss must be above 0, got {loss}")
+        if loss >= 1:
+            return 0.0
         if not self.gaussian:
             return max(math.log2(self._intercept / loss) / 2, 0.0) if self._intercept else 0.0
         total = float(np.sum(self.energies))
@@ -149,7 +157,9 @@ def layer_bound(
     If t is Student-t, the variances are replaced by entropy powers 4^h / (2 pi e) and the bound is
     Shannon's, which is this formula at all rates; it is loose below about 1 bit. Student-t weights
     have less entropy than Gaussian ones of the scales of greatest likelihood, so a code may pass
-    below the bound of the Gaussian if weights have heavy tails, but not below that of Student-t.
+    below the bound of the Gaussian if weights have heavy tails; on average over such matrices, no
+    code passes below that of Student-t. If H is singular (fewer tokens than inputs), the latter is
+    0: Shannon's bound says nothing there, while water-filling does.
 
     Args:
       w: matrix of weights [k, n] without rows or columns of zeros.
@@ -177,6 +187,7 @@ def layer_bound(
     source = fit_scale_mixture(w, degrees)
     gaussian = math.isinf(source.degrees)
     own = component_energies(h, source.rows)
+    own = np.where(own > RANK * own.max(), own, 0.0)
     power = 1.0 if gaussian else source.standard_entropy_power
     energies = np.sort(np.outer(own, source.columns).reshape(-1) * power)[::-1]
     return LayerBound(energies, float(np.sum(weights * (h @ weights))), gaussian)

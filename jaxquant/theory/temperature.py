@@ -1,4 +1,4 @@
-"""Temperature: the loss that one more bit saves, which an optimal allocation makes equal.
+"""Temperature: the slope -d loss / d bits, which an optimal allocation makes equal everywhere.
 
 The best division of a budget minimizes F = loss + lambda bits, a free energy. Its multiplier
 lambda = -d loss / d bits is the temperature. If rates are continuous, tensors in equilibrium have
@@ -22,8 +22,7 @@ def gaussian_temperature(distortion: Float[Array, "..."] | float) -> Float[np.nd
     Args:
       distortion: squared error D, 0 or more; of one weight, or weighted by its importance.
     Returns:
-      Squared error per bit; of a tensor, the error saved per weight by one more bit per weight,
-      which is also the tensor's error saved per bit.
+      Squared error per bit: the slope at D. A whole bit more saves 3/4 D.
     Raises:
       ValueError: a distortion is negative or NaN.
 
@@ -152,13 +151,19 @@ def in_equilibrium(
 
     Args:
       least, greatest: as in `spread`.
-      tolerance: largest relative difference.
+      tolerance: largest relative difference, 0 or more.
+    Returns:
+      Whether `spread` is at most 1 + tolerance.
+    Raises:
+      ValueError: the tolerance is negative or NaN, or `spread` raises.
 
     >>> import numpy as np
     >>> in_equilibrium(np.array([1.0, 1.005])), in_equilibrium(np.array([1.0, 2.0]))
     (True, False)
     """
     check_arguments(in_equilibrium, locals())
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
     return spread(least, greatest) <= 1 + tolerance
 
 

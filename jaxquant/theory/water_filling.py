@@ -71,7 +71,10 @@ def reverse_water_filling(
     """
     check_arguments(reverse_water_filling, locals())
     var, h, n = _components(variances, weights, sizes)
-    energy = h * var
+    with np.errstate(over="ignore"):
+        energy = h * var
+    if not np.isfinite(energy).all():
+        raise ValueError("a product of a variance and its weight is too large for float64")
     if (bits is None) == (loss is None):
         raise ValueError(f"pass either bits or loss, got bits={bits} and loss={loss}")
     level = _level_of_bits(energy, n, bits) if bits is not None else _level_of_loss(energy, n, loss)
@@ -92,8 +95,8 @@ def component_energies(
     squared error in the coordinates U^T V^-1/2 w, scaled by the square roots of the eigenvalues of
     V^1/2 H V^1/2, with V = diag(variances). These eigenvalues are the products h_i var_i that
     `reverse_water_filling` needs if inputs are correlated. If inputs are not, they are
-    diag(H) * variances. Treating correlated inputs as uncorrelated costs bits: by Hadamard's
-    inequality, the geometric mean of diag(H) * variances is the greater one.
+    diag(H) * variances. Treating correlated inputs as uncorrelated costs bits, since by Hadamard's
+    inequality the geometric mean of diag(H) * variances is at least that of the eigenvalues.
 
     Args:
       gram: second moment H = E[x x^T] of the inputs [k, k], symmetric and positive semidefinite.
@@ -187,6 +190,11 @@ def _level_of_bits(energy: np.ndarray, n: np.ndarray, bits: float) -> float:
     # The level if the first m components, and no others, have a positive rate.
     levels = (np.cumsum(n * logs) - 2 * bits) / np.cumsum(n)
     filled = max(int(np.sum(logs >= levels)), 1)
+    if levels[filled - 1] < -1000:  # so that no distortion underflows
+        raise ValueError(
+            f"{bits:g} bits make distortions too small for float64; expected fewer for "
+            f"{len(energy)} components"
+        )
     return float(np.exp2(levels[filled - 1]))
 
 

@@ -34,7 +34,8 @@ from jaxquant_models.runs.selecting import Counter, SelectionRequest
     "--out",
     required=True,
     metavar="FILE",
-    help="File to write the selected lines to, unchanged, in the order of their selection.",
+    help="File to write the selected lines to, in the order of their selection. They are unchanged "
+    "but for their ends, which are line feeds.",
 )
 @click.option(
     "--field",
@@ -94,9 +95,9 @@ def select(
     """Select the part of the JSON Lines file FILE that is least redundant (ZIP).
 
     The report gives compression ratios (raw bytes over compressed bytes; higher is more redundant)
-    of the selection, of FILE, and of 5 random draws of the same size. FILE is read line by line and
-    is never held in memory. To resume an interrupted run, repeat the same command; the result is
-    the same as that of an uninterrupted run.
+    of the selection, of FILE, and of 5 random draws of the same size. FILE is read line by line:
+    memory holds the lines of a round (--k1) and of the selection. To resume an interrupted run,
+    repeat the same command; the result is the same as that of an uninterrupted run.
     """
     start = time.monotonic()
     with usage_errors():

@@ -183,7 +183,7 @@ def sizes_of(
             raise ValueError(f"{file.path}, line {file.number(i)}: {error}") from None
         progress(Progress("counting tokens", i + 1, len(file)))
     some = sizes[sizes > 0]
-    if not len(some):
+    if not len(some) and not request.faithful:  # which compresses the lines themselves
         raise ValueError(f"no item of {file.path} holds text")
     if not request.faithful and some.min() > request.budget:
         raise ValueError(
@@ -240,24 +240,28 @@ def report_of(
     texts = Lines(file, request.field, True)
     ratio = lambda of: compression_ratio(of, request.codec, request.serialize)
     takes = np.ones_like(sizes) if request.faithful else sizes
-    draws = [
-        ratio([items[i] for i in random_draw(takes, found.spent, seed)]) for seed in range(DRAWS)
-    ]
+    seeds = range(0 if found.whole else DRAWS)  # a draw of the size of the file is the file
+    draws = [ratio([items[i] for i in random_draw(takes, found.spent, seed)]) for seed in seeds]
+    of_draws: dict[str, JsonValue] = {
+        "compression_ratio_of_random_draws": float(np.mean(draws)),
+        "lowest_compression_ratio_of_random_draws": min(draws),
+    } if draws else {}  # fmt: skip
     return {
         "items": len(found.indices),
         "items_of_pool": len(file),
         "tokens": int(sizes[found.indices].sum()),
         "tokens_of_pool": int(sizes.sum()),
+        "items_without_text_of_pool": int(np.sum(sizes == 0)),
         "repeated_items": _repeats(texts, found.indices),
         "repeated_items_of_pool": _repeats(texts, np.arange(len(file))),
         "compression_ratio": ratio([items[i] for i in found.indices]),
         "compression_ratio_of_pool": ratio(items),
-        "compression_ratio_of_random_draws": float(np.mean(draws)),
-        "lowest_compression_ratio_of_random_draws": min(draws),
+        **of_draws,
     }
 
 
 def _repeats(texts: Sequence[str], indices: Int[np.ndarray, "n"]) -> int:
-    """Return how many of some texts are equal to an earlier one of them."""
+    """Return how many of some texts, apart from empty ones, are equal to an earlier one."""
     of = lambda text: hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
-    return len(indices) - len({of(texts[i]).digest() for i in indices})
+    some = [of(text).digest() for text in (texts[i] for i in indices) if text]
+    return len(some) - len(set(some))

@@ -65,7 +65,7 @@ def original(nats):
 def check(name, a, b, found):
     """Both lengths at the whole numbers of tokens about the break-even point: they must cross."""
     lengths = {"a": a, "b": b}
-    fewer, more = math.floor(found.tokens), math.floor(found.tokens) + 1
+    fewer, more = math.ceil(found.tokens) - 1, math.floor(found.tokens) + 1
     difference = [a.length(tokens) - b.length(tokens) for tokens in (fewer, more)]
     shorter = [min(lengths, key=lambda c: lengths[c].length(t)) for t in (fewer, more)]
     if shorter != [found.below, found.above]:

@@ -140,6 +140,8 @@ def with_bound(found):
 def bound(bits):
     """The least loss of the hard layer at this rate, between the rates of its file."""
     curve = load(BOUND)["curve"]
+    if not curve["bits"][0] <= bits <= curve["bits"][-1]:
+        raise ValueError(f"the curve of {BOUND} does not reach {bits:g} bits")
     return math.exp(np.interp(bits, curve["bits"], np.log(curve["loss"])))
 
 

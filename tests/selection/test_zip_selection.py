@@ -280,3 +280,16 @@ def test_bad_draws():
     for sizes, budget in (([], 1), (np.ones((1, 1), int), 1), ([-1], 1), ([1.5], 1), ([1], 0)):
         with pytest.raises(ValueError, match="random_draw needs one integer of 0 or more per item"):
             random_draw(sizes, budget, 0)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ([2**62] * 3, r"whose sum is below 2\^63"),
+        ([True, True, True], "got bool of shape \\[3\\]$"),
+        ([-1, 1, 1], "some negative$"),
+    ],
+)
+def test_sizes_that_are_none(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        zip_select(["a", "b", "c"], 2, sizes=sizes)

@@ -133,7 +133,7 @@ def test_prequential_lengths():
             "alphabet is 1, but 2 different symbols occur",
         ),
         (lambda: adaptive_bits(np.zeros(0, int), 2), "got an empty array"),
-        (lambda: adaptive_bits(np.array([0]), 2, prior=0), "prior must be a finite number above 0"),
+        (lambda: adaptive_bits(np.array([0]), 2, prior=0), "prior must be above 0"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -143,3 +143,23 @@ def test_bad_arguments(call, message):
 
 def test_codings_are_values():
     assert dataclasses.replace(FOUR, bits=1) == Coding(1, 2.4375) and hash(FOUR) != hash(TWO)
+
+
+def test_numbers_of_other_types_keep_their_value():
+    """NumPy's and JAX's numbers would compute in their own precision, or wrap."""
+    want = Coding(580_000_000, 5.95)
+    for bits, nats in (
+        (np.uint64(580_000_000), np.float64(5.95)), (np.int64(580_000_000), jnp.float32(5.95)),
+    ):  # fmt: skip
+        assert Coding(bits, nats).length(1000) == pytest.approx(want.length(1000), rel=1e-9)
+    small, large = Coding(np.uint64(5), 3.0), Coding(np.uint64(9), 2.0)
+    assert break_even(small, large) == break_even(Coding(5, 3.0), Coding(9, 2.0))
+
+
+def test_large_alphabets_and_priors():
+    """The first symbol costs log2 of the alphabet, and a strong prior makes all equally likely."""
+    assert adaptive_bits(np.array([7]), 2**50) == pytest.approx(50)
+    for prior in (1e6, 1e12, 1e16):
+        assert adaptive_bits(np.array([0, 1, 0, 0]), 2, prior=prior) == pytest.approx(4, abs=1e-4)
+    with pytest.raises(ValueError, match="its product with alphabet finite"):
+        adaptive_bits(np.array([0, 1]), 4, prior=1e308)

@@ -81,3 +81,13 @@ def test_what_takes_few_values_has_no_density():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [stats.poisson(3), stats.norm(0, -1), stats.norm(0, [1, 2])],
+    ids=lambda s: s.dist.name,
+)
+def test_what_has_no_density(source):
+    with pytest.raises(ValueError, match="expected one distribution with a density"):
+        distribution_entropy(source)

@@ -184,3 +184,21 @@ def test_bad_settings():
     ):
         with pytest.raises(ValueError, match=message):
             call(x)
+
+
+def test_a_regular_neighborhood_decides_nothing():
+    """Its points have all neighbors at one distance; the others have a dimension."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.arange(8.0)] * 2), -1).reshape(-1, 2) + 1e3
+    mixed = np.concatenate([rng.normal(size=(600, 2)), grid])
+    assert 1.5 < local_two_nn(mixed, 16).value < 2.5
+    assert 1.5 < levina_bickel(mixed, 4, combine="mean").value < 4
+    turned = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    for simplex in (2 * np.eye(30), 2 * np.eye(30) @ turned):  # rounding makes no dimension
+        assert two_nn(simplex).value == np.inf
+        assert levina_bickel(simplex, 5).value == np.inf
+
+
+def test_complex_points_are_refused():
+    with pytest.raises(ValueError, match="expected real points"):
+        two_nn(np.ones((3, 2)) * 1j)

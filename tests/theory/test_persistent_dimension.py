@@ -91,3 +91,11 @@ def test_bad_arguments():
         persistent_dimension(np.ones((100, 3)), KEY, sizes=sizes)
     with pytest.raises(ValueError, match="two or more distinct points, got 4 equal points"):
         spanning_tree_energy(np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+def test_any_scale(scale):
+    x = np.random.default_rng(0).normal(size=(120, 3))
+    of = lambda x: persistent_dimension(x, jax.random.key(0), sizes=(20, 60), samples=3).value
+    assert of(scale * x) == pytest.approx(of(x), rel=1e-6)
+    assert spanning_tree_energy(scale * x) == pytest.approx(scale * spanning_tree_energy(x))

@@ -172,8 +172,8 @@ def test_the_page_says_how_many_bits_above_the_bound_a_loss_is():
         (lambda: layer_bound(np.ones((2, 2)), np.eye(2)).rate(0.0), "loss must be above 0, got"),
         (lambda: fit_scale_mixture(np.zeros((2, 2))), "row 0 is zero, so it has no scale"),
         (lambda: fit_scale_mixture(np.array([[1.0, 0], [1, 0]])), "column 1 is zero"),
-        (lambda: fit_scale_mixture(np.ones(3)), r"finite matrix \[k, n\], got shape \[3\]"),
-        (lambda: fit_scale_mixture(np.full((2, 2), np.inf)), r"\[2, 2\] with NaN or infinite"),
+        (lambda: fit_scale_mixture(np.ones(3)), r"matrix \[k, n\], got shape \[3\]"),
+        (lambda: fit_scale_mixture(np.full((2, 2), np.inf)), r"finite, but 4 of 4"),
         (lambda: fit_scale_mixture(np.ones((2, 2)), 0.0), "degrees must be above 0, got 0.0"),
         (lambda: student_t_entropy(-1.0), "degrees must be above 0, got -1.0"),
     ],
@@ -181,3 +181,33 @@ def test_the_page_says_how_many_bits_above_the_bound_a_loss_is():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_no_bound_is_above_what_no_bits_attain():
+    """Weights of zeros lose everything, whatever the energy of this one matrix."""
+    w = np.random.default_rng(3).normal(size=(8, 16))
+    for degrees in (math.inf, 5.0):
+        bound = layer_bound(w, np.eye(8), degrees)
+        assert bound.loss(0.0) <= 1 and bound.rate(1.0) == 0
+
+
+def test_many_zeros_have_no_student_t_distribution():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(64, 64)) * (rng.random((64, 64)) > 0.4)
+    with pytest.raises(ValueError, match="of the weights are exactly 0"):
+        layer_bound(w, np.eye(64), None)
+
+
+def test_the_unit_of_the_weights_does_not_matter():
+    w = np.random.default_rng(0).standard_t(5, (32, 64))
+    one, tiny = (layer_bound(x, np.eye(32), None) for x in (w, 1e-150 * w))
+    assert tiny.loss(2.0) == pytest.approx(one.loss(2.0), rel=1e-6)
+
+
+def test_fewer_tokens_than_inputs():
+    """Shannon's bound says nothing; water-filling needs bits for the inputs that occur only."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(20, 32)), rng.normal(size=(32, 16))
+    student, gaussian = (layer_bound(w, x.T @ x / 20, v) for v in (5.0, math.inf))
+    assert student.loss(1.0) == 0 and student.rate(0.1) == 0
+    assert 0 < gaussian.loss(1.0) < 0.25

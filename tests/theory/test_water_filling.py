@@ -188,3 +188,10 @@ def test_bad_arguments_of_integer_allocation(change, message):
     right = {"losses": np.ones((3, 2)), "bits": [1, 2], "budget": 5.0}
     with pytest.raises(ValueError, match=message):
         integer_allocation(**right | change)
+
+
+def test_what_float64_cannot_hold():
+    with pytest.raises(ValueError, match="too small for float64"):
+        reverse_water_filling(np.ones(1), bits=2000.0)
+    with pytest.raises(ValueError, match="too large for float64"):
+        reverse_water_filling(np.full(1, 1e200), np.full(1, 1e200), bits=2.0)
