@@ -18,9 +18,9 @@ from jaxquant.theory.scalar_sources import Source, graded, source_of
 CELLS = 1_000_000  # of a quantizer at most
 PRECISION = 1e-11  # relative decrease of D + lambda H that ends the iteration
 MOST = 20_000  # iterations
-SMALLEST = np.finfo(np.float64).tiny
-EMPTY = 1e-14  # a cell is left out below this times the probability on either side of it, to which
-# rounding errors are proportional
+# A cell is left out if its probability is below this times that of the tail in which it lies:
+# rounding errors are proportional to the latter.
+EMPTY = 1e-14
 # Relative excess of D that is allowed to the cells at both ends, and the largest number of cells
 # for which it is the aim.
 TAILS = ((1e-12, 10_000), (1e-6, 100_000), (1e-3, CELLS))
@@ -167,7 +167,7 @@ def _ends(z: Source, width: float) -> tuple[float, float]:
     for excess, most in TAILS:
         allowed = excess / 2 * min(width**2 / 12, 1.0)  # D is less than the variance, too
         # The error of a cell that ends a tail falls outwards.
-        i, j = int(np.sum(below <= allowed)), int(np.sum(above <= allowed))
+        i, j = np.count_nonzero(below <= allowed), np.count_nonzero(above <= allowed)
         if not i or not j:
             continue
         ends = float(grid[i - 1]), float(grid[-j])

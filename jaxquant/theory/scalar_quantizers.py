@@ -134,7 +134,7 @@ def best_uniform(source: Any, levels: int) -> tuple[ScalarQuantizer, float]:
 
     Its levels are equally spaced around the mean, its thresholds halfway between them.
     For a log-concave symmetric density the mean is the best center; for others, such as one with
-    two peaks, or heavy tails and few levels, another center can be better.
+    three peaks, which two levels cannot share evenly, another center can be better.
 
     Args:
       source: a continuous SciPy distribution with its parameters, such as `norm(0, 1)`, of

@@ -1,5 +1,8 @@
 """Allocation: least loss for the bytes, what the model says counts, and bad budgets."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +123,45 @@ def test_a_loss_measured_as_noise_below_zero_still_orders():
     _, params, _, stats = made()
     found = jq.ptq.allocate(params, RATES, 9.5, stats, measure=lambda t: -1e-9)
     assert {o.method.format.bits for o in found.chosen} == {8}
+
+
+def entries(rng):
+    """Entries of random sizes, as of `Choices`, and their losses, which fall with the bytes."""
+    weights, loss = [], {}
+    for i in range(int(rng.integers(1, 12))):
+        size = int(rng.integers(1, 10**6))
+        found = np.unique(rng.integers(size // 8 + 1, 2 * size + 2, 4)).tolist()
+        weights.append(tuple(
+            SimpleNamespace(path=f"w{i}", method=method, bytes=b, size=size)
+            for b, method in zip(found, RATES, strict=False)
+        ))  # fmt: skip
+        loss |= {(f"w{i}", e.bytes): 4.0**-j for j, e in enumerate(weights[-1])}
+    return jq.ptq.Choices(tuple(weights)), lambda e: loss[e.path, e.bytes]
+
+
+def test_an_average_of_whole_bytes_can_be_reached():
+    """Rounding of 8 * bytes / size loses no step, at the largest budget and at any found one."""
+    rng = np.random.default_rng(0)
+    lost = 0
+    for _ in range(300):
+        choices, loss = entries(rng)
+        assert choices.allocated(choices.highest, loss).bits_per_weight == choices.highest
+        lost += choices.highest * choices.size / 8 < round(choices.highest * choices.size / 8)
+        between = rng.uniform(choices.lowest, choices.highest)
+        once = choices.allocated(between, loss)
+        again = choices.allocated(once.bits_per_weight, loss)
+        assert again.bits_per_weight == once.bits_per_weight <= between
+    assert lost  # models for which the plain product is too small
+
+
+def test_a_step_more_than_the_budget_is_not_taken():
+    """The twin: a budget short of the largest average by far more than its rounding."""
+    choices, loss = entries(np.random.default_rng(1))
+    short = math.nextafter(choices.highest - 4 / choices.size, 0)  # half a byte
+    assert choices.allocated(short, loss).bits_per_weight < short
+    for bits in (choices.lowest - 0.1, choices.highest + 0.1):
+        with pytest.raises(ValueError, match="bits per weight cannot be reached"):
+            choices.allocated(bits, loss)
 
 
 def test_bad_budgets():

@@ -46,7 +46,7 @@ def test_w2_by_rows():
     shared = rng.uniform(size=50)
     weighted = wasserstein2(x, y, shared)
     assert weighted[2, 1] == pytest.approx(wasserstein2(x[2, 1], y[1], shared))
-    assert isinstance(float(wasserstein2(jnp.zeros(3), jnp.ones(3, jnp.bfloat16))), float)
+    assert wasserstein2(jnp.zeros(3), jnp.full(2, 1.5, jnp.bfloat16)) == 1.5
 
 
 def test_w2_is_a_distance_of_distributions():
@@ -143,6 +143,14 @@ def test_kl_is_that_of_evaluate():
         (
             lambda: wasserstein2(np.ones(2), np.ones(2), np.ones(3)),
             "weights for 2 points of x, got 3",
+        ),
+        (
+            lambda: wasserstein2(np.ones((2, 3)), np.ones(2), np.ones((4, 3))),
+            r"must broadcast, got the shapes x \[2, 3\], x_weights \[4, 3\]",
+        ),
+        (
+            lambda: gaussian_wasserstein2(np.ones(2), 1.0, np.ones(3), 1.0),
+            r"got the shapes x_mean \[2\], x_std \[\], y_mean \[3\], y_std \[\]",
         ),
         (lambda: wasserstein2(np.ones(2), np.ones(2), -np.ones(2)), "x_weights must be finite and"),
         (

@@ -70,6 +70,14 @@ def test_fine_cells_have_the_error_of_a_uniform_variable(source, step):
     assert q.distortion == pytest.approx(width**2 / 12, rel=2e-3)
 
 
+def test_centroids_gain_by_the_fisher_information():
+    """D = step^2 / 12 * (1 - step^2 I / 12), where t(5) has I = (5 + 1) / (5 + 3)."""
+    width = 0.1
+    q = uniform_threshold_quantizer(stats.t(5), step=width)
+    ratio = q.distortion / (width**2 / 12)
+    assert 1 - ratio == pytest.approx(width**2 * 0.75 / 12, rel=5e-3)
+
+
 def test_tails_that_too_many_cells_would_cover():
     """A quantizer whose tails have most of the error is not returned as if it were uniform."""
     with pytest.raises(ValueError, match="at most 1,000,000 cells"):

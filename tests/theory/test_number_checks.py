@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.theory.number_checks import finite, nonnegative, positive, probabilities
+from jaxquant.theory.number_checks import check_shapes, finite, nonnegative, positive, probabilities
 
 REFUSED = {
     nonnegative: [-1.0, np.nan, -np.inf],
@@ -62,3 +62,9 @@ def test_probabilities_neither_overflow_nor_vanish(scale):
 def test_probabilities_refuse(bad, message):
     with pytest.raises(ValueError, match=message):
         probabilities(bad, "p")
+
+
+def test_shapes_that_do_not_broadcast_are_named():
+    check_shapes(rate=np.ones((2, 1)), variance=np.ones(3))
+    with pytest.raises(ValueError, match=r"got the shapes rate \[2\], variance \[3\]"):
+        check_shapes(rate=np.ones(2), variance=np.ones(3))

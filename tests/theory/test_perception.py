@@ -105,6 +105,7 @@ def test_the_inverse(p):
 
 def test_limits():
     assert perception_rate(0.0, 0.0) == perception_rate(0.0, 0.3) == np.inf
+    assert perception_rate(0.0, 0.0, 0.0) == perception_rate(0.0, 0.3, 0.0) == 0
     # Independent output of the same distribution has D = 2: no rate is needed there.
     assert perception_rate(1.9999, 0.0) > 0 and perception_rate(2.0, 0.0) == 0
     assert perception_rate(np.inf, 0.0) == 0
@@ -142,6 +143,18 @@ def test_centroids_shrink():
         (lambda: perception_distortion(-1.0, 0.0), "rate must be nonnegative"),
         (lambda: perception_distortion(1.0, 0.0, -1.0), "variance must be finite and nonnegative"),
         (lambda: centroid_perception(2.0), "at most the variance, got a distortion of up to 2"),
+        (
+            lambda: perception_rate(np.ones(2), np.ones((4, 1)), np.ones(3)),
+            r"got the shapes distortion \[2\], perception \[4, 1\], variance \[3\]",
+        ),
+        (
+            lambda: perception_distortion(np.ones(2), np.ones(3)),
+            r"got the shapes rate \[2\], perception \[3\], variance \[\]",
+        ),
+        (
+            lambda: centroid_perception(np.zeros(2), np.ones(3)),
+            r"got the shapes distortion \[2\], variance \[3\]",
+        ),
     ],
 )
 def test_bad_arguments(call, message):

@@ -140,6 +140,22 @@ def test_an_iteration_that_does_not_converge_says_so():
         (lambda: gaussian_distortion(-0.5), "rate must be nonnegative, got -0.5"),
         (lambda: gap_in_bits(np.inf, 1.0), "rate must be finite"),
         (lambda: gap_in_decibels(1.0, 1.0, 0.0), "variance must be positive"),
+        (
+            lambda: gaussian_rate(np.ones(2), np.ones(3)),
+            r"must broadcast, got the shapes distortion \[2\], variance \[3\]",
+        ),
+        (
+            lambda: gaussian_distortion(np.ones(2), np.ones(3)),
+            r"got the shapes rate \[2\], variance \[3\]",
+        ),
+        (
+            lambda: gap_in_bits(np.ones(2), np.ones(3)),
+            r"got the shapes rate \[2\], distortion_and_variance \[3\]",
+        ),
+        (
+            lambda: gap_in_decibels(1.0, np.ones(2), np.ones(3)),
+            r"got the shapes rate \[\], distortion \[2\], variance \[3\]",
+        ),
         (lambda: blahut_arimoto(COIN, np.eye(3), 1.0), r"\[n, k\], got shapes \[2\] and \[3, 3\]"),
         (lambda: blahut_arimoto(COIN, HAMMING[0], 1.0), r"got shapes \[2\] and \[2\]"),
         (lambda: blahut_arimoto(COIN[:0], HAMMING, 1.0), "p must be a nonempty array"),

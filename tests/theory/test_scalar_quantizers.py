@@ -131,6 +131,10 @@ def test_normal_float_is_not_optimal():
         (lambda: lloyd_max(NORMAL, 2.5), "levels: expected an integer"),
         (lambda: best_uniform(NORMAL, 1), "levels must be 2 or more, got 1"),
         (lambda: lloyd_max(3.0, 2), "expected an array of samples, or .* got float"),
+        (lambda: lloyd_max([1.0, 2.0], 2), "got a list: wrap it in np.asarray"),
+        (lambda: best_uniform((1.0, 2.0), 2), "got a tuple: wrap it in np.asarray"),
+        (lambda: lloyd_max(stats.norm(0, [1, 2]), 2), r"must be numbers, .* of the shape \[2\]"),
+        (lambda: lloyd_max(stats.norm([0, 1], 1), 2), r"must be numbers, .* of the shape \[2\]"),
         (lambda: lloyd_max(stats.poisson(3), 2), "expected an array of samples, or"),
         (lambda: lloyd_max(stats.cauchy(), 2), "must have a finite mean and variance"),
         (lambda: lloyd_max(stats.beta(0.01, 0.01), 2), "not resolved by quadrature"),
@@ -153,12 +157,48 @@ def test_bad_arguments(call, message):
         call()
 
 
-@pytest.mark.parametrize("degrees, levels", [(3, 2), (3, 16)])
-def test_the_best_step_for_heavy_tails(degrees, levels):
+# D over the variance by the closed form 1 - (E|X| / s)^2 at 2 levels, and as measured.
+@pytest.mark.parametrize(
+    "degrees, levels, distortion",
+    [
+        (2.5, 2, 0.7090988),
+        (3, 2, 1 - 4 / np.pi**2),
+        (3, 4, 0.3382595),
+        (3, 16, 0.1210228),
+        (4, 2, 0.5),
+    ],
+)
+def test_the_best_step_for_heavy_tails(degrees, levels, distortion):
     """The range of such a density is far wider than the best quantizer's."""
     source = stats.t(degrees)
     found, step = best_uniform(source, levels)
     offsets = np.arange(levels) - (levels - 1) / 2
     at = lambda x: scalar_quantizer(source, levels=offsets * x).distortion
     assert found.distortion <= min(map(at, np.geomspace(step / 3, 3 * step, 30))) * (1 + 1e-9)
-    assert found.distortion < source.var()
+    assert found.distortion / source.var() == pytest.approx(distortion, rel=1e-6)
+
+
+def test_the_best_step_of_samples_with_an_outlier():
+    """The best step is far below the standard deviation, or above what puts levels on all."""
+    x = np.append(np.tile([-1.0, 1.0], 5000), [-1e6, 1e6])
+    assert best_uniform(x, 2)[1] == pytest.approx(2 * np.abs(x).mean(), rel=1e-6)
+    # The outer two of four levels lie outside: least 50 (0.5 - s / 2)^2 + (1 - 1.5 s)^2.
+    y = np.append(np.tile([-0.5, 0.5], 50), [-1.0, 1.0])
+    assert best_uniform(y, 4)[1] == pytest.approx(14 / 14.75)
+
+
+def test_the_mean_is_not_always_the_best_center():
+    """Two levels for a symmetric density with three peaks: one peak to one level, two to the other.
+
+    The peaks are +-1 with probability 1/4 and 0 with 1/2, of a small variance v. Around the mean
+    D = E[X^2] - (E|X|)^2, about 1/4, and with centroids of unequal cells 1/6 + v.
+    """
+    rng = np.random.default_rng(0)
+    half = np.repeat([1.0, 0.0], 2000) + 0.05 * rng.normal(size=4000)
+    x = np.append(half, -half)
+    even = best_uniform(x, 2)[0].distortion
+    assert even == pytest.approx(np.mean(x**2) - np.abs(x).mean() ** 2)
+    uneven = scalar_quantizer(x, levels=np.array([-1 / 3, 1.0]))
+    assert uneven.distortion == pytest.approx(1 / 6 + 0.05**2, rel=0.01)
+    assert uneven.distortion < 0.8 * even
+    assert lloyd_max(stats.laplace(), 2).levels.sum() == pytest.approx(0, abs=1e-7)  # log-concave
