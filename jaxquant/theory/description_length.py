@@ -200,7 +200,7 @@ def adaptive_bits(
     3.585
     """
     check_arguments(adaptive_bits, locals())
-    if not 0 < alphabet * prior < math.inf:
+    if not 0 < alphabet < 2**1000 or not 0 < alphabet * prior < math.inf:
         raise ValueError(
             "prior must be above 0 and its product with alphabet finite, got "
             f"{prior} and {alphabet}"

@@ -118,6 +118,10 @@ def _squares(w: Array) -> tuple[float, np.ndarray]:
     if weights.ndim != 2:
         raise ValueError(f"w must be a matrix [k, n], got shape {list(weights.shape)}")
     unit = float(np.max(np.abs(weights)))
+    if unit and not 1e-150 < unit < 1e150:
+        raise ValueError(
+            f"the largest weight is {unit:.3g}, and float64 cannot hold its square: rescale w"
+        )
     squares = (weights / (unit or 1.0)) ** 2
     for name, axis in (("row", 1), ("column", 0)):
         empty = np.flatnonzero(~np.any(squares, axis=axis))

@@ -188,6 +188,8 @@ def layer_bound(
     gaussian = math.isinf(source.degrees)
     own = component_energies(h, source.rows)
     own = np.where(own > RANK * own.max(), own, 0.0)
+    if not own.any():
+        raise ValueError("gram must not be zero: without inputs there is no loss to bound")
     power = 1.0 if gaussian else source.standard_entropy_power
     energies = np.sort(np.outer(own, source.columns).reshape(-1) * power)[::-1]
     return LayerBound(energies, float(np.sum(weights * (h @ weights))), gaussian)

@@ -71,10 +71,7 @@ def reverse_water_filling(
     """
     check_arguments(reverse_water_filling, locals())
     var, h, n = _components(variances, weights, sizes)
-    with np.errstate(over="ignore"):
-        energy = h * var
-    if not np.isfinite(energy).all():
-        raise ValueError("a product of a variance and its weight is too large for float64")
+    energy = h * var
     if (bits is None) == (loss is None):
         raise ValueError(f"pass either bits or loss, got bits={bits} and loss={loss}")
     level = _level_of_bits(energy, n, bits) if bits is not None else _level_of_loss(energy, n, loss)
@@ -176,6 +173,13 @@ def _components(
         )
     if not np.all(n > 0):
         raise ValueError("sizes must be positive")
+    with np.errstate(over="ignore", under="ignore"):
+        energy = h * var
+    if not np.isfinite(energy).all() or np.any((energy == 0) & (h > 0) & (var > 0)):
+        raise ValueError(
+            "a product of a variance and its weight is too large or too small for float64: rescale "
+            "the variances or the weights"
+        )
     return var, h, n
 
 

@@ -161,5 +161,6 @@ def test_large_alphabets_and_priors():
     assert adaptive_bits(np.array([7]), 2**50) == pytest.approx(50)
     for prior in (1e6, 1e12, 1e16):
         assert adaptive_bits(np.array([0, 1, 0, 0]), 2, prior=prior) == pytest.approx(4, abs=1e-4)
-    with pytest.raises(ValueError, match="its product with alphabet finite"):
-        adaptive_bits(np.array([0, 1]), 4, prior=1e308)
+    for alphabet, prior in ((4, 1e308), (2**2000, 0.5)):
+        with pytest.raises(ValueError, match="its product with alphabet finite"):
+            adaptive_bits(np.array([0, 1]), alphabet, prior=prior)

@@ -211,3 +211,12 @@ def test_fewer_tokens_than_inputs():
     student, gaussian = (layer_bound(w, x.T @ x / 20, v) for v in (5.0, math.inf))
     assert student.loss(1.0) == 0 and student.rate(0.1) == 0
     assert 0 < gaussian.loss(1.0) < 0.25
+
+
+def test_what_float64_cannot_hold_and_inputs_that_are_zero():
+    w = np.random.default_rng(0).normal(size=(8, 16))
+    for scale in (1e200, 1e-200):
+        with pytest.raises(ValueError, match="cannot hold its square"):
+            layer_bound(scale * w, np.eye(8))
+    with pytest.raises(ValueError, match="gram must not be zero"):
+        layer_bound(w, np.zeros((8, 8)))

@@ -193,5 +193,8 @@ def test_bad_arguments_of_integer_allocation(change, message):
 def test_what_float64_cannot_hold():
     with pytest.raises(ValueError, match="too small for float64"):
         reverse_water_filling(np.ones(1), bits=2000.0)
-    with pytest.raises(ValueError, match="too large for float64"):
-        reverse_water_filling(np.full(1, 1e200), np.full(1, 1e200), bits=2.0)
+    for size in (1e200, 1e-200):
+        with pytest.raises(ValueError, match="too large or too small for float64"):
+            reverse_water_filling(np.full(1, size), np.full(1, size), bits=2.0)
+        with pytest.raises(ValueError, match="too large or too small for float64"):
+            high_rate_gain(np.full(2, size), np.full(2, size))
