@@ -142,6 +142,8 @@ def exponent_entropy(
 
     Args:
       w, dtype, groups: as in `field_entropy`.
+    Returns:
+      The entropy H(E), or H(E | group), in bits per number.
     Raises:
       ValueError: as in `field_entropy`.
 

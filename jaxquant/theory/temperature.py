@@ -116,9 +116,9 @@ def spread(least: Float[Array, "t"], greatest: Float[Array, "t"] | None = None) 
         `step_temperatures`. Leave out tensors without bits if rates are continuous.
       greatest: the second values of `step_temperatures`. Default: `least`.
     Returns:
-      max(least) / min(greatest): the factor by which a bit is worth more where it is missing than
-        where it is spent. It is infinite if a tensor has bits that save nothing. For discrete
-        options, 1 or less means that one multiplier makes every choice optimal.
+      max(least) / min(greatest): how many times more the next bit would save in one tensor than
+        the last bit has saved in another. It is infinite if a tensor has bits that save nothing.
+        For discrete options, 1 or less means that one multiplier makes every choice optimal.
     Raises:
       ValueError: the temperatures are not vectors of one length of 1 or more, one is NaN, or one of
         `least` is negative or infinite.
