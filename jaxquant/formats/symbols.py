@@ -16,7 +16,7 @@ from jaxquant.formats.entropy_coded import EntropyCoded
 from jaxquant.formats.integer import Integer
 from jaxquant.formats.offset import Offset, levels
 from jaxquant.formats.table import Table
-from jaxquant.formats.trellis import SIDE, Trellis, TrellisBudget
+from jaxquant.formats.trellis import SIDE, Trellis
 from jaxquant.formats.vector import Vector
 from pallas_kernels import dual_scale, streams
 from pallas_kernels.codecs import entropy_stream, layout, lookup, trellis
@@ -172,11 +172,6 @@ def _steps(words: Int[np.ndarray, "w t"], rate: int, format: Trellis) -> Int[np.
     tiles = np.moveaxis(words.reshape(-1, 8 * rate, words.shape[1]), 1, 2)
     states = np.asarray(_states(tiles, format.L, rate, format.V))
     return (states >> (format.L - rate * format.V)).ravel()
-
-
-@symbols.register
-def _(format: TrellisBudget, data: Data, k: int) -> list[Symbols]:
-    return symbols(format.planned(np.ones(k // format.block)), data, k)
 
 
 @symbols.register
