@@ -17,7 +17,7 @@ Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"
 
 @dataclasses.dataclass(frozen=True)
 class FloatPlanes(OpFormat):
-    """Floats of any bits, stored without loss: a window of exponents, signs and mantissas as they are.
+    """Floats stored without loss: exponents in a window, signs and mantissas as they are.
 
     The layout is that of `pallas_kernels.codecs.float_planes`. A bfloat16 weight takes about 11.3
     bits with a window of 7 exponents, and 12.02 with one of 15, for which there are TPU and GPU

@@ -1,29 +1,30 @@
-"""Floats without loss in planes of fixed length: a window of exponents, and the other bits as they are.
+"""Floats without loss in planes of fixed length: a window of exponents, other bits as they are.
 
-The exponents of trained weights are concentrated: of each column of a matrix [k, n], almost all lie in
-a window of 7 or 15 consecutive ones. A float is stored as
+The exponents of trained weights are concentrated: of each column of a matrix [k, n], almost all lie
+in a window of 7 or 15 consecutive ones. A float is stored as
 
     | code: exponent - base of its column, `bits` bits | rest: sign and mantissa |
 
 Codes and rests are packed along k (`layout`); rests wider than 8 bits are cut into planes, low bits
-first (`DTYPES`). The largest code says that the exponent lies outside of the window, an *escape*.
+first (`DTYPES`). The largest code says that the exponent is outside of the window, an *escape*.
 
-    bits = 3    The column has a word `near` for every 128 rows, with 3 bits for each of the first 10
-                escapes there, low bits first: d means the exponent max(base - 1 - d, 0). Escapes
-                past the tenth, and those with other exponents (7 is stored), are *listed*.
+    bits = 3    The column has a word `near` for every 128 rows, with 3 bits for each of the first
+                10 escapes there, low bits first: d means the exponent max(base - 1 - d, 0).
+                Escapes past the tenth, and those with other exponents (7 is stored), are *listed*.
     bits = 4    Every escape is listed.
 
-Listed floats have an entry in two arrays: `where`, their places column * k + row in ascending order,
-and `exponent`. Unused entries have the place `NOWHERE`. Nothing depends on anything before it in the
-matrix, except for the number of escapes in the 128 rows of a column, so tiles are decoded by themselves.
+Listed floats have an entry in two arrays: `where`, their places column * k + row in ascending
+order, and `exponent`. Unused entries have the place `NOWHERE`. Nothing depends on anything before
+it in the matrix, except for the number of escapes in the 128 rows of a column, so that a tile is
+decoded by itself.
 
-Kernels first take *provisional* weights, and then add what listed ones lack. Provisionally, the exponent
-of a listed float is the one that its 3 bits give (0 past the tenth escape), and at 4 bits its weight
-is 0. So that a provisional weight is never large, `base` is at least 16 in columns with escapes if
-exponents have 8 bits.
+Kernels first take *provisional* weights, and then add what listed ones lack. Provisionally, the
+exponent of a listed float is the one that its 3 bits give (0 past the tenth escape); at 4 bits its
+weight is 0. So that a provisional weight is never large, `base` is at least 16 in columns with
+escapes if exponents have 8 bits.
 
-Source: fixed-length codes of exponents are ZipServ's idea, arXiv:2603.17435. The layout differs: the
-window is each column's own, and most escapes take 3 bits in a place that is known.
+Source: fixed-length codes of exponents are ZipServ's idea, arXiv:2603.17435. The layout differs:
+the window is each column's own, and most escapes take 3 bits in a place that is known.
 """
 
 import functools
@@ -172,7 +173,8 @@ def encode(u: UInt[Array, "k n"], dtype: str, bits: int, listed: int | None = No
       The planes. If more floats are to be listed than the list has entries, they decode to NaN
       throughout.
 
-    >>> u = jax.lax.bitcast_convert_type(jnp.array([[1.0], [-0.75], [3e38]], jnp.bfloat16), jnp.uint16)
+    >>> w = jnp.array([[1.0], [-0.75], [3e38]], jnp.bfloat16)
+    >>> u = jax.lax.bitcast_convert_type(w, jnp.uint16)
     >>> planes = encode(u, "bfloat16", 3)
     >>> planes.where.tolist(), planes.exponent.tolist()
     ([2], [254])
@@ -317,7 +319,7 @@ def provisional(
       bits: width of a code, 3 or 4.
       k: number of rows.
     Returns:
-      int32 [k, n], and at 3 bits all True; at 4 bits False for escapes, which stand for the weight 0.
+      int32 [k, n], and at 3 bits all True; at 4 bits False for escapes, whose weight is 0.
     """
     top = (1 << bits) - 1
     code, base = layout.unpack(planes.codes, bits, k) & top, planes.base.astype(jnp.int32)
