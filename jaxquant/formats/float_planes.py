@@ -14,6 +14,8 @@ from pallas_kernels.codecs import float_planes
 
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
+_GUESS = 2048  # weights for each one that is listed, where this has to be guessed
+
 
 @dataclasses.dataclass(frozen=True)
 class FloatPlanes(OpFormat):
@@ -24,11 +26,12 @@ class FloatPlanes(OpFormat):
     kernels.
 
     Attributes:
-      dtype: dtype of the weights; others are cast to it, which loses nothing only if it holds them.
+      dtype: dtype of the weights; None for their own, which `quantize` and `jaxquant.lossless` fill
+        in. `encode` casts to it (to float32 if it is None).
       bits: number of bits of an exponent in its window, 3 or 4.
-      listed: number of weights whose exponents are listed apart. `jaxquant.lossless` sets it to the
-        number that a weight needs; a matrix that needs more is refused, or decodes to NaN if it is
-        traced.
+      listed: number of weights of a matrix whose exponents are listed apart. `quantize` and
+        `jaxquant.lossless` set it to the number that is needed; `encode` refuses a matrix that
+        needs more, which decodes to NaN if it is traced.
 
     >>> f = FloatPlanes("bfloat16", listed=2)
     >>> data = f.encode(jnp.array([[1.5, 0.0], [jnp.inf, 0.25]]))
@@ -36,7 +39,7 @@ class FloatPlanes(OpFormat):
     [[1.5, 0.0], [inf, 0.25]]
     """
 
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype | None = None
     bits: Literal[3, 4] = 3
     listed: int = 1
 
@@ -46,9 +49,8 @@ class FloatPlanes(OpFormat):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.dtype not in float_planes.DTYPES:
-            known = ", ".join(float_planes.DTYPES)
-            raise ValueError(f"dtype must be one of {known}, got {self.dtype!r}")
+        if self.dtype is not None:
+            _check_dtype(self.dtype)
         if self.bits not in float_planes.BITS:
             raise ValueError(f"bits must be one of {float_planes.BITS}, got {self.bits}")
         check_positive(self, "listed")
@@ -59,10 +61,29 @@ class FloatPlanes(OpFormat):
         Raises:
           ValueError: more weights are to be listed than the format allows.
         """
-        same = w.astype(self.dtype)
-        return self.encode_bits(
-            jax.lax.bitcast_convert_type(same, float_planes.unsigned(self.dtype))
-        )
+        same = w.astype(self.own)
+        return self.encode_bits(jax.lax.bitcast_convert_type(same, float_planes.unsigned(self.own)))
+
+    @property
+    def own(self) -> str:
+        """Dtype that is stored."""
+        return self.dtype or "float32"
+
+    def settled(self, matrices: Float[Array, "l k n"]) -> "FloatPlanes":
+        """Return the format with the dtype of these matrices and as long a list as they need."""
+        dtype = matrices.dtype.name
+        _check_dtype(dtype)
+        if self.dtype not in (None, dtype):
+            raise ValueError(
+                f"the format stores {self.dtype} weights, got {dtype}; cast the weights, or leave "
+                "the dtype of the format out"
+            )
+        if isinstance(matrices, jax.core.Tracer):
+            listed = matrices.shape[1] * matrices.shape[2] // _GUESS
+        else:
+            u = jax.lax.bitcast_convert_type(matrices, float_planes.unsigned(dtype))
+            listed = max((int(float_planes.missing(one, dtype, self.bits)) for one in u), default=1)
+        return dataclasses.replace(self, dtype=dtype, listed=max(1, listed))
 
     def encode_bits(self, u: UInt[Array, "k n"]) -> dict[str, Array]:
         """Return the planes of a matrix given by its bits.
@@ -74,13 +95,13 @@ class FloatPlanes(OpFormat):
           ValueError: more weights are to be listed than the format allows.
         """
         if not isinstance(u, jax.core.Tracer):
-            needed = int(float_planes.missing(u, self.dtype, self.bits))
+            needed = int(float_planes.missing(u, self.own, self.bits))
             if needed > self.listed:
                 raise ValueError(
                     f"{needed} exponents are to be listed, but listed = {self.listed}; give the "
                     f"format listed={needed}, or use jaxquant.lossless.encode"
                 )
-        planes = float_planes.encode(u, self.dtype, self.bits, self.listed)
+        planes = float_planes.encode(u, self.own, self.bits, self.listed)
         return {name: a for name, a in planes._asdict().items() if a is not None}
 
     def decode_bits(self, data: dict[str, Array], k: int) -> UInt[Array, "k n"]:
@@ -90,21 +111,27 @@ class FloatPlanes(OpFormat):
           data: the packed arrays.
           k: number of rows.
         """
-        return float_planes.decode(_planes(data), dtype=self.dtype, bits=self.bits, k=k)
+        return float_planes.decode(_planes(data), dtype=self.own, bits=self.bits, k=k)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        u = float_planes.columns(_planes(data), ids, dtype=self.dtype, bits=self.bits, k=k)
-        return float_planes.floats(u, self.dtype).astype(jnp.float32)
+        u = float_planes.columns(_planes(data), ids, dtype=self.own, bits=self.bits, k=k)
+        return float_planes.floats(u, self.own).astype(jnp.float32)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         return Format.rows(self, data, ids, k)
 
     def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
-        return tuple(_planes(data)), {"dtype": self.dtype, "bits": self.bits}
+        return tuple(_planes(data)), {"dtype": self.own, "bits": self.bits}
 
     def kernel(self) -> str:
         """Return the name of the op that computes products."""
-        return f"float_planes_matmul, {self.bits}-bit exponents of {self.dtype}"
+        return f"float_planes_matmul, {self.bits}-bit exponents of {self.own}"
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in float_planes.DTYPES:
+        known = ", ".join(float_planes.DTYPES)
+        raise ValueError(f"dtype must be one of {known}, got {dtype!r}")
 
 
 def _planes(data: dict[str, Array]) -> float_planes.Planes:

@@ -17,6 +17,7 @@ from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
 from jaxquant.methods.method import Method
+from jaxquant.ptq.round_exactly import settled, unchanged
 from jaxquant.ptq.round_matrix import Keys, Report, finite
 from jaxquant.ptq.round_over_mesh import Split, interleaved, round_each, split_of, together
 from jaxquant.ptq.round_stacked import Sums, importance_at, planned, round_at
@@ -102,13 +103,14 @@ class LeafJob:
         # not in the type of w: eval_shape may close over a concrete array.
         sound = finite(w)
         abstract = isinstance(sound, jax.core.Tracer)
-        if not abstract:
+        exact = entry.method.format.exact
+        if not abstract and not exact:
             _check_values(w, sound, entry.path, sums)
         matrices = entry.matrices(w)
-        if not abstract:
+        if not abstract and not exact:
             self._check_range(matrices)
         method = self._planned(matrices, sums, abstract)
-        split = None if abstract else split_of(w, entry)
+        split = None if abstract or exact else split_of(w, entry)
         steps = (
             self._over_mesh(split, matrices, sums, method)
             if split
@@ -180,8 +182,10 @@ class LeafJob:
         return found
 
     def _planned(self, matrices: Array, sums: Sums, abstract: bool) -> Method:
-        """Return the method, with the rates of its format planned for these matrices."""
+        """Return the method, with its format planned or settled for these matrices."""
         method = self.entry.method
+        if method.format.exact:
+            return settled(method, matrices, self.entry.path)
         if not method.format.plans:
             return method
         if abstract:
@@ -200,6 +204,13 @@ class LeafJob:
                 yield [i], arrays, [(name, report, True)]
                 continue
             known, keys = self._known(i), self._keys(i)
+            if method.format.exact:
+                arrays, report = unchanged(matrices[i], method)
+                arrays = arrays._replace(activations=known.activations)
+                if not abstract:
+                    self._keep(name, arrays, report, made_of)
+                yield [i], arrays, [(name, report, False)]
+                continue
             arrays, report, sound = round_at(matrices, sums, i, keys, method, known.input or None)
             arrays = arrays._replace(activations=known.activations)
             if abstract:

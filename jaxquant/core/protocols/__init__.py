@@ -54,6 +54,7 @@ _ABILITIES: dict[tuple[type, str], tuple[str, ...]] = {
     (Format, "storage"): ("arguments",),
     (Format, "recodes"): ("recoded",),
     (Format, "plans"): ("planned",),
+    (Format, "exact"): ("settled", "encode_bits", "decode_bits"),
     (Format, "latent"): ("product",),
     (Adapter, "exact"): ("merged",),
     (GridFormat, "fits"): ("fit",),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxquant.core.straight_through import through
 from pallas_kernels import activations as forms
@@ -39,6 +39,8 @@ class Format(abc.ABC):
       plans: whether `planned` is defined, which chooses the format to store by the importance of
         blocks of rows.
       block: number of rows of such a block.
+      exact: whether the bits of the weights are stored as they are. `settled`, `encode_bits` and
+        `decode_bits` must then be defined, and transforms cannot be combined with the format.
       latent: whether this is the format of a weight in training: `product` also rounds the inputs,
         and `encode` is not defined.
     """
@@ -51,6 +53,7 @@ class Format(abc.ABC):
     recodes: ClassVar[bool] = False
     plans: ClassVar[bool] = False
     block: int = 0
+    exact: ClassVar[bool] = False
     latent: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -284,6 +287,37 @@ class Format(abc.ABC):
 
         Returns:
           The packed arrays with the new codes.
+        """
+        raise NotImplementedError
+
+    def settled(self, matrices: Float[Array, "l k n"]) -> "Format":
+        """Return the format to store, whose sizes depend on the weights; only if it is `exact`.
+
+        Args:
+          matrices: the matrices that are stored together. If they are traced, sizes are guesses.
+
+        Raises:
+          ValueError: the format cannot hold weights of this dtype.
+        """
+        raise NotImplementedError
+
+    def encode_bits(self, u: UInt[Array, "k n"]) -> Data:
+        """Pack a matrix that is given by its bits; only for formats that are `exact`.
+
+        Args:
+          u: the bits of the weights, of the unsigned integer dtype of their size.
+
+        Returns:
+          The packed arrays by name.
+        """
+        raise NotImplementedError
+
+    def decode_bits(self, data: Data, k: int) -> UInt[Array, "k n"]:
+        """Return the bits of a packed matrix; traceable; only for formats that are `exact`.
+
+        Args:
+          data: the packed arrays of one matrix.
+          k: number of rows of the matrix.
         """
         raise NotImplementedError
 
