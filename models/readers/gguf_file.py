@@ -34,12 +34,14 @@ class Tensor(NamedTuple):
       kind: its quantization type.
       shape: its shape, outermost axis first.
       data: memory-mapped uint8 [*shape[:-1], bytes per row].
+      start: its first byte in the file.
     """
 
     name: str
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     data: np.ndarray
+    start: int
 
 
 class _Cursor:
@@ -157,7 +159,8 @@ def _tensor(data: memoryview, start: int, name: str, shape: tuple, kind: int, at
             f"tensor {shown(name)} ends at byte {end}, but the file at byte {len(data)}"
         )
     values = np.frombuffer(data, np.uint8, end - start - at, start + at)
-    return Tensor(name, gguf.GGMLQuantizationType(kind), shape, values.reshape(*shape[:-1], row))
+    values = values.reshape(*shape[:-1], row)
+    return Tensor(name, gguf.GGMLQuantizationType(kind), shape, values, start + at)
 
 
 def _aligned(at: int, alignment: JsonValue) -> int:

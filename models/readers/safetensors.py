@@ -86,6 +86,17 @@ class Tensors:
         raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
         return np.asarray(raw).view(kind).reshape(entry.shape)
 
+    def spans(self) -> dict[str, tuple[str, int, int]]:
+        """Return the type of every tensor, its first byte in the file and the byte after its last.
+
+        Types are named as in the file; those that `read` does not support are among them.
+        """
+        return {
+            name: (entry.dtype, self._start + entry.data_offsets[0],
+                   self._start + entry.data_offsets[1])
+            for name, entry in self._entries.items()
+        }  # fmt: skip
+
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor into its cache, where it can be asked.
 

@@ -31,6 +31,7 @@ TARGETS = (
     "jaxquant_dual_scale",
     "jaxquant_attention",
     "jaxquant_kv_attention",
+    "jaxquant_huffman",
 )  # names of the handlers, both in the *.cc files and in JAX
 _ONE = threading.Lock()
 
