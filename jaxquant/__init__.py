@@ -139,7 +139,7 @@ _LATER = {
     "thaw": "training.latent",
     "trained": "training.latent",
 }
-_LATER_ROOMS = ("selection", "storage", "training", "tuning")
+_LATER_ROOMS = ("lossless", "selection", "storage", "training", "tuning")
 _ROOMS = (
     adapters, calibration, core, distributed, estimators, formats, methods, ptq, recipes, rounding,
     theory, transforms,

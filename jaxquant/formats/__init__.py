@@ -8,6 +8,7 @@ from jaxquant.formats.e8p import E8P
 from jaxquant.formats.entropy_coded import EntropyCoded
 from jaxquant.formats.float8 import Float8
 from jaxquant.formats.float_planes import FloatPlanes
+from jaxquant.formats.huffman_lanes import HuffmanLanes
 from jaxquant.formats.integer import Grid, Integer
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.formats.microscaling import MXFP4, NVFP4
@@ -32,6 +33,7 @@ __all__ = [
     "Format",
     "Grid",
     "GridFormat",
+    "HuffmanLanes",
     "Integer",
     "KVFormat",
     "NormalFloat",

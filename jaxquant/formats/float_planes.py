@@ -50,7 +50,7 @@ class FloatPlanes(OpFormat):
     def __post_init__(self) -> None:
         check_fields(self)
         if self.dtype is not None:
-            _check_dtype(self.dtype)
+            check_dtype(self.dtype)
         if self.bits not in float_planes.BITS:
             raise ValueError(f"bits must be one of {float_planes.BITS}, got {self.bits}")
         check_positive(self, "listed")
@@ -72,13 +72,8 @@ class FloatPlanes(OpFormat):
     def settled(self, matrices: Float[Array, "l k n"]) -> "FloatPlanes":
         """Return the format with the dtype of these matrices and as long a list as they need."""
         dtype = matrices.dtype.name
-        _check_dtype(dtype)
-        if self.dtype not in (None, dtype):
-            raise ValueError(
-                f"the format stores {self.dtype} weights, got {dtype}; cast the weights, or leave "
-                "the dtype of the format out"
-            )
-        if isinstance(matrices, jax.core.Tracer):
+        check_dtype(dtype, self.dtype)
+        if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
             listed = matrices.shape[1] * matrices.shape[2] // _GUESS
         else:
             u = jax.lax.bitcast_convert_type(matrices, float_planes.unsigned(dtype))
@@ -128,10 +123,21 @@ class FloatPlanes(OpFormat):
         return f"float_planes_matmul, {self.bits}-bit exponents of {self.own}"
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str, stored: str | None = None) -> None:
+    """Raise ValueError unless weights of a dtype can be stored without loss.
+
+    Args:
+      dtype: name of the dtype.
+      stored: the only dtype that a format stores; None (the default) if it takes that of its weights.
+    """
     if dtype not in float_planes.DTYPES:
         known = ", ".join(float_planes.DTYPES)
         raise ValueError(f"dtype must be one of {known}, got {dtype!r}")
+    if stored not in (None, dtype):
+        raise ValueError(
+            f"the format stores {stored} weights, got {dtype}; cast the weights, or leave the dtype "
+            "of the format out"
+        )
 
 
 def _planes(data: dict[str, Array]) -> float_planes.Planes:

@@ -16,8 +16,8 @@ from jaxquant.core.random_keys import Draw
 from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
+from jaxquant.lossless.tensors import settled, unchanged
 from jaxquant.methods.method import Method
-from jaxquant.ptq.round_exactly import settled, unchanged
 from jaxquant.ptq.round_matrix import Keys, Report, finite
 from jaxquant.ptq.round_over_mesh import Split, interleaved, round_each, split_of, together
 from jaxquant.ptq.round_stacked import Sums, importance_at, planned, round_at
@@ -205,8 +205,8 @@ class LeafJob:
                 continue
             known, keys = self._known(i), self._keys(i)
             if method.format.exact:
-                arrays, report = unchanged(matrices[i], method)
-                arrays = arrays._replace(activations=known.activations)
+                arrays = unchanged(matrices[i], method)._replace(activations=known.activations)
+                report = Report(jnp.float32(0), jnp.float32(0), jnp.int32(0))
                 if not abstract:
                     self._keep(name, arrays, report, made_of)
                 yield [i], arrays, [(name, report, False)]

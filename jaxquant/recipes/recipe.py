@@ -350,7 +350,13 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
         rows, columns = method.stored(k, n)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    parts: PyTree = method.format.shapes(rows, columns)
+    format = method.format
+    if format.exact:
+        try:
+            format = format.settled(jax.ShapeDtypeStruct((1, rows, columns), w.dtype))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    parts: PyTree = format.shapes(rows, columns)
     for name, side, size in (("input", method.input, k), ("output", method.output, n)):
         if side is not None:
             parts = {**parts, name: side.shapes(size)}

@@ -141,10 +141,6 @@ def _coded(
     code = exponent - base
     escaped = (code < 0) | (code >= top)
     codes = layout.pack(jnp.where(escaped, top, code), bits)
-    planes, low = [], 0
-    for width in DTYPES[dtype][1]:
-        planes.append(layout.pack(rest >> low, width))
-        low += width
     near, listed = None, escaped
     if bits == 3:
         d = base - 1 - exponent
@@ -156,8 +152,22 @@ def _coded(
         placed = jnp.where(held, d.astype(jnp.uint32) << _shift(rank), 0)
         near = jax.lax.bitcast_convert_type(jnp.sum(placed, axis=1, dtype=jnp.uint32), jnp.int32)
     none = jnp.zeros(0, jnp.int32)
-    parts = Planes(codes, jnp.concatenate(planes), base.astype(jnp.uint8)[None], near, none, none)
+    parts = Planes(codes, packed_rests(rest, dtype), base.astype(jnp.uint8)[None], near, none, none)
     return parts, listed, exponent
+
+
+def packed_rests(rest: Int32[Array, "k n"], dtype: str) -> Int32[Array, "r n"]:
+    """Return the words of signs and mantissas; the inverse of `rests`.
+
+    Args:
+      rest: signs and mantissas, as `fields` returns them.
+      dtype: a key of `DTYPES`.
+    """
+    planes, low = [], 0
+    for width in DTYPES[dtype][1]:
+        planes.append(layout.pack(rest >> low, width))
+        low += width
+    return jnp.concatenate(planes)
 
 
 def encode(u: UInt[Array, "k n"], dtype: str, bits: int, listed: int | None = None) -> Planes:

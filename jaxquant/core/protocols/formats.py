@@ -294,7 +294,8 @@ class Format(abc.ABC):
         """Return the format to store, whose sizes depend on the weights; only if it is `exact`.
 
         Args:
-          matrices: the matrices that are stored together. If they are traced, sizes are guesses.
+          matrices: the matrices that are stored together. If they are traced, or a
+            `jax.ShapeDtypeStruct`, sizes are guesses.
 
         Raises:
           ValueError: the format cannot hold weights of this dtype.

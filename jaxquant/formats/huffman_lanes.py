@@ -1,0 +1,197 @@
+"""HuffmanLanes: the bits of floats without loss, with Huffman-coded exponents."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt, UInt8, UInt16
+
+from jaxquant.core.fields import check_fields, check_positive
+from jaxquant.formats.float_planes import Dtype, check_dtype
+from jaxquant.formats.tiled_format import TiledFormat
+from pallas_kernels.codecs import float_planes, huffman_lanes, prefix_code
+from pallas_kernels.codecs.huffman_lanes import LANE
+
+
+@dataclasses.dataclass(frozen=True)
+class HuffmanLanes(TiledFormat):
+    """Floats stored without loss: exponents in a Huffman code, signs and mantissas as they are.
+
+    The exponents of a matrix, column after column, are one plane of
+    `pallas_kernels.codecs.huffman_lanes`. A bfloat16 weight takes about 10.7 bits. A product decodes
+    a tile of columns at a time and has no kernel of its own: use `FloatPlanes` where speed counts.
+
+    Attributes:
+      dtype: dtype of the weights; None for their own, which `quantize` and `jaxquant.lossless` fill
+        in. `encode` casts to it (to float32 if it is None).
+      words: number of 32-bit words of Huffman code for a matrix. `quantize` and `jaxquant.lossless`
+        set it to the number that is needed.
+
+    >>> w = jnp.array([[1.5, 0.0], [jnp.inf, 0.25]])
+    >>> f = HuffmanLanes().settled(w[None])
+    >>> f.words, f.decode(f.encode(w), 2).tolist()
+    (1, [[1.5, 0.0], [inf, 0.25]])
+    """
+
+    dtype: Dtype | None = None
+    words: int = 1
+
+    tile: ClassVar[tuple[int, int]] = (1, 1)
+    exact: ClassVar[bool] = True
+    wide: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.dtype is not None:
+            check_dtype(self.dtype)
+        check_positive(self, "words")
+
+    @property
+    def own(self) -> str:
+        """Dtype that is stored."""
+        return self.dtype or "float32"
+
+    def settled(self, matrices: Float[Array, "l k n"]) -> "HuffmanLanes":
+        """Return the format with the dtype of these matrices and as many words as they need."""
+        dtype = matrices.dtype.name
+        check_dtype(dtype, self.dtype)
+        bits = float_planes.DTYPES[dtype][0]
+        words = huffman_lanes.lanes(matrices.shape[1] * matrices.shape[2]) * LANE * bits // 32
+        if not isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
+            unsigned = float_planes.unsigned(dtype)
+            words = 1
+            for one in jax.lax.bitcast_convert_type(matrices, unsigned):
+                plane, lengths = _coded(one, dtype)
+                words = max(words, int(huffman_lanes.sizes(plane, lengths).sum(dtype=np.int64)))
+        return dataclasses.replace(self, dtype=dtype, words=words)
+
+    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
+        """Return the arrays of a matrix, cast to `dtype`; traced, they decode to zeros."""
+        same = w.astype(self.own)
+        return self.encode_bits(jax.lax.bitcast_convert_type(same, float_planes.unsigned(self.own)))
+
+    def encode_bits(self, u: UInt[Array, "k n"]) -> dict[str, Array]:
+        """Return the arrays of a matrix given by its bits; traced, they decode to zeros.
+
+        Args:
+          u: the bits of the floats, of an unsigned integer dtype of their size.
+
+        Raises:
+          ValueError: the matrix needs more words than the format has.
+        """
+        k, n = u.shape
+        lanes = huffman_lanes.lanes(k * n)
+        if isinstance(u, jax.core.Tracer):  # a Huffman code depends on values
+            zeros = jnp.zeros((self.words,), jnp.uint32), jnp.zeros((lanes,), jnp.uint16)
+            rest = jnp.zeros((float_planes.rest_words(k, self.own), n), jnp.int32)
+            return self._data(rest, *zeros, jnp.zeros(256, jnp.uint8).at[0].set(1))
+        plane, lengths = _coded(u, self.own)
+        sizes = huffman_lanes.sizes(plane, lengths)
+        words = huffman_lanes.encode(plane, lengths, sizes)
+        if len(words) > self.words:
+            raise ValueError(
+                f"the matrix takes {len(words)} words, but words = {self.words}; give the format "
+                f"words={len(words)}, or use jaxquant.lossless.encode"
+            )
+        words = np.pad(words, (0, self.words - len(words)))
+        return self._data(_packed_rests(u, self.own), words, sizes, lengths)
+
+    def _data(self, rest: Array, words: Array, sizes: Array, lengths: Array) -> dict[str, Array]:
+        arrays = map(jnp.asarray, (words, sizes, lengths))
+        return {"codes": rest, **dict(zip(("words", "sizes", "lengths"), arrays, strict=True))}
+
+    # --- decoding -------------------------------------------------------------------------------
+
+    @property
+    def spans(self) -> Mapping[str, int]:
+        return {"codes": 1, "column": 1}
+
+    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
+        return float_planes.floats(self.decode_bits(data, k), self.own).astype(jnp.float32)
+
+    def decode_bits(self, data: dict[str, Array], k: int) -> UInt[Array, "k n"]:
+        """Return the bits of the floats of one matrix, or of consecutive columns of it.
+
+        Args:
+          data: the packed arrays, and for some of the columns their indices, "column".
+          k: number of rows.
+        """
+        n = data["codes"].shape[-1]
+        first = data["column"][0, 0] if "column" in data else jnp.int32(0)
+        exponent = self._exponents(data, first * k, k * n).reshape(n, k).T.astype(jnp.int32)
+        rest = float_planes.rests(data["codes"], self.own, k)
+        return float_planes.joined(exponent, rest, self.own)
+
+    def _exponents(
+        self, data: dict[str, Array], start: Array, count: int
+    ) -> UInt8[Array, " count"]:
+        """Return `count` symbols of the plane from `start` on, decoding only their lanes."""
+        starts = huffman_lanes.starts(data["sizes"])
+        lanes = min(huffman_lanes.lanes(count) + 1, len(starts))
+        lane = jnp.minimum(start // LANE, len(starts) - lanes)
+        first = jax.lax.dynamic_slice_in_dim(starts, lane, lanes)
+        symbols = huffman_lanes.decode_lanes(data["words"], first, decoding_table(data["lengths"]))
+        return jax.lax.dynamic_slice_in_dim(symbols.reshape(-1), start - lane * LANE, count)
+
+    def matmul(
+        self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
+    ) -> Float[Array, "m n"]:
+        return super().matmul(x, self._numbered(data), activations)
+
+    def matmul_transposed(
+        self, x: Float[Array, "m n"], data: dict[str, Array], k: int
+    ) -> Float[Array, "m k"]:
+        return super().matmul_transposed(x, self._numbered(data), k)
+
+    def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
+        one = lambda i: self.decode(
+            {**data, "codes": data["codes"][:, i][:, None], "column": i[None, None]}, k
+        )
+        return jax.vmap(one, out_axes=2)(ids.astype(jnp.int32))[:, 0]
+
+    def _numbered(self, data: dict[str, Array]) -> dict[str, Array]:
+        """Return the arrays with the index of every column, from which a tile finds its lanes."""
+        return data | {"column": jnp.arange(data["codes"].shape[-1], dtype=jnp.int32)[None]}
+
+    def kernel(self) -> str:
+        """Return what computes products."""
+        return "decoded (XLA) by tiles of columns; jaxquant.lossless.encode converts to planes"
+
+
+def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
+    """Return `prefix_code.table` for 12 bits, computed inside of `jit`.
+
+    Args:
+      lengths: the lengths of the code words, 0 for absent symbols.
+
+    >>> of = np.zeros(256, np.uint8)
+    >>> of[[3, 5, 9]] = 1, 2, 2
+    >>> bool((np.tile(prefix_code.table(of), 1024) == decoding_table(jnp.asarray(of))).all())
+    True
+    """
+    limit = prefix_code.LIMIT
+    of = lengths.astype(jnp.int32)
+    order = jnp.argsort(jnp.where(of > 0, of, limit + 1), stable=True)
+    ends = jnp.cumsum(jnp.where(of[order] > 0, 1 << limit - of[order], 0))
+    word = np.arange(1 << limit)
+    # The first bit of a code word is the lowest one of the stream and the highest of the word.
+    word = sum((word >> bit & 1) << limit - 1 - bit for bit in range(limit))
+    symbol = order[jnp.searchsorted(ends, word, side="right") % 256]
+    single = of[order[0]] | (of[order[1]] == 0)  # a single symbol owns all words
+    symbol = jnp.where((word >= ends[-1]) & (single > 0), order[0], symbol)
+    return (symbol | of[symbol] << 8).astype(jnp.uint16)
+
+
+def _coded(u: UInt[Array, "k n"], dtype: str) -> tuple[UInt8[np.ndarray, " kn"], np.ndarray]:
+    """Return the exponents in column order, and the lengths of their code words."""
+    exponent, _ = float_planes.fields(u, dtype)
+    plane = np.asarray(exponent.T.reshape(-1).astype(jnp.uint8))
+    return plane, prefix_code.lengths(np.bincount(plane, minlength=256))
+
+
+def _packed_rests(u: UInt[Array, "k n"], dtype: str) -> Array:
+    _, rest = float_planes.fields(u, dtype)
+    return float_planes.packed_rests(rest, dtype)
