@@ -9,16 +9,15 @@ from jaxtyping import Array, Float, UInt
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Format, OpArguments
+from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
 from jaxquant.formats.op_format import OpFormat
 from pallas_kernels.codecs import float_planes
-
-Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 _GUESS = 2048  # weights for each one that is listed, where this has to be guessed
 
 
 @dataclasses.dataclass(frozen=True)
-class FloatPlanes(OpFormat):
+class FloatPlanes(ExactFormat, OpFormat):
     """Floats stored without loss: exponents in a window, signs and mantissas as they are.
 
     The layout is that of `pallas_kernels.codecs.float_planes`. A bfloat16 weight takes about 11.3
@@ -45,7 +44,6 @@ class FloatPlanes(OpFormat):
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
     storage: ClassVar[str] = "float_planes"
-    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -55,20 +53,6 @@ class FloatPlanes(OpFormat):
             raise ValueError(f"bits must be one of {float_planes.BITS}, got {self.bits}")
         check_positive(self, "listed")
 
-    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Return the planes of a matrix, cast to `dtype`.
-
-        Raises:
-          ValueError: more weights are to be listed than the format allows.
-        """
-        same = w.astype(self.own)
-        return self.encode_bits(jax.lax.bitcast_convert_type(same, float_planes.unsigned(self.own)))
-
-    @property
-    def own(self) -> str:
-        """Dtype that is stored."""
-        return self.dtype or "float32"
-
     def settled(self, matrices: Float[Array, "l k n"]) -> "FloatPlanes":
         """Return the format with the dtype of these matrices and as long a list as they need."""
         dtype = matrices.dtype.name
@@ -76,7 +60,7 @@ class FloatPlanes(OpFormat):
         if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
             listed = matrices.shape[1] * matrices.shape[2] // _GUESS
         else:
-            u = jax.lax.bitcast_convert_type(matrices, float_planes.unsigned(dtype))
+            u = bits_of(matrices)
             listed = max((int(float_planes.missing(one, dtype, self.bits)) for one in u), default=1)
         return dataclasses.replace(self, dtype=dtype, listed=max(1, listed))
 
@@ -121,23 +105,6 @@ class FloatPlanes(OpFormat):
     def kernel(self) -> str:
         """Return the name of the op that computes products."""
         return f"float_planes_matmul, {self.bits}-bit exponents of {self.own}"
-
-
-def check_dtype(dtype: str, stored: str | None = None) -> None:
-    """Raise ValueError unless weights of a dtype can be stored without loss.
-
-    Args:
-      dtype: name of the dtype.
-      stored: the only dtype that a format stores; None (the default) if it takes that of its weights.
-    """
-    if dtype not in float_planes.DTYPES:
-        known = ", ".join(float_planes.DTYPES)
-        raise ValueError(f"dtype must be one of {known}, got {dtype!r}")
-    if stored not in (None, dtype):
-        raise ValueError(
-            f"the format stores {stored} weights, got {dtype}; cast the weights, or leave the dtype "
-            "of the format out"
-        )
 
 
 def _planes(data: dict[str, Array]) -> float_planes.Planes:

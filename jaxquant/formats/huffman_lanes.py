@@ -10,19 +10,21 @@ import numpy as np
 from jaxtyping import Array, Float, UInt, UInt8, UInt16
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.formats.float_planes import Dtype, check_dtype
+from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
 from jaxquant.formats.tiled_format import TiledFormat
 from pallas_kernels.codecs import float_planes, huffman_lanes, prefix_code
 from pallas_kernels.codecs.huffman_lanes import LANE
 
+_GUESS = 3  # bits of an exponent, where this has to be guessed
+
 
 @dataclasses.dataclass(frozen=True)
-class HuffmanLanes(TiledFormat):
+class HuffmanLanes(ExactFormat, TiledFormat):
     """Floats stored without loss: exponents in a Huffman code, signs and mantissas as they are.
 
     The exponents of a matrix, column after column, are one plane of
-    `pallas_kernels.codecs.huffman_lanes`. A bfloat16 weight takes about 10.7 bits. A product decodes
-    a tile of columns at a time and has no kernel of its own: use `FloatPlanes` where speed counts.
+    `pallas_kernels.codecs.huffman_lanes`. A bfloat16 weight takes about 10.7 bits. A product
+    decodes a tile of columns at a time and has no kernel: use `FloatPlanes` where speed counts.
 
     Attributes:
       dtype: dtype of the weights; None for their own, which `quantize` and `jaxquant.lossless` fill
@@ -40,8 +42,6 @@ class HuffmanLanes(TiledFormat):
     words: int = 1
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
-    exact: ClassVar[bool] = True
-    wide: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -49,29 +49,20 @@ class HuffmanLanes(TiledFormat):
             check_dtype(self.dtype)
         check_positive(self, "words")
 
-    @property
-    def own(self) -> str:
-        """Dtype that is stored."""
-        return self.dtype or "float32"
-
     def settled(self, matrices: Float[Array, "l k n"]) -> "HuffmanLanes":
         """Return the format with the dtype of these matrices and as many words as they need."""
         dtype = matrices.dtype.name
         check_dtype(dtype, self.dtype)
-        bits = float_planes.DTYPES[dtype][0]
-        words = huffman_lanes.lanes(matrices.shape[1] * matrices.shape[2]) * LANE * bits // 32
-        if not isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
-            unsigned = float_planes.unsigned(dtype)
-            words = 1
-            for one in jax.lax.bitcast_convert_type(matrices, unsigned):
-                plane, lengths = _coded(one, dtype)
-                words = max(words, int(huffman_lanes.sizes(plane, lengths).sum(dtype=np.int64)))
+        if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
+            lanes = huffman_lanes.lanes(matrices.shape[1] * matrices.shape[2])
+            words = max(1, lanes * LANE * _GUESS // 32)
+        else:
+            coded = (_coded(u, dtype) for u in bits_of(matrices))
+            words = max(
+                (int(huffman_lanes.sizes(*c).sum(dtype=np.int64)) for c in coded), default=1
+            )
+            words = max(1, words)
         return dataclasses.replace(self, dtype=dtype, words=words)
-
-    def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
-        """Return the arrays of a matrix, cast to `dtype`; traced, they decode to zeros."""
-        same = w.astype(self.own)
-        return self.encode_bits(jax.lax.bitcast_convert_type(same, float_planes.unsigned(self.own)))
 
     def encode_bits(self, u: UInt[Array, "k n"]) -> dict[str, Array]:
         """Return the arrays of a matrix given by its bits; traced, they decode to zeros.
@@ -108,9 +99,6 @@ class HuffmanLanes(TiledFormat):
     @property
     def spans(self) -> Mapping[str, int]:
         return {"codes": 1, "column": 1}
-
-    def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        return float_planes.floats(self.decode_bits(data, k), self.own).astype(jnp.float32)
 
     def decode_bits(self, data: dict[str, Array], k: int) -> UInt[Array, "k n"]:
         """Return the bits of the floats of one matrix, or of consecutive columns of it.

@@ -4,7 +4,9 @@ import io
 import math
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
@@ -31,9 +33,23 @@ def record_of(dtype: str) -> Record:
     return Record(rotated.get(kind.name, f"u{kind.itemsize}"))
 
 
+def codable(a: Any) -> bool:
+    """Return whether an array can be coded here: its values are, and its numbers take whole bytes.
+
+    Args:
+      a: an array of NumPy or JAX.
+
+    >>> codable(np.zeros(3)), codable(np.zeros(0))
+    (True, False)
+    """
+    here = not isinstance(a, jax.Array) or a.is_fully_addressable
+    narrow = a.dtype.name in ("int1", "uint1", "int2", "uint2", "int4", "uint4", "float4_e2m1fn")
+    return here and a.size > 0 and not narrow
+
+
 def encode_array(
     a: Shaped[np.ndarray, "..."], threads: int | None = None
-) -> UInt8[np.ndarray, "b"]:
+) -> UInt8[np.ndarray, " b"]:
     """Return an array as a stream of bytes, which does not hold its dtype and shape.
 
     Args:
@@ -57,7 +73,7 @@ def encode_array(
 
 
 def decode_array(
-    stream: UInt8[np.ndarray, "b"],
+    stream: UInt8[np.ndarray, " b"],
     dtype: str,
     shape: tuple[int, ...],
     name: str = "the array",
@@ -87,7 +103,7 @@ def decode_array(
     return out.view(np.dtype(dtype)).reshape(shape)
 
 
-def _stored(stream: UInt8[np.ndarray, "b"], section: Section) -> Iterator[tuple[Stored, int]]:
+def _stored(stream: UInt8[np.ndarray, " b"], section: Section) -> Iterator[tuple[Stored, int]]:
     """Yield the chunks of a stream, each with the checksum before it."""
     file, crc, start = io.BytesIO(stream), section.seed, 0
     while start < section.nbytes:

@@ -12,6 +12,7 @@ from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.sites import Site, is_weight
 from jaxquant.core.tensor import Arrays, QTensor, View
 from jaxquant.core.tree import leaf_bytes
+from jaxquant.formats.exact_format import bits_of
 from jaxquant.lossless.forms import Form, method
 from jaxquant.methods.method import Method
 from jaxquant.recipes.recipe import layout_of
@@ -115,8 +116,7 @@ def unchanged(w: Float[Array, "k n"], method: Method) -> Arrays:
       w: the matrix.
       method: the method, with its format settled.
     """
-    u = jax.lax.bitcast_convert_type(w, float_planes.unsigned(w.dtype.name))
-    return Arrays(method.format.encode_bits(u), {}, {}, {})
+    return Arrays(method.format.encode_bits(bits_of(w)), {}, {}, {})
 
 
 def _coded(path: str, w: Array, method: Method, site: Site | None) -> QTensor:
@@ -131,12 +131,17 @@ def _converted(path: str, w: QTensor, method: Method) -> QTensor | None:
     if not w.format.exact:
         return None
     batch = w.data["codes"].shape[: w.leading()]
-    decode = w.own
-    for _ in batch:
-        decode = jax.vmap(decode)
-    matrices = jax.jit(decode)(w.arrays).reshape(-1, *_matrix(w.view))
+    matrices = _matrices(w.unnamed()).reshape(-1, *_matrix(w.view))
     new = _stack(path, matrices, batch, w.view, method)
     return dataclasses.replace(w, data=new.data, format=new.format, method=new.method)
+
+
+@jax.jit
+def _matrices(w: QTensor) -> Float[Array, "*batch k n"]:
+    decode = w.own
+    for _ in range(w.leading()):
+        decode = jax.vmap(decode)
+    return decode(w.arrays)
 
 
 def _matrix(view: View) -> tuple[int, int]:

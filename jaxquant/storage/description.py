@@ -10,7 +10,9 @@ from jaxquant.durable.publish import restore
 from jaxquant.recipes.recipe import Recipe
 
 Json = dict[str, Any]  # a JSON object
-VERSION = 3  # the latest; version 3 has parts, and what has none is written as version 2
+# The latest. Version 4 has arrays that are coded without loss and version 3 has parts; what has
+# neither is written as version 2.
+VERSION = 4
 FILE = "jaxquant.json"
 
 
@@ -35,7 +37,8 @@ def write_description(folder: Path, description: Json) -> None:
       folder: the checkpoint's directory.
       description: JSON values by name.
     """
-    version = VERSION if "parts" in description else 2
+    coded = any("coded" in spec for spec in description["arrays"].values())
+    version = VERSION if coded else 3 if "parts" in description else 2
     description = {"format": "jaxquant", "version": version, **description}
     description["sha256"] = sha256_of(description)
     (folder / FILE).write_text(json.dumps(description))

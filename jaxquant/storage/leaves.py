@@ -55,7 +55,9 @@ def _described_tensor(path: str, w: QTensor) -> tuple[Json, dict[str, Array]]:
     for part, a in w.named.items():
         _check_array(f"{path}:{part}", a)
     static = {f: to_json(getattr(w, f)) for f in STATIC}
-    data = w.format.to_disk(w.data, w.stored_rows)
+    several = any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in w.data.values())
+    # Processes that hold parts of an exact weight save these as they are.
+    data = w.data if w.format.exact and several else w.format.to_disk(w.data, w.stored_rows)
     stored = dataclasses.replace(w, data=data).named
     if data is not w.data:  # packed more tightly than for matmuls
         static["kept"] = True
