@@ -30,13 +30,15 @@ class Output:
     Args:
       out: the directory.
       overwrite: whether an existing checkpoint may be replaced.
+      lossless: as in `readers.checkpoint.save_model`.
     Raises:
       ValueError: a checkpoint may not be written there.
     """
 
-    def __init__(self, out: str | Path, overwrite: bool) -> None:
+    def __init__(self, out: str | Path, overwrite: bool, *, lossless: bool = False) -> None:
         self.out = out
         self.overwrite = overwrite
+        self.lossless = lossless
         self.path = folder_of(out)
         try:
             self._check()
@@ -86,7 +88,7 @@ class Output:
         """
         overwrite = self.overwrite or self._is_result()
         metadata = {RUN: self.finished.digest}
-        save_model(self.out, model, recipe, overwrite, metadata, layers)
+        save_model(self.out, model, recipe, overwrite, metadata, layers, lossless=self.lossless)
         interrupts.about(lambda: f"the output is in {self.out}")
         self.finished.remove()
 

@@ -32,7 +32,7 @@ def quantize(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     run.
     """
     with usage_errors():
-        output = Output(out, overwrite)
+        output = Output(out, overwrite, lossless=options["lossless"])
         request = request_of(**options)
     output.hold()
     start = time.monotonic()

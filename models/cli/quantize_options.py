@@ -194,6 +194,12 @@ OPTIONS = (
         default=0,
         help="Random seed for methods, rotations and generated text. The default is 0.",
     ),
+    click.option(
+        "--lossless",
+        is_flag=True,
+        help="Store the arrays of the checkpoint in fewer bytes, without loss: those of matrices "
+        "that are not quantized too, which stay bfloat16 if they are.",
+    ),
 )
 
 

@@ -53,6 +53,7 @@ def request_of(
     rotate_residual: str | None = None,
     rotate_steps: int | None = None,
     settings: tuple[str, ...] = (),
+    lossless: bool = False,
     **method_options: Any,
 ) -> QuantizationRequest:
     """Return the request described by the options; the preset or the method replaces None.
@@ -104,6 +105,7 @@ def request_of(
         recoding=_training(CODES, heal_codes, heal_batch),
         layers_healed=heal_layers,
         heal_text=heal_text or "",
+        lossless=lossless,
     )
     _check_trainable(request)
     if weighting != "gradient" and any(m.needs_output for _, m in request.rules):

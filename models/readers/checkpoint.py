@@ -84,6 +84,8 @@ def save_model(
     overwrite: bool = False,
     metadata: Mapping[str, JsonValue] | None = None,
     layers: Sequence[Path] = (),
+    *,
+    lossless: bool = False,
 ) -> None:
     """Write a checkpoint; unquantized matrices are stored in float16, vectors in their own dtype.
 
@@ -94,11 +96,13 @@ def save_model(
       overwrite: whether to replace an existing checkpoint.
       metadata: JSON values to store besides those that `read_checkpoint` needs.
       layers: directories that `save_layer` wrote, for a model whose params lack the layers.
+      lossless: whether all arrays are stored in fewer bytes without loss (`jaxquant.save`);
+        unquantized matrices in bfloat16 then keep their dtype. Default: False.
     Raises:
       ValueError: a weight, packed or not, is not finite after training or rounding; the message
         names it.
     """
-    params = storable(model.params)
+    params = storable(model.params, lossless)
     needed = {
         "config": model.config.to_json(),
         "tokenizer": model.tokenizer.to_json(),
@@ -108,19 +112,23 @@ def save_model(
         needed["chat"] = model.tokenizer.chat.to_json()
     whole = {**needed, **(metadata or {})}
     parts = {"layers": layers} if layers else None
-    save(directory, params, recipe=recipe, metadata=whole, overwrite=overwrite, parts=parts)
+    save(
+        directory, params, recipe=recipe, metadata=whole, overwrite=overwrite, parts=parts,
+        lossless=lossless,
+    )  # fmt: skip
 
 
-def save_layer(directory: Path, layer: PyTree) -> None:
+def save_layer(directory: Path, layer: PyTree, lossless: bool = False) -> None:
     """Write one layer, as `save_model` would.
 
     Args:
       directory: where to write it; a layer that is there is replaced.
       layer: the stack of layers cut down to one: every leaf is [1, ...].
+      lossless: as in `save_model`.
     Raises:
       ValueError: as in `save_model`; the message names the path within the layer.
     """
-    save(directory, storable(layer), overwrite=True)
+    save(directory, storable(layer, lossless), overwrite=True, lossless=lossless)
 
 
 def layer_is_saved(place: Path) -> bool:
@@ -140,15 +148,17 @@ def layer_is_saved(place: Path) -> bool:
         return False
 
 
-def storable(params: PyTree) -> PyTree:
+def storable(params: PyTree, lossless: bool = False) -> PyTree:
     """Return the parameters in the dtypes in which `save_model` stores them.
 
     Args:
       params: inner "params" tree.
+      lossless: as in `save_model`.
     Raises:
       ValueError: as in `save_model`.
     """
-    params = as_stored(params, lambda w, dtype: w.astype(dtype))
+    keeps = lambda w: lossless and w.dtype == jnp.bfloat16
+    params = as_stored(params, lambda w, dtype: w if keeps(w) else w.astype(dtype))
     _check_finite(params)
     return params
 

@@ -183,7 +183,8 @@ class AllocatingJob:
                 tree, rule, known, key=self.request.key, progress=told, first=i
             )  # fmt: skip
             packed |= jq.core.path_leaves(done[LAYERS])
-        save_layer(self._place / str(i), traverse_util.unflatten_dict(packed, sep="/"))
+        layer = traverse_util.unflatten_dict(packed, sep="/")
+        save_layer(self._place / str(i), layer, self.request.lossless)
 
     def _alone(
         self, layer: dict[str, PyTree], stats: jq.Stats | None, paths: list[str]

@@ -85,6 +85,7 @@ def heal_layers(
     *,
     progress: Callable[[Progress], None],
     finished: Finished,
+    lossless: bool = False,
 ) -> list[Path]:
     """Train the layers of a quantized model one by one, each to match the source's layer.
 
@@ -99,6 +100,7 @@ def heal_layers(
       place: directory for the trained layers.
       progress: called with a report after each step.
       finished: the results of finished steps.
+      lossless: as in `readers.checkpoint.save_layer`.
     Returns:
       The directories of the trained layers.
     """
@@ -108,7 +110,7 @@ def heal_layers(
 
     def keep(i: int, healed: PyTree) -> None:
         if not layer_is_saved(place / str(i)):
-            save_layer(place / str(i), jq.tuning.rejoined(stored(i), healed))
+            save_layer(place / str(i), jq.tuning.rejoined(stored(i), healed), lossless)
 
     heal_each(
         _only_block(config, dtype), len(layers), lambda i: jq.tuning.decoded(stored(i)),

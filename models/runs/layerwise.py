@@ -104,6 +104,7 @@ class LayerwiseJob:
             return heal_layers(
                 self.visits.source, outer.params, places, self.training,
                 self.finished.directory("healed"), progress=step, finished=self.finished,
+                lossless=self.request.lossless,
             )  # fmt: skip
 
     @property
@@ -158,7 +159,8 @@ class LayerwiseJob:
                         progress=told, finished=None if stats is None else self.finished, first=i,
                     )  # fmt: skip
                 packed |= dict(jq.core.path_leaves(part[LAYERS]))
-        save_layer(self._place / str(i), traverse_util.unflatten_dict(packed, sep="/"))
+        whole = traverse_util.unflatten_dict(packed, sep="/")
+        save_layer(self._place / str(i), whole, self.request.lossless)
         for name in names:
             self.finished.pop(name, None)
 

@@ -30,6 +30,7 @@ class QuantizationRequest:
       layers_healed: whether the rounded layers are trained one by one, instead of `healing`.
       heal_text: the training text, a file or a name; "" for the calibration text; "generated" for
         text that the model generates.
+      lossless: whether arrays are stored in fewer bytes without loss. Default: False.
     """
 
     recipe: jq.Recipe | None
@@ -47,6 +48,7 @@ class QuantizationRequest:
     recoding: jq.tuning.Healing | None
     layers_healed: bool
     heal_text: str
+    lossless: bool = False
 
     @property
     def rules(self) -> list[tuple[str, jq.Method]]:
