@@ -65,7 +65,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         return dataclasses.replace(self, dtype=dtype, words=words)
 
     def encode_bits(self, u: UInt[Array, "k n"]) -> dict[str, Array]:
-        """Return the arrays of a matrix given by its bits; traced, they decode to zeros.
+        """Return the arrays of a matrix given by its bits; traced, they decode to NaN.
 
         Args:
           u: the bits of the floats, of an unsigned integer dtype of their size.
@@ -77,8 +77,9 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         lanes = huffman_lanes.lanes(k * n)
         if isinstance(u, jax.core.Tracer):  # a Huffman code depends on values
             zeros = jnp.zeros((self.words,), jnp.uint32), jnp.zeros((lanes,), jnp.uint16)
-            rest = jnp.zeros((float_planes.rest_words(k, self.own), n), jnp.int32)
-            return self._data(rest, *zeros, jnp.zeros(256, jnp.uint8).at[0].set(1))
+            rest = jnp.full((float_planes.rest_words(k, self.own), n), -1, jnp.int32)
+            last = (1 << float_planes.DTYPES[self.own][0]) - 1
+            return self._data(rest, *zeros, jnp.zeros(256, jnp.uint8).at[last].set(1))
         plane, lengths = _coded(u, self.own)
         sizes = huffman_lanes.sizes(plane, lengths)
         words = huffman_lanes.encode(plane, lengths, sizes)

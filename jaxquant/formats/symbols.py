@@ -13,13 +13,15 @@ from jaxquant.formats.additive import Additive
 from jaxquant.formats.dual_scale import DualScale
 from jaxquant.formats.e8p import E8P
 from jaxquant.formats.entropy_coded import EntropyCoded
+from jaxquant.formats.exact_format import ExactFormat
+from jaxquant.formats.float_planes import FloatPlanes
 from jaxquant.formats.integer import Integer
 from jaxquant.formats.offset import Offset, levels
 from jaxquant.formats.table import Table
 from jaxquant.formats.trellis import SIDE, Trellis
 from jaxquant.formats.vector import Vector
 from pallas_kernels import dual_scale, streams
-from pallas_kernels.codecs import entropy_stream, layout, lookup, trellis
+from pallas_kernels.codecs import entropy_stream, float_planes, layout, lookup, trellis
 
 
 class Symbols(NamedTuple):
@@ -55,6 +57,8 @@ def symbols(format: Any, data: Data, k: int) -> list[Symbols]:
       EntropyCoded               the integer that the arithmetic coder receives for every weight;
                                  groups are its classes, which follow from the scales of the row and
                                  of the column
+      FloatPlanes, HuffmanLanes  the exponent of every weight, and its sign and mantissa, cut into
+                                 bytes where they are longer; groups are columns
 
     Codes that a decoder can tell apart are of different kinds: those of different codebooks, of
     different rates, of the two quantizers between which a trellis alternates. Register a format of
@@ -103,6 +107,21 @@ def _scalar(data: Data, bits: int, k: int, rows: int, alphabet: int) -> Symbols:
     group = np.minimum(np.arange(k) // rows, count - 1)[:, None] * columns
     groups = group + np.arange(codes.shape[1]) % columns
     return Symbols(codes.ravel(), groups.ravel(), alphabet, bits)
+
+
+@symbols.register
+def _(format: ExactFormat, data: Data, k: int) -> list[Symbols]:
+    exponent, rest = float_planes.fields(_bits(format, data, k), format.own)
+    size, n = exponent.size, exponent.shape[1]
+    groups = np.tile(np.arange(n), k)
+    width, planes = float_planes.DTYPES[format.own]
+    stored = format.bits if isinstance(format, FloatPlanes) else 32 * data["words"].size / size
+    found = [Symbols(np.asarray(exponent).ravel(), groups, 1 << width, stored)]
+    for plane in planes:
+        codes = np.asarray(rest & ((1 << plane) - 1)).ravel()
+        found.append(Symbols(codes, groups, 1 << plane, plane))
+        rest = rest >> plane
+    return found
 
 
 @symbols.register
@@ -212,5 +231,6 @@ def _unbounded(codes: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], bits
 _unpacked = jax.jit(layout.unpack, static_argnums=(1, 2))
 _codes = jax.jit(lookup.unpack, static_argnums=(1, 2, 3))
 _states = jax.jit(trellis.states, static_argnums=(1, 2, 3))
+_bits = jax.jit(lambda format, data, k: format.decode_bits(data, k), static_argnums=(0, 2))
 _dual_scale = jax.jit(dual_scale.dequantize, static_argnames=("bits", "k"))
 _index = jax.jit(entropy_stream.index)

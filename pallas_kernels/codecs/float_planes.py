@@ -297,12 +297,12 @@ def _past_tenth(k: int) -> Float32[np.ndarray, " e"]:
 def _blocks(a: Int[Array, "k n"]) -> Int[Array, "b 128 n"]:
     """Return blocks of 128 rows, zero-padded."""
     k, n = a.shape
-    return jnp.pad(a, ((0, -k % BLOCK), (0, 0))).reshape(-1, BLOCK, n)
+    return jnp.pad(a, ((0, -k % BLOCK), (0, 0))).reshape(-(-k // BLOCK), BLOCK, n)
 
 
 def _rows(a: Int[Array, "b 128 n"], k: int) -> Int[Array, "k n"]:
     """Return the first k rows of blocks; the inverse of `_blocks`."""
-    return a.reshape(-1, a.shape[-1])[:k]
+    return a.reshape(a.shape[0] * BLOCK, a.shape[-1])[:k]
 
 
 def _ranks(escaped: Bool[Array, "k n"]) -> Int32[Array, "b 128 n"]:

@@ -28,7 +28,9 @@ all_formats = pytest.mark.parametrize("format", FORMATS, ids=str)
 @lru_cache
 def encoding(format):
     """The programs that encode a matrix of 48 rows, and decode it again."""
-    return jax.jit(format.encode), jax.jit(lambda data: format.dequantize(data, 48))
+    traced = not isinstance(format, jq.formats.HuffmanLanes)  # whose code depends on values
+    encode = jax.jit(format.encode) if traced else format.encode
+    return encode, jax.jit(lambda data: format.dequantize(data, 48))
 
 
 @lru_cache
@@ -222,6 +224,9 @@ def test_weights_of_any_magnitude_have_the_same_codes(format):
     w = draw(48, 32)
     method = jq.Method("test", jq.rtn().rounder, format)
     want = jq.quantize_array(w, method)
+    if format.exact:  # whose codes are the bits of the weights
+        np.testing.assert_array_equal(want.dequantize(), w)
+        return
     error = np.linalg.norm(want.dequantize() - w)
     for c in (2.0**-99, 2.0**5, 2.0**66, 1e-30, 1e30):
         if not format.wide and not 1e-2 < c < 1e2:

@@ -27,7 +27,7 @@ def beats_shannon(rate, error, size):
     return bool(gap_in_bits(rate, error, size) < -SLACK)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", [f for f in FORMATS if not f.exact], ids=str)
 def test_no_format_beats_shannon(format):
     """Neither with all its bytes counted, nor with its codes entropy-coded."""
     bits, *of = found(format)
