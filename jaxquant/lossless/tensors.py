@@ -58,9 +58,9 @@ def encode(
     chosen = method(form, bits=bits)
     new: dict[str, QTensor] = {}
     for path, leaf in path_leaves(params):
-        coded = None
         if isinstance(leaf, QTensor):
-            coded = _converted(path, leaf, chosen)
+            if leaf.format.exact:
+                new[path] = _converted(path, leaf, chosen)
         elif is_weight(leaf) and leaf.size and leaf.dtype.name in float_planes.DTYPES:
             if isinstance(leaf, jax.core.Tracer):
                 raise ValueError(
@@ -68,8 +68,8 @@ def encode(
                     "call it outside of jit"
                 )
             coded = _coded(path, jnp.asarray(leaf), chosen, (sites or {}).get(path))
-        if coded is not None and coded.nbytes < leaf_bytes(leaf):
-            new[path] = coded
+            if coded.nbytes < leaf_bytes(leaf):
+                new[path] = coded
     return replace_leaves(params, new)
 
 
@@ -126,10 +126,8 @@ def _coded(path: str, w: Array, method: Method, site: Site | None) -> QTensor:
     return _stack(path, matrices, tuple(batch), view, method)
 
 
-def _converted(path: str, w: QTensor, method: Method) -> QTensor | None:
-    """Return a coded weight in another form; None if it is not an exact one."""
-    if not w.format.exact:
-        return None
+def _converted(path: str, w: QTensor, method: Method) -> QTensor:
+    """Return a coded weight in another form."""
     batch = w.data["codes"].shape[: w.leading()]
     matrices = _matrices(w.unnamed()).reshape(-1, *_matrix(w.view))
     new = _stack(path, matrices, batch, w.view, method)
