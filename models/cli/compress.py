@@ -138,6 +138,12 @@ def decompress(archive: str, out: str, threads: int | None, overwrite: bool, as_
     emit({**report, **(_digests(digests) if as_json else {})}, as_json)
 
 
+def _sum(name: str, dtype: str, group: Sequence[Row]) -> Row:
+    """Return several sections as one."""
+    fields = ("bytes", "coded_bytes", "numbers")
+    return Row("", name, dtype, *(sum(getattr(row, f) for row in group) for f in fields))
+
+
 def _output(tree: Tree, out: str, overwrite: bool) -> OutputFile:
     if tree.root.is_file():
         target = Path(out).resolve()
@@ -175,8 +181,7 @@ def _show(found: Compressed) -> None:
     for title in ("tensors", "bytes", "coded bytes", "bits/number", "ratio"):
         table.add_column(title, justify="right")
     for (name, dtype), group in groups.items():
-        total = lambda field: sum(getattr(row, field) for row in group)
-        one = Row("", name, dtype, *map(total, ("bytes", "coded_bytes", "numbers")))
+        one = _sum(name, dtype, group)
         bits = one.bits_per_number
         table.add_row(
             name, dtype or "bytes", str(len(group)), f"{one.bytes:,}", f"{one.coded_bytes:,}",

@@ -190,7 +190,11 @@ def archived_bytes(tree: Tree) -> int:
       ValueError: a file is not an archive, or is not named as one in a folder.
     """
     for file in tree.files:
-        if file != Path() and file.suffix != SUFFIX:
+        if file == Path():
+            continue
+        if file.name.removesuffix(SUFFIX) in (".", ".."):
+            raise ValueError(f"{tree.root / file} has no name without {SUFFIX}: rename it")
+        if file.suffix != SUFFIX:
             raise ValueError(
                 f"{tree.root / file} is not an archive: every file of a folder that "
                 f"`jaxquant compress` wrote ends in {SUFFIX}"

@@ -59,7 +59,7 @@ def test_what_is_reported_is_all_there_is(tmp_path, monkeypatch):
     assert [s.numbers for s in done.sections] == [0, 700, 700, 0, 70 * 32, 2000, 0]
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 1024, 1025])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 2048, 2049])
 @pytest.mark.parametrize("layout", ["", "f4"])
 def test_any_size(tmp_path, monkeypatch, size, layout):
     in_small_chunks(monkeypatch)
@@ -78,7 +78,7 @@ def test_threads_do_not_change_an_archive(tmp_path, monkeypatch):
 
 
 def test_every_flipped_bit_is_seen_and_the_tensor_named(tmp_path, small):
-    data, sections, archive = small
+    _, sections, archive = small
     for number, start, end in chunk_spans(archive, sections):
         broken = bytearray(archive)
         broken[(start + CHUNK_HEAD.size + end) // 2] ^= 16
@@ -98,8 +98,8 @@ def test_the_digest_of_the_whole_file_is_verified(tmp_path, small):
 def test_chunks_that_change_places_are_seen(tmp_path, monkeypatch, layout):
     """Of one tensor or of two: each is intact by itself."""
     in_small_chunks(monkeypatch)
-    data = np.random.default_rng(0).bytes(4096)
-    sections = [Section(n, 2048, "x", Record(layout)) for n in "ab"]
+    data = np.random.default_rng(0).bytes(8192)
+    sections = [Section(n, 4096, "x", Record(layout)) for n in "ab"]
     archive = archive_of(tmp_path, data, sections)
     spans = [(start, end) for _, start, end in chunk_spans(archive, sections)]
     for i, j, name in ((0, 1, "a"), (2, 3, "b"), (0, 2, "a"), (1, 3, "a")):
@@ -149,7 +149,7 @@ def test_sizes_that_the_file_does_not_justify(tmp_path, claimed):
 
 
 def test_a_hostile_table(tmp_path, small):
-    data, sections, _ = small
+    sections = small[1]
 
     def with_table(table, size=None):
         size = len(table) if size is None else size
@@ -184,7 +184,7 @@ def test_a_killed_compression_goes_on(tmp_path, small, threads):
 
 def test_a_part_of_another_file_is_not_kept(tmp_path, small):
     data, sections, archive = small
-    end = chunk_spans(archive, sections)[9][2]
+    end = chunk_spans(archive, sections)[5][2]
     other = bytearray(data)
     other[len(data) // 3] ^= 1
     want = archive_of(tmp_path, bytes(other), sections)
@@ -200,7 +200,7 @@ def test_a_part_of_another_file_is_not_kept(tmp_path, small):
 
 
 def test_a_killed_extraction_goes_on(tmp_path, small):
-    data, sections, archive = small
+    data, _, archive = small
     for size in (0, 100, 5000, len(data)):
         broken = bytearray(data[:size] + b"rest" * 2000)
         broken[size // 2] ^= 1

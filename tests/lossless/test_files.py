@@ -49,13 +49,13 @@ def test_a_killed_run_goes_on(source):
     folder, sections = source.parent, numbers()[1]
     lossless.compress_file(source, folder / "whole", sections=sections)
     with pytest.raises(KilledError):
-        lossless.compress_file(source, folder / "w.jqz", sections=sections, progress=killing(8))
+        lossless.compress_file(source, folder / "w.jqz", sections=sections, progress=killing(5))
     assert names(folder) == ["w.bin", "w.jqz.partial", "whole"]
     done = lossless.compress_file(source, folder / "w.jqz", sections=sections)
     assert 0 < done.kept < done.nbytes
     assert (folder / "w.jqz").read_bytes() == (folder / "whole").read_bytes()
     with pytest.raises(KilledError):
-        lossless.decompress_file(folder / "w.jqz", folder / "again", progress=killing(8))
+        lossless.decompress_file(folder / "w.jqz", folder / "again", progress=killing(5))
     assert not (folder / "again").exists()
     lossless.decompress_file(folder / "w.jqz", folder / "again")
     assert (folder / "again").read_bytes() == source.read_bytes()
@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on(source):
 def test_a_part_in_another_coding_is_not_kept(source):
     folder, sections = source.parent, numbers()[1]
     with pytest.raises(KilledError):
-        lossless.compress_file(source, folder / "w.jqz", sections=sections, progress=killing(8))
+        lossless.compress_file(source, folder / "w.jqz", sections=sections, progress=killing(5))
     done = lossless.compress_file(source, folder / "w.jqz", sections=sections, coding="huffman")
     assert done.kept == 0
 

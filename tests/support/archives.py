@@ -5,7 +5,7 @@ import numpy as np
 from jaxquant.lossless import Record, Section, archive_format
 from jaxquant.lossless.archive_write import write_archive
 
-SMALL = 1024  # bytes of a chunk
+SMALL = 2048  # bytes of a chunk
 
 
 def numbers():
