@@ -101,7 +101,7 @@ def decode(coded: bytes, record: Record, nbytes: int) -> memoryview:
         view = view[size:]
     if len(view):
         raise Damaged(f"{len(view)} bytes follow its last plane")
-    return memoryview(byte_planes.merge(planes, record, nbytes))
+    return byte_planes.merge(planes, record, nbytes).data
 
 
 def pack_head(nbytes: int, coded: int, crc: int) -> bytes:
