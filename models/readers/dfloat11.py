@@ -87,8 +87,9 @@ class DFloat11Tensors:
           expected: the shape that the model gives to the tensor; None if it does not know it.
         """
         own = self.shapes[name]
-        fits = name in self._places and expected is not None and math.prod(expected) == own[0]
-        return expected if fits else own
+        if name in self._places and expected is not None and math.prod(expected) == own[0]:
+            return expected
+        return own
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor; a compressed weight is bfloat16 [weights].

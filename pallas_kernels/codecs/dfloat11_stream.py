@@ -153,6 +153,7 @@ def decode(stream: Stream, begin: int = 0, end: int | None = None) -> UInt16[np.
     windows = _windows(book)
     first = int(np.searchsorted(stream.positions, begin, "right")) - 1
     last = int(np.searchsorted(stream.positions, end))
+    _check_start(stream, book, windows, first * stream.threads)
     step = max(1, CHUNK // stream.threads)
     for a in range(first, last, step):
         b = min(a + step, last)
@@ -217,7 +218,7 @@ def _book(luts: np.ndarray) -> _Book:
 def _look_up(book: _Book, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the exponents whose codes begin words of 32 bits, and their lengths; 0 for none."""
     if not book.values.size:
-        return np.zeros((2, *bits.shape), np.uint8)
+        return np.zeros(bits.shape, np.uint8), np.zeros(bits.shape, np.uint8)
     i = np.searchsorted(book.values[1:], bits, "right")
     lengths = book.lengths[i]
     begins = (bits ^ book.values[i]).astype(np.uint64) >> (LONGEST - lengths.astype(np.uint64)) == 0
@@ -261,6 +262,15 @@ def _exponents(
     used = SEGMENT * stream.threads * a - (-stop // 8)
     _check_size("encoded_exponent", stream.encoded.size, used, "bytes")
     return exponents[:wanted]
+
+
+def _check_start(stream: Stream, book: _Book, windows: _Windows, segment: int) -> None:
+    """Raise ValueError unless a segment starts where the one before it ends, or the stream does."""
+    if segment == 0:
+        _check_chain(np.zeros(1, np.int64), _starts(stream, 0, 1))
+    else:
+        before = _segments(stream, book, windows, segment - 1, segment)
+        _check_chain(before.stops, _starts(stream, segment - 1, segment + 1)[1:])
 
 
 def _check_chain(stops: np.ndarray, starts: np.ndarray) -> None:

@@ -121,6 +121,18 @@ def test_arrays_that_contradict_each_other(change, message):
         decode(changed(**change(good)))
 
 
+@pytest.mark.parametrize("begin", [0, 1000, 4000])
+def test_every_gap_in_use_is_checked(begin):
+    """That of the first segment of a range too, which nothing else would show."""
+    good = changed()
+    first = 8 * (int(np.searchsorted(good.positions, begin, "right")) - 1)
+    for segment in range(first, first + 20):
+        bits = np.unpackbits(good.gaps)
+        bits[5 * segment + 4] ^= 1
+        with pytest.raises(ValueError, match="holds|gaps say that a segment starts"):
+            decode(changed(gaps=np.packbits(bits)), begin)
+
+
 def test_exponents_that_look_like_pointers():
     infinite = np.where(np.arange(500) % 50, normal(500), 0x7F80)
     with pytest.raises(ValueError, match="cannot tell from pointers"):
