@@ -34,6 +34,7 @@ from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.schemas.strict import read_json
 from tests.fuzz.mutations import BLIND, Mutation, of_archive, of_gguf, of_json, of_safetensors
 from tests.support import archives, gguf_files, tiny_bert
+from tests.support.dfloat11 import compressed_folder
 from tests.support.gguf_vocabularies import byte_fields, piece_fields
 from tests.support.tiny_llama import (
     BASE,
@@ -95,6 +96,7 @@ def _cases(place: Path, write: bool) -> dict[str, list[Case]]:
     return {
         "gguf": _gguf(place, write),
         "safetensors": _folders(place, "st", ["model.safetensors"], write),
+        "dfloat11": _compressed(place, write),
         "config": _configs(place, write),
         "index": _index(place, write),
         "tokenizer": _tokenizers(place, write),
@@ -142,6 +144,14 @@ def _folders(place: Path, kind: str, names: list[str], write: bool) -> list[Case
         bert.mkdir()
         tiny_bert.write(bert)
     return [*found, _case(bert, names[:1], load_encoder)]
+
+
+def _compressed(place: Path, write: bool) -> list[Case]:
+    folder = place / "dfloat11"
+    if write:
+        compressed_folder(folder, BASE, random_tensors(BASE), threads=64)
+    read = lambda f: read_hf(f)[1].whole(np.float32)
+    return [_case(folder, ["model.safetensors", "config.json"], read)]
 
 
 def _configs(place: Path, write: bool) -> list[Case]:
