@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
 from pallas_kernels import row_tiles
-from pallas_kernels.codecs import layout, lookup, trellis
+from pallas_kernels.codecs import float_planes, layout, lookup, trellis
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -287,10 +287,43 @@ def _dual_scale(
         )
 
 
+def _float_planes(
+    x: Array,
+    codes: Array,
+    rest: Array,
+    base: Array,
+    near: Array | None,
+    where: Array,
+    exponent: Array,
+    *,
+    dtype: str,
+    bits: int,
+    activations: str,
+) -> None:
+    _, k = rows(x, activations)
+    if dtype not in float_planes.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(float_planes.DTYPES)}, got {dtype!r}")
+    if bits not in float_planes.BITS or (near is None) != (bits == 4):
+        raise ValueError(f"bits must be 3 with near, or 4 without it, got {bits}")
+    n = words(codes, layout.words(k, bits))
+    if words(rest, float_planes.rest_words(k, dtype), "rest") != n:
+        raise ValueError(f"rest must have {n} columns, as codes, got {rest.shape[1]}")
+    if near is not None and words(near, -(-k // float_planes.BLOCK), "near") != n:
+        raise ValueError(f"near must have {n} columns, as codes, got {near.shape[1]}")
+    if base.shape != (1, n) or base.dtype != jnp.uint8:
+        raise ValueError(f"base must be uint8 [1, {n}], got {base.dtype} {list(base.shape)}")
+    listed = (where.dtype.name, exponent.dtype.name) == ("int32", "uint8")
+    if where.ndim != 1 or exponent.shape != where.shape or not listed or not where.size:
+        raise ValueError(
+            f"where must be int32 [e] and exponent uint8 [e] for some e > 0, got {_brief(where)} "
+            f"and {_brief(exponent)}"
+        )
+
+
 _PRODUCTS: dict[str, Callable[..., None]] = {
     "packed_matmul": _packed, "ternary_matmul": _ternary, "codebook_matmul": _codebook,
     "e8p_matmul": _e8p, "trellis_matmul": _trellis, "additive_matmul": _additive,
-    "dual_scale_matmul": _dual_scale,
+    "dual_scale_matmul": _dual_scale, "float_planes_matmul": _float_planes,
 }  # fmt: skip
 
 

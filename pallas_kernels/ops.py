@@ -8,7 +8,7 @@ differentiable in x and in the floating-point arrays (scales, codebooks). All ar
 (`checks.product`), and a ValueError names the one that is wrong.
 """
 
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import product
@@ -275,3 +275,47 @@ def dual_scale_matmul(
     """
     arrays = codes, scale, step, ranges, escapes
     return product("dual_scale_matmul", x, *arrays, bits=bits, activations=activations)
+
+
+def float_planes_matmul(
+    x: Float[Array, "m k"],
+    codes: Int32[Array, "w n"],
+    rest: Int32[Array, "r n"],
+    base: UInt8[Array, "1 n"],
+    near: Int32[Array, "b n"] | None,
+    where: Int32[Array, " e"],
+    exponent: UInt8[Array, " e"],
+    *,
+    dtype: str,
+    bits: int,
+    activations: str = "float",
+) -> Float[Array, "m n"]:
+    """Return x @ w for floats stored without loss in planes (see `codecs.float_planes`).
+
+    Args:
+      x: activations [m, k], float32, bfloat16 or float16.
+      codes: int32 words [w, n] of exponents relative to their column's base, packed along k.
+      rest: int32 words [r, n] of signs and mantissas, packed along k.
+      base: uint8 [1, n], the exponent of code 0 in each column.
+      near: int32 [ceil(k / 128), n], what escapes mean; None if bits is 4.
+      where: int32 [e], ascending places column * k + row of listed floats.
+      exponent: uint8 [e], their exponents.
+      dtype: dtype of the floats, a key of `float_planes.DTYPES`.
+      bits: number of bits per code, 3 or 4.
+      activations: how x is quantized, as in `packed_matmul`.
+    Returns:
+      float32 [m, n].
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels.codecs import float_planes
+    >>> w = jax.lax.bitcast_convert_type(jnp.array([[1.5], [-2.0]], jnp.bfloat16), jnp.uint16)
+    >>> planes = float_planes.encode(w, "bfloat16", 3)
+    >>> float_planes_matmul(jnp.ones((1, 2)), *planes, dtype="bfloat16", bits=3).tolist()
+    [[-0.5]]
+    """
+    arrays = codes, rest, base, near, where, exponent
+    static = {"dtype": dtype, "bits": bits, "activations": activations}
+    return product("float_planes_matmul", x, *arrays, **static)

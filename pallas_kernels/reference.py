@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import activations as forms
 from pallas_kernels import dual_scale, row_tiles, tiled_product
-from pallas_kernels.codecs import e8p, layout, lookup, tables, trellis
+from pallas_kernels.codecs import e8p, float_planes, layout, lookup, tables, trellis
 
 # --- decoding of packed arrays --------------------------------------------------------------
 
@@ -139,6 +139,20 @@ def _dual_scale(
     return data, decode, dict.fromkeys(("codes", "scale", "ranges"), 1)
 
 
+def _float_planes(*arrays: Array | None, dtype: str, bits: int) -> tuple:
+    planes = float_planes.Planes(*arrays)
+    data = {name: a for name, a in planes._asdict().items() if a is not None}
+    data["column"] = jnp.arange(planes.codes.shape[-1], dtype=jnp.int32)[None]
+
+    def decode(d: dict[str, Array], k: int) -> Array:
+        planes = float_planes.Planes(*map(d.get, float_planes.Planes._fields))
+        first = d["column"][0, 0]
+        u = float_planes.decode(planes, dtype=dtype, bits=bits, k=k, first=first)
+        return float_planes.floats(u, dtype).astype(jnp.float32)
+
+    return data, decode, dict.fromkeys((*float_planes.BY_COLUMN, "column"), 1)
+
+
 def _by_columns(data: Mapping[str, Array], scale: Array) -> dict[str, int]:
     """Return spans in which every array is split along columns.
 
@@ -170,6 +184,7 @@ def _tied(x: Array, arrays: tuple) -> tuple[Array, tuple]:
 STORAGES = {
     "packed": _packed, "ternary": _ternary, "codebook": _codebook, "e8p": _e8p,
     "trellis": _trellis, "additive": _additive, "dual_scale": _dual_scale,
+    "float_planes": _float_planes,
 }  # fmt: skip
 # Op name -> its reference. Storage "packed" has packed_matmul and packed_matmul_transposed.
 OPS = {

@@ -7,6 +7,7 @@ from jaxquant.formats.dual_scale import DualScale
 from jaxquant.formats.e8p import E8P
 from jaxquant.formats.entropy_coded import EntropyCoded
 from jaxquant.formats.float8 import Float8
+from jaxquant.formats.float_planes import FloatPlanes
 from jaxquant.formats.integer import Grid, Integer
 from jaxquant.formats.kv_cache import KVFormat
 from jaxquant.formats.microscaling import MXFP4, NVFP4
@@ -27,6 +28,7 @@ __all__ = [
     "DualScale",
     "EntropyCoded",
     "Float8",
+    "FloatPlanes",
     "Format",
     "Grid",
     "GridFormat",

@@ -31,12 +31,17 @@ CASES = {
     "additive 1x9": (jq.formats.Additive(1, 9, 3), 3),
     "dual scale, 4 bits": (jq.formats.DualScale(4), 1),
     "dual scale, 8 bits": (jq.formats.DualScale(8), 1),
+    "float planes, 3 bits": (jq.formats.FloatPlanes(bits=3, listed=64), 1),
+    "float planes, 4 bits": (jq.formats.FloatPlanes(bits=4, listed=64), 1),
+    "float planes of float8": (jq.formats.FloatPlanes("float8_e4m3fn", listed=64), 1),
 }
 
 
 def random_data(format, k, n, seed=0):
     """Packed data of a matrix [k, n] without a search: any words decode to some weights."""
     rng = np.random.default_rng(seed)
+    if isinstance(format, jq.formats.FloatPlanes):  # any words may decode to an infinity
+        return format.encode(jnp.asarray(rng.normal(size=(k, n)) / 64, jnp.float32))
 
     def fill(name, a):
         if name in ("codes", "residual", "zero", "ranges", "escapes"):
