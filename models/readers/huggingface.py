@@ -80,7 +80,7 @@ def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
     config = config_from_hf(read_config_json(folder))
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", read_chat_template(folder))
     tokenizer.check_rows(config.vocab_size)
-    tensors = _locate(folder)
+    tensors = tensor_files(folder)
     shards = set(tensors.values())
     check_room(config, sum(file.nbytes for file in shards), str(folder / "config.json"))
     shapes = {n: file.shapes[n] for n, file in tensors.items() if not _ignored(n, config)}
@@ -132,8 +132,14 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_j
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
-def _locate(folder: Path) -> dict[str, Tensors]:
-    """Return the file that holds each tensor."""
+def tensor_files(folder: Path) -> dict[str, Tensors]:
+    """Return the file that holds each tensor of a Hugging Face folder.
+
+    Args:
+      folder: holds model.safetensors, or its shards and index.
+    Raises:
+      ValueError: a file or a shard is missing or incomplete.
+    """
     index = folder / INDEX
     if not index.exists():
         single = Tensors(folder / SINGLE)
