@@ -97,7 +97,7 @@ class FieldCounts:
 
     @property
     def value_bias(self) -> float:
-        """Bits that `entropies.value` lacks on average as an estimate of the source's entropy.
+        """Bits that the value's entropy lacks on average as an estimate of the source's.
 
           (K - 1) / (2 N ln 2)    for K values that occur in N numbers (of float32: for each plane)
 
@@ -147,13 +147,8 @@ def count_fields(
         bits = patterns(flat[at : at + chunk], dtype)[0]
         counter.add(bits)
         groups.add(counter.exponents(bits))
-    return FieldCounts(
-        kind.name,
-        flat.size,
-        *(counter.of_planes() if kind.itemsize == 4 else counter.of_values()),
-        groups.bits,
-        groups.bias,
-    )
+    planes, values, magnitudes = counter.found()
+    return FieldCounts(kind.name, flat.size, planes, values, magnitudes, groups.bits, groups.bias)
 
 
 class _Counter:
@@ -177,11 +172,10 @@ class _Counter:
             self.planes[i] += np.bincount(plane, minlength=256)
         self.magnitudes += np.bincount((bits >> 20) & 2047, minlength=2048)
 
-    def of_planes(self) -> tuple[np.ndarray, None, np.ndarray]:
-        return self.planes, None, self.magnitudes
-
-    def of_values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the same of 8 or 16 bits, of which every pattern is counted."""
+    def found(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Return planes, values and magnitudes; of 8 or 16 bits, all follow from the values."""
+        if not len(self.values):
+            return self.planes, None, self.magnitudes
         every = np.arange(len(self.values)).astype(f"uint{8 * self.kind.itemsize}")
         with np.errstate(invalid="ignore"):
             wide = every.view(self.kind).astype(np.float32).view(np.uint32)

@@ -90,7 +90,7 @@ def patterns(
     if kind != numbers.dtype:
         with np.errstate(over="ignore", invalid="ignore"):
             stored = numbers.astype(kind)
-            lost = np.count_nonzero(np.isfinite(numbers)) - np.count_nonzero(np.isfinite(stored))
+            lost = int(np.isfinite(numbers).sum() - np.isfinite(stored).sum())
     if lost:
         raise ValueError(
             f"{lost} finite numbers exceed the largest of {kind.name}, "
