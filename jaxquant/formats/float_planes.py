@@ -1,7 +1,7 @@
 """FloatPlanes: the bits of floats without loss, in planes of fixed length that a matmul decodes."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class FloatPlanes(ExactFormat, OpFormat):
 
     def settled(self, matrices: Float[Array, "l k n"]) -> "FloatPlanes":
         """Return the format with the dtype of these matrices and as long a list as they need."""
-        dtype = matrices.dtype.name
+        dtype: Any = matrices.dtype.name
         check_dtype(dtype, self.dtype)
         if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
             listed = matrices.shape[1] * matrices.shape[2] // _GUESS
@@ -108,4 +108,5 @@ class FloatPlanes(ExactFormat, OpFormat):
 
 
 def _planes(data: dict[str, Array]) -> float_planes.Planes:
-    return float_planes.Planes(*map(data.get, float_planes.Planes._fields))
+    parts: dict[str, Any] = {"near": None, **data}
+    return float_planes.Planes(**parts)

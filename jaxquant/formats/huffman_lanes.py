@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
 
     def settled(self, matrices: Float[Array, "l k n"]) -> "HuffmanLanes":
         """Return the format with the dtype of these matrices and as many words as they need."""
-        dtype = matrices.dtype.name
+        dtype: Any = matrices.dtype.name
         check_dtype(dtype, self.dtype)
         if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
             lanes = huffman_lanes.lanes(matrices.shape[1] * matrices.shape[2])
@@ -91,7 +91,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         words = np.pad(words, (0, self.words - len(words)))
         return self._data(_packed_rests(u, self.own), words, sizes, lengths)
 
-    def _data(self, rest: Array, words: Array, sizes: Array, lengths: Array) -> dict[str, Array]:
+    def _data(self, rest: Array, words: Any, sizes: Any, lengths: Any) -> dict[str, Array]:
         arrays = map(jnp.asarray, (words, sizes, lengths))
         return {"codes": rest, **dict(zip(("words", "sizes", "lengths"), arrays, strict=True))}
 
@@ -165,9 +165,9 @@ def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
     of = lengths.astype(jnp.int32)
     order = jnp.argsort(jnp.where(of > 0, of, limit + 1), stable=True)
     ends = jnp.cumsum(jnp.where(of[order] > 0, 1 << limit - of[order], 0))
-    word = np.arange(1 << limit)
-    # The first bit of a code word is the lowest one of the stream and the highest of the word.
-    word = sum((word >> bit & 1) << limit - 1 - bit for bit in range(limit))
+    at, word = np.arange(1 << limit), np.zeros(1 << limit, np.int64)
+    for bit in range(limit):  # the first bit of a code word is the lowest one of the stream
+        word |= (at >> bit & 1) << limit - 1 - bit
     symbol = order[jnp.searchsorted(ends, word, side="right") % 256]
     single = of[order[0]] | (of[order[1]] == 0)  # a single symbol owns all words
     symbol = jnp.where((word >= ends[-1]) & (single > 0), order[0], symbol)

@@ -55,7 +55,7 @@ def places(sections: Sequence[Section]) -> Iterator[Place]:
             yield Place(number, start, min(section.chunk, section.nbytes - start))
 
 
-def encode(data: bytes, record: Record, coding: Coding) -> bytes:
+def encode(data: bytes | memoryview, record: Record, coding: Coding) -> bytes:
     """Return the coded planes of a chunk.
 
     Args:

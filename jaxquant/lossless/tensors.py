@@ -1,7 +1,9 @@
 """Weights of a parameter tree held without loss: coded to `QTensor`s, and back."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ def encode(
     params: PyTree,
     form: Form = "planes",
     *,
-    bits: int = 3,
+    bits: Literal[3, 4] = 3,
     sites: Mapping[str, Site] | None = None,
 ) -> PyTree:
     """Return a tree whose floating-point weights are held in fewer bytes, without loss.
@@ -143,8 +145,7 @@ def _matrices(w: QTensor) -> Float[Array, "*batch k n"]:
 
 
 def _matrix(view: View) -> tuple[int, int]:
-    size = lambda axes: int(jnp.prod(jnp.array(axes)))
-    return size(view.k), size(view.n)
+    return math.prod(view.k), math.prod(view.n)
 
 
 def _stack(

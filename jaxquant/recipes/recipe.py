@@ -353,7 +353,8 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
     format = method.format
     if format.exact:
         try:
-            format = format.settled(jax.ShapeDtypeStruct((1, rows, columns), w.dtype))
+            matrices: PyTree = jax.ShapeDtypeStruct((1, rows, columns), w.dtype)
+            format = format.settled(matrices)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     parts: PyTree = format.shapes(rows, columns)
