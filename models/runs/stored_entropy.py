@@ -42,8 +42,9 @@ class TensorEntropy:
       value: entropy of whole floats, codes or bytes.
       value_bias: what `value` lacks on average as an estimate of the source's entropy, by Miller
         and Madow's formula.
-      ideal: least bits: of floats, sign and mantissa as they are and the entropy of the exponent;
-        of codes, their entropy, and all else as it is; of bytes, their entropy.
+      ideal: of floats, sign and mantissa as they are and the entropy of the exponent, which a coder
+        of the mantissa can undercut (see `value`); of codes, their entropy, and all else as it is;
+        of bytes, their entropy.
       planes: fixed-length planes, the form for serving.
       huffman, rans: byte planes or codes by these coders, each plane stored raw where that is less.
       alpha, alpha_error: index of the symmetric stable distribution that fits best, and its
