@@ -144,7 +144,7 @@ def merge(
     """Return the bytes that `split` has taken apart.
 
     Args:
-      planes: the planes, of the sizes that `record.counts(nbytes)` names.
+      planes: the planes, as long as `Record.counts` says.
       record: the layout of a record.
       nbytes: number of bytes.
 
