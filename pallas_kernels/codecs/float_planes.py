@@ -19,9 +19,10 @@ it in the matrix, except for the number of escapes in the 128 rows of a column, 
 decoded by itself.
 
 Kernels first take *provisional* weights, and then add what listed ones lack. Provisionally, the
-exponent of a listed float is the one that its 3 bits give (0 past the tenth escape); at 4 bits its
-weight is 0. So that a provisional weight is never large, `base` is at least 16 in columns with
-escapes if exponents have 8 bits.
+exponent of a listed float is the one that its 3 bits give (0 past the tenth escape). At 4 bits its
+weight is 0, or in kernels that do not test codes, it has the exponent base + 15. So that a
+provisional weight is neither large nor infinite, `base` is 16 to 239 in columns with escapes if
+exponents have 8 bits.
 
 Source: fixed-length codes of exponents are ZipServ's idea, arXiv:2603.17435. The layout differs:
 the window is each column's own, and most escapes take 3 bits in a place that is known.
@@ -51,7 +52,7 @@ BITS = (3, 4)  # widths of a code
 BLOCK = 128  # rows that share a word of `near`
 NEAR = 10  # escapes that a word of `near` describes, of 3 bits each
 NOWHERE = (1 << 31) - 1  # place of an unused entry of the list
-_LEAST_BASE = 16  # of a column with escapes
+_LEAST_BASE, _MOST_BASE = 16, 239  # of a column with escapes
 BY_COLUMN = ("codes", "rest", "base", "near")  # arrays whose last axis runs along the columns
 
 
@@ -279,7 +280,8 @@ def _bases(exponent: Int32[Array, "k n"], bits: int, width: int) -> Int32[Array,
     if bits == 3:
         price += jnp.asarray(_past_tenth(k))[k - inside]
     if width == 8:
-        price = jnp.where((base < _LEAST_BASE) & (inside < k), jnp.inf, price)
+        outside = (base < _LEAST_BASE) | (base > _MOST_BASE)
+        price = jnp.where(outside & (inside < k), jnp.inf, price)
     return jnp.argmin(price, axis=1).astype(jnp.int32)
 
 
@@ -411,20 +413,21 @@ def floats(u: UInt[Array, "*s"], dtype: str) -> Float[Array, "*s"]:
 
 
 def lacking(
-    planes: Planes, *, dtype: str, bits: int, k: int
+    planes: Planes, *, dtype: str, bits: int, k: int, tested: bool = True
 ) -> tuple[Int32[Array, " e"], Int32[Array, " e"], Float[Array, " e"]]:
     """Return rows, columns and what to add to the provisional weights of listed floats.
 
     Args:
       planes: the packed arrays of a matrix.
       dtype, bits, k: see `decode`.
+      tested: whether 4-bit codes were tested. If not, provisional escapes have the exponent base + 15.
     Returns:
       Row and column of each entry (column n for unused entries), and the float32 difference between
       the weight and its provisional value.
     """
     n = planes.codes.shape[1]
     row, column = planes.where % k, jnp.minimum(planes.where // k, n - 1)
-    exponent, known = _entries(planes, row, column, bits)
+    exponent, known = _entries(planes, row, column, bits, tested)
     rest = _rest_at(planes.rest, row, column, dtype, k)
     value = lambda e: floats(joined(e, rest, dtype), dtype).astype(jnp.float32)
     true, seen = value(planes.exponent.astype(jnp.int32)), jnp.where(known, value(exponent), 0)
@@ -432,11 +435,13 @@ def lacking(
     return row, jnp.where(used, column, n), jnp.where(used, true - seen, 0)
 
 
-def _entries(planes: Planes, row: Array, column: Array, bits: int) -> tuple[Array, Array]:
+def _entries(
+    planes: Planes, row: Array, column: Array, bits: int, tested: bool
+) -> tuple[Array, Array]:
     """Return the provisional exponents of single floats, and whether these are not the weight 0."""
     base = planes.base[0, column].astype(jnp.int32)
     if bits == 4:
-        return base, jnp.zeros(len(row), bool)
+        return base + 15, jnp.full(len(row), not tested)
     run, per = layout.unit(bits)
     rows = jnp.arange(BLOCK)
     words = planes.codes.reshape(-1, per, planes.codes.shape[1])

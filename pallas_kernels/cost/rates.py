@@ -68,6 +68,8 @@ def _names(op: str, form: str, static: dict[str, Any]) -> list[str]:
         return [f"codebook_matmul {bits} bits A16 g128", f"codebook {bits} bits, M 8"]
     if op == "e8p_matmul":
         return [f"e8p_matmul {form}", "e8p_matmul A16", "e8p 2 bits, M 8"] if bits == 2 else []
+    if op == "float_planes_matmul":
+        return [f"float_planes_matmul {bits} bits A16", f"float planes {bits} bits, M 8"]
     if op == "trellis_matmul":
         rate, code = "/".join(map(str, set(static["rates"]))), static["code"]
         if code == "vpu":

@@ -182,6 +182,21 @@ def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
     return _asm("dp4a.u32.u32 $0, $1, 0x01010101, 0;", "=r,r", words)
 
 
+def bytes_twice(
+    low: Int32[Array, "..."], high: Int32[Array, "..."], i: int
+) -> Int32[Array, "..."]:
+    """Return words with byte i of `low` twice in their low half, and that of `high` in the high one.
+
+    Args:
+      low, high: int32 words.
+      i: index of the byte, 0 to 3.
+    """
+    if _INTERPRETED.get():
+        byte = lambda word: jax.lax.shift_right_logical(word, jnp.int32(8 * i)) & 0xFF
+        return (byte(low) | byte(high) << 16) * 0x101
+    return _asm(f"prmt.b32 $0, $1, $2, {0x4400 + 0x1111 * i:#x};", "=r,r,r", low, high)
+
+
 def funnel(high: Int32[Array, "..."], low: Int32[Array, "..."], by: int) -> Int32[Array, "..."]:
     """Return the top 32 bits of the 64 bits high:low shifted left by 0 to 31.
 

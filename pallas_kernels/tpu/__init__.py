@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dual_scale, row_tiles
+from pallas_kernels import dual_scale, listed_floats, row_tiles
 from pallas_kernels.cost import chips
 from pallas_kernels.kernel import Kernel
 
@@ -115,6 +115,12 @@ def _trellis(x: Aval, codes: Aval, scale: Aval, *, rates: tuple[int, ...], L: in
     return "" if x.dtype in _FLOATS else f"x must be float32, bfloat16 or float16, got {x.dtype}"
 
 
+def _float_planes(x: Aval, *_: Aval | None, dtype: str, bits: int, **__: Any) -> str:
+    if x.dtype not in _FLOATS:
+        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
+    return listed_floats.unfit(dtype, bits, "TPU")
+
+
 def _additive(*_: Any, **__: Any) -> str:
     return (
         "additive codes have no TPU kernel: gathering learned vectors of 8 "
@@ -151,6 +157,7 @@ KERNELS = {
     ),
     "e8p_matmul": Kernel(_call("lattice", "e8p_matmul", 4), _e8p),
     "trellis_matmul": Kernel(_call("trellis", "trellis_matmul"), _trellis),
+    "float_planes_matmul": Kernel(_call("float_planes", "float_planes_matmul"), _float_planes),
     "additive_matmul": Kernel(_none, _additive),
     "hadamard": Kernel(_none, _hadamard),
 }

@@ -33,7 +33,8 @@ class Decoder(NamedTuple):
       planes: (words of each array, tables) -> the operands [rows, n] of the matrix unit, whose
         weighted sum is w.
       weights: the weights of the operands.
-      bits: for each array of words, number of bits per weight.
+      bits: for each array of words, number of bits per weight; 0 for an array [1, n], which has a
+        word for every column.
       name: name of the kernel.
       order: how the columns of x are reordered to match the order of the decoded rows; None if that
         is the order of k.
@@ -177,6 +178,8 @@ class _Weight(NamedTuple):
 
     def words(self, rows: int, columns: int) -> pl.BlockSpec:
         """Return the specification of blocks of words."""
+        if not rows:
+            return pl.BlockSpec((1, columns), lambda i, j, s: (0, j))
         if not self.stack:
             return pl.BlockSpec((rows, columns), lambda i, j, s: (s, j))
 
@@ -327,11 +330,11 @@ def _body(x_ref, r_ref, s_ref, *refs, shape: _Shape):
 
 
 def _words(refs, j: int, columns, shape: _Shape) -> list[Array]:
-    """Return the words of slice j."""
+    """Return the words of slice j, and those of its columns."""
     taken = []
     for ref, bits in zip(refs, shape.decoder.bits, strict=True):
         per = shape.size * bits // 32
-        taken.append(ref[j * per : (j + 1) * per, columns])
+        taken.append(ref[j * per : (j + 1) * per, columns] if bits else ref[:, columns])
     return taken
 
 

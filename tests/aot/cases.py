@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.codecs import layout
-from pallas_kernels.tpu import blocks, lattice, packed, table, table_transposed, transposed, trellis
+from pallas_kernels.tpu import (
+    blocks,
+    float_planes,
+    lattice,
+    packed,
+    table,
+    table_transposed,
+    transposed,
+    trellis,
+)
 
 NF4 = tuple(np.round(np.sinh(np.linspace(-1.8, 1.8, 16)) / np.sinh(1.8), 4).tolist())
 N = 1024  # columns: those of a step
@@ -54,6 +63,9 @@ CASES = {
     "packed_matmul 8 bits A16 g128": Case("packed_matmul", 8, {}, {"bits": 8}),
     "e8p_matmul A16": Case("e8p_matmul", 2, {}, {}),
     "e8p_matmul transcoded A16": Case("packed_matmul", 4, _FLOOR_4, {"bits": 4, **_ONE}),
+    "float_planes_matmul 4 bits A16": Case(
+        "float_planes_matmul", 12, {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 0.7}, {}
+    ),
     "trellis_matmul vpu A8": Case("trellis_matmul", 2, _FLOOR_TRELLIS, _A8, 2048),
     "trellis_matmul vpu A16": Case(
         "trellis_matmul", 2, _FLOOR_TRELLIS, {}, 2048, spilling=("tpu7x",)
@@ -91,6 +103,17 @@ def e8p_matmul(m, k, **options):
 
     x, codes, _ = _arrays(m, k, 2, k)
     return f, [x, codes, jax.ShapeDtypeStruct((1, 1), jnp.float32)]
+
+
+def float_planes_matmul(m, k, unit):
+    """Of bfloat16 weights, whatever the chip's unit of codes is."""
+    shapes = [
+        jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
+        jax.ShapeDtypeStruct((layout.words(k, 4), N), jnp.int32),
+        jax.ShapeDtypeStruct((layout.words(k, 8), N), jnp.int32),
+        jax.ShapeDtypeStruct((1, N), jnp.uint8),
+    ]
+    return partial(float_planes.provisional, blocks=blocks.Blocks(m, k, N)), shapes
 
 
 def trellis_matmul(m, k, unit, **options):

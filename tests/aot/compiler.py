@@ -61,6 +61,7 @@ class Compiled(NamedTuple):
       hlo: the compiled module.
       kernels: schedules of the Pallas kernels in it, by name.
       steps: of the grid of the one Pallas kernel that was traced; 0 if there were more, or none.
+      temporary_bytes: of what the device holds beside arguments and results.
     """
 
     error: str
@@ -68,6 +69,7 @@ class Compiled(NamedTuple):
     hlo: str = ""
     kernels: Mapping[str, llo.Schedule] = MappingProxyType({})
     steps: int = 0
+    temporary_bytes: int = 0
 
 
 def missing() -> str:
@@ -160,8 +162,11 @@ def _compile(job: Job, dump: Path) -> Compiled:
             done = traced.lower().compile()
     except Exception as error:
         return Compiled(f"{type(error).__name__}: {error}"[:2000])
-    bytes_ = done.memory_analysis().argument_size_in_bytes
-    return Compiled("", bytes_, done.as_text(), llo.schedules(dump), _steps(traced.jaxpr))
+    held = done.memory_analysis()
+    return Compiled(
+        "", held.argument_size_in_bytes, done.as_text(), llo.schedules(dump),
+        _steps(traced.jaxpr), held.temp_size_in_bytes,
+    )  # fmt: skip
 
 
 def _steps(jaxpr: Any) -> int:

@@ -100,6 +100,10 @@ TRELLIS = partial(
     other, "trellis_matmul", arrays=(array(K, N // 16), ONE), kernel="trellis_matmul",
     columns=256, depth=16, rates=(2,), code="mul1",
 )  # fmt: skip
+PLANES = (
+    array(K // 8, N), array(K // 4, N), array(1, N, dtype=jnp.uint8), None, array(4096),
+    array(4096, dtype=jnp.uint8),
+)  # fmt: skip
 ADDITIVE = partial(other, "additive_matmul", kernel="additive_matmul", columns=128, group=8)
 CASES = {
     "packed 2 bits, M 8": integer(8, 2, 2.2),
@@ -131,6 +135,14 @@ CASES = {
     "e8p 2 bits, M 16": E8P(16),
     "trellis 2 bits, L 16, M 8": TRELLIS(8, L=16),
     "trellis 2 bits, L 12, M 16": TRELLIS(16, L=12),
+    **{
+        f"float planes 4 bits, M {m}": other(
+            "float_planes_matmul", m, PLANES, "float_planes_matmul_4",
+            contraction.of_rows(m).columns, contraction.of_rows(m).depth if m > 8 else 128,
+            ceiling, dtype="bfloat16", bits=4,
+        )
+        for m, ceiling in ((8, 9), (16, 9), (64, 12))
+    },
     "additive 2 x 8 bits, M 8": ADDITIVE(
         8, (array(K // 16, N), HALF(2, 256, 8), HALF(1, N)), bits=8, depth=64
     ),

@@ -44,6 +44,7 @@ FORMS = {
     "trellis_matmul vpu A8": Form("trellis", "int8", 2),
     "trellis_matmul vpu A16": Form("trellis", "float", 2),
     "codebook_matmul 4 bits A16 g128": Form("NF4", "float", 4),
+    "float_planes_matmul 4 bits A16": Form("float planes", "float", 12),
 }
 
 

@@ -46,6 +46,9 @@ FORMATS = {
     "trellis": _vpu,
     "trellis, a scale a group": _blocks,
     "E8P": lambda k, group: _plain("e8p", jq.formats.E8P(2)),
+    "float planes": lambda k, group: _plain(
+        "planes", jq.formats.FloatPlanes("bfloat16", 4, listed=4096)
+    ),
 }
 
 
