@@ -7,7 +7,7 @@ from jaxtyping import Int, UInt
 
 from jaxquant.core.arguments import check_arguments
 from pallas_kernels import byte_streams
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_planes, prefix_code
 
 CHUNK = 1 << 22  # number of weights whose windows are chosen at a time
 
@@ -29,9 +29,9 @@ def coded_bits(counts: Int[np.ndarray, " a"], coding: str, stored: float = 8.0) 
     True
     """
     check_arguments(coded_bits, locals())
-    if counts.ndim != 1 or len(counts) > byte_streams.SYMBOLS:
+    if counts.ndim != 1 or len(counts) > prefix_code.SYMBOLS:
         raise ValueError(f"counts must be those of 256 symbols at most, got {list(counts.shape)}")
-    padded = np.zeros(byte_streams.SYMBOLS, np.int64)
+    padded = np.zeros(prefix_code.SYMBOLS, np.int64)
     padded[: len(counts)] = counts
     return min(stored * float(padded.sum()), 8.0 * byte_streams.size(padded, coding))
 
