@@ -129,7 +129,7 @@ Lane open(const Plane& p, int64_t i, uint8_t* room) {
   const int64_t start = std::min(std::max<int64_t>(p.starts[i], 0), p.bytes / 4) * 4;
   const uint8_t* from = p.words + start;
   if (p.bytes - start < kReach) {
-    std::memcpy(room, from, p.bytes - start);
+    std::copy_n(from, p.bytes - start, room);
     std::memset(room + (p.bytes - start), 0, kReach - (p.bytes - start));
     from = room;
   }
