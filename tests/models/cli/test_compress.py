@@ -137,8 +137,9 @@ def test_what_is_replaced(sharded, run, tmp_path):
     (tmp_path / "a" / "mine.txt").unlink()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
-    back = ("decompress", tmp_path / "a", "--out", tmp_path / "b", "--overwrite")
+    back = ("decompress", tmp_path / "a", "--out", tmp_path / "b")
     fails(run(*back), 2, "is not touched")
+    fails(run(*back, "--overwrite"), 2, "--overwrite replaces a file, never a folder")
     assert contents(tmp_path / "b") == {"mine.txt": b"mine"}
 
 
