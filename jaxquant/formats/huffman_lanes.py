@@ -24,7 +24,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
 
     The exponents of a matrix, column after column, are one plane of
     `pallas_kernels.codecs.huffman_lanes`. A bfloat16 weight takes about 10.7 bits. A product
-    decodes a tile of columns at a time and has no kernel: use `FloatPlanes` where speed counts.
+    first decodes all exponents, one byte each: use `FloatPlanes` where speed counts.
 
     Attributes:
       dtype: dtype of the weights; None for their own, which `quantize` and `jaxquant.lossless` fill
@@ -99,55 +99,55 @@ class HuffmanLanes(ExactFormat, TiledFormat):
 
     @property
     def spans(self) -> Mapping[str, int]:
-        return {"codes": 1, "column": 1}
+        return {"codes": 1, "exponent": 1}
 
     def decode_bits(self, data: dict[str, Array], k: int) -> UInt[Array, "k n"]:
-        """Return the bits of the floats of one matrix, or of consecutive columns of it.
+        """Return the bits of the floats of one matrix, or of some of its columns.
 
         Args:
-          data: the packed arrays, and for some of the columns their indices, "column".
+          data: the packed arrays; for some of the columns, their exponents too, "exponent" [k, n].
           k: number of rows.
         """
-        n = data["codes"].shape[-1]
-        first = data["column"][0, 0] if "column" in data else jnp.int32(0)
-        exponent = self._exponents(data, first * k, k * n).reshape(n, k).T.astype(jnp.int32)
+        exponent = data["exponent"] if "exponent" in data else self._exponents(data, k)
         rest = float_planes.rests(data["codes"], self.own, k)
-        return float_planes.joined(exponent, rest, self.own)
+        return float_planes.joined(exponent.astype(jnp.int32), rest, self.own)
 
-    def _exponents(
-        self, data: dict[str, Array], start: Array, count: int
-    ) -> UInt8[Array, " count"]:
-        """Return `count` symbols of the plane from `start` on, decoding only their lanes."""
+    def _exponents(self, data: dict[str, Array], k: int) -> UInt8[Array, "k n"]:
+        n, table = data["codes"].shape[-1], decoding_table(data["lengths"])
+        plane = huffman_lanes.decode(data["words"], data["sizes"], table, count=k * n)
+        return plane.reshape(n, k).T
+
+    def _exponents_of(self, data: dict[str, Array], column: Array, k: int) -> UInt8[Array, " k"]:
+        """Return the exponents of one column, decoding only the lanes that hold them."""
         starts = huffman_lanes.starts(data["sizes"])
-        lanes = min(huffman_lanes.lanes(count) + 1, len(starts))
-        lane = jnp.minimum(start // LANE, len(starts) - lanes)
+        lanes = min(huffman_lanes.lanes(k) + 1, len(starts))
+        lane = jnp.minimum(column * k // LANE, len(starts) - lanes)
         first = jax.lax.dynamic_slice_in_dim(starts, lane, lanes)
         symbols = huffman_lanes.decode_lanes(data["words"], first, decoding_table(data["lengths"]))
-        return jax.lax.dynamic_slice_in_dim(symbols.reshape(-1), start - lane * LANE, count)
+        return jax.lax.dynamic_slice_in_dim(symbols.reshape(-1), column * k - lane * LANE, k)
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        return super().matmul(x, self._numbered(data), activations)
+        return super().matmul(x, self._sliced(data, x.shape[-1]), activations)
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
-        return super().matmul_transposed(x, self._numbered(data), k)
+        return super().matmul_transposed(x, self._sliced(data, k), k)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        one = lambda i: self.decode(
-            {**data, "codes": data["codes"][:, i][:, None], "column": i[None, None]}, k
-        )
-        return jax.vmap(one, out_axes=2)(ids.astype(jnp.int32))[:, 0]
+        one = lambda column: self._exponents_of(data, column, k)
+        exponent = jax.vmap(one, out_axes=1)(ids.astype(jnp.int32))
+        return self.decode({"codes": data["codes"][:, ids], "exponent": exponent}, k)
 
-    def _numbered(self, data: dict[str, Array]) -> dict[str, Array]:
-        """Return the arrays with the index of every column, from which a tile finds its lanes."""
-        return data | {"column": jnp.arange(data["codes"].shape[-1], dtype=jnp.int32)[None]}
+    def _sliced(self, data: dict[str, Array], k: int) -> dict[str, Array]:
+        """Return arrays that can be cut along columns: one byte a weight for the exponent."""
+        return {"codes": data["codes"], "exponent": self._exponents(data, k)}
 
     def kernel(self) -> str:
         """Return what computes products."""
-        return "decoded (XLA) by tiles of columns; jaxquant.lossless.encode converts to planes"
+        return "all exponents are decoded first; jaxquant.lossless.encode converts to planes"
 
 
 def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:

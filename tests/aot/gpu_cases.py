@@ -137,9 +137,15 @@ CASES = {
     "trellis 2 bits, L 12, M 16": TRELLIS(16, L=12),
     **{
         f"float planes 4 bits, M {m}": other(
-            "float_planes_matmul", m, PLANES, "float_planes_matmul_4",
-            contraction.of_rows(m).columns, contraction.of_rows(m).depth if m > 8 else 128,
-            ceiling, dtype="bfloat16", bits=4,
+            "float_planes_matmul",
+            m,
+            PLANES,
+            "float_planes_matmul_4",
+            contraction.of_rows(m).columns,
+            contraction.of_rows(m).depth if m > 8 else 128,
+            ceiling,
+            dtype="bfloat16",
+            bits=4,
         )
         for m, ceiling in ((8, 9), (16, 9), (64, 12))
     },

@@ -41,13 +41,13 @@ dtype, *files = sys.argv[1:]
 sizes = {"zstd -3": 0, "zstd -19": 0}
 if zipnn and dtype in ("bfloat16", "float16", "float32"):
     sizes["zipnn"] = 0
-    coder = zipnn.ZipNN(bytearray_dtype=dtype)
+    coder = zipnn.ZipNN(input_format="byte", bytearray_dtype=dtype)
 for file in files:
     data = open(file, "rb").read()
     for level in (3, 19):
         sizes[f"zstd -{level}"] += len(zstandard.ZstdCompressor(level=level).compress(data))
     if "zipnn" in sizes:
-        packed = bytes(coder.compress(data))
+        packed = bytes(coder.compress(bytearray(data)))
         assert bytes(coder.decompress(packed)) == data
         sizes["zipnn"] += len(packed)
 print(json.dumps(sizes))
