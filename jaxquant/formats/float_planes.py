@@ -11,7 +11,7 @@ from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Format, OpArguments
 from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
 from jaxquant.formats.op_format import OpFormat
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_fields, float_planes
 
 _GUESS = 2048  # weights for each one that is listed, where this has to be guessed
 
@@ -94,7 +94,7 @@ class FloatPlanes(ExactFormat, OpFormat):
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         u = float_planes.columns(_planes(data), ids, dtype=self.own, bits=self.bits, k=k)
-        return float_planes.floats(u, self.own).astype(jnp.float32)
+        return float_fields.floats(u, self.own).astype(jnp.float32)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         return Format.rows(self, data, ids, k)

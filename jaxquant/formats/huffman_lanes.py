@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt, UInt8, UInt16
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
 from jaxquant.formats.tiled_format import TiledFormat
-from pallas_kernels.codecs import float_planes, huffman_lanes, prefix_code
+from pallas_kernels.codecs import float_fields, huffman_lanes, prefix_code
 from pallas_kernels.codecs.huffman_lanes import LANE
 
 _GUESS = 3  # bits of an exponent, where this has to be guessed
@@ -77,8 +77,8 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         lanes = huffman_lanes.lanes(k * n)
         if isinstance(u, jax.core.Tracer):  # a Huffman code depends on values
             zeros = jnp.zeros((self.words,), jnp.uint32), jnp.zeros((lanes,), jnp.uint16)
-            rest = jnp.full((float_planes.rest_words(k, self.own), n), -1, jnp.int32)
-            last = (1 << float_planes.DTYPES[self.own][0]) - 1
+            rest = jnp.full((float_fields.rest_words(k, self.own), n), -1, jnp.int32)
+            last = (1 << float_fields.DTYPES[self.own][0]) - 1
             return self._data(rest, *zeros, jnp.zeros(256, jnp.uint8).at[last].set(1))
         plane, lengths = _coded(u, self.own)
         sizes = huffman_lanes.sizes(plane, lengths)
@@ -109,8 +109,8 @@ class HuffmanLanes(ExactFormat, TiledFormat):
           k: number of rows.
         """
         exponent = data["exponent"] if "exponent" in data else self._exponents(data, k)
-        rest = float_planes.rests(data["codes"], self.own, k)
-        return float_planes.joined(exponent.astype(jnp.int32), rest, self.own)
+        rest = float_fields.rests(data["codes"], self.own, k)
+        return float_fields.joined(exponent.astype(jnp.int32), rest, self.own)
 
     def _exponents(self, data: dict[str, Array], k: int) -> UInt8[Array, "k n"]:
         n, table = data["codes"].shape[-1], decoding_table(data["lengths"])
@@ -176,11 +176,11 @@ def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
 
 def _coded(u: UInt[Array, "k n"], dtype: str) -> tuple[UInt8[np.ndarray, " kn"], np.ndarray]:
     """Return the exponents in column order, and the lengths of their code words."""
-    exponent, _ = float_planes.fields(u, dtype)
+    exponent, _ = float_fields.fields(u, dtype)
     plane = np.asarray(exponent.T.reshape(-1).astype(jnp.uint8))
     return plane, prefix_code.lengths(np.bincount(plane, minlength=256))
 
 
 def _packed_rests(u: UInt[Array, "k n"], dtype: str) -> Array:
-    _, rest = float_planes.fields(u, dtype)
-    return float_planes.packed_rests(rest, dtype)
+    _, rest = float_fields.fields(u, dtype)
+    return float_fields.packed_rests(rest, dtype)

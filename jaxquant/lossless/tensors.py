@@ -18,7 +18,7 @@ from jaxquant.formats.exact_format import bits_of
 from jaxquant.lossless.forms import Form, method
 from jaxquant.methods.method import Method
 from jaxquant.recipes.recipe import layout_of
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_fields
 
 
 def encode(
@@ -63,7 +63,7 @@ def encode(
         if isinstance(leaf, QTensor):
             if leaf.format.exact:
                 new[path] = _converted(path, leaf, chosen)
-        elif is_weight(leaf) and leaf.size and leaf.dtype.name in float_planes.DTYPES:
+        elif is_weight(leaf) and leaf.size and leaf.dtype.name in float_fields.DTYPES:
             if isinstance(leaf, jax.core.Tracer):
                 raise ValueError(
                     f"{path}: expected a concrete array, got a traced one; coding reads values, so "
@@ -131,17 +131,10 @@ def _coded(path: str, w: Array, method: Method, site: Site | None) -> QTensor:
 def _converted(path: str, w: QTensor, method: Method) -> QTensor:
     """Return a coded weight in another form."""
     batch = w.data["codes"].shape[: w.leading()]
-    matrices = _matrices(w.unnamed()).reshape(-1, *_matrix(w.view))
+    floats = w.format.to_disk(w.data, w.stored_rows)["codes"]
+    matrices = floats.reshape(-1, *_matrix(w.view))
     new = _stack(path, matrices, batch, w.view, method)
     return dataclasses.replace(w, data=new.data, format=new.format, method=new.method)
-
-
-@jax.jit
-def _matrices(w: QTensor) -> Float[Array, "*batch k n"]:
-    decode = w.own
-    for _ in range(w.leading()):
-        decode = jax.vmap(decode)
-    return decode(w.arrays)
 
 
 def _matrix(view: View) -> tuple[int, int]:

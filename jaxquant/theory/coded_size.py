@@ -7,7 +7,7 @@ from jaxtyping import Int, UInt
 
 from jaxquant.core.arguments import check_arguments
 from pallas_kernels import byte_streams
-from pallas_kernels.codecs import float_planes, prefix_code
+from pallas_kernels.codecs import float_fields, float_planes, prefix_code
 
 CHUNK = 1 << 22  # number of weights whose windows are chosen at a time
 
@@ -55,8 +55,8 @@ def plane_bits(bits: UInt[np.ndarray, "n k"], dtype: DTypeLike) -> int:
     """
     check_arguments(plane_bits, locals())
     name = jnp.dtype(dtype).name
-    if name not in float_planes.DTYPES:
-        raise ValueError(f"the dtype must be one of {', '.join(float_planes.DTYPES)}, got {name}")
+    if name not in float_fields.DTYPES:
+        raise ValueError(f"the dtype must be one of {', '.join(float_fields.DTYPES)}, got {name}")
     n, k = bits.shape
     rows = max(1, CHUNK // k)
     listed = dict.fromkeys(float_planes.BITS, 0)

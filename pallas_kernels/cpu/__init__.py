@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt
 
 from pallas_kernels import activations as forms
 from pallas_kernels import row_tiles
-from pallas_kernels.codecs import e8p, float_planes, trellis
+from pallas_kernels.codecs import e8p, float_fields, float_planes, trellis
 from pallas_kernels.cpu import native
 from pallas_kernels.kernel import Kernel
 
@@ -234,7 +234,7 @@ def decode_float_planes(
 
     Args:
       planes: the packed arrays.
-      dtype: a key of `float_planes.DTYPES`.
+      dtype: a key of `float_fields.DTYPES`.
       bits: width of a code, 3 or 4.
       k: number of rows.
       most: index of the widest instruction set to use (`native.instruction_sets`); by default all
@@ -250,7 +250,7 @@ def decode_float_planes(
     """
     if reason := native.load():
         raise RuntimeError(f"no native kernels: {reason}")
-    shape = jax.ShapeDtypeStruct((k, planes.codes.shape[-1]), float_planes.unsigned(dtype))
+    shape = jax.ShapeDtypeStruct((k, planes.codes.shape[-1]), float_fields.unsigned(dtype))
     call = jax.ffi.ffi_call("jaxquant_float_planes_decode", shape, vmap_method="sequential")
     arrays = [_none() if a is None else a for a in planes]
     return call(*arrays, type=_number(dtype), bits=np.int32(bits), most=np.int32(most))
@@ -258,7 +258,7 @@ def decode_float_planes(
 
 def _number(dtype: str) -> np.int32:
     """Return the place of a dtype among those of float planes."""
-    return np.int32(list(float_planes.DTYPES).index(dtype))
+    return np.int32(list(float_fields.DTYPES).index(dtype))
 
 
 _CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {

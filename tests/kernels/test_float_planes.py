@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.codecs import float_planes
-from pallas_kernels.codecs.float_planes import BITS, DTYPES, NOWHERE
+from pallas_kernels.codecs import float_fields, float_planes
+from pallas_kernels.codecs.float_fields import DTYPES
+from pallas_kernels.codecs.float_planes import BITS, NOWHERE
 
 forms = pytest.mark.parametrize(("dtype", "bits"), [(d, b) for d in DTYPES for b in BITS])
 
 
 def bits_of(w, dtype):
     return jax.lax.bitcast_convert_type(
-        jnp.asarray(w, jnp.float32).astype(dtype), float_planes.unsigned(dtype)
+        jnp.asarray(w, jnp.float32).astype(dtype), float_fields.unsigned(dtype)
     )
 
 
@@ -62,10 +63,10 @@ def test_kernels_may_add_what_provisional_weights_lack(dtype, bits):
     u = bits_of(w, dtype)
     planes = float_planes.encode(u, dtype, bits)
     exponent, known = float_planes.provisional(planes, bits=bits, k=300)
-    values = float_planes.joined(exponent, float_planes.rests(planes.rest, dtype, 300), dtype)
-    values = jnp.where(known, float_planes.floats(values, dtype).astype(jnp.float32), 0)
+    values = float_fields.joined(exponent, float_fields.rests(planes.rest, dtype, 300), dtype)
+    values = jnp.where(known, float_fields.floats(values, dtype).astype(jnp.float32), 0)
     row, column, lacks = float_planes.lacking(planes, dtype=dtype, bits=bits, k=300)
-    true = np.asarray(float_planes.floats(u, dtype).astype(jnp.float32))
+    true = np.asarray(float_fields.floats(u, dtype).astype(jnp.float32))
     assert (planes.where < NOWHERE).any() or dtype == "float8_e4m3fn"  # whose exponents are few
     found = values.at[row, column].add(lacks, mode="drop")
     np.testing.assert_allclose(found, true, rtol=1e-6, atol=1e-6 * np.abs(true[99]).max())
@@ -92,7 +93,7 @@ def test_gaussian_weights_take_what_theory_says():
         stored = sum(a.nbytes for a in planes if a is not None)
         assert stored == float_planes.nbytes(4096, 64, "bfloat16", bits, len(planes.where))
         assert 8 * stored / w.size < most
-    exponent, _ = float_planes.fields(u, "bfloat16")
+    exponent, _ = float_fields.fields(u, "bfloat16")
     codes = np.asarray(exponent) - np.asarray(float_planes.encode(u, "bfloat16", 3).base)
     escaped = np.mean((codes < 0) | (codes >= 7))
     assert 0.02 < escaped < 0.06  # P(|x| < 2^-6 of the largest octave) is 0.03 to 0.05
@@ -108,7 +109,7 @@ def test_too_short_a_list_gives_nan():
     u = jnp.asarray(patterns("bfloat16", 256 * 8).reshape(256, 8))
     assert int(float_planes.missing(u, "bfloat16", 3)) > 5
     planes = jax.jit(lambda u: float_planes.encode(u, "bfloat16", 3, 5))(u)
-    found = float_planes.floats(decoded(planes, "bfloat16", 3, 256), "bfloat16")
+    found = float_fields.floats(decoded(planes, "bfloat16", 3, 256), "bfloat16")
     assert jnp.isnan(found).all()
 
 

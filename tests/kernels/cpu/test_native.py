@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels import activations as forms
 from pallas_kernels import cpu
-from pallas_kernels.codecs import float_planes, layout, lookup
+from pallas_kernels.codecs import float_fields, float_planes, layout, lookup
 from pallas_kernels.cpu import native
 from tests.support.operands import SPOILT, assert_only_nan, decoded, spoilt
 
@@ -101,7 +101,7 @@ def planes(rng, k, n, dtype, bits):
     w = rng.standard_normal((k, n)) * 2.0 ** -(
         rng.integers(0, 12, (k, n)) * (rng.random((k, n)) < 1 / 16)
     )
-    u = jax.lax.bitcast_convert_type(jnp.asarray(w, dtype), float_planes.unsigned(dtype))
+    u = jax.lax.bitcast_convert_type(jnp.asarray(w, dtype), float_fields.unsigned(dtype))
     arrays = tuple(float_planes.encode(u, dtype, bits))
     return "float_planes_matmul", arrays, {"dtype": dtype, "bits": bits}
 
