@@ -182,10 +182,8 @@ def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
     return _asm("dp4a.u32.u32 $0, $1, 0x01010101, 0;", "=r,r", words)
 
 
-def bytes_twice(
-    low: Int32[Array, "..."], high: Int32[Array, "..."], i: int
-) -> Int32[Array, "..."]:
-    """Return words with byte i of `low` twice in their low half, and that of `high` in the high one.
+def bytes_twice(low: Int32[Array, "..."], high: Int32[Array, "..."], i: int) -> Int32[Array, "..."]:
+    """Return words with byte i of `low` twice in the low half, byte i of `high` in the high one.
 
     Args:
       low, high: int32 words.

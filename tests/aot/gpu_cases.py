@@ -137,9 +137,16 @@ CASES = {
     "trellis 2 bits, L 12, M 16": TRELLIS(16, L=12),
     **{
         f"float planes 4 bits, M {m}": other(
-            "float_planes_matmul", m, PLANES, "float_planes_matmul_4",
-            contraction.of_rows(m).columns, 128, ceiling, dtype="bfloat16", bits=4,
-        )
+            "float_planes_matmul",
+            m,
+            PLANES,
+            "float_planes_matmul_4",
+            contraction.of_rows(m).columns,
+            128,
+            ceiling,
+            dtype="bfloat16",
+            bits=4,
+        )  # fmt: skip
         for m, ceiling in ((8, 5.5), (16, 7), (64, 14))
     },
     "additive 2 x 8 bits, M 8": ADDITIVE(

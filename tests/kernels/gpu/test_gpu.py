@@ -76,7 +76,7 @@ def additive(rng, k, n, count, bits, group):
 
 
 def float_planes(rng, k, n):
-    """Columns of several sizes; zeros, a large and a small weight, and unused entries of the list."""
+    """Columns of several sizes, zeros, a large and a small weight, unused entries of the list."""
     w = rng.normal(size=(k, n)) * np.exp2(rng.integers(-20, 1, n))
     w[::9, ::7], w[1, 1], w[2, 2] = 0, 1e4, 1e-30
     u = jax.lax.bitcast_convert_type(jnp.asarray(w, jnp.bfloat16), jnp.uint16)

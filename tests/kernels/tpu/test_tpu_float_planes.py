@@ -23,7 +23,7 @@ STATIC = {"dtype": "bfloat16", "bits": 4}
 CALL = partial(KERNELS["float_planes_matmul"].call, **STATIC, interpret=True)
 # m, k, n, x, activations: k and n ragged, steps of every kind.
 CASES = [
-    (1, 1100, 200, "bfloat16", "float"),
+    (1, 1050, 130, "bfloat16", "float"),
     (3, 75, 130, "float32", "float"),
     (9, 520, 33, "float16", "int8"),
 ]
@@ -87,12 +87,12 @@ def test_weights_that_are_not_finite(spoilt):
 
 @pytest.mark.parametrize("far", [1e-38, 2e38])
 def test_columns_at_the_ends_of_the_range(far):
-    """Escapes keep bases from where the next exponent would be none, or provisional weights large."""
+    """With escapes, no base lets provisional weights be infinite."""
     w = np.full((64, 2), far)
     w[0] = 1.0
     u = jax.lax.bitcast_convert_type(jnp.asarray(w, jnp.bfloat16), jnp.uint16)
     planes = planes_of(u, 0)
-    assert (16 <= planes.base).all() and (planes.base <= 239).all()
+    assert (planes.base >= 16).all() and (planes.base <= 239).all()
     *_, more = float_planes.lacking(planes, **STATIC, k=64, tested=False)
     assert jnp.isfinite(more).all()
     decoded = float_planes.decode(planes, **STATIC, k=64)
