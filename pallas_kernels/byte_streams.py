@@ -16,24 +16,17 @@ changes the form of a stream, and in rANS nearly always; a Huffman stream whose 
 may decode to other symbols. Who stores streams should store a checksum, too.
 """
 
-import ctypes
-import functools
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt16
 
+from pallas_kernels import byte_coders
 from pallas_kernels.codecs import byte_rans, huffman_lanes, prefix_code, rans, symbol_tables
-from pallas_kernels.cpu import native
 
 CODINGS = ("huffman", "rans")
-SYMBOLS = 256
-_SHARE = 1 << 18  # symbols that are worth a thread
 _HEADER = 3  # bytes of the least size and the number of bits
-_MOST_WORDS = huffman_lanes.LANE * prefix_code.LIMIT // huffman_lanes.WORD  # of a lane
 
 
 def encode(plane: UInt8[np.ndarray, " count"], coding: str, threads: int | None = None) -> bytes:
@@ -134,8 +127,9 @@ def _chunks_size(counts: np.ndarray, frequencies: np.ndarray) -> int:
     total, used = int(counts.sum()), counts > 0
     bits = counts[used] @ (rans.PRECISION - np.log2(frequencies[used]))
     chunks, lanes = byte_rans.chunks(total), byte_rans.lanes(total)
-    # A state starts with 16 bits of nothing, and ends between two words.
-    return 4 * (chunks - 1) + 2 * round(bits / 16 + 1.5 * chunks * lanes)
+    # A state takes two words, and holds about half a word of the symbols.
+    states = chunks * lanes
+    return 4 * (chunks - 1) + 2 * (2 * states + round(max(0, bits / 16 - states / 2)))
 
 
 def histogram(
@@ -150,18 +144,7 @@ def histogram(
     >>> histogram(np.array([3, 3, 5], np.uint8))[[3, 4, 5]].tolist()
     [2, 0, 1]
     """
-    plane = np.ascontiguousarray(plane)
-
-    def one(first: int) -> np.ndarray:
-        part = plane[first : first + _SHARE]
-        if native.load():
-            return np.bincount(part, minlength=SYMBOLS).astype(np.int64)
-        found = np.empty(SYMBOLS, np.int64)
-        _library().jaxquant_byte_counts(_at(part), len(part), _at(found))
-        return found
-
-    parts = _map(one, range(0, len(plane), _SHARE), _threads(threads))
-    return np.sum(parts, axis=0, dtype=np.int64) if parts else np.zeros(SYMBOLS, np.int64)
+    return byte_coders.counts(np.ascontiguousarray(plane), _threads(threads))
 
 
 # --- Huffman lanes --------------------------------------------------------------------------
@@ -172,12 +155,8 @@ def _huffman(plane: np.ndarray, counts: np.ndarray, threads: int) -> bytes:
     table = symbol_tables.pack_lengths(lengths)
     if np.count_nonzero(counts) == 1:
         return table
-    if native.load():
-        sizes = huffman_lanes.sizes(plane, lengths)
-        words = huffman_lanes.encode(plane, lengths, sizes).astype("<u4")
-    else:
-        sizes, words = _native_lanes(plane, lengths, threads)
-    return b"".join((table, _pack_sizes(sizes[:-1]), words.data))
+    sizes, words = byte_coders.encode_lanes(plane, lengths, threads)
+    return b"".join((table, _pack_sizes(sizes[:-1]), *words))
 
 
 def _pack_sizes(sizes: UInt16[np.ndarray, " lanes"]) -> bytes:
@@ -190,34 +169,6 @@ def _pack_sizes(sizes: UInt16[np.ndarray, " lanes"]) -> bytes:
     return least.to_bytes(2, "little") + bytes([width]) + packed.tobytes()
 
 
-def _native_lanes(
-    plane: np.ndarray, lengths: np.ndarray, threads: int
-) -> tuple[UInt16[np.ndarray, " lanes"], np.ndarray]:
-    """Return the sizes of the lanes, and their words."""
-    call, codes = _library(), prefix_code.codes(lengths)
-    sizes = np.empty(huffman_lanes.lanes(len(plane)), np.uint16)
-    shares = range(0, len(plane), _SHARE)  # of whole lanes
-
-    def measure(first: int) -> None:
-        part = plane[first : first + _SHARE]
-        to = sizes[first // huffman_lanes.LANE :]
-        call.jaxquant_huffman_sizes(_at(part), len(part), _at(lengths), _at(to))
-
-    _map(measure, shares, threads)
-    starts = huffman_lanes.starts(sizes)
-    words = np.empty(int(starts[-1]) + int(sizes[-1]), "<u4")
-
-    def write(first: int) -> None:
-        part, lane = plane[first : first + _SHARE], first // huffman_lanes.LANE
-        call.jaxquant_huffman_encode(
-            _at(part), len(part), _at(lengths), _at(codes), _at(sizes[lane:]),
-            _at(words[starts[lane] :]),
-        )  # fmt: skip
-
-    _map(write, shares, threads)
-    return sizes, words
-
-
 def _read_huffman(data: memoryview, count: int, threads: int) -> np.ndarray:
     lengths, taken = symbol_tables.unpack_lengths(data)
     prefix_code.check(lengths)
@@ -227,27 +178,14 @@ def _read_huffman(data: memoryview, count: int, threads: int) -> np.ndarray:
     sizes, taken = _read_sizes(data, huffman_lanes.lanes(count) - 1)
     words = np.frombuffer(data[taken:], np.uint8)
     last = len(words) - 4 * int(sizes.sum(dtype=np.int64))
-    most = 4 * _MOST_WORDS
+    most = 4 * huffman_lanes.MOST_WORDS
     _expect(
         0 <= last <= most and last % 4 == 0,
         f"the last lane must have 0 to {most} bytes, in fours, got {last}",
     )
     sizes = np.append(sizes, np.uint16(last // 4))
-    table, starts = prefix_code.table(lengths), huffman_lanes.starts(sizes)
-    if native.load():
-        plane, found = huffman_lanes.read(words.view("<u4"), sizes, table, count)
-        _judge(found.tolist(), "lane")
-        return plane
-    plane = np.empty(count, np.uint8)
-    each = _SHARE // huffman_lanes.LANE
-
-    def one(first: int) -> int:
-        return _library().jaxquant_huffman_decode(
-            _at(words), len(words), _at(starts), _at(sizes), _at(table), prefix_code.width(lengths),
-            first, min(first + each, len(sizes)), count, _at(plane),
-        )  # fmt: skip
-
-    _judge(_map(one, range(0, len(sizes), each), threads), "lane")
+    plane, damaged = byte_coders.decode_lanes(words, sizes, lengths, count, threads)
+    _expect(damaged is None, f"lane {damaged} or one that follows it is damaged")
     return plane
 
 
@@ -265,7 +203,8 @@ def _read_sizes(data: memoryview, lanes: int) -> tuple[UInt16[np.ndarray, " lane
     places = 1 << np.arange(width, dtype=np.int64)
     sizes = bits[: lanes * width].reshape(lanes, width) @ places + least
     _expect(
-        sizes.max() <= _MOST_WORDS, f"a lane has at most {_MOST_WORDS} words, got {sizes.max()}"
+        sizes.max() <= huffman_lanes.MOST_WORDS,
+        f"a lane has at most {huffman_lanes.MOST_WORDS} words, got {sizes.max()}",
     )
     return sizes.astype(np.uint16), taken
 
@@ -278,23 +217,9 @@ def _rans(plane: np.ndarray, counts: np.ndarray, threads: int) -> bytes:
     table = symbol_tables.pack_frequencies(frequencies)
     if np.count_nonzero(counts) == 1:
         return table
-    lanes = byte_rans.lanes(len(plane))
-    narrow = frequencies.astype(np.uint16)
-
-    def one(first: int) -> np.ndarray:
-        part = plane[first : first + byte_rans.CHUNK]
-        room = np.empty(2 * lanes + len(part), np.uint16)
-        call = _library().jaxquant_rans_encode
-        return room[len(room) - call(_at(part), len(part), lanes, _at(narrow), _at(room)) :].copy()
-
-    if native.load():
-        streams = byte_rans.encode(plane, frequencies)
-    else:
-        streams = _map(one, range(0, len(plane), byte_rans.CHUNK), threads)
-    sizes = np.array([len(words) for words in streams[:-1]], "<u4")
-    return b"".join(
-        (table, sizes.data, *(words.astype("<u2", copy=False).data for words in streams))
-    )
+    chunks = byte_coders.encode_chunks(plane, frequencies, threads)
+    sizes = np.array([len(words) // 2 for words in chunks[:-1]], "<u4")
+    return b"".join((table, sizes.tobytes(), *chunks))
 
 
 def _read_rans(data: memoryview, count: int, threads: int) -> np.ndarray:
@@ -314,20 +239,9 @@ def _read_rans(data: memoryview, count: int, threads: int) -> np.ndarray:
     _expect(last >= 0 and last % 2 == 0, f"the last chunk must have whole words, got {last} bytes")
     sizes = np.append(sizes, last // 2)
     ends = np.cumsum(sizes)
-    plane, narrow = np.empty(count, np.uint8), frequencies.astype(np.uint16)
-    part = lambda i: words[2 * (ends[i] - sizes[i]) : 2 * ends[i]]
-    if native.load():
-        streams = [part(i).view("<u2") for i in range(chunks)]
-        plane, found = byte_rans.decode(streams, count, frequencies)
-        _judge(found.tolist(), "chunk")
-        return plane
-
-    def one(i: int) -> int:
-        to = plane[i * byte_rans.CHUNK : (i + 1) * byte_rans.CHUNK]
-        call = _library().jaxquant_rans_decode
-        return call(_at(part(i)), int(sizes[i]), lanes, len(to), _at(narrow), _at(to))
-
-    _judge(_map(one, range(chunks), threads), "chunk")
+    parts = [words[2 * (end - size) : 2 * end] for end, size in zip(ends, sizes, strict=True)]
+    plane, damaged = byte_coders.decode_chunks(parts, frequencies, count, threads)
+    _expect(damaged is None, f"chunk {damaged} is damaged")
     return plane
 
 
@@ -344,14 +258,6 @@ def _expect(condition: Any, what: str) -> None:
         raise ValueError(f"this is not the stream of such a plane: {what}")
 
 
-def _judge(found: list[int], part: str) -> None:
-    """Raise an error unless all parts are intact."""
-    if -2 in found:
-        raise MemoryError("not enough memory to decode a plane")
-    bad = next((i for i, intact in enumerate(found) if intact != 1), None)
-    _expect(bad is None, f"{part} {bad} is damaged")
-
-
 def _single(rest: memoryview, count: int, table: np.ndarray) -> np.ndarray:
     _expect(len(rest) == 0, f"no bytes follow the table of one symbol, got {len(rest)}")
     return np.full(count, np.flatnonzero(table)[0], np.uint8)
@@ -361,32 +267,3 @@ def _threads(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be 1 or more, got {threads}")
     return threads or os.cpu_count() or 1
-
-
-def _map(one: Callable[[int], Any], items: Iterable[int], threads: int) -> list[Any]:
-    items = list(items)
-    if threads == 1 or len(items) < 2:
-        return list(map(one, items))
-    with ThreadPoolExecutor(min(threads, len(items))) as pool:
-        return list(pool.map(one, items))
-
-
-def _at(a: np.ndarray) -> int:
-    return a.ctypes.data
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(native.shared_object()))
-    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    for name, takes, gives in (
-        ("jaxquant_byte_counts", (p, n, p), None),
-        ("jaxquant_huffman_sizes", (p, n, p, p), None),
-        ("jaxquant_huffman_encode", (p, n, p, p, p, p), None),
-        ("jaxquant_huffman_decode", (p, n, p, p, p, i, n, n, n, p), i),
-        ("jaxquant_rans_encode", (p, n, n, p, p), n),
-        ("jaxquant_rans_decode", (p, n, n, n, p, p), i),
-    ):
-        call = getattr(library, name)
-        call.argtypes, call.restype = takes, gives
-    return library

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import activations as forms
 from pallas_kernels import row_tiles
-from pallas_kernels.codecs import float_planes, layout, lookup, trellis
+from pallas_kernels.codecs import float_fields, float_planes, layout, lookup, trellis
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -301,12 +301,12 @@ def _float_planes(
     activations: str,
 ) -> None:
     _, k = rows(x, activations)
-    if dtype not in float_planes.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(float_planes.DTYPES)}, got {dtype!r}")
+    if dtype not in float_fields.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(float_fields.DTYPES)}, got {dtype!r}")
     if bits not in float_planes.BITS or (near is None) != (bits == 4):
         raise ValueError(f"bits must be 3 with near, or 4 without it, got {bits}")
     n = words(codes, layout.words(k, bits))
-    if words(rest, float_planes.rest_words(k, dtype), "rest") != n:
+    if words(rest, float_fields.rest_words(k, dtype), "rest") != n:
         raise ValueError(f"rest must have {n} columns, as codes, got {rest.shape[1]}")
     if near is not None and words(near, -(-k // float_planes.BLOCK), "near") != n:
         raise ValueError(f"near must have {n} columns, as codes, got {near.shape[1]}")

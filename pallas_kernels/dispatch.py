@@ -101,7 +101,8 @@ def product(op: str, *arrays: Array | None, **static: Any) -> Float[Array, "m n"
       ValueError: an argument is not what the op requires; the message names it.
     """
     checks.product(op, arrays, static)
-    if (placement := partition.of_product(arrays[0])) is not None:
+    placement = partition.of_product(arrays[0])
+    if placement is not None and partition.can_split(op, *arrays):
         return partition.product(product, op, placement, *arrays, **static)
     static_items = tuple(sorted(static.items()))
     kernels = _using.get()

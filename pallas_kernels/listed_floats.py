@@ -1,8 +1,8 @@
 """Products with floats in planes, on top of kernels that read only codes, rests and bases.
 
-The kernels take 4-bit codes as they are, without a test for escapes. An escape then has the exponent
-base + 15, one more than the largest in its column's window, and XLA adds what it lacks (see
-`codecs.float_planes`). Escapes are few, so that this costs little.
+The kernels take 4-bit codes as they are, without a test for escapes. An escape then has the
+exponent base + 15, one more than the largest in its column's window, and XLA adds what it lacks
+(see `codecs.float_planes`). Escapes are few, so that this costs little.
 """
 
 from collections.abc import Callable

@@ -300,7 +300,7 @@ def float_planes_matmul(
       near: int32 [ceil(k / 128), n], what escapes mean; None if bits is 4.
       where: int32 [e], ascending places column * k + row of listed floats.
       exponent: uint8 [e], their exponents.
-      dtype: dtype of the floats, a key of `float_planes.DTYPES`.
+      dtype: dtype of the floats, a key of `float_fields.DTYPES`.
       bits: number of bits per code, 3 or 4.
       activations: how x is quantized, as in `packed_matmul`.
     Returns:
@@ -310,7 +310,7 @@ def float_planes_matmul(
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> from pallas_kernels.codecs import float_planes
+    >>> from pallas_kernels.codecs import float_fields, float_planes
     >>> w = jax.lax.bitcast_convert_type(jnp.array([[1.5], [-2.0]], jnp.bfloat16), jnp.uint16)
     >>> planes = float_planes.encode(w, "bfloat16", 3)
     >>> float_planes_matmul(jnp.ones((1, 2)), *planes, dtype="bfloat16", bits=3).tolist()

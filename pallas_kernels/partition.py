@@ -141,6 +141,25 @@ def sharding(a: Array, spec: Callable[[list[Any]], list[Any]]) -> NamedSharding 
     return NamedSharding(mesh, P(*spec([part or None for part in typed_axes(a)])))
 
 
+def can_split(op: str, *arrays: Array | None) -> bool:
+    """Return whether a product can run on shards of its arrays; else the compiler splits it.
+
+    Args:
+      op: name of the op.
+      *arrays: its arrays.
+    Raises:
+      ValueError: it cannot, and the mesh has Explicit axes, which the compiler does not split.
+    """
+    if op.removesuffix("_transposed") in shard.ROWS:
+        return True
+    if explicit_mesh(*arrays) is not None:
+        raise ValueError(
+            f"{op}: its arrays cannot be split over Explicit axes; use Auto axes, or keep the "
+            "weight on every device (jax.sharding.PartitionSpec())"
+        )
+    return False
+
+
 def product(
     local: Callable[..., Array],
     op: str,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import activations as forms
 from pallas_kernels import dual_scale, row_tiles, tiled_product
-from pallas_kernels.codecs import e8p, float_planes, layout, lookup, tables, trellis
+from pallas_kernels.codecs import e8p, float_fields, float_planes, layout, lookup, tables, trellis
 
 # --- decoding of packed arrays --------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def _float_planes(*arrays: Array | None, dtype: str, bits: int) -> tuple:
         planes = float_planes.Planes(*map(d.get, float_planes.Planes._fields))
         first = d["column"][0, 0]
         u = float_planes.decode(planes, dtype=dtype, bits=bits, k=k, first=first)
-        return float_planes.floats(u, dtype).astype(jnp.float32)
+        return float_fields.floats(u, dtype).astype(jnp.float32)
 
     return data, decode, dict.fromkeys((*float_planes.BY_COLUMN, "column"), 1)
 

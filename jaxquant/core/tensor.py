@@ -212,15 +212,6 @@ class QTensor(StandIn):
             w = self.output.transposed(w, arrays.output, math.prod(self.view.n))
         return shifted(w, e)
 
-    def own(self, arrays: Arrays) -> Float[Array, "k n"]:
-        """Return one matrix of an `exact` format in the dtype of the weight, bit for bit.
-
-        Args:
-          arrays: the arrays of that matrix, without batch axes.
-        """
-        u = self.format.decode_bits(arrays.data, self.stored_rows)
-        return jax.lax.bitcast_convert_type(u, jnp.dtype(self.logical_dtype))
-
     def transformed(self, x: Float[Array, "m k"], arrays: Arrays) -> Float[Array, "m s"]:
         """Apply the input transform.
 
@@ -352,11 +343,13 @@ class QTensor(StandIn):
 
 @compiled
 def _decoded(weight: QTensor) -> Array:
-    batch = weight.data["codes"].shape[: weight.leading()]
-    matrix = weight.own if weight.format.exact else weight.matrix
+    batch, matrix = weight.data["codes"].shape[: weight.leading()], weight.matrix
+    if weight.format.exact:  # in the weight's own dtype, bit for bit
+        matrix = lambda arrays: weight.format.to_disk(arrays.data, weight.stored_rows)["codes"]
     for _ in batch:
         matrix = jax.vmap(matrix)
-    w = matrix(weight.arrays).reshape(*batch, *weight.view.k, *weight.outputs)
+    w = matrix(weight.arrays)
+    w = w.reshape(*batch, *weight.view.k, *weight.outputs)
     w = jnp.transpose(w, weight.axes())
     if weight.format.exact:
         return w

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
 from jaxquant.core.protocols import Format
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_fields
 
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
@@ -41,11 +41,11 @@ class ExactFormat(Format):
         return self.encode_bits(bits_of(w.astype(self.own)))
 
     def decode(self, data: dict[str, Array], k: int) -> Float[Array, "k n"]:
-        return float_planes.floats(self.decode_bits(data, k), self.own).astype(jnp.float32)
+        return float_fields.floats(self.decode_bits(data, k), self.own).astype(jnp.float32)
 
     def to_disk(self, data: dict[str, Array], k: int) -> dict[str, Array]:
         """Return the weights as floats."""
-        decode = lambda d: float_planes.floats(self.decode_bits(d, k), self.own)
+        decode = lambda d: float_fields.floats(self.decode_bits(d, k), self.own)
         for _ in data["codes"].shape[: -self.codes_ndim]:
             decode = jax.vmap(decode)
         return {"codes": jax.jit(decode)(data)}
@@ -68,7 +68,7 @@ def bits_of(w: Float[Array, "*s"]) -> UInt[Array, "*s"]:
     >>> bits_of(jnp.array([1.0], jnp.bfloat16)).tolist()
     [16256]
     """
-    return jax.lax.bitcast_convert_type(w, float_planes.unsigned(w.dtype.name))
+    return jax.lax.bitcast_convert_type(w, float_fields.unsigned(w.dtype.name))
 
 
 def check_dtype(dtype: str, stored: str | None = None) -> None:
@@ -78,8 +78,8 @@ def check_dtype(dtype: str, stored: str | None = None) -> None:
       dtype: name of the dtype.
       stored: the only dtype that a format stores; None (the default) if it takes any of these.
     """
-    if dtype not in float_planes.DTYPES:
-        known = ", ".join(float_planes.DTYPES)
+    if dtype not in float_fields.DTYPES:
+        known = ", ".join(float_fields.DTYPES)
         raise ValueError(f"dtype must be one of {known}, got {dtype!r}")
     if stored not in (None, dtype):
         raise ValueError(

@@ -1,7 +1,7 @@
 """FloatPlanes: the bits of floats without loss, in planes of fixed length that a matmul decodes."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Format, OpArguments
 from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
 from jaxquant.formats.op_format import OpFormat
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_fields, float_planes
 
 _GUESS = 2048  # weights for each one that is listed, where this has to be guessed
 
@@ -55,7 +55,7 @@ class FloatPlanes(ExactFormat, OpFormat):
 
     def settled(self, matrices: Float[Array, "l k n"]) -> "FloatPlanes":
         """Return the format with the dtype of these matrices and as long a list as they need."""
-        dtype = matrices.dtype.name
+        dtype: Any = matrices.dtype.name
         check_dtype(dtype, self.dtype)
         if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
             listed = matrices.shape[1] * matrices.shape[2] // _GUESS
@@ -94,7 +94,7 @@ class FloatPlanes(ExactFormat, OpFormat):
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         u = float_planes.columns(_planes(data), ids, dtype=self.own, bits=self.bits, k=k)
-        return float_planes.floats(u, self.own).astype(jnp.float32)
+        return float_fields.floats(u, self.own).astype(jnp.float32)
 
     def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
         return Format.rows(self, data, ids, k)
@@ -108,4 +108,5 @@ class FloatPlanes(ExactFormat, OpFormat):
 
 
 def _planes(data: dict[str, Array]) -> float_planes.Planes:
-    return float_planes.Planes(*map(data.get, float_planes.Planes._fields))
+    parts: dict[str, Any] = {"near": None, **data}
+    return float_planes.Planes(**parts)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt, UInt8, UInt16
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
 from jaxquant.formats.tiled_format import TiledFormat
-from pallas_kernels.codecs import float_planes, huffman_lanes, prefix_code
+from pallas_kernels.codecs import float_fields, huffman_lanes, prefix_code
 from pallas_kernels.codecs.huffman_lanes import LANE
 
 _GUESS = 3  # bits of an exponent, where this has to be guessed
@@ -24,7 +24,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
 
     The exponents of a matrix, column after column, are one plane of
     `pallas_kernels.codecs.huffman_lanes`. A bfloat16 weight takes about 10.7 bits. A product
-    decodes a tile of columns at a time and has no kernel: use `FloatPlanes` where speed counts.
+    first decodes all exponents, one byte each: use `FloatPlanes` where speed counts.
 
     Attributes:
       dtype: dtype of the weights; None for their own, which `quantize` and `jaxquant.lossless` fill
@@ -51,7 +51,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
 
     def settled(self, matrices: Float[Array, "l k n"]) -> "HuffmanLanes":
         """Return the format with the dtype of these matrices and as many words as they need."""
-        dtype = matrices.dtype.name
+        dtype: Any = matrices.dtype.name
         check_dtype(dtype, self.dtype)
         if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
             lanes = huffman_lanes.lanes(matrices.shape[1] * matrices.shape[2])
@@ -77,8 +77,8 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         lanes = huffman_lanes.lanes(k * n)
         if isinstance(u, jax.core.Tracer):  # a Huffman code depends on values
             zeros = jnp.zeros((self.words,), jnp.uint32), jnp.zeros((lanes,), jnp.uint16)
-            rest = jnp.full((float_planes.rest_words(k, self.own), n), -1, jnp.int32)
-            last = (1 << float_planes.DTYPES[self.own][0]) - 1
+            rest = jnp.full((float_fields.rest_words(k, self.own), n), -1, jnp.int32)
+            last = (1 << float_fields.DTYPES[self.own][0]) - 1
             return self._data(rest, *zeros, jnp.zeros(256, jnp.uint8).at[last].set(1))
         plane, lengths = _coded(u, self.own)
         sizes = huffman_lanes.sizes(plane, lengths)
@@ -91,7 +91,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         words = np.pad(words, (0, self.words - len(words)))
         return self._data(_packed_rests(u, self.own), words, sizes, lengths)
 
-    def _data(self, rest: Array, words: Array, sizes: Array, lengths: Array) -> dict[str, Array]:
+    def _data(self, rest: Array, words: Any, sizes: Any, lengths: Any) -> dict[str, Array]:
         arrays = map(jnp.asarray, (words, sizes, lengths))
         return {"codes": rest, **dict(zip(("words", "sizes", "lengths"), arrays, strict=True))}
 
@@ -99,55 +99,55 @@ class HuffmanLanes(ExactFormat, TiledFormat):
 
     @property
     def spans(self) -> Mapping[str, int]:
-        return {"codes": 1, "column": 1}
+        return {"codes": 1, "exponent": 1}
 
     def decode_bits(self, data: dict[str, Array], k: int) -> UInt[Array, "k n"]:
-        """Return the bits of the floats of one matrix, or of consecutive columns of it.
+        """Return the bits of the floats of one matrix, or of some of its columns.
 
         Args:
-          data: the packed arrays, and for some of the columns their indices, "column".
+          data: the packed arrays; for some of the columns, their exponents too, "exponent" [k, n].
           k: number of rows.
         """
-        n = data["codes"].shape[-1]
-        first = data["column"][0, 0] if "column" in data else jnp.int32(0)
-        exponent = self._exponents(data, first * k, k * n).reshape(n, k).T.astype(jnp.int32)
-        rest = float_planes.rests(data["codes"], self.own, k)
-        return float_planes.joined(exponent, rest, self.own)
+        exponent = data["exponent"] if "exponent" in data else self._exponents(data, k)
+        rest = float_fields.rests(data["codes"], self.own, k)
+        return float_fields.joined(exponent.astype(jnp.int32), rest, self.own)
 
-    def _exponents(
-        self, data: dict[str, Array], start: Array, count: int
-    ) -> UInt8[Array, " count"]:
-        """Return `count` symbols of the plane from `start` on, decoding only their lanes."""
+    def _exponents(self, data: dict[str, Array], k: int) -> UInt8[Array, "k n"]:
+        n, table = data["codes"].shape[-1], decoding_table(data["lengths"])
+        plane = huffman_lanes.decode(data["words"], data["sizes"], table, count=k * n)
+        return plane.reshape(n, k).T
+
+    def _exponents_of(self, data: dict[str, Array], column: Array, k: int) -> UInt8[Array, " k"]:
+        """Return the exponents of one column, decoding only the lanes that hold them."""
         starts = huffman_lanes.starts(data["sizes"])
-        lanes = min(huffman_lanes.lanes(count) + 1, len(starts))
-        lane = jnp.minimum(start // LANE, len(starts) - lanes)
+        lanes = min(huffman_lanes.lanes(k) + 1, len(starts))
+        lane = jnp.minimum(column * k // LANE, len(starts) - lanes)
         first = jax.lax.dynamic_slice_in_dim(starts, lane, lanes)
         symbols = huffman_lanes.decode_lanes(data["words"], first, decoding_table(data["lengths"]))
-        return jax.lax.dynamic_slice_in_dim(symbols.reshape(-1), start - lane * LANE, count)
+        return jax.lax.dynamic_slice_in_dim(symbols.reshape(-1), column * k - lane * LANE, k)
 
     def matmul(
         self, x: Float[Array, "m k"], data: dict[str, Array], activations: str = "float"
     ) -> Float[Array, "m n"]:
-        return super().matmul(x, self._numbered(data), activations)
+        return super().matmul(x, self._sliced(data, x.shape[-1]), activations)
 
     def matmul_transposed(
         self, x: Float[Array, "m n"], data: dict[str, Array], k: int
     ) -> Float[Array, "m k"]:
-        return super().matmul_transposed(x, self._numbered(data), k)
+        return super().matmul_transposed(x, self._sliced(data, k), k)
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
-        one = lambda i: self.decode(
-            {**data, "codes": data["codes"][:, i][:, None], "column": i[None, None]}, k
-        )
-        return jax.vmap(one, out_axes=2)(ids.astype(jnp.int32))[:, 0]
+        one = lambda column: self._exponents_of(data, column, k)
+        exponent = jax.vmap(one, out_axes=1)(ids.astype(jnp.int32))
+        return self.decode({"codes": data["codes"][:, ids], "exponent": exponent}, k)
 
-    def _numbered(self, data: dict[str, Array]) -> dict[str, Array]:
-        """Return the arrays with the index of every column, from which a tile finds its lanes."""
-        return data | {"column": jnp.arange(data["codes"].shape[-1], dtype=jnp.int32)[None]}
+    def _sliced(self, data: dict[str, Array], k: int) -> dict[str, Array]:
+        """Return arrays that can be cut along columns: one byte a weight for the exponent."""
+        return {"codes": data["codes"], "exponent": self._exponents(data, k)}
 
     def kernel(self) -> str:
         """Return what computes products."""
-        return "decoded (XLA) by tiles of columns; jaxquant.lossless.encode converts to planes"
+        return "all exponents are decoded first; jaxquant.lossless.encode converts to planes"
 
 
 def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
@@ -165,9 +165,9 @@ def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
     of = lengths.astype(jnp.int32)
     order = jnp.argsort(jnp.where(of > 0, of, limit + 1), stable=True)
     ends = jnp.cumsum(jnp.where(of[order] > 0, 1 << limit - of[order], 0))
-    word = np.arange(1 << limit)
-    # The first bit of a code word is the lowest one of the stream and the highest of the word.
-    word = sum((word >> bit & 1) << limit - 1 - bit for bit in range(limit))
+    at, word = np.arange(1 << limit), np.zeros(1 << limit, np.int64)
+    for bit in range(limit):  # the first bit of a code word is the lowest one of the stream
+        word |= (at >> bit & 1) << limit - 1 - bit
     symbol = order[jnp.searchsorted(ends, word, side="right") % 256]
     single = of[order[0]] | (of[order[1]] == 0)  # a single symbol owns all words
     symbol = jnp.where((word >= ends[-1]) & (single > 0), order[0], symbol)
@@ -176,11 +176,11 @@ def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
 
 def _coded(u: UInt[Array, "k n"], dtype: str) -> tuple[UInt8[np.ndarray, " kn"], np.ndarray]:
     """Return the exponents in column order, and the lengths of their code words."""
-    exponent, _ = float_planes.fields(u, dtype)
+    exponent, _ = float_fields.fields(u, dtype)
     plane = np.asarray(exponent.T.reshape(-1).astype(jnp.uint8))
     return plane, prefix_code.lengths(np.bincount(plane, minlength=256))
 
 
 def _packed_rests(u: UInt[Array, "k n"], dtype: str) -> Array:
-    _, rest = float_planes.fields(u, dtype)
-    return float_planes.packed_rests(rest, dtype)
+    _, rest = float_fields.fields(u, dtype)
+    return float_fields.packed_rests(rest, dtype)

@@ -21,7 +21,13 @@ from jaxquant.formats.table import Table
 from jaxquant.formats.trellis import SIDE, Trellis
 from jaxquant.formats.vector import Vector
 from pallas_kernels import dual_scale, streams
-from pallas_kernels.codecs import entropy_stream, float_planes, layout, lookup, trellis
+from pallas_kernels.codecs import (
+    entropy_stream,
+    float_fields,
+    layout,
+    lookup,
+    trellis,
+)
 
 
 class Symbols(NamedTuple):
@@ -111,10 +117,10 @@ def _scalar(data: Data, bits: int, k: int, rows: int, alphabet: int) -> Symbols:
 
 @symbols.register
 def _(format: ExactFormat, data: Data, k: int) -> list[Symbols]:
-    exponent, rest = float_planes.fields(_bits(format, data, k), format.own)
+    exponent, rest = float_fields.fields(_bits(format, data, k), format.own)
     size, n = exponent.size, exponent.shape[1]
     groups = np.tile(np.arange(n), k)
-    width, planes = float_planes.DTYPES[format.own]
+    width, planes = float_fields.DTYPES[format.own]
     stored = format.bits if isinstance(format, FloatPlanes) else 32 * data["words"].size / size
     found = [Symbols(np.asarray(exponent).ravel(), groups, 1 << width, stored)]
     for plane in planes:

@@ -45,6 +45,7 @@ VERSION = 1
 SUFFIX = ".jqz"
 LARGEST = 1 << 24  # bytes of a chunk, and of a table
 CHUNK = 1 << 22  # bytes of a chunk as it is written
+NUMBERS = 1 << 20  # of plain numbers, whose sizes change from row to row: each has its own tables
 HEAD = struct.Struct("<8sHHIII")
 COUNT = struct.Struct("<H")
 TAIL = struct.Struct("<HQ")
@@ -86,7 +87,8 @@ class Section:
     @property
     def chunk(self) -> int:
         """Bytes of its chunks but the last, as they are written: whole records."""
-        return CHUNK // self.record.stride * self.record.stride
+        plain = self.record.fields and self.record.numbers == 1
+        return (min(CHUNK, NUMBERS) if plain else CHUNK) // self.record.stride * self.record.stride
 
 
 def pack_head(sections: Sequence[Section]) -> bytes:

@@ -75,8 +75,8 @@ def extract(
       ValueError: the archive is truncated or damaged; the message names the tensor and the file.
       OSError: a file cannot be read or written.
     """
-    path = Path(path)
-    with open(path, "rb") as file, opened(Path(target)) as out, opened(Path(target)) as kept:
+    path, target = Path(path), Path(target)
+    with naming(target), open(path, "rb") as file, opened(target) as out, opened(target) as kept:
         head = _head(file, path)
         done, digest = 0, hashlib.sha256()
         reading = _stored(file, head, path)
@@ -175,6 +175,21 @@ def _named(section: Section, path: Path) -> Iterator[None]:
     except Damaged as error:
         name = shown(section.name)
         raise ValueError(f"{path}, section {name} ({section.dtype or 'bytes'}): {error}") from None
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the output in errors of the system that name no file, such as that of a full disk.
+
+    Args:
+      path: the output.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(f"could not complete {path}: {error.strerror}") from error
 
 
 def opened(path: Path) -> BinaryIO:

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from jaxquant.core.fields import shown
 from jaxquant.lossless import archive_format, chunks
 from jaxquant.lossless.archive_format import CHUNK_HEAD, MAGIC, TRAILER, Section
-from jaxquant.lossless.archive_read import Progress, opened
+from jaxquant.lossless.archive_read import Progress, naming, opened
 from jaxquant.lossless.chunks import Damaged, Place
 from jaxquant.lossless.pipeline import in_order
 from jaxquant.lossless.plane_coding import CODINGS, Coding
@@ -88,7 +87,7 @@ def write_archive(
     if coding not in CODINGS:
         raise ValueError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}")
     source, target = Path(source), Path(target)
-    with open(source, "rb") as file, opened(target) as out, opened(target) as kept:
+    with naming(target), open(source, "rb") as file, opened(target) as out, opened(target) as kept:
         parts = _checked(file, source, sections)
         head = archive_format.pack_head(parts)
         if kept.read(len(head)) != head:
@@ -118,7 +117,7 @@ def write_archive(
 def _checked(
     file: BinaryIO, source: Path, sections: Sequence[Section] | None
 ) -> tuple[Section, ...]:
-    """Return the sections of a source, which cover it, without those of no bytes between tensors."""
+    """Return the sections of a source, once they are known to cover it."""
     size = os.fstat(file.fileno()).st_size
     if file.read(len(MAGIC)) == MAGIC:
         raise ValueError(f"{source} is an archive of jaxquant already; decompress it instead")
@@ -138,7 +137,7 @@ def _chunks(
     """Yield the chunks of the source, with what the target already holds of them."""
     end = kept.seek(0, os.SEEK_END)
     kept.seek(len(archive_format.pack_head(sections)))
-    known = True
+    known, crc = True, 0
     for place in chunks.places(sections):
         data = file.read(place.nbytes)
         if len(data) < place.nbytes:

@@ -63,7 +63,7 @@ def encode_array(
     """
     section = _section(a.dtype.name, a.shape)
     data = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
-    pieces = [data[p.start : p.start + p.nbytes] for p in chunks.places([section])]
+    pieces = [data[p.start : p.start + p.nbytes].data for p in chunks.places([section])]
     coded = in_order(lambda piece: chunks.encode(piece, section.record, "rans"), pieces, threads)
     parts, crc = [], section.seed
     for piece, one in zip(pieces, coded, strict=True):
@@ -105,7 +105,7 @@ def decode_array(
 
 def _stored(stream: UInt8[np.ndarray, " b"], section: Section) -> Iterator[tuple[Stored, int]]:
     """Yield the chunks of a stream, each with the checksum before it."""
-    file, crc, start = io.BytesIO(stream), section.seed, 0
+    file, crc, start = io.BytesIO(stream.data), section.seed, 0
     while start < section.nbytes:
         place = Place(0, start, section.nbytes - start)
         one = chunks.read(file, len(stream), [section], place)

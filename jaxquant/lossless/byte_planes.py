@@ -34,12 +34,12 @@ class Field(NamedTuple):
 
     Attributes:
       width: bytes of a number: 1, 2, 4 or 8.
-      count: how many numbers there are in a row.
+      length: how many numbers there are in a row.
       rotated: whether their bits are rotated left by one.
     """
 
     width: int
-    count: int
+    length: int
     rotated: bool
 
 
@@ -88,7 +88,7 @@ class Record:
     @functools.cached_property
     def stride(self) -> int:
         """Bytes of a record."""
-        return sum(field.width * field.count for field in self.fields) or 1
+        return sum(field.width * field.length for field in self.fields) or 1
 
     @functools.cached_property
     def planes(self) -> int:
@@ -105,14 +105,14 @@ class Record:
         [4, 4, 32, 7]
         """
         records, rest = divmod(nbytes, self.stride)
-        each = [field.count for field in self.fields for _ in range(field.width)] or [1]
+        each = [field.length for field in self.fields for _ in range(field.width)] or [1]
         return [*(records * count for count in each), rest]
 
 
 BYTES = Record()
 
 
-def split(data: UInt8[np.ndarray, "n"], record: Record) -> list[UInt8[np.ndarray, "..."]]:
+def split(data: UInt8[np.ndarray, " n"], record: Record) -> list[UInt8[np.ndarray, "..."]]:
     """Return the planes of some bytes; the last one holds those after the last whole record.
 
     Args:
@@ -129,7 +129,7 @@ def split(data: UInt8[np.ndarray, "n"], record: Record) -> list[UInt8[np.ndarray
     rows = data[:whole].reshape(-1, record.stride)
     planes, at = [], 0
     for field in record.fields:
-        end = at + field.width * field.count
+        end = at + field.width * field.length
         numbers = np.ascontiguousarray(rows[:, at:end]).reshape(-1, field.width)
         if field.rotated:
             numbers = _rotated(numbers, left=1)
@@ -140,11 +140,11 @@ def split(data: UInt8[np.ndarray, "n"], record: Record) -> list[UInt8[np.ndarray
 
 def merge(
     planes: Sequence[UInt8[np.ndarray, "..."]], record: Record, nbytes: int
-) -> UInt8[np.ndarray, "nbytes"]:
+) -> UInt8[np.ndarray, " nbytes"]:
     """Return the bytes that `split` has taken apart.
 
     Args:
-      planes: the planes, of the sizes that `record.counts(nbytes)` names.
+      planes: the planes, as long as `Record.counts` says.
       record: the layout of a record.
       nbytes: number of bytes.
 
@@ -159,14 +159,14 @@ def merge(
     whole = nbytes // record.stride * record.stride
     rows, at, used = out[:whole].reshape(-1, record.stride), 0, 0
     for field in record.fields:
-        numbers = np.empty((len(rows) * field.count, field.width), np.uint8)
+        numbers = np.empty((len(rows) * field.length, field.width), np.uint8)
         for i in reversed(range(field.width)):
             numbers[:, i] = planes[used]
             used += 1
         if field.rotated:
             numbers = _rotated(numbers, left=8 * field.width - 1)
-        end = at + field.width * field.count
-        rows[:, at:end] = numbers.reshape(len(rows), -1)
+        end = at + field.width * field.length
+        rows[:, at:end] = numbers.reshape(len(rows), end - at)
         at = end
     out[whole:] = planes[used]
     return out

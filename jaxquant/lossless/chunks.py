@@ -55,7 +55,7 @@ def places(sections: Sequence[Section]) -> Iterator[Place]:
             yield Place(number, start, min(section.chunk, section.nbytes - start))
 
 
-def encode(data: bytes, record: Record, coding: Coding) -> bytes:
+def encode(data: bytes | memoryview, record: Record, coding: Coding) -> bytes:
     """Return the coded planes of a chunk.
 
     Args:
@@ -101,7 +101,7 @@ def decode(coded: bytes, record: Record, nbytes: int) -> memoryview:
         view = view[size:]
     if len(view):
         raise Damaged(f"{len(view)} bytes follow its last plane")
-    return memoryview(byte_planes.merge(planes, record, nbytes))
+    return byte_planes.merge(planes, record, nbytes).data
 
 
 def pack_head(nbytes: int, coded: int, crc: int) -> bytes:

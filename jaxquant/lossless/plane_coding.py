@@ -33,7 +33,7 @@ _TEXT: dict[str, Any] = {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 4, "lp": 0,
 
 
 def encode(
-    plane: UInt8[np.ndarray, "n"], coding: Coding, *, text: bool = False
+    plane: UInt8[np.ndarray, " n"], coding: Coding, *, text: bool = False
 ) -> tuple[int, bytes]:
     """Return a plane's shortest coding and its coded bytes, never more than the plane has.
 
@@ -51,13 +51,13 @@ def encode(
         if len(coded) < len(plane):
             best = _CODES[coding], coded
     if text and _repeats(plane, len(best[1])):
-        coded = lzma.compress(plane, lzma.FORMAT_RAW, filters=[_filter(len(plane))])
+        coded = lzma.compress(plane.tobytes(), lzma.FORMAT_RAW, filters=[_filter(len(plane))])
         if len(coded) < len(best[1]):
             best = LZMA, coded
     return best
 
 
-def decode(code: int, data: memoryview, count: int) -> UInt8[np.ndarray, "count"]:
+def decode(code: int, data: memoryview, count: int) -> UInt8[np.ndarray, " count"]:
     """Return a plane.
 
     Args:
@@ -87,18 +87,18 @@ def _filter(count: int) -> dict[str, Any]:
     return {**_TEXT, "dict_size": max(LEAST_DICTIONARY, count)}
 
 
-def _repeats(plane: UInt8[np.ndarray, "n"], coded: int) -> bool:
+def _repeats(plane: UInt8[np.ndarray, " n"], coded: int) -> bool:
     """Return whether samples say that LZMA shrinks a plane below an entropy coder's bytes."""
     if len(plane) <= SAMPLE * SAMPLES:
         return True
     starts = np.linspace(0, len(plane) - SAMPLE, SAMPLES).astype(int)
     sample = np.concatenate([plane[at : at + SAMPLE] for at in starts])
     fast = [{"id": lzma.FILTER_LZMA2, "preset": 0}]
-    share = len(lzma.compress(sample, lzma.FORMAT_RAW, filters=fast)) / len(sample)
+    share = len(lzma.compress(sample.tobytes(), lzma.FORMAT_RAW, filters=fast)) / len(sample)
     return share < WORTH * coded / len(plane)
 
 
-def _text(data: memoryview, count: int) -> UInt8[np.ndarray, "count"]:
+def _text(data: memoryview, count: int) -> UInt8[np.ndarray, " count"]:
     """Return a plane that LZMA has coded; it is never given room for more than its bytes."""
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[_filter(count)])
     try:

@@ -1,7 +1,9 @@
 """Weights of a parameter tree held without loss: coded to `QTensor`s, and back."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,14 @@ from jaxquant.formats.exact_format import bits_of
 from jaxquant.lossless.forms import Form, method
 from jaxquant.methods.method import Method
 from jaxquant.recipes.recipe import layout_of
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_fields
 
 
 def encode(
     params: PyTree,
     form: Form = "planes",
     *,
-    bits: int = 3,
+    bits: Literal[3, 4] = 3,
     sites: Mapping[str, Site] | None = None,
 ) -> PyTree:
     """Return a tree whose floating-point weights are held in fewer bytes, without loss.
@@ -58,18 +60,18 @@ def encode(
     chosen = method(form, bits=bits)
     new: dict[str, QTensor] = {}
     for path, leaf in path_leaves(params):
-        coded = None
         if isinstance(leaf, QTensor):
-            coded = _converted(path, leaf, chosen)
-        elif is_weight(leaf) and leaf.size and leaf.dtype.name in float_planes.DTYPES:
+            if leaf.format.exact:
+                new[path] = _converted(path, leaf, chosen)
+        elif is_weight(leaf) and leaf.size and leaf.dtype.name in float_fields.DTYPES:
             if isinstance(leaf, jax.core.Tracer):
                 raise ValueError(
                     f"{path}: expected a concrete array, got a traced one; coding reads values, so "
                     "call it outside of jit"
                 )
             coded = _coded(path, jnp.asarray(leaf), chosen, (sites or {}).get(path))
-        if coded is not None and coded.nbytes < leaf_bytes(leaf):
-            new[path] = coded
+            if coded.nbytes < leaf_bytes(leaf):
+                new[path] = coded
     return replace_leaves(params, new)
 
 
@@ -126,27 +128,17 @@ def _coded(path: str, w: Array, method: Method, site: Site | None) -> QTensor:
     return _stack(path, matrices, tuple(batch), view, method)
 
 
-def _converted(path: str, w: QTensor, method: Method) -> QTensor | None:
-    """Return a coded weight in another form; None if it is not an exact one."""
-    if not w.format.exact:
-        return None
+def _converted(path: str, w: QTensor, method: Method) -> QTensor:
+    """Return a coded weight in another form."""
     batch = w.data["codes"].shape[: w.leading()]
-    matrices = _matrices(w.unnamed()).reshape(-1, *_matrix(w.view))
+    floats = w.format.to_disk(w.data, w.stored_rows)["codes"]
+    matrices = floats.reshape(-1, *_matrix(w.view))
     new = _stack(path, matrices, batch, w.view, method)
     return dataclasses.replace(w, data=new.data, format=new.format, method=new.method)
 
 
-@jax.jit
-def _matrices(w: QTensor) -> Float[Array, "*batch k n"]:
-    decode = w.own
-    for _ in range(w.leading()):
-        decode = jax.vmap(decode)
-    return decode(w.arrays)
-
-
 def _matrix(view: View) -> tuple[int, int]:
-    size = lambda axes: int(jnp.prod(jnp.array(axes)))
-    return size(view.k), size(view.n)
+    return math.prod(view.k), math.prod(view.n)
 
 
 def _stack(

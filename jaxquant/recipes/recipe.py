@@ -348,14 +348,10 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
     k, n = entry.matrix[-2:]
     try:
         rows, columns = method.stored(k, n)
+        matrices: PyTree = jax.ShapeDtypeStruct((1, rows, columns), w.dtype)
+        format = method.format.settled(matrices) if method.format.exact else method.format
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    format = method.format
-    if format.exact:
-        try:
-            format = format.settled(jax.ShapeDtypeStruct((1, rows, columns), w.dtype))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     parts: PyTree = format.shapes(rows, columns)
     for name, side, size in (("input", method.input, k), ("output", method.output, n)):
         if side is not None:

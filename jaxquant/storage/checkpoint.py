@@ -179,10 +179,10 @@ def _flatten(
         exact = isinstance(leaf, QTensor) and leaf.format.exact
         for name, a in its.items():
             specs[name] = {"shape": a.shape, "dtype": a.dtype.name}
-            if (lossless or exact) and codable(a):
-                a = encode_array(np.asarray(a))
-                specs[name]["coded"] = a.nbytes
             arrays[name] = a
+            if (lossless or exact) and codable(a):
+                stream: Any = encode_array(np.asarray(a))
+                arrays[name], specs[name]["coded"] = stream, stream.nbytes
     return outline, entries, arrays, specs
 
 

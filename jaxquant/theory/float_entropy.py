@@ -61,22 +61,42 @@ def fields(w: Float[Any, "..."], dtype: DTypeLike | None = None) -> Fields:
     ([0, 1], [127, 128], [0, 64])
     """
     check_arguments(fields, locals())
+    value, kind = patterns(w, dtype)
+    bits, mantissa = 8 * kind.itemsize, jnp.finfo(kind).nmant
+    exponent = (value >> mantissa) & ((1 << (bits - 1 - mantissa)) - 1)
+    return Fields(value >> (bits - 1), exponent, value & ((1 << mantissa) - 1), value)
+
+
+def patterns(
+    w: Float[Any, "..."], dtype: DTypeLike | None = None
+) -> tuple[UInt[np.ndarray, "..."], np.dtype]:
+    """Return the bits of floating-point numbers as unsigned integers, and their dtype.
+
+    Args:
+      w, dtype: as in `fields`. Without a dtype the result is a view of `w`, or of a copy.
+    Returns:
+      The patterns, and the dtype of the numbers.
+    Raises:
+      ValueError: as in `fields`.
+
+    >>> patterns(np.array([1.0, -0.0], np.float16))
+    (array([15360, 32768], dtype=uint16), dtype('float16'))
+    """
     numbers = np.asarray(w)
     kind = jnp.dtype(numbers.dtype if dtype is None else dtype)
     if kind.name not in DTYPES:
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got {kind.name}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = numbers.astype(kind)
-        lost = np.count_nonzero(np.isfinite(numbers)) - np.count_nonzero(np.isfinite(stored))
+    stored, lost = numbers, 0
+    if kind != numbers.dtype:
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = numbers.astype(kind)
+            lost = int(np.isfinite(numbers).sum() - np.isfinite(stored).sum())
     if lost:
         raise ValueError(
             f"{lost} finite numbers exceed the largest of {kind.name}, "
             f"{float(jnp.finfo(kind).max):g}; scale the weights first, as the format Float8 does"
         )
-    bits, mantissa = 8 * kind.itemsize, jnp.finfo(kind).nmant
-    value = stored.view(f"uint{bits}")
-    exponent = (value >> mantissa) & ((1 << (bits - 1 - mantissa)) - 1)
-    return Fields(value >> (bits - 1), exponent, value & ((1 << mantissa) - 1), value)
+    return stored.view(f"uint{8 * kind.itemsize}"), kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +210,7 @@ def float_entropy(distribution: Distribution, precision: int) -> float:
     check_arguments(float_entropy, locals())
     if precision < 1:
         raise ValueError(f"precision must be 1 or more, got {precision}")
-    octaves, mass = _octaves(distribution)
+    octaves, mass = exponent_probabilities(distribution)
     mean = sum(
         _surprise(distribution, sign, float(k), k + 1.0)
         for k in octaves[mass > _FAINT].tolist()
@@ -232,9 +252,7 @@ def source_exponent_entropy(distribution: Distribution, scale: float = 1.0) -> f
     2.0
     """
     check_arguments(source_exponent_entropy, locals())
-    if not 0 < scale < np.inf:
-        raise ValueError(f"scale must be a finite number above 0, got {scale}")
-    return float(entropy(_octaves(distribution, scale)[1]))
+    return float(entropy(exponent_probabilities(distribution, scale)[1]))
 
 
 def _surprise(distribution: Distribution, sign: int, low: float, high: float) -> float:
@@ -260,10 +278,26 @@ def _surprise(distribution: Distribution, sign: int, low: float, high: float) ->
     return sum(_surprise(distribution, sign, *half) for half in ((low, middle), (middle, high)))
 
 
-def _octaves(
+def exponent_probabilities(
     distribution: Distribution, scale: float = 1.0
 ) -> tuple[Int[np.ndarray, " e"], Float[np.ndarray, " e"]]:
-    """Return all exponents of float64, and the probability of each."""
+    """Return all exponents of float64, and the probability of each: P(2^e <= |s X| < 2^(e + 1)).
+
+    Args:
+      distribution, scale: as in `source_exponent_entropy`.
+    Returns:
+      The exponents e, and their probabilities, which sum to 1.
+    Raises:
+      ValueError: as in `source_exponent_entropy`.
+
+    >>> from scipy import stats
+    >>> exponents, mass = exponent_probabilities(stats.uniform(-1, 2))
+    >>> exponents[mass > 0.1].tolist(), mass[mass > 0.1].tolist()
+    ([-3, -2, -1], [0.125, 0.25, 0.5])
+    """
+    check_arguments(exponent_probabilities, locals())
+    if not 0 < scale < np.inf:
+        raise ValueError(f"scale must be a finite number above 0, got {scale}")
     exponents = np.arange(-1074, 1024)
     below = lambda x: np.asarray(distribution.cdf(x), np.float64)
     with np.errstate(all="ignore"):  # at the ends of the range, which have no mass

@@ -13,6 +13,7 @@ import click
 
 import jaxquant as jq
 from jaxquant_models.cli.chat import chat
+from jaxquant_models.cli.compress import compress, decompress
 from jaxquant_models.cli.console import line
 from jaxquant_models.cli.evaluate import evaluate_command
 from jaxquant_models.cli.finetune import finetune
@@ -33,7 +34,7 @@ def cli() -> None:
 
 COMMANDS = (
     plan, quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect,
-    select,
+    select, compress, decompress,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -11,14 +11,16 @@ from rich.table import Table
 import jaxquant as jq
 from jaxquant.core.tree import leaf_bytes
 from jaxquant_models.architectures.hidden_states import FIRST_QUERY
-from jaxquant_models.cli import outlier_report
-from jaxquant_models.cli.console import emit, line, usage_errors
+from jaxquant_models.cli import entropy_report, outlier_report
+from jaxquant_models.cli.console import bar, emit, line, usage_errors
 from jaxquant_models.cli.sizes import sizes_of
 from jaxquant_models.readers import registry
+from jaxquant_models.readers.stored_tensors import stored_tensors
 from jaxquant_models.readers.text import read_text
 from jaxquant_models.runs.outliers import outliers_of
 from jaxquant_models.runs.sequences import CONTEXT, token_sequences
 from jaxquant_models.runs.serving import serving_model
+from jaxquant_models.runs.stored_entropy import stored_entropy
 
 
 class Row(NamedTuple):
@@ -73,6 +75,14 @@ class Row(NamedTuple):
     metavar="FILE",
     help="With --outliers, save a heat map of them to FILE (.png, .svg or .pdf).",
 )
+@click.option(
+    "--entropy",
+    "of_entropy",
+    is_flag=True,
+    help="Instead of the sizes, show the entropies of each tensor as it is stored (of sign, "
+    "exponent and mantissa, or of its codes) and the bits per weight of lossless codes. MODEL may "
+    "also be minilm, a .safetensors file or any folder of these.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 def inspect(
     model: str,
@@ -80,15 +90,18 @@ def inspect(
     text: str | None,
     tokens: int | None,
     plot: str | None,
+    of_entropy: bool,
     as_json: bool,
 ) -> None:
-    """Show tensor sizes of MODEL, or outliers in its activations.
+    """Show tensor sizes of MODEL, outliers in its activations, or the entropy of its weights.
 
     MODEL is the name smollm2-135m, a .gguf file, a Hugging Face model folder, or a checkpoint
     written by jaxquant. For each tensor the table shows its shape, quantization method, format,
     bits per weight and bytes.
     """
     with usage_errors():
+        if of_entropy and of_outliers:
+            raise ValueError("--entropy and --outliers are two reports; give one of them")
         if of_outliers and text is None:
             raise ValueError("--outliers needs a text: give --text FILE, or --text builtin")
         if not of_outliers and (text, tokens, plot) != (None, None, None):
@@ -97,6 +110,8 @@ def inspect(
             outlier_report.check_plot(plot)
     if text is not None:
         _outliers(model, text, tokens or CONTEXT, plot, as_json)
+    elif of_entropy:
+        _entropy(model, as_json)
     else:
         _tensors(model, as_json)
 
@@ -135,6 +150,19 @@ def _outliers(model: str, text: str, tokens: int, plot: str | None, as_json: boo
     for part in (outlier_report.table(found), outlier_report.heat_map(found)):
         _console().print(part)
     click.echo("\n" + "\n".join(found.findings()))
+
+
+def _entropy(model: str, as_json: bool) -> None:
+    """Print the entropies of the tensors as stored."""
+    tensors = stored_tensors(model)
+    with bar("tensors", len(tensors)) as advance:
+        found = stored_entropy(tensors, advance)
+    if as_json:
+        emit(found.to_json(), True)
+        return
+    console = _console()
+    console.print(entropy_report.table(found, console.width))
+    click.echo("\n".join(entropy_report.findings(found)))
 
 
 def _console() -> Console:

@@ -1,6 +1,5 @@
 """The output of a command that writes one file: locked during the work, published at the end."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from jaxquant_models.cli import interrupts
 from jaxquant_models.cli.output import Output
 
 WRITTEN = "written"  # name of the directory, in the folder, in which the file is written first
-SHA = "sha256"  # name of the file beside it that holds its digest
+IDENTITY = "identity"  # name of the file beside it that tells which file it is
 
 
 class OutputFile(Output):
@@ -32,20 +31,39 @@ class OutputFile(Output):
         Args:
           lines: the lines, without line ends.
         """
-        folder = self.finished.directory(WRITTEN)
-        folder.mkdir(exist_ok=True)
-        new, sha = folder / "new", hashlib.sha256()
+        new = self.place()
         with new.open("wb") as file:
             for line in lines:
-                sha.update(line + b"\n")
                 file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        (folder / SHA).write_text(sha.hexdigest())
+        self.put(new)
+
+    def place(self) -> Path:
+        """Return the path at which to write the output, in the folder; `put` then moves it."""
+        folder = self.finished.directory(WRITTEN)
+        folder.mkdir(exist_ok=True)
+        return folder / "new"
+
+    def put(self, new: Path) -> None:
+        """Move the output to its place in one step, and remove the folder, no longer needed.
+
+        Args:
+          new: the output, complete and on the disk.
+        """
         self._check()
+        self.mark(new)
         os.replace(new, Path(self.out).resolve())
         interrupts.about(lambda: f"the output is in {self.out}")
         self.finished.remove()
+
+    def mark(self, new: Path) -> None:
+        """Note which file or directory is the output, to recognize it in its place after a kill.
+
+        Args:
+          new: the output.
+        """
+        (new.parent / IDENTITY).write_text(_identity(new))
 
     def _check(self) -> None:
         path = Path(self.out).resolve()
@@ -57,8 +75,11 @@ class OutputFile(Output):
 
     def _is_result(self) -> bool:
         """Return whether the folder's run was killed between publishing and cleaning up."""
-        mark, out = self.path / f"{WRITTEN}{DIRECTORY}" / SHA, Path(self.out)
-        if not mark.is_file() or not out.is_file():
-            return False
-        with out.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == mark.read_text()
+        mark, out = self.path / f"{WRITTEN}{DIRECTORY}" / IDENTITY, Path(self.out)
+        return mark.is_file() and out.exists() and _identity(out) == mark.read_text()
+
+
+def _identity(path: Path) -> str:
+    """Return what stays the same when a file or directory is moved."""
+    info = path.stat()
+    return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.llama import Llama
 from jaxquant_models.readers.chat_template import ChatTemplate
+from jaxquant_models.readers.dfloat11 import CONFIG, DFloat11Tensors
 from jaxquant_models.readers.huggingface_config import (
     config_from_hf,
     config_to_hf,
@@ -18,7 +19,7 @@ from jaxquant_models.readers.huggingface_config import (
 )
 from jaxquant_models.readers.safetensors import Tensors
 from jaxquant_models.readers.tokenizer import Tokenizer
-from jaxquant_models.readers.weights import Weights, check_room, tensor_names
+from jaxquant_models.readers.weights import Weights, check_room, tensor_names, tensor_shapes
 from jaxquant_models.schemas.files import ShardIndex, TokenizerConfig
 from jaxquant_models.schemas.strict import checked, read_json, read_text_file
 
@@ -51,6 +52,7 @@ TENSORS = {
     "head/kernel": "lm_head.weight",
     **{f"layers/{path}": "model.layers.{}." + name for path, name in (_LAYER | _EXPERTS).items()},
 }
+TensorFile = Tensors | DFloat11Tensors
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -69,7 +71,9 @@ def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
     """Open a model in a Hugging Face folder; its weights are read later.
 
     Args:
-      folder: holds config.json, tokenizer.json, and model.safetensors or its shards and index.
+      folder: holds config.json, tokenizer.json, and model.safetensors or its shards and index. With
+        `dfloat11_config` in config.json, it holds any safetensors files, and their compressed
+        weights are decoded when they are read.
     Returns:
       (config, weights, tokenizer).
     Raises:
@@ -77,16 +81,27 @@ def read_hf(folder: str | Path) -> tuple[LlamaConfig, Weights, Tokenizer]:
         one line.
     """
     folder = Path(folder)
-    config = config_from_hf(read_config_json(folder))
+    hf = read_config_json(folder)
+    config = config_from_hf(hf)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", read_chat_template(folder))
     tokenizer.check_rows(config.vocab_size)
-    tensors = _locate(folder)
-    shards = set(tensors.values())
-    check_room(config, sum(file.nbytes for file in shards), str(folder / "config.json"))
-    shapes = {n: file.shapes[n] for n, file in tensors.items() if not _ignored(n, config)}
-    read = lambda name: tensors[name].read(name)
+    if CONFIG in hf:
+        compressed = DFloat11Tensors(folder, hf[CONFIG])
+        tensors: dict[str, TensorFile] = dict.fromkeys(compressed.shapes, compressed)
+    else:
+        tensors = dict(tensor_files(folder))
+    nbytes = sum(file.nbytes for file in set(tensors.values()))
+    check_room(config, nbytes, str(folder / "config.json"))
+    model, templates = Llama(config), tensors_of(config)
+    wanted = tensor_shapes(model, templates)
+    shapes = {
+        name: file.shaped(name, wanted.get(name))
+        for name, file in tensors.items()
+        if not _ignored(name, config)
+    }
+    read = lambda name: tensors[name].read(name).reshape(shapes[name])
     ahead = lambda name: tensors[name].prefetch(name)
-    return config, Weights(Llama(config), tensors_of(config), shapes, read, ahead), tokenizer
+    return config, Weights(model, templates, shapes, read, ahead), tokenizer
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
@@ -132,8 +147,14 @@ def save_hf(folder: str | Path, config: LlamaConfig, params: PyTree, tokenizer_j
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
-def _locate(folder: Path) -> dict[str, Tensors]:
-    """Return the file that holds each tensor."""
+def tensor_files(folder: Path) -> dict[str, Tensors]:
+    """Return the file that holds each tensor of a Hugging Face folder.
+
+    Args:
+      folder: holds model.safetensors, or its shards and index.
+    Raises:
+      ValueError: a file or a shard is missing or incomplete.
+    """
     index = folder / INDEX
     if not index.exists():
         single = Tensors(folder / SINGLE)

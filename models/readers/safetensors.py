@@ -36,7 +36,12 @@ class _Entry(Schema):
 
 
 class Tensors:
-    """The tensors of a safetensors file by name; `shapes` maps each name to its shape."""
+    """The tensors of a safetensors file by name.
+
+    Attributes:
+      shapes: shape of each tensor by name.
+      dtypes: name of the dtype of each, as the file has it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -64,6 +69,7 @@ class Tensors:
             for name, entry in header.items()
         }
         self.shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Return a memory-mapped tensor; float8 types are those of `ml_dtypes`.
@@ -77,14 +83,24 @@ class Tensors:
         if entry.dtype not in DTYPES:
             raise ValueError(f"tensor {name} has type {entry.dtype}, which is not supported")
         kind = np.dtype(DTYPES[entry.dtype])
-        begin, end = entry.data_offsets
-        if math.prod(entry.shape) * kind.itemsize != end - begin:
+        raw = self.raw(name)
+        if math.prod(entry.shape) * kind.itemsize != raw.size:
             raise ValueError(
-                f"tensor {name} has {end - begin} bytes, which does not match its shape "
+                f"tensor {name} has {raw.size} bytes, which does not match its shape "
                 f"{list(entry.shape)}"
             )
-        raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
-        return np.asarray(raw).view(kind).reshape(entry.shape)
+        return raw.view(kind).reshape(entry.shape)
+
+    def raw(self, name: str) -> np.ndarray:
+        """Return the memory-mapped bytes of a tensor of any type, uint8 [bytes].
+
+        Args:
+          name: a key of `shapes`.
+        """
+        begin, end = self._entries[name].data_offsets
+        if begin == end:  # nothing cannot be mapped
+            return np.zeros(0, np.uint8)
+        return np.asarray(np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,)))
 
     def spans(self) -> dict[str, tuple[str, int, int]]:
         """Return the type of every tensor, its first byte in the file and the byte after its last.
@@ -96,6 +112,15 @@ class Tensors:
                    self._start + entry.data_offsets[1])
             for name, entry in self._entries.items()
         }  # fmt: skip
+
+    def shaped(self, name: str, expected: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Return the shape of a tensor, whatever is expected.
+
+        Args:
+          name: a key of `shapes`.
+          expected: the shape that the model gives to the tensor; not used.
+        """
+        return self.shapes[name]
 
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor into its cache, where it can be asked.

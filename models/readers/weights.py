@@ -62,6 +62,20 @@ def tensor_names(model: nn.Module, templates: Mapping[str, str]) -> dict[str, li
     return {path: [templates[path].format(*i) for i in places(path)] for path in shapes}
 
 
+def tensor_shapes(model: nn.Module, templates: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a file must have; matrices are [..., out, in].
+
+    Args:
+      model, templates: as in `tensor_names`.
+    """
+    found = {}
+    for path, names in tensor_names(model, templates).items():
+        shape = _of_tensor(path, param_shapes(model)[path], templates)
+        turned = (*shape[:-2], *shape[:-3:-1])
+        found |= dict.fromkeys(names, turned if path.endswith("/kernel") else shape)
+    return found
+
+
 class Weights:
     """The weights of a model file, each read when it is asked for.
 
@@ -91,7 +105,7 @@ class Weights:
         self._names = tensor_names(model, templates)
         self._read = read
         _check_names({n for group in self._names.values() for n in group}, set(present))
-        _check_shapes(self.shapes, self._names, templates, present)  # before anything is allocated
+        _check_shapes(tensor_shapes(model, templates), present)  # before anything is allocated
 
     def outline(self, dtype: DTypeLike) -> PyTree[jax.ShapeDtypeStruct]:
         """Return the parameter tree with shapes in place of arrays; nothing is read.
@@ -217,20 +231,13 @@ def check_room(config: LlamaConfig | BertConfig, nbytes: int, where: str) -> Non
 
 
 def _check_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-    names: Mapping[str, list[str]],
-    templates: Mapping[str, str],
-    present: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]], present: Mapping[str, tuple[int, ...]]
 ) -> None:
-    for path, group in names.items():
-        shape = _of_tensor(path, shapes[path], templates)
-        turned = (*shape[:-2], *shape[:-3:-1])
-        expected = turned if path.endswith("/kernel") else shape
-        for name in group:
-            if present[name] != expected:
-                raise ValueError(
-                    f"tensor {name} must have shape {list(expected)}, got {list(present[name])}"
-                )
+    for name, shape in expected.items():
+        if present[name] != shape:
+            raise ValueError(
+                f"tensor {name} must have shape {list(shape)}, got {list(present[name])}"
+            )
 
 
 def _check_names(wanted: set[str], present: set[str]) -> None:

@@ -27,6 +27,16 @@ class GenerationConfig(Schema):
     eos_token_id: Ids = Field(default_factory=list)
 
 
+class DFloat11Config(Schema):
+    """`dfloat11_config` of a config.json: how the package dfloat11 compressed the weights."""
+
+    threads_per_block: Annotated[
+        list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1, max_length=1)
+    ]
+    bytes_per_thread: Literal[8]
+    pattern_dict: dict[str, list[str]]
+
+
 class TokenText(Schema):
     """A special token of a tokenizer_config.json, written as an object."""
 

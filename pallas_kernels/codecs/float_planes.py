@@ -5,8 +5,8 @@ in a window of 7 or 15 consecutive ones. A float is stored as
 
     | code: exponent - base of its column, `bits` bits | rest: sign and mantissa |
 
-Codes and rests are packed along k (`layout`); rests wider than 8 bits are cut into planes, low bits
-first (`DTYPES`). The largest code says that the exponent is outside of the window, an *escape*.
+Codes are packed along k (`layout`), as rests are (`float_fields`). The largest code says that the
+exponent is outside of the window: it is an *escape*.
 
     bits = 3    The column has a word `near` for every 128 rows, with 3 bits for each of the first
                 10 escapes there, low bits first: d means the exponent max(base - 1 - d, 0).
@@ -38,16 +38,8 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt, UInt8, UInt32
 
-from pallas_kernels.codecs import layout
+from pallas_kernels.codecs import float_fields, layout
 
-# dtype -> number of exponent bits, widths of the planes of the rest.
-DTYPES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "bfloat16": (8, (8,)),
-    "float16": (5, (8, 3)),
-    "float32": (8, (8, 8, 8)),
-    "float8_e4m3fn": (4, (4,)),
-    "float8_e5m2": (5, (3,)),
-}
 BITS = (3, 4)  # widths of a code
 BLOCK = 128  # rows that share a word of `near`
 NEAR = 10  # escapes that a word of `near` describes, of 3 bits each
@@ -76,58 +68,6 @@ class Planes(NamedTuple):
     exponent: UInt8[Array, " e"]
 
 
-# --- fields of floats -----------------------------------------------------------------------
-
-
-def unsigned(dtype: str) -> jnp.dtype:
-    """Return the unsigned integer dtype with the bits of a float dtype.
-
-    Args:
-      dtype: a key of `DTYPES`.
-
-    >>> unsigned("bfloat16").name
-    'uint16'
-    """
-    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
-
-
-def fields(bits: UInt[Array, "*s"], dtype: str) -> tuple[Int32[Array, "*s"], Int32[Array, "*s"]]:
-    """Return the exponents of floats, and their other bits: the sign above the mantissa.
-
-    Args:
-      bits: the bits of the floats, of `unsigned(dtype)`.
-      dtype: a key of `DTYPES`.
-
-    >>> one = jax.lax.bitcast_convert_type(jnp.array([-1.5], jnp.bfloat16), jnp.uint16)
-    >>> [a.tolist() for a in fields(one, "bfloat16")]
-    [[127], [192]]
-    """
-    width, mantissa = _widths(dtype)
-    u = bits.astype(jnp.uint32)
-    sign = u >> (width + mantissa) << mantissa
-    exponent = u >> mantissa & ((1 << width) - 1)
-    return exponent.astype(jnp.int32), (sign | u & ((1 << mantissa) - 1)).astype(jnp.int32)
-
-
-def joined(exponent: Int32[Array, "*s"], rest: Int32[Array, "*s"], dtype: str) -> UInt[Array, "*s"]:
-    """Return the bits of floats with these fields; the inverse of `fields`.
-
-    Args:
-      exponent, rest: the fields.
-      dtype: a key of `DTYPES`.
-    """
-    width, mantissa = _widths(dtype)
-    e, r = exponent.astype(jnp.uint32), rest.astype(jnp.uint32)
-    sign = r >> mantissa << (width + mantissa)
-    return (sign | e << mantissa | r & ((1 << mantissa) - 1)).astype(unsigned(dtype))
-
-
-def _widths(dtype: str) -> tuple[int, int]:
-    """Return the numbers of exponent and mantissa bits."""
-    width, rest = DTYPES[dtype]
-    return width, sum(rest) - 1
-
-
 # --- encoding -------------------------------------------------------------------------------
 
 
@@ -136,8 +76,8 @@ def _coded(
     u: UInt[Array, "k n"], *, dtype: str, bits: int
 ) -> tuple[Planes, Bool[Array, "k n"], Int32[Array, "k n"]]:
     """Return the planes without a list, which floats are to be listed, and all exponents."""
-    exponent, rest = fields(u, dtype)
-    base = _bases(exponent, bits, DTYPES[dtype][0])
+    exponent, rest = float_fields.fields(u, dtype)
+    base = _bases(exponent, bits, float_fields.DTYPES[dtype][0])
     top = (1 << bits) - 1
     code = exponent - base
     escaped = (code < 0) | (code >= top)
@@ -153,30 +93,23 @@ def _coded(
         placed = jnp.where(held, d.astype(jnp.uint32) << _shift(rank), 0)
         near = jax.lax.bitcast_convert_type(jnp.sum(placed, axis=1, dtype=jnp.uint32), jnp.int32)
     none = jnp.zeros(0, jnp.int32)
-    parts = Planes(codes, packed_rests(rest, dtype), base.astype(jnp.uint8)[None], near, none, none)
+    parts = Planes(
+        codes,
+        float_fields.packed_rests(rest, dtype),
+        base.astype(jnp.uint8)[None],
+        near,
+        none,
+        none,
+    )
     return parts, listed, exponent
-
-
-def packed_rests(rest: Int32[Array, "k n"], dtype: str) -> Int32[Array, "r n"]:
-    """Return the words of signs and mantissas; the inverse of `rests`.
-
-    Args:
-      rest: signs and mantissas, as `fields` returns them.
-      dtype: a key of `DTYPES`.
-    """
-    planes, low = [], 0
-    for width in DTYPES[dtype][1]:
-        planes.append(layout.pack(rest >> low, width))
-        low += width
-    return jnp.concatenate(planes)
 
 
 def encode(u: UInt[Array, "k n"], dtype: str, bits: int, listed: int | None = None) -> Planes:
     """Return the planes of a matrix of floats.
 
     Args:
-      u: the bits of the floats [k, n], of `unsigned(dtype)`; k n < 2^31.
-      dtype: a key of `DTYPES`.
+      u: the bits of the floats [k, n], of `float_fields.unsigned(dtype)`; k n < 2^31.
+      dtype: a key of `float_fields.DTYPES`.
       bits: width of a code, 3 or 4.
       listed: number of entries of the list, at least 1; None for as many as are needed, which needs
         concrete values.
@@ -213,7 +146,7 @@ def _listed(apart: Array, exponent: Array, size: int) -> tuple[Array, Array]:
 
 def _or_nan(planes: Planes, whole: Bool[Array, ""], dtype: str) -> Planes:
     """Return the planes, or planes that decode to NaN unless they are whole."""
-    last = (1 << DTYPES[dtype][0]) - 1
+    last = (1 << float_fields.DTYPES[dtype][0]) - 1
     return Planes(
         jnp.where(whole, planes.codes, 0),
         jnp.where(whole, planes.rest, -1),
@@ -237,32 +170,19 @@ def missing(u: UInt[Array, "k n"], dtype: str, bits: int) -> Int32[Array, ""]:
     return jnp.sum(_coded(u, dtype=dtype, bits=bits)[1], dtype=jnp.int32)
 
 
-def rest_words(k: int, dtype: str) -> int:
-    """Return the number of words of `rest` for a column of k floats.
-
-    Args:
-      k: number of rows.
-      dtype: a key of `DTYPES`.
-
-    >>> rest_words(128, "bfloat16"), rest_words(128, "float16")
-    (32, 44)
-    """
-    return sum(layout.words(k, width) for width in DTYPES[dtype][1])
-
-
 def nbytes(k: int, n: int, dtype: str, bits: int, listed: int) -> int:
     """Return the number of bytes of all planes of a matrix.
 
     Args:
       k, n: number of rows and columns.
-      dtype: a key of `DTYPES`.
+      dtype: a key of `float_fields.DTYPES`.
       bits: width of a code, 3 or 4.
       listed: number of entries of the list.
 
     >>> 8 * nbytes(4096, 11008, "bfloat16", 3, 0) / (4096 * 11008)
     11.251953125
     """
-    words = layout.words(k, bits) + rest_words(k, dtype)
+    words = layout.words(k, bits) + float_fields.rest_words(k, dtype)
     return (4 * (words + (-(-k // BLOCK) if bits == 3 else 0)) + 1) * n + 5 * listed
 
 
@@ -345,22 +265,6 @@ def provisional(
     return jnp.where(inside, base + code, near), jnp.ones_like(inside)
 
 
-def rests(rest: Int32[Array, "r n"], dtype: str, k: int) -> Int32[Array, "k n"]:
-    """Return sign and mantissa of every float, as `fields` does.
-
-    Args:
-      rest: the packed words.
-      dtype: a key of `DTYPES`.
-      k: number of rows.
-    """
-    total, at, low = jnp.zeros((k, rest.shape[1]), jnp.int32), 0, 0
-    for width in DTYPES[dtype][1]:
-        size = layout.words(k, width)
-        part = layout.unpack(rest[at : at + size], width, k) & ((1 << width) - 1)
-        total, at, low = total | part << low, at + size, low + width
-    return total
-
-
 def decode(
     planes: Planes, *, dtype: str, bits: int, k: int, first: Int[Array, ""] | int = 0
 ) -> UInt[Array, "k n"]:
@@ -368,7 +272,7 @@ def decode(
 
     Args:
       planes: the packed arrays; all but the list may be those of some consecutive columns.
-      dtype: a key of `DTYPES`.
+      dtype: a key of `float_fields.DTYPES`.
       bits: width of a code, 3 or 4.
       k: number of rows.
       first: index of the first column.
@@ -379,7 +283,7 @@ def decode(
     # A negative index would count from the end.
     column = jnp.where((planes.where < NOWHERE) & (column >= 0), column, n)
     exponent = exponent.at[row, column].set(planes.exponent.astype(jnp.int32), mode="drop")
-    return joined(exponent, rests(planes.rest, dtype, k), dtype)
+    return float_fields.joined(exponent, float_fields.rests(planes.rest, dtype, k), dtype)
 
 
 def columns(
@@ -399,17 +303,7 @@ def columns(
     at = jnp.minimum(jnp.searchsorted(planes.where, place), len(planes.where) - 1)
     told = planes.where[at] == place
     exponent = jnp.where(told, planes.exponent[at].astype(jnp.int32), exponent)
-    return joined(exponent, rests(some.rest, dtype, k), dtype)
-
-
-def floats(u: UInt[Array, "*s"], dtype: str) -> Float[Array, "*s"]:
-    """Return the floats that have these bits, in their dtype.
-
-    Args:
-      u: the bits, of `unsigned(dtype)`.
-      dtype: a key of `DTYPES`.
-    """
-    return jax.lax.bitcast_convert_type(u, jnp.dtype(dtype))
+    return float_fields.joined(exponent, float_fields.rests(some.rest, dtype, k), dtype)
 
 
 def lacking(
@@ -420,7 +314,8 @@ def lacking(
     Args:
       planes: the packed arrays of a matrix.
       dtype, bits, k: see `decode`.
-      tested: whether 4-bit codes were tested. If not, provisional escapes have the exponent base + 15.
+      tested: whether 4-bit codes were tested. If not, provisional escapes have the exponent base +
+        15. Default: True.
     Returns:
       Row and column of each entry (column n for unused entries), and the float32 difference between
       the weight and its provisional value.
@@ -428,8 +323,10 @@ def lacking(
     n = planes.codes.shape[1]
     row, column = planes.where % k, jnp.minimum(planes.where // k, n - 1)
     exponent, known = _entries(planes, row, column, bits, tested)
-    rest = _rest_at(planes.rest, row, column, dtype, k)
-    value = lambda e: floats(joined(e, rest, dtype), dtype).astype(jnp.float32)
+    rest = float_fields.rests_at(planes.rest, row, column, dtype, k)
+    value = lambda e: float_fields.floats(float_fields.joined(e, rest, dtype), dtype).astype(
+        jnp.float32
+    )
     true, seen = value(planes.exponent.astype(jnp.int32)), jnp.where(known, value(exponent), 0)
     used = planes.where < NOWHERE
     return row, jnp.where(used, column, n), jnp.where(used, true - seen, 0)
@@ -453,16 +350,3 @@ def _entries(
     word = jax.lax.bitcast_convert_type(planes.near[row // BLOCK, column], jnp.uint32)
     d = jnp.where(rank < NEAR, word >> _shift(rank) & 7, 0)
     return jnp.maximum(base - 1 - d.astype(jnp.int32), 0), jnp.ones(len(row), bool)
-
-
-def _rest_at(rest: Array, row: Array, column: Array, dtype: str, k: int) -> Array:
-    """Return sign and mantissa of single floats."""
-    total, at, low = jnp.zeros(len(row), jnp.int32), 0, 0
-    for width in DTYPES[dtype][1]:
-        run, per = layout.unit(width)
-        first = at + row // run * per
-        words = jnp.stack([rest[first + i, column] for i in range(per)])
-        codes = layout.unpack(words, width, run) & ((1 << width) - 1)
-        total |= codes[row % run, jnp.arange(len(row))] << low
-        at, low = at + layout.words(k, width), low + width
-    return total

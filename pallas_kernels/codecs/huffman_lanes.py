@@ -24,10 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8, UInt16, UInt32
 
+from pallas_kernels import lowering
 from pallas_kernels.codecs import prefix_code
+from pallas_kernels.cpu import native
 
 LANE = 1024  # symbols
 WORD = 32  # bits
+MOST_WORDS = LANE * prefix_code.LIMIT // WORD  # of a lane
 
 
 def lanes(count: int) -> int:
@@ -116,6 +119,8 @@ def read(
 ) -> tuple[UInt8[np.ndarray, " count"], Bool[np.ndarray, " lanes"]]:
     """Return the symbols, and which lanes end in their last words, computed with NumPy.
 
+    This is the reader of hosts without a compiler, for codes of two symbols or more.
+
     Args:
       words: uint32 [words], the words of all lanes.
       sizes: uint16 [lanes], the number of words of each lane.
@@ -164,7 +169,8 @@ def decode(
 ) -> UInt8[Array, " count"]:
     """Return the symbols of a plane, inside or outside of `jit`.
 
-    Words beyond the last read as zeros. Of words that no encoder wrote, some symbols result.
+    Words beyond the last read as zeros. Of words that no encoder wrote, some symbols result. On the
+    CPU, native code runs if it is available: it finds several symbols at a time.
 
     Args:
       words: uint32 [words], the words of all lanes.
@@ -184,7 +190,15 @@ def decode(
         raise ValueError(
             f"{count} symbols take {lanes(count)} lanes, got sizes of shape {sizes.shape}"
         )
-    return decode_lanes(words, starts(sizes), table).reshape(-1)[:count]
+    plain = lambda words, sizes, table: decode_lanes(words, starts(sizes), table).reshape(-1)[
+        :count
+    ]
+    if lowering.default_platform() != "cpu" or native.load():
+        return plain(words, sizes, table)
+    fast = jax.ffi.ffi_call(
+        "jaxquant_huffman", jax.ShapeDtypeStruct((count,), jnp.uint8), vmap_method="sequential"
+    )
+    return lowering.by_lowering({"cpu": fast}, plain, words, sizes, jnp.asarray(table))
 
 
 def decode_lanes(

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
 from pallas_kernels import activations as forms
 from pallas_kernels import row_tiles
-from pallas_kernels.codecs import e8p, trellis
+from pallas_kernels.codecs import e8p, float_fields, float_planes, trellis
 from pallas_kernels.cpu import native
 from pallas_kernels.kernel import Kernel
 
@@ -209,6 +209,58 @@ def _dual_scale(
     )  # fmt: skip
 
 
+def _float_planes(
+    x: Array,
+    matrices: Sequence[Matrix],
+    *,
+    dtype: str,
+    bits: int,
+    activations: str = "float",
+    most: int = _BEST,
+    groups: Array | None = None,
+) -> tuple[Array, ...]:
+    arrays = [_none() if a is None else a for matrix in matrices for a in matrix]
+    return _call(
+        "jaxquant_float_planes", x, (), arrays, [codes.shape[-1] for codes, *_ in matrices],
+        type=_number(dtype), bits=np.int32(bits), activations=activations, most=np.int32(most),
+        groups=groups,
+    )  # fmt: skip
+
+
+def decode_float_planes(
+    planes: float_planes.Planes, *, dtype: str, bits: int, k: int, most: int = _BEST
+) -> UInt[Array, "k n"]:
+    """Return the bits of the floats of a matrix, as `float_planes.decode` does.
+
+    Args:
+      planes: the packed arrays.
+      dtype: a key of `float_fields.DTYPES`.
+      bits: width of a code, 3 or 4.
+      k: number of rows.
+      most: index of the widest instruction set to use (`native.instruction_sets`); by default all
+        are allowed.
+    Raises:
+      RuntimeError: there are no native kernels.
+
+    >>> u = jnp.array([[0x3F80], [0x0001], [0xFFFF]], jnp.uint16)
+    >>> planes = float_planes.encode(u, "bfloat16", 3)
+    >>> if not native.load():
+    ...     decoded = decode_float_planes(planes, dtype="bfloat16", bits=3, k=3)
+    ...     assert decoded.tolist() == u.tolist()
+    """
+    if reason := native.load():
+        raise RuntimeError(f"no native kernels: {reason}")
+    shape = jax.ShapeDtypeStruct((k, planes.codes.shape[-1]), float_fields.unsigned(dtype))
+    call = jax.ffi.ffi_call("jaxquant_float_planes_decode", shape, vmap_method="sequential")
+    arrays = [_none() if a is None else a for a in planes]
+    return call(*arrays, type=_number(dtype), bits=np.int32(bits), most=np.int32(most))
+
+
+def _number(dtype: str) -> np.int32:
+    """Return the place of a dtype among those of float planes."""
+    return np.int32(list(float_fields.DTYPES).index(dtype))
+
+
 _CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "packed_matmul": _packed,
     "ternary_matmul": _ternary,
@@ -219,6 +271,7 @@ _CALLS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "trellis_matmul": _trellis,
     "additive_matmul": _additive,
     "dual_scale_matmul": _dual_scale,
+    "float_planes_matmul": _float_planes,
 }
 
 
@@ -247,6 +300,8 @@ def _serves(op: str, x: jax.ShapeDtypeStruct, *matrix: Any, **static: Any) -> st
         return f"the trellis code {static['code']!r} has no native kernel"
     if op == "dual_scale_matmul" and {str(a.dtype) for a in matrix[1:3]} != {"float32"}:
         return "steps and scales that are not float32 have no native kernel"
+    if op == "float_planes_matmul":
+        return ""
     stored = [str(a.dtype) for a in matrix if a is not None and a.dtype != jnp.int32]
     odd = [dtype for dtype in stored if dtype not in _FLOATS]
     return f"scales of dtype {odd[0]} have no native kernel" if odd else ""

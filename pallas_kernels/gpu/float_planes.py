@@ -72,7 +72,7 @@ def _scale(base: UInt8[Array, "1 n"]) -> Float32[Array, "1 n"]:
 
 def serves(x, codes, rest, base, near, where, exponent, *, dtype: str, bits: int,
            activations: str = "float") -> str:  # fmt: skip
-    """Return "" if the kernel supports the arguments of the op, otherwise the reason."""
+    """Return "" if the kernel supports these arguments of `float_planes_matmul`, or the reason."""
     return listed_floats.unfit(dtype, bits, "GPU") or triton.missing()
 
 

@@ -183,7 +183,7 @@ def byte_sum(words: Int32[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def bytes_twice(low: Int32[Array, "..."], high: Int32[Array, "..."], i: int) -> Int32[Array, "..."]:
-    """Return words with byte i of `low` twice in the low half, byte i of `high` in the high one.
+    """Return words with byte i of `low` twice in the low half, and that of `high` in the high one.
 
     Args:
       low, high: int32 words.

@@ -146,7 +146,7 @@ CASES = {
             ceiling,
             dtype="bfloat16",
             bits=4,
-        )  # fmt: skip
+        )
         for m, ceiling in ((8, 5.5), (16, 7), (64, 14))
     },
     "additive 2 x 8 bits, M 8": ADDITIVE(

@@ -1,11 +1,13 @@
 """Small files as they should be, and what each reader makes of them."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
 import shutil
 import traceback
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ import numpy as np
 import jaxquant as jq
 from jaxquant import storage
 from jaxquant.durable.store import Folder
+from jaxquant.lossless import archive_format
+from jaxquant.lossless.archive_read import extract
+from jaxquant.lossless.plane_coding import CODINGS
 from jaxquant.storage import checkpoint
 from jaxquant_models.architectures.rope import frequencies
 from jaxquant_models.cli.quantize_request import recipe_of_file
@@ -27,8 +32,9 @@ from jaxquant_models.readers.huggingface import read_hf
 from jaxquant_models.readers.huggingface_config import config_from_hf, read_config_json
 from jaxquant_models.readers.tokenizer import Tokenizer
 from jaxquant_models.schemas.strict import read_json
-from tests.fuzz.mutations import BLIND, Mutation, of_gguf, of_json, of_safetensors
-from tests.support import gguf_files, tiny_bert
+from tests.fuzz.mutations import BLIND, Mutation, of_archive, of_gguf, of_json, of_safetensors
+from tests.support import archives, gguf_files, tiny_bert
+from tests.support.dfloat11 import compressed_folder
 from tests.support.gguf_vocabularies import byte_fields, piece_fields
 from tests.support.tiny_llama import (
     BASE,
@@ -70,7 +76,9 @@ def cases(place: Path) -> dict[str, list[Case]]:
         try:
             made = _cases(place, write=True)
             read = {
-                c.folder.name: c.read(c.folder) for c in (*made["checkpoint"], *made["partial"])
+                c.folder.name: c.read(c.folder)
+                for reader in ("checkpoint", "partial", "archive")
+                for c in made[reader]
             }
             kept.write_bytes(pickle.dumps(read))
             os._exit(0)
@@ -88,17 +96,20 @@ def _cases(place: Path, write: bool) -> dict[str, list[Case]]:
     return {
         "gguf": _gguf(place, write),
         "safetensors": _folders(place, "st", ["model.safetensors"], write),
+        "dfloat11": _compressed(place, write),
         "config": _configs(place, write),
         "index": _index(place, write),
         "tokenizer": _tokenizers(place, write),
         "checkpoint": _checkpoints(place, write),
         "partial": _partial(place, write),
         "recipe": _recipes(place, write),
+        "archive": _archives(place, write),
     }
 
 
 def _own(name: str) -> list[Mutation]:
-    kinds = {".json": of_json, ".gguf": of_gguf, ".safetensors": of_safetensors}
+    kinds = {".json": of_json, ".gguf": of_gguf, ".safetensors": of_safetensors,
+             ".jqz": of_archive}  # fmt: skip
     return [kinds[Path(name).suffix]] if Path(name).suffix in kinds else []
 
 
@@ -133,6 +144,14 @@ def _folders(place: Path, kind: str, names: list[str], write: bool) -> list[Case
         bert.mkdir()
         tiny_bert.write(bert)
     return [*found, _case(bert, names[:1], load_encoder)]
+
+
+def _compressed(place: Path, write: bool) -> list[Case]:
+    folder = place / "dfloat11"
+    if write:
+        compressed_folder(folder, BASE, random_tensors(BASE), threads=64)
+    read = lambda f: read_hf(f)[1].whole(np.float32)
+    return [_case(folder, ["model.safetensors", "config.json"], read)]
 
 
 def _configs(place: Path, write: bool) -> list[Case]:
@@ -233,6 +252,28 @@ def _recipes(place: Path, write: bool) -> list[Case]:
             (place / f"recipe-{i}").mkdir()
             (place / f"recipe-{i}" / "recipe.json").write_text(json.dumps(recipe))
     return [_case(f, ["recipe.json"], _planned) for f in sorted(place.glob("recipe-*"))]
+
+
+def _archives(place: Path, write: bool) -> list[Case]:
+    """Of a few tensors, in chunks of a kilobyte and in one chunk each, in both codings."""
+    found = []
+    for coding, size in itertools.product(CODINGS, (archives.SMALL, archive_format.CHUNK)):
+        folder = place / f"archive-{coding}-{size}"
+        if write:
+            folder.mkdir()
+            data, sections = archives.numbers()
+            with unittest.mock.patch.object(archive_format, "CHUNK", size):
+                archives.archive_of(folder, data, sections, coding=coding)
+            (folder / "source").unlink()
+        found.append(_case(folder, ["whole.jqz"], _extracted))
+    return found
+
+
+def _extracted(folder: Path) -> bytes:
+    extract(folder / "whole.jqz", folder / "again", threads=1)
+    found = (folder / "again").read_bytes()
+    (folder / "again").unlink()
+    return found
 
 
 def _planned(folder: Path) -> None:

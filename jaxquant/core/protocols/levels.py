@@ -6,7 +6,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxquant.core.protocols.formats import Codes, Data, Grid, GridFormat
+from jaxquant.core.protocols.formats import Codes, Data
+from jaxquant.core.protocols.grid_formats import Grid, GridFormat
 
 
 class LevelFormat(GridFormat):

@@ -29,6 +29,8 @@ TARGETS = (
     "jaxquant_trellis",
     "jaxquant_additive",
     "jaxquant_dual_scale",
+    "jaxquant_float_planes",
+    "jaxquant_float_planes_decode",
     "jaxquant_attention",
     "jaxquant_kv_attention",
     "jaxquant_huffman",

@@ -14,6 +14,10 @@ enum Activations { kAsFloat, kInt8Rows, kInt8Blocks, kCodes };  // codes: x hold
 
 constexpr int64_t kBlock = 256;  // channels that share a scale in kInt8Blocks
 
+// x [m, k] as `activations` says, in floats.
+std::vector<float> rounded(const float* x, int64_t m, int64_t k, Activations activations,
+                           const Kernels& kernels);
+
 // Rows of k that share a scale of the weights and one of x: whole units, of which numbers before
 // and after the segment meet zeros in x.
 struct Segment {

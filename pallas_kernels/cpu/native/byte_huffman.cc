@@ -129,7 +129,7 @@ Lane open(const Plane& p, int64_t i, uint8_t* room) {
   const int64_t start = std::min(std::max<int64_t>(p.starts[i], 0), p.bytes / 4) * 4;
   const uint8_t* from = p.words + start;
   if (p.bytes - start < kReach) {
-    std::memcpy(room, from, p.bytes - start);
+    std::copy_n(from, p.bytes - start, room);
     std::memset(room + (p.bytes - start), 0, kReach - (p.bytes - start));
     from = room;
   }
@@ -158,6 +158,29 @@ bool decode(const Code& code, const Plane& p, int64_t first, int64_t last) {
     }
   }
   return whole;
+}
+
+// A lane, to a room of zeros: how many bits it takes. words: code word + 2^16 length, by symbol.
+int64_t encode(const uint32_t* words, const uint8_t* symbols, int64_t count, uint8_t* to) {
+  constexpr int kTogether = 4;  // 48 bits, and 7 that are held
+  const uint8_t* const start = to;
+  uint64_t bits = 0;
+  int held = 0;
+  int64_t i = 0;
+  auto put = [&](int64_t some) {
+    for (int64_t j = i; j < i + some; ++j) {
+      bits |= static_cast<uint64_t>(words[symbols[j]] & 0xFFFF) << held;
+      held += words[symbols[j]] >> 16;
+    }
+    std::memcpy(to, &bits, 8);
+    to += held >> 3;
+    bits >>= held & ~7;
+    held &= 7;
+    i += some;
+  };
+  while (count - i >= kTogether) put(kTogether);
+  put(count - i);
+  return (to - start) * 8 + held;
 }
 
 // words [size]; sizes [lanes]; table [2^width]; plane [count]. Of lanes that are not intact too,
@@ -212,41 +235,21 @@ void jaxquant_byte_counts(const uint8_t* plane, int64_t count, int64_t* counts) 
   for (int s = 0; s < 256; ++s) counts[s] = found[0][s] + found[1][s] + found[2][s] + found[3][s];
 }
 
-// The number of words of every lane.
-void jaxquant_huffman_sizes(const uint8_t* plane, int64_t count, const uint8_t* lengths,
-                            uint16_t* sizes) {
-  for (int64_t first = 0; first < count; first += jaxquant::kLane) {
-    const int64_t last = std::min(first + jaxquant::kLane, count);
-    int64_t bits = 0;
-    for (int64_t i = first; i < last; ++i) bits += lengths[plane[i]];
-    *sizes++ = static_cast<uint16_t>((bits + 31) / 32);
-  }
-}
-
-// Lanes of the given sizes, one after the other.
-void jaxquant_huffman_encode(const uint8_t* plane, int64_t count, const uint8_t* lengths,
-                             const uint16_t* codes, const uint16_t* sizes, uint8_t* to) {
+// All lanes, one after the other, and their sizes: how many bytes they take, up to 1536 for each.
+int64_t jaxquant_huffman_encode(const uint8_t* plane, int64_t count, const uint8_t* lengths,
+                                const uint16_t* codes, uint16_t* sizes, uint8_t* to) {
+  using namespace jaxquant;
   uint32_t words[256];
   for (int s = 0; s < 256; ++s) words[s] = codes[s] | static_cast<uint32_t>(lengths[s]) << 16;
-  for (int64_t first = 0; first < count; first += jaxquant::kLane) {
-    const int64_t last = std::min(first + jaxquant::kLane, count);
-    uint8_t* const end = to + 4 * int64_t{*sizes++};
-    uint64_t bits = 0;
-    int held = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const uint32_t word = words[plane[i]];
-      bits |= static_cast<uint64_t>(word & 0xFFFF) << held;
-      held += word >> 16;
-      if (held < 32) continue;
-      if (end - to < 4) break;  // the sizes are of another plane
-      std::memcpy(to, &bits, 4);
-      to += 4;
-      bits >>= 32;
-      held -= 32;
-    }
-    if (end - to >= 4) std::memcpy(to, &bits, 4);
-    to = end;
+  const uint8_t* const start = to;
+  for (int64_t first = 0; first < count; first += kLane) {
+    uint8_t room[kReach] = {};
+    const int64_t bits = encode(words, plane + first, std::min(kLane, count - first), room);
+    *sizes = static_cast<uint16_t>((bits + 31) / 32);
+    std::memcpy(to, room, 4 * *sizes);
+    to += 4 * *sizes++;
   }
+  return to - start;
 }
 
 // Lanes first to last - 1 of a plane of `count` symbols: 1 if all are intact, 0 if not, -1 if there is no

@@ -12,21 +12,6 @@ namespace {
 
 constexpr int kArrays = 5;  // of a matrix: codes, scale, step, ranges, escapes
 
-// x as `activations` says, in floats.
-std::vector<float> rounded(const float* x, int64_t m, int64_t k, Activations activations,
-                           const Kernels& kernels) {
-  std::vector<float> found(x, x + m * k);
-  if (activations == kAsFloat || activations == kCodes) return found;
-  const int64_t size = activations == kInt8Rows ? k : kBlock;
-  for (int64_t r = 0; r < m; ++r)
-    for (int64_t first = 0; first < k; first += size) {
-      const int64_t at = r * k + first, count = std::min(size, k - first);
-      const float scale = kernels.quantize(x + at, count, &found[at]);
-      for (int64_t i = 0; i < count; ++i) found[at + i] *= scale;
-    }
-  return found;
-}
-
 struct Matrix {
   Packed packed;
   Escapes escapes;

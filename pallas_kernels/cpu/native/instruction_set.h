@@ -19,6 +19,7 @@ namespace NAMESPACE {
 #include "lattice.h"
 #include "tiles.h"
 #include "attend.h"
+#include "float_tile.h"
 
 extern const Kernels kernels = {
     NAME,
@@ -59,6 +60,8 @@ extern const Kernels kernels = {
     by_row,
     turn,
     exponentials,
+    float_tile,
+    nullptr,
 };
 
 }  // namespace NAMESPACE

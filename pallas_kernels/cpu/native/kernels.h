@@ -89,6 +89,49 @@ struct Attend {
 
 enum ScaleType { kHalf, kBrain, kSingle };
 
+constexpr int kBlockRows = 128;  // that share a word of what escapes mean, in float planes
+
+// How floats lie in planes (pallas_kernels/codecs/float_planes.py).
+struct FloatType {
+  int exponent, mantissa, bytes;  // bits, bits, bytes
+  int planes, widths[3];          // of sign and mantissa, low bits first
+};
+
+// The words of one matrix [k, n] of float planes.
+struct FloatPlanes {
+  FloatType type;
+  int bits;  // of a code
+  int64_t k, n;
+  const uint32_t *codes, *rest, *near;  // near: null at 4 bits
+  const uint8_t* base;
+  const int32_t* where;
+  const uint8_t* exponent;
+  int64_t listed;  // entries of both
+};
+
+// A block of 128 rows, or those up to the last, of some columns, without what is listed: bits of
+// floats, moved up, in words.
+struct FloatTile {
+  const FloatPlanes* planes;
+  int64_t row, column, rows, columns;
+  int up;
+  uint32_t* out;  // [rows, stride]
+  int64_t stride;
+};
+
+// y += x @ w for some columns of bfloat16 planes, and all that is listed there.
+struct FloatProduct {
+  const FloatPlanes* planes;
+  int64_t first, count;   // columns
+  int m;                  // rows, at most kFusedRows
+  const float* x;         // [blocks, m, 128]; of four channels, in the order 0, 2, 1, 3
+  float* y;               // [m, n] of the whole matrix
+  int32_t *at, *end;      // [count], the next entry of each column, and behind its last; `at` moves
+  int32_t* next;          // [count up to 16], the row of that entry, or INT32_MAX
+};
+
+constexpr int64_t kFusedRows = 4;
+
 struct Kernels {
   const char* name;
   int lanes;                         // floats of a vector
@@ -123,6 +166,8 @@ struct Kernels {
                int64_t step);
   // x = e^(x - max x), of a multiple of 16 numbers; the sum.
   float (*exponentials)(float* x, int64_t count);
+  void (*float_tile)(const FloatTile&);
+  void (*float_product)(const FloatProduct&);  // null: there is none
 };
 
 // The widest table that this machine can run, or number `most` of those it can, plainest first.

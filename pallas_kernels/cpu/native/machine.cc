@@ -15,6 +15,7 @@ namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avxvnni { extern const Kernels kernels; }
 namespace avx512vnni { extern const Kernels kernels; }
+namespace avx512vbmi { extern const Kernels kernels; }
 namespace neon { extern const Kernels kernels; }
 namespace dotprod { extern const Kernels kernels; }
 
@@ -37,10 +38,12 @@ std::vector<const Kernels*> found() {
               __builtin_cpu_supports("f16c");
   if (avx2) sets.push_back(&avx2::kernels);
   if (avx2 && has_avxvnni()) sets.push_back(&avxvnni::kernels);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
-    sets.push_back(&avx512vnni::kernels);
+      __builtin_cpu_supports("avx512vnni");
+  if (avx512) sets.push_back(&avx512vnni::kernels);
+  if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"))
+    sets.push_back(&avx512vbmi::kernels);
 #elif defined(__aarch64__)
   sets.push_back(&neon::kernels);
 #if defined(__linux__)

@@ -1,0 +1,61 @@
+"""The output of `compress` and `decompress`: one file, or a folder of files."""
+
+import os
+from pathlib import Path
+
+from jaxquant.durable.publish import check_parent, publish
+from jaxquant.lossless.archive_format import MAGIC
+from jaxquant_models.cli import interrupts
+from jaxquant_models.cli.output_file import OutputFile
+
+
+class OutputFolder(OutputFile):
+    """The folder `--out` of a command, and the folder beside it that holds unfinished work.
+
+    A folder may be replaced only if all of its files are archives.
+
+    Args:
+      out: the folder.
+      overwrite: whether an existing folder of archives may be replaced.
+    Raises:
+      ValueError: the folder may not be written.
+    """
+
+    def put(self, new: Path) -> None:
+        """Move the folder to its place in one step, and remove the folder of unfinished work.
+
+        Args:
+          new: the folder.
+        """
+        self._check()
+        replace = self.overwrite or self._is_result()
+        self.mark(new)
+        publish(new, Path(self.out).resolve(), replace=replace)
+        interrupts.about(lambda: f"the output is in {self.out}")
+        self.finished.remove()
+
+    def _check(self) -> None:
+        path = Path(self.out).resolve()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {self.out} is a file; give the name of a folder")
+        if path.is_dir() and os.listdir(path) and not self._is_result():
+            if not _of_archives(path):
+                raise ValueError(
+                    f"{self.out} has files that are not archives, and is not touched; give another "
+                    "--out"
+                )
+            if not self.overwrite:
+                raise ValueError(
+                    f"{self.out} exists; give --overwrite to replace it, or another --out"
+                )
+        check_parent(path)
+
+
+def _of_archives(folder: Path) -> bool:
+    """Return whether all files below a folder are archives."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with open(Path(place, name), "rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    return False
+    return True
