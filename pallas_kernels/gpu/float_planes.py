@@ -26,7 +26,7 @@ def provisional(x, codes, rest, base, *, activations: str = "float"):
     """
     shape, k = contraction.shape(x, activations), x.shape[1]
     high = tiles.depth(UNIT, k, k, activations, shape.depth) // UNIT
-    inner = 2
+    inner = 1 if shape.rows == 8 else 4  # fewest instructions
 
     def decode(refs, step: Array, tile: Array) -> Array:
         (word,) = tiles.units(refs[0], codes.shape, tile, step * high, high)

@@ -142,12 +142,12 @@ CASES = {
             PLANES,
             "float_planes_matmul_4",
             contraction.of_rows(m).columns,
-            contraction.of_rows(m).depth if m > 8 else 128,
+            128,
             ceiling,
             dtype="bfloat16",
             bits=4,
         )
-        for m, ceiling in ((8, 9), (16, 9), (64, 12))
+        for m, ceiling in ((8, 5.5), (16, 7), (64, 14))
     },
     "additive 2 x 8 bits, M 8": ADDITIVE(
         8, (array(K // 16, N), HALF(2, 256, 8), HALF(1, N)), bits=8, depth=64

@@ -46,9 +46,7 @@ FORMATS = {
     "trellis": _vpu,
     "trellis, a scale a group": _blocks,
     "E8P": lambda k, group: _plain("e8p", jq.formats.E8P(2)),
-    "float planes": lambda k, group: _plain(
-        "planes", jq.formats.FloatPlanes("bfloat16", 4, listed=4096)
-    ),
+    "float planes": lambda k, group: _plain("planes", jq.formats.FloatPlanes(bits=4)),
 }
 
 
@@ -95,7 +93,7 @@ def parts(
     method = FORMATS[format](k, group or group_of(k))
     weight = jax.eval_shape(
         partial(_quantized, method=method, activations=activations, count=layers or experts),
-        jax.ShapeDtypeStruct((k, n), jnp.float32),
+        jax.ShapeDtypeStruct((k, n), jnp.bfloat16 if method.format.exact else jnp.float32),
     )
     x = jax.ShapeDtypeStruct((experts, m, k) if experts else (m, k), dtype)
     one = lambda weight, x: x @ weight

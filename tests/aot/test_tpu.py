@@ -99,6 +99,20 @@ def test_experts_of_real_models_compile():
         assert not re.search(r"(f32|bf16|s8)\[128,(2048|768|256|96),", d.hlo)
 
 
+def test_planes_of_floats_stay_packed():
+    """For one row, and for many: beside arguments and results, less than the compressed weight."""
+    k, n = 4096, 4096
+    statics = {"k": k, "n": n, "format": "float planes", "activations": "float"}
+    build = "tests.aot.real:product"
+    jobs = [compiler.Job(build, "v5e", {**statics, "m": m, "kernels": "tpu"}) for m in (1, 256)]
+    done = compiler.compiled(jobs, schedules=False)
+    assert [d.error for d in done] == [""] * len(jobs)
+    for d in done:
+        assert "tpu_custom_call" in d.hlo
+        assert d.temporary_bytes < k * n * 12 // 8
+        assert not re.search(r"(f32|bf16|u16|s32)\[4096,4096\]", d.hlo)
+
+
 def test_an_error_is_told():
     (done,) = compiler.compiled(
         [compiler.Job("tests.aot.cases:packed_matmul", "v5e", {"m": 8, "k": 512, "bits": 5})]

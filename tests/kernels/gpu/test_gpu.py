@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import activations as forms
 from pallas_kernels import reference
+from pallas_kernels.codecs import float_planes as planes
 from pallas_kernels.codecs import layout, lookup
 from pallas_kernels.gpu import KERNELS, lanes, triton
 from tests.support.lowering import lowered_text
@@ -74,6 +75,15 @@ def additive(rng, k, n, count, bits, group):
     return arrays, {"bits": bits, "group": group}
 
 
+def float_planes(rng, k, n):
+    """Columns of several sizes, zeros, a large and a small weight, unused entries of the list."""
+    w = rng.normal(size=(k, n)) * np.exp2(rng.integers(-20, 1, n))
+    w[::9, ::7], w[1, 1], w[2, 2] = 0, 1e4, 1e-30
+    u = jax.lax.bitcast_convert_type(jnp.asarray(w, jnp.bfloat16), jnp.uint16)
+    listed = int(planes.missing(u, "bfloat16", 4)) + 5
+    return [*planes.encode(u, "bfloat16", 4, listed)], {"dtype": "bfloat16", "bits": 4}
+
+
 # Of every format: op, how to draw a matrix, channels and columns (ragged where it allows), budget.
 FORMATS = {
     "2 bits": ("packed_matmul", partial(packed, bits=2, group_size=64), 328, 70, EXACT),
@@ -100,6 +110,7 @@ FORMATS = {
     "E8P": ("e8p_matmul", partial(e8p, bits=2), 200, 70, EXACT),
     "trellis": ("trellis_matmul", partial(trellis, rate=2, L=16), 208, 304, EXACT),
     "additive": ("additive_matmul", partial(additive, count=2, bits=8, group=8), 200, 70, EXACT),
+    "float planes": ("float_planes_matmul", float_planes, 203, 70, EXACT),
 }  # fmt: skip
 # Once each, what else they can be.
 MORE = {
@@ -141,7 +152,7 @@ def errors(op, draw, m, k, n, dtype, activations, seed=0):
         assert_rows_hold(lambda x: run(x, *arrays), x, y)
     assert y.shape == (m, n) and y.dtype == jnp.float32
     exact = jax.jit(forms.rounded, static_argnums=1)(x, activations).astype(jnp.float32)
-    expected = jax.jit(partial(getattr(reference, op), **static), compiler_options=QUICK)
+    expected = jax.jit(partial(reference.OPS[op], **static), compiler_options=QUICK)
     expected = expected(exact, *arrays)
     off = np.asarray(y - expected, np.float64)
     square = np.mean(np.square(np.asarray(expected, np.float64)), axis=1, keepdims=True)
@@ -151,7 +162,7 @@ def errors(op, draw, m, k, n, dtype, activations, seed=0):
 def cases():
     """Every op at every number of rows; forms of packed_matmul but the first take two each."""
     for i, (name, (op, *_)) in enumerate(FORMATS.items()):
-        more = "," in name or (op == "packed_matmul" and i) or name == "float8"
+        more = "," in name or (op == "packed_matmul" and i) or name in ("float8", "float planes")
         yield from ((name, m) for m in (ROWS[i % 3 :: 3] if more else ROWS))
 
 
@@ -241,6 +252,14 @@ def test_says_why_not(name):
     arrays, static = draw(np.random.default_rng(0), 192, 32)
     x = jax.ShapeDtypeStruct((1, 192), jnp.float32)
     assert KERNELS[op].serves(x, *arrays, **static, **more).startswith("on a GPU, ")
+
+
+def test_float_planes_that_are_not_served():
+    rng = np.random.default_rng(0)
+    arrays, static = float_planes(rng, 64, 8)
+    serves, x = KERNELS["float_planes_matmul"].serves, jnp.ones((1, 64))
+    assert "use bits=4" in serves(x, *arrays, **static | {"bits": 3})
+    assert "float16" in serves(x, *arrays, **static | {"dtype": "float16"})
 
 
 @pytest.mark.parametrize("name", FORMATS)
