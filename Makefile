@@ -106,7 +106,9 @@ test-memory: venv ## the native kernels' tests under AddressSanitizer (5 minutes
 	CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		$(BIN)/python -m pytest -q tests/kernels/cpu/test_native.py tests/kernels/test_attention.py \
-		tests/kernels/test_kv_attention.py tests/kernels/test_streams.py
+		tests/kernels/test_kv_attention.py tests/kernels/test_streams.py \
+		tests/kernels/test_byte_streams.py tests/kernels/codecs/test_huffman_lanes.py \
+		tests/kernels/cpu/test_float_planes.py
 
 test-device:     ## the hardware suite on an accelerator, by a PYTHON that has JAX for it and jaxquant[test]
 	JAX_PLATFORMS= $(PYTHON) -m tests.device.run

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.storage.one_by_one import stored_leaves
 from pallas_kernels.cpu import native
 from tests.support.arrays import draw
 
@@ -153,3 +154,58 @@ def test_checkpoints_hold_the_bits(tree, tmp_path, form, lossless):
         assert (bits(got) == bits(want)).all()
     raw = sum(a.nbytes for a in jax.tree.leaves(some))
     assert jq.storage.nbytes(tmp_path / "c") < (0.97 if lossless else 1.0) * raw
+
+
+@both_forms
+def test_payloads_of_nan_survive_in_stacks(form):
+    """Slices of floats would quiet them: it is bits that are sliced."""
+    u = jnp.resize(jnp.arange(1 << 16, dtype=jnp.uint16)[0x7F00:0x8000], (3, 256, 40))
+    w = jax.lax.bitcast_convert_type(u, jnp.bfloat16)
+    coded = jq.lossless.encode({"w": w}, form), jq.quantize({"w": w}, jq.lossless.method(form))
+    for q in coded:
+        assert isinstance(q["w"], jq.QTensor)
+        assert (bits(q["w"].dequantize()) == np.asarray(u)).all()
+
+
+@both_forms
+def test_casts_inside_of_a_function(tree, form):
+    q = jq.lossless.encode({"w": tree["stack"]}, form)
+    for dtype in (jnp.float32, jnp.float16):
+        got = jq.quantized(lambda p, dtype=dtype: jnp.abs(p["w"].astype(dtype)))(q)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, jnp.abs(tree["stack"].astype(dtype)))
+
+
+@both_forms
+def test_parts_whose_sizes_differ_are_joined_and_read_one_by_one(tmp_path, form):
+    layers = [(draw(1, 256, 40, seed=i) * 2.0**-i).astype(jnp.bfloat16) for i in range(3)]
+    layers[1] = layers[1].at[0, :60].set(0)
+    parts = [tmp_path / str(i) for i in range(3)]
+    for place, w in zip(parts, layers, strict=True):
+        jq.save(place, jq.lossless.encode({"w": w}, form))
+    whole = tmp_path / "whole"
+    jq.save(whole, {"e": jnp.ones(4096)}, parts={"layers": parts}, lossless=True)
+    found = jq.load(whole)["layers"]["w"]
+    np.testing.assert_array_equal(found.dequantize(), jnp.concatenate(layers))
+    assert jax.tree.structure(jq.storage.outline(whole)["layers"]).num_leaves == len(found.data)
+    read = {leaf.path: leaf.read() for leaf in stored_leaves(whole)}
+    np.testing.assert_array_equal(read["e"], np.ones(4096, np.float32))
+    for i, w in enumerate(layers):
+        np.testing.assert_array_equal(read[f"layers/{i}/w"].dequantize(), w)
+
+
+def test_arrays_of_another_byte_order_keep_their_values(tmp_path):
+    a = np.arange(999, dtype=">f4")
+    np.testing.assert_array_equal(
+        jq.lossless.decode_array(jq.lossless.encode_array(a), "float32", a.shape), a
+    )
+
+
+def test_exact_weights_are_not_trained(tree):
+    with pytest.raises(ValueError, match="so they cannot be trained in it"):
+        jq.latent({"w": tree["wide"]}, jq.lossless.method())
+
+
+def test_wide_matrices_of_few_rows_stay_as_they_are():
+    w = {"w": jnp.ones((2, 5000), jnp.bfloat16)}
+    assert jq.lossless.encode(w)["w"] is w["w"]  # a window for every column would take more

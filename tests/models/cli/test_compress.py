@@ -179,11 +179,11 @@ def test_bad_input(sharded, run, tmp_path):
     broken = tmp_path / "broken"
     out = ("--out", tmp_path / "b")
     for command, status, message in (
-        (("compress", tmp_path / "none", *out), 2, "no file"),
+        (("compress", tmp_path / "none", *out), 2, "there is no file"),
         (("compress", "smollm2", *out), 2, "smollm2-135m"),
         (("compress", tmp_path / "a.jqz", *out), 1, "is an archive of jaxquant already"),
         (("compress", tmp_path / "text", "--out", tmp_path / "text"), 2, "which is read"),
-        (("compress", sharded, "--out", sharded / "in"), 2, "must not be inside of"),
+        (("compress", sharded, "--out", sharded / "in"), 2, "must be neither inside"),
         (("compress", tmp_path / "text", *out, "--coding", "zip"), 2, "zip"),
         (("compress", tmp_path / "text", *out, "--threads", 0), 2, "threads"),
         (("decompress", tmp_path / "none", *out), 2, "no archive"),
@@ -232,3 +232,25 @@ print(status.split("VmHWM:")[1].split()[0])
     # A block of 32 numbers has 5 bits each: 4 of its nibbles, 1 of its two scales.
     assert sum(8 * r["coded_bytes"] for r in rows) / sum(r["numbers"] for r in rows) < 4.45
     assert 1024 * peak < 500e6 + max(row["bytes"] for row in first["sections"])
+
+
+def test_nothing_is_left_of_a_file_that_is_gone(sharded, run, tmp_path):
+    """A run that failed at a file, which is then removed, leaves no half of it behind."""
+    archives, out = tmp_path / "archives", tmp_path / "out"
+    assert run("compress", sharded, "--out", archives)[0] == 0
+    damaged = next(archives.glob("*.safetensors.jqz"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    damaged.write_bytes(data)
+    assert run("decompress", archives, "--out", out)[0] != 0
+    damaged.unlink()
+    assert run("decompress", archives, "--out", out)[0] == 0
+    assert not (out / damaged.name.removesuffix(".jqz")).exists()
+
+
+def test_names_are_no_markup(run, tmp_path):
+    folder = tmp_path / "a[red]"
+    folder.mkdir()
+    (folder / "x[/b].txt").write_text("text " * 99)
+    status, text, _ = run("compress", folder, "--out", tmp_path / "out")
+    assert status == 0 and "x[/b].txt" in text
