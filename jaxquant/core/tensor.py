@@ -343,17 +343,17 @@ class QTensor(StandIn):
 
 @compiled
 def _decoded(weight: QTensor) -> Array:
-    batch, matrix = weight.data["codes"].shape[: weight.leading()], weight.matrix
-    if weight.format.exact:  # in the weight's own dtype, bit for bit
-        matrix = lambda arrays: weight.format.to_disk(arrays.data, weight.stored_rows)["codes"]
-    for _ in batch:
+    batch, matrix, format = weight.data["codes"].shape, weight.matrix, weight.format
+    if format.exact:  # bits, which no operation on floats may touch
+        matrix = lambda arrays: format.decode_bits(arrays.data, weight.stored_rows)
+    for _ in range(weight.leading()):
         matrix = jax.vmap(matrix)
     w = matrix(weight.arrays)
-    w = w.reshape(*batch, *weight.view.k, *weight.outputs)
+    w = w.reshape(*batch[: weight.leading()], *weight.view.k, *weight.outputs)
     w = jnp.transpose(w, weight.axes())
-    if weight.format.exact:
-        return w
-    if weight.logical_dtype == "float16":  # rounding may have gone past its largest number
+    if format.exact:
+        w = jax.lax.bitcast_convert_type(w, jnp.dtype(format.own))
+    elif weight.logical_dtype == "float16":  # rounding may have gone past its largest number
         w = jnp.clip(w, -65504.0, 65504.0)
     return w.astype(weight.logical_dtype)
 

@@ -1,5 +1,7 @@
 """Base of formats that store the bits of weights as they are, in fewer bytes."""
 
+import dataclasses
+from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -26,11 +28,17 @@ class ExactFormat(Format):
     dtype: Dtype | None
     exact: ClassVar[bool] = True
     wide: ClassVar[bool] = False
+    sized: ClassVar[str]  # name of the field that `settled` counts
 
     @property
-    def own(self) -> str:
+    def own(self) -> str:  # type: ignore[override]
         """Dtype that is stored."""
         return self.dtype or "float32"
+
+    @property
+    def unsettled(self) -> "ExactFormat":
+        """The format before `settled` has counted anything."""
+        return dataclasses.replace(self, **{self.sized: 1})  # type: ignore[type-var]
 
     def encode(self, w: Float[Array, "k n"]) -> dict[str, Array]:
         """Return the packed arrays of a matrix, cast to `dtype`.
@@ -45,10 +53,7 @@ class ExactFormat(Format):
 
     def to_disk(self, data: dict[str, Array], k: int) -> dict[str, Array]:
         """Return the weights as floats."""
-        decode = lambda d: float_fields.floats(self.decode_bits(d, k), self.own)
-        for _ in data["codes"].shape[: -self.codes_ndim]:
-            decode = jax.vmap(decode)
-        return {"codes": jax.jit(decode)(data)}
+        return {"codes": _plain(self, data, k)}
 
     def from_disk(self, kept: dict[str, Array], k: int) -> dict[str, Array]:
         """Return the packed arrays of weights that are given as floats."""
@@ -57,6 +62,14 @@ class ExactFormat(Format):
         *batch, _, n = kept["codes"].shape
         each = [self.encode_bits(u) for u in bits_of(kept["codes"]).reshape(-1, k, n)]
         return jax.tree.map(lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape), *each)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _plain(format: ExactFormat, data: dict[str, Array], k: int) -> Float[Array, "*batch k n"]:
+    decode = lambda d: format.decode_bits(d, k)
+    for _ in data["codes"].shape[: -format.codes_ndim]:
+        decode = jax.vmap(decode)
+    return float_fields.floats(decode(data), format.own)
 
 
 def bits_of(w: Float[Array, "*s"]) -> UInt[Array, "*s"]:
@@ -86,3 +99,13 @@ def check_dtype(dtype: str, stored: str | None = None) -> None:
             f"the format stores {stored} weights, got {dtype}; cast the weights, or leave out the "
             "dtype of the format"
         )
+
+
+def check_size(k: int, n: int) -> None:
+    """Raise ValueError if a matrix has too many weights for places of 31 bits.
+
+    Args:
+      k, n: number of rows and columns.
+    """
+    if k * n >= (1 << 31) - 1:
+        raise ValueError(f"a matrix must have fewer than 2^31 - 1 weights, got {k} x {n}; split it")

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt
 
 from jaxquant.core.fields import check_fields, check_positive
 from jaxquant.core.protocols import Format, OpArguments
-from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
+from jaxquant.formats.exact_format import Dtype, ExactFormat, check_dtype, check_size
 from jaxquant.formats.op_format import OpFormat
 from pallas_kernels.codecs import float_fields, float_planes
 
@@ -44,6 +44,7 @@ class FloatPlanes(ExactFormat, OpFormat):
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
     storage: ClassVar[str] = "float_planes"
+    sized: ClassVar[str] = "listed"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -53,14 +54,13 @@ class FloatPlanes(ExactFormat, OpFormat):
             raise ValueError(f"bits must be one of {float_planes.BITS}, got {self.bits}")
         check_positive(self, "listed")
 
-    def settled(self, matrices: Float[Array, "l k n"]) -> "FloatPlanes":
+    def settled(self, dtype: Any, u: UInt[Array, "l k n"]) -> "FloatPlanes":
         """Return the format with the dtype of these matrices and as long a list as they need."""
-        dtype: Any = matrices.dtype.name
         check_dtype(dtype, self.dtype)
-        if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
-            listed = matrices.shape[1] * matrices.shape[2] // _GUESS
+        check_size(*u.shape[1:])
+        if isinstance(u, jax.core.Tracer | jax.ShapeDtypeStruct):
+            listed = u.shape[1] * u.shape[2] // _GUESS
         else:
-            u = bits_of(matrices)
             listed = max((int(float_planes.missing(one, dtype, self.bits)) for one in u), default=1)
         return dataclasses.replace(self, dtype=dtype, listed=max(1, listed))
 

@@ -1,6 +1,7 @@
 """HuffmanLanes: the bits of floats without loss, with Huffman-coded exponents."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt, UInt8, UInt16
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.formats.exact_format import Dtype, ExactFormat, bits_of, check_dtype
+from jaxquant.formats.exact_format import Dtype, ExactFormat, check_dtype, check_size
 from jaxquant.formats.tiled_format import TiledFormat
+from pallas_kernels import byte_coders
 from pallas_kernels.codecs import float_fields, huffman_lanes, prefix_code
 from pallas_kernels.codecs.huffman_lanes import LANE
 
@@ -33,7 +35,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
         set it to the number that is needed.
 
     >>> w = jnp.array([[1.5, 0.0], [jnp.inf, 0.25]])
-    >>> f = HuffmanLanes().settled(w[None])
+    >>> f = HuffmanLanes().settled("float32", jax.lax.bitcast_convert_type(w[None], jnp.uint32))
     >>> f.words, f.decode(f.encode(w), 2).tolist()
     (1, [[1.5, 0.0], [inf, 0.25]])
     """
@@ -42,6 +44,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
     words: int = 1
 
     tile: ClassVar[tuple[int, int]] = (1, 1)
+    sized: ClassVar[str] = "words"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -49,20 +52,15 @@ class HuffmanLanes(ExactFormat, TiledFormat):
             check_dtype(self.dtype)
         check_positive(self, "words")
 
-    def settled(self, matrices: Float[Array, "l k n"]) -> "HuffmanLanes":
+    def settled(self, dtype: Any, u: UInt[Array, "l k n"]) -> "HuffmanLanes":
         """Return the format with the dtype of these matrices and as many words as they need."""
-        dtype: Any = matrices.dtype.name
         check_dtype(dtype, self.dtype)
-        if isinstance(matrices, jax.core.Tracer | jax.ShapeDtypeStruct):
-            lanes = huffman_lanes.lanes(matrices.shape[1] * matrices.shape[2])
-            words = max(1, lanes * LANE * _GUESS // 32)
+        check_size(*u.shape[1:])
+        if isinstance(u, jax.core.Tracer | jax.ShapeDtypeStruct):
+            words = huffman_lanes.lanes(u.shape[1] * u.shape[2]) * LANE * _GUESS // 32
         else:
-            coded = (_coded(u, dtype) for u in bits_of(matrices))
-            words = max(
-                (int(huffman_lanes.sizes(*c).sum(dtype=np.int64)) for c in coded), default=1
-            )
-            words = max(1, words)
-        return dataclasses.replace(self, dtype=dtype, words=words)
+            words = max((len(_coded(one, dtype)[2]) for one in u), default=1)
+        return dataclasses.replace(self, dtype=dtype, words=max(1, words))
 
     def encode_bits(self, u: UInt[Array, "k n"]) -> dict[str, Array]:
         """Return the arrays of a matrix given by its bits; traced, they decode to NaN.
@@ -80,9 +78,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
             rest = jnp.full((float_fields.rest_words(k, self.own), n), -1, jnp.int32)
             last = (1 << float_fields.DTYPES[self.own][0]) - 1
             return self._data(rest, *zeros, jnp.zeros(256, jnp.uint8).at[last].set(1))
-        plane, lengths = _coded(u, self.own)
-        sizes = huffman_lanes.sizes(plane, lengths)
-        words = huffman_lanes.encode(plane, lengths, sizes)
+        lengths, sizes, words = _coded(u, self.own)
         if len(words) > self.words:
             raise ValueError(
                 f"the matrix takes {len(words)} words, but words = {self.words}; give the format "
@@ -169,16 +165,19 @@ def decoding_table(lengths: UInt8[Array, " 256"]) -> UInt16[Array, " 4096"]:
     for bit in range(limit):  # the first bit of a code word is the lowest one of the stream
         word |= (at >> bit & 1) << limit - 1 - bit
     symbol = order[jnp.searchsorted(ends, word, side="right") % 256]
-    single = of[order[0]] | (of[order[1]] == 0)  # a single symbol owns all words
-    symbol = jnp.where((word >= ends[-1]) & (single > 0), order[0], symbol)
+    symbol = jnp.where(word >= ends[-1], order[0], symbol)  # a single symbol owns all words
     return (symbol | of[symbol] << 8).astype(jnp.uint16)
 
 
-def _coded(u: UInt[Array, "k n"], dtype: str) -> tuple[UInt8[np.ndarray, " kn"], np.ndarray]:
-    """Return the exponents in column order, and the lengths of their code words."""
+def _coded(u: UInt[Array, "k n"], dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the lengths of the code words of exponents, the sizes of the lanes and their words."""
     exponent, _ = float_fields.fields(u, dtype)
     plane = np.asarray(exponent.T.reshape(-1).astype(jnp.uint8))
-    return plane, prefix_code.lengths(np.bincount(plane, minlength=256))
+    lengths = prefix_code.lengths(np.bincount(plane, minlength=256))
+    if np.count_nonzero(lengths) == 1:
+        return lengths, huffman_lanes.sizes(plane, lengths), np.zeros(0, np.uint32)
+    sizes, pieces = byte_coders.encode_lanes(plane, lengths, os.cpu_count() or 1)
+    return lengths, sizes, np.concatenate(pieces).view("<u4").astype(np.uint32)
 
 
 def _packed_rests(u: UInt[Array, "k n"], dtype: str) -> Array:

@@ -44,6 +44,7 @@ MAGIC = b"\x89JQZ\r\n\x1a\n"
 VERSION = 1
 SUFFIX = ".jqz"
 LARGEST = 1 << 24  # bytes of a chunk, and of a table
+MOST_SECTIONS = 1 << 17
 CHUNK = 1 << 22  # bytes of a chunk as it is written
 NUMBERS = 1 << 20  # of plain numbers, whose sizes change from row to row: each has its own tables
 HEAD = struct.Struct("<8sHHIII")
@@ -100,6 +101,8 @@ def pack_head(sections: Sequence[Section]) -> bytes:
     Raises:
       ValueError: a name is too long, or the table is.
     """
+    if len(sections) > MOST_SECTIONS:
+        raise ValueError(f"a file may have {MOST_SECTIONS} sections at most, got {len(sections)}")
     table = b"".join(map(_entry, sections))
     if len(table) > LARGEST:
         raise ValueError(f"the names of all sections take {len(table)} bytes, above {LARGEST}")
@@ -171,7 +174,8 @@ def _entry(section: Section) -> bytes:
 
 
 def _sections(table: bytes) -> list[Section]:
-    found, at = [], 0
+    found: list[Section] = []
+    at = 0
 
     def text(size: int) -> str:
         nonlocal at
@@ -181,6 +185,8 @@ def _sections(table: bytes) -> list[Section]:
         return table[at - size : at].decode("utf-8")
 
     while at < len(table):
+        if len(found) == MOST_SECTIONS:
+            raise ValueError(f"it has more than {MOST_SECTIONS} sections")
         (length,) = COUNT.unpack_from(table, at)
         at += COUNT.size
         texts = [text(length)]

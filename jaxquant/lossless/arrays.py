@@ -62,6 +62,7 @@ def encode_array(
     (True, True)
     """
     section = _section(a.dtype.name, a.shape)
+    a = a.astype(a.dtype.newbyteorder("="), copy=False)
     data = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
     pieces = [data[p.start : p.start + p.nbytes].data for p in chunks.places([section])]
     coded = in_order(lambda piece: chunks.encode(piece, section.record, "rans"), pieces, threads)

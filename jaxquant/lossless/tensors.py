@@ -7,18 +7,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree, UInt
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.core.paths import path_leaves, replace_leaves
 from jaxquant.core.sites import Site, is_weight
-from jaxquant.core.tensor import Arrays, QTensor, View
+from jaxquant.core.tensor import QTensor, View
 from jaxquant.core.tree import leaf_bytes
+from jaxquant.formats import FloatPlanes
 from jaxquant.formats.exact_format import bits_of
 from jaxquant.lossless.forms import Form, method
 from jaxquant.methods.method import Method
 from jaxquant.recipes.recipe import layout_of
-from pallas_kernels.codecs import float_fields
+from pallas_kernels.codecs import float_fields, float_planes
 
 
 def encode(
@@ -70,7 +71,7 @@ def encode(
                     "call it outside of jit"
                 )
             coded = _coded(path, jnp.asarray(leaf), chosen, (sites or {}).get(path))
-            if coded.nbytes < leaf_bytes(leaf):
+            if coded is not None and coded.nbytes < leaf_bytes(leaf):
                 new[path] = coded
     return replace_leaves(params, new)
 
@@ -89,12 +90,13 @@ def decode(params: PyTree) -> PyTree:
     return replace_leaves(params, {p: w.dequantize() for p, w in path_leaves(params) if exact(w)})
 
 
-def settled(method: Method, matrices: Float[Array, "l k n"], path: str) -> Method:
+def settled(method: Method, dtype: str, u: UInt[Array, "l k n"], path: str) -> Method:
     """Return a method whose format has the sizes that some matrices need.
 
     Args:
       method: the method, whose format is `exact`.
-      matrices: the matrices that are stored together.
+      dtype: name of the dtype of the weights.
+      u: the bits of the matrices that are stored together.
       path: path of their leaf, for messages.
 
     Raises:
@@ -106,45 +108,38 @@ def settled(method: Method, matrices: Float[Array, "l k n"], path: str) -> Metho
             "weights cannot be combined with one; use a method without transforms"
         )
     try:
-        return dataclasses.replace(method, format=method.format.settled(matrices))
+        return dataclasses.replace(method, format=method.format.settled(dtype, u))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def unchanged(w: Float[Array, "k n"], method: Method) -> Arrays:
-    """Return the arrays of one matrix in an `exact` format.
-
-    Args:
-      w: the matrix.
-      method: the method, with its format settled.
-    """
-    return Arrays(method.format.encode_bits(bits_of(w)), {}, {}, {})
-
-
-def _coded(path: str, w: Array, method: Method, site: Site | None) -> QTensor:
+def _coded(path: str, w: Array, method: Method, site: Site | None) -> QTensor | None:
+    """Return a coded weight; None if it is seen at once that it would take more bytes."""
     view, order = layout_of(w.shape, site)
-    batch = [w.shape[a] for a in order[: w.ndim - len(view.k) - len(view.n)]]
-    matrices = jnp.transpose(w, order).reshape(-1, *_matrix(view))
-    return _stack(path, matrices, tuple(batch), view, method)
+    batch = tuple(w.shape[a] for a in order[: w.ndim - len(view.k) - len(view.n)])
+    k, n = math.prod(view.k), math.prod(view.n)
+    format, dtype = method.format, w.dtype.name
+    if isinstance(format, FloatPlanes):
+        least = float_planes.nbytes(k, n, dtype, format.bits, 1) * math.prod(batch)
+        if least >= leaf_bytes(w):
+            return None
+    u = jnp.transpose(bits_of(w), order).reshape(-1, k, n)  # floats could lose payloads of NaN
+    return _stack(path, dtype, u, batch, view, method)
 
 
 def _converted(path: str, w: QTensor, method: Method) -> QTensor:
     """Return a coded weight in another form."""
     batch = w.data["codes"].shape[: w.leading()]
     floats = w.format.to_disk(w.data, w.stored_rows)["codes"]
-    matrices = floats.reshape(-1, *_matrix(w.view))
-    new = _stack(path, matrices, batch, w.view, method)
+    u = bits_of(floats).reshape(-1, *floats.shape[-2:])
+    new = _stack(path, w.format.own, u, batch, w.view, method)
     return dataclasses.replace(w, data=new.data, format=new.format, method=new.method)
 
 
-def _matrix(view: View) -> tuple[int, int]:
-    return math.prod(view.k), math.prod(view.n)
-
-
 def _stack(
-    path: str, matrices: Array, batch: tuple[int, ...], view: View, method: Method
+    path: str, dtype: str, u: Array, batch: tuple[int, ...], view: View, method: Method
 ) -> QTensor:
-    method = settled(method, matrices, path)
-    parts = [unchanged(one, method).data for one in matrices]
+    method = settled(method, dtype, u, path)
+    parts = [method.format.encode_bits(one) for one in u]
     data = jax.tree.map(lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape), *parts)
-    return QTensor(data, method.format, view, matrices.dtype.name, method.name)
+    return QTensor(data, method.format, view, dtype, method.name)

@@ -16,7 +16,8 @@ from jaxquant.core.random_keys import Draw
 from jaxquant.core.tensor import Arrays, QTensor, by_kind, flat_names
 from jaxquant.durable.states import mark
 from jaxquant.durable.store import Finished
-from jaxquant.lossless.tensors import settled, unchanged
+from jaxquant.formats.exact_format import bits_of
+from jaxquant.lossless.tensors import settled
 from jaxquant.methods.method import Method
 from jaxquant.ptq.round_matrix import Keys, Report, finite
 from jaxquant.ptq.round_over_mesh import Split, interleaved, round_each, split_of, together
@@ -106,10 +107,11 @@ class LeafJob:
         exact = entry.method.format.exact
         if not abstract and not exact:
             _check_values(w, sound, entry.path, sums)
-        matrices = entry.matrices(w)
+        # Slices of floats could lose payloads of NaN.
+        matrices = entry.matrices(bits_of(w) if exact else w)
         if not abstract and not exact:
             self._check_range(matrices)
-        method = self._planned(matrices, sums, abstract)
+        method = self._planned(matrices, sums, abstract, w.dtype.name)
         split = None if abstract or exact else split_of(w, entry)
         steps = (
             self._over_mesh(split, matrices, sums, method)
@@ -181,11 +183,11 @@ class LeafJob:
             found += np.ldexp(on_host(one).astype(np.float64), int(e))
         return found
 
-    def _planned(self, matrices: Array, sums: Sums, abstract: bool) -> Method:
+    def _planned(self, matrices: Array, sums: Sums, abstract: bool, dtype: str) -> Method:
         """Return the method, with its format planned or settled for these matrices."""
         method = self.entry.method
         if method.format.exact:
-            return settled(method, matrices, self.entry.path)
+            return settled(method, dtype, matrices, self.entry.path)
         if not method.format.plans:
             return method
         if abstract:
@@ -205,7 +207,8 @@ class LeafJob:
                 continue
             known, keys = self._known(i), self._keys(i)
             if method.format.exact:
-                arrays = unchanged(matrices[i], method)._replace(activations=known.activations)
+                data = method.format.encode_bits(matrices[i])
+                arrays = Arrays(data, {}, {}, known.activations)
                 report = Report(jnp.float32(0), jnp.float32(0), jnp.int32(0))
                 if not abstract:
                     self._keep(name, arrays, report, made_of)

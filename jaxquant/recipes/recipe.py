@@ -348,8 +348,10 @@ def _entry(path: str, w: PyTree, method: Method | Keep, site: Site | None) -> En
     k, n = entry.matrix[-2:]
     try:
         rows, columns = method.stored(k, n)
-        matrices: PyTree = jax.ShapeDtypeStruct((1, rows, columns), w.dtype)
-        format = method.format.settled(matrices) if method.format.exact else method.format
+        format = method.format
+        bits: PyTree = jax.ShapeDtypeStruct((1, rows, columns), jnp.uint8)
+        if format.exact:
+            format = format.settled(w.dtype.name, bits)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     parts: PyTree = format.shapes(rows, columns)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxquant.lossless.arrays import decode_array
 from jaxquant.storage.checkpoint import ARRAYS, STORED_AS, check_files
 from jaxquant.storage.description import Json, first_line
 from jaxquant.storage.leaves import rebuilt, stored_name
@@ -78,7 +79,7 @@ def _arrays(directory: Path, specs: Json) -> dict[str, Any]:
         name: np.zeros(shape, specs[name]["dtype"]) for name, shape in shapes.items() if 0 in shape
     }
     wanted = {
-        name: np.broadcast_to(np.zeros((), _kept_as(specs[name]["dtype"])), shape)
+        name: np.broadcast_to(np.zeros((), _kept_as(specs[name])), _kept_shape(specs[name]))
         for name, shape in shapes.items()
         if 0 not in shape
     }
@@ -90,9 +91,17 @@ def _arrays(directory: Path, specs: Json) -> dict[str, Any]:
         arrays = reader.restore(directory, args=args)
     for name, a in arrays.items():
         dtype = specs[name]["dtype"]
-        found[name] = a.astype(dtype) if dtype in STORED_AS else a
+        if "coded" in specs[name]:
+            found[name] = decode_array(np.asarray(a), dtype, shapes[name], name)
+        else:
+            found[name] = a.astype(dtype) if dtype in STORED_AS else a
     return found
 
 
-def _kept_as(dtype: str) -> str:
-    return STORED_AS.get(dtype, dtype)
+def _kept_as(spec: Json) -> str:
+    dtype: str = spec["dtype"]
+    return "uint8" if "coded" in spec else STORED_AS.get(dtype, dtype)
+
+
+def _kept_shape(spec: Json) -> tuple[int, ...]:
+    return (spec["coded"],) if "coded" in spec else tuple(spec["shape"])

@@ -6,6 +6,7 @@ of the whole holds a digest of each part's description, which holds digests of t
 
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from jaxtyping import PyTree
 from jaxquant.core.host_arrays import aligned, taken
 from jaxquant.core.standin import is_standin
 from jaxquant.core.tensor import QTensor
+from jaxquant.formats.exact_format import ExactFormat, bits_of
 from jaxquant.storage.description import FILE, Json, is_checkpoint
 
 PARTS = "parts"  # key of a description, and name of a directory
@@ -119,7 +121,7 @@ def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) ->
     for i, digest in enumerate(digests):
         part = folder / str(i)
         _check(part, digest)
-        tree = load(part)
+        tree = jax.tree.map(_unsettled, load(part), is_leaf=is_standin)
         names.append([_shared(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_standin)])
         arrays, form = jax.tree.flatten(jax.tree.map(_renamed, tree, is_leaf=is_standin))
         if structure is None:
@@ -134,6 +136,7 @@ def _joined(folder: Path, digests: list[str], load: Callable[[Path], PyTree]) ->
     if structure is None:
         raise ValueError(f"{folder} is damaged: it has no parts")
     filled = jax.tree.unflatten(structure, [filling.array() for filling in whole])
+    filled = jax.tree.map(_settled, filled, is_leaf=is_standin)
     leaves, form = jax.tree.flatten(filled, is_leaf=is_standin)
     named = [
         _renamed(leaf, _common(of))
@@ -170,6 +173,33 @@ class _Filling:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         whole, self.whole = self.whole, None
         return whole if self.kind is np.ndarray else taken(whole)
+
+
+def _unsettled(leaf: Any) -> Any:
+    """Return an exact weight as plain floats, for its packed arrays have sizes of its own."""
+    if not isinstance(leaf, QTensor) or not isinstance(leaf.format, ExactFormat):
+        return leaf
+    to_disk = lambda data: leaf.format.to_disk(data, leaf.stored_rows)
+    data = _computed(to_disk, leaf.data)
+    return dataclasses.replace(leaf, data=data, format=leaf.format.unsettled)
+
+
+def _settled(leaf: Any) -> Any:
+    """Return an exact weight packed again; the inverse of `_unsettled`."""
+    if not isinstance(leaf, QTensor) or not isinstance(leaf.format, ExactFormat):
+        return leaf
+    floats = leaf.data["codes"]
+    stack = (math.prod(floats.shape[:-2]), *floats.shape[-2:])
+    bits: Any = _computed(lambda w: bits_of(w).reshape(stack), floats)
+    format = leaf.format.settled(leaf.format.own, bits)
+    data = _computed(lambda d: format.from_disk(d, leaf.stored_rows), leaf.data)
+    return dataclasses.replace(leaf, data=data, format=format)
+
+
+def _computed(fn: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """Return fn(tree), or its shapes if the tree holds shapes."""
+    abstract = any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(tree))
+    return jax.eval_shape(fn, tree) if abstract else fn(tree)
 
 
 def _shared(leaf: Any) -> str:

@@ -112,6 +112,11 @@ def _thawed(w: QTensor, method: Method, leaf: Array | None) -> QTensor:
         raise ValueError("the weight is already latent")
     if is_adapted(w):
         raise ValueError("the weight has an adapter: merge it first, with jaxquant.merge")
+    if w.format.exact:
+        raise ValueError(
+            "the format keeps the bits of weights, so they cannot be trained in it; leave the "
+            "weight in floating point"
+        )
     estimator = method.estimator or StraightThrough()
     estimator.check(w.format)
     inputs = method.input_estimator

@@ -17,9 +17,14 @@ class OutputFolder(OutputFile):
     Args:
       out: the folder.
       overwrite: whether an existing folder of archives may be replaced.
+      replaces: whether the command can replace a folder at all. Default: True.
     Raises:
       ValueError: the folder may not be written.
     """
+
+    def __init__(self, out: str | Path, overwrite: bool, replaces: bool = True) -> None:
+        self._replaces = replaces
+        super().__init__(out, overwrite)
 
     def put(self, new: Path) -> None:
         """Move the folder to its place in one step, and remove the folder of unfinished work.
@@ -44,6 +49,10 @@ class OutputFolder(OutputFile):
                     f"{self.out} has files that are not archives, and is not touched; give another "
                     "--out"
                 )
+            if not self._replaces:
+                raise ValueError(
+                    f"{self.out} exists, and no folder is replaced; give another --out"
+                )
             if not self.overwrite:
                 raise ValueError(
                     f"{self.out} exists; give --overwrite to replace it, or another --out"
@@ -55,6 +64,8 @@ def _of_archives(folder: Path) -> bool:
     """Return whether all files below a folder are archives."""
     for place, _, files in os.walk(folder):
         for name in files:
+            if not Path(place, name).is_file():  # a pipe would be waited for
+                return False
             with open(Path(place, name), "rb") as file:
                 if file.read(len(MAGIC)) != MAGIC:
                     return False

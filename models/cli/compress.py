@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from jaxquant.lossless.archive_format import VERSION
 from jaxquant.lossless.plane_coding import CODINGS, Coding
@@ -62,11 +63,12 @@ def compress(
 ) -> None:
     """Compress MODEL without loss; decompress gives the same bytes back.
 
-    MODEL is the name smollm2-135m, a file, or a folder with all its files. Tensors of .safetensors
-    and .gguf files are split into exponents, mantissas, scales and codes, which are coded apart;
-    other files are coded as text where that helps. For each tensor, the report shows its type, its
-    bytes before and after, and the bits that a number takes. To resume an interrupted run, repeat
-    the same command.
+    MODEL is the name smollm2-135m, a file, or a folder, whose files are all compressed.
+    Tensors of .safetensors and .gguf files are split into exponents, mantissas, scales and codes,
+    which are coded apart; other files are coded as text where that helps. Of a folder, every file
+    becomes an archive with the suffix .jqz; links out of the folder are refused, and permissions
+    and dates are not kept. For each tensor, the report shows its type, its bytes before and after,
+    and the bits that a number takes. To resume an interrupted run, repeat the same command.
     """
     start = time.monotonic()
     with usage_errors():
@@ -123,7 +125,7 @@ def decompress(archive: str, out: str, threads: int | None, overwrite: bool, as_
         if overwrite and path.is_dir():
             raise ValueError("--overwrite replaces a file, never a folder; give another --out")
         total = archiving.archived_bytes(tree)
-        output = _output(tree, out, overwrite)
+        output = _output(tree, out, overwrite, replaces=False)
     output.hold()
     output.begin({"decompress": str(tree.root.resolve()), "version": VERSION})
     new = output.place()
@@ -146,7 +148,9 @@ def _sum(name: str, dtype: str, group: Sequence[Row]) -> Row:
     return Row("", name, dtype, *(sum(getattr(row, f) for row in group) for f in fields))
 
 
-def _output(tree: Tree, out: str, overwrite: bool) -> OutputFile:
+def _output(tree: Tree, out: str, overwrite: bool, replaces: bool = True) -> OutputFile:
+    if not out:
+        raise ValueError("--out is empty; give the name of a file or folder")
     if tree.root.is_file():
         target = Path(out).resolve()
         if target.exists() and target.samefile(tree.root):
@@ -154,8 +158,8 @@ def _output(tree: Tree, out: str, overwrite: bool) -> OutputFile:
         return OutputFile(out, overwrite)
     root, target = tree.root.resolve(), Path(out).resolve()
     if target.is_relative_to(root) or root.is_relative_to(target):
-        raise ValueError(f"--out {out} must not be inside of {tree.root}, nor around it")
-    return OutputFolder(out, overwrite)
+        raise ValueError(f"--out {out} must be neither inside {tree.root} nor a parent of it")
+    return OutputFolder(out, overwrite, replaces)
 
 
 def _digests(found: dict[str, str]) -> dict[str, object]:
@@ -166,7 +170,7 @@ def _digests(found: dict[str, str]) -> dict[str, object]:
 def _bar(total: int) -> Iterator[archiving.Progress]:
     """Show a bar of the bytes done, with the name of the tensor."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=stderr) as bars:
+    with Progress(*columns, TextColumn("{task.description}", markup=False), console=stderr) as bars:
         task = bars.add_task("", total=total)
         yield lambda done, name: bars.update(task, completed=done, description=name[-40:])
 
@@ -186,7 +190,7 @@ def _show(found: Compressed) -> None:
         one = _sum(name, dtype, group)
         bits = one.bits_per_number
         table.add_row(
-            name, dtype or "bytes", str(len(group)), f"{one.bytes:,}", f"{one.coded_bytes:,}",
+            Text(name), dtype or "bytes", str(len(group)), f"{one.bytes:,}", f"{one.coded_bytes:,}",
             "" if bits is None else f"{bits:.3f}", f"{one.bytes / max(one.coded_bytes, 1):.3f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140).print(table)

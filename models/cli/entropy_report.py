@@ -17,6 +17,14 @@ COLUMNS = (
     ("alpha", "alpha", 3), ("E(alpha)", "exponent_of_alpha", 4),
 )  # fmt: skip
 
+LEGEND = (
+    "Columns are bits per weight. ideal: sign and mantissa as they are, and the entropy of the "
+    "exponent; of quantized tensors, the entropy of the codes, and scales as stored. planes, "
+    "Huffman, rANS: what these codes take (of quantized tensors, the codes only; jaxquant compress "
+    "also codes scales). H(E|row): entropy of exponents, one table per output. alpha: index of the "
+    "alpha-stable distribution that fits best; E(alpha): the entropy of its exponents."
+)
+
 
 def table(found: StoredEntropy, width: int) -> Table:
     """Return a table of the tensors on which coding saves most, the dtypes and the whole model.
@@ -65,7 +73,7 @@ def findings(found: StoredEntropy) -> list[str]:
     Args:
       found: the entropies.
     """
-    out = []
+    out = [LEGEND]
     if (hidden := len(found.tensors) - ROWS) > 0:
         out.append(f"{hidden} more tensors, on which coding saves less, are in --json")
     for name, counts in found.pooled.items():

@@ -197,8 +197,9 @@ OPTIONS = (
     click.option(
         "--lossless",
         is_flag=True,
-        help="Store the arrays of the checkpoint in fewer bytes, without loss: those of matrices "
-        "that are not quantized too, which stay bfloat16 if they are.",
+        help="Store every array of the checkpoint in fewer bytes, without loss. Unquantized "
+        "bfloat16 matrices are then kept in bfloat16 instead of being rounded to float16. The "
+        "bytes that `plan` reports do not include this.",
     ),
 )
 

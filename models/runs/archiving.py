@@ -1,7 +1,7 @@
 """Models, folders and files compressed without loss, and restored: what is read and written."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +85,10 @@ def resolved(spec: str) -> Path:
       ValueError: there is no such model, file or folder.
     """
     path = packaged_file(NAMED[spec]) if spec in NAMED else Path(spec)
-    if not is_kind(Path.exists, path):
+    if not spec or not is_kind(Path.exists, path):
         raise ValueError(
-            f"no file {str(spec)!r:.200}: not a path, and not one of the models {sorted(NAMED)}"
+            f"there is no file, folder or model {str(spec)!r:.200}; the models with a name are "
+            f"{', '.join(sorted(NAMED))}"
         )
     return path
 
@@ -130,7 +131,7 @@ def compress(
       ValueError: a file is an archive already, or changes while it is read.
       OSError: a file cannot be read or written.
     """
-    _make_folders(tree, target)
+    _make_folders(tree, target, [f"{file}{SUFFIX}" for file in tree.files])
     rows, done, archives, kept, digests = [], 0, 0, 0, {}
     for file in tree.files:
         source, name = tree.root / file, "" if file == Path() else str(file)
@@ -166,7 +167,7 @@ def decompress(tree: Tree, target: Path, threads: int | None, progress: Progress
       ValueError: an archive is truncated or damaged, or the disk has too little room.
       OSError: a file cannot be read or written.
     """
-    _make_folders(tree, target)
+    _make_folders(tree, target, [str(file).removesuffix(SUFFIX) for file in tree.files])
     done, digests = 0, {}
     for file in tree.files:
         name = "" if file == Path() else str(file).removesuffix(SUFFIX)
@@ -232,9 +233,13 @@ def _check_link(path: Path, root: Path) -> None:
         )
 
 
-def _make_folders(tree: Tree, target: Path) -> None:
+def _make_folders(tree: Tree, target: Path, names: Collection[str]) -> None:
+    """Make the folders to write to, without what an earlier run has left of files now gone."""
     if tree.root.is_dir():
         target.mkdir(exist_ok=True)
+        wanted = {target / name for name in names}
+        for path in [p for p in target.rglob("*") if p.is_file() and p not in wanted]:
+            path.unlink()
     for folder in tree.folders:
         (target / folder).mkdir(exist_ok=True)
 

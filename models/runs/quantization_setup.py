@@ -197,6 +197,7 @@ def _fingerprint(
         "text": digest_of_text(texts.calibration),
         "heal_text": digest_of_text(texts.heal),
         "tokens": request.calibration_tokens,
+        "lossless": request.lossless,
         "weighting": request.weighting,
         "seed": request.seed,
         "target_bits": request.target_bits,

@@ -222,7 +222,8 @@ def _tables(kind: Symbols) -> list[tuple[np.ndarray, float]]:
 
 
 def _of_floats(array: np.ndarray, stored: StoredTensor) -> tuple[TensorEntropy, FieldCounts]:
-    counts = count_fields(array)
+    whole = array.ndim >= 2 and array.shape[stored.inputs] > 0
+    counts = count_fields(np.moveaxis(array, stored.inputs, -1) if whole else array)
     each, number = counts.entropies, counts.number
     coded = {
         coding: sum(coded_bits(plane, coding) for plane in counts.planes) / number

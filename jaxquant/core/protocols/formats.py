@@ -41,6 +41,7 @@ class Format(abc.ABC):
       exact: whether the bits of the weights are stored as they are. `settled`, `encode_bits` and
         `decode_bits` must then be defined, `to_disk` returns plain weights as "codes", and
         transforms cannot be combined with the format.
+      own: name of the dtype whose bits an `exact` format stores.
       latent: whether this is the format of a weight in training: `product` also rounds the inputs,
         and `encode` is not defined.
     """
@@ -54,6 +55,7 @@ class Format(abc.ABC):
     plans: ClassVar[bool] = False
     block: int = 0
     exact: ClassVar[bool] = False
+    own: str = ""
     latent: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -290,11 +292,12 @@ class Format(abc.ABC):
         """
         raise NotImplementedError
 
-    def settled(self, matrices: Float[Array, "l k n"]) -> "Format":
+    def settled(self, dtype: str, u: UInt[Array, "l k n"]) -> "Format":
         """Return the format to store, whose sizes depend on the weights; only if it is `exact`.
 
         Args:
-          matrices: the matrices that are stored together. If they are traced, or a
+          dtype: name of the dtype of the weights.
+          u: the bits of the matrices that are stored together. If they are traced, or a
             `jax.ShapeDtypeStruct`, sizes are guesses.
 
         Raises:

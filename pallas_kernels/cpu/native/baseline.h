@@ -38,13 +38,15 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
 INLINE float total(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-// Exact for all finite halves, infinities and NaN: a half's bits, moved, are 2^-112 times it.
+// Exact for all finite halves, infinities and NaN: a half's bits, moved, are 2^-112 times it. Where
+// these would be a subnormal float, which XLA's threads take for zero, the half is an integer.
 INLINE Floats from_halves(const uint16_t* p) {
   Uints h = {p[0], p[1], p[2], p[3]};
   Uints moved = (h & 0x7fff) << 13;
-  Floats magnitude = (Floats)moved * 0x1p112f;
-  Uints special = (Uints)((h & 0x7c00) == 0x7c00);
-  Uints bits = (special & (moved | 0x7f800000)) | (~special & (Uints)magnitude);
+  Uints special = (Uints)((h & 0x7c00) == 0x7c00), small = (Uints)((h & 0x7c00) == 0);
+  Uints magnitude = (Uints)((Floats)moved * 0x1p112f);
+  Uints tiny = (Uints)(to_floats((Ints)(h & 0x3ff)) * 0x1p-24f);
+  Uints bits = (special & (moved | 0x7f800000)) | (small & tiny) | (~(special | small) & magnitude);
   return (Floats)(bits | (h & 0x8000) << 16);
 }
 

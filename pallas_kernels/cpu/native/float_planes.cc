@@ -15,7 +15,9 @@
 namespace jaxquant {
 namespace {
 
-constexpr int64_t kNarrow = 256, kWide = 1024;  // columns of a block
+constexpr int64_t kNarrow = 256;                // columns of a block that is decoded
+constexpr int64_t kSums = int64_t{1} << 16;     // sums of a block, in a core's cache
+constexpr int64_t kFewRows = 128;               // that meet weights as these are decoded
 constexpr int64_t kWorth = int64_t{1} << 20;    // multiplications that are worth waking a thread
 
 // The value of a float8.
@@ -113,7 +115,7 @@ void multiply_few(const Part& part, int64_t m, const Kernels& kernels) {
     if (at[c] < end[c])
       next[c] = static_cast<int32_t>(std::min<int64_t>(
           w.where[at[c]] - (part.first + c) * w.k, INT32_MAX));
-  kernels.float_product({&w, part.first, count, static_cast<int>(m), part.x->x.data(), part.y,
+  kernels.float_product({&w, part.first, count, m, part.x->x.data(), part.y,
                          at.data(), end.data(), next.data()});
   for (int64_t r = 0; r < m; ++r)
     if (!part.x->finite[r]) std::fill_n(part.y + r * w.n + part.first, count, NAN);
@@ -132,9 +134,10 @@ void multiply_few(int64_t most_threads, const std::vector<Matrix>& matrices, int
   int64_t work = 0;
   for (const Matrix& one : matrices) work += m * one.planes.k * one.planes.n;
   const int threads = worth(work, most_threads);
+  const int64_t wide = std::clamp<int64_t>(kSums / m / 64 * 64, 256, 1024);
   for (const Matrix& one : matrices) {
     const FewRows& x = rows.try_emplace(one.x, one.x, m, one.planes.k).first->second;
-    const int64_t n = one.planes.n, share = share_of(n, threads, kWide);
+    const int64_t n = one.planes.n, share = share_of(n, threads, wide);
     for (int64_t first = 0; first < n; first += share)
       parts.push_back({&one.planes, &x, one.y, first, std::min(share, n - first)});
   }
@@ -175,7 +178,7 @@ ffi::Error float_planes_product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
         matrices.push_back({*planes, all.data() + (call.x - x.typed_data()), call.y});
     }
     if (matrices.empty()) continue;
-    if (kernels.float_product && type == kBfloat16 && m <= kFusedRows) {
+    if (kernels.float_product && type == kBfloat16 && m <= kFewRows) {
       multiply_few(pool.num_threads(), matrices, m, kernels);
     } else {
       multiply_many(pool.num_threads(), matrices, m, type, kernels);

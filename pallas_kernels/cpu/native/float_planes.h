@@ -18,19 +18,15 @@ constexpr FloatType kFloatTypes[] = {
     {8, 7, 2, 1, {8}}, {5, 10, 2, 2, {8, 3}}, {8, 23, 4, 3, {8, 8, 8}}, {4, 3, 1, 1, {4}},
     {5, 2, 1, 1, {3}}};
 
-inline int64_t words(int64_t k, int bits) {
-  return bits == 3 ? (k + 31) / 32 * 3 : (k * bits + 31) / 32;
-}
-
 // Nothing if an array is not what it should be.
 inline std::optional<FloatPlanes> float_planes(const std::vector<Array>& arrays, int64_t k,
                                                int64_t n, int type, int bits) {
   if (type < 0 || type > kE5M2 || (bits != 3 && bits != 4)) return std::nullopt;
   FloatPlanes w{kFloatTypes[type], bits, k, n};
   int64_t rests = 0;
-  for (int p = 0; p < w.type.planes; ++p) rests += words(k, w.type.widths[p]);
+  for (int p = 0; p < w.type.planes; ++p) rests += float_words(k, w.type.widths[p]);
   const int64_t near = bits == 3 ? (k + kBlockRows - 1) / kBlockRows * n : 0;
-  if (arrays[0].count != words(k, bits) * n || arrays[1].count != rests * n ||
+  if (arrays[0].count != float_words(k, bits) * n || arrays[1].count != rests * n ||
       arrays[2].count != n || arrays[3].count != near || arrays[4].count != arrays[5].count)
     return std::nullopt;
   w.codes = arrays[0].as<uint32_t>();

@@ -97,6 +97,11 @@ struct FloatType {
   int planes, widths[3];          // of sign and mantissa, low bits first
 };
 
+// Words of a column of k codes, as pallas_kernels/codecs/layout.py counts them.
+inline int64_t float_words(int64_t k, int bits) {
+  return bits == 3 ? (k + 31) / 32 * 3 : (k * bits + 31) / 32;
+}
+
 // The words of one matrix [k, n] of float planes.
 struct FloatPlanes {
   FloatType type;
@@ -119,18 +124,16 @@ struct FloatTile {
   int64_t stride;
 };
 
-// y += x @ w for some columns of bfloat16 planes, and all that is listed there.
+// y += x @ w for some columns of bfloat16 planes, with all that is listed there.
 struct FloatProduct {
   const FloatPlanes* planes;
-  int64_t first, count;   // columns
-  int m;                  // rows, at most kFusedRows
-  const float* x;         // [blocks, m, 128]; of four channels, in the order 0, 2, 1, 3
-  float* y;               // [m, n] of the whole matrix
-  int32_t *at, *end;      // [count], the next entry of each column, and behind its last; `at` moves
-  int32_t* next;          // [count up to 16], the row of that entry, or INT32_MAX
+  int64_t first, count;  // columns
+  int64_t m;
+  const float* x;        // [blocks, m, 128]; of four channels, in the order 0, 2, 1, 3
+  float* y;              // [m, n] of the whole matrix
+  int32_t *at, *end;     // [count], the next entry of each column, and behind its last; `at` moves
+  int32_t* next;         // [count up to 16], the row of that entry, or INT32_MAX
 };
-
-constexpr int64_t kFusedRows = 4;
 
 struct Kernels {
   const char* name;
