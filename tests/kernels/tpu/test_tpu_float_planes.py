@@ -43,7 +43,7 @@ def planes_of(u, spare=5):
 
 def errors(y, x, u, activations="float"):
     """Mean squared and largest errors of y, relative to the exact product."""
-    w = np.asarray(float_planes.floats(u, "bfloat16"), np.float64)
+    w = np.asarray(jax.lax.bitcast_convert_type(u, jnp.bfloat16), np.float64)
     exact = np.asarray(forms.rounded(x, activations), np.float64) @ w
     off, square = np.asarray(y, np.float64) - exact, np.mean(exact**2, axis=0)
     return np.mean(off**2 / square), np.max(np.abs(off) / np.sqrt(square))
