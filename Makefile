@@ -128,7 +128,7 @@ demo: venv $(VENV)/.model ## quantize SmolLM2-135M, print a table, generate
 
 bench: venv model ## side-by-side timings
 	@for f in $(filter-out %/__init__.py %/test_awq.py %/record.py %/report.py \
-		%/rate_quality.py %/llama_cpp.py %/kills.py,$(wildcard tests/benchmarks/*.py)); do \
+		%/rate_quality.py %/llama_cpp.py %/kills.py %/lossless_bits.py %/lossless_files.py,$(wildcard tests/benchmarks/*.py)); do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$f .py) || exit 1; done
 
 # llama.cpp uses AMX where the processor has it without asking Linux for it, and is killed (0.3.36);

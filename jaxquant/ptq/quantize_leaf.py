@@ -107,8 +107,7 @@ class LeafJob:
         exact = entry.method.format.exact
         if not abstract and not exact:
             _check_values(w, sound, entry.path, sums)
-        # Slices of floats could lose payloads of NaN.
-        matrices = entry.matrices(bits_of(w) if exact else w)
+        matrices = entry.matrices(bits_of(w) if exact else w)  # slices of floats could quiet NaN
         if not abstract and not exact:
             self._check_range(matrices)
         method = self._planned(matrices, sums, abstract, w.dtype.name)
@@ -207,9 +206,8 @@ class LeafJob:
                 continue
             known, keys = self._known(i), self._keys(i)
             if method.format.exact:
-                data = method.format.encode_bits(matrices[i])
-                arrays = Arrays(data, {}, {}, known.activations)
-                report = Report(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+                data, zero = method.format.encode_bits(matrices[i]), jnp.float32(0)
+                arrays, report = Arrays(data, {}, {}, known.activations), Report(zero, zero, zero)
                 if not abstract:
                     self._keep(name, arrays, report, made_of)
                 yield [i], arrays, [(name, report, False)]

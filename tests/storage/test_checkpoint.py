@@ -153,7 +153,7 @@ def test_damage_is_named(saved):
 
         return change
 
-    assert "reads up to 3" in broken(edit(version=99))
+    assert "reads up to 4" in broken(edit(version=99))
     assert "damaged" in broken(edit(leaves=None, arrays={"a": {"shape": [1], "dtype": "int8"}}))
     for change in ({"recipe": None}, {"metadata": {}}, {"leaves": []}):
         assert "differs from what was saved" in broken(edit(**change))

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import activations as forms
 from pallas_kernels import cpu
-from pallas_kernels.codecs import float_planes
+from pallas_kernels.codecs import float_fields, float_planes
 from pallas_kernels.cpu import native
 
 REASON = native.load()
@@ -30,7 +30,7 @@ def every(dtype, rng):
     """All bits of a dtype, or a great many, in any order, and rows that make no multiple."""
     size = 8 * jnp.dtype(dtype).itemsize
     u = rng.permutation(1 << 16) if size == 16 else rng.integers(0, 1 << size, 1 << 14)
-    return u.reshape(-1, 64).astype(float_planes.unsigned(dtype))
+    return u.reshape(-1, 64).astype(float_fields.unsigned(dtype))
 
 
 def escaping(rng, k, n):
@@ -61,7 +61,7 @@ def assert_decodes(u, dtype, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", float_planes.DTYPES)
+@pytest.mark.parametrize("dtype", float_fields.DTYPES)
 def test_every_float_decodes(dtype, bits, rng):
     assert_decodes(every(dtype, rng), dtype, bits)
 
@@ -127,11 +127,11 @@ def test_infinities_and_nan_reach_their_columns(bits, rng):
         assert np.isfinite(np.delete(y, [2, 5, 17], 1)).all()
 
 
-@pytest.mark.parametrize("dtype", [d for d in float_planes.DTYPES if d != "bfloat16"])
+@pytest.mark.parametrize("dtype", [d for d in float_fields.DTYPES if d != "bfloat16"])
 def test_products_of_other_floats(dtype, rng):
     w = rng.standard_normal((140, 20)) * 2.0 ** -rng.integers(0, 9, (140, 20))
     w = np.asarray(jnp.asarray(w, dtype))
-    planes = float_planes.encode(jnp.asarray(w.view(float_planes.unsigned(dtype))), dtype, 3)
+    planes = float_planes.encode(jnp.asarray(w.view(float_fields.unsigned(dtype))), dtype, 3)
     x = rng.standard_normal((3, 140)).astype(np.float32)
     rounded = np.asarray(forms.rounded(jnp.asarray(x), "int8"), np.float64)
     for form, exact in (("float", x.astype(np.float64)), ("int8", rounded)):
