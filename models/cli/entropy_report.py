@@ -18,11 +18,13 @@ COLUMNS = (
 )  # fmt: skip
 
 LEGEND = (
-    "Columns are bits per weight. ideal: sign and mantissa as they are, and the entropy of the "
-    "exponent; of quantized tensors, the entropy of the codes, and scales as stored. planes, "
-    "Huffman, rANS: what these codes take (of quantized tensors, the codes only; jaxquant compress "
-    "also codes scales). H(E|row): entropy of exponents, one table per output. alpha: index of the "
-    "alpha-stable distribution that fits best; E(alpha): the entropy of its exponents."
+    "Columns are bits per weight. H(E|row): entropy of exponents, one table per output.",
+    "ideal: sign and mantissa as they are, and the entropy of the exponent; of quantized tensors,",
+    "  the entropy of the codes, and scales as they are.",
+    "planes, Huffman, rANS: what these codes take; of quantized tensors, scales stay as they are,",
+    "  which jaxquant compress codes too.",
+    "alpha: index of the alpha-stable distribution that fits best; E(alpha): the entropy of the",
+    "  exponents of its samples.",
 )
 
 
@@ -73,7 +75,7 @@ def findings(found: StoredEntropy) -> list[str]:
     Args:
       found: the entropies.
     """
-    out = [LEGEND]
+    out = [*LEGEND]
     if (hidden := len(found.tensors) - ROWS) > 0:
         out.append(f"{hidden} more tensors, on which coding saves less, are in --json")
     for name, counts in found.pooled.items():

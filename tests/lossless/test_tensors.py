@@ -161,7 +161,9 @@ def test_payloads_of_nan_survive_in_stacks(form):
     """Slices of floats would quiet them: it is bits that are sliced."""
     u = jnp.resize(jnp.arange(1 << 16, dtype=jnp.uint16)[0x7F00:0x8000], (3, 256, 40))
     w = jax.lax.bitcast_convert_type(u, jnp.bfloat16)
-    coded = jq.lossless.encode({"w": w}, form), jq.quantize({"w": w}, jq.lossless.method(form))
+    sites = jq.sites(lambda p, x: x @ p["w"][0], {"w": w}, jnp.ones((1, 256), jnp.bfloat16))
+    method = jq.lossless.method(form)
+    coded = jq.lossless.encode({"w": w}, form), jq.quantize({"w": w}, method, sites)
     for q in coded:
         assert isinstance(q["w"], jq.QTensor)
         assert (bits(q["w"].dequantize()) == np.asarray(u)).all()
@@ -179,7 +181,7 @@ def test_casts_inside_of_a_function(tree, form):
 @both_forms
 def test_parts_whose_sizes_differ_are_joined_and_read_one_by_one(tmp_path, form):
     layers = [(draw(1, 256, 40, seed=i) * 2.0**-i).astype(jnp.bfloat16) for i in range(3)]
-    layers[1] = layers[1].at[0, :60].set(0)
+    layers[1] = layers[1].at[0, :3].set(0)
     parts = [tmp_path / str(i) for i in range(3)]
     for place, w in zip(parts, layers, strict=True):
         jq.save(place, jq.lossless.encode({"w": w}, form))

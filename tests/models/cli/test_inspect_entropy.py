@@ -128,7 +128,7 @@ def test_codes_of_gguf_types(name):
     """Random blocks have every code; with scales of one, blocks are their codes."""
     weights, size = gguf.GGML_QUANT_SIZES[KIND[name]]
     data = RANDOM.integers(0, 256, (4, 40 * size)).astype(np.uint8)
-    tensor = Tensor("t", KIND[name], (4, 40 * weights), data)
+    tensor = Tensor("t", KIND[name], (4, 40 * weights), data, 0)
     found = np.concatenate(list(gguf_codes.codes(tensor)))
     ternary = name.startswith("TQ")
     stored = gguf_codes.code_bits(tensor)
