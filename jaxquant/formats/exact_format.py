@@ -99,13 +99,3 @@ def check_dtype(dtype: str, stored: str | None = None) -> None:
             f"the format stores {stored} weights, got {dtype}; cast the weights, or leave out the "
             "dtype of the format"
         )
-
-
-def check_size(k: int, n: int) -> None:
-    """Raise ValueError if a matrix has too many weights for places of 31 bits.
-
-    Args:
-      k, n: number of rows and columns.
-    """
-    if k * n >= (1 << 31) - 1:
-        raise ValueError(f"a matrix must have fewer than 2^31 - 1 weights, got {k} x {n}; split it")

@@ -1,6 +1,7 @@
 """FloatPlanes: the bits of floats without loss, in planes of fixed length that a matmul decodes."""
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.core.protocols import Format, OpArguments
-from jaxquant.formats.exact_format import Dtype, ExactFormat, check_dtype, check_size
+from jaxquant.core.protocols import OpArguments
+from jaxquant.formats.exact_format import Dtype, ExactFormat, check_dtype
 from jaxquant.formats.op_format import OpFormat
+from pallas_kernels import cpu, lowering
 from pallas_kernels.codecs import float_fields, float_planes
+from pallas_kernels.cpu import native
 
 _GUESS = 2048  # weights for each one that is listed, where this has to be guessed
 
@@ -57,7 +60,7 @@ class FloatPlanes(ExactFormat, OpFormat):
     def settled(self, dtype: Any, u: UInt[Array, "l k n"]) -> "FloatPlanes":
         """Return the format with the dtype of these matrices and as long a list as they need."""
         check_dtype(dtype, self.dtype)
-        check_size(*u.shape[1:])
+        float_fields.check_size(*u.shape[1:])
         if isinstance(u, jax.core.Tracer | jax.ShapeDtypeStruct):
             listed = u.shape[1] * u.shape[2] // _GUESS
         else:
@@ -73,31 +76,33 @@ class FloatPlanes(ExactFormat, OpFormat):
         Raises:
           ValueError: more weights are to be listed than the format allows.
         """
-        if not isinstance(u, jax.core.Tracer):
-            needed = int(float_planes.missing(u, self.own, self.bits))
-            if needed > self.listed:
-                raise ValueError(
-                    f"{needed} exponents are to be listed, but listed = {self.listed}; give the "
-                    f"format listed={needed}, or use jaxquant.lossless.encode"
-                )
-        planes = float_planes.encode(u, self.own, self.bits, self.listed)
+        float_fields.check_size(*u.shape)
+        coded = float_planes.unlisted(u, self.own, self.bits)
+        if not isinstance(u, jax.core.Tracer) and (needed := int(coded.needed)) > self.listed:
+            raise ValueError(
+                f"{needed} exponents are to be listed, but listed = {self.listed}; give the "
+                f"format listed={needed}, or use jaxquant.lossless.encode"
+            )
+        planes = float_planes.with_list(coded, self.listed, self.own)
         return {name: a for name, a in planes._asdict().items() if a is not None}
 
     def decode_bits(self, data: dict[str, Array], k: int) -> UInt[Array, "k n"]:
-        """Return the bits of the floats of one matrix.
+        """Return the bits of the floats of one matrix; on a CPU, native code decodes them.
 
         Args:
           data: the packed arrays.
           k: number of rows.
         """
-        return float_planes.decode(_planes(data), dtype=self.own, bits=self.bits, k=k)
+        static: dict[str, Any] = {"dtype": self.own, "bits": self.bits, "k": k}
+        plain = partial(float_planes.decode, **static)
+        if lowering.default_platform() != "cpu" or native.load():
+            return plain(_planes(data))
+        fast = partial(cpu.decode_float_planes, **static)
+        return lowering.by_lowering({"cpu": fast}, plain, _planes(data))
 
     def columns(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "k i"]:
         u = float_planes.columns(_planes(data), ids, dtype=self.own, bits=self.bits, k=k)
         return float_fields.floats(u, self.own).astype(jnp.float32)
-
-    def rows(self, data: dict[str, Array], ids: Array, k: int) -> Float[Array, "i n"]:
-        return Format.rows(self, data, ids, k)
 
     def arguments(self, data: dict[str, Array], k: int) -> OpArguments:
         return tuple(_planes(data)), {"dtype": self.own, "bits": self.bits}

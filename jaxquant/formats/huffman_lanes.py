@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt, UInt8, UInt16
 
 from jaxquant.core.fields import check_fields, check_positive
-from jaxquant.formats.exact_format import Dtype, ExactFormat, check_dtype, check_size
+from jaxquant.formats.exact_format import Dtype, ExactFormat, check_dtype
 from jaxquant.formats.tiled_format import TiledFormat
 from pallas_kernels import byte_coders
 from pallas_kernels.codecs import float_fields, huffman_lanes, prefix_code
@@ -55,7 +55,7 @@ class HuffmanLanes(ExactFormat, TiledFormat):
     def settled(self, dtype: Any, u: UInt[Array, "l k n"]) -> "HuffmanLanes":
         """Return the format with the dtype of these matrices and as many words as they need."""
         check_dtype(dtype, self.dtype)
-        check_size(*u.shape[1:])
+        float_fields.check_size(*u.shape[1:])
         if isinstance(u, jax.core.Tracer | jax.ShapeDtypeStruct):
             words = huffman_lanes.lanes(u.shape[1] * u.shape[2]) * LANE * _GUESS // 32
         else:

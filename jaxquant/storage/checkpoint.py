@@ -19,7 +19,7 @@ from jaxquant.core import hosts
 from jaxquant.core.paths import path_leaves
 from jaxquant.core.tensor import QTensor
 from jaxquant.durable.publish import aside, check_parent, publish, restore
-from jaxquant.lossless.arrays import codable, decode_array, encode_array
+from jaxquant.lossless.arrays import codable, encode_array
 from jaxquant.recipes.recipe import Recipe
 from jaxquant.storage.containers import check_like, filled, outlined, placed, some
 from jaxquant.storage.description import (
@@ -31,15 +31,12 @@ from jaxquant.storage.description import (
     read_description,
     write_description,
 )
+from jaxquant.storage.kept_arrays import STORED_AS, kept_as, restored
 from jaxquant.storage.leaves import described, rebuilt, shardings_of
 from jaxquant.storage.outlines import WIDE, outline, outline_in
 from jaxquant.storage.parts import PARTS, Parts, check_parts, joined, linked, parts_of
 
 ARRAYS = "arrays"
-# Dtypes that TensorStore does not support, and the dtypes in which their values are stored.
-STORED_AS = {
-    "int1": "int8", "uint1": "uint8", "uint2": "uint8", "uint4": "uint8", "float8_e4m3": "float16",
-}  # fmt: skip
 
 
 def check_target(directory: str | Path, overwrite: bool = False) -> Path:
@@ -349,14 +346,14 @@ def _read(
         shape, dtype = tuple(d["shape"]), d["dtype"]
         as_numpy = dtype in WIDE and not enabled  # JAX would cut these to 32 bits
         if "coded" in d:
-            wanted[name] = jax.ShapeDtypeStruct((d["coded"],), np.uint8, sharding=own)
+            wanted[name] = jax.ShapeDtypeStruct(*kept_as(d), sharding=own)
         elif 0 in shape:
             found[name] = (np if as_numpy else jnp).zeros(shape, dtype)
         elif as_numpy:
             wanted[name] = np.empty(shape, dtype)
         else:
-            place, stored = places.get((name, shape), own), STORED_AS.get(dtype, dtype)
-            wanted[name] = jax.ShapeDtypeStruct(shape, stored, sharding=place)
+            place = places.get((name, shape), own)
+            wanted[name] = jax.ShapeDtypeStruct(*kept_as(d), sharding=place)
     if not wanted:
         return found
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
@@ -364,22 +361,12 @@ def _read(
         arrays = reader.restore(directory, args=args)
     for name, a in arrays.items():
         d = specs[name]
-        if "coded" in d:
-            found[name] = _decoded(name, a, d, places, enabled)
-        else:
-            found[name] = a.astype(d["dtype"]) if d["dtype"] in STORED_AS else a
+        a = restored(name, a, d)
+        if "coded" in d and not (d["dtype"] in WIDE and not enabled):
+            place = places.get((name, tuple(d["shape"])))
+            a = jnp.asarray(a) if place is None else jax.device_put(a, place)
+        found[name] = a
     return found
-
-
-def _decoded(
-    name: str, stream: Array, spec: Json, places: Mapping[tuple, Sharding], enabled: bool
-) -> Any:
-    """Return an array that was stored losslessly."""
-    shape, dtype = tuple(spec["shape"]), spec["dtype"]
-    a = decode_array(np.asarray(stream), dtype, shape, name)
-    if dtype in WIDE and not enabled:
-        return a
-    return jax.device_put(a, places[name, shape]) if (name, shape) in places else jnp.asarray(a)
 
 
 def nbytes(directory: str | Path) -> int:

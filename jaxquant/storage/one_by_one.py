@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxquant.lossless.arrays import decode_array
-from jaxquant.storage.checkpoint import ARRAYS, STORED_AS, check_files
+from jaxquant.storage.checkpoint import ARRAYS, check_files
 from jaxquant.storage.description import Json, first_line
+from jaxquant.storage.kept_arrays import kept_as, restored
 from jaxquant.storage.leaves import rebuilt, stored_name
 from jaxquant.storage.parts import PARTS
 
@@ -74,34 +74,16 @@ def _read(folder: Path, specs: Json, entry: Json) -> Any:
 
 
 def _arrays(directory: Path, specs: Json) -> dict[str, Any]:
-    shapes = {name: tuple(d["shape"]) for name, d in specs.items()}
-    found: dict[str, Any] = {
-        name: np.zeros(shape, specs[name]["dtype"]) for name, shape in shapes.items() if 0 in shape
-    }
-    wanted = {
-        name: np.broadcast_to(np.zeros((), _kept_as(specs[name])), _kept_shape(specs[name]))
-        for name, shape in shapes.items()
-        if 0 not in shape
-    }
+    empty = {name: d for name, d in specs.items() if 0 in d["shape"]}
+    found: dict[str, Any] = {n: np.zeros(d["shape"], d["dtype"]) for n, d in empty.items()}
+    wanted: dict[str, Any] = {}
+    for name in specs.keys() - empty.keys():
+        shape, dtype = kept_as(specs[name])
+        wanted[name] = np.broadcast_to(np.zeros((), dtype), shape)
     if not wanted:
         return found
     how = ocp.checkpoint_utils.construct_restore_args(wanted)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
         arrays = reader.restore(directory, args=args)
-    for name, a in arrays.items():
-        dtype = specs[name]["dtype"]
-        if "coded" in specs[name]:
-            found[name] = decode_array(np.asarray(a), dtype, shapes[name], name)
-        else:
-            found[name] = a.astype(dtype) if dtype in STORED_AS else a
-    return found
-
-
-def _kept_as(spec: Json) -> str:
-    dtype: str = spec["dtype"]
-    return "uint8" if "coded" in spec else STORED_AS.get(dtype, dtype)
-
-
-def _kept_shape(spec: Json) -> tuple[int, ...]:
-    return (spec["coded"],) if "coded" in spec else tuple(spec["shape"])
+    return found | {name: restored(name, a, specs[name]) for name, a in arrays.items()}

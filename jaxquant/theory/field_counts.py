@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, UInt
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.lossless import byte_planes
+from jaxquant.lossless.arrays import record_of
 from jaxquant.theory.entropy import entropy
 from jaxquant.theory.float_entropy import FieldEntropy, patterns
 
@@ -221,11 +223,8 @@ def split_planes(bits: UInt[np.ndarray, " n"], dtype: DTypeLike) -> list[UInt[np
     >>> [plane.tolist() for plane in split_planes(np.array([0xBF80], np.uint16), "bfloat16")]
     [[127], [1]]
     """
-    kind = jnp.dtype(dtype)
-    width = 8 * kind.itemsize
-    if kind.name in ("bfloat16", "float32"):
-        bits = (bits << 1) | (bits >> (width - 1))
-    return [(bits >> shift).astype(np.uint8) for shift in range(width - 8, -1, -8)]
+    data = np.ascontiguousarray(bits).view(np.uint8)
+    return byte_planes.split(data, record_of(jnp.dtype(dtype).name))[:-1]
 
 
 def _summed(

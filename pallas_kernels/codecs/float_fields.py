@@ -79,6 +79,16 @@ def floats(u: UInt[Array, "*s"], dtype: str) -> Float[Array, "*s"]:
     return jax.lax.bitcast_convert_type(u, jnp.dtype(dtype))
 
 
+def check_size(k: int, n: int) -> None:
+    """Raise ValueError if a matrix has too many floats for places of 31 bits.
+
+    Args:
+      k, n: number of rows and columns.
+    """
+    if k * n >= (1 << 31) - 1:
+        raise ValueError(f"a matrix must have fewer than 2^31 - 1 floats, got {k} x {n}; split it")
+
+
 # --- words of rests ---------------------------------------------------------------------------
 
 

@@ -68,6 +68,25 @@ class Planes(NamedTuple):
     exponent: UInt8[Array, " e"]
 
 
+class Unlisted(NamedTuple):
+    """The planes of a matrix whose list is still empty.
+
+    Attributes:
+      planes: the packed arrays.
+      apart: [k, n], True for the floats that are to be listed.
+      exponent: int32 [k, n], the exponents of all floats.
+    """
+
+    planes: Planes
+    apart: Bool[Array, "k n"]
+    exponent: Int32[Array, "k n"]
+
+    @property
+    def needed(self) -> Int32[Array, ""]:
+        """Number of entries that the list needs."""
+        return jnp.sum(self.apart, dtype=jnp.int32)
+
+
 # --- encoding -------------------------------------------------------------------------------
 
 
@@ -125,14 +144,31 @@ def encode(u: UInt[Array, "k n"], dtype: str, bits: int, listed: int | None = No
     >>> bool((decode(planes, dtype="bfloat16", bits=3, k=3) == u).all())
     True
     """
-    k, n = u.shape
-    if k * n >= NOWHERE:
-        raise ValueError(f"a matrix must have fewer than 2^31 - 1 floats, got {k} x {n}; split it")
-    parts, apart, exponent = _coded(u, dtype=dtype, bits=bits)
-    size = max(1, int(jnp.sum(apart))) if listed is None else listed
-    where, values = _listed(apart, exponent, size)
-    planes = parts._replace(where=where, exponent=values)
-    return planes if listed is None else _or_nan(planes, jnp.sum(apart) <= size, dtype)
+    float_fields.check_size(*u.shape)
+    coded = unlisted(u, dtype, bits)
+    return with_list(coded, max(1, int(coded.needed)) if listed is None else listed, dtype)
+
+
+def unlisted(u: UInt[Array, "k n"], dtype: str, bits: int) -> Unlisted:
+    """Return the planes of a matrix before its list has a size.
+
+    Args:
+      u, dtype, bits: see `encode`.
+    """
+    return Unlisted(*_coded(u, dtype=dtype, bits=bits))
+
+
+def with_list(coded: Unlisted, listed: int, dtype: str) -> Planes:
+    """Return planes with a list of some size; they decode to NaN if it is too short.
+
+    Args:
+      coded: what `unlisted` returns.
+      listed: number of entries of the list.
+      dtype: a key of `float_fields.DTYPES`.
+    """
+    where, values = _listed(coded.apart, coded.exponent, listed)
+    planes = coded.planes._replace(where=where, exponent=values)
+    return _or_nan(planes, coded.needed <= listed, dtype)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -167,7 +203,7 @@ def missing(u: UInt[Array, "k n"], dtype: str, bits: int) -> Int32[Array, ""]:
     >>> int(missing(u, "bfloat16", 3))
     1
     """
-    return jnp.sum(_coded(u, dtype=dtype, bits=bits)[1], dtype=jnp.int32)
+    return unlisted(u, dtype, bits).needed
 
 
 def nbytes(k: int, n: int, dtype: str, bits: int, listed: int) -> int:

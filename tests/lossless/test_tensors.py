@@ -211,3 +211,14 @@ def test_exact_weights_are_not_trained(tree):
 def test_wide_matrices_of_few_rows_stay_as_they_are():
     w = {"w": jnp.ones((2, 5000), jnp.bfloat16)}
     assert jq.lossless.encode(w)["w"] is w["w"]  # a window for every column would take more
+
+
+@pytest.mark.skipif(bool(native.load()), reason="there is no native code to be run")
+def test_native_code_decodes_what_a_user_decodes(tree):
+    """Both forms, inside of a user's program."""
+    for form, target in (
+        ("planes", "jaxquant_float_planes_decode"),
+        ("huffman", "jaxquant_huffman"),
+    ):
+        q = jq.lossless.encode({"w": tree["stack"]}, form)["w"]
+        assert target in jax.jit(lambda q: q.dequantize()).lower(q).as_text()
