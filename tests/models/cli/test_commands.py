@@ -112,7 +112,7 @@ def test_a_warning_is_printed_as_it_is(run, monkeypatch):
 def test_a_job_told_to_stop_leaves_no_output_and_goes_on(tiny, run, tmp_path, monkeypatch):
     command = ("quantize", tiny, "--method", "rtn", "--group-size", 8, "--out", tmp_path / "o")
     with monkeypatch.context() as patch:
-        patch.setattr(output, "save_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(output, "save_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         fails(run(*command), 130, "interrupted; no output was written")
     assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]
     status, _, err = run(*command)
@@ -223,7 +223,7 @@ def test_a_damaged_file_is_done_again(quick, run, tmp_path, monkeypatch):
     """To the very arrays of a run without damage; a line says so."""
     assert run(*quick[:-1], tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(output, "save_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(output, "save_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         fails(
             run(*quick),
             130,

@@ -125,7 +125,7 @@ def test_a_run_killed_after_the_folder_was_written(trained, run, tmp_path):
     shutil.copy(trained / "text.txt", tmp_path)
     command = tune(tmp_path, "cut", "--peft", tmp_path / "peft")
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

@@ -151,12 +151,12 @@ def test_stopped_after_any_layer_it_goes_on_to_the_same_bits(
     want = run(folder, request, tmp_path / "whole")
     done = []
 
-    def one(place, layer):
+    def one(place, layer, *rest):
         """Write a layer, then stop."""
         if done and done[-1] == "now":
             done.append("stop")
             raise StoppedError
-        save(place, layer)
+        save(place, layer, *rest)
         done.extend([place.name, "now"])
 
     monkeypatch.setattr(layerwise, "save_layer", one)
@@ -209,10 +209,10 @@ def test_a_disk_that_fills_keeps_the_layers_that_are_done(folder, tmp_path, monk
     request, save = request_for(folder, "gptq"), layerwise.save_layer
     want = run(folder, request, tmp_path / "whole")
 
-    def full(place, layer):
+    def full(place, layer, *rest):
         if place.name == "1":
             raise OSError("could not write: No space left: 2 bytes are needed, 1 are free")
-        save(place, layer)
+        save(place, layer, *rest)
 
     with Folder(tmp_path / "o.partial", {}) as kept:
         with monkeypatch.context() as patch:
@@ -328,11 +328,11 @@ def test_healing_stopped_after_a_layer_goes_on_to_the_same_bits(folder, tmp_path
     want = run(folder, request, tmp_path / "whole")
     left = []
 
-    def one(place, layer):
+    def one(place, layer, *rest):
         left.append(place)
         if len(left) == 2:
             raise StoppedError
-        save(place, layer)
+        save(place, layer, *rest)
 
     monkeypatch.setattr(healing, "save_layer", one)
     with Folder(tmp_path / "cut.partial", {}) as kept:
