@@ -1,0 +1,1 @@
+"""What no amount of training or quantization can exceed, and what quantization can break."""
