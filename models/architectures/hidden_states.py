@@ -1,4 +1,4 @@
-"""The residual stream of a Llama after each layer, and the attention that each key receives."""
+"""The residual stream of a Llama after each layer, its attention scores, and what keys receive."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -43,32 +43,71 @@ def hidden_states(
       dtype: dtype of activations.
       first_query: first query of the average; texts must be longer than this.
     """
-    embed = blockwise(config, dtype).embed
-    block = Block(config, dtype)
+    kept = lambda h, q, k: HiddenStates(h.astype(jnp.float32), _mass(q, k, first_query))
+    run = _layer_by_layer(config, dtype, kept)
 
     def of(params: PyTree, tokens: Array) -> HiddenStates:
         if len(tokens) <= first_query:
             raise ValueError(f"expected more than {first_query} tokens, got {len(tokens)}")
+        return run(params, tokens)[1]
+
+    return of
+
+
+def attention_scores(
+    config: LlamaConfig, dtype: DTypeLike, reduce: Callable[[Float[Array, "t t"]], PyTree]
+) -> Callable[[PyTree, Int[Array, " t"]], tuple[Float[Array, "t d"], PyTree]]:
+    """Return the function (params, tokens int [t]) -> (last residual stream, reduced scores).
+
+    Layers may be stacked or unstacked. The scores [t, t] of one head are held at a time.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of activations.
+      reduce: function of the scores of one head, float32 [t, t], query by key: q k^T / sqrt(hd),
+        and -inf where the key comes after the query. Its results are stacked [L, heads, ...].
+    """
+    run = _layer_by_layer(config, dtype, lambda h, q, k: _of_heads(q, k, 0, reduce))
+
+    def of(params: PyTree, tokens: Array) -> tuple[Array, PyTree]:
+        h, found = run(params, tokens)
+        return h[0].astype(jnp.float32), found
+
+    return of
+
+
+def _layer_by_layer(
+    config: LlamaConfig, dtype: DTypeLike, kept: Callable[[Array, Array, Array], PyTree]
+) -> Callable[[PyTree, Array], tuple[Array, PyTree]]:
+    """Return (params, tokens) -> the last h [1, t, d] and what is kept of all layers, stacked.
+
+    Of every layer `kept` receives its output [t, d], and its rotated queries and keys
+    [heads, t, hd] in float32.
+    """
+    embed = blockwise(config, dtype).embed
+    block = Block(config, dtype)
+
+    def of(params: PyTree, tokens: Array) -> tuple[Array, PyTree]:
         positions = jnp.arange(len(tokens), dtype=jnp.int32)
         angles = rotation_angles(config, positions)
+        turned = lambda a: rotate(a, angles)[0].astype(jnp.float32).swapaxes(0, 1)
 
-        def step(h: Array, layer: PyTree) -> tuple[Array, HiddenStates]:
+        def step(h: Array, layer: PyTree) -> tuple[Array, PyTree]:
             ((h, _), _), seen = block.apply(
                 {"params": layer}, (h, None), None, positions, angles,
                 capture_intermediates=_is_query_or_key, mutable="intermediates",
             )  # fmt: skip
             q, k = _heads(config, seen["intermediates"]["attn"])
-            mass = _mass(rotate(q, angles)[0], rotate(k, angles)[0], first_query)
-            return h, HiddenStates(h[0].astype(jnp.float32), mass)
+            return h, kept(h[0], turned(q), turned(k))
 
         h = embed(params, tokens[None])
         if not is_apart(params, "layers"):
-            return jax.lax.scan(step, h, params["layers"])[1]
+            return jax.lax.scan(step, h, params["layers"])
         found = []
         for layer in layers_of(params, "layers"):
             h, one = step(h, layer)
             found.append(one)
-        return jax.tree.map(lambda *a: jnp.stack(a), *found)
+        return h, jax.tree.map(lambda *a: jnp.stack(a), *found)
 
     return of
 
@@ -85,16 +124,25 @@ def _heads(config: LlamaConfig, seen: Mapping[str, PyTree]) -> list[Array]:
 
 
 def _mass(
-    q: Float[Array, "t heads hd"], k: Float[Array, "t kv hd"], first: int
+    q: Float[Array, "heads t hd"], k: Float[Array, "kv t hd"], first: int
 ) -> Float[Array, " t"]:
     """Return causal softmax weights averaged over heads and the queries from `first` on."""
-    q, k = q.astype(jnp.float32).swapaxes(0, 1), k.astype(jnp.float32).swapaxes(0, 1)
+    mean = lambda scores: jnp.mean(jax.nn.softmax(scores, axis=-1), axis=0)
+    return jnp.mean(_of_heads(q, k, first, mean), axis=0)
+
+
+def _of_heads(
+    q: Float[Array, "heads t hd"],
+    k: Float[Array, "kv t hd"],
+    first: int,
+    reduce: Callable[[Array], PyTree],
+) -> PyTree:
+    """Return the causal scores of each head, from query `first` on, reduced and stacked."""
     t, hd = k.shape[1:]
     visible = jnp.arange(t) <= jnp.arange(first, t)[:, None]
 
-    def of_head(i: Array) -> Array:
+    def of_head(i: Array) -> PyTree:
         scores = q[i, first:] @ k[i * len(k) // len(q)].T * hd**-0.5
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        return jnp.mean(weights, axis=0)
+        return reduce(jnp.where(visible, scores, -jnp.inf))
 
-    return jnp.mean(jax.lax.map(of_head, jnp.arange(len(q))), axis=0)
+    return jax.lax.map(of_head, jnp.arange(len(q)))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.theory.limits.limit import Limit
 from jaxquant.theory.number_checks import finite
 
 MARGIN = 16  # tokens of filler after the deepest passage
@@ -164,3 +165,45 @@ def retention(
     by_depth = a.sum(0) / b.sum(0)
     share = float(a.sum() / b.sum())
     return Retention(share, low(shares), high(shares), tuple(map(float, by_depth)), min(upper))
+
+
+def middle_limits(
+    model: Float[Array, "n n"],
+    reference: Float[Array, "n n"],
+    at: Int[np.ndarray, "n n"],
+    name: str,
+) -> tuple[Limit, ...]:
+    """Return what gains by depth say about a model.
+
+    Args:
+      model: its gains by context and depth.
+      reference: those of the reference.
+      at: `Planted.at`.
+      name: name of the model.
+    """
+    found = retention(model, reference, at)
+    share, holds = (None, None) if found is None else (found.share, found.holds)
+    note = "The reference gains nothing from a passage that returns."
+    if found is not None:
+        by_depth = ", ".join(f"{s:.2f}" for s in found.by_depth)
+        note = f"95 % interval [{found.low:.2f}, {found.high:.2f}]; by depth {by_depth}."
+    statement = (
+        f"{name} retains this share of what the reference gains when a passage returns, at every "
+        "depth."
+    )
+    kept = Limit("passage recall", statement, "survival", share, SURVIVES, holds, note=note)
+    return kept, _shape(reference, "the reference", "reference"), _shape(model, name, "model")
+
+
+def _shape(gain: Float[Array, "n n"], name: str, short: str) -> Limit:
+    mean = np.asarray(gain).mean(0)
+    inner = mean[1:-1].mean() if len(mean) > 2 else mean.mean()
+    return Limit(
+        f"lost in the middle ({short})",
+        f"By so many nats per token a passage at either end helps {name} more than one in between.",
+        "description",
+        float(min(mean[0], mean[-1]) - inner),
+        None,
+        None,
+        note=f"Gain by depth: {', '.join(f'{g:.2f}' for g in mean)} nats per token.",
+    )

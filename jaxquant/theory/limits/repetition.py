@@ -95,8 +95,8 @@ def loop(
     """Return the loop at the end of a text: the shortest period that fills enough of its tail.
 
     The tail has period p if each of its tokens equals the token p before it. It is a loop if it
-    has `copies` copies of the period, and `shortest` tokens; the last copy may be cut. None of 3,000
-    stretches of 128 or 256 words of WikiText-2 has one.
+    has `copies` copies of the period, and `shortest` tokens; the last copy may be cut. None of
+    3,000 windows of 128 or 256 words of WikiText-2 has one.
 
     Args:
       tokens: token ids [t].

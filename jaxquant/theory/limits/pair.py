@@ -1,0 +1,212 @@
+"""A model beside its reference: the passes that several limits share, each computed once."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxquant.durable.states import Remembered
+from jaxquant.durable.store import Arrays
+from jaxquant.theory.limits.effort import Effort
+from jaxquant.theory.limits.middle import Planted, gains, planted
+from jaxquant.theory.limits.passes import (
+    Scores,
+    check_finite,
+    generated,
+    looked_inside,
+    recalled,
+    scored,
+)
+from jaxquant.theory.limits.subject import Inside, Reduce, Subject
+
+Progress = Callable[[str, float], None]
+
+
+class Pair:
+    """A reference, a model, and what both compute on the reference's text.
+
+    Args:
+      reference: the reference, usually the float model.
+      model: the model that is judged.
+      effort: number of texts and tokens.
+      key: of the sampling; both models get the same random numbers.
+      kept: where results are kept.
+      progress: called with the name and the seconds of each pass.
+    Raises:
+      ValueError: the text is too short, a token is outside of the vocabulary, or the models differ
+        in their vocabularies.
+    """
+
+    def __init__(
+        self,
+        reference: Subject,
+        model: Subject,
+        effort: Effort,
+        key: Array,
+        kept: Remembered,
+        progress: Progress,
+    ) -> None:
+        self.reference, self.model, self.key = reference, model, key
+        self.effort = effort.within(min(reference.context, model.context))
+        self.tokens = np.asarray(reference.tokens)
+        self._kept, self._progress = kept, progress
+        self._check()
+
+    def _check(self) -> None:
+        needed, there = self.effort.tokens, len(self.tokens)
+        if there < needed:
+            raise ValueError(
+                f"the text has {there} tokens, and the limits need {needed} at this effort; pass a "
+                "longer text"
+            )
+        a, b = self.reference, self.model
+        if a.vocabulary != b.vocabulary:
+            raise ValueError(
+                f"{a.name} and {b.name} must have one vocabulary, got {a.vocabulary} and "
+                f"{b.vocabulary} tokens"
+            )
+        if not 0 <= self.tokens.min() <= self.tokens.max() < a.vocabulary:
+            raise ValueError(
+                f"token ids must lie in [0, {a.vocabulary}), got {self.tokens.min()} to "
+                f"{self.tokens.max()}; encode the text with the model's own tokenizer"
+            )
+
+    @functools.cached_property
+    def params(self) -> tuple[PyTree, PyTree]:
+        """Parameters of the reference and of the model."""
+        return self.reference.params(), self.model.params()
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the reference and of the model."""
+        return self.reference.name, self.model.name
+
+    @functools.cached_property
+    def chunks(self) -> Int[np.ndarray, "n t"]:
+        """Chunks of the text."""
+        e = self.effort
+        return self.tokens[: e.chunks * e.chunk].reshape(e.chunks, e.chunk)
+
+    @functools.cached_property
+    def on_text(self) -> Scores:
+        """Predictions of both models on `chunks`."""
+        return self._scores("text", self.chunks)
+
+    @functools.cached_property
+    def greedy(self) -> tuple[Int[np.ndarray, "p k"], Int[np.ndarray, "p k"]]:
+        """Greedy texts of the reference, and of the model."""
+        return self._texts("greedy", False)
+
+    @functools.cached_property
+    def sampled(self) -> tuple[Int[np.ndarray, "p k"], Int[np.ndarray, "p k"]]:
+        """Texts sampled at temperature 1 with the same random keys, of both."""
+        return self._texts("sampled", True)
+
+    @functools.cached_property
+    def on_greedy(self) -> Scores:
+        """Predictions of both models of the reference's greedy texts."""
+        return self._scores_of("greedy text", self.greedy[0])
+
+    @functools.cached_property
+    def on_sampled(self) -> tuple[Scores, Scores]:
+        """Predictions of both models of the reference's sampled texts, and of the model's."""
+        a, b = self.sampled
+        return self._scores_of("reference's sample", a), self._scores_of("model's sample", b)
+
+    @functools.cached_property
+    def planted(self) -> Planted:
+        """Contexts with passages."""
+        e = self.effort
+        middle = e.contexts * e.context
+        passages = self.tokens[middle : middle + e.contexts * e.passage]
+        shape = e.contexts, -1
+        return planted(self.tokens[:middle].reshape(shape), passages.reshape(shape))
+
+    @functools.cached_property
+    def gains(self) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
+        """Gains by context and depth of the reference, and of the model."""
+        found = self._get("passages", self._recalled)
+        of = lambda who: gains(self.planted.at, found[f"{who} present"], found[f"{who} absent"])
+        return of("reference"), of("model")
+
+    def inside(self, name: str, tokens: int, reduce: Reduce) -> tuple[Inside, Inside]:
+        """Return the last states of the text's beginning, and reduced attention scores, of both.
+
+        Args:
+          name: name of the reduction, under which the result is kept.
+          tokens: number of tokens.
+          reduce: see `theory.limits.subject.Functions`; it must return one array.
+        Raises:
+          ValueError: a state is not finite.
+        """
+        ids = jnp.asarray(self.tokens[:tokens])
+        both = []
+        for who, subject, i in (("reference", self.reference, 0), ("model", self.model, 1)):
+            run = lambda s=subject, i=i: looked_inside(s.functions, reduce, self.params[i], ids)
+            found = self._get(f"{name} {who}", lambda run=run: run()._asdict())
+            if not np.isfinite(found["states"]).all():
+                raise ValueError(f"the hidden states of {subject.name} are not finite on the text")
+            both.append(Inside(found["states"], found["heads"]))
+        return both[0], both[1]
+
+    def _recalled(self) -> Arrays:
+        p, skip = self.planted, max(1, self.effort.passage // 4)
+        out = {}
+        for who, subject, params in zip(
+            ("reference", "model"), (self.reference, self.model), self.params, strict=True
+        ):
+            for what, contexts in (("present", p.contexts), ("absent", p.fillers)):
+                rows = [
+                    recalled(subject.functions, skip, params, jnp.asarray(c), p.passages)
+                    for c in contexts
+                ]
+                out[f"{who} {what}"] = np.stack(rows)
+        return out
+
+    @functools.cached_property
+    def prompts(self) -> Int[np.ndarray, "p t"]:
+        """Prompts, evenly spread over the text."""
+        e = self.effort
+        starts = np.linspace(0, len(self.tokens) - e.prompt, e.prompts).astype(int)
+        return np.stack([self.tokens[s : s + e.prompt] for s in starts])
+
+    def _texts(self, name: str, sample: bool) -> tuple[np.ndarray, np.ndarray]:
+        keys = jax.random.split(self.key, self.effort.new)
+
+        def compute() -> Arrays:
+            texts = [
+                generated(s.functions, self.effort.new, params, self.prompts, keys, sample)
+                for s, params in zip((self.reference, self.model), self.params, strict=True)
+            ]
+            return dict(zip(("reference", "model"), map(np.asarray, texts), strict=True))
+
+        found = self._get(f"{name} generation", compute)
+        return np.asarray(found["reference"]), np.asarray(found["model"])
+
+    def _scores_of(self, name: str, texts: Int[np.ndarray, "p k"]) -> Scores:
+        """Return predictions of the generated tokens only."""
+        found = self._scores(name, np.concatenate([self.prompts, texts], axis=1))
+        return Scores(*(a[:, self.effort.prompt - 1 :] for a in found))
+
+    def _scores(self, name: str, tokens: Int[np.ndarray, "b t"]) -> Scores:
+        a, b = self.reference.functions, self.model.functions
+        compute = lambda: scored(a, b, *self.params, jnp.asarray(tokens, jnp.int32))._asdict()
+        found = self._get(f"scores of {name}", compute)
+        scores = Scores(**{field: np.asarray(found[field]) for field in Scores._fields})
+        check_finite(scores, self.names)
+        return scores
+
+    def _get(self, name: str, compute: Callable[[], Arrays]) -> dict[str, np.ndarray]:
+        """Return results that are kept under a name, and tell how long it took to compute them."""
+
+        def timed() -> Arrays:
+            start = time.perf_counter()
+            out = {key: np.asarray(a) for key, a in compute().items()}
+            self._progress(name, time.perf_counter() - start)
+            return out
+
+        return {key: np.asarray(a) for key, a in self._kept.get(name, timed).items()}
