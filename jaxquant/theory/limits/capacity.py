@@ -91,14 +91,14 @@ def cover_share(points: int, dimension: int) -> float:
     return total / (1 << (m - 1))
 
 
-def is_separable(points: Float[Array, "m n"], labels: Float[Array, "m"]) -> bool:
+def is_separable(points: Float[Array, "n d"], labels: Float[Array, "n"]) -> bool:
     """Return whether a plane through the origin has each point on the side of its label.
 
     It is, if y_i <w, x_i> >= 1 has a solution w, which a linear program finds.
 
     Args:
-      points: x [m, n].
-      labels: y [m], each -1 or 1.
+      points: x [n, d].
+      labels: y [n], each -1 or 1.
     Returns:
       Whether it exists.
     Raises:
@@ -113,7 +113,8 @@ def is_separable(points: Float[Array, "m n"], labels: Float[Array, "m"]) -> bool
     x, y = _points(points), np.asarray(labels)
     if y.shape != x.shape[:1] or not np.isin(y, (-1, 1)).all():
         raise ValueError(
-            f"expected one label, -1 or 1, for each of {len(x)} points, got {y.dtype}{list(y.shape)}"
+            f"expected a label, -1 or 1, for each of {len(x)} points, got an array "
+            f"{y.dtype}{list(y.shape)}"
         )
     found = linprog(
         np.zeros(x.shape[1]),
@@ -128,19 +129,19 @@ def is_separable(points: Float[Array, "m n"], labels: Float[Array, "m"]) -> bool
 
 
 def projected(
-    states: Float[Array, "m d"], dimension: int, key: Array
-) -> Float[np.ndarray, "m dimension"]:
+    states: Float[Array, "n d"], dimension: int, key: Array
+) -> Float[np.ndarray, "n dimension"]:
     """Return standardized states under one random Gaussian projection.
 
     States in general position stay so with probability 1; states that coincide, or lie in fewer
     dimensions than are asked for, do not.
 
     Args:
-      states: [m, d], such as one hidden state of each of m distinct contexts.
+      states: [n, d], such as one hidden state of each of n distinct contexts.
       dimension: number of dimensions of the result, 1 or more.
       key: of the projection.
     Returns:
-      Points [m, dimension]. A coordinate that is constant over the states is left out.
+      Points [n, dimension]. A coordinate that is constant over the states is left out.
     Raises:
       ValueError: there are no states, a number is not finite, or the dimension is below 1.
 
@@ -159,13 +160,13 @@ def projected(
     return scaled @ generator(key).normal(size=(x.shape[1], int(dimension)))
 
 
-def separability(points: Float[Array, "m n"], trials: int, key: Array) -> Separability:
+def separability(points: Float[Array, "n d"], trials: int, key: Array) -> Separability:
     """Label points at random, and count the labelings that a plane through the origin separates.
 
     For points in general position the count is binomial with Cover's share.
 
     Args:
-      points: x [m, n].
+      points: x [n, d].
       trials: number of labelings, 1 or more. A linear program takes about 5 ms for 60 points in 30
         dimensions.
       key: of the labels.
@@ -217,8 +218,8 @@ def _counted(
     return Separability(*shape, int(trials), count, expected, p_value)
 
 
-def _points(value: Any) -> Float[np.ndarray, "m n"]:
+def _points(value: Any) -> Float[np.ndarray, "n d"]:
     x = finite(value, "points")
     if x.ndim != 2:
-        raise ValueError(f"expected points [m, n], got shape {list(x.shape)}")
+        raise ValueError(f"expected points [n, d], got shape {list(x.shape)}")
     return x
