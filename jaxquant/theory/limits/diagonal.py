@@ -1,6 +1,9 @@
-"""A target on which each of several predictors is wrong: the diagonal argument, run on a finite set.
+"""A target on which each of several predictors is wrong: the diagonal argument on a finite set.
 
-For predictors h_0 ... h_{V-1} of one bit, and n inputs s_i, the target f(s_i) = 1 - h_{i mod V}(s_i)
+For predictors h_0 ... h_{V-1} of one bit and n inputs s_i, the target
+
+    f(s_i) = 1 - h_{i mod V}(s_i)
+
 makes each predictor wrong on at least floor(n / V) inputs. It follows from the construction, so it
 says nothing about natural questions, and the target depends on the predictors. The number of errors
 has content, because
