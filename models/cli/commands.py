@@ -12,6 +12,7 @@ import warnings
 import click
 
 import jaxquant as jq
+from jaxquant_models.cli.analyze import analyze_command
 from jaxquant_models.cli.chat import chat
 from jaxquant_models.cli.compress import compress, decompress
 from jaxquant_models.cli.console import line
@@ -34,7 +35,7 @@ def cli() -> None:
 
 COMMANDS = (
     plan, quantize, finetune, merge, train_bitnet, evaluate_command, generate, chat, inspect,
-    select, compress, decompress,
+    select, compress, decompress, analyze_command,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

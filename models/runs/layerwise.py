@@ -54,6 +54,7 @@ class LayerwiseJob:
       finished: what has been done, including by earlier runs of the same job.
       reporter: receives reports of the work.
       training: the sequences on which layers are healed, int [N, t]; empty for no healing.
+      place: name of the directory, in the store, that gets the quantized layers.
     """
 
     request: QuantizationRequest
@@ -63,10 +64,11 @@ class LayerwiseJob:
     finished: Folder
     reporter: Reporter
     training: np.ndarray
+    place: str = LAYERS
 
     def __post_init__(self) -> None:
         outline = self.visits.source.outline
-        self._config, self._place = outline.config, self.finished.directory(LAYERS)
+        self._config, self._place = outline.config, self.finished.directory(self.place)
         resolved = jq.recipes.resolve(self.recipe, outline.params, outline.sites())
         self._methods = {e.path: e.method for e in resolved.entries}
         self._count = 0  # of matrices
@@ -88,11 +90,11 @@ class LayerwiseJob:
             self._count = (len(layers) - len(todo)) * self._of_layer
             passes = self.visits.passes
             for i, layer, stats in self._visited(todo):
-                self._quantize(i, layer, stats, step)
+                self.quantize_layer(i, layer, stats, step)
                 if passes is not None:
                     passes.forget("state", [i])
                     passes.forget("gradient", [i + 1])
-            outer = self._outer(step)
+            outer = self.outer(step)
         places = [self._place / str(i) for i in layers]
         return Quantized(outer, self.recipe, self._healed(outer, places))
 
@@ -135,10 +137,17 @@ class LayerwiseJob:
             key=self.request.key, inspect=inspect, first=i,
         )  # fmt: skip
 
-    def _quantize(
+    def quantize_layer(
         self, i: int, layer: dict[str, PyTree], stats: jq.Stats | None, step: Step
     ) -> None:
-        """Quantize a layer and write it."""
+        """Quantize a layer and write it; layer and statistics are emptied.
+
+        Args:
+          i: number of the layer.
+          layer: its parameters.
+          stats: its statistics, or None if the methods need none.
+          step: called after each matrix.
+        """
         inspect = self.visits.inspection(i, layer)
         names: list[str] = []
 
@@ -198,8 +207,12 @@ class LayerwiseJob:
             )
         return found
 
-    def _outer(self, step: Step) -> Model:
-        """Return the model without its layers, as stored, with what the recipe quantizes of it."""
+    def outer(self, step: Step) -> Model:
+        """Return the model without its layers, as stored, with what the recipe quantizes of it.
+
+        Args:
+          step: called after each matrix.
+        """
         params = self.visits.source.outer()
         rules = tuple((p, m) for p, m in self._methods.items() if not stacked(p))
         known: Known = self.visits.sites

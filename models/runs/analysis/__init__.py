@@ -1,0 +1,1 @@
+"""The stages of `jaxquant analyze`; each keeps its result, so that a killed run continues."""

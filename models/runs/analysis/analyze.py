@@ -1,0 +1,178 @@
+"""The analysis of a model: its stages, one after the other, each kept when it is done."""
+
+import datetime
+from typing import Any, NamedTuple
+
+from jaxquant.durable.store import Folder
+from jaxquant_models.runs.analysis import activations, behavior, tensors, walls
+from jaxquant_models.runs.analysis.advice import advice_of, knee
+from jaxquant_models.runs.analysis.findings import findings
+from jaxquant_models.runs.analysis.frontier import Measured, measure
+from jaxquant_models.runs.analysis.identity import identity
+from jaxquant_models.runs.analysis.kept import Kept
+from jaxquant_models.runs.analysis.subjects import Subjects
+from jaxquant_models.runs.analysis.temperatures import temperatures
+from jaxquant_models.runs.fingerprints import VERSIONS
+from jaxquant_models.runs.reporting import Reporter
+from jaxquant_models.schemas.report import (
+    ChipRow,
+    Dimensions,
+    Histogram,
+    Identity,
+    LimitRow,
+    Report,
+    TensorRow,
+)
+
+Json = dict[str, Any]
+QUANTIZED = (
+    "frontier and advice: left out, since MODEL is quantized; give the float model with --against"
+)
+AT_THE_KNEE = "temperatures of tensors: those of the knee of the frontier, {name}"
+
+
+class Analyzed(NamedTuple):
+    """The result of an analysis.
+
+    Attributes:
+      report: the report; `{out}` in its commands stands for the folder of the recipes.
+      recipes: contents of the recipes by the name of their files.
+    """
+
+    report: Report
+    recipes: dict[str, Any]
+
+
+def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyzed:
+    """Run every stage that is not finished, and return the report.
+
+    Args:
+      subjects: the models and the text.
+      finished: the results of finished stages, including those of earlier runs.
+      reporter: receives reports of the work.
+    Raises:
+      ValueError: weights or activations are not finite.
+    """
+    kept, notes = Kept(finished, reporter.tell), list[str]()
+    about = Identity(**kept.stage("identity", lambda: identity(subjects).model_dump()))
+    stored = kept.stage("entropy", lambda: _stored(subjects, reporter))
+    outliers = kept.stage("outliers", lambda: activations.outliers(subjects))
+    dimensions = _dimensions(subjects, kept, reporter, notes)
+    measured = _measured(subjects, kept, finished, reporter)
+    if measured is None:
+        notes.append(QUANTIZED)
+    rows, histograms = _tensors(subjects, kept, stored, outliers, measured, notes)
+    limits = _limits(subjects, kept, finished, reporter, notes)
+    chips = [
+        ChipRow(**row)
+        for row in kept.stage(
+            "roofline", lambda: [r.model_dump() for r in walls.roofline_rows(subjects)]
+        )
+    ]
+    advice = [] if measured is None else advice_of(subjects, measured)
+    frontier = None if measured is None else measured.frontier
+    report = Report(
+        made=_made(),
+        seconds=kept.seconds,
+        identity=about,
+        tensors=rows,
+        histograms=histograms,
+        frontier=frontier,
+        dimensions=dimensions,
+        limits=limits,
+        context=min(subjects.request.context, subjects.model.config.max_position),
+        roofline=chips,
+        energy=None,
+        advice=advice,
+        findings=findings(rows, frontier, dimensions, limits, chips, outliers),
+        notes=notes,
+    )
+    return Analyzed(report, _recipes(measured))
+
+
+def _made() -> dict[str, str]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"time": now, **VERSIONS}
+
+
+def _stored(subjects: Subjects, reporter: Reporter) -> Json:
+    with reporter.stage("entropy of tensors", 0) as step:
+        return tensors.stored_rows(subjects.request.model, step)
+
+
+def _dimensions(
+    subjects: Subjects, kept: Kept, reporter: Reporter, notes: list[str]
+) -> Dimensions | None:
+    models = 1 if subjects.against is None else 2
+
+    def found() -> Json | str:
+        total = models * subjects.model.config.n_layers
+        with reporter.stage("dimension by layer", total) as step:
+            return _dumped(activations.dimensions(subjects, step))
+
+    value = kept.stage("dimensions", found)
+    if isinstance(value, str):
+        notes.append(value)
+        return None
+    return Dimensions(**value)
+
+
+def _dumped(value: Dimensions | str) -> Json | str:
+    return value if isinstance(value, str) else value.model_dump()
+
+
+def _measured(
+    subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter
+) -> Measured | None:
+    if subjects.reference is None:
+        return None
+    run = lambda: measure(subjects, kept, finished, reporter).to_json()
+    return Measured.from_json(kept.stage("frontier", run))
+
+
+def _tensors(
+    subjects: Subjects,
+    kept: Kept,
+    stored: Json,
+    outliers: Json,
+    measured: Measured | None,
+    notes: list[str],
+) -> tuple[list[TensorRow], list[Histogram]]:
+    relative: dict[str, float] = {}
+    hot: dict[str, float] = {}
+    if measured is not None:
+        relative = dict(measured.errors.relative)
+        best = knee(measured.frontier.points)
+        now = {p: about["stored"] for p, about in stored.items()} if subjects.against else {}
+        at = best.bits_per_weight if best and not subjects.against else -1.0
+        hot = temperatures(measured.curves, now, at)
+        if best and not subjects.against:
+            notes.append(AT_THE_KNEE.format(name=best.name))
+
+    def found() -> Json:
+        rows = tensors.tensor_rows(subjects, stored, outliers["kinds"], relative, hot)
+        return {"rows": [r.model_dump() for r in rows[0]], "all": [h.model_dump() for h in rows[1]]}
+
+    value = kept.stage("tensors", found)
+    return [TensorRow(**r) for r in value["rows"]], [Histogram(**h) for h in value["all"]]
+
+
+def _limits(
+    subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter, notes: list[str]
+) -> list[LimitRow]:
+    def found() -> list[Json] | str:
+        rows = behavior.limits(subjects, finished, reporter)
+        return rows if isinstance(rows, str) else [row.model_dump() for row in rows]
+
+    value = kept.stage("limits", found)
+    if isinstance(value, str):
+        notes.append(value)
+        return []
+    return [LimitRow(**row) for row in value]
+
+
+def _recipes(measured: Measured | None) -> dict[str, Any]:
+    """Return the recipes that the commands name, by file name."""
+    if measured is None:
+        return {}
+    return {mixture.file: mixture.recipe for mixture in measured.mixtures}

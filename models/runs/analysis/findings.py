@@ -1,0 +1,181 @@
+"""Sentences computed from the numbers of a report, the most surprising first."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxquant_models.schemas.report import (
+    ChipRow,
+    Dimensions,
+    Frontier,
+    LimitRow,
+    TensorRow,
+)
+
+
+class Finding(NamedTuple):
+    """A sentence, and how surprising it is: about 0 for what anybody would expect."""
+
+    surprise: float
+    text: str
+
+
+def findings(
+    tensors: Sequence[TensorRow],
+    frontier: Frontier | None,
+    dimensions: Dimensions | None,
+    limits: Sequence[LimitRow],
+    chips: Sequence[ChipRow],
+    outliers: Mapping[str, Any],
+) -> list[str]:
+    """Return the sentences that head the page.
+
+    Args:
+      tensors, frontier, dimensions, limits: sections of the report.
+      chips: the roofline.
+      outliers: what `activations.outliers` returns.
+    """
+    found = [
+        *_massive(outliers), *_slack(tensors), *_uneven(tensors), *_tails(tensors),
+        *_of_limits(limits), *_dimension(dimensions),
+        *([] if frontier is None else _cliff(frontier)),
+        *([] if frontier is None else _mixing(frontier)), *_wall(chips),
+    ]  # fmt: skip
+    return [f.text for f in sorted(found, key=lambda f: -f.surprise)]
+
+
+def _massive(outliers: Mapping[str, Any]) -> Iterator[Finding]:
+    top = outliers.get("massive")
+    if top:
+        layers = top["layers"]
+        yield Finding(
+            float(np.log10(max(top["ratio"], 1.0))),
+            f"Massive activations: channel {top['channel']} of token {top['text']} reaches "
+            f"{top['value']:.0f} after layer {top['layer']}, {top['ratio']:.0f} times the median; "
+            f"such values stand in layers {layers[0]} to {layers[-1]}.",
+        )
+
+
+def _slack(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
+    """Find the kind of weight of whose stored bits an ideal lossless code saves most."""
+    known = [t for t in tensors if t.ideal is not None]
+    if not known:
+        return
+    share = lambda t: (t.stored - t.ideal) / t.stored if t.stored else 0.0
+    most = max(known, key=share)
+    total = sum(t.stored * np.prod(t.shape) for t in known)
+    saved = sum((t.stored - (t.ideal or 0.0)) * np.prod(t.shape) for t in known) / total
+    yield Finding(
+        4 * share(most),
+        f"{most.kind} holds the most slack for lossless coding: {most.stored:.2f} bits are stored "
+        f"per weight, and {most.ideal:.2f} would do ({share(most):.0%} less); all matrices "
+        f"together could shrink by {saved:.0%}.",
+    )
+
+
+def _uneven(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
+    """Compare the temperatures of stacks per bit: the next bit belongs to the hottest."""
+    known = [t for t in tensors if t.temperature is not None and t.temperature > 0]
+    if len(known) < 2:
+        return
+    per_bit = lambda t: t.temperature / float(np.prod(t.shape))
+    hot, cold = max(known, key=per_bit), min(known, key=per_bit)
+    ratio = per_bit(hot) / per_bit(cold)
+    yield Finding(
+        float(np.log2(max(ratio, 1.0))) / 2,
+        f"The next bit is worth {ratio:.1f} times more in {hot.kind} than in {cold.kind}; an "
+        "optimal allocation would make both equal.",
+    )
+
+
+def _tails(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
+    if tensors:
+        worst = max(tensors, key=lambda t: t.kurtosis)
+        if worst.kurtosis > 1:
+            yield Finding(
+                float(np.log10(1 + worst.kurtosis)),
+                f"The weights of {worst.kind} have the heaviest tails: excess kurtosis "
+                f"{worst.kurtosis:.1f}, largest weight {worst.largest:.0f} times the root mean "
+                "square.",
+            )
+
+
+def _of_limits(limits: Sequence[LimitRow]) -> Iterator[Finding]:
+    """Report every limit that did not come out as it should."""
+    for row in limits:
+        if row.verdict in ("violated", "collapsed"):
+            number = "" if row.measured is None else f" Measured: {row.measured:.3g}"
+            bound = "" if row.bound is None else f", bound: {row.bound:.3g}"
+            end = "." if number else ""
+            yield Finding(
+                3.0 if row.verdict == "violated" else 2.5,
+                f"Limit {row.name!r} {row.verdict}: {row.statement}{number}{bound}{end}",
+            )
+
+
+def _dimension(found: Dimensions | None) -> Iterator[Finding]:
+    if found is None or len(found.layers) < 2:
+        return
+    values = np.array([layer[0] for layer in found.layers])
+    top, low = int(values.argmax()), int(values.argmin())
+    yield Finding(
+        float(values[top] / max(values[low], 1e-9)) / 3,
+        f"The hidden states have {values[top]:.1f} dimensions ({found.estimators[0]}) after layer "
+        f"{top}, where they have most, and {values[low]:.1f} after layer {low}.",
+    )
+
+
+def _cliff(frontier: Frontier) -> Iterator[Finding]:
+    """Find the step of one method at which KL grows most per bit saved."""
+    worst: tuple[float, str] = (0.0, "")
+    by_method: dict[str, list[Any]] = {}
+    for p in frontier.points:
+        if p.command and "mixed" not in p.name and p.kl > 0:
+            by_method.setdefault(p.name.split()[0], []).append(p)
+    for of in by_method.values():
+        of.sort(key=lambda p: -p.bits_per_weight)
+        for a, b in zip(of, of[1:], strict=False):
+            # The quadratic law says that a bit less multiplies the loss by 4.
+            excess = b.kl / a.kl / 4 ** (a.bits_per_weight - b.bits_per_weight)
+            if excess > worst[0]:
+                text = (
+                    f"From {a.name} to {b.name} the KL divergence grows by a factor of "
+                    f"{b.kl / a.kl:.0f}, {excess:.1f} times what the law of 6 dB a bit predicts "
+                    f"(top-1 agreement falls from {a.top1:.0%} to {b.top1:.0%})."
+                )
+                worst = excess, text
+    if worst[1]:
+        yield Finding(float(np.log2(max(worst[0], 1.0))), worst[1])
+
+
+def _mixing(frontier: Frontier) -> Iterator[Finding]:
+    for mixed in frontier.points:
+        if "mixed" not in mixed.name:
+            continue
+        method = mixed.name.split()[0]
+        alike = [
+            p for p in frontier.points
+            if p.name.startswith(method) and "mixed" not in p.name and p.bytes >= mixed.bytes
+        ]  # fmt: skip
+        if alike and mixed.kl > 0:
+            other = min(alike, key=lambda p: p.bytes)
+            gain = other.kl / mixed.kl
+            if gain > 1:
+                yield Finding(
+                    2 * (gain - 1),
+                    f"Widths that differ by kind of weight lower the KL divergence from "
+                    f"{other.kl:.4f} ({other.name}) to {mixed.kl:.4f} at no more bytes.",
+                )
+
+
+def _wall(chips: Sequence[ChipRow]) -> Iterator[Finding]:
+    bound = [c for c in chips if c.fits and c.critical_batch is not None]
+    if bound:
+        most = max(bound, key=lambda c: c.critical_batch or 0.0)
+        yield Finding(
+            0.5,
+            f"Decoding one sequence uses {most.intensity / most.ridge:.2%} of the arithmetic of "
+            f"{most.chip}, the worst of the chips; it takes {most.critical_batch:.0f} sequences at "
+            "once to use it fully.",
+        )
