@@ -39,7 +39,7 @@ def _at(values: list[float], i: int) -> float | None:
 
 def plot(found: Dimensions) -> Drawing:
     """Draw one line for each estimator, dashed for the reference."""
-    canvas = Canvas("dimension-plot", "Intrinsic dimension by layer", 440, 270)
+    canvas = Canvas("dimension-plot", "Intrinsic dimension by layer", 370, 270)
     sides = [("this model", found.layers, "-")]
     if found.reference:
         sides.append(("reference", found.reference, "--"))
@@ -53,7 +53,7 @@ def plot(found: Dimensions) -> Drawing:
                 who = f", {side}" if found.reference else ""
                 axis.plot(*zip(*points, strict=True), style, color=SERIES[i], lw=1.6, ms=4,
                           marker=MARKS[i] if style == "-" else None,
-                          label=label(estimator + who))  # fmt: skip
+                          label=label(estimator) if style == "-" else None)  # fmt: skip
                 y = [v for _, v in points if v is not None]
                 ends.append(f"{label(estimator)}{who}: from {number(y[0])} to {number(y[-1])}")
         axis.xaxis.get_major_locator().set_params(integer=True)

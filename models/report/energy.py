@@ -50,13 +50,12 @@ def plot(found: Energy) -> Drawing:
     """Draw stacked bars of movement and arithmetic at several widths."""
     rows = sorted(found.by_bits)
     scale, unit = unit_of(max(m + a for _, m, a in rows))
-    canvas = Canvas("energy-plot", "Energy of a token by bits per weight", 440, 70 + 26 * len(rows))
+    canvas = Canvas("energy-plot", "Energy of a token by bits per weight", 370, 80 + 26 * len(rows))
     with canvas as axis:
         at = range(len(rows))
         movement, work = [m / scale for _, m, _ in rows], [a / scale for *_, a in rows]
         axis.barh(at, movement, 0.7, color=SERIES[0], label="moving data", ec=PAPER)
-        axis.barh(at, work, 0.7, movement, color=SERIES[1], label="arithmetic", ec=PAPER,
-                  hatch="///")  # fmt: skip
+        axis.barh(at, work, 0.7, movement, color=SERIES[1], label="arithmetic", ec=PAPER)
         for i, (_, m, a) in enumerate(rows):
             axis.annotate(quantity(m + a, "J"), ((m + a) / scale, i), (4, 0), va="center",
                           textcoords="offset points", fontsize=9)  # fmt: skip

@@ -30,7 +30,7 @@ def plot(found: Histogram, name: str) -> Drawing:
     used = [i for i, n in enumerate(found.counts) if n > 0]
     first, last = max(used[0], used[-1] - WIDEST + 1), used[-1]
     counts = found.counts[first : last + 1]
-    canvas = Canvas(name, f"Exponents of {label(found.kind)}", 300, 170)
+    canvas = Canvas(name, f"Exponents of {label(found.kind)}", 285, 165)
     with canvas as axis:
         axis.bar(range(len(counts)), [100 * (n / total) for n in counts], 0.8, color=SERIES[0])
         step = max(1, len(counts) // 6)

@@ -1,6 +1,7 @@
 """The rate-quality frontier: KL divergence against bytes of all variants that were run."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from jaxquant_models.report.figure import INK, MUTED, SERIES, Canvas, Drawing, axis_labels, label
@@ -18,7 +19,7 @@ PLACES = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right")
           (10, -24, "left"), (-10, -24, "right")]  # fmt: skip
 
 COLUMNS = (
-    Column("variant", "", lambda p: p.name, str, lambda p: p.command or "this model, as it is"),
+    Column("variant", "", lambda p: p.name, str, lambda p: "" if p.command else "this model, as it is"),
     Column("bits per weight", "Bits per quantized weight, with scales and codebooks.",
            lambda p: p.bits_per_weight),
     Column("size", "Bytes of all parameters in memory.",
@@ -31,6 +32,7 @@ COLUMNS = (
     Column("frontier", "Whether no other variant is both smaller and closer to the reference.",
            lambda p: "on it" if p.on_frontier else "behind", str, None,
            lambda p: "good" if p.on_frontier else ""),
+    Column("command", "The command line that makes it.", lambda p: p.command, str, code=True),
 )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def section(report: Report) -> Section | None:
 def plot(found: Frontier) -> Drawing:
     """Draw KL divergence against bytes; only labels, not points, are left out for lack of room."""
     points = sorted(found.points, key=lambda p: (p.bytes, p.kl))
-    canvas = Canvas("frontier-plot", "KL divergence against size", 440, 300)
+    canvas = Canvas("frontier-plot", "KL divergence against size", 370, 300)
     with canvas as axis:
         line = [p for p in points if p.on_frontier]
         axis.plot([p.bytes for p in line], [_height(p) for p in line], color=SERIES[0], lw=1.5)
@@ -97,6 +99,7 @@ def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> 
     draw = figure._get_renderer()
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in
              axis.transData.transform([(p.bytes, _height(p)) for p in points])]  # fmt: skip
+    taken += line_boxes(axis, [p for p in points if p.on_frontier])
     area = axis.get_window_extent(draw)
     for p in named:
         text = axis.annotate(label(p.name), (p.bytes, _height(p)), (0, 0), fontsize=9, color=INK,
@@ -106,6 +109,15 @@ def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> 
         best = min(PLACES, key=lambda place: _cost(text, place, taken, area, draw))
         _move(text, best)
         taken.append(text.get_window_extent(draw).extents)
+
+
+def line_boxes(axis: Any, line: Sequence[Point]) -> list[tuple[float, ...]]:
+    """Small boxes along the frontier's line, so that labels keep off it."""
+    if len(line) < 2:
+        return []
+    corners = axis.transData.transform([(p.bytes, _height(p)) for p in line])
+    steps = [(a + (b - a) * i / 24) for a, b in pairwise(corners) for i in range(25)]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
 
 
 def _move(text: Any, place: tuple[int, int, str]) -> None:

@@ -1,6 +1,6 @@
 """The limits and their verdicts."""
 
-from jaxquant_models.report.numbers import duration
+from jaxquant_models.report.numbers import DASH, duration
 from jaxquant_models.report.section import Section
 from jaxquant_models.report.table import Column, table
 from jaxquant_models.schemas.report import LimitRow, Report
@@ -27,7 +27,7 @@ def _words(row: LimitRow) -> str:
 COLUMNS = (
     Column("limit", "", lambda r: r.name, str, _words),
     Column("verdict", "Whether the comparison came out as stated.", lambda r: r.verdict,
-           lambda v: SIGNS[MARKS.get(v, "")] + v, None, mark),
+           lambda v: DASH if v == "-" else SIGNS[MARKS.get(v, "")] + v, None, mark),
     Column("measured", "What was measured on this model.", lambda r: r.measured),
     Column("bound", "What it is compared with, computed for this model.", lambda r: r.bound),
     Column("kind", "; ".join(f"{k}: {v}" for k, v in MEANINGS.items()) + ".",
@@ -41,7 +41,7 @@ def section(report: Report) -> Section | None:
     if not report.limits:
         return None
     order = {"bad": 0, "good": 1, "": 2}
-    rows = sorted(report.limits, key=lambda r: order[mark(r)])
+    rows = sorted(report.limits, key=lambda r: (order[mark(r)], r.kind != "survival"))
     failed = [r.name for r in rows if mark(r) == "bad"]
     count = f"{len(rows)} checks, {len(failed)} failed"
     lead = (

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from jaxquant_models.report import (
     dimensions,
@@ -65,6 +66,15 @@ def _shown(value: Any) -> Any:
     return clean(value) if type(value) is str else value
 
 
+def breakable(text: str) -> Markup:
+    """Return the text for HTML, with places after slashes where a line may end.
+
+    >>> breakable("a/<b>")
+    Markup('a/<wbr>&lt;b&gt;')
+    """
+    return escape(clean(text)).replace("/", Markup("/<wbr>"))
+
+
 @cache
 def _template() -> jinja2.Template:
     folder = Path(__file__).parent
@@ -76,11 +86,11 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        name: jinja2.filters.do_mark_safe((folder / name).read_text("utf-8"))
-        for name in ("page.css", "page.js")
+    for name, file in (("style", "page.css"), ("script", "page.js")):
+        environment.globals[name] = Markup((folder / file).read_text("utf-8"))
+    environment.filters |= {
+        "number": number,
+        "bytes": lambda value: quantity(value, "B"),
+        "breakable": breakable,
     }
-    environment.globals |= {"style": environment.globals.pop("page.css"),
-                            "script": environment.globals.pop("page.js")}  # fmt: skip
-    environment.filters |= {"number": number, "bytes": lambda value: quantity(value, "B")}
     return environment.get_template("page.html")

@@ -84,7 +84,7 @@ def plot(
     view: tuple[tuple[float, float], tuple[float, float]],
 ) -> Drawing:
     """Draw the roofs of a family, with a circle for decoding and a square for the prompt."""
-    canvas = Canvas(name, f"Roofline: {family}", 340, 290)
+    canvas = Canvas(name, f"Roofline: {family}", 285, 265)
     (low, high), _ = view
     with canvas as axis:
         for i, c in enumerate(chips):
@@ -95,8 +95,8 @@ def plot(
                 if intensity and intensity > 0:
                     axis.plot([intensity], [roof(c, intensity)], marker, ms=6, color=SERIES[i])
         axis.set(xscale="log", yscale="log", xlim=view[0], ylim=view[1])
-        for part in (axis.xaxis, axis.yaxis):
-            ticks(part, lambda v: quantity(v, "").strip())
+        ticks(axis.xaxis)
+        ticks(axis.yaxis, lambda v: quantity(v, "").strip())
         axis.tick_params(colors=MUTED)
         axis_labels(axis, "operations per byte", "operations per second")
         axis.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -19,6 +19,7 @@ class Column:
       value: what the column is sorted by, a function of a row: number, text, or None.
       show: the text of a cell, a function of that value. Default: `number`.
       more: a second text below it, a function of a row. Default: none.
+      code: whether the text is a command line, which is not broken.
       mark: "good", "bad" or "" of a row: the look of the cell, in addition to its words.
     """
 
@@ -28,17 +29,19 @@ class Column:
     show: Callable[[Any], str] = number
     more: Callable[[Any], str] | None = None
     mark: Callable[[Any], str] | None = None
+    code: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell: its text, what it is sorted by, whether it is a number, a second text, a mark."""
+    """One cell: its text, what it is sorted by, whether it is a number, a second text, a mark, whether it is code."""
 
     text: str
     key: str
     numeric: bool
     more: str
     mark: str
+    code: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ def _cell(column: Column, row: object) -> Cell:
         numeric=numeric,
         more=column.more(row) if column.more else "",
         mark=column.mark(row) if column.mark else "",
+        code=column.code,
     )
 
 

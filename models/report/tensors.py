@@ -89,7 +89,7 @@ def plot(tensors: Sequence[TensorRow], words: str, bad: Sequence[float]) -> Draw
         return None
     known = sorted(v for (k, i), v in cells.items() if k in kinds and i in layers)
     low, high = known[0], known[-1]
-    canvas = Canvas("tensor-map", f"{words} by layer", 440, 70 + 19 * len(kinds))
+    canvas = Canvas("tensor-map", f"{words} by layer", 370, 70 + 19 * len(kinds))
     with canvas as axis:
         for (kind, layer), value in cells.items():
             if kind in kinds and layer in layers:
