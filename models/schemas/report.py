@@ -191,6 +191,8 @@ class ChipRow(Part):
       intensity: operations per byte of decoding at batch 1.
       ridge: operations per byte at which the chip's two roofs meet.
       joules: energy per token at batch 1; null where no constant is known.
+      bandwidth: bytes per second of the chip's memory, for the figure; null leaves it out there.
+      prefill_intensity: operations per byte of that prompt, for the figure.
     """
 
     chip: str
@@ -203,6 +205,8 @@ class ChipRow(Part):
     intensity: FiniteFloat
     ridge: FiniteFloat
     joules: FiniteFloat | None
+    bandwidth: FiniteFloat | None = None
+    prefill_intensity: FiniteFloat | None = None
 
 
 class Energy(Part):

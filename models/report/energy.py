@@ -1,0 +1,84 @@
+"""Where the energy of a token goes."""
+
+from jaxquant_models.report.figure import PAPER, SERIES, Canvas, Drawing, axis_labels
+from jaxquant_models.report.numbers import number, quantity
+from jaxquant_models.report.section import Section
+from jaxquant_models.report.table import Column, table
+from jaxquant_models.schemas.report import Energy, Report
+
+PARTS = (
+    Column("part", "", lambda row: row[0], str),
+    Column("energy / token", "", lambda row: row[1], lambda v: quantity(v, "J")),
+    Column("share", "", lambda row: row[2], lambda v: f"{number(100 * v)} %"),
+)
+CONSTANTS = (
+    Column("constant", "", lambda row: row[0], str, lambda row: row[2]),
+    Column("value", "", lambda row: row[1]),
+)
+
+
+def section(report: Report) -> Section | None:
+    """Return the section, or None if no energy was computed."""
+    found = report.energy
+    if found is None:
+        return None
+    parts = {"moving weights": found.weights, "moving the cache": found.cache,
+             "arithmetic": found.arithmetic}  # fmt: skip
+    total = sum(parts.values())
+    rows: list[tuple[str, float, float | None]] = [
+        (name, joules, joules / total if total > 0 else None) for name, joules in parts.items()
+    ]
+    rows.append(("together", total, None))
+    moved = found.weights + found.cache
+    lead = (f"One decoded token under the constants of {found.node}, at {report.context:,} tokens "
+            f"of context: {quantity(total, 'J')}.",)  # fmt: skip
+    if found.landauer > 0:
+        lead += (
+            "Erasing as many bits as are moved costs at least "
+            f"{quantity(found.landauer, 'J')} at 300 K (Landauer): moving them costs "
+            f"{number(moved / found.landauer, 2)} times as much.",
+        )
+    tables = [table("Energy of one token", PARTS, rows)]
+    if found.constants:
+        constants = [(n, v, found.sources.get(n, "")) for n, v in found.constants.items()]
+        tables.append(table("The constants, and where they come from", CONSTANTS, constants))
+    drawings = (plot(found),) if found.by_bits else ()
+    return Section("energy", "Energy of a token", lead, drawings, tuple(tables))
+
+
+def plot(found: Energy) -> Drawing:
+    """Draw stacked bars of movement and arithmetic at several widths."""
+    rows = sorted(found.by_bits)
+    scale, unit = unit_of(max(m + a for _, m, a in rows))
+    canvas = Canvas("energy-plot", "Energy of a token by bits per weight", 370, 80 + 26 * len(rows))
+    with canvas as axis:
+        at = range(len(rows))
+        movement, work = [m / scale for _, m, _ in rows], [a / scale for *_, a in rows]
+        axis.barh(at, movement, 0.7, color=SERIES[0], label="moving data", ec=PAPER)
+        axis.barh(at, work, 0.7, movement, color=SERIES[1], label="arithmetic", ec=PAPER)
+        for i, (_, m, a) in enumerate(rows):
+            axis.annotate(quantity(m + a, "J"), ((m + a) / scale, i), (4, 0), va="center",
+                          textcoords="offset points", fontsize=9)  # fmt: skip
+        axis.set_yticks(at, [number(b) for b, *_ in rows])
+        axis.margins(x=0.16)
+        axis.grid(visible=False, axis="y")
+        axis.xaxis.set_major_formatter(lambda v, _: number(v))
+        axis_labels(axis, f"{unit} per token", "bits per weight")
+        axis.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    about = "; ".join(
+        f"{number(b)} bits: {quantity(m, 'J')} of movement, {quantity(a, 'J')} of arithmetic"
+        for b, m, a in rows
+    )
+    return canvas.drawing(about, "The same model at other widths of its weights.")
+
+
+def unit_of(largest: float) -> tuple[float, str]:
+    """Return the unit for an axis that ends at `largest` joules, and its name.
+
+    >>> unit_of(0.003)
+    (0.001, 'mJ')
+    """
+    for scale, unit in ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ")):
+        if largest >= scale:
+            return scale, unit
+    return 1.0, "J"

@@ -1,0 +1,139 @@
+"""The rate-quality frontier: KL divergence against bytes of all variants that were run."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from jaxquant_models.report.figure import INK, MUTED, SERIES, Canvas, Drawing, axis_labels, label
+from jaxquant_models.report.figure import log_ticks as ticks
+from jaxquant_models.report.numbers import number, quantity
+from jaxquant_models.report.section import Section
+from jaxquant_models.report.table import Column, table
+from jaxquant_models.schemas.report import Frontier, Point, Report
+
+FLOOR = 1e-6  # nats; a KL below it is drawn here
+MOST = 14  # points that are labelled; of more, those on the frontier
+# Where a label may stand: offset from its point in points, and alignment.
+PLACES = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
+          (0, 9, "center"), (0, -17, "center"), (10, 16, "left"), (-10, 16, "right"),
+          (10, -24, "left"), (-10, -24, "right")]  # fmt: skip
+
+COLUMNS = (
+    Column("variant", "", lambda p: p.name, str, lambda p: "" if p.command else "this model, as it is"),
+    Column("bits per weight", "Bits per quantized weight, with scales and codebooks.",
+           lambda p: p.bits_per_weight),
+    Column("size", "Bytes of all parameters in memory.",
+           lambda p: p.bytes, lambda v: quantity(v, "B")),
+    Column("KL", "Mean Kullback-Leibler divergence from the reference, in nats per token: 0 means "
+           "the same predictions, 0.01 is hardly noticed, 1 is another model.", lambda p: p.kl),
+    Column("top-1", "How often the most likely token is that of the reference.",
+           lambda p: p.top1, lambda v: f"{number(100 * v)} %"),
+    Column("perplexity", "Perplexity on the text.", lambda p: p.perplexity),
+    Column("frontier", "Whether no other variant is both smaller and closer to the reference.",
+           lambda p: "on it" if p.on_frontier else "behind", str, None,
+           lambda p: "good" if p.on_frontier else ""),
+    Column("command", "The command line that makes it.", lambda p: p.command, str, code=True),
+)  # fmt: skip
+
+
+def section(report: Report) -> Section | None:
+    """Return the section, or None if no variant was run."""
+    found = report.frontier
+    if found is None or not found.points:
+        return None
+    lead = (
+        "Lower left is better: fewer bytes, and predictions closer to those of the reference, "
+        f"{found.reference} (perplexity {number(found.perplexity)}), on {found.tokens:,} tokens. "
+        "No variant beats those on the line in both.",
+    )
+    points = sorted(found.points, key=lambda p: (p.bytes, p.kl))
+    return Section("frontier", "Size against quality", lead, (plot(found),),
+                   (table("The variants that were run, by size", COLUMNS, points),))  # fmt: skip
+
+
+def plot(found: Frontier) -> Drawing:
+    """Draw KL divergence against bytes; only labels, not points, are left out for lack of room."""
+    points = sorted(found.points, key=lambda p: (p.bytes, p.kl))
+    canvas = Canvas("frontier-plot", "KL divergence against size", 370, 300)
+    with canvas as axis:
+        line = [p for p in points if p.on_frontier]
+        axis.plot([p.bytes for p in line], [_height(p) for p in line], color=SERIES[0], lw=1.5)
+        for p in points:
+            own = not p.command
+            style = (
+                {"marker": "*", "ms": 13, "color": SERIES[1]}
+                if own
+                else {"marker": "o", "ms": 5.5, "color": SERIES[0] if p.on_frontier else MUTED}
+            )
+            hollow = {} if own or p.on_frontier else {"mfc": "none"}
+            axis.plot([p.bytes], [_height(p)], ls="", **style, **hollow)
+        axis.set_yscale("log")
+        axis.margins(x=0.14, y=0.14)
+        if points[-1].bytes > 4 * max(points[0].bytes, 1):
+            axis.set_xscale("log")
+            ticks(axis.xaxis, lambda v: quantity(v, "B"))
+        else:
+            axis.locator_params(axis="x", nbins=5)
+            axis.xaxis.set_major_formatter(lambda v, _: quantity(v, "B"))
+        ticks(axis.yaxis)
+        axis_labels(axis, "bytes of all parameters", "KL from the reference, nats per token")
+        few = len(points) <= MOST
+        place_labels(axis, [p for p in points if few or p.on_frontier or not p.command], points)
+    about = "; ".join(
+        f"{label(p.name)}: {quantity(p.bytes, 'B')}, KL {number(p.kl)}" for p in points[:40]
+    )
+    caption = "Filled points are on the frontier, hollow ones behind it."
+    if any(not p.command for p in points):
+        caption += " The star is this model."
+    return canvas.drawing(about, caption)
+
+
+def _height(p: Point) -> float:
+    return max(p.kl, FLOOR)
+
+
+def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> None:
+    """Write the names where they cover the fewest points and labels, the first place preferred."""
+    figure = axis.figure
+    figure.draw_without_rendering()  # fixes the axes, in whose units the places are
+    draw = figure._get_renderer()
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in
+             axis.transData.transform([(p.bytes, _height(p)) for p in points])]  # fmt: skip
+    taken += line_boxes(axis, [p for p in points if p.on_frontier])
+    area = axis.get_window_extent(draw)
+    for p in named:
+        text = axis.annotate(label(p.name), (p.bytes, _height(p)), (0, 0), fontsize=9, color=INK,
+                             textcoords="offset points", in_layout=False)  # fmt: skip
+        if not p.command:
+            text.set_fontweight("bold")
+        best = min(PLACES, key=lambda place: _cost(text, place, taken, area, draw))
+        _move(text, best)
+        taken.append(text.get_window_extent(draw).extents)
+
+
+def line_boxes(axis: Any, line: Sequence[Point]) -> list[tuple[float, ...]]:
+    """Small boxes along the frontier's line, so that labels keep off it."""
+    if len(line) < 2:
+        return []
+    corners = axis.transData.transform([(p.bytes, _height(p)) for p in line])
+    steps = [(a + (b - a) * i / 24) for a, b in pairwise(corners) for i in range(25)]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
+
+
+def _move(text: Any, place: tuple[int, int, str]) -> None:
+    text.set_position(place[:2])
+    text.set_ha(place[2])
+
+
+def _cost(text: Any, place: Any, taken: Sequence[Any], area: Any, draw: Any) -> tuple[float, int]:
+    """Area covered, or outside of the axes; then the place's rank."""
+    _move(text, place)
+    x0, y0, x1, y1 = text.get_window_extent(draw).extents
+    overlap = sum(
+        max(min(x1, b[2]) - max(x0, b[0]), 0) * max(min(y1, b[3]) - max(y0, b[1]), 0)
+        for b in taken
+    )
+    inside = max(min(x1, area.x1) - max(x0, area.x0), 0) * max(
+        min(y1, area.y1) - max(y0, area.y0), 0
+    )
+    return float(overlap + (x1 - x0) * (y1 - y0) - inside), PLACES.index(place)
