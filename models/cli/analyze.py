@@ -6,8 +6,9 @@ import shlex
 import click
 
 from jaxquant_models.cli.console import Bars, emit, usage_errors
-from jaxquant_models.cli.report_output import DATA, ReportOutput
+from jaxquant_models.cli.report_output import DATA, PAGE, ReportOutput
 from jaxquant_models.readers.text import BUILTIN
+from jaxquant_models.report import page
 from jaxquant_models.runs.analysis.analyze import Analyzed, analyze
 from jaxquant_models.runs.analysis.request import EFFORTS, AnalysisRequest
 from jaxquant_models.runs.analysis.subjects import load_subjects
@@ -67,6 +68,7 @@ def analyze_command(
     run.
     """
     with usage_errors():
+        page.check()  # before anything is computed
         output = ReportOutput(out, overwrite)
         request = AnalysisRequest(model, against, text, effort, context)  # type: ignore[arg-type]
     output.hold()
@@ -98,7 +100,7 @@ def _files(found: Analyzed) -> dict[str, str]:
     data = json.dumps(found.report.model_dump(mode="json"), allow_nan=False, indent=1)
     Report.model_validate_json(data)
     recipes = {name: json.dumps(recipe) for name, recipe in found.recipes.items()}
-    return {DATA: data, **recipes}
+    return {PAGE: page.render(found.report), DATA: data, **recipes}
 
 
 def _show(report: Report, out: str, as_json: bool) -> None:

@@ -49,7 +49,7 @@ def outliers(subjects: Subjects) -> dict[str, Any]:
 
 
 def dimensions(subjects: Subjects, step: Step) -> Dimensions | str:
-    """Return the dimension of the hidden states of MODEL and of its reference, or why there is none.
+    """Return the dimension of hidden states of MODEL and its reference, or why there is none.
 
     Args:
       subjects: the models and the text.

@@ -46,7 +46,8 @@ def advice_of(subjects: Subjects, measured: Measured) -> list[Advice]:
         return []
     reason = (
         f"{best.name} is the knee of the frontier: {_size(best)} with a KL divergence of "
-        f"{best.kl:.4f} nats per token and {best.top1:.1%} top-1 agreement. {_neighbors(best, points)}"
+        f"{best.kl:.4f} nats per token and {best.top1:.1%} top-1 agreement. "
+        + _neighbors(best, points)
     )
     found = [_advice(best, reason, None)]
     for mixture in measured.mixtures:

@@ -22,9 +22,8 @@ def limits(subjects: Subjects, finished: Finished, reporter: Reporter) -> list[L
       ValueError: weights or activations are not finite.
     """
     request = subjects.request
-    effort = EFFORTS[request.effort]
     try:
-        needed = effort.within(subjects.model.config.max_position).tokens
+        needed = needed_tokens(request.effort, subjects.model.config.max_position)
     except ValueError as error:
         return f"limits: left out, since {error}"
     model = subject_of(subjects.model, subjects.text, name=request.model)
@@ -42,3 +41,15 @@ def limits(subjects: Subjects, finished: Finished, reporter: Reporter) -> list[L
         finished=finished, progress=tell,
     )  # fmt: skip
     return [LimitRow(**row) for row in suite.to_json()]
+
+
+def needed_tokens(effort: str, positions: int) -> int:
+    """Return the number of tokens of text that the suite needs.
+
+    Args:
+      effort: name of the effort.
+      positions: largest number of positions of the model.
+    Raises:
+      ValueError: the model has too few positions.
+    """
+    return EFFORTS[effort].within(positions).tokens

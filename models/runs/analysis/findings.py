@@ -1,5 +1,6 @@
 """Sentences computed from the numbers of a report, the most surprising first."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def _cliff(frontier: Frontier) -> Iterator[Finding]:
             by_method.setdefault(p.name.split()[0], []).append(p)
     for of in by_method.values():
         of.sort(key=lambda p: -p.bits_per_weight)
-        for a, b in zip(of, of[1:], strict=False):
+        for a, b in itertools.pairwise(of):
             # The quadratic law says that a bit less multiplies the loss by 4.
             excess = b.kl / a.kl / 4 ** (a.bits_per_weight - b.bits_per_weight)
             if excess > worst[0]:

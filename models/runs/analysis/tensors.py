@@ -101,7 +101,7 @@ def tensor_rows(
                 temperature=temperatures.get(path),
                 outliers=outliers.get(path, []),
                 **_shape_of(w),
-            )  # fmt: skip
+            )
         )
     return rows, [_pooled(histograms), *histograms]
 

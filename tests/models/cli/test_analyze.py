@@ -1,0 +1,265 @@
+"""`jaxquant analyze`: its numbers computed again, killed runs, one clear line for bad input."""
+
+import json
+import shlex
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxquant as jq
+from jaxquant.theory.limits.limit import Limit, Suite
+from jaxquant_models import load
+from jaxquant_models.cli.commands import main
+from jaxquant_models.runs.analysis import behavior, request
+from jaxquant_models.schemas.report import Report
+from tests.support.command import fails
+from tests.support.stopped import stopped_at
+from tests.support.tiny_llama import BASE, random_tensors, write_folder
+
+VARIANTS = (("rtn", 4), ("gptq", 4), ("gptq", 2))
+SMALL = request.Effort(2, 1024, VARIANTS, 1, 200)
+# Its tokens hardly repeat, so that the hidden states of most are distinct.
+TEXT = "".join(chr(97 + (i * i * 7 + i * 13 + i // 5) % 26) for i in range(1500))
+SUITE = Suite((Limit("floor", "A share is wrong.", "theorem", 0.3, 0.25, True),))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """An effort with few variants, and a suite of limits that takes no time; it has its tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(request.EFFORTS, "fast", SMALL)
+        patch.setattr(behavior, "run_suite", lambda *_, **__: SUITE)
+        patch.setattr(behavior, "needed_tokens", lambda *_: 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A float model, a text, and the float model's report."""
+    folder = tmp_path_factory.mktemp("analyze")
+    write_folder(folder / "model", BASE, random_tensors(BASE))
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in command(folder, folder / "whole")])
+    assert not stop.value.code
+    return folder
+
+
+def command(folder, out, *options, model=None):
+    text = folder / "text.txt"
+    return (
+        "analyze",
+        model or folder / "model",
+        "--text",
+        text,
+        "--effort",
+        "fast",
+        "--out",
+        out,
+        *options,
+    )
+
+
+def report_in(folder):
+    return json.loads((folder / "report.json").read_bytes())
+
+
+def timeless(report):
+    """Without the times."""
+    return {k: v for k, v in report.items() if k not in ("made", "seconds")}
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_the_report(place):
+    report = report_in(place / "whole")
+    Report.model_validate(report)
+    names = sorted(p.name for p in (place / "whole").iterdir())
+    assert names[-2:] == ["report.html", "report.json"]
+    assert sorted(p.name for p in place.iterdir()) == ["model", "text.txt", "whole"]
+    stages = {"identity", "entropy", "outliers", "dimensions", "frontier", "tensors", "limits"}
+    assert stages <= set(report["seconds"])
+    assert report["limits"][0]["verdict"] == "holds"
+    assert len(report["dimensions"]["layers"]) == BASE["num_hidden_layers"]
+    assert report["findings"] and report["advice"]
+
+
+def test_numbers_of_tensors(place):
+    tensors = load_file(place / "model" / "model.safetensors")
+    rows = {row["path"]: row for row in report_in(place / "whole")["tensors"]}
+    stack = np.stack([tensors[f"model.layers.{i}.mlp.down_proj.weight"].T for i in range(3)])
+    row = rows["layers/mlp/down/kernel"]
+    assert row["shape"] == list(stack.shape) and row["kind"] == "mlp/down"
+    assert (row["stored"], row["distortion"], row["gap"]) == (32.0, None, None)
+    z = [(w - w.mean()) / w.std() for w in stack.astype(np.float64)]
+    np.testing.assert_allclose(row["kurtosis"], np.mean([np.mean(a**4) - 3 for a in z]), atol=1e-4)
+    largest = np.mean([np.abs(w).max() / np.sqrt(np.mean(w**2)) for w in stack])
+    np.testing.assert_allclose(row["largest"], largest, rtol=1e-5)
+    exponents = np.floor(np.log2(np.abs(stack[stack != 0]))).astype(int)
+    _, counts = np.unique(exponents, return_counts=True)
+    p = counts / counts.sum()
+    np.testing.assert_allclose(row["exponent"], -np.sum(p * np.log2(p)), rtol=1e-6)
+    found = {h["kind"]: h for h in report_in(place / "whole")["histograms"]}["mlp/down"]
+    assert found["first"] == exponents.min() and sum(found["counts"]) == exponents.size
+
+
+def test_numbers_of_the_frontier(place, run, tmp_path):
+    """The command of a point makes a model with the bytes, bits, KL and agreement of the point."""
+    frontier = report_in(place / "whole")["frontier"]
+    points = {p["name"]: p for p in frontier["points"]}
+    assert {f"{m} {b} bits" for m, b in VARIANTS} <= set(points)
+    mixed = next(name for name in points if "mixed" in name)
+    source = load(place / "model")
+    tokens = np.asarray(source.tokenizer.encode(TEXT))[:512].reshape(2, 256)
+    tokens[:, 0] = BASE["bos_token_id"]
+    scores = lambda params: [
+        log_softmax(np.asarray(source.apply_fn(params, jnp.asarray(t)[None]), np.float64))[0]
+        for t in tokens
+    ]
+    truth = scores(source.params)
+    for name in ("gptq 2 bits", mixed):
+        words = shlex.split(points[name]["command"])
+        at = words.index("--out") + 1
+        words[at] = str(tmp_path / words[at])
+        assert words[0] == "jaxquant" and run(*words[1:], "--calibration-tokens", 1024)[0] == 0
+        made = load(words[at])
+        found = scores(jq.dequantize(made.params))
+        half = slice(128, 255)
+        pairs = [(a[half], b[half]) for a, b in zip(truth, found, strict=True)]
+        kl = np.mean([np.sum(np.exp(a) * (a - b), -1) for a, b in pairs])
+        agree = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
+        nll = -np.mean(
+            [b[np.arange(128, 255), t[129:]] for b, t in zip(found, tokens, strict=True)]
+        )
+        np.testing.assert_allclose(points[name]["kl"], kl, rtol=1e-3)
+        np.testing.assert_allclose(points[name]["top1"], agree, atol=0.01)
+        np.testing.assert_allclose(points[name]["perplexity"], np.exp(nll), rtol=1e-3)
+        report = json.loads(run("inspect", words[at], "--json")[1])
+        assert report["bytes"] == points[name]["bytes"]
+        np.testing.assert_allclose(report["bits_per_weight"], points[name]["bits_per_weight"])
+    for p in points.values():
+        better = [q for q in points.values() if q["bytes"] < p["bytes"] and q["kl"] < p["kl"]]
+        assert p["on_frontier"] == (not better)
+
+
+@pytest.fixture(scope="module")
+def packed(place):
+    with pytest.raises(SystemExit):
+        main(
+            f"quantize {place}/model --method rtn --bits 4 --group-size 8 "
+            f"--out {place}/packed".split()
+        )
+    yield place / "packed"
+    shutil.rmtree(place / "packed")
+
+
+def test_against_the_float_model(place, packed, run, tmp_path):
+    out = tmp_path / "my report"
+    status, text, err = run(*command(place, out, "--against", place / "model", model=packed))
+    assert status == 0, err
+    report = report_in(out)
+    rows = {row["path"]: row for row in report["tensors"]}
+    own, truth = (
+        dict(jq.core.path_leaves(jq.dequantize(load(m).params))) for m in (packed, place / "model")
+    )
+    for path in ("layers/attn/q/kernel", "layers/mlp/up/kernel"):
+        w, q = np.asarray(truth[path], np.float64), np.asarray(own[path], np.float64)
+        distortion = np.mean([np.mean((a - b) ** 2) / a.var() for a, b in zip(w, q, strict=True)])
+        row = rows[path]
+        np.testing.assert_allclose(row["distortion"], distortion, rtol=1e-4)
+        np.testing.assert_allclose(row["shannon"], -0.5 * np.log2(distortion), rtol=1e-4)
+        np.testing.assert_allclose(row["gap"], row["stored"] - row["shannon"], rtol=1e-6)
+        np.testing.assert_allclose(row["gap_decibels"], row["gap"] * 20 * np.log10(2), rtol=1e-6)
+        assert 0 < row["output_distortion"] < 1 and row["entropy"] <= row["stored"]
+    points = report["frontier"]["points"]
+    mine = next(p for p in points if not p["command"])
+    # The same recipe without calibration is among the variants: nothing else was measured.
+    same = next(p for p in points if p["name"] == "rtn 4 bits")
+    assert mine["bytes"] == same["bytes"]
+    np.testing.assert_allclose(mine["kl"], same["kl"], rtol=1e-4)
+    rivals = [p for p in points if p["command"] and p["bytes"] <= mine["bytes"]]
+    best = min(rivals, key=lambda p: p["kl"])
+    (advice,) = report["advice"]
+    assert advice["command"] == best["command"] in text
+    assert (advice["kl"], advice["kl_now"]) == (best["kl"], mine["kl"])
+    assert advice["kl"] < advice["kl_now"] and advice["bytes"] <= mine["bytes"]
+
+
+def test_a_quantized_model_alone(place, packed, run, tmp_path):
+    status, _, err = run(*command(place, tmp_path / "r", model=packed))
+    assert status == 0, err
+    report = report_in(tmp_path / "r")
+    assert report["frontier"] is None and report["advice"] == []
+    assert any("--against" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("count", [3, 12, 30])
+def test_a_killed_run_goes_on(place, run, tmp_path, count):
+    stopped_at(count, *command(place, tmp_path / "cut"))
+    assert [p.name for p in tmp_path.iterdir()] == ["cut.partial"]
+    status, out, err = run(*command(place, tmp_path / "cut", "--json"))
+    assert status == 0 and "continuing from" in err
+    assert timeless(json.loads(out)) == timeless(report_in(tmp_path / "cut"))
+    # The commands name the folder of the recipes.
+    there = json.dumps(timeless(report_in(place / "whole")))
+    assert json.dumps(timeless(json.loads(out))) == there.replace(
+        str(place / "whole"), str(tmp_path / "cut")
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["cut"]
+
+
+def test_what_is_replaced(place, run, tmp_path):
+    out = tmp_path / "report"
+    shutil.copytree(place / "whole", out)
+    fails(run(*command(place, out)), 2, "exists; give --overwrite to replace it")
+    (out / "thesis.txt").write_text("precious")
+    fails(run(*command(place, out, "--overwrite")), 2, "not a report, and is not touched")
+    fails(run(*command(place, place / "text.txt")), 2, "is a file; give the name of a folder")
+
+
+def test_bad_input(place, run, tmp_path):
+    out = tmp_path / "out"
+    fails(run(*command(place, out, model="/nowhere")), 1, "no model '/nowhere'")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    again = [short if a == place / "text.txt" else a for a in command(place, out)]
+    fails(run(*again), 1, "the text has 9 tokens; one chunk needs 256: give a longer --text")
+    bare = tmp_path / "bare"
+    shutil.copytree(place / "model", bare)
+    (bare / "tokenizer.json").unlink()
+    fails(run(*command(place, out, model=bare)), 1, "tokenizer")
+    broken = tmp_path / "nan"
+    shutil.copytree(place / "model", broken)
+    tensors = dict(load_file(broken / "model.safetensors"))
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    fails(run(*command(place, out, model=broken)), 1, "NaN")
+    assert not out.exists() and not out.with_name("out.partial").exists()
+
+
+def test_activations_that_are_not_finite(place, run, tmp_path):
+    tensors = random_tensors(BASE)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= np.float32(1e38)
+    write_folder(tmp_path / "wild", BASE, tensors)
+    fails(run(*command(place, tmp_path / "out", model=tmp_path / "wild")), 1, "not finite")
+
+
+def test_references_that_do_not_fit(place, packed, run, tmp_path):
+    small = BASE | {"intermediate_size": 32}
+    write_folder(tmp_path / "small", small, random_tensors(small))
+    against = lambda model: run(*command(place, tmp_path / "o", "--against", model, model=packed))
+    fails(against(tmp_path / "small"), 1, "different architectures: layers/mlp/down/kernel is")
+    fails(against(packed), 1, "is quantized; give the float model")
+    other = tmp_path / "other"
+    shutil.copytree(place / "model", other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(
+        text.replace('"a":', '"§":').replace('"b":', '"a":').replace('"§":', '"b":')
+    )
+    fails(against(other), 1, "different tokenizers or vocabularies")
