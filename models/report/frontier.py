@@ -1,5 +1,6 @@
 """The rate-quality frontier: KL divergence against bytes of all variants that were run."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,7 @@ from jaxquant_models.schemas.report import Frontier, Point, Report
 
 FLOOR = 1e-6  # nats; a KL below it is drawn here
 MOST = 14  # points that are labelled; of more, those on the frontier
+WRONG = 150.0  # square points that a label may cover rather than stand nearer to another point
 # Where a label may stand: offset from its point in points, and alignment.
 PLACES = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
           (0, 9, "center"), (0, -17, "center"), (10, 16, "left"), (-10, 16, "right"),
@@ -97,16 +99,21 @@ def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> 
     figure = axis.figure
     figure.draw_without_rendering()  # fixes the axes, in whose units the places are
     draw = figure._get_renderer()
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in
-             axis.transData.transform([(p.bytes, _height(p)) for p in points])]  # fmt: skip
+    spots = axis.transData.transform([(p.bytes, _height(p)) for p in points])
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
     taken += line_boxes(axis, [p for p in points if p.on_frontier])
     area = axis.get_window_extent(draw)
-    for p in named:
+    for p in sorted(named, key=lambda p: (bool(p.command), not p.on_frontier)):
+        own = axis.transData.transform((p.bytes, _height(p)))
         text = axis.annotate(label(p.name), (p.bytes, _height(p)), (0, 0), fontsize=9, color=INK,
                              textcoords="offset points", in_layout=False)  # fmt: skip
         if not p.command:
             text.set_fontweight("bold")
-        best = min(PLACES, key=lambda place: _cost(text, place, taken, area, draw))
+        costs = {}
+        for rank, place in enumerate(PLACES):
+            cost = _cost(text, place, taken, area, draw)
+            costs[place] = (cost + WRONG * _nearer(text, own, spots, draw), rank)
+        best = min(costs, key=costs.__getitem__)
         _move(text, best)
         taken.append(text.get_window_extent(draw).extents)
 
@@ -125,8 +132,18 @@ def _move(text: Any, place: tuple[int, int, str]) -> None:
     text.set_ha(place[2])
 
 
-def _cost(text: Any, place: Any, taken: Sequence[Any], area: Any, draw: Any) -> tuple[float, int]:
-    """Area covered, or outside of the axes; then the place's rank."""
+def _nearer(text: Any, own: Any, spots: Any, draw: Any) -> bool:
+    """Whether another point is nearer to the text than its own, which a reader would mistake."""
+    x0, y0, x1, y1 = text.get_window_extent(draw).extents
+
+    def away(spot: Any) -> float:
+        return math.hypot(max(x0 - spot[0], 0, spot[0] - x1), max(y0 - spot[1], 0, spot[1] - y1))
+
+    return min(map(away, spots)) < away(own) - 1e-6
+
+
+def _cost(text: Any, place: Any, taken: Sequence[Any], area: Any, draw: Any) -> float:
+    """Area covered, or outside of the axes, at a place where the text then stands."""
     _move(text, place)
     x0, y0, x1, y1 = text.get_window_extent(draw).extents
     overlap = sum(
@@ -136,4 +153,4 @@ def _cost(text: Any, place: Any, taken: Sequence[Any], area: Any, draw: Any) -> 
     inside = max(min(x1, area.x1) - max(x0, area.x0), 0) * max(
         min(y1, area.y1) - max(y0, area.y0), 0
     )
-    return float(overlap + (x1 - x0) * (y1 - y0) - inside), PLACES.index(place)
+    return float(overlap + (x1 - x0) * (y1 - y0) - inside)
