@@ -12,13 +12,15 @@ from jaxquant_models.report.section import Section
 from jaxquant_models.report.table import Column, table
 from jaxquant_models.schemas.report import Frontier, Point, Report
 
-FLOOR = 1e-6  # nats; a KL below it is drawn here
+KL = (1e-6, 1e12)  # nats; a KL beyond them is drawn there
+BYTES = (1.0, 1e18)  # the same of bytes
 MOST = 14  # points that are labelled; of more, those on the frontier
 WRONG = 150.0  # square points that a label may cover rather than stand nearer to another point
 # Where a label may stand: offset from its point in points, and alignment.
 PLACES = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
-          (0, 9, "center"), (0, -17, "center"), (10, 16, "left"), (-10, 16, "right"),
-          (10, -24, "left"), (-10, -24, "right")]  # fmt: skip
+          (14, 18, "left"), (-14, 18, "right"), (-14, -24, "right"), (14, -24, "left"),
+          (26, -12, "left"), (-26, -12, "right"), (30, 34, "left"), (-20, -44, "right")]  # fmt: skip
+NEAR = 4  # the first places; from the others, a thin line leads to the point
 
 COLUMNS = (
     Column("variant", "", lambda p: p.name, str, lambda p: "" if p.command else "this model, as it is"),
@@ -28,7 +30,7 @@ COLUMNS = (
            lambda p: p.bytes, lambda v: quantity(v, "B")),
     Column("KL", "Mean Kullback-Leibler divergence from the reference, in nats per token: 0 means "
            "the same predictions, 0.01 is hardly noticed, 1 is another model.", lambda p: p.kl),
-    Column("top-1", "How often the most likely token is that of the reference.",
+    Column("same token", "How often the most likely token is that of the reference.",
            lambda p: p.top1, lambda v: f"{number(100 * v)} %"),
     Column("perplexity", "Perplexity on the text.", lambda p: p.perplexity),
     Column("frontier", "Whether no other variant is both smaller and closer to the reference.",
@@ -59,7 +61,8 @@ def plot(found: Frontier) -> Drawing:
     canvas = Canvas("frontier-plot", "KL divergence against size", 370, 300)
     with canvas as axis:
         line = [p for p in points if p.on_frontier]
-        axis.plot([p.bytes for p in line], [_height(p) for p in line], color=SERIES[0], lw=1.5)
+        if line:
+            axis.plot(*zip(*map(spot, line), strict=True), color=SERIES[0], lw=1.5)
         for p in points:
             own = not p.command
             style = (
@@ -68,7 +71,7 @@ def plot(found: Frontier) -> Drawing:
                 else {"marker": "o", "ms": 5.5, "color": SERIES[0] if p.on_frontier else MUTED}
             )
             hollow = {} if own or p.on_frontier else {"mfc": "none"}
-            axis.plot([p.bytes], [_height(p)], ls="", **style, **hollow)
+            axis.plot(*([v] for v in spot(p)), ls="", **style, **hollow)
         axis.set_yscale("log")
         axis.margins(x=0.14, y=0.14)
         if points[-1].bytes > 4 * max(points[0].bytes, 1):
@@ -90,8 +93,9 @@ def plot(found: Frontier) -> Drawing:
     return canvas.drawing(about, caption)
 
 
-def _height(p: Point) -> float:
-    return max(p.kl, FLOOR)
+def spot(p: Point) -> tuple[float, float]:
+    """Return where a point is drawn."""
+    return min(max(p.bytes, BYTES[0]), BYTES[1]), min(max(p.kl, KL[0]), KL[1])
 
 
 def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> None:
@@ -99,22 +103,27 @@ def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> 
     figure = axis.figure
     figure.draw_without_rendering()  # fixes the axes, in whose units the places are
     draw = figure._get_renderer()
-    spots = axis.transData.transform([(p.bytes, _height(p)) for p in points])
+    spots = axis.transData.transform([spot(p) for p in points])
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
     taken += line_boxes(axis, [p for p in points if p.on_frontier])
     area = axis.get_window_extent(draw)
     for p in sorted(named, key=lambda p: (bool(p.command), not p.on_frontier)):
-        own = axis.transData.transform((p.bytes, _height(p)))
-        text = axis.annotate(label(p.name), (p.bytes, _height(p)), (0, 0), fontsize=9, color=INK,
+        own = axis.transData.transform(spot(p))
+        text = axis.annotate(label(p.name), spot(p), (0, 0), fontsize=9, color=INK,
                              textcoords="offset points", in_layout=False)  # fmt: skip
         if not p.command:
             text.set_fontweight("bold")
         costs = {}
         for rank, place in enumerate(PLACES):
             cost = _cost(text, place, taken, area, draw)
-            costs[place] = (cost + WRONG * _nearer(text, own, spots, draw), rank)
+            wrong = rank < NEAR and _nearer(text, own, spots, draw)
+            costs[place] = (cost + WRONG * wrong, rank)
         best = min(costs, key=costs.__getitem__)
         _move(text, best)
+        if PLACES.index(best) >= NEAR:
+            axis.annotate("", spot(p), best[:2], textcoords="offset points", in_layout=False,
+                          arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.7,
+                                      "shrinkA": 0, "shrinkB": 4})  # fmt: skip
         taken.append(text.get_window_extent(draw).extents)
 
 
@@ -122,7 +131,7 @@ def line_boxes(axis: Any, line: Sequence[Point]) -> list[tuple[float, ...]]:
     """Small boxes along the frontier's line, so that labels keep off it."""
     if len(line) < 2:
         return []
-    corners = axis.transData.transform([(p.bytes, _height(p)) for p in line])
+    corners = axis.transData.transform([spot(p) for p in line])
     steps = [(a + (b - a) * i / 24) for a, b in pairwise(corners) for i in range(25)]
     return [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
 
@@ -136,8 +145,8 @@ def _nearer(text: Any, own: Any, spots: Any, draw: Any) -> bool:
     """Whether another point is nearer to the text than its own, which a reader would mistake."""
     x0, y0, x1, y1 = text.get_window_extent(draw).extents
 
-    def away(spot: Any) -> float:
-        return math.hypot(max(x0 - spot[0], 0, spot[0] - x1), max(y0 - spot[1], 0, spot[1] - y1))
+    def away(at: Any) -> float:
+        return math.hypot(max(x0 - at[0], 0, at[0] - x1), max(y0 - at[1], 0, at[1] - y1))
 
     return min(map(away, spots)) < away(own) - 1e-6
 
@@ -147,8 +156,7 @@ def _cost(text: Any, place: Any, taken: Sequence[Any], area: Any, draw: Any) -> 
     _move(text, place)
     x0, y0, x1, y1 = text.get_window_extent(draw).extents
     overlap = sum(
-        max(min(x1, b[2]) - max(x0, b[0]), 0) * max(min(y1, b[3]) - max(y0, b[1]), 0)
-        for b in taken
+        max(min(x1, b[2]) - max(x0, b[0]), 0) * max(min(y1, b[3]) - max(y0, b[1]), 0) for b in taken
     )
     inside = max(min(x1, area.x1) - max(x0, area.x0), 0) * max(
         min(y1, area.y1) - max(y0, area.y0), 0
