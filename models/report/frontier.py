@@ -19,11 +19,13 @@ WRONG = 150.0  # square points that a label may cover rather than stand nearer t
 # Where a label may stand: offset from its point in points, and alignment.
 PLACES = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
           (14, 18, "left"), (-14, 18, "right"), (-14, -24, "right"), (14, -24, "left"),
-          (26, -12, "left"), (-26, -12, "right"), (30, 34, "left"), (-20, -44, "right")]  # fmt: skip
+          (26, -12, "left"), (-26, -12, "right"), (30, 34, "left"), (-20, -44, "right"),
+          ]  # fmt: skip
 NEAR = 4  # the first places; from the others, a thin line leads to the point
 
 COLUMNS = (
-    Column("variant", "", lambda p: p.name, str, lambda p: "" if p.command else "this model, as it is"),
+    Column("variant", "", lambda p: p.name, str,
+           lambda p: "" if p.command else "this model, as it is"),
     Column("bits per weight", "Bits per quantized weight, with scales and codebooks.",
            lambda p: p.bits_per_weight),
     Column("size", "Bytes of all parameters in memory.",

@@ -61,7 +61,7 @@ def limits() -> list[LimitRow]:
 
 
 def chips() -> list[ChipRow]:
-    """Bounds of a model of 73 MB; some chips have no bandwidth, which leaves them out of figures."""
+    """Bounds of a model of 73 MB; a chip without a bandwidth is left out of the figures."""
     peaks = {
         "v5e": (819e9, 197e12), "v5p": (2765e9, 459e12), "v6e": (1638e9, 918e12),
         "tpu7x": (7380e9, 2307e12), "A100": (2039e9, 312e12), "H100": (3352e9, 989e12),
@@ -171,9 +171,8 @@ def minimal(**changes: object) -> Report:
         model="m", against=None, text="builtin", tokens=1, architecture={}, parameters=0, bytes=0,
         bytes_on_disk=None, bits_per_weight=0, bits_over_all=0, methods={},
     )  # fmt: skip
-    empty: dict[str, object] = dict.fromkeys(
-        ("tensors", "histograms", "limits", "roofline", "advice", "findings", "notes"), []
-    )
+    lists = ("tensors", "histograms", "limits", "roofline", "advice", "findings", "notes")
+    empty: dict[str, object] = {name: [] for name in lists}
     empty |= {"made": {}, "seconds": {}, "identity": identity, "context": 1}
     empty |= dict.fromkeys(("frontier", "dimensions", "energy"))
     return Report.model_validate(empty | changes)
