@@ -16,10 +16,12 @@ KL = (1e-6, 1e12)  # nats; a KL beyond them is drawn there
 BYTES = (1.0, 1e18)  # the same of bytes
 MOST = 14  # points that are labelled; of more, those on the frontier
 WRONG = 150.0  # square points that a label may cover rather than stand nearer to another point
+LEADER, CROSSED = 10.0, 60.0  # the same rather than at the end of a line; than cross something
 # Where a label may stand: offset from its point in points, and alignment.
 PLACES = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
           (14, 18, "left"), (-14, 18, "right"), (-14, -24, "right"), (14, -24, "left"),
-          (26, -12, "left"), (-26, -12, "right"), (30, 34, "left"), (-20, -44, "right"),
+          (26, -12, "left"), (-26, -12, "right"), (10, 34, "left"), (-10, 34, "right"),
+          (40, 12, "left"), (-20, -44, "right"),
           ]  # fmt: skip
 NEAR = 4  # the first places; from the others, a thin line leads to the point
 
@@ -118,8 +120,11 @@ def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> 
         costs = {}
         for rank, place in enumerate(PLACES):
             cost = _cost(text, place, taken, area, draw)
-            wrong = rank < NEAR and _nearer(text, own, spots, draw)
-            costs[place] = (cost + WRONG * wrong, rank)
+            if rank >= NEAR:
+                cost += LEADER + CROSSED * _crossed(own, place, taken, draw)
+            elif _nearer(text, own, spots, draw):
+                cost += WRONG
+            costs[place] = (cost, rank)
         best = min(costs, key=costs.__getitem__)
         _move(text, best)
         if PLACES.index(best) >= NEAR:
@@ -141,6 +146,15 @@ def line_boxes(axis: Any, line: Sequence[Point]) -> list[tuple[float, ...]]:
 def _move(text: Any, place: tuple[int, int, str]) -> None:
     text.set_position(place[:2])
     text.set_ha(place[2])
+
+
+def _crossed(own: Any, place: tuple[int, int, str], taken: Sequence[Any], draw: Any) -> int:
+    """How many points, labels and pieces of the frontier a line to the place would cross."""
+    unit = draw.points_to_pixels(1)
+    path = [(own[0] + unit * place[0] * i / 12, own[1] + unit * place[1] * i / 12)
+            for i in range(3, 12)]  # fmt: skip
+    others = [b for b in taken if not (b[0] <= own[0] <= b[2] and b[1] <= own[1] <= b[3])]
+    return sum(any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for x, y in path) for b in others)
 
 
 def _nearer(text: Any, own: Any, spots: Any, draw: Any) -> bool:
