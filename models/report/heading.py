@@ -17,7 +17,7 @@ def summary(report: Report) -> Pairs:
         ("bits over all parameters", number(model.bits_over_all)),
         ("stored as", ", ".join(f"{n:,} × {method}" for method, n in model.methods.items())),
         ("compared with", model.against or "nothing"),
-        ("text", f"{model.text}, {model.tokens:,} tokens"),
+        ("text", f"{model.text}, {model.tokens:,} token{'s' if model.tokens != 1 else ''}"),
     ]
     return [(term, value) for term, value in pairs if value not in ("", "–")]
 
@@ -33,7 +33,7 @@ def shown(value: int | float | bool | str) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return whole(value)
-    return number(value, 6) if isinstance(value, float) else value
+    return f"{value:,.6g}" if isinstance(value, float) else value
 
 
 def made(report: Report) -> Pairs:

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: three significant digits, prefixes of units, no long fractions."""
+"""Numbers as a reader wants them: three significant digits, and prefixes of units."""
 
 DASH = "–"
 MINUS = "−"

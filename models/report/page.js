@@ -6,11 +6,11 @@ for (const table of document.querySelectorAll("table")) {
   table.querySelectorAll("thead th").forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.append(...head.childNodes);
+    button.setAttribute("aria-label", `Sort by ${head.textContent}`);
     head.append(button);
     const number = head.classList.contains("n");
     const key = (row) => row.cells[column].dataset.key;
-    button.addEventListener("click", () => {
+    head.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === (number ? null : "ascending");
       const sign = down || (number && head.getAttribute("aria-sort") !== "descending") ? -1 : 1;
       table.querySelectorAll("th[aria-sort]").forEach((h) => h.removeAttribute("aria-sort"));

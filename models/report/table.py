@@ -34,7 +34,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell: its text, what it is sorted by, whether it is a number, a second text, a mark, whether it is code."""
+    """One cell: its text, what it is sorted by, and how the template draws it."""
 
     text: str
     key: str
@@ -71,7 +71,7 @@ class Table:
 
 def _cell(column: Column, row: object) -> Cell:
     value = column.value(row)
-    numeric = value is None or isinstance(value, int | float) and not isinstance(value, bool)
+    numeric = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     return Cell(
         text=DASH if value is None else column.show(value),
         key="" if value is None else repr(value) if numeric else str(value),

@@ -89,14 +89,15 @@ def plot(tensors: Sequence[TensorRow], words: str, bad: Sequence[float]) -> Draw
         return None
     known = sorted(v for (k, i), v in cells.items() if k in kinds and i in layers)
     low, high = known[0], known[-1]
+    scale, steps = (math.log, "ratios") if low > 0 else (float, "steps")
     canvas = Canvas("tensor-map", f"{words} by layer", 370, 70 + 19 * len(kinds))
     with canvas as axis:
-        for (kind, layer), value in cells.items():
-            if kind in kinds and layer in layers:
-                strength = (value - low) / (high - low) if high > low else 0.0
-                x, y = layers.index(layer) - 0.5, kinds.index(kind) - 0.5
-                axis.bar([x], [1], 1, [y], align="edge", color=SERIES[1], lw=0,
-                         alpha=0.06 + 0.94 * strength)  # fmt: skip
+        drawn = {(k, i): v for (k, i), v in cells.items() if k in kinds and i in layers}
+        span = max(scale(high) - scale(low), 1e-12)
+        axis.bar([layers.index(i) - 0.5 for _, i in drawn], 1, 1,
+                 [kinds.index(k) - 0.5 for k, _ in drawn], align="edge", lw=0,
+                 color=[(SERIES[1], 0.06 + 0.94 * (scale(v) - scale(low)) / span)
+                        for v in drawn.values()])  # fmt: skip
         step = max(1, len(layers) // 8)
         axis.set_xticks(range(0, len(layers), step), layers[::step])
         axis.set_yticks(range(len(kinds)), [label(k) for k in kinds], color=INK)
@@ -107,4 +108,4 @@ def plot(tensors: Sequence[TensorRow], words: str, bad: Sequence[float]) -> Draw
     about = f"A map of {len(kinds)} kinds of tensors and {len(layers)} layers. "
     about += f"The worst is {label(worst[0])} of layer {worst[1]}: {number(cells[worst])}."
     caption = f"The stronger the colour, the larger the {words}: from {number(low)} to "
-    return canvas.drawing(about, f"{caption}{number(high)}, in equal steps.")
+    return canvas.drawing(about, f"{caption}{number(high)}, in equal {steps}.")
