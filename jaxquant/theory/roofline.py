@@ -175,14 +175,54 @@ def roofline(
     weights = weight_leaves(params)
     if not weights:
         raise ValueError("expected a tree of weights, but it holds no floating or quantized arrays")
-    uses = {path: _use(path, w, tokens, sites) for path, w in weights}
+    uses = {path: _pass(path, w, tokens, sites) for path, w in weights}
     bounds = tuple(_bound(path, w, chip, chips, uses[path]) for path, w in weights)
     packed = any(isinstance(w, QTensor) for _, w in weights)
     return Roofline(chip, tokens, chips, bounds, tuple(_notes(chip, chips, sites, packed)))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Use:
+class Use:
+    """How a function uses a weight.
+
+    Attributes:
+      multiplied: whether the weight is in a matmul, or in an operation without a rule.
+      rows: number of rows of a table that is only looked up; 0 if it is none.
+    """
+
+    multiplied: bool
+    rows: int
+
+
+def weight_use(path: str, w: PyTree, sites: Mapping[str, Site] | None) -> Use:
+    """Return how a weight is used: multiplied, looked up, or neither (a vector).
+
+    Args:
+      path: path of the weight.
+      w: the weight, or the same with shapes in place of arrays.
+      sites: the sites of the tree; None takes every weight of rank 2 or more to be multiplied.
+    Raises:
+      ValueError: the sites lack the weight, or give it another shape.
+    """
+    if len(w.shape) < 2:
+        return Use(False, 0)
+    if sites is None:
+        return Use(True, 0)
+    site = sites.get(path)
+    if site is None or site.shape != tuple(w.shape):
+        known = "do not contain it" if site is None else f"give it shape {list(site.shape)}"
+        raise ValueError(
+            f"{path!r} has shape {list(w.shape)}, but the sites {known}: pass those "
+            "of this tree before quantization, sites(fn, jax.eval_shape(dequantize, "
+            "params), x)"
+        )
+    if site.contracted or site.otherwise or site.gathered is None:
+        return Use(bool(site.contracted or site.otherwise), 0)
+    return Use(False, w.shape[site.gathered])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
     """How one pass uses a weight.
 
     Attributes:
@@ -194,25 +234,13 @@ class _Use:
     rows: int
 
 
-def _use(path: str, w: PyTree, tokens: int, sites: Mapping[str, Site] | None) -> _Use:
-    if len(w.shape) < 2:
-        return _Use(1.0, 0)
-    if sites is None:
-        return _Use(1.0, tokens)
-    site = sites.get(path)
-    if site is None or site.shape != tuple(w.shape):
-        known = "do not contain it" if site is None else f"give it shape {list(site.shape)}"
-        raise ValueError(
-            f"{path!r} has shape {list(w.shape)}, but the sites {known}: pass those "
-            "of this tree before quantization, sites(fn, jax.eval_shape(dequantize, "
-            "params), x)"
-        )
-    if site.contracted or site.otherwise or site.gathered is None:
-        return _Use(1.0, tokens if site.contracted or site.otherwise else 0)
-    return _Use(min(1.0, tokens / w.shape[site.gathered]), 0)
+def _pass(path: str, w: PyTree, tokens: int, sites: Mapping[str, Site] | None) -> _Pass:
+    use = weight_use(path, w, sites)
+    share = min(1.0, tokens / use.rows) if use.rows else 1.0
+    return _Pass(share, tokens if use.multiplied else 0)
 
 
-def _bound(path: str, w: PyTree, chip: str, chips: int, use: _Use) -> Bound:
+def _bound(path: str, w: PyTree, chip: str, chips: int, use: _Pass) -> Bound:
     of, size, nbytes = table.CHIPS[chip], math.prod(w.shape), leaf_bytes(w)
     rate, peak = math.inf, of.flops
     if isinstance(w, QTensor) and use.rows:

@@ -1,0 +1,90 @@
+"""The roofline of a compiled function, from the bytes and operations that XLA counts in it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxquant.core.fields import shown
+from jaxquant.theory.hardware import Hardware
+from jaxquant.theory.roofline_point import RooflinePoint
+
+_LOOP = re.compile(r"\bwhile\(")
+
+
+class CompiledCost(NamedTuple):
+    """What XLA counts in a compiled function.
+
+    Attributes:
+      point: the point on the roofline of the machine; all operations are taken to be on floats.
+      notes: what the counts leave out.
+    """
+
+    point: RooflinePoint
+    notes: tuple[str, ...]
+
+
+def from_compiled(compiled: Any, hardware: Hardware) -> CompiledCost:
+    """Return the bytes and operations of a compiled function, and its roofline.
+
+    XLA counts one pass of the body of every loop (`scan`, `while_loop`, `fori_loop`), however often
+    it runs; a note says so if there is a loop. It cannot look into kernels: a function that calls
+    one has no counts, and is an error here. Bytes are those of the operands and results of every
+    fusion, some of which stay in caches.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` returns.
+      hardware: the machine.
+    Returns:
+      The point, and notes.
+    Raises:
+      ValueError: the function is not compiled, or XLA does not know its counts.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxquant.theory.hardware import HARDWARE
+    >>> compiled = jax.jit(jnp.dot).lower(jnp.ones((8, 64)), jnp.ones((64, 32))).compile()
+    >>> found = from_compiled(compiled, HARDWARE["v5e"])
+    >>> found.point.floats == 2 * 8 * 64 * 32
+    True
+    """
+    if not callable(getattr(compiled, "cost_analysis", None)) or hasattr(compiled, "compile"):
+        raise ValueError(
+            "compiled must be a compiled function, jax.jit(f).lower(...).compile(), got "
+            f"{shown(compiled)}"
+        )
+    counts = _counts(compiled.cost_analysis())
+    point = RooflinePoint(hardware, _known(counts, "bytes accessed"), _known(counts, "flops"))
+    return CompiledCost(point, _notes(compiled))
+
+
+def _counts(found: Any) -> Mapping[str, float]:
+    """Return the counts as one mapping: a list of one per program in some versions of JAX."""
+    if isinstance(found, Sequence) and not isinstance(found, str) and found:
+        found = found[0]  # all programs of one function are alike
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            "XLA returned no cost analysis for this function on this platform; compile it for "
+            "another one"
+        )
+    return found
+
+
+def _known(counts: Mapping[str, float], name: str) -> float:
+    value = counts.get(name)
+    if value is None and name == "flops" and counts.get("bytes accessed", -1) >= 0:
+        return 0.0  # XLA lists no operations where there are none
+    if value is None or not math.isfinite(value) or value < 0:
+        given = "no entry" if value is None else f"{value:g}"
+        raise ValueError(
+            f"XLA does not know {name!r} of this function ({given}): it calls a kernel, into which "
+            "XLA cannot look; compile it under pallas_kernels.dispatch.using('reference'), or use "
+            "jaxquant.theory.serving_roofline"
+        )
+    return float(value)
+
+
+def _notes(compiled: Any) -> tuple[str, ...]:
+    text = compiled.as_text() if callable(getattr(compiled, "as_text", None)) else ""
+    if not _LOOP.search(text or ""):
+        return ()
+    return ("the function has loops, of whose bodies only one pass is counted",)
