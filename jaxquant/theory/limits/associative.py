@@ -31,7 +31,7 @@ WIDTHS = (8, 6, 5, 4, 3, 2, 1)
 LOSSLESS = 0.995  # share that 8 bits are expected to recall
 IMPOSSIBLE = 1e-9  # probability below which an event is taken to refute a bound
 
-Rounding = Callable[[Float[np.ndarray, "n"]], Float[Array, "n"]]
+Rounding = Callable[[Float[np.ndarray, "n"]], Float[Array | np.ndarray, "n"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Memory:
     labels: Float[np.ndarray, "k"]
     weights: Float[np.ndarray, "n"]
 
-    def recall(self, weights: Float[Array, "n"]) -> float:
+    def recall(self, weights: Float[Array | np.ndarray, "n"]) -> float:
         """Return the share of facts that weights recall; a sum of 0 recalls none.
 
         Args:
@@ -217,7 +217,7 @@ def learned(facts: int, weights: int, key: Array, epochs: int = EPOCHS) -> Memor
     )
 
 
-def rounded(weights: Float[Array, "n"], bits: int) -> Float[np.ndarray, "n"]:
+def rounded(weights: Float[Array | np.ndarray, "n"], bits: int) -> Float[np.ndarray, "n"]:
     """Round weights to the 2^bits levels (j + 1/2) step, at the step of least squared error.
 
     The levels are symmetric, so that one bit keeps the signs.

@@ -55,7 +55,7 @@ class Exponents:
 
 
 def power_laws(
-    sizes: Float[Array, "n"], coefficients: Sequence[Any], exponents: Sequence[Any]
+    sizes: Float[Array | np.ndarray, "n"], coefficients: Sequence[Any], exponents: Sequence[Any]
 ) -> Float[np.ndarray, "n"]:
     """Return L(x) = sum_i c_i x^-a_i.
 
@@ -76,7 +76,7 @@ def power_laws(
 
 
 def local_exponent(
-    sizes: Float[Array, "n"], coefficients: Sequence[Any], exponents: Sequence[Any]
+    sizes: Float[Array | np.ndarray, "n"], coefficients: Sequence[Any], exponents: Sequence[Any]
 ) -> Float[np.ndarray, "n"]:
     """Return -d ln L / d ln x of a sum of power laws.
 
@@ -99,8 +99,8 @@ def local_exponent(
 
 
 def secants(
-    sizes: Float[Array, "n"],
-    losses: Float[Array, "n"],
+    sizes: Float[Array | np.ndarray, "n"],
+    losses: Float[Array | np.ndarray, "n"],
     exponents: Sequence[Any],
     error: float = 0.0,
 ) -> Exponents:
@@ -141,7 +141,7 @@ def secants(
 
 
 def _terms(
-    sizes: Float[Array, "n"], coefficients: Sequence[Any], exponents: Sequence[Any]
+    sizes: Float[Array | np.ndarray, "n"], coefficients: Sequence[Any], exponents: Sequence[Any]
 ) -> Float[np.ndarray, "n k"]:
     x = positive(sizes, "sizes")
     c, a = np.asarray(coefficients, np.float64), np.asarray(exponents, np.float64)

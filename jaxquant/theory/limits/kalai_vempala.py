@@ -99,7 +99,9 @@ def hallucination_bound(
 
 
 def miscalibration(
-    each: Float[Array, "n"], model: Float[Array, "n"], truth: Float[Array, "n"]
+    each: Float[Array | np.ndarray, "n"],
+    model: Float[Array | np.ndarray, "n"],
+    truth: Float[Array | np.ndarray, "n"],
 ) -> float:
     """Return half the L1 distance of two distributions over the level sets of the model.
 

@@ -81,7 +81,7 @@ class Monofacts:
         return (*rows, burst)
 
 
-def ngrams(tokens: Int[Array, "t"], n: int) -> Int[np.ndarray, "n"]:
+def ngrams(tokens: Int[Array | np.ndarray, "t"], n: int) -> Int[np.ndarray, "n"]:
     """Return the n-grams of a text in order, each as the index of its type.
 
     Args:
@@ -110,7 +110,7 @@ def ngrams(tokens: Int[Array, "t"], n: int) -> Int[np.ndarray, "n"]:
     return found
 
 
-def monofact_rate(counts: Int[Array, "k"]) -> float:
+def monofact_rate(counts: Int[Array | np.ndarray, "k"]) -> float:
     """Return the share of occurrences whose type occurs once: n_1 / n.
 
     Args:
@@ -130,7 +130,7 @@ def monofact_rate(counts: Int[Array, "k"]) -> float:
     return float((x == 1).sum() / x.sum())
 
 
-def expected_once(counts: Int[Array, "k"], size: int) -> float:
+def expected_once(counts: Int[Array | np.ndarray, "k"], size: int) -> float:
     """Return the exact expectation, over random samples, of the share that occurs once in them.
 
     It equals the expected share of a further draw that `size` - 1 draws have not seen.
@@ -160,7 +160,9 @@ def expected_once(counts: Int[Array, "k"], size: int) -> float:
     return float(np.sum(types * values * np.exp(ratio)) / size)
 
 
-def monofacts(tokens: Int[Array, "t"], n: int, key: Array, splits: int = SPLITS) -> Monofacts:
+def monofacts(
+    tokens: Int[Array | np.ndarray, "t"], n: int, key: Array, splits: int = SPLITS
+) -> Monofacts:
     """Measure Good and Turing's estimate on random halves of the n-grams of a text.
 
     Args:
@@ -185,7 +187,7 @@ def monofacts(tokens: Int[Array, "t"], n: int, key: Array, splits: int = SPLITS)
 
 
 def split_monofacts(
-    index: Int[Array, "n"], orders: Iterable[Int[np.ndarray, "n"]], n: int = 1
+    index: Int[Array | np.ndarray, "n"], orders: Iterable[Int[np.ndarray, "n"]], n: int = 1
 ) -> Monofacts:
     """Do the same for given orders of given n-grams, each of which is split in the middle.
 
@@ -236,7 +238,7 @@ def _near(found: tuple[float, ...], exact: float) -> bool:
     return abs(float(np.mean(found)) - exact) <= DEVIATIONS * error + 1e-9
 
 
-def _counts(value: Int[Array, "k"]) -> Float[np.ndarray, "k"]:
+def _counts(value: Int[Array | np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
     x = np.asarray(value)
     if x.ndim != 1 or not np.issubdtype(x.dtype, np.integer) or (x < 0).any() or x.sum() == 0:
         raise ValueError(

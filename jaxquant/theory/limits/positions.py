@@ -58,7 +58,7 @@ class Positions:
 
 
 def rope_kernel(
-    frequencies: Float[Array, "n"], distances: Float[Array, "*batch"]
+    frequencies: Float[Array | np.ndarray, "n"], distances: Float[Array | np.ndarray, "*batch"]
 ) -> Float[np.ndarray, "*batch"]:
     """Return K(D), the mean of cos(theta D) over frequencies.
 
@@ -80,7 +80,7 @@ def rope_kernel(
 
 
 def octave_mean(
-    frequencies: Float[Array, "n"], distances: Float[Array, "*batch"]
+    frequencies: Float[Array | np.ndarray, "n"], distances: Float[Array | np.ndarray, "*batch"]
 ) -> Float[np.ndarray, "*batch"]:
     """Return the mean of K over the integers in (D/2, D], in closed form.
 
@@ -111,7 +111,7 @@ def octave_mean(
 
 
 def effective_range(
-    frequencies: Float[Array, "n"], threshold: float, farthest: int = FARTHEST
+    frequencies: Float[Array | np.ndarray, "n"], threshold: float, farthest: int = FARTHEST
 ) -> int | None:
     """Return the smallest distance whose octave mean of the kernel is below a threshold.
 
@@ -142,7 +142,7 @@ def effective_range(
 
 
 def range_limit(
-    frequencies: Float[Array, "n"],
+    frequencies: Float[Array | np.ndarray, "n"],
     context: int,
     threshold: float = 0.3,
     *,
@@ -229,7 +229,7 @@ def collision_limit(dtype: Any) -> Limit:
     return Limit(f"positions {kind.name}", statement, "theorem", found, bound, found == bound)
 
 
-def rounding_bound(frequencies: Float[Array, "n"], context: int) -> float:
+def rounding_bound(frequencies: Float[Array | np.ndarray, "n"], context: int) -> float:
     """Return how far rounding to float32 can move the kernel of any two positions.
 
     An angle t theta is a rounded product of a position and a rounded frequency; a difference of two
@@ -252,7 +252,9 @@ def rounding_bound(frequencies: Float[Array, "n"], context: int) -> float:
     return float(4 * SINGLE * context * _frequencies(frequencies).mean() + 8 * SINGLE)
 
 
-def rope_positions(angles: Float[Array, "t n"], frequencies: Float[Array, "n"]) -> Positions:
+def rope_positions(
+    angles: Float[Array | np.ndarray, "t n"], frequencies: Float[Array | np.ndarray, "n"]
+) -> Positions:
     """Compare angles that a model computes for successive positions with its frequencies.
 
     The kernel of positions t and t - D is the mean of cos(angle_t - angle_{t - D}); it is compared

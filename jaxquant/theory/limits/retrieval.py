@@ -88,7 +88,9 @@ class Retrieval:
         return Limit(name, statement, "survival", ratio, self.tolerance, holds, note=note)
 
 
-def rounded_documents(documents: Float[Array, "n d"], bits: int) -> Float[np.ndarray, "n d"]:
+def rounded_documents(
+    documents: Float[Array | np.ndarray, "n d"], bits: int
+) -> Float[np.ndarray, "n d"]:
     """Round each vector to symmetric integers at a scale of its own, or to signs at 1 bit.
 
     Args:
@@ -114,7 +116,9 @@ def rounded_documents(documents: Float[Array, "n d"], bits: int) -> Float[np.nda
 
 
 def ranks(
-    queries: Float[Array, "k d"], documents: Float[Array, "n d"], gold: Int[Array, "k"]
+    queries: Float[Array | np.ndarray, "k d"],
+    documents: Float[Array | np.ndarray, "n d"],
+    gold: Int[Array | np.ndarray, "k"],
 ) -> Int[np.ndarray, "k"]:
     """Return how many documents score at least as high as the right one, itself not counted.
 
@@ -139,7 +143,9 @@ def ranks(
 
 
 def certified(
-    queries: Float[Array, "k d"], documents: Float[Array, "n d"], errors: Float[Array, "n"]
+    queries: Float[Array | np.ndarray, "k d"],
+    documents: Float[Array | np.ndarray, "n d"],
+    errors: Float[Array | np.ndarray, "n"],
 ) -> Bool[np.ndarray, "k"]:
     """Return for which queries no rounding with such errors can change the best document.
 
@@ -174,13 +180,13 @@ def certified(
 
 
 def retrieval(
-    queries: Float[Array, "k d"],
-    documents: Float[Array, "n d"],
-    rounded: Float[Array, "n d"],
-    gold: Int[Array, "k"],
+    queries: Float[Array | np.ndarray, "k d"],
+    documents: Float[Array | np.ndarray, "n d"],
+    rounded: Float[Array | np.ndarray, "n d"],
+    gold: Int[Array | np.ndarray, "k"],
     key: Array,
     *,
-    errors: Float[Array, "n"] | None = None,
+    errors: Float[Array | np.ndarray, "n"] | None = None,
     k: int = 10,
     tolerance: float = TOLERANCE,
     name: str = "rounded",

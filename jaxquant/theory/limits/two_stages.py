@@ -48,7 +48,9 @@ class TwoStages:
         return (Limit(name, statement, "theorem", self.failed, self.bound, holds, note=note),)
 
 
-def two_stages(retrieved: Bool[Array, "k"], attended: Bool[Array, "k"]) -> TwoStages:
+def two_stages(
+    retrieved: Bool[Array | np.ndarray, "k"], attended: Bool[Array | np.ndarray, "k"]
+) -> TwoStages:
     """Combine retrieval and attention, query by query.
 
     Args:
@@ -79,7 +81,10 @@ def two_stages(retrieved: Bool[Array, "k"], attended: Bool[Array, "k"]) -> TwoSt
 
 
 def within_budget(
-    ranks: Int[Array, "k"], scores: Float[Array, "k n"], lengths: Float[Array, "n"], budget: float
+    ranks: Int[Array | np.ndarray, "k"],
+    scores: Float[Array | np.ndarray, "k n"],
+    lengths: Float[Array | np.ndarray, "n"],
+    budget: float,
 ) -> Bool[np.ndarray, "k"]:
     """Return whether the right document is retrieved before the total length exceeds a budget.
 
