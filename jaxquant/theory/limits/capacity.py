@@ -91,7 +91,9 @@ def cover_share(points: int, dimension: int) -> float:
     return total / (1 << (m - 1))
 
 
-def is_separable(points: Float[Array, "n d"], labels: Float[Array, "n"]) -> bool:
+def is_separable(
+    points: Float[Array | np.ndarray, "n d"], labels: Float[Array | np.ndarray, "n"]
+) -> bool:
     """Return whether a plane through the origin has each point on the side of its label.
 
     It is, if y_i <w, x_i> >= 1 has a solution w, which a linear program finds.
@@ -129,7 +131,7 @@ def is_separable(points: Float[Array, "n d"], labels: Float[Array, "n"]) -> bool
 
 
 def projected(
-    states: Float[Array, "n d"], dimension: int, key: Array
+    states: Float[Array | np.ndarray, "n d"], dimension: int, key: Array
 ) -> Float[np.ndarray, "n dimension"]:
     """Return standardized states under one random Gaussian projection.
 
@@ -160,7 +162,7 @@ def projected(
     return scaled @ generator(key).normal(size=(x.shape[1], int(dimension)))
 
 
-def separability(points: Float[Array, "n d"], trials: int, key: Array) -> Separability:
+def separability(points: Float[Array | np.ndarray, "n d"], trials: int, key: Array) -> Separability:
     """Label points at random, and count the labelings that a plane through the origin separates.
 
     For points in general position the count is binomial with Cover's share.
@@ -215,7 +217,7 @@ def _counted(
     expected = cover_share(*shape)
     count = sum(is_separable(draw(), random.choice((-1, 1), shape[0])) for _ in range(trials))
     p_value = float(binomtest(count, int(trials), expected).pvalue)
-    return Separability(*shape, int(trials), count, expected, p_value)
+    return Separability(shape[0], shape[1], int(trials), count, expected, p_value)
 
 
 def _points(value: Any) -> Float[np.ndarray, "n d"]:

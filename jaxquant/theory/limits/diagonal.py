@@ -62,7 +62,9 @@ class Diagonal:
 
 
 def prefers(
-    logits: Float[Array, "n vocabulary"], first: Int[Array, "n"], second: Int[Array, "n"]
+    logits: Float[Array | np.ndarray, "n vocabulary"],
+    first: Int[Array | np.ndarray, "n"],
+    second: Int[Array | np.ndarray, "n"],
 ) -> Bool[np.ndarray, "n"]:
     """Return whether each row of logits prefers its first token to its second.
 
@@ -96,7 +98,7 @@ def prefers(
 
 
 def diagonal_adversary(
-    predictors: Sequence[Callable[[Any], Bool[Array, "n"]]], inputs: Any
+    predictors: Sequence[Callable[[Any], Bool[Array | np.ndarray, "n"]]], inputs: Any
 ) -> Diagonal:
     """Build the diagonal target from one evaluation of predictors, and count errors in a second.
 
