@@ -17,6 +17,7 @@ from jaxquant_models.runs.reporting import Reporter
 from jaxquant_models.schemas.report import (
     ChipRow,
     Dimensions,
+    Energy,
     Histogram,
     Identity,
     LimitRow,
@@ -63,12 +64,8 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
         notes.append(QUANTIZED)
     rows, histograms = _tensors(subjects, kept, stored, outliers, measured, notes)
     limits = _limits(subjects, kept, finished, reporter, notes)
-    chips = [
-        ChipRow(**row)
-        for row in kept.stage(
-            "roofline", lambda: [r.model_dump() for r in walls.roofline_rows(subjects)]
-        )
-    ]
+    wall = kept.stage("roofline and energy", lambda: _walls(subjects))
+    chips = [ChipRow(**row) for row in wall["chips"]]
     advice = [] if measured is None else advice_of(subjects, measured)
     frontier = None if measured is None else measured.frontier
     report = Report(
@@ -80,9 +77,9 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
         frontier=frontier,
         dimensions=dimensions,
         limits=limits,
-        context=min(subjects.request.context, subjects.model.config.max_position),
+        context=walls.context_of(subjects),
         roofline=chips,
-        energy=None,
+        energy=Energy(**wall["energy"]),
         advice=advice,
         findings=findings(rows, frontier, dimensions, limits, chips, outliers),
         notes=notes,
@@ -169,6 +166,11 @@ def _limits(
         notes.append(value)
         return []
     return [LimitRow(**row) for row in value]
+
+
+def _walls(subjects: Subjects) -> Json:
+    chips = [row.model_dump() for row in walls.roofline_rows(subjects)]
+    return {"chips": chips, "energy": walls.energy(subjects).model_dump()}
 
 
 def _recipes(measured: Measured | None) -> dict[str, Any]:

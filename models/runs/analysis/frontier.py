@@ -3,20 +3,19 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.core.greedy_allocation import cheapest
 from jaxquant.core.tree import tree_bytes
 from jaxquant.durable.store import Folder
-from jaxquant.evaluation import Evaluation, evaluate
+from jaxquant.evaluation import Evaluation
 from jaxquant_models.runs.analysis.kept import Kept
 from jaxquant_models.runs.analysis.request import AnalysisRequest
 from jaxquant_models.runs.analysis.rounding import Errors, Rounded, errors_of, round_all
-from jaxquant_models.runs.analysis.subjects import Scorable, Subjects
+from jaxquant_models.runs.analysis.scores import Scores
+from jaxquant_models.runs.analysis.subjects import Subjects
 from jaxquant_models.runs.analysis.variants import command_of, variants_of
 from jaxquant_models.runs.reporting import Reporter
 from jaxquant_models.schemas.report import Frontier, Point
@@ -94,7 +93,7 @@ def measure(subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter
         raise ValueError("no method fits the matrices of this model")
     rounded = round_all(subjects, variants, finished, reporter)
     errors = errors_of(rounded)
-    scores = _Scores(subjects, kept)
+    scores = Scores(subjects, kept, finished)
     budgets = 2 if subjects.against is None else 3
     with reporter.stage("comparing", len(variants) + budgets) as step:
         points = [] if subjects.against is None else [_own_point(subjects, scores)]
@@ -124,39 +123,7 @@ def measure(subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter
     return Measured(frontier, mixtures, errors, table.curves())
 
 
-class _Scores:
-    """Scores of versions against the reference, each kept."""
-
-    def __init__(self, subjects: Subjects, kept: Kept) -> None:
-        self.subjects, self.kept = subjects, kept
-
-    def of(self, name: str, params: Callable[[], PyTree]) -> Evaluation:
-        """Return the scores of dense parameters."""
-        fn = self.subjects.source.outline.apply_fn
-        return self._of(name, lambda: Scorable(fn, params()))
-
-    def own(self) -> Evaluation:
-        """Return the scores of MODEL."""
-        return self._of("the model itself", lambda: self.subjects.judged)
-
-    def of_reference(self) -> Evaluation:
-        """Return the perplexity of the reference."""
-        reference = self._reference
-        return self._kept("the reference", lambda: evaluate(*reference, self.subjects.chunks))
-
-    def _of(self, name: str, scorable: Callable[[], Scorable]) -> Evaluation:
-        run = lambda: evaluate(*scorable(), self.subjects.chunks, against=self._reference)
-        return self._kept(name, run)
-
-    def _kept(self, name: str, run: Callable[[], Evaluation]) -> Evaluation:
-        return Evaluation(**self.kept.value(f"scores of {name}", lambda: dataclasses.asdict(run())))
-
-    @property
-    def _reference(self) -> tuple[Any, PyTree]:
-        return self.subjects.source.outline.apply_fn, self.subjects.dense[1]
-
-
-def _own_point(subjects: Subjects, scores: _Scores) -> Point:
+def _own_point(subjects: Subjects, scores: Scores) -> Point:
     params, found = subjects.model.params, scores.own()
     return Point(
         name=subjects.request.model, command="", bits_per_weight=jq.bits_per_weight(params),
@@ -248,7 +215,7 @@ class _Table:
         }
 
 
-def _mixture(table: _Table, budget: int, scores: _Scores) -> Mixture | None:
+def _mixture(table: _Table, budget: int, scores: Scores) -> Mixture | None:
     """Return the best mixture of at most so many bytes, measured; None if it mixes nothing."""
     chosen = table.chosen(budget)
     if len(set(chosen)) < 2:

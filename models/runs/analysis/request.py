@@ -26,7 +26,7 @@ class Effort(NamedTuple):
 
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(
-        6,
+        4,
         4096,
         (*(("rtn", bits) for bits in (8, 4, 3, 2)), *(("gptq", bits) for bits in (4, 3, 2))),
         2,
