@@ -119,7 +119,7 @@ class Point(Part):
       kl: mean KL divergence from the reference, nats per token.
       top1: top-1 agreement.
       perplexity: of the variant on the text.
-      on_frontier: whether no other point has both fewer bytes and a lower KL.
+      on_frontier: whether every other point has more bytes or a higher KL, or equals this one.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Stage: the rate-quality frontier of the reference's quantized versions, and mixtures of them."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -94,22 +95,16 @@ def measure(subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter
     rounded = round_all(subjects, variants, finished, reporter)
     errors = errors_of(rounded)
     scores = Scores(subjects, kept, finished)
-    budgets = 2 if subjects.against is None else 3
-    with reporter.stage("comparing", len(variants) + budgets) as step:
-        points = [] if subjects.against is None else [_own_point(subjects, scores)]
-        step(None)
+    points = [] if subjects.against is None else [_own_point(subjects, scores)]
+    with reporter.stage("comparing", len(variants)) as step:
         sizes = [rounded.bytes(n) for n in range(len(variants))]
         for n, variant in enumerate(variants):
             found = scores.of(variant.name, lambda n=n: rounded.dense(lambda _: n))
             command = command_of(subjects.reference_spec, variant, subjects.request.effort)
             points.append(_point(variant.name, command, sizes[n], rounded, found))
             step(None)
-        table = _Table.of(rounded, errors, sizes, points[-len(variants) :])
-        mixtures = []
-        for budget in table.budgets(points):
-            made = _mixture(table, budget, scores)
-            mixtures += [] if made is None else [made]
-            step(None)
+    table = _Table.of(rounded, errors, sizes, points[-len(variants) :])
+    mixtures = _mixtures(table, points, scores, reporter)
     everything = _with_frontier([*points, *(m.point for m in mixtures)])
     place = {p.name: p for p in everything}
     mixtures = [dataclasses.replace(m, point=place[m.point.name]) for m in mixtures]
@@ -145,7 +140,9 @@ def _point(
 
 
 def _with_frontier(points: Sequence[Point]) -> list[Point]:
-    beaten = lambda p: any(q.bytes < p.bytes and q.kl < p.kl for q in points)
+    at = lambda p: (p.bytes, p.kl)
+    no_worse = lambda q, p: q.bytes <= p.bytes and q.kl <= p.kl
+    beaten = lambda p: any(no_worse(q, p) and at(q) != at(p) for q in points)
     return [p.model_copy(update={"on_frontier": not beaten(p)}) for p in points]
 
 
@@ -196,11 +193,13 @@ class _Table:
         )  # fmt: skip
 
     def budgets(self, points: Sequence[Point]) -> list[int]:
-        """Return the bytes for which mixtures are made: of MODEL, and of widths in between."""
+        """Return the bytes for which mixtures are made: of MODEL, and halfway between widths."""
         low, high = (self.rest + sum(f(b) for b in self.bytes) for f in (min, max))
         own = [p.bytes for p in points if not p.command]
-        between = [self.rest + sum(b[i] for b in self.bytes) for i in range(len(self.versions))]
-        return [b for b in dict.fromkeys([*own, *between]) if low < b < high]
+        uniform = [self.rest + sum(b[i] for b in self.bytes) for i in range(len(self.versions))]
+        halfway = [(a + b) // 2 for a, b in itertools.pairwise(uniform)]
+        wanted = [*own, *halfway]
+        return [b for b in dict.fromkeys(wanted) if low < b < high]
 
     def chosen(self, budget: int) -> list[int]:
         """Return the index of a version for each stack."""
@@ -213,6 +212,20 @@ class _Table:
             p: [(8 * b / sizes[p], e) for b, e in zip(bytes_, losses, strict=True)]
             for p, bytes_, losses in zip(self.paths, self.bytes, self.losses, strict=True)
         }
+
+
+def _mixtures(
+    table: _Table, points: Sequence[Point], scores: Scores, reporter: Reporter
+) -> list[Mixture]:
+    """Return the mixtures for every budget, without repeats."""
+    budgets, found = table.budgets(points), dict[str, Mixture]()
+    with reporter.stage("mixing widths", len(budgets)) as step:
+        for budget in budgets:
+            made = _mixture(table, budget, scores)
+            if made is not None:
+                found.setdefault(made.point.name, made)
+            step(None)
+    return list(found.values())
 
 
 def _mixture(table: _Table, budget: int, scores: Scores) -> Mixture | None:
