@@ -30,7 +30,7 @@ def section(report: Report) -> Section | None:
     ]
     rows.append(("together", total, None))
     moved = found.weights + found.cache
-    lead = (f"One decoded token under the constants of {found.node}, at {report.context:,} tokens "
+    lead: tuple[str, ...] = (f"One decoded token under the constants of {found.node}, at {report.context:,} tokens "
             f"of context: {quantity(total, 'J')}.",)  # fmt: skip
     if found.landauer > 0:
         lead += (
