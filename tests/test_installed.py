@@ -133,7 +133,8 @@ def test_the_wheel_in_a_fresh_venv(tmp_path):
     assert tops == set(FOLDERS.values())
     sources = {file.name for file in compiling.FOLDER.glob("*.[ch]*")}
     native = "pallas_kernels/cpu/native"
-    for data in ("jaxquant/py.typed", "pallas_kernels/cost/rates.json"):
+    page = "jaxquant_models/report/page.html"
+    for data in ("jaxquant/py.typed", "pallas_kernels/cost/rates.json", page):
         assert data in names
     assert {f"{native}/{name}" for name in sources} <= set(names)
     (kernels,) = (name for name in names if name.endswith(".so"))

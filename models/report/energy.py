@@ -30,8 +30,10 @@ def section(report: Report) -> Section | None:
     ]
     rows.append(("together", total, None))
     moved = found.weights + found.cache
-    lead = (f"One decoded token under the constants of {found.node}, at {report.context:,} tokens "
-            f"of context: {quantity(total, 'J')}.",)  # fmt: skip
+    lead: tuple[str, ...] = (
+        f"One decoded token under the constants of {found.node}, at {report.context:,} tokens of "
+        f"context: {quantity(total, 'J')}.",
+    )
     if found.landauer > 0:
         lead += (
             "Erasing as many bits as are moved costs at least "

@@ -14,7 +14,7 @@ def section(report: Report) -> Section | None:
     counted = [h for h in report.histograms if sum(h.counts) > 0]
     if not counted:
         return None
-    lead = (
+    lead: tuple[str, ...] = (
         "The exponent of a float takes 5 bits (float16) or 8 bits (bfloat16, float32), but few "
         "values are in use: the difference to the entropy is what a lossless code saves.",
     )

@@ -138,7 +138,7 @@ def axis_labels(axis: Any, x: str = "", y: str = "") -> None:
 
 
 def log_ticks(axis: Any, format: Any = number) -> None:
-    """Label the ticks of a logarithmic axis (`axes.xaxis` or `axes.yaxis`) by `format(value)`."""
+    """Label the ticks of a logarithmic axis (of x or of y) by `format(value)`."""
     ticker: Any = importlib.import_module("matplotlib.ticker")
     low, high = sorted(axis.get_view_interval())
     decades = max(high / max(low, 1e-300), 1)

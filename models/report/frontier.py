@@ -108,7 +108,7 @@ def place_labels(axis: Any, named: Sequence[Point], points: Sequence[Point]) -> 
     figure.draw_without_rendering()  # fixes the axes, in whose units the places are
     draw = figure._get_renderer()
     spots = axis.transData.transform([spot(p) for p in points])
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    taken: list[Any] = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
     taken += line_boxes(axis, [p for p in points if p.on_frontier])
     area = axis.get_window_extent(draw)
     for p in sorted(named, key=lambda p: (bool(p.command), not p.on_frontier)):

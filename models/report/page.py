@@ -88,9 +88,10 @@ def _template() -> jinja2.Template:
     )
     for name, file in (("style", "page.css"), ("script", "page.js")):
         environment.globals[name] = Markup((folder / file).read_text("utf-8"))
-    environment.filters |= {
+    filters: dict[str, Any] = {
         "number": number,
         "bytes": lambda value: quantity(value, "B"),
         "breakable": breakable,
     }
+    environment.filters |= filters
     return environment.get_template("page.html")

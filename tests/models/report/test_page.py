@@ -221,7 +221,7 @@ def test_extreme_values():
 
 
 def test_the_same_report_gives_the_same_page():
-    report = minimal(frontier=full().frontier)
+    report = minimal(energy=full().energy)
     assert render(report) == render(report)
 
 
