@@ -54,7 +54,7 @@ def this_machine(
         raise ValueError(f"size must be {1 << 20} or more and runs 1 or more, got {size}, {runs}")
     if memory is None:
         memory = _memory()
-    if not 0 < memory:
+    if not memory > 0:
         raise ValueError(f"memory must be positive, got {shown(memory)}")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         flops = _peak_of_floats(runs)
