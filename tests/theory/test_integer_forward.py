@@ -1,5 +1,7 @@
 """Products from integers alone: exact sums, a whole BitNet, and what a jaxpr shows."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,7 @@ from tests.support.arrays import draw
 TIMES = jq.quantized(lambda p, x: x @ p["w"])
 CASES = [
     (jq.formats.Ternary(group_size="tensor", scale_dtype="float32"), "int8"),
-    (jq.formats.Integer(2, 64), "int8"),
     (jq.formats.Integer(3, 48, pad=True), "int8/256"),
-    (jq.formats.Integer(4, "channel", symmetric=True), "int8/256"),
     (jq.formats.Integer(8, 64), "int8"),
 ]
 
@@ -51,6 +51,7 @@ def test_sums_are_those_of_the_codes(format, form):
     np.testing.assert_allclose(found.scaled(), TIMES({"w": w}, x), rtol=1e-4, atol=1e-4)
 
 
+@lru_cache
 def bitnet(k, n):
     return jq.freeze(jq.latent({"w": draw(k, n)}, jq.bitnet()))["w"]
 
@@ -69,9 +70,8 @@ def test_the_users_kernel_sums_the_same_integers():
 
 
 def test_one_run_is_bit_exact_and_several_with_its_segment():
-    for k in (128,):
-        w, x = {"w": bitnet(k, 24)}, draw(7, k, seed=1)
-        np.testing.assert_array_equal(TIMES(integer_only(w), x), TIMES(w, x))
+    w, x = {"w": bitnet(128, 24)}, draw(7, 128, seed=1)
+    np.testing.assert_array_equal(TIMES(integer_only(w), x), TIMES(w, x))
     w, x = {"w": bitnet(344, 24)}, draw(7, 344, seed=1)
     alike = TIMES(integer_only(w, 128), x)
     np.testing.assert_allclose(alike, TIMES(w, x), rtol=3e-7, atol=1e-6)
@@ -79,7 +79,7 @@ def test_one_run_is_bit_exact_and_several_with_its_segment():
 
 
 CONFIG = LlamaConfig(
-    48, 64, 128, 2, 2, 2, 32, tie_embeddings=True, sub_norms=True, activation="relu2"
+    48, 64, 64, 2, 2, 2, 32, tie_embeddings=True, sub_norms=True, activation="relu2"
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_no_product_of_a_packed_weight_has_floats(checkpoint):
     # What is left: scores and values of attention, and the output matrix.
     left = float_products(run, integer_only(params), tokens)
     assert len(left) == 2 * CONFIG.n_layers + 1
-    assert not {64 * 64, 64 * 128} & {int(np.prod(one.shapes[1])) for one in left}
+    assert not {(64, 64)} & {one.shapes[1] for one in left}
     # The user's own path calls kernels, or multiplies floats where there is none.
     assert len(float_products(run, params, tokens)) >= 7 * CONFIG.n_layers
 
