@@ -117,6 +117,20 @@ def _batched(
 batching.primitive_batchers[_chosen] = _batched
 
 
+def choices(eqn: Any) -> list[Callable[..., Any]]:
+    """Return the functions among which an equation of a jaxpr chooses when it is lowered.
+
+    Args:
+      eqn: an equation.
+    Returns:
+      The kernels of all platforms and the reference, of the operands of the equation; an empty list
+      if it is no such choice.
+    """
+    if eqn.primitive is not _chosen:
+        return []
+    return [*(kernel for _, kernel in eqn.params["branches"]), eqn.params["reference"]]
+
+
 def default_platform() -> str:
     """Return JAX's default backend under the name that the kernel tables use."""
     backend = jax.default_backend()

@@ -60,12 +60,12 @@ def ternary_operations(codes: Int[Array, "k n"], rows: int = 1) -> Operations:
     >>> ternary_operations(np.array([[1, -1], [0, 1], [1, 0]]))
     Operations(adds=3, subtracts=1, multiplies=0, scalings=2)
     """
-    codes = _matrix(codes)
-    if not np.isin(codes, (-1, 0, 1)).all():
+    held = _matrix(codes)
+    if not np.isin(held, (-1, 0, 1)).all():
         raise ValueError("ternary codes must be -1, 0 or 1; count others with dense_operations")
     _at_least_one(rows=rows)
-    adds, subtracts = int((codes == 1).sum()), int((codes == -1).sum())
-    return Operations(rows * adds, rows * subtracts, 0, rows * codes.shape[1])
+    adds, subtracts = int((held == 1).sum()), int((held == -1).sum())
+    return Operations(rows * adds, rows * subtracts, 0, rows * held.shape[1])
 
 
 def dense_operations(k: int, n: int, rows: int = 1) -> Operations:
@@ -128,10 +128,10 @@ def accumulator_bits_of(codes: Int[Array, "k n"], inputs: Sequence[int] = INPUT)
     >>> accumulator_bits_of(np.array([[1], [0], [-1]]))
     9
     """
-    codes = _matrix(codes).astype(np.int64)
+    held = _matrix(codes).astype(np.int64)
     low, high = _range("inputs", inputs)
-    most = np.where(codes > 0, codes * high, codes * low).sum(0)
-    least = np.where(codes > 0, codes * low, codes * high).sum(0)
+    most = np.where(held > 0, held * high, held * low).sum(0)
+    least = np.where(held > 0, held * low, held * high).sum(0)
     # Partial sums, in whatever order, lie between the sums of the least and of the most, or of 0.
     return _signed_bits(int(least.min(initial=0)), int(most.max(initial=0)))
 

@@ -1,0 +1,161 @@
+"""Products from integers alone: exact sums, a whole BitNet, and what a jaxpr shows."""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.theory.integer_forward import accumulated, integer_only
+from jaxquant.theory.integer_products import accumulator_bits_of
+from jaxquant.theory.jaxpr_products import float_products, products
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.llama import LAYER_MATRICES, Llama, apply
+from pallas_kernels import dispatch
+from pallas_kernels.codecs import layout
+from tests.support.arrays import draw
+
+TIMES = jq.quantized(lambda p, x: x @ p["w"])
+CASES = [
+    (jq.formats.Ternary(group_size="tensor", scale_dtype="float32"), "int8"),
+    (jq.formats.Integer(3, 48, pad=True), "int8/256"),
+    (jq.formats.Integer(8, 64), "int8"),
+]
+
+
+def numbers(data, format, k):
+    """The codes less their zero points, by NumPy."""
+    codes = np.asarray(layout.unpack(data["codes"], format.bits, k), np.int64)
+    if format.symmetric:
+        return codes
+    n = codes.shape[1]
+    zero = np.asarray(layout.unpack(data["zero"].T, format.bits, n)).T.astype(np.int64)
+    return codes - np.repeat(zero, format.rows_per_group(k), axis=0)[:k]
+
+
+@pytest.mark.parametrize(("format", "form"), CASES, ids=str)
+def test_sums_are_those_of_the_codes(format, form):
+    k, n = 320, 24
+    data, x = format.encode(draw(k, n)), draw(5, k, seed=1)
+    found = accumulated(x, data, format, form)
+    assert found.sums.dtype == jnp.int32 and found.codes.dtype == jnp.int8
+    whole = np.asarray(found.sums, np.int64).sum(0)
+    codes = numbers(data, format, k)
+    np.testing.assert_array_equal(whole, np.asarray(found.codes, np.int64) @ codes)
+    most = np.abs(np.asarray(found.sums)).max()
+    assert most < 1 << (accumulator_bits_of(codes) - 1)
+    w = jq.QTensor(data, format, jq.core.tensor.View((k,), (n,), (-2, -1)), "float32",
+                   activations=jq.Activations.of(form))  # fmt: skip
+    np.testing.assert_allclose(found.scaled(), TIMES({"w": w}, x), rtol=1e-4, atol=1e-4)
+
+
+@lru_cache
+def bitnet(k, n):
+    return jq.freeze(jq.latent({"w": draw(k, n)}, jq.bitnet()))["w"]
+
+
+def test_the_users_kernel_sums_the_same_integers():
+    """Without scales its float32 results are its sums, below 2^24."""
+    k, n = 344, 24
+    w, x = bitnet(k, n), draw(7, k, seed=1)
+    found = accumulated(x, w.data, w.format)
+    ones = jnp.ones_like(w.data["scale"])
+    codes = found.codes.astype(jnp.float32)
+    user = dispatch.product(
+        "ternary_matmul", codes, w.data["codes"], ones, group_size=k, activations="codes"
+    )
+    np.testing.assert_array_equal(user, found.sums[0])
+
+
+def test_one_run_is_bit_exact_and_several_with_its_segment():
+    w, x = {"w": bitnet(128, 24)}, draw(7, 128, seed=1)
+    np.testing.assert_array_equal(TIMES(integer_only(w), x), TIMES(w, x))
+    w, x = {"w": bitnet(344, 24)}, draw(7, 344, seed=1)
+    alike = TIMES(integer_only(w, 128), x)
+    np.testing.assert_allclose(alike, TIMES(w, x), rtol=3e-7, atol=1e-6)
+    assert accumulated(x, w["w"].data, w["w"].format, segment=128).sums.shape == (3, 7, 24)
+
+
+CONFIG = LlamaConfig(
+    48, 64, 64, 2, 2, 2, 32, tie_embeddings=True, sub_norms=True, activation="relu2"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    """A BitNet as `jaxquant train-bitnet` packs it, before any step; layers apart."""
+    model, tokens = Llama(CONFIG), jnp.arange(12)[None] % 48
+    fn = lambda p, t: apply(model, p, t)
+    shapes = jax.eval_shape(lambda t: model.init(jax.random.key(0), t)["params"], tokens)
+    rng = np.random.default_rng(0)
+    drawn = lambda a: jnp.asarray(rng.normal(1, 0.1, a.shape), jnp.float32)
+    params = jax.tree.map(lambda a: drawn(a) - (a.shape[-1] > 1 and len(a.shape) > 2), shapes)
+    recipe = jq.Recipe([(LAYER_MATRICES, jq.bitnet()), ("*", jq.KEEP)])
+    packed = jq.freeze(jq.latent(params, recipe, jq.sites(fn, shapes, tokens)))
+    return jq.quantized(fn), jq.ptq.unstack(packed, "layers"), tokens
+
+
+def test_a_whole_bitnet_is_bit_exact(checkpoint):
+    """Operation by operation; a whole program may fuse what lies between the products."""
+    run, params, tokens = checkpoint
+    user, ours = run(params, tokens), run(integer_only(params), tokens)
+    np.testing.assert_array_equal(ours, user)
+    assert float(jnp.std(user)) > 0.01
+    wrong = jax.tree.map(lambda a: -a if a.dtype == jnp.int32 else a, integer_only(params))
+    assert not np.array_equal(run(wrong, tokens), user)
+
+
+def test_no_product_of_a_packed_weight_has_floats(checkpoint):
+    run, params, tokens = checkpoint
+    ours = products(run, integer_only(params), tokens)
+    integers = [one for one in ours if not one.floating]
+    assert len(integers) == 7 * CONFIG.n_layers
+    assert all(one.dtypes == ("int8", "int8") and one.result == "int32" for one in integers)
+    # What is left: scores and values of attention, and the output matrix.
+    left = float_products(run, integer_only(params), tokens)
+    assert len(left) == 2 * CONFIG.n_layers + 1
+    assert not {(64, 64)} & {one.shapes[1] for one in left}
+    # The user's own path calls kernels, or multiplies floats where there is none.
+    assert len(float_products(run, params, tokens)) >= 7 * CONFIG.n_layers
+
+
+def test_products_are_found_wherever_they_are():
+    x, w = jnp.ones((4, 4)), jnp.ones((4, 4), jnp.int8)
+
+    def fn(x, w):
+        y = jax.lax.scan(lambda c, _: (c @ x, None), x, length=2)[0]
+        y = jax.lax.cond(y[0, 0] > 0, lambda a: a @ a, lambda a: jax.checkpoint(jnp.dot)(a, a), y)
+        z = jax.lax.while_loop(
+            lambda a: a[0, 0] < 9, lambda a: jax.vmap(jnp.dot)(a, a)[:, None] + a, y
+        )
+        return z, jax.jit(lambda a: a @ a)(w), jax.lax.ragged_dot(x, x[None], jnp.array([4]))
+
+    found = products(fn, x, w)
+    assert len(found) == 6 and sum(not one.floating for one in found) == 1
+    assert {one.primitive for one in found} >= {"dot_general"}
+    assert not float_products(lambda w: w @ w, w)
+    mixed = lambda x, w: jax.lax.dot(x, w, preferred_element_type=jnp.float32)
+    assert len(float_products(mixed, x, w)) == 1
+
+
+def test_bad_trees():
+    with pytest.raises(ValueError, match="the tree has none; quantize it first"):
+        integer_only({"w": jnp.ones((4, 4))})
+    of = lambda method: {"a": jq.quantize_array(draw(64, 8), method)}
+    with pytest.raises(ValueError, match=r"a: its inputs are not rounded .*with_activations"):
+        integer_only(of(jq.rtn(4)))
+    with pytest.raises(ValueError, match="a: expected an Integer or Ternary format, got Normal"):
+        integer_only(of(jq.normal_float(4, activations="int8")))
+    with pytest.raises(ValueError, match=r"expected an Integer .*jaxquant.freeze"):
+        integer_only(jq.latent({"a": draw(64, 8)}, jq.bitnet()))
+    good = of(jq.rtn(4, activations="int8"))
+    for segment in (0, 12):
+        with pytest.raises(ValueError, match="segment must be a positive multiple of 8"):
+            integer_only(good, segment)
+    with pytest.raises(ValueError, match="product with the transpose of a packed weight"):
+        jq.quantized(lambda p, g: g @ p["a"].T)(integer_only(good), jnp.ones((2, 8)))
+    w = good["a"]
+    with pytest.raises(ValueError, match="not rounded to integers"):
+        accumulated(jnp.ones((1, 64)), w.data, w.format, "float")
