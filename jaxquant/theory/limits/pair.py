@@ -158,7 +158,7 @@ class Pair:
                 f"the hidden states of {subject.name} are not finite on the text: the weights hold "
                 "NaN or infinities, or activations overflow"
             )
-        return states, Margins(**found)
+        return states, Margins(**jax.tree.map(jnp.asarray, found))
 
     def _recalled(self) -> Arrays:
         p, skip = self.planted, max(1, self.effort.passage // 4)

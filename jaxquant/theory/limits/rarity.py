@@ -1,7 +1,7 @@
 """Whether quantization hurts rare tokens first: the loss of tokens by how often they occur."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.limits.limit import Limit
@@ -10,7 +10,9 @@ EDGES = (1, 2, 4, 16)  # of the groups: once, 2 or 3 times, 4 to 15 times, 16 ti
 
 
 def excess_by_count(
-    text: Int[np.ndarray, " n"], tokens: Int[np.ndarray, "*b"], excess: Float[np.ndarray, "*b"]
+    text: Int[np.ndarray, " n"],
+    tokens: Int[np.ndarray, "*b"],
+    excess: Float[Array | np.ndarray, "*b"],
 ) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
     """Return numbers of tokens and mean excess losses by how often the token occurs in a text.
 
@@ -41,7 +43,9 @@ def excess_by_count(
 
 
 def rarity_limit(
-    text: Int[np.ndarray, " n"], tokens: Int[np.ndarray, "*b"], excess: Float[np.ndarray, "*b"]
+    text: Int[np.ndarray, " n"],
+    tokens: Int[np.ndarray, "*b"],
+    excess: Float[Array | np.ndarray, "*b"],
 ) -> Limit:
     """Return the excess loss of tokens that occur once, beside that of frequent ones, as a row.
 
