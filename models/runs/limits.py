@@ -17,7 +17,7 @@ from jaxquant_models.architectures.cache import AnyCache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
 from jaxquant_models.architectures.hidden_states import attention_scores
 from jaxquant_models.architectures.llama import LAYER_MATRICES, stacked
-from jaxquant_models.architectures.rope import frequencies
+from jaxquant_models.architectures.rope import frequencies, rotation_angles
 from jaxquant_models.readers.encoder import Encoder, load_encoder
 from jaxquant_models.readers.model import Model
 
@@ -75,6 +75,14 @@ class Examined:
         """Radians per position of the rotary position embedding."""
         return frequencies(self.model.config)
 
+    def angles(self, count: int) -> Float[np.ndarray, "t pairs"]:
+        """Return the angles of the first positions as the model computes them, in float32.
+
+        Args:
+          count: number of positions.
+        """
+        return np.asarray(rotation_angles(self.model.config, jnp.arange(count)))
+
     def params(self) -> PyTree:
         """Return dequantized stacked parameters; packed ones if the model rounds activations."""
         if _rounds_activations(self.model.params):
@@ -91,7 +99,9 @@ class Examined:
         c = self.model.config
         fits = all(n % GROUP == 0 for n in (c.d_model, c.d_ff, c.n_heads * c.head_dim))
         method = jq.rtn(bits, GROUP if fits else "channel")
-        packed = jq.quantize(dense, jq.Recipe([(LAYER_MATRICES, method), ("*", jq.KEEP)]))
+        recipe = jq.Recipe([(LAYER_MATRICES, method), ("*", jq.KEEP)])
+        sites = dataclasses.replace(self.model, params=dense, prefix=0).sites()
+        packed = jq.quantize(dense, recipe, sites)
         model = dataclasses.replace(self.model, params=packed, prefix=0)
         functions = _functions(c, jnp.dtype(model.dtype), 0, False)
         name = f"rtn {bits} bits"

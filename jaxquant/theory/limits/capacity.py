@@ -20,6 +20,8 @@ from jaxquant.theory.limits.random_numbers import generator
 from jaxquant.theory.number_checks import finite
 
 MOST_POINTS = 10_000  # beyond which the exact integers take seconds
+ROUNDING = 1e-6  # relative differences of states that float32 makes of equal ones
+MARGIN = 1e-6  # of points of length 1, above the tolerance of the linear program
 SIGNIFICANCE = 1e-3  # probability with which an experiment that is as expected is refused
 
 
@@ -96,7 +98,8 @@ def is_separable(
 ) -> bool:
     """Return whether a plane through the origin has each point on the side of its label.
 
-    It is, if y_i <w, x_i> >= 1 has a solution w, which a linear program finds.
+    It is, if y_i <w, x_i> >= t |x_i| has a solution w of bounded size with t > 0, which a linear
+    program finds.
 
     Args:
       points: x [n, d].
@@ -118,16 +121,22 @@ def is_separable(
             f"expected a label, -1 or 1, for each of {len(x)} points, got an array "
             f"{y.dtype}{list(y.shape)}"
         )
+    # The largest margin t of points of length 1 and a bounded w is the linear program: unlike the
+    # inequalities alone, it always has a solution, and badly scaled points do not stall the solver.
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    if not length.all():
+        return False
+    n = x.shape[1]
     found = linprog(
-        np.zeros(x.shape[1]),
-        A_ub=-y[:, None] * x,
-        b_ub=-np.ones(len(x)),
-        bounds=(None, None),
+        np.append(np.zeros(n), -1.0),
+        A_ub=np.hstack([-y[:, None] * (x / length), np.ones((len(x), 1))]),
+        b_ub=np.zeros(len(x)),
+        bounds=[(-1.0, 1.0)] * n + [(0.0, 1.0)],
         method="highs",
     )
-    if found.status not in (0, 2):  # solved, infeasible
+    if found.status != 0:
         raise ValueError(f"the linear program was not decided: {found.message}")
-    return bool(found.status == 0)
+    return bool(found.x[-1] > MARGIN)
 
 
 def projected(
@@ -143,7 +152,8 @@ def projected(
       dimension: number of dimensions of the result, 1 or more.
       key: of the projection.
     Returns:
-      Points [n, dimension]. A coordinate that is constant over the states is left out.
+      Points [n, dimension]. A coordinate that is constant over the states, up to the rounding of
+      float32, is left out.
     Raises:
       ValueError: there are no states, a number is not finite, or the dimension is below 1.
 
@@ -157,7 +167,7 @@ def projected(
         raise ValueError(f"dimension must be 1 or more, got {dimension}")
     centered = x - x.mean(0)
     spread = centered.std(0)
-    varies = spread > 1e-12 * np.abs(x).max(0)  # equal numbers may differ from their mean
+    varies = spread > ROUNDING * np.abs(x).max(0)
     scaled = np.divide(centered, spread, out=np.zeros_like(x), where=varies)
     return scaled @ generator(key).normal(size=(x.shape[1], int(dimension)))
 

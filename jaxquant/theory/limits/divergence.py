@@ -89,7 +89,9 @@ class Flips:
         )
 
 
-def flips_of(text: Int[Array, "p k"], choices: Int[Array, "p k"]) -> Flips:
+def flips_of(
+    text: Int[Array | np.ndarray, "p k"], choices: Int[Array | np.ndarray, "p k"]
+) -> Flips:
     """Return the flips of a model that reads the greedy text of another.
 
     Args:
@@ -112,9 +114,9 @@ def flips_of(text: Int[Array, "p k"], choices: Int[Array, "p k"]) -> Flips:
 
 def unexplained(
     flips: Flips,
-    text: Int[Array, "p k"],
-    free: Int[Array, "p k"],
-    gap: Float[Array, "p k"],
+    text: Int[Array | np.ndarray, "p k"],
+    free: Int[Array | np.ndarray, "p k"],
+    gap: Float[Array | np.ndarray, "p k"],
     tie: float = TIE,
 ) -> Bool[np.ndarray, " p"]:
     """Return the prompts whose free greedy text parts elsewhere than flips say, without a tie.
@@ -148,7 +150,9 @@ def unexplained(
 
 
 def certified(
-    gap: Float[Array, "*p"], change: Float[Array, "*p"], slack: float = 1e-5
+    gap: Float[Array | np.ndarray, "*p"],
+    change: Float[Array | np.ndarray, "*p"],
+    slack: float = 1e-5,
 ) -> Bool[np.ndarray, "*p"]:
     """Return where a change of the logits cannot change the likeliest token.
 
@@ -174,7 +178,7 @@ def certified(
     return a > b * (1 + slack)
 
 
-def coupled_disagreement(distance: Float[Array, "*p"]) -> Float[np.ndarray, "*p"]:
+def coupled_disagreement(distance: Float[Array | np.ndarray, "*p"]) -> Float[np.ndarray, "*p"]:
     """Return how often two models that sample with one random key may differ at most.
 
     `jax.random.categorical` adds Gumbel noise to logits and takes the largest sum. With the same

@@ -97,7 +97,9 @@ def _clusters(flips: Flips, seed: int) -> Limit:
 
 
 def certificate_limit(
-    gap: Float[Array, "*p"], change: Float[Array, "*p"], flipped: Bool[Array, "*p"]
+    gap: Float[Array | np.ndarray, "*p"],
+    change: Float[Array | np.ndarray, "*p"],
+    flipped: Bool[Array | np.ndarray, "*p"],
 ) -> Limit:
     """Return the share of changed choices beside the share that might change.
 
@@ -122,7 +124,9 @@ def certificate_limit(
 
 
 def coupling_limit(
-    reference: Int[Array, "p k"], model: Int[Array, "p k"], distance: Float[Array, "p k"]
+    reference: Int[Array | np.ndarray, "p k"],
+    model: Int[Array | np.ndarray, "p k"],
+    distance: Float[Array | np.ndarray, "p k"],
 ) -> Limit:
     """Return how many sampled texts part, beside what the distances of the distributions allow.
 

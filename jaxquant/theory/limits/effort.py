@@ -23,7 +23,8 @@ class Effort:
       new: tokens generated for each prompt.
       sentences: passages for retrieval.
       variants: quantized versions for the diagonal adversary.
-      trials: repetitions of random experiments.
+      trials: labelings of points in an experiment.
+      memories: memories whose facts are rounded.
     """
 
     chunks: int = 4
@@ -38,6 +39,7 @@ class Effort:
     sentences: int = 400
     variants: int = 3
     trials: int = 200
+    memories: int = 8
 
     @property
     def tokens(self) -> int:
@@ -73,7 +75,15 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(
-        chunks=2, inside=512, contexts=3, context=512, new=96, sentences=200, variants=2, trials=60
+        chunks=2,
+        inside=512,
+        contexts=3,
+        context=512,
+        new=96,
+        sentences=200,
+        variants=2,
+        trials=60,
+        memories=4,
     ),
     "default": Effort(),
 }

@@ -38,7 +38,10 @@ class Difference:
 
 
 def paired_difference(
-    model: Float[Array, " p"], reference: Float[Array, " p"], seed: int = 0, draws: int = DRAWS
+    model: Float[Array | np.ndarray, " p"],
+    reference: Float[Array | np.ndarray, " p"],
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> Difference:
     """Return the mean difference over prompts with bootstrap intervals.
 
@@ -68,7 +71,9 @@ def paired_difference(
     return Difference(float(d.mean()), float(low), float(high), float(low99))
 
 
-def mcnemar(model: Bool[Array, " p"], reference: Bool[Array, " p"]) -> float:
+def mcnemar(
+    model: Bool[Array | np.ndarray, " p"], reference: Bool[Array | np.ndarray, " p"]
+) -> float:
     """Return the exact one-sided p-value that events are more frequent with the model.
 
     Only prompts count for which the two differ; each is equally likely to go either way if the
@@ -104,7 +109,9 @@ class Verdict:
     note: str
 
 
-def loops_survive(model: Bool[Array, " p"], reference: Bool[Array, " p"], seed: int = 0) -> Verdict:
+def loops_survive(
+    model: Bool[Array | np.ndarray, " p"], reference: Bool[Array | np.ndarray, " p"], seed: int = 0
+) -> Verdict:
     """Judge the loops of sampled texts.
 
     Collapsed: McNemar's p-value is below .01, and the excess is .1 or more. Survives: the upper end
@@ -133,7 +140,9 @@ def loops_survive(model: Bool[Array, " p"], reference: Bool[Array, " p"], seed: 
 
 
 def judge_survives(
-    model: Float[Array, " p"], reference: Float[Array, " p"], seed: int = 0
+    model: Float[Array | np.ndarray, " p"],
+    reference: Float[Array | np.ndarray, " p"],
+    seed: int = 0,
 ) -> Verdict:
     """Judge the likelihood of sampled texts under the float model.
 

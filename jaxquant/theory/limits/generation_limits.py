@@ -19,7 +19,7 @@ from jaxquant.theory.limits.repetition import distinct, loop, repeated, until_en
 Texts = list[Int[np.ndarray, " t"]]
 
 
-def ended(texts: Int[Array, "p k"], end: Sequence[int]) -> Texts:
+def ended(texts: Int[Array | np.ndarray, "p k"], end: Sequence[int]) -> Texts:
     """Return each text up to its stop token.
 
     Args:
@@ -30,7 +30,9 @@ def ended(texts: Int[Array, "p k"], end: Sequence[int]) -> Texts:
 
 
 def mean_until_end(
-    values: Float[Array, "p k"], texts: Int[Array, "p k"], end: Sequence[int]
+    values: Float[Array | np.ndarray, "p k"],
+    texts: Int[Array | np.ndarray, "p k"],
+    end: Sequence[int],
 ) -> Float[np.ndarray, " p"]:
     """Return the mean value of each text's tokens, its stop token included.
 
@@ -58,7 +60,7 @@ def generation_limits(
       name: name of the model.
     """
     looping = lambda texts: np.array([loop(text) is not None for text in texts])
-    loops = loops_survive(*map(looping, sampled))
+    loops = loops_survive(looping(sampled[0]), looping(sampled[1]))
     judge = judge_survives(*judged)
     rows = [
         Limit(
@@ -106,8 +108,9 @@ def generation_limits(
 
 
 def _described(name: str, what: str, values: Sequence[np.ndarray]) -> Limit:
-    d = paired_difference(*(v.astype(float) for v in values))
-    return _row(name, what, float(values[0].mean()), float(values[1].mean()), (d.low, d.high))
+    model, reference = (v.astype(float) for v in values)
+    d = paired_difference(model, reference)
+    return _row(name, what, float(model.mean()), float(reference.mean()), (d.low, d.high))
 
 
 def _distinct(title: str, texts: tuple[Texts, Texts]) -> Limit:

@@ -40,7 +40,9 @@ class Planted:
 
 
 def planted(
-    fillers: Int[Array, "n t"], passages: Int[Array, "n q"], margin: int = MARGIN
+    fillers: Int[Array | np.ndarray, "n t"],
+    passages: Int[Array | np.ndarray, "n q"],
+    margin: int = MARGIN,
 ) -> Planted:
     """Return contexts in which every passage lies once at every depth.
 
@@ -75,7 +77,9 @@ def planted(
 
 
 def gains(
-    at: Int[np.ndarray, "n n"], present: Float[Array, "n n"], absent: Float[Array, "n n"]
+    at: Int[np.ndarray, "n n"],
+    present: Float[Array | np.ndarray, "n n"],
+    absent: Float[Array | np.ndarray, "n n"],
 ) -> Float[np.ndarray, "n n"]:
     """Return the gain in nats per token by context and depth.
 
@@ -121,8 +125,8 @@ class Retention:
 
 
 def retention(
-    model: Float[Array, "n n"],
-    reference: Float[Array, "n n"],
+    model: Float[Array | np.ndarray, "n n"],
+    reference: Float[Array | np.ndarray, "n n"],
     at: Int[np.ndarray, "n n"],
     seed: int = 0,
     draws: int = DRAWS,
@@ -168,8 +172,8 @@ def retention(
 
 
 def middle_limits(
-    model: Float[Array, "n n"],
-    reference: Float[Array, "n n"],
+    model: Float[Array | np.ndarray, "n n"],
+    reference: Float[Array | np.ndarray, "n n"],
     at: Int[np.ndarray, "n n"],
     name: str,
 ) -> tuple[Limit, ...]:
@@ -195,7 +199,7 @@ def middle_limits(
     return kept, _shape(reference, "the reference", "reference"), _shape(model, name, "model")
 
 
-def _shape(gain: Float[Array, "n n"], name: str, short: str) -> Limit:
+def _shape(gain: Float[Array | np.ndarray, "n n"], name: str, short: str) -> Limit:
     mean = np.asarray(gain).mean(0)
     inner = mean[1:-1].mean() if len(mean) > 2 else mean.mean()
     return Limit(

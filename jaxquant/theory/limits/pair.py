@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Arrays
+from jaxquant.theory.limits.crowding import Margins, head_margins
 from jaxquant.theory.limits.effort import Effort
 from jaxquant.theory.limits.middle import Planted, gains, planted
 from jaxquant.theory.limits.passes import (
@@ -21,7 +22,7 @@ from jaxquant.theory.limits.passes import (
     recalled,
     scored,
 )
-from jaxquant.theory.limits.subject import Inside, Reduce, Subject
+from jaxquant.theory.limits.subject import Subject
 
 Progress = Callable[[str, float], None]
 
@@ -133,25 +134,31 @@ class Pair:
         of = lambda who: gains(self.planted.at, found[f"{who} present"], found[f"{who} absent"])
         return of("reference"), of("model")
 
-    def inside(self, name: str, tokens: int, reduce: Reduce) -> tuple[Inside, Inside]:
-        """Return the last states of the text's beginning, and reduced attention scores, of both.
+    @functools.cached_property
+    def inside(self) -> tuple[tuple[np.ndarray, Margins], tuple[np.ndarray, Margins]]:
+        """Last states [t, d] of the beginning of the text and margins of all heads, of both.
 
-        Args:
-          name: name of the reduction, under which the result is kept.
-          tokens: number of tokens.
-          reduce: see `theory.limits.subject.Functions`; it must return one array.
         Raises:
           ValueError: a state is not finite.
         """
-        ids = jnp.asarray(self.tokens[:tokens])
-        both = []
-        for who, subject, i in (("reference", self.reference, 0), ("model", self.model, 1)):
-            run = lambda s=subject, i=i: looked_inside(s.functions, reduce, self.params[i], ids)
-            found = self._get(f"{name} {who}", lambda run=run: run()._asdict())
-            if not np.isfinite(found["states"]).all():
-                raise ValueError(f"the hidden states of {subject.name} are not finite on the text")
-            both.append(Inside(found["states"], found["heads"]))
-        return both[0], both[1]
+        return self._inside(0), self._inside(1)
+
+    def _inside(self, who: int) -> tuple[np.ndarray, Margins]:
+        subject = (self.reference, self.model)[who]
+        ids = jnp.asarray(self.tokens[: self.effort.inside], jnp.int32)
+
+        def compute() -> Arrays:
+            states, heads = looked_inside(subject.functions, head_margins, self.params[who], ids)
+            return {"states": states, **heads._asdict()}
+
+        found = self._get(f"attention of the {('reference', 'model')[who]}", compute)
+        states = found.pop("states")
+        if not np.isfinite(states).all():
+            raise ValueError(
+                f"the hidden states of {subject.name} are not finite on the text: the weights hold "
+                "NaN or infinities, or activations overflow"
+            )
+        return states, Margins(**jax.tree.map(jnp.asarray, found))
 
     def _recalled(self) -> Arrays:
         p, skip = self.planted, max(1, self.effort.passage // 4)

@@ -23,15 +23,15 @@ class Scores(NamedTuple):
       distance: total variation distance.
     """
 
-    nll: Float[Array, "b t"]
-    other_nll: Float[Array, "b t"]
-    top: Int[Array, "b t"]
-    other_top: Int[Array, "b t"]
-    gap: Float[Array, "b t"]
-    other_gap: Float[Array, "b t"]
-    change: Float[Array, "b t"]
-    kl: Float[Array, "b t"]
-    distance: Float[Array, "b t"]
+    nll: Float[Array | np.ndarray, "b t"]
+    other_nll: Float[Array | np.ndarray, "b t"]
+    top: Int[Array | np.ndarray, "b t"]
+    other_top: Int[Array | np.ndarray, "b t"]
+    gap: Float[Array | np.ndarray, "b t"]
+    other_gap: Float[Array | np.ndarray, "b t"]
+    change: Float[Array | np.ndarray, "b t"]
+    kl: Float[Array | np.ndarray, "b t"]
+    distance: Float[Array | np.ndarray, "b t"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -95,6 +95,9 @@ class Subject(Protocol):
     def frequencies(self) -> Float[np.ndarray, " pairs"] | None:
         """Radians per position of the rotary position embedding; None for a model without one."""
 
+    def angles(self, count: int) -> Float[np.ndarray, "t pairs"] | None:
+        """Return the angles of positions 0 to count - 1 as the model computes them, or None."""
+
     def params(self) -> PyTree:
         """Return the parameters that `functions` take, dequantized at each call."""
 

@@ -2,33 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Arrays, Finished
-from jaxquant.theory.limits.diagonal import diagonal_adversary
-from jaxquant.theory.limits.divergence import flips_of, unexplained
-from jaxquant.theory.limits.divergence_limits import (
-    certificate_limit,
-    coupling_limit,
-    flip_limits,
-)
 from jaxquant.theory.limits.effort import EFFORTS, Effort
-from jaxquant.theory.limits.generation_limits import ended, generation_limits, mean_until_end
 from jaxquant.theory.limits.limit import Limit, Suite
-from jaxquant.theory.limits.middle import middle_limits
 from jaxquant.theory.limits.pair import Pair, Progress
-from jaxquant.theory.limits.passes import prefers_first, two_likeliest
+from jaxquant.theory.limits.sections import SECTIONS, Rows
 from jaxquant.theory.limits.subject import Subject
-
-Rows = Sequence[Limit]
 
 
 def run_suite(
@@ -105,52 +93,3 @@ def _section(
 
 def _row(given: Mapping[str, Any]) -> Limit:
     return Limit(**{name: value for name, value in given.items() if name != "verdict"})
-
-
-def _diagonal(pair: Pair) -> Rows:
-    """Judge predictors of one bit: which of the reference's two likeliest tokens comes first."""
-    tokens = jnp.asarray(pair.chunks[0])
-    variants = list(pair.reference.variants().values())[: pair.effort.variants]
-    subjects = [pair.reference, pair.model, *(make() for make in variants)]
-    pairs = two_likeliest(pair.reference.functions, pair.params[0], tokens)
-    predictors = [
-        lambda x, s=s: np.asarray(prefers_first(s.functions, s.params(), x, pairs))
-        for s in subjects
-    ]
-    return diagonal_adversary(predictors, tokens).limits()
-
-
-def _divergence(pair: Pair) -> Rows:
-    scores = pair.on_greedy
-    text, free = pair.greedy
-    flips = flips_of(text, scores.other_top)
-    failed = unexplained(flips, text, free, scores.other_gap)
-    on_text = pair.on_text
-    sampled = pair.sampled
-    return (
-        *flip_limits(flips, failed, pair.model.name),
-        certificate_limit(on_text.gap, on_text.change, on_text.top != on_text.other_top),
-        coupling_limit(*sampled, pair.on_sampled[0].distance),
-    )
-
-
-def _generation(pair: Pair) -> Rows:
-    end = pair.reference.end
-    both = lambda texts: (ended(texts[1], end), ended(texts[0], end))
-    own, other = pair.on_sampled
-    a, b = pair.sampled
-    judged = mean_until_end(other.nll, b, end), mean_until_end(own.nll, a, end)
-    return generation_limits(both(pair.greedy), both(pair.sampled), judged, pair.model.name)
-
-
-def _middle(pair: Pair) -> Rows:
-    reference, model = pair.gains
-    return middle_limits(model, reference, pair.planted.at, pair.model.name)
-
-
-SECTIONS: dict[str, Callable[[Pair], Rows]] = {
-    "diagonal": _diagonal,
-    "divergence": _divergence,
-    "generation": _generation,
-    "passages by depth": _middle,
-}
