@@ -64,8 +64,8 @@ def analyze_command(
     written by jaxquant. The folder --out gets report.html, which any browser shows without a
     network, report.json, and the recipes that the advised commands name. A float MODEL is quantized
     in several ways, and a quantized one compared with the float model of --against. To resume an
-    interrupted run, repeat the same command; the result is the same as that of an uninterrupted
-    run.
+    interrupted run, repeat the same command; the result is that of an uninterrupted run, apart from
+    times and the rounding errors of sums.
     """
     with usage_errors():
         page.check()  # before anything is computed

@@ -1,6 +1,7 @@
 """`jaxquant analyze`: its numbers computed again, killed runs, one clear line for bad input."""
 
 import json
+import math
 import shlex
 import shutil
 
@@ -19,8 +20,9 @@ from tests.support.command import fails
 from tests.support.stopped import stopped_at
 from tests.support.tiny_llama import BASE, random_tensors, write_folder
 
-VARIANTS = (("gptq", 4), ("gptq", 3), ("gptq", 2))
-CONFIG = BASE | {"hidden_size": 32, "intermediate_size": 32}  # two shapes of matrices
+VARIANTS = (("gptq", 4), ("gptq", 2))
+# Three shapes of matrices, which are too small for a fit of their distribution.
+CONFIG = BASE | {"intermediate_size": 32, "tie_word_embeddings": True}
 SMALL = request.Effort(2, 1024, VARIANTS, 1, 200)
 # Its tokens hardly repeat, so that the hidden states of most are distinct.
 TEXT = "".join(chr(97 + (i * i * 7 + i * 13 + i // 5) % 26) for i in range(1500))
@@ -74,13 +76,14 @@ def timeless(report):
 
 
 def differences(a, b, at=""):
-    """Paths at which two JSON values differ, and the values."""
+    """Paths at which two JSON values differ by more than rounding errors, and the values."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [d for k in a for d in differences(a[k], b[k], f"{at}/{k}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = enumerate(zip(a, b, strict=True))
         return [d for i, (x, y) in pairs for d in differences(x, y, f"{at}/{i}")]
-    return [] if a == b else [(at, a, b)]
+    near = isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-4)
+    return [] if a == b or near else [(at, a, b)]
 
 
 def log_softmax(x):
@@ -165,7 +168,7 @@ def test_numbers_of_the_frontier(place, run, tmp_path):
 def packed(place):
     with pytest.raises(SystemExit):
         main(
-            f"quantize {place}/model --method rtn --bits 4 --group-size 32 "
+            f"quantize {place}/model --method rtn --bits 4 --group-size 8 "
             f"--calibration-tokens 1024 --out {place}/packed".split()
         )
     yield place / "packed"
@@ -216,9 +219,8 @@ def test_a_quantized_model_alone(place, packed, run, tmp_path):
     assert any("--against" in note for note in report["notes"])
 
 
-@pytest.mark.parametrize("count", [3, 12, 30])
-def test_a_killed_run_goes_on(place, run, tmp_path, count):
-    stopped_at(count, *command(place, tmp_path / "cut"))
+def test_a_killed_run_goes_on(place, run, tmp_path):
+    stopped_at(12, *command(place, tmp_path / "cut"))
     assert [p.name for p in tmp_path.iterdir()] == ["cut.partial"]
     status, out, err = run(*command(place, tmp_path / "cut", "--json"))
     assert status == 0 and "continuing from" in err
