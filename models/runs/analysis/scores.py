@@ -45,34 +45,49 @@ class Scores:
 
     def of_reference(self) -> Evaluation:
         """Return the perplexity of the reference."""
-        return self._kept("the reference", lambda: evaluate(*self._reference, self.subjects.chunks))
+        run = lambda: evaluate(self._padded, ByChunk(self._reference), self.subjects.chunks)
+        return self._kept("the reference", run)
 
     def _of(self, name: str, scorable: Callable[[], Scorable]) -> Evaluation:
-        run = lambda: evaluate(*scorable(), self.subjects.chunks, against=self._reference)
+        def run() -> Evaluation:
+            # What `evaluate` is given as parameters are logits, so that one program of the model
+            # serves all versions.
+            fn, params = scorable()
+            program = scored_half(fn, self.first)
+            own = ByChunk(lambda i: program(params, self._tokens(i)))
+            against = self._padded, ByChunk(self._reference)
+            return evaluate(self._padded, own, self.subjects.chunks, against=against)
+
         return self._kept(name, run)
 
     def _kept(self, name: str, run: Callable[[], Evaluation]) -> Evaluation:
         return Evaluation(**self.kept.value(f"scores of {name}", lambda: dataclasses.asdict(run())))
 
-    @property
-    def _reference(self) -> tuple[Apply, ByChunk]:
-        """The reference for `evaluate`: its parameters are the logits that are scored."""
-        # `evaluate` looks at no logits before the first position, nor at the last one.
-        around = ((0, 0), (self.first, 1), (0, 0))
-        return lambda logits, _: jnp.pad(logits, around), ByChunk(self._logits)
+    def _padded(self, logits: Array, _: Array) -> Array:
+        """Return logits at all positions: zeros where `evaluate` does not look at them."""
+        return jnp.pad(logits, ((0, 0), (self.first, 1), (0, 0)))
 
-    @functools.cached_property
-    def _run(self) -> Apply:
-        fn, first = self.subjects.source.outline.apply_fn, self.first
-        return jax.jit(lambda params, tokens: fn(params, tokens)[:, first:-1])
+    def _tokens(self, i: int) -> Array:
+        return jnp.asarray(self.subjects.chunks[i])[None]
 
-    def _logits(self, i: int) -> Array:
+    def _reference(self, i: int) -> Array:
         """Return the reference's logits [1, t, V] on the scored half of a chunk."""
         name = f"analysis: logits of the reference on chunk {i}"
         try:
             found = self.finished[name]["logits"]
         except KeyError:
-            tokens = jnp.asarray(self.subjects.chunks[i])[None]
-            found = np.asarray(self._run(self.subjects.dense[1], tokens))
+            program = scored_half(self.subjects.source.outline.apply_fn, self.first)
+            found = np.asarray(program(self.subjects.dense[1], self._tokens(i)))
             self.finished.put(name, {"logits": found}, sync=False)
         return jnp.asarray(found)
+
+
+@functools.lru_cache(maxsize=4)
+def scored_half(fn: Apply, first: int) -> Apply:
+    """Return a compiled function (params, tokens) -> logits of the positions that are scored.
+
+    Args:
+      fn: function (params, tokens) -> logits, which must not hold weights.
+      first: the first of these positions; the last one but one is the last.
+    """
+    return jax.jit(lambda params, tokens: fn(params, tokens)[:, first:-1])
