@@ -18,6 +18,7 @@ from jaxquant.theory.limits.passes import (
     Scores,
     check_finite,
     generated,
+    likelihoods,
     looked_inside,
     recalled,
     scored,
@@ -113,10 +114,17 @@ class Pair:
         return self._scores_of("greedy text", self.greedy[0])
 
     @functools.cached_property
-    def on_sampled(self) -> tuple[Scores, Scores]:
-        """Predictions of both models of the reference's sampled texts, and of the model's."""
-        a, b = self.sampled
-        return self._scores_of("reference's sample", a), self._scores_of("model's sample", b)
+    def on_sampled(self) -> Scores:
+        """Predictions of both models of the reference's sampled texts."""
+        return self._scores_of("reference's sample", self.sampled[0])
+
+    @functools.cached_property
+    def judged(self) -> Float[np.ndarray, "p k"]:
+        """Negative log-likelihood of the model's sampled texts under the reference."""
+        texts = jnp.asarray(np.concatenate([self.prompts, self.sampled[1]], axis=1), jnp.int32)
+        run = lambda: likelihoods(self.reference.functions, self.params[0], texts)
+        found = self._get("reference on the model's sample", lambda: {"nll": run()})
+        return found["nll"][:, self.effort.prompt - 1 :]
 
     @functools.cached_property
     def planted(self) -> Planted:
