@@ -28,6 +28,27 @@ from jaxquant.theory.limits.subject import Subject
 Progress = Callable[[str, float], None]
 
 
+def check_text(subject: Subject, effort: Effort) -> None:
+    """Raise ValueError if a text is too short, or has tokens outside of the vocabulary.
+
+    Args:
+      subject: the model with its text.
+      effort: number of texts and tokens.
+    """
+    tokens = np.asarray(subject.tokens)
+    needed, there = effort.within(subject.context).tokens, len(tokens)
+    if there < needed:
+        raise ValueError(
+            f"the text has {there} tokens, and the limits need {needed} at this effort; pass a "
+            "longer text"
+        )
+    if not 0 <= tokens.min() <= tokens.max() < subject.vocabulary:
+        raise ValueError(
+            f"token ids must lie in [0, {subject.vocabulary}), got {tokens.min()} to "
+            f"{tokens.max()}; encode the text with the model's own tokenizer"
+        )
+
+
 class Pair:
     """A reference, a model, and what both compute on the reference's text.
 
@@ -39,8 +60,7 @@ class Pair:
       kept: where results are kept.
       progress: called with the name and the seconds of each pass.
     Raises:
-      ValueError: the text is too short, a token is outside of the vocabulary, or the models differ
-        in their vocabularies.
+      ValueError: the models differ in their vocabularies.
     """
 
     def __init__(
@@ -59,22 +79,11 @@ class Pair:
         self._check()
 
     def _check(self) -> None:
-        needed, there = self.effort.tokens, len(self.tokens)
-        if there < needed:
-            raise ValueError(
-                f"the text has {there} tokens, and the limits need {needed} at this effort; pass a "
-                "longer text"
-            )
         a, b = self.reference, self.model
         if a.vocabulary != b.vocabulary:
             raise ValueError(
                 f"{a.name} and {b.name} must have one vocabulary, got {a.vocabulary} and "
                 f"{b.vocabulary} tokens"
-            )
-        if not 0 <= self.tokens.min() <= self.tokens.max() < a.vocabulary:
-            raise ValueError(
-                f"token ids must lie in [0, {a.vocabulary}), got {self.tokens.min()} to "
-                f"{self.tokens.max()}; encode the text with the model's own tokenizer"
             )
 
     @functools.cached_property
