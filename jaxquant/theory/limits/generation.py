@@ -164,7 +164,9 @@ def judge_survives(
     d = paired_difference(model, reference, seed)
     survives = True if d.high < FLUENT else None
     holds = False if d.low99 > GIBBERISH else survives
-    note = f"{d.mean:+.2f} nats per token [{d.low:+.2f}, {d.high:+.2f}]"
+    note = f"{d.mean:+.2f} nats per token, 95 % interval [{d.low:+.2f}, {d.high:+.2f}]"
+    if d.high < -FLUENT:
+        note += "; more predictable than the reference's own texts"
     return Verdict(holds, d, note)
 
 

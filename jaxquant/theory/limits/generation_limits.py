@@ -74,8 +74,8 @@ def generation_limits(
         ),
         Limit(
             "sampled loops",
-            f"Texts sampled from {name} end in loops more often than the reference's by less than "
-            "the bound.",
+            f"The share of texts sampled from {name} that end in a loop exceeds the reference's by "
+            "less than the bound.",
             "survival",
             loops.difference.mean,
             EXCESS,
@@ -84,8 +84,8 @@ def generation_limits(
         ),
         Limit(
             "judged by the reference",
-            f"Texts sampled from {name} cost the reference fewer nats per token more than its own "
-            "than the bound.",
+            f"To the reference, a token of the texts sampled from {name} costs less than the bound "
+            "more, in nats, than one of its own texts.",
             "survival",
             judge.difference.mean,
             GIBBERISH,

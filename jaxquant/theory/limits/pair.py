@@ -18,6 +18,7 @@ from jaxquant.theory.limits.passes import (
     Scores,
     check_finite,
     generated,
+    likelihoods,
     looked_inside,
     recalled,
     scored,
@@ -25,6 +26,27 @@ from jaxquant.theory.limits.passes import (
 from jaxquant.theory.limits.subject import Subject
 
 Progress = Callable[[str, float], None]
+
+
+def check_text(subject: Subject, effort: Effort) -> None:
+    """Raise ValueError if a text is too short, or has tokens outside of the vocabulary.
+
+    Args:
+      subject: the model with its text.
+      effort: number of texts and tokens.
+    """
+    tokens = np.asarray(subject.tokens)
+    needed, there = effort.within(subject.context).tokens, len(tokens)
+    if there < needed:
+        raise ValueError(
+            f"the text has {there} tokens, and the limits need {needed} at this effort; pass a "
+            "longer text"
+        )
+    if not 0 <= tokens.min() <= tokens.max() < subject.vocabulary:
+        raise ValueError(
+            f"token ids must lie in [0, {subject.vocabulary}), got {tokens.min()} to "
+            f"{tokens.max()}; encode the text with the model's own tokenizer"
+        )
 
 
 class Pair:
@@ -38,8 +60,7 @@ class Pair:
       kept: where results are kept.
       progress: called with the name and the seconds of each pass.
     Raises:
-      ValueError: the text is too short, a token is outside of the vocabulary, or the models differ
-        in their vocabularies.
+      ValueError: the models differ in their vocabularies.
     """
 
     def __init__(
@@ -58,22 +79,11 @@ class Pair:
         self._check()
 
     def _check(self) -> None:
-        needed, there = self.effort.tokens, len(self.tokens)
-        if there < needed:
-            raise ValueError(
-                f"the text has {there} tokens, and the limits need {needed} at this effort; pass a "
-                "longer text"
-            )
         a, b = self.reference, self.model
         if a.vocabulary != b.vocabulary:
             raise ValueError(
                 f"{a.name} and {b.name} must have one vocabulary, got {a.vocabulary} and "
                 f"{b.vocabulary} tokens"
-            )
-        if not 0 <= self.tokens.min() <= self.tokens.max() < a.vocabulary:
-            raise ValueError(
-                f"token ids must lie in [0, {a.vocabulary}), got {self.tokens.min()} to "
-                f"{self.tokens.max()}; encode the text with the model's own tokenizer"
             )
 
     @functools.cached_property
@@ -113,10 +123,17 @@ class Pair:
         return self._scores_of("greedy text", self.greedy[0])
 
     @functools.cached_property
-    def on_sampled(self) -> tuple[Scores, Scores]:
-        """Predictions of both models of the reference's sampled texts, and of the model's."""
-        a, b = self.sampled
-        return self._scores_of("reference's sample", a), self._scores_of("model's sample", b)
+    def on_sampled(self) -> Scores:
+        """Predictions of both models of the reference's sampled texts."""
+        return self._scores_of("reference's sample", self.sampled[0])
+
+    @functools.cached_property
+    def judged(self) -> Float[np.ndarray, "p k"]:
+        """Negative log-likelihood of the model's sampled texts under the reference."""
+        texts = jnp.asarray(np.concatenate([self.prompts, self.sampled[1]], axis=1), jnp.int32)
+        run = lambda: likelihoods(self.reference.functions, self.params[0], texts)
+        found = self._get("reference on the model's sample", lambda: {"nll": run()})
+        return found["nll"][:, self.effort.prompt - 1 :]
 
     @functools.cached_property
     def planted(self) -> Planted:

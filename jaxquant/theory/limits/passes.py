@@ -67,6 +67,25 @@ def scored(
     return jax.lax.map(of_row, tokens)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def likelihoods(
+    functions: Functions, params: PyTree, tokens: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Return the negative log-likelihood of the tokens 1, 2, ... of sequences [b, t - 1].
+
+    Args:
+      functions: the model's functions.
+      params: its parameters.
+      tokens: token ids [b, t].
+    """
+
+    def of_row(row: Array) -> Array:
+        log_p = jax.nn.log_softmax(functions.apply(params, row[None])[0, :-1].astype(jnp.float32))
+        return -jnp.take_along_axis(log_p, row[1:, None], axis=-1)[:, 0]
+
+    return jax.lax.map(of_row, tokens)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def generated(
     functions: Functions,

@@ -39,6 +39,7 @@ from jaxquant.theory.limits.two_stages import two_stages
 
 Rows = Sequence[Limit]
 
+INPUTS = 256  # prefixes of the text on which the diagonal target is built
 DIMENSIONS = 30  # of the points whose labelings are counted
 FACTS, WEIGHTS = 600, 400  # of a memory: 1.5 facts per weight, which a perceptron can learn
 LONGEST = 100_000  # tokens of the text whose n-grams are counted
@@ -52,7 +53,7 @@ def _key(pair: Pair, name: str) -> Array:
 
 def diagonal(pair: Pair) -> Rows:
     """Judge predictors of one bit: which of the reference's two likeliest tokens comes first."""
-    tokens = jnp.asarray(pair.chunks[0], jnp.int32)
+    tokens = jnp.asarray(pair.chunks[0, :INPUTS], jnp.int32)
     others = [m for name, m in pair.reference.variants().items() if name != pair.model.name]
     made = [make() for make in others[: pair.effort.variants]]
     pairs = two_likeliest(pair.reference.functions, pair.params[0], tokens)
@@ -121,7 +122,7 @@ def divergence(pair: Pair) -> Rows:
     text, free = pair.greedy
     flips = flips_of(text, scores.other_top)
     failed = unexplained(flips, text, free, scores.other_gap)
-    natural, distance = pair.on_text, pair.on_sampled[0].distance
+    natural, distance = pair.on_text, pair.on_sampled.distance
     return (
         *flip_limits(flips, failed, pair.model.name),
         certificate_limit(natural.gap, natural.change, natural.top != natural.other_top),
@@ -133,10 +134,9 @@ def generation(pair: Pair) -> Rows:
     """Judge what the model writes."""
     end = pair.reference.end
     both = lambda texts: (ended(texts[1], end), ended(texts[0], end))
-    own, other = pair.on_sampled
-    a, b = pair.sampled
-    judged = mean_until_end(other.nll, b, end), mean_until_end(own.nll, a, end)
-    return generation_limits(both(pair.greedy), both(pair.sampled), judged, pair.model.name)
+    own, other = pair.sampled
+    nats = mean_until_end(pair.judged, other, end), mean_until_end(pair.on_sampled.nll, own, end)
+    return generation_limits(both(pair.greedy), both(pair.sampled), nats, pair.model.name)
 
 
 def middle(pair: Pair) -> Rows:

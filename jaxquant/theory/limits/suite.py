@@ -14,7 +14,7 @@ from jaxquant.durable.states import Remembered
 from jaxquant.durable.store import Arrays, Finished
 from jaxquant.theory.limits.effort import EFFORTS, Effort
 from jaxquant.theory.limits.limit import Limit, Suite
-from jaxquant.theory.limits.pair import Pair, Progress
+from jaxquant.theory.limits.pair import Pair, Progress, check_text
 from jaxquant.theory.limits.sections import SECTIONS, Rows
 from jaxquant.theory.limits.subject import Subject
 
@@ -53,6 +53,7 @@ def run_suite(
     key = jax.random.key(0) if key is None else key
     tell = progress or (lambda name, seconds: None)
     reference = model if against is None else against
+    check_text(reference, chosen)
     stores = [np.asarray(reference.tokens), model.stored, against and against.stored]
     settings = f"{chosen} {np.asarray(jax.random.key_data(key)).tolist()} {model.name}"
     kept = Remembered(finished, settings, stores)

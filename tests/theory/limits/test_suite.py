@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant.durable.states import Remembered
+from jaxquant.durable.store import Folder
 from jaxquant.theory.limits import sections
 from jaxquant.theory.limits.effort import EFFORTS, Effort
 from jaxquant.theory.limits.pair import Pair
@@ -37,8 +38,8 @@ def rows(section, judged, reference=FLOAT):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    told, kept = [], {}
+def whole(tmp_path_factory):
+    told, kept = [], Folder(tmp_path_factory.mktemp("suite"), {"effort": "small"})
     suite = run_suite(
         FLOAT, effort=SMALL, finished=kept, progress=lambda name, seconds: told.append(name)
     )
