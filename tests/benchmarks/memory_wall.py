@@ -3,9 +3,9 @@
 Run: python -m tests.benchmarks.memory_wall. A bound above a measured time would be an error, and
 ends the program with one. Weights are those that `generate` runs, layers apart; the bandwidth is
 the fastest reading of as many bytes as the weights have, since a small model stays in the cache in
-part, measured before and after the decoding. The measured time is the least of several runs, of 128
-tokens less 32, in caches of one size. The context is that of the first of these tokens, without
-the padding of its bucket.
+part, measured before and after the decoding. A token's time is that of 128 tokens less that of 68,
+whose caches have one size, each the least of several runs. The bound's context is 68 tokens, fewer
+than any of those tokens sees.
 """
 
 import argparse
