@@ -7,8 +7,10 @@ UV = $(1)/bin/python -m pip --disable-pip-version-check -q install uv && \
 PYTEST := -m pytest -q -n 2
 # Of fast tests a file is one worker's, for what its tests share; in the order of collection, whose
 # last files are short. Slow tests and compilers are few to a worker.
-FAST := $(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow and not model"
-SLOW := $(PYTEST) --dist worksteal -m "slow or model"
+FAST = $(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow and not model $(CASES)"
+SLOW = $(PYTEST) --dist worksteal -m "(slow or model) $(CASES)"
+# Dear cases of what cheaper cases show too are left to `make test-all`.
+CASES ?= and not thorough
 # XLA's older emitters compile in half the time, which is most of a fast test's; what tests by computing
 # much runs with what users have. They round to float8 wrongly in JAX 0.10.0, and JAX 0.11 does not know
 # the option any more: a process would abort, as it does on flags that begin with a space.
@@ -28,7 +30,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/compiled
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: help venv model lint test test-slow test-fast test-newest test-jax011 test-oldest test-kernels kernels \
+.PHONY: help venv model lint test test-all test-slow test-fast test-newest test-jax011 test-oldest test-kernels kernels \
 	fuzz kills test-memory test-gpu test-device demo bench bench-llama curve clean
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -61,6 +63,9 @@ lint: venv       ## ruff, import-linter, mypy
 test: test-slow  ## lint, then every test
 test-slow: venv model lint test-fast
 	$(BIN)/python $(SLOW)
+
+test-all:        ## every test and every kernel, with dear cases that `make test` leaves out (2 hours)
+	$(MAKE) --no-print-directory test test-kernels CASES=
 
 test-fast: venv  ## the tests that take seconds
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(call CHEAP,$(BIN)/python) $(BIN)/python $(FAST)
@@ -98,7 +103,7 @@ INSTALL_kernels = $(call UV,.venv-kernels) -e '.[test]' && \
 	$(call UV,.venv-kernels) --no-deps "jax-cuda13-plugin==$$v" \
 		"jax-cuda13-pjrt==$$v" nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 test-kernels: .venv-kernels/.ready  ## every kernel compiled for TPUs, GPUs and pods, schedules judged
-	.venv-kernels/bin/python $(PYTEST) --dist worksteal tests/aot
+	.venv-kernels/bin/python $(PYTEST) --dist worksteal tests/aot -m "kernels $(CASES)"
 kernels: .venv-kernels/.ready  ## what the compilers make of every kernel: a table, and build/kernels.json
 	@.venv-kernels/bin/python -m tests.aot.table
 

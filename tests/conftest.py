@@ -73,8 +73,12 @@ def mlir_context():
 
 @pytest.fixture(autouse=True)
 def cheap_programs(request):
-    """Most of a fast test's time is compiling, and half of that optimizing; slow tests compute."""
-    slow = any(request.node.get_closest_marker(name) for name in ("slow", "model", "kernels"))
+    """Most of a fast test's time is compiling, and half of that optimizing; slow tests compute.
+
+    Slow tests of tiny models compile much.
+    """
+    marked = lambda *names: any(request.node.get_closest_marker(name) for name in names)
+    slow = marked("model", "kernels") or (marked("slow") and "tiny" not in request.fixturenames)
     before = jax.config.values["jax_disable_most_optimizations"]
     cheap = before or (not slow and jax.default_backend() == "cpu")
     jax.config.update("jax_disable_most_optimizations", cheap)

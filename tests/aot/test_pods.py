@@ -29,6 +29,9 @@ NF4 = recipe_of(jq.nf4(double_quant=True))
 # Products of a step, and those of training again: forward without "down", and transposed.
 PRODUCTS, TRAINED = 7, 7 + 6 + 7
 FLOATS = ("f32", "bf16", "f16")
+both_topologies = pytest.mark.parametrize(
+    "topology", ["v5e:16x16", pytest.param("v5p:8x8x8", marks=pytest.mark.thorough)]
+)
 
 
 def planned(workload, topology, recipe, batch, context):
@@ -44,7 +47,7 @@ def largest_gathered(plan):
     return max((math.prod(one.shape) for one in gathers if one.count > 1), default=0)
 
 
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8"])
+@both_topologies
 def test_in_decoding_no_weight_moves(topology):
     """Of keys and values, each of so many devices has too few words for a kernel to pay."""
     plan = planned("decode", topology, TWO_BITS, 64, 8192)
@@ -70,7 +73,7 @@ def test_in_a_prefill_packed_words_are_gathered():
     assert 1 / 3 < expected_temporaries(request, of, plan.mesh) / found < 3
 
 
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8"])
+@both_topologies
 def test_in_qlora_packed_words_and_adapters_are_gathered(topology):
     """Words twice: forward, and once for both passes of the backward one."""
     batch = slice_of(topology).devices // 8

@@ -13,7 +13,11 @@ NAME = "65B"
 COUNTS = 1000  # bytes at most of step counts and the like
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["on the device", "paged"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, marks=pytest.mark.thorough), True],
+    ids=["on the device", "paged"],
+)
 def found(request):
     """Whether the optimizer's state is paged, and the step."""
     _, paged, step = next(qlora_memory.steps([NAME], [request.param]))

@@ -83,7 +83,14 @@ def test_the_sample_holds_every_width_and_what_once_failed():
     assert few.n % 512 == many.n % 256 == 128 and max(few.k, many.k) < 7168
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+# Their matrix units are those of v5e (128 x 128) and of tpu7x (256 x 256).
+THOROUGH = ("v5p", "v6e")
+
+
+@pytest.mark.parametrize(
+    "chip",
+    [pytest.param(c, marks=pytest.mark.thorough) if c in THOROUGH else c for c in CHIPS],
+)
 def test_they_compile(chip):
     found = sample(chip)
     done = compiler.compiled(

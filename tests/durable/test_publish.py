@@ -30,7 +30,12 @@ def value(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "swap"), [("overwrite", "exchange"), ("overwrite", "renames"), ("fresh", "exchange")]
+    ("how", "swap"),
+    [
+        ("overwrite", "exchange"),
+        pytest.param("overwrite", "renames", marks=pytest.mark.thorough),
+        ("fresh", "exchange"),
+    ],
 )
 def test_a_save_killed_before_any_operation(tmp_path, how, swap):
     """`tests.support.killed_saves` also checks what is left, and what the next save leaves."""

@@ -86,7 +86,11 @@ def test_a_small_model(tmp_path, sides):
 
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.parametrize("sides", SIDES, ids=lambda s: str(s[0]))
+@pytest.mark.parametrize(
+    "sides",
+    [SIDES[0], *(pytest.param(s, marks=pytest.mark.thorough) for s in SIDES[1:])],
+    ids=lambda s: str(s[0]),
+)
 def test_the_real_model(sides):
     model = load("smollm2-135m")
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 128))

@@ -50,7 +50,15 @@ def perplexity(model):
 
 @pytest.mark.parametrize(
     "method",
-    [m if m in ("qlora", "qa-lora") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+    [
+        *("qlora", "qa-lora"),
+        pytest.param("peqa", marks=pytest.mark.slow),
+        *(
+            pytest.param(m, marks=[pytest.mark.slow, pytest.mark.thorough])
+            for m in METHODS
+            if m not in ("qlora", "qa-lora", "peqa")
+        ),
+    ],
 )
 def test_an_adapter_learns_the_text_and_is_merged(tiny, run, tmp_path, method):
     out, merged = tmp_path / "adapted", tmp_path / "merged"
@@ -124,7 +132,9 @@ def test_checkpoints_get_adapters_in_their_own_format(tiny, run, tmp_path):
     "options",
     [
         "qlora --rank 2 --paged",
-        pytest.param("l4q --rank 2 --optimizer adam8bit", marks=pytest.mark.slow),
+        pytest.param(
+            "l4q --rank 2 --optimizer adam8bit", marks=[pytest.mark.slow, pytest.mark.thorough]
+        ),
     ],
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(tiny, run, tmp_path, options):

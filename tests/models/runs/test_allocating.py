@@ -99,7 +99,15 @@ def in_memory(folder, request):
     return told.options, recipe
 
 
-@pytest.mark.parametrize("name", [name for name in REQUESTS if name != "rtn"])  # as "two-sided"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq",
+        "two-sided",
+        pytest.param("entropy_coded", marks=pytest.mark.thorough),
+        pytest.param("trellis", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_losses_are_those_of_the_whole_model(folder, tmp_path, name):
     request = request_for(folder, name)
     got, result = layer_by_layer(folder, request, tmp_path / "p")
@@ -117,7 +125,7 @@ class StoppedError(Exception):
     """What stops a run."""
 
 
-@pytest.mark.parametrize("in_files", [True, False])
+@pytest.mark.parametrize("in_files", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_stopped_anywhere_it_goes_on_to_the_same_losses(folder, tmp_path, monkeypatch, in_files):
     monkeypatch.setattr(passes, "IN_MEMORY", 0 if in_files else 2**30)
     request = request_for(folder, "gptq")

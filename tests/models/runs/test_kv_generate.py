@@ -255,7 +255,8 @@ def takes_what_the_bits_say(model, params, form, step):
 
 def test_bytes_of_a_generation_are_what_the_bits_say(tiny):
     form = KVFormat(2, window=16, group=16, channels=8)
-    takes_what_the_bits_say(tiny, tiny.params, form, 0.35e6)
+    for params in (tiny.params, jq.ptq.unstack(tiny.params, "layers")):
+        takes_what_the_bits_say(tiny, params, form, 0.35e6)
     assert temporary(tiny, tiny.params, 4096, None) > 4096 * 4 * 2 * 3 * 2 * 8  # the twin: floats
 
 
@@ -362,7 +363,7 @@ def test_eight_bits_say_what_floats_say(real):
 
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_bytes_of_a_long_generation_are_what_the_bits_say(real, apart):
     params = jq.ptq.unstack(real.params, "layers") if apart else real.params
     for form in (KVFormat(4), KVFormat(2, "post", window=128)):

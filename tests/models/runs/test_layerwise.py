@@ -103,8 +103,19 @@ def test_the_bits_of_a_run_in_memory(folder, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens reached", "ignore:.*no input reached")
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq, uniform", "smoothquant", "quarot"])
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("qwen3_moe", "gptq"),
+        ("mixtral", "quarot"),
+        *(
+            pytest.param(family, name, marks=pytest.mark.thorough)
+            for family in ("qwen3_moe", "mixtral")
+            for name in ("rtn", "gptq", "gptq, uniform", "smoothquant", "quarot")
+            if (family, name) not in (("qwen3_moe", "gptq"), ("mixtral", "quarot"))
+        ),
+    ],
+)
 def test_the_bits_of_experts(family, tmp_path, name):
     (tmp_path / "text.txt").write_text(TEXT)
     tensors = random_tensors(FAMILIES[family])
