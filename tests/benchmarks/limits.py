@@ -78,7 +78,7 @@ def main():
         print(f"{name}\n{suite}\n", flush=True)
         rows.add(name, *(cell(suite.row(s)) for s in SHOWN), f"{seconds:.0f}")
         found = suite.row("generation survival").holds
-        if found is (not survives) or found is None and not survives:
+        if found is (not survives) or (found is None and not survives):
             wrong.append(name)
     if wrong:
         raise SystemExit(f"verdicts that are wrong: {', '.join(wrong)}")

@@ -26,7 +26,8 @@ SECTIONS = {
     "Fine-tuning of packed models": ["adapters", "qlora_memory"],
     "Selection of training data": ["entropy_law"],
     "Speed on CPUs": [
-        "decode", "memory_wall", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512", "data_parallel",
+        "decode", "memory_wall", "llama_cpp", "cpu_matmul_avx2", "cpu_matmul_avx512",
+        "data_parallel",
     ],
     "Time and memory": ["real_sizes", "quantization_time", "calibration_memory", "training_memory"],
     "Plans of pods": ["pods"],
