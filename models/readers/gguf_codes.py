@@ -1,4 +1,4 @@
-"""The codes of quantized GGUF tensors as integers, without their scales.
+"""The codes of quantized GGUF tensors as integers, and the bytes of their scales.
 
 The `gguf` library dequantizes blocks whose scales are replaced by 1 and whose offsets by 0; what it
 returns are the codes, up to a shift, or the entries of the type's table.
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import gguf
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from jaxquant_models.readers.gguf_file import Tensor
 
@@ -64,3 +64,16 @@ def codes(tensor: Tensor) -> Iterator[Int[np.ndarray, " n"]]:
         for place, scales in side.items():
             bare[:, place : place + len(scales)] = np.frombuffer(scales, np.uint8)
         yield gguf.quants.dequantize(bare, tensor.kind).reshape(-1).astype(np.int64)
+
+
+def scales(tensor: Tensor) -> tuple[UInt8[np.ndarray, " n"], int]:
+    """Return the bytes of the scales and offsets of all blocks of a tensor, and how many a block has.
+
+    Args:
+      tensor: a tensor that has codes.
+    """
+    side, size = SIDE[tensor.kind.name], gguf.GGML_QUANT_SIZES[tensor.kind][1]
+    blocks = tensor.data.reshape(-1, size)
+    parts = [blocks[:, place : place + len(ones)] for place, ones in side.items()]
+    found = np.concatenate(parts, axis=1)
+    return found.reshape(-1), found.shape[1]

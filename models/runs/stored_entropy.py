@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.tensor import QTensor
@@ -43,8 +44,8 @@ class TensorEntropy:
       value_bias: what `value` lacks on average as an estimate of the source's entropy, by Miller
         and Madow's formula.
       ideal: of floats, sign and mantissa as they are and the entropy of the exponent, which a coder
-        of the mantissa can undercut (see `value`); of codes, their entropy, and all else as it is;
-        of bytes, their entropy.
+        of the mantissa can undercut (see `value`); of codes, their entropy and that of the bytes of
+        their scales (one table for each byte of a scale); of bytes, their entropy.
       planes: fixed-length planes, the form for serving.
       huffman, rans: byte planes or codes by these coders, each plane stored raw where that is less.
       alpha, alpha_error: index of the symmetric stable distribution that fits best, and its
@@ -193,7 +194,8 @@ def _(content: Tensor, stored: StoredTensor) -> tuple[TensorEntropy, None]:
         counts += np.bincount(codes + 128, minlength=256)
     bits = 8 * content.data.nbytes
     width = gguf_codes.code_bits(content)
-    return _of_codes(stored.name, kind, content.shape, bits, size, [(counts, width)]), None
+    scales = _byte_counts(*gguf_codes.scales(content))
+    return _of_codes(stored.name, kind, content.shape, bits, size, [(counts, width)], scales), None
 
 
 @_measured.register
@@ -209,7 +211,19 @@ def _(content: QTensor, stored: StoredTensor) -> tuple[TensorEntropy, None]:
         tables += [table for kind in kinds for table in _tables(kind)]
     name, shape = content.method or type(content.format).__name__, tuple(content.shape)
     bits = 8 * sum(a.nbytes for a in content.named.values())
-    return _of_codes(stored.name, name, shape, bits, content.size, tables), None
+    scales = [plane for a in _scales(content) for plane in _planes(a)]
+    return _of_codes(stored.name, name, shape, bits, content.size, tables, scales), None
+
+
+def _scales(w: QTensor) -> list[np.ndarray]:
+    """Return the arrays beside the codes: zero points and floats. Other integers may be codes."""
+    arrays = {name: np.asarray(a) for name, a in w.named.items()}
+    floats = {name for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    return [a for name, a in arrays.items() if name in floats | {"zero"}]
+
+
+def _planes(array: np.ndarray) -> np.ndarray:
+    return _byte_counts(array.reshape(-1).view(np.uint8), array.dtype.itemsize)
 
 
 def _tables(kind: Symbols) -> list[tuple[np.ndarray, float]]:
@@ -258,18 +272,25 @@ def _of_codes(
     bits: int,
     weights: int,
     tables: Sequence[tuple[np.ndarray, float]],
+    scales: Sequence[np.ndarray] = (),
 ) -> TensorEntropy:
-    """Return the entropies of codes of which each table counts some; the rest stays as it is."""
+    """Return the entropies of codes of which each table counts some.
+
+    Bytes of scales are coded by tables of their own; what is neither stays as it is.
+    """
     side = bits - sum(float(counts.sum()) * width for counts, width in tables)
-    ideal = sum(float(counts.sum()) * float(entropy(counts)) for counts, _ in tables)
+    side -= 8 * sum(float(counts.sum()) for counts in scales)
+    of = lambda counts: float(counts.sum()) * float(entropy(counts))
+    ideal, beside = sum(of(counts) for counts, _ in tables), sum(map(of, scales))
+    coded_side = lambda coding: side + sum(coded_bits(c, coding) for c in scales)
     bias = sum(np.count_nonzero(counts) - 1 for counts, _ in tables) / (2 * math.log(2))
     coded = {
-        coding: (side + sum(coded_bits(c, coding, width) for c, width in tables)) / weights
+        coding: (coded_side(coding) + sum(coded_bits(c, coding, w) for c, w in tables)) / weights
         for coding in ("huffman", "rans")
     }
     return TensorEntropy(
         name, dtype, shape, weights, bits / weights, ideal / weights, bias / weights,
-        (side + ideal) / weights, **coded,
+        (side + beside + ideal) / weights, **coded,
     )  # fmt: skip
 
 
