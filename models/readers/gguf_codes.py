@@ -67,7 +67,7 @@ def codes(tensor: Tensor) -> Iterator[Int[np.ndarray, " n"]]:
 
 
 def scales(tensor: Tensor) -> tuple[UInt8[np.ndarray, " n"], int]:
-    """Return the bytes of the scales and offsets of all blocks of a tensor, and how many a block has.
+    """Return the bytes of the scales and offsets of all blocks, and how many a block has.
 
     Args:
       tensor: a tensor that has codes.
