@@ -1,8 +1,8 @@
 """The limits of SmolLM2-135M: of a healthy version at 4 bits, and of broken ones.
 
 Run: python -m tests.benchmarks.limits. `jaxquant.theory.limits.run_suite` with `effort="fast"`
-compares every version with the float model. In the first broken version, the scales of one matrix
-of one layer are in another order. The second multiplies all logits by 5, so that its greedy texts
+compares every version with the float model. In the first broken version, the scales of one layer
+are in another order. The second multiplies all logits by 5, so that its greedy texts
 are those of the float model and its sampled texts loop. The program ends with an error if
 generation collapses in the healthy version or survives in a broken one.
 """
@@ -23,7 +23,8 @@ from jaxquant_models.runs.limits import subject_of
 from jaxquant_models.runs.recipes import recipe_of
 from tests.benchmarks.record import Record, add_option
 
-CHUNKS, TOKENS, LAYER, HEAT = 8, 512, 1, 5.0
+CHUNKS, TOKENS, HEAT = 8, 512, 5.0
+LAYER = 11  # where massive activations arise; other layers survive more easily
 SHOWN = (
     "generation survival", "sampled loops", "judged by the reference", "passage recall",
     "first divergence", "free running",
@@ -39,13 +40,18 @@ def healthy(model):
 
 
 def shuffled(packed):
-    """The packed model with the scales of a layer's down projection in another order."""
-    weight = packed["layers"]["mlp"]["down"]["kernel"]
-    scales = weight.data["scale"]
-    moved = jax.random.permutation(jax.random.key(0), scales[LAYER].reshape(-1))
-    data = {**weight.data, "scale": scales.at[LAYER].set(moved.reshape(scales.shape[1:]))}
-    mlp = {**packed["layers"]["mlp"], "down": {"kernel": dataclasses.replace(weight, data=data)}}
-    return {**packed, "layers": {**packed["layers"], "mlp": mlp}}
+    """The packed model with the scales of every matrix of a layer in another order."""
+
+    def moved(weight):
+        if not isinstance(weight, jq.QTensor):
+            return weight
+        scales = weight.data["scale"]
+        other = jax.random.permutation(jax.random.key(0), scales[LAYER].reshape(-1))
+        placed = scales.at[LAYER].set(other.reshape(scales.shape[1:]))
+        return dataclasses.replace(weight, data={**weight.data, "scale": placed})
+
+    is_leaf = lambda leaf: isinstance(leaf, jq.QTensor)
+    return {**packed, "layers": jax.tree.map(moved, packed["layers"], is_leaf=is_leaf)}
 
 
 def hot(params):
