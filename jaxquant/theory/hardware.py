@@ -29,6 +29,7 @@ class Hardware:
       watts: power limit of the chip with its memory, in watts; None if its maker publishes none.
       source: where the figures come from, and what other sources say.
       date: year and month in which the source was read, or in which the machine was measured.
+      title: the name in reports, such as "NVIDIA H100". Default: `name`.
 
     >>> HARDWARE["h100"].ridge.__round__(), HARDWARE["m4"].watts
     (295, None)
@@ -43,6 +44,10 @@ class Hardware:
     watts: float | None
     source: str
     date: str = READ
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)
 
     @property
     def ridge(self) -> float:
@@ -70,32 +75,36 @@ class Hardware:
 
 _TPU = "docs.cloud.google.com/tpu/docs, page of the version"
 _NVIDIA = "data sheet of NVIDIA, dense peaks"
-_ACCELERATORS: dict[str, tuple[float | None, str]] = {
-    "v5e": (None, f"{_TPU}; int8 peak of JAX's table (the page: 393e12)"),
-    "v5p": (None, f"{_TPU}; JAX's table has 2460e9 bytes/s"),
-    "v6e": (None, f"{_TPU}; JAX's table has 1640e9 bytes/s"),
-    "tpu7x": (None, f"{_TPU}; it has no int8 unit"),
-    "a100": (400.0, f"{_NVIDIA}: A100 80GB SXM"),
-    "h100": (700.0, f"{_NVIDIA}: H100 SXM; rounded to 3350e9 bytes/s there"),
-    "h200": (700.0, f"{_NVIDIA}: H200 SXM"),
-    "b200": (1000.0, f"{_NVIDIA}: HGX B200; the GB200 has 2500e12 and 5000e12, and 1200 W"),
+_ACCELERATORS: dict[str, tuple[str, float | None, str]] = {
+    "v5e": ("TPU v5e", None, f"{_TPU}; int8 peak of JAX's table (the page: 393e12)"),
+    "v5p": ("TPU v5p", None, f"{_TPU}; JAX's table has 2460e9 bytes/s"),
+    "v6e": ("TPU v6e", None, f"{_TPU}; JAX's table has 1640e9 bytes/s"),
+    "tpu7x": ("TPU7x", None, f"{_TPU}; it has no int8 unit"),
+    "a100": ("NVIDIA A100", 400.0, f"{_NVIDIA}: A100 80GB SXM"),
+    "h100": ("NVIDIA H100", 700.0, f"{_NVIDIA}: H100 SXM; rounded to 3350e9 bytes/s there"),
+    "h200": ("NVIDIA H200", 700.0, f"{_NVIDIA}: H200 SXM"),
+    "b200": (
+        "NVIDIA B200",
+        1000.0,
+        f"{_NVIDIA}: HGX B200; the GB200 has 2500e12 and 5000e12, and 1200 W",
+    ),
 }
 
 
 def _accelerators() -> list[Hardware]:
     # A chip that is added to CHIPS without a row above still appears, with the source of CHIPS.
-    unknown = (None, "pallas_kernels.cost.chips")
-    about = {name: _ACCELERATORS.get(name, unknown) for name in CHIPS}
-    return [
-        Hardware(name, c.memory, c.bandwidth, c.flops, c.ops, c.unit, *about[name])
-        for name, c in CHIPS.items()
-    ]
+    rows = []
+    for name, c in CHIPS.items():
+        title, watts, source = _ACCELERATORS.get(name, (name, None, "pallas_kernels.cost.chips"))
+        figures = c.memory, c.bandwidth, c.flops, c.ops, c.unit
+        rows.append(Hardware(name, *figures, watts, source, title=title))
+    return rows
 
 
 _V4 = Hardware(
     "v4", 32e9, 1228.8e9, 275e12, 275e12, "int8", 192.0,
     "docs.cloud.google.com/tpu/docs/v4 (1200e9 bytes/s) and arXiv:2304.01433, Table 4; JAX's table "
-    "has 1230e9 bytes/s; watts: largest measured, chip and memory",
+    "has 1230e9 bytes/s; watts: largest measured, chip and memory", title="TPU v4",
 )  # fmt: skip
 
 _APPLE = (
@@ -118,7 +127,8 @@ _M_SERIES: dict[str, tuple[float, int, float, float]] = {
 
 def _apple(name: str, gigabytes: float, bits: int, transfers: float, tera: float) -> Hardware:
     rate = bits / 8 * transfers * 1e6
-    return Hardware(name, gigabytes * 1e9, rate, tera * 1e12, tera * 1e12, "int8", None, _APPLE)
+    peak, title = tera * 1e12, f"Apple {name.title()}"
+    return Hardware(name, gigabytes * 1e9, rate, peak, peak, "int8", None, _APPLE, title=title)
 
 
 _LAPTOP = (
@@ -128,10 +138,11 @@ _LAPTOP = (
 
 
 def _laptop(name: str, transfers: float) -> Hardware:
-    cycles = 8 * 4e9
+    cycles, (kind, memory) = 8 * 4e9, name.split()
     return Hardware(
-        name, 32e9, 16 * transfers * 1e6, 128 * cycles, 256 * cycles, "int8", None, _LAPTOP
-    )
+        name, 32e9, 16 * transfers * 1e6, 128 * cycles, 256 * cycles, "int8", None, _LAPTOP,
+        title=f"{kind}, {memory.upper()}",
+    )  # fmt: skip
 
 
 HARDWARE: dict[str, Hardware] = {

@@ -10,12 +10,12 @@ from jaxquant_models.report.section import Section
 from jaxquant_models.report.table import Column, table
 from jaxquant_models.schemas.report import ChipRow, Report
 
-FAMILIES = (("TPUs", r"(?i)^(tpu|v\d)"), ("NVIDIA GPUs", r"(?i)^(a|h|b|gb|l|rtx)\s?\d{2,}"),
+FAMILIES = (("TPUs", r"(?i)^(tpu|v\d)"), ("NVIDIA GPUs", r"(?i)^(nvidia )?(a|h|b|gb|l|rtx)\s?\d{2,}"),
             ("Apple", r"(?i)^(apple )?m\d"), ("Others", ""))  # fmt: skip
 STYLES = ("-", "--", "-.", ":")
 
 COLUMNS = (
-    Column("chip", "", lambda c: c.chip, str, lambda c: c.source),
+    Column("chip", "", lambda c: c.chip, str),
     Column("fits", "Whether weights and the cache of one sequence fit in its memory.",
            lambda c: "yes" if c.fits else "no", lambda v: "✓ yes" if v == "yes" else "✗ no", None,
            lambda c: "good" if c.fits else "bad"),
@@ -33,6 +33,11 @@ COLUMNS = (
     Column("energy / token", "Energy of a token for one user; a dash where no constant is known.",
            lambda c: c.joules, lambda v: quantity(v, "J")),
 )  # fmt: skip
+SOURCES = "Where the figures of the chips come from"
+SOURCE = (
+    Column("chips", "", lambda row: row[0], str),
+    Column("source", "", lambda row: row[1], str),
+)
 
 
 def section(report: Report) -> Section | None:
@@ -62,7 +67,16 @@ def section(report: Report) -> Section | None:
     )
     rows = sorted(chips, key=lambda c: -c.decode)
     caption = "Bounds of this model on every chip, fastest decoding first"
-    return Section("roofline", "The memory wall", lead, drawings, (table(caption, COLUMNS, rows),))
+    tables = table(caption, COLUMNS, rows), table(SOURCES, SOURCE, sources(chips))
+    return Section("roofline", "The memory wall", lead, drawings, tables)
+
+
+def sources(chips: Sequence[ChipRow]) -> list[tuple[str, str]]:
+    """Return each source once, with the chips whose figures come from it."""
+    groups: dict[str, list[str]] = {}
+    for c in chips:
+        groups.setdefault(c.source, []).append(c.chip)
+    return [(", ".join(names), source) for source, names in groups.items()]
 
 
 def limits(chips: Sequence[ChipRow]) -> tuple[tuple[float, float], tuple[float, float]]:

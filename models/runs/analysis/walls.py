@@ -61,7 +61,7 @@ def _row(of: Workload, hardware: Hardware, context: int) -> ChipRow:
     if (memory := MEMORY.get(hardware.name)) is not None:
         joules = energy_per_token(of, NODES[NODE].with_memory(memory), 1, context).total
     return ChipRow(
-        chip=hardware.name,
+        chip=hardware.title,
         source=f"{hardware.source} ({hardware.date})",
         fits=point.fits,
         decode=point.tokens_per_second,
