@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, PyTree
 
 import jaxquant as jq
 from jaxquant.core.tree import tree_bytes
+from jaxquant.theory.limits.divergence import TIE
 from jaxquant.theory.limits.subject import Functions, Inside, Reduce, Sentences, Subject
 from jaxquant_models.architectures.cache import AnyCache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
@@ -25,6 +26,8 @@ VARIANTS = (4, 3, 2)  # bits of the quantized versions that are made
 GROUP = 64  # weights that share a scale in them
 QUERY_WORDS, DOCUMENT_WORDS = 24, 48  # of a passage: its beginning, and what follows
 BATCH = 16  # sentences encoded at a time
+INT8_STEP = 2.0**-7  # of activations that are rounded to int8, relative to the largest
+ROUNDINGS = 64  # relative roundings that may add up in a logit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +176,9 @@ def _functions(config: LlamaConfig, dtype: np.dtype, prefix: int, packed: bool) 
     def empty(batch: int, size: int) -> AnyCache:
         return init_cache(config, batch, size, dtype)
 
-    return Functions(run(model.apply_fn), run(model.apply_cached), empty, inside)
+    step = max(float(jnp.finfo(dtype).eps), INT8_STEP if packed else 0.0)
+    tie = max(TIE, ROUNDINGS * step)
+    return Functions(run(model.apply_fn), run(model.apply_cached), empty, inside, tie)
 
 
 def _encoded(encoder: Encoder, sentences: list[str]) -> Float[np.ndarray, "n d"]:

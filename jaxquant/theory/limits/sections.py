@@ -121,10 +121,10 @@ def divergence(pair: Pair) -> Rows:
     scores = pair.on_greedy
     text, free = pair.greedy
     flips = flips_of(text, scores.other_top)
-    failed = unexplained(flips, text, free, scores.other_gap)
+    failed = unexplained(flips, text, free, scores.other_gap, pair.model.functions.tie)
     natural, distance = pair.on_text, pair.on_sampled.distance
     return (
-        *flip_limits(flips, failed, pair.model.name),
+        *flip_limits(flips, flips_of(text, free), failed, pair.model.name),
         certificate_limit(natural.gap, natural.change, natural.top != natural.other_top),
         coupling_limit(*pair.sampled, distance),
     )

@@ -106,10 +106,17 @@ def test_a_model_that_rounds_activations_runs_as_it_is(model, subject):
     plain = np.asarray(model.apply_fn(jq.dequantize(packed.params), tokens))
     np.testing.assert_allclose(found, want, atol=1e-5)
     assert np.abs(found - plain).max() > 1e-3
+    assert rounded.functions.tie == 0.5
     assert rounded.functions.inside(rounded.params(), tokens[0], head_margins).states.shape == (
         24,
         24,
     )
+
+
+def test_ties_are_as_wide_as_the_activations_are_coarse(model, subject):
+    assert subject.functions.tie == 1e-3
+    half = subject_of(dataclasses.replace(model, dtype=jnp.bfloat16), TEXT)
+    assert half.functions.tie == half.variants()["rtn 4 bits"]().functions.tie == 0.5
 
 
 def test_angles_are_the_models(subject):

@@ -128,6 +128,19 @@ def test_a_damaged_cache_parts_generation_from_scoring():
     assert rows(sections.divergence, model())["free running"].verdict == "holds"
 
 
+def test_coarse_activations_decide_ties_that_float32_does_not():
+    def coarse(params, tokens, cache):
+        z, cache = toy.cached(params, tokens, cache)
+        return z.astype(jnp.bfloat16).astype(jnp.float32), cache
+
+    rounded = functions(apply_cached=coarse)
+    assert rows(sections.divergence, rounded)["free running"].verdict == "violated"
+    told = functions(apply_cached=coarse, tie=0.5)
+    assert rows(sections.divergence, told)["free running"].verdict == "holds"
+    damaged = functions(apply_cached=functools.partial(toy.cached, recall=0.0), tie=0.5)
+    assert rows(sections.divergence, damaged)["free running"].verdict == "violated"
+
+
 def test_scores_without_a_causal_mask_break_the_identity():
     def unmasked(params, tokens, reduce):
         e = params["embed"][tokens]
