@@ -19,6 +19,7 @@ from jaxquant.theory.number_checks import finite
 
 MARGIN = 16  # tokens of filler after the deepest passage
 SURVIVES, COLLAPSED = 0.8, 0.5  # shares of the gain that a quantized model retains
+WORTH = 0.1  # share of the mean gain that the reference must gain at a depth to lose anything there
 DRAWS = 2000  # of the bootstrap
 
 
@@ -106,14 +107,14 @@ class Retention:
     Attributes:
       share: mean gain of the model over mean gain of the reference, all depths together.
       low, high: ends of the 95 % interval of `share`.
-      by_depth: the same share, by depth.
-      worst_high: the smallest upper end of the 95 % intervals of the depths.
+      by_depth: the same share, by depth; None where the reference gains too little to lose any.
+      worst_high: the smallest upper end of the 95 % intervals of the other depths.
     """
 
     share: float
     low: float
     high: float
-    by_depth: tuple[float, ...]
+    by_depth: tuple[float | None, ...]
     worst_high: float
 
     @property
@@ -133,6 +134,10 @@ def retention(
 ) -> Retention | None:
     """Compare the gains of two models; contexts and passages are resampled (bootstrap).
 
+    A depth counts by itself if the lower end of the 95 % interval of the reference's gain there is
+    a tenth of its mean gain or more. A reference of limited sight gains nothing from what lies far
+    back, and a share of nothing means nothing.
+
     Args:
       model: its gains by context and depth.
       reference: those of the reference.
@@ -149,26 +154,35 @@ def retention(
     """
     check_arguments(retention, locals())
     a, b = finite(model, "model"), finite(reference, "reference")
-    n = len(b)
-    rng = np.random.default_rng(seed)
+    weights = _resampled(at, seed, draws)
+    total = lambda x: np.sum(weights * x, axis=1)  # [draws, depth]
+    of_a, of_b, size = total(a), total(b), weights.sum(1)
+    low = lambda x: float(np.nanpercentile(x, 2.5))
+    high = lambda x: float(np.nanpercentile(x, 97.5))
+    pooled = of_b.sum(1)
+    if low(pooled) <= 0:
+        return None
+    shares = of_a.sum(1) / pooled
+    with np.errstate(divide="ignore", invalid="ignore"):  # a depth may be left out of a resampling
+        means = (of_b / size).T
+    counts = [low(depth) >= WORTH * b.mean() for depth in means]
+    upper, by_depth = [], []
+    for j, counted in enumerate(counts):
+        there = (size[:, j] > 0) & (of_b[:, j] > 0)
+        upper.append(high(of_a[there, j] / of_b[there, j]) if counted else np.inf)
+        by_depth.append(float(a[:, j].sum() / b[:, j].sum()) if counted else None)
+    share = float(a.sum() / b.sum())
+    return Retention(share, low(shares), high(shares), tuple(by_depth), min(upper))
+
+
+def _resampled(
+    at: Int[np.ndarray, "n n"], seed: int, draws: int = DRAWS
+) -> Float[np.ndarray, "draws n n"]:
+    """Return how often each context and depth occurs if contexts and passages are resampled."""
+    rng, n = np.random.default_rng(seed), len(at)
     count = lambda: rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)
     contexts, passages = count(), count()
-    weights = contexts[:, :, None] * passages[:, at]  # [draws, context, depth]
-    total = lambda x, w: np.sum(w * x, axis=-2)
-    low = lambda x: float(np.percentile(x, 2.5))
-    high = lambda x: float(np.percentile(x, 97.5))
-    kept = weights.sum((1, 2)) > 0
-    weights = weights[kept]
-    pooled_a, pooled_b = total(a, weights).sum(-1), total(b, weights).sum(-1)
-    if low(pooled_b) <= 0:
-        return None
-    shares = pooled_a / pooled_b
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depths = total(a, weights) / total(b, weights)
-    upper = [high(d[np.isfinite(d)]) for d in depths.T]
-    by_depth = a.sum(0) / b.sum(0)
-    share = float(a.sum() / b.sum())
-    return Retention(share, low(shares), high(shares), tuple(map(float, by_depth)), min(upper))
+    return contexts[:, :, None] * passages[:, at]
 
 
 def middle_limits(
@@ -189,25 +203,47 @@ def middle_limits(
     share, holds = (None, None) if found is None else (found.share, found.holds)
     note = "The reference gains nothing from a passage that returns."
     if found is not None:
-        by_depth = ", ".join(f"{s:.2f}" for s in found.by_depth)
-        note = f"95 % interval [{found.low:.2f}, {found.high:.2f}]; by depth {by_depth}."
+        by_depth = ", ".join("no gain" if s is None else f"{s:.2f}" for s in found.by_depth)
+        note = (
+            f"95 % interval [{found.low:.2f}, {found.high:.2f}]; by depth, from the beginning: "
+            f"{by_depth}. It survives if the interval begins at the bound or above, and has "
+            f"collapsed if the interval of one depth ends below {COLLAPSED:g}."
+        )
     statement = (
-        f"{name} retains this share of what the reference gains when a passage returns, at every "
-        "depth."
+        "A passage is easier to predict when it occurs in the text for the second time; "
+        f"{name} keeps at least this share of what the reference gains by that."
     )
     kept = Limit("passage recall", statement, "survival", share, SURVIVES, holds, note=note)
-    return kept, _shape(reference, "the reference", "reference"), _shape(model, name, "model")
+    shapes = (reference, "the reference", "reference"), (model, name, "model")
+    return kept, *(_shape(gain, at, who, short) for gain, who, short in shapes)
 
 
-def _shape(gain: Float[Array | np.ndarray, "n n"], name: str, short: str) -> Limit:
-    mean = np.asarray(gain).mean(0)
-    inner = mean[1:-1].mean() if len(mean) > 2 else mean.mean()
+def _shape(
+    gain: Float[Array | np.ndarray, "n n"], at: Int[np.ndarray, "n n"], name: str, short: str
+) -> Limit:
+    weights, gain = _resampled(at, 0), np.asarray(gain)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = (weights * gain).sum(1) / weights.sum(1)
+    low, high = map(float, np.nanpercentile(_dip(means), [2.5, 97.5]))
+    # The smaller of two ends is below their mean by chance alone, so only one side is a finding.
+    said = "the middle is lost" if low > 0 else "the middle is not shown to be lost"
+    mean = gain.mean(0)
     return Limit(
         f"lost in the middle ({short})",
-        f"By so many nats per token a passage at either end helps {name} more than one in between.",
+        f"Nats per token by which a passage that returns helps {name} more if it first occurred at "
+        "the beginning or the end of the context, whichever helps less, than in between. Above 0 "
+        "the middle is lost.",
         "description",
-        float(min(mean[0], mean[-1]) - inner),
+        float(_dip(mean)),
         None,
         None,
-        note=f"Gain by depth: {', '.join(f'{g:.2f}' for g in mean)} nats per token.",
+        note=f"95 % interval [{low:.2f}, {high:.2f}]: {said}. Gain by depth, from the beginning: "
+        f"{', '.join(f'{g:.2f}' for g in mean)} nats per token.",
     )
+
+
+def _dip(gain: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b"]:
+    """Return the smaller gain of both ends minus the mean gain between them, 0 without a middle."""
+    if gain.shape[-1] < 3:
+        return np.zeros(gain.shape[:-1])
+    return np.minimum(gain[..., 0], gain[..., -1]) - gain[..., 1:-1].mean(-1)
