@@ -73,8 +73,8 @@ def generation_limits(
             None,
             None,
             all_hold(loops.holds, judge.holds),
-            note="Decided by 'sampled loops' and 'judged by the reference': both must survive, and one "
-            "that has collapsed is enough to collapse.",
+            note="Decided by 'sampled loops' and 'judged by the reference': both must survive, and "
+            "the collapse of one is enough.",
         ),
         Limit(
             "sampled loops",
