@@ -95,7 +95,10 @@ class Examined:
     def variants(self) -> Mapping[str, Callable[[], Subject]]:
         """Return versions of the dequantized model rounded to nearest, by name."""
         of = lambda bits: lambda: self._rounded(bits)
-        return {f"rtn {bits} bits": of(bits) for bits in VARIANTS}
+        return {self._named(bits): of(bits) for bits in VARIANTS}
+
+    def _named(self, bits: int) -> str:
+        return f"{self.name} rounded to {bits} bits"
 
     def _rounded(self, bits: int) -> Subject:
         dense = stacked(jq.dequantize(self.model.params))
@@ -107,8 +110,7 @@ class Examined:
         packed = jq.quantize(dense, recipe, sites)
         model = dataclasses.replace(self.model, params=packed, prefix=0)
         functions = _functions(c, jnp.dtype(model.dtype), 0, False)
-        name = f"rtn {bits} bits"
-        return Examined(model, self.text, self.tokens, functions, name)
+        return Examined(model, self.text, self.tokens, functions, self._named(bits))
 
     def sentences(self, count: int) -> Sentences | None:
         """Return vectors of the text's passages by MiniLM; None if it is not installed.

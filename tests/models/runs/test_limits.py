@@ -53,8 +53,9 @@ def test_margins_and_states_are_those_of_a_loop(subject):
 
 
 def test_predictions_of_two_models_are_those_of_numpy(subject):
-    other = subject.variants()["rtn 3 bits"]()
-    assert other.functions is subject.functions and other.name == "rtn 3 bits"
+    name = f"{subject.name} rounded to 3 bits"
+    other = subject.variants()[name]()
+    assert other.functions is subject.functions and other.name == name
     assert 0 < other.stored_bits < subject.stored_bits
     tokens = subject.tokens[:24]
     f = subject.functions

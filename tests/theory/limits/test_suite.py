@@ -53,6 +53,9 @@ def test_a_whole_suite_holds(whole):
         assert row.kind != "theorem" or row.holds in (True, None), row
         assert row.seconds > 0 and row.statement.endswith(".")
     assert suite.row("diagonal").measured >= 96 // 3
+    statements = [row.statement for row in suite.rows]
+    assert len(set(statements)) == len(statements)  # no two rows say the same
+    assert "predictors are toy, 8b, 3b" in suite.row("diagonal").note
     assert suite.row("retrieval").verdict == "-"
 
 
@@ -231,6 +234,8 @@ def test_vectors_are_retrieved_from_few_bits_unless_they_collapsed():
     assert found["retrieval, 8 bits"].verdict == "survives"
     assert found["retrieval certificate, 8 bits"].verdict == "holds"
     one = lambda count: (documents[:1].repeat(60, 0), documents[:1].repeat(60, 0))
+    own = {row.note for row in found.values()}
+    assert all("a sentence encoder, not of the model" in note for note in own)
     lost = rows(sections.documents, model(), dataclasses.replace(FLOAT, vectors=one))
     assert lost["retrieval, 8 bits"].verdict == "undecided"  # there is nothing to retain
 
