@@ -50,10 +50,9 @@ def flip_limits(
 
 def _union(flips: Flips, free: Flips, ties: float) -> Limit:
     least, most, seen = flips.boole - ties, flips.ceiling + ties, free.survival
-    useful = np.flatnonzero(least[1:] > 0) + 1
-    # Where the bound is most in danger.
-    k = int(useful[np.argmin((seen - least)[useful])]) if len(useful) else 0
-    good = bool(((least <= seen + 1e-9) & (seen <= most + 1e-9)).all())
+    broken = np.flatnonzero((seen < least - 1e-9) | (seen > most + 1e-9))
+    # The longest texts of which the bound says something, or where it is broken.
+    k = int(broken[0]) if len(broken) else max(0, int(np.sum(least > 0)) - 1)
     return Limit(
         "union bound",
         f"At least 1 - k d of the greedy texts agree in their first {_tokens(k)}, where d is the "
@@ -61,7 +60,7 @@ def _union(flips: Flips, free: Flips, ties: float) -> Limit:
         "theorem",
         float(seen[k]),
         float(least[k]),
-        good if k else None,
+        not len(broken) if k else None,
         note="" if k else "Vacuous: every prompt flips at the first token.",
     )
 
@@ -74,6 +73,7 @@ def _chain(flips: Flips, free: Flips, ties: float) -> Limit:
     # How much each prompt moves seen - least: d is an estimate from the same prompts.
     moves = (free.first >= k) + k * (1 - d) ** (k - 1) * flips.table.mean(1)
     error = SIGMAS * np.sqrt(max(moves.var(), least * (1 - least)) / p) + ties
+    holds = True if seen >= least else False if seen < least - error else None
     return Limit(
         "chain survival",
         f"If every token flipped independently with the probability d = {d:.2%}, at least "
@@ -81,9 +81,9 @@ def _chain(flips: Flips, free: Flips, ties: float) -> Limit:
         "expectation",
         seen,
         least,
-        seen >= least - error,
-        note=f"Up to {error:.2f} less is put down to chance. It is a lower bound, since prompts "
-        "differ; 1 / d is no estimate of the first divergence.",
+        holds,
+        note=f"Chance may explain a shortfall of {error:.2f}, which leaves it undecided. The bound "
+        "is a lower one, since prompts differ; 1 / d is no estimate of the first divergence.",
     )
 
 

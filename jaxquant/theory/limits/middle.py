@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.stats import t
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.limits.limit import Limit
@@ -61,14 +62,14 @@ def planted(
     """
     check_arguments(planted, locals())
     filler, passage = np.asarray(fillers), np.asarray(passages)
-    (n, t), (count, q) = filler.shape, passage.shape
+    (n, length), (count, q) = filler.shape, passage.shape
     if n != count or n < 2:
         raise ValueError(f"expected 2 or more fillers and as many passages, got {n} and {count}")
-    if n * q + margin > t:
+    if n * q + margin > length:
         raise ValueError(
-            f"{n} passages of {q} tokens and a margin of {margin} do not fit in {t} tokens"
+            f"{n} passages of {q} tokens and a margin of {margin} do not fit in {length} tokens"
         )
-    starts = np.linspace(0, t - margin - q, n).astype(int)
+    starts = np.linspace(0, length - margin - q, n).astype(int)
     at = (np.arange(n)[:, None] + np.arange(n)) % n
     contexts = filler.copy()
     for c in range(n):
@@ -211,7 +212,7 @@ def middle_limits(
         )
     statement = (
         "A passage is easier to predict when it occurs in the text for the second time; "
-        f"{name} keeps at least this share of what the reference gains by that."
+        f"{name} keeps at least {SURVIVES:.0%} of what the reference gains by that."
     )
     kept = Limit("passage recall", statement, "survival", share, SURVIVES, holds, note=note)
     shapes = (reference, "the reference", "reference"), (model, name, "model")
@@ -221,29 +222,45 @@ def middle_limits(
 def _shape(
     gain: Float[Array | np.ndarray, "n n"], at: Int[np.ndarray, "n n"], name: str, short: str
 ) -> Limit:
-    weights, gain = _resampled(at, 0), np.asarray(gain)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = (weights * gain).sum(1) / weights.sum(1)
-    low, high = map(float, np.nanpercentile(_dip(means), [2.5, 97.5]))
-    # The smaller of two ends is below their mean by chance alone, so only one side is a finding.
-    said = "the middle is lost" if low > 0 else "the middle is not shown to be lost"
-    mean = gain.mean(0)
+    gain = np.asarray(gain)
+    mean, error = gain.mean(0), _dip_error(gain, at)
+    dip = float(_dip(mean))
+    # Both ends must be above the middle, and the smaller one is. Below 0 chance alone may put it.
+    lost = error is not None and dip > error
+    said = "the middle is lost" if lost else "the middle is not shown to be lost"
+    chance = (
+        "There are too few depths to tell" if error is None else f"Chance may explain {error:.2f}"
+    )
     return Limit(
         f"lost in the middle ({short})",
         f"Nats per token by which a passage that returns helps {name} more if it first occurred at "
         "the beginning or the end of the context, whichever helps less, than in between. Above 0 "
         "the middle is lost.",
         "description",
-        float(_dip(mean)),
+        dip,
         None,
         None,
-        note=f"95 % interval [{low:.2f}, {high:.2f}]: {said}. Gain by depth, from the beginning: "
+        note=f"{chance}: {said}. Gain by depth, from the beginning: "
         f"{', '.join(f'{g:.2f}' for g in mean)} nats per token.",
     )
 
 
-def _dip(gain: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b"]:
+def _dip(mean: Float[np.ndarray, " n"]) -> float:
     """Return the smaller gain of both ends minus the mean gain between them, 0 without a middle."""
-    if gain.shape[-1] < 3:
-        return np.zeros(gain.shape[:-1])
-    return np.minimum(gain[..., 0], gain[..., -1]) - gain[..., 1:-1].mean(-1)
+    return float(min(mean[0], mean[-1]) - mean[1:-1].mean()) if len(mean) > 2 else 0.0
+
+
+def _dip_error(gain: Float[np.ndarray, "n n"], at: Int[np.ndarray, "n n"]) -> float | None:
+    """Return what chance explains of an end minus the mean between, with 95 % confidence.
+
+    In a Latin square the means by depth are free of what contexts and passages differ in, so that
+    only the residual counts. None for fewer than three depths.
+    """
+    n = len(gain)
+    if n < 3:
+        return None
+    by_passage = np.bincount(np.ravel(at), np.ravel(gain)) / n
+    effects = gain.mean(1, keepdims=True) + gain.mean(0) + by_passage[at]
+    degrees = (n - 1) * (n - 2)
+    variance = float(np.sum((gain - effects + 2 * gain.mean()) ** 2)) / degrees
+    return float(t.ppf(0.975, degrees)) * (variance / n * (1 + 1 / (n - 2))) ** 0.5

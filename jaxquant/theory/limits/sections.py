@@ -97,11 +97,11 @@ def memory(pair: Pair) -> Rows:
 
 def facts(pair: Pair) -> Rows:
     """Measure what occurs once in the text, and what that means in a toy world."""
-    tokens, key = pair.tokens[:LONGEST], _key(pair, "facts")
+    tokens, keys = pair.tokens[:LONGEST], jax.random.split(_key(pair, "facts"), 3)
     scores = pair.on_text
     rare = rarity_limit(pair.tokens, pair.chunks[:, 1:], scores.other_nll - scores.nll)
-    grams = [row for n in (1, 2) for row in monofacts(tokens, n, key).limits()]
-    world = [row for model in toy_world(key) for row in model.limits()]
+    grams = [row for n in (1, 2) for row in monofacts(tokens, n, keys[n]).limits()]
+    world = [row for model in toy_world(keys[0]) for row in model.limits()]
     return (*_noted(grams, "The text alone is measured."), rare, *_noted(world, TOY))
 
 

@@ -60,7 +60,7 @@ def rows_of(table, free=None, failed=None):
 def test_rows_of_independent_and_of_clustered_flips():
     rng = np.random.default_rng(0)
     free = rows_of(rng.random((64, 100)) < 0.02)
-    assert free["chain survival"].verdict == "holds"
+    assert free["chain survival"].verdict != "violated"
     assert free["clustered flips"].verdict == "-"  # neither side is a fault
     assert free["clustered flips"].measured == pytest.approx(1, abs=0.5)
     start = rng.integers(0, 400, 64)
@@ -86,6 +86,16 @@ def test_the_chain_is_tested_where_it_can_fail():
     table[:, :2] = True
     row = rows_of(table)["chain survival"]
     assert row.verdict == "violated" and 0.5 <= row.bound < 0.6 and "k = 3" in row.statement
+
+
+def test_a_verdict_is_what_the_numbers_of_its_row_say():
+    for seed in range(20):
+        rows = rows_of(np.random.default_rng(seed).random((32, 40)) < 0.1)
+        chain = rows["chain survival"]
+        assert chain.verdict == ("holds" if chain.measured >= chain.bound else "undecided")
+        union = rows["union bound"]
+        assert union.verdict == "holds" and union.measured >= union.bound > 0
+        assert "k = 1 " not in union.statement  # where both are one number
 
 
 def test_the_survival_is_that_of_the_free_texts():

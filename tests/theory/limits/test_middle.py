@@ -63,8 +63,23 @@ def test_the_middle_is_said_to_be_lost_only_beyond_chance():
     assert "not shown to be lost" in notes[1] and "the middle is lost" in notes[2]
     ends = middle_limits(flat - 1.0 * np.array([1, 0, 0, 0, 0]), flat, AT, "model")[2]
     assert "not shown" in ends.note and ends.measured == pytest.approx(-1, abs=0.3)
+    # Passages and contexts of other difficulties change nothing.
+    harder = lost + 3.0 * np.arange(5)[AT] + 2.0 * np.arange(5)[:, None]
+    rows = middle_limits(harder, harder, AT, "model")
+    assert (
+        rows[2].note.split(" Gain")[0]
+        == middle_limits(lost, flat, AT, "model")[2].note.split(" Gain")[0]
+    )
     two = middle_limits(flat[:2, :2], flat[:2, :2], np.array([[0, 1], [1, 0]]), "model")
     assert two[1].measured == 0  # two depths have no middle
+
+
+def test_a_flat_model_rarely_loses_its_middle():
+    rng = np.random.default_rng(4)
+    flat = [2 + rng.normal(0, 0.3, (4, 4)) for _ in range(60)]
+    at = (np.arange(4)[:, None] + np.arange(4)) % 4
+    said = ["the middle is lost" in middle_limits(g, g, at, "a")[2].note for g in flat]
+    assert sum(said) <= 3
 
 
 def test_bad_input():
