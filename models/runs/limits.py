@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, PyTree
 
 import jaxquant as jq
 from jaxquant.core.tree import tree_bytes
+from jaxquant.theory.limits.divergence import TIE
 from jaxquant.theory.limits.subject import Functions, Inside, Reduce, Sentences, Subject
 from jaxquant_models.architectures.cache import AnyCache, init_cache
 from jaxquant_models.architectures.config import LlamaConfig
@@ -25,6 +26,8 @@ VARIANTS = (4, 3, 2)  # bits of the quantized versions that are made
 GROUP = 64  # weights that share a scale in them
 QUERY_WORDS, DOCUMENT_WORDS = 24, 48  # of a passage: its beginning, and what follows
 BATCH = 16  # sentences encoded at a time
+INT8_STEP = 2.0**-7  # of activations that are rounded to int8, relative to the largest
+ROUNDINGS = 64  # relative roundings that may add up in a logit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +95,10 @@ class Examined:
     def variants(self) -> Mapping[str, Callable[[], Subject]]:
         """Return versions of the dequantized model rounded to nearest, by name."""
         of = lambda bits: lambda: self._rounded(bits)
-        return {f"rtn {bits} bits": of(bits) for bits in VARIANTS}
+        return {self._named(bits): of(bits) for bits in VARIANTS}
+
+    def _named(self, bits: int) -> str:
+        return f"{self.name} rounded to {bits} bits"
 
     def _rounded(self, bits: int) -> Subject:
         dense = stacked(jq.dequantize(self.model.params))
@@ -104,8 +110,7 @@ class Examined:
         packed = jq.quantize(dense, recipe, sites)
         model = dataclasses.replace(self.model, params=packed, prefix=0)
         functions = _functions(c, jnp.dtype(model.dtype), 0, False)
-        name = f"rtn {bits} bits"
-        return Examined(model, self.text, self.tokens, functions, name)
+        return Examined(model, self.text, self.tokens, functions, self._named(bits))
 
     def sentences(self, count: int) -> Sentences | None:
         """Return vectors of the text's passages by MiniLM; None if it is not installed.
@@ -173,7 +178,9 @@ def _functions(config: LlamaConfig, dtype: np.dtype, prefix: int, packed: bool) 
     def empty(batch: int, size: int) -> AnyCache:
         return init_cache(config, batch, size, dtype)
 
-    return Functions(run(model.apply_fn), run(model.apply_cached), empty, inside)
+    step = max(float(jnp.finfo(dtype).eps), INT8_STEP if packed else 0.0)
+    tie = max(TIE, ROUNDINGS * step)
+    return Functions(run(model.apply_fn), run(model.apply_cached), empty, inside, tie)
 
 
 def _encoded(encoder: Encoder, sentences: list[str]) -> Float[np.ndarray, "n d"]:

@@ -118,8 +118,9 @@ class Recalls:
         tight = min(self.roundings, key=lambda one: (one.floor == 0, one.error - one.floor))
         holds = tight.error >= tight.floor if tight.floor > 0 else None
         statement = (
-            f"{self.facts} random facts in {self.weights} rounded weights have at least the share "
-            f"of errors that their bits force ({tight.name})."
+            f"A perceptron that has learned {self.facts} random facts gets at least this share of "
+            f"them wrong when its {self.weights} weights are rounded ({tight.name}), whatever the "
+            "rounding."
         )
         note = ", ".join(f"{r.name} {1 - r.error:.3f}" for r in self.roundings)
         return Limit(
@@ -137,8 +138,8 @@ class Recalls:
         share = worst.perfect / len(worst.recalls)
         holds = worst.possible if worst.all_recalled < 1 else None
         statement = (
-            f"All {self.facts} facts are recalled with at most the probability that counting the "
-            f"states allows ({worst.name})."
+            f"Rounded weights ({worst.name}) have too few states to recall all of {self.facts} "
+            "random facts with more than this probability."
         )
         name = "memory: all recalled"
         return Limit(name, statement, "theorem", share, worst.all_recalled, holds)
@@ -152,15 +153,18 @@ class Recalls:
         slack = [g.mean() + 3 * g.std(ddof=1) / math.sqrt(g.size) for g in gains]
         worst = int(np.argmin(slack))
         statement = (
-            "The next larger number of bits recalls no fewer facts "
-            f"({some[worst].name} to {some[worst + 1].name})."
+            "Weights of more bits recall no smaller share of the facts; measured is the gain from "
+            f"{some[worst].name} to {some[worst + 1].name}."
         )
         gain, holds = float(gains[worst].mean()), bool(min(slack) >= -1e-12)
         return (Limit("memory: monotone", statement, "expectation", gain, 0.0, holds),)
 
     def _eight(self) -> tuple[Limit, ...]:
         found = [one for one in self.roundings if one.bits == 8]
-        statement = "8 bits a weight recall almost every fact that the perceptron has learned."
+        statement = (
+            "At 8 bits a weight a perceptron recalls at least this share of the facts that it has "
+            "learned."
+        )
         return tuple(
             Limit(
                 f"memory: {one.name}",

@@ -45,15 +45,16 @@ class Separability:
     expected: float
     p_value: float
 
-    def limits(self, name: str = "Cover") -> tuple[Limit, ...]:
+    def limits(self, name: str = "Cover", what: str = "random points") -> tuple[Limit, ...]:
         """Return the comparison with Cover's share as a row of a suite.
 
         Args:
           name: name of the row, such as "representations in general position".
+          what: the points, in the plural.
         """
         statement = (
-            f"A plane separates the share of random labelings of {self.points} points in "
-            f"{self.dimension} dimensions that Cover's theorem gives."
+            f"Of random labelings of {self.points} {what} in {self.dimension} dimensions, a plane "
+            "separates the share that Cover's theorem gives for points in general position."
         )
         share, holds = self.separable / self.trials, self.p_value > SIGNIFICANCE
         note = f"{self.separable} of {self.trials} labelings; p = {self.p_value:.2g}."

@@ -79,14 +79,21 @@ class Crowding:
 
     def limits(self) -> tuple[Limit, ...]:
         """Return the identity, and the share of heads that dilute, as rows of a suite."""
-        identity = "Attention is the logistic function of its margin minus ln(keys - 1)."
+        identity = (
+            "The attention to a key is the logistic function of m - ln(n - 1), where m is the "
+            "margin of its score over those of the other n - 1 keys; measured is the largest "
+            "difference."
+        )
         heads = (
-            "Share of heads whose largest margin grows slower than ln(keys - 1), sinks left out."
+            "Share of the attention heads that dilute their attention as the text grows: the "
+            "margin of their largest score grows slower than ln(n - 1) with the number n of keys. "
+            "Heads that mostly attend to the first token (sinks) are left out."
         )
         medians = np.nanmedian(np.where(np.isfinite(self.slope), self.slope, np.nan), (0, 1))
         note = ", ".join(f"{n} {s:.2f}" for n, s in zip(TARGETS, medians, strict=True))
         note = (
-            f"Median slope by target: {note}; {np.mean(self.sink > SINK):.0%} of heads are sinks."
+            f"Median growth of the margin over that of ln(n - 1), by the key attended to: {note}. "
+            f"{np.mean(self.sink > SINK):.0%} of the heads are sinks."
         )
         holds = self.error <= TOLERANCE
         return (

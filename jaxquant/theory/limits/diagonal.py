@@ -49,8 +49,9 @@ class Diagonal:
     def limits(self) -> tuple[Limit, ...]:
         """Return the theorem as a row of a suite."""
         statement = (
-            f"Each of {len(self.errors)} predictors is wrong on at least {self.least} of "
-            f"{self.inputs} inputs of the diagonal target."
+            f"A target that is built to contradict each of {len(self.errors)} predictors in turn "
+            f"makes each of them wrong on at least {self.least} of {self.inputs} inputs; measured "
+            "are the errors of the best one."
         )
         holds = self.changed == 0 and min(self.errors) >= self.least
         off = [a for v, row in enumerate(self.agreement) for a in row[v + 1 :]]

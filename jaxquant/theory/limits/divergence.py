@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.arguments import check_arguments
 
-TIE = 1e-3  # difference of two logits that the order of float32 additions may decide
+TIE = 1e-3  # difference of two logits that the order of additions in float32 may decide
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

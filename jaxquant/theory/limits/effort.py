@@ -5,8 +5,10 @@ from typing import Self
 
 from jaxquant.theory.limits.middle import MARGIN
 
-SKIP = 16  # tokens of a passage that are not scored: they tell that it has returned
 SHORTEST = 64  # positions that a model must have
+LEAST = {"chunks": 1, "chunk": 2, "inside": 2, "contexts": 2, "context": 2, "passage": 2} | {
+    "prompts": 2, "prompt": 2, "new": 1, "sentences": 2, "variants": 0, "trials": 1, "memories": 1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Effort:
       variants: quantized versions for the diagonal adversary.
       trials: labelings of points in an experiment.
       memories: memories whose facts are rounded.
+    Raises:
+      ValueError: a number is too small for its purpose.
     """
 
     chunks: int = 4
@@ -41,6 +45,13 @@ class Effort:
     trials: int = 200
     memories: int = 8
 
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name} of an effort must be {least} or more, got {getattr(self, name)}"
+                )
+
     @property
     def tokens(self) -> int:
         """Number of tokens that the text must have."""
@@ -53,7 +64,7 @@ class Effort:
         Args:
           positions: largest number of positions of the model.
         Raises:
-          ValueError: they are fewer than 64.
+          ValueError: they are fewer than 64, or too few for the passages of so many contexts.
         """
         if positions < SHORTEST:
             raise ValueError(

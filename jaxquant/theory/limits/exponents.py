@@ -48,8 +48,9 @@ class Exponents:
         worst = self.secants[int(np.argmax(out))]
         bound = self.largest if worst > (self.smallest + self.largest) / 2 else self.smallest
         statement = (
-            "The slope of the loss without its constant lies between the exponents "
-            f"{self.smallest:g} and {self.largest:g}."
+            f"A loss that is a sum of power laws of exponents from {self.smallest:g} to "
+            f"{self.largest:g} falls with a slope between them at every size; measured is the "
+            "slope that is nearest to leaving this range."
         )
         return (Limit("exponents", statement, "theorem", worst, bound, max(out) <= 0),)
 

@@ -103,13 +103,16 @@ def fact_capacity(bits: float, values: int) -> float:
     return float(bits) / math.log2(values)
 
 
-def fact_capacity_limit(bits: float, values: int, *, name: str = "fact capacity") -> Limit:
+def fact_capacity_limit(
+    bits: float, values: int, *, name: str = "fact capacity", owner: str = "a model"
+) -> Limit:
     """Return the most facts of one token that a model of `bits` can hold, as a description.
 
     Args:
       bits: as for `fact_capacity`.
       values: as for `fact_capacity`.
       name: name of the row.
+      owner: whose bits they are.
     Returns:
       The row, without a verdict.
     Raises:
@@ -121,7 +124,8 @@ def fact_capacity_limit(bits: float, values: int, *, name: str = "fact capacity"
     check_arguments(fact_capacity_limit, locals())
     most = fact_capacity(bits, values)
     statement = (
-        f"{bits:,.0f} stored bits hold at most this many random facts of one of {values:,} values."
+        f"The {bits:,.0f} stored bits of {owner} hold at most this many random facts, each of them "
+        f"one of {values:,} values."
     )
     return Limit(name, statement, "description", most, None, None)
 

@@ -115,8 +115,9 @@ def loops_survive(
     """Judge the loops of sampled texts.
 
     Collapsed: McNemar's p-value is below .01, and the excess is .1 or more. Survives: the upper end
-    of the excess's 95 % interval is at most .15, where it is 3 / p at least if no prompt differs
-    (the rule of three). At least 20 prompts are needed to survive.
+    of the excess's 95 % interval is at most .15. It is put at 3 / p at least, since an event that
+    none of p prompts showed may have that rate (the rule of three), so that at least 20 prompts are
+    needed to survive.
 
     Args:
       model: whether the model's sampled text loops, for each prompt.
@@ -132,10 +133,13 @@ def loops_survive(
     a, b = np.asarray(model, bool), np.asarray(reference, bool)
     d = paired_difference(a.astype(float), b.astype(float), seed)
     p = mcnemar(a, b)
-    high = d.high if (a != b).any() else 3 / len(a)
+    high = max(d.high, 3 / len(a))
     survives = True if high <= TOLERATED else None
     holds = False if p < SIGNIFICANT and d.mean >= EXCESS else survives
-    note = f"{a.sum()} and {b.sum()} of {len(a)} texts loop; p {p:.2g}; excess at most {high:.2f}"
+    note = (
+        f"{a.sum()} of {len(a)} texts loop, and {b.sum()} of the reference's; excess at most "
+        f"{high:.2f}, McNemar's p = {p:.2g}"
+    )
     return Verdict(holds, d, note)
 
 

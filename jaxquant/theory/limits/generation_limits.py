@@ -7,7 +7,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.theory.limits.generation import (
     EXCESS,
+    FLUENT,
     GIBBERISH,
+    SIGNIFICANT,
+    TOLERATED,
     all_hold,
     judge_survives,
     loops_survive,
@@ -70,27 +73,29 @@ def generation_limits(
             None,
             None,
             all_hold(loops.holds, judge.holds),
-            note="Decided by the next two rows.",
+            note="Decided by 'sampled loops' and 'judged by the reference': both must survive, and "
+            "the collapse of one is enough.",
         ),
         Limit(
             "sampled loops",
             f"The share of texts sampled from {name} that end in a loop exceeds the reference's by "
-            "less than the bound.",
+            "at most the bound, with 95 % confidence.",
             "survival",
             loops.difference.mean,
-            EXCESS,
+            TOLERATED,
             loops.holds,
-            note=f"{loops.note}.",
+            note=f"{loops.note}. Collapsed is an excess of {EXCESS:g} or more with p below "
+            f"{SIGNIFICANT:g}.",
         ),
         Limit(
             "judged by the reference",
-            f"To the reference, a token of the texts sampled from {name} costs less than the bound "
-            "more, in nats, than one of its own texts.",
+            f"Texts sampled from {name} surprise the reference more than its own texts do, but by "
+            "less than the bound, in nats per token, with 95 % confidence.",
             "survival",
             judge.difference.mean,
-            GIBBERISH,
+            FLUENT,
             judge.holds,
-            note=f"{judge.note}.",
+            note=f"{judge.note}. Collapsed is {GIBBERISH:g} nat or more with 99 % confidence.",
         ),
     ]
     greedy_loops = looping(greedy[0]), looping(greedy[1])

@@ -51,11 +51,17 @@ class Hallucination:
     def limits(self) -> tuple[Limit, ...]:
         """Return the theorem as a row of a suite."""
         statement = (
-            f"A {self.name} of a toy world has at least this mass on false factoids, its "
-            "miscalibration considered."
+            f"In a toy world of random facts, a {self.name} states falsehoods with at least this "
+            "probability, which follows from its miscalibration and the share of documents whose "
+            "fact occurs once."
         )
         holds = self.hallucination >= self.bound if self.bound > 0 else None
-        note = f"Monofact rate {self.monofacts:.3f}, miscalibration {self.miscalibration:.3f}."
+        note = (
+            f"{self.monofacts:.3f} of the documents state a fact that occurs once; miscalibration "
+            f"{self.miscalibration:.3f}."
+        )
+        if holds is None:
+            note += " The bound is not above 0, so it is vacuous."
         name = f"hallucination: {self.name}"
         measured = self.hallucination
         return (Limit(name, statement, "theorem", measured, self.bound, holds, note=note),)

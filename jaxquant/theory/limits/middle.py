@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.stats import t
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.limits.limit import Limit
@@ -19,6 +20,7 @@ from jaxquant.theory.number_checks import finite
 
 MARGIN = 16  # tokens of filler after the deepest passage
 SURVIVES, COLLAPSED = 0.8, 0.5  # shares of the gain that a quantized model retains
+WORTH = 0.1  # share of the mean gain that the reference must gain at a depth to lose anything there
 DRAWS = 2000  # of the bootstrap
 
 
@@ -60,14 +62,14 @@ def planted(
     """
     check_arguments(planted, locals())
     filler, passage = np.asarray(fillers), np.asarray(passages)
-    (n, t), (count, q) = filler.shape, passage.shape
+    (n, length), (count, q) = filler.shape, passage.shape
     if n != count or n < 2:
         raise ValueError(f"expected 2 or more fillers and as many passages, got {n} and {count}")
-    if n * q + margin > t:
+    if n * q + margin > length:
         raise ValueError(
-            f"{n} passages of {q} tokens and a margin of {margin} do not fit in {t} tokens"
+            f"{n} passages of {q} tokens and a margin of {margin} do not fit in {length} tokens"
         )
-    starts = np.linspace(0, t - margin - q, n).astype(int)
+    starts = np.linspace(0, length - margin - q, n).astype(int)
     at = (np.arange(n)[:, None] + np.arange(n)) % n
     contexts = filler.copy()
     for c in range(n):
@@ -106,14 +108,14 @@ class Retention:
     Attributes:
       share: mean gain of the model over mean gain of the reference, all depths together.
       low, high: ends of the 95 % interval of `share`.
-      by_depth: the same share, by depth.
-      worst_high: the smallest upper end of the 95 % intervals of the depths.
+      by_depth: the same share, by depth; None where the reference gains too little to lose any.
+      worst_high: the smallest upper end of the 95 % intervals of the other depths.
     """
 
     share: float
     low: float
     high: float
-    by_depth: tuple[float, ...]
+    by_depth: tuple[float | None, ...]
     worst_high: float
 
     @property
@@ -133,6 +135,10 @@ def retention(
 ) -> Retention | None:
     """Compare the gains of two models; contexts and passages are resampled (bootstrap).
 
+    A depth counts by itself if the lower end of the 95 % interval of the reference's gain there is
+    a tenth of its mean gain or more. A reference of limited sight gains nothing from what lies far
+    back, and a share of nothing means nothing.
+
     Args:
       model: its gains by context and depth.
       reference: those of the reference.
@@ -149,26 +155,35 @@ def retention(
     """
     check_arguments(retention, locals())
     a, b = finite(model, "model"), finite(reference, "reference")
-    n = len(b)
-    rng = np.random.default_rng(seed)
+    weights = _resampled(at, seed, draws)
+    total = lambda x: np.sum(weights * x, axis=1)  # [draws, depth]
+    of_a, of_b, size = total(a), total(b), weights.sum(1)
+    low = lambda x: float(np.nanpercentile(x, 2.5))
+    high = lambda x: float(np.nanpercentile(x, 97.5))
+    pooled = of_b.sum(1)
+    if low(pooled) <= 0:
+        return None
+    shares = of_a.sum(1) / pooled
+    with np.errstate(divide="ignore", invalid="ignore"):  # a depth may be left out of a resampling
+        means = (of_b / size).T
+    counts = [low(depth) >= WORTH * b.mean() for depth in means]
+    upper, by_depth = [], []
+    for j, counted in enumerate(counts):
+        there = (size[:, j] > 0) & (of_b[:, j] > 0)
+        upper.append(high(of_a[there, j] / of_b[there, j]) if counted else np.inf)
+        by_depth.append(float(a[:, j].sum() / b[:, j].sum()) if counted else None)
+    share = float(a.sum() / b.sum())
+    return Retention(share, low(shares), high(shares), tuple(by_depth), min(upper))
+
+
+def _resampled(
+    at: Int[np.ndarray, "n n"], seed: int, draws: int = DRAWS
+) -> Float[np.ndarray, "draws n n"]:
+    """Return how often each context and depth occurs if contexts and passages are resampled."""
+    rng, n = np.random.default_rng(seed), len(at)
     count = lambda: rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)
     contexts, passages = count(), count()
-    weights = contexts[:, :, None] * passages[:, at]  # [draws, context, depth]
-    total = lambda x, w: np.sum(w * x, axis=-2)
-    low = lambda x: float(np.percentile(x, 2.5))
-    high = lambda x: float(np.percentile(x, 97.5))
-    kept = weights.sum((1, 2)) > 0
-    weights = weights[kept]
-    pooled_a, pooled_b = total(a, weights).sum(-1), total(b, weights).sum(-1)
-    if low(pooled_b) <= 0:
-        return None
-    shares = pooled_a / pooled_b
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depths = total(a, weights) / total(b, weights)
-    upper = [high(d[np.isfinite(d)]) for d in depths.T]
-    by_depth = a.sum(0) / b.sum(0)
-    share = float(a.sum() / b.sum())
-    return Retention(share, low(shares), high(shares), tuple(map(float, by_depth)), min(upper))
+    return contexts[:, :, None] * passages[:, at]
 
 
 def middle_limits(
@@ -189,25 +204,63 @@ def middle_limits(
     share, holds = (None, None) if found is None else (found.share, found.holds)
     note = "The reference gains nothing from a passage that returns."
     if found is not None:
-        by_depth = ", ".join(f"{s:.2f}" for s in found.by_depth)
-        note = f"95 % interval [{found.low:.2f}, {found.high:.2f}]; by depth {by_depth}."
+        by_depth = ", ".join("no gain" if s is None else f"{s:.2f}" for s in found.by_depth)
+        note = (
+            f"95 % interval [{found.low:.2f}, {found.high:.2f}]; by depth, from the beginning: "
+            f"{by_depth}. It survives if the interval begins at the bound or above, and has "
+            f"collapsed if the interval of one depth ends below {COLLAPSED:g}."
+        )
     statement = (
-        f"{name} retains this share of what the reference gains when a passage returns, at every "
-        "depth."
+        "A passage is easier to predict when it occurs in the text for the second time; "
+        f"{name} keeps at least {SURVIVES:.0%} of what the reference gains by that."
     )
     kept = Limit("passage recall", statement, "survival", share, SURVIVES, holds, note=note)
-    return kept, _shape(reference, "the reference", "reference"), _shape(model, name, "model")
+    shapes = (reference, "the reference", "reference"), (model, name, "model")
+    return kept, *(_shape(gain, at, who, short) for gain, who, short in shapes)
 
 
-def _shape(gain: Float[Array | np.ndarray, "n n"], name: str, short: str) -> Limit:
-    mean = np.asarray(gain).mean(0)
-    inner = mean[1:-1].mean() if len(mean) > 2 else mean.mean()
+def _shape(
+    gain: Float[Array | np.ndarray, "n n"], at: Int[np.ndarray, "n n"], name: str, short: str
+) -> Limit:
+    gain = np.asarray(gain)
+    mean, error = gain.mean(0), _dip_error(gain, at)
+    dip = float(_dip(mean))
+    # Both ends must be above the middle, and the smaller one is. Below 0 chance alone may put it.
+    lost = error is not None and dip > error
+    said = "the middle is lost" if lost else "the middle is not shown to be lost"
+    chance = (
+        "There are too few depths to tell" if error is None else f"Chance may explain {error:.2f}"
+    )
     return Limit(
         f"lost in the middle ({short})",
-        f"By so many nats per token a passage at either end helps {name} more than one in between.",
+        f"Nats per token by which a passage that returns helps {name} more if it first occurred at "
+        "the beginning or the end of the context, whichever helps less, than in between. Above 0 "
+        "the middle is lost.",
         "description",
-        float(min(mean[0], mean[-1]) - inner),
+        dip,
         None,
         None,
-        note=f"Gain by depth: {', '.join(f'{g:.2f}' for g in mean)} nats per token.",
+        note=f"{chance}: {said}. Gain by depth, from the beginning: "
+        f"{', '.join(f'{g:.2f}' for g in mean)} nats per token.",
     )
+
+
+def _dip(mean: Float[np.ndarray, " n"]) -> float:
+    """Return the smaller gain of both ends minus the mean gain between them, 0 without a middle."""
+    return float(min(mean[0], mean[-1]) - mean[1:-1].mean()) if len(mean) > 2 else 0.0
+
+
+def _dip_error(gain: Float[np.ndarray, "n n"], at: Int[np.ndarray, "n n"]) -> float | None:
+    """Return what chance explains of an end minus the mean between, with 95 % confidence.
+
+    In a Latin square the means by depth are free of what contexts and passages differ in, so that
+    only the residual counts. None for fewer than three depths.
+    """
+    n = len(gain)
+    if n < 3:
+        return None
+    by_passage = np.bincount(np.ravel(at), np.ravel(gain)) / n
+    effects = gain.mean(1, keepdims=True) + gain.mean(0) + by_passage[at]
+    degrees = (n - 1) * (n - 2)
+    variance = float(np.sum((gain - effects + 2 * gain.mean()) ** 2)) / degrees
+    return float(t.ppf(0.975, degrees)) * (variance / n * (1 + 1 / (n - 2))) ** 0.5

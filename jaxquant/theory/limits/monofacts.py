@@ -56,8 +56,14 @@ class Monofacts:
     def limits(self) -> tuple[Limit, ...]:
         """Return the exact expectations and the burstiness of the text as rows of a suite."""
         what = f"{self.n}-grams" if self.n > 1 else "tokens"
-        once = f"Of random halves of the {what}, the exact expected share occurs once."
-        unseen = f"Of random halves of the {what}, the other half lacks the exact expected share."
+        once = (
+            f"In random halves of the text's {what}, the share that occurs once is on average its "
+            "exact expectation."
+        )
+        unseen = (
+            f"The share of the text's {what} that a random half of them does not hold is on "
+            "average its exact expectation, which is nearly the same."
+        )
         half = self.count // 2
         near = lambda name, text, found, exact: Limit(
             f"{what} {name}",
@@ -71,9 +77,14 @@ class Monofacts:
             near("once", once, self.once, self.expected),
             near("unseen", unseen, self.unseen, self.expected_unseen),
         )
-        natural = f"Share of the second half of the text whose {what} the first half does not hold."
+        natural = (
+            f"Share of the {what} of the second half of the text that the first half does not "
+            "hold; the bound is Good and Turing's estimate of it, the share of those that occur "
+            "once in the first half."
+        )
         note = (
-            f"{self.rate:.1%} of all {what} occur once; the bound is the share of the first half."
+            f"{self.rate:.1%} of all {what} occur once. A share above the estimate shows that the "
+            "text changes its subject."
         )
         burst = Limit(
             f"{what} burstiness",

@@ -29,7 +29,7 @@ Progress = Callable[[str, float], None]
 
 
 def check_text(subject: Subject, effort: Effort) -> None:
-    """Raise ValueError if a text is too short, or has tokens outside of the vocabulary.
+    """Raise ValueError if a text is too short or does not fit the vocabulary.
 
     Args:
       subject: the model with its text.
@@ -41,6 +41,11 @@ def check_text(subject: Subject, effort: Effort) -> None:
         raise ValueError(
             f"the text has {there} tokens, and the limits need {needed} at this effort; pass a "
             "longer text"
+        )
+    if subject.vocabulary < 2:
+        raise ValueError(
+            f"the limits need a model that can choose between 2 tokens or more, got a vocabulary "
+            f"of {subject.vocabulary}"
         )
     if not 0 <= tokens.min() <= tokens.max() < subject.vocabulary:
         raise ValueError(
@@ -85,6 +90,10 @@ class Pair:
                 f"{a.name} and {b.name} must have one vocabulary, got {a.vocabulary} and "
                 f"{b.vocabulary} tokens"
             )
+
+    def check_finite(self) -> None:
+        """Raise ValueError if the predictions of one of the models on the text are not finite."""
+        check_finite(self.on_text, self.names)
 
     @functools.cached_property
     def params(self) -> tuple[PyTree, PyTree]:

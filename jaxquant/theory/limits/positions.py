@@ -48,8 +48,13 @@ class Positions:
 
     def limits(self) -> tuple[Limit, ...]:
         """Return both theorems as rows of a suite."""
-        kernel = "The rotary kernel depends on the distance alone, up to rounding to float32."
-        own = f"All of {self.context} successive positions have rotations of their own."
+        kernel = (
+            "The mean cosine of the rotary angles between two positions depends on their distance "
+            "alone, up to what rounding to float32 allows."
+        )
+        own = (
+            f"No two successive ones of the first {self.context} positions have the same rotations."
+        )
         holds, apart = self.error <= self.bound, self.equal == 0
         return (
             Limit("rotary kernel", kernel, "theorem", self.error, self.bound, holds),
@@ -166,8 +171,8 @@ def range_limit(
     check_arguments(range_limit, locals())
     found = effective_range(frequencies, threshold)
     statement = (
-        f"From this distance on, the rotary kernel has an octave mean below {threshold:g}; the "
-        f"context is {context}."
+        "Smallest distance D at which the mean cosine of the rotary angles, averaged over "
+        f"distances from D / 2 to D, falls below {threshold:g}; the bound is the model's context."
     )
     note = "" if found else f"There is none up to {FARTHEST}."
     return Limit(name, statement, "description", found, context, None, note=note)
@@ -225,7 +230,10 @@ def collision_limit(dtype: Any) -> Limit:
         raise ValueError(f"{dtype} tells all positions apart up to {LARGEST}")
     kind = np.dtype(getattr(ml_dtypes, dtype) if hasattr(ml_dtypes, str(dtype)) else dtype)
     bound = 2.0 ** (ml_dtypes.finfo(kind).nmant + 1)
-    statement = f"Positions in {kind.name} coincide from 2^p on, p the bits of its significand."
+    statement = (
+        f"Successive positions that are stored as {kind.name} first coincide at 2^p, where p is "
+        "the number of bits of its significand."
+    )
     return Limit(f"positions {kind.name}", statement, "theorem", found, bound, found == bound)
 
 

@@ -63,8 +63,8 @@ def rarity_limit(
     ]
     return Limit(
         "rare tokens",
-        "Loss in nats beyond the reference's of tokens that occur once in the text; the bound is "
-        "that of tokens that occur 16 times or more.",
+        "Nats by which the model's loss exceeds the reference's on tokens that occur once in the "
+        "text; the bound is the same on tokens that occur 16 times or more.",
         "description",
         means[0],
         means[-1],

@@ -64,20 +64,25 @@ class Retrieval:
     def _certificate(self) -> Limit:
         share = float(self.certified.mean())
         statement = (
-            f"Queries whose best document is certified keep it among documents of {self.name}."
+            f"Rounding the document vectors ({self.name}) changes the best document of no query "
+            "whose best scores are further apart than the rounding can move them, so at least that "
+            "share of the queries keeps it."
         )
         broken = int((self.certified & ~self.agrees).sum())
         note = f"{broken} certified answers changed." if broken else ""
         holds = broken == 0 if share > 0 else None
         if share == 0:
-            note = "No query is certified, so the bound is vacuous."
+            note = "The scores of no query are that far apart, so the bound is vacuous."
         measured = float(self.agrees.mean())
         name = f"retrieval certificate, {self.name}"
         return Limit(name, statement, "theorem", measured, share, holds, note=note)
 
     def _survival(self) -> Limit:
         base = float(self.reference_hits.mean())
-        statement = f"Documents of {self.name} keep {self.tolerance:.0%} of the recall at {self.k}."
+        statement = (
+            f"Rounded document vectors ({self.name}) keep at least {self.tolerance:.0%} of the "
+            f"share of queries whose document is among the best {self.k}."
+        )
         holds, ratio, note = None, None, "No query finds its document at all."
         if self.survival is not None:
             low, high = self.survival
@@ -255,7 +260,9 @@ def monotone_limit(fewer: Retrieval, more: Retrieval) -> Limit:
         )
     better, worse = int((fewer.hits & ~more.hits).sum()), int((~fewer.hits & more.hits).sum())
     p = binomtest(better, better + worse, alternative="greater").pvalue if better + worse else 1.0
-    statement = f"Documents of {more.name} are found no less often than those of {fewer.name}."
+    statement = (
+        f"Document vectors of {more.name} find no fewer documents than those of {fewer.name}."
+    )
     note = (
         f"{better} queries are answered by {fewer.name} alone, {worse} by {more.name}; p = {p:.2g}."
     )

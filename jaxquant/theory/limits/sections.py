@@ -1,5 +1,6 @@
 """The sections of a suite: which limits are checked, on what, and in which order."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -31,11 +32,10 @@ from jaxquant.theory.limits.rarity import rarity_limit
 from jaxquant.theory.limits.retrieval import (
     Retrieval,
     monotone_limit,
-    ranks,
     retrieval,
     rounded_documents,
 )
-from jaxquant.theory.limits.two_stages import two_stages
+from jaxquant.theory.limits.two_stages import chosen, two_stages
 
 Rows = Sequence[Limit]
 
@@ -44,6 +44,7 @@ DIMENSIONS = 30  # of the points whose labelings are counted
 FACTS, WEIGHTS = 600, 400  # of a memory: 1.5 facts per weight, which a perceptron can learn
 LONGEST = 100_000  # tokens of the text whose n-grams are counted
 FOUND = 10  # documents that count as found
+TOY = "A toy: the model plays no part in it."
 LAWS = (1.0, 3.0), (0.3, 0.08)  # coefficients and exponents of two modalities
 
 
@@ -57,11 +58,17 @@ def diagonal(pair: Pair) -> Rows:
     others = [m for name, m in pair.reference.variants().items() if name != pair.model.name]
     made = [make() for make in others[: pair.effort.variants]]
     pairs = two_likeliest(pair.reference.functions, pair.params[0], tokens)
+    subjects = (pair.reference, pair.model, *made)
     predictors = [
         lambda x, s=s: np.asarray(prefers_first(s.functions, s.params(), x, pairs))
-        for s in (pair.reference, pair.model, *made)
+        for s in subjects
     ]
-    return diagonal_adversary(predictors, tokens).limits()
+    names = ", ".join(s.name for s in subjects)
+    note = (
+        f"The predictors are {names}: each says which of the two tokens that are likeliest to the "
+        "reference it prefers."
+    )
+    return _noted(diagonal_adversary(predictors, tokens).limits(), note)
 
 
 def capacity(pair: Pair) -> Rows:
@@ -73,27 +80,29 @@ def capacity(pair: Pair) -> Rows:
     trials = pair.effort.trials
     random = random_separability(2 * DIMENSIONS, DIMENSIONS, trials, jax.random.fold_in(key, 2))
     own = separability(points, trials, jax.random.fold_in(key, 3))
+    name, what = "states in general position", f"projected hidden states of {pair.model.name}"
+    bits, values = pair.model.stored_bits, pair.model.vocabulary
     return (
-        *random.limits(),
-        *own.limits("states in general position"),
-        fact_capacity_limit(pair.model.stored_bits, pair.model.vocabulary),
+        *_noted(random.limits(), TOY),
+        *_noted(own.limits(name, what), "Violated, they coincide or lie in few dimensions."),
+        fact_capacity_limit(bits, values, owner=pair.model.name),
     )
 
 
 def memory(pair: Pair) -> Rows:
     """Round memories of random facts."""
     keys = jax.random.split(_key(pair, "memory"), pair.effort.memories)
-    return recalls([learned(FACTS, WEIGHTS, key) for key in keys]).limits()
+    return _noted(recalls([learned(FACTS, WEIGHTS, key) for key in keys]).limits(), TOY)
 
 
 def facts(pair: Pair) -> Rows:
     """Measure what occurs once in the text, and what that means in a toy world."""
-    tokens, key = pair.tokens[:LONGEST], _key(pair, "facts")
+    tokens, keys = pair.tokens[:LONGEST], jax.random.split(_key(pair, "facts"), 3)
     scores = pair.on_text
     rare = rarity_limit(pair.tokens, pair.chunks[:, 1:], scores.other_nll - scores.nll)
-    grams = [row for n in (1, 2) for row in monofacts(tokens, n, key).limits()]
-    world = [row for model in toy_world(key) for row in model.limits()]
-    return (*grams, rare, *world)
+    grams = [row for n in (1, 2) for row in monofacts(tokens, n, keys[n]).limits()]
+    world = [row for model in toy_world(keys[0]) for row in model.limits()]
+    return (*_noted(grams, "The text alone is measured."), rare, *_noted(world, TOY))
 
 
 def attention(pair: Pair) -> Rows:
@@ -102,15 +111,16 @@ def attention(pair: Pair) -> Rows:
     reference, model = (crowding(margins, first) for _, margins in pair.inside)
     rows = model.limits()
     base = reference.diluting
-    compared = Limit(**{**vars(rows[1]), "bound": base, "statement": _beside(rows[1].statement)})
-    return rows[0], compared
+    statement = f"{rows[1].statement} The bound is the reference's share."
+    return rows[0], dataclasses.replace(rows[1], bound=base, statement=statement)
 
 
 def positions(pair: Pair) -> Rows:
     """Examine the rotary positions of the reference."""
     theta, count = pair.reference.frequencies, pair.reference.context
     angles = pair.reference.angles(min(count, 8192))
-    types = [collision_limit(name) for name in ("bfloat16", "float16")]
+    note = "A property of the type, in which positions should not be stored."
+    types = _noted([collision_limit(name) for name in ("bfloat16", "float16")], note)
     if theta is None or angles is None:
         return types
     return (*rope_positions(angles, theta).limits(), range_limit(theta, count), *types)
@@ -121,10 +131,10 @@ def divergence(pair: Pair) -> Rows:
     scores = pair.on_greedy
     text, free = pair.greedy
     flips = flips_of(text, scores.other_top)
-    failed = unexplained(flips, text, free, scores.other_gap)
+    failed = unexplained(flips, text, free, scores.other_gap, pair.model.functions.tie)
     natural, distance = pair.on_text, pair.on_sampled.distance
     return (
-        *flip_limits(flips, failed, pair.model.name),
+        *flip_limits(flips, flips_of(text, free), failed, pair.model.name),
         certificate_limit(natural.gap, natural.change, natural.top != natural.other_top),
         coupling_limit(*pair.sampled, distance),
     )
@@ -158,20 +168,21 @@ def documents(pair: Pair) -> Rows:
     for bits, name in ((8, "8 bits"), (4, "4 bits"), (1, "1 bit")):
         rounded, errors = rounded_documents(whole, bits), _promised(whole, bits)
         by_bits.append(retrieval(queries, whole, rounded, gold, key, errors=errors, k=k, name=name))
-    exact = ranks(queries, whole, gold) == 0
     pairs = zip(by_bits[1:], by_bits, strict=False)
-    return (
+    best = chosen(queries @ whole.T, queries @ rounded_documents(whole, 1).T, gold, k)
+    rows = (
         *(row for one in by_bits for row in one.limits()),
         *(monotone_limit(fewer, more) for fewer, more in pairs),
-        *two_stages(by_bits[-1].hits, exact).limits(),
+        *two_stages(by_bits[-1].hits, best).limits(),
     )
+    return _noted(rows, "The vectors are those of a sentence encoder, not of the model.")
 
 
 def exponents(pair: Pair) -> Rows:
     """Measure the slopes of a sum of two power laws, over sizes that show both."""
     del pair
     sizes = np.logspace(-8, 9, 60)
-    return secants(sizes, power_laws(sizes, *LAWS), LAWS[1]).limits()
+    return _noted(secants(sizes, power_laws(sizes, *LAWS), LAWS[1]).limits(), TOY)
 
 
 def _promised(whole: np.ndarray, bits: int) -> np.ndarray | None:
@@ -182,8 +193,9 @@ def _promised(whole: np.ndarray, bits: int) -> np.ndarray | None:
     return 0.5 * step * np.sqrt(whole.shape[1]) * (1 + 1e-6)
 
 
-def _beside(statement: str) -> str:
-    return f"{statement.rstrip('.')}; the bound is that of the reference."
+def _noted(rows: Sequence[Limit], note: str) -> Rows:
+    """Return rows whose notes also say something about all of them."""
+    return [dataclasses.replace(row, note=f"{row.note} {note}".strip()) for row in rows]
 
 
 SECTIONS: Mapping[str, Callable[[Pair], Rows]] = {

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxquant.theory.limits.divergence import TIE
+
 Reduce = Callable[[Float[Array, "t t"]], PyTree]
 
 
@@ -34,12 +36,15 @@ class Functions(NamedTuple):
       init_cache: (batch, size) -> an empty cache for `size` tokens of each sequence.
       inside: (params, tokens int [t], reduce) -> `Inside`. `reduce` maps the attention scores of
         one head [t, t], query by key, scaled and with -inf where a query must not look, to arrays.
+      tie: difference of two logits that rounding may decide: passes with and without a cache add
+        in different orders. Coarse activations need more than the default, which is for float32.
     """
 
     apply: Callable[[PyTree, Array], Array]
     apply_cached: Callable[[PyTree, Array, Any], tuple[Array, Any]]
     init_cache: Callable[[int, int], Any]
     inside: Callable[[PyTree, Array, Reduce], Inside]
+    tie: float = TIE
 
 
 class Sentences(NamedTuple):

@@ -46,7 +46,7 @@ def run_suite(
       that several stages need counts for the first of them.
     Raises:
       ValueError: the effort is unknown; the text is too short; the models have different
-        vocabularies; weights, activations or logits are not finite.
+        vocabularies; there is nothing to judge; weights, activations or logits are not finite.
     """
     check_arguments(run_suite, locals())
     chosen = _effort(effort)
@@ -57,13 +57,22 @@ def run_suite(
     stores = [np.asarray(reference.tokens), model.stored, against and against.stored]
     settings = f"{chosen} {np.asarray(jax.random.key_data(key)).tolist()} {model.name}"
     kept = Remembered(finished, settings, stores)
-    variants = reference.variants()
-    judged = next(iter(variants.values()))() if against is None else model
+    judged = _first_variant(model) if against is None else model
     pair = Pair(reference, judged, chosen, key, kept, tell)
+    pair.check_finite()
     rows: list[Limit] = []
     for name, section in SECTIONS.items():
         rows += _section(name, lambda section=section: section(pair), kept, tell)
     return Suite(tuple(rows))
+
+
+def _first_variant(model: Subject) -> Subject:
+    for make in model.variants().values():
+        return make()
+    raise ValueError(
+        f"{model.name} has no quantized versions, so that there is nothing to judge; pass the "
+        "float model as `against`"
+    )
 
 
 def _effort(effort: str | Effort) -> Effort:

@@ -41,8 +41,15 @@ class TwoStages:
 
     def limits(self) -> tuple[Limit, ...]:
         """Return the bound as a row of a suite."""
-        statement = "Retrieval and attention fail no less often than the worse of the two."
-        note = f"The product of both gives {self.product:.3f}, which is no bound."
+        statement = (
+            "A search that retrieves candidates and then chooses one of them fails no less often "
+            "than the worse of its two stages."
+        )
+        note = (
+            f"The right document is retrieved for {self.retrieved:.3f} of the queries, and chosen "
+            f"for {self.attended:.3f} if retrieved or added. The product of both would give "
+            f"{self.product:.3f}, which is no bound."
+        )
         holds = self.failed >= self.bound - ROUNDING
         name = "retrieval in two stages"
         return (Limit(name, statement, "theorem", self.failed, self.bound, holds, note=note),)
@@ -78,6 +85,48 @@ def two_stages(
     p_r, p_a = float(r.mean()), float(a.mean())
     given = float(a[r].mean()) if r.any() else None
     return TwoStages(p_r, p_a, given, float(1 - (r & a).mean()), 1 - min(p_r, p_a), 1 - p_r * p_a)
+
+
+def chosen(
+    exact: Float[Array | np.ndarray, "k n"],
+    rough: Float[Array | np.ndarray, "k n"],
+    gold: Int[Array | np.ndarray, "k"],
+    count: int,
+) -> Bool[np.ndarray, "k"]:
+    """Return whether the right document would be chosen among those that rough scores retrieve.
+
+    Args:
+      exact: scores by which one document is chosen [k, n].
+      rough: scores whose `count` largest retrieve documents [k, n].
+      gold: index of the right document of each query [k]; it is added to the retrieved ones.
+      count: number of documents that are retrieved, 1 or more.
+    Returns:
+      Answers [k]; a tie counts against the right document.
+    Raises:
+      ValueError: arrays are empty or not finite, shapes do not match, or a number is out of range.
+
+    >>> rough = np.array([[3.0, 2.0, 1.0]])
+    >>> exact = np.array([[1.0, 2.0, 3.0]])  # the third would win, but is not retrieved
+    >>> chosen(exact, rough, np.array([1]), 2).tolist()
+    [True]
+    """
+    check_arguments(chosen, locals())
+    s, r, right = finite(exact, "exact"), finite(rough, "rough"), np.asarray(gold)
+    if s.ndim != 2 or r.shape != s.shape or count < 1:
+        raise ValueError(
+            f"expected two arrays of scores [k, n] and a count of 1 or more, got shapes "
+            f"{list(s.shape)} and {list(r.shape)}, and {count}"
+        )
+    whole = np.issubdtype(right.dtype, np.integer) and right.shape == s.shape[:1]
+    if not whole or right.min() < 0 or right.max() >= s.shape[1]:
+        raise ValueError(
+            f"expected a document from 0 to {s.shape[1] - 1} for each of {len(s)} queries, got an "
+            f"array {right.dtype}{list(right.shape)}"
+        )
+    found = np.argsort(-r, axis=1, kind="stable")[:, :count]
+    own = np.take_along_axis(s, right[:, None], axis=1)
+    better = (np.take_along_axis(s, found, axis=1) >= own) & (found != right[:, None])
+    return ~better.any(1)
 
 
 def within_budget(

@@ -53,8 +53,9 @@ def test_margins_and_states_are_those_of_a_loop(subject):
 
 
 def test_predictions_of_two_models_are_those_of_numpy(subject):
-    other = subject.variants()["rtn 3 bits"]()
-    assert other.functions is subject.functions and other.name == "rtn 3 bits"
+    name = f"{subject.name} rounded to 3 bits"
+    other = subject.variants()[name]()
+    assert other.functions is subject.functions and other.name == name
     assert 0 < other.stored_bits < subject.stored_bits
     tokens = subject.tokens[:24]
     f = subject.functions
@@ -106,10 +107,17 @@ def test_a_model_that_rounds_activations_runs_as_it_is(model, subject):
     plain = np.asarray(model.apply_fn(jq.dequantize(packed.params), tokens))
     np.testing.assert_allclose(found, want, atol=1e-5)
     assert np.abs(found - plain).max() > 1e-3
+    assert rounded.functions.tie == 0.5
     assert rounded.functions.inside(rounded.params(), tokens[0], head_margins).states.shape == (
         24,
         24,
     )
+
+
+def test_ties_are_as_wide_as_the_activations_are_coarse(model, subject):
+    assert subject.functions.tie == 1e-3
+    half = subject_of(dataclasses.replace(model, dtype=jnp.bfloat16), TEXT)
+    assert half.functions.tie == 0.5
 
 
 def test_angles_are_the_models(subject):

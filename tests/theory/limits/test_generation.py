@@ -11,6 +11,7 @@ from jaxquant.theory.limits.generation import (
     mcnemar,
     paired_difference,
 )
+from jaxquant.theory.limits.generation_limits import generation_limits
 
 
 def test_mcnemar_is_a_binomial_test():
@@ -31,6 +32,21 @@ def test_seven_texts_must_begin_to_loop():
     assert loops_survive(worse(0), base).holds is True
     assert loops_survive(base[:16], base[:16]).holds is None  # 3/16 cannot be excluded
     assert loops_survive(worse(9), worse(9)).holds is True  # the float model loops, too
+    for few in (5, 19):  # a reference that loops more often does not certify a model
+        assert loops_survive(base[:few], worse(1)[:few]).holds is None
+    assert loops_survive(base[:20], worse(1)[:20]).holds is True
+
+
+def test_a_row_is_undecided_only_if_its_interval_holds_its_bound():
+    """What a reader sees: the measured number, the bound, and a verdict that they explain."""
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, 99, 40) for _ in range(32)]
+    nats = rng.normal(0.4, 1.2, 32), np.zeros(32)
+    rows = {r.name: r for r in generation_limits((texts, texts), (texts, texts), nats, "model")}
+    row, d = rows["judged by the reference"], paired_difference(*nats)
+    assert row.verdict == "undecided" and d.low < row.bound < d.high
+    assert rows["sampled loops"].bound == 0.15
+    assert "sampled loops" in rows["generation survival"].note
 
 
 def test_the_judge_asks_for_a_nat_with_confidence():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxquant.theory.limits.middle import gains, planted, retention
+from jaxquant.theory.limits.middle import gains, middle_limits, planted, retention
 
 AT = (np.arange(5)[:, None] + np.arange(5)) % 5
 
@@ -38,6 +38,48 @@ def test_retention_flips_for_a_model_that_forgets():
     assert retention(window, base, AT).holds is False
     assert retention(0.75 * base, base, AT).holds is None
     assert retention(base, rng.normal(0, 0.2, (5, 5)), AT) is None  # no gain to retain
+
+
+def test_a_reference_of_limited_sight_has_nothing_to_lose_far_back():
+    rng = np.random.default_rng(2)
+    noise = lambda: rng.normal(0, 0.01, (5, 5))
+    near = 2.0 * (np.arange(5) >= 2)
+    reference, model = near + noise(), near + noise()
+    found = retention(model, reference, AT)
+    assert found.holds is True and found.by_depth[:2] == (None, None)
+    reference[:, :2], model[:, :2] = 0.01, 0.001  # the same, without noise
+    assert retention(model, reference, AT).holds is True
+    lost = retention(model * (np.arange(5) != 3), reference, AT)
+    assert lost.holds is False and lost.by_depth[3] == 0
+    row = middle_limits(model, reference, AT, "model")[0]
+    assert "no gain, no gain, 1.00" in row.note and row.verdict == "survives"
+
+
+def test_the_middle_is_said_to_be_lost_only_beyond_chance():
+    rng = np.random.default_rng(3)
+    flat = 2 + rng.normal(0, 0.2, (5, 5))
+    lost = flat - 1.0 * np.array([0, 1, 1, 1, 0])
+    notes = [row.note for row in middle_limits(lost, flat, AT, "model")]
+    assert "not shown to be lost" in notes[1] and "the middle is lost" in notes[2]
+    ends = middle_limits(flat - 1.0 * np.array([1, 0, 0, 0, 0]), flat, AT, "model")[2]
+    assert "not shown" in ends.note and ends.measured == pytest.approx(-1, abs=0.3)
+    # Passages and contexts of other difficulties change nothing.
+    harder = lost + 3.0 * np.arange(5)[AT] + 2.0 * np.arange(5)[:, None]
+    rows = middle_limits(harder, harder, AT, "model")
+    assert (
+        rows[2].note.split(" Gain")[0]
+        == middle_limits(lost, flat, AT, "model")[2].note.split(" Gain")[0]
+    )
+    two = middle_limits(flat[:2, :2], flat[:2, :2], np.array([[0, 1], [1, 0]]), "model")
+    assert two[1].measured == 0  # two depths have no middle
+
+
+def test_a_flat_model_rarely_loses_its_middle():
+    rng = np.random.default_rng(4)
+    flat = [2 + rng.normal(0, 0.3, (4, 4)) for _ in range(60)]
+    at = (np.arange(4)[:, None] + np.arange(4)) % 4
+    said = ["the middle is lost" in middle_limits(g, g, at, "a")[2].note for g in flat]
+    assert sum(said) <= 3
 
 
 def test_bad_input():

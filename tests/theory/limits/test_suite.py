@@ -53,6 +53,9 @@ def test_a_whole_suite_holds(whole):
         assert row.kind != "theorem" or row.holds in (True, None), row
         assert row.seconds > 0 and row.statement.endswith(".")
     assert suite.row("diagonal").measured >= 96 // 3
+    statements = [row.statement for row in suite.rows]
+    assert len(set(statements)) == len(statements)  # no two rows say the same
+    assert "predictors are toy, 8b, 3b" in suite.row("diagonal").note
     assert suite.row("retrieval").verdict == "-"
 
 
@@ -85,6 +88,64 @@ def test_other_weights_are_not_read_from_the_store(whole):
     run_suite(model(recall=jnp.float32(2.5)), effort=SMALL, finished=kept,
               progress=lambda name, _: told.append(name))  # fmt: skip
     assert "greedy generation" in told
+
+
+def uneven(order=None):
+    """A model whose rows are sure or unsure of what follows; the scales of the rows in an order."""
+    scales = jnp.exp(jax.random.normal(jax.random.key(5), (toy.V,)))
+    scaled = FLOAT.stored["table"] * (scales if order is None else scales[order])[:, None]
+    return model(table=scaled)
+
+
+BROKEN = {
+    "nothing": (model(), FLOAT, {}),
+    "shuffled scales": (
+        uneven(jax.random.permutation(jax.random.key(6), toy.V)),
+        uneven(),
+        {"judged by the reference": "collapsed", "generation survival": "collapsed"},
+    ),
+    "a model that loops": (
+        model(heat=jnp.float32(10)),
+        FLOAT,
+        {"sampled loops": "collapsed", "generation survival": "collapsed"},
+    ),
+    "a model that does not look back": (
+        model(recall=jnp.float32(0)),
+        FLOAT,
+        {"passage recall": "collapsed"},
+    ),
+    "a damaged cache": (
+        functions(apply_cached=functools.partial(toy.cached, recall=0.0), tie=0.5),
+        FLOAT,
+        {"free running": "violated"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_suite_flips_the_verdicts_that_it_must(name):
+    judged, reference, flipped = BROKEN[name]
+    suite = run_suite(judged, reference, effort=SMALL)
+    verdicts = {row.name: row.verdict for row in suite.rows}
+    assert {row: verdicts[row] for row in flipped} == flipped
+    if not flipped:
+        judging = [row.verdict for row in suite.rows if row.kind == "survival"]
+        assert set(judging) == {"survives"}
+        assert "violated" not in verdicts.values()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["model", "toy"])
+def test_a_suite_refuses_what_is_not_finite_before_it_measures(number, which):
+    broken = dataclasses.replace(
+        FLOAT, stored=FLOAT.stored | {"table": FLOAT.stored["table"].at[0, 5].set(number)},
+        name=which,
+    )  # fmt: skip
+    pair = (broken, FLOAT) if which == "model" else (model(), broken)
+    told = []
+    with pytest.raises(ValueError, match=f"logits of {which} are not finite at token"):
+        run_suite(*pair, effort=SMALL, progress=lambda name, _: told.append(name))
+    assert told == ["scores of text"]
 
 
 def test_a_model_equal_to_its_reference_survives():
@@ -121,11 +182,17 @@ def test_a_model_that_does_not_look_back_loses_the_passages():
     assert rows(sections.generation, model(recall=jnp.float32(0)))  # which has verdicts of its own
 
 
-def test_a_damaged_cache_parts_generation_from_scoring():
-    damaged = functions(apply_cached=functools.partial(toy.cached, recall=0.0))
-    found = rows(sections.divergence, damaged)
-    assert found["free running"].verdict == "violated"
-    assert rows(sections.divergence, model())["free running"].verdict == "holds"
+def test_coarse_activations_decide_ties_that_float32_does_not():
+    def coarse(params, tokens, cache):
+        z, cache = toy.cached(params, tokens, cache)
+        return z.astype(jnp.bfloat16).astype(jnp.float32), cache
+
+    kept = Remembered(None, "", {})
+    told = functions(apply_cached=coarse, tie=0.5)
+    pair = Pair(FLOAT, told, SMALL, jax.random.key(0), kept, lambda name, seconds: None)
+    assert sections.divergence(pair)[0].verdict == "holds"
+    pair.model = FLOAT  # the tie of float32, on what has been computed
+    assert sections.divergence(pair)[0].verdict == "violated"
 
 
 def test_scores_without_a_causal_mask_break_the_identity():
@@ -167,6 +234,8 @@ def test_vectors_are_retrieved_from_few_bits_unless_they_collapsed():
     assert found["retrieval, 8 bits"].verdict == "survives"
     assert found["retrieval certificate, 8 bits"].verdict == "holds"
     one = lambda count: (documents[:1].repeat(60, 0), documents[:1].repeat(60, 0))
+    own = {row.note for row in found.values()}
+    assert all("a sentence encoder, not of the model" in note for note in own)
     lost = rows(sections.documents, model(), dataclasses.replace(FLOAT, vectors=one))
     assert lost["retrieval, 8 bits"].verdict == "undecided"  # there is nothing to retain
 
@@ -185,6 +254,19 @@ def test_bad_input():
         run_suite(dataclasses.replace(FLOAT, vocabulary=41), FLOAT, effort=SMALL)
     with pytest.raises(ValueError, match=r"must lie in \[0, 40\)"):
         run_suite(dataclasses.replace(FLOAT, tokens=FLOAT.tokens + 9), effort=SMALL)
+    with pytest.raises(ValueError, match="between 2 tokens or more, got a vocabulary of 1"):
+        run_suite(dataclasses.replace(FLOAT, vocabulary=1), effort=SMALL)
+
+    class Bare(toy.Toy):
+        def variants(self):
+            return {}
+
+    with pytest.raises(ValueError, match="pass the float model as `against`"):
+        run_suite(Bare(FLOAT.stored), effort=SMALL)
+    with pytest.raises(ValueError, match="prompts of an effort must be 2 or more, got 1"):
+        dataclasses.replace(SMALL, prompts=1)
+    with pytest.raises(ValueError, match="passage of an effort must be 2 or more, got 1"):
+        dataclasses.replace(SMALL, contexts=30).within(64)
     with pytest.raises(ValueError, match="effort must be one of fast, default"):
         run_suite(FLOAT, effort="slow")
     with pytest.raises(ValueError, match="64 positions or more"):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxquant.theory.limits.two_stages import two_stages, within_budget
+from jaxquant.theory.limits.two_stages import chosen, two_stages, within_budget
 
 
 def test_failures_are_counted_and_bounded():
@@ -29,6 +29,20 @@ def test_the_product_is_no_bound():
     assert wrong.limits()[0].verdict == "violated"
 
 
+def test_a_choice_is_among_what_is_retrieved():
+    rng = np.random.default_rng(1)
+    exact, rough = rng.normal(size=(2, 40, 12))
+    gold = rng.integers(0, 12, 40)
+    found = chosen(exact, rough, gold, 4)
+    for s, r, g, ok in zip(exact, rough, gold, found, strict=True):
+        some = {*np.argsort(-r)[:4].tolist(), int(g)}
+        assert ok == (max(some, key=lambda j: s[j]) == g)
+    best = exact.argmax(1) == gold
+    assert found[best].all() and found.sum() > best.sum()  # fewer rivals than in a search of all
+    assert chosen(exact, rough, gold, 12).tolist() == best.tolist()
+    assert not chosen(np.ones((1, 3)), np.ones((1, 3)), np.array([2]), 2).any()  # ties
+
+
 def test_a_budget_ends_retrieval():
     scores = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
     lengths = np.array([5.0, 7.0, 4.0])
@@ -43,6 +57,12 @@ def test_a_budget_ends_retrieval():
         (lambda: two_stages(np.zeros(0, bool), np.zeros(0, bool)), "arrays of booleans"),
         (lambda: two_stages(np.ones(3), np.ones(3)), "arrays of booleans"),
         (lambda: two_stages(np.ones(3, bool), np.ones(2, bool)), "arrays of booleans"),
+        (
+            lambda: chosen(np.ones((1, 3)), np.ones((1, 2)), np.array([0]), 1),
+            "two arrays of scores",
+        ),
+        (lambda: chosen(np.ones((1, 3)), np.ones((1, 3)), np.array([3]), 1), "from 0 to 2"),
+        (lambda: chosen(np.ones((1, 3)), np.full((1, 3), np.nan), np.array([0]), 1), "finite"),
         (lambda: within_budget(np.array([3]), np.ones((1, 3)), np.ones(3), 1.0), "a rank from 0"),
         (lambda: within_budget(np.array([0]), np.ones((1, 3)), np.ones(2), 1.0), "lengths"),
         (lambda: within_budget(np.array([0]), np.ones((1, 3)), np.ones(3), np.nan), "budget"),
