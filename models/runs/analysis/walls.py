@@ -56,7 +56,7 @@ def roofline_rows(subjects: Subjects) -> list[ChipRow]:
 
 
 def _row(of: Workload, hardware: Hardware, context: int) -> ChipRow:
-    point = decode(of, hardware, 1, context)
+    point, prompt = decode(of, hardware, 1, context), prefill(of, hardware, context)
     joules = None
     if (memory := MEMORY.get(hardware.name)) is not None:
         joules = energy_per_token(of, NODES[NODE].with_memory(memory), 1, context).total
@@ -65,12 +65,14 @@ def _row(of: Workload, hardware: Hardware, context: int) -> ChipRow:
         source=f"{hardware.source} ({hardware.date})",
         fits=point.fits,
         decode=point.tokens_per_second,
-        prefill=prefill(of, hardware, context).tokens_per_second,
+        prefill=prompt.tokens_per_second,
         wall=point.wall,
         critical_batch=critical_batch(of, hardware, context),
         intensity=point.intensity,
         ridge=point.ridge,
         joules=joules,
+        bandwidth=hardware.bandwidth,
+        prefill_intensity=prompt.intensity,
     )
 
 
