@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxquant as jq
 from jaxquant.core.paths import matches
 from jaxquant.theory.energy import energy_per_token
 from jaxquant.theory.energy_constants import NODES, EnergyConstants
@@ -30,7 +31,7 @@ def workload_of(subjects: Subjects) -> Workload:
     """
     model = subjects.model
     c = model.config
-    sites = dataclasses.replace(model, params=subjects.dense[0]).sites()
+    sites = dataclasses.replace(model, params=jq.dequantize(model.params)).sites()
     attention = Attention(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim)
     last = ("embed/embedding",) if c.tie_embeddings else ("head/kernel",)
     chosen = c.experts_per_token if c.n_experts else None

@@ -1,5 +1,6 @@
 """Parts of an analysis: knees, temperatures, sentences, names; each by what it must find."""
 
+import dataclasses
 import itertools
 import shlex
 
@@ -16,9 +17,11 @@ from jaxquant_models.runs.analysis.knee import knee
 from jaxquant_models.runs.analysis.names import parameter_path
 from jaxquant_models.runs.analysis.outer import heaviest
 from jaxquant_models.runs.analysis.request import AnalysisRequest
+from jaxquant_models.runs.analysis.subjects import Subjects
 from jaxquant_models.runs.analysis.temperatures import temperatures
 from jaxquant_models.runs.analysis.tensors import exponent_counts
 from jaxquant_models.runs.analysis.variants import command_of, quoted, variants_of
+from jaxquant_models.runs.analysis.walls import energy, roofline_rows
 from jaxquant_models.schemas.report import (
     ChipRow,
     Dimensions,
@@ -138,9 +141,26 @@ def test_what_is_heavy():
     assert heaviest(packed, 128, "m") is None
 
 
-def test_commands_make_what_was_measured(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("analysis") / "it's mine"
+    return write_folder(place, BASE, random_tensors(BASE))
+
+
+def test_unstacked_layers_have_the_bounds_of_stacked_ones(folder):
+    model = registry.load(str(folder))
+    apart = dataclasses.replace(model, params=jq.ptq.unstack(model.params, "layers"))
+    asked = AnalysisRequest(str(folder), context=100)
+    of = lambda m: Subjects(asked, m, None, "", "", np.zeros((1, 1), int))
+    stacked, unstacked = (of(m) for m in (model, apart))
+    assert roofline_rows(stacked)[0].decode == roofline_rows(unstacked)[0].decode
+    widths = zip(energy(stacked).by_bits, energy(unstacked).by_bits, strict=True)
+    # The scales of norms count as products if they are stacked.
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in widths)
+
+
+def test_commands_make_what_was_measured(folder):
     """With the options of a command line, `jaxquant quantize` makes the request of the version."""
-    folder = write_folder(tmp_path / "it's mine", BASE, random_tensors(BASE))
     outline = registry.open_model(folder).outline
     for effort in ("fast", "default"):
         asked = AnalysisRequest(str(folder), effort=effort)
