@@ -1,5 +1,6 @@
 """`jaxquant analyze`: its numbers computed again, killed runs, one clear line for bad input."""
 
+import functools
 import json
 import math
 import shlex
@@ -17,7 +18,7 @@ from jaxquant_models.cli import analyze
 from jaxquant_models.cli.commands import main
 from jaxquant_models.report import page
 from jaxquant_models.runs import stored_entropy
-from jaxquant_models.runs.analysis import behavior, request
+from jaxquant_models.runs.analysis import behavior, request, walls
 from jaxquant_models.runs.analysis.analyze import Analyzed
 from jaxquant_models.schemas.report import Report
 from tests.support.command import fails
@@ -27,7 +28,7 @@ from tests.support.tiny_llama import BASE, random_tensors, write_folder
 VARIANTS = (("gptq", 4), ("gptq", 2))
 # All matrices of the layers have one shape, for which each method is compiled once.
 CONFIG = BASE | {"hidden_size": 32, "intermediate_size": 32, "tie_word_embeddings": True}
-CONFIG |= {"num_key_value_heads": CONFIG["num_attention_heads"]}
+CONFIG |= {"num_key_value_heads": CONFIG["num_attention_heads"], "num_hidden_layers": 2}
 SMALL = request.Effort(2, 1024, VARIANTS, 1, 200)
 # Its tokens hardly repeat, so that the hidden states of most are distinct.
 TEXT = "".join(chr(97 + (i * i * 7 + i * 13 + i // 5) % 26) for i in range(1500))
@@ -35,8 +36,8 @@ SUITE = Suite((Limit("floor", "A share is wrong.", "theorem", 0.3, 0.25, True),)
 
 
 def tensors_of(config=CONFIG):
-    """Random tensors with as many heads of keys as of queries."""
-    found = random_tensors(config)
+    """Random tensors of two layers with as many heads of keys as of queries."""
+    found = {n: w for n, w in random_tensors(config).items() if ".layers.2." not in n}
     for name in [n for n in found if "k_proj" in n or "v_proj" in n]:
         found[name] = np.concatenate([found[name], -found[name][::-1]])
     return found
@@ -50,6 +51,7 @@ def small():
         patch.setattr(stored_entropy, "FITTED", 10**9)  # no distributions are fitted
         patch.setattr(behavior, "run_suite", lambda *_, **__: SUITE)
         patch.setattr(behavior, "needed_tokens", lambda *_: 100)
+        patch.setattr(walls, "HARDWARE", {name: HARDWARE[name] for name in ("v4", "h200", "m4")})
         yield
 
 
@@ -107,16 +109,19 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+@functools.cache
+def log_probabilities(model):
+    """On the second halves of the first two chunks, and the tokens after each position."""
+    loaded = load(model)
+    tokens = np.asarray(loaded.tokenizer.encode(TEXT))[:512].reshape(2, 256)
+    logits = loaded.apply_fn(jq.dequantize(loaded.params), tokens)
+    return log_softmax(np.asarray(logits, np.float64))[:, 128:255], tokens[:, 129:]
+
+
 def scores(reference, model):
-    """KL divergence, agreement and perplexity on the second halves of the first two chunks."""
-    truth, other = load(reference), load(model)
-    tokens = np.asarray(truth.tokenizer.encode(TEXT))[:512].reshape(2, 256)
-    logs = [
-        log_softmax(np.asarray(truth.apply_fn(jq.dequantize(params), tokens), np.float64))
-        for params in (truth.params, other.params)
-    ]
-    p, q = (a[:, 128:255] for a in logs)
-    likely = np.take_along_axis(q, tokens[:, 129:, None], -1)
+    """KL divergence, agreement and perplexity."""
+    (p, tokens), (q, _) = log_probabilities(str(reference)), log_probabilities(str(model))
+    likely = np.take_along_axis(q, tokens[..., None], -1)
     return {
         "kl": np.mean(np.sum(np.exp(p) * (p - q), -1)),
         "top1": np.mean(p.argmax(-1) == q.argmax(-1)),
@@ -133,7 +138,7 @@ def test_the_report(place):
     stages = {"identity", "entropy", "outliers", "dimensions", "frontier", "tensors", "limits"}
     assert stages <= set(report["seconds"])
     assert report["limits"][0]["verdict"] == "holds"
-    assert len(report["dimensions"]["layers"]) == BASE["num_hidden_layers"]
+    assert len(report["dimensions"]["layers"]) == CONFIG["num_hidden_layers"]
     assert report["findings"] and report["advice"]
     hot = [t["temperature"] for t in report["tensors"] if t["path"].startswith("layers/")]
     assert len(hot) == 7 and all(hot)
@@ -142,7 +147,7 @@ def test_the_report(place):
 def test_numbers_of_tensors(place):
     tensors = load_file(place / "model" / "model.safetensors")
     rows = {row["path"]: row for row in report_in(place / "whole")["tensors"]}
-    stack = np.stack([tensors[f"model.layers.{i}.mlp.down_proj.weight"].T for i in range(3)])
+    stack = np.stack([tensors[f"model.layers.{i}.mlp.down_proj.weight"].T for i in range(2)])
     row = rows["layers/mlp/down/kernel"]
     assert row["shape"] == list(stack.shape) and row["kind"] == "mlp/down"
     assert (row["stored"], row["distortion"], row["gap"]) == (32.0, None, None)
