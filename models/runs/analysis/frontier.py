@@ -110,35 +110,41 @@ def measure(subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter
     rounded = round_all(subjects, variants, finished, reporter)
     errors = errors_of(rounded)
     scores = Scores(subjects, kept, finished)
-    points = [] if subjects.against is None else [_own_point(subjects, scores)]
-    with reporter.stage("comparing", len(variants)) as step:
-        sizes = [rounded.bytes(n) for n in range(len(variants))]
-        for n, variant in enumerate(variants):
-            found = scores.of(variant.name, lambda n=n: rounded.dense(lambda _: n))
-            command = command_of(subjects.reference_spec, variant, subjects.request.effort)
-            points.append(_point(variant.name, command, sizes[n], rounded, found))
-            step(None)
-    table = _Table.of(rounded, errors, sizes, points[-len(variants) :])
-    mixtures = _mixtures(table, points, scores, reporter)
-    made = [*points[-len(variants) :], *(m.point for m in mixtures)]
-    best = knee(with_frontier(made))
+    own = [] if subjects.against is None else [_own_point(subjects, scores)]
+    sizes = [rounded.bytes(n) for n in range(len(variants))]
+    uniform = _uniform(rounded, sizes, scores, reporter)
+    table = _Table.of(rounded, errors, sizes, uniform)
+    mixtures = _mixtures(table, [*own, *uniform], scores, reporter)
+    best = knee(with_frontier([*uniform, *(m.point for m in mixtures)]))
     chosen = {} if best is None else _numbers(table, best, mixtures)
     heavy = None if best is None else heaviest(rounded.outer, best.bytes, best.name)
     if best is not None and heavy is not None and heavy.share > HEAVY:
         mixtures += _lighter(table, best, chosen, mixtures, scores, reporter)
-    everything = with_frontier([*points, *(m.point for m in mixtures)])
+    everything = with_frontier([*own, *uniform, *(m.point for m in mixtures)])
     place = {p.name: p for p in everything if p.command}
     mixtures = [dataclasses.replace(m, point=place[m.point.name]) for m in mixtures]
     reference = scores.of_reference()
     frontier = Frontier(
-        reference=subjects.reference_spec,
-        perplexity=reference.perplexity,
-        points=everything,
-        tokens=reference.tokens_scored,
-    )
+        reference=subjects.reference_spec, perplexity=reference.perplexity,
+        points=everything, tokens=reference.tokens_scored,
+    )  # fmt: skip
     bits = {p: 8 * sizes[n][p] / rounded.sizes[p] for p, n in chosen.items()}
     name = "" if best is None else best.name
     return Measured(frontier, mixtures, errors, table.curves(), name, bits, heavy)
+
+
+def _uniform(
+    rounded: Rounded, sizes: Sequence[Mapping[str, int]], scores: Scores, reporter: Reporter
+) -> list[Point]:
+    """Return the points of the versions of one width."""
+    subjects, points = rounded.subjects, []
+    with reporter.stage("comparing", len(sizes)) as step:
+        for n, variant in enumerate(rounded.variants):
+            found = scores.of(variant.name, lambda n=n: rounded.dense(lambda _: n))
+            command = command_of(subjects.reference_spec, variant, subjects.request.effort)
+            points.append(_point(variant.name, command, sizes[n], rounded, found))
+            step(None)
+    return points
 
 
 def _own_point(subjects: Subjects, scores: Scores) -> Point:
