@@ -1,6 +1,7 @@
 """The command `jaxquant analyze`."""
 
 import json
+import os
 import shlex
 
 import click
@@ -13,6 +14,8 @@ from jaxquant_models.runs.analysis.analyze import Analyzed, analyze
 from jaxquant_models.runs.analysis.request import EFFORTS, AnalysisRequest
 from jaxquant_models.runs.analysis.subjects import load_subjects
 from jaxquant_models.schemas.report import Report
+
+RECIPE = "--recipe"  # the option whose file lies in the folder of the report
 
 
 @click.command("analyze")
@@ -81,9 +84,10 @@ def analyze_command(
 
 def _placed(found: Analyzed, out: str) -> Analyzed:
     """Return the result with the folder of the recipes in its commands."""
+    folder = shlex.quote(os.path.abspath(out))
 
     def at(command: str) -> str:
-        return command.replace("{out}", shlex.quote(out.rstrip("/") or "/"))
+        return command.replace(f"{RECIPE} {{out}}/", f"{RECIPE} {folder}/")
 
     report = found.report
     frontier = report.frontier

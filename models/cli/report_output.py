@@ -78,10 +78,12 @@ class ReportOutput(OutputFile):
 def _is_report(folder: Path) -> bool:
     """Return whether a folder holds a report, and nothing that the command does not write."""
     names = os.listdir(folder)
-    own = all(name == PAGE or name.endswith(".json") for name in names)
-    if DATA not in names or not own or not all((folder / n).is_file() for n in names):
+    if DATA not in names or not all((folder / name).is_file() for name in names):
         return False
     try:
-        return "version" in json.loads((folder / DATA).read_bytes())
-    except (ValueError, RecursionError, TypeError):
+        text = (folder / DATA).read_text("utf-8")
+        report = json.loads(text)
+    except (ValueError, RecursionError):
         return False
+    own = all(name in (PAGE, DATA) or f"/{name} " in text for name in names)  # those of commands
+    return isinstance(report, dict) and "version" in report and own

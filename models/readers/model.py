@@ -103,6 +103,10 @@ class Model:
 
     def sites(self) -> dict[str, jq.core.Site]:
         """Return where the function uses the weights (`jaxquant.sites`)."""
+        return dict(self._sites)
+
+    @functools.cached_property
+    def _sites(self) -> dict[str, jq.core.Site]:
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         return jq.sites(self.apply_fn, self.params, tokens)
 

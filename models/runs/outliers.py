@@ -1,12 +1,17 @@
 """The activation outliers of a language model on a text."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 import jaxquant as jq
 from jaxquant.theory.outliers import Outliers, outliers
-from jaxquant_models.architectures.hidden_states import hidden_states
+from jaxquant_models.architectures.config import LlamaConfig
+from jaxquant_models.architectures.hidden_states import HiddenStates, hidden_states
 from jaxquant_models.architectures.llama import Llama, stacked
 from jaxquant_models.readers.model import Model
 
@@ -21,7 +26,7 @@ def outliers_of(model: Model, tokens: np.ndarray) -> Outliers:
     params = stacked(jq.dequantize(model.params))
     llama = Llama(model.config, model.dtype, remat=True)
     ids = jnp.asarray(tokens)
-    found = jax.jit(hidden_states(model.config, model.dtype))(params, ids)
+    found = hidden_program(model.config, jnp.dtype(model.dtype))(params, ids)
     return outliers(
         lambda params, tokens: llama.apply({"params": params}, tokens),
         params,
@@ -30,3 +35,16 @@ def outliers_of(model: Model, tokens: np.ndarray) -> Outliers:
         attention=found.attention,
         texts=[model.tokenizer.decode([int(i)]) for i in tokens],
     )
+
+
+@functools.lru_cache(maxsize=4)
+def hidden_program(
+    config: LlamaConfig, dtype: np.dtype
+) -> Callable[[PyTree, jax.Array], HiddenStates]:
+    """Return `hidden_states`, compiled once for an architecture.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of activations.
+    """
+    return jax.jit(hidden_states(config, dtype))

@@ -1,6 +1,7 @@
 """Stages: outliers of the inputs of weights, and the dimension of hidden states by layer."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxquant.theory.layer_dimension import ESTIMATORS, dimension_by_layer
-from jaxquant_models.architectures.hidden_states import FIRST_QUERY, hidden_states
+from jaxquant_models.architectures.hidden_states import FIRST_QUERY
 from jaxquant_models.readers.model import Model
 from jaxquant_models.runs.analysis.subjects import Subjects
-from jaxquant_models.runs.outliers import outliers_of
+from jaxquant_models.runs.outliers import hidden_program, outliers_of
 from jaxquant_models.runs.reporting import Step
 from jaxquant_models.schemas.report import Dimensions
 
@@ -44,7 +45,13 @@ def outliers(subjects: Subjects) -> dict[str, Any]:
     massive = None
     if top is not None:
         layers = sorted({m.layer for m in found.massive})
-        massive = {**top._asdict(), "layers": layers, "text": found.token(top.token)}
+        ratio = top.ratio if math.isfinite(top.ratio) else None  # of a median of 0
+        massive = {
+            **top._asdict(),
+            "ratio": ratio,
+            "layers": layers,
+            "text": found.token(top.token),
+        }
     return {"kinds": kinds, "findings": list(found.findings()), "massive": massive}
 
 
@@ -80,7 +87,7 @@ def dimensions(subjects: Subjects, step: Step) -> Dimensions | str:
 def _profile(
     model: Model, params: PyTree, sequences: np.ndarray, seed: int, points: int, step: Step
 ) -> tuple[list[list[float]], int]:
-    run = jax.jit(hidden_states(model.config, model.dtype))
+    run = hidden_program(model.config, jnp.dtype(model.dtype))
     states = [np.asarray(run(params, jnp.asarray(s)).residual) for s in sequences]
     hidden = np.stack(states, axis=1)
     found = dimension_by_layer(hidden, jax.random.key(seed), points=points, progress=step)

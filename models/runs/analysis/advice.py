@@ -2,33 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from jaxquant_models.runs.analysis.frontier import Measured
+from jaxquant_models.runs.analysis.knee import uniform_of, with_frontier
 from jaxquant_models.runs.analysis.subjects import Subjects
 from jaxquant_models.schemas.report import Advice, Point
 
 CLEARLY = 0.98  # of the present KL: a version that gains less is not advised
-
-
-def knee(points: Sequence[Point]) -> Point | None:
-    """Return the point of the frontier where ln(KL) over bytes bends most.
-
-    It is the one farthest below the chord between the ends of the frontier, with both axes scaled
-    to 1. Points without a loss are left out; with two or fewer, the one of fewer bytes is taken.
-
-    Args:
-      points: the versions.
-    """
-    front = sorted((p for p in points if p.on_frontier and p.kl > 0), key=lambda p: p.bytes)
-    if not front:
-        return None
-    x = np.array([p.bytes for p in front], np.float64)
-    y = np.log([p.kl for p in front])
-    if len(front) < 3 or np.ptp(y) == 0:
-        return front[0]
-    x, y = (x - x[0]) / np.ptp(x), (y - y[-1]) / np.ptp(y)
-    return front[int(np.argmin(x + y))]
+ALMOST = 1.1  # times the KL of the knee: a smaller version that loses no more comes first
 
 
 def advice_of(subjects: Subjects, measured: Measured) -> list[Advice]:
@@ -41,24 +21,46 @@ def advice_of(subjects: Subjects, measured: Measured) -> list[Advice]:
     points = measured.frontier.points
     if subjects.against is not None:
         return _at_equal_bytes(points)
-    best = knee(points)
+    best = measured.best
     if best is None:
         return []
+    outer = {mixture.point.name for mixture in measured.mixtures if mixture.outer}
+    without = with_frontier([p for p in points if p.name not in outer])
+    many = sum(p.on_frontier and p.kl > 0 for p in without) > 2
+    place = "is the knee of the frontier" if many else "is the smallest on the frontier"
     reason = (
-        f"{best.name} is the knee of the frontier: {_size(best)} with a KL divergence of "
+        f"{best.name} {place}: {_size(best)} with a KL divergence of "
         f"{best.kl:.4f} nats per token and {best.top1:.1%} top-1 agreement. "
-        + _neighbors(best, points)
+        + _neighbors(best, without)
     )
-    found = [_advice(best, reason, None)]
-    for mixture in measured.mixtures:
-        equal = [p for p in points if p.command and p.name == _uniform(mixture.point, points)]
-        for p in equal:
-            if mixture.point.kl < CLEARLY * p.kl and mixture.point.name != best.name:
-                reason = (
-                    f"{mixture.point.name} has a KL divergence of {mixture.point.kl:.4f} at "
-                    f"{_size(mixture.point)}, where {p.name} has {p.kl:.4f} at {_size(p)}."
-                )
-                found.append(_advice(mixture.point, reason, None))
+    lighter, mixed = _lighter(best, measured), _mixed(best, measured)
+    found = [_advice(best, reason, None), *lighter, *mixed]
+    if lighter and lighter[0].kl < ALMOST * best.kl:
+        found[:2] = [*lighter, found[0]]
+    return found
+
+
+def _lighter(best: Point, measured: Measured) -> list[Advice]:
+    """Return the version of the knee that rounds the outer matrices too, if it is smaller."""
+    rounded = [m.point for m in measured.mixtures if m.outer and m.point.bytes < best.bytes]
+    reason = lambda p: (
+        f"{p.name} takes {_size(p)} instead of the {_size(best)} of {best.name}, with a KL "
+        f"divergence of {p.kl:.4f} instead of {best.kl:.4f} nats per token."
+    )
+    return [_advice(p, reason(p), None) for p in rounded]
+
+
+def _mixed(best: Point, measured: Measured) -> list[Advice]:
+    """Return the mixtures that are better than versions of one width with no fewer bytes."""
+    found = []
+    for one in (m.point for m in measured.mixtures if not m.outer and m.point.name != best.name):
+        equal = uniform_of(one, measured.frontier.points)
+        if equal is not None and one.kl < CLEARLY * equal.kl:
+            reason = (
+                f"{one.name} has a KL divergence of {one.kl:.4f} at {_size(one)}, where "
+                f"{equal.name} has {equal.kl:.4f} at {_size(equal)}."
+            )
+            found.append(_advice(one, reason, None))
     return found
 
 
@@ -75,14 +77,6 @@ def _at_equal_bytes(points: Sequence[Point]) -> list[Advice]:
     return [_advice(best, reason, own.kl)]
 
 
-def _uniform(mixture: Point, points: Sequence[Point]) -> str:
-    """Return the name of the version of one width that takes about as many bytes as a mixture."""
-    method = mixture.name.split()[0]
-    alike = [p for p in points if p.name.startswith(method) and "mixed" not in p.name]
-    enough = [p for p in alike if p.bytes >= mixture.bytes]
-    return min(enough, key=lambda p: p.bytes).name if enough else ""
-
-
 def _neighbors(best: Point, points: Sequence[Point]) -> str:
     """Return a sentence about the next smaller point of the frontier."""
     smaller = [p for p in points if p.on_frontier and p.bytes < best.bytes]
@@ -96,7 +90,8 @@ def _neighbors(best: Point, points: Sequence[Point]) -> str:
 
 
 def _size(point: Point) -> str:
-    return f"{point.bytes / 1e6:,.1f} MB"
+    unit, name = (1e6, "MB") if point.bytes >= 1e5 else (1e3, "kB")
+    return f"{point.bytes / unit:,.1f} {name}"
 
 
 def _advice(point: Point, reason: str, now: float | None) -> Advice:

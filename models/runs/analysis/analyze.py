@@ -3,13 +3,15 @@
 import datetime
 from typing import Any, NamedTuple
 
+from jaxquant.core.tree import tree_bytes
 from jaxquant.durable.store import Folder
 from jaxquant_models.runs.analysis import activations, behavior, tensors, walls
-from jaxquant_models.runs.analysis.advice import advice_of, knee
+from jaxquant_models.runs.analysis.advice import advice_of
 from jaxquant_models.runs.analysis.findings import findings
-from jaxquant_models.runs.analysis.frontier import Measured, measure
+from jaxquant_models.runs.analysis.frontier import MIXED, Measured, measure
 from jaxquant_models.runs.analysis.identity import identity
 from jaxquant_models.runs.analysis.kept import Kept
+from jaxquant_models.runs.analysis.outer import Heavy, heaviest
 from jaxquant_models.runs.analysis.subjects import Subjects
 from jaxquant_models.runs.analysis.temperatures import temperatures
 from jaxquant_models.runs.fingerprints import VERSIONS
@@ -29,7 +31,9 @@ Json = dict[str, Any]
 QUANTIZED = (
     "frontier and advice: left out, since MODEL is quantized; give the float model with --against"
 )
-AT_THE_KNEE = "temperatures of tensors: those of the knee of the frontier, {name}"
+AT_THE_KNEE = (
+    "temperatures of tensors: those of {method} at the bits of {name}, the knee of the frontier"
+)
 
 
 class Analyzed(NamedTuple):
@@ -81,7 +85,9 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
         roofline=chips,
         energy=Energy(**wall["energy"]),
         advice=advice,
-        findings=findings(rows, frontier, dimensions, limits, chips, outliers),
+        findings=findings(
+            rows, frontier, dimensions, limits, chips, outliers, _heavy(subjects, measured)
+        ),
         notes=notes,
     )
     return Analyzed(report, _recipes(measured))
@@ -139,12 +145,10 @@ def _tensors(
     hot: dict[str, float] = {}
     if measured is not None:
         relative = dict(measured.errors.relative)
-        best = knee(measured.frontier.points)
-        now = {p: about["stored"] for p, about in stored.items()} if subjects.against else {}
-        at = best.bits_per_weight if best and not subjects.against else -1.0
-        hot = temperatures(measured.curves, now, at)
-        if best and not subjects.against:
-            notes.append(AT_THE_KNEE.format(name=best.name))
+        now = {p: about["stored"] for p, about in stored.items()}
+        hot = temperatures(measured.curves, now if subjects.against else measured.bits)
+        if hot and not subjects.against:
+            notes.append(AT_THE_KNEE.format(method=MIXED, name=measured.knee))
 
     def found() -> Json:
         rows = tensors.tensor_rows(subjects, stored, outliers["kinds"], relative, hot)
@@ -171,6 +175,14 @@ def _limits(
 def _walls(subjects: Subjects) -> Json:
     chips = [row.model_dump() for row in walls.roofline_rows(subjects)]
     return {"chips": chips, "energy": walls.energy(subjects).model_dump()}
+
+
+def _heavy(subjects: Subjects, measured: Measured | None) -> Heavy | None:
+    """Return what is heavy in MODEL if it is quantized, or else in the knee of the frontier."""
+    if subjects.packed:
+        params = subjects.model.params
+        return heaviest(params, tree_bytes(params), subjects.request.model)
+    return None if measured is None else measured.heavy
 
 
 def _recipes(measured: Measured | None) -> dict[str, Any]:

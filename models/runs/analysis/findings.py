@@ -6,13 +6,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxquant_models.runs.analysis.knee import is_mixture, is_uniform, uniform_of
+from jaxquant_models.runs.analysis.outer import HEAVY, Heavy
 from jaxquant_models.schemas.report import (
     ChipRow,
     Dimensions,
     Frontier,
     LimitRow,
+    Point,
     TensorRow,
 )
+
+MASSIVE = 4.0  # surprise of a massive activation whose ratio to the median is infinite
+NOTABLE = 0.01  # least share of the bits that lossless coding saves, to be told
+UNEVEN = 1.05  # least ratio of two temperatures
+GAIN = 1.02  # least ratio of KL divergences
 
 
 class Finding(NamedTuple):
@@ -29,6 +37,7 @@ def findings(
     limits: Sequence[LimitRow],
     chips: Sequence[ChipRow],
     outliers: Mapping[str, Any],
+    heavy: Heavy | None = None,
 ) -> list[str]:
     """Return the sentences that head the page.
 
@@ -36,12 +45,13 @@ def findings(
       tensors, frontier, dimensions, limits: sections of the report.
       chips: the roofline.
       outliers: what `activations.outliers` returns.
+      heavy: the largest matrix that is not quantized. Default: none.
     """
     found = [
         *_massive(outliers), *_slack(tensors), *_uneven(tensors), *_tails(tensors),
         *_of_limits(limits), *_dimension(dimensions),
         *([] if frontier is None else _cliff(frontier)),
-        *([] if frontier is None else _mixing(frontier)), *_wall(chips),
+        *([] if frontier is None else _mixing(frontier)), *_wall(chips), *_unquantized(heavy),
     ]  # fmt: skip
     return [f.text for f in sorted(found, key=lambda f: -f.surprise)]
 
@@ -49,12 +59,13 @@ def findings(
 def _massive(outliers: Mapping[str, Any]) -> Iterator[Finding]:
     top = outliers.get("massive")
     if top:
-        layers = top["layers"]
+        first, last, ratio = top["layers"][0], top["layers"][-1], top["ratio"]
+        times = "where the median is 0" if ratio is None else f"{ratio:.0f} times the median"
+        also = "" if first == last else f"; such values occur from layer {first} to layer {last}"
         yield Finding(
-            float(np.log10(max(top["ratio"], 1.0))),
+            MASSIVE if ratio is None else float(np.log10(max(ratio, 1.0))),
             f"Massive activations: channel {top['channel']} of token {top['text']} reaches "
-            f"{top['value']:.0f} after layer {top['layer']}, {top['ratio']:.0f} times the median; "
-            f"such values stand in layers {layers[0]} to {layers[-1]}.",
+            f"{top['value']:.0f} after layer {top['layer']}, {times}{also}.",
         )
 
 
@@ -65,6 +76,8 @@ def _slack(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
         return
     share = lambda t: (t.stored - t.ideal) / t.stored if t.stored else 0.0
     most = max(known, key=share)
+    if share(most) < NOTABLE:
+        return
     total = sum(t.stored * np.prod(t.shape) for t in known)
     saved = sum((t.stored - (t.ideal or 0.0)) * np.prod(t.shape) for t in known) / total
     yield Finding(
@@ -83,9 +96,11 @@ def _uneven(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
     per_bit = lambda t: t.temperature / float(np.prod(t.shape))
     hot, cold = max(known, key=per_bit), min(known, key=per_bit)
     ratio = per_bit(hot) / per_bit(cold)
+    if ratio < UNEVEN:
+        return
     yield Finding(
         float(np.log2(max(ratio, 1.0))) / 2,
-        f"The next bit is worth {ratio:.1f} times more in {hot.kind} than in {cold.kind}; an "
+        f"The next bit is worth {ratio:.1f} times as much in {hot.kind} as in {cold.kind}; an "
         "optimal allocation would make both equal.",
     )
 
@@ -106,12 +121,12 @@ def _of_limits(limits: Sequence[LimitRow]) -> Iterator[Finding]:
     """Report every limit that did not come out as it should."""
     for row in limits:
         if row.verdict in ("violated", "collapsed"):
-            number = "" if row.measured is None else f" Measured: {row.measured:.3g}"
-            bound = "" if row.bound is None else f", bound: {row.bound:.3g}"
-            end = "." if number else ""
+            given = (("measured", row.measured), ("bound", row.bound))
+            numbers = ", ".join(f"{name}: {v:.3g}" for name, v in given if v is not None)
+            end = f" {numbers[0].upper()}{numbers[1:]}." if numbers else ""
             yield Finding(
                 3.0 if row.verdict == "violated" else 2.5,
-                f"Limit {row.name!r} {row.verdict}: {row.statement}{number}{bound}{end}",
+                f"Limit {row.name!r} {row.verdict}: {row.statement}{end}",
             )
 
 
@@ -120,6 +135,8 @@ def _dimension(found: Dimensions | None) -> Iterator[Finding]:
         return
     values = np.array([layer[0] for layer in found.layers])
     top, low = int(values.argmax()), int(values.argmin())
+    if values[top] == values[low]:
+        return
     yield Finding(
         float(values[top] / max(values[low], 1e-9)) / 3,
         f"The hidden states have {values[top]:.1f} dimensions ({found.estimators[0]}) after layer "
@@ -128,11 +145,11 @@ def _dimension(found: Dimensions | None) -> Iterator[Finding]:
 
 
 def _cliff(frontier: Frontier) -> Iterator[Finding]:
-    """Find the step of one method at which KL grows most per bit saved."""
-    worst: tuple[float, str] = (0.0, "")
+    """Find the step of one method at which KL grows most beyond what the saved bits explain."""
+    worst: tuple[float, str] = (1.0, "")
     by_method: dict[str, list[Any]] = {}
     for p in frontier.points:
-        if p.command and "mixed" not in p.name and p.kl > 0:
+        if p.command and is_uniform(p) and p.kl > 0:
             by_method.setdefault(p.name.split()[0], []).append(p)
     for of in by_method.values():
         of.sort(key=lambda p: -p.bits_per_weight)
@@ -142,41 +159,51 @@ def _cliff(frontier: Frontier) -> Iterator[Finding]:
             if excess > worst[0]:
                 text = (
                     f"From {a.name} to {b.name} the KL divergence grows by a factor of "
-                    f"{b.kl / a.kl:.0f}, {excess:.1f} times what the law of 6 dB a bit predicts "
-                    f"(top-1 agreement falls from {a.top1:.0%} to {b.top1:.0%})."
+                    f"{b.kl / a.kl:.3g}, {excess:.1f} times what the law of 6 dB a bit predicts "
+                    f"(top-1 agreement goes from {a.top1:.0%} to {b.top1:.0%})."
                 )
                 worst = excess, text
     if worst[1]:
-        yield Finding(float(np.log2(max(worst[0], 1.0))), worst[1])
+        yield Finding(float(np.log2(worst[0])), worst[1])
 
 
 def _mixing(frontier: Frontier) -> Iterator[Finding]:
+    """Find the mixture that gains most over the next larger version of one width."""
+    found: list[tuple[float, Point, Point]] = []
     for mixed in frontier.points:
-        if "mixed" not in mixed.name:
-            continue
-        method = mixed.name.split()[0]
-        alike = [
-            p for p in frontier.points
-            if p.name.startswith(method) and "mixed" not in p.name and p.bytes >= mixed.bytes
-        ]  # fmt: skip
-        if alike and mixed.kl > 0:
-            other = min(alike, key=lambda p: p.bytes)
-            gain = other.kl / mixed.kl
-            if gain > 1:
-                yield Finding(
-                    2 * (gain - 1),
-                    f"Widths that differ by kind of weight lower the KL divergence from "
-                    f"{other.kl:.4f} ({other.name}) to {mixed.kl:.4f} at no more bytes.",
-                )
+        other = uniform_of(mixed, frontier.points)
+        if is_mixture(mixed) and other is not None and mixed.kl > 0:
+            found.append((other.kl / mixed.kl, other, mixed))
+    gain, other, mixed = max(found, key=lambda each: each[0], default=(0.0, None, None))
+    if other is not None and mixed is not None and gain > GAIN:
+        yield Finding(
+            2 * (gain - 1),
+            "Widths that differ by kind of weight lower the KL divergence from "
+            f"{other.kl:.4f} ({other.name}) to {mixed.kl:.4f} ({mixed.name}) at no more bytes.",
+        )
+
+
+def _unquantized(heavy: Heavy | None) -> Iterator[Finding]:
+    if heavy is not None and heavy.share > HEAVY:
+        yield Finding(
+            6 * heavy.share,
+            f"{heavy.path} takes {heavy.share:.0%} of the bytes of {heavy.version} and is not "
+            "quantized.",
+        )
 
 
 def _wall(chips: Sequence[ChipRow]) -> Iterator[Finding]:
-    bound = [c for c in chips if c.fits and c.critical_batch is not None]
-    if bound:
-        most = max(bound, key=lambda c: c.critical_batch or 0.0)
-        yield Finding(
-            0.5,
-            f"Decoding one sequence uses {most.intensity / most.ridge:.2%} of the arithmetic of "
-            f"{most.chip}, the worst of the chips; it takes {most.critical_batch:.0f} sequences at "
-            "once to use it fully.",
-        )
+    """Find the chip whose arithmetic decoding uses least, of those that hold the model."""
+    bound = [c for c in chips if c.fits and c.wall == "memory" and c.ridge > 0]
+    if not bound:
+        return
+    most = min(bound, key=lambda c: c.intensity / c.ridge)
+    if most.critical_batch is None:
+        batch = "no number of sequences uses it fully, since each reads a cache of its own"
+    else:
+        batch = f"it takes {most.critical_batch:.0f} sequences at once to use it fully"
+    yield Finding(
+        0.5,
+        f"Decoding one sequence uses {most.intensity / most.ridge:.2%} of the arithmetic of "
+        f"{most.chip}, the least of all chips; {batch}.",
+    )

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,13 @@ from jaxquant.core.tree import tree_bytes
 from jaxquant.durable.store import Folder
 from jaxquant.evaluation import Evaluation
 from jaxquant_models.runs.analysis.kept import Kept
+from jaxquant_models.runs.analysis.knee import knee, with_frontier
+from jaxquant_models.runs.analysis.outer import BITS, HEAVY, Heavy, heaviest, rounded_outer
 from jaxquant_models.runs.analysis.request import AnalysisRequest
 from jaxquant_models.runs.analysis.rounding import Errors, Rounded, errors_of, round_all
 from jaxquant_models.runs.analysis.scores import Scores
 from jaxquant_models.runs.analysis.subjects import Subjects
-from jaxquant_models.runs.analysis.variants import command_of, variants_of
+from jaxquant_models.runs.analysis.variants import command_of, quoted, variants_of
 from jaxquant_models.runs.reporting import Reporter
 from jaxquant_models.schemas.report import Frontier, Point
 
@@ -34,6 +35,7 @@ class Mixture:
       file: name of the recipe's file.
       recipe: the recipe, as JSON.
       predicted: KL divergence that the losses of the stacks predict.
+      outer: whether the outer matrices are rounded too.
     """
 
     point: Point
@@ -41,6 +43,7 @@ class Mixture:
     file: str
     recipe: list[dict[str, Any]]
     predicted: float
+    outer: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,11 @@ class Measured:
 
     Attributes:
       frontier: the section of the report.
-      mixtures: the mixtures, which are among the points of the frontier too.
+      mixtures: the versions that have a recipe, which are among the points of the frontier too.
       errors: errors of outputs.
+      knee: name of the knee of the frontier before outer matrices are rounded; "" for none.
+      bits: bits per weight of each stack of the knee, by path.
+      heavy: the largest matrix that the knee leaves in floating point.
       curves: for each stack, (bits per weight, estimated KL divergence) of the mixed method.
     """
 
@@ -58,6 +64,14 @@ class Measured:
     mixtures: Sequence[Mixture]
     errors: Errors
     curves: Mapping[str, Sequence[tuple[float, float]]]
+    knee: str
+    bits: Mapping[str, float]
+    heavy: Heavy | None
+
+    @property
+    def best(self) -> Point | None:
+        """The knee of the frontier."""
+        return next((p for p in self.frontier.points if p.command and p.name == self.knee), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the attributes as JSON values."""
@@ -77,7 +91,8 @@ class Measured:
         mixtures = [Mixture(**{**m, "point": Point(**m["point"])}) for m in value["mixtures"]]
         errors, frontier = Errors(**value["errors"]), Frontier(**value["frontier"])
         curves = {p: [tuple(pair) for pair in of] for p, of in value["curves"].items()}
-        return Measured(frontier, mixtures, errors, curves)
+        heavy = None if value["heavy"] is None else Heavy(*value["heavy"])
+        return Measured(frontier, mixtures, errors, curves, value["knee"], value["bits"], heavy)
 
 
 def measure(subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter) -> Measured:
@@ -95,27 +110,41 @@ def measure(subjects: Subjects, kept: Kept, finished: Folder, reporter: Reporter
     rounded = round_all(subjects, variants, finished, reporter)
     errors = errors_of(rounded)
     scores = Scores(subjects, kept, finished)
-    points = [] if subjects.against is None else [_own_point(subjects, scores)]
-    with reporter.stage("comparing", len(variants)) as step:
-        sizes = [rounded.bytes(n) for n in range(len(variants))]
-        for n, variant in enumerate(variants):
+    own = [] if subjects.against is None else [_own_point(subjects, scores)]
+    sizes = [rounded.bytes(n) for n in range(len(variants))]
+    uniform = _uniform(rounded, sizes, scores, reporter)
+    table = _Table.of(rounded, errors, sizes, uniform)
+    mixtures = _mixtures(table, [*own, *uniform], scores, reporter)
+    best = knee(with_frontier([*uniform, *(m.point for m in mixtures)]))
+    chosen = {} if best is None else _numbers(table, best, mixtures)
+    heavy = None if best is None else heaviest(rounded.outer, best.bytes, best.name)
+    if best is not None and heavy is not None and heavy.share > HEAVY:
+        mixtures += _lighter(table, best, chosen, mixtures, scores, reporter)
+    everything = with_frontier([*own, *uniform, *(m.point for m in mixtures)])
+    place = {p.name: p for p in everything if p.command}
+    mixtures = [dataclasses.replace(m, point=place[m.point.name]) for m in mixtures]
+    reference = scores.of_reference()
+    frontier = Frontier(
+        reference=subjects.reference_spec, perplexity=reference.perplexity,
+        points=everything, tokens=reference.tokens_scored,
+    )  # fmt: skip
+    bits = {p: 8 * sizes[n][p] / rounded.sizes[p] for p, n in chosen.items()}
+    name = "" if best is None else best.name
+    return Measured(frontier, mixtures, errors, table.curves(), name, bits, heavy)
+
+
+def _uniform(
+    rounded: Rounded, sizes: Sequence[Mapping[str, int]], scores: Scores, reporter: Reporter
+) -> list[Point]:
+    """Return the points of the versions of one width."""
+    subjects, points = rounded.subjects, []
+    with reporter.stage("comparing", len(sizes)) as step:
+        for n, variant in enumerate(rounded.variants):
             found = scores.of(variant.name, lambda n=n: rounded.dense(lambda _: n))
             command = command_of(subjects.reference_spec, variant, subjects.request.effort)
             points.append(_point(variant.name, command, sizes[n], rounded, found))
             step(None)
-    table = _Table.of(rounded, errors, sizes, points[-len(variants) :])
-    mixtures = _mixtures(table, points, scores, reporter)
-    everything = _with_frontier([*points, *(m.point for m in mixtures)])
-    place = {p.name: p for p in everything}
-    mixtures = [dataclasses.replace(m, point=place[m.point.name]) for m in mixtures]
-    reference = scores.of_reference()
-    frontier = Frontier(
-        reference=subjects.reference_spec,
-        perplexity=reference.perplexity,
-        points=everything,
-        tokens=reference.tokens_scored,
-    )
-    return Measured(frontier, mixtures, errors, table.curves())
+    return points
 
 
 def _own_point(subjects: Subjects, scores: Scores) -> Point:
@@ -137,13 +166,6 @@ def _point(
         bytes=sum(sizes.values()) + rounded.outer_bytes, kl=max(0.0, found.kl or 0.0),
         top1=found.top1_agreement or 0.0, perplexity=found.perplexity, on_frontier=False,
     )  # fmt: skip
-
-
-def _with_frontier(points: Sequence[Point]) -> list[Point]:
-    at = lambda p: (p.bytes, p.kl)
-    no_worse = lambda q, p: q.bytes <= p.bytes and q.kl <= p.kl
-    beaten = lambda p: any(no_worse(q, p) and at(q) != at(p) for q in points)
-    return [p.model_copy(update={"on_frontier": not beaten(p)}) for p in points]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +274,55 @@ def _mixture(table: _Table, budget: int, scores: Scores) -> Mixture | None:
     return Mixture(point, bits, file, recipe.to_json(), predicted)
 
 
+def _numbers(table: _Table, point: Point, mixtures: Sequence[Mixture]) -> dict[str, int]:
+    """Return the number of the version from which each stack of a version comes."""
+    variants = table.rounded.variants
+    for mixture in mixtures:
+        if mixture.point.name == point.name:
+            of_bits = {variants[n].bits: n for n in table.versions}
+            return {path: of_bits[bits] for path, bits in mixture.bits.items()}
+    number = next(n for n, v in enumerate(variants) if v.name == point.name)
+    return dict.fromkeys(table.paths, number)
+
+
+def _lighter(
+    table: _Table,
+    best: Point,
+    chosen: Mapping[str, int],
+    mixtures: Sequence[Mixture],
+    scores: Scores,
+    reporter: Reporter,
+) -> list[Mixture]:
+    """Return the version that rounds the outer matrices too, if they can be rounded."""
+    rounded, first = table.rounded, next(iter(chosen.values()))
+    version = lambda p: chosen.get(p, first)  # vectors are those of any version
+    mixed = next((m for m in mixtures if m.point.name == best.name), None)
+    recipe = rounded.variants[first].request.recipe
+    if mixed is not None:
+        recipe = jq.Recipe.from_json(mixed.recipe)
+    outer = None if recipe is None else rounded_outer(rounded, recipe)
+    if outer is None:
+        return []
+    name = f"{best.name} + {outer.name}"
+    with reporter.stage("rounding outer matrices", 1) as step:
+        found = scores.of(name, lambda: rounded.dense(version, outer.params))
+        step(None)
+    stem = "-".join(best.name.replace(" bits", "").replace("mixed ", "").split())
+    file = f"{stem}-outer-{BITS}.json"
+    own = sum(table.sizes[version(p)][p] for p in table.sizes[0])
+    stacks = sum(table.sizes[version(p)][p] for p in rounded.sizes)
+    weights = sum(rounded.sizes.values()) + outer.packed_size
+    request = rounded.subjects.request
+    point = Point(
+        name=name, command=recipe_command(request, rounded.subjects.reference_spec, file),
+        bits_per_weight=8 * (stacks + outer.packed_bytes) / weights, bytes=own + outer.bytes,
+        kl=max(0.0, found.kl or 0.0), top1=found.top1_agreement or 0.0,
+        perplexity=found.perplexity, on_frontier=False,
+    )  # fmt: skip
+    bits = {p: rounded.variants[n].bits for p, n in chosen.items()}
+    return [Mixture(point, bits, file, outer.recipe.to_json(), best.kl, outer=True)]
+
+
 def _method(rounded: Rounded, path: str, n: int) -> jq.Method:
     """Return the method of a stack in a version."""
     return next(e.method for e in rounded.jobs[n].plan.weights if e.path == path)
@@ -267,6 +338,6 @@ def recipe_command(request: AnalysisRequest, spec: str, file: str) -> str:
     """
     stem = file.removesuffix(".json")
     return (
-        f"jaxquant quantize {shlex.quote(spec)} --recipe {{out}}/{file} --effort "
+        f"jaxquant quantize {quoted(spec)} --recipe {{out}}/{file} --effort "
         f"{request.effort} --out {stem}"
     )

@@ -73,11 +73,12 @@ class Rounded:
         """Bytes of the parameters outside of the layers."""
         return sum(leaf_bytes(w) for _, w in jq.core.path_leaves(self.outer))
 
-    def dense(self, choice: Callable[[str], int]) -> PyTree:
+    def dense(self, choice: Callable[[str], int], outer: PyTree = None) -> PyTree:
         """Return dequantized parameters in which each stack comes from one of the versions.
 
         Args:
           choice: function from the path of a stack to the number of a version.
+          outer: the parameters outside of the layers. Default: those that are not quantized.
         """
         reference = self.subjects.dense[1]
         dtype = self.subjects.model.dtype
@@ -90,7 +91,8 @@ class Rounded:
                     if chosen[path] == n:
                         stacks[path][i] = np.asarray(jq.dequantize({"w": w})["w"])[0]
         # As in a checkpoint, what is outside of the layers has been rounded to float16.
-        outer = jax.tree.map(lambda w: w.astype(dtype), self.outer)
+        plain = jq.dequantize(self.outer if outer is None else outer)
+        outer = jax.tree.map(lambda w: w.astype(dtype), plain)
         layers = jax.tree.map(lambda w: w, reference[LAYERS])
         flat = jax.tree_util.tree_flatten_with_path(layers)
         names = ["/".join(str(k.key) for k in path) for path, _ in flat[0]]

@@ -8,22 +8,22 @@ from jaxquant.theory.temperature import measured_temperature
 
 
 def temperatures(
-    curves: Mapping[str, Sequence[tuple[float, float]]], bits: Mapping[str, float], default: float
+    curves: Mapping[str, Sequence[tuple[float, float]]], bits: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return -d KL / d (bits per weight of the whole model) for each stack, in nats.
+    """Return -d KL / d (bits per weight of the stack) for each stack, in nats.
 
-    A bit more per weight of a stack costs as many bits as the stack has weights, so losses per
-    total bits are comparable between stacks. Stacks outside of the measured range are left out.
+    A bit more per weight of a stack costs as many bits as the stack has weights; divided by their
+    number, temperatures of stacks can be compared. Stacks whose bits are unknown or outside of the
+    measured range are left out.
 
     Args:
       curves: for each stack (bits per weight, KL divergence) at several widths.
       bits: bits per weight of each stack now.
-      default: bits per weight of stacks that `bits` does not name.
     """
     found = {}
     for path, pairs in curves.items():
         x, loss = np.array(pairs, np.float64).T
-        at = bits.get(path, default)
+        at = bits.get(path, np.nan)
         if len(x) < 2 or np.any(loss <= 0) or not x.min() <= at <= x.max():
             continue
         found[path] = float(measured_temperature(x, loss, at))

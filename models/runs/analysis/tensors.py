@@ -149,10 +149,11 @@ def _shape_of(w: np.ndarray) -> dict[str, float]:
     for matrix in _matrices(w):
         square = np.mean(np.square(matrix, dtype=np.float64))
         centered = matrix - np.mean(matrix, dtype=np.float64)
-        second = np.mean(centered**2)
+        squares = np.square(centered)
+        second = np.mean(squares)
         if second > 0:
             largest.append(np.max(np.abs(matrix)) / np.sqrt(square))
-            kurtosis.append(np.mean(centered**4) / second**2 - 3)
+            kurtosis.append(np.mean(np.square(squares)) / second**2 - 3)
     mean = lambda values: float(np.mean(values)) if values else 0.0
     return {"largest": mean(largest), "kurtosis": mean(kurtosis)}
 

@@ -1,10 +1,12 @@
 """Quantized versions of the reference: what they are, and the commands that make them."""
 
+import os
 import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jaxquant as jq
+from jaxquant_models.readers import registry
 from jaxquant_models.readers.model import Model
 from jaxquant_models.readers.text import BUILTIN
 from jaxquant_models.runs.analysis.request import AnalysisRequest
@@ -86,5 +88,14 @@ def command_of(spec: str, variant: Variant, effort: str) -> str:
     options = [f"--{k.replace('_', '-')} {v}" for k, v in variant.options.items()]
     out = f"{variant.method}-{variant.bits}"
     what = f"--method {variant.method} --bits {variant.bits}"
-    parts = ["jaxquant quantize", shlex.quote(spec), what, *options]
+    parts = ["jaxquant quantize", quoted(spec), what, *options]
     return " ".join([*parts, f"--effort {effort} --out {out}"])
+
+
+def quoted(spec: str) -> str:
+    """Return a model for a command line that may be run in another directory.
+
+    Args:
+      spec: a name, or a path, which becomes absolute.
+    """
+    return shlex.quote(spec if spec in registry.NAMED else os.path.abspath(spec))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxquant as jq
 from jaxquant.core.paths import matches
 from jaxquant.theory.energy import energy_per_token
 from jaxquant.theory.energy_constants import NODES, EnergyConstants
@@ -30,7 +31,7 @@ def workload_of(subjects: Subjects) -> Workload:
     """
     model = subjects.model
     c = model.config
-    sites = dataclasses.replace(model, params=subjects.dense[0]).sites()
+    sites = dataclasses.replace(model, params=jq.dequantize(model.params)).sites()
     attention = Attention(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim)
     last = ("embed/embedding",) if c.tie_embeddings else ("head/kernel",)
     chosen = c.experts_per_token if c.n_experts else None
@@ -56,7 +57,7 @@ def roofline_rows(subjects: Subjects) -> list[ChipRow]:
 
 
 def _row(of: Workload, hardware: Hardware, context: int) -> ChipRow:
-    point = decode(of, hardware, 1, context)
+    point, prompt = decode(of, hardware, 1, context), prefill(of, hardware, context)
     joules = None
     if (memory := MEMORY.get(hardware.name)) is not None:
         joules = energy_per_token(of, NODES[NODE].with_memory(memory), 1, context).total
@@ -65,12 +66,14 @@ def _row(of: Workload, hardware: Hardware, context: int) -> ChipRow:
         source=f"{hardware.source} ({hardware.date})",
         fits=point.fits,
         decode=point.tokens_per_second,
-        prefill=prefill(of, hardware, context).tokens_per_second,
+        prefill=prompt.tokens_per_second,
         wall=point.wall,
         critical_batch=critical_batch(of, hardware, context),
         intensity=point.intensity,
         ridge=point.ridge,
         joules=joules,
+        bandwidth=hardware.bandwidth,
+        prefill_intensity=prompt.intensity,
     )
 
 
