@@ -6,18 +6,20 @@ from jaxquant_models.report.table import Column, table
 from jaxquant_models.schemas.report import LimitRow, Report
 
 MARKS = {"holds": "good", "survives": "good", "violated": "bad", "collapsed": "bad"}
+FAILED = ("violated", "collapsed")
 SIGNS = {"good": "✓ ", "bad": "✗ ", "": ""}
 MEANINGS = {
     "theorem": "must hold for any model: a violation means a wrong measurement",
     "expectation": "holds for data of a stated distribution",
-    "survival": "judges the model against a tolerance",
+    "survival": "judges quantization against a tolerance",
     "description": "a number without a verdict",
 }
 
 
 def mark(row: LimitRow) -> str:
-    """Return "good", "bad" or "" for a verdict."""
-    return MARKS.get(row.verdict, "")
+    """Return "good", "bad" or "" for a verdict; a violated expectation shows unusual data alone."""
+    unusual = row.verdict == "violated" and row.kind == "expectation"
+    return "" if unusual else MARKS.get(row.verdict, "")
 
 
 def _words(row: LimitRow) -> str:
@@ -41,11 +43,14 @@ def section(report: Report) -> Section | None:
     if not report.limits:
         return None
     order = {"bad": 0, "good": 1, "": 2}
-    rows = sorted(report.limits, key=lambda r: (order[mark(r)], r.kind != "survival"))
-    failed = [r.name for r in rows if mark(r) == "bad"]
-    count = f"{len(rows)} checks, {len(failed)} failed"
+    place = lambda r: 1 if r.verdict in FAILED and not mark(r) else 2 * order[mark(r)]
+    rows = sorted(report.limits, key=lambda r: (place(r), r.kind != "survival"))
+    failed = [r.name for r in rows if r.verdict in FAILED]
+    count = f"{len(rows)} checks, {len(failed)} violated or collapsed"
     lead = (
         count + (f": {', '.join(failed)}." if failed else "."),
-        "Only rows of the kind survival judge the model.",
+        "Rows of the kind survival judge quantization: that of the model, and of the vectors of a "
+        "retriever. A violated theorem shows a wrong measurement, a violated expectation unusual "
+        "data.",
     )
     return Section("limits", "Limits", lead, (), (table("The limits", COLUMNS, rows),))

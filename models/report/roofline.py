@@ -10,8 +10,12 @@ from jaxquant_models.report.section import Section
 from jaxquant_models.report.table import Column, table
 from jaxquant_models.schemas.report import ChipRow, Report
 
-FAMILIES = (("TPUs", r"(?i)^(tpu|v\d)"), ("NVIDIA GPUs", r"(?i)^(nvidia )?(a|h|b|gb|l|rtx)\s?\d{2,}"),
-            ("Apple", r"(?i)^(apple )?m\d"), ("Others", ""))  # fmt: skip
+FAMILIES = (
+    ("TPUs", r"(?i)^(tpu|v\d)"),
+    ("NVIDIA GPUs", r"(?i)^(nvidia )?(a|h|b|gb|l|rtx)\s?\d{2,}"),
+    ("Apple", r"(?i)^(apple )?m\d"),
+    ("Others", ""),
+)
 STYLES = ("-", "--", "-.", ":")
 
 COLUMNS = (

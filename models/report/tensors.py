@@ -14,8 +14,10 @@ MOST = (12, 100)  # kinds and layers of a map
 
 COLUMNS = (
     Column("tensor", "", lambda t: t.path, str, lambda t: " × ".join(map(str, t.shape))),
-    Column("stored as", "Method and format.", lambda t: t.method, str, lambda t: t.format),
-    Column("size", "Bytes in memory.", lambda t: t.bytes, lambda v: quantity(v, "B")),
+    Column("stored as", "Method or type in the files, and the form in memory.",
+           lambda t: t.method, str, lambda t: t.format),
+    Column("size", "Bytes in memory; a GGUF file is decoded to floats there.",
+           lambda t: t.bytes, lambda v: quantity(v, "B")),
     Column("stored bits", "Bits per weight as stored, with scales and codebooks.",
            lambda t: t.stored),
     Column("entropy", "Entropy of the codes, or of the floats, in bits per weight.",
@@ -32,8 +34,8 @@ COLUMNS = (
            lambda t: t.shannon),
     Column("gap, bits", "Stored bits minus R(D): what a better code could save.", lambda t: t.gap),
     Column("gap, dB", "The same in decibels; 6.02 dB are one bit.", lambda t: t.gap_decibels),
-    Column("temperature", "How much the loss falls for one more bit per weight here: the largest "
-           "deserve bits first.", lambda t: t.temperature),
+    Column("temperature", "By how many nats the loss falls for each million bits that are added "
+           "here: the largest deserve bits first.", lambda t: t.temperature),
     Column("largest / rms", "The largest weight over the root mean square.", lambda t: t.largest),
     Column("kurtosis", "Excess kurtosis of the weights: 0 for a Gaussian, more with heavy tails.",
            lambda t: t.kurtosis),

@@ -30,7 +30,8 @@ class Identity(Part):
       bytes_on_disk: bytes of the files; null if unknown.
       bits_per_weight: bits per quantized weight, side information included.
       bits_over_all: bits over all parameters.
-      methods: number of weights (matrices of a stack counted one by one) by method.
+      methods: number of matrices (those of a stack counted one by one) by the method or type in
+        which the files store them.
     """
 
     model: str
@@ -65,7 +66,8 @@ class TensorRow(Part):
       shannon: R(D) of a Gaussian at that distortion, in bits.
       gap: stored - shannon, in bits.
       gap_decibels: the same in decibels (6.02 dB a bit).
-      temperature: -d loss / d bits at this point, in units of the loss.
+      temperature: -d loss / d bits at this point, in nats per 10^6 stored bits; equal in all
+        tensors at an optimal allocation.
       largest: largest |weight| over the root mean square.
       kurtosis: excess kurtosis of the weights.
       outliers: kinds of outliers among the inputs ("channel", "token", "massive").

@@ -59,7 +59,6 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
       ValueError: weights or activations are not finite.
     """
     kept, notes = Kept(finished, reporter.tell), list[str]()
-    about = Identity(**kept.stage("identity", lambda: identity(subjects).model_dump()))
     stored = kept.stage("entropy", lambda: _stored(subjects, reporter))
     outliers = kept.stage("outliers", lambda: activations.outliers(subjects))
     dimensions = _dimensions(subjects, kept, reporter, notes)
@@ -67,6 +66,7 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
     if measured is None:
         notes.append(QUANTIZED)
     rows, histograms = _tensors(subjects, kept, stored, outliers, measured, notes)
+    about = Identity(**kept.stage("identity", lambda: identity(subjects, rows).model_dump()))
     limits = _limits(subjects, kept, finished, reporter, notes)
     wall = kept.stage("roofline and energy", lambda: _walls(subjects))
     chips = [ChipRow(**row) for row in wall["chips"]]

@@ -89,13 +89,13 @@ def _slack(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
 
 
 def _uneven(tensors: Sequence[TensorRow]) -> Iterator[Finding]:
-    """Compare the temperatures of stacks per bit: the next bit belongs to the hottest."""
+    """Compare the temperatures of stacks: the next bit belongs to the hottest."""
     known = [t for t in tensors if t.temperature is not None and t.temperature > 0]
     if len(known) < 2:
         return
-    per_bit = lambda t: t.temperature / float(np.prod(t.shape))
-    hot, cold = max(known, key=per_bit), min(known, key=per_bit)
-    ratio = per_bit(hot) / per_bit(cold)
+    heat = lambda t: t.temperature
+    hot, cold = max(known, key=heat), min(known, key=heat)
+    ratio = heat(hot) / heat(cold)
     if ratio < UNEVEN:
         return
     yield Finding(
@@ -125,7 +125,7 @@ def _of_limits(limits: Sequence[LimitRow]) -> Iterator[Finding]:
             numbers = ", ".join(f"{name}: {v:.3g}" for name, v in given if v is not None)
             end = f" {numbers[0].upper()}{numbers[1:]}." if numbers else ""
             yield Finding(
-                3.0 if row.verdict == "violated" else 2.5,
+                {"survival": 3.5, "theorem": 3.0}.get(row.kind, 1.0),
                 f"Limit {row.name!r} {row.verdict}: {row.statement}{end}",
             )
 

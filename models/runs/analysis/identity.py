@@ -1,7 +1,9 @@
 """Stage: what the model is."""
 
 import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jaxquant as jq
@@ -9,14 +11,15 @@ from jaxquant.core.tree import tree_bytes
 from jaxquant_models.readers import registry
 from jaxquant_models.readers.packages import packaged_file
 from jaxquant_models.runs.analysis.subjects import Subjects
-from jaxquant_models.schemas.report import Identity
+from jaxquant_models.schemas.report import Identity, TensorRow
 
 
-def identity(subjects: Subjects) -> Identity:
+def identity(subjects: Subjects, tensors: Sequence[TensorRow]) -> Identity:
     """Return the section of the report that says what MODEL is.
 
     Args:
       subjects: the models and the text.
+      tensors: the rows of the tensors.
     """
     request, params = subjects.request, subjects.model.params
     size = jq.size(params)
@@ -33,21 +36,15 @@ def identity(subjects: Subjects) -> Identity:
         bytes_on_disk=bytes_on_disk(request.model),
         bits_per_weight=jq.bits_per_weight(params),
         bits_over_all=size.bits_per_weight,
-        methods=_methods(subjects),
+        methods=_methods(tensors),
     )
 
 
-def _methods(subjects: Subjects) -> dict[str, int]:
-    """Return the number of matrices by method."""
+def _methods(tensors: Sequence[TensorRow]) -> dict[str, int]:
+    """Return the number of matrices by method; a GGUF file has types for methods."""
     found: dict[str, int] = {}
-    for path, w in jq.core.path_leaves(subjects.model.params):
-        if len(w.shape) < 2 or not path.endswith(("kernel", "embedding")):
-            continue
-        name = (w.method or "quantized") if isinstance(w, jq.QTensor) else "none"
-        count = 1
-        for n in w.shape[:-2]:
-            count *= n
-        found[name] = found.get(name, 0) + count
+    for row in tensors:
+        found[row.method] = found.get(row.method, 0) + math.prod(row.shape[:-2])
     return found
 
 

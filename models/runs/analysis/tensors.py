@@ -52,9 +52,15 @@ def stored_rows(spec: str, step: Step) -> dict[str, dict[str, Any]]:
 
 def _means(rows: Sequence[TensorEntropy]) -> dict[str, Any]:
     weights = [row.weights for row in rows]
-    mean = lambda name: float(np.average([getattr(r, name) for r in rows], weights=weights))
+    mean = lambda name: float(np.average([_field(r, name) for r in rows], weights=weights))
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     return {"dtype": " ".join(dtypes), **{name: mean(name) for name in MEANS}}
+
+
+def _field(row: TensorEntropy, name: str) -> float:
+    """Return a field; the ideal code of floats may code their mantissas too."""
+    value: float = getattr(row, name)
+    return min(value, row.value) if name == "ideal" and row.mantissa is not None else value
 
 
 def tensor_rows(
@@ -71,7 +77,7 @@ def tensor_rows(
       stored: the result of `stored_rows`.
       outliers: kinds of outliers by path.
       relative: by path, the error of the outputs relative to their energy.
-      temperatures: by path, -d loss / d bits.
+      temperatures: by path, -d loss / d (bits per weight).
     """
     own, reference = (dict(jq.core.path_leaves(t)) if t else {} for t in subjects.dense)
     compared = subjects.against is not None
@@ -98,12 +104,17 @@ def tensor_rows(
                 exponent=histograms[-1].entropy,
                 **_gaps(bits, distortion),
                 output_distortion=relative.get(path),
-                temperature=temperatures.get(path),
+                temperature=_per_megabit(temperatures.get(path), w.size),
                 outliers=outliers.get(path, []),
                 **_shape_of(w),
             )
         )
     return rows, [_pooled(histograms), *histograms]
+
+
+def _per_megabit(temperature: float | None, weights: int) -> float | None:
+    """Return a temperature in nats per 10^6 stored bits, so that those of all stacks compare."""
+    return None if temperature is None else 1e6 * temperature / weights
 
 
 def _held(params: Any) -> dict[str, list[Any]]:

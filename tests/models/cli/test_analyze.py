@@ -147,6 +147,8 @@ def test_the_report(place):
     assert report["findings"] and report["advice"]
     hot = [t["temperature"] for t in report["tensors"] if t["path"].startswith("layers/")]
     assert len(hot) == 7 and all(hot)
+    assert report["identity"]["methods"] == {"float32": 7 * CONFIG["num_hidden_layers"] + 1}
+    assert all(t["ideal"] <= t["entropy"] for t in report["tensors"])  # floats: mantissas too
 
 
 def test_numbers_of_tensors(place):
@@ -179,8 +181,9 @@ def test_the_chips(place):
     operations = 2 * layers * t + 2 * table + 4 * heads * t * (t + 1) / 2
     norms = (2 * c["num_hidden_layers"] + 1) * c["hidden_size"]
     moved = 4 * (layers + table + norms) + 2 * 2 * heads * t  # float32 weights, bfloat16 cache
+    bandwidths = {chip.title: chip.bandwidth for chip in HARDWARE.values()}
     for row in report["roofline"]:
-        assert row["bandwidth"] == HARDWARE[row["chip"]].bandwidth
+        assert row["bandwidth"] == bandwidths[row["chip"]]
         # It counts the stacked scales of norms as products.
         np.testing.assert_allclose(row["prefill_intensity"], operations / moved, rtol=5e-3)
 

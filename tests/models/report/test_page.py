@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 
 from jaxquant_models.report import render
-from jaxquant_models.schemas.report import Report
+from jaxquant_models.report.limits import mark
+from jaxquant_models.schemas.report import LimitRow, Report
 from tests.support.sample_report import chips, full, minimal, tensor
 
 # matplotlib's own parts warn of pyparsing's names
@@ -147,7 +148,8 @@ def test_contrast_is_enough(text):
         ["layers_11/", "All 210 rows", "0.0934", "13.8", "channel, massive", "1536 × 576"],
         ["2.68 bits of entropy", "exponent of 2"],
         ["participation ratio, reference", "21.9", "2,048 vectors"],
-        ["✗ violated", "✗ collapsed", "✓ holds", "✓ survives", "undecided", "6 checks, 2 failed"],
+        ["✗ violated", "✗ collapsed", "✓ holds", "✓ survives", "undecided"],
+        ["6 checks, 2 violated or collapsed", "a violated expectation unusual data"],
         ["tpu7x", "97,600", "✗ no", "NVIDIA GPUs", "operations per second", "3.1 mJ"],
         ["Horowitz 2014", "3.71 mJ", "77.1 %", "1.88 pJ", "O'Connor", "11.3 mJ"],
         ["activations of the embedding", "4 min 21 s", "0.10.2", "2026-12-02T14:00:00Z"],
@@ -231,3 +233,21 @@ def test_without_matplotlib(monkeypatch):
         ValueError, match=r"needs matplotlib; run: pip install 'jaxquant\[report\]'"
     ):
         render(minimal())
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "look"),
+    [
+        ("theorem", "violated", "bad"),
+        ("survival", "collapsed", "bad"),
+        ("expectation", "violated", ""),
+        ("expectation", "holds", "good"),
+        ("survival", "undecided", ""),
+    ],
+)
+def test_a_violated_expectation_is_no_failure(kind, verdict, look):
+    row = LimitRow(
+        name="a", statement="b", kind=kind, measured=1.0, bound=0.5, holds=None, verdict=verdict,
+        seconds=0.0, note="",
+    )  # fmt: skip
+    assert mark(row) == look
