@@ -59,7 +59,7 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
       ValueError: weights or activations are not finite.
     """
     kept, notes = Kept(finished, reporter.tell), list[str]()
-    stored = kept.stage("entropy", lambda: _stored(subjects, reporter))
+    stored = kept.stage("entropy", lambda: tensors.stored_rows(subjects.request.model, reporter))
     outliers = kept.stage("outliers", lambda: activations.outliers(subjects))
     dimensions = _dimensions(subjects, kept, reporter, notes)
     measured = _measured(subjects, kept, finished, reporter)
@@ -96,11 +96,6 @@ def analyze(subjects: Subjects, finished: Folder, reporter: Reporter) -> Analyze
 def _made() -> dict[str, str]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"time": now, **VERSIONS}
-
-
-def _stored(subjects: Subjects, reporter: Reporter) -> Json:
-    with reporter.stage("entropy of tensors", 0) as step:
-        return tensors.stored_rows(subjects.request.model, step)
 
 
 def _dimensions(

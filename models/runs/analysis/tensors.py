@@ -13,7 +13,7 @@ from jaxquant.theory.rate_distortion import gap_in_bits, gap_in_decibels, gaussi
 from jaxquant_models.readers.stored_tensors import stored_tensors
 from jaxquant_models.runs.analysis.names import kind_of, parameter_path
 from jaxquant_models.runs.analysis.subjects import Subjects
-from jaxquant_models.runs.reporting import Step
+from jaxquant_models.runs.reporting import Reporter
 from jaxquant_models.runs.stored_entropy import TensorEntropy, stored_entropy
 from jaxquant_models.schemas.report import Histogram, TensorRow
 
@@ -31,12 +31,12 @@ def matrix_paths(params: Any) -> list[str]:
     return [path for path, w in leaves if w.ndim >= 2 and path.endswith(("kernel", "embedding"))]
 
 
-def stored_rows(spec: str, step: Step) -> dict[str, dict[str, Any]]:
+def stored_rows(spec: str, reporter: Reporter) -> dict[str, dict[str, Any]]:
     """Return what the files of a model say of each parameter, by its path.
 
     Args:
       spec: the model.
-      step: called after each tensor.
+      reporter: receives reports of the work.
     Returns:
       For each path the means of `MEANS` over the weights, and "dtype".
     """
@@ -45,7 +45,9 @@ def stored_rows(spec: str, step: Step) -> dict[str, dict[str, Any]]:
     if not wanted:
         return {}
     groups: dict[str, list[TensorEntropy]] = {}
-    for row in stored_entropy(wanted, step).tensors:
+    with reporter.stage("entropy of tensors", len(wanted)) as step:
+        rows = stored_entropy(wanted, step).tensors
+    for row in rows:
         groups.setdefault(parameter_path(row.name) or "", []).append(row)
     return {path: _means(rows) for path, rows in groups.items()}
 
