@@ -21,6 +21,7 @@ SECTIONS = {
         "awq_minilm", "awq_smollm2", "description_length", "intrinsic_dimension",
     ],
     "Rounded activations and caches": ["activations", "rotations", "kv_cache"],
+    "Limits": ["limits"],
     "Lossless storage": ["lossless_bits", "lossless_files", "float_planes"],
     "Training": ["qat", "zeroqat", "bitnet", "intrinsic_dimension_training"],
     "Fine-tuning of packed models": ["adapters", "qlora_memory"],

@@ -132,7 +132,8 @@ def ranks(
       documents: [n, d].
       gold: index of the right document of each query [k].
     Returns:
-      Ranks [k] from 0; recall at m is the share below m. Ties count against the query.
+      Ranks [k] from 0; recall at m is the share below m. Ties, up to rounding, count against the
+        query.
     Raises:
       ValueError: arrays are empty or not finite, shapes do not match, or an index is out of range.
 
@@ -144,7 +145,10 @@ def ranks(
     right = _gold(gold, len(q), len(e))
     scores = q @ e.T
     own = scores[np.arange(len(q)), right]
-    return (scores >= own[:, None]).sum(1) - 1
+    # Equal documents may differ by the rounding of a sum of d products, which depends on the BLAS.
+    longest = np.linalg.norm(q, axis=1).max() * np.linalg.norm(e, axis=1).max()
+    rounding = q.shape[1] * np.finfo(scores.dtype).eps * longest
+    return (scores >= own[:, None] - rounding).sum(1) - 1
 
 
 def certified(
