@@ -90,7 +90,8 @@ def float_products(fn: Callable[..., PyTree], *args: Any) -> list[Product]:
 
 def _products(jaxpr: Any) -> Iterator[Product]:
     """Yield the products of a jaxpr and of all jaxprs inside it, except inside kernels."""
-    jaxpr, made = getattr(jaxpr, "jaxpr", jaxpr), {}
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    made: dict[Any, Any] = {}  # the equation that computes a variable
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in KERNELS:
