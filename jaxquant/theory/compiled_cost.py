@@ -10,6 +10,14 @@ from jaxquant.theory.hardware import Hardware
 from jaxquant.theory.roofline_point import RooflinePoint
 
 _LOOP = re.compile(r"\bwhile\(")
+# Calls out of the program; XLA knows the counts of those to NVIDIA's libraries, and takes -1 for
+# those of any other, which a sum with the counts of the rest would hide.
+_CALL = re.compile(r'custom_call_target="(?!__cublas|__cudnn\$conv)([^"]+)"')
+_CALLS = (
+    "calls a kernel ({}), into which XLA cannot look; compile it under "
+    "pallas_kernels.dispatch.using('reference'), or use jaxquant.theory.serving_roofline"
+)
+_LOOPS = "the function has loops, of whose bodies only one pass is counted"
 
 
 class CompiledCost(NamedTuple):
@@ -52,9 +60,11 @@ def from_compiled(compiled: Any, hardware: Hardware) -> CompiledCost:
             "compiled must be a compiled function, jax.jit(f).lower(...).compile(), got "
             f"{shown(compiled)}"
         )
-    counts = _counts(compiled.cost_analysis())
+    counts, text = _counts(compiled.cost_analysis()), _text(compiled)
+    if called := sorted(set(_CALL.findall(text))):
+        raise ValueError(f"the function {_CALLS.format(', '.join(called))}")
     point = RooflinePoint(hardware, _known(counts, "bytes accessed"), _known(counts, "flops"))
-    return CompiledCost(point, _notes(compiled))
+    return CompiledCost(point, (_LOOPS,) if _LOOP.search(text) else ())
 
 
 def _counts(found: Any) -> Mapping[str, float]:
@@ -76,15 +86,10 @@ def _known(counts: Mapping[str, float], name: str) -> float:
     if value is None or not math.isfinite(value) or value < 0:
         given = "no entry" if value is None else f"{value:g}"
         raise ValueError(
-            f"XLA does not know {name!r} of this function ({given}): it calls a kernel, into which "
-            "XLA cannot look; compile it under pallas_kernels.dispatch.using('reference'), or use "
-            "jaxquant.theory.serving_roofline"
+            f"XLA does not know {name!r} of this function ({given}): it {_CALLS.format('unnamed')}"
         )
     return float(value)
 
 
-def _notes(compiled: Any) -> tuple[str, ...]:
-    text = compiled.as_text() if callable(getattr(compiled, "as_text", None)) else ""
-    if not _LOOP.search(text or ""):
-        return ()
-    return ("the function has loops, of whose bodies only one pass is counted",)
+def _text(compiled: Any) -> str:
+    return (compiled.as_text() if callable(getattr(compiled, "as_text", None)) else "") or ""

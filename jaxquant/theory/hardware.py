@@ -2,13 +2,16 @@
 
 Accelerators come from `pallas_kernels.cost.chips`, so that there is one table of their figures; the
 rows added here are machines that no kernel of this project is compiled for. Every figure is used in
-an upper bound on speed. Where sources differ, the larger bandwidth and the larger peak are
-therefore chosen (and the smaller memory, so that what is said to fit does fit); `source` states
-what differs. Gigabytes are 10^9 bytes.
+an upper bound on speed. Where sources differ by more than rounding, the larger bandwidth and the
+larger peak are therefore chosen (and the smaller memory, so that what is said to fit does fit);
+`source` states what differs. The bound is on programs that use the units that `source` names:
+neural engines, and the graphics units of laptops, are not counted. Gigabytes are 10^9 bytes.
 """
 
 import dataclasses
+import math
 
+from jaxquant.core.fields import shown
 from pallas_kernels.cost.chips import CHIPS
 
 READ = "2026-12"  # when the sources were read
@@ -31,6 +34,9 @@ class Hardware:
       date: year and month in which the source was read, or in which the machine was measured.
       title: the name in reports, such as "NVIDIA H100". Default: `name`.
 
+    Raises:
+      ValueError: a figure is not a positive and finite number.
+
     >>> HARDWARE["h100"].ridge.__round__(), HARDWARE["m4"].watts
     (295, None)
     """
@@ -47,6 +53,11 @@ class Hardware:
     title: str = ""
 
     def __post_init__(self) -> None:
+        for field in ("memory", "bandwidth", "flops", "ops", "watts"):
+            value = getattr(self, field)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf) and (field, value) != ("watts", None):
+                raise ValueError(f"{field} must be positive and finite, got {shown(value)}")
         object.__setattr__(self, "title", self.title or self.name)
 
     @property
@@ -76,17 +87,17 @@ class Hardware:
 _TPU = "docs.cloud.google.com/tpu/docs, page of the version"
 _NVIDIA = "data sheet of NVIDIA, dense peaks"
 _ACCELERATORS: dict[str, tuple[str, float | None, str]] = {
-    "v5e": ("TPU v5e", None, f"{_TPU}; int8 peak of JAX's table (the page: 393e12)"),
-    "v5p": ("TPU v5p", None, f"{_TPU}; JAX's table has 2460e9 bytes/s"),
-    "v6e": ("TPU v6e", None, f"{_TPU}; JAX's table has 1640e9 bytes/s"),
-    "tpu7x": ("TPU7x", None, f"{_TPU}; it has no int8 unit"),
+    "v5e": ("TPU v5e", None, f"{_TPU}; its int8 peak is 393 TOPS, JAX's table has 394"),
+    "v5p": ("TPU v5p", None, f"{_TPU}; JAX's table has 2,460 GB/s"),
+    "v6e": ("TPU v6e", None, f"{_TPU}; JAX's table has 1,640 GB/s"),
+    "tpu7x": ("TPU7x", None, f"{_TPU}; JAX's table has 7,400 GB/s; it has no int8 unit"),
     "a100": ("NVIDIA A100", 400.0, f"{_NVIDIA}: A100 80GB SXM"),
-    "h100": ("NVIDIA H100", 700.0, f"{_NVIDIA}: H100 SXM; rounded to 3350e9 bytes/s there"),
+    "h100": ("NVIDIA H100", 700.0, f"{_NVIDIA}: H100 SXM; rounded to 3,350 GB/s there"),
     "h200": ("NVIDIA H200", 700.0, f"{_NVIDIA}: H200 SXM"),
     "b200": (
         "NVIDIA B200",
         1000.0,
-        f"{_NVIDIA}: HGX B200; the GB200 has 2500e12 and 5000e12, and 1200 W",
+        f"{_NVIDIA}: HGX B200; the GB200 has 2,500 and 5,000 TFLOP/s, and 1,200 W",
     ),
 }
 
@@ -103,14 +114,15 @@ def _accelerators() -> list[Hardware]:
 
 _V4 = Hardware(
     "v4", 32e9, 1228.8e9, 275e12, 275e12, "int8", 192.0,
-    "docs.cloud.google.com/tpu/docs/v4 (1200e9 bytes/s) and arXiv:2304.01433, Table 4; JAX's table "
-    "has 1230e9 bytes/s; watts: largest measured, chip and memory", title="TPU v4",
+    "docs.cloud.google.com/tpu/docs/v4 (1,200 GB/s there) and arXiv:2304.01433, Table 4; JAX's "
+    "table has 1,230 GB/s; watts: largest measured, chip and memory", title="TPU v4",
 )  # fmt: skip
 
 _APPLE = (
     "bandwidth: bus width times transfer rate (Apple rounds down); peak: float32 rate of the "
     "largest GPU, which 16-bit floats and 8-bit integers do not exceed on M1 and M2, and are "
-    "assumed not to on M3 and M4; the Neural Engine is not counted; no power limit is published"
+    "assumed not to on M3 and M4; the Neural Engine, which may be faster, is not counted; no "
+    "power limit is published"
 )
 # Largest memory in GB, bits of the bus, million transfers per second, TFLOP/s of the largest GPU.
 _M_SERIES: dict[str, tuple[float, int, float, float]] = {
@@ -133,7 +145,8 @@ def _apple(name: str, gigabytes: float, bits: int, transfers: float, tera: float
 
 _LAPTOP = (
     "two channels of 64 bits, the rate of the memory's name; peak: 8 cores at 4 GHz, each with two "
-    "512-bit units for bfloat16 and int8, more than most laptops have; 32 GB assumed"
+    "512-bit units for bfloat16 and int8, more than most laptops have; graphics and neural units "
+    "are not counted; 32 GB assumed"
 )
 
 
@@ -141,7 +154,7 @@ def _laptop(name: str, transfers: float) -> Hardware:
     cycles, (kind, memory) = 8 * 4e9, name.split()
     return Hardware(
         name, 32e9, 16 * transfers * 1e6, 128 * cycles, 256 * cycles, "int8", None, _LAPTOP,
-        title=f"{kind}, {memory.upper()}",
+        title=f"{kind.title()} CPU, {memory.upper()}",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ All three ratios are `energy_ratio` under constants of the reader's choice.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -195,7 +196,7 @@ def energy_ratio(
         default, zeros, compares arithmetic alone.
       batch: number of tokens that share a reading, 1 or more (default 1).
     Returns:
-      The ratio.
+      The ratio; infinity if ours costs nothing.
     Raises:
       ValueError: a number is out of range.
 
@@ -208,13 +209,13 @@ def energy_ratio(
     """
     check_arguments(energy_ratio, locals())
     _at_least_one(batch=batch)
-    if min(bits) < 0:
-        raise ValueError(f"bits must be 0 or more, got {bits}")
+    if len(bits) != 2 or not all(0 <= b < math.inf for b in bits):
+        raise ValueError(f"bits must be two numbers, 0 or more and finite, got {bits}")
     one, other = (
         a.energy(constants) + constants.memory * b / batch
         for a, b in zip((ours, theirs), bits, strict=True)
     )
-    return other / one
+    return other / one if one else math.inf
 
 
 def _signed_bits(low: int, high: int) -> int:

@@ -1,7 +1,9 @@
 """A program's point on the roofline of a machine: bytes, operations, and which roof is lower."""
 
 import dataclasses
+import math
 
+from jaxquant.core.fields import shown
 from jaxquant.theory.hardware import Hardware
 
 
@@ -22,6 +24,9 @@ class RooflinePoint:
       tokens: number of tokens that the program processes.
       occupied: bytes that must lie in memory at the same time.
 
+    Raises:
+      ValueError: a number is negative or not finite.
+
     Source: Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
 
     >>> from jaxquant.theory.hardware import HARDWARE
@@ -36,6 +41,13 @@ class RooflinePoint:
     integers: float = 0.0
     tokens: float = 1.0
     occupied: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hardware, Hardware):
+            raise ValueError(f"hardware must be Hardware, got {shown(self.hardware)}")
+        for name in ("bytes", "floats", "integers", "tokens", "occupied"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
 
     @property
     def operations(self) -> float:
@@ -86,10 +98,11 @@ class RooflinePoint:
         return self.occupied <= self.hardware.memory
 
     def __str__(self) -> str:
-        fits = "fits" if self.fits else "does not fit"
+        fits, rate = "fits" if self.fits else "does not fit", self.tokens_per_second
+        tokens = f"{rate:,.0f}" if 1000 <= rate < math.inf else f"{rate:.3g}"
         return (
-            f"{self.hardware.name}: at least {1e3 * self.seconds:.4g} ms, at most "
-            f"{self.tokens_per_second:,.4g} tokens/s, bound by {self.wall}; "
+            f"{self.hardware.title}: at least {1e3 * self.seconds:.4g} ms, at most "
+            f"{tokens} tokens/s, bound by {self.wall}; "
             f"{self.intensity:.3g} operations per byte (ridge {self.ridge:.3g}); "
             f"{self.occupied / 1e9:.3g} GB of {self.hardware.memory / 1e9:.3g} GB, which {fits}"
         )

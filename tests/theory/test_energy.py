@@ -170,6 +170,11 @@ def test_where_71_comes_from():
     assert ratio(SEVEN, 32, floats, (1.58, 16), 10**7) == pytest.approx(16.7, abs=0.05)
 
 
+def test_a_machine_that_costs_nothing():
+    free = dataclasses.replace(SEVEN, int32_add=0.0)
+    assert energy_ratio(free, Arithmetic("ternary"), Arithmetic("int8")) == math.inf
+
+
 def test_bad_arguments():
     for call, text in (
         (lambda: accumulator_bits(0), "k must be 1 or more"),
@@ -179,7 +184,9 @@ def test_bad_arguments():
         (lambda: Arithmetic("float8"), "kind must be one of"),
         (lambda: Arithmetic("int8", 16), "sums must be 8 or 32"),
         (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, batch=0), "batch must be 1"),
-        (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, bits=(-1, 0)), "bits must be 0"),
+        (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, bits=(-1, 0)), "bits must be two"),
+        (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, (0.0, math.nan)), "bits must be"),
+        (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, (0.0,)), "bits"),
     ):
         with pytest.raises(ValueError, match=text):
             call()

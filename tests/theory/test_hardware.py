@@ -47,6 +47,22 @@ def test_names():
         hardware("m9")
 
 
+def test_titles_are_those_that_users_know():
+    titles = {name: HARDWARE[name].title for name in ("m1 max", "h100", "v5e", "laptop ddr5-5600")}
+    assert list(titles.values()) == [
+        "Apple M1 Max", "NVIDIA H100", "TPU v5e", "Laptop CPU, DDR5-5600"
+    ]  # fmt: skip
+    assert len({row.title for row in HARDWARE.values()}) == len(HARDWARE)
+    assert not any("e9" in row.source or "e12" in row.source for row in HARDWARE.values())
+
+
+def test_bad_figures():
+    for field in ("memory", "bandwidth", "flops", "ops", "watts"):
+        for wrong in (0, -1.0, float("nan"), float("inf"), "1", True):
+            with pytest.raises(ValueError, match=f"{field} must be positive and finite"):
+                dataclasses.replace(HARDWARE["h100"], **{field: wrong})
+
+
 def test_this_machine_is_measured(monkeypatch):
     """By a clock that says that every run takes a second, each figure is the work of one run."""
     ticks = iter(range(10**6))
@@ -54,7 +70,7 @@ def test_this_machine_is_measured(monkeypatch):
     row = this_machine(1 << 22, runs=1, memory=3.0)
     assert row.bandwidth == 1 << 22 and row.memory == 3.0 and row.name == "this machine"
     assert row.flops == row.ops == 2 * 512 * 1024 * 1024
-    assert dataclasses.replace(row, memory=0) != row and "4194304 bytes" in row.source
+    assert dataclasses.replace(row, memory=4.0) != row and "4194304 bytes" in row.source
 
 
 def test_bad_arguments(monkeypatch):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 import jaxquant as jq
 from jaxquant.theory.integer_forward import accumulated, integer_only
@@ -138,6 +139,64 @@ def test_products_are_found_wherever_they_are():
     assert not float_products(lambda w: w @ w, w)
     mixed = lambda x, w: jax.lax.dot(x, w, preferred_element_type=jnp.float32)
     assert len(float_products(mixed, x, w)) == 1
+
+
+def in_floats(x, w):
+    return x.astype(jnp.float32) @ w.astype(jnp.float32)
+
+
+def summed_in_floats(x, w):
+    return jax.lax.dot(x, w, preferred_element_type=jnp.float32)
+
+
+def elementwise(x, w):
+    terms = x.astype(jnp.float32)[:, :, None] * w.astype(jnp.float32)[None]
+    return terms.reshape(-1, *w.shape).sum(1)
+
+
+def called_back(x, w):
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.int32)
+    return jax.pure_callback(lambda x, w: np.int32(np.float32(x) @ np.float32(w)), shape, x, w)
+
+
+def in_a_kernel(x, w):
+    def kernel(x, w, y):
+        y[...] = (x[...].astype(jnp.float32) @ w[...].astype(jnp.float32)).astype(jnp.int32)
+
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.int32)
+    return pl.pallas_call(kernel, shape, interpret=True)(x, w)
+
+
+def with_its_own_gradient(x, w):
+    rule = jax.custom_vjp(in_floats)
+    rule.defvjp(lambda x, w: (in_floats(x, w), None), lambda _, g: (g, g))
+    return rule(x, w)
+
+
+def deep_inside(x, w):
+    below = lambda n: jax.lax.cond(n[0] > 0, lambda: in_floats(x, w)[0, 0] < 9, lambda: True)
+    step = lambda n, _: (jax.lax.while_loop(below, lambda n: n + 1, n), None)
+    return jax.lax.scan(step, jnp.zeros(1), length=2)[0]
+
+
+def exact(x, w):
+    return jax.lax.dot(x, w, preferred_element_type=jnp.int32).astype(jnp.float32) * 0.5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [in_floats, summed_in_floats, elementwise, called_back, in_a_kernel, with_its_own_gradient,
+     deep_inside],
+    ids=lambda fn: fn.__name__,
+)  # fmt: skip
+def test_a_product_that_is_not_of_integers_is_refused(wrong):
+    """All take int8 codes; only how they are multiplied differs."""
+    x, w = jnp.ones((2, 4), jnp.int8), jnp.ones((4, 3), jnp.int8)
+    assert float_products(wrong, x, w)
+    assert not float_products(exact, x, w)
+    # Norms and sums of scaled values multiply no two arrays.
+    norm = lambda x: x * x / jnp.sum(x * x) + jnp.mean(2.0 * x) + jnp.sum(jnp.exp(x))
+    assert not float_products(norm, x.astype(jnp.float32))
 
 
 def test_bad_trees():

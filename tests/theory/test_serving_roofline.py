@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import types
 from functools import lru_cache
 
@@ -239,13 +240,23 @@ def test_every_form_of_the_counts():
 def test_what_cannot_be_counted():
     q = jq.quantize({"w": jnp.ones((64, 64))}, jq.rtn(4, 64))
     call = jax.jit(jq.quantized(lambda p, x: x @ p["w"]))
-    done = call.lower(q, jnp.ones((1, 64))).compile()
-    if "custom-call" in done.as_text():
-        with pytest.raises(ValueError, match="calls a kernel, into which XLA cannot look"):
-            from_compiled(done, TOY)
+    beside = jax.jit(jq.quantized(lambda p, x: jnp.sin(x @ p["w"]) @ jnp.ones((64, 64))))
+    for done in (one.lower(q, jnp.ones((1, 64))).compile() for one in (call, beside)):
+        if "custom-call" in done.as_text():
+            with pytest.raises(ValueError, match=r"calls a kernel \(.*\), into which XLA cannot"):
+                from_compiled(done, TOY)
     for wrong in (call, call.lower(q, jnp.ones((1, 64))), 3):
         with pytest.raises(ValueError, match="must be a compiled function"):
             from_compiled(wrong, TOY)
+
+
+def test_calls_whose_counts_xla_knows():
+    text = 'custom-call(a, b), custom_call_target="__cublas$gemm"'
+    counts = {"flops": 10.0, "bytes accessed": 20.0}
+    of = lambda text: types.SimpleNamespace(cost_analysis=lambda: counts, as_text=lambda: text)
+    assert from_compiled(of(text), TOY).point.floats == 10
+    with pytest.raises(ValueError, match=r"calls a kernel \(my_kernel\)"):
+        from_compiled(of(text + ' custom_call_target="my_kernel"'), TOY)
 
 
 def test_a_point_is_plain_numbers():
@@ -253,3 +264,11 @@ def test_a_point_is_plain_numbers():
     assert json.loads(json.dumps(dataclasses.asdict(point)))["bytes"] == 500
     nothing = RooflinePoint(TOY, 0, 0)
     assert nothing.intensity == nothing.tokens_per_second == float("inf") and nothing.ridge == 10
+    fast = prefill(architecture(8.03e9, 16), HARDWARE["h100"], 2048)
+    assert "NVIDIA H100: at least " in str(fast) and "at most 61,582 tokens/s" in str(fast)
+    for field in ("bytes", "floats", "integers", "tokens", "occupied"):
+        for wrong in (-1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{field} must be 0 or more and finite"):
+                dataclasses.replace(point, **{field: wrong})
+    with pytest.raises(ValueError, match="hardware must be Hardware, got 'h100'"):
+        RooflinePoint("h100", 1, 1)
