@@ -16,9 +16,11 @@ def section(report: Report) -> Section | None:
         return None
     lead = (
         "How many directions the hidden states really vary in, after every layer, estimated from "
-        f"{found.points:,} vectors. A layer where the model leaves the reference has lost or "
-        "added structure there.",
-    )
+        f"{found.points:,} vectors."
+        + (" Where the model leaves the reference, a layer has lost or added structure."
+           if found.reference else
+           " Estimators differ in level; compare layers by one of them."),
+    )  # fmt: skip
     columns = [Column("after layer", "", lambda row: row[0])]
     for i, name in enumerate(found.estimators):
         columns.append(Column(name, "", lambda row, i=i: _at(row[1], i)))
@@ -60,5 +62,9 @@ def plot(found: Dimensions) -> Drawing:
         axis_labels(axis, "after layer", "intrinsic dimension")
         if ends:
             axis.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    caption = "Solid: this model; dashed: the reference." if found.reference else "One line each."
+    caption = (
+        "Solid: this model; dashed: the reference."
+        if found.reference
+        else "One line for each estimator."
+    )
     return canvas.drawing("; ".join(ends) or "No estimate.", caption)

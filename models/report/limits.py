@@ -43,8 +43,8 @@ def section(report: Report) -> Section | None:
     if not report.limits:
         return None
     order = {"bad": 0, "good": 1, "": 2}
-    place = lambda r: 1 if r.verdict in FAILED and not mark(r) else 2 * order[mark(r)]
-    rows = sorted(report.limits, key=lambda r: (place(r), r.kind != "survival"))
+    rank = lambda r: (r.verdict not in FAILED, r.kind != "survival", order[mark(r)])
+    rows = sorted(report.limits, key=lambda r: (order[mark(r)] > 0, *rank(r)))
     failed = [r.name for r in rows if r.verdict in FAILED]
     count = f"{len(rows)} checks, {len(failed)} violated or collapsed"
     lead = (

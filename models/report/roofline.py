@@ -1,5 +1,6 @@
 """The memory wall: rooflines of the chips, with this model's decoding and prompt on each."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -7,16 +8,28 @@ from jaxquant_models.report.figure import MUTED, SERIES, Canvas, Drawing, axis_l
 from jaxquant_models.report.figure import log_ticks as ticks
 from jaxquant_models.report.numbers import number, quantity
 from jaxquant_models.report.section import Section
-from jaxquant_models.report.table import Column, table
+from jaxquant_models.report.table import Column, sources, table
 from jaxquant_models.schemas.report import ChipRow, Report
 
 FAMILIES = (
     ("TPUs", r"(?i)^(tpu|v\d)"),
     ("NVIDIA GPUs", r"(?i)^(nvidia )?(a|h|b|gb|l|rtx)\s?\d{2,}"),
-    ("Apple", r"(?i)^(apple )?m\d"),
+    *((f"Apple M{n}", rf"(?i)^(apple )?m{n}\b") for n in range(1, 5)),
+    ("Laptops", r"(?i)^laptop"),
     ("Others", ""),
 )
+NARROW = 16  # characters of a name, of which two fit side by side below a figure
 STYLES = ("-", "--", "-.", ":")
+
+
+def rate(value: float) -> str:
+    """Return a rate with three significant digits, written out where a reader can compare it.
+
+    >>> rate(7_943_601.2), rate(123.4), rate(2e12)
+    ('7,940,000', '123', '2×10¹²')
+    """
+    return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= value < 1e9 else number(value)
+
 
 COLUMNS = (
     Column("chip", "", lambda c: c.chip, str),
@@ -24,9 +37,9 @@ COLUMNS = (
            lambda c: "yes" if c.fits else "no", lambda v: "✓ yes" if v == "yes" else "✗ no", None,
            lambda c: "good" if c.fits else "bad"),
     Column("decode, tokens/s", "Most tokens per second for one user; an upper bound.",
-           lambda c: c.decode),
+           lambda c: c.decode, rate),
     Column("prompt, tokens/s", "Most tokens per second while a prompt is read.",
-           lambda c: c.prefill),
+           lambda c: c.prefill, rate),
     Column("wall", "What bounds decoding: the memory's bandwidth or arithmetic.",
            lambda c: c.wall, str),
     Column("critical batch", "Users at a time from which arithmetic is the bound; a dash where it "
@@ -37,11 +50,7 @@ COLUMNS = (
     Column("energy / token", "Energy of a token for one user; a dash where no constant is known.",
            lambda c: c.joules, lambda v: quantity(v, "J")),
 )  # fmt: skip
-SOURCES = "Where the figures of the chips come from"
-SOURCE = (
-    Column("chips", "", lambda row: row[0], str),
-    Column("source", "", lambda row: row[1], str),
-)
+SOURCES = "Where the figures of the chips come from, and when that was read"
 
 
 def section(report: Report) -> Section | None:
@@ -49,38 +58,44 @@ def section(report: Report) -> Section | None:
     chips = report.roofline
     if not chips:
         return None
-    lead = (
+    lead: tuple[str, ...] = (
         "A chip computes no faster than its memory feeds it (the slope) and than its arithmetic "
         "allows (the flat roof). Decoding for one user reads every weight for each token, so it "
-        f"sits on the slope. All figures are upper bounds at {report.context:,} tokens of context.",
+        f"sits on the slope. All figures are upper bounds at {report.context:,} tokens of context, "
+        "for the units that the sources name.",
     )
+    if all(c.critical_batch is None for c in chips):
+        lead += (
+            "More users at a time do not change that here: the cache of each takes longer to read "
+            "than its token takes to compute.",
+        )
     groups: dict[str, list[ChipRow]] = {}
     for c in chips:
         family = next(name for name, pattern in FAMILIES if re.search(pattern, c.chip))
         groups.setdefault(family, []).append(c)
-    drawn = [
-        (family, drawable[i : i + len(STYLES)])
-        for family, members in groups.items()
-        if (drawable := [c for c in members if c.bandwidth and min(c.bandwidth, c.ridge) > 0])
-        for i in range(0, len(drawable), len(STYLES))
-    ]
+    drawn = [(family, part) for family, members in groups.items() for part in parts(members)]
     shown = [c for _, members in drawn for c in members]
+    if drawn:
+        squares = any(c.prefill_intensity for c in shown)
+        prompt = ", squares are reading a prompt" if squares else ""
+        lead += (f"In the figures, circles are decoding for one user{prompt}.",)
     drawings = tuple(
         plot(family, members, f"roofline-{i}", limits(shown))
         for i, (family, members) in enumerate(drawn)
     )
     rows = sorted(chips, key=lambda c: -c.decode)
     caption = "Bounds of this model on every chip, fastest decoding first"
-    tables = table(caption, COLUMNS, rows), table(SOURCES, SOURCE, sources(chips))
+    origins = sources(SOURCES, [(c.chip, c.source) for c in chips])
+    tables = table(caption, COLUMNS, rows), origins
     return Section("roofline", "The memory wall", lead, drawings, tables)
 
 
-def sources(chips: Sequence[ChipRow]) -> list[tuple[str, str]]:
-    """Return each source once, with the chips whose figures come from it."""
-    groups: dict[str, list[str]] = {}
-    for c in chips:
-        groups.setdefault(c.source, []).append(c.chip)
-    return [(", ".join(names), source) for source, names in groups.items()]
+def parts(members: Sequence[ChipRow]) -> list[list[ChipRow]]:
+    """Return the chips that can be drawn, shared evenly among as few figures as possible."""
+    chips = [c for c in members if c.bandwidth and min(c.bandwidth, c.ridge) > 0]
+    count = math.ceil(len(chips) / len(STYLES))
+    size = math.ceil(len(chips) / count) if count else 1
+    return [chips[i : i + size] for i in range(0, len(chips), size)]
 
 
 def limits(chips: Sequence[ChipRow]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -117,8 +132,9 @@ def plot(
         ticks(axis.yaxis, lambda v: quantity(v, "").strip())
         axis.tick_params(colors=MUTED)
         axis_labels(axis, "operations per byte", "operations per second")
-        axis.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        narrow = all(len(c.chip) <= NARROW for c in chips)
+        axis.figure.legend(loc="outside lower center", ncols=2 if narrow else 1, frameon=False,
+                           fontsize=9)  # fmt: skip
     about = "; ".join(f"{label(c.chip)}: at most {number(c.decode)} tokens/s of decoding, "
                       f"{number(c.prefill)} of a prompt" for c in chips)  # fmt: skip
-    prompt = ", squares: a prompt" if any(c.prefill_intensity for c in chips) else ""
-    return canvas.drawing(about, f"{family}. Circles: decoding for one user{prompt}.")
+    return canvas.drawing(about, f"{family}.")

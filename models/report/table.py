@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxquant_models.report.numbers import DASH, number
 
+SENTENCE = 40  # characters of a second text from which on it is one
 SHORT = 12  # rows of a long table that are shown before the reader asks for all
 
 
@@ -64,6 +65,11 @@ class Table:
         return dataclasses.replace(self, rows=self.rows[:SHORT])
 
     @property
+    def wordy(self) -> bool:
+        """Whether rows have sentences, which a phone has room for only across the whole width."""
+        return any(len(row[0].more) > SENTENCE for row in self.rows)
+
+    @property
     def long(self) -> bool:
         """Whether some rows are better hidden at first; two or three are not worth a click."""
         return len(self.rows) > SHORT + 3
@@ -94,3 +100,22 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[object]) -> Ta
         c for c in columns if c is columns[0] or any(c.value(r) not in (None, "") for r in rows)
     )
     return Table(caption, kept, tuple(tuple(_cell(c, r) for c in kept) for r in rows))
+
+
+SOURCE = (
+    Column("figures of", "", lambda row: row[0], str),
+    Column("source", "", lambda row: row[1], str),
+)
+
+
+def sources(caption: str, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Return the table that states each source once, with the names that share it.
+
+    Args:
+      caption: what the table shows.
+      pairs: names and their sources, at least one.
+    """
+    names: dict[str, list[str]] = {}
+    for name, source in pairs:
+        names.setdefault(source, []).append(name)
+    return table(caption, SOURCE, [("; ".join(n), source) for source, n in names.items()])

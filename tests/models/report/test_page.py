@@ -152,7 +152,7 @@ def test_contrast_is_enough(text):
         ["6 checks, 2 violated or collapsed", "a violated expectation unusual data"],
         ["tpu7x", "97,600", "✗ no", "NVIDIA GPUs", "operations per second", "3.1 mJ"],
         ["Horowitz 2014", "3.71 mJ", "77.1 %", "1.88 pJ", "O'Connor", "11.3 mJ"],
-        ["activations of the embedding", "4 min 21 s", "0.10.2", "2026-12-02T14:00:00Z"],
+        ["activations of the embedding", "4 min 21 s", "0.10.2", "2026-12-02 14:00 UTC"],
     ],
     ids=lambda words: words[0],
 )
@@ -170,6 +170,69 @@ def test_the_worst_tensor_comes_first_and_unknown_columns_are_dropped():
     bare = [t.model_copy(update=empty) for t in tensors]
     page = "".join(Page(render(minimal(tensors=bare))).text)
     assert "R(D)" not in page and "a lossless code would save" in page
+
+
+def squeezed(report):
+    return re.sub(r"\s+", " ", "".join(Page(render(report)).text))
+
+
+def test_every_source_is_stated_once():
+    names = ("int8_add_pj", "memory_pj_per_bit", "fp16_add_pj")
+    energy = full().energy.model_copy(
+        update={"constants": dict.fromkeys(names, 0.5), "sources": dict.fromkeys(names, "A table"),
+                "by_bits": []}
+    )  # fmt: skip
+    text = squeezed(minimal(energy=energy, roofline=chips()[-1:] * 3))
+    assert text.count("A table") == 1 and text.count("data sheet, read 2026-11") == 1
+    assert "int8 add; memory; fp16 add" in text and "memory, pJ per bit" in text
+
+
+def test_what_judges_the_model_comes_before_what_must_hold():
+    rows = [("must hold", "theorem", "holds"), ("a number", "description", "-"),
+            ("open question", "survival", "undecided"), ("passed", "survival", "survives"),
+            ("unusual", "expectation", "violated"), ("broken", "survival", "collapsed"),
+            ]  # fmt: skip
+    limits = [
+        LimitRow(name=name, statement="So it is said, at some length and in words.", kind=kind,
+                 measured=1.0, bound=0.5, holds=None, verdict=verdict, seconds=0.0, note="")
+        for name, kind, verdict in rows
+    ]  # fmt: skip
+    report = minimal(limits=limits)
+    names = re.findall(r"<bdi>([a-z ]+)</bdi><small>", render(report))
+    assert names == ["broken", "unusual", "passed", "open question", "must hold", "a number"]
+    cells = Page(render(report)).all("td")  # which a phone shows one below another
+    assert {"measured", "bound", "verdict"} <= {a.get("data-head") for a in cells}
+
+
+def test_the_chips_can_be_compared():
+    kinds = ("Apple M1", "Apple M1 Max", "Apple M4", "Laptop CPU, LPDDR5X-8533", "Laptop CPU, DDR5")
+    rows = [c.model_copy(update={"chip": name, "prefill": 7_943_601.0, "critical_batch": None})
+            for name, c in zip(kinds, chips(), strict=False)]  # fmt: skip
+    page = render(minimal(roofline=rows))
+    text = squeezed(minimal(roofline=rows))
+    assert "7,940,000" in text and "Apple M1." in text and "Laptops." in text
+    assert "More users at a time do not change that here" in text
+    assert "More users" not in squeezed(minimal(roofline=chips()[:1]))
+    # Long names stand one below the other, since side by side they would be cut.
+    found = re.findall(r'translate\(([\d.]+) [\d.]+\)">\n?\s*(Laptop[^<]+)', page)
+    found = found or re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>(Laptop[^<]+)', page)
+    assert len(found) == 2 and found[0][0] == found[1][0], found
+
+
+def test_facts_that_say_nothing_are_left_out():
+    identity = full().identity.model_copy(update={"bits_per_weight": 32, "bits_over_all": 32})
+    text = squeezed(minimal(identity=identity))
+    assert "bits over all parameters" in text and "bits per quantized weight" not in text
+    assert text.index("Findings") < text.index("rope_theta")
+
+
+def test_the_energy_of_the_model_as_it_is_stands_beside_others(text):
+    bars = text[text.index("energy-plot-title") :]
+    assert "as it is" in bars and "3.71 mJ" in bars[: bars.index("</svg>")]
+
+
+def test_options_of_commands_are_not_broken(text):
+    assert "<span>--method</span> <span>gptq</span>" in text
 
 
 def test_hostile_texts_are_text():
