@@ -22,6 +22,7 @@ from jaxquant.theory.hardware import Hardware
 from pallas_kernels import dispatch
 
 _ROWS, _WIDTH = 512, 1024  # of the products that are timed
+_LEAST = 64 << 20  # bytes of a timed reading, beside which starting threads takes no time
 
 
 def this_machine(
@@ -71,10 +72,12 @@ def _bandwidth(size: int, runs: int) -> float:
     side = max(1, size // 4 // 1024)
     matrix = np.ones((side, 1024), np.float32)  # written, so that its pages exist
     parts = np.array_split(matrix.reshape(-1), cores)
+    times = max(1, _LEAST // matrix.nbytes)
+    again = lambda read: lambda part: [read(part) for _ in range(times)]
     with ThreadPoolExecutor(cores) as pool:
-        reading = lambda: list(pool.map(np.max, parts))  # NumPy releases the lock
-        adding = lambda: list(pool.map(_square, parts))
-        best = min(_seconds(run, runs) for run in (reading, adding))
+        reading = lambda: list(pool.map(again(np.max), parts))  # NumPy releases the lock
+        adding = lambda: list(pool.map(again(_square), parts))
+        best = min(_seconds(run, runs) for run in (reading, adding)) / times
     row, array = jnp.ones((1, side), jnp.float32), jnp.asarray(matrix)
     product = jax.jit(jnp.dot)
     best = min(best, _seconds(lambda: product(row, array).block_until_ready(), runs))

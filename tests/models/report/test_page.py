@@ -209,7 +209,7 @@ def test_the_chips_can_be_compared():
     rows = [c.model_copy(update={"chip": name, "prefill": 7_943_601.0, "critical_batch": None})
             for name, c in zip(kinds, chips(), strict=False)]  # fmt: skip
     page = render(minimal(roofline=rows))
-    text = squeezed(minimal(roofline=rows))
+    text = "".join(Page(page).text)
     assert "7,940,000" in text and "Apple M1." in text and "Laptops." in text
     assert "More users at a time do not change that here" in text
     assert "More users" not in squeezed(minimal(roofline=chips()[:1]))
