@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
 
 import jaxquant as jq
 from jaxquant.theory.integer_forward import accumulated, integer_only
@@ -179,16 +180,66 @@ def deep_inside(x, w):
     return jax.lax.scan(step, jnp.zeros(1), length=2)[0]
 
 
+def terms(x, w):
+    return x.astype(jnp.float32)[:, :, None] * w.astype(jnp.float32)[None]
+
+
+def made_in_a_loop(x, w):
+    columns = x.T.astype(jnp.float32), w.astype(jnp.float32)
+    return jax.lax.scan(lambda c, of: (c, of[0][:, None] * of[1][None]), 0, columns)[1].sum(0)
+
+
+# Products of two arrays that something comes between, before they are summed.
+SUMMED = {
+    "scaled": lambda x, w: (-0.5 * terms(x, w) / 3).sum(1),
+    "summed in a function": lambda x, w: jax.jit(lambda y: y.sum(1))(terms(x, w)),
+    "made in a function": lambda x, w: jax.checkpoint(terms)(x, w).sum(1),
+    "made in a condition": lambda x, w: jax.lax.cond(x[0, 0] > 0, terms, terms, x, w).sum(1),
+    "made in a loop": made_in_a_loop,
+    "masked": lambda x, w: jnp.sum(terms(x, w), 1, where=(w != 0)[None]),
+    "sliced": lambda x, w: terms(x, w)[:, :3].sum(1),
+    "halved": lambda x, w: (terms(x, w)[:, :2] + terms(x, w)[:, 2:]).sum(1),
+    "sum of a lambda": lambda x, w: jax.lax.reduce(
+        terms(x, w), np.float32(0), lambda a, b: a + b, (1,)
+    ),
+    "scattered": lambda x, w: jnp.zeros((2, 3)).at[jnp.arange(8) // 4].add(
+        terms(x, w).reshape(8, 3)
+    ),
+    "running": lambda x, w: jnp.cumsum(terms(x, w), 1)[:, -1],
+    "in a tree": lambda x, w: jax.lax.associative_scan(jnp.add, terms(x, w), axis=1)[:, -1],
+    "of integers": lambda x, w: (x[:, :, None].astype(int) * w[None]).astype(float).sum(1),
+    "convolution": lambda x, w: jax.lax.conv_general_dilated(
+        x[:, :, None], w[:, None], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
+        preferred_element_type=jnp.float32,
+    ),
+    "ragged": lambda x, w: jax.lax.ragged_dot(
+        x, w[None], jnp.array([2]), preferred_element_type=jnp.float32
+    ),
+    "solver": lambda x, w: jax.lax.linalg.triangular_solve(jnp.eye(4), x.astype(float)),
+    "transform": lambda x, w: jnp.fft.rfft(x.astype(float)),
+}  # fmt: skip
+
+
+def unknown(x, w):
+    """A primitive of a library, of which nothing is known but its result."""
+    primitive = Primitive("times")
+    primitive.def_abstract_eval(lambda x, w: jax.core.ShapedArray((2, 3), jnp.int32))
+    return primitive.bind(x, w)
+
+
 def exact(x, w):
     return jax.lax.dot(x, w, preferred_element_type=jnp.int32).astype(jnp.float32) * 0.5
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [in_floats, summed_in_floats, elementwise, called_back, in_a_kernel, with_its_own_gradient,
-     deep_inside],
-    ids=lambda fn: fn.__name__,
+WRONG = (
+    in_floats, summed_in_floats, elementwise, called_back, in_a_kernel, with_its_own_gradient,
+    deep_inside, unknown,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong", [*WRONG, *SUMMED.values()], ids=[*(fn.__name__ for fn in WRONG), *SUMMED]
+)
 def test_a_product_that_is_not_of_integers_is_refused(wrong):
     """All take int8 codes; only how they are multiplied differs."""
     x, w = jnp.ones((2, 4), jnp.int8), jnp.ones((4, 3), jnp.int8)
@@ -197,6 +248,11 @@ def test_a_product_that_is_not_of_integers_is_refused(wrong):
     # Norms and sums of scaled values multiply no two arrays.
     norm = lambda x: x * x / jnp.sum(x * x) + jnp.mean(2.0 * x) + jnp.sum(jnp.exp(x))
     assert not float_products(norm, x.astype(jnp.float32))
+    # Nor do rotations of channels, random numbers, and what only looks at a value.
+    turned = lambda x, w: x * w[0, 0] + x[:, ::-1] * w[1, 1]
+    assert not float_products(turned, x.astype(float), w.astype(float))
+    assert not float_products(lambda: jax.random.normal(jax.random.key(0), (3,)))
+    assert not float_products(lambda x: (jax.debug.print("{}", x), x)[1], x.astype(float))
 
 
 def test_bad_trees():
