@@ -53,6 +53,16 @@ def test_sums_are_those_of_the_codes(format, form):
     np.testing.assert_allclose(found.scaled(), TIMES({"w": w}, x), rtol=1e-4, atol=1e-4)
 
 
+def test_runs_end_only_where_scales_change():
+    """One product per run would be a product of floats, summed in floats."""
+    runs = lambda k, group, form: accumulated(
+        draw(2, k, seed=1), jq.formats.Integer(4, group, pad=True).encode(draw(k, 8)),
+        jq.formats.Integer(4, group, pad=True), form,
+    ).sums.shape[0]  # fmt: skip
+    assert runs(345, "tensor", "int8") == 1 and runs(345, "tensor", "int8/256") == 2
+    assert runs(345, 64, "int8/256") == runs(345, 64, "int8") == 6
+
+
 @lru_cache
 def bitnet(k, n):
     return jq.freeze(jq.latent({"w": draw(k, n)}, jq.bitnet()))["w"]
@@ -269,6 +279,10 @@ def test_bad_trees():
     for segment in (0, 12):
         with pytest.raises(ValueError, match="segment must be a positive multiple of 8"):
             integer_only(good, segment)
+        with pytest.raises(ValueError, match="segment must be a positive multiple of 8"):
+            accumulated(jnp.ones((1, 64)), good["a"].data, good["a"].format, segment=segment)
+    with pytest.raises(ValueError, match="format: expected a Integer, got 3"):
+        accumulated(jnp.ones((1, 64)), good["a"].data, 3)
     with pytest.raises(ValueError, match="product with the transpose of a packed weight"):
         jq.quantized(lambda p, g: g @ p["a"].T)(integer_only(good), jnp.ones((2, 8)))
     w = good["a"]
