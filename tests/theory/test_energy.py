@@ -137,6 +137,9 @@ def test_widths_of_given_codes():
         assert sums.min() < -(1 << (bits - 2)) or sums.max() >= 1 << (bits - 2)
         assert bits <= accumulator_bits(4, (-2, 1), inputs)
     assert accumulator_bits_of(np.zeros((5, 2), int)) == 1
+    # Inputs that cannot be 0 cancel in the end only: 4 - 4. Sums beyond 64 bits do not wrap around.
+    assert accumulator_bits_of(np.array([[1], [-1]]), (4, 4)) == 4
+    assert accumulator_bits_of(np.array([[100]]), (0, 1 << 62)) == 1 + (100 << 62).bit_length()
 
 
 def test_operations():
@@ -182,7 +185,13 @@ def test_bad_arguments():
         (lambda: accumulator_bits(4, (-1, 1), (0, 1.5)), "inputs"),
         (lambda: dense_operations(4, 0), "n must be 1 or more"),
         (lambda: Arithmetic("float8"), "kind must be one of"),
-        (lambda: Arithmetic("int8", 16), "sums must be 8 or 32"),
+        (lambda: Arithmetic("ternary", 16), "sums must be 32, or 8 where the kind is 'ternary'"),
+        (lambda: Arithmetic("int8", 8), "sums must be 32, .*got 8 for 'int8'"),
+        (lambda: Arithmetic("float16", 8), "sums must be 32, .*got 8 for 'float16'"),
+        (lambda: ternary_operations(np.array([[1]]), 1.5), "rows: expected an integer, got 1.5"),
+        (lambda: ternary_operations(np.array([[1]]), "2"), "rows: expected an integer, got '2'"),
+        (lambda: accumulator_bits_of(None), "codes: expected an array, got None"),
+        (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, ("1", 2)), "bits must be two"),
         (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, batch=0), "batch must be 1"),
         (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, bits=(-1, 0)), "bits must be two"),
         (lambda: energy_ratio(SEVEN, *[Arithmetic("int8")] * 2, (0.0, math.nan)), "bits must be"),
