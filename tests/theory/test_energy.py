@@ -93,7 +93,7 @@ def test_caches_and_integers():
     products, pairs = 1000 * (0.07 + 0.03), 2 * 2 * 4 * 8 * 11 * (0.34 + 0.16)
     assert found.arithmetic == pytest.approx(1e-12 * (products + pairs))
     assert energy_per_token(w, SEVEN, 2, 10).bits == 1000 * 2 / 2 + 8 * attention.bytes(10)
-    for wrong in ((0, 0), (1, -1)):
+    for wrong in ((0, 0), (1, -1), (10**400, 0), (1, 10**400)):
         with pytest.raises(ValueError, match="batch must be 1 or more and context 0 or more"):
             energy_per_token(w, SEVEN, *wrong)
 
