@@ -41,7 +41,7 @@ def numbers(data, format, k):
 def test_sums_are_those_of_the_codes(format, form):
     k, n = 320, 24
     data, x = format.encode(draw(k, n)), draw(5, k, seed=1)
-    found = accumulated(x, data, format, form)
+    found = jax.jit(lambda x, data: accumulated(x, data, format, form))(x, data)
     assert found.sums.dtype == jnp.int32 and found.codes.dtype == jnp.int8
     whole = np.asarray(found.sums, np.int64).sum(0)
     codes = numbers(data, format, k)
@@ -55,10 +55,12 @@ def test_sums_are_those_of_the_codes(format, form):
 
 def test_runs_end_only_where_scales_change():
     """One product per run would be a product of floats, summed in floats."""
-    runs = lambda k, group, form: accumulated(
-        draw(2, k, seed=1), jq.formats.Integer(4, group, pad=True).encode(draw(k, 8)),
-        jq.formats.Integer(4, group, pad=True), form,
-    ).sums.shape[0]  # fmt: skip
+
+    def runs(k, group, form):
+        format = jq.formats.Integer(4, group, pad=True)
+        sums = lambda x, w: accumulated(x, format.encode(w), format, form).sums
+        return jax.eval_shape(sums, jnp.ones((2, k)), jnp.ones((k, 8))).shape[0]
+
     assert runs(345, "tensor", "int8") == 1 and runs(345, "tensor", "int8/256") == 2
     assert runs(345, 64, "int8/256") == runs(345, 64, "int8") == 6
 
@@ -268,7 +270,7 @@ def test_a_product_that_is_not_of_integers_is_refused(wrong):
 def test_bad_trees():
     with pytest.raises(ValueError, match="the tree has none; quantize it first"):
         integer_only({"w": jnp.ones((4, 4))})
-    of = lambda method: {"a": jq.quantize_array(draw(64, 8), method)}
+    of = lambda method: {"a": jax.eval_shape(lambda w: jq.quantize_array(w, method), draw(64, 8))}
     with pytest.raises(ValueError, match=r"a: its inputs are not rounded .*with_activations"):
         integer_only(of(jq.rtn(4)))
     with pytest.raises(ValueError, match="a: expected an Integer or Ternary format, got Normal"):
