@@ -17,6 +17,12 @@ _CALLS = (
     "calls a kernel ({}), into which XLA cannot look; compile it under "
     "pallas_kernels.dispatch.using('reference'), or use jaxquant.theory.serving_roofline"
 )
+# A product whose result is of integers in XLA's text, such as "%dot.1 = s32[8,32]{1,0} dot(".
+_INTEGER = re.compile(r"= \(?[su]\d+\[[^=]*? (?:dot|convolution|custom-call)\(")
+_INTEGERS = (
+    "products of integers are counted at the peak of floats, so the bound does not hold for units "
+    "that multiply integers faster"
+)
 _LOOPS = "the function has loops, of whose bodies only one pass is counted"
 
 
@@ -37,7 +43,9 @@ def from_compiled(compiled: Any, hardware: Hardware) -> CompiledCost:
 
     XLA counts one pass of the body of every loop (`scan`, `while_loop`, `fori_loop`), however often
     it runs; a note says so if there is a loop. It cannot look into kernels: a function that calls
-    one has no counts, and is an error here. Bytes are those of the operands and results of every
+    one has no counts, and is an error here. It does not tell operations on integers from those on
+    floats, so all are counted at the peak of floats; a note says so if there are products of
+    integers. Bytes are those of the operands and results of every
     fusion, some of which stay in caches.
 
     Args:
@@ -64,7 +72,8 @@ def from_compiled(compiled: Any, hardware: Hardware) -> CompiledCost:
     if called := sorted(set(_CALL.findall(text))):
         raise ValueError(f"the function {_CALLS.format(', '.join(called))}")
     point = RooflinePoint(hardware, _known(counts, "bytes accessed"), _known(counts, "flops"))
-    return CompiledCost(point, (_LOOPS,) if _LOOP.search(text) else ())
+    found = (_LOOP, _LOOPS), (_INTEGER, _INTEGERS)
+    return CompiledCost(point, tuple(note for sign, note in found if sign.search(text)))
 
 
 def _counts(found: Any) -> Mapping[str, float]:

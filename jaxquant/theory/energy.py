@@ -4,7 +4,9 @@ import dataclasses
 import math
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.core.fields import shown
 from jaxquant.theory.energy_constants import EnergyConstants
+from jaxquant.theory.serving_roofline import LARGEST
 from jaxquant.theory.workload import Workload
 
 BOLTZMANN = 1.380649e-23  # J / K, exact in the SI
@@ -74,9 +76,10 @@ def energy_per_token(
     (502, 4)
     """
     check_arguments(energy_per_token, locals())
-    if batch < 1 or context < 0:
+    if not (1 <= batch <= LARGEST and 0 <= context <= LARGEST):
         raise ValueError(
-            f"batch must be 1 or more and context 0 or more, got {batch} and {context}"
+            "batch must be 1 or more and context 0 or more, both at most 2^40, got "
+            f"{shown(batch)} and {shown(context)}"
         )
     weights, cache = 8 * workload.read(batch) / batch, 8 * workload.cache_bytes(context)
     each = PICO * constants.memory

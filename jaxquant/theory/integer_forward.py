@@ -69,12 +69,12 @@ def accumulated(
       data: the packed arrays of one matrix [k, n].
       format: their format: `Integer` or `Ternary`.
       form: how inputs are rounded, "int8", "int8/256" or "codes" of `pallas_kernels.activations`.
-      segment: largest number of rows that are summed before they are scaled; None (the default)
-        sums all rows that share scales.
+      segment: largest number of rows that are summed before they are scaled, a positive multiple
+        of 8; None (the default) sums all rows that share scales.
     Returns:
       Codes, sums and scales.
     Raises:
-      ValueError: the form keeps floats, or a sum may exceed int32.
+      ValueError: an argument is invalid, the form keeps floats, or a sum may exceed int32.
 
     >>> from jaxquant.formats import Ternary
     >>> format = Ternary(group_size="tensor")
@@ -83,6 +83,8 @@ def accumulated(
     >>> found.sums.tolist(), found.scaled().tolist()
     ([[[100]]], [[200.0]])
     """
+    check_arguments(accumulated, locals())
+    _check_segment(segment)
     if form == "float":
         raise ValueError(
             "the weight's inputs are not rounded to integers: give it an activation format, with "
@@ -91,8 +93,9 @@ def accumulated(
     q, s = forms.quantize(jax.lax.optimization_barrier(x), form)
     k = x.shape[-1]
     group, block = format.rows_per_group(k), forms.BLOCK if s.shape[1] > 1 else k
-    shared = math.gcd(group, block) if block < k else group
-    size = min(segment or shared, shared) if shared >= k else math.gcd(shared, segment or shared)
+    # All runs have one size, and none may cross a row at which scales change.
+    shared = [n for n in (group, block) if n < k]
+    size = math.gcd(*shared, segment or 0) if shared else min(segment or k, k)
     low, high = format.limits
     ends = (low, high) if format.symmetric else (low - high, high - low)
     if accumulator_bits(size, ends, INPUT) > 32:
@@ -170,12 +173,16 @@ def integer_only(params: PyTree, segment: int | None = None) -> PyTree:
     True
     """
     check_arguments(integer_only, locals())
-    if segment is not None and (segment < 8 or segment % 8):
-        raise ValueError(f"segment must be a positive multiple of 8, or None, got {segment}")
+    _check_segment(segment)
     packed = {path: w for path, w in path_leaves(params) if isinstance(w, QTensor)}
     if not packed:
         raise ValueError("expected packed weights, but the tree has none; quantize it first")
     return replace_leaves(params, {path: _changed(path, w, segment) for path, w in packed.items()})
+
+
+def _check_segment(segment: int | None) -> None:
+    if segment is not None and (segment < 8 or segment % 8):
+        raise ValueError(f"segment must be a positive multiple of 8, or None, got {segment}")
 
 
 def _changed(path: str, w: QTensor, segment: int | None) -> QTensor:

@@ -1,7 +1,8 @@
 """Operations, accumulators and energy of products of integer codes, beside float16 and int8.
 
-y = x @ w with k inputs costs, for each of its outputs, k multiplications and k - 1 additions. If
-every weight is -1, 0 or 1, it needs no multiplication: inputs are added, subtracted or left out.
+y = x @ w with k inputs costs, for each of its outputs, k multiplications and k additions to a sum
+that starts at 0 (others count k - 1, since the first may be a copy). If every weight is -1, 0 or 1,
+it needs no multiplication: inputs are added, subtracted or left out.
 
 On the claim of a 71.4 times lower energy (BitNet b1.58, arXiv:2402.17764): it is
 (0.34 + 0.16) / 0.007, the energy of a float16 multiplication and addition over that of one int8
@@ -15,6 +16,7 @@ All three ratios are `energy_ratio` under constants of the reader's choice.
 import dataclasses
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -56,11 +58,12 @@ def ternary_operations(codes: Int[Array, "k n"], rows: int = 1) -> Operations:
     Returns:
       The counts.
     Raises:
-      ValueError: a code is not -1, 0 or 1, or `rows` is below 1.
+      ValueError: a code is not -1, 0 or 1, or `rows` is no integer of 1 or more.
 
     >>> ternary_operations(np.array([[1, -1], [0, 1], [1, 0]]))
     Operations(adds=3, subtracts=1, multiplies=0, scalings=2)
     """
+    check_arguments(ternary_operations, locals())
     held = _matrix(codes)
     if not np.isin(held, (-1, 0, 1)).all():
         raise ValueError("ternary codes must be -1, 0 or 1; count others with dense_operations")
@@ -71,6 +74,8 @@ def ternary_operations(codes: Int[Array, "k n"], rows: int = 1) -> Operations:
 
 def dense_operations(k: int, n: int, rows: int = 1) -> Operations:
     """Count what a product of a dense [k, n] matrix needs, of floats or of integer codes.
+
+    As in `ternary_operations`, each sum starts at 0, and every output is scaled once.
 
     Args:
       k: number of inputs, 1 or more.
@@ -117,8 +122,9 @@ def accumulator_bits(
 def accumulator_bits_of(codes: Int[Array, "k n"], inputs: Sequence[int] = INPUT) -> int:
     """Return the exact number of bits that sums over the columns of these very codes need.
 
-    The inputs may be any codes in their range. It is at most `accumulator_bits` of the range of the
-    codes, and less where weights are zero or small.
+    The inputs may be any codes in their range, and may be added in any order: partial sums fit too.
+    It is at most `accumulator_bits` of the range of the codes, and less where weights are zero or
+    small.
 
     Args:
       codes: integers [k, n].
@@ -129,12 +135,14 @@ def accumulator_bits_of(codes: Int[Array, "k n"], inputs: Sequence[int] = INPUT)
     >>> accumulator_bits_of(np.array([[1], [0], [-1]]))
     9
     """
+    check_arguments(accumulator_bits_of, locals())
     held = _matrix(codes).astype(np.int64)
     low, high = _range("inputs", inputs)
-    most = np.where(held > 0, held * high, held * low).sum(0)
-    least = np.where(held > 0, held * low, held * high).sum(0)
-    # Partial sums, in whatever order, lie between the sums of the least and of the most, or of 0.
-    return _signed_bits(int(least.min(initial=0)), int(most.max(initial=0)))
+    # Of a partial sum of one sign, the largest holds just the products that can have this sign.
+    low, high = min(low, 0), max(high, 0)
+    positive, negative = (a.sum(0).astype(object) for a in (held.clip(min=0), held.clip(max=0)))
+    least, most = positive * low + negative * high, positive * high + negative * low
+    return _signed_bits(min(least, default=0), max(most, default=0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +166,11 @@ class Arithmetic:
         check_fields(self)
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
-        if self.sums not in (8, 32):
-            raise ValueError(f"sums must be 8 or 32, got {self.sums}")
+        if self.sums not in ((8, 32) if self.kind == "ternary" else (32,)):
+            raise ValueError(
+                f"sums must be 32, or 8 where the kind is 'ternary', got {self.sums} for "
+                f"{self.kind!r}"
+            )
 
     def energy(self, constants: EnergyConstants) -> float:
         """Return the energy of one weight and one input, in picojoules.
@@ -209,7 +220,7 @@ def energy_ratio(
     """
     check_arguments(energy_ratio, locals())
     _at_least_one(batch=batch)
-    if len(bits) != 2 or not all(0 <= b < math.inf for b in bits):
+    if len(bits) != 2 or not all(isinstance(b, Real) and 0 <= b < math.inf for b in bits):
         raise ValueError(f"bits must be two numbers, 0 or more and finite, got {bits}")
     one, other = (
         a.energy(constants) + constants.memory * b / batch

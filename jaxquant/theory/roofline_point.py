@@ -14,7 +14,9 @@ class RooflinePoint:
         seconds = max(bytes / bandwidth, floats / flops + integers / ops)
 
     Latency, synchronization, unpacking and everything that is not a product come on top, so a
-    measured time is never below it unless data stay in caches between two runs.
+    measured time is never below it unless data stay in on-chip memory between two runs (a model of
+    some tens of megabytes may), or units other than those of the machine's peaks are used: floats
+    are multiplied at the peak of 16 bits, not at that of float8 or of sparse products.
 
     Attributes:
       hardware: the machine.
@@ -46,8 +48,9 @@ class RooflinePoint:
         if not isinstance(self.hardware, Hardware):
             raise ValueError(f"hardware must be Hardware, got {shown(self.hardware)}")
         for name in ("bytes", "floats", "integers", "tokens", "occupied"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be 0 or more and finite, got {shown(value)}")
 
     @property
     def operations(self) -> float:

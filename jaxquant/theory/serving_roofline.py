@@ -14,16 +14,22 @@ these bounds up, since kernels run one after the other; it knows neither caches 
 only accelerators. The bound here lets all traffic overlap all products and leaves unpacking out, so
 for the same weights it is never above that of `roofline`; it covers caches, attention, experts and
 any machine.
+
+It bounds programs that read every weight and every cache from memory once for each new token of a
+sequence. Some need not: sequences may share the cache of a common prefix, speculative decoding
+makes several tokens of a sequence in one pass, and a small model may stay in on-chip memory.
+Experts count as in `Operand.read`, in expectation.
 """
 
 import math
 
 from jaxquant.core.arguments import check_arguments
+from jaxquant.core.fields import shown
 from jaxquant.theory.hardware import Hardware
 from jaxquant.theory.roofline_point import RooflinePoint
 from jaxquant.theory.workload import Workload
 
-LARGEST_BATCH = 2.0**40  # beyond which a critical batch is reported as none
+LARGEST = 2**40  # of batches and contexts; a critical batch beyond it is reported as none
 
 
 def decode(
@@ -75,6 +81,7 @@ def prefill(workload: Workload, hardware: Hardware, tokens: int, batch: int = 1)
     """
     check_arguments(prefill, locals())
     _check(tokens=(tokens, 1), batch=(batch, 1))
+    tokens, batch = int(tokens), int(batch)  # NumPy's integers overflow
     cache = batch * workload.cache_bytes(tokens)
     total = tokens * batch
     attention = workload.attention_operations(batch * tokens * (tokens + 1) / 2)
@@ -121,7 +128,7 @@ def critical_batch(workload: Workload, hardware: Hardware, context: int = 0) -> 
     low, high = 2.0**-40, 1.0
     while excess(high) <= 0:
         low, high = high, 2 * high
-        if high > LARGEST_BATCH:
+        if high > LARGEST:
             return None
     while high - low > 1e-12 * high:  # one crossing: memory time is concave in the batch
         middle = (low + high) / 2
@@ -168,5 +175,7 @@ def _step(workload: Workload, hardware: Hardware, batch: float, context: int) ->
 
 def _check(**given: tuple[int, int]) -> None:
     for name, (value, least) in given.items():
+        if value > LARGEST:
+            raise ValueError(f"{name} must be at most 2^40, got {shown(value)}")
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")

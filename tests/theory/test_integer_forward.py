@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
 
 import jaxquant as jq
 from jaxquant.theory.integer_forward import accumulated, integer_only
@@ -40,7 +41,7 @@ def numbers(data, format, k):
 def test_sums_are_those_of_the_codes(format, form):
     k, n = 320, 24
     data, x = format.encode(draw(k, n)), draw(5, k, seed=1)
-    found = accumulated(x, data, format, form)
+    found = jax.jit(lambda x, data: accumulated(x, data, format, form))(x, data)
     assert found.sums.dtype == jnp.int32 and found.codes.dtype == jnp.int8
     whole = np.asarray(found.sums, np.int64).sum(0)
     codes = numbers(data, format, k)
@@ -50,6 +51,18 @@ def test_sums_are_those_of_the_codes(format, form):
     w = jq.QTensor(data, format, jq.core.tensor.View((k,), (n,), (-2, -1)), "float32",
                    activations=jq.Activations.of(form))  # fmt: skip
     np.testing.assert_allclose(found.scaled(), TIMES({"w": w}, x), rtol=1e-4, atol=1e-4)
+
+
+def test_runs_end_only_where_scales_change():
+    """One product per run would be a product of floats, summed in floats."""
+
+    def runs(k, group, form):
+        format = jq.formats.Integer(4, group, pad=True)
+        sums = lambda x, w: accumulated(x, format.encode(w), format, form).sums
+        return jax.eval_shape(sums, jnp.ones((2, k)), jnp.ones((k, 8))).shape[0]
+
+    assert runs(345, "tensor", "int8") == 1 and runs(345, "tensor", "int8/256") == 2
+    assert runs(345, 64, "int8/256") == runs(345, 64, "int8") == 6
 
 
 @lru_cache
@@ -179,16 +192,66 @@ def deep_inside(x, w):
     return jax.lax.scan(step, jnp.zeros(1), length=2)[0]
 
 
+def terms(x, w):
+    return x.astype(jnp.float32)[:, :, None] * w.astype(jnp.float32)[None]
+
+
+def made_in_a_loop(x, w):
+    columns = x.T.astype(jnp.float32), w.astype(jnp.float32)
+    return jax.lax.scan(lambda c, of: (c, of[0][:, None] * of[1][None]), 0, columns)[1].sum(0)
+
+
+# Products of two arrays that something comes between, before they are summed.
+SUMMED = {
+    "scaled": lambda x, w: (-0.5 * terms(x, w) / 3).sum(1),
+    "summed in a function": lambda x, w: jax.jit(lambda y: y.sum(1))(terms(x, w)),
+    "made in a function": lambda x, w: jax.checkpoint(terms)(x, w).sum(1),
+    "made in a condition": lambda x, w: jax.lax.cond(x[0, 0] > 0, terms, terms, x, w).sum(1),
+    "made in a loop": made_in_a_loop,
+    "masked": lambda x, w: jnp.sum(terms(x, w), 1, where=(w != 0)[None]),
+    "sliced": lambda x, w: terms(x, w)[:, :3].sum(1),
+    "halved": lambda x, w: (terms(x, w)[:, :2] + terms(x, w)[:, 2:]).sum(1),
+    "sum of a lambda": lambda x, w: jax.lax.reduce(
+        terms(x, w), np.float32(0), lambda a, b: a + b, (1,)
+    ),
+    "scattered": lambda x, w: jnp.zeros((2, 3)).at[jnp.arange(8) // 4].add(
+        terms(x, w).reshape(8, 3)
+    ),
+    "running": lambda x, w: jnp.cumsum(terms(x, w), 1)[:, -1],
+    "in a tree": lambda x, w: jax.lax.associative_scan(jnp.add, terms(x, w), axis=1)[:, -1],
+    "of integers": lambda x, w: (x[:, :, None].astype(int) * w[None]).astype(float).sum(1),
+    "convolution": lambda x, w: jax.lax.conv_general_dilated(
+        x[:, :, None], w[:, None], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
+        preferred_element_type=jnp.float32,
+    ),
+    "ragged": lambda x, w: jax.lax.ragged_dot(
+        x, w[None], jnp.array([2]), preferred_element_type=jnp.float32
+    ),
+    "solver": lambda x, w: jax.lax.linalg.triangular_solve(jnp.eye(4), x.astype(float)),
+    "transform": lambda x, w: jnp.fft.rfft(x.astype(float)),
+}  # fmt: skip
+
+
+def unknown(x, w):
+    """A primitive of a library, of which nothing is known but its result."""
+    primitive = Primitive("times")
+    primitive.def_abstract_eval(lambda x, w: jax.core.ShapedArray((2, 3), jnp.int32))
+    return primitive.bind(x, w)
+
+
 def exact(x, w):
     return jax.lax.dot(x, w, preferred_element_type=jnp.int32).astype(jnp.float32) * 0.5
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [in_floats, summed_in_floats, elementwise, called_back, in_a_kernel, with_its_own_gradient,
-     deep_inside],
-    ids=lambda fn: fn.__name__,
+WRONG = (
+    in_floats, summed_in_floats, elementwise, called_back, in_a_kernel, with_its_own_gradient,
+    deep_inside, unknown,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong", [*WRONG, *SUMMED.values()], ids=[*(fn.__name__ for fn in WRONG), *SUMMED]
+)
 def test_a_product_that_is_not_of_integers_is_refused(wrong):
     """All take int8 codes; only how they are multiplied differs."""
     x, w = jnp.ones((2, 4), jnp.int8), jnp.ones((4, 3), jnp.int8)
@@ -197,12 +260,17 @@ def test_a_product_that_is_not_of_integers_is_refused(wrong):
     # Norms and sums of scaled values multiply no two arrays.
     norm = lambda x: x * x / jnp.sum(x * x) + jnp.mean(2.0 * x) + jnp.sum(jnp.exp(x))
     assert not float_products(norm, x.astype(jnp.float32))
+    # Nor do rotations of channels, random numbers, and what only looks at a value.
+    turned = lambda x, w: x * w[0, 0] + x[:, ::-1] * w[1, 1]
+    assert not float_products(turned, x.astype(float), w.astype(float))
+    assert not float_products(lambda: jax.random.normal(jax.random.key(0), (3,)))
+    assert not float_products(lambda x: (jax.debug.print("{}", x), x)[1], x.astype(float))
 
 
 def test_bad_trees():
     with pytest.raises(ValueError, match="the tree has none; quantize it first"):
         integer_only({"w": jnp.ones((4, 4))})
-    of = lambda method: {"a": jq.quantize_array(draw(64, 8), method)}
+    of = lambda method: {"a": jax.eval_shape(lambda w: jq.quantize_array(w, method), draw(64, 8))}
     with pytest.raises(ValueError, match=r"a: its inputs are not rounded .*with_activations"):
         integer_only(of(jq.rtn(4)))
     with pytest.raises(ValueError, match="a: expected an Integer or Ternary format, got Normal"):
@@ -213,6 +281,10 @@ def test_bad_trees():
     for segment in (0, 12):
         with pytest.raises(ValueError, match="segment must be a positive multiple of 8"):
             integer_only(good, segment)
+        with pytest.raises(ValueError, match="segment must be a positive multiple of 8"):
+            accumulated(jnp.ones((1, 64)), good["a"].data, good["a"].format, segment=segment)
+    with pytest.raises(ValueError, match="format: expected a Integer, got 3"):
+        accumulated(jnp.ones((1, 64)), good["a"].data, 3)
     with pytest.raises(ValueError, match="product with the transpose of a packed weight"):
         jq.quantized(lambda p, g: g @ p["a"].T)(integer_only(good), jnp.ones((2, 8)))
     w = good["a"]

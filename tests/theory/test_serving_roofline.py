@@ -128,6 +128,8 @@ def test_a_step_by_hand():
     pairs = sum(range(1, 8))
     assert pass_.bytes == 1000 + 960 + 21 * cache  # 21 tokens, 10 rows
     assert pass_.operations == 21 * 1000 + 3 * 4 * 2 * 4 * 8 * pairs
+    large, most = prefill(w, TOY, np.int64(1 << 40)), 1 << 40
+    assert large.operations == most * 1000 + 4 * 2 * 4 * 8 * (most * (most + 1) / 2)
     head = Workload((dataclasses.replace(w.operands[0], last=True),), attention)
     assert prefill(head, TOY, 7, 3).operations == 3 * 1000 + 3 * 4 * 2 * 4 * 8 * pairs
     assert decode(head, TOY, 3).operations == decode(w, TOY, 3).operations
@@ -170,6 +172,27 @@ def test_a_long_context_is_bound_by_memory_at_every_batch():
         largest_batch(architecture(1, 1), TOY, 1)
 
 
+def test_a_table_that_is_only_looked_up():
+    """Llama 3 8B by its own sizes: a head apart, so one row of the table is read for a token."""
+    d, kv, hidden, vocabulary = 4096, 1024, 14336, 128256
+    matrices = 32 * (2 * d * d + 2 * d * kv + 3 * d * hidden)
+    parameters = matrices + 2 * vocabulary * d + 65 * d
+    assert parameters == 8_030_261_248
+    chip, whole = HARDWARE["h100"], architecture(parameters, 16, LLAMA)
+    apart = architecture(parameters, 16, LLAMA, table=(vocabulary, d))
+    assert apart.weight_bytes == whole.weight_bytes == 2 * parameters
+    for context in (128, 8192):
+        read = 2 * (parameters - vocabulary * d + d) + context * 131072
+        assert decode(apart, chip, 1, context).bytes == read
+        assert decode(apart, chip, 1, context).seconds < decode(whole, chip, 1, context).seconds
+        assert decode(apart, chip, 1, context).occupied == 2 * parameters + context * 131072
+    products = 2 * (matrices + 65 * d + vocabulary * d)
+    assert apart.operations(integers=False) == products
+    for wrong in ((3,), (0, 4), (10, 2)):
+        with pytest.raises(ValueError, match="table must be rows and columns"):
+            architecture(20, 4, table=wrong)
+
+
 def test_experts_are_counted_by_the_number_active():
     fn = lambda p, x: jax.lax.ragged_dot(x, p["e"], jnp.full(8, 2, jnp.int32))
     params = {"e": jnp.ones((8, 16, 32))}
@@ -180,6 +203,8 @@ def test_experts_are_counted_by_the_number_active():
     assert of(2).read(3) == pytest.approx(of(2).weight_bytes * (1 - 0.75**3))
     with pytest.raises(ValueError, match=r"experts_per_token must be 1 to 8, as 'e' has, got 9"):
         of(9)
+    with pytest.raises(ValueError, match="experts_per_token needs sites"):
+        workload(params, experts_per_token=2)
 
 
 def test_bad_numbers():
@@ -192,7 +217,18 @@ def test_bad_numbers():
         (lambda: architecture(0, 4), "must be positive"),
         (lambda: architecture(10, float("nan")), "must be positive"),
         (lambda: Attention(0, 1, 1, 1), "must be 1 or more"),
-        (lambda: Attention(1, 1, 1, 1, "float3"), "name of a dtype, got 'float3'"),
+        (
+            lambda: decode(w, TOY, 10**400),
+            "batch must be at most 2\\^40, got an integer of 1329 bits",
+        ),
+        (lambda: prefill(w, TOY, 1 << 41), "tokens must be at most 2\\^40"),
+        (lambda: architecture(1e308, 1e308), "must be positive"),
+        (lambda: Attention(1, 3, 2, 1), "kv_heads must divide heads, got 2 and 3"),
+        (lambda: Attention(1, 1, 1, 1, "float3"), "name of a dtype of numbers, got 'float3'"),
+        (lambda: Attention(1, 1, 1, 1, "str"), "name of a dtype of numbers, got 'str'"),
+        (lambda: Operand("w", -1, 1), "bytes must be 0 or more and finite, got -1"),
+        (lambda: Operand("w", 1, "1"), "multiplied must be 0 or more and finite, got '1'"),
+        (lambda: Operand("w", 1, 1, active=2.0), "active must be above 0 and at most 1, got 2"),
         (lambda: workload({"n": 3}), "holds no floating or quantized arrays"),
         (lambda: workload({"w": jnp.ones((2, 2))}, last=["head"]), "'head' matches no path"),
         (lambda: decode(w, "h100"), "hardware"),
@@ -214,6 +250,19 @@ def test_a_compiled_product():
     assert point.floats == 2 * 8 * 64 * 32 and notes == ()
     assert point.bytes == x.nbytes + w.nbytes + 4 * 8 * 32
     assert isinstance(point, RooflinePoint) and point.wall == "memory"
+
+
+def test_products_of_integers_are_noted():
+    x, w = jnp.ones((8, 64), jnp.int8), jnp.ones((64, 32), jnp.int8)
+    times = lambda x, w: jax.lax.dot(x, w, preferred_element_type=jnp.int32)
+    note = from_compiled(compiled(times, x, w), TOY).notes
+    assert len(note) == 1 and "does not hold for units that multiply integers faster" in note[0]
+    # On GPUs the product is a call of a library.
+    gpu = '%y = (s32[8,32]{1,0}, s8[9]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm"'
+    given = types.SimpleNamespace(
+        cost_analysis=lambda: {"flops": 1.0, "bytes accessed": 1.0}, as_text=lambda: gpu
+    )
+    assert from_compiled(given, TOY).notes == note
 
 
 def test_a_loop_is_noted():
@@ -267,7 +316,7 @@ def test_a_point_is_plain_numbers():
     fast = prefill(architecture(8.03e9, 16), HARDWARE["h100"], 2048)
     assert "NVIDIA H100: at least " in str(fast) and "at most 61,582 tokens/s" in str(fast)
     for field in ("bytes", "floats", "integers", "tokens", "occupied"):
-        for wrong in (-1.0, math.nan, math.inf):
+        for wrong in (-1.0, math.nan, math.inf, "1", None):
             with pytest.raises(ValueError, match=f"{field} must be 0 or more and finite"):
                 dataclasses.replace(point, **{field: wrong})
     with pytest.raises(ValueError, match="hardware must be Hardware, got 'h100'"):
