@@ -15,6 +15,7 @@ from jaxquant.core.fields import shown
 from pallas_kernels.cost.chips import CHIPS
 
 READ = "2026-12"  # when the sources were read
+UNITS = ("int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Hardware:
       flops: peak of products of 16-bit floats, in operations per second, two per multiplication.
       ops: peak of the fastest 8-bit products, in operations per second; `flops` where there are no
         faster units for them.
-      unit: dtype of the operands of these 8-bit products.
+      unit: dtype of the operands of these 8-bit products, "int8" or "float8_e4m3fn".
       watts: power limit of the chip with its memory, in watts; None if its maker publishes none.
       source: where the figures come from, and what other sources say.
       date: year and month in which the source was read, or in which the machine was measured.
       title: the name in reports, such as "NVIDIA H100". Default: `name`.
 
     Raises:
-      ValueError: a figure is not a positive and finite number.
+      ValueError: a figure is not a positive and finite number, or the unit is another one.
 
     >>> HARDWARE["h100"].ridge.__round__(), HARDWARE["m4"].watts
     (295, None)
@@ -58,6 +59,8 @@ class Hardware:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 < value < math.inf) and (field, value) != ("watts", None):
                 raise ValueError(f"{field} must be positive and finite, got {shown(value)}")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {UNITS}, got {shown(self.unit)}")
         object.__setattr__(self, "title", self.title or self.name)
 
     @property

@@ -61,6 +61,8 @@ def test_bad_figures():
         for wrong in (0, -1.0, float("nan"), float("inf"), "1", True):
             with pytest.raises(ValueError, match=f"{field} must be positive and finite"):
                 dataclasses.replace(HARDWARE["h100"], **{field: wrong})
+    with pytest.raises(ValueError, match="unit must be one of .*'int8'.*, got 'INT8'"):
+        dataclasses.replace(HARDWARE["h100"], unit="INT8")  # which would halve its 8-bit peak
 
 
 def test_this_machine_is_measured(monkeypatch):
