@@ -21,14 +21,16 @@ KERNELS = {
 # What JAX computes itself, operation by operation. A primitive of any other name is a kernel, so
 # that one that is added to JAX, or registered by a library, cannot hide a product.
 KNOWN = {one.name for one in vars(jax.lax).values() if isinstance(one, Primitive)} | {
-    "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_clone",
-    "threefry2x32", "name", "platform_index", "pcast", "reshard", "mesh_cast", "layout_constraint",
-    "get", "swap", "addupdate",
+    "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split",
+    "random_clone", "threefry2x32", "name", "platform_index", "pcast", "reshard", "mesh_cast",
+    "layout_constraint", "psum_invariant", "reduce_scatter", "all_gather_invariant", "get", "swap",
+    "addupdate",
 }  # fmt: skip
 # Sums, and what may lie between an elementwise product and its sum: it moves or selects entries,
 # rounds them, or scales them all alike.
 SUMS = {
     "reduce_sum", "reduce", "cumsum", "reduce_window_sum", "reduce_window", "scatter-add", "psum",
+    "psum_invariant", "reduce_scatter",
 }  # fmt: skip
 ADDS = {"add", "sub", "add_any"}
 MOVES = {

@@ -232,6 +232,18 @@ SUMMED = {
 }  # fmt: skip
 
 
+def over_devices(fn, *args):
+    """A function of parts of its arguments on a mesh, summed over its devices."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.sharding.PartitionSpec("i"), jax.sharding.PartitionSpec()
+    summed = lambda *args: jax.lax.psum(fn(*args), "i")
+    return jax.shard_map(summed, mesh=mesh, in_specs=spec, out_specs=whole)(*args)
+
+
+def summed_over_devices(x, w):
+    return over_devices(jnp.multiply, x.T.astype(jnp.float32), w[:, :2].astype(jnp.float32))
+
+
 def unknown(x, w):
     """A primitive of a library, of which nothing is known but its result."""
     primitive = Primitive("times")
@@ -245,7 +257,7 @@ def exact(x, w):
 
 WRONG = (
     in_floats, summed_in_floats, elementwise, called_back, in_a_kernel, with_its_own_gradient,
-    deep_inside, unknown,
+    deep_inside, summed_over_devices, unknown,
 )  # fmt: skip
 
 
@@ -260,10 +272,12 @@ def test_a_product_that_is_not_of_integers_is_refused(wrong):
     # Norms and sums of scaled values multiply no two arrays.
     norm = lambda x: x * x / jnp.sum(x * x) + jnp.mean(2.0 * x) + jnp.sum(jnp.exp(x))
     assert not float_products(norm, x.astype(jnp.float32))
-    # Nor do rotations of channels, random numbers, and what only looks at a value.
+    # Nor do sums over devices, rotations, random numbers, and what only looks at a value.
     turned = lambda x, w: x * w[0, 0] + x[:, ::-1] * w[1, 1]
     assert not float_products(turned, x.astype(float), w.astype(float))
-    assert not float_products(lambda: jax.random.normal(jax.random.key(0), (3,)))
+    drawn = lambda: [jax.random.normal(k, (3,)) for k in jax.random.split(jax.random.key(0))]
+    assert not float_products(drawn)
+    assert not float_products(lambda x: over_devices(jnp.exp, x), x.astype(float))
     assert not float_products(lambda x: (jax.debug.print("{}", x), x)[1], x.astype(float))
 
 
