@@ -1,72 +1,28 @@
-"""The output of `compress` and `decompress`: one file, or a folder of files."""
+"""The folder that `compress` and `decompress` write."""
 
 import os
 from pathlib import Path
 
-from jaxquant.durable.publish import check_parent, publish
 from jaxquant.lossless.archive_format import MAGIC
-from jaxquant_models.cli import interrupts
-from jaxquant_models.cli.output_file import OutputFile
+from jaxquant_models.cli.output_folder import OutputFolder
 
 
-class OutputFolder(OutputFile):
-    """The folder `--out` of a command, and the folder beside it that holds unfinished work.
+class ArchiveFolder(OutputFolder):
+    """The folder `--out`; one of archives alone may be replaced. See `OutputFolder`."""
 
-    A folder may be replaced only if all of its files are archives.
+    contents = "archives"
 
-    Args:
-      out: the folder.
-      overwrite: whether an existing folder of archives may be replaced.
-      replaces: whether the command can replace a folder at all. Default: True.
-    Raises:
-      ValueError: the folder may not be written.
-    """
-
-    def __init__(self, out: str | Path, overwrite: bool, replaces: bool = True) -> None:
-        self._replaces = replaces
-        super().__init__(out, overwrite)
-
-    def put(self, new: Path) -> None:
-        """Move the folder to its place in one step, and remove the folder of unfinished work.
+    def owns(self, folder: Path) -> bool:
+        """Return whether all files below a folder are archives.
 
         Args:
-          new: the folder.
+          folder: the folder.
         """
-        self._check()
-        replace = self.overwrite or self._is_result()
-        self.mark(new)
-        publish(new, Path(self.out).resolve(), replace=replace)
-        interrupts.about(lambda: f"the output is in {self.out}")
-        self.finished.remove()
-
-    def _check(self) -> None:
-        path = Path(self.out).resolve()
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {self.out} is a file; give the name of a folder")
-        if path.is_dir() and os.listdir(path) and not self._is_result():
-            if not _of_archives(path):
-                raise ValueError(
-                    f"{self.out} has files that are not archives, and is not touched; give another "
-                    "--out"
-                )
-            if not self._replaces:
-                raise ValueError(
-                    f"{self.out} exists, and no folder is replaced; give another --out"
-                )
-            if not self.overwrite:
-                raise ValueError(
-                    f"{self.out} exists; give --overwrite to replace it, or another --out"
-                )
-        check_parent(path)
-
-
-def _of_archives(folder: Path) -> bool:
-    """Return whether all files below a folder are archives."""
-    for place, _, files in os.walk(folder):
-        for name in files:
-            if not Path(place, name).is_file():  # a pipe would be waited for
-                return False
-            with open(Path(place, name), "rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
+        for place, _, files in os.walk(folder):
+            for name in files:
+                if not Path(place, name).is_file():  # a pipe would be waited for
                     return False
-    return True
+                with open(Path(place, name), "rb") as file:
+                    if file.read(len(MAGIC)) != MAGIC:
+                        return False
+        return True

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from jaxquant.lossless.archive_format import VERSION
 from jaxquant.lossless.plane_coding import CODINGS, Coding
-from jaxquant_models.cli.archive_output import OutputFolder
+from jaxquant_models.cli.archive_output import ArchiveFolder
 from jaxquant_models.cli.console import emit, stderr, usage_errors
 from jaxquant_models.cli.output_file import OutputFile
 from jaxquant_models.runs import archiving
@@ -159,7 +159,7 @@ def _output(tree: Tree, out: str, overwrite: bool, replaces: bool = True) -> Out
     root, target = tree.root.resolve(), Path(out).resolve()
     if target.is_relative_to(root) or root.is_relative_to(target):
         raise ValueError(f"--out {out} must be neither inside {tree.root} nor a parent of it")
-    return OutputFolder(out, overwrite, replaces)
+    return ArchiveFolder(out, overwrite, replaces)
 
 
 def _digests(found: dict[str, str]) -> dict[str, object]:
