@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Numbers = float | Float[Array, "..."]
 
@@ -115,3 +115,29 @@ def probabilities(value: Any, name: str) -> Float[np.ndarray, "..."]:
         raise ValueError(f"{name} must have a positive sum, got only zeros")
     x = np.ldexp(x, -np.frexp(largest)[1])  # so that no sum overflows; powers of 2 round nothing
     return x / x.sum(-1, keepdims=True)
+
+
+def places(value: Any, what: str, queries: int, count: int) -> Int[np.ndarray, " {queries}"]:
+    """Return an array of one index for each query; refuse floats and indices out of range.
+
+    Args:
+      value: integers [queries].
+      what: what an error message calls one of them, with its article.
+      queries: number of queries.
+      count: number of things that are indexed.
+    Returns:
+      The indices, in their own dtype.
+    Raises:
+      ValueError: the array is not one of integers of that shape, or an index is out of range.
+
+    >>> places([1, 0], "a rank", 2, 3)
+    array([1, 0])
+    """
+    x = np.asarray(value)
+    whole = np.issubdtype(x.dtype, np.integer) and x.shape == (queries,)
+    if not whole or x.min() < 0 or x.max() >= count:
+        raise ValueError(
+            f"expected {what} from 0 to {count - 1} for each of {queries} queries, got an array "
+            f"{x.dtype}{list(x.shape)}"
+        )
+    return x

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.limits.limit import Limit
 from jaxquant.theory.limits.random_numbers import generator
-from jaxquant.theory.number_checks import finite, nonnegative
+from jaxquant.theory.number_checks import finite, nonnegative, places
 
 WIDTHS = (8, 4, 1)
 TOLERANCE = 0.95  # share of the recall that must survive
@@ -142,7 +142,7 @@ def ranks(
     """
     check_arguments(ranks, locals())
     q, e = _pair(queries, documents)
-    right = _gold(gold, len(q), len(e))
+    right = places(gold, "an integer", len(q), len(e))
     scores = q @ e.T
     own = scores[np.arange(len(q)), right]
     # Equal documents may differ by the rounding of a sum of d products, which depends on the BLAS.
@@ -301,14 +301,3 @@ def _pair(queries: Any, documents: Any) -> tuple[np.ndarray, np.ndarray]:
             f"queries and documents must have one width, got {q.shape[1]} and {e.shape[1]}"
         )
     return q, e
-
-
-def _gold(value: Any, queries: int, documents: int) -> Int[np.ndarray, "k"]:
-    x = np.asarray(value)
-    whole = np.issubdtype(x.dtype, np.integer) and x.shape == (queries,)
-    if not whole or x.min() < 0 or x.max() >= documents:
-        raise ValueError(
-            f"expected an integer from 0 to {documents - 1} for each of {queries} queries, got an "
-            f"array {x.dtype}{list(x.shape)}"
-        )
-    return x

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.core.arguments import check_arguments
 from jaxquant.theory.limits.limit import Limit
-from jaxquant.theory.number_checks import finite, nonnegative
+from jaxquant.theory.number_checks import finite, nonnegative, places
 
 ROUNDING = 1e-12  # of differences of shares in float64
 
@@ -111,18 +111,13 @@ def chosen(
     [True]
     """
     check_arguments(chosen, locals())
-    s, r, right = finite(exact, "exact"), finite(rough, "rough"), np.asarray(gold)
+    s, r = finite(exact, "exact"), finite(rough, "rough")
     if s.ndim != 2 or r.shape != s.shape or count < 1:
         raise ValueError(
             f"expected two arrays of scores [k, n] and a count of 1 or more, got shapes "
             f"{list(s.shape)} and {list(r.shape)}, and {count}"
         )
-    whole = np.issubdtype(right.dtype, np.integer) and right.shape == s.shape[:1]
-    if not whole or right.min() < 0 or right.max() >= s.shape[1]:
-        raise ValueError(
-            f"expected a document from 0 to {s.shape[1] - 1} for each of {len(s)} queries, got an "
-            f"array {right.dtype}{list(right.shape)}"
-        )
+    right = places(gold, "a document", *s.shape)
     found = np.argsort(-r, axis=1, kind="stable")[:, :count]
     own = np.take_along_axis(s, right[:, None], axis=1)
     better = (np.take_along_axis(s, found, axis=1) >= own) & (found != right[:, None])
@@ -153,17 +148,11 @@ def within_budget(
     """
     check_arguments(within_budget, locals())
     s, size = finite(scores, "scores"), nonnegative(lengths, "lengths", finite=True)
-    place = np.asarray(ranks)
     if s.ndim != 2 or size.shape != s.shape[1:] or not 0 <= budget < np.inf:
         raise ValueError(
             f"expected scores [k, n], lengths [n] and a budget of 0 or more, got {list(s.shape)}, "
             f"{list(size.shape)} and {budget}"
         )
-    whole = np.issubdtype(place.dtype, np.integer) and place.shape == s.shape[:1]
-    if not whole or place.min() < 0 or place.max() >= size.size:
-        raise ValueError(
-            f"expected a rank from 0 to {size.size - 1} for each of {len(s)} queries, got an array "
-            f"{place.dtype}{list(place.shape)}"
-        )
+    place = places(ranks, "a rank", *s.shape)
     total = np.cumsum(size[np.argsort(-s, axis=1, kind="stable")], axis=1)
     return total[np.arange(len(s)), place] <= budget
